@@ -1,0 +1,367 @@
+"""LM: a causal language model on this machine, read and changed through nnsight traces."""
+
+import hashlib
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from sae_lab.lm import bundled, tokens
+from sae_lab.lm import site as sites
+from sae_lab.lm.tokens import Prompts, Token
+from sae_lab.types import Site, TokenBatch, TokenMask, Write, as_sites
+
+
+class Reading(dict[Site, Tensor]):
+    """Activations by site, each ``batch pos d`` float32, with the token batch they belong to.
+
+    ``reading["blocks.8.hook_resid_post"]`` finds the site in any spelling.
+    """
+
+    def __init__(self, acts: dict[Site, Tensor], batch: TokenBatch):
+        super().__init__(acts)
+        self.batch = batch
+        self.mask = batch.mask
+        self.ids = batch.ids
+
+    def __getitem__(self, key: Site | str) -> Tensor:
+        return super().__getitem__(Site.of(key))
+
+
+class LM:
+    """A causal language model.
+
+    ``LM()`` is the bundled SmolLM2-135M-Instruct; ``LM(x)`` a hub id, a folder, or a loaded transformers model (then
+    pass its ``tokenizer``).
+
+    Args:
+        prefix: what stands at position 0 of every text: "auto" (the tokenizer's BOS, else its EOS), None, or a token id.
+        device: "auto" (cuda, mps, cpu) or a torch device.
+        dtype: torch dtype of the weights; None is float32 on a CPU and the checkpoint's own elsewhere.
+        **kwargs: to transformers' ``from_pretrained`` (``device_map``, ``quantization_config``, ``revision``...).
+
+    Every public call holds one lock, since nnsight is not thread-safe; generation lets go of it between tokens.
+    """
+
+    def __init__(
+        self,
+        model: str | nn.Module | None = None,
+        *,
+        tokenizer: Any = None,
+        prefix: str | int | None = "auto",
+        device: str | torch.device = "auto",
+        dtype: torch.dtype | None = None,
+        **kwargs: Any,
+    ):
+        from nnsight import TransformersModel
+
+        if kwargs.get("trust_remote_code"):
+            raise ValueError("trust_remote_code is never on in sae_lab: load the model yourself and pass LM(model, ...)")
+        if model is None and prefix == "auto":
+            prefix = bundled.PREFIX_ID
+        module, tokenizer, self.id = _load(model, tokenizer, device, dtype, kwargs)
+        self.tokenizer = tokenizer
+        self.prefix_id = tokens.prefix_id(tokenizer, prefix)
+        self._nn = TransformersModel(module, task="text-generation", tokenizer=tokenizer)
+        self._module = module.eval()
+        self._lock = threading.RLock()
+        self._sites = sites.SiteMap(module)
+
+    # ---- what it is
+
+    @property
+    def device(self) -> torch.device:
+        return next(self._module.parameters()).device
+
+    @property
+    def n_layers(self) -> int:
+        return self._sites.n_layers
+
+    @property
+    def kinds(self) -> list[str]:
+        """The kinds of site this model has."""
+        return list(self._sites.kinds)
+
+    @property
+    def max_length(self) -> int:
+        """The longest prompt in tokens, prefix included."""
+        return getattr(self._module.config.get_text_config(), "max_position_embeddings", 2**31)
+
+    def width(self, site: Site | str) -> int:
+        """The width d of the activations at a site."""
+        return self._sites.width(Site.of(site))
+
+    def mask(self) -> TokenMask:
+        """The mask that needs no data: special ids anywhere and position 0."""
+        return TokenMask(tuple(sorted(self.tokenizer.all_special_ids)))
+
+    def fingerprint(self) -> str:
+        """A hash that changes when any weight does: bit sums of all parameters, and samples for their order."""
+        digest = hashlib.sha256()
+        for name, p in self._module.state_dict().items():
+            flat = p.detach().contiguous().reshape(-1).view(torch.uint8)
+            whole = flat[: len(flat) // 4 * 4].view(torch.int32)
+            sample = flat[:: max(1, len(flat) // 4096)].cpu().numpy().tobytes()
+            digest.update(f"{name} {tuple(p.shape)} {p.dtype} {whole.sum(dtype=torch.int64).item()}".encode() + sample)
+        return digest.hexdigest()[:16]
+
+    def __repr__(self) -> str:
+        prefix = "none" if self.prefix_id is None else repr(self.tokenizer.decode([self.prefix_id]))
+        return f"LM({self.id!r}, layers={self.n_layers}, prefix={prefix}, device='{self.device}')"
+
+    # ---- text
+
+    def tokenize(self, prompts: Prompts) -> TokenBatch:
+        """Prompts (str, list of str, token ids, or chat messages) as right-padded token ids.
+
+        Text gets the prefix token at position 0; token ids and chats stand as they are (a chat's template begins it).
+        """
+        batch = tokens.tokenize(self.tokenizer, prompts, self.prefix_id)
+        if (longest := batch.ids.shape[1]) > self.max_length:
+            raise ValueError(
+                f"a prompt has {longest} tokens and this model reads at most {self.max_length}: split or shorten it"
+            )
+        vocab = self._module.config.get_text_config().vocab_size
+        if not 0 <= int(batch.ids.min()) <= int(batch.ids.max()) < vocab:
+            raise ValueError(f"token ids must lie in 0..{vocab - 1}, got {int(batch.ids.min())}..{int(batch.ids.max())}")
+        return batch
+
+    def tokens(self, prompt: str | Sequence[int]) -> list[Token]:
+        """The prompt's tokens, one a position: strings that join to the text, with ``.id``, ``.start``, ``.end``.
+
+        A token that holds only part of a character's bytes is "" (the one that completes it holds the character), and
+        so is the prefix; ``.label`` is what to show for either.
+        """
+        ids = tokens.tokenize(self.tokenizer, prompt, self.prefix_id).ids[0].tolist()
+        return self.token_strings(ids, prefixed=isinstance(prompt, str) and self.prefix_id is not None)
+
+    def token_strings(self, ids: Sequence[int], prefixed: bool = False) -> list[Token]:
+        """Token ids as ``Token`` strings; ``prefixed`` says that the first one is no part of the text."""
+        return tokens.spans(self.tokenizer, ids, prefixed)
+
+    # ---- running
+
+    def run(
+        self,
+        batch: TokenBatch,
+        reads: Iterable[Site] = (),
+        writes: Iterable[Write] = (),
+        logits: bool = True,
+        past: Any = None,
+    ) -> tuple[dict[Site, Tensor], Tensor | None]:
+        """One trace over a token batch: activations at ``reads`` (after the writes there) and, if asked, logits.
+
+        Without ``logits`` the model stops at its deepest site. Right padding needs no attention mask: a causal model's
+        real tokens never see what stands behind them. With ``past`` (a transformers cache) the batch holds only the
+        new tokens and only the last position's logits come back.
+        """
+        import nnsight
+
+        reads, writes = list(reads), list(writes)
+        stops = {s: self._sites.point(s) for s in [*reads, *(w.site for w in writes)]}
+        # Two sites can share one place (all heads, one head): each keeps its own turn there.
+        order = sorted(stops, key=self._sites.when)
+        inputs: dict[str, Any] = {"input_ids": batch.ids.to(self.device)}
+        if past is None:
+            inputs["use_cache"] = False
+        else:
+            inputs |= {"past_key_values": past, "use_cache": True, "logits_to_keep": 1}
+        out = None
+        with self._lock, torch.no_grad(), self._nn.trace(inputs) as tracer:
+            acts = nnsight.save({})
+            for s in order:
+                x = sites.read(self._nn, stops[s])
+                for w in writes:
+                    if w.site == s:
+                        x = w.fn(x, batch)
+                        # The stream in mid-block has been kept for the skip connection before the norm sees it.
+                        sites.write(self._nn, stops[s], x, in_place=s.kind == "resid_mid")
+                if s in reads:
+                    acts[s] = x.float().clone() if writes else x.float()
+            if logits:
+                out = nnsight.save(self._nn.output.logits)
+            else:
+                tracer.stop()
+        return dict(acts), out
+
+    def read(self, prompts: Prompts, at: Site | str | Iterable[Site | str], edits: Iterable[Any] = ()) -> Reading:
+        """Activations ``{site: (batch, pos, d) float32}``, right-padded, with ``.mask``; zeros at padding."""
+        batch = self.tokenize(prompts)
+        acts, _ = self.run(batch, as_sites(at), self._writes(edits), logits=False)
+        pad = ~batch.mask.unsqueeze(-1)
+        return Reading({s: x.masked_fill(pad.to(x.device), 0.0) for s, x in acts.items()}, batch)
+
+    def logits(self, prompts: Prompts, edits: Iterable[Any] = ()) -> Float[Tensor, "batch pos vocab"]:
+        """Next-token logits, float32, right-padded (rows end where ``lm.tokenize(prompts).mask`` does)."""
+        batch = self.tokenize(prompts)
+        _, out = self.run(batch, writes=self._writes(edits))
+        assert out is not None
+        return out.float()
+
+    def loss(self, prompts: Prompts, edits: Iterable[Any] = (), per_token: bool = False) -> Tensor:
+        """Cross-entropy of the next token in nats/token: the mean, or ``batch pos`` with NaN where nothing is predicted.
+
+        ``per_token[b, p]`` is the loss of token p given the ones before it (so position 0 is NaN).
+        """
+        batch = self.tokenize(prompts)
+        _, out = self.run(batch, writes=self._writes(edits))
+        assert out is not None
+        losses = token_losses(out, batch)
+        if not per_token and bool(losses.isnan().all()):
+            raise ValueError("a loss needs at least two tokens (one given, one predicted); this text has one")
+        return losses if per_token else losses.nanmean()
+
+    def generate(
+        self,
+        prompts: Prompts,
+        edits: Iterable[Any] = (),
+        max_new_tokens: int = 40,
+        temperature: float = 0.0,
+        seed: int | None = None,
+    ) -> str | list[str]:
+        """The prompts continued: a str for one prompt, else a list. temperature 0 is greedy; ``seed`` fixes sampling.
+
+        Edits act at every position of the prompt and of what is generated. Rows of unequal length run one after the
+        other, so that each gets what it gets alone.
+        """
+        if max_new_tokens < 1 or not temperature >= 0:
+            raise ValueError(
+                f"generate needs max_new_tokens >= 1 and temperature >= 0, got {max_new_tokens} and {temperature}"
+            )
+        batch = self.tokenize(prompts)
+        writes = self._writes(edits)
+        generator = torch.Generator().manual_seed(seed) if seed is not None else None
+        texts = [""] * len(batch.ids)
+        lengths = batch.mask.sum(1)
+        for length in lengths.unique().tolist():
+            rows = (lengths == length).nonzero().flatten()
+            ids = self._continue(batch.ids[rows, :length], writes, max_new_tokens, temperature, generator)
+            for row, row_ids in zip(rows.tolist(), ids, strict=True):
+                texts[row] = self.tokenizer.decode(row_ids, skip_special_tokens=True)
+        return texts[0] if tokens.is_single(prompts) else texts
+
+    def _continue(self, ids: Tensor, writes: list[Write], new: int, temperature: float, generator: Any) -> list[list[int]]:
+        """Token by token with a key-value cache; each row ends at the model's end token."""
+        from transformers import DynamicCache
+
+        past = DynamicCache(config=self._module.config)
+        ends = _end_ids(self._module, self.tokenizer)
+        rows = ids.tolist()
+        done = [False] * len(rows)
+        step = ids
+        for _ in range(min(new, self.max_length - ids.shape[1])):
+            start = past.get_seq_length()
+            positions = torch.arange(start, start + step.shape[1]).expand_as(step)
+            part = TokenBatch(step, torch.ones_like(step, dtype=torch.bool), positions)
+            _, out = self.run(part, writes=writes, past=past)
+            assert out is not None
+            step = _pick(out[:, -1].float().cpu(), temperature, generator)
+            for i, token in enumerate(step.flatten().tolist()):
+                done[i] = done[i] or token in ends
+                if not done[i]:
+                    rows[i].append(token)
+            if all(done):
+                break
+        return rows
+
+    def _writes(self, edits: Iterable[Any]) -> list[Write]:
+        return [w for edit in edits for w in edit.writes(self)]
+
+    # ---- the way out
+
+    def lens(self, directions: Float[Tensor, "n d"], at: Site | str) -> Float[Tensor, "n vocab"] | None:
+        """Logit lens of directions written at a site: W_dec·diag(gain)·W_U, arbitrary units; None where a site's
+        directions are not written to the residual stream (``mlp_in``, unknown modules).
+
+        The gain is the final norm's (1+w for Gemma); directions are centred where that norm centres.
+        """
+        site = Site.of(at)
+        x = directions.to(self.device, torch.float32)
+        if site.kind == "attn_z":
+            w_o = self._sites.modules[str(self._sites.w_o[site.layer or 0])].weight
+            w_o = w_o if w_o.shape[0] == self.width(Site("attn_z", site.layer)) else w_o.T  # GPT-2 stores d_in first
+            x = x @ w_o[self._sites.point(site).columns].float()
+        elif site.kind in ("mlp_in", "module"):
+            return None
+        norm = self._sites.modules.get(str(self._sites.final_norm))
+        if norm is not None:
+            gain = norm.weight.float()
+            if "gemma" in type(norm).__name__.lower():
+                gain = 1 + gain
+            if isinstance(norm, nn.LayerNorm):
+                x = x - x.mean(-1, keepdim=True)
+            x = x * gain
+        return (x @ self._module.get_output_embeddings().weight.float().T).detach().cpu()
+
+
+def token_losses(logits: Tensor, batch: TokenBatch) -> Float[Tensor, "batch pos"]:
+    """Loss of each token given the ones before it, nats; NaN at position 0 and padding."""
+    losses = torch.full(batch.ids.shape, float("nan"))
+    flat = nn.functional.cross_entropy(
+        logits[:, :-1].float().flatten(0, 1), batch.ids[:, 1:].flatten().to(logits.device), reduction="none"
+    )
+    losses[:, 1:] = flat.view(batch.ids.shape[0], -1).cpu()
+    return losses.masked_fill(~batch.mask.cpu(), float("nan"))
+
+
+def _pick(logits: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:
+    """The next token of each row, ``batch 1``: the likeliest at temperature 0, else a sample."""
+    if temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
+
+
+def _end_ids(module: nn.Module, tokenizer: Any) -> set[int]:
+    ends = getattr(getattr(module, "generation_config", None), "eos_token_id", None)
+    ends = tokenizer.eos_token_id if ends is None else ends
+    return {e for e in (ends if isinstance(ends, list) else [ends]) if e is not None}
+
+
+@contextmanager
+def _quiet_if(quiet: bool) -> Iterator[None]:
+    """Without transformers' progress bar, which says nothing about a model that loads in a second."""
+    from transformers.utils import logging
+
+    if not quiet or not logging.is_progress_bar_enabled():
+        yield
+        return
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()
+
+
+def _load(model: str | nn.Module | None, tokenizer: Any, device: Any, dtype: Any, kwargs: dict[str, Any]):
+    """(module, tokenizer, id) of whatever the user named."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if isinstance(model, nn.Module):
+        if kwargs or dtype is not None:
+            raise ValueError("a loaded model comes as it is: dtype and from_pretrained arguments need a hub id or folder")
+        name = getattr(model.config, "_name_or_path", "") or type(model).__name__
+        if tokenizer is None:
+            raise ValueError("LM(module) needs its tokenizer: sl.LM(module, tokenizer=AutoTokenizer.from_pretrained(...))")
+        return (model if device == "auto" else model.to(device)), tokenizer, name
+    source = bundled.folder() if model is None else str(model)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if dtype is None:
+        dtype = torch.float32 if str(device) == "cpu" else "auto"
+    try:
+        tokenizer = tokenizer or AutoTokenizer.from_pretrained(source)
+        with _quiet_if(model is None):
+            module = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **kwargs)
+    except OSError as err:
+        if model is not None:
+            raise ValueError(f"no model at {source!r}: pass a hub id, a folder with config.json, or a model ({err})") from err
+        raise ValueError(
+            f"the bundled model is not installed and {source} is out of reach: {bundled.PIP_LINE}"
+        ) from err
+    if "device_map" not in kwargs and "quantization_config" not in kwargs:
+        module = module.to(device)
+    return module, tokenizer, bundled.HUB_ID if model is None else source

