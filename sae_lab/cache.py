@@ -27,12 +27,12 @@ def root() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sae_lab"
 
 
-def list() -> "List":  # noqa: A001 - users read sl.cache.list()
+def list() -> "List":  # users read sl.cache.list()
     """Everything in the cache, largest first."""
     found = []
     for kind in KINDS:
         for path in sorted((root() / kind).glob("*")):
-            size = sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
+            size = sum(f.stat().st_size for f in [path, *path.rglob("*")] if f.is_file())
             found.append(Entry(kind, path.name, path, round(size / 1e6, 1)))
     return List(sorted(found, key=lambda e: -e.megabytes))
 
@@ -55,8 +55,8 @@ def clear(kind: str | None = None) -> float:
         raise ValueError(f"unknown kind of cache {kind!r}; kinds: {', '.join(KINDS)}")
     entries = [e for e in list() if kind in (None, e.kind)]
     for entry in entries:
-        shutil.rmtree(entry.path)
-    return sum(e.megabytes for e in entries)
+        shutil.rmtree(entry.path) if entry.path.is_dir() else entry.path.unlink()
+    return sum((e.megabytes for e in entries), 0.0)
 
 
 def make_folder(path: Path) -> Path:
@@ -65,10 +65,9 @@ def make_folder(path: Path) -> Path:
         path.mkdir(parents=True, exist_ok=True)
         if not os.access(path, os.W_OK):
             raise PermissionError(f"{path} is not writable")
-    except (PermissionError, NotADirectoryError, FileExistsError) as err:
+    except OSError as err:  # no permission, a file in the way, a read-only or full disk
         raise ValueError(
-            f"cannot write to the folder {path} ({err}): pass path= to a folder you own, "
-            f"or set SAE_LAB_CACHE to one"
+            f"cannot write to the folder {path} ({err}): pass path= to a folder you own, or set SAE_LAB_CACHE to one"
         ) from err
     return path
 

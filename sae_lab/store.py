@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -32,8 +33,9 @@ VERSION = 1
 MAX_NORM = 4.0  # in medians: attention sinks and massive activations lie above (the bundled model's at 6 medians)
 FORWARD_TOKENS = 1024  # per forward pass; more brings nothing on a CPU
 SHARD_TOKENS = 4096
-_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "I32": torch.int32, "I16": torch.int16}
-_NUMPY = {"F16": np.float16, "BF16": np.uint16, "F32": np.float32, "I32": np.int32, "I16": np.int16}
+RESERVE_EVERY = 5
+_MANIFEST = {"identity", "mask", "scales", "complete", "shards"}
+_NUMPY = {"F16": np.float16, "BF16": np.uint16, "F32": np.float32, "I64": np.int64, "I32": np.int32}
 
 
 def harvest(
@@ -80,7 +82,7 @@ def harvest(
         "pack": pack,
         "mask": "default" if mask is None else mask.to_dict(),
     }
-    folder = Path(path) if path is not None else _default_path(identity)
+    folder = Path(path).expanduser() if path is not None else _default_path(identity)
     return _Harvest(lm, wanted, text, folder, identity, mask).run(tokens)
 
 
@@ -108,9 +110,12 @@ class _Harvest:
         for shard, ok in zip(self.manifest["shards"], good, strict=True):
             if not ok:
                 log.warning("shard %s of %s is damaged and is harvested again", shard["file"], self.folder)
+        last_bad = max((i for i, ok in enumerate(good) if not ok), default=-1)
         have = sum(s["rows"] for s in self.manifest["shards"])
         if all(good) and (have >= tokens or self.manifest["complete"]):
             return self._result(tokens)
+        for leftover in self.folder.glob(".*.tmp"):  # of a run that was killed
+            leftover.unlink(missing_ok=True)
         done = 0
         bar = tqdm(total=tokens, unit="tok", desc="harvest " + "+".join(s.key for s in self.sites), dynamic_ncols=True)
         with bar:
@@ -118,9 +123,9 @@ class _Harvest:
                 if number >= len(good) or not good[number]:
                     self._write(number, contexts)
                 rows = self.manifest["shards"][number]["rows"]
-                bar.update(min(rows, tokens - done))
+                bar.update(max(0, min(rows, tokens - done)))
                 done += rows
-                if done >= tokens:
+                if done >= tokens and number >= last_bad:
                     break
             else:
                 self.manifest["complete"] = True
@@ -131,8 +136,10 @@ class _Harvest:
         file = self.folder / "manifest.json"
         if not file.exists():
             cache.make_folder(self.folder)
-            return {"format": "sae_lab store", "version": VERSION, "identity": self.identity, "mask": None, "scales": {},
-                    "complete": False, "shards": [], "made_with": _versions()}  # fmt: skip
+            return {
+                "format": "sae_lab store", "version": VERSION, "identity": self.identity, "mask": None, "scales": {},
+                "complete": False, "shards": [], "made_with": _versions(),
+            }  # fmt: skip
         manifest = read_manifest(self.folder)
         differences = [
             f"{key}: {manifest['identity'].get(key)!r} there, {value!r} now"
@@ -149,16 +156,20 @@ class _Harvest:
     def _shards(self) -> Iterator[list[Context]]:
         """Contexts in groups of about SHARD_TOKENS tokens: the same groups on every run."""
         length, group, count, seen = self.identity["context"], [], 0, 0
-        for c in self.text.contexts(self.lm.tokenizer, self.lm.prefix_id, length, self.identity["pack"]):
+        tokenizer, prefix, pack = self.lm.tokenizer, self.lm.prefix_id, self.identity["pack"]
+        for c in self.text.contexts(tokenizer, prefix, length, pack, shuffle=True):
             group.append(c)
             count += len(c.ids)
             seen += len(c.ids)
-            if count >= SHARD_TOKENS:
+            if count >= max(SHARD_TOKENS, length):
                 yield group
                 group, count = [], 0
         if seen < length:
+            if seen == 0:
+                raise ValueError(f"the text {self.text.name!r} is empty: pass at least one document with a word in it")
             raise ValueError(
-                f"the text holds {seen} tokens, less than one context of {length}: pass more text, or context={max(seen, 2)}"
+                f"the text holds {seen} tokens, less than one context of {length}: "
+                f"pass more text, or context={max(seen, 2)}"
             )
         if group:
             yield group
@@ -176,11 +187,12 @@ class _Harvest:
             }  # fmt: skip
             self.manifest["shards"][number : number + 1] = [entry]
             self._save_manifest()
-        except OSError as err:
+        except (OSError, SafetensorError) as err:
             rows = sum(s["rows"] for s in self.manifest["shards"][:number])
             raise OSError(
-                f"could not write shard {name} ({err.strerror or err}). The store {self.folder} holds {rows} whole tokens: "
-                f"make room and call harvest again to go on, or open it with sl.Store({str(self.folder)!r})"
+                f"could not write shard {name} ({getattr(err, 'strerror', None) or err}). "
+                f"The store {self.folder} holds {rows} whole tokens: make room "
+                f"and call harvest again to go on, or open it with sl.Store({str(self.folder)!r})"
             ) from err
 
     def _read(self, contexts: list[Context]) -> tuple[dict[str, Tensor], int]:
@@ -221,8 +233,8 @@ class _Harvest:
             if not bool(x.isfinite().all()):
                 row = int((~x.isfinite().all(-1)).nonzero()[0])
                 raise ValueError(
-                    f"activations at {site} are not finite (token id {int(ids[row])} at position {int(positions[row])}): "
-                    f"load the model in float32, or check its weights"
+                    f"activations at {site} are not finite (token id {int(ids[row])} at position "
+                    f"{int(positions[row])}): load the model in float32, or check its weights"
                 )
         if self.manifest["mask"] is None:
             base = self.mask or self.lm.mask()
@@ -255,6 +267,65 @@ class _Harvest:
         return store
 
 
+class Runs:
+    """Some of a store's rows as runs of consecutive ones: the i-th row without a list of them all."""
+
+    def __init__(self, starts: np.ndarray, lengths: np.ndarray):
+        self._starts = starts
+        self._ends = np.cumsum(lengths)
+        self._before = self._ends - lengths
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def __getitem__(self, index: np.ndarray) -> np.ndarray:
+        run = np.searchsorted(self._ends, index, side="right")
+        return self._starts[run] + index - self._before[run]
+
+
+def split_runs(starts: np.ndarray, lengths: np.ndarray, groups: np.ndarray) -> tuple[Runs, Runs]:
+    """(training rows, reserved rows). Every fifth group is reserved: what must hold on new text, like BatchTopK's
+    threshold, is fitted there, since a coder's own training tokens (and their documents) flatter it. Of fewer than five
+    groups none is reserved."""
+    reserved = groups % RESERVE_EVERY == RESERVE_EVERY - 1
+    return Runs(starts[~reserved], lengths[~reserved]), Runs(starts[reserved], lengths[reserved])
+
+
+def shuffled(rows: Runs, step: int, batch_size: int, seed: int) -> np.ndarray:
+    """Batch ``step`` of an endless stream of passes over these rows, each pass in its own random order."""
+    n = len(rows)
+    at = np.arange(step * batch_size, (step + 1) * batch_size, dtype=np.int64)
+    out = np.empty(batch_size, np.int64)
+    for epoch in np.unique(at // n):
+        here = at // n == epoch
+        out[here] = permute(at[here] - epoch * n, n, seed * 1_000_003 + int(epoch))
+    return rows[out]
+
+
+def permute(index: np.ndarray, n: int, key: int) -> np.ndarray:
+    """A random-looking permutation of 0..n-1, evaluated only at ``index``.
+
+    Four Feistel rounds permute a power of four at least n; what lands outside is permuted again until it lands inside
+    (Black & Rogaway 2002, "Ciphers with arbitrary finite domains").
+    """
+    half = max(1, (int(n - 1).bit_length() + 1) // 2)
+    low = np.uint64((1 << half) - 1)
+    shift = np.uint64(half)
+    keys = np.random.SeedSequence(key).generate_state(4, np.uint64)
+    out = index.astype(np.uint64)
+    todo = np.ones(len(out), bool)
+    while todo.any():
+        left, right = out[todo] >> shift, out[todo] & low
+        for k in keys:
+            mixed = (right + k) * np.uint64(0x9E3779B97F4A7C15)
+            mixed ^= mixed >> np.uint64(29)
+            mixed *= np.uint64(0xBF58476D1CE4E5B9)
+            left, right = right, left ^ ((mixed >> np.uint64(32)) & low)
+        out[todo] = (left << shift) | right
+        todo[todo] = out[todo] >= n
+    return out.astype(np.int64)
+
+
 class Store:
     """Activations on disk. ``Store(path)`` opens what ``harvest`` made; ``rows`` limits it to the first so many.
 
@@ -262,7 +333,7 @@ class Store:
     """
 
     def __init__(self, path: str | Path, rows: int | None = None, site: Site | str | None = None):
-        self.path = Path(path)
+        self.path = Path(path).expanduser()
         self.manifest = read_manifest(self.path)
         self.identity: dict[str, Any] = self.manifest["identity"]
         self.sites = [Site.of(key) for key in self.identity["sites"]]
@@ -278,7 +349,9 @@ class Store:
     def site(self) -> Site:
         """The site whose activations are read. ValueError while several could be meant."""
         if self._site is None:
-            raise ValueError(f"this store has several sites ({', '.join(map(repr, self.sites))}): choose with store.at(site)")
+            raise ValueError(
+                f"this store has several sites ({', '.join(map(repr, self.sites))}): choose with store.at(site)"
+            )
         return self._site
 
     @property
@@ -325,10 +398,16 @@ class Store:
 
     @cached_property
     def _maps(self) -> list[dict[str, np.ndarray]]:
-        return [_memory_map(self.path / s["file"]) for s in self.manifest["shards"]]
+        return [memory_map(self.path / s["file"]) for s in self.manifest["shards"]]
 
     def rows(self, rows: np.ndarray, key: str) -> Tensor:
-        """Any rows of one tensor ("token", "document", "position", or a site's key), in the order asked for."""
+        """Any rows of one tensor ("token", "document", "position", or a site's key), in the order asked for.
+
+        Raises ValueError for rows that the store does not have.
+        """
+        if len(rows) == 0 or rows.min() < 0 or rows.max() >= len(self):
+            have = f"{rows.min()} to {rows.max()}" if len(rows) else "none"
+            raise ValueError(f"this store has rows 0 to {len(self) - 1}, asked for {have}")
         shards = np.searchsorted(self._starts, rows, side="right") - 1
         order = np.argsort(shards, kind="stable")
         bounds = np.searchsorted(shards[order], np.arange(len(self._starts)))
@@ -341,20 +420,45 @@ class Store:
             bits = part.dtype == np.uint16
             part = torch.from_numpy(part).view(torch.bfloat16).float().numpy() if bits else part
             if out is None:
-                out = np.empty((len(rows), *part.shape[1:]), np.float32 if key in self.manifest["scales"] else part.dtype)
+                out = np.empty(
+                    (len(rows), *part.shape[1:]), np.float32 if key in self.manifest["scales"] else part.dtype
+                )
             out[here] = part
-        assert out is not None, "no rows asked for"
+        assert out is not None
         tensor = torch.from_numpy(out)
         return tensor.mul_(self.manifest["scales"][key]) if key in self.manifest["scales"] else tensor.long()
 
     def batch(self, step: int, batch_size: int, seed: int = 0) -> Batch:
-        """Batch number ``step`` of an endless shuffled stream: every pass sees each row once, in an order of its own.
+        """Batch number ``step`` of an endless shuffled stream: every pass sees each training row once, in an order of
+        its own (about one row in five is reserved, see ``split_runs``).
 
         Costs O(batch_size): the order is a keyed permutation that is computed, not stored.
         """
-        rows = shuffled_rows(len(self), step, batch_size, seed)
+        rows = shuffled(self._split[0], step, batch_size, seed)
         x = self.rows(rows, self.site.key)
         return Batch(x, x, self.rows(rows, "token"), self.rows(rows, "position"))
+
+    @cached_property
+    def _split(self) -> tuple[Runs, Runs]:
+        """(training rows, reserved rows): whole documents are reserved, or contexts where documents are few."""
+        numbered = [m["context"] + first for m, first in zip(self._maps, self._context_starts, strict=False)]
+        context = np.concatenate(numbered)[: len(self)]
+        starts = np.flatnonzero(np.diff(context, prepend=-1))
+        document = self.rows(starts, "document").numpy()
+        names, groups = np.unique(document, return_inverse=True)
+        if len(names) < 2 * RESERVE_EVERY:
+            groups = np.arange(len(starts))
+        return split_runs(starts, np.diff(np.append(starts, len(self))), groups)
+
+    @property
+    def training_rows(self) -> int:
+        """How many rows training sees in a pass; the others are reserved for fitting thresholds."""
+        return len(self._split[0])
+
+    def reserved(self, most: int) -> Tensor | None:
+        """Activations that no batch holds, at most so many; None where the store is too small to reserve any."""
+        rows = self._split[1]
+        return self.rows(rows[np.arange(min(most, len(rows)))], self.site.key) if len(rows) else None
 
     def blocks(self, size: int = 8192) -> Iterator[tuple[np.ndarray, Tensor]]:
         """(rows, activations) in the order of the text, each row once."""
@@ -410,47 +514,26 @@ class Rows:
         return len(self.x)
 
     def batch(self, step: int, batch_size: int, seed: int = 0) -> Batch:
-        rows = torch.from_numpy(shuffled_rows(len(self), step, batch_size, seed))
+        rows = torch.from_numpy(shuffled(self._split[0], step, batch_size, seed))
         x = self.x[rows.to(self.x.device)].float()
         return Batch(x, x)
+
+    @cached_property
+    def _split(self) -> tuple[Runs, Runs]:
+        starts = np.arange(0, len(self), 128)
+        return split_runs(starts, np.diff(np.append(starts, len(self))), np.arange(len(starts)))
+
+    @property
+    def training_rows(self) -> int:
+        return len(self._split[0])
+
+    def reserved(self, most: int) -> Tensor | None:
+        rows = torch.from_numpy(self._split[1][np.arange(min(most, len(self._split[1])))])
+        return self.x[rows.to(self.x.device)].float() if len(rows) else None
 
     def blocks(self, size: int = 8192) -> Iterator[tuple[np.ndarray, Tensor]]:
         for start in range(0, len(self), size):
             yield np.arange(start, min(start + size, len(self))), self.x[start : start + size].float()
-
-
-def shuffled_rows(n: int, step: int, batch_size: int, seed: int) -> np.ndarray:
-    """Rows of batch ``step`` in an endless stream of passes over n rows, each pass in its own random order."""
-    at = np.arange(step * batch_size, (step + 1) * batch_size, dtype=np.int64)
-    out = np.empty(batch_size, np.int64)
-    for epoch in np.unique(at // n):
-        here = at // n == epoch
-        out[here] = permute(at[here] - epoch * n, n, seed * 1_000_003 + int(epoch))
-    return out
-
-
-def permute(index: np.ndarray, n: int, key: int) -> np.ndarray:
-    """A random-looking permutation of 0..n-1, evaluated only at ``index``.
-
-    Four Feistel rounds permute a power of four at least n; what lands outside is permuted again until it lands inside
-    (Black & Rogaway 2002, "Ciphers with arbitrary finite domains").
-    """
-    half = max(1, (int(n - 1).bit_length() + 1) // 2)
-    low = np.uint64((1 << half) - 1)
-    shift = np.uint64(half)
-    keys = np.random.SeedSequence(key).generate_state(4, np.uint64)
-    out = index.astype(np.uint64)
-    todo = np.ones(len(out), bool)
-    while todo.any():
-        left, right = out[todo] >> shift, out[todo] & low
-        for k in keys:
-            mixed = (right + k) * np.uint64(0x9E3779B97F4A7C15)
-            mixed ^= mixed >> np.uint64(29)
-            mixed *= np.uint64(0xBF58476D1CE4E5B9)
-            left, right = right, left ^ ((mixed >> np.uint64(32)) & low)
-        out[todo] = (left << shift) | right
-        todo[todo] = out[todo] >= n
-    return out.astype(np.int64)
 
 
 # ---------------------------------------------------------------------------------------------- files
@@ -460,13 +543,19 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """A store's manifest. ValueError where there is none, or one that is no store's."""
     file = Path(folder) / "manifest.json"
     if not file.exists():
-        raise ValueError(f"{folder} is no store (no manifest.json): make one with sl.harvest(..., path={str(folder)!r})")
+        raise ValueError(
+            f"{folder} is no store (no manifest.json): make one with sl.harvest(..., path={str(folder)!r})"
+        )
     try:
         manifest = json.loads(file.read_text())
         if manifest["format"] != "sae_lab store" or manifest["version"] > VERSION:
-            raise KeyError(f"format {manifest['format']!r} version {manifest['version']}")
+            raise ValueError(f"format {manifest['format']!r} version {manifest['version']}")
+        if missing := _MANIFEST - manifest.keys():
+            raise ValueError(f"without {', '.join(sorted(missing))}")
     except (ValueError, KeyError, TypeError) as err:
-        raise ValueError(f"{file} is no manifest this version reads ({err}): delete the folder and harvest again") from err
+        raise ValueError(
+            f"{file} is no manifest this version reads ({err}): delete the folder and harvest again"
+        ) from err
     return manifest
 
 
@@ -483,7 +572,7 @@ def _crc(file: Path) -> int:
     return value
 
 
-def _memory_map(file: Path) -> dict[str, np.ndarray]:
+def memory_map(file: Path) -> dict[str, np.ndarray]:
     """A safetensors file's tensors without reading them (an 8-byte length, a JSON header, then the bytes)."""
     try:
         size = os.path.getsize(file)
@@ -504,17 +593,19 @@ def _memory_map(file: Path) -> dict[str, np.ndarray]:
         if not maps:
             raise ValueError("no tensors")
         return maps
-    except (OSError, ValueError, KeyError) as err:
-        raise ValueError(f"shard {file} is damaged ({err}): call sl.harvest again with the same path to remake it") from err
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as err:
+        raise ValueError(
+            f"shard {file} is damaged ({err}): call sl.harvest again with the same path to remake it"
+        ) from err
 
 
 def _versions() -> dict[str, Any]:
     import transformers
 
-    import sae_lab
+    from sae_lab import __version__
 
     return {
-        "sae_lab": sae_lab.__version__, "torch": torch.__version__, "transformers": transformers.__version__,
+        "sae_lab": __version__, "torch": torch.__version__, "transformers": transformers.__version__,
         "python": platform.python_version(), "threads": torch.get_num_threads(),
     }  # fmt: skip
 

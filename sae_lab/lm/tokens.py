@@ -1,6 +1,8 @@
 """Prompts to token ids and back: prefixes, padding, chat roles, and strings that map to characters."""
 
+import re
 from collections.abc import Sequence
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ from sae_lab.types import TokenBatch
 Chat = Sequence[dict[str, str]]
 Prompts = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | Tensor | Chat | Sequence[Chat] | TokenBatch
 
+_MARK = "\ue000"  # a private-use character, which no template or text holds
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -25,7 +28,7 @@ class Token(str):
     end: int
     label: str
 
-    def __new__(cls, text: str, id: int, start: int, label: str | None = None) -> "Token":  # noqa: A002
+    def __new__(cls, text: str, id: int, start: int, label: str | None = None) -> "Token":
         token = super().__new__(cls, text)
         token.id, token.start, token.end = id, start, start + len(text)
         token.label = text if label is None else label
@@ -76,7 +79,9 @@ def _as_list(prompts: Any) -> list[Any]:
             raise ValueError(f"token ids must be an integer tensor (pos) or (batch, pos), got {tuple(prompts.shape)}")
         prompts = prompts.tolist()
     if not isinstance(prompts, str | list | tuple):
-        raise ValueError(f"prompts must be a str, token ids, chat messages or a list of them, got {type(prompts).__name__}")
+        raise ValueError(
+            f"prompts must be a str, token ids, chat messages or a list of them, got {type(prompts).__name__}"
+        )
     if not isinstance(prompts, str) and len(prompts) == 0:
         raise ValueError("no prompts: the list is empty")
     return [prompts] if is_single(prompts) else list(prompts)
@@ -97,23 +102,45 @@ def pad(rows: list[list[int]], roles: list[list[str]] | None = None) -> TokenBat
 
 
 def _chat(tokenizer: Any, messages: Chat) -> tuple[list[int], list[str]]:
-    """Ids of a chat in the model's template, and each token's role ("template" for what the template adds)."""
+    """Ids of a chat in the model's template, and each token's role ("template" for what the template adds).
+
+    A chat that does not end with the assistant's words ends with the template's opening of its answer.
+    """
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError("this model's tokenizer has no chat template: pass plain text instead of messages")
-    text = tokenizer.apply_chat_template(list(messages), tokenize=False)
+    if bad := [m for m in messages if not all(isinstance(m.get(key), str) for key in ("role", "content"))]:
+        raise ValueError(f"a chat message is {{'role': str, 'content': str}}, got {bad[0]!r}")
+
+    def render(contents: list[str]) -> str:
+        chat = [{**m, "content": c} for m, c in zip(messages, contents, strict=True)]
+        answer = messages[-1]["role"] != "assistant"
+        return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=answer)
+
+    contents = [m["content"] for m in messages]
+    text = render(contents)
+    # Where the contents stand, from a rendering with marks in their places: "You" may well stand in the template too.
+    marked = re.split(f"{_MARK}(\\d+){_MARK}", render([f"{_MARK}{i}{_MARK}" for i in range(len(messages))]))
+    literals, order = marked[::2], [int(i) for i in marked[1::2]]
+    filled = [contents, [c.strip() for c in contents]]  # some templates strip what they are given
+    found = next((f for f in filled if order == list(range(len(f))) and text == _weave(literals, f)), None)
+    if found is None:
+        raise ValueError(
+            "this chat template changes its messages, so their tokens cannot be told apart: pass plain text"
+        )
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     roles = ["template"] * len(encoded["input_ids"])
-    cursor = 0
-    for message in messages:
-        content = message["content"].strip()
-        start = text.find(content, cursor)
-        if start < 0:
-            raise ValueError(f"the chat template changes the {message['role']} message, so its tokens cannot be told apart")
-        cursor = start + len(content)
+    end = 0
+    for message, literal, content in zip(messages, literals, found, strict=False):
+        start = end + len(literal)
+        end = start + len(content)
         for i, (a, b) in enumerate(encoded["offset_mapping"]):
-            if a < cursor and b > start:
+            if a < end and b > start:
                 roles[i] = message["role"]
     return encoded["input_ids"], roles
+
+
+def _weave(literals: list[str], contents: list[str]) -> str:
+    return "".join(a + b for a, b in zip_longest(literals, contents, fillvalue=""))
 
 
 def spans(tokenizer: Any, ids: Sequence[int], prefixed: bool) -> list[Token]:

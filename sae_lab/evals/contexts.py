@@ -1,0 +1,61 @@
+"""Evaluation text: contexts spread over documents, so that a standard error clustered by document means something."""
+
+from collections.abc import Sequence
+from itertools import islice
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sae_lab.lm.model import LM
+from sae_lab.lm.text import Context, Text, from_documents
+
+MOST_DOCUMENTS = 64
+
+
+def spread_contexts(lm: LM, text: Text | Sequence[str], tokens: int, length: int) -> list[Context]:
+    """Contexts of about ``tokens`` tokens in all, evenly spread over the first 64 documents and within each.
+
+    ValueError when the text has no context of two tokens.
+    """
+    if not isinstance(text, Text):
+        text = from_documents([text] if isinstance(text, str) else text)
+    by_document: dict[int, list[Context]] = {}
+    for context in text.contexts(lm.tokenizer, lm.prefix_id, length):
+        number = context.documents[0]
+        if number >= MOST_DOCUMENTS:
+            break
+        if len(context.ids) > 1:
+            by_document.setdefault(number, []).append(context)
+    if not by_document:
+        raise ValueError("the evaluation text is empty: it needs a document of at least two tokens")
+    each = -(-tokens // (length * len(by_document)))
+    while True:  # documents shorter than their share leave it to the others
+        chosen = [c for contexts in by_document.values() for c in _evenly(contexts, each)]
+        if sum(len(c.ids) for c in chosen) >= tokens or each >= max(map(len, by_document.values())):
+            break
+        each += 1
+    order = np.random.default_rng(0).permutation(len(chosen))
+    total = np.cumsum([len(chosen[i].ids) for i in order])
+    enough = int(np.searchsorted(total, tokens)) + 1
+    return [chosen[i] for i in islice(order, enough)]
+
+
+def _evenly(contexts: list[Context], n: int) -> list[Context]:
+    if len(contexts) <= n:
+        return contexts
+    return [contexts[i] for i in np.linspace(0, len(contexts) - 1, n).round().astype(int)]
+
+
+def clustered_error(differences: Tensor, clusters: Tensor) -> float:
+    """Standard error of the mean of paired differences whose clusters (documents) are independent.
+
+    √(G/(G−1)·Σ_g(Σ_{i∈g}(d_i − d̄))²)/n; NaN for a single cluster.
+    """
+    names, where = clusters.unique(return_inverse=True)
+    if len(names) < 2:
+        return float("nan")
+    residual = (differences - differences.mean()).double()
+    sums = torch.zeros(len(names), dtype=torch.double).index_add_(0, where, residual)
+    correction = len(names) / (len(names) - 1)
+    return float((correction * sums.pow(2).sum()).sqrt() / len(differences))

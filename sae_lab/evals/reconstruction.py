@@ -1,0 +1,227 @@
+"""How much of the activations, and of the model's behaviour, a coder keeps."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sae_lab.evals.contexts import clustered_error, spread_contexts
+from sae_lab.lm.model import LM, token_losses
+from sae_lab.lm.text import Context, Text
+from sae_lab.lm.tokens import pad
+from sae_lab.saes.base import SparseCoder
+from sae_lab.types import Site, TokenBatch, TokenMask, Write
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """Result of ``sl.evals.reconstruction``; see DEFINITIONS in its rows.
+
+    Losses are nats/token; ``ce_recovered`` is 1 for the identity and 0 for mean ablation.
+    """
+
+    l0: float
+    fvu: float
+    fvu_all_tokens: float
+    dead: float
+    dead_tokens: int
+    ce_clean: float
+    ce_delta: float
+    ce_delta_se: float
+    ce_recovered: float
+    ce_recovered_zero: float
+    ce_delta_mean_ablation: float
+    ce_delta_zero_ablation: float
+    pca_rank: int
+    pca_fvu: float
+    pca_ce_delta: float
+    pca_ce_recovered: float
+    tokens: int
+    documents: int
+    excluded: float
+    mask: str
+
+    @property
+    def explained_variance(self) -> float:
+        return 1 - self.fvu
+
+    def to_pandas(self):  # noqa: ANN201 - pandas is imported late
+        """One row, one column a field."""
+        import pandas as pd
+
+        return pd.DataFrame([asdict(self)])
+
+    def _rows(self) -> list[tuple[str, str, str, str]]:
+        """(measure, this coder, PCA of rank k, what it means)."""
+        k = self.pca_rank
+        return [
+            ("L0", f"{self.l0:.2f}", str(k), "active features per token, eval mode"),
+            ("FVU", f"{self.fvu:.3f}", f"{self.pca_fvu:.3f}", "variance unexplained, kept tokens"),
+            ("FVU, all tokens", f"{self.fvu_all_tokens:.3f}", "", "with the tokens that the mask leaves out"),
+            ("dCE", f"{self.ce_delta:.3f} ± {self.ce_delta_se:.3f}", f"{self.pca_ce_delta:.3f}",
+             f"spliced - clean ({self.ce_clean:.3f}), nats/token"),
+            ("CE recovered, mean", f"{self.ce_recovered:.3f}", f"{self.pca_ce_recovered:.3f}",
+             f"mean ablation costs {self.ce_delta_mean_ablation:.2f}"),
+            ("CE recovered, zero", f"{self.ce_recovered_zero:.3f}", "",
+             f"zero ablation costs {self.ce_delta_zero_ablation:.2f}"),
+            ("dead", f"{self.dead:.2%}", "", f"fire on none of {self.dead_tokens:,} training tokens"),
+        ]  # fmt: skip
+
+    def _footer(self) -> str:
+        return (
+            f"{self.tokens:,} tokens of {self.documents} documents; ± clustered by document; {self.excluded:.1%} of "
+            f"tokens {self.mask}; PCA fitted on these very tokens"
+        )
+
+    def __str__(self) -> str:
+        head = ("", "coder", f"PCA {self.pca_rank}", "")
+        lines = [f"{a:20} {b:>16} {c:>9}  {d}".rstrip() for a, b, c, d in (head, *self._rows())]
+        return "\n".join([*lines, self._footer()])
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        cells = "".join(
+            f"<tr><th style='text-align:left'>{a}</th><td>{b}</td><td>{c}</td><td style='text-align:left'>{d}</td></tr>"
+            for a, b, c, d in self._rows()
+        )
+        head = f"<tr><th></th><th>coder</th><th>PCA {self.pca_rank}</th><th></th></tr>"
+        return f"<table>{head}{cells}</table><p>{self._footer()}</p>"
+
+
+def reconstruction(
+    coder: SparseCoder, lm: LM, text: Text | Sequence[str], tokens: int = 8_192, context: int | None = None
+) -> Reconstruction:
+    """Splice the coder into the model on held-out text and measure what is lost.
+
+    FVU = Σ‖x−x̂‖²/Σ‖x−x̄‖² over kept tokens. ΔCE = CE(spliced) − CE(clean), over every predicted token, with the tokens
+    that the mask leaves out passing unchanged. CE recovered = 1 − ΔCE/ΔCE(ablated). Controls: mean and zero ablation,
+    and PCA of rank k fitted on these same activations (which favours PCA).
+
+    Args:
+        text: held-out documents, e.g. ``text.held_out``. tokens: how many to read.
+        context: tokens the model sees at once; None is what the coder was trained with, else 128.
+    """
+    site = coder.site
+    if lm.width(site) != coder.d_in:
+        raise ValueError(f"the coder reads d_in={coder.d_in}, {lm} has width {lm.width(site)} at {site}: wrong model or site")
+    was_training = coder.training
+    coder.eval()
+    try:
+        contexts = spread_contexts(lm, text, tokens, context or coder.meta.get("context", 128))
+        mask = coder.mask or lm.mask()
+        x, kept = _read(lm, site, contexts, mask)
+        measured = _measure(coder, x, kept)
+        losses, documents = _losses(coder, lm, site, contexts, mask, measured)
+    finally:
+        coder.train(was_training)
+    clean, spliced, mean, zero, pca = losses.double()
+    d_coder, d_mean, d_zero, d_pca = (float((v - clean).mean()) for v in (spliced, mean, zero, pca))
+    return Reconstruction(
+        l0=measured["l0"],
+        fvu=measured["fvu"],
+        fvu_all_tokens=measured["fvu_all"],
+        dead=coder.meta.get("dead", float("nan")),
+        dead_tokens=coder.meta.get("dead_tokens", 0),
+        ce_clean=float(clean.mean()),
+        ce_delta=d_coder,
+        ce_delta_se=clustered_error(spliced - clean, documents),
+        ce_recovered=1 - d_coder / d_mean,
+        ce_recovered_zero=1 - d_coder / d_zero,
+        ce_delta_mean_ablation=d_mean,
+        ce_delta_zero_ablation=d_zero,
+        pca_rank=measured["rank"],
+        pca_fvu=measured["pca_fvu"],
+        pca_ce_delta=d_pca,
+        pca_ce_recovered=1 - d_pca / d_mean,
+        tokens=len(x),
+        documents=len(documents.unique()),
+        excluded=float((~kept).float().mean()),
+        mask=str(mask),
+    )
+
+
+def _read(lm: LM, site: Site, contexts: list[Context], mask: TokenMask) -> tuple[Tensor, Tensor]:
+    """All activations ``tokens d`` and which of them are kept."""
+    xs, keeps = [], []
+    for start in range(0, len(contexts), 8):
+        batch = pad([c.ids for c in contexts[start : start + 8]])
+        acts, _ = lm.run(batch, [site], logits=False)
+        x = acts[site].cpu()
+        keep = mask.keep(batch.ids, batch.positions, {site: x})
+        xs.append(x[batch.mask])
+        keeps.append(keep[batch.mask])
+    return torch.cat(xs), torch.cat(keeps)
+
+
+@torch.no_grad()
+def _measure(coder: SparseCoder, x: Tensor, kept: Tensor) -> dict[str, Any]:
+    """What needs only activations: L0, FVU, and PCA of rank k."""
+    device = coder.W_dec.device
+    errors, active = [], 0.0
+    for rows, keep in zip(x.split(4096), kept.split(4096), strict=True):
+        x_hat = coder(rows.to(device)).x_hat.cpu()
+        active += len(coder.sparse_codes(rows[keep].to(device)).values) if keep.any() else 0
+        errors.append((rows - x_hat).pow(2).sum(-1).double())
+    error = torch.cat(errors)
+    xk = x[kept].double()
+    mean = xk.mean(0)
+    variance = (xk - mean).pow(2).sum()
+    l0 = active / len(xk)
+    rank = min(coder.config.get("k") or max(1, round(l0)), coder.d_in)
+    eigenvalues, vectors = torch.linalg.eigh((xk - mean).T @ (xk - mean))
+    return {
+        "l0": l0,
+        "fvu": float(error[kept].sum() / variance),
+        "fvu_all": float(error.sum() / (x.double() - x.double().mean(0)).pow(2).sum()),
+        "rank": rank,
+        "pca_fvu": float(eigenvalues[:-rank].sum() / eigenvalues.sum()) if rank < coder.d_in else 0.0,
+        "mean": mean.float(),
+        "basis": vectors[:, -rank:].float(),
+    }
+
+
+def _losses(
+    coder: SparseCoder, lm: LM, site: Site, contexts: list[Context], mask: TokenMask, measured: dict[str, Any]
+) -> tuple[Float[Tensor, "variants predicted"], Tensor]:
+    """Loss per predicted token when the site is clean, spliced, mean-ablated, zeroed, cut to PCA; and its document.
+
+    One context at a time, all variants in one pass: what lies before the site runs once, for a batch of one, and the
+    write makes it a batch of five. Only in mid-block, where the stream is changed in place, the batch is five from the
+    start.
+    """
+    from tqdm.auto import tqdm
+
+    in_place = site.kind == "resid_mid"
+    collected, documents = [], []
+    for context in tqdm(contexts, desc="evaluate", unit="context", dynamic_ncols=True):
+        batch = pad([context.ids])
+        five = TokenBatch(*(t.expand(5, -1) for t in (batch.ids, batch.mask, batch.positions)))
+
+        def variants(x: Tensor, tokens: TokenBatch) -> Tensor:
+            x = x[:1]
+            keep = mask.keep(tokens.ids[:1], tokens.positions[:1], {site: x}).to(x.device)
+            return _variants(coder, x, keep, measured)
+
+        _, logits = lm.run(five if in_place else batch, writes=[Write(site, variants)])
+        assert logits is not None
+        collected.append(token_losses(logits, five)[:, 1:])
+        documents += context.documents[1:]
+    return torch.cat(collected, dim=1), torch.tensor(documents)
+
+
+def _variants(coder: SparseCoder, x: Tensor, keep: Tensor, measured: dict[str, Any]) -> Float[Tensor, "variants pos d"]:
+    """x, its reconstruction, the mean, zero, and its PCA, in one batch; left-out tokens stay as they are."""
+    mean, basis = measured["mean"].to(x.device), measured["basis"].to(x.device)
+    rows = x.float()
+    new = torch.cat([
+        rows,
+        coder(rows.to(coder.W_dec.device)).x_hat.to(x.device),
+        mean.expand_as(rows),
+        torch.zeros_like(rows),
+        (rows - mean) @ basis @ basis.T + mean,
+    ]).to(x.dtype)  # fmt: skip
+    return torch.where(keep.unsqueeze(-1), new, x)

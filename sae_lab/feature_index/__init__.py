@@ -1,0 +1,7 @@
+"""A coder's features: which are active in a text, and an index of all of them over a store."""
+
+from sae_lab.feature_index.build import index_features
+from sae_lab.feature_index.index import Context, FeatureIndex, FeatureView
+from sae_lab.feature_index.table import FeatureTable, features
+
+__all__ = ["Context", "FeatureIndex", "FeatureTable", "FeatureView", "features", "index_features"]

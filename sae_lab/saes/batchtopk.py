@@ -1,0 +1,45 @@
+"""BatchTopK: k active features per token on average over the batch (Bussmann et al. 2024, arXiv:2412.06410)."""
+
+from collections.abc import Iterable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sae_lab.saes import sparse
+from sae_lab.saes.topk import TopK
+from sae_lab.types import Codes
+
+
+class BatchTopK(TopK):
+    """Training: the batch*k largest pre-activations of the batch. Eval: f = pre·1[pre > θ], θ fitted on training data
+    so that k features are active on average; a row's codes then depend on that row alone.
+
+    ``threshold`` is θ; NaN until fitted, and eval mode then raises ValueError.
+    """
+
+    def __init__(self, d_in: int, d_sae: int, k: int = 32, k_aux: int | None = None, seed: int = 0):
+        super().__init__(d_in, d_sae, k, k_aux, seed)
+        self.register_buffer("threshold", torch.tensor(float("nan")))
+        self.threshold: Tensor
+
+    def act(self, pre: Float[Tensor, "batch d_sae"]) -> Codes:
+        if self.training:
+            return sparse.top_of_batch(pre, self.k * len(pre))
+        if bool(self.threshold.isnan()):
+            raise ValueError(
+                "this BatchTopK has no inference threshold yet: train it with sl.train, call "
+                "sae.calibrate([activations]), or use sae.train() for batch-wise selection"
+            )
+        return sparse.above(pre, self.threshold)
+
+    def fit_threshold(self, blocks: Iterable[Tensor]) -> None:
+        """θ = the (k·rows)-th largest pre-activation of each block, averaged over the rows; never below 0."""
+        self.train()
+        smallest, rows = zip(*((self._codes(x.float())[1].values.min(), len(x)) for x in blocks), strict=True)
+        weights = torch.tensor(rows, device=self.threshold.device) / sum(rows)
+        self.threshold.copy_((torch.stack(smallest) * weights).sum().clamp_min(0))
+
+    def fold(self, scale: float) -> None:
+        super().fold(scale)
+        self.threshold /= scale

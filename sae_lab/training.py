@@ -1,0 +1,399 @@
+"""sl.train: one loop for every coder. It sees coders and batches, never a family by name."""
+
+import json
+import logging
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sae_lab import cache
+from sae_lab.saes import formats, losses
+from sae_lab.saes.base import SparseCoder
+from sae_lab.store import Rows, Store
+from sae_lab.types import Batch, Codes, Output
+
+log = logging.getLogger(__name__)
+
+CALIBRATION_TOKENS = 100_000  # threshold, f_scale and the count of dead features are taken on so many training tokens
+CHECKPOINT = "checkpoint.safetensors"
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How to train. Give ``tokens`` or ``steps``.
+
+    lr: Adam's learning rate; None is 2e-3·sqrt(4608/d_sae), so that wider coders learn slower.
+    warmup, decay: shares of the steps over which lr rises from 0 and falls to 0.
+    dead_after: a feature that fires on none of so many tokens counts as dead, and AuxK revives it.
+    checkpoint_every: steps between checkpoints (only with ``path=``).
+    """
+
+    tokens: int | None = None
+    steps: int | None = None
+    batch_size: int = 4096
+    lr: float | None = None
+    warmup: float = 0.05
+    decay: float = 0.2
+    seed: int = 0
+    dead_after: int = 100_000
+    log_every: int = 1
+    checkpoint_every: int = 100
+
+    def __post_init__(self):
+        if (self.tokens is None) == (self.steps is None):
+            raise ValueError(f"give tokens or steps, one of them: got tokens={self.tokens}, steps={self.steps}")
+        for name in ("tokens", "steps", "batch_size", "dead_after", "log_every", "checkpoint_every"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        if self.lr is not None and not (self.lr > 0 and math.isfinite(self.lr)):
+            raise ValueError(f"lr must be a positive number, got {self.lr}; None chooses one by d_sae")
+        if not (0 <= self.warmup <= 1 and 0 <= self.decay <= 1 and self.warmup + self.decay <= 1):
+            raise ValueError(f"warmup and decay are shares of training that sum to <= 1, got {self.warmup}, {self.decay}")
+
+    @property
+    def total_steps(self) -> int:
+        return self.steps if self.steps is not None else -(-int(self.tokens or 0) // self.batch_size)
+
+    def lr_at(self, step: int, d_sae: int) -> float:
+        """The learning rate of a step: a trapezoid."""
+        peak = self.lr if self.lr is not None else 2e-3 * math.sqrt(4608 / d_sae)
+        rise = (step + 1) / max(1, round(self.warmup * self.total_steps))
+        fall = (self.total_steps - step) / max(1, round(self.decay * self.total_steps))
+        return peak * min(1.0, rise, fall)
+
+
+class Event(NamedTuple):
+    """What a callback gets: ``kind`` is "start", "step", "checkpoint" or "end"; ``metrics`` as in ``Run.history``."""
+
+    kind: str
+    step: int
+    metrics: dict[str, float]
+    coder: SparseCoder
+    config: TrainConfig
+
+
+@dataclass
+class Run:
+    """A finished training: the coder, its config, and one row of metrics per logged step."""
+
+    coder: SparseCoder
+    config: TrainConfig
+    history: list[dict[str, float]] = field(repr=False)
+    path: Path | None = None
+
+    def to_pandas(self):  # noqa: ANN201 - pandas is imported late
+        """The history: step, tokens, passes, loss, fvu, l0, dead, lr and the loss terms."""
+        import pandas as pd
+
+        return pd.DataFrame(self.history)
+
+    def __repr__(self) -> str:
+        m = self.history[-1]
+        return (
+            f"Run({type(self.coder).__name__}, {m['tokens']:,} tokens in {m['passes']:.1f} passes: last batch "
+            f"FVU {m['fvu']:.3f}, L0 {m['l0']:.1f}; dead {self.coder.meta['dead']:.2%} "
+            f"on {self.coder.meta['dead_tokens']:,} tokens)"
+        )
+
+
+def train(
+    coder: SparseCoder,
+    data: Store | Tensor,
+    config: TrainConfig,
+    *,
+    path: str | Path | None = None,
+    callbacks: Iterable[Callable[[Event], None]] = (),
+) -> Run:
+    """Train a coder in place on a store or a (tokens, d_in) tensor; returns a ``Run``, the coder in eval mode.
+
+    Activations are scaled to norm √d_in while training and the scale is folded into the biases at the end; b_dec starts
+    at the geometric median; decoder rows keep unit norm. Afterwards the coder knows its site, token mask, model,
+    threshold, ``f_scale`` and dead features.
+
+    With ``path``, checkpoints are written there, and the same call continues an interrupted run to the weights of an
+    unbroken one; the finished coder is saved there too. Without it nothing is reused.
+
+    Raises ValueError for a width that does not fit, a ``path`` that holds another run (the difference is named), and
+    for NaN or Inf in data or loss (step and cause are named; the coder keeps its last good weights).
+    """
+    rows = Rows(data) if isinstance(data, Tensor) else data
+    if rows.width != coder.d_in:
+        raise ValueError(f"the coder reads d_in={coder.d_in}, the activations have width {rows.width}: make them equal")
+    return _Training(coder, rows, config, Path(path) if path is not None else None, tuple(callbacks)).run()
+
+
+class _Training:
+    """The state of one call of train(): coder, optimiser, counters, history."""
+
+    def __init__(self, coder: SparseCoder, rows: Store | Rows, config: TrainConfig, path: Path | None, callbacks: tuple):
+        self.coder, self.rows, self.config, self.path, self.callbacks = coder, rows, config, path, callbacks
+        self.identity = {
+            "config": asdict(config),
+            "data": rows.fingerprint,
+            "coder": {"family": type(coder).__name__, **coder.config},
+            "initial_weights": coder.fingerprint(),
+        }
+        self.step = 0
+        self.history: list[dict[str, float]] = []
+        self.idle = torch.zeros(coder.d_sae, dtype=torch.long)  # tokens since each feature fired
+
+    def run(self) -> Run:
+        if self.path is not None:
+            cache.make_folder(self.path)
+            if finished := self._finished():
+                return finished
+        self._begin()
+        try:
+            with self._bar() as bar:
+                while self.step < self.config.total_steps:
+                    self._one_step()
+                    bar(self.history[-1])
+                    if self.path is not None and self.step % self.config.checkpoint_every == 0:
+                        self._checkpoint()
+        except BaseException as err:
+            self._leave(isinstance(err, KeyboardInterrupt))
+            raise
+        return self._end()
+
+    # ---- begin and end
+
+    def _begin(self) -> None:
+        coder = self.coder
+        found = self._read_checkpoint() if self.path is not None else None
+        self.parameters = dict(coder.named_parameters())
+        if found is None:
+            first = self.rows.batch(0, max(4096, self.config.batch_size), self.config.seed).x.to(coder.W_dec.device)
+            self._require_finite(first)
+            self.scale = float(math.sqrt(coder.d_in) / first.norm(dim=-1).mean().clamp_min(1e-12))
+            with torch.no_grad():
+                if not bool(coder.b_dec.any()):
+                    coder.b_dec.copy_(losses.geometric_median(first * self.scale))
+        self.idle = self.idle.to(coder.W_dec.device)
+        self.optimizer = torch.optim.Adam(coder.parameters(), lr=0.0, fused=True)
+        if found is not None:
+            self._restore(*found)
+        coder.train()
+        self._emit("start", {})
+
+    def _end(self) -> Run:
+        coder = self.coder
+        coder.fold(self.scale)
+        device = coder.W_dec.device
+        blocks = islice(self.rows.blocks(), -(-CALIBRATION_TOKENS // 8192))
+        unseen = self.rows.reserved(CALIBRATION_TOKENS)
+        facts = coder.calibrate([x.to(device) for _, x in blocks], None if unseen is None else unseen.to(device))
+        self._stamp(facts)
+        run = Run(coder, self.config, self.history, self.path)
+        if self.path is not None:
+            coder.save(self.path)
+            with cache.atomic(self.path / "run.json") as temporary:
+                temporary.write_text(json.dumps(self.identity | {"history": self.history, "left_weights": coder.fingerprint()}))
+            (self.path / CHECKPOINT).unlink(missing_ok=True)
+        self._emit("end", self.history[-1])
+        return run
+
+    def _stamp(self, facts: dict[str, float]) -> None:
+        """What the coder must know to be used alone: site, mask, model."""
+        rows, coder = self.rows, self.coder
+        meta: dict[str, Any] = {
+            "dead": facts["dead"],
+            "dead_tokens": int(facts["tokens"]),
+            "train_tokens": self.history[-1]["tokens"],
+            "train": asdict(self.config),
+        }
+        if isinstance(rows, Store):
+            coder.reads = coder.writes = (rows.site,)
+            meta |= {key: rows.identity[key] for key in ("model", "model_fingerprint", "prefix_id", "text", "context")}
+            meta["mask"] = rows.mask.to_dict()
+            meta["excluded"] = rows.excluded
+        coder.meta = meta
+
+    def _leave(self, interrupted: bool) -> None:
+        """Interrupted or failed: keep what can be continued, and leave the coder usable in raw units."""
+        if interrupted and self.path is not None:
+            self._checkpoint(left=True)
+        self.coder.fold(self.scale)
+        if interrupted and self.path is not None:
+            log.warning("stopped at step %d; the same call with path=%r goes on from there", self.step, str(self.path))
+
+    # ---- one step
+
+    def _one_step(self) -> None:
+        coder, config = self.coder, self.config
+        batch = self.rows.batch(self.step, config.batch_size, config.seed)
+        x = batch.x.to(coder.W_dec.device)
+        self._require_finite(x)
+        x = x * self.scale
+        batch = Batch(x, x, batch.tokens, batch.positions)
+        lr = config.lr_at(self.step, coder.d_sae)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        out = coder(x)
+        terms = coder.terms(batch, out, progress=self.step / config.total_steps, dead=self.idle > config.dead_after)
+        loss = torch.stack(list(terms.values())).sum()
+        if not bool(loss.isfinite()):
+            bad = ", ".join(name for name, t in terms.items() if not bool(t.isfinite()))
+            raise ValueError(
+                f"step {self.step}: the loss is not finite (term {bad}) though the data is, so the weights ran away: "
+                f"lower lr (now {lr:.3g}) and train a fresh coder"
+            )
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        coder.project()
+        fired = _fired(out, coder.d_sae)
+        self.idle += len(x)
+        self.idle[fired] = 0
+        self.step += 1
+        if self.step % config.log_every == 0 or self.step == config.total_steps:
+            self._record(batch, out, terms, loss, lr)
+
+    def _record(self, batch: Batch, out: Output, terms: dict[str, Tensor], loss: Tensor, lr: float) -> None:
+        tokens = self.step * self.config.batch_size
+        active = out.codes.values if isinstance(out.codes, Codes) else out.codes
+        row = {
+            "step": self.step,
+            "tokens": tokens,
+            "passes": tokens / self.rows.training_rows,
+            "loss": float(loss.detach()),
+            "fvu": float(losses.fvu(out.x_hat.detach(), batch.target)),
+            "l0": float((active > 0).sum()) / len(batch.x),
+            "dead": float((self.idle > self.config.dead_after).float().mean()),
+            "lr": lr,
+        }
+        self.history.append(row | {name: float(t.detach()) for name, t in terms.items()})
+        self._emit("step", self.history[-1])
+
+    def _require_finite(self, x: Tensor) -> None:
+        if not bool(x.isfinite().all()):
+            row = int((~x.isfinite().all(-1)).nonzero()[0])
+            raise ValueError(
+                f"step {self.step}: the activations hold NaN or Inf (row {row} of the batch): drop such rows, or harvest "
+                f"again in float32"
+            )
+
+    def _emit(self, kind: str, metrics: dict[str, float]) -> None:
+        for callback in self.callbacks:
+            callback(Event(kind, self.step, metrics, self.coder, self.config))
+
+    @contextmanager
+    def _bar(self) -> Iterator[Callable[[dict[str, float]], None]]:
+        from tqdm.auto import tqdm
+
+        total = self.config.total_steps
+        with tqdm(total=total, initial=self.step, desc=f"train {type(self.coder).__name__}", dynamic_ncols=True) as bar:
+
+            def show(m: dict[str, float]) -> None:
+                bar.update(self.step - bar.n)
+                text = f"pass {m['passes']:.1f}, loss {m['loss']:.1f}, FVU {m['fvu']:.3f}, L0 {m['l0']:.1f}, dead {m['dead']:.1%}"
+                bar.set_postfix_str(text, refresh=False)
+
+            yield lambda m: show(m) if self.history else None
+
+    # ---- checkpoints
+
+    def _checkpoint(self, left: bool = False) -> None:
+        """All that an unbroken run would have at this step, in one file, replaced in one piece."""
+        assert self.path is not None
+        tensors = {f"coder.{n}": t for n, t in self.coder.state_dict().items()} | {"idle": self.idle}
+        for name, p in self.parameters.items():
+            tensors |= {f"adam.{key}.{name}": t for key, t in self.optimizer.state[p].items()}
+        header = self.identity | {"step": self.step, "scale": self.scale, "history": self.history, "left_weights": None}
+        if left:  # the coder in the user's hands is about to be folded; recognise it when it comes back
+            header["left_weights"] = self._folded_fingerprint()
+        with cache.atomic(self.path / CHECKPOINT) as temporary:
+            save_file(
+                {n: t.detach().cpu().contiguous() for n, t in tensors.items()}, temporary, {"run": json.dumps(header)}
+            )
+        self._emit("checkpoint", self.history[-1] if self.history else {})
+
+    def _folded_fingerprint(self) -> str:
+        keep = {n: t.clone() for n, t in self.coder.state_dict().items()}
+        self.coder.fold(self.scale)
+        fingerprint = self.coder.fingerprint()
+        self.coder.load_state_dict(keep)
+        return fingerprint
+
+    def _read_checkpoint(self) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+        assert self.path is not None
+        file = self.path / CHECKPOINT
+        if not file.exists():
+            return None
+        try:
+            with safe_open(file, framework="pt") as f:
+                header = json.loads(f.metadata()["run"])
+                tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
+        except (SafetensorError, ValueError, KeyError, TypeError) as err:
+            raise ValueError(
+                f"{file} is no checkpoint of sae_lab ({err}); it was not read as anything else. Delete it to start over"
+            ) from err
+        self._require_same(header)
+        return header, tensors
+
+    def _restore(self, header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        self.step, self.scale, self.history = header["step"], header["scale"], header["history"]
+        self.coder.load_state_dict({n.removeprefix("coder."): t for n, t in tensors.items() if n.startswith("coder.")})
+        self.idle.copy_(tensors["idle"])
+        for name, p in self.parameters.items():
+            keys = ("step", "exp_avg", "exp_avg_sq")
+            if f"adam.step.{name}" in tensors:
+                # Moments take their parameter's memory layout, as Adam makes them.
+                self.optimizer.state[p] = {k: tensors[f"adam.{k}.{name}"].to(p.device) for k in keys}
+                for k in keys[1:]:
+                    self.optimizer.state[p][k] = torch.empty_like(p).copy_(self.optimizer.state[p][k])
+
+    def _finished(self) -> Run | None:
+        """The run at ``path`` if it is whole and the same; its coder's weights go into this one."""
+        assert self.path is not None
+        file = self.path / "run.json"
+        if not file.exists():
+            return None
+        try:
+            header = json.loads(file.read_bytes())
+            history = header["history"]
+        except (ValueError, KeyError, TypeError) as err:
+            raise ValueError(f"{file} is no run of sae_lab ({err}): delete it to start over") from err
+        self._require_same(header)
+        done = formats.load(self.path)
+        self.coder.load_state_dict(done.state_dict())
+        self.coder.reads, self.coder.writes, self.coder.meta = done.reads, done.writes, done.meta
+        return Run(self.coder.eval(), self.config, history, self.path)
+
+    def _require_same(self, header: dict[str, Any]) -> None:
+        """The run at ``path`` must have this config, data and coder; weights may be the initial or the last ones seen."""
+        differences = []
+        for key, mine in self.identity.items():
+            theirs = header.get(key)
+            if key == "initial_weights" and mine in (theirs, header.get("left_weights")):
+                continue
+            if isinstance(mine, dict) and isinstance(theirs, dict):
+                names = [n for n in mine | theirs if mine.get(n) != theirs.get(n)]
+                differences += [f"{key} {n}: {theirs.get(n)!r} there, {mine.get(n)!r} now" for n in names]
+            elif mine != theirs:
+                differences.append(f"{key}: {theirs!r} there, {mine!r} now")
+        if differences:
+            raise ValueError(
+                f"{self.path} holds another run; it differs in {'; '.join(differences)}. Pass another path=, or delete it"
+            )
+        self.identity["initial_weights"] = header["initial_weights"]
+
+
+def _fired(out: Output, d_sae: int) -> Tensor:
+    """Bool per feature: active on any row of the batch."""
+    if isinstance(out.codes, Codes):
+        fired = torch.zeros(d_sae, dtype=torch.bool, device=out.codes.values.device)
+        fired[out.codes.features[out.codes.values > 0]] = True
+        return fired
+    return (out.codes > 0).any(0)
+
+

@@ -1,0 +1,153 @@
+"""Shared fixtures: the bundled model, tiny random models of several architectures, a small text, a cache of its own.
+
+    lm          the bundled model, sl.LM()
+    tiny_lm     a tiny random Llama (3 layers, d=48) behind sl.LM: milliseconds a pass
+    tiny        {name: tiny LM} of every architecture in ARCHITECTURES
+    any_lm      the same, one test per architecture
+    tokenizer   the bundled model's tokenizer, which the tiny models use too
+    make_tiny   make_tiny(name, seed=0, **kwargs): a new tiny LM of one architecture (kwargs to sl.LM)
+    make_module make_module(name, vocab=256, seed=0, **config): only the transformers model inside
+    small_text  eighteen short documents of the bundled Wikipedia (about 4500 tokens), one of them held out
+
+All of them live for the session: a test that changes a model makes its own.
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+ARCHITECTURES = ("llama", "gpt2", "neox", "neox_serial", "gemma3", "qwen3", "olmo2")
+LAYERS, HEADS, D, D_HEAD = 3, 4, 48, 12
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_folder(tmp_path_factory):
+    """A cache folder for this test session, in which the converted bundled model is already there.
+
+    The model is converted, once, in the real cache; here stand links to its files, so that even ``sl.cache.clear()``
+    in a test deletes nothing that took time to make.
+    """
+    from sae_lab.lm import bundled
+
+    source = Path(bundled.folder())
+    root = tmp_path_factory.mktemp("cache")
+    if source.is_dir():
+        mirror = root / "models" / source.name
+        mirror.mkdir(parents=True)
+        for file in source.iterdir():
+            (mirror / file.name).symlink_to(file)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SAE_LAB_CACHE", str(root))
+        patch.setenv("HF_DATASETS_CACHE", str(root / "datasets"))
+        patch.setenv("TOKENIZERS_PARALLELISM", "false")  # silences a warning about forks
+        yield root
+
+
+@pytest.fixture(autouse=True)
+def threads(request):
+    """One thread for tiny models: their work is too small to share, and waiting for a busy core costs most of it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1 if {"tiny", "make_tiny"} & set(request.fixturenames) else before)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def lm():
+    import sae_lab as sl
+
+    return sl.LM()
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    from transformers import AutoTokenizer
+
+    from sae_lab.lm import bundled
+
+    return AutoTokenizer.from_pretrained(bundled.folder())
+
+
+@pytest.fixture(scope="session")
+def tiny(make_tiny):
+    return {name: make_tiny(name) for name in ARCHITECTURES}
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def any_lm(request, tiny):
+    return tiny[request.param]
+
+
+@pytest.fixture(scope="session")
+def tiny_lm(tiny):
+    return tiny["llama"]
+
+
+@pytest.fixture(scope="session")
+def small_text():
+    import sae_lab as sl
+
+    return sl.load_text([document[:1200] for document in sl.load_text()[:18]])
+
+
+@pytest.fixture(scope="session")
+def make_module():
+    return _make_module
+
+
+@pytest.fixture(scope="session")
+def make_tiny(tokenizer):
+    import sae_lab as sl
+
+    def make(name, seed=0, **kwargs):
+        return sl.LM(_make_module(name, len(tokenizer), seed), tokenizer=tokenizer, **kwargs)
+
+    return make
+
+
+def _make_module(name, vocab=256, seed=0, **overrides):
+    """The transformers model inside. Its weights are large and its norms' gains and biases random, so that every part
+    of it matters: with the small weights of a usual initialisation a wrong site would go unnoticed."""
+    import transformers as tf
+
+    modern = {
+        "vocab_size": vocab, "hidden_size": D, "intermediate_size": 2 * D, "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS, "max_position_embeddings": 256, "pad_token_id": None,
+        "bos_token_id": None, "eos_token_id": None,
+    }  # fmt: skip
+    grouped = {**modern, "num_key_value_heads": 2}
+    makers = {
+        "llama": lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**{**grouped, **overrides})),
+        "gpt2": lambda: tf.GPT2LMHeadModel(
+            tf.GPT2Config(
+                **{"vocab_size": vocab, "n_embd": D, "n_layer": LAYERS, "n_head": HEADS, "n_positions": 256,
+                   "bos_token_id": None, "eos_token_id": None, **overrides}
+            )
+        ),
+        "neox": lambda: tf.GPTNeoXForCausalLM(
+            tf.GPTNeoXConfig(**{**modern, "use_parallel_residual": True, **overrides})
+        ),
+        "neox_serial": lambda: tf.GPTNeoXForCausalLM(
+            tf.GPTNeoXConfig(**{**modern, "use_parallel_residual": False, **overrides})
+        ),
+        # A width of the heads that is not hidden_size / heads, as in the real Gemma and Qwen models.
+        "gemma3": lambda: tf.Gemma3ForCausalLM(
+            tf.Gemma3TextConfig(
+                **{**grouped, "head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 16,
+                   "layer_types": ["sliding_attention"] * (LAYERS - 1) + ["full_attention"], **overrides}
+            )
+        ),
+        "qwen3": lambda: tf.Qwen3ForCausalLM(tf.Qwen3Config(**{**grouped, "head_dim": 16, **overrides})),
+        "olmo2": lambda: tf.Olmo2ForCausalLM(tf.Olmo2Config(**{**grouped, **overrides})),
+    }  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        module = makers[name]().eval()
+        with torch.no_grad():
+            for p in module.parameters():
+                if p.dim() == 1:
+                    p.add_(0.3 * torch.randn_like(p))
+                else:
+                    p.normal_(0, 1.0 if p.shape[0] == vocab else D**-0.5)
+    return module

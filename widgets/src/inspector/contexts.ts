@@ -1,0 +1,89 @@
+// Where the feature fires: one line per context, peaks under each other, as in a concordance.
+import { h } from "../shared/dom";
+import { integer, number } from "../shared/format";
+import { makeTabStop, rovingFocus } from "../shared/keyboard";
+import { tokenLabel, tokenSpans } from "../shared/tokens";
+import type { Context, FeatureView, Group } from "./types";
+
+/** The token under the pointer or the keyboard focus. */
+export interface Hovered {
+  token: string;
+  value: number | null;
+}
+
+export function contexts(view: FeatureView, hover: (token: Hovered | null) => void, signal: AbortSignal): HTMLElement {
+  const shown = new Map<HTMLElement, Context>();
+  const grid = h(
+    "div",
+    { class: "saelab-contexts", role: "grid", "aria-label": "Contexts, strongest first" },
+    ...view.groups.map((group) => rowgroup(group, view.max, shown)),
+  );
+  const first = grid.querySelector<HTMLElement>("[data-home]");
+  if (first) makeTabStop(grid, first);
+
+  const tokenAt = (target: EventTarget | null): Hovered | null => {
+    const cell = (target as HTMLElement).closest<HTMLElement>("[data-cell]");
+    const context = cell && shown.get(cell.closest<HTMLElement>("[data-row]") as HTMLElement);
+    if (!cell || !context) return null;
+    const position = Number(cell.dataset.position);
+    return { token: context.tokens[position] ?? "", value: context.values[position] ?? null };
+  };
+  const focused = () => {
+    const active = (grid.getRootNode() as Document | ShadowRoot).activeElement;
+    return active && grid.contains(active) ? tokenAt(active) : null;
+  };
+  grid.addEventListener("pointerover", (event) => hover(tokenAt(event.target) ?? focused()), { signal });
+  grid.addEventListener("pointerleave", () => hover(focused()), { signal });
+  grid.addEventListener("focusin", (event) => hover(tokenAt(event.target)), { signal });
+  grid.addEventListener("focusout", () => hover(null), { signal });
+  grid.addEventListener("click", (event) => toggle(event.target), { signal });
+  grid.addEventListener("keydown", (event) => event.key === "Enter" && toggle(event.target), { signal });
+  rovingFocus(grid, signal, (cell) => {
+    // A token far from the peak is cut off in the one-line form.
+    if (!cell.matches("[data-home]")) rowOf(cell)?.classList.add("saelab-open");
+  });
+  return grid;
+}
+
+function rowOf(target: EventTarget | null): HTMLElement | null {
+  return (target as HTMLElement).closest<HTMLElement>("[data-row]");
+}
+
+function toggle(target: EventTarget | null): void {
+  const selection = document.getSelection();
+  if (selection && !selection.isCollapsed) return; // the click ended a text selection
+  rowOf(target)?.classList.toggle("saelab-open");
+}
+
+function rowgroup(group: Group, scale: number, shown: Map<HTMLElement, Context>): HTMLElement {
+  const rows = group.contexts.map((context) => {
+    const row = line(context, scale);
+    shown.set(row, context);
+    return row;
+  });
+  return h(
+    "div",
+    { class: "saelab-group", role: "rowgroup", "aria-label": group.label },
+    h("div", { class: "saelab-group-label", "aria-hidden": "true" }, group.label),
+    ...rows,
+  );
+}
+
+function line(context: Context, scale: number): HTMLElement {
+  const cells = tokenSpans(context, scale);
+  const value = number(context.values[context.peak]);
+  const place = `document ${integer(context.document)}, position ${integer(context.position)}`;
+  const peak = tokenLabel(context.tokens[context.peak] ?? "");
+  return h(
+    "div",
+    { class: "saelab-context", role: "row", "data-row": true, "aria-label": `${value} at ${peak}, ${place}` },
+    h("span", { class: "saelab-context-value", role: "rowheader", title: `${place}; click to fold or unfold` }, value),
+    // Two boxes let every peak start at the same column; unfolded, they flow as one text.
+    h(
+      "span",
+      { class: "saelab-context-text", role: "presentation" },
+      h("span", { class: "saelab-before", role: "presentation" }, h("span", { role: "presentation" }, ...cells.slice(0, context.peak))),
+      h("span", { class: "saelab-after", role: "presentation" }, ...cells.slice(context.peak)),
+    ),
+  );
+}

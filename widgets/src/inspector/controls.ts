@@ -1,0 +1,110 @@
+// The bar on top: which feature, a search by token, and the order of the list.
+import { h } from "../shared/dom";
+import { integer } from "../shared/format";
+import type { Sort } from "./types";
+
+export interface Controls {
+  element: HTMLElement;
+  show(feature: number, d_sae: number): void;
+  showSearch(query: string, sort: Sort): void;
+}
+
+export interface ControlActions {
+  open(feature: number): void;
+  search(query: string): void;
+  sort(by: Sort): void;
+  complain(message: string): void;
+}
+
+const SORTS: [Sort, string][] = [
+  ["best", "most readable"],
+  ["density", "density"],
+  ["max", "max activation"],
+];
+// Long enough to type a word without a query per letter, short enough to feel direct.
+const SEARCH_PAUSE_MS = 250;
+
+export function controls(actions: ControlActions, signal: AbortSignal): Controls {
+  let features = 0;
+  let current = 0;
+
+  const id = h("input", { type: "number", class: "saelab-feature", min: 0, step: 1, "aria-label": "Feature number" });
+  const previous = h("button", { type: "button", "aria-label": "Previous feature", title: "Previous feature" }, "‹");
+  const next = h("button", { type: "button", "aria-label": "Next feature", title: "Next feature" }, "›");
+  const total = h("span", { class: "saelab-dim" });
+  const search = h("input", {
+    type: "search",
+    class: "saelab-search",
+    placeholder: "search top tokens",
+    "aria-label": "Search features by token",
+    spellcheck: "false",
+    autocomplete: "off",
+  });
+  const sort = h(
+    "select",
+    { "aria-label": "Sort features by" },
+    ...SORTS.map(([value, label]) => h("option", { value }, label)),
+  );
+
+  const commit = () => {
+    const feature = Number(id.value);
+    if (id.value.trim() !== "" && Number.isInteger(feature) && feature >= 0 && feature < features) {
+      actions.open(feature);
+      return;
+    }
+    actions.complain(`feature must be an int from 0 to ${features - 1}, got “${id.value}”; type a number in that range`);
+    id.value = String(current);
+  };
+  id.addEventListener("change", commit, { signal });
+  previous.addEventListener("click", () => actions.open(current - 1), { signal });
+  next.addEventListener("click", () => actions.open(current + 1), { signal });
+  sort.addEventListener("change", () => actions.sort(sort.value as Sort), { signal });
+
+  let pause: ReturnType<typeof setTimeout> | undefined;
+  let asked = "";
+  const ask = () => {
+    clearTimeout(pause);
+    if (search.value === asked) return;
+    asked = search.value;
+    actions.search(asked);
+  };
+  search.addEventListener(
+    "input",
+    () => {
+      clearTimeout(pause);
+      pause = setTimeout(ask, SEARCH_PAUSE_MS);
+    },
+    { signal },
+  );
+  search.addEventListener("keydown", (event) => event.key === "Enter" && ask(), { signal });
+  signal.addEventListener("abort", () => clearTimeout(pause));
+
+  const element = h(
+    "div",
+    { class: "saelab-controls" },
+    h("div", { class: "saelab-stepper", role: "group", "aria-label": "Open a feature" }, previous, id, next),
+    total,
+    search,
+    h("label", { class: "saelab-sort" }, "sort by ", sort),
+  );
+  return {
+    element,
+    show(feature, d_sae) {
+      current = feature;
+      features = d_sae;
+      id.value = String(feature);
+      id.max = String(d_sae - 1);
+      previous.disabled = feature <= 0;
+      next.disabled = feature >= d_sae - 1;
+      total.textContent = `of ${integer(d_sae)}`;
+    },
+    showSearch(query, by) {
+      // A late answer must not take away what the user typed meanwhile.
+      if (query !== asked) {
+        asked = query;
+        search.value = query;
+      }
+      sort.value = by;
+    },
+  };
+}

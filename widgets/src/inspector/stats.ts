@@ -1,0 +1,37 @@
+// The numbers of one feature, and the tokens it peaks on.
+import { h } from "../shared/dom";
+import { integer, number, percent } from "../shared/format";
+import { tokenChip } from "../shared/tokens";
+import type { FeatureView } from "./types";
+
+const PEAK_TOKENS = 6;
+
+export function heading(view: FeatureView): HTMLElement {
+  return h(
+    "div",
+    { class: "saelab-heading" },
+    // Focus comes here when the control that opened the feature is redrawn.
+    h("h3", { tabindex: -1 }, `Feature ${view.feature}`),
+    h("span", { class: "saelab-peaks" }, ...peakTokens(view).map(tokenChip)),
+  );
+}
+
+export function stats(view: FeatureView): HTMLElement {
+  const pairs: [string, string, string][] = [
+    ["density", percent(view.density), "share of kept tokens on which the feature fires"],
+    ["fires on", `${integer(view.count)} of ${integer(view.tokens_seen)}`, "tokens on which it fires, of all kept tokens"],
+    ["mean", number(view.mean), "mean activation"],
+    ["max", number(view.max), "largest activation"],
+    ["f_scale", number(view.f_scale), "99.9th percentile of activation: the unit of steering strength"],
+  ];
+  const items = pairs.map(([name, value, meaning]) =>
+    h("div", { title: meaning }, h("dt", {}, name), h("dd", {}, value)),
+  );
+  return h("dl", { class: "saelab-stats" }, ...items);
+}
+
+function peakTokens(view: FeatureView): string[] {
+  const contexts = view.groups[0]?.contexts ?? [];
+  const peaks = contexts.map((context) => context.tokens[context.peak] ?? "");
+  return [...new Set(peaks)].slice(0, PEAK_TOKENS);
+}

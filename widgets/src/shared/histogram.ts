@@ -1,0 +1,100 @@
+// A histogram as inline SVG, with a marker that other parts of a widget move.
+import { h, svg } from "./dom";
+import { integer, number } from "./format";
+
+export interface Bins {
+  counts: number[];
+  edges: number[];
+}
+
+export interface Histogram {
+  element: HTMLElement;
+  /** Show where `value` lies; null takes the marker away. */
+  mark(value: number | null): void;
+}
+
+const WIDTH = 400;
+const HEIGHT = 100;
+
+/** Bars on a log count axis; `reference` is an optional named value drawn as a dashed line. */
+export function histogram(bins: Bins, reference?: { name: string; value: number }): Histogram {
+  const low = bins.edges[0] ?? 0;
+  const high = bins.edges.at(-1) ?? 1;
+  const span = high - low || 1;
+  const x = (value: number) => (WIDTH * (Math.min(high, Math.max(low, value)) - low)) / span;
+  // Activations have a heavy tail: on a linear axis all but the first few bars would vanish.
+  const tallest = Math.log1p(Math.max(1, ...bins.counts));
+
+  const bars = bins.counts.map((count, i) => {
+    const left = x(bins.edges[i] ?? low);
+    const right = x(bins.edges[i + 1] ?? high);
+    const tall = (HEIGHT * Math.log1p(count)) / tallest;
+    return svg(
+      "rect",
+      { class: "saelab-bar", x: left, y: HEIGHT - tall, width: Math.max(0, right - left - 1), height: tall },
+      svg("title", {}, `${number(bins.edges[i])} to ${number(bins.edges[i + 1])}: ${integer(count)} tokens`),
+    );
+  });
+  const marker = vertical("saelab-marker");
+  marker.setAttribute("visibility", "hidden");
+  const dashed = reference && Number.isFinite(reference.value) ? vertical("saelab-reference") : null;
+  if (dashed && reference) place(dashed, x(reference.value));
+
+  const total = bins.counts.reduce((sum, count) => sum + count, 0);
+  const picture = svg(
+    "svg",
+    {
+      class: "saelab-histogram-plot",
+      viewBox: `0 0 ${WIDTH} ${HEIGHT}`,
+      preserveAspectRatio: "none",
+      role: "img",
+      "aria-label": `Histogram of ${integer(total)} activations from ${number(low)} to ${number(high)}, log counts`,
+    },
+    ...bars,
+    dashed,
+    marker,
+  );
+  const element = h(
+    "div",
+    { class: "saelab-histogram" },
+    picture,
+    h(
+      "div",
+      { class: "saelab-axis", "aria-hidden": "true" },
+      h("span", {}, number(low)),
+      dashed && reference && h("span", { class: "saelab-axis-note" }, `┆ ${reference.name} ${number(reference.value)}`),
+      h("span", {}, number(high)),
+    ),
+  );
+  return {
+    element,
+    mark(value) {
+      const shown = value !== null && value > 0;
+      marker.setAttribute("visibility", shown ? "visible" : "hidden");
+      if (shown) {
+        place(marker, x(value));
+        marker.setAttribute("data-value", String(value));
+      } else {
+        marker.removeAttribute("data-value");
+      }
+      bars.forEach((bar, i) => bar.classList.toggle("saelab-bar-marked", shown && inBin(bins.edges, i, value)));
+    },
+  };
+}
+
+function vertical(name: string): SVGLineElement {
+  return svg("line", { class: name, y1: 0, y2: HEIGHT });
+}
+
+function place(line: SVGLineElement, x: number): void {
+  line.setAttribute("x1", x.toFixed(2));
+  line.setAttribute("x2", x.toFixed(2));
+}
+
+function inBin(edges: number[], i: number, value: number): boolean {
+  const left = edges[i];
+  const right = edges[i + 1];
+  if (left === undefined || right === undefined) return false;
+  const last = i === edges.length - 2;
+  return value >= left && (value < right || (last && value <= right));
+}

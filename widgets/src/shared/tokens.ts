@@ -1,0 +1,100 @@
+// Tokens as text: white space made visible, activation shown by colour AND by the weight of an underline.
+import { h } from "./dom";
+import { number } from "./format";
+
+const GLYPHS: Record<string, string> = { " ": "·", "\n": "↵", "\t": "⇥", "\r": "␍", "\u00a0": "⍽" };
+// Controls, zero-width and direction marks draw nothing or reorder text: they are named. Of the spaces, only
+// those that an eye would miss: a single one between letters is seen.
+const HIDDEN = "[\\u0000-\\u001f\\u007f-\\u00a0\\u00ad\\u200b-\\u200f\\u2028-\\u202e\\u2060-\\u2069\\ufeff]";
+const UNSEEN = new RegExp(`(^ +| {2,}| +$|${HIDDEN})`);
+
+/** How a single leading space is shown: as a gap (running text) or as a dot (a token on its own). */
+export type LeadingSpace = "gap" | "dot";
+
+/** A token as nodes: text as it is, white space and invisible characters as dim glyphs. */
+export function tokenNodes(token: string, leading: LeadingSpace): Node[] {
+  if (token === "") return [glyph("∅")];
+  const nodes: Node[] = [];
+  let rest = token;
+  if (leading === "gap" && /^ [^\s]/.test(token)) {
+    nodes.push(document.createTextNode(" "));
+    rest = token.slice(1);
+  }
+  for (const [part, unseen] of split(rest)) {
+    nodes.push(unseen ? glyph(part) : document.createTextNode(part));
+  }
+  return nodes;
+}
+
+/** A token in one line of plain text, for labels: quoted, white space as glyphs. */
+export function tokenLabel(token: string): string {
+  const parts = split(token).map(([part]) => part);
+  return `“${parts.join("")}”`;
+}
+
+/** Pieces of a token in order: text to draw, and whether it stands for what would not be seen. */
+function split(token: string): [string, boolean][] {
+  // With one capturing group, every odd piece is a match.
+  const pieces = token.split(UNSEEN).map((part, i): [string, boolean] => {
+    return i % 2 === 1 ? [[...part].map(glyphOf).join(""), true] : [part, false];
+  });
+  return pieces.filter(([part]) => part !== "");
+}
+
+/** A token on its own, as in a list of top tokens. */
+export function tokenChip(token: string): HTMLElement {
+  return h("span", { class: "saelab-chip" }, ...tokenNodes(token, "dot"));
+}
+
+function glyph(text: string): HTMLElement {
+  return h("span", { class: "saelab-glyph" }, text);
+}
+
+function glyphOf(character: string): string {
+  return GLYPHS[character] ?? `U+${character.charCodeAt(0).toString(16).toUpperCase().padStart(4, "0")}`;
+}
+
+/** What a token's value means in words; null is a token the mask leaves out. */
+export function valueText(value: number | null): string {
+  if (value === null) return "excluded by the token mask";
+  return value === 0 ? "silent" : number(value);
+}
+
+export interface Strip {
+  tokens: string[];
+  /** null: excluded by the token mask; 0: silent. */
+  values: (number | null)[];
+  /** Index of the token with the largest value. */
+  peak: number;
+}
+
+/**
+ * One span per token, in order. `scale` is the value shown at full strength.
+ *
+ * The spans are grid cells that a caller puts into rows (see `rovingFocus`); the peak is the row's home cell.
+ */
+export function tokenSpans(strip: Strip, scale: number): HTMLElement[] {
+  return strip.tokens.map((token, position) => {
+    const value = strip.values[position] ?? null;
+    const label = `${tokenLabel(token)} ${valueText(value)}${position === strip.peak ? ", peak" : ""}`;
+    const span = h(
+      "span",
+      {
+        class: "saelab-token",
+        role: "gridcell",
+        tabindex: -1,
+        "data-cell": true,
+        "data-home": position === strip.peak,
+        "data-position": position,
+        "data-state": value === null ? "excluded" : value > 0 ? "active" : "silent",
+        title: label,
+        "aria-label": label,
+      },
+      ...tokenNodes(token, "gap"),
+    );
+    if (value !== null && value > 0) {
+      span.style.setProperty("--saelab-share", Math.min(1, scale > 0 ? value / scale : 1).toFixed(3));
+    }
+    return span;
+  });
+}

@@ -1,0 +1,303 @@
+import { afterEach, beforeEach, describe, expect, it, vi } from "vitest";
+import widget from "../src/inspector/index";
+import { ATTACK, MockModel, state, view } from "./mock";
+
+let model: MockModel;
+let el: HTMLElement;
+let cleanup: () => void;
+
+function mount(changes = {}): HTMLElement {
+  model = new MockModel(state(changes));
+  el = document.createElement("div");
+  document.body.append(el);
+  cleanup = widget.render({ model: model as never, el });
+  return el.querySelector<HTMLElement>(".saelab-inspector")!;
+}
+
+const all = (selector: string) => [...el.querySelectorAll<HTMLElement>(selector)];
+const one = (selector: string) => el.querySelector<HTMLElement>(selector)!;
+const token = (text: string) => all(".saelab-token").find((span) => span.textContent === text)!;
+const marker = () => one(".saelab-marker");
+
+function press(target: HTMLElement, key: string, more: KeyboardEventInit = {}): void {
+  target.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true, cancelable: true, composed: true, ...more }));
+}
+
+function type(input: HTMLInputElement, value: string, event: string): void {
+  input.value = value;
+  input.dispatchEvent(new Event(event, { bubbles: true }));
+}
+
+afterEach(() => {
+  cleanup();
+  document.body.replaceChildren();
+  vi.useRealTimers();
+});
+
+describe("render", () => {
+  it("is ready and names the feature", () => {
+    const root = mount();
+    expect(root.dataset.ready).toBe("1");
+    expect(one("h3").textContent).toBe("Feature 812");
+    expect(one(".saelab-stats").textContent).toContain("0.21 %");
+    expect(one(".saelab-stats").textContent).toContain("1,024 of 478,120");
+  });
+
+  it("shows markup in tokens as text", () => {
+    mount();
+    expect(token(ATTACK)).toBeDefined();
+    expect(el.querySelector("img, script, b")).toBeNull();
+    expect(all(".saelab-result")[1]!.textContent).toContain(ATTACK);
+  });
+
+  it("shows white space, excluded tokens and the peak's value", () => {
+    mount();
+    expect(token("↵").dataset.state).toBe("active");
+    expect(token("··").dataset.state).toBe("silent");
+    expect(token("<|endoftext|>").dataset.state).toBe("excluded");
+    expect(token("<|endoftext|>").title).toContain("excluded by the token mask");
+    const peak = token(" cat");
+    expect(peak.title).toBe("“·cat” 4.00, peak");
+    expect(peak.getAttribute("aria-label")).toBe(peak.title);
+    expect(peak.style.getPropertyValue("--saelab-share")).toBe("1.000");
+    expect(token(" dog").style.getPropertyValue("--saelab-share")).toBe("0.512");
+  });
+
+  it("shows a caution only with a lens note", () => {
+    mount();
+    expect(el.querySelector(".saelab-caution")).toBeNull();
+    expect(one(".saelab-lens h4").textContent).toContain("arbitrary units");
+    model.fromPython("view", { ...view(812), lens_note: "no final norm" });
+    expect(one(".saelab-caution").textContent).toBe("Caution: no final norm");
+  });
+
+  it("shows a dead feature", () => {
+    const dead = { ...view(0), count: 0, density: 0, max: 0, mean: 0, f_scale: 0, groups: [], promoted: [] };
+    dead.histogram = { counts: Array(40).fill(0), edges: Array(41).fill(0) };
+    mount({ feature: 0, view: dead });
+    expect(one("h3").textContent).toBe("Feature 0");
+    expect(el.textContent).toContain("fires on none of these 478,120 tokens");
+    expect(el.outerHTML).not.toContain("NaN");
+  });
+
+  it("stops listening when the view ends", () => {
+    mount();
+    expect(model.listenerCount()).toBeGreaterThan(0);
+    cleanup();
+    expect(model.listenerCount()).toBe(0);
+  });
+});
+
+describe("opening a feature", () => {
+  it("by a click on a result, and is ready only with its view", () => {
+    const root = mount();
+    all(".saelab-result")[1]!.click();
+    expect(model.saved).toEqual([{ feature: 17 }]);
+    expect(root.dataset.ready).toBe("0");
+    model.fromPython("view", view(17));
+    expect(root.dataset.ready).toBe("1");
+    expect(one('.saelab-result[aria-selected="true"]').dataset.feature).toBe("17");
+  });
+
+  it("by a click on a neighbour, and keeps the focus inside", () => {
+    mount();
+    const button = all(".saelab-neighbour")[1]!;
+    button.focus();
+    button.click();
+    expect(model.saved).toEqual([{ feature: 405 }]);
+    model.fromPython("view", view(405));
+    expect(document.activeElement).toBe(one("h3"));
+  });
+
+  it("by number, previous and next", () => {
+    mount();
+    one('[aria-label="Next feature"]').click();
+    type(one(".saelab-feature") as HTMLInputElement, "405", "change");
+    expect(model.saved).toEqual([{ feature: 813 }, { feature: 405 }]);
+  });
+
+  it("refuses a number out of range and says why", () => {
+    mount();
+    type(one(".saelab-feature") as HTMLInputElement, "9999", "change");
+    expect(model.saved).toEqual([]);
+    expect(one(".saelab-error").textContent).toContain("from 0 to 4607, got “9999”");
+    expect((one(".saelab-feature") as HTMLInputElement).value).toBe("812");
+  });
+
+  it("has no previous before 0 and no next after the last", () => {
+    mount({ feature: 0, view: view(0) });
+    expect(one('[aria-label="Previous feature"]').matches(":disabled")).toBe(true);
+    model.fromPython("view", view(4607));
+    expect(one('[aria-label="Next feature"]').matches(":disabled")).toBe(true);
+  });
+
+  it("follows Python", () => {
+    const root = mount();
+    model.fromPython("feature", 17);
+    expect(root.dataset.ready).toBe("0");
+    model.fromPython("view", view(17));
+    expect(root.dataset.feature).toBe("17");
+  });
+
+  it("shows an error from Python", () => {
+    const root = mount();
+    all(".saelab-result")[1]!.click();
+    model.fromPython("error", `OSError: ${ATTACK}`);
+    expect(one(".saelab-error").textContent).toBe(`OSError: ${ATTACK}`);
+    expect(one(".saelab-error").hidden).toBe(false);
+    expect(root.dataset.ready).toBe("1");
+    model.fromPython("error", "");
+    expect(one(".saelab-error").hidden).toBe(true);
+  });
+});
+
+describe("search and sort", () => {
+  it("sends the query once, after a pause", () => {
+    vi.useFakeTimers();
+    mount();
+    const search = one(".saelab-search") as HTMLInputElement;
+    type(search, "c", "input");
+    type(search, "ca", "input");
+    expect(model.saved).toEqual([]);
+    vi.advanceTimersByTime(300);
+    expect(model.saved).toEqual([{ query: "ca" }]);
+  });
+
+  it("sends the query at once on Enter", () => {
+    mount();
+    const search = one(".saelab-search") as HTMLInputElement;
+    type(search, "cat", "input");
+    press(search, "Enter");
+    expect(model.saved).toEqual([{ query: "cat" }]);
+  });
+
+  it("lists what Python found and sends the order", () => {
+    const root = mount();
+    const sort = one("select") as HTMLSelectElement;
+    sort.value = "density";
+    sort.dispatchEvent(new Event("change"));
+    expect(model.saved).toEqual([{ sort: "density" }]);
+    model.fromPython("results", [{ feature: 405, density: 0.01, max: 2, tokens: [" red"] }]);
+    expect(all(".saelab-result").map((row) => row.dataset.feature)).toEqual(["405"]);
+    expect(root.dataset.ready).toBe("1");
+  });
+});
+
+describe("the histogram marker", () => {
+  const over = (target: Element) => target.dispatchEvent(new Event("pointerover", { bubbles: true }));
+
+  it("follows the hovered token", () => {
+    mount();
+    expect(marker().getAttribute("visibility")).toBe("hidden");
+    over(token(" dog"));
+    expect(marker().getAttribute("visibility")).toBe("visible");
+    expect(marker().getAttribute("data-value")).toBe("2.05");
+    expect(Number(marker().getAttribute("x1"))).toBeCloseTo((400 * 2.05) / 4, 1);
+    expect(all(".saelab-bar-marked").length).toBe(1);
+    expect(one(".saelab-readout").textContent).toBe("“·dog” 2.05, 51 % of max");
+    over(token("The"));
+    expect(marker().getAttribute("visibility")).toBe("hidden");
+    expect(one(".saelab-readout").textContent).toBe("“The” silent");
+  });
+
+  it("follows the keyboard", () => {
+    mount();
+    token(" cat").focus();
+    expect(marker().getAttribute("data-value")).toBe("4");
+    press(token(" cat"), "ArrowRight");
+    expect(document.activeElement).toBe(token("↵"));
+    expect(marker().getAttribute("data-value")).toBe("1");
+  });
+});
+
+describe("keyboard", () => {
+  it("moves in the list and opens with Enter", () => {
+    mount();
+    const rows = all(".saelab-result");
+    expect(rows.map((row) => row.tabIndex)).toEqual([0, -1, -1]);
+    rows[0]!.focus();
+    press(rows[0]!, "ArrowDown");
+    expect(document.activeElement).toBe(rows[1]);
+    press(rows[1]!, "End");
+    expect(document.activeElement).toBe(rows[2]);
+    expect(rows.map((row) => row.tabIndex)).toEqual([-1, -1, 0]);
+    press(rows[2]!, "Enter");
+    expect(model.saved).toEqual([{ feature: 405 }]);
+  });
+
+  it("moves over tokens: rows up and down, one tab stop", () => {
+    mount();
+    expect(all('.saelab-token[tabindex="0"]')).toEqual([token(" cat")]);
+    token(" cat").focus();
+    press(token(" cat"), "ArrowDown");
+    expect(document.activeElement).toBe(token(" dog"));
+    press(token(" dog"), "Home");
+    expect(document.activeElement).toBe(token("a"));
+    expect(token("a").closest(".saelab-open")).not.toBeNull();
+    press(token("a"), "Enter");
+    expect(token("a").closest(".saelab-open")).toBeNull();
+  });
+
+  it("does not leak keys to the notebook, but lets Ctrl chords pass", () => {
+    const root = mount();
+    const heard: string[] = [];
+    const listen = (event: KeyboardEvent) => heard.push(event.key);
+    document.body.addEventListener("keydown", listen);
+    for (const target of [one(".saelab-search"), all(".saelab-result")[0]!, token(" cat")]) {
+      for (const key of ["a", "b", "d", "Enter"]) press(target, key);
+    }
+    press(root, "s", { ctrlKey: true });
+    document.body.removeEventListener("keydown", listen);
+    expect(heard).toEqual(["s"]);
+  });
+});
+
+describe("theme", () => {
+  const theme = () => one(".saelab-inspector").dataset.saelabTheme;
+  const settled = () => new Promise((resolve) => setTimeout(resolve));
+  beforeEach(() => document.body.removeAttribute("data-jp-theme-light"));
+  afterEach(() => {
+    document.body.removeAttribute("data-jp-theme-light");
+    document.body.className = "";
+    document.documentElement.className = "";
+  });
+
+  it("is light where nobody says", () => {
+    mount();
+    expect(theme()).toBe("light");
+  });
+
+  it("follows JupyterLab while it changes", async () => {
+    document.body.setAttribute("data-jp-theme-light", "true");
+    const root = mount();
+    expect(theme()).toBe("light");
+    document.body.setAttribute("data-jp-theme-light", "false");
+    await settled();
+    expect(theme()).toBe("dark");
+    expect(root.style.colorScheme).toBe("dark");
+  });
+
+  it.each(["dark", "dark-theme"])("knows marimo's .%s", (name) => {
+    document.documentElement.classList.add(name);
+    mount();
+    expect(theme()).toBe("dark");
+  });
+
+  it("knows VS Code", () => {
+    document.body.classList.add("vscode-dark");
+    mount();
+    expect(theme()).toBe("dark");
+  });
+
+  it("looks out of a shadow root", async () => {
+    const host = document.createElement("div");
+    host.dataset.theme = "dark";
+    document.body.append(host);
+    const inside = host.attachShadow({ mode: "open" });
+    mount();
+    inside.append(el);
+    document.body.classList.add("changed");
+    await settled();
+    expect(theme()).toBe("dark");
+  });
+});

@@ -1,0 +1,106 @@
+// A stand-in for anywidget's model, and a hand-made state to show.
+import type { FeatureView, State } from "../src/inspector/types";
+
+type Callback = () => void;
+
+/** Traits with change events; `saved` lists what save_changes() sent to Python, in order. */
+export class MockModel {
+  saved: Partial<State>[] = [];
+  private dirty: Partial<State> = {};
+  private listeners = new Map<string, Set<Callback>>();
+
+  constructor(private state: State) {}
+
+  get<K extends keyof State>(name: K): State[K] {
+    return this.state[name];
+  }
+
+  set<K extends keyof State>(name: K, value: State[K]): void {
+    if (this.state[name] === value) return;
+    this.state[name] = value;
+    this.dirty[name] = value;
+    for (const callback of [...(this.listeners.get(`change:${name}`) ?? [])]) callback();
+  }
+
+  on(event: string, callback: Callback): void {
+    if (!this.listeners.has(event)) this.listeners.set(event, new Set());
+    this.listeners.get(event)?.add(callback);
+  }
+
+  off(event: string, callback: Callback): void {
+    this.listeners.get(event)?.delete(callback);
+  }
+
+  save_changes(): void {
+    this.saved.push(this.dirty);
+    this.dirty = {};
+  }
+
+  /** Python sets a trait. */
+  fromPython<K extends keyof State>(name: K, value: State[K]): void {
+    this.set(name, value);
+    this.dirty = {};
+  }
+
+  listenerCount(): number {
+    return [...this.listeners.values()].reduce((sum, set) => sum + set.size, 0);
+  }
+}
+
+export const ATTACK = "<img src=x onerror=alert(1)>";
+
+export function view(feature: number): FeatureView {
+  return {
+    feature,
+    d_sae: 4608,
+    density: 0.00214,
+    count: 1024,
+    tokens_seen: 478120,
+    mean: 1.5,
+    max: 4,
+    f_scale: 3.5,
+    histogram: {
+      counts: Array.from({ length: 40 }, (_, i) => 40 - i),
+      edges: Array.from({ length: 41 }, (_, i) => i / 10),
+    },
+    groups: [
+      {
+        label: "top",
+        contexts: [
+          {
+            tokens: ["<|endoftext|>", "The", " cat", "\n", ATTACK],
+            values: [null, 0, 4, 1, 0],
+            peak: 2,
+            document: 3,
+            position: 17,
+          },
+        ],
+      },
+      {
+        label: "quantile 75-100 %",
+        contexts: [{ tokens: ["a", " dog", "  "], values: [0, 2.05, 0], peak: 1, document: 5, position: 9 }],
+      },
+    ],
+    promoted: [[" cat", 2.5], [ATTACK, 1]],
+    suppressed: [["\n", -1.25]],
+    lens_note: "",
+    neighbours: [[17, 0.61], [405, 0.5]],
+  };
+}
+
+export function state(changes: Partial<State> = {}): State {
+  return {
+    feature: 812,
+    query: "",
+    sort: "best",
+    results: [
+      { feature: 812, density: 0.00214, max: 4, tokens: [" cat", " dog"] },
+      { feature: 17, density: 0.1, max: 7, tokens: ["\n", ATTACK] },
+      { feature: 405, density: 0.01, max: 2, tokens: [" red"] },
+    ],
+    results_note: "3 of 3 live features",
+    view: view(812),
+    error: "",
+    ...changes,
+  };
+}

@@ -1,0 +1,35 @@
+import { describe, expect, it } from "vitest";
+import { integer, number, percent } from "../src/shared/format";
+import { tokenLabel, tokenNodes } from "../src/shared/tokens";
+
+const text = (nodes: Node[]) => nodes.map((node) => node.textContent).join("");
+
+describe("numbers", () => {
+  it.each([
+    [0, "0"], [3.456, "3.46"], [12.34, "12.3"], [360.4, "360"], [4608, "4,608"], [-0.25, "−0.25"],
+    [0.0123, "0.012"], [0.00001, "1.00e-5"], [null, "–"], [NaN, "–"],
+  ])("%s reads %s", (value, shown) => expect(number(value)).toBe(shown));
+
+  it.each([[0, "0 %"], [0.0000214, "0.0021 %"], [0.025, "2.5 %"], [0.5, "50 %"]])("%s reads %s", (share, shown) =>
+    expect(percent(share)).toBe(shown),
+  );
+
+  it("separates thousands", () => expect(integer(1234567)).toBe("1,234,567"));
+});
+
+describe("tokens", () => {
+  it.each([
+    [" cat", " cat", "·cat"],
+    ["  cat", "··cat", "··cat"],
+    [" ", "·", "·"],
+    ["\n\t", "↵⇥", "↵⇥"],
+    ["\u200b", "U+200B", "U+200B"],
+    ["⟨E2⟩", "⟨E2⟩", "⟨E2⟩"],
+    ["", "∅", "∅"],
+  ])("%j is visible", (token, gap, dot) => {
+    expect(text(tokenNodes(token, "gap"))).toBe(gap);
+    expect(text(tokenNodes(token, "dot"))).toBe(dot);
+  });
+
+  it("labels stay on one line", () => expect(tokenLabel(" a\n")).toBe("“·a↵”"));
+});
