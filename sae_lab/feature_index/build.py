@@ -94,6 +94,7 @@ def _build(coder: SparseCoder, lm: LM, store: Store, folder: Path, identity: dic
         offsets = np.concatenate([[0], counts.cumsum()])
         rows, values = _place(folder, blocks, offsets)
         stats = {"offsets": offsets, **_statistics(store, offsets, rows, values)}
+        stats["readability"] = _readability(lm, stats["top_tokens"])
         stats["f_scale"] = coder.f_scale.cpu().numpy()
         bar.set_description("index: lens and neighbours")
         stats |= _lens(coder, lm, store) | _neighbours(coder)
@@ -148,7 +149,7 @@ def _place(folder: Path, blocks: int, offsets: np.ndarray) -> tuple[np.ndarray, 
 def _statistics(store: Store, offsets: np.ndarray, rows: np.ndarray, values: np.ndarray) -> dict[str, np.ndarray]:
     """Per feature: mean and max where it fires, and the tokens it fires on most."""
     d_sae = len(offsets) - 1
-    mean, biggest, spread = np.zeros(d_sae, np.float32), np.zeros(d_sae, np.float32), np.ones(d_sae, np.float32)
+    mean, biggest = np.zeros(d_sae, np.float32), np.zeros(d_sae, np.float32)
     top_tokens = np.full((d_sae, TOP_TOKENS), -1, np.int32)
     every_token = store.rows(np.arange(len(store)), "token").numpy()
     for feature in np.flatnonzero(np.diff(offsets)):
@@ -160,8 +161,23 @@ def _statistics(store: Store, offsets: np.ndarray, rows: np.ndarray, values: np.
         weight = np.bincount(where, v[strongest])
         order = weight.argsort()[::-1][:TOP_TOKENS]
         top_tokens[feature, : len(order)] = ids[order]
-        spread[feature] = 1 - weight.max() / weight.sum()
-    return {"mean": mean, "max": biggest, "spread": spread, "top_tokens": top_tokens}
+    return {"mean": mean, "max": biggest, "top_tokens": top_tokens}
+
+
+def _readability(lm: LM, top_tokens: np.ndarray) -> np.ndarray:
+    """How alike a feature's top tokens are, times the share of them that are words: mean pairwise cosine of their
+    (centred) embeddings. A rule of thumb for which feature to look at first, 0 to 1; it is no measure of truth."""
+    ids, where = np.unique(np.maximum(top_tokens, 0), return_inverse=True)
+    unit = torch.nn.functional.normalize(lm.embedding(torch.from_numpy(ids)), dim=1)
+    labels = [lm.token_strings([int(i)])[0].label for i in ids]
+    is_word = torch.tensor([t.startswith(" ") and len(t) > 3 and t.strip().isalpha() for t in labels])
+    where = torch.from_numpy(where.reshape(top_tokens.shape))
+    valid = torch.from_numpy(top_tokens >= 0)
+    n = valid.sum(1)
+    total = (unit[where] * valid.unsqueeze(-1)).sum(1)
+    alike = (total.pow(2).sum(1) - n) / (n * (n - 1)).clamp_min(1)
+    words = (is_word[where] & valid).sum(1) / n.clamp_min(1)
+    return (alike.clamp(0, 1) * words * (n == top_tokens.shape[1])).numpy()
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ TOP_TOKENS = 8
 BEFORE, AFTER = 24, 12  # tokens shown around an activation
 TOP_CONTEXTS, QUANTILE_CONTEXTS = 12, 4
 BINS = 40
-READABLE_DENSITY = (2e-4, 1e-2)  # rarer features have too few contexts to judge, denser ones are rarely about one thing
+READABLE_DENSITY = (5e-4, 1e-2)  # rarer features have too few contexts to judge, denser ones are rarely about one thing
 
 
 @dataclass(frozen=True)
@@ -121,11 +121,10 @@ class FeatureIndex:
 
     @property
     def _readability(self) -> np.ndarray:
-        """The lens's sharpness (log kurtosis), for features of middling density that fire on several tokens."""
-        kurtosis = self._stats.get("lens_kurtosis", np.zeros(self.d_sae))
+        """How readable each feature looks; those of middling density come first."""
         low, high = READABLE_DENSITY
         middling = (self.density >= low) & (self.density <= high)
-        return np.log1p(np.maximum(kurtosis, 0)) * (0.3 + self._stats["spread"]) + 100.0 * middling
+        return self._stats["readability"] + middling
 
     def search(self, text: str, limit: int = 50) -> list[int]:
         """Features among whose top tokens one contains ``text`` (case ignored), the most decided first."""

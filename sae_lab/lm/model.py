@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sae_lab.lm import bundled, tokens
@@ -278,7 +278,13 @@ class LM:
     def _writes(self, edits: Iterable[Any]) -> list[Write]:
         return [w for edit in edits for w in edit.writes(self)]
 
-    # ---- the way out
+    # ---- the way in and out
+
+    @torch.no_grad()
+    def embedding(self, ids: Int[Tensor, " n"]) -> Float[Tensor, "n d"]:
+        """Input embeddings of token ids, float32 on the CPU, centred on the mean over the vocabulary."""
+        table = self._module.get_input_embeddings().weight.float()
+        return (table[ids.to(table.device)] - table.mean(0)).cpu()
 
     def lens(self, directions: Float[Tensor, "n d"], at: Site | str) -> Float[Tensor, "n vocab"] | None:
         """Logit lens of directions written at a site: W_dec·diag(gain)·W_U, arbitrary units; None where a site's
