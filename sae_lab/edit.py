@@ -47,9 +47,9 @@ class Edit:
 
     @property
     def features(self) -> list[int]:
-        """The features as a list, each checked."""
-        many = [self.feature] if not isinstance(self.feature, Sequence) else self.feature
-        return [self.coder.feature(int(i)) for i in many]
+        """The features as a list, each checked, each once."""
+        many = self.feature if isinstance(self.feature, Sequence) else [self.feature]
+        return list(dict.fromkeys(self.coder.feature(i) for i in many))
 
     def new_codes(self, z: Float[Tensor, "tokens features"], scale: Float[Tensor, " features"]) -> Tensor:
         """z' from z. ``scale`` is each feature's ``f_scale``."""
@@ -138,6 +138,8 @@ def _check_number(name: str, value: float) -> None:
 
 
 def _check_positions(positions: Positions) -> None:
+    if isinstance(positions, slice) and positions.step is not None and positions.step < 1:
+        raise ValueError(f"a slice of positions runs forward, with a step of at least 1, got {positions}")
     numbers = [positions.start, positions.stop] if isinstance(positions, slice) else positions
     numbers = [numbers] if isinstance(numbers, int) else numbers or []
     if any(n is not None and n < 0 for n in numbers):

@@ -385,9 +385,11 @@ class Store:
         return self._tensor(0, self.site.key).shape[1]
 
     def __repr__(self) -> str:
+        path = self.path.resolve()
+        where = f"~/{path.relative_to(Path.home())}" if path.is_relative_to(Path.home()) else str(self.path)
         return (
             f"Store({len(self):,} tokens of {self.identity['text']!r}, {self.identity['model']}, "
-            f"{', '.join(map(repr, self.sites))}, {self.excluded:.1%} left out, {str(self.path)!r})"
+            f"{', '.join(map(repr, self.sites))}, {self.excluded:.1%} left out, {where!r})"
         )
 
     # ---- rows

@@ -1,8 +1,11 @@
 """sl.train: one loop for every coder. It sees coders and batches, never a family by name."""
 
+import hashlib
 import json
 import logging
 import math
+import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -25,6 +28,11 @@ log = logging.getLogger(__name__)
 
 CALIBRATION_TOKENS = 100_000  # threshold, f_scale and the count of dead features are taken on so many training tokens
 CHECKPOINT = "checkpoint.safetensors"
+MAX_GRADIENT = 1e18  # Adam squares it, in float32
+MAX_LR = 1e30  # beyond it one step overflows float32 before the loss can say so
+
+
+Metrics = dict[str, int | float]
 
 
 @dataclass(frozen=True)
@@ -55,8 +63,10 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
-        if self.lr is not None and not (self.lr > 0 and math.isfinite(self.lr)):
-            raise ValueError(f"lr must be a positive number, got {self.lr}; None chooses one by d_sae")
+        if self.lr is not None and not 0 < self.lr < MAX_LR:
+            raise ValueError(f"lr must be a positive number below {MAX_LR:g}, got {self.lr}; None chooses one by d_sae")
+        if not isinstance(self.seed, int) or self.seed < 0:
+            raise ValueError(f"seed must be an integer of at least 0, got {self.seed!r}")
         if not (0 <= self.warmup <= 1 and 0 <= self.decay <= 1 and self.warmup + self.decay <= 1):
             raise ValueError(f"warmup and decay are shares of training that sum to <= 1, got {self.warmup}, {self.decay}")
 
@@ -77,7 +87,7 @@ class Event(NamedTuple):
 
     kind: str
     step: int
-    metrics: dict[str, float]
+    metrics: Metrics
     coder: SparseCoder
     config: TrainConfig
 
@@ -88,7 +98,7 @@ class Run:
 
     coder: SparseCoder
     config: TrainConfig
-    history: list[dict[str, float]] = field(repr=False)
+    history: list[Metrics] = field(repr=False)
     path: Path | None = None
 
     def to_pandas(self):  # noqa: ANN201 - pandas is imported late
@@ -141,10 +151,10 @@ class _Training:
             "config": asdict(config),
             "data": rows.fingerprint,
             "coder": {"family": type(coder).__name__, **coder.config},
-            "initial_weights": coder.fingerprint(),
+            "initial_weights": _weights_fingerprint(coder),
         }
         self.step = 0
-        self.history: list[dict[str, float]] = []
+        self.history: list[Metrics] = []
         self.idle = torch.zeros(coder.d_sae, dtype=torch.long)  # tokens since each feature fired
 
     def run(self) -> Run:
@@ -152,14 +162,20 @@ class _Training:
             cache.make_folder(self.path)
             if finished := self._finished():
                 return finished
+            for leftover in self.path.glob(".*.tmp"):  # of a run that was killed
+                leftover.unlink(missing_ok=True)
         self._begin()
         try:
+            self._emit("start", {})
             with self._bar() as bar:
                 while self.step < self.config.total_steps:
                     self._one_step()
-                    bar(self.history[-1])
+                    bar()
                     if self.path is not None and self.step % self.config.checkpoint_every == 0:
                         self._checkpoint()
+                        self._emit("checkpoint", self.history[-1] if self.history else {})
+            if self.path is not None:  # calibration takes a while: if it is interrupted, training is not lost
+                self._checkpoint(left=True)
         except BaseException as err:
             self._leave(isinstance(err, KeyboardInterrupt))
             raise
@@ -175,6 +191,7 @@ class _Training:
             first = self.rows.batch(0, max(4096, self.config.batch_size), self.config.seed).x.to(coder.W_dec.device)
             self._require_finite(first)
             self.scale = float(math.sqrt(coder.d_in) / first.norm(dim=-1).mean().clamp_min(1e-12))
+            coder.fold(1 / self.scale)  # a coder that was trained before has biases in raw units
             with torch.no_grad():
                 if not bool(coder.b_dec.any()):
                     coder.b_dec.copy_(losses.geometric_median(first * self.scale))
@@ -183,26 +200,26 @@ class _Training:
         if found is not None:
             self._restore(*found)
         coder.train()
-        self._emit("start", {})
 
     def _end(self) -> Run:
         coder = self.coder
         coder.fold(self.scale)
         device = coder.W_dec.device
-        blocks = islice(self.rows.blocks(), -(-CALIBRATION_TOKENS // 8192))
+        blocks = [x.to(device) for _, x in islice(self.rows.blocks(), -(-CALIBRATION_TOKENS // 8192))]
         unseen = self.rows.reserved(CALIBRATION_TOKENS)
-        facts = coder.calibrate([x.to(device) for _, x in blocks], None if unseen is None else unseen.to(device))
-        self._stamp(facts)
+        for x in blocks if unseen is None else [*blocks, unseen]:  # training need not have seen every row
+            self._require_finite(x)
+        self._stamp(coder.calibrate(blocks, None if unseen is None else unseen.to(device)))
         run = Run(coder, self.config, self.history, self.path)
         if self.path is not None:
             coder.save(self.path)
             with cache.atomic(self.path / "run.json") as temporary:
-                temporary.write_text(json.dumps(self.identity | {"history": self.history, "left_weights": coder.fingerprint()}))
+                temporary.write_text(json.dumps(self.identity | {"history": self.history, "left_weights": _weights_fingerprint(coder)}))
             (self.path / CHECKPOINT).unlink(missing_ok=True)
         self._emit("end", self.history[-1])
         return run
 
-    def _stamp(self, facts: dict[str, float]) -> None:
+    def _stamp(self, facts: Metrics) -> None:
         """What the coder must know to be used alone: site, mask, model."""
         rows, coder = self.rows, self.coder
         meta: dict[str, Any] = {
@@ -220,9 +237,11 @@ class _Training:
 
     def _leave(self, interrupted: bool) -> None:
         """Interrupted or failed: keep what can be continued, and leave the coder usable in raw units."""
-        if interrupted and self.path is not None:
-            self._checkpoint(left=True)
-        self.coder.fold(self.scale)
+        try:
+            if interrupted and self.path is not None:
+                self._checkpoint(left=True)
+        finally:
+            self.coder.fold(self.scale)
         if interrupted and self.path is not None:
             log.warning("stopped at step %d; the same call with path=%r goes on from there", self.step, str(self.path))
 
@@ -241,22 +260,31 @@ class _Training:
         out = coder(x)
         terms = coder.terms(batch, out, progress=self.step / config.total_steps, dead=self.idle > config.dead_after)
         loss = torch.stack(list(terms.values())).sum()
-        if not bool(loss.isfinite()):
-            bad = ", ".join(name for name, t in terms.items() if not bool(t.isfinite()))
-            raise ValueError(
-                f"step {self.step}: the loss is not finite (term {bad}) though the data is, so the weights ran away: "
-                f"lower lr (now {lr:.3g}) and train a fresh coder"
-            )
+        self._require_sound("the loss is", {name: t for name, t in terms.items() if not bool(t.isfinite())}, lr)
         self.optimizer.zero_grad()
         loss.backward()
-        self.optimizer.step()
-        coder.project()
-        fired = _fired(out, coder.d_sae)
-        self.idle += len(x)
-        self.idle[fired] = 0
-        self.step += 1
-        if self.step % config.log_every == 0 or self.step == config.total_steps:
-            self._record(batch, out, terms, loss, lr)
+        gradients = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
+        large = {name: g for name, g in gradients.items() if not bool(torch.linalg.vector_norm(g) < MAX_GRADIENT)}
+        self._require_sound("the gradients are", large, lr)
+        logged = (self.step + 1) % config.log_every == 0 or self.step + 1 == config.total_steps
+        with _whole():  # a checkpoint holds a whole step, wherever an interruption falls
+            self.optimizer.step()
+            coder.project()
+            fired = _fired(out, coder.d_sae)
+            self.idle += len(x)
+            self.idle[fired] = 0
+            self.step += 1
+            if logged:
+                self._record(batch, out, terms, loss, lr)
+        if logged:
+            self._emit("step", self.history[-1])
+
+    def _require_sound(self, what: str, bad: dict[str, Tensor], lr: float) -> None:
+        if bad:
+            raise ValueError(
+                f"step {self.step}: {what} not finite ({', '.join(bad)}) though the data is, so the weights ran away: "
+                f"lower lr (now {lr:.3g}) and train a fresh coder"
+            )
 
     def _record(self, batch: Batch, out: Output, terms: dict[str, Tensor], loss: Tensor, lr: float) -> None:
         tokens = self.step * self.config.batch_size
@@ -272,7 +300,6 @@ class _Training:
             "lr": lr,
         }
         self.history.append(row | {name: float(t.detach()) for name, t in terms.items()})
-        self._emit("step", self.history[-1])
 
     def _require_finite(self, x: Tensor) -> None:
         if not bool(x.isfinite().all()):
@@ -282,23 +309,26 @@ class _Training:
                 f"again in float32"
             )
 
-    def _emit(self, kind: str, metrics: dict[str, float]) -> None:
+    def _emit(self, kind: str, metrics: Metrics) -> None:
         for callback in self.callbacks:
             callback(Event(kind, self.step, metrics, self.coder, self.config))
 
     @contextmanager
-    def _bar(self) -> Iterator[Callable[[dict[str, float]], None]]:
+    def _bar(self) -> Iterator[Callable[[], None]]:
         from tqdm.auto import tqdm
 
         total = self.config.total_steps
         with tqdm(total=total, initial=self.step, desc=f"train {type(self.coder).__name__}", dynamic_ncols=True) as bar:
 
-            def show(m: dict[str, float]) -> None:
+            def show() -> None:
                 bar.update(self.step - bar.n)
+                if not self.history:  # log_every may lie ahead
+                    return
+                m = self.history[-1]
                 text = f"pass {m['passes']:.1f}, loss {m['loss']:.1f}, FVU {m['fvu']:.3f}, L0 {m['l0']:.1f}, dead {m['dead']:.1%}"
                 bar.set_postfix_str(text, refresh=False)
 
-            yield lambda m: show(m) if self.history else None
+            yield show
 
     # ---- checkpoints
 
@@ -315,12 +345,11 @@ class _Training:
             save_file(
                 {n: t.detach().cpu().contiguous() for n, t in tensors.items()}, temporary, {"run": json.dumps(header)}
             )
-        self._emit("checkpoint", self.history[-1] if self.history else {})
 
     def _folded_fingerprint(self) -> str:
         keep = {n: t.clone() for n, t in self.coder.state_dict().items()}
         self.coder.fold(self.scale)
-        fingerprint = self.coder.fingerprint()
+        fingerprint = _weights_fingerprint(self.coder)
         self.coder.load_state_dict(keep)
         return fingerprint
 
@@ -333,6 +362,8 @@ class _Training:
             with safe_open(file, framework="pt") as f:
                 header = json.loads(f.metadata()["run"])
                 tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
+            for key in (*self.identity, "step", "scale", "history", "left_weights"):
+                header[key]
         except (SafetensorError, ValueError, KeyError, TypeError) as err:
             raise ValueError(
                 f"{file} is no checkpoint of sae_lab ({err}); it was not read as anything else. Delete it to start over"
@@ -342,8 +373,12 @@ class _Training:
 
     def _restore(self, header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         self.step, self.scale, self.history = header["step"], header["scale"], header["history"]
-        self.coder.load_state_dict({n.removeprefix("coder."): t for n, t in tensors.items() if n.startswith("coder.")})
-        self.idle.copy_(tensors["idle"])
+        weights = {n.removeprefix("coder."): t for n, t in tensors.items() if n.startswith("coder.")}
+        try:
+            self.coder.load_state_dict(weights)
+            self.idle.copy_(tensors["idle"])
+        except (RuntimeError, KeyError) as err:
+            raise ValueError(f"{self.path}/{CHECKPOINT} is damaged ({err}): delete it to start over") from err
         for name, p in self.parameters.items():
             keys = ("step", "exp_avg", "exp_avg_sq")
             if f"adam.step.{name}" in tensors:
@@ -360,11 +395,13 @@ class _Training:
             return None
         try:
             header = json.loads(file.read_bytes())
-            history = header["history"]
+            history, _ = header["history"], header["left_weights"]
         except (ValueError, KeyError, TypeError) as err:
             raise ValueError(f"{file} is no run of sae_lab ({err}): delete it to start over") from err
         self._require_same(header)
         done = formats.load(self.path)
+        if _weights_fingerprint(done) != header["left_weights"]:
+            raise ValueError(f"{self.path} holds another coder than the one its run.json tells of: pass another path=")
         self.coder.load_state_dict(done.state_dict())
         self.coder.reads, self.coder.writes, self.coder.meta = done.reads, done.writes, done.meta
         return Run(self.coder.eval(), self.config, history, self.path)
@@ -397,3 +434,26 @@ def _fired(out: Output, d_sae: int) -> Tensor:
     return (out.codes > 0).any(0)
 
 
+def _weights_fingerprint(coder: SparseCoder) -> str:
+    """A hash of what training changes step by step; thresholds and scales are fitted afterwards."""
+    digest = hashlib.sha256()
+    for name, p in sorted(coder.named_parameters()):
+        digest.update(name.encode() + p.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+@contextmanager
+def _whole() -> Iterator[None]:
+    """Ctrl-C waits until the block is done. Signals reach the main thread only: elsewhere nothing is to do."""
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield
+        return
+    waiting: list[tuple[Any, ...]] = []
+    signal.signal(signal.SIGINT, lambda *which: waiting.append(which))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if waiting:
+        before(*waiting[0])

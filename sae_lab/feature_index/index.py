@@ -1,6 +1,7 @@
 """FeatureIndex: everything about every feature, opened in milliseconds from memory-mapped files."""
 
 import json
+import operator
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -150,15 +151,20 @@ class FeatureIndex:
         return _label(self._lm, token_id)
 
     def _check(self, feature: int) -> int:
-        if isinstance(feature, bool) or int(feature) != feature or not 0 <= feature < self.d_sae:
+        try:
+            number = -1 if isinstance(feature, bool) else operator.index(feature)
+        except TypeError:
+            number = -1
+        if not 0 <= number < self.d_sae:
             raise ValueError(f"feature must be an int from 0 to {self.d_sae - 1}, got {feature!r}")
-        return int(feature)
+        return number
 
     # ---- opening one
 
     def activations(self, feature: int) -> tuple[np.ndarray, np.ndarray]:
         """(rows of the store, values) where a feature fires, in the order of rows."""
-        part = slice(*self._offsets[self._check(feature) : feature + 2])
+        feature = self._check(feature)
+        part = slice(*self._offsets[feature : feature + 2])
         return self._rows[part], self._values[part]
 
     def __getitem__(self, feature: int) -> FeatureView:
@@ -245,7 +251,8 @@ class FeatureIndex:
         first, last = np.searchsorted(rows, [here[0], here[-1] + 1])
         fires = dict(zip(rows[first:last].tolist(), values[first:last].tolist(), strict=True))
         for row, position in zip(here.tolist(), positions.tolist(), strict=True):
-            along[position] = round(fires.get(row, 0.0), 4)
+            if row < self.tokens_seen:  # the store may end within a context
+                along[position] = round(fires.get(row, 0.0), 4)
         start, stop = max(0, peak - BEFORE), min(len(ids), peak + AFTER + 1)
         labels = [t.label for t in self._lm.token_strings(ids[start:stop].tolist(), prefixed=start == 0)]
         document = int(self.store.rows(here[:1], "document")[0])

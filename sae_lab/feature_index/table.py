@@ -87,7 +87,12 @@ def features(lm: LM, coder: SparseCoder, prompts: Prompts | Sequence[str]) -> Fe
     x, batch = reading[site], reading.batch
     mask = coder.mask or lm.mask()
     keep = mask.keep(batch.ids, batch.positions, {site: x.to(batch.ids.device)}) & batch.mask
-    codes = coder.sparse_codes(x[keep.to(x.device)])
+    was_training = coder.training
+    coder.eval()  # a token's codes are its own
+    try:
+        codes = coder.sparse_codes(x[keep.to(x.device)].to(coder.W_dec.device))
+    finally:
+        coder.train(was_training)
     prompt, position = keep.nonzero(as_tuple=True)
     rows = codes.rows.cpu()
     # Strongest first within a row: sort by value, then stably by row.

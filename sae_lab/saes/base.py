@@ -1,6 +1,7 @@
 """SparseCoder: read (x -> pre), act (pre -> codes), write (codes -> x_hat). One class for training and inference."""
 
 import hashlib
+import operator
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -155,7 +156,7 @@ class SparseCoder(nn.Module):
         self.W_dec /= self.W_dec.norm(dim=1, keepdim=True).clamp_min(1e-8)
 
     @torch.no_grad()
-    def calibrate(self, blocks: Iterable[Tensor], unseen: Tensor | None = None) -> dict[str, float]:
+    def calibrate(self, blocks: Iterable[Tensor], unseen: Tensor | None = None) -> dict[str, int | float]:
         """Fit ``f_scale`` on training activations and count dead features, final weights; fit the threshold on
         activations that training never saw (None: on the training ones, which flatter the coder).
 
@@ -197,11 +198,15 @@ class SparseCoder(nn.Module):
             )
         return self.reads[0]
 
-    def feature(self, feature: int) -> int:
+    def feature(self, feature: Any) -> int:
         """The feature's number, checked."""
-        if isinstance(feature, bool) or not 0 <= int(feature) < self.d_sae or int(feature) != feature:
+        try:
+            number = -1 if isinstance(feature, bool) else operator.index(feature)
+        except TypeError:
+            number = -1
+        if not 0 <= number < self.d_sae:
             raise ValueError(f"feature must be an int from 0 to {self.d_sae - 1}, got {feature!r}")
-        return int(feature)
+        return number
 
     def fingerprint(self) -> str:
         """A hash of family, config and all weights."""

@@ -67,6 +67,9 @@ def build(config: dict[str, Any], weights: dict[str, torch.Tensor], where: Path)
     family = FAMILIES.get(config["family"])
     if family is None:
         raise ValueError(f"{where} holds a coder of family {config['family']!r}; known here: {', '.join(FAMILIES)}")
+    said = (config["config"].get("d_in"), config["config"].get("d_sae"))
+    if "W_enc" in weights and tuple(weights["W_enc"].shape) != said:  # before any memory is taken for such a coder
+        raise ValueError(f"{where}: W_enc has shape {tuple(weights['W_enc'].shape)}, its config says {said}")
     try:
         coder = family(**config["config"])
     except TypeError as err:
@@ -100,8 +103,9 @@ def _checked(config: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"format {config['format']!r}, expected {FORMAT!r}")
     if config["version"] > VERSION:
         raise ValueError(f"format version {config['version']} is newer than {VERSION}: upgrade sae_lab")
-    for key in ("family", "config", "reads", "writes", "meta"):
-        config[key]
+    for key, kind in (("family", str), ("config", dict), ("reads", list), ("writes", list), ("meta", dict)):
+        if not isinstance(config[key], kind):
+            raise ValueError(f"its {key!r} is {type(config[key]).__name__}, not {kind.__name__}")
     return config
 
 
@@ -112,5 +116,5 @@ def _read_weights(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any] |
             return {name: f.get_tensor(name) for name in f.keys()}, inside and _checked(json.loads(inside))  # noqa: SIM118
     except FileNotFoundError:
         raise ValueError(f"no coder in {file.parent}: it has no sae.safetensors") from None
-    except (SafetensorError, ValueError, KeyError) as err:
+    except (SafetensorError, ValueError, KeyError, TypeError) as err:
         raise ValueError(f"{file} is no whole safetensors file ({err}); it was not read as anything else") from err

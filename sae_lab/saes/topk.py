@@ -22,6 +22,8 @@ class TopK(SparseCoder):
     def __init__(self, d_in: int, d_sae: int, k: int = 32, k_aux: int | None = None, seed: int = 0):
         super().__init__(d_in, d_sae, seed=seed, k=k, k_aux=k_aux)
         check_k(k, d_sae)
+        if k_aux is not None and (not isinstance(k_aux, int) or k_aux < 1):
+            raise ValueError(f"k_aux must be a positive integer, or None for d_in/2, got {k_aux!r}")
         self.k = k
         self.k_aux = k_aux or max(1, d_in // 2)
 

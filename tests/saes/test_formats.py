@@ -1,0 +1,264 @@
+"""Coders on disk: whatever lies there is read as weights or refused, and a save that is killed loses nothing."""
+
+import json
+import logging
+import os
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import sae_lab as sl
+from tests.saes.conftest import make, normal
+
+
+@pytest.fixture
+def saved(tmp_path, monkeypatch):
+    """The folder of a calibrated BatchTopK; the working directory is a place where a bomb would leave a trace."""
+    monkeypatch.chdir(tmp_path)
+    coder = make("BatchTopK")
+    coder.calibrate([normal(512, 16)])
+    yield coder.save(tmp_path / "coder")
+    assert not (tmp_path / "exploded").exists(), "code in a file was executed"
+
+
+class Bomb:
+    def __reduce__(self):
+        return (os.mkdir, ("exploded",))
+
+
+def rewrite(folder, config=None, tensors=None, both=False):
+    """Change config.json, the tensors, or (both) the config in config.json and in the header alike."""
+    header = json.loads((folder / "config.json").read_text())
+    weights = load_file(folder / "sae.safetensors")
+    if config:
+        config(header)
+    if tensors:
+        tensors(weights)
+    (folder / "config.json").write_text(json.dumps(header))
+    if both or tensors:
+        save_file(weights, folder / "sae.safetensors", metadata={"config": json.dumps(header)})
+
+
+# ---- files that are something else
+
+
+HOSTILE = {
+    "pickle": pickle.dumps(Bomb()),
+    "empty": b"",
+    "zeros": bytes(64),
+    "a huge header": (2**62).to_bytes(8, "little") + b"{}",
+    "text": b"hello",
+}
+
+
+def torch_pickle(path):
+    torch.save({"W_enc": torch.zeros(3), "bomb": Bomb()}, path)
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("what", [*HOSTILE, "torch.save"])
+def test_hostile_weights(saved, tmp_path, what):
+    content = HOSTILE.get(what) or (torch_pickle(tmp_path / "x.pt") if what == "torch.save" else b"")
+    (saved / "sae.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match=r"sae.safetensors is no whole safetensors file .*not read as anything else"):
+        sl.load(saved)
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+def test_hostile_configs(saved, what):
+    (saved / "config.json").write_bytes(HOSTILE[what])
+    with pytest.raises(ValueError, match=r"config.json is no coder's config that this version reads"):
+        sl.load(saved)
+
+
+@pytest.mark.parametrize("content", [b"[]", b"null", b"3", b'"x"', b"{}", b'{"format": "other", "version": 1}'])
+def test_configs_that_are_other_json(saved, content):
+    (saved / "config.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"config.json is no coder's config that this version reads"):
+        sl.load(saved)
+
+
+@pytest.mark.parametrize("inside", ["[]", "null", "{}", "no json", '{"format": "other"}'])
+def test_other_json_in_the_header(saved, inside):
+    save_file(load_file(saved / "sae.safetensors"), saved / "sae.safetensors", metadata={"config": inside})
+    with pytest.raises(ValueError, match=r"sae.safetensors is no whole safetensors file"):
+        sl.load(saved)
+
+
+@pytest.mark.parametrize("share", [0.01, 0.5, 0.999])
+def test_truncated_weights(saved, share):
+    file = saved / "sae.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(content[: int(share * len(content))])
+    with pytest.raises(ValueError, match="is no whole safetensors file"):
+        sl.load(saved)
+
+
+def test_truncated_config(saved):
+    file = saved / "config.json"
+    file.write_bytes(file.read_bytes()[:-20])
+    with pytest.raises(ValueError, match="is no coder's config that this version reads"):
+        sl.load(saved)
+
+
+# ---- coders that are not whole
+
+
+@pytest.mark.parametrize("name", ["W_enc", "b_dec", "threshold", "f_scale"])
+def test_missing_and_surplus_tensors(saved, name):
+    rewrite(saved, tensors=lambda w: w.pop(name))
+    with pytest.raises(ValueError, match=rf"sae.safetensors must hold .*missing or surplus: \['{name}'\]"):
+        sl.load(saved)
+    rewrite(saved, tensors=lambda w: w.update({name: torch.zeros(3), "extra": torch.zeros(1)}))
+    with pytest.raises(ValueError, match="extra|W_enc has shape"):
+        sl.load(saved)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "said"),
+    [("W_enc", (16, 41), (16, 40)), ("W_dec", (16, 40), (40, 16)), ("b_enc", (1,), (40,)), ("threshold", (1,), ())],
+)
+def test_wrong_shapes(saved, name, shape, said):
+    rewrite(saved, tensors=lambda w: w.update({name: torch.zeros(shape)}))
+    with pytest.raises(ValueError) as error:
+        sl.load(saved)
+    assert f"{name} has shape {shape}, its config says {said}" in str(error.value)
+
+
+def test_a_config_of_another_width(saved):
+    """However large a coder the config names, no memory is taken for it."""
+    rewrite(saved, config=lambda c: c["config"].update(d_sae=10**13), both=True)
+    with pytest.raises(ValueError, match=r"W_enc has shape \(16, 40\), its config says \(16, 10000000000000\)"):
+        sl.load(saved)
+
+
+@pytest.mark.parametrize("name", ["W_enc", "W_dec", "b_enc", "b_dec", "f_scale"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_not_finite(saved, name, value):
+    rewrite(saved, tensors=lambda w: w[name].view(-1)[-1].fill_(value))
+    with pytest.raises(ValueError, match=f"{name} holds NaN or Inf; this coder's training failed or the file is dam"):
+        sl.load(saved)
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_a_newer_version(saved, both):
+    rewrite(saved, config=lambda c: c.update(version=99), both=both)
+    with pytest.raises(ValueError, match="format version 99 is newer than 1: upgrade sae_lab"):
+        sl.load(saved)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"family": "Quantum"}, "holds a coder of family 'Quantum'; known here: L1, TopK, BatchTopK"),
+        ({"family": ["L1"]}, "its 'family' is list, not str"),
+        ({"config": {"d_in": 16, "d_sae": 40, "q": 1}}, "has a config that BatchTopK does not take"),
+        ({"config": {"d_in": 16, "d_sae": 40, "k": 41}}, "k must be an integer from 1 to d_sae=40, got 41"),
+        ({"config": [1]}, "its 'config' is list, not dict"),
+        ({"reads": None}, "its 'reads' is NoneType, not list"),
+        ({"reads": ["nowhere"]}, "unknown site 'nowhere'"),
+        ({"meta": []}, "its 'meta' is list, not dict"),
+        ({"version": "new"}, "is no coder's config that this version reads"),
+    ],
+)
+def test_configs_that_name_no_coder(saved, change, words):
+    rewrite(saved, config=lambda c: c.update(change), both=True)
+    with pytest.raises(ValueError, match=words):
+        sl.load(saved)
+
+
+def test_no_coder_there(saved, tmp_path):
+    for path in (tmp_path / "nothing", saved / "config.json"):
+        with pytest.raises(ValueError, match=r"no coder at .*: pass a folder that sae.save wrote"):
+            sl.load(path)
+    with pytest.raises(ValueError, match=r"no coder in .*: it has no config.json \(sae.save writes one\)"):
+        sl.load(tmp_path)
+    (saved / "sae.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"no coder in .*: it has no sae.safetensors"):
+        sl.load(saved)
+    with pytest.raises(ValueError, match="with id 'layer_8'"):
+        sl.load(saved, id="layer_8")
+
+
+def test_the_weights_know_their_config(saved, caplog):
+    """config.json is for people: where it differs, what was saved with the weights is right."""
+    rewrite(saved, config=lambda c: c["config"].update(k=9))
+    with caplog.at_level(logging.WARNING):
+        assert sl.load(saved).k == 4
+    assert "differs from the config inside sae.safetensors, which is used" in caplog.text
+
+
+def test_weights_without_a_config_inside(saved):
+    save_file(load_file(saved / "sae.safetensors"), saved / "sae.safetensors")
+    assert sl.load(saved).k == 4
+
+
+# ---- saving
+
+
+def test_saving_over_an_old_one(saved):
+    other = make("TopK", seed=5)
+    other.save(saved)
+    assert isinstance(sl.load(saved), sl.TopK) and sl.load(saved).fingerprint() == other.fingerprint()
+    assert sorted(f.name for f in saved.iterdir()) == ["config.json", "sae.safetensors"], "nothing is left over"
+
+
+def test_a_save_that_fails_keeps_the_old_one(saved, monkeypatch):
+    from sae_lab.saes import formats
+
+    before = sl.load(saved).fingerprint()
+
+    def half(tensors, path, metadata):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(formats, "save_file", half)
+    with pytest.raises(OSError, match="No space left"):
+        make("BatchTopK", seed=5).save(saved)
+    assert sl.load(saved).fingerprint() == before
+    assert sorted(f.name for f in saved.iterdir()) == ["config.json", "sae.safetensors"]
+
+
+def test_saving_where_no_folder_can_be(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(ValueError, match=r"cannot write to the folder .*: pass path= to a folder you own"):
+            make("TopK").save(path)
+    assert (tmp_path / "file").read_text() == "in the way"
+
+
+# Real processes that save one of two coders over the other without end, each killed at another moment.
+KILLED = """
+import os, random, signal, sys, time, torch
+import sae_lab as sl
+torch.set_num_threads(1)
+coders = [sl.TopK(64, 2048, k=4, seed=seed) for seed in (1, 2)]
+known = {c.fingerprint() for c in coders}
+folder = sys.argv[1]
+coders[0].save(folder)
+half = 0
+for kill in range(12):
+    child = os.fork()
+    if child == 0:
+        while True:
+            for coder in coders:
+                coder.save(folder)
+    time.sleep(0.02 + 0.003 * random.Random(kill).random())
+    os.kill(child, signal.SIGKILL)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert sl.load(folder).fingerprint() in known
+    half += any(name.endswith(".tmp") for name in os.listdir(folder))
+print(half)
+"""
+
+
+def test_killed_in_mid_save(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, str(tmp_path / "coder")], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 0, "no kill fell into a save, so nothing was tried"

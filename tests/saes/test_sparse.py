@@ -1,0 +1,208 @@
+"""The sparse kernels against dense autograd in float64, where 1e-12 tells a wrong formula from rounding."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from sae_lab.saes import TopK, sparse
+from sae_lab.saes.base import AUX_WEIGHT
+from sae_lab.types import Batch, Codes, Output
+from tests.saes.conftest import make, normal
+
+ROWS, D_IN, D_SAE = 7, 5, 11
+
+
+def close(a: Tensor, b: Tensor, tolerance: float = 1e-12) -> None:
+    assert a.shape == b.shape and a.dtype == b.dtype
+    assert (a - b).detach().abs().max() <= tolerance * b.detach().abs().max().clamp_min(1.0)
+
+
+def weights():
+    """x, W_enc, b_enc, b_dec, W_dec in float64, all leaves."""
+    shapes = [(ROWS, D_IN), (D_IN, D_SAE), (D_SAE,), (D_IN,), (D_SAE, D_IN)]
+    return [normal(*s, seed=i).double().requires_grad_() for i, s in enumerate(shapes)]
+
+
+def places(*rows: list[int]) -> Codes:
+    """Codes of value 0 at given features of each row, in the order given."""
+    flat = torch.tensor([f for row in rows for f in row], dtype=torch.long)
+    offsets = torch.tensor([0, *(len(row) for row in rows)]).cumsum(0)
+    return Codes(torch.zeros(len(flat), dtype=torch.double), flat, offsets, D_SAE)
+
+
+# Unsorted features, an empty row at the start, in the middle and at the end; feature 10 everywhere, 3 nowhere.
+SOME = places([], [10, 2, 0], [10], [], [1, 10, 9, 4], [10, 5, 6, 7, 8], [])
+
+
+def mask_of(codes: Codes) -> Tensor:
+    return codes._replace(values=torch.ones_like(codes.values)).dense().bool()
+
+
+# ---- selection
+
+
+@pytest.mark.parametrize("k", [1, 3, D_SAE])
+def test_top_per_row(k):
+    pre = normal(ROWS, D_SAE).double()
+    codes = sparse.top_per_row(pre, k)
+    smallest = pre.sort(dim=1, descending=True).values[:, k - 1 : k]
+    close(codes.dense(), torch.where(pre >= smallest, pre, 0.0))
+    assert codes.offsets.tolist() == list(range(0, ROWS * k + 1, k))
+
+
+def exact(pre: Tensor, n: int) -> Tensor:
+    flat = torch.zeros(pre.numel(), dtype=pre.dtype)
+    top = pre.flatten().topk(n)
+    flat[top.indices] = top.values
+    return flat.view_as(pre)
+
+
+@pytest.mark.parametrize("shape", [(1, 3), (7, 11), (64, 200)])
+@pytest.mark.parametrize("share", [0.01, 0.1, 0.7, 1.0])
+def test_top_of_batch(shape, share):
+    pre = normal(*shape, seed=3)
+    n = max(1, int(share * pre.numel()))
+    codes = sparse.top_of_batch(pre, n)
+    assert torch.equal(codes.dense(), exact(pre, n)) and len(codes.values) == n
+    assert codes.offsets[0] == 0 and codes.offsets[-1] == n
+
+
+def test_top_of_batch_with_an_unlucky_sample():
+    """Everything that the sample (every 31st entry) sees is larger than nearly all else: its bound is too high."""
+    pre = normal(100, 62, seed=4)
+    pre.view(-1)[::31] += 100
+    n = 1000
+    codes = sparse.top_of_batch(pre, n)
+    assert len(codes.values) == n > (pre > 50).sum()
+    assert torch.equal(codes.dense(), exact(pre, n))
+
+
+def test_top_of_batch_asks_for_more_than_there_is():
+    pre = normal(4, 6)
+    codes = sparse.top_of_batch(pre, 99)
+    assert torch.equal(codes.dense(), pre)
+
+
+def test_top_of_batch_with_ties():
+    codes = sparse.top_of_batch(torch.ones(8, 9), 10)
+    assert len(codes.values) == 10 and (codes.values == 1).all()
+    assert len({(int(r), int(f)) for r, f in zip(codes.rows, codes.features, strict=True)}) == 10, "no place twice"
+
+
+@pytest.mark.parametrize("threshold", [-9.0, 0.3, 9.0, torch.linspace(-1, 1, D_SAE)])
+def test_above(threshold):
+    pre = normal(ROWS, D_SAE)
+    codes = sparse.above(pre, threshold)
+    assert torch.equal(codes.dense(), torch.where(pre > threshold, pre, 0.0))
+    assert torch.equal(codes.offsets.diff(), (pre > threshold).sum(1))
+
+
+def test_no_rows_at_all():
+    for codes in (sparse.above(torch.zeros(0, D_SAE), 0.0), sparse.top_per_row(torch.zeros(0, D_SAE), 2)):
+        assert codes.dense().shape == (0, D_SAE)
+        assert sparse.decode(codes, normal(D_SAE, D_IN)).shape == (0, D_IN)
+
+
+# ---- gradients
+
+
+def test_encode_at():
+    x, W_enc, b_enc, b_dec, _ = mine = weights()
+    theirs = [p.detach().clone().requires_grad_() for p in mine]
+    pre = (theirs[0] - theirs[3]) @ theirs[1] + theirs[2]
+    dense = torch.where(mask_of(SOME), pre, 0.0)
+    chosen = SOME._replace(values=pre.detach()[SOME.rows, SOME.features])
+    codes = sparse.encode_at(chosen, x, W_enc, b_enc, b_dec)
+    close(codes.dense(), dense)
+    g = normal(ROWS, D_SAE, seed=20).double()
+    (codes.dense() * g).sum().backward()
+    (dense * g).sum().backward()
+    for a, b in zip(mine[:4], theirs[:4], strict=True):
+        close(a.grad, b.grad)
+    assert not mine[1].grad[:, 3].any() and not mine[0].grad[0].any(), "an unused feature, an empty row"
+    assert mine[0].grad[1].any()
+
+
+def test_decode():
+    *_, W_dec = weights()
+    W = W_dec.detach().clone().requires_grad_()
+    values = normal(len(SOME.features), seed=21).double().requires_grad_()
+    v = values.detach().clone().requires_grad_()
+    out = sparse.decode(SOME._replace(values=values), W_dec)
+    reference = SOME._replace(values=v).dense() @ W
+    close(out, reference)
+    g = normal(ROWS, D_IN, seed=22).double()
+    (out * g).sum().backward()
+    (reference * g).sum().backward()
+    close(values.grad, v.grad)
+    close(W_dec.grad, W.grad)
+    assert not W_dec.grad[3].any() and not out[0].any()
+
+
+def test_gradients_of_a_sum_reach_decode_expanded():
+    """A gradient without memory of its own (from .sum()) must not upset the kernels."""
+    *_, W_dec = weights()
+    values = torch.ones(len(SOME.features), dtype=torch.double, requires_grad=True)
+    sparse.decode(SOME._replace(values=values), W_dec).sum().backward()
+    close(values.grad, W_dec.detach().sum(1)[SOME.features])
+
+
+def test_no_code_is_active():
+    x, W_enc, b_enc, b_dec, W_dec = mine = weights()
+    nothing = places(*([[]] * ROWS))
+    codes = sparse.encode_at(nothing, x, W_enc, b_enc, b_dec)
+    out = sparse.decode(codes, W_dec)
+    assert torch.equal(out, torch.zeros(ROWS, D_IN, dtype=torch.double))
+    (out.sum() + codes.values.sum()).backward()
+    assert all(p.grad is not None and not p.grad.any() for p in mine)
+
+
+def test_float32_too():
+    """What training runs: the same kernels in single precision (1e-5: a few hundred roundings of 6e-8)."""
+    pre, W_dec = normal(32, 200, seed=5), normal(200, 16, seed=6).requires_grad_()
+    W = W_dec.detach().double().requires_grad_()
+    codes = sparse.top_per_row(pre, 9)
+    values = codes.values.clone().requires_grad_()
+    g = normal(32, 16, seed=7)
+    (sparse.decode(codes._replace(values=values), W_dec) * g).sum().backward()
+    (codes.dense().double() @ W * g.double()).sum().backward()
+    close(W_dec.grad.double(), W.grad, 1e-5)
+    close(values.grad.double(), (g.double() @ W.detach().T)[codes.rows, codes.features], 1e-5)
+
+
+# ---- AuxK
+
+
+@pytest.mark.parametrize("asleep", [[2, 5, 6, 30], list(range(20, 40))])
+def test_auxk_equals_a_dense_reference(asleep):
+    coder = make("TopK", k_aux=6)
+    x = normal(24, 16, seed=9)
+    dead = torch.zeros(40, dtype=torch.bool)
+    dead[asleep] = True
+    out = coder(x)
+    coder.auxk(Batch(x, x), out, dead, coder.k_aux)["auxk"].backward()
+    p = {n: t.detach().double().requires_grad_() for n, t in coder.named_parameters()}
+    pre = (x.double() - p["b_dec"]) @ p["W_enc"] + p["b_enc"]
+    masked = pre.masked_fill(~dead, float("-inf"))
+    chosen = masked >= masked.topk(min(6, len(asleep)), dim=1).values[:, -1:]
+    fitted = torch.where(chosen, pre, 0.0).relu() @ p["W_dec"]
+    residual = (x - out.x_hat.detach()).double()
+    (AUX_WEIGHT * (fitted - residual).pow(2).sum(1).mean()).backward()
+    for name, q in coder.named_parameters():
+        assert q.grad.abs().max() > 1e-6, f"{name} gets no gradient"
+        close(q.grad.double(), p[name].grad, 1e-5)
+    assert not coder.W_enc.grad[:, ~dead].any() and not coder.W_dec.grad[~dead].any(), "only the dead are revived"
+
+
+def test_no_auxk_while_nothing_is_dead():
+    coder, x = TopK(16, 40, k=4), normal(24, 16)
+    alive = torch.zeros(40, dtype=torch.bool)
+    assert coder.loss(Batch(x, x), progress=0.5, dead=alive).keys() == {"mse"}
+    assert coder.loss(Batch(x, x), progress=0.5, dead=~alive).keys() == {"mse", "auxk"}
+
+
+def test_dense_codes_are_refused_nowhere():
+    """Output.f is the dense view of either form of codes."""
+    codes = sparse.top_per_row(normal(3, D_SAE), 2)
+    out = Output(torch.zeros(3, D_IN), codes, torch.zeros(3, D_SAE))
+    assert torch.equal(out.f, codes.dense()) and torch.equal(out._replace(codes=codes.dense()).f, out.f)

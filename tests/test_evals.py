@@ -1,0 +1,290 @@
+"""evals.reconstruction on coders whose numbers are known beforehand."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from sklearn.decomposition import PCA
+
+import sae_lab as sl
+from sae_lab.evals.contexts import clustered_error, spread_contexts
+from sae_lab.lm.model import token_losses
+from sae_lab.lm.tokens import pad
+from sae_lab.types import Site, TokenMask, Write
+
+SITE = Site("resid_post", 1)
+SMALL = {"tokens": 400, "context": 32}
+
+
+def at(coder, site=SITE, **meta):
+    coder.reads = coder.writes = (site,)
+    coder.meta = meta
+    return coder.eval()
+
+
+def weights(d, site=SITE, **meta):
+    """A coder whose codes are the positive and the negative parts of x, and whose decoder is still to be filled in."""
+    coder = sl.L1(d, 2 * d)
+    with torch.no_grad():
+        coder.W_enc.copy_(torch.cat([torch.eye(d), -torch.eye(d)], dim=1))
+        coder.W_dec.zero_()
+    return at(coder, site, **meta)
+
+
+def identity(d, site=SITE, **meta):
+    """relu(x) - relu(-x) is x, to the last bit."""
+    coder = weights(d, site, **meta)
+    with torch.no_grad():
+        coder.W_dec.copy_(coder.W_enc.T)
+    return coder
+
+
+def kept_activations(lm, text, site=SITE, mask=None, tokens=400, context=32):
+    contexts = spread_contexts(lm, text, tokens, context)
+    mask = mask or lm.mask()
+    parts = []
+    for c in contexts:
+        reading = lm.read([c.ids], site)
+        parts.append(reading[site][0][mask.keep(reading.ids, reading.batch.positions, {site: reading[site]})[0]])
+    return torch.cat(parts)
+
+
+def delta_by_hand(lm, text, site, mask, new, tokens=400, context=32):
+    """Mean loss with ``new(x)`` at the kept tokens, minus the clean one, one context at a time."""
+    deltas = []
+    for c in spread_contexts(lm, text, tokens, context):
+        batch = pad([c.ids])
+
+        def write(x, t):
+            keep = mask.keep(t.ids, t.positions, {site: x})
+            return torch.where(keep.unsqueeze(-1), new(x), x)
+
+        clean, changed = (
+            token_losses(lm.run(batch, writes=writes)[1], batch)[0, 1:] for writes in ([], [Write(site, write)])
+        )
+        deltas.append(changed - clean)
+    return float(torch.cat(deltas).double().mean())
+
+
+# ---- known answers
+
+
+def test_the_identity_loses_nothing(tiny_lm, small_text):
+    r = sl.evals.reconstruction(identity(48), tiny_lm, small_text, **SMALL)
+    assert r.ce_delta == 0.0 and r.ce_recovered == 1.0 and r.ce_recovered_zero == 1.0
+    assert r.fvu == 0.0 and r.fvu_all_tokens == 0.0 and r.explained_variance == 1.0
+    assert r.l0 == 48.0, "each x is either positive or negative"
+    assert r.ce_delta_mean_ablation > 0.1 and r.ce_delta_zero_ablation > 0.1
+
+
+def test_the_mean_recovers_nothing(tiny_lm, small_text):
+    coder = weights(48)
+    with torch.no_grad():
+        coder.b_dec.copy_(kept_activations(tiny_lm, small_text).mean(0))
+    r = sl.evals.reconstruction(coder, tiny_lm, small_text, **SMALL)
+    # The two means differ in their last bits (batch-mates, order of summation), and ΔCE by no more than 1e-4 of it.
+    assert abs(r.ce_recovered) < 1e-4 and r.ce_delta == pytest.approx(r.ce_delta_mean_ablation, rel=1e-4)
+    assert r.fvu == pytest.approx(1.0, abs=1e-4)
+
+
+def test_zero_recovers_nothing_of_zero(tiny_lm, small_text):
+    r = sl.evals.reconstruction(weights(48), tiny_lm, small_text, **SMALL)
+    assert r.ce_recovered_zero == pytest.approx(0.0, abs=1e-6) and r.ce_delta == r.ce_delta_zero_ablation
+    assert r.fvu > 1 or r.fvu == pytest.approx(1, abs=0.2)
+
+
+def test_half_of_x(tiny_lm, small_text):
+    """x̂ = x/2 leaves a quarter of Σ‖x‖²."""
+    coder = identity(48)
+    with torch.no_grad():
+        coder.W_dec /= 2
+    x = kept_activations(tiny_lm, small_text).double()
+    r = sl.evals.reconstruction(coder, tiny_lm, small_text, **SMALL)
+    assert r.fvu == pytest.approx(float(0.25 * x.pow(2).sum() / (x - x.mean(0)).pow(2).sum()), rel=1e-4)
+    by_hand = delta_by_hand(tiny_lm, small_text, SITE, tiny_lm.mask(), lambda x: x / 2)
+    assert r.ce_delta == pytest.approx(by_hand, rel=1e-4)
+
+
+def test_pca_is_the_one_of_scikit_learn(tiny_lm, small_text):
+    coder = at(sl.TopK(48, 96, k=5))
+    x = kept_activations(tiny_lm, small_text)
+    r = sl.evals.reconstruction(coder, tiny_lm, small_text, **SMALL)
+    pca = PCA(5, svd_solver="full").fit(x.double().numpy())
+    assert r.pca_rank == 5
+    assert r.pca_fvu == pytest.approx(1 - pca.explained_variance_ratio_.sum(), rel=1e-4)
+
+    def projected(x):
+        rows = pca.inverse_transform(pca.transform(x.reshape(-1, 48).double().numpy()))
+        return torch.tensor(rows, dtype=torch.float32).view_as(x)
+
+    by_hand = delta_by_hand(tiny_lm, small_text, SITE, tiny_lm.mask(), projected)
+    assert r.pca_ce_delta == pytest.approx(by_hand, rel=1e-3)
+    assert r.pca_ce_recovered == pytest.approx(1 - r.pca_ce_delta / r.ce_delta_mean_ablation)
+
+
+def test_ce_clean_is_the_models_loss(tiny_lm, small_text):
+    r = sl.evals.reconstruction(identity(48), tiny_lm, small_text, **SMALL)
+    contexts = spread_contexts(tiny_lm, small_text, 400, 32)
+    losses = tiny_lm.loss([c.ids for c in contexts], per_token=True)
+    assert r.ce_clean == pytest.approx(float(losses.nanmean()), rel=1e-5)
+    assert r.tokens == sum(len(c.ids) for c in contexts)
+    assert r.documents == len({c.documents[0] for c in contexts})
+
+
+def test_every_site_of_every_architecture(any_lm, small_text):
+    """One pass gives clean, spliced and ablated runs at once; a loop of single runs must agree."""
+    sites = [Site(k, None if k == "embed" else 1) for k in any_lm.kinds] + [Site("attn_z", 1, head=2)]
+    for site in sites:
+        coder = at(sl.TopK(any_lm.width(site), 20, k=4), site)
+        r = sl.evals.reconstruction(coder, any_lm, small_text, tokens=60, context=24)
+        by_hand = [
+            delta_by_hand(any_lm, small_text, site, any_lm.mask(), new, 60, 24)
+            for new in (lambda x, coder=coder: coder(x).x_hat.detach(), torch.zeros_like)
+        ]
+        # The loss is about 11 nats of float32: 1e-4 is ten units of its last place.
+        assert [r.ce_delta, r.ce_delta_zero_ablation] == pytest.approx(by_hand, rel=1e-3, abs=1e-4), site
+        assert abs(r.ce_delta) > 1e-3, f"{site} is without effect, so nothing was compared"
+
+
+def test_excluded_tokens_pass_unchanged(tiny_lm, small_text):
+    ids = Counter(i for c in spread_contexts(tiny_lm, small_text, 400, 32) for i in c.ids)
+    common = tuple(i for i, _ in ids.most_common(40))
+    limit = float(kept_activations(tiny_lm, small_text).norm(dim=-1).median())
+    for mask in (TokenMask(common), TokenMask((), True, {SITE.key: limit})):
+        coder = weights(48, mask=mask.to_dict())
+        r = sl.evals.reconstruction(coder, tiny_lm, small_text, **SMALL)
+        by_hand = delta_by_hand(tiny_lm, small_text, SITE, mask, torch.zeros_like)
+        assert r.ce_delta == pytest.approx(by_hand, rel=1e-4)
+        assert r.ce_delta != pytest.approx(delta_by_hand(tiny_lm, small_text, SITE, tiny_lm.mask(), torch.zeros_like))
+        kept = len(kept_activations(tiny_lm, small_text, mask=mask))
+        assert r.excluded == pytest.approx(1 - kept / r.tokens) and r.excluded > 0.3
+        assert str(mask) in str(r)
+
+
+def test_fvu_over_all_tokens_stands_beside(tiny_lm, small_text):
+    mask = TokenMask((), True)
+    coder = at(sl.TopK(48, 96, k=5), mask=mask.to_dict())
+    r = sl.evals.reconstruction(coder, tiny_lm, small_text, **SMALL)
+    everything = kept_activations(tiny_lm, small_text, mask=TokenMask((), False))
+    for x, fvu in ((kept_activations(tiny_lm, small_text, mask=mask), r.fvu), (everything, r.fvu_all_tokens)):
+        error = (coder(x).x_hat - x).detach().pow(2).sum() / (x - x.mean(0)).pow(2).sum()
+        assert fvu == pytest.approx(float(error), rel=1e-3)
+    assert r.fvu != r.fvu_all_tokens
+
+
+# ---- what it says
+
+
+def test_it_prints_as_a_table(tiny_lm, small_text):
+    coder = at(sl.TopK(48, 96, k=5), dead=0.125, dead_tokens=2000)
+    r = sl.evals.reconstruction(coder, tiny_lm, small_text, **SMALL)
+    text = str(r)
+    assert repr(r) == text and "PCA 5" in text.splitlines()[0]
+    for name in ("L0", "FVU", "FVU, all tokens", "dCE", "CE recovered, mean", "CE recovered, zero", "dead"):
+        assert any(line.startswith(name) for line in text.splitlines()), name
+    assert f"{r.fvu:.3f}" in text and "12.50%" in text and "none of 2,000 training tokens" in text
+    assert "left out: 3 special ids, position 0" in text or "special ids, position 0" in text
+    html = r._repr_html_()
+    assert html.startswith("<table>") and html.count("<tr>") == 8 and f"{r.ce_delta:.3f} ± " in html
+    table = r.to_pandas()
+    assert len(table) == 1 and table["fvu"][0] == r.fvu and {"l0", "dead", "ce_delta", "ce_recovered"} <= set(table)
+    assert r.dead == 0.125 and r.dead_tokens == 2000 and r.l0 <= 5
+
+
+def test_it_leaves_the_coder_as_it_was(tiny_lm, small_text):
+    coder = at(sl.BatchTopK(48, 96, k=5))
+    coder.calibrate([torch.randn(500, 48, generator=torch.Generator().manual_seed(0))])
+    coder.train()
+    r = sl.evals.reconstruction(coder, tiny_lm, small_text, **SMALL)
+    assert coder.training
+    x = kept_activations(tiny_lm, small_text)
+    assert r.l0 == pytest.approx(float((coder.eval().encode(x) > 0).sum()) / len(x), rel=1e-3), "L0 in eval mode"
+
+
+def test_the_context_is_the_coders(tiny_lm, small_text):
+    r = sl.evals.reconstruction(identity(48, context=16), tiny_lm, small_text, tokens=100)
+    losses = [len(c.ids) for c in spread_contexts(tiny_lm, small_text, 100, 16)]
+    assert max(losses) == 16 and r.tokens == sum(losses)
+
+
+# ---- which text
+
+
+def test_contexts_are_spread_over_documents(tiny_lm):
+    words = "the cat sat on the mat and looked at the moon while the river went by "
+    documents = [words * 40 for _ in range(9)] + ["short one"]
+    text = sl.load_text(documents)
+    contexts = spread_contexts(tiny_lm, text, 9 * 64, 32)
+    per_document = Counter(c.documents[0] for c in contexts)
+    assert set(per_document) == set(range(9)) and set(per_document.values()) == {2}
+    assert [c.ids for c in contexts] == [c.ids for c in spread_contexts(tiny_lm, text, 9 * 64, 32)]
+    # A document of one short context leaves its share to the others, and all of a text can be asked for.
+    uneven = spread_contexts(tiny_lm, documents[8:], 10**6, 32)
+    assert {c.documents[0] for c in uneven} == {0}
+    every = list(sl.load_text(documents[:2]).contexts(tiny_lm.tokenizer, tiny_lm.prefix_id, 32))
+    assert sorted(map(len, (c.ids for c in uneven))) == sorted(map(len, (c.ids for c in every)))
+
+
+def test_contexts_are_spread_within_documents(tiny_lm):
+    document = " ".join(f"number {i}" for i in range(900))
+    chosen = spread_contexts(tiny_lm, [document], 5 * 32, 32)
+    every = [c.ids for c in sl.load_text([document]).contexts(tiny_lm.tokenizer, tiny_lm.prefix_id, 32)]
+    at = sorted(every.index(c.ids) for c in chosen)
+    gaps = np.diff([0, *at, len(every) - 1])
+    assert at[0] == 0 and at[-1] == len(every) - 1 and gaps.max() <= len(every) / 4 + 1
+
+
+def test_clustered_error_by_hand():
+    # Mean 3. Residuals -2, -1 | 1 | 2, 0: sums by cluster -3, 1, 2, squares 14; times G/(G-1) = 3/2; √21/5.
+    d, clusters = torch.tensor([1.0, 2.0, 4.0, 5.0, 3.0]), torch.tensor([7, 7, 2, 9, 9])
+    assert clustered_error(d, clusters) == pytest.approx(21**0.5 / 5)
+    assert np.isnan(clustered_error(d, torch.zeros(5)))
+    # Each its own cluster: the usual standard error of a mean.
+    assert clustered_error(d, torch.arange(5)) == pytest.approx(float(d.std()) / 5**0.5)
+
+
+# ---- refused
+
+
+def test_no_text(tiny_lm):
+    for text in ([""], []):
+        with pytest.raises(ValueError, match="the text is empty: pass at least one document"):
+            sl.evals.reconstruction(identity(48), tiny_lm, text)
+    with pytest.raises(ValueError, match="evaluation text is empty: it needs a document of at least two tokens"):
+        sl.evals.reconstruction(identity(48), tiny_lm, sl.load_text(["a", "b", ""])[2:])
+
+
+def test_another_model(tiny_lm, small_text):
+    with pytest.raises(ValueError, match=r"the coder reads d_in=20, LM\(.*\) has width 48 at .*: wrong model or site"):
+        sl.evals.reconstruction(identity(20), tiny_lm, small_text)
+    with pytest.raises(ValueError, match="this coder does not know its site"):
+        sl.evals.reconstruction(sl.TopK(48, 96, k=3), tiny_lm, small_text)
+    with pytest.raises(ValueError, match="out of range: this model has layers 0 to 2"):
+        sl.evals.reconstruction(identity(48, Site("resid_post", 9)), tiny_lm, small_text)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"tokens": 0}, "tokens must be positive, got 0"),
+        ({"context": 1}, "context must lie between 2 and the 256 tokens this model reads, got 1"),
+        ({"context": 300}, "context must lie between 2 and the 256 tokens this model reads, got 300"),
+    ],
+)
+def test_nonsense(tiny_lm, small_text, arguments, words):
+    with pytest.raises(ValueError, match=words):
+        sl.evals.reconstruction(identity(48), tiny_lm, small_text, **arguments)
+
+
+def test_a_mask_that_keeps_nothing(tiny_lm, small_text):
+    coder = identity(48, mask=TokenMask((), True, {SITE.key: 0.0}).to_dict())
+    with pytest.raises(ValueError, match=r"the coder's mask leaves out every token .*: .* another mask or text"):
+        sl.evals.reconstruction(coder, tiny_lm, small_text, **SMALL)
+
+
+def test_an_unfitted_coder(tiny_lm, small_text):
+    coder = at(sl.BatchTopK(48, 96, k=5)).train()
+    with pytest.raises(ValueError, match="no inference threshold yet"):
+        sl.evals.reconstruction(coder, tiny_lm, small_text, **SMALL)
+    assert coder.training
