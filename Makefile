@@ -22,7 +22,7 @@ lab: .venv/.ready
 
 test: .venv/.ready lint widgets
 	$(BIN)/python -m pytest tests -m "not browser"
-	$(BIN)/python -m pytest --nbval --nbval-current-env --nbval-cell-timeout=300 -p no:cacheprovider -o addopts="" notebooks/00_quickstart.ipynb
+	$(BIN)/python -m pytest --nbval --nbval-current-env --nbval-cell-timeout=900 -p no:cacheprovider -o addopts="" notebooks/00_quickstart.ipynb
 	$(BIN)/python -m pytest tests -m browser
 
 lint: .venv/.ready

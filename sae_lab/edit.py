@@ -80,8 +80,8 @@ class Edit:
         """Edits in units of f_scale need a feature that has fired."""
         if silent := [f for f, s in zip(self.features, scale.tolist(), strict=True) if s == 0]:
             raise ValueError(
-                f"feature {silent[0]} never fired on training text, so it has no scale to measure strength in: choose a "
-                f"live feature, or set sae.f_scale[{silent[0]}] yourself"
+                f"feature {silent[0]} never fired on training text, so it has no scale to measure strength in: choose "
+                f"a live feature, or set sae.f_scale[{silent[0]}] yourself"
             )
 
 
@@ -146,9 +146,7 @@ def _check_positions(positions: Positions) -> None:
         raise ValueError(f"positions count from the prefix token (0) and are never negative, got {positions}")
 
 
-def _where(
-    x: Tensor, tokens: TokenBatch, mask: TokenMask, site, positions: Positions
-) -> Bool[Tensor, "batch pos"]:
+def _where(x: Tensor, tokens: TokenBatch, mask: TokenMask, site, positions: Positions) -> Bool[Tensor, "batch pos"]:
     """The tokens an edit touches."""
     keep = mask.keep(tokens.ids, tokens.positions, {site: x.to(tokens.ids.device)}) & tokens.mask
     at = tokens.positions
@@ -163,7 +161,9 @@ def _where(
 
 
 @torch.no_grad()
-def _apply(x: Tensor, keep: Tensor, coder: SparseCoder, features: list[int], scale: Tensor, new_codes, drop: bool) -> Tensor:
+def _apply(
+    x: Tensor, keep: Tensor, coder: SparseCoder, features: list[int], scale: Tensor, new_codes, drop: bool
+) -> Tensor:
     """x with the codes of ``features`` replaced at the kept tokens."""
     if not bool(keep.any()):
         return x

@@ -68,7 +68,9 @@ class TrainConfig:
         if not isinstance(self.seed, int) or self.seed < 0:
             raise ValueError(f"seed must be an integer of at least 0, got {self.seed!r}")
         if not (0 <= self.warmup <= 1 and 0 <= self.decay <= 1 and self.warmup + self.decay <= 1):
-            raise ValueError(f"warmup and decay are shares of training that sum to <= 1, got {self.warmup}, {self.decay}")
+            raise ValueError(
+                f"warmup and decay are shares of training that sum to <= 1, got {self.warmup}, {self.decay}"
+            )
 
     @property
     def total_steps(self) -> int:
@@ -101,7 +103,7 @@ class Run:
     history: list[Metrics] = field(repr=False)
     path: Path | None = None
 
-    def to_pandas(self):  # noqa: ANN201 - pandas is imported late
+    def to_pandas(self):
         """The history: step, tokens, passes, loss, fvu, l0, dead, lr and the loss terms."""
         import pandas as pd
 
@@ -145,7 +147,9 @@ def train(
 class _Training:
     """The state of one call of train(): coder, optimiser, counters, history."""
 
-    def __init__(self, coder: SparseCoder, rows: Store | Rows, config: TrainConfig, path: Path | None, callbacks: tuple):
+    def __init__(
+        self, coder: SparseCoder, rows: Store | Rows, config: TrainConfig, path: Path | None, callbacks: tuple
+    ):
         self.coder, self.rows, self.config, self.path, self.callbacks = coder, rows, config, path, callbacks
         self.identity = {
             "config": asdict(config),
@@ -214,7 +218,9 @@ class _Training:
         if self.path is not None:
             coder.save(self.path)
             with cache.atomic(self.path / "run.json") as temporary:
-                temporary.write_text(json.dumps(self.identity | {"history": self.history, "left_weights": _weights_fingerprint(coder)}))
+                temporary.write_text(
+                    json.dumps(self.identity | {"history": self.history, "left_weights": _weights_fingerprint(coder)})
+                )
             (self.path / CHECKPOINT).unlink(missing_ok=True)
         self._emit("end", self.history[-1])
         return run
@@ -305,8 +311,8 @@ class _Training:
         if not bool(x.isfinite().all()):
             row = int((~x.isfinite().all(-1)).nonzero()[0])
             raise ValueError(
-                f"step {self.step}: the activations hold NaN or Inf (row {row} of the batch): drop such rows, or harvest "
-                f"again in float32"
+                f"step {self.step}: the activations hold NaN or Inf (row {row} of the batch): drop such rows, or "
+                f"harvest again in float32"
             )
 
     def _emit(self, kind: str, metrics: Metrics) -> None:
@@ -325,7 +331,8 @@ class _Training:
                 if not self.history:  # log_every may lie ahead
                     return
                 m = self.history[-1]
-                text = f"pass {m['passes']:.1f}, loss {m['loss']:.1f}, FVU {m['fvu']:.3f}, L0 {m['l0']:.1f}, dead {m['dead']:.1%}"
+                text = f"pass {m['passes']:.1f}, loss {m['loss']:.1f}, FVU {m['fvu']:.3f}, "
+                text += f"L0 {m['l0']:.1f}, dead {m['dead']:.1%}"
                 bar.set_postfix_str(text, refresh=False)
 
             yield show
@@ -407,7 +414,7 @@ class _Training:
         return Run(self.coder.eval(), self.config, history, self.path)
 
     def _require_same(self, header: dict[str, Any]) -> None:
-        """The run at ``path`` must have this config, data and coder; weights may be the initial or the last ones seen."""
+        """The run at ``path`` must have this config, data and coder; weights may be the initial or the last ones."""
         differences = []
         for key, mine in self.identity.items():
             theirs = header.get(key)
@@ -420,7 +427,8 @@ class _Training:
                 differences.append(f"{key}: {theirs!r} there, {mine!r} now")
         if differences:
             raise ValueError(
-                f"{self.path} holds another run; it differs in {'; '.join(differences)}. Pass another path=, or delete it"
+                f"{self.path} holds another run; it differs in {'; '.join(differences)}. Pass another path=, "
+                "or delete it"
             )
         self.identity["initial_weights"] = header["initial_weights"]
 

@@ -75,7 +75,8 @@ def test_the_identity_loses_nothing(tiny_lm, small_text):
     assert r.ce_delta == 0.0 and r.ce_recovered == 1.0 and r.ce_recovered_zero == 1.0
     assert r.fvu == 0.0 and r.fvu_all_tokens == 0.0 and r.explained_variance == 1.0
     assert r.l0 == 48.0, "each x is either positive or negative"
-    assert r.ce_delta_mean_ablation > 0.1 and r.ce_delta_zero_ablation > 0.1
+    # A random model is no worse without a block; that the loss moves at all shows that something was ablated.
+    assert abs(r.ce_delta_mean_ablation) > 0.01 and abs(r.ce_delta_zero_ablation) > 0.01
 
 
 def test_the_mean_recovers_nothing(tiny_lm, small_text):
@@ -137,9 +138,9 @@ def test_every_site_of_every_architecture(any_lm, small_text):
     sites = [Site(k, None if k == "embed" else 1) for k in any_lm.kinds] + [Site("attn_z", 1, head=2)]
     for site in sites:
         coder = at(sl.TopK(any_lm.width(site), 20, k=4), site)
-        r = sl.evals.reconstruction(coder, any_lm, small_text, tokens=60, context=24)
+        r = sl.evals.reconstruction(coder, any_lm, small_text, tokens=40, context=20)
         by_hand = [
-            delta_by_hand(any_lm, small_text, site, any_lm.mask(), new, 60, 24)
+            delta_by_hand(any_lm, small_text, site, any_lm.mask(), new, 40, 20)
             for new in (lambda x, coder=coder: coder(x).x_hat.detach(), torch.zeros_like)
         ]
         # The loss is about 11 nats of float32: 1e-4 is ten units of its last place.
@@ -215,9 +216,11 @@ def test_contexts_are_spread_over_documents(tiny_lm):
     words = "the cat sat on the mat and looked at the moon while the river went by "
     documents = [words * 40 for _ in range(9)] + ["short one"]
     text = sl.load_text(documents)
-    contexts = spread_contexts(tiny_lm, text, 9 * 64, 32)
+    contexts = spread_contexts(tiny_lm, text, 9 * 64, 32)  # 18 contexts' worth of 9 documents
     per_document = Counter(c.documents[0] for c in contexts)
-    assert set(per_document) == set(range(9)) and set(per_document.values()) == {2}
+    assert set(per_document) == set(range(9)) and set(per_document.values()) <= {1, 2, 3}
+    lengths = [len(c.ids) for c in contexts]
+    assert sum(lengths[:-1]) < 9 * 64 <= sum(lengths), "as many as asked for and no more"
     assert [c.ids for c in contexts] == [c.ids for c in spread_contexts(tiny_lm, text, 9 * 64, 32)]
     # A document of one short context leaves its share to the others, and all of a text can be asked for.
     uneven = spread_contexts(tiny_lm, documents[8:], 10**6, 32)
@@ -279,7 +282,9 @@ def test_nonsense(tiny_lm, small_text, arguments, words):
 
 def test_a_mask_that_keeps_nothing(tiny_lm, small_text):
     coder = identity(48, mask=TokenMask((), True, {SITE.key: 0.0}).to_dict())
-    with pytest.raises(ValueError, match=r"the coder's mask leaves out every token .*: .* another mask or text"):
+    with pytest.raises(
+        ValueError, match=r"the coder's mask leaves out every token .*: evaluate with another mask or text"
+    ):
         sl.evals.reconstruction(coder, tiny_lm, small_text, **SMALL)
 
 

@@ -535,7 +535,9 @@ def test_hostile_checkpoints(data, tmp_path, monkeypatch, content):
     path = tmp_path / "run"
     path.mkdir()
     (path / CHECKPOINT).write_bytes(content)
-    with pytest.raises(ValueError, match=r"is no checkpoint of sae_lab .*not read as anything else. Delete it to start"):
+    with pytest.raises(
+        ValueError, match=r"is no checkpoint of sae_lab .*not read as anything else. Delete it to start"
+    ):
         sl.train(coder(), data, config(), path=path)
     (path / CHECKPOINT).unlink()
     (path / "run.json").write_bytes(content)
@@ -580,5 +582,5 @@ def test_resuming_from_a_store(store, tmp_path):
         sl.train(sae, one, config(), path=tmp_path / "run", callbacks=[stopper("step", 15)])
     sl.train(sae, Store(store.path, 2000, "layers.1"), config(), path=tmp_path / "run")
     assert same(sae, sl.train(sl.BatchTopK(48, 64, k=4), one, config()).coder)
-    with pytest.raises(ValueError, match="it differs in .*data: "):
+    with pytest.raises(ValueError, match=r"it differs in .*data: "):
         sl.train(sl.BatchTopK(48, 64, k=4), store.at("embed"), config(), path=tmp_path / "run")

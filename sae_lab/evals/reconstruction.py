@@ -48,7 +48,7 @@ class Reconstruction:
     def explained_variance(self) -> float:
         return 1 - self.fvu
 
-    def to_pandas(self):  # noqa: ANN201 - pandas is imported late
+    def to_pandas(self):
         """One row, one column a field."""
         import pandas as pd
 
@@ -107,13 +107,22 @@ def reconstruction(
     """
     site = coder.site
     if lm.width(site) != coder.d_in:
-        raise ValueError(f"the coder reads d_in={coder.d_in}, {lm} has width {lm.width(site)} at {site}: wrong model or site")
+        raise ValueError(
+            f"the coder reads d_in={coder.d_in}, {lm} has width {lm.width(site)} at {site}: wrong model or site"
+        )
+    context = int(coder.meta.get("context", 128) if context is None else context)
+    if tokens < 1:
+        raise ValueError(f"tokens must be positive, got {tokens}")
+    if not 2 <= context <= lm.max_length:
+        raise ValueError(f"context must lie between 2 and the {lm.max_length} tokens this model reads, got {context}")
     was_training = coder.training
     coder.eval()
     try:
-        contexts = spread_contexts(lm, text, tokens, context or coder.meta.get("context", 128))
+        contexts = spread_contexts(lm, text, tokens, context)
         mask = coder.mask or lm.mask()
         x, kept = _read(lm, site, contexts, mask)
+        if not kept.any():
+            raise ValueError(f"the coder's mask leaves out every token ({mask}): evaluate with another mask or text")
         measured = _measure(coder, x, kept)
         losses, documents = _losses(coder, lm, site, contexts, mask, measured)
     finally:
@@ -190,23 +199,23 @@ def _losses(
     """Loss per predicted token when the site is clean, spliced, mean-ablated, zeroed, cut to PCA; and its document.
 
     One context at a time, all variants in one pass: what lies before the site runs once, for a batch of one, and the
-    write makes it a batch of five. Only in mid-block, where the stream is changed in place, the batch is five from the
-    start.
+    write makes it a batch of five. Where that cannot be (the stream in mid-block is changed in place; a head's
+    neighbours are as many as they were; masks are made for the embeddings' batch), it is five from the start.
     """
     from tqdm.auto import tqdm
 
-    in_place = site.kind == "resid_mid"
+    from_the_start = site.kind in ("resid_mid", "embed", "module") or site.head is not None
     collected, documents = [], []
     for context in tqdm(contexts, desc="evaluate", unit="context", dynamic_ncols=True):
         batch = pad([context.ids])
-        five = TokenBatch(*(t.expand(5, -1) for t in (batch.ids, batch.mask, batch.positions)))
+        five = TokenBatch(batch.ids.expand(5, -1), batch.mask.expand(5, -1), batch.positions.expand(5, -1))
 
         def variants(x: Tensor, tokens: TokenBatch) -> Tensor:
             x = x[:1]
             keep = mask.keep(tokens.ids[:1], tokens.positions[:1], {site: x}).to(x.device)
             return _variants(coder, x, keep, measured)
 
-        _, logits = lm.run(five if in_place else batch, writes=[Write(site, variants)])
+        _, logits = lm.run(five if from_the_start else batch, writes=[Write(site, variants)])
         assert logits is not None
         collected.append(token_losses(logits, five)[:, 1:])
         documents += context.documents[1:]

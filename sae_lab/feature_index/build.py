@@ -60,7 +60,9 @@ def _check(coder: SparseCoder, lm: LM, store: Store) -> None:
             f"and {lm} has other weights: index with the model the store comes from"
         )
     if coder.reads and coder.reads != (site,):
-        raise ValueError(f"the coder was trained at {coder.reads[0]}, the store holds {site}: choose with store.at(...)")
+        raise ValueError(
+            f"the coder was trained at {coder.reads[0]}, the store holds {site}: choose with store.at(...)"
+        )
     if store.width != coder.d_in:
         raise ValueError(f"the coder reads d_in={coder.d_in}, the store holds width {store.width}: wrong site or coder")
 
@@ -71,10 +73,17 @@ def _is_done(folder: Path, identity: dict[str, Any]) -> bool:
         file = folder / name
         if not file.exists():
             continue
-        there = json.loads(file.read_text())
+        try:
+            there = json.loads(file.read_bytes())
+            if not {"coder", "store"} <= set(there):
+                raise KeyError("it names no coder and store")
+        except (ValueError, KeyError, TypeError) as err:
+            raise ValueError(f"{file} is no index of sae_lab ({err}): delete the folder and index again") from err
         differences = [f"{k}: {there.get(k)} there, {v} now" for k, v in identity.items() if there.get(k) != v]
-        if differences and set(identity) - {"store_path"} & {d.split(":")[0] for d in differences}:
-            raise ValueError(f"{folder} holds another index; it differs in {'; '.join(differences)}: pass another path=")
+        if {d.split(":")[0] for d in differences} - {"store_path"}:  # a store may be moved
+            raise ValueError(
+                f"{folder} holds another index; it differs in {'; '.join(differences)}: pass another path="
+            )
         return name == "index.json" and there.get("version") == VERSION
     return False
 
@@ -82,6 +91,8 @@ def _is_done(folder: Path, identity: dict[str, Any]) -> bool:
 def _build(coder: SparseCoder, lm: LM, store: Store, folder: Path, identity: dict[str, Any]) -> None:
     from tqdm.auto import tqdm
 
+    for leftover in folder.glob(".*.tmp"):  # of a build that was killed
+        leftover.unlink(missing_ok=True)
     with cache.atomic(folder / "building.json") as temporary:
         temporary.write_text(json.dumps(identity))
     blocks = -(-len(store) // BLOCK)

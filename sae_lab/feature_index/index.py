@@ -50,7 +50,7 @@ class FeatureView:
     mean: float
     max: float
     f_scale: float
-    histogram: dict[str, list[float]]
+    histogram: dict[str, list[int] | list[float]]
     groups: list[dict[str, Any]]
     promoted: list[tuple[str, float]]
     suppressed: list[tuple[str, float]]
@@ -217,7 +217,11 @@ class FeatureIndex:
         groups = [{"label": "top", "contexts": self._contexts(order, rows, values, TOP_CONTEXTS, seen)}]
         for quarter in range(4):
             part = order[len(order) * quarter // 4 : len(order) * (quarter + 1) // 4]
-            spread = part[np.linspace(0, len(part) - 1, min(len(part), 3 * QUANTILE_CONTEXTS)).astype(int)] if len(part) else part
+            spread = (
+                part[np.linspace(0, len(part) - 1, min(len(part), 3 * QUANTILE_CONTEXTS)).astype(int)]
+                if len(part)
+                else part
+            )
             found = self._contexts(spread, rows, values, QUANTILE_CONTEXTS, seen)
             if found:
                 groups.append({"label": f"quantile {75 - 25 * quarter}-{100 - 25 * quarter} %", "contexts": found})

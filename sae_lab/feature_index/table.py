@@ -34,10 +34,10 @@ class FeatureTable:
         key = self.prompt * (int(self.position.max()) + 1 if len(self.position) else 1) + self.position
         first = torch.searchsorted(key, key)  # where each token's entries begin
         keep = torch.arange(len(key)) - first < n
-        parts = (t[keep] for t in (self.prompt, self.position, self.feature, self.value))
-        return FeatureTable(*parts, self.tokens, self.left_out)
+        prompt, position, feature, value = (t[keep] for t in (self.prompt, self.position, self.feature, self.value))
+        return FeatureTable(prompt, position, feature, value, self.tokens, self.left_out)
 
-    def to_pandas(self):  # noqa: ANN201 - pandas is imported late
+    def to_pandas(self):
         """Long form: prompt, position, token, feature, value."""
         import pandas as pd
 
@@ -77,8 +77,8 @@ class FeatureTable:
 def features(lm: LM, coder: SparseCoder, prompts: Prompts | Sequence[str]) -> FeatureTable:
     """The features active at each token of the prompts, as a token x feature table.
 
-    ``.top(5)`` keeps the strongest of each token; ``.to_pandas()`` is the long form. Tokens that the coder's mask leaves
-    out have none. Raises ValueError when the coder's site has another width in this model.
+    ``.top(5)`` keeps the strongest of each token; ``.to_pandas()`` is the long form. Tokens that the coder's mask
+    leaves out have none. Raises ValueError when the coder's site has another width in this model.
     """
     site = coder.site
     if lm.width(site) != coder.d_in:

@@ -42,7 +42,7 @@ class SparseCoder(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         directions = nn.functional.normalize(torch.randn(d_sae, d_in, generator=generator), dim=1)
         self.W_dec = nn.Parameter(directions)
-        # The encoder starts as the decoder's transpose. Its memory is laid out feature by feature, as its gradients are.
+        # The encoder starts as the decoder's transpose. Its memory lies feature by feature, as its gradients do.
         self.W_enc = nn.Parameter(directions.clone().T)
         self.b_enc = nn.Parameter(torch.zeros(d_sae))
         self.b_dec = nn.Parameter(torch.zeros(d_in))
@@ -194,7 +194,8 @@ class SparseCoder(nn.Module):
         """Its one site. ValueError for a coder that was never at one, with the remedy."""
         if len(self.reads) != 1:
             raise ValueError(
-                "this coder does not know its site: train it on a store, or set sae.reads = sae.writes = (sl.Site(...),)"
+                "this coder does not know its site: train it on a store, or set "
+                "sae.reads = sae.writes = (sl.Site(...),)"
             )
         return self.reads[0]
 

@@ -36,9 +36,13 @@ class BatchTopK(TopK):
     def fit_threshold(self, blocks: Iterable[Tensor]) -> None:
         """θ = the (k·rows)-th largest pre-activation of each block, averaged over the rows; never below 0."""
         self.train()
-        smallest, rows = zip(*((self._codes(x.float())[1].values.min(), len(x)) for x in blocks), strict=True)
-        weights = torch.tensor(rows, device=self.threshold.device) / sum(rows)
-        self.threshold.copy_((torch.stack(smallest) * weights).sum().clamp_min(0))
+        total, rows = torch.zeros_like(self.threshold), 0
+        for x in blocks:
+            codes = self._codes(x.float())[1]
+            assert isinstance(codes, Codes)
+            total += codes.values.min() * len(x)
+            rows += len(x)
+        self.threshold.copy_((total / rows).clamp_min(0))
 
     def fold(self, scale: float) -> None:
         super().fold(scale)

@@ -43,7 +43,7 @@ def save(coder: SparseCoder, path: str | Path) -> Path:
     return folder
 
 
-def load(path: str | Path, id: str | None = None) -> SparseCoder:  # noqa: A002 - a release's SAE id, as peers call it
+def load(path: str | Path, id: str | None = None) -> SparseCoder:
     """Read a coder that ``sae.save`` wrote, in eval mode.
 
     Raises ValueError for a folder without one, a newer format, an unknown family, or weights that are damaged, missing,
@@ -79,7 +79,9 @@ def build(config: dict[str, Any], weights: dict[str, torch.Tensor], where: Path)
         raise ValueError(f"{where}/sae.safetensors must hold {sorted(expected)}; missing or surplus: {missing}")
     for name, tensor in weights.items():
         if tensor.shape != expected[name].shape:
-            raise ValueError(f"{where}: {name} has shape {tuple(tensor.shape)}, its config says {tuple(expected[name].shape)}")
+            raise ValueError(
+                f"{where}: {name} has shape {tuple(tensor.shape)}, its config says {tuple(expected[name].shape)}"
+            )
         if name != "threshold" and not bool(tensor.isfinite().all()):
             raise ValueError(f"{where}: {name} holds NaN or Inf; this coder's training failed or the file is damaged")
     coder.load_state_dict(weights)

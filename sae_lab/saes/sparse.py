@@ -70,7 +70,7 @@ def decode(codes: Codes, W_dec: Float[Tensor, "d_sae d_out"]) -> Float[Tensor, "
 
 class _EncodeAt(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, values, x, W_enc, b_enc, b_dec, features, offsets):  # noqa: ANN001
+    def forward(ctx: Any, values, x, W_enc, b_enc, b_dec, features, offsets):
         ctx.save_for_backward(x, W_enc, b_dec, features, offsets)
         return values.clone()
 
@@ -86,7 +86,7 @@ class _EncodeAt(torch.autograd.Function):
 
 class _Decode(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, values, W_dec, features, offsets):  # noqa: ANN001
+    def forward(ctx: Any, values, W_dec, features, offsets):
         ctx.save_for_backward(values, W_dec, features, offsets)
         return _weighted_rows(values, features, offsets, W_dec)
 
@@ -125,8 +125,7 @@ def _inner_products(
     """left[row]·right[feature] for every active place."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
-        pattern = torch.sparse_csr_tensor(
-            offsets, features, torch.zeros(len(features), device=left.device, dtype=left.dtype), (len(left), len(right)),
-            check_invariants=False,
-        )  # fmt: skip
+        zeros = left.new_zeros(len(features))
+        shape = (len(left), len(right))
+        pattern = torch.sparse_csr_tensor(offsets, features, zeros, shape, check_invariants=False)
         return torch.sparse.sampled_addmm(pattern, left, right.T, beta=0.0).values()

@@ -9,7 +9,7 @@ from .lab import DARK, LIGHT, fresh_copy, open_notebook, screenshots
 
 REPOSITORY = pathlib.Path(__file__).parents[2]
 QUICKSTART = REPOSITORY / "notebooks" / "00_quickstart.ipynb"
-# About 130 s on two idle cores when the harvest is in the cache, 180 s when not; a busy machine takes several times that.
+# Two to four minutes on two idle cores; a busy machine takes several times that.
 RUN_SECONDS = 1200
 
 

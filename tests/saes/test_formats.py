@@ -114,7 +114,7 @@ def test_missing_and_surplus_tensors(saved, name):
     with pytest.raises(ValueError, match=rf"sae.safetensors must hold .*missing or surplus: \['{name}'\]"):
         sl.load(saved)
     rewrite(saved, tensors=lambda w: w.update({name: torch.zeros(3), "extra": torch.zeros(1)}))
-    with pytest.raises(ValueError, match="extra|W_enc has shape"):
+    with pytest.raises(ValueError, match=r"extra|W_enc has shape"):
         sl.load(saved)
 
 

@@ -1,0 +1,545 @@
+"""The feature index and the feature table, against dense recomputation."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+import sae_lab as sl
+from sae_lab.feature_index import Context, FeatureIndex, build
+from sae_lab.types import Site, TokenMask
+
+SITE = Site("resid_post", 1)
+ROWS = 1500
+
+
+@pytest.fixture(scope="module")
+def tiny_module_lm(make_tiny):
+    return make_tiny("llama")
+
+
+@pytest.fixture(scope="module")
+def store(tiny_module_lm, small_text, tmp_path_factory):
+    """More rows are on disk than are seen, so that the last context is cut."""
+    folder = tmp_path_factory.mktemp("index") / "store"
+    sl.harvest(tiny_module_lm, [SITE, "mlp_in-1"], small_text, 1900, context=48, path=folder)
+    return sl.Store(folder, ROWS, SITE)
+
+
+@pytest.fixture(scope="module")
+def sae(store):
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    coder = sl.BatchTopK(48, 96, k=5)
+    sl.train(coder, store, sl.TrainConfig(steps=60, batch_size=128, lr=3e-3))
+    torch.set_num_threads(before)
+    return coder
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    """Several blocks in place of one; all else is as it is."""
+    monkeypatch.setattr(build, "BLOCK", 400)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def index(sae, tiny_module_lm, store, tmp_path_factory):
+    """The unbroken index, which no test changes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "BLOCK", 400)
+        return sl.index_features(sae, tiny_module_lm, store, path=tmp_path_factory.mktemp("index") / "index")
+
+
+@pytest.fixture(scope="module")
+def dense(sae, store):
+    """All codes, ``rows d_sae``, encoded in one go."""
+    with torch.no_grad():
+        return sae.encode(store.rows(np.arange(ROWS), SITE.key)).numpy()
+
+
+def files(folder):
+    return {f.name: f.read_bytes() for f in sorted(folder.iterdir())}
+
+
+def close(a, b):
+    # Other blocks of rows go through the product together: float32 rounding.
+    return np.allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+# ---- numbers
+
+
+def test_statistics_are_the_dense_ones(index, dense):
+    assert len(index) == 96 and index.tokens_seen == ROWS and index.site == SITE
+    count = (dense > 0).sum(0)
+    assert np.array_equal(index.counts, count) and close(index.density, count / ROWS)
+    assert close(index.max, dense.max(0)) and close(index.mean, dense.sum(0) / np.maximum(count, 1))
+    assert (count > 0).sum() > 20, "there is something to see"
+
+
+def test_activations_are_the_dense_ones(index, dense):
+    for feature in range(96):
+        rows, values = index.activations(feature)
+        where = np.flatnonzero(dense[:, feature])
+        assert np.array_equal(rows, where) and close(values, dense[where, feature])
+
+
+def test_a_view(index, dense, sae):
+    feature = index.best()
+    view = index[feature]
+    codes = dense[:, feature][dense[:, feature] > 0]
+    assert (view.feature, view.d_sae, view.count, view.tokens_seen) == (feature, 96, len(codes), ROWS)
+    assert view.density == pytest.approx(len(codes) / ROWS)
+    assert view.max == pytest.approx(codes.max(), rel=1e-4) and view.mean == pytest.approx(codes.mean(), rel=1e-4)
+    assert view.f_scale == float(sae.f_scale[feature])
+    text = str(view)
+    assert text.startswith(f"feature {feature}: fires on ") and "promotes" in text and f"max {view.max:.2f}" in text
+
+
+def test_histograms_hold_every_activation(index, dense):
+    for feature in index.order("density")[::3].tolist():
+        h = index[feature].histogram
+        assert sum(h["counts"]) == index.counts[feature] and len(h["edges"]) == len(h["counts"]) + 1
+        codes = dense[:, feature][dense[:, feature] > 0]
+        if len(codes):
+            assert h["edges"][0] == 0 and h["edges"][-1] == pytest.approx(codes.max(), rel=1e-4)
+            half = sum(c for c, e in zip(h["counts"], h["edges"][1:], strict=True) if e <= h["edges"][20] + 1e-9)
+            assert half == pytest.approx((codes < h["edges"][20]).sum(), abs=1)
+
+
+# ---- contexts
+
+
+def contexts_of(view):
+    return [c for group in view.groups for c in group["contexts"]]
+
+
+def test_top_contexts(index, dense, store):
+    contexts = store.contexts(np.arange(ROWS))
+    for feature in index.order("density")[:10]:
+        top = index[int(feature)].top
+        peaks = [c.values[c.peak] for c in top]
+        assert peaks == sorted(peaks, reverse=True) and len(top) <= 12
+        assert peaks[0] == pytest.approx(dense[:, feature].max(), rel=1e-4)
+        # One activation of each context, nearly always its best; of repeated text only the first is shown.
+        best = sorted((dense[contexts == c, feature].max() for c in np.unique(contexts)), reverse=True)
+        best = [b for b in best if b > 0]
+        assert len({(c.document, c.position - c.peak, tuple(c.tokens)) for c in top}) == len(top)
+        assert np.mean([min(abs(p - b) for b in best) < 1e-3 for p in peaks]) >= 0.7
+        if len(best) >= 24:
+            assert len(top) == 12 and peaks[-1] >= best[23] - 1e-3
+
+
+def test_no_context_twice(index, store):
+    for feature in index.order("density")[:10]:
+        shown = contexts_of(index[int(feature)])
+        keys = {(c.document, c.position, tuple(c.tokens)) for c in shown}
+        assert len(keys) == len(shown)
+
+
+def test_every_value_of_a_context(index, dense, store, tiny_module_lm):
+    """Tokens, values and where there is none, recomputed from the store alone."""
+    rows = np.arange(ROWS)
+    position, document, context = (
+        store.rows(rows, "position").numpy(), store.rows(rows, "document").numpy(), store.contexts(rows)
+    )  # fmt: skip
+    masked = 0
+    for feature in index.order("max")[:12]:
+        for c in contexts_of(index[int(feature)]):
+            at = [r for r in np.flatnonzero((position == c.position) & (document == c.document))
+                  if abs(dense[r, feature] - c.values[c.peak]) < 1e-3]  # fmt: skip
+            assert at, "the peak is at its position of its document"
+            number = next(n for n in context[at] if labels_match(tiny_module_lm, store.context_ids(int(n)), c))
+            ids = store.context_ids(int(number))
+            start = c.position - c.peak
+            expected = [None] * len(ids)
+            for row in np.flatnonzero(context == number):
+                expected[position[row]] = dense[row, feature]
+            for value, wanted in zip(c.values, expected[start:], strict=False):
+                assert (value is None) == (wanted is None)
+                assert value is None or value == pytest.approx(wanted, rel=1e-3, abs=1e-3)
+                masked += value is None
+            assert len(c.tokens) == len(c.values) <= 37 and c.values[c.peak] > 0
+            assert f"[{c.tokens[c.peak]}]" in str(c) or "'" in c.tokens[c.peak] or "\\" in repr(c.tokens[c.peak])
+    assert masked > 0, "no token was left out, so None was never tried"
+
+
+def labels_match(lm, ids, c):
+    start = c.position - c.peak
+    labels = [t.label for t in lm.token_strings(ids[start : start + len(c.tokens)].tolist(), prefixed=start == 0)]
+    return labels == c.tokens
+
+
+def test_a_context_that_the_store_cuts(index, store, dense):
+    """Kept tokens behind the last row are not known: None, not 0."""
+    number = int(store.contexts(np.array([ROWS - 1]))[0])
+    here, positions = store.context_rows(number)
+    assert here[-1] >= ROWS, "the store must end within a context"
+    feature = int(dense[here[here < ROWS]].max(0).argmax())
+    rows, values = index.activations(feature)
+    c = index._context(store.context_ids(number), here, positions, rows, values, int(positions[0]))
+    start = c.position - c.peak
+    unknown = {int(p) for p in positions[here >= ROWS]}
+    assert all((c.values[p - start] is None) for p in unknown if 0 <= p - start < len(c.values))
+    assert any(v is not None for v in c.values)
+
+
+def test_quantile_groups(index):
+    view = index[int(index.order("density")[0])]
+    assert view.groups[0]["label"] == "top"
+    labels = [g["label"] for g in view.groups[1:]]
+    assert labels == [
+        n for n in ("quantile 75-100 %", "quantile 50-75 %", "quantile 25-50 %", "quantile 0-25 %") if n in labels
+    ]
+    assert len(labels) >= 2
+    _, values = index.activations(view.feature)
+    for group in view.groups[1:]:
+        low, high = (int(n) / 100 for n in group["label"].split()[1].split("-"))
+        bounds = np.quantile(values, [low, high], method="nearest")
+        assert len(group["contexts"]) <= 4
+        for c in group["contexts"]:
+            rank = (values < c.values[c.peak] - 1e-4).mean()
+            assert low - 1.5 / len(values) <= rank <= high + 1.5 / len(values), (bounds, rank)
+
+
+def test_a_feature_that_never_fires(tiny_module_lm, store, tmp_path):
+    coder = sl.TopK(48, 32, k=3).eval()
+    with torch.no_grad():
+        coder.b_enc[5] = -1e6
+    index = sl.index_features(coder, tiny_module_lm, store, path=tmp_path / "i")
+    view = index[5]
+    assert view.groups == [] and view.top == [] and sum(view.histogram["counts"]) == 0 and view.max == 0.0
+    assert json.loads(json.dumps(view.to_dict(), allow_nan=False))["count"] == 0
+    assert index.top_tokens(5) == [] and all(5 not in index.order(by) for by in ("density", "max", "best"))
+
+
+# ---- directions
+
+
+def test_the_lens_is_the_models(index, sae, tiny_module_lm):
+    feature = index.best()
+    logits = tiny_module_lm.lens(sae.W_dec[feature : feature + 1], SITE)[0]
+    view = index[feature]
+    for side, largest in ((view.promoted, True), (view.suppressed, False)):
+        top = logits.topk(10, largest=largest)
+        assert [t for t, _ in side] == [tiny_module_lm.token_strings([int(i)])[0].label for i in top.indices]
+        assert np.allclose([v for _, v in side], top.values.detach(), atol=1e-3)
+
+
+def test_no_lens_where_nothing_is_written(tiny_module_lm, store, tmp_path):
+    other = sl.Store(store.path, ROWS, "mlp_in-1")
+    coder = sl.TopK(48, 32, k=3).eval()
+    view = sl.index_features(coder, tiny_module_lm, other, path=tmp_path / "i")[0]
+    assert view.promoted == view.suppressed == []
+    assert view.lens_note == "no logit lens: Site('mlp_in', layer=1) is not written to the residual stream"
+
+
+def test_neighbours_are_the_nearest_rows(index, sae):
+    rows = F.normalize(sae.W_dec.detach(), dim=1)
+    cosines = (rows @ rows.T).fill_diagonal_(-2)
+    for feature in (0, 41, 95):
+        values, ids = zip(*reversed(sorted((float(v), i) for i, v in enumerate(cosines[feature]))[-8:]), strict=True)
+        found = index[feature].neighbours
+        assert [n for n, _ in found] == list(ids) and np.allclose([c for _, c in found], values, atol=1e-5)
+
+
+# ---- finding
+
+
+def test_order(index):
+    for by in ("density", "max"):
+        order, values = index.order(by), getattr(index, by)
+        assert (np.diff(values[order]) <= 0).all() and set(order) == set(np.flatnonzero(index.counts))
+    assert set(index.order("best")) == set(index.order("max"))
+    with pytest.raises(ValueError, match="order by one of density, max, best, got 'beauty'"):
+        index.order("beauty")
+
+
+def test_best(index):
+    assert index.best() == index.best(5)[0] == index.order("best")[0] and len(index.best(5)) == 5
+    assert index.counts[index.best()] > 0
+
+
+def test_search(index, dense, store):
+    feature = int(index.order("max")[0])
+    token = store.rows(np.arange(ROWS), "token").numpy()
+    # The tokens that it fires on most, by their summed activations.
+    totals = {}
+    for row in np.flatnonzero(dense[:, feature]):
+        totals[token[row]] = totals.get(token[row], 0) + dense[row, feature]
+    ordered = sorted(totals, key=totals.get, reverse=True)
+    names = index.top_tokens(feature, 8)
+    assert len(names) == min(8, len(ordered))
+    if index.counts[feature] <= 64:
+        assert names[0] == index._token(int(ordered[0]))
+    word = max((n for n in names if n.strip().isalpha()), key=len).strip()
+    for query in (word, word.upper(), f" {word} "):
+        found = index.search(query)
+        assert feature in found and len(found) == len(set(found))
+    assert all(any(word.lower() in t.lower() for t in index.top_tokens(f, 8)) for f in found)
+    assert index.search(word, limit=1) == found[:1]
+    assert index.search("") == index.search("   ") == index.search("xyzzyx") == []
+
+
+def test_out_of_range(index):
+    for feature in (-1, 96, True):
+        for call in (index.__getitem__, index.activations, index.top_tokens):
+            with pytest.raises(ValueError, match=f"feature must be an int from 0 to 95, got {feature}"):
+                call(feature)
+
+
+# ---- on disk
+
+
+def test_opened_again_without_work(index, sae, tiny_module_lm, store, monkeypatch):
+    before, times = files(index.path), {f.name: f.stat().st_mtime_ns for f in index.path.iterdir()}
+    assert sorted(before) == ["index.json", "rows.npy", "stats.safetensors", "values.npy"], "nothing is left over"
+    monkeypatch.setattr(sae, "sparse_codes", lambda *_: pytest.fail("it encodes again"))
+    again = sl.index_features(sae, tiny_module_lm, store, path=index.path)
+    assert {f.name: f.stat().st_mtime_ns for f in index.path.iterdir()} == times
+    assert again[again.best()] == index[index.best()]
+    assert repr(again) == repr(index) and f"FeatureIndex(96 features, {(index.counts > 0).sum()} live on 1,500" in repr(
+        index
+    )
+
+
+def test_in_the_cache_without_a_path(sae, tiny_module_lm, store, cache_folder):
+    index = sl.index_features(sae, tiny_module_lm, store)
+    assert index.path.parent == cache_folder / "indexes" and isinstance(index, FeatureIndex)
+    assert any(e.kind == "indexes" and e.path == index.path for e in sl.cache.list())
+    assert sl.index_features(sae, tiny_module_lm, store).path == index.path
+    assert sl.index_features(sae, tiny_module_lm, sl.Store(store.path, 700, SITE)).path != index.path
+
+
+def test_it_leaves_the_coder_as_it_was(sae, tiny_module_lm, store, dense, tmp_path):
+    sae.train()
+    try:
+        index = sl.index_features(sae, tiny_module_lm, store, path=tmp_path / "i")
+        assert sae.training and np.array_equal(index.counts, (dense > 0).sum(0)), "codes in eval mode"
+    finally:
+        sae.eval()
+
+
+@pytest.mark.parametrize("where", ["block 0", "block 2", "lens", "place"])
+def test_interrupted_and_called_again(where, index, sae, tiny_module_lm, store, tmp_path, monkeypatch):
+    calls = []
+
+    def interrupt(module, name, after=0):
+        real = getattr(module, name)
+
+        def call(*args):
+            calls.append(name)
+            if len(calls) > after:
+                raise KeyboardInterrupt
+            return real(*args)
+
+        monkeypatch.setattr(module, name, call)
+
+    if where.startswith("block"):
+        interrupt(sae, "sparse_codes", int(where[-1]))
+    else:
+        interrupt(build, f"_{where}")
+    path = tmp_path / "interrupted"
+    with pytest.raises(KeyboardInterrupt):
+        sl.index_features(sae, tiny_module_lm, store, path=path)
+    monkeypatch.undo()
+    monkeypatch.setattr(build, "BLOCK", 400)
+    real, blocks = sae.sparse_codes, []
+    monkeypatch.setattr(sae, "sparse_codes", lambda x: (blocks.append(1), real(x))[1])
+    sl.index_features(sae, tiny_module_lm, store, path=path)
+    assert len(blocks) == {"block 0": 4, "block 2": 2}.get(where, 0), "whole blocks are not made again"
+    assert files(path) == files(index.path)
+
+
+KILLED = """
+import sys, time, torch
+import sae_lab as sl
+from sae_lab.feature_index import build
+torch.set_num_threads(1)
+model, coder, store, path = sys.argv[1:]
+build.BLOCK = 400
+sae = sl.load(coder)
+encode = sae.sparse_codes
+sae.sparse_codes = lambda x: (time.sleep(0.3), encode(x))[1]  # time to be killed in
+sl.index_features(sae, sl.LM(model), sl.Store(store, 1500, "layers.1"), path=path)
+"""
+
+
+def test_killed_and_called_again(index, sae, tiny_module_lm, store, tmp_path):
+    tiny_module_lm._module.save_pretrained(tmp_path / "model")
+    tiny_module_lm.tokenizer.save_pretrained(tmp_path / "model")
+    sae.save(tmp_path / "coder")
+    path = tmp_path / "killed"
+    arguments = [str(p) for p in (tmp_path / "model", tmp_path / "coder", store.path, path)]
+    process = subprocess.Popen([sys.executable, "-c", KILLED, *arguments], stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 100
+    while len(list(path.glob("block-*"))) < 2 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "it must have been running"
+    assert not (path / "index.json").exists()
+    (path / ".block-000003.safetensors.abc.tmp").write_bytes(b"half")  # what a kill in mid-write leaves
+    (path / "block-000001.safetensors").write_bytes(b"half")  # and a disk that lost power
+    sl.index_features(sae, tiny_module_lm, store, path=path)
+    assert files(path) == files(index.path)
+
+
+# ---- refused
+
+
+def test_another_model_site_or_coder(sae, tiny_module_lm, make_tiny, store, index):
+    with pytest.raises(
+        ValueError, match=r"was harvested from LlamaForCausalLM \(weights .*has other weights: index with"
+    ):
+        sl.index_features(sae, make_tiny("llama", seed=3), store)
+    with pytest.raises(
+        ValueError, match=r"trained at Site\('resid_post', layer=1\), the store holds Site\('mlp_in', layer=1\)"
+    ):
+        sl.index_features(sae, tiny_module_lm, store.at("mlp_in-1"))
+    with pytest.raises(ValueError, match=r"several sites .*choose with store.at\(site\)"):
+        sl.index_features(sae, tiny_module_lm, sl.Store(store.path, ROWS))
+    with pytest.raises(ValueError, match="the coder reads d_in=20, the store holds width 48: wrong site or coder"):
+        sl.index_features(sl.TopK(20, 30, k=2), tiny_module_lm, store)
+    before = files(index.path)
+    with pytest.raises(
+        ValueError, match=r"holds another index; it differs in coder: .* there, .* now: pass another path="
+    ):
+        sl.index_features(sl.TopK(48, 96, k=2), tiny_module_lm, store, path=index.path)
+    assert files(index.path) == before
+
+
+def test_no_permission(sae, tiny_module_lm, store, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(ValueError, match=r"cannot write to the folder .*: pass path= to a folder you own"):
+        sl.index_features(sae, tiny_module_lm, store, path=tmp_path / "file" / "below")
+
+
+@pytest.mark.parametrize("name", ["index.json", "building.json"])
+@pytest.mark.parametrize("content", [b"", b"\x80\x04\x95", b"[]"])
+def test_hostile_index(name, content, sae, tiny_module_lm, store, tmp_path):
+    (tmp_path / "i").mkdir()
+    (tmp_path / "i" / name).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{name} is no index of sae_lab .*: delete the folder and index again"):
+        sl.index_features(sae, tiny_module_lm, store, path=tmp_path / "i")
+
+
+# ---- in the panel
+
+
+def test_to_dict_is_plain(index):
+    for feature in range(0, 96, 5):
+        view = index[feature].to_dict()
+        assert json.loads(json.dumps(view, allow_nan=False))["feature"] == feature
+    assert isinstance(view["groups"], list) and all(isinstance(g["contexts"], list) for g in view["groups"])
+
+
+def test_the_inspector_opens_it(index):
+    panel = sl.FeatureInspector(index)
+    assert panel.feature == index.best() and panel.view["count"] == index.counts[panel.feature] > 0
+    other = int(index.order("density")[3])
+    panel.feature = other
+    assert (
+        panel.view["feature"] == other
+        and panel.view["groups"][0]["contexts"][0]["tokens"] == index[other].top[0].tokens
+    )
+    panel.query = index.top_tokens(other)[0]
+    assert panel.results and {"feature", "density", "max", "tokens"} <= set(panel.results[0])
+    with pytest.raises(ValueError, match="feature must be an int from 0 to 95, got 96"):
+        panel.feature = 96
+
+
+# ---- the table of a prompt
+
+TEXTS = ["The ship <b>went</b> down & under", "A fox ran home at dawn"]
+
+
+@pytest.fixture
+def table(tiny_module_lm, sae):
+    return sl.features(tiny_module_lm, sae, TEXTS)
+
+
+def test_the_table_is_encode_at_each_token(table, tiny_module_lm, sae):
+    reading = tiny_module_lm.read(TEXTS, SITE)
+    f = sae.encode(reading[SITE]).detach()
+    keep = sae.mask.keep(reading.ids, reading.batch.positions, {SITE: reading[SITE]}) & reading.mask
+    f[~keep] = 0
+    found = torch.zeros_like(f)
+    found[table.prompt, table.position, table.feature] = table.value
+    assert torch.equal(found > 0, f > 0) and torch.allclose(found, f, rtol=1e-4, atol=1e-5)
+    assert table.left_out == {(b, p) for b, p in (~keep & reading.mask).nonzero().tolist()} >= {(0, 0), (1, 0)}
+    assert ["".join(row[1:]) for row in table.tokens] == TEXTS
+
+
+def test_strongest_first(table):
+    key = list(zip(table.prompt.tolist(), table.position.tolist(), (-table.value).tolist(), strict=True))
+    assert key == sorted(key)
+
+
+def test_top(table):
+    top = table.top(2)
+    whole, cut = table.to_pandas(), top.to_pandas()
+    expected = whole.sort_values("value", ascending=False).groupby(["prompt", "position"]).head(2).sort_index()
+    assert cut.equals(expected.reset_index(drop=True)) and len(cut) < len(whole)
+    assert table.top(10**6).to_pandas().equals(whole)
+    with pytest.raises(ValueError, match="top needs n >= 1, got 0"):
+        table.top(0)
+
+
+def test_to_pandas(table):
+    df = table.to_pandas()
+    assert list(df) == ["prompt", "position", "token", "feature", "value"] and len(df) == len(table.value)
+    row = df.iloc[0]
+    assert row["token"] == table.tokens[row["prompt"]][row["position"]].label
+
+
+def test_it_prints(table):
+    text, html = repr(table.top(1)), table._repr_html_()
+    assert len(text.splitlines()) == sum(len(row) for row in table.tokens) and "left out" in text
+    feature, value = int(table.feature[0]), float(table.value[0])
+    assert f"{feature} ({value:.1f})" in text and f"{feature} ({value:.1f})" in html
+    assert "&lt;" in html and "&amp;" in html and "<b>" not in html
+
+
+def test_the_table_takes_codes_in_eval_mode(tiny_module_lm, sae, table):
+    sae.train()
+    try:
+        again = sl.features(tiny_module_lm, sae, TEXTS)
+        assert sae.training and torch.equal(again.value, table.value)
+    finally:
+        sae.eval()
+
+
+def test_nothing_to_show(tiny_module_lm, sae, table):
+    quiet = sl.TopK(48, 30, k=2).eval()
+    quiet.reads = (SITE,)
+    quiet.meta = {"mask": TokenMask((), True, {SITE.key: 0.0}).to_dict()}
+    empty = sl.features(tiny_module_lm, quiet, TEXTS)
+    assert len(empty.value) == 0 and len(empty.top(3).value) == 0 and empty.to_pandas().empty
+    assert repr(empty).count("left out") == sum(len(row) for row in empty.tokens)
+
+
+def test_a_coder_of_another_width(tiny_module_lm):
+    coder = sl.TopK(20, 30, k=2).eval()
+    coder.reads = (SITE,)
+    with pytest.raises(ValueError, match=r"the coder reads d_in=20, LM\(.*\) has width 48 at "):
+        sl.features(tiny_module_lm, coder, TEXTS)
+
+
+def test_a_loaded_coder_needs_no_index(tiny_module_lm, sae, table, tmp_path):
+    loaded = sl.load(sae.save(tmp_path / "coder"))
+    assert torch.equal(sl.features(tiny_module_lm, loaded, TEXTS).value, table.value)
+
+
+def test_contexts_print_their_peak():
+    c = Context([" a", " b", " c"], [0.0, 2.5, None], 1, 0, 7)
+    assert str(c) == "    2.50  ' a[ b] c'"
