@@ -1,5 +1,6 @@
 """make demo: run the quickstart notebook for real, keep the executed copy and its HTML, print its headline numbers."""
 
+import os
 import subprocess
 import sys
 import time
@@ -19,7 +20,7 @@ def main() -> None:
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     client = NotebookClient(notebook, timeout=900, resources={"metadata": {"path": str(NOTEBOOK.parent)}})
     start = time.perf_counter()
-    print(f"running {NOTEBOOK.relative_to(ROOT)} ...", flush=True)
+    print(f"Running {NOTEBOOK.relative_to(ROOT)} ...", flush=True)
     with client.setup_kernel():
         for number, cell in enumerate(tqdm(notebook.cells, desc="cells", dynamic_ncols=True)):
             client.execute_cell(cell, number)
@@ -40,7 +41,8 @@ def main() -> None:
     for cell in notebook.cells:
         if "headline" in cell.metadata.get("tags", []):
             print("".join(output.get("text", "") for output in cell.outputs))
-    subprocess.run([sys.executable, ROOT / "benchmarks" / "first_numbers.py"], check=True)
+    quiet = {**os.environ, "TQDM_DISABLE": "1"}
+    subprocess.run([sys.executable, ROOT / "benchmarks" / "first_numbers.py"], check=True, env=quiet)
     print(f"\nThe notebook took {spent:.0f} s. Executed copy: {EXECUTED / NOTEBOOK.name}\n{'':25}as HTML: {target}")
 
 

@@ -43,7 +43,7 @@ def import_seconds() -> float:
 def harvest_ratio(lm: sl.LM, text: sl.Text) -> tuple[float, float, float]:
     """Of a harvest of ``TOKENS`` tokens: (time / time of a bare truncated forward of as many, tokens/s, fixed seconds).
 
-    Harvests of one and of three shards, beside the bare forward of one shard's contexts, tell the cost of a token and
+    Harvests of one and of two shards, beside the bare forward of one shard's contexts, tell the cost of a token and
     what comes once: hashing the model's weights and tokenising the first hundred documents.
     """
     per_shard = SHARD_TOKENS // CONTEXT
@@ -70,14 +70,15 @@ def harvest_ratio(lm: sl.LM, text: sl.Text) -> tuple[float, float, float]:
             store = sl.harvest(lm, sl.Site("resid_post", LAYER), text, least, path=Path(folder) / "store")
             return sum(s["rows"] + s["excluded"] for s in store.manifest["shards"])
 
-    read = {shards: harvest(shards) for shards in (1, 3)}  # warms up, too
-    times: dict[str, list[float]] = {"bare": [], "one": [], "three": []}
+    read: dict[int, int] = {}
+    times: dict[str, list[float]] = {"bare": [], "one": [], "two": []}
+    bare()  # warms up
     for _ in range(REPEATS):
         times["bare"].append(seconds(bare))
-        times["one"].append(seconds(lambda: harvest(1)))
-        times["three"].append(seconds(lambda: harvest(3)))
-    bare_s, one, three = (statistics.median(t) for t in times.values())
-    per_token = (three - one) / (read[3] - read[1])
+        times["one"].append(seconds(lambda: read.update({1: harvest(1)})))
+        times["two"].append(seconds(lambda: read.update({2: harvest(2)})))
+    bare_s, one, two = (statistics.median(t) for t in times.values())
+    per_token = (two - one) / (read[2] - read[1])
     fixed = one - per_token * read[1]
     whole = fixed + per_token * TOKENS
     return whole / (bare_s / sum(map(len, rows)) * TOKENS), TOKENS / whole, fixed
