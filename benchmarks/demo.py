@@ -1,4 +1,7 @@
-"""make demo: run the quickstart notebook for real, keep the executed copy and its HTML, print its headline numbers."""
+"""make demo: run the quickstart notebook for real, keep the executed copy and its HTML, print its headline numbers.
+
+With --readme (make readme) the numbers also replace those in README.md.
+"""
 
 import os
 import subprocess
@@ -14,6 +17,15 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOK = ROOT / "notebooks" / "00_quickstart.ipynb"
 EXECUTED = ROOT / "notebooks" / "executed"
+
+
+def write_readme(numbers: str) -> None:
+    """Put the numbers between the two marks in README.md."""
+    readme = ROOT / "README.md"
+    before, _, rest = readme.read_text(encoding="utf-8").partition("<!-- make readme -->\n")
+    _, _, after = rest.partition("<!-- end -->")
+    text = "\n".join(line.rstrip() for line in numbers.splitlines())
+    readme.write_text(f"{before}<!-- make readme -->\n```\n{text}\n```\n<!-- end -->{after}", encoding="utf-8")
 
 
 def main() -> None:
@@ -37,12 +49,15 @@ def main() -> None:
     target = (EXECUTED / NOTEBOOK.name).with_suffix(".html")
     target.write_text(html, encoding="utf-8")
 
-    print("\nHeadline numbers of the quickstart")
-    for cell in notebook.cells:
-        if "headline" in cell.metadata.get("tags", []):
-            print("".join(output.get("text", "") for output in cell.outputs))
+    tagged = [cell for cell in notebook.cells if "headline" in cell.metadata.get("tags", [])]
+    headline = "".join(output.get("text", "") for cell in tagged for output in cell.outputs)
+    print(f"\nHeadline numbers of the quickstart\n{headline}")
     quiet = {**os.environ, "TQDM_DISABLE": "1"}
-    subprocess.run([sys.executable, ROOT / "benchmarks" / "first_numbers.py"], check=True, env=quiet)
+    command = [sys.executable, ROOT / "benchmarks" / "first_numbers.py"]
+    numbers = subprocess.run(command, check=True, env=quiet, stdout=subprocess.PIPE, text=True).stdout
+    print(numbers)
+    if "--readme" in sys.argv:
+        write_readme(f"{headline}\n{numbers}the whole notebook {spent:30.0f} s")
     print(f"\nThe notebook took {spent:.0f} s. Executed copy: {EXECUTED / NOTEBOOK.name}\n{'':25}as HTML: {target}")
 
 

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 
 import sae_lab as sl
+from sae_lab.harvesting import FORWARD_TOKENS, SHARD_TOKENS
 from sae_lab.lm.tokens import pad
-from sae_lab.store import FORWARD_TOKENS, SHARD_TOKENS
 
 LAYER, TOKENS, CONTEXT, REPEATS = 8, 100_000, 128, 2
 

@@ -17,7 +17,7 @@ _HOME = {
     "LM": "lm.model",
     "load_text": "lm.text", "Text": "lm.text",
     "Site": "types", "TokenMask": "types", "Batch": "types",
-    "harvest": "store", "Store": "store",
+    "harvest": "harvesting", "Store": "store",
     "SparseCoder": "saes", "L1": "saes", "TopK": "saes", "BatchTopK": "saes",
     "load": "saes.formats",
     "train": "training", "TrainConfig": "training", "Run": "training",
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from sae_lab.feature_index import FeatureIndex as FeatureIndex
     from sae_lab.feature_index import features as features
     from sae_lab.feature_index import index_features as index_features
+    from sae_lab.harvesting import harvest as harvest
     from sae_lab.lm.model import LM as LM
     from sae_lab.lm.text import Text as Text
     from sae_lab.lm.text import load_text as load_text
@@ -50,7 +51,6 @@ if TYPE_CHECKING:
     from sae_lab.saes import TopK as TopK
     from sae_lab.saes.formats import load as load
     from sae_lab.store import Store as Store
-    from sae_lab.store import harvest as harvest
     from sae_lab.training import Run as Run
     from sae_lab.training import TrainConfig as TrainConfig
     from sae_lab.training import train as train

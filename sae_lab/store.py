@@ -1,270 +1,28 @@
-"""harvest(): activations of a language model on disk, written shard by shard, read shuffled.
+"""Activations as training and indexing read them: a ``Store`` on disk, or ``Rows`` of a plain tensor.
 
-A store is a folder: ``manifest.json`` and safetensors shards. A shard holds some contexts' token ids and, for every
-kept token, its activations at each site (float16 after a per-site power-of-two scale), id, document and position.
+A store is a folder that ``harvest`` wrote: ``manifest.json`` and safetensors shards. A shard holds some contexts' token
+ids and, for every kept token, its activations at each site (float16 after a per-site power-of-two scale), id, document
+and position.
 """
 
 import json
-import logging
 import os
-import platform
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
-from sae_lab import cache
-from sae_lab.lm.model import LM
-from sae_lab.lm.text import Context, Text, from_documents
-from sae_lab.lm.tokens import pad
-from sae_lab.types import Batch, Site, TokenBatch, TokenMask, as_sites
-
-log = logging.getLogger(__name__)
+from sae_lab.types import Batch, Site, TokenMask
 
 VERSION = 1
-MAX_NORM = 4.0  # in medians: attention sinks and massive activations lie above (the bundled model's at 6 medians)
-FORWARD_TOKENS = 1024  # per forward pass; more brings nothing on a CPU
-SHARD_TOKENS = 4096
-RESERVE_EVERY = 5
+RESERVE_EVERY = 5  # one document in five is kept from training: thresholds are fitted there
 _MANIFEST = {"identity", "mask", "scales", "complete", "shards"}
 _NUMPY = {"F16": np.float16, "BF16": np.uint16, "F32": np.float32, "I64": np.int64, "I32": np.int32}
-
-
-def harvest(
-    lm: LM,
-    sites: Site | str | Iterable[Site | str],
-    text: Text | Sequence[str],
-    tokens: int = 100_000,
-    *,
-    path: str | Path | None = None,
-    context: int = 128,
-    pack: bool = False,
-    mask: TokenMask | None = None,
-) -> "Store":
-    """Read ``tokens`` kept activations at the sites into a store on disk, or open the one that is there.
-
-    One pass serves all sites and stops at the deepest. Killed at any moment and called again, it goes on from the last
-    whole shard; asked for more tokens, it adds to what is there; a damaged shard is made again.
-
-    Args:
-        path: a folder; None is one in the cache, named by model, sites, text and settings.
-        context: tokens the model sees at once, prefix included.
-        pack: let contexts span documents.
-        mask: which tokens count; None is ``lm.mask()`` and a norm of at most 4 medians of the first shard.
-
-    Raises ValueError when the folder holds a store of another model, site or text (the difference is named), the text
-    is empty or shorter than a context, or activations are not finite.
-    """
-    if tokens < 1 or context < 2:
-        raise ValueError(f"harvest needs tokens >= 1 and context >= 2, got tokens={tokens}, context={context}")
-    text = text if isinstance(text, Text) else from_documents([text] if isinstance(text, str) else text)
-    wanted = as_sites(sites)
-    for site in wanted:
-        lm.width(site)  # an unknown site is refused before anything is written
-    if context > lm.max_length:
-        raise ValueError(f"context={context} is longer than the {lm.max_length} tokens this model reads")
-    identity = {
-        "model": lm.id,
-        "model_fingerprint": lm.fingerprint(),
-        "prefix_id": lm.prefix_id,
-        "sites": [s.key for s in wanted],
-        "text": text.name,
-        "text_fingerprint": text.fingerprint,
-        "context": context,
-        "pack": pack,
-        "mask": "default" if mask is None else mask.to_dict(),
-    }
-    folder = Path(path).expanduser() if path is not None else _default_path(identity)
-    return _Harvest(lm, wanted, text, folder, identity, mask).run(tokens)
-
-
-def _default_path(identity: dict[str, Any]) -> Path:
-    digest = f"{zlib.crc32(json.dumps(identity, sort_keys=True).encode()):08x}-{identity['text_fingerprint'][:8]}"
-    return cache.root() / "stores" / f"{'+'.join(identity['sites'])[:60]}-{digest}"
-
-
-@dataclass
-class _Harvest:
-    """One call of harvest(): what is there, what is missing, and the loop that makes it."""
-
-    lm: LM
-    sites: list[Site]
-    text: Text
-    folder: Path
-    identity: dict[str, Any]
-    mask: TokenMask | None
-
-    def run(self, tokens: int) -> "Store":
-        from tqdm.auto import tqdm
-
-        self.manifest = self._open()
-        good = [_is_whole(self.folder, shard) for shard in self.manifest["shards"]]
-        for shard, ok in zip(self.manifest["shards"], good, strict=True):
-            if not ok:
-                log.warning("shard %s of %s is damaged and is harvested again", shard["file"], self.folder)
-        last_bad = max((i for i, ok in enumerate(good) if not ok), default=-1)
-        have = sum(s["rows"] for s in self.manifest["shards"])
-        if all(good) and (have >= tokens or self.manifest["complete"]):
-            return self._result(tokens)
-        for leftover in self.folder.glob(".*.tmp"):  # of a run that was killed
-            leftover.unlink(missing_ok=True)
-        done = 0
-        bar = tqdm(total=tokens, unit="tok", desc="harvest " + "+".join(s.key for s in self.sites), dynamic_ncols=True)
-        with bar:
-            for number, contexts in enumerate(self._shards()):
-                if number >= len(good) or not good[number]:
-                    self._write(number, contexts)
-                rows = self.manifest["shards"][number]["rows"]
-                bar.update(max(0, min(rows, tokens - done)))
-                done += rows
-                if done >= tokens and number >= last_bad:
-                    break
-            else:
-                self.manifest["complete"] = True
-                self._save_manifest()
-        return self._result(tokens)
-
-    def _open(self) -> dict[str, Any]:
-        file = self.folder / "manifest.json"
-        if not file.exists():
-            cache.make_folder(self.folder)
-            return {
-                "format": "sae_lab store", "version": VERSION, "identity": self.identity, "mask": None, "scales": {},
-                "complete": False, "shards": [], "made_with": _versions(),
-            }  # fmt: skip
-        manifest = read_manifest(self.folder)
-        differences = [
-            f"{key}: {manifest['identity'].get(key)!r} there, {value!r} now"
-            for key, value in self.identity.items()
-            if manifest["identity"].get(key) != value
-        ]
-        if differences:
-            raise ValueError(
-                f"{self.folder} holds another harvest; it differs in {'; '.join(differences)}. "
-                f"Pass another path=, or delete that folder"
-            )
-        return manifest
-
-    def _shards(self) -> Iterator[list[Context]]:
-        """Contexts in groups of about SHARD_TOKENS tokens: the same groups on every run."""
-        length, group, count, seen = self.identity["context"], [], 0, 0
-        tokenizer, prefix, pack = self.lm.tokenizer, self.lm.prefix_id, self.identity["pack"]
-        for c in self.text.contexts(tokenizer, prefix, length, pack, shuffle=True):
-            group.append(c)
-            count += len(c.ids)
-            seen += len(c.ids)
-            if count >= max(SHARD_TOKENS, length):
-                yield group
-                group, count = [], 0
-        if seen < length:
-            if seen == 0:
-                raise ValueError(f"the text {self.text.name!r} is empty: pass at least one document with a word in it")
-            raise ValueError(
-                f"the text holds {seen} tokens, less than one context of {length}: "
-                f"pass more text, or context={max(seen, 2)}"
-            )
-        if group:
-            yield group
-
-    def _write(self, number: int, contexts: list[Context]) -> None:
-        tensors, excluded = self._read(contexts)
-        name = f"{number:06d}.safetensors"
-        try:
-            with cache.atomic(self.folder / name) as temporary:
-                save_file(tensors, temporary)
-                crc, size = _crc(temporary), temporary.stat().st_size
-            entry = {
-                "file": name, "rows": len(tensors["token"]), "contexts": len(contexts), "excluded": excluded,
-                "crc32": crc, "bytes": size,
-            }  # fmt: skip
-            self.manifest["shards"][number : number + 1] = [entry]
-            self._save_manifest()
-        except (OSError, SafetensorError) as err:
-            rows = sum(s["rows"] for s in self.manifest["shards"][:number])
-            raise OSError(
-                f"could not write shard {name} ({getattr(err, 'strerror', None) or err}). "
-                f"The store {self.folder} holds {rows} whole tokens: make room "
-                f"and call harvest again to go on, or open it with sl.Store({str(self.folder)!r})"
-            ) from err
-
-    def _read(self, contexts: list[Context]) -> tuple[dict[str, Tensor], int]:
-        """The tensors of one shard, in the contexts' order, and how many of its tokens the mask leaves out."""
-        # Contexts of like length go through the model together; the order of rows stays the text's.
-        order = sorted(range(len(contexts)), key=lambda i: len(contexts[i].ids))
-        per_context: list[dict[Site, Tensor]] = [{} for _ in contexts]
-        while order:
-            longest = len(contexts[order[-1]].ids)
-            part = order[-max(1, FORWARD_TOKENS // longest) :]
-            del order[-len(part) :]
-            batch = pad([contexts[i].ids for i in part])
-            acts, _ = self.lm.run(batch, self.sites, logits=False)
-            for row, i in enumerate(part):
-                per_context[i] = {s: x[row, : len(contexts[i].ids)].cpu() for s, x in acts.items()}
-        acts = {s: torch.cat([c[s] for c in per_context]) for s in self.sites}
-        lengths = torch.tensor([len(c.ids) for c in contexts])
-        ids = torch.tensor([i for c in contexts for i in c.ids])
-        positions = torch.cat([torch.arange(int(n)) for n in lengths])
-        documents = torch.tensor([d for c in contexts for d in c.documents])
-        kept = self._fix_mask(acts, ids, positions).keep(ids, positions, acts)
-        context = torch.repeat_interleave(torch.arange(len(contexts)), lengths)
-        tensors = {
-            "ids": pad([c.ids for c in contexts]).ids.int(),
-            "lengths": lengths.int(),
-            "token": ids[kept].int(),
-            "document": documents[kept].int(),
-            "position": positions[kept].int(),
-            "context": context[kept].int(),
-        }
-        for site, x in acts.items():
-            tensors[site.key] = self._pack(site, x[kept])
-        return tensors, int((~kept).sum())
-
-    def _fix_mask(self, acts: dict[Site, Tensor], ids: Tensor, positions: Tensor) -> TokenMask:
-        """The store's mask and scales: decided on the first shard, then kept."""
-        for site, x in acts.items():
-            if not bool(x.isfinite().all()):
-                row = int((~x.isfinite().all(-1)).nonzero()[0])
-                raise ValueError(
-                    f"activations at {site} are not finite (token id {int(ids[row])} at position "
-                    f"{int(positions[row])}): load the model in float32, or check its weights"
-                )
-        if self.manifest["mask"] is None:
-            base = self.mask or self.lm.mask()
-            usual = base.keep(ids, positions)
-            medians = {s: float(x[usual].norm(dim=-1).median()) if usual.any() else 1.0 for s, x in acts.items()}
-            limits = {s.key: MAX_NORM * m for s, m in medians.items()}
-            mask = self.mask or TokenMask(base.special_ids, base.skip_first, limits)
-            self.manifest["mask"] = mask.to_dict()
-            # A power of two changes no digit; values come out near 1, far from float16's limits.
-            self.manifest["scales"] = {
-                s.key: 2.0 ** round(np.log2(max(m, 1e-30) / self.lm.width(s) ** 0.5)) for s, m in medians.items()
-            }
-        return TokenMask.from_dict(self.manifest["mask"])
-
-    def _pack(self, site: Site, x: Tensor) -> Tensor:
-        scaled = x / self.manifest["scales"][site.key]
-        if len(x) and float(scaled.abs().max()) > 6e4:  # float16 ends at 65504
-            log.warning("activations at %s overflow float16: this shard is kept in bfloat16 (3 digits)", site)
-            return scaled.bfloat16()
-        return scaled.half()
-
-    def _save_manifest(self) -> None:
-        with cache.atomic(self.folder / "manifest.json") as temporary:
-            temporary.write_text(json.dumps(self.manifest, indent=1))
-
-    def _result(self, tokens: int) -> "Store":
-        store = Store(self.folder, rows=tokens)
-        if len(store) < tokens:
-            log.warning("asked for %d tokens, the text has %d", tokens, len(store))
-        return store
 
 
 class Runs:
@@ -561,19 +319,6 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def _is_whole(folder: Path, shard: dict[str, Any]) -> bool:
-    file = folder / shard["file"]
-    return file.exists() and file.stat().st_size == shard["bytes"] and _crc(file) == shard["crc32"]
-
-
-def _crc(file: Path) -> int:
-    value = 0
-    with open(file, "rb") as f:
-        while part := f.read(1 << 24):
-            value = zlib.crc32(part, value)
-    return value
-
-
 def memory_map(file: Path) -> dict[str, np.ndarray]:
     """A safetensors file's tensors without reading them (an 8-byte length, a JSON header, then the bytes)."""
     try:
@@ -599,17 +344,3 @@ def memory_map(file: Path) -> dict[str, np.ndarray]:
         raise ValueError(
             f"shard {file} is damaged ({err}): call sl.harvest again with the same path to remake it"
         ) from err
-
-
-def _versions() -> dict[str, Any]:
-    import transformers
-
-    from sae_lab import __version__
-
-    return {
-        "sae_lab": __version__, "torch": torch.__version__, "transformers": transformers.__version__,
-        "python": platform.python_version(), "threads": torch.get_num_threads(),
-    }  # fmt: skip
-
-
-__all__ = ["Rows", "Store", "TokenBatch", "harvest"]

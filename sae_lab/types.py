@@ -4,6 +4,7 @@ Legend of axes, the same everywhere: ``batch`` prompts or rows, ``pos`` token po
 ``d_in``/``d_out`` widths a coder reads/writes, ``d_sae`` features, ``k`` active features, ``vocab`` token ids.
 """
 
+import operator
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -247,6 +248,17 @@ class Output(NamedTuple):
         """The codes as a dense ``batch d_sae`` tensor."""
         dense = self.codes.dense() if isinstance(self.codes, Codes) else self.codes
         return dense.reshape(*self.x_hat.shape[:-1], dense.shape[-1])
+
+
+def check_feature(feature: Any, d_sae: int) -> int:
+    """A feature's number as an int (numpy's and torch's count). ValueError when the coder has no such feature."""
+    try:
+        number = -1 if isinstance(feature, bool) else operator.index(feature)
+    except TypeError:
+        number = -1
+    if not 0 <= number < d_sae:
+        raise ValueError(f"feature must be an int from 0 to {d_sae - 1}, got {feature!r}")
+    return number
 
 
 # ---------------------------------------------------------------------------------------------- edits

@@ -16,6 +16,7 @@ FLOORS = [
     {"types", "cache"},
     {"worlds", "saes", "lm"},
     {"store"},
+    {"harvesting"},
     {"training", "edit"},
     {"evals", "circuits", "feature_index"},
     {"widgets", "plots"},

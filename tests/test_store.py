@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import sae_lab as sl
-from sae_lab import store as store_module
+from sae_lab import harvesting
 from sae_lab.store import Rows, Store, permute
 from sae_lab.types import Site, TokenMask
 
@@ -29,8 +29,8 @@ HALF = 2.0**-11
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch):
     """Many small shards in place of few large ones; all else is as it is."""
-    monkeypatch.setattr(store_module, "SHARD_TOKENS", 256)
-    monkeypatch.setattr(store_module, "FORWARD_TOKENS", 128)
+    monkeypatch.setattr(harvesting, "SHARD_TOKENS", 256)
+    monkeypatch.setattr(harvesting, "FORWARD_TOKENS", 128)
 
 
 @pytest.fixture
@@ -347,9 +347,9 @@ def test_interrupted_by_the_keyboard(harvest, tiny_lm, unbroken, tmp_path):
 KILLED = """
 import sys, time, json, torch
 import sae_lab as sl
-from sae_lab import store
+from sae_lab import harvesting
 torch.set_num_threads(1)
-store.SHARD_TOKENS, store.FORWARD_TOKENS = 256, 128
+harvesting.SHARD_TOKENS, harvesting.FORWARD_TOKENS = 256, 128
 model, path, documents = sys.argv[1:]
 lm = sl.LM(model)
 lm._module.model.layers[0].register_forward_hook(lambda *_: time.sleep(0.05))  # time to be killed in

@@ -1,7 +1,6 @@
 """FeatureIndex: everything about every feature, opened in milliseconds from memory-mapped files."""
 
 import json
-import operator
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -12,7 +11,7 @@ import numpy as np
 
 from sae_lab.lm.model import LM
 from sae_lab.store import Store, memory_map
-from sae_lab.types import Site
+from sae_lab.types import Site, check_feature
 
 VERSION = 1
 TOP_TOKENS = 8
@@ -151,13 +150,7 @@ class FeatureIndex:
         return _label(self._lm, token_id)
 
     def _check(self, feature: int) -> int:
-        try:
-            number = -1 if isinstance(feature, bool) else operator.index(feature)
-        except TypeError:
-            number = -1
-        if not 0 <= number < self.d_sae:
-            raise ValueError(f"feature must be an int from 0 to {self.d_sae - 1}, got {feature!r}")
-        return number
+        return check_feature(feature, self.d_sae)
 
     # ---- opening one
 

@@ -1,7 +1,6 @@
 """SparseCoder: read (x -> pre), act (pre -> codes), write (codes -> x_hat). One class for training and inference."""
 
 import hashlib
-import operator
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sae_lab.saes import losses, sparse
-from sae_lab.types import Batch, Codes, Output, Site, TokenMask
+from sae_lab.types import Batch, Codes, Output, Site, TokenMask, check_feature
 
 AUX_WEIGHT = 1 / 32  # Gao et al. 2024
 QUANTILE = 0.999  # f_scale: this quantile of a feature's activations where it fires
@@ -201,13 +200,7 @@ class SparseCoder(nn.Module):
 
     def feature(self, feature: Any) -> int:
         """The feature's number, checked."""
-        try:
-            number = -1 if isinstance(feature, bool) else operator.index(feature)
-        except TypeError:
-            number = -1
-        if not 0 <= number < self.d_sae:
-            raise ValueError(f"feature must be an int from 0 to {self.d_sae - 1}, got {feature!r}")
-        return number
+        return check_feature(feature, self.d_sae)
 
     def fingerprint(self) -> str:
         """A hash of family, config and all weights."""
