@@ -43,11 +43,14 @@ def import_seconds() -> float:
 def harvest_ratio(lm: sl.LM, text: sl.Text) -> tuple[float, float, float]:
     """Of a harvest of ``TOKENS`` tokens: (time / time of a bare truncated forward of as many, tokens/s, fixed seconds).
 
-    Harvests of one and of two shards, beside the bare forward of one shard's contexts, tell the cost of a token and
-    what comes once: hashing the model's weights and tokenising the first hundred documents.
+    A harvest of two shards beside the bare forward of the same contexts. What comes once (hashing the model's weights,
+    tokenising the first hundred documents) is timed by itself and counted once for ``TOKENS`` tokens.
     """
-    per_shard = SHARD_TOKENS // CONTEXT
-    rows = [c.ids for c in islice(text.contexts(lm.tokenizer, lm.prefix_id, CONTEXT, shuffle=True), per_shard)]
+    start = time.perf_counter()
+    lm.fingerprint()
+    contexts = text.contexts(lm.tokenizer, lm.prefix_id, CONTEXT, shuffle=True)
+    rows = [c.ids for c in islice(contexts, 2 * SHARD_TOKENS // CONTEXT)]
+    fixed = time.perf_counter() - start
     per_pass = FORWARD_TOKENS // CONTEXT
     batches = [pad(rows[i : i + per_pass]).ids for i in range(0, len(rows), per_pass)]
     model = lm._module
@@ -63,25 +66,20 @@ def harvest_ratio(lm: sl.LM, text: sl.Text) -> tuple[float, float, float]:
                     model(ids, use_cache=False)
         hook.remove()
 
-    def harvest(shards: int) -> int:
-        """How many tokens the model read."""
-        with tempfile.TemporaryDirectory() as folder:
-            least = (shards - 1) * SHARD_TOKENS + 1
-            store = sl.harvest(lm, sl.Site("resid_post", LAYER), text, least, path=Path(folder) / "store")
-            return sum(s["rows"] + s["excluded"] for s in store.manifest["shards"])
+    read = []
 
-    read: dict[int, int] = {}
-    times: dict[str, list[float]] = {"bare": [], "one": [], "two": []}
+    def harvest() -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            site = sl.Site("resid_post", LAYER)
+            store = sl.harvest(lm, site, text, SHARD_TOKENS + 1, path=Path(folder) / "store")
+            read.append(sum(s["rows"] + s["excluded"] for s in store.manifest["shards"]))
+
     bare()  # warms up
-    for _ in range(REPEATS):
-        times["bare"].append(seconds(bare))
-        times["one"].append(seconds(lambda: read.update({1: harvest(1)})))
-        times["two"].append(seconds(lambda: read.update({2: harvest(2)})))
-    bare_s, one, two = (statistics.median(t) for t in times.values())
-    per_token = (two - one) / (read[2] - read[1])
-    fixed = one - per_token * read[1]
-    whole = fixed + per_token * TOKENS
-    return whole / (bare_s / sum(map(len, rows)) * TOKENS), TOKENS / whole, fixed
+    times = [(seconds(bare), seconds(harvest)) for _ in range(REPEATS)]
+    bare_each = statistics.median(t for t, _ in times) / sum(map(len, rows))
+    each = (statistics.median(t for _, t in times) - fixed) / read[0]
+    whole = fixed + each * TOKENS
+    return whole / (bare_each * TOKENS), TOKENS / whole, fixed
 
 
 def main() -> None:
