@@ -1,6 +1,7 @@
 """make demo: run the quickstart notebook for real, keep the executed copy and its HTML, print its headline numbers.
 
-With --readme (make readme) the numbers also replace those in README.md.
+With --readme (make readme) benchmarks/first_numbers.py repeats its measurements, and the numbers replace those in
+README.md; without it each is taken once.
 """
 
 import os
@@ -52,11 +53,12 @@ def main() -> None:
     tagged = [cell for cell in notebook.cells if "headline" in cell.metadata.get("tags", [])]
     headline = "".join(output.get("text", "") for cell in tagged for output in cell.outputs)
     print(f"\nHeadline numbers of the quickstart\n{headline}")
+    renew = "--readme" in sys.argv
     quiet = {**os.environ, "TQDM_DISABLE": "1"}
-    command = [sys.executable, ROOT / "benchmarks" / "first_numbers.py"]
+    command = [sys.executable, ROOT / "benchmarks" / "first_numbers.py", *([] if renew else ["--quick"])]
     numbers = subprocess.run(command, check=True, env=quiet, stdout=subprocess.PIPE, text=True).stdout
     print(numbers)
-    if "--readme" in sys.argv:
+    if renew:
         write_readme(f"{headline}\n{numbers}the whole notebook {spent:30.0f} s")
     print(f"\nThe notebook took {spent:.0f} s. Executed copy: {EXECUTED / NOTEBOOK.name}\n{'':25}as HTML: {target}")
 

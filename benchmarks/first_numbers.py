@@ -1,6 +1,6 @@
 """What a newcomer waits for: import, harvest against a bare hook, a cached harvest, opening a feature.
 
-Ratios are of interleaved repeats in one process, medians. Prints a table.
+Ratios are of interleaved repeats in one process, medians; with --quick each is taken once. Prints a table.
 """
 
 import statistics
@@ -20,7 +20,8 @@ import sae_lab as sl
 from sae_lab.harvesting import FORWARD_TOKENS, SHARD_TOKENS
 from sae_lab.lm.tokens import pad
 
-LAYER, TOKENS, CONTEXT, REPEATS = 8, 100_000, 128, 2
+LAYER, TOKENS, CONTEXT = 8, 100_000, 128
+REPEATS = 1 if "--quick" in sys.argv else 4
 
 
 class Stop(Exception):
@@ -36,7 +37,7 @@ def seconds(work: Callable[[], object]) -> float:
 def import_seconds() -> float:
     """`import sae_lab` beyond `import torch`, in fresh interpreters."""
     code = "import time, torch; t = time.perf_counter(); import sae_lab; print(time.perf_counter() - t)"
-    runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True) for _ in range(3)]
+    runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True) for _ in range(min(REPEATS, 3))]
     return statistics.median(float(r.stdout) for r in runs)
 
 
@@ -58,10 +59,10 @@ def harvest_ratio(lm: sl.LM, text: sl.Text) -> tuple[float, float, float]:
     def stop(*_: object) -> None:
         raise Stop
 
-    def bare() -> None:
+    def bare(passes: int | None = None) -> None:
         hook = model.model.layers[LAYER].register_forward_hook(stop)
         with torch.no_grad():
-            for ids in batches:
+            for ids in batches[:passes]:
                 with suppress(Stop):
                     model(ids, use_cache=False)
         hook.remove()
@@ -74,7 +75,7 @@ def harvest_ratio(lm: sl.LM, text: sl.Text) -> tuple[float, float, float]:
             store = sl.harvest(lm, site, text, SHARD_TOKENS + 1, path=Path(folder) / "store")
             read.append(sum(s["rows"] + s["excluded"] for s in store.manifest["shards"]))
 
-    bare()  # warms up
+    bare(passes=1)  # warms up
     times = [(seconds(bare), seconds(harvest)) for _ in range(REPEATS)]
     bare_each = statistics.median(t for t, _ in times) / sum(map(len, rows))
     each = (statistics.median(t for _, t in times) - fixed) / read[0]

@@ -8,7 +8,7 @@ and position.
 import json
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -90,12 +90,17 @@ class Store:
     ``len(store)`` is the number of kept tokens; ``store.at(site)`` chooses one of several sites.
     """
 
-    def __init__(self, path: str | Path, rows: int | None = None, site: Site | str | None = None):
+    def __init__(
+        self, path: str | Path, rows: int | None = None, site: Site | str | None = None,
+        reads: Sequence[Site] = (), writes: Sequence[Site] = (),
+    ):  # fmt: skip
         self.path = Path(path).expanduser()
         self.manifest = read_manifest(self.path)
         self.identity: dict[str, Any] = self.manifest["identity"]
         self.sites = [Site.of(key) for key in self.identity["sites"]]
-        self._site = Site.of(site) if site is not None else (self.sites[0] if len(self.sites) == 1 else None)
+        one = Site.of(site) if site is not None else (self.sites[0] if len(self.sites) == 1 else None)
+        self.reads = tuple(reads) or ((one,) if one is not None else ())
+        self.writes = tuple(writes) or self.reads
         self._starts = np.cumsum([0] + [s["rows"] for s in self.manifest["shards"]])
         self._rows = int(self._starts[-1]) if rows is None else min(rows, int(self._starts[-1]))
         if self._rows == 0:
@@ -106,11 +111,16 @@ class Store:
     @property
     def site(self) -> Site:
         """The site whose activations are read. ValueError while several could be meant."""
-        if self._site is None:
+        if len(self.reads) != 1:
             raise ValueError(
                 f"this store has several sites ({', '.join(map(repr, self.sites))}): choose with store.at(site)"
             )
-        return self._site
+        return self.reads[0]
+
+    @property
+    def chosen(self) -> Sequence[Site]:
+        """The site chosen with ``at``, else all there are."""
+        return self.reads or self.sites
 
     @property
     def mask(self) -> TokenMask:
@@ -125,7 +135,8 @@ class Store:
     @property
     def fingerprint(self) -> str:
         """Changes with what was harvested and how many rows are seen."""
-        content = json.dumps([self.identity, self.manifest["mask"], self._rows, self._site and self._site.key])
+        sites = [[s.key for s in self.reads], [s.key for s in self.writes]]
+        content = json.dumps([self.identity, self.manifest["mask"], self._rows, sites])
         return f"{zlib.crc32(content.encode()):08x}-{self._rows}"
 
     def at(self, site: Site | str) -> "Store":
@@ -134,6 +145,28 @@ class Store:
         if site not in self.sites:
             raise ValueError(f"this store has no {site}; it has {', '.join(map(repr, self.sites))}")
         return Store(self.path, self._rows, site)
+
+    def view(self, reads: Sequence[Site], writes: Sequence[Site]) -> "Store":
+        """This store, its batches with x from ``reads`` and target from ``writes`` (several: stacked as layers)."""
+        for site in (*reads, *writes):
+            self.at(site)
+        return Store(self.path, self._rows, reads=reads, writes=writes)
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The shapes of a row of x and of target."""
+        return self._shape(self.reads), self._shape(self.writes)
+
+    def _shape(self, sites: Sequence[Site]) -> tuple[int, ...]:
+        widths = {s: self._tensor(0, s.key).shape[1] for s in sites}
+        if len(set(widths.values())) > 1:
+            raise ValueError(f"sites that are stacked as layers must be equally wide, got {widths}")
+        width = next(iter(widths.values()))
+        return (width,) if len(sites) == 1 else (len(sites), width)
+
+    def _acts(self, rows: np.ndarray, sites: Sequence[Site]) -> Tensor:
+        tensors = [self.rows(rows, s.key) for s in sites]
+        return tensors[0] if len(tensors) == 1 else torch.stack(tensors, 1)
 
     def __len__(self) -> int:
         return self._rows
@@ -195,8 +228,9 @@ class Store:
         Costs O(batch_size): the order is a keyed permutation that is computed, not stored.
         """
         rows = shuffled(self._split[0], step, batch_size, seed)
-        x = self.rows(rows, self.site.key)
-        return Batch(x, x, self.rows(rows, "token"), self.rows(rows, "position"))
+        x = self._acts(rows, self.reads or (self.site,))
+        target = x if self.writes == self.reads else self._acts(rows, self.writes)
+        return Batch(x, target, self.rows(rows, "token"), self.rows(rows, "position"))
 
     @cached_property
     def _split(self) -> tuple[Runs, Runs]:
@@ -218,13 +252,13 @@ class Store:
     def reserved(self, most: int) -> Tensor | None:
         """Activations that no batch holds, at most so many; None where the store is too small to reserve any."""
         rows = self._split[1]
-        return self.rows(rows[np.arange(min(most, len(rows)))], self.site.key) if len(rows) else None
+        return self._acts(rows[np.arange(min(most, len(rows)))], self.reads or (self.site,)) if len(rows) else None
 
     def blocks(self, size: int = 8192) -> Iterator[tuple[np.ndarray, Tensor]]:
         """(rows, activations) in the order of the text, each row once."""
         for start in range(0, len(self), size):
             rows = np.arange(start, min(start + size, len(self)))
-            yield rows, self.rows(rows, self.site.key)
+            yield rows, self._acts(rows, self.reads or (self.site,))
 
     # ---- contexts
 
@@ -252,31 +286,48 @@ class Store:
 
 
 class Rows:
-    """A plain (tokens, d_in) tensor that serves batches like a store."""
+    """A plain (tokens, d_in) or (tokens, layers, d_in) tensor that serves batches like a store; or a ``Batch`` of all
+    tokens, which may bring another target and token ids."""
 
     mask = None
     sites: tuple[Site, ...] = ()
 
-    def __init__(self, x: Tensor):
-        if x.dim() != 2 or not x.is_floating_point() or len(x) == 0:
-            raise ValueError(f"activations must be a float tensor (tokens, d_in), got {tuple(x.shape)} {x.dtype}")
-        self.x = x.detach()
+    def __init__(self, data: Tensor | Batch):
+        self.x = data if isinstance(data, Tensor) else data.x
+        self.has_target = isinstance(data, Batch) and data.target is not data.x
+        self.target = data.target if isinstance(data, Batch) else self.x
+        self.tokens = data.tokens if isinstance(data, Batch) else None
+        for t in (self.x, self.target):
+            if t.dim() not in (2, 3) or not t.is_floating_point() or len(t) == 0:
+                raise ValueError(
+                    f"activations must be a float tensor (tokens, d_in) or (tokens, layers, d_in), got "
+                    f"{tuple(t.shape)} {t.dtype}"
+                )
+        for name, t in (("target", self.target), ("tokens", self.tokens)):
+            if t is not None and len(t) != len(self.x):
+                raise ValueError(f"x and {name} must have as many rows: got {len(self.x)} and {len(t)}")
+        self.x, self.target = self.x.detach(), self.target.detach()
 
     @cached_property
     def fingerprint(self) -> str:
-        return f"{zlib.crc32(self.x.contiguous().view(torch.uint8).cpu().numpy().tobytes()):08x}-{len(self.x)}"
+        tensors = [self.x] + [self.target] * self.has_target + [t for t in (self.tokens,) if t is not None]
+        digest = 0
+        for t in tensors:
+            digest = zlib.crc32(t.contiguous().view(torch.uint8).cpu().numpy().tobytes(), digest)
+        return f"{digest:08x}-{len(self.x)}"
 
     @property
-    def width(self) -> int:
-        return self.x.shape[1]
+    def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return tuple(self.x.shape[1:]), tuple(self.target.shape[1:])
 
     def __len__(self) -> int:
         return len(self.x)
 
     def batch(self, step: int, batch_size: int, seed: int = 0) -> Batch:
-        rows = torch.from_numpy(shuffled(self._split[0], step, batch_size, seed))
-        x = self.x[rows.to(self.x.device)].float()
-        return Batch(x, x)
+        rows = torch.from_numpy(shuffled(self._split[0], step, batch_size, seed)).to(self.x.device)
+        x = self.x[rows].float()
+        target = self.target[rows].float() if self.has_target else x
+        return Batch(x, target, None if self.tokens is None else self.tokens[rows].long())
 
     @cached_property
     def _split(self) -> tuple[Runs, Runs]:

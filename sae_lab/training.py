@@ -120,13 +120,16 @@ class Run:
 
 def train(
     coder: SparseCoder,
-    data: Store | Tensor,
+    data: Store | Tensor | Batch,
     config: TrainConfig,
     *,
     path: str | Path | None = None,
     callbacks: Iterable[Callable[[Event], None]] = (),
 ) -> Run:
-    """Train a coder in place on a store or a (tokens, d_in) tensor; returns a ``Run``, the coder in eval mode.
+    """Train a coder in place; returns a ``Run``, the coder in eval mode.
+
+    data: a store (a transcoder reads the first of its two sites and writes the second, a crosscoder takes all), a
+    (tokens, d_in) or (tokens, layers, d_in) tensor, or a ``Batch`` of all tokens with target or token ids.
 
     Activations are scaled to norm √d_in while training and the scale is folded into the biases at the end; b_dec starts
     at the geometric median; decoder rows keep unit norm. Afterwards the coder knows its site, token mask, model,
@@ -138,13 +141,28 @@ def train(
     Raises ValueError for a width that does not fit, a ``path`` that holds another run (the difference is named), and
     for NaN or Inf in data or loss (step and cause are named; the coder keeps its last good weights).
     """
-    rows = Rows(data) if isinstance(data, Tensor) else data
-    if rows.width != coder.d_in:
-        raise ValueError(f"the coder reads d_in={coder.d_in}, the activations have width {rows.width}: make them equal")
-    return _Training(coder, rows, config, Path(path) if path is not None else None, tuple(callbacks)).run()
+    rows = rows_for(coder, data)
+    return Training(coder, rows, config, Path(path) if path is not None else None, tuple(callbacks)).run()
 
 
-class _Training:
+def rows_for(coder: SparseCoder, data: Store | Tensor | Batch) -> Store | Rows:
+    """What serves this coder its batches. ValueError where its sites or widths are not those of the data."""
+    rows = data.view(*coder.choose_sites(data.chosen)) if isinstance(data, Store) else Rows(data)
+    in_shape, out_shape = rows.shapes
+    if isinstance(rows, Rows) and coder.transcodes and not rows.has_target:
+        raise ValueError("a transcoder needs a target: pass sl.Batch(x, target), or a store of two sites")
+    if in_shape == coder.in_shape and out_shape == coder.out_shape:
+        return rows
+    if len(in_shape) == len(coder.in_shape) == 1 and in_shape != coder.in_shape:
+        width = in_shape[0]
+        raise ValueError(f"the coder reads d_in={coder.d_in}, the activations have width {width}: make them equal")
+    raise ValueError(
+        f"the coder reads {coder.in_shape} and writes {coder.out_shape}, the data holds {in_shape} and {out_shape}: "
+        "make them equal"
+    )
+
+
+class Training:
     """The state of one call of train(): coder, optimiser, counters, history."""
 
     def __init__(
@@ -159,6 +177,8 @@ class _Training:
         }
         self.step = 0
         self.history: list[Metrics] = []
+        self.scale: Tensor  # activations are multiplied by it: a number, or one per layer
+        self.target_scale: Tensor | None  # None: the target is x
         self.idle = torch.zeros(coder.d_sae, dtype=torch.long)  # tokens since each feature fired
 
     def run(self) -> Run:
@@ -173,7 +193,7 @@ class _Training:
             self._emit("start", {})
             with self._bar() as bar:
                 while self.step < self.config.total_steps:
-                    self._one_step()
+                    self.one_step()
                     bar()
                     if self.path is not None and self.step % self.config.checkpoint_every == 0:
                         self._checkpoint()
@@ -192,22 +212,30 @@ class _Training:
         found = self._read_checkpoint() if self.path is not None else None
         self.parameters = dict(coder.named_parameters())
         if found is None:
-            first = self.rows.batch(0, max(4096, self.config.batch_size), self.config.seed).x.to(coder.W_dec.device)
-            self._require_finite(first)
-            self.scale = float(math.sqrt(coder.d_in) / first.norm(dim=-1).mean().clamp_min(1e-12))
-            coder.fold(1 / self.scale)  # a coder that was trained before has biases in raw units
-            with torch.no_grad():
-                if not bool(coder.b_dec.any()):
-                    coder.b_dec.copy_(losses.geometric_median(first * self.scale))
+            first = self.rows.batch(0, max(4096, self.config.batch_size), self.config.seed)
+            first = self._on_device(first)
+            self.scale = _scale(first.x)
+            self.target_scale = None if first.target is first.x else _scale(first.target)
+            if coder.in_raw_units:  # it was trained before
+                coder.fold(1 / self.scale, None if self.target_scale is None else 1 / self.target_scale)
+            coder.begin(self._scaled(first))
         self.idle = self.idle.to(coder.W_dec.device)
         self.optimizer = torch.optim.Adam(coder.parameters(), lr=0.0, fused=True)
         if found is not None:
             self._restore(*found)
+        coder.in_raw_units = False
+        if not coder.dense:
+            coder.scratch = torch.empty(self.config.batch_size, coder.d_sae, device=coder.W_dec.device)
         coder.train()
+
+    def _fold(self) -> None:
+        """Back to raw units: what the user gets."""
+        self.coder.fold(self.scale, self.target_scale)
+        self.coder.scratch, self.coder.in_raw_units, self.coder.progress = None, True, 1.0
 
     def _end(self) -> Run:
         coder = self.coder
-        coder.fold(self.scale)
+        self._fold()
         device = coder.W_dec.device
         blocks = [x.to(device) for _, x in islice(self.rows.blocks(), -(-CALIBRATION_TOKENS // 8192))]
         unseen = self.rows.reserved(CALIBRATION_TOKENS)
@@ -235,7 +263,7 @@ class _Training:
             "train": asdict(self.config),
         }
         if isinstance(rows, Store):
-            coder.reads = coder.writes = (rows.site,)
+            coder.reads, coder.writes = rows.reads, rows.writes
             meta |= {key: rows.identity[key] for key in ("model", "model_fingerprint", "prefix_id", "text", "context")}
             meta["mask"] = rows.mask.to_dict()
             meta["excluded"] = rows.excluded
@@ -247,24 +275,24 @@ class _Training:
             if interrupted and self.path is not None:
                 self._checkpoint(left=True)
         finally:
-            self.coder.fold(self.scale)
+            self._fold()
         if interrupted and self.path is not None:
             log.warning("stopped at step %d; the same call with path=%r goes on from there", self.step, str(self.path))
 
     # ---- one step
 
-    def _one_step(self) -> None:
+    def one_step(self, raw: Batch | None = None) -> None:
+        """One step, on the batch that is due or on the same one handed in."""
         coder, config = self.coder, self.config
-        batch = self.rows.batch(self.step, config.batch_size, config.seed)
-        x = batch.x.to(coder.W_dec.device)
-        self._require_finite(x)
-        x = x * self.scale
-        batch = Batch(x, x, batch.tokens, batch.positions)
+        if raw is None:
+            raw = self.rows.batch(self.step, config.batch_size, config.seed)
+        batch = self._scaled(self._on_device(raw))
         lr = config.lr_at(self.step, coder.d_sae)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        out = coder(x)
-        terms = coder.terms(batch, out, progress=self.step / config.total_steps, dead=self.idle > config.dead_after)
+        progress = coder.progress = self.step / config.total_steps
+        out = coder(batch.x, batch.tokens)
+        terms = coder.terms(batch, out, progress=progress, dead=self.idle > config.dead_after)
         loss = torch.stack(list(terms.values())).sum()
         self._require_sound("the loss is", {name: t for name, t in terms.items() if not bool(t.isfinite())}, lr)
         self.optimizer.zero_grad()
@@ -277,7 +305,7 @@ class _Training:
             self.optimizer.step()
             coder.project()
             fired = _fired(out, coder.d_sae)
-            self.idle += len(x)
+            self.idle += len(batch.x)
             self.idle[fired] = 0
             self.step += 1
             if logged:
@@ -307,9 +335,25 @@ class _Training:
         }
         self.history.append(row | {name: float(t.detach()) for name, t in terms.items()})
 
+    def _on_device(self, batch: Batch) -> Batch:
+        """The batch where the coder is, checked."""
+        device = self.coder.W_dec.device
+        x = batch.x.to(device)
+        self._require_finite(x)
+        target = x
+        if batch.target is not batch.x:
+            target = batch.target.to(device)
+            self._require_finite(target)
+        return Batch(x, target, None if batch.tokens is None else batch.tokens.to(device), batch.positions)
+
+    def _scaled(self, batch: Batch) -> Batch:
+        x = batch.x * self.scale.unsqueeze(-1)
+        target = x if self.target_scale is None else batch.target * self.target_scale.unsqueeze(-1)
+        return Batch(x, target, batch.tokens, batch.positions)
+
     def _require_finite(self, x: Tensor) -> None:
         if not bool(x.isfinite().all()):
-            row = int((~x.isfinite().all(-1)).nonzero()[0])
+            row = int((~x.isfinite().flatten(1).all(-1)).nonzero()[0])
             raise ValueError(
                 f"step {self.step}: the activations hold NaN or Inf (row {row} of the batch): drop such rows, or "
                 f"harvest again in float32"
@@ -345,7 +389,8 @@ class _Training:
         tensors = {f"coder.{n}": t for n, t in self.coder.state_dict().items()} | {"idle": self.idle}
         for name, p in self.parameters.items():
             tensors |= {f"adam.{key}.{name}": t for key, t in self.optimizer.state[p].items()}
-        header = self.identity | {"step": self.step, "scale": self.scale, "history": self.history, "left_weights": None}
+        scales = [self.scale.tolist(), None if self.target_scale is None else self.target_scale.tolist()]
+        header = self.identity | {"step": self.step, "scale": scales, "history": self.history, "left_weights": None}
         if left:  # the coder in the user's hands is about to be folded; recognise it when it comes back
             header["left_weights"] = self._folded_fingerprint()
         with cache.atomic(self.path / CHECKPOINT) as temporary:
@@ -355,7 +400,7 @@ class _Training:
 
     def _folded_fingerprint(self) -> str:
         keep = {n: t.clone() for n, t in self.coder.state_dict().items()}
-        self.coder.fold(self.scale)
+        self.coder.fold(self.scale, self.target_scale)
         fingerprint = _weights_fingerprint(self.coder)
         self.coder.load_state_dict(keep)
         return fingerprint
@@ -379,7 +424,11 @@ class _Training:
         return header, tensors
 
     def _restore(self, header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        self.step, self.scale, self.history = header["step"], header["scale"], header["history"]
+        self.step, self.history = header["step"], header["history"]
+        device = self.coder.W_dec.device
+        scale, target_scale = header["scale"]
+        self.scale = torch.tensor(scale, device=device)
+        self.target_scale = None if target_scale is None else torch.tensor(target_scale, device=device)
         weights = {n.removeprefix("coder."): t for n, t in tensors.items() if n.startswith("coder.")}
         try:
             self.coder.load_state_dict(weights)
@@ -411,6 +460,7 @@ class _Training:
             raise ValueError(f"{self.path} holds another coder than the one its run.json tells of: pass another path=")
         self.coder.load_state_dict(done.state_dict())
         self.coder.reads, self.coder.writes, self.coder.meta = done.reads, done.writes, done.meta
+        self.coder.in_raw_units = True
         return Run(self.coder.eval(), self.config, history, self.path)
 
     def _require_same(self, header: dict[str, Any]) -> None:
@@ -431,6 +481,11 @@ class _Training:
                 "or delete it"
             )
         self.identity["initial_weights"] = header["initial_weights"]
+
+
+def _scale(x: Tensor) -> Tensor:
+    """What brings activations to a mean norm of √d: a number, or one for each layer of (tokens, layers, d)."""
+    return math.sqrt(x.shape[-1]) / x.norm(dim=-1).mean(0).clamp_min(1e-12)
 
 
 def _fired(out: Output, d_sae: int) -> Tensor:

@@ -4,6 +4,7 @@ Legend of axes, the same everywhere: ``batch`` prompts or rows, ``pos`` token po
 ``d_in``/``d_out`` widths a coder reads/writes, ``d_sae`` features, ``k`` active features, ``vocab`` token ids.
 """
 
+import math
 import operator
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -208,10 +209,11 @@ class TokenMask:
 
 @dataclass
 class Batch:
-    """What a training step sees. ``target is x`` for an SAE, another tensor for a transcoder."""
+    """What a training step sees. ``target is x`` for an SAE, another tensor for a transcoder; a crosscoder's have an
+    axis of layers after the batch."""
 
-    x: Float[Tensor, "batch d_in"]
-    target: Float[Tensor, "batch d_out"]
+    x: Float[Tensor, "batch *d_in"]
+    target: Float[Tensor, "batch *d_out"]
     tokens: Int[Tensor, " batch"] | None = None
     positions: Int[Tensor, " batch"] | None = None
 
@@ -247,7 +249,9 @@ class Output(NamedTuple):
     def f(self) -> Float[Tensor, "*batch d_sae"]:
         """The codes as a dense ``batch d_sae`` tensor."""
         dense = self.codes.dense() if isinstance(self.codes, Codes) else self.codes
-        return dense.reshape(*self.x_hat.shape[:-1], dense.shape[-1])
+        shape = self.x_hat.shape
+        lead = next(i for i in range(len(shape) - 1, -1, -1) if math.prod(shape[:i]) == len(dense))  # layers are none
+        return dense.reshape(*shape[:lead], dense.shape[-1])
 
 
 def check_feature(feature: Any, d_sae: int) -> int:

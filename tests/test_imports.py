@@ -17,7 +17,7 @@ FLOORS = [
     {"worlds", "saes", "lm"},
     {"store"},
     {"harvesting"},
-    {"training", "edit"},
+    {"training", "edit", "matching"},
     {"evals", "circuits", "feature_index"},
     {"widgets", "plots"},
 ]

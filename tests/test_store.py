@@ -582,7 +582,7 @@ def test_reserved_rows_of_a_tensor_are_in_no_batch():
 def test_tensors_serve_batches_like_a_store():
     x = torch.randn(100, 4, generator=torch.Generator().manual_seed(0))
     rows = Rows(x.half())
-    assert (len(rows), rows.width, rows.mask, rows.sites) == (100, 4, None, ())
+    assert (len(rows), rows.shapes, rows.mask, rows.sites) == (100, ((4,), (4,)), None, ())
     epoch = torch.cat([rows.batch(step, 20, seed=1).x for step in range(5)])
     assert epoch.dtype == torch.float32 and torch.equal(epoch.sort(0).values, x.half().float().sort(0).values)
     assert torch.equal(torch.cat([b for _, b in rows.blocks(30)]), x.half().float())
@@ -591,5 +591,5 @@ def test_tensors_serve_batches_like_a_store():
 
 @pytest.mark.parametrize("x", [torch.zeros(3), torch.zeros(0, 4), torch.zeros(3, 4, dtype=torch.int64)])
 def test_tensors_that_are_refused(x):
-    with pytest.raises(ValueError, match=r"must be a float tensor \(tokens, d_in\), got \("):
+    with pytest.raises(ValueError, match=r"must be a float tensor \(tokens, d_in\) or \(tokens, layers, d_in\), got \("):
         Rows(x)

@@ -321,10 +321,10 @@ def _through_norm(norm: Any, x: Tensor) -> Tensor:
 def token_losses(logits: Tensor, batch: TokenBatch) -> Float[Tensor, "batch pos"]:
     """Loss of each token given the ones before it, nats; NaN at position 0 and padding."""
     losses = torch.full(batch.ids.shape, float("nan"))
-    flat = nn.functional.cross_entropy(
-        logits[:, :-1].float().flatten(0, 1), batch.ids[:, 1:].flatten().to(logits.device), reduction="none"
-    )
-    losses[:, 1:] = flat.view(batch.ids.shape[0], -1).cpu()
+    targets = batch.ids[:, 1:, None].to(logits.device)
+    for row, (scores, target) in enumerate(zip(logits[:, :-1], targets, strict=True)):  # a copy of all would cost more
+        scores = scores.float()
+        losses[row, 1:] = (scores.logsumexp(-1) - scores.gather(-1, target)[:, 0]).cpu()
     return losses.masked_fill(~batch.mask.cpu(), float("nan"))
 
 

@@ -1,12 +1,12 @@
 """SparseCoder: read (x -> pre), act (pre -> codes), write (codes -> x_hat). One class for training and inference."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sae_lab.saes import losses, sparse
@@ -26,30 +26,62 @@ class SparseCoder(nn.Module):
     A family names its activation (``act``) and its loss terms (``terms``). Sparse families return ``Codes`` from
     ``act``; then training never makes a dense ``batch d_sae`` gradient. A row of ``W_dec`` is a feature's direction.
 
-    Attributes: ``W_enc`` "d_in d_sae", ``W_dec`` "d_sae d_out" (unit rows), ``b_enc``, ``b_dec``; ``f_scale`` " d_sae"
-    (the 99.9th percentile of each feature's activations where it fires, on training text; 0: never fired);
-    ``reads``, ``writes``: its sites; ``meta``: what training knew (model, token mask, dead features, text).
+    Every family also takes ``d_out`` (a transcoder: the target is another activation, of that width, and nothing is
+    subtracted from x) and ``skip=True`` (x·W_skip is added to x_hat).
+
+    Attributes: ``W_enc`` "d_in d_sae", ``W_dec`` "d_sae d_out" (training keeps rows at unit norm), ``b_enc``,
+    ``b_dec``; ``f_scale`` " d_sae" (the 99.9th percentile of each feature's activations where it fires, on training
+    text; 0: never fired); ``pre_bias``: whether b_dec is subtracted from x; ``input_norm``: what is done to each x
+    before and undone after ("none", "layer": to mean 0 and deviation 1; "length": to norm √d_in); ``reads``,
+    ``writes``: its sites; ``meta``: what training knew (model, token mask, dead features, text).
     """
 
-    def __init__(self, d_in: int, d_sae: int, *, seed: int = 0, **config: Any):
+    W_enc: Tensor
+    W_dec: Tensor
+    dense = False  # True: act needs gradients through the whole matrix of pre-activations
+    tied = False  # True: the family defines W_enc out of W_dec
+    input_norm: Literal["none", "layer", "length"] = "none"
+    code_units: tuple[str, ...] = ("b_enc",)  # parameters and buffers that scale as the codes do, for fold
+    out_units: tuple[str, ...] = ("b_dec",)  # those that scale as x_hat does
+
+    def __init__(
+        self, d_in: int, d_sae: int, config: dict[str, Any], *, seed: int = 0, d_out: int | None = None,
+        skip: bool = False,
+    ):  # fmt: skip
         super().__init__()
-        for name, value in (("d_in", d_in), ("d_sae", d_sae)):
+        for name, value in (("d_in", d_in), ("d_sae", d_sae), ("d_out", d_in if d_out is None else d_out)):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
         self.config = {"d_in": d_in, "d_sae": d_sae, "seed": seed, **config}
-        self.d_in, self.d_sae = d_in, d_sae
+        self.config |= ({} if d_out is None else {"d_out": d_out}) | ({"skip": True} if skip else {})
+        self.transcodes = d_out is not None
+        self.pre_bias = not self.transcodes
+        self.d_in, self.d_sae, self.d_out = d_in, d_sae, d_out or d_in
+        self.in_shape: tuple[int, ...] = (d_in,)
+        self.out_shape: tuple[int, ...] = (self.d_out,)
         generator = torch.Generator().manual_seed(seed)
-        directions = nn.functional.normalize(torch.randn(d_sae, d_in, generator=generator), dim=1)
-        self.W_dec = nn.Parameter(directions)
-        # The encoder starts as the decoder's transpose. Its memory lies feature by feature, as its gradients do.
-        self.W_enc = nn.Parameter(directions.clone().T)
+        self._make_weights(generator)
         self.b_enc = nn.Parameter(torch.zeros(d_sae))
-        self.b_dec = nn.Parameter(torch.zeros(d_in))
+        self.b_dec = nn.Parameter(torch.zeros(self.d_out))
+        self.W_skip = nn.Parameter(torch.zeros(d_in, self.d_out)) if skip else None
         self.register_buffer("f_scale", torch.zeros(d_sae))
         self.f_scale: Tensor
         self.reads: tuple[Site, ...] = ()
         self.writes: tuple[Site, ...] = ()
         self.meta: dict[str, Any] = {}
+        self.in_raw_units = False  # training scales activations; afterwards the weights serve raw ones
+        self.scratch: Tensor | None = None  # training's buffer for pre: a fresh one costs a sixth of the product
+        self.progress = 1.0  # of training, 0 to 1: what warms up or anneals in act reads it
+
+    def _make_weights(self, generator: torch.Generator) -> None:
+        """W_dec random unit rows; W_enc its transpose (random unit columns for a transcoder). The encoder's memory
+        lies feature by feature, as its gradients do."""
+        directions = nn.functional.normalize(torch.randn(self.d_sae, self.d_in, generator=generator), dim=1)
+        if not self.tied:
+            self.W_enc = nn.Parameter(directions.clone().T)
+        if self.transcodes:
+            directions = nn.functional.normalize(torch.randn(self.d_sae, self.d_out, generator=generator), dim=1)
+        self.W_dec = nn.Parameter(directions)
 
     # ---- what a family names
 
@@ -61,37 +93,86 @@ class SparseCoder(nn.Module):
         """Named loss terms whose sum is the objective. ``progress`` runs from 0 to 1 over training."""
         return {"mse": losses.mse(out.x_hat, batch.target)}
 
+    @torch.no_grad()
+    def begin(self, batch: Batch) -> None:
+        """Start from the first batch: b_dec at the target's geometric median, unless it is set."""
+        if not bool(self.b_dec.any()):
+            self.b_dec.copy_(losses.geometric_median(batch.target.flatten(1)))
+
     def fit_threshold(self, blocks: Iterable[Tensor]) -> None:
         """Fit what eval mode needs beyond the weights, on training activations. Most families need nothing."""
 
-    def fold(self, scale: float) -> None:
-        """Make weights trained on ``scale * x`` serve x itself: codes and x_hat scale along, so only biases change."""
-        with torch.no_grad():
-            self.b_enc /= scale
-            self.b_dec /= scale
+    @torch.no_grad()
+    def fold(self, scale: float | Tensor, target_scale: float | Tensor | None = None) -> None:
+        """Make weights trained on ``scale·x`` (and ``target_scale·target``; None: the same) serve x itself.
+
+        Scales: a number, or one per layer of a crosscoder. Codes come out in units of the target. With one number for
+        both, only what is in units of codes or outputs changes; else W_enc and W_dec are rescaled too.
+        """
+        into = self._per_column(scale, self.in_shape)
+        out = self._per_column(scale if target_scale is None else target_scale, self.out_shape)
+        common = out.mean()
+        for name in self.code_units:
+            self.get_parameter_or_buffer(name).div_(common)
+        for name in self.out_units:
+            self.get_parameter_or_buffer(name).div_(out)
+        if self.W_skip is not None:
+            self.W_skip.mul_(into[:, None] / out)
+        if not bool((into == common).all() and (out == common).all()):
+            self.W_enc.mul_((into / common)[:, None])
+            self.W_dec.mul_(common / out)
+
+    def _per_column(self, scale: float | Tensor, shape: tuple[int, ...]) -> Tensor:
+        column = torch.as_tensor(scale, dtype=torch.float32, device=self.b_dec.device)
+        return column.reshape(*column.shape, *[1] * (len(shape) - column.dim())).expand(shape).reshape(-1)
+
+    def get_parameter_or_buffer(self, name: str) -> Tensor:
+        return self.state_dict(keep_vars=True)[name]
+
+    def choose_sites(self, sites: Sequence[Site]) -> tuple[tuple[Site, ...], tuple[Site, ...]]:
+        """(reads, writes) among a store's sites: those set on the coder, else the one there is; a transcoder takes the
+        first and the second. ValueError where that is not clear, with the remedy."""
+        if self.transcodes:
+            if self.reads and self.writes:
+                return self.reads, self.writes
+            if len(sites) != 2:
+                raise ValueError(
+                    f"a transcoder needs a target: a store of two sites, the one it reads and the one it writes, got "
+                    f"{len(sites)} ({', '.join(map(repr, sites))}); or set sae.reads and sae.writes"
+                )
+            return (sites[0],), (sites[1],)
+        if len(sites) == 1:
+            return (sites[0],), (sites[0],)
+        if self.reads and self.reads[0] in sites:
+            return self.reads, self.reads
+        raise ValueError(f"this store has several sites ({', '.join(map(repr, sites))}): choose with store.at(site)")
 
     # ---- running
 
-    def forward(self, x: Float[Tensor, "*batch d_in"], tokens: Tensor | None = None) -> Output:
-        """x -> Output(x_hat, codes, pre), in float32, for any leading axes."""
-        self._check(x, self.d_in, "x", "d_in")
-        rows = x.reshape(-1, self.d_in).float()
-        pre, codes = self._codes(rows)
-        x_hat = self._write(codes).reshape(*x.shape[:-1], -1)
-        return Output(x_hat, codes, pre)
+    def forward(self, x: Float[Tensor, "..."], tokens: Tensor | None = None) -> Output:
+        """x "*batch d_in" -> Output(x_hat, codes, pre), in float32, for any leading axes.
 
-    def encode(self, x: Float[Tensor, "*batch d_in"], tokens: Tensor | None = None) -> Float[Tensor, "*batch d_sae"]:
+        tokens: the ids, "*batch", for families that ask for them.
+        """
+        rows, lead = self._rows(x)
+        rows, mean, size = self._enter(rows)
+        pre, codes = self._codes(rows)
+        x_hat = self._write(codes, rows, None if tokens is None else tokens.reshape(-1))
+        if size is not None:
+            x_hat = x_hat * size + mean
+        return Output(x_hat.reshape(*lead, *self.out_shape), codes, pre)
+
+    def encode(self, x: Float[Tensor, "..."], tokens: Tensor | None = None) -> Float[Tensor, "*batch d_sae"]:
         """The dense codes f of x, ``batch d_sae``."""
         codes = self.codes(x)
         dense = codes.dense() if isinstance(codes, Codes) else codes
-        return dense.reshape(*x.shape[:-1], self.d_sae)
+        return dense.reshape(*x.shape[: x.dim() - len(self.in_shape)], self.d_sae)
 
-    def codes(self, x: Float[Tensor, "*batch d_in"]) -> Codes | Tensor:
+    def codes(self, x: Float[Tensor, "..."]) -> Codes | Tensor:
         """The codes of x's rows as the family makes them: sparse ``Codes``, or dense."""
-        self._check(x, self.d_in, "x", "d_in")
-        return self._codes(x.reshape(-1, self.d_in).float())[1]
+        return self._codes(self._enter(self._rows(x)[0])[0])[1]
 
-    def sparse_codes(self, x: Float[Tensor, "*batch d_in"]) -> Codes:
+    def sparse_codes(self, x: Float[Tensor, "..."]) -> Codes:
         """The codes of x's rows as sparse ``Codes``, whatever the family; only positive ones, no gradients."""
         with torch.no_grad():
             codes = self.codes(x)
@@ -99,40 +180,68 @@ class SparseCoder(nn.Module):
                 return codes
             return sparse.above(codes.dense() if isinstance(codes, Codes) else codes, 0.0)
 
-    def decode(self, f: Float[Tensor, "*batch d_sae"], tokens: Tensor | None = None) -> Float[Tensor, "*batch d_out"]:
-        """x_hat = f·W_dec + b_dec for dense codes."""
-        self._check(f, self.d_sae, "f", "d_sae")
-        return f.float() @ self.W_dec + self.b_dec
+    def decode(self, f: Float[Tensor, "*batch d_sae"], tokens: Tensor | None = None) -> Float[Tensor, "..."]:
+        """x_hat = f·W_dec + b_dec for dense codes; what a skip adds, and an ``input_norm``, need x: see forward."""
+        if f.dim() < 1 or f.shape[-1] != self.d_sae:
+            raise ValueError(f"f's last axis must be d_sae={self.d_sae}, got shape {tuple(f.shape)}")
+        x_hat = self._write(f.reshape(-1, self.d_sae).float(), None, None if tokens is None else tokens.reshape(-1))
+        return x_hat.reshape(*f.shape[:-1], *self.out_shape)
+
+    def _read(self, x: Tensor) -> Tensor:
+        """Pre-activations of float rows."""
+        bias = self.b_enc - self.b_dec @ self.W_enc if self.pre_bias else self.b_enc
+        reuse = self.scratch is not None and self.scratch.shape == (len(x), self.d_sae)
+        return torch.addmm(bias, x, self.W_enc, out=self.scratch if reuse and not torch.is_grad_enabled() else None)
 
     def _codes(self, x: Tensor) -> tuple[Tensor, Codes | Tensor]:
         """(pre, codes) of float rows. Sparse codes get their gradient at the chosen places only."""
+        if self.dense:
+            pre = self._read(x)
+            return pre, self.act(pre)
         with torch.no_grad():
-            bias = self.b_enc - self.b_dec @ self.W_enc
-            pre = torch.addmm(bias, x, self.W_enc)
+            pre = self._read(x)
             chosen = self.act(pre)
-        if isinstance(chosen, Codes):
-            if torch.is_grad_enabled():
-                chosen = sparse.encode_at(chosen, x, self.W_enc, self.b_enc, self.b_dec)
-            return pre, chosen._replace(values=chosen.values.relu())
-        if torch.is_grad_enabled():
-            pre = torch.addmm(self.b_enc, x - self.b_dec, self.W_enc)
-            chosen = self.act(pre)
-        return pre, chosen
+        assert isinstance(chosen, Codes)
+        chosen = self._encode_at(chosen, x)
+        return pre, chosen._replace(values=chosen.values.relu())
 
-    def _write(self, codes: Codes | Tensor) -> Tensor:
-        if isinstance(codes, Codes):
-            return sparse.decode(codes, self.W_dec) + self.b_dec
-        return codes @ self.W_dec + self.b_dec
+    def _encode_at(self, codes: Codes, x: Tensor) -> Codes:
+        """The same codes, with gradients where they are on."""
+        if not torch.is_grad_enabled():
+            return codes
+        return sparse.encode_at(codes, x, self.W_enc, self.b_enc, self.b_dec if self.pre_bias else None)
 
-    def _check(self, x: Tensor, width: int, name: str, what: str) -> None:
-        if x.dim() < 1 or x.shape[-1] != width:
+    def _write(self, codes: Codes | Tensor, x: Tensor | None, tokens: Tensor | None) -> Tensor:
+        """x_hat of rows of codes. x: the rows they are of; None leaves out what a skip adds."""
+        x_hat = sparse.decode(codes, self.W_dec) if isinstance(codes, Codes) else codes @ self.W_dec
+        x_hat = x_hat + self.b_dec
+        return x_hat + x @ self.W_skip if self.W_skip is not None and x is not None else x_hat
+
+    def _rows(self, x: Tensor) -> tuple[Tensor, torch.Size]:
+        """(x as float rows, its leading axes). ValueError for a width that is not the coder's."""
+        axes = len(self.in_shape)
+        if x.dim() < axes or x.shape[-axes:] != self.in_shape:
             where = f" (trained at {', '.join(map(repr, self.reads))})" if self.reads else ""
-            raise ValueError(f"{name}'s last axis must be {what}={width}{where}, got shape {tuple(x.shape)}")
+            expected = f"x's last axis must be d_in={self.d_in}" if axes == 1 else f"x must end in {self.in_shape}"
+            raise ValueError(f"{expected}{where}, got shape {tuple(x.shape)}")
+        return x.reshape(-1, self.d_in).float(), x.shape[: x.dim() - axes]
+
+    def _enter(self, x: Tensor) -> tuple[Tensor, Tensor | float, Tensor | None]:
+        """(normalised rows, mean, size), with x = rows·size + mean; size None where nothing is to undo."""
+        if self.input_norm == "none":
+            return x, 0.0, None
+        if self.input_norm == "length":
+            size = x.norm(dim=-1, keepdim=True) / self.d_in**0.5
+            return x / size, 0.0, size
+        mean = x.mean(-1, keepdim=True)
+        size = (x - mean).std(-1, keepdim=True) + 1e-5  # SAELens's layer_norm
+        return (x - mean) / size, mean, size
 
     # ---- training
 
     def loss(self, batch: Batch, *, progress: float, dead: Tensor) -> dict[str, Tensor]:
         """Named scalars whose sum is the objective. ``dead``: bool per feature, the ones AuxK revives."""
+        self.progress = progress
         return self.terms(batch, self(batch.x, batch.tokens), progress=progress, dead=dead)
 
     def auxk(self, batch: Batch, out: Output, dead: Tensor, k: int) -> dict[str, Tensor]:
@@ -144,15 +253,15 @@ class SparseCoder(nn.Module):
         k = min(k, len(asleep))
         chosen = sparse.top_per_row(out.pre[:, asleep], k)
         codes = Codes(chosen.values, asleep[chosen.features], chosen.offsets, self.d_sae)
-        codes = sparse.encode_at(codes, batch.x, self.W_enc, self.b_enc, self.b_dec)
+        codes = self._encode_at(codes, self._rows(batch.x)[0])
         fitted = sparse.decode(codes._replace(values=codes.values.relu()), self.W_dec)
-        residual = (batch.target - out.x_hat).detach()
+        residual = (batch.target - out.x_hat).detach().flatten(1)
         return {"auxk": AUX_WEIGHT * losses.mse(fitted, residual)}
 
     @torch.no_grad()
     def project(self) -> None:
         """After each step: decoder rows to unit norm."""
-        self.W_dec /= self.W_dec.norm(dim=1, keepdim=True).clamp_min(1e-8)
+        self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True).clamp_min(1e-8))
 
     @torch.no_grad()
     def calibrate(self, blocks: Iterable[Tensor], unseen: Tensor | None = None) -> dict[str, int | float]:
@@ -180,6 +289,16 @@ class SparseCoder(nn.Module):
         scale[live] = all_values[order][place[live]]
         self.f_scale.copy_(scale)
         return {"dead": float((~live).float().mean()), "tokens": tokens, "l0": len(all_values) / tokens}
+
+    @torch.no_grad()
+    def set_features(
+        self, features: Int[Tensor, " some"], directions: Float[Tensor, "some d_out"], reads: Float[Tensor, "some d_in"]
+    ) -> None:
+        """Replace features: rows of W_dec (brought to unit norm) and columns of W_enc."""
+        self.W_dec[features] = directions.to(self.W_dec)
+        if not self.tied:
+            self.W_enc[:, features] = reads.to(self.W_enc).T
+        self.project()
 
     # ---- what it knows, saving
 
@@ -209,11 +328,15 @@ class SparseCoder(nn.Module):
             digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()[:16]
 
-    def save(self, path: str | Path) -> Path:
-        """Write ``config.json`` and ``sae.safetensors`` into the folder ``path``, atomically. Read with ``sl.load``."""
+    def save(self, path: str | Path, format: str = "sae_lab") -> Path:
+        """Write the coder into the folder ``path``, atomically; ``sl.load`` reads it. In the format "sae_lab"
+        (``config.json`` and ``sae.safetensors``), or that of a peer: "saelens", "sparsify", "dictionary_learning".
+
+        Raises ValueError for an unknown format, and for a family that the format cannot hold.
+        """
         from sae_lab.saes import formats
 
-        return formats.save(self, path)
+        return formats.save(self, path, format)
 
     def extra_repr(self) -> str:
         at = f", at {', '.join(map(repr, self.reads))}" if self.reads else ""

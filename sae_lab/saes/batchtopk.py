@@ -1,6 +1,7 @@
 """BatchTopK: k active features per token on average over the batch (Bussmann et al. 2024, arXiv:2412.06410)."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -18,8 +19,13 @@ class BatchTopK(TopK):
     ``threshold`` is θ; NaN until fitted, and eval mode then raises ValueError.
     """
 
-    def __init__(self, d_in: int, d_sae: int, k: int = 32, k_aux: int | None = None, seed: int = 0):
-        super().__init__(d_in, d_sae, k, k_aux, seed)
+    code_units = ("b_enc", "threshold")
+
+    def __init__(
+        self, d_in: int, d_sae: int, k: int = 32, k_aux: int | None = None, seed: int = 0, multi: int = 1,
+        **wiring: Any,
+    ):  # fmt: skip
+        super().__init__(d_in, d_sae, k, k_aux, seed, multi, **wiring)
         self.register_buffer("threshold", torch.tensor(float("nan")))
         self.threshold: Tensor
 
@@ -28,7 +34,7 @@ class BatchTopK(TopK):
             return sparse.top_of_batch(pre, self.k * len(pre))
         if bool(self.threshold.isnan()):
             raise ValueError(
-                "this BatchTopK has no inference threshold yet: train it with sl.train, call "
+                f"this {type(self).__name__} has no inference threshold yet: train it with sl.train, call "
                 "sae.calibrate([activations]), or use sae.train() for batch-wise selection"
             )
         return sparse.above(pre, self.threshold)
@@ -38,12 +44,8 @@ class BatchTopK(TopK):
         self.train()
         total, rows = torch.zeros_like(self.threshold), 0
         for x in blocks:
-            codes = self._codes(x.float())[1]
+            codes = self.codes(x)
             assert isinstance(codes, Codes)
             total += codes.values.min() * len(x)
             rows += len(x)
         self.threshold.copy_((total / rows).clamp_min(0))
-
-    def fold(self, scale: float) -> None:
-        super().fold(scale)
-        self.threshold /= scale

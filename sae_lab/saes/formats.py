@@ -1,7 +1,8 @@
 """Coders on disk: ``config.json`` for people and tools, ``sae.safetensors`` for weights. Nothing is ever unpickled.
 
 The weights file carries the same config in its header and is replaced in one piece, so that a save which is killed
-half-way leaves the old coder or the new one.
+half-way leaves the old coder or the new one. ``load`` is also the door to the formats of other libraries
+(``exchange``) and to what was published (``releases``).
 """
 
 import json
@@ -22,14 +23,26 @@ log = logging.getLogger(__name__)
 FORMAT, VERSION = "sae_lab coder", 1
 
 
-def save(coder: SparseCoder, path: str | Path) -> Path:
-    """Write a coder into the folder ``path``."""
+def save(coder: SparseCoder, path: str | Path, format: str = "sae_lab") -> Path:
+    """Write a coder into the folder ``path``.
+
+    format: "sae_lab" keeps all of it; "saelens", "sparsify", "dictionary_learning": as those libraries read it, without
+    ``f_scale``. Raises ValueError for an unknown format, or a coder that the format cannot hold.
+    """
+    from sae_lab.saes import exchange
+
+    if format in exchange.WRITES:
+        return exchange.save(coder, Path(path), format)
+    if format != "sae_lab":
+        raise ValueError(f"unknown format {format!r}; supported: sae_lab, {', '.join(exchange.WRITES)}")
     folder = cache.make_folder(Path(path))
     config = {
         "format": FORMAT,
         "version": VERSION,
         "family": type(coder).__name__,
         "config": coder.config,
+        "pre_bias": coder.pre_bias,
+        "input_norm": coder.input_norm,
         "reads": [s.key for s in coder.reads],
         "writes": [s.key for s in coder.writes],
         "meta": coder.meta,
@@ -43,19 +56,72 @@ def save(coder: SparseCoder, path: str | Path) -> Path:
     return folder
 
 
-def load(path: str | Path, id: str | None = None) -> SparseCoder:
-    """Read a coder that ``sae.save`` wrote, in eval mode.
+def load(path: str | Path, id: str | None = None, check: Any = None) -> SparseCoder:
+    """Read a coder, in eval mode.
 
-    Raises ValueError for a folder without one, a newer format, an unknown family, or weights that are damaged, missing,
-    of the wrong shape, or not finite.
+    path: a folder of ``sae.save``, of SAELens, sparsify, dictionary_learning, Gemma Scope or Llama Scope (the files
+    tell which); a release's name, such as "gemma-scope-2b-pt-res-canonical"; or a hub repository, "user/name". id: the
+    coder in it, "layer_20/width_16k/canonical"; a folder inside for the others. check: activations (a tensor, or a
+    store) on which FVU and L0 are measured; warns where they are absurd or contradict what the checkpoint states, see
+    ``sae.meta["check"]``.
+
+    Codes are those of the library it comes from, computed from transformers' activations at ``sae.reads``. What the
+    files do not say is marked: ``sae.meta["model"]`` "unknown", ``sae.mask`` None, ``f_scale`` 0 and
+    ``sae.meta["f_scale"]`` "unknown" until ``check`` or ``sae.calibrate`` fits it.
+
+    Raises ValueError for an unknown name, id, format, class or family (with what is known), a newer format, and weights
+    that are damaged, missing, of the wrong shape, or not finite. Code inside a file is never run.
     """
-    folder = Path(path)
-    if id is not None or not folder.is_dir():
-        raise ValueError(f"no coder at {path!r}{f' with id {id!r}' if id else ''}: pass a folder that sae.save wrote")
-    config = _read_config(folder / "config.json")
+    coder = _find(path, id)
+    if check is not None:
+        from sae_lab.saes.check import check as measure
+
+        measure(coder, check)
+    return coder
+
+
+def _find(path: str | Path, id: str | None) -> SparseCoder:
+    from sae_lab.saes import exchange
+
+    folder = Path(path).expanduser()
+    here = folder / id if id is not None else folder
+    single = here.is_file() and here.suffix in (".pt", ".pth")
+    if not here.is_dir() and not single:
+        return _published(path, id)
+    if single and here.name == "ae.pt":  # dictionary_learning's: its config lies beside
+        here = here.parent
+    return exchange.read(here) or _read_ours(here)
+
+
+def _published(path: str | Path, id: str | None) -> SparseCoder:
+    """From the hub; ValueError for a path or name that is nothing."""
+    from sae_lab.saes import exchange, releases
+
+    found = releases.locate(path, id) if isinstance(path, str) and not Path(path).is_dir() else None
+    if found is None:
+        inside = _ids(Path(path))
+        raise ValueError(
+            f"no coder at {str(path)!r}{f' with id {id!r}' if id else ''}: pass a folder that sae.save wrote or that "
+            + (f"holds one (ids here: {', '.join(inside)})" if inside else "another library did, a hub repository ")
+            + ("" if inside else f"'user/name', or a release's name; {releases.near(str(path))}")
+        )
+    fetched = releases.fetch(found)
+    return exchange.read(fetched, found.facts) or _read_ours(fetched)
+
+
+def _ids(folder: Path) -> list[str]:
+    """Folders in a folder, for messages."""
+    return sorted(f.name for f in folder.iterdir() if f.is_dir())[:8] if folder.is_dir() else []
+
+
+def _read_ours(folder: Path) -> SparseCoder:
+    file = folder / "config.json"
+    if not file.is_file() and (inside := _ids(folder)):
+        raise ValueError(f"no coder in {folder}: it has no config.json (sae.save writes one); pass id=, {inside}")
+    config = _read_config(file)
     weights, inside = _read_weights(folder / "sae.safetensors")
     if inside is not None and inside != config:
-        log.warning("%s differs from the config inside sae.safetensors, which is used", folder / "config.json")
+        log.warning("%s differs from the config inside sae.safetensors, which is used", file)
         config = inside
     return build(config, weights, folder)
 
@@ -67,7 +133,7 @@ def build(config: dict[str, Any], weights: dict[str, torch.Tensor], where: Path)
     family = FAMILIES.get(config["family"])
     if family is None:
         raise ValueError(f"{where} holds a coder of family {config['family']!r}; known here: {', '.join(FAMILIES)}")
-    said = (config["config"].get("d_in"), config["config"].get("d_sae"))
+    said = (config["config"].get("d_in", 0) * config["config"].get("layers", 1), config["config"].get("d_sae"))
     if "W_enc" in weights and tuple(weights["W_enc"].shape) != said:  # before any memory is taken for such a coder
         raise ValueError(f"{where}: W_enc has shape {tuple(weights['W_enc'].shape)}, its config says {said}")
     try:
@@ -85,9 +151,12 @@ def build(config: dict[str, Any], weights: dict[str, torch.Tensor], where: Path)
         if name != "threshold" and not bool(tensor.isfinite().all()):
             raise ValueError(f"{where}: {name} holds NaN or Inf; this coder's training failed or the file is damaged")
     coder.load_state_dict(weights)
+    coder.pre_bias = config.get("pre_bias", coder.pre_bias)  # files of before 0.2 have neither
+    coder.input_norm = config.get("input_norm", coder.input_norm)
     coder.reads = tuple(Site.of(s) for s in config["reads"])
     coder.writes = tuple(Site.of(s) for s in config["writes"])
     coder.meta = config["meta"]
+    coder.in_raw_units = True
     return coder.eval()
 
 
@@ -108,6 +177,10 @@ def _checked(config: dict[str, Any]) -> dict[str, Any]:
     for key, kind in (("family", str), ("config", dict), ("reads", list), ("writes", list), ("meta", dict)):
         if not isinstance(config[key], kind):
             raise ValueError(f"its {key!r} is {type(config[key]).__name__}, not {kind.__name__}")
+    if not isinstance(config.get("pre_bias", True), bool):
+        raise ValueError(f"its 'pre_bias' is {config['pre_bias']!r}, not true or false")
+    if config.get("input_norm", "none") not in ("none", "layer", "length"):
+        raise ValueError(f"its 'input_norm' is {config['input_norm']!r}; known here: none, layer, length")
     return config
 
 

@@ -1,16 +1,21 @@
-"""Loss terms: plain functions of tensors, in nats of nothing: squared units of the (normalised) activations."""
+"""Loss terms: plain functions of tensors, in squared units of the (normalised) activations."""
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sae_lab.saes import sparse
+from sae_lab.types import Codes
 
-def mse(x_hat: Float[Tensor, "batch d"], target: Float[Tensor, "batch d"]) -> Float[Tensor, ""]:
+LEAST = 1e-3  # codes below (of norm √d_in in all) get no gradient from roots, whose slope at 0 is infinite
+
+
+def mse(x_hat: Float[Tensor, "batch *d"], target: Float[Tensor, "batch *d"]) -> Float[Tensor, ""]:
     """Squared error summed over the axes of an activation, averaged over the batch."""
-    return (x_hat - target).pow(2).sum(-1).mean()
+    return (x_hat - target).pow(2).flatten(1).sum(-1).mean()
 
 
-def fvu(x_hat: Float[Tensor, "batch d"], target: Float[Tensor, "batch d"]) -> Float[Tensor, ""]:
+def fvu(x_hat: Float[Tensor, "batch *d"], target: Float[Tensor, "batch *d"]) -> Float[Tensor, ""]:
     """Fraction of variance unexplained: Σ‖x−x̂‖² / Σ‖x−x̄‖², x̄ the mean of these rows."""
     return (x_hat - target).pow(2).sum() / (target - target.mean(0)).pow(2).sum()
 
@@ -18,6 +23,109 @@ def fvu(x_hat: Float[Tensor, "batch d"], target: Float[Tensor, "batch d"]) -> Fl
 def l1(f: Float[Tensor, "batch d_sae"]) -> Float[Tensor, ""]:
     """Sum of the codes, averaged over the batch (decoder rows have unit norm)."""
     return f.abs().sum(-1).mean()
+
+
+def lp(f: Float[Tensor, "batch d_sae"], p: float) -> Float[Tensor, ""]:
+    """Σf^p, averaged over the batch, for codes f >= 0 and 0 < p <= 1."""
+    if p == 1:
+        return l1(f)
+    return torch.where(f > 0, f.clamp_min(LEAST).pow(p), 0.0).sum(-1).mean()
+
+
+def hoyer(f: Float[Tensor, "batch d_sae"]) -> Float[Tensor, ""]:
+    """(Σf)²/Σf², between 1 (one feature active) and d_sae (all alike), averaged over the batch; 0 for rows of zeros.
+
+    Hoyer-Square (Yang et al. 2019, arXiv:1908.09979): the number of active features where they are equally strong.
+    """
+    return (f.sum(-1).pow(2) / f.pow(2).sum(-1).clamp_min(LEAST**2)).mean()
+
+
+def smooth_l0(f: Float[Tensor, "batch d_sae"], width: float) -> Float[Tensor, ""]:
+    """Σ 1 − exp(−f²/2·width²), averaged over the batch: the count of codes well above ``width`` (Mohimani et al. 2008,
+    arXiv:0809.2508)."""
+    return (1 - (-f.pow(2) / (2 * width**2)).exp()).sum(-1).mean()
+
+
+def prefix(
+    codes: Codes, W_dec: Float[Tensor, "d_sae d_out"], target: Float[Tensor, "batch d_out"],
+    weights: Float[Tensor, " d_sae"],
+) -> Float[Tensor, ""]:  # fmt: skip
+    """Σ_ℓ weights[ℓ-1]·‖target − Σ_{i<ℓ} f_i·W_dec[i]‖², averaged over the batch: the error of every prefix of the
+    dictionary, of ℓ = 1 to d_sae features. (Subtract b_dec from the target.)
+
+    Matryoshka gives a few prefixes weight, Ordered gives all. A prefix reconstructs otherwise than the one before only
+    where its last feature is active, so all of them cost batch·L0·d_out, whatever the weights.
+    """
+    if int((weights > 0).sum()) <= 16:
+        return _few_prefixes(codes, W_dec, target, weights)
+    return _AllPrefixes.apply(codes.values, W_dec, target, codes.features, codes.offsets, weights)
+
+
+def _few_prefixes(codes: Codes, W_dec: Tensor, target: Tensor, weights: Tensor) -> Tensor:
+    """A decode for each group of features between two prefixes that count."""
+    x_hat, start, total = torch.zeros_like(target), 0, target.new_zeros(())
+    rows = codes.rows
+    for end in (weights.nonzero().flatten() + 1).tolist():
+        inside = (codes.features >= start) & (codes.features < end)
+        offsets = torch.zeros_like(codes.offsets)
+        offsets[1:] = torch.bincount(rows[inside], minlength=len(target)).cumsum(0)
+        group = Codes(codes.values[inside], codes.features[inside], offsets, codes.d_sae)
+        x_hat = x_hat + sparse.decode(group, W_dec)
+        total = total + weights[end - 1] * mse(x_hat, target)
+        start = end
+    return total
+
+
+CHUNK = 1 << 22  # numbers in one piece of _AllPrefixes: 16 MiB
+
+
+class _AllPrefixes(torch.autograd.Function):
+    """The residual after each active feature, a few rows at a time; gradients are made along the way."""
+
+    @staticmethod
+    def forward(ctx, values, W_dec, target, features, offsets, weights):
+        before = torch.cat([weights.new_zeros(1), weights.cumsum(0)])  # the weight of prefixes up to a length
+        batch, d_out = target.shape
+        counts = offsets.diff()
+        grad_values, grad_W, grad_target = torch.zeros_like(values), torch.zeros_like(W_dec), torch.zeros_like(target)
+        total = target.new_zeros(())
+        by_count = counts.argsort()  # rows of like length share a piece
+        lengths = counts[by_count].tolist()
+        start = 0
+        while start < batch:
+            stop = start + 1
+            while stop < batch and (stop + 1 - start) * (lengths[stop] + 1) * d_out <= CHUNK:
+                stop += 1
+            rows, width = by_count[start:stop], lengths[stop - 1]
+            slot = torch.arange(width, device=values.device)
+            real = slot < counts[rows, None]
+            place = torch.where(real, offsets[rows, None] + slot, 0)
+            feature, order = torch.where(real, features[place], len(W_dec)).sort(dim=1)
+            place, real = place.gather(1, order), real.gather(1, order)
+            feature = torch.where(real, feature, len(W_dec))
+            f = torch.where(real, values[place], 0.0)
+            # After how many features (0 to width) the reconstruction stands still, and what that stretch weighs.
+            ends = torch.cat([torch.zeros_like(rows)[:, None], feature], 1)
+            nexts = torch.cat([feature, torch.full_like(rows, len(W_dec))[:, None]], 1)
+            w = before[nexts] - before[ends]
+            atoms = W_dec[feature.clamp_max(len(W_dec) - 1)]
+            steps = torch.cat([target[rows, None], -f[..., None] * atoms], 1)
+            residual = steps.cumsum_(1)
+            total += (w * residual.pow(2).sum(-1)).sum()
+            pull = residual.mul_(w[..., None]).flip(1).cumsum(1).flip(1)  # the weighted residuals from here on
+            grad_target[rows] = 2 * pull[:, 0]
+            pull = pull[:, 1:]
+            grad_values[place[real]] = (-2 * (pull * atoms).sum(-1))[real]
+            grad_W.index_add_(0, feature[real], (-2 * f[..., None] * pull)[real])
+            start = stop
+        ctx.save_for_backward(grad_values, grad_W, grad_target)
+        return total / batch
+
+    @staticmethod
+    def backward(ctx, g):  # type: ignore[override]
+        grad_values, grad_W, grad_target = ctx.saved_tensors
+        scale = g / len(grad_target)
+        return grad_values * scale, grad_W * scale, grad_target * scale, None, None, None
 
 
 @torch.no_grad()

@@ -56,9 +56,10 @@ def encode_at(
     x: Float[Tensor, "batch d_in"],
     W_enc: Float[Tensor, "d_in d_sae"],
     b_enc: Float[Tensor, " d_sae"],
-    b_dec: Float[Tensor, " d_in"],
+    b_dec: Float[Tensor, " d_in"] | None,
 ) -> Codes:
-    """The same codes with gradients: values are ((x - b_dec)·W_enc + b_enc) at the chosen places."""
+    """The same codes with gradients: values are ((x - b_dec)·W_enc + b_enc) at the chosen places; None subtracts
+    nothing."""
     values = _EncodeAt.apply(codes.values, x, W_enc, b_enc, b_dec, codes.features, codes.offsets)
     return codes._replace(values=values)
 
@@ -79,9 +80,12 @@ class _EncodeAt(torch.autograd.Function):
         x, W_enc, b_dec, features, offsets = ctx.saved_tensors
         by_feature = _sum_by_feature(g, features, offsets, W_enc.shape[1], x)  # (d_sae, d_in): sum of g·x
         total = torch.zeros(W_enc.shape[1], device=g.device, dtype=g.dtype).index_add_(0, features, g)
-        by_feature.addr_(total, b_dec, alpha=-1)
+        grad_b_dec = None
+        if b_dec is not None:
+            by_feature.addr_(total, b_dec, alpha=-1)
+            grad_b_dec = -(W_enc @ total)
         grad_x = _weighted_rows(g, features, offsets, W_enc.T) if ctx.needs_input_grad[1] else None
-        return None, grad_x, by_feature.T, total, -(W_enc @ total), None, None
+        return None, grad_x, by_feature.T, total, grad_b_dec, None, None
 
 
 class _Decode(torch.autograd.Function):
@@ -94,7 +98,7 @@ class _Decode(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor):  # type: ignore[override]
         values, W_dec, features, offsets = ctx.saved_tensors
         g = g.contiguous()
-        grad_values = _inner_products(g, W_dec, features, offsets) if ctx.needs_input_grad[0] else None
+        grad_values = inner_products(g, W_dec, features, offsets) if ctx.needs_input_grad[0] else None
         grad_W = _sum_by_feature(values, features, offsets, W_dec.shape[0], g) if ctx.needs_input_grad[1] else None
         return grad_values, grad_W, None, None
 
@@ -116,7 +120,7 @@ def _sum_by_feature(
     return _weighted_rows(weights[order], rows[order], starts, rows_table)
 
 
-def _inner_products(
+def inner_products(
     left: Float[Tensor, "batch d"],
     right: Float[Tensor, "d_sae d"],
     features: Int[Tensor, " active"],

@@ -1,11 +1,15 @@
 """TopK: the k largest pre-activations of each token (Gao et al. 2024, arXiv:2406.04093)."""
 
+from typing import Any
+
 from jaxtyping import Float
 from torch import Tensor
 
-from sae_lab.saes import sparse
+from sae_lab.saes import losses, sparse
 from sae_lab.saes.base import SparseCoder
 from sae_lab.types import Batch, Codes, Output
+
+MULTI_WEIGHT = 1 / 8  # Gao et al., their Multi-TopK
 
 
 def check_k(k: int, d_sae: int) -> None:
@@ -14,21 +18,34 @@ def check_k(k: int, d_sae: int) -> None:
 
 
 class TopK(SparseCoder):
-    """f = relu(the k largest of pre), others 0. Loss: mse + AuxK.
+    """f = relu(the k largest of pre), others 0. Loss: mse + AuxK, with ``multi`` also mse(the multi·k largest)/8.
 
     Args: d_in, d_sae: widths. k: active features per token. k_aux: dead features that fit the residual (None: d_in/2).
+    multi: Multi-TopK, 4 in the paper: the coder then stays good when more than k features are read out. 1 is without.
     """
 
-    def __init__(self, d_in: int, d_sae: int, k: int = 32, k_aux: int | None = None, seed: int = 0):
-        super().__init__(d_in, d_sae, seed=seed, k=k, k_aux=k_aux)
+    def __init__(
+        self, d_in: int, d_sae: int, k: int = 32, k_aux: int | None = None, seed: int = 0, multi: int = 1,
+        **wiring: Any,
+    ):  # fmt: skip
+        config = {"k": k, "k_aux": k_aux} | ({"multi": multi} if multi != 1 else {})
+        super().__init__(d_in, d_sae, config, seed=seed, **wiring)
         check_k(k, d_sae)
         if k_aux is not None and (not isinstance(k_aux, int) or k_aux < 1):
             raise ValueError(f"k_aux must be a positive integer, or None for d_in/2, got {k_aux!r}")
-        self.k = k
+        if not isinstance(multi, int) or multi < 1:
+            raise ValueError(f"multi must be a positive integer (1: no Multi-TopK), got {multi!r}")
+        self.k, self.multi = k, multi
         self.k_aux = k_aux or max(1, d_in // 2)
 
     def act(self, pre: Float[Tensor, "batch d_sae"]) -> Codes:
         return sparse.top_per_row(pre, self.k)
 
     def terms(self, batch: Batch, out: Output, *, progress: float, dead: Tensor) -> dict[str, Tensor]:
-        return super().terms(batch, out, progress=progress, dead=dead) | self.auxk(batch, out, dead, self.k_aux)
+        terms = super().terms(batch, out, progress=progress, dead=dead)
+        if self.multi > 1:
+            rows = self._rows(batch.x)[0]
+            more = self._encode_at(sparse.top_per_row(out.pre, min(self.multi * self.k, self.d_sae)), rows)
+            x_hat = self._write(more._replace(values=more.values.relu()), rows, batch.tokens)
+            terms["multi"] = MULTI_WEIGHT * losses.mse(x_hat, batch.target.flatten(1))
+        return terms | self.auxk(batch, out, dead, self.k_aux)

@@ -4,13 +4,37 @@ import pytest
 import torch
 
 from sae_lab.saes import FAMILIES
+from sae_lab.types import Batch
 
 SPECS = {
     "L1": {"sparsity": 0.3},
-    "TopK": {"k": 4},
+    "Tied": {"sparsity": 0.3},
+    "SqrtL1": {"sparsity": 0.3},
+    "PAnneal": {"sparsity": 0.3},
+    "Hoyer": {"sparsity": 0.1},
+    "SmoothL0": {"sparsity": 0.1},
+    "ProLU": {"sparsity": 0.3},
+    "Gated": {"sparsity": 0.3},
+    "JumpReLU": {"sparsity": 0.1},
+    "TopK": {"k": 4, "multi": 2},
+    "LeakyTopK": {"k": 4},
     "BatchTopK": {"k": 4},
+    "Matryoshka": {"k": 4, "prefixes": (5, 20, 40)},
+    "Ordered": {"k": 4},
+    "Spline": {"k": 4},
+    "Switch": {"k": 4, "experts": 4},
+    "Tokenized": {"k": 4, "vocab": 7},
+    "Transcoder": {"k": 4, "d_out": 12},
+    "SkipTranscoder": {"k": 4, "d_out": 12},
+    "Crosscoder": {"k": 4, "layers": 2},
+    "MatrixSAE": {"k": 4, "rows": 4},
+    "VQ": {},
 }
 D_IN, D_SAE = 16, 40
+
+
+# A crosscoder's 16 columns are two layers of 8.
+WIDTHS = {"Crosscoder": 8}
 
 
 def normal(*shape, seed=0):
@@ -19,7 +43,7 @@ def normal(*shape, seed=0):
 
 def make(name, d_in=D_IN, d_sae=D_SAE, jitter=0.2, **config):
     """A coder with weights off their symmetric start, so that every part of it matters."""
-    coder = FAMILIES[name](d_in, d_sae, **{**SPECS[name], **config})
+    coder = FAMILIES[name](WIDTHS.get(name, d_in), d_sae, **{**SPECS[name], **config})
     with torch.no_grad():
         for i, p in enumerate(coder.parameters()):
             p += jitter * normal(*p.shape, seed=i + 1) * (1 if p.dim() == 1 else d_in**-0.5)
@@ -43,8 +67,26 @@ def family(request):
 
 
 @pytest.fixture
-def x():
-    return normal(24, D_IN, seed=9)
+def x(family):
+    """24 tokens as the family takes them."""
+    return tokens_for(family, 24, seed=9)
+
+
+def tokens_for(family, rows, seed):
+    x = normal(rows, D_IN, seed=seed)
+    return x.view(rows, 2, 8) if family == "Crosscoder" else x
+
+
+def ids_for(x, coder):
+    """A token id for every token of x."""
+    lead = x.shape[: x.dim() - len(coder.in_shape)]
+    return torch.arange(int(torch.tensor(lead).prod()) if lead else 1).view(lead) % 7
+
+
+def batch_for(x, coder):
+    """A batch of x, with a target of its own where the family asks for one."""
+    target = normal(len(x), 12, seed=21) if coder.transcodes else x
+    return Batch(x, target, ids_for(x, coder))
 
 
 @pytest.fixture
@@ -54,7 +96,7 @@ def coder(family):
 
 
 @pytest.fixture
-def fitted(coder):
+def fitted(coder, family):
     """The same coder as training leaves it: calibrated, in eval mode."""
-    coder.calibrate([normal(512, D_IN, seed=8)])
+    coder.calibrate([tokens_for(family, 512, seed=8)])
     return coder

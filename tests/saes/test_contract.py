@@ -1,14 +1,16 @@
 """What every family must do. One spec per family stands in tests/saes/conftest.py."""
 
 import logging
+import re
 
 import pytest
 import torch
 
 import sae_lab as sl
 from sae_lab.saes import FAMILIES
-from sae_lab.types import Batch, Codes, Output, Site, TokenMask
-from tests.saes.conftest import D_IN, D_SAE, SPECS, make, normal
+from sae_lab.types import Codes, Output, Site, TokenMask
+from tests.saes import reference
+from tests.saes.conftest import D_IN, D_SAE, SPECS, WIDTHS, batch_for, ids_for, make, normal, tokens_for
 
 NONE_DEAD = torch.zeros(D_SAE, dtype=torch.bool)
 # Float32 sums of some hundred terms: 1e-5 of the largest value leaves room for their order, none for a wrong formula.
@@ -20,8 +22,9 @@ def near(a, b, tolerance=ROUNDING):
     return bool((a - b).abs().max() <= tolerance * b.abs().max().clamp_min(1e-6))
 
 
-def test_every_family_has_a_spec_and_is_exported():
+def test_every_family_has_a_spec_a_formula_and_is_exported():
     assert SPECS.keys() == FAMILIES.keys()
+    assert {*reference.PLAIN, *reference.SPECIAL, *reference.RELU} == FAMILIES.keys()
     assert all(getattr(sl, name) is cls for name, cls in FAMILIES.items())
 
 
@@ -30,23 +33,30 @@ def test_every_family_has_a_spec_and_is_exported():
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
 def test_forward_is_decode_of_encode(fitted, x, mode):
+    """And both are the plain formulas."""
     fitted.train(mode == "train")
-    out = fitted(x)
+    ids = ids_for(x, fitted)
+    out = fitted(x, ids)
     assert isinstance(out, Output) and out.x_hat.dtype == torch.float32
-    assert torch.equal(out.f, fitted.encode(x))
-    assert near(out.x_hat, fitted.decode(out.f))
-    assert (out.f >= 0).all() and 0 < (out.f > 0).float().mean() < 1
-    assert near(out.pre, (x - fitted.b_dec) @ fitted.W_enc + fitted.b_enc)
+    assert torch.equal(out.f, fitted.encode(x, ids))
     active = out.f > 0
-    assert near(out.f[active], out.pre[active])
+    dense = reference.Dense(fitted, batch_for(x, fitted))
+    assert near(out.f.double(), dense.codes(active)) and near(out.x_hat.double().flatten(1), dense.write(out.f.double()))
+    if fitted.W_skip is None:
+        assert near(out.x_hat, fitted.decode(out.f, ids))
+    assert (out.f >= 0).all() and 0 < active.float().mean() < 1
+    known = out.pre != 0  # Switch knows pre at a token's expert only
+    assert near(out.pre[known].double(), dense.pre[known]) and (known | ~active).all()
 
 
 def test_leading_axes(fitted, x):
-    flat, folded = fitted(x), fitted(x.view(2, 3, 4, D_IN))
-    assert folded.x_hat.shape == (2, 3, 4, D_IN) and folded.f.shape == (2, 3, 4, D_SAE)
-    assert torch.equal(folded.x_hat.reshape(24, -1), flat.x_hat) and torch.equal(folded.f.reshape(24, -1), flat.f)
-    assert fitted.encode(x[0]).shape == (D_SAE,) and fitted(x[0]).x_hat.shape == (D_IN,)
-    assert fitted.decode(folded.f).shape == (2, 3, 4, D_IN)
+    shape, ids = fitted.in_shape, ids_for(x, fitted)
+    flat, folded = fitted(x, ids), fitted(x.view(2, 3, 4, *shape), ids.view(2, 3, 4))
+    assert folded.x_hat.shape == (2, 3, 4, *fitted.out_shape) and folded.f.shape == (2, 3, 4, D_SAE)
+    assert torch.equal(folded.x_hat.flatten(0, 2), flat.x_hat) and torch.equal(folded.f.flatten(0, 2), flat.f)
+    assert fitted.encode(x[0]).shape == (D_SAE,)
+    assert fitted(x[0], ids[0]).x_hat.shape == fitted.out_shape and fitted(x[0], ids[0]).f.shape == (D_SAE,)
+    assert fitted.decode(folded.f, ids.view(2, 3, 4)).shape == (2, 3, 4, *fitted.out_shape)
 
 
 def test_sparse_codes_are_the_dense_ones(fitted, x):
@@ -66,71 +76,103 @@ def test_rows_do_not_depend_on_their_mates_in_eval(fitted, x):
 
 
 def test_bfloat16_input(fitted, x):
-    half = x.bfloat16()
-    out = fitted(half)
+    half, ids = x.bfloat16(), ids_for(x, fitted)
+    out = fitted(half, ids)
     assert out.x_hat.dtype == out.f.dtype == torch.float32
-    assert torch.equal(out.x_hat, fitted(half.float()).x_hat)
+    assert torch.equal(out.x_hat, fitted(half.float(), ids).x_hat)
 
 
 def test_same_seed_same_weights(family):
-    a, b, c = (FAMILIES[family](D_IN, D_SAE, seed=seed, **SPECS[family]) for seed in (3, 3, 4))
+    a, b, c = (FAMILIES[family](WIDTHS.get(family, D_IN), D_SAE, seed=seed, **SPECS[family]) for seed in (3, 3, 4))
     assert a.fingerprint() == b.fingerprint() != c.fingerprint()
-    assert torch.equal(a.W_dec, a.W_enc.T) and near(a.W_dec.norm(dim=1), torch.ones(D_SAE))
+    assert near(a.W_dec.norm(dim=1), torch.ones(D_SAE))
+    if not a.transcodes:
+        assert torch.equal(a.W_dec, a.W_enc.T)
 
 
 # ---- training
 
 
+def loss_of(coder, x, progress=1.0):
+    coder.progress = progress
+    return coder.loss(batch_for(x, coder), progress=progress, dead=NONE_DEAD)
+
+
 def test_the_loss_is_a_dict_of_scalars(coder, x):
-    terms = coder.loss(Batch(x, x), progress=0.5, dead=NONE_DEAD)
+    terms = loss_of(coder, x, progress=0.5)
     assert "mse" in terms and all(t.shape == () and t.requires_grad for t in terms.values())
-    mse = (coder(x).x_hat - x).pow(2).sum(1).mean()
-    assert near(terms["mse"], mse)
 
 
-def test_gradients_equal_a_dense_float64_reference(coder, x):
-    """Autograd through the plain formula, with the codes that were chosen."""
-    sum(coder.loss(Batch(x, x), progress=1.0, dead=NONE_DEAD).values()).backward()
-    active = coder(x).f > 0
-    p = {n: t.detach().double().requires_grad_() for n, t in coder.named_parameters()}
-    x64 = x.double()
-    pre = (x64 - p["b_dec"]) @ p["W_enc"] + p["b_enc"]
-    f = torch.where(active, pre, 0.0)
-    out = Output(f @ p["W_dec"] + p["b_dec"], f, pre)
-    sum(coder.terms(Batch(x64, x64), out, progress=1.0, dead=NONE_DEAD).values()).backward()
+def test_loss_and_gradients_equal_a_dense_float64_reference(coder, x):
+    """Autograd through the plain formulas of reference.py, with the features that were on."""
+    loss = sum(loss_of(coder, x).values())
+    loss.backward()
+    active = coder(x, ids_for(x, coder)).f > 0
+    dense = reference.Dense(coder, batch_for(x, coder))
+    expected = dense.objective(active)
+    expected.backward()
+    assert near(loss.detach().double(), expected.detach())
     for name, parameter in coder.named_parameters():
-        assert parameter.grad.abs().max() > 0
-        assert near(parameter.grad.double(), p[name].grad), name
+        assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
+        assert near(parameter.grad.double(), dense.p[name].grad), name
 
 
-def test_the_loss_falls(coder):
-    data = normal(256, 6, seed=1) @ normal(6, D_IN, seed=2)  # six directions: easy to learn
+def low_rank(family, rows=256, seed=1):
+    """Six directions: easy to learn."""
+    data = normal(rows, 6, seed=seed) @ normal(6, D_IN, seed=2)
+    return data.view(rows, 2, 8) if family == "Crosscoder" else data
+
+
+def test_the_loss_falls(coder, family):
+    data = low_rank(family)
+    batch = batch_for(data, coder)
+    if coder.transcodes:
+        batch.target = data @ normal(D_IN, 12, seed=3) / 4
+    coder.begin(batch)
     optimizer = torch.optim.Adam(coder.parameters(), lr=1e-2)
     losses = []
     for step in range(50):
-        loss = sum(coder.loss(Batch(data, data), progress=step / 50, dead=NONE_DEAD).values())
+        loss = sum(coder.loss(batch, progress=step / 50, dead=NONE_DEAD).values())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         coder.project()
         losses.append(float(loss.detach()))
-    assert losses[-1] < 0.7 * losses[0]  # .02 to .5 measured over the families
-    assert near(coder.W_dec.norm(dim=1), torch.ones(D_SAE))
+    # The penalties warm up and anneal, so the loss is compared at the end of the warm-up and after it.
+    assert losses[-1] < FALL.get(family, 0.7) * losses[3], (losses[3], losses[-1])
+    if family != "VQ":
+        assert near(coder.W_dec.norm(dim=1), torch.ones(D_SAE))
 
 
-def test_fold(coder):
+# A code book that starts as data has little to learn; the rest measured .02 to .6.
+FALL = {"VQ": 0.95}
+
+
+def test_fold(coder, family):
     """Weights that serve s·x, folded, serve x: the same features, codes and reconstructions in units of x."""
-    scale, x = 3.7, normal(64, D_IN, seed=11)
-    coder.calibrate([scale * normal(512, D_IN, seed=8)])
-    before = coder(scale * x)
+    scale, x = 3.7, tokens_for(family, 64, seed=11)
+    ids = ids_for(x, coder)
+    coder.calibrate([scale * tokens_for(family, 512, seed=8)])
+    before = coder(scale * x, ids)
     coder.fold(scale)
-    after = coder(x)
-    assert near(scale * after.x_hat, before.x_hat) and near(scale * after.f, before.f)
+    after = coder(x, ids)
+    assert near(scale * after.x_hat, before.x_hat)
+    assert near(after.f if family == "VQ" else scale * after.f, before.f)  # words of a book have no unit
     assert torch.equal(after.f > 0, before.f > 0)
 
 
-def test_calibrate(coder):
-    blocks = [normal(300, D_IN, seed=8), normal(100, D_IN, seed=7)]
+def test_l0_in_eval_is_that_of_training(family):
+    """Within 5 %: 4096 tokens of four features each give it to about .7 %."""
+    coder = make(family)
+    coder.calibrate([tokens_for(family, 4096, seed=1)])
+    new = tokens_for(family, 4096, seed=2)
+    with torch.no_grad():
+        l0 = {mode: float((coder.train(mode).encode(new) > 0).sum(1).float().mean()) for mode in (True, False)}
+    assert l0[False] == pytest.approx(l0[True], rel=0.05)
+
+
+def test_calibrate(coder, family):
+    blocks = [tokens_for(family, 300, seed=8), tokens_for(family, 100, seed=7)]
     facts = coder.calibrate(blocks)
     assert not coder.training
     f = coder.encode(torch.cat(blocks)).detach()
@@ -145,9 +187,12 @@ def test_calibrate(coder):
 
 def test_calibrate_where_nothing_fires(family):
     coder = make(family)
+    if family == "VQ":  # one word is always the nearest
+        assert coder.calibrate([tokens_for(family, 50, seed=0)])["l0"] == 1
+        return
     with torch.no_grad():
         coder.b_enc -= 1e6
-    facts = coder.calibrate([normal(50, D_IN)])
+    facts = coder.calibrate([tokens_for(family, 50, seed=0)])
     assert facts == {"dead": 1.0, "tokens": 50, "l0": 0.0} and not coder.f_scale.any()
 
 
@@ -163,12 +208,12 @@ def test_save_and_load(fitted, x, tmp_path, caplog):
         loaded = sl.load(tmp_path / "a" / "b")
     assert not caplog.records
     assert type(loaded) is type(fitted) and loaded.config == fitted.config and not loaded.training
-    assert loaded.state_dict().keys() == fitted.state_dict().keys() >= {"W_enc", "W_dec", "b_enc", "b_dec", "f_scale"}
+    assert loaded.state_dict().keys() == fitted.state_dict().keys() >= {"b_dec", "f_scale"}
     for name, tensor in fitted.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor), name
     assert loaded.reads == loaded.writes == fitted.reads and loaded.site == Site("attn_z", 3, head=1)
     assert loaded.mask == mask and loaded.meta == fitted.meta
-    assert loaded.fingerprint() == fitted.fingerprint() and torch.equal(loaded(x).x_hat, fitted(x).x_hat)
+    assert loaded.fingerprint() == fitted.fingerprint() and torch.equal(loaded(x, ids_for(x, fitted)).x_hat, fitted(x, ids_for(x, fitted)).x_hat)
 
 
 def test_an_unfitted_coder_survives_the_disk(coder, tmp_path):
@@ -180,21 +225,23 @@ def test_it_prints_what_it_is(family):
     coder = make(family)
     coder.reads = (Site("resid_post", 8),)
     text = repr(coder)
-    assert text.startswith(f"{family}(d_in={D_IN}, d_sae={D_SAE}") and "at Site('resid_post', layer=8)" in text
+    assert text.startswith(f"{family}(d_in={WIDTHS.get(family, D_IN)}, d_sae={D_SAE}") and "at Site('resid_post', layer=8)" in text
 
 
 # ---- refused
 
 
-def test_wrong_width(fitted, x):
+def test_wrong_width(fitted):
+    x = normal(24, 15)
+    expected = "x must end in (2, 8)" if len(fitted.in_shape) == 2 else "x's last axis must be d_in=16"
     for call in (fitted, fitted.encode, fitted.sparse_codes):
-        with pytest.raises(ValueError, match=r"x's last axis must be d_in=16, got shape \(24, 15\)"):
-            call(x[:, :15])
-    with pytest.raises(ValueError, match=r"f's last axis must be d_sae=40, got shape \(24, 16\)"):
+        with pytest.raises(ValueError, match=re.escape(expected + ", got shape (24, 15)")):
+            call(x)
+    with pytest.raises(ValueError, match=r"f's last axis must be d_sae=40, got shape \(24, 15\)"):
         fitted.decode(x)
     fitted.reads = (Site("resid_post", 8),)
-    with pytest.raises(ValueError, match=r"d_in=16 \(trained at Site\('resid_post', layer=8\)\), got"):
-        fitted(x[:, :15])
+    with pytest.raises(ValueError, match=re.escape(f"{expected} (trained at Site('resid_post', layer=8)), got")):
+        fitted(x)
 
 
 @pytest.mark.parametrize(("d_in", "d_sae"), [(0, 40), (16, -1)])
@@ -235,7 +282,8 @@ def test_bad_sparsity(sparsity):
         sl.L1(D_IN, D_SAE, sparsity=sparsity)
 
 
-def test_unfitted_batchtopk(x):
+def test_unfitted_batchtopk():
+    x = normal(24, D_IN)
     coder = make("BatchTopK").eval()
     with pytest.raises(ValueError, match=r"no inference threshold yet: train it with sl.train, call sae.calibrate"):
         coder(x)

@@ -1,0 +1,215 @@
+"""Which L0: decoder cosines of coders trained at several (Chanin & Garriga-Alonso 2025, arXiv:2508.16560)."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sae_lab.saes.base import SparseCoder
+from sae_lab.store import Rows, Store
+
+_TAG = 0x434F4E54524F4C  # the control's own range of seeds: no coder starts from these rows
+_CHUNK = 2048
+MOST_PROJECTIONS = 2**24  # entries of x·W_decᵀ that are sorted at once
+_COLUMNS = ("l0", "fvu", "c_dec", "s_n")
+
+
+@dataclass(frozen=True, repr=False)
+class L0Choice:
+    """Result of ``sl.evals.choose_l0``: one entry per coder, in ascending order of L0.
+
+    Attributes:
+        names: family and settings of each coder; ``coders``: the coders themselves.
+        l0: active features per row, eval mode; ``fvu``: fraction of variance unexplained, on the same rows.
+        c_dec: mean absolute cosine of two decoder rows; ``c_dec_random``: of as many random rows, the control.
+        s_n: the (n·rows)-th largest decoder projection, in units of x.
+        n, rows, projected: the n of s_n, how many rows FVU and L0 were taken on, and how many of them s_n.
+    """
+
+    names: tuple[str, ...]
+    l0: tuple[float, ...]
+    fvu: tuple[float, ...]
+    c_dec: tuple[float, ...]
+    s_n: tuple[float, ...]
+    c_dec_random: float
+    n: int
+    rows: int
+    projected: int
+    coders: tuple[SparseCoder, ...] = field(compare=False)
+
+    @property
+    def best_index(self) -> int:
+        """Where c_dec is least."""
+        return int(np.argmin(self.c_dec))
+
+    @property
+    def best(self) -> SparseCoder:
+        """The coder whose c_dec is least."""
+        return self.coders[self.best_index]
+
+    @property
+    def best_l0(self) -> float:
+        """Its L0."""
+        return self.l0[self.best_index]
+
+    @property
+    def at_edge(self) -> bool:
+        """Whether the least c_dec stands at an end of the L0s tried, so that a better one may lie beyond."""
+        return self.best_index in (0, len(self.l0) - 1)
+
+    def to_pandas(self):
+        """One row a coder: name, l0, fvu, c_dec, s_n. Over seeds, average c_dec before choosing."""
+        import pandas as pd
+
+        return pd.DataFrame({"name": self.names} | {c: getattr(self, c) for c in _COLUMNS})
+
+    def _table(self) -> list[tuple[str, ...]]:
+        marks = {self.best_index: "< least c_dec"}
+        lowest = int(np.argmin(self.s_n))
+        marks[lowest] = f"{marks[lowest]}, least s_n" if lowest in marks else "< least s_n"
+        return [
+            (name, f"{l0:.2f}", f"{fvu:.3f}", f"{c:.4f}", f"{s:.4f}", marks.get(i, ""))
+            for i, (name, l0, fvu, c, s) in enumerate(
+                zip(self.names, self.l0, self.fvu, self.c_dec, self.s_n, strict=True)
+            )
+        ]
+
+    def _footer(self) -> str:
+        text = f"random rows: c_dec {self.c_dec_random:.4f}; n = {self.n}; {self.rows:,} rows"
+        text += f" ({self.projected:,} for s_n)" if self.projected < self.rows else ""
+        return text + ("; the least c_dec is at an end of the L0s tried: train beyond it" if self.at_edge else "")
+
+    def __repr__(self) -> str:
+        width = max(map(len, self.names))
+        lines = [f"{a:{width}} {b:>8} {c:>6} {d:>7} {e:>8}  {f}".rstrip() for a, b, c, d, e, f in self._rows()]
+        return "\n".join([*lines, self._footer()])
+
+    def _rows(self) -> list[tuple[str, ...]]:
+        return [("", "L0", "FVU", "c_dec", "s_n", ""), *self._table()]
+
+    def _repr_html_(self) -> str:
+        head, *body = ("".join(f"<td>{cell}</td>" for cell in row) for row in self._rows())
+        cells = "".join(f"<tr>{row}</tr>" for row in body)
+        return f"<table><tr>{head.replace('td>', 'th>')}</tr>{cells}</table><p>{self._footer()}</p>".replace(
+            "< least", "&lt; least"
+        )
+
+
+@torch.no_grad()
+def choose_l0(
+    coders: Iterable[SparseCoder], x: Tensor | Store, *, n: int | None = None, tokens: int = 16_384
+) -> L0Choice:
+    """Choose among coders of one width, trained at several L0, by what happens to their decoders.
+
+    c_dec = mean over pairs i < j of |cos(W_dec[i], W_dec[j])|: a coder whose L0 is too low mixes correlated features
+    into its directions, one whose L0 is too high finds degenerate ones, and both make directions alike. s_n = the
+    (n·B)-th largest of the B·d_sae entries of (x − b_dec)·W_decᵀ, index counted from 0: mixed directions project on
+    rows that they have nothing to do with. Reconstruction does not tell: FVU goes on falling beyond the true L0.
+
+    The paper takes any n between the guessed L0 and d_sae/2 and prefers c_dec, which has no such parameter; where the
+    curve is flat it takes the elbow on the side of low L0 rather than the least value. Ours: n = d_sae/2 as default;
+    ``best`` is the least c_dec; rows of W_dec are brought to unit norm for both; a zero row has cosine 0 with all.
+
+    Args:
+        coders: trained, in eval mode, of equal d_in and d_sae, and reading what they reconstruct; two at least.
+        x: activations ``rows d_in`` (used evenly over their length), or a Store (of which the rows that no batch held).
+        tokens: how many rows at most.
+
+    Raises ValueError for coders that cannot be compared, and for an x of another width.
+    """
+    coders = _check(list(coders), n)
+    x = _sample(x, tokens)
+    d_sae = coders[0].d_sae
+    n = n or d_sae // 2
+    projected = min(len(x), max(256, MOST_PROJECTIONS // d_sae))
+    few = x[_evenly(len(x), projected)]
+    measured = [(*_measure(coder, x), c_dec(coder.W_dec), s_n(coder, few, n)) for coder in coders]
+    order = sorted(range(len(coders)), key=lambda i: measured[i][0])
+    l0, fvu, cosine, projection = zip(*(measured[i] for i in order), strict=True)
+    random = np.random.default_rng(np.random.SeedSequence([_TAG])).standard_normal(
+        tuple(coders[0].W_dec.shape), dtype=np.float32
+    )
+    return L0Choice(
+        names=tuple(_name(coders[i]) for i in order),
+        l0=l0,
+        fvu=fvu,
+        c_dec=cosine,
+        s_n=projection,
+        c_dec_random=c_dec(torch.from_numpy(random)),
+        n=n,
+        rows=len(x),
+        projected=projected,
+        coders=tuple(coders[i] for i in order),
+    )
+
+
+def c_dec(W_dec: Tensor) -> float:
+    """Mean absolute cosine over all pairs of rows of ``d_sae d``, a block at a time: d_sae² cosines are never held."""
+    rows = torch.nn.functional.normalize(W_dec.detach().float(), dim=1)
+    total = 0.0
+    for start in range(0, len(rows), _CHUNK):
+        block = rows[start : start + _CHUNK]
+        total += float((block @ rows[start:].T).abs().triu(1).sum(dtype=torch.float64))
+    return total / (len(rows) * (len(rows) - 1) / 2)
+
+
+def s_n(coder: SparseCoder, x: Tensor, n: int) -> float:
+    """The (n·B)-th largest projection of B rows of x on unit decoder rows, index counted from 0."""
+    rows = torch.nn.functional.normalize(coder.W_dec.detach().float(), dim=1)
+    z = ((x.to(rows.device).flatten(1) - coder.b_dec.flatten()) @ rows.T).flatten()
+    return float(z.kthvalue(len(z) - n * len(x)).values)
+
+
+def _measure(coder: SparseCoder, x: Tensor) -> tuple[float, float]:
+    """(L0, FVU), eval mode."""
+    mean = x.mean(0, dtype=torch.float64)
+    active, error, variance = 0, 0.0, 0.0
+    for rows in x.split(_CHUNK):
+        on_device = rows.to(coder.W_dec.device)
+        active += len(coder.sparse_codes(on_device).values)
+        error += float((coder(on_device).x_hat.cpu() - rows).pow(2).sum(dtype=torch.float64))
+        variance += float((rows - mean).pow(2).sum())
+    return active / len(x), error / variance
+
+
+def _check(coders: list[SparseCoder], n: int | None) -> list[SparseCoder]:
+    if len(coders) < 2:
+        raise ValueError(f"choose_l0 compares coders of several L0: give at least two, got {len(coders)}")
+    widths = sorted({(c.d_in, c.d_sae) for c in coders})
+    if len(widths) > 1:
+        raise ValueError(f"coders must have equal d_in and d_sae, got {widths}: c_dec depends on both")
+    for coder in coders:
+        if coder.training:
+            raise ValueError(f"choose_l0 needs coders in eval mode, got {_name(coder)} in training: call sae.eval()")
+        if getattr(coder, "transcodes", False):
+            raise ValueError(f"choose_l0 needs coders that reconstruct what they read, {_name(coder)} does not")
+    d_sae = widths[0][1]
+    if d_sae < 2:
+        raise ValueError(f"choose_l0 compares decoder rows: d_sae must be at least 2, got {d_sae}")
+    if n is not None and (not isinstance(n, int) or not 1 <= n <= d_sae // 2):
+        raise ValueError(
+            f"n must be an integer from 1 to d_sae/2={d_sae // 2}, above the L0 you expect; None is d_sae/2; got {n!r}"
+        )
+    return coders
+
+
+def _sample(x: Tensor | Store, tokens: int) -> Tensor:
+    """At most so many float rows: evenly over a tensor, those kept from training of a store."""
+    if not isinstance(tokens, int) or tokens < 2:
+        raise ValueError(f"tokens must be an integer of at least 2, got {tokens!r}")
+    if isinstance(x, Tensor):
+        return Rows(x).x[_evenly(len(x), min(tokens, len(x)))].float().cpu()
+    unseen = x.reserved(tokens)
+    return unseen if unseen is not None else torch.cat([rows for _, rows in x.blocks()])[:tokens]
+
+
+def _evenly(rows: int, wanted: int) -> Tensor:
+    """So many row numbers, spread over all."""
+    return torch.linspace(0, rows - 1, wanted, dtype=torch.float64).round().long()
+
+
+def _name(coder: SparseCoder) -> str:
+    settings = {key: v for key, v in coder.config.items() if key not in ("d_in", "d_sae", "d_out") and v is not None}
+    return f"{type(coder).__name__}({', '.join(f'{key}={v}' for key, v in settings.items())})"

@@ -1,0 +1,243 @@
+"""What can be done to any coder besides training it: start it from data, revive features, undo shrinkage, re-solve
+codes, move a dictionary to another distribution."""
+
+import copy
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from sae_lab.saes import losses, sparse
+from sae_lab.saes.base import SparseCoder
+from sae_lab.types import Batch, Codes
+
+REVIVED = 0.2  # of the mean length of live encoder rows: a revived feature starts quiet (Bricken et al. 2023)
+PIECE = 1 << 22  # numbers in one piece of a gathered dictionary: 16 MiB
+
+
+def _pair(data: Tensor | Batch, coder: SparseCoder) -> tuple[Tensor, Tensor]:
+    """(x, target) as rows."""
+    batch = data if isinstance(data, Batch) else Batch(data, data)
+    if coder.transcodes and batch.target is batch.x:
+        raise ValueError("a transcoder needs a target: pass sl.Batch(x, target)")
+    target = batch.target.reshape(len(batch.target), -1).float()
+    return coder._rows(batch.x)[0].to(coder.b_dec.device), target.to(coder.b_dec.device)
+
+
+@torch.no_grad()
+def inform(coder: SparseCoder, data: Tensor | Batch, share: float = 0.8, seed: int = 0) -> None:
+    """Informed initialisation, in place: features start as data points.
+
+    Row i of W_dec, and of the encoder: the direction of share·(x_j − median) + (1 − share)·random, j a random token.
+
+    Args: data: (tokens, d_in) activations, at least d_sae of them is best. share: of data, in [0, 1].
+    """
+    if not 0 <= share <= 1:
+        raise ValueError(f"share must lie in [0, 1], got {share}")
+    x, target = _pair(data, coder)
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(x), generator=generator)
+    rows = order[torch.arange(coder.d_sae) % len(x)]
+
+    def blend(t: Tensor) -> Tensor:
+        points = F.normalize(t[rows] - losses.geometric_median(t[:8192]), dim=1)
+        noise = F.normalize(torch.randn(*points.shape, generator=generator).to(t), dim=1)
+        return F.normalize(share * points + (1 - share) * noise, dim=1)
+
+    everyone = torch.arange(coder.d_sae)
+    read = blend(x)
+    coder.set_features(everyone, blend(target) if coder.transcodes else read, read)
+
+
+@torch.no_grad()
+def resample(coder: SparseCoder, data: Tensor | Batch, dead: Bool[Tensor, " d_sae"], seed: int = 0) -> int:
+    """Revive dead features, in place: each takes the direction of a badly reconstructed token (Bricken et al. 2023,
+    "Towards Monosemanticity"). Returns how many.
+
+    Tokens are drawn with probability ∝ ‖target − x_hat‖⁴. The encoder's row is the same direction with a fifth of the
+    length of live ones; biases and thresholds are the live features' mean.
+
+    Args: data: activations in the units that the coder serves: raw, or scaled in a callback of training. dead: which.
+    """
+    if dead.shape != (coder.d_sae,):
+        raise ValueError(f"dead must be a bool for each of d_sae={coder.d_sae} features, got {tuple(dead.shape)}")
+    features = dead.nonzero().flatten().to(coder.b_dec.device)
+    if not len(features):
+        return 0
+    x, target = _pair(data, coder)
+    error = (target - _reconstruct(coder, data)).pow(2).sum(1)
+    generator = torch.Generator().manual_seed(seed)
+    weight = (error / error.max().clamp_min(1e-12)).pow(2).cpu() + 1e-12
+    again = len(features) > len(x)
+    rows = torch.multinomial(weight, len(features), replacement=again, generator=generator).to(x.device)
+    alive = ~dead.to(x.device)
+    length = coder.W_enc[:, alive].norm(dim=0).mean() if bool(alive.any()) else x.new_ones(())
+    centre = coder.b_dec if coder.pre_bias else x.mean(0)
+    coder.set_features(
+        features, target[rows] - coder.b_dec, REVIVED * length * F.normalize(x[rows] - centre, dim=1)
+    )
+    for name in coder.code_units:
+        value = coder.get_parameter_or_buffer(name)
+        if value.shape[:1] == (coder.d_sae,) and bool(alive.any()):
+            value[features] = value[alive].mean(0)
+    return len(features)
+
+
+def _reconstruct(coder: SparseCoder, data: Tensor | Batch) -> Tensor:
+    batch = data if isinstance(data, Batch) else Batch(data, data)
+    return coder(batch.x.to(coder.b_dec.device), batch.tokens).x_hat.reshape(len(batch.x), -1)
+
+
+@torch.no_grad()
+def unsuppress(coder: SparseCoder, data: Tensor | Batch, steps: int = 60) -> SparseCoder:
+    """A copy whose features are as strong as they ought to be: W_dec[i]·s_i, s the least-squares answer for the codes
+    as they are. Which features fire, and L0, stay the same; rows of W_dec are no longer of unit norm.
+
+    An L1 penalty shrinks codes; this undoes it after the fact (Wright & Sharkey 2024, "Addressing Feature Suppression
+    in SAEs"; there by fine-tuning, here by conjugate gradients on s).
+
+    Raises ValueError for coders whose encoder or code book is the decoder itself.
+    """
+    if not isinstance(coder.W_dec, torch.nn.Parameter) or coder.tied:
+        raise ValueError(f"{type(coder).__name__} ties its decoder to other weights, so its rows cannot be rescaled")
+    x, target = _pair(data, coder)
+    codes = coder.sparse_codes(x)
+    silent = codes._replace(values=torch.zeros_like(codes.values))
+    batch = data if isinstance(data, Batch) else Batch(data, data)
+    wanted = target - coder._write(silent, x, batch.tokens)
+
+    def apply(s: Tensor) -> Tensor:
+        return sparse.decode(codes._replace(values=codes.values * s[codes.features]), coder.W_dec)
+
+    def transposed(r: Tensor) -> Tensor:
+        inner = sparse.inner_products(r, coder.W_dec, codes.features, codes.offsets) * codes.values
+        return torch.zeros_like(coder.f_scale).index_add_(0, codes.features, inner)
+
+    norms = coder.W_dec.pow(2).sum(1)
+    diagonal = torch.zeros_like(norms).index_add_(0, codes.features, codes.values.pow(2)) * norms
+    live = diagonal > 0
+    ridge = 1e-3 * diagonal[live].mean() if bool(live.any()) else 1.0  # rare features stay near 1
+    scale = torch.ones_like(norms)
+    residual = transposed(wanted - apply(scale))
+    step = direction = residual / (diagonal + ridge)
+    size = residual @ step
+    for _ in range(steps):
+        image = transposed(apply(direction)) + ridge * direction
+        share = size / (direction @ image).clamp_min(1e-30)
+        scale = scale + share * direction
+        residual = residual - share * image
+        step = residual / (diagonal + ridge)
+        size, before = residual @ step, size
+        if float(size) <= 1e-12:
+            break
+        direction = step + size / before * direction
+    result = copy.deepcopy(coder)
+    result.W_dec *= scale.clamp_min(0)[:, None]
+    return result
+
+
+@torch.no_grad()
+def optimise_codes(coder: SparseCoder, data: Tensor | Batch, k: int | None = None) -> Codes:
+    """Inference-time optimisation: the best codes for a fixed dictionary (Nanda et al. 2024, "GDM Mech Interp Update").
+
+    With k None the encoder's choice of features is kept and their codes are re-solved: min ‖target − f·W_dec − b_dec‖²,
+    f >= 0. With k features are chosen too, one after another, each the one that fits the residual best (orthogonal
+    matching pursuit with f >= 0), at the price of k encoder products.
+    """
+    x, target = _pair(data, coder)
+    if k is not None and not 1 <= k <= coder.d_sae:
+        raise ValueError(f"k must be an integer from 1 to d_sae={coder.d_sae}, got {k!r}")
+    codes = coder.sparse_codes(x)
+    batch = data if isinstance(data, Batch) else Batch(data, data)
+    silent = codes._replace(values=torch.zeros_like(codes.values))
+    wanted = target - coder._write(silent, x, batch.tokens)
+    W_dec = coder.W_dec.detach()
+    if k is not None:
+        return _pursue(wanted, W_dec, k)
+    counts = codes.offsets.diff()
+    values = torch.zeros_like(codes.values)
+    width = max(1, int(counts.max()))
+    for rows in torch.arange(len(x), device=x.device).split(max(1, PIECE // (width * wanted.shape[1]))):
+        slot = torch.arange(width, device=x.device)
+        real = slot < counts[rows, None]
+        place = torch.where(real, codes.offsets[rows, None] + slot, 0)
+        atoms = W_dec[codes.features[place]] * real[..., None]
+        values[place[real]] = _nonnegative(wanted[rows], atoms, torch.where(real, codes.values[place], 0.0))[real]
+    return codes._replace(values=values)
+
+
+def _nonnegative(
+    y: Float[Tensor, "rows d"], atoms: Float[Tensor, "rows k d"], start: Float[Tensor, "rows k"], sweeps: int = 30
+) -> Float[Tensor, "rows k"]:
+    """argmin over f >= 0 of ‖y − f·atoms‖² by coordinate descent from ``start``."""
+    gram = atoms @ atoms.mT
+    norms = gram.diagonal(dim1=1, dim2=2).clamp_min(1e-12)
+    pull = (atoms @ y[..., None])[..., 0]
+    f = start.clone()
+    for _ in range(sweeps):
+        for j in range(f.shape[1]):
+            rest = pull[:, j] - (gram[:, j] * f).sum(1) + gram[:, j, j] * f[:, j]
+            f[:, j] = (rest / norms[:, j]).clamp_min(0)
+    return f
+
+
+def _pursue(y: Tensor, W_dec: Tensor, k: int) -> Codes:
+    directions = F.normalize(W_dec, dim=1)
+    features = torch.empty(len(y), k, dtype=torch.long, device=y.device)
+    values = y.new_zeros(len(y), k)
+    for rows in torch.arange(len(y), device=y.device).split(max(1, PIECE // (k * y.shape[1] + len(W_dec)))):
+        chosen, f, residual = features[rows], y.new_zeros(len(rows), 0), y[rows]
+        for n in range(k):
+            fit = residual @ directions.T
+            fit.scatter_(1, chosen[:, :n], -torch.inf)
+            chosen[:, n] = fit.argmax(1)
+            atoms = W_dec[chosen[:, : n + 1]]
+            f = _nonnegative(y[rows], atoms, F.pad(f, (0, 1)), sweeps=8)
+            residual = y[rows] - (f[:, None] @ atoms)[:, 0]
+        features[rows], values[rows] = chosen, f
+    offsets = torch.arange(0, features.numel() + 1, k, device=y.device)
+    return Codes(values.flatten(), features.flatten(), offsets, len(W_dec))
+
+
+@torch.no_grad()
+def realign(coder: SparseCoder, data: Tensor | Batch, rank: int | None = None, ridge: float = 0.03) -> SparseCoder:
+    """A copy whose decoder suits another distribution, the encoder as it was (GAE, "Geometry-aware realignment").
+
+    1. Rotate: U the leading directions of the dictionary, V those of the new activations' covariance, R the orthogonal
+       matrix nearest to VᵀU (Procrustes); D' = D·U·Rᵀ·Vᵀ.
+    2. Refit: min ‖target − b − f·D‖² + λ‖D − D'‖², with the codes that the encoder gives, b the mean that this leaves.
+
+    Args: data: activations of the new distribution. rank: directions that are rotated; None: those with 99 % of the new
+    variance. ridge: λ in units of the mean Σf² of a live feature.
+    """
+    if not isinstance(coder.W_dec, torch.nn.Parameter) or coder.tied:
+        raise ValueError(f"{type(coder).__name__} ties its decoder to other weights, so it cannot be refitted alone")
+    x, target = _pair(data, coder)
+    centred = target - target.mean(0)
+    variance, V = torch.linalg.eigh((centred.T @ centred).double())
+    if rank is None:
+        share = variance.flip(0).cumsum(0) / variance.sum()
+        rank = int((share < 0.99).sum()) + 1
+    if not 1 <= rank <= coder.d_out:
+        raise ValueError(f"rank must be an integer from 1 to d_out={coder.d_out}, got {rank!r}")
+    V = V[:, -rank:].float()
+    D = coder.W_dec.detach()
+    U = torch.linalg.svd(D, full_matrices=False).Vh[:rank].T
+    left, _, right = torch.linalg.svd(V.T @ U)
+    rotated = D @ U @ (left @ right).T @ V.T
+
+    f = coder.sparse_codes(x).dense()
+    mean_f, mean_y = f.mean(0), target.mean(0)
+    gram = (f - mean_f).T @ (f - mean_f)
+    power = gram.diagonal()
+    weight = ridge * power[power > 0].mean() if bool((power > 0).any()) else torch.ones(())
+    gram.diagonal().add_(weight)
+    pull = (f - mean_f).T @ centred + weight * rotated
+    result = copy.deepcopy(coder)
+    result.W_dec.copy_(torch.linalg.solve(gram.double(), pull.double()).float())
+    bias = mean_y - mean_f @ result.W_dec
+    if result.pre_bias:  # the encoder goes on subtracting the old one
+        result.b_enc += (bias - coder.b_dec) @ result.W_enc
+    result.b_dec.copy_(bias)
+    return result

@@ -1,0 +1,77 @@
+"""Exchange with the other libraries: which format a folder has, how it is read, and how ours are written.
+
+Reading: SAELens (6 and before), sparsify, dictionary_learning, Gemma Scope 1 and 2, Llama Scope, Goodfire, Qwen Scope.
+Writing: SAELens 6, sparsify, dictionary_learning. What a format cannot hold is refused, with what it can.
+
+Codes are those of the other library, computed from the activations that transformers gives at ``sae.reads``. Two things
+differ there from TransformerLens, where many of these coders were trained, and are folded into the encoder:
+
+- Centred residual streams (``center_writing_weights``). The coder gives on raw x the codes it gave on x − mean(x). Its
+  x_hat is centred, as it was; ``sae.meta["centred"]`` says so. A model with LayerNorm reads its stream only through
+  norms that take the mean off, so that splicing a centred x_hat in gives the same logits as if the mean were added.
+- ``ln2.hook_normalized`` has no gain. A transcoder from there reads the residual stream and normalises it itself; an
+  autoencoder reads ``mlp_in`` and needs ``fold_gain`` first.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from sae_lab import cache
+from sae_lab.saes.base import SparseCoder
+from sae_lab.saes.exchange import dictionary_learning, gemma_scope, saelens, scopes, sparsify
+from sae_lab.saes.exchange.checkpoint import Checkpoint, fold_gain
+from sae_lab.saes.exchange.parts import Parts
+
+__all__ = ["FILES", "WRITES", "fold_gain", "format_of", "read", "save"]
+
+Reader = Callable[[Path, dict[str, Any]], Checkpoint]
+
+# format: (the files that tell it, files it may have beside, its reader)
+FILES: dict[str, tuple[tuple[str, ...], tuple[str, ...], Reader]] = {
+    "saelens": (("cfg.json", "sae_weights.safetensors"), ("sparsity.safetensors",), saelens.read),
+    "sparsify": (("cfg.json", "sae.safetensors"), ("../config.json",), sparsify.read),
+    "dictionary_learning": (("ae.pt",), ("config.json",), dictionary_learning.read),
+    "gemma_scope": (("params.npz",), (), gemma_scope.read_1),
+    "gemma_scope_2": (("params.safetensors",), ("config.json",), gemma_scope.read_2),
+    "llama_scope": (("hyperparams.json", "checkpoints/final.safetensors"), (), scopes.read_llama_scope),
+}
+WRITES = {"saelens": "sae_weights.safetensors", "sparsify": "sae.safetensors", "dictionary_learning": "ae.pt"}
+
+
+def format_of(names: set[str]) -> str | None:
+    """The format with these files (relative to the coder's folder), or None."""
+    return next((name for name, (files, _, _) in FILES.items() if set(files) <= names), None)
+
+
+def read(path: Path, facts: dict[str, Any] | None = None) -> SparseCoder | None:
+    """The coder in a folder or ``.pt`` file of another library; None where nothing there is known.
+
+    facts: what a release knows that its files do not say.
+    """
+    facts = facts or {}
+    if path.is_file():
+        return scopes.read_file(path, facts).build()
+    present = {name for files, _, _ in FILES.values() for name in files if (path / name).is_file()}
+    found = format_of(present)
+    if found is None and (cut := {"cfg.json", "sae_weights.safetensors", "hyperparams.json"} & present):
+        wants = sorted({f for files, _, _ in FILES.values() if cut & set(files) for f in files} - present)
+        raise ValueError(f"{path} has {', '.join(sorted(cut))}, but not what belongs to it: {' or '.join(wants)}")
+    return FILES[found][2](path, facts).build() if found else None
+
+
+def save(coder: SparseCoder, path: Path, format: str) -> Path:
+    """Write a coder in another library's format. ValueError for what that format cannot hold; f_scale is not kept."""
+    from safetensors.torch import save_file
+
+    parts, folder = Parts(coder), cache.make_folder(path)
+    writer = {"saelens": saelens, "sparsify": sparsify, "dictionary_learning": dictionary_learning}[format].write
+    tensors = parts.contiguous(writer(parts, folder))
+    with cache.atomic(folder / WRITES[format]) as temporary:
+        if format == "dictionary_learning":
+            import torch
+
+            torch.save(tensors, temporary)
+        else:
+            save_file(tensors, temporary)
+    return folder

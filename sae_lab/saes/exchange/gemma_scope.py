@@ -1,0 +1,85 @@
+"""Gemma Scope 1 (``params.npz``) and 2 (``params.safetensors``, ``config.json``): JumpReLU, b_dec never subtracted.
+
+Version 1 states model, site and width in the names of repository and folders only. Its MLP coders read what the MLP
+adds to the stream, after the post-norm; its attention coders read all heads' z side by side; its transcoders read the MLP's
+input without the norm's gain. Version 2 names modules of transformers.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from sae_lab.saes.exchange.checkpoint import Checkpoint
+from sae_lab.saes.exchange.files import read_json, read_npz, read_safetensors
+from sae_lab.saes.exchange.places import place
+
+ARCHIVE, WEIGHTS = "params.npz", "params.safetensors"
+_NAMES = {"W_enc", "W_dec", "b_enc", "b_dec", "threshold"}
+_HOOKS = {"res": "hook_resid_post", "mlp": "hook_mlp_out", "att": "attn.hook_z", "transcoders": "ln2.hook_normalized"}
+_FOLDERS = {
+    "resid_post": ("output", None),
+    "attn_out": ("self_attn.o_proj.input", None),
+    "mlp_out": ("post_feedforward_layernorm.output", None),
+    "transcoder": ("pre_feedforward_layernorm.output", "post_feedforward_layernorm.output"),
+}
+
+
+def read_1(folder: Path, facts: dict[str, Any]) -> Checkpoint:
+    t = {("W_" + n[2:] if n.startswith("w_") else n): v for n, v in read_npz(folder / ARCHIVE).items()}
+    if (missing := _NAMES - t.keys()) or (surplus := t.keys() - _NAMES - {"scaling_factor"}):
+        wrong = sorted(missing or surplus)
+        raise ValueError(f"{folder / ARCHIVE}: Gemma Scope has {sorted(_NAMES)}; missing or surplus: {wrong}")
+    t.pop("scaling_factor", None)
+    found = Checkpoint("Gemma Scope", str(folder), "JumpReLU", {n: v.float() for n, v in t.items()}, pre_bias=False)
+    path = facts.get("path") or folder.as_posix()
+    release = re.search(r"gemma-scope-(2b|9b|27b)-(pt|it)-(res|mlp|att|transcoders)", path)
+    if release is None:
+        return found
+    size, kind, what = release.groups()
+    found.model = f"google/gemma-2-{size}{'-it' if kind == 'it' else ''}"
+    found.transcodes = what == "transcoders"
+    if l0 := re.search(r"average_l0_(\d+)", path):
+        found.expected["l0"] = float(l0[1])
+    if "/embedding/" in path or path.startswith("embedding/"):
+        found.reads = place("hook_embed", found.model)
+        # Trained on rows of the embedding matrix; the model's embedding is √d_in times as large.
+        found.scale(found.tensors["b_dec"].shape[0] ** -0.5, found.tensors["b_dec"].shape[0] ** -0.5)
+    elif layer := re.search(r"layer_(\d+)", path):
+        found.reads = place(f"blocks.{layer[1]}.{_HOOKS[what]}", found.model)
+        found.writes = place(f"blocks.{layer[1]}.hook_mlp_out", found.model) if found.transcodes else None
+    found.meta["context"] = 1024
+    return found
+
+
+def read_2(folder: Path, facts: dict[str, Any]) -> Checkpoint:
+    path = facts.get("path") or folder.as_posix()
+    cfg = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    if cfg.get("architecture", "jump_relu") != "jump_relu":
+        raise ValueError(f"{folder}: architecture {cfg['architecture']!r} of Gemma Scope 2; supported: 'jump_relu'")
+    names = {"w_enc": "W_enc", "w_dec": "W_dec", "affine_skip_connection": "W_skip"}
+    t = {names.get(n, n): v for n, v in read_safetensors(folder / WEIGHTS).items()}
+    if wrong := sorted((t.keys() ^ _NAMES) - {"W_skip"}):
+        raise ValueError(f"{folder / WEIGHTS}: Gemma Scope 2 has {sorted(_NAMES)}; missing or surplus: {wrong}")
+    if t["W_dec"].dim() == 3:
+        raise ValueError(f"{folder} is a cross-layer transcoder, which writes at many layers and is not supported")
+    found = Checkpoint("Gemma Scope 2", str(folder), "JumpReLU", {n: v.float() for n, v in t.items()}, pre_bias=False)
+    found.model = facts.get("model") or _model(cfg.get("model_name"))
+    into, out = cfg.get("hf_hook_point_in"), cfg.get("hf_hook_point_out")
+    kind = next((k for k in _FOLDERS if re.search(rf"(?:^|/){k}(?:_all)?/", path)), None)
+    layer = re.search(r"layer_(\d+)", path)
+    if into is None and kind and layer:  # some folders have no config.json
+        into, out = (part and f"model.layers.{layer[1]}.{part}" for part in _FOLDERS[kind])
+    found.transcodes = out is not None and out != into
+    found.reads = place(into, found.model or "gemma-3")
+    found.writes = place(out, found.model or "gemma-3") if found.transcodes else None
+    if isinstance(cfg.get("l0"), int | float):
+        found.expected["l0"] = float(cfg["l0"])
+    return found
+
+
+def _model(name: str | None) -> str | None:
+    """The hub's id: configs write gemma-v3-1b-pt, and the smallest pretrained model has no suffix there."""
+    if name is None:
+        return None
+    name = name.replace("-v3", "-3").removeprefix("google/")
+    return "google/" + (name.removesuffix("-pt") if "270m" in name else name)

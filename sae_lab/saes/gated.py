@@ -1,0 +1,43 @@
+"""Gated: one path decides which features are on, another how strongly (Rajamanoharan et al. 2024, arXiv:2404.16014)."""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from sae_lab.saes import losses
+from sae_lab.saes.base import SparseCoder
+from sae_lab.saes.l1 import WARM_UP, check_weight
+from sae_lab.types import Batch, Output
+
+
+class Gated(SparseCoder):
+    """π = pre (b_enc is the gate's bias); f = 1[π > 0]·relu(e^r_mag·(π − b_enc) + b_mag).
+
+    Loss: mse + sparsity · Σrelu(π) + ‖target − relu(π)·W̄_dec − b̄_dec‖², the bar a stopped gradient: the penalty, which
+    shrinks what it touches, touches only the gate.
+    """
+
+    dense = True
+    code_units = ("b_enc", "b_mag")
+
+    def __init__(self, d_in: int, d_sae: int, sparsity: float = 5.0, seed: int = 0, **wiring: Any):
+        super().__init__(d_in, d_sae, {"sparsity": sparsity}, seed=seed, **wiring)
+        check_weight("sparsity", sparsity)
+        self.sparsity = sparsity
+        self.r_mag = nn.Parameter(torch.zeros(d_sae))
+        self.b_mag = nn.Parameter(torch.zeros(d_sae))
+
+    def act(self, pre: Float[Tensor, "batch d_sae"]) -> Tensor:
+        strength = (self.r_mag.exp() * (pre - self.b_enc) + self.b_mag).relu()
+        return torch.where(pre > 0, strength, 0.0)
+
+    def terms(self, batch: Batch, out: Output, *, progress: float, dead: Tensor) -> dict[str, Tensor]:
+        gate = out.pre.relu()
+        weight = self.sparsity * min(1.0, progress / WARM_UP)
+        frozen = gate @ self.W_dec.detach() + self.b_dec.detach()
+        return super().terms(batch, out, progress=progress, dead=dead) | {
+            "sparsity": weight * losses.l1(gate),
+            "gate": losses.mse(frozen, batch.target.flatten(1)),
+        }

@@ -1,0 +1,83 @@
+"""JumpReLU: a threshold of its own for each feature (Rajamanoharan et al. 2024, arXiv:2407.14435)."""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from sae_lab.saes.base import SparseCoder
+from sae_lab.saes.l1 import WARM_UP, check_weight
+from sae_lab.types import Batch, Output
+
+
+class JumpReLU(SparseCoder):
+    """f = relu(pre)·1[pre > θ]. Loss: mse + sparsity · L0.
+
+    Steps have no gradient, so θ gets that of a kernel estimate: a rectangle of width ``bandwidth`` around it. Per
+    feature: ∂f/∂θ = −θ/ε, ∂L0/∂θ = −1/ε where |pre − θ| < ε/2, else 0.
+
+    Args: sparsity: cost of an active feature, in squared error (activations have norm √d_in in training). bandwidth: ε.
+    start: θ at first. ``threshold`` " d_sae" is θ.
+    """
+
+    dense = True
+    code_units = ("b_enc", "threshold")
+
+    def __init__(
+        self, d_in: int, d_sae: int, sparsity: float = 1.0, bandwidth: float = 0.5, start: float = 0.1, seed: int = 0,
+        **wiring: Any,
+    ):  # fmt: skip
+        config = {"sparsity": sparsity, "bandwidth": bandwidth, "start": start}
+        super().__init__(d_in, d_sae, config, seed=seed, **wiring)
+        check_weight("sparsity", sparsity)
+        check_weight("start", start)
+        if not 0 < bandwidth < float("inf"):
+            raise ValueError(f"bandwidth must be a positive number, got {bandwidth}")
+        self.sparsity, self.bandwidth = sparsity, bandwidth
+        self.threshold = nn.Parameter(torch.full((d_sae,), float(start)))
+
+    def act(self, pre: Float[Tensor, "batch d_sae"]) -> Tensor:
+        return _Jump.apply(pre, self.threshold, self.bandwidth)
+
+    def terms(self, batch: Batch, out: Output, *, progress: float, dead: Tensor) -> dict[str, Tensor]:
+        weight = self.sparsity * min(1.0, progress / WARM_UP)
+        l0 = _Step.apply(out.pre, self.threshold, self.bandwidth).sum(-1).mean()
+        return super().terms(batch, out, progress=progress, dead=dead) | {"sparsity": weight * l0}
+
+    @torch.no_grad()
+    def project(self) -> None:
+        super().project()
+        self.threshold.clamp_min_(0)
+
+
+class _Jump(torch.autograd.Function):
+    """relu(pre)·1[pre > θ]"""
+
+    @staticmethod
+    def forward(ctx, pre, threshold, bandwidth):
+        ctx.save_for_backward(pre, threshold)
+        ctx.bandwidth = bandwidth
+        return torch.where(pre > threshold.clamp_min(0), pre, 0.0)
+
+    @staticmethod
+    def backward(ctx, g):  # type: ignore[override]
+        pre, threshold = ctx.saved_tensors
+        near = (pre - threshold).abs() < ctx.bandwidth / 2
+        return torch.where(pre > threshold.clamp_min(0), g, 0.0), -(g * near).sum(0) * threshold / ctx.bandwidth, None
+
+
+class _Step(torch.autograd.Function):
+    """1[pre > θ], with a gradient for θ only"""
+
+    @staticmethod
+    def forward(ctx, pre, threshold, bandwidth):
+        ctx.save_for_backward(pre, threshold)
+        ctx.bandwidth = bandwidth
+        return (pre > threshold).to(pre.dtype)
+
+    @staticmethod
+    def backward(ctx, g):  # type: ignore[override]
+        pre, threshold = ctx.saved_tensors
+        near = (pre - threshold).abs() < ctx.bandwidth / 2
+        return None, -(g * near).sum(0) / ctx.bandwidth, None

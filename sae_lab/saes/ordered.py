@@ -1,0 +1,42 @@
+"""Ordered: every prefix of the dictionary must do alone (OSAE: "Enforcing Orderedness in SAEs to Improve Feature
+Consistency", 2025)."""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sae_lab.saes import sparse
+from sae_lab.saes.batchtopk import BatchTopK
+from sae_lab.saes.matryoshka import prefix_terms
+from sae_lab.types import Batch, Codes, Output
+
+
+class Ordered(BatchTopK):
+    """Codes of BatchTopK with more features at first: k falls from ``k_start`` over the first half of training. Loss:
+    the mean error over all prefixes of the dictionary (``losses.prefix``) + AuxK. The commonest directions then come
+    first, in the same order from any seed.
+
+    Args: k_start: None is min(d_sae, 4k).
+    """
+
+    def __init__(
+        self, d_in: int, d_sae: int, k: int = 32, k_start: int | None = None, k_aux: int | None = None, seed: int = 0,
+        **wiring: Any,
+    ):  # fmt: skip
+        super().__init__(d_in, d_sae, k, k_aux, seed, **wiring)
+        self.config["k_start"] = k_start
+        if k_start is not None and not k <= k_start <= d_sae:
+            raise ValueError(f"k_start must lie from k={k} to d_sae={d_sae}, got {k_start}")
+        self.k_start = k_start or min(d_sae, 4 * k)
+
+    def act(self, pre: Float[Tensor, "batch d_sae"]) -> Codes:
+        if not self.training:
+            return super().act(pre)
+        k = self.k + (self.k_start - self.k) * max(0.0, 1 - 2 * self.progress)
+        return sparse.top_of_batch(pre, round(k * len(pre)))
+
+    def terms(self, batch: Batch, out: Output, *, progress: float, dead: Tensor) -> dict[str, Tensor]:
+        weights = torch.full((self.d_sae,), 1 / self.d_sae, device=self.W_dec.device)
+        return prefix_terms(self, batch, out, dead, weights)

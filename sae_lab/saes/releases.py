@@ -1,0 +1,341 @@
+"""Published coders by the names people know, and any hub repository: which files, and what they do not say themselves.
+
+    sl.load("gemma-scope-2b-pt-res-canonical", "layer_20/width_16k/canonical")
+    sl.load("gpt2-small-res-jb", "blocks.8.hook_resid_pre")
+    sl.load("EleutherAI/sae-llama-3-8b-32x", "layers.24")
+
+Names and ids are SAELens's. An id is a folder (or file) of the release's repository, by a rule or a table.
+"""
+
+import contextlib
+import difflib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+from sae_lab.saes.exchange import FILES, format_of
+
+
+@dataclass(frozen=True)
+class Release:
+    """repo: on the hub. format: of ``exchange.FILES``, or "file". ids: a table id -> path, or a rule (pattern of ids,
+    template of paths, an example). facts: what readers are told; of one id where the key is the id."""
+
+    repo: str
+    format: str
+    ids: Mapping[str, str] | tuple[str, str, str]
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    def path(self, id: str) -> str | None:
+        """The path of an id in the repository, None for an unknown id."""
+        if isinstance(self.ids, Mapping):
+            return self.ids.get(id)
+        match = re.fullmatch(self.ids[0], id)
+        return match.expand(self.ids[1]) if match else None
+
+    def known(self) -> list[str]:
+        return list(self.ids) if isinstance(self.ids, Mapping) else [self.ids[2]]
+
+
+# Gemma Scope 1: of each layer's coders the one with L0 nearest 100 is called canonical. By release and width: the L0 of
+# layers 0, 1, ..., or {layer: L0}.
+CANONICAL: dict[str, dict[str, str | dict[int, int]]] = {
+    "2b-pt-res": {
+        "16k": "105 102 141 59 124 68 70 69 71 73 77 80 82 84 84 78 78 77 74 73 71 70 72 75 73 116",
+        "65k": "73 121 77 89 89 105 107 107 111 118 128 70 72 75 73 127 128 125 116 115 114 111 116 123 124 93",
+        "1m": {5: 114, 12: 107, 19: 88}, "262k": {12: 121}, "32k": {12: 76}, "524k": {12: 115},
+    },
+    "2b-pt-mlp": {
+        "16k": "119 105 95 95 85 114 133 60 136 88 110 98 108 112 97 80 72 68 106 109 109 113 121 128 73 126",
+        "65k": "72 127 134 68 66 86 101 115 110 77 95 88 96 98 89 72 66 136 88 88 88 86 92 102 128 107",
+    },
+    "2b-pt-att": {
+        "16k": "104 79 93 117 116 135 61 99 129 127 70 80 85 92 71 98 71 79 72 122 62 65 106 73 96 77",
+        "65k": "75 98 125 83 87 99 112 96 112 107 67 75 79 87 66 90 129 70 123 106 102 118 112 140 77 63",
+    },
+    "9b-pt-res": {
+        "16k": "129 69 67 90 91 77 93 92 99 100 113 118 130 132 67 131 75 73 71 132 68 129 123 120 114 114 116 118 119 "
+               "119 120 114 111 114 114 120 120 124 128 131 125 113",
+        "131k": "41 56 70 103 101 94 120 119 72 75 84 88 96 99 105 103 121 117 113 110 114 109 105 101 97 96 97 96 98 "
+                "97 95 92 88 91 89 94 93 96 101 99 94 84",
+        "1m": {9: 122, 20: 101, 31: 77}, "32k": {20: 57}, "524k": {20: 48}, "65k": {20: 55},
+    },
+    "9b-pt-mlp": {
+        "16k": "50 128 81 126 66 93 96 101 124 83 114 76 96 94 97 107 91 104 89 98 108 88 85 73 73 72 142 126 115 111 "
+               "116 94 98 107 107 108 109 119 98 90 74 126",
+        "131k": "30 106 61 109 84 131 72 75 89 129 83 120 77 75 80 89 81 91 82 85 93 79 77 67 67 65 110 99 91 87 89 77 "
+                "76 83 82 80 81 90 79 75 125 99",
+    },
+    "9b-pt-att": {
+        "16k": "61 77 69 102 126 125 108 70 65 71 132 67 68 77 81 79 81 110 80 86 76 86 70 80 79 73 75 136 71 76 73 73 "
+               "74 78 91 77 69 82 81 77 91 129",
+        "131k": "55 116 135 119 75 78 73 106 98 111 97 104 110 126 131 130 71 90 69 71 125 71 115 66 130 115 120 102 "
+                "115 128 109 117 117 128 63 124 105 124 135 120 64 92",
+    },
+    "9b-it-res": {"16k": {9: 88, 20: 91, 31: 76}, "131k": {9: 121, 20: 81, 31: 109}},
+    "27b-pt-res": {"131k": {10: 106, 22: 82, 34: 72}},
+}  # fmt: skip
+# Mean norms were folded into no weights: SAELens's factors for x.
+_MLP_TM_SCALE = (
+    1.049317316132615, 2.3693984005104283, 1.6411934982190302, 1.8958522157897557, 1.81673478700627, 1.550234472245924,
+    1.3237742807210804, 1.1042905114723296, 0.9123762783479742, 0.6955335635232373, 0.3619728926727644,
+    0.2851548652550073,
+)  # fmt: skip
+
+
+def _gemma_scope() -> dict[str, Release]:
+    found = {}
+    for name, widths in CANONICAL.items():
+        repo, ids = f"google/gemma-scope-{name}", {}
+        for width, l0s in widths.items():
+            by_layer = l0s if isinstance(l0s, dict) else dict(enumerate(l0s.split()))
+            for layer, l0 in by_layer.items():
+                ids[f"layer_{layer}/width_{width}/canonical"] = f"layer_{layer}/width_{width}/average_l0_{l0}"
+        some = next(iter(ids.values()))
+        found[f"gemma-scope-{name}"] = Release(
+            repo, "gemma_scope", (r"((?:layer_\d+|embedding)/width_\w+/average_l0_\d+)", r"\1", some)
+        )
+        found[f"gemma-scope-{name}-canonical"] = Release(repo, "gemma_scope", ids)
+    rule = (r"(layer_\d+/width_\w+/average_l0_\d+)", r"\1", "layer_0/width_16k/average_l0_76")
+    found["gemma-scope-2b-pt-transcoders"] = Release("google/gemma-scope-2b-pt-transcoders", "gemma_scope", rule)
+    return found
+
+
+def _gemma_scope_2() -> dict[str, Release]:
+    found, coder = {}, r"(layer_\d+_width_\w+_l0_\w+)"
+    folders = {"res": "resid_post", "mlp": "mlp_out", "att": "attn_out", "transcoders": "transcoder"}
+    for size in ("270m", "1b", "4b", "12b", "27b"):
+        for kind in ("pt", "it"):
+            model = f"google/gemma-3-{size}" + ("" if (size, kind) == ("270m", "pt") else f"-{kind}")
+            for what, folder in folders.items():
+                for every in ("", "_all"):
+                    prefix = f"(?:{folder}{every}/)?"
+                    some = f"{'transcoder/' if (what, every) == ('transcoders', '') else ''}layer_12_width_16k_l0_small"
+                    found[f"gemma-scope-2-{size}-{kind}-{what}{every.replace('_', '-')}"] = Release(
+                        f"google/gemma-scope-2-{size}-{kind}", "gemma_scope_2",
+                        (prefix + coder, rf"{folder}{every}/\1", some), {"model": model},
+                    )  # fmt: skip
+    return found
+
+
+def _scopes() -> dict[str, Release]:
+    found = {}
+    for part in "ram":
+        for times in ("8x", "32x"):
+            name = f"Llama3_1-8B-Base-L{{}}{part.upper()}-{times}"
+            rule = (rf"l(\d+){part}_{times}", name.format(r"\1"), f"l15{part}_{times}")
+            found[f"llama_scope_lx{part}_{times}"] = Release(f"fnlp/{name.format('X')}", "llama_scope", rule)
+    for model, w50, w100 in (
+        ("3-1.7b-base", 32, 32), ("3-8b-base", 64, 64), ("3-30b-a3b-base", 32, 128), ("3.5-2b-base", 32, 32),
+        ("3.5-9b-base", 64, 64), ("3.5-27b", 80, 80), ("3.5-35b-a3b-base", 32, 128),
+    ):  # fmt: skip
+        cased = "Qwen" + model.replace("b", "B").replace("Base", "base").replace("base", "Base").replace("a3B", "A3B")
+        for width, k in ((w50, 50), (w100, 100)):
+            rule = (r"(layer\d+)", r"\1.sae.pt", "layer12")
+            repo = f"Qwen/SAE-Res-{cased}-W{width}K-L0_{k}"
+            found[f"qwen-scope-{model}-w{width}k-l{k}"] = Release(repo, "file", rule)
+    for model, layer, suffix, l0 in (("3.3-70B", 50, "pt", 121), ("3.1-8B", 19, "pth", 91)):
+        stem = f"Llama-{model}-Instruct-SAE-l{layer}"
+        found[f"goodfire-llama-{model.lower()}-instruct"] = Release(
+            f"Goodfire/{stem}", "file", {f"layer_{layer}": f"{stem}.{suffix}"}, {"l0": float(l0)}
+        )
+    stem = "DeepSeek-R1-Distill-Llama-8B-SAE-l19"
+    found["deepseek-r1-distill-llama-8b-qresearch"] = Release(
+        f"qresearch/{stem}", "file", {"blocks.19.hook_resid_post": f"{stem}.pt"}
+    )
+    return found
+
+
+def _saelens() -> dict[str, Release]:
+    """Releases in SAELens's own format. ``centred``: its table says so, the files do not."""
+
+    def blocks(repo: str, hook: str, path: str, **facts: Any) -> Release:
+        return Release(repo, "saelens", (rf"blocks\.(\d+)\.{hook}", path, f"blocks.8.{hook}"), facts)
+
+    found = {
+        "gpt2-small-res-jb": blocks(
+            "jbloom/GPT2-Small-SAEs-Reformatted", "(hook_resid_pre|hook_resid_post)", r"blocks.\1.\2", centred=True
+        ),
+        "gpt2-small-res-jb-feature-splitting": blocks(
+            "jbloom/GPT2-Small-Feature-Splitting-Experiment-Layer-8", r"(hook_resid_pre_\d+)", r"blocks.\1.\2",
+            centred=True,
+        ),
+        "gpt2-small-mlp-tm": Release(
+            "tommmcgrath/gpt2-small-mlp-out-saes", "saelens",
+            {f"blocks.{n}.hook_mlp_out": f"sae_group_gpt2_blocks.{n}.hook_mlp_out_24576:{version}"
+             for n, version in enumerate(["v1"] * 11 + ["v2"])},
+            {"centred": True} | {f"blocks.{n}.hook_mlp_out": {"scale": s} for n, s in enumerate(_MLP_TM_SCALE)},
+        ),
+        "mistral-7b-res-wg": blocks(
+            "JoshEngels/Mistral-7B-Residual-Stream-SAEs", "hook_resid_pre", r"mistral_7b_layer_\1",
+            normalize="constant_norm_rescale",
+        ),
+        "llama-3-8b-it-res-jh": blocks(
+            "Juliushanhanhan/llama-3-8b-it-res", "hook_resid_post", r"blocks.\1.hook_resid_post"
+        ),
+        "gemma-2b-it-res-jb": blocks(
+            "jbloom/Gemma-2b-IT-Residual-Stream-SAEs", "hook_resid_post", r"gemma_2b_it_blocks.\1.hook_resid_post_16384"
+        ),
+        "gemma-2b-res-jb": Release(
+            "jbloom/Gemma-2b-Residual-Stream-SAEs", "saelens",
+            {f"blocks.{n}.hook_resid_post": f"gemma_2b_blocks.{n}.hook_resid_post_16384{more}"
+             for n, more in ((0, "_anthropic"), (6, "_anthropic_fast_lr"), (10, ""), (12, ""), (17, ""))},
+            {"blocks.12.hook_resid_post": {"scale": 0.21381938399317255}},
+        ),
+    }  # fmt: skip
+    for width in ("32k", "128k"):
+        for part in ("attn-out", "mlp-out", "resid-mid", "resid-post"):
+            file = rf"v5_{width}_layer_\1" + (".pt" if (width, part) == ("32k", "resid-post") else "")
+            found[f"gpt2-small-{part}-v5-{width}"] = blocks(
+                f"jbloom/GPT2-Small-OAI-v5-{width}-{part}-SAEs", f"hook_{part.replace('-', '_')}", file
+            )
+    for part, hook in (("att", "hook_attn_out"), ("mlp", "hook_mlp_out"), ("res", "hook_resid_post")):
+        repo = f"ctigges/pythia-70m-deduped__{part}-sm_processed"
+        ids = {f"blocks.{n}.{hook}": f"{n}-{part}-sm" for n in range(6)}
+        ids |= {"blocks.0.hook_resid_pre": "e-res-sm"} if part == "res" else {}
+        found[f"pythia-70m-deduped-{part}-sm"] = Release(repo, "saelens", ids)
+    for model, l0, folder in (("gemma-2-2b", 40, "standard/"), ("gemma-2-9b", 60, ""), ("gemma-3-1b", 40, "")):
+        repo = f"chanind/{model}-batch-topk-matryoshka-saes-w-32k-l0-{l0}"
+        path = rf"{folder}blocks.\1.hook_resid_post"
+        found[f"{model}-res-matryoshka-dc"] = blocks(repo, "hook_resid_post", path)
+        if folder:
+            snap = path.replace("standard", "snap")
+            found[f"{model}-res-snap-matryoshka-dc"] = blocks(repo, "hook_resid_post", snap)
+    return found
+
+
+RELEASES: dict[str, Release] = {**_saelens(), **_gemma_scope(), **_gemma_scope_2(), **_scopes()}
+
+
+class Found(NamedTuple):
+    """What to fetch: a folder or file of a repository, its format (None: to be seen), what readers are told."""
+
+    repo: str
+    path: str
+    format: str | None
+    facts: dict[str, Any]
+
+
+def locate(name: str, id: str | None) -> Found | None:
+    """A release's coder, or a repository's ("user/name"); None where the name is neither.
+
+    Raises ValueError for an id that the release does not have, with near ones.
+    """
+    if name not in RELEASES:
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+            return None
+        path = (id or "").strip("/")
+        same = [r for r in RELEASES.values() if r.repo == name]  # what is known of the repository holds here too
+        known = {key: value for r in same for key, value in r.facts.items() if not isinstance(value, dict)}
+        return Found(name, path, None, {**known, "path": f"{name}/{path}", "hook": path.rsplit("/", 1)[-1]})
+    release = RELEASES[name]
+    path = None if id is None else release.path(id)
+    if id is None or path is None:
+        near = difflib.get_close_matches(id or "", release.known(), n=5, cutoff=0.3) or release.known()[:5]
+        raise ValueError(
+            f"{name!r} has no coder with the id {id!r}: {'ids look like' if len(near) == 1 else 'near ones are'} "
+            f"{', '.join(map(repr, near))}"
+        )
+    facts = {key: value for key, value in release.facts.items() if not isinstance(value, dict)}
+    facts |= release.facts.get(id, {}) | {"path": f"{release.repo}/{path}"}
+    return Found(release.repo, path, release.format, facts)
+
+
+def near(name: str) -> str:
+    """Releases with a name like this one, for messages."""
+    found = difflib.get_close_matches(name, RELEASES, n=5, cutoff=0.4)
+    return f"releases with a name like it: {', '.join(found)}" if found else f"releases: {', '.join(RELEASES)[:400]}…"
+
+
+# ---------------------------------------------------------------------------------------------- the hub
+
+
+def fetch(found: Found) -> Path:
+    """Download what one coder needs, nothing else, and return its folder (or file) in the hub's cache."""
+    if found.format == "file" or (found.format is None and found.path.endswith((".pt", ".pth"))):
+        return _download(found.repo, found.path)
+    if found.format is None:
+        names = _listing(found)
+        kind = format_of(names)
+        needed = FILES[kind][0] if kind else ("config.json", "sae.safetensors")
+        beside = FILES[kind][1] if kind else ()
+    else:
+        names, (needed, beside, _) = None, FILES[found.format]
+    files = [_download(found.repo, _join(found.path, name)) for name in needed]
+    for name in beside:
+        if names is None or name in names or name.startswith(".."):
+            _download_if_there(found.repo, _join(found.path, name))
+    return files[0].parent
+
+
+def _join(folder: str, name: str) -> str:
+    if name.startswith("../"):
+        return str(PurePosixPath(folder).parent / name.removeprefix("../"))
+    return f"{folder}/{name}" if folder else name
+
+
+def _listing(found: Found) -> set[str]:
+    """Names below the folder. ValueError where no coder lies there, with the folders that hold one."""
+    from huggingface_hub import HfApi
+
+    with _Hub(found):
+        files = HfApi().list_repo_files(found.repo)
+    below = {f.removeprefix(found.path + "/" if found.path else "") for f in files if f.startswith(found.path)}
+    if format_of(below) or {"config.json", "sae.safetensors"} <= below:
+        return below
+    heads = {needed[0] for needed, _, _ in FILES.values()}
+    folders = sorted({f.rsplit("/", 1)[0] for f in files if "/" in f and f.rsplit("/", 1)[1] in heads})
+    folders += sorted(f for f in files if f.endswith((".pt", ".pth")) and not f.endswith("ae.pt"))
+    likely = difflib.get_close_matches(found.path, folders, n=5, cutoff=0.3) or folders[:5]
+    raise ValueError(
+        f"{found.repo} has no coder at {found.path or 'its top'!r}: pass id=, "
+        + (f"one of {len(folders)}, such as {', '.join(map(repr, likely))}" if folders else "but it seems to hold none")
+    )
+
+
+def _download(repo: str, file: str) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    with _Hub(Found(repo, file, None, {})):
+        try:
+            return Path(hf_hub_download(repo, file))
+        except LocalEntryNotFoundError:
+            raise
+        except EntryNotFoundError as err:
+            raise ValueError(f"{repo} has no file {file!r} on the hub: this id names no coder there") from err
+
+
+def _download_if_there(repo: str, file: str) -> None:
+    """A file that not every coder has: without the network, those downloaded before will do."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    with contextlib.suppress(EntryNotFoundError):
+        hf_hub_download(repo, file)
+
+
+class _Hub:
+    """The hub's own errors, as this library says things."""
+
+    def __init__(self, found: Found):
+        self.what = f"{found.repo}{'/' + found.path if found.path else ''}"
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type | None, err: BaseException | None, _: Any) -> None:
+        import httpx
+        from huggingface_hub import errors
+
+        if isinstance(err, errors.GatedRepoError):
+            raise ValueError(f"{self.what} asks you to accept its terms on the hub, and to log in") from err
+        if isinstance(err, errors.RepositoryNotFoundError):
+            raise ValueError(f"the hub has no repository for {self.what} (or it is private: log in)") from err
+        if isinstance(err, errors.LocalEntryNotFoundError | errors.HfHubHTTPError | OSError | httpx.HTTPError):
+            raise ValueError(
+                f"the hub could not be asked for {self.what} ({type(err).__name__}), and it is not in the local cache: "
+                "check the network and HF_ENDPOINT, or download the folder and pass its path"
+            ) from err

@@ -1,0 +1,108 @@
+"""choose_l0: c_dec and s_n by hand, and whether the published claim holds on a planted world."""
+
+import pytest
+import torch
+
+import sae_lab as sl
+from sae_lab.evals import choosing
+
+EYE = torch.eye(4)
+
+
+def coder(W_dec, b_dec=0.0, sparsity=0.3, family=None):
+    """An eval-mode coder with this decoder, that reads with its transpose."""
+    made = (family or sl.L1)(W_dec.shape[1], W_dec.shape[0], sparsity=sparsity).eval()
+    with torch.no_grad():
+        made.W_dec.copy_(W_dec)
+        made.W_enc.copy_(W_dec.T)
+        made.b_dec.fill_(b_dec)
+    return made
+
+
+def test_c_dec_by_hand():
+    assert choosing.c_dec(EYE) == 0
+    assert choosing.c_dec(torch.ones(3, 5)) == pytest.approx(1)
+    # Angles 0, 60 and 180 degrees at several lengths: |cos| of the pairs .5, 1, .5.
+    rows = torch.tensor([[1.0, 0.0], [1.0, 3**0.5], [-5.0, 0.0]])
+    assert choosing.c_dec(rows) == pytest.approx(2 / 3)
+    assert choosing.c_dec(torch.cat([EYE[:2], torch.zeros(1, 4)])) == 0  # a zero row has cosine 0 with all
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 7, 64])
+def test_c_dec_in_chunks(monkeypatch, chunk):
+    rows = torch.randn(20, 6, generator=torch.Generator().manual_seed(0))
+    unit = torch.nn.functional.normalize(rows, dim=1)
+    pairs = [abs(float(unit[i] @ unit[j])) for i in range(20) for j in range(i)]
+    monkeypatch.setattr(choosing, "_CHUNK", chunk)
+    assert choosing.c_dec(rows) == pytest.approx(sum(pairs) / len(pairs), rel=1e-5)
+
+
+def test_s_n_by_hand():
+    # Two rows of x − b_dec: (3, 1, 0, −1) and (2, 5, 4, −2). Descending: 5 4 3 2 1 0 −1 −2; index n·2, from 0.
+    x = torch.tensor([[4.0, 2.0, 1.0, 0.0], [3.0, 6.0, 5.0, -1.0]])
+    made = coder(EYE, b_dec=1.0)
+    assert [choosing.s_n(made, x, n) for n in (1, 2, 3)] == [3, 1, -1]
+    assert choosing.s_n(coder(7 * EYE, b_dec=1.0), x, 2) == 1  # lengths of decoder rows do not count
+
+
+def test_the_table():
+    x = 0.5 + torch.rand(100, 4, generator=torch.Generator().manual_seed(0))
+    mixed = EYE + torch.tensor([[0, 0.5, 0, 0]] * 4) * (1 - EYE)
+    perfect, worse = coder(EYE, sparsity=1.0), coder(mixed, sparsity=2.0)
+    with torch.no_grad():
+        worse.b_enc[2:] = -100  # two features are silent: L0 2
+    result = sl.evals.choose_l0([perfect, worse], x)
+    assert result.l0 == (2, 4) and result.names == ("L1(seed=0, sparsity=2.0)", "L1(seed=0, sparsity=1.0)")
+    assert result.fvu[1] == pytest.approx(0, abs=1e-10) and result.fvu[0] > 0.5
+    assert result.c_dec[1] == 0 and result.c_dec[0] > 0.1
+    assert result.best is perfect and result.best_l0 == 4 and result.at_edge
+    assert (result.n, result.rows, result.projected) == (2, 100, 100)
+    text = repr(result)
+    assert "< least c_dec" in text.splitlines()[2] and "at an end of the L0s tried" in text
+    assert "random rows: c_dec" in text and result.c_dec_random > 0
+    frame = result.to_pandas()
+    assert list(frame.columns) == ["name", "l0", "fvu", "c_dec", "s_n"] and len(frame) == 2
+    assert "<table>" in result._repr_html_() and "&lt; least" in result._repr_html_()
+
+
+def test_fvu_and_l0_are_those_of_all_rows(monkeypatch):
+    """Against the definition in one piece, whatever the chunk, and on evenly spread rows of a longer tensor."""
+    x = torch.randn(500, 4, generator=torch.Generator().manual_seed(1)) + torch.linspace(0, 5, 500)[:, None]
+    made = coder(EYE, b_dec=0.2)
+    monkeypatch.setattr(choosing, "_CHUNK", 64)
+    result = sl.evals.choose_l0([made, made], x)
+    x_hat = made(x).x_hat
+    assert result.fvu[0] == pytest.approx(float((x - x_hat).pow(2).sum() / (x - x.mean(0)).pow(2).sum()), rel=1e-5)
+    assert result.l0[0] == pytest.approx(float((made.encode(x) > 0).sum(1).float().mean()))
+    some = sl.evals.choose_l0([made, made], x, tokens=50)
+    assert some.rows == 50 and some.fvu[0] == pytest.approx(result.fvu[0], rel=0.5)
+
+
+def test_a_store_gives_the_rows_that_training_did_not_see(tiny_lm, small_text, tmp_path):
+    site = sl.Site("resid_post", layer=1)
+    store = sl.harvest(tiny_lm, site, small_text, tokens=2000, path=tmp_path, context=32)
+    made = coder(torch.randn(96, 48, generator=torch.Generator().manual_seed(0)))
+    result = sl.evals.choose_l0([made, made], store)
+    unseen = store.reserved(16_384)
+    assert result.rows == len(unseen) < len(store) / 2
+    assert result == sl.evals.choose_l0([made, made], unseen)
+
+
+def test_bad_input():
+    x, made = torch.randn(50, 4), coder(EYE)
+    choose = sl.evals.choose_l0
+    with pytest.raises(ValueError, match="give at least two, got 1"):
+        choose([made], x)
+    with pytest.raises(ValueError, match=r"equal d_in and d_sae, got \[\(4, 3\), \(4, 4\)\]"):
+        choose([made, coder(EYE[:3])], x)
+    with pytest.raises(ValueError, match=r"eval mode, got L1\(.*\) in training: call sae.eval\(\)"):
+        choose([made, coder(EYE).train()], x)
+    with pytest.raises(ValueError, match="n must be an integer from 1 to d_sae/2=2, .* got 3"):
+        choose([made, made], x, n=3)
+    with pytest.raises(ValueError, match="tokens must be an integer of at least 2, got 0"):
+        choose([made, made], x, tokens=0)
+    with pytest.raises(ValueError, match="d_in=4.*got shape"):
+        choose([made, made], torch.randn(50, 5))
+    transcoder = sl.Transcoder(4, 4, 4)
+    with pytest.raises(ValueError, match="that reconstruct what they read, Transcoder.* does not"):
+        choose([transcoder.eval(), transcoder], x)
