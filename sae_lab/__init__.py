@@ -25,6 +25,7 @@ _HOME = {
     "Switch": "saes", "Tokenized": "saes", "Transcoder": "saes", "SkipTranscoder": "saes", "Crosscoder": "saes",
     "MatrixSAE": "saes", "VQ": "saes",
     "load": "saes.formats",
+    "sweep": "sweeping", "Sweep": "sweeping",
     "match": "matching",
     "train": "training", "TrainConfig": "training", "Run": "training",
     "features": "feature_index", "index_features": "feature_index", "FeatureIndex": "feature_index",
@@ -78,6 +79,8 @@ if TYPE_CHECKING:
     from sae_lab.saes import Transcoder as Transcoder
     from sae_lab.saes.formats import load as load
     from sae_lab.store import Store as Store
+    from sae_lab.sweeping import Sweep as Sweep
+    from sae_lab.sweeping import sweep as sweep
     from sae_lab.training import Run as Run
     from sae_lab.training import TrainConfig as TrainConfig
     from sae_lab.training import train as train

@@ -58,6 +58,11 @@ class Edit:
     def writes(self, lm: "LM") -> list[Write]:
         """What the model must do. ValueError when the coder's site has another width, or a feature has no scale."""
         coder, site, features = self.coder, self.coder.site, self.features
+        if coder.writes and coder.writes != coder.reads:
+            raise ValueError(
+                f"edits act where a coder reads and writes the same site; this one reads {coder.reads} and writes "
+                f"{coder.writes}: take an SAE of one of them"
+            )
         if lm.width(site) != coder.d_in:
             raise ValueError(
                 f"this coder reads width {coder.d_in} and {lm} has width {lm.width(site)} at {site}: "
@@ -72,7 +77,7 @@ class Edit:
 
         def write(x: Tensor, tokens: TokenBatch) -> Tensor:
             keep = _where(x, tokens, mask, site, positions)
-            return _apply(x, keep, coder, features, scale, self.new_codes, drop)
+            return _apply(x, tokens.ids, keep, coder, features, scale, self.new_codes, drop)
 
         return [Write(site, write)]
 
@@ -162,18 +167,19 @@ def _where(x: Tensor, tokens: TokenBatch, mask: TokenMask, site, positions: Posi
 
 @torch.no_grad()
 def _apply(
-    x: Tensor, keep: Tensor, coder: SparseCoder, features: list[int], scale: Tensor, new_codes, drop: bool
+    x: Tensor, ids: Tensor, keep: Tensor, coder: SparseCoder, features: list[int], scale: Tensor, new_codes, drop: bool
 ) -> Tensor:
     """x with the codes of ``features`` replaced at the kept tokens."""
     if not bool(keep.any()):
         return x
     rows = x[keep].float().to(coder.W_dec.device)
+    device = rows.device
     f = coder.encode(rows)
     z = f[:, features]
     new = new_codes(z, scale)
     if drop:
         f[:, features] = new
-        rows = coder.decode(f)
+        rows = coder.decode(f, ids[keep.to(ids.device)].to(device))
     else:
         rows = rows + (new - z) @ coder.W_dec[features]
     out = x.clone()

@@ -2,7 +2,9 @@
 
 from typing import TYPE_CHECKING
 
+from sae_lab.evals.choosing import L0Choice
 from sae_lab.feature_index import FeatureView
+from sae_lab.sweeping import MEASURES, Sweep
 from sae_lab.training import Run
 
 if TYPE_CHECKING:
@@ -10,13 +12,15 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def plot(result: Run | FeatureView) -> "Figure":
-    """Draw a result: a ``Run`` (its training curves) or a ``FeatureView`` (its activations)."""
-    if isinstance(result, Run):
-        return _run(result)
-    if isinstance(result, FeatureView):
-        return _feature(result)
-    raise ValueError(f"sl.plot draws a Run or a FeatureView, got {type(result).__name__}")
+def plot(result: Run | FeatureView | Sweep | L0Choice) -> "Figure":
+    """Draw a result: a ``Run`` (its training curves), a ``FeatureView`` (its activations), a ``Sweep`` (its Pareto
+    fronts), or what ``evals.choose_l0`` gave."""
+    drawers = {Run: _run, FeatureView: _feature, Sweep: _sweep, L0Choice: _l0_choice}
+    for kind, draw in drawers.items():
+        if isinstance(result, kind):
+            return draw(result)
+    names = ", ".join(kind.__name__ for kind in drawers)
+    raise ValueError(f"sl.plot draws results of these kinds: {names}; got {type(result).__name__}")
 
 
 def _run(run: Run) -> "Figure":
@@ -36,6 +40,40 @@ def _feature(view: FeatureView) -> "Figure":
     axis.bar(edges[:-1], counts, width=edges[1] - edges[0], align="edge", color="tab:blue")
     title = f"feature {view.feature}: {view.density:.3%} of tokens"
     axis.set(yscale="log", xlabel="activation", ylabel="tokens", title=title)
+    return figure
+
+
+def _sweep(sweep: Sweep) -> "Figure":
+    """What is lost against L0, a line a family: nearer to the lower left is better. A point is the mean over seeds."""
+    table = sweep.to_pandas()
+    measures = {"fvu": "FVU, unseen tokens", "ce_delta": "ΔCE (nats/token)", "mmcs": "MMCS, true features found"}
+    shown = [name for name in measures if name in table]
+    figure, axes = _subplots(len(shown), height=3.2)
+    varied = [c for c in table.columns if c not in (*MEASURES, "seed")]
+    points = table.groupby([c for c in varied if c != "site"], dropna=False)[["l0", *shown]].mean().reset_index()
+    for axis, name in zip(axes, shown, strict=True):
+        for number, (family, part) in enumerate(points.sort_values("l0").groupby("family", sort=False)):
+            marker = "osD^vP*Xd"[number // 10 % 9]
+            axis.plot(part["l0"], part[name], marker=marker, markersize=4, linewidth=1.2, label=family)
+        axis.set(xlabel="L0 (active features per token)", title=measures[name])
+    axes[-1].legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+def _l0_choice(choice: L0Choice) -> "Figure":
+    """What says which L0 is right, beside FVU, which does not: it falls with every further feature."""
+    table = choice.to_pandas().sort_values("l0")
+    titles = {
+        "c_dec": "c_dec (mean |cosine| of rows): its minimum", "s_n": "s_n (decoder projection): its minimum",
+        "fvu": "FVU: falls on and on",
+    }  # fmt: skip
+    figure, axes = _subplots(len(titles), height=2.8)
+    for axis, (name, title) in zip(axes, titles.items(), strict=True):
+        axis.plot(table["l0"], table[name], marker="o", markersize=4, color="tab:blue", linewidth=1.2)
+        axis.set(xlabel="L0 (active features per token)", title=title)
+        if name != "fvu":
+            at = table[name].idxmin()
+            axis.axvline(table["l0"][at], color="0.6", linewidth=1, linestyle="--")
     return figure
 
 

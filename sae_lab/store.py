@@ -227,7 +227,9 @@ class Store:
 
         Costs O(batch_size): the order is a keyed permutation that is computed, not stored.
         """
-        rows = shuffled(self._split[0], step, batch_size, seed)
+        return self._batch(shuffled(self._split[0], step, batch_size, seed))
+
+    def _batch(self, rows: np.ndarray) -> Batch:
         x = self._acts(rows, self.reads or (self.site,))
         target = x if self.writes == self.reads else self._acts(rows, self.writes)
         return Batch(x, target, self.rows(rows, "token"), self.rows(rows, "position"))
@@ -253,6 +255,12 @@ class Store:
         """Activations that no batch holds, at most so many; None where the store is too small to reserve any."""
         rows = self._split[1]
         return self._acts(rows[np.arange(min(most, len(rows)))], self.reads or (self.site,)) if len(rows) else None
+
+    def unseen(self, most: int) -> Batch:
+        """At most so many rows that no batch holds; of a store too small to reserve any, its last ones."""
+        reserved = self._split[1]
+        last = np.arange(max(0, len(self) - most), len(self))
+        return self._batch(reserved[np.arange(min(most, len(reserved)))] if len(reserved) else last)
 
     def blocks(self, size: int = 8192) -> Iterator[tuple[np.ndarray, Tensor]]:
         """(rows, activations) in the order of the text, each row once."""
@@ -324,7 +332,10 @@ class Rows:
         return len(self.x)
 
     def batch(self, step: int, batch_size: int, seed: int = 0) -> Batch:
-        rows = torch.from_numpy(shuffled(self._split[0], step, batch_size, seed)).to(self.x.device)
+        return self._batch(shuffled(self._split[0], step, batch_size, seed))
+
+    def _batch(self, index: np.ndarray) -> Batch:
+        rows = torch.from_numpy(index).to(self.x.device)
         x = self.x[rows].float()
         target = self.target[rows].float() if self.has_target else x
         return Batch(x, target, None if self.tokens is None else self.tokens[rows].long())
@@ -341,6 +352,11 @@ class Rows:
     def reserved(self, most: int) -> Tensor | None:
         rows = torch.from_numpy(self._split[1][np.arange(min(most, len(self._split[1])))])
         return self.x[rows.to(self.x.device)].float() if len(rows) else None
+
+    def unseen(self, most: int) -> Batch:
+        reserved = self._split[1]
+        last = np.arange(max(0, len(self) - most), len(self))
+        return self._batch(reserved[np.arange(min(most, len(reserved)))] if len(reserved) else last)
 
     def blocks(self, size: int = 8192) -> Iterator[tuple[np.ndarray, Tensor]]:
         for start in range(0, len(self), size):

@@ -182,32 +182,31 @@ class Training:
         self.idle = torch.zeros(coder.d_sae, dtype=torch.long)  # tokens since each feature fired
 
     def run(self) -> Run:
-        if self.path is not None:
-            cache.make_folder(self.path)
-            if finished := self._finished():
-                return finished
-            for leftover in self.path.glob(".*.tmp"):  # of a run that was killed
-                leftover.unlink(missing_ok=True)
-        self._begin()
+        if finished := self.begin():
+            return finished
         try:
             self._emit("start", {})
             with self._bar() as bar:
                 while self.step < self.config.total_steps:
                     self.one_step()
                     bar()
-                    if self.path is not None and self.step % self.config.checkpoint_every == 0:
-                        self._checkpoint()
-                        self._emit("checkpoint", self.history[-1] if self.history else {})
             if self.path is not None:  # calibration takes a while: if it is interrupted, training is not lost
                 self._checkpoint(left=True)
         except BaseException as err:
-            self._leave(isinstance(err, KeyboardInterrupt))
+            self.leave(isinstance(err, KeyboardInterrupt))
             raise
-        return self._end()
+        return self.end()
 
     # ---- begin and end
 
-    def _begin(self) -> None:
+    def begin(self) -> Run | None:
+        """Ready for the next step, from the checkpoint where there is one; or the run itself where it is finished."""
+        if self.path is not None:
+            cache.make_folder(self.path)
+            if finished := self.finished():
+                return finished
+            for leftover in self.path.glob(".*.tmp"):  # of a run that was killed
+                leftover.unlink(missing_ok=True)
         coder = self.coder
         found = self._read_checkpoint() if self.path is not None else None
         self.parameters = dict(coder.named_parameters())
@@ -227,13 +226,14 @@ class Training:
         if not coder.dense:
             coder.scratch = torch.empty(self.config.batch_size, coder.d_sae, device=coder.W_dec.device)
         coder.train()
+        return None
 
     def _fold(self) -> None:
         """Back to raw units: what the user gets."""
         self.coder.fold(self.scale, self.target_scale)
         self.coder.scratch, self.coder.in_raw_units, self.coder.progress = None, True, 1.0
 
-    def _end(self) -> Run:
+    def end(self) -> Run:
         coder = self.coder
         self._fold()
         device = coder.W_dec.device
@@ -269,7 +269,7 @@ class Training:
             meta["excluded"] = rows.excluded
         coder.meta = meta
 
-    def _leave(self, interrupted: bool) -> None:
+    def leave(self, interrupted: bool) -> None:
         """Interrupted or failed: keep what can be continued, and leave the coder usable in raw units."""
         try:
             if interrupted and self.path is not None:
@@ -312,6 +312,9 @@ class Training:
                 self._record(batch, out, terms, loss, lr)
         if logged:
             self._emit("step", self.history[-1])
+        if self.path is not None and self.step % config.checkpoint_every == 0:
+            self._checkpoint()
+            self._emit("checkpoint", self.history[-1] if self.history else {})
 
     def _require_sound(self, what: str, bad: dict[str, Tensor], lr: float) -> None:
         if bad:
@@ -443,7 +446,7 @@ class Training:
                 for k in keys[1:]:
                     self.optimizer.state[p][k] = torch.empty_like(p).copy_(self.optimizer.state[p][k])
 
-    def _finished(self) -> Run | None:
+    def finished(self) -> Run | None:
         """The run at ``path`` if it is whole and the same; its coder's weights go into this one."""
         assert self.path is not None
         file = self.path / "run.json"

@@ -154,7 +154,8 @@ def test_it_is_fast_and_prints():
     start = time.perf_counter()
     world = planted(n=128, d=64, l0=4)
     assert time.perf_counter() - start < 5  # half a second on a quiet machine
-    assert repr(world) == f"World(128 features in 64 dimensions, uniform law; 200,000 samples, L0 {world.l0:.2f}, seed 0)"
+    settings = "128 features in 64 dimensions, uniform law"
+    assert repr(world) == f"World({settings}; 200,000 samples, L0 {world.l0:.2f}, seed 0)"
     text = repr(planted(**SMALL, law="zipf", correlation=0.5, group=3, hierarchy=1, noise=0.1, seed=5))
     for part in ("zipf law", "exponent 1.2", "groups of 3 at correlation 0.5", "1 children per parent", "noise 0.1"):
         assert part in text
@@ -175,7 +176,7 @@ def test_it_is_fast_and_prints():
         ({"exponent": -1.0}, "exponent must be a number of at least 0"),
         ({"correlation": 1.0}, "correlation must be from 0 to below 1, got 1.0"),
         ({"correlation": -0.1}, "correlation must be from 0 to below 1"),
-        ({"correlation": 0.5, "group": 25}, "group must be at most the number of features without a parent, 24, got 25"),
+        ({"correlation": 0.5, "group": 25}, "group must be at most the number of features without .* 24, got 25"),
         ({"group": 1}, "group must be an integer of at least 2, got 1"),
         ({"hierarchy": 24}, "hierarchy=24 children need a parent beside them: n must be at least 25, got 24"),
         ({"hierarchy": -1}, "hierarchy must be an integer of at least 0"),

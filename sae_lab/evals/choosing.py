@@ -155,6 +155,7 @@ def c_dec(W_dec: Tensor) -> float:
     return total / (len(rows) * (len(rows) - 1) / 2)
 
 
+@torch.no_grad()
 def s_n(coder: SparseCoder, x: Tensor, n: int) -> float:
     """The (n·B)-th largest projection of B rows of x on unit decoder rows, index counted from 0."""
     rows = torch.nn.functional.normalize(coder.W_dec.detach().float(), dim=1)

@@ -13,7 +13,7 @@ from sae_lab.lm.model import LM, token_losses
 from sae_lab.lm.text import Context, Text
 from sae_lab.lm.tokens import pad
 from sae_lab.saes.base import SparseCoder
-from sae_lab.types import Site, TokenBatch, TokenMask, Write
+from sae_lab.types import Codes, Site, TokenBatch, TokenMask, Write
 
 
 @dataclass(frozen=True)
@@ -93,24 +93,26 @@ class Reconstruction:
 
 
 def reconstruction(
-    coder: SparseCoder, lm: LM, text: Text | Sequence[str], tokens: int = 8_192, context: int | None = None
+    coder: SparseCoder,
+    lm: LM,
+    text: Text | Sequence[str],
+    tokens: int = 8_192,
+    context: int | None = None,
+    site: Site | str | None = None,
 ) -> Reconstruction:
     """Splice the coder into the model on held-out text and measure what is lost.
 
-    FVU = Σ‖x−x̂‖²/Σ‖x−x̄‖² over kept tokens. ΔCE = CE(spliced) − CE(clean), over every predicted token, with the tokens
-    that the mask leaves out passing unchanged. CE recovered = 1 − ΔCE/ΔCE(ablated). Controls: mean and zero ablation,
-    and PCA of rank k fitted on these same activations (which favours PCA).
+    FVU = Σ‖y−ŷ‖²/Σ‖y−ȳ‖² over kept tokens, y what the coder reconstructs. ΔCE = CE(spliced) − CE(clean), over every
+    predicted token, with the tokens that the mask leaves out passing unchanged. CE recovered = 1 − ΔCE/ΔCE(ablated).
+    Controls: mean and zero ablation, and PCA of rank k of y fitted on these same activations (which favours PCA).
 
     Args:
         text: held-out documents, e.g. ``text.held_out``. tokens: how many to read.
         context: tokens the model sees at once; None is what the coder was trained with, else 128.
+        site: of a crosscoder, which layer's reconstruction is spliced in and measured; None is the last.
     """
-    site = coder.site
-    if lm.width(site) != coder.d_in:
-        raise ValueError(
-            f"the coder reads d_in={coder.d_in}, {lm} has width {lm.width(site)} at {site}: wrong model or site"
-        )
-    context = int(coder.meta.get("context", 128) if context is None else context)
+    at, layer = _splice_site(coder, lm, site)
+    context = int(coder.meta.get("context") or 128) if context is None else context
     if tokens < 1:
         raise ValueError(f"tokens must be positive, got {tokens}")
     if not 2 <= context <= lm.max_length:
@@ -120,11 +122,14 @@ def reconstruction(
     try:
         contexts = spread_contexts(lm, text, tokens, context)
         mask = coder.mask or lm.mask()
-        x, kept = _read(lm, site, contexts, mask)
+        acts, ids, kept = _read(lm, [*coder.reads, at], contexts, mask)
         if not kept.any():
             raise ValueError(f"the coder's mask leaves out every token ({mask}): evaluate with another mask or text")
-        measured = _measure(coder, x, kept)
-        losses, documents = _losses(coder, lm, site, contexts, mask, measured)
+        x = [acts[s] for s in coder.reads]
+        x_hat, active = _reconstruct(coder, x[0] if len(x) == 1 else torch.stack(x, 1), ids)
+        x_hat = x_hat if layer is None else x_hat[:, layer]
+        measured = _measure(coder, acts[at], x_hat, active, kept)
+        losses, documents = _losses(lm, at, contexts, kept, x_hat, measured)
     finally:
         coder.train(was_training)
     clean, spliced, mean, zero, pca = losses.double()
@@ -133,8 +138,8 @@ def reconstruction(
         l0=measured["l0"],
         fvu=measured["fvu"],
         fvu_all_tokens=measured["fvu_all"],
-        dead=coder.meta.get("dead", float("nan")),
-        dead_tokens=coder.meta.get("dead_tokens", 0),
+        dead=_known(coder.meta.get("dead")),
+        dead_tokens=coder.meta.get("dead_tokens") or 0,
         ce_clean=float(clean.mean()),
         ce_delta=d_coder,
         ce_delta_se=clustered_error(spliced - clean, documents),
@@ -146,55 +151,89 @@ def reconstruction(
         pca_fvu=measured["pca_fvu"],
         pca_ce_delta=d_pca,
         pca_ce_recovered=1 - d_pca / d_mean,
-        tokens=len(x),
+        tokens=len(ids),
         documents=len(documents.unique()),
         excluded=float((~kept).float().mean()),
         mask=str(mask),
     )
 
 
-def _read(lm: LM, site: Site, contexts: list[Context], mask: TokenMask) -> tuple[Tensor, Tensor]:
-    """All activations ``tokens d`` and which of them are kept."""
-    xs, keeps = [], []
+def _known(value: Any) -> float:
+    return float("nan") if value is None else float(value)
+
+
+def _splice_site(coder: SparseCoder, lm: LM, site: Site | str | None) -> tuple[Site, int | None]:
+    """(where the reconstruction goes in, its place among a crosscoder's layers)."""
+    _ = coder.reads or coder.site  # a coder that knows no site is told so
+    writes = coder.writes or coder.reads
+    widths = [(s, coder.in_shape[-1]) for s in coder.reads] + [(s, coder.out_shape[-1]) for s in writes]
+    for s, width in widths:
+        if lm.width(s) != width:
+            raise ValueError(
+                f"the coder reads d_in={width}, {lm} has width {lm.width(s)} at {s}: wrong model or site"
+                if s in coder.reads
+                else f"the coder writes d_out={width}, {lm} has width {lm.width(s)} at {s}: wrong model or site"
+            )
+    at = Site.of(site) if site is not None else writes[-1]
+    if at not in writes:
+        raise ValueError(f"this coder writes {', '.join(map(repr, writes))}, got site={at}")
+    return at, writes.index(at) if len(coder.out_shape) > 1 else None
+
+
+def _read(
+    lm: LM, sites: list[Site], contexts: list[Context], mask: TokenMask
+) -> tuple[dict[Site, Tensor], Tensor, Tensor]:
+    """All activations ``tokens d`` of each site, the token ids, and which of them are kept."""
+    xs: dict[Site, list[Tensor]] = {s: [] for s in sites}
+    ids, keeps = [], []
     for start in range(0, len(contexts), 8):
         batch = pad([c.ids for c in contexts[start : start + 8]])
-        acts, _ = lm.run(batch, [site], logits=False)
-        x = acts[site].cpu()
-        keep = mask.keep(batch.ids, batch.positions, {site: x})
-        xs.append(x[batch.mask])
-        keeps.append(keep[batch.mask])
-    return torch.cat(xs), torch.cat(keeps)
+        acts, _ = lm.run(batch, list(xs), logits=False)
+        acts = {s: x.cpu() for s, x in acts.items()}
+        for s, x in acts.items():
+            xs[s].append(x[batch.mask])
+        ids.append(batch.ids[batch.mask])
+        keeps.append(mask.keep(batch.ids, batch.positions, acts)[batch.mask])
+    return {s: torch.cat(x) for s, x in xs.items()}, torch.cat(ids), torch.cat(keeps)
 
 
 @torch.no_grad()
-def _measure(coder: SparseCoder, x: Tensor, kept: Tensor) -> dict[str, Any]:
-    """What needs only activations: L0, FVU, and PCA of rank k."""
+def _reconstruct(coder: SparseCoder, x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """(x_hat, how many features are active) of every token."""
     device = coder.W_dec.device
-    errors, active = [], 0.0
-    for rows, keep in zip(x.split(4096), kept.split(4096), strict=True):
-        x_hat = coder(rows.to(device)).x_hat.cpu()
-        active += len(coder.sparse_codes(rows[keep].to(device)).values) if keep.any() else 0
-        errors.append((rows - x_hat).pow(2).sum(-1).double())
-    error = torch.cat(errors)
-    xk = x[kept].double()
-    mean = xk.mean(0)
-    variance = (xk - mean).pow(2).sum()
-    l0 = active / len(xk)
-    rank = min(coder.config.get("k") or max(1, round(l0)), coder.d_in)
-    eigenvalues, vectors = torch.linalg.eigh((xk - mean).T @ (xk - mean))
+    x_hats, active = [], []
+    for rows, tokens in zip(x.split(4096), ids.split(4096), strict=True):
+        out = coder(rows.to(device), tokens.to(device))
+        on = (out.codes.values > 0).float() if isinstance(out.codes, Codes) else (out.codes > 0).float().sum(1)
+        if isinstance(out.codes, Codes):
+            on = torch.zeros(len(rows), device=device).index_add_(0, out.codes.rows, on)
+        x_hats.append(out.x_hat.cpu())
+        active.append(on.cpu())
+    return torch.cat(x_hats), torch.cat(active)
+
+
+def _measure(coder: SparseCoder, y: Tensor, y_hat: Tensor, active: Tensor, kept: Tensor) -> dict[str, Any]:
+    """What needs only activations: L0, FVU, and PCA of rank k."""
+    error = (y - y_hat).pow(2).sum(-1).double()
+    yk = y[kept].double()
+    mean = yk.mean(0)
+    variance = (yk - mean).pow(2).sum()
+    l0 = float(active[kept].mean())
+    rank = min(coder.config.get("k") or max(1, round(l0)), y.shape[1])
+    eigenvalues, vectors = torch.linalg.eigh((yk - mean).T @ (yk - mean))
     return {
         "l0": l0,
         "fvu": float(error[kept].sum() / variance),
-        "fvu_all": float(error.sum() / (x.double() - x.double().mean(0)).pow(2).sum()),
+        "fvu_all": float(error.sum() / (y.double() - y.double().mean(0)).pow(2).sum()),
         "rank": rank,
-        "pca_fvu": float(eigenvalues[:-rank].sum() / eigenvalues.sum()) if rank < coder.d_in else 0.0,
+        "pca_fvu": float(eigenvalues[:-rank].sum() / eigenvalues.sum()) if rank < y.shape[1] else 0.0,
         "mean": mean.float(),
         "basis": vectors[:, -rank:].float(),
     }
 
 
 def _losses(
-    coder: SparseCoder, lm: LM, site: Site, contexts: list[Context], mask: TokenMask, measured: dict[str, Any]
+    lm: LM, site: Site, contexts: list[Context], kept: Tensor, x_hat: Tensor, measured: dict[str, Any]
 ) -> tuple[Float[Tensor, "variants predicted"], Tensor]:
     """Loss per predicted token when the site is clean, spliced, mean-ablated, zeroed, cut to PCA; and its document.
 
@@ -206,14 +245,14 @@ def _losses(
 
     from_the_start = site.kind in ("resid_mid", "embed", "module") or site.head is not None
     collected, documents = [], []
-    for context in tqdm(contexts, desc="evaluate", unit="context", dynamic_ncols=True):
+    lengths = [len(c.ids) for c in contexts]
+    parts = zip(contexts, kept.split(lengths), x_hat.split(lengths), strict=True)
+    for context, keep, own in tqdm(parts, "evaluate", len(contexts), unit="context", dynamic_ncols=True):
         batch = pad([context.ids])
         five = TokenBatch(batch.ids.expand(5, -1), batch.mask.expand(5, -1), batch.positions.expand(5, -1))
 
-        def variants(x: Tensor, tokens: TokenBatch) -> Tensor:
-            x = x[:1]
-            keep = mask.keep(tokens.ids[:1], tokens.positions[:1], {site: x}).to(x.device)
-            return _variants(coder, x, keep, measured)
+        def variants(x: Tensor, tokens: TokenBatch, keep: Tensor = keep, own: Tensor = own) -> Tensor:
+            return _variants(x[:1], own[None].to(x.device), keep.to(x.device), measured)
 
         _, logits = lm.run(five if from_the_start else batch, writes=[Write(site, variants)])
         assert logits is not None
@@ -222,13 +261,13 @@ def _losses(
     return torch.cat(collected, dim=1), torch.tensor(documents)
 
 
-def _variants(coder: SparseCoder, x: Tensor, keep: Tensor, measured: dict[str, Any]) -> Float[Tensor, "variants pos d"]:
+def _variants(x: Tensor, x_hat: Tensor, keep: Tensor, measured: dict[str, Any]) -> Float[Tensor, "variants pos d"]:
     """x, its reconstruction, the mean, zero, and its PCA, in one batch; left-out tokens stay as they are."""
     mean, basis = measured["mean"].to(x.device), measured["basis"].to(x.device)
     rows = x.float()
     new = torch.cat([
         rows,
-        coder(rows.to(coder.W_dec.device)).x_hat.to(x.device),
+        x_hat,
         mean.expand_as(rows),
         torch.zeros_like(rows),
         (rows - mean) @ basis @ basis.T + mean,

@@ -195,11 +195,12 @@ def _readability(lm: LM, top_tokens: np.ndarray) -> np.ndarray:
 def _lens(coder: SparseCoder, lm: LM, store: Store) -> dict[str, np.ndarray]:
     """Promoted and suppressed tokens of every direction, and its sharpness: the logits' kurtosis, with that of random
     directions beside it. Empty where the site is not written to the residual stream."""
-    if lm.lens(coder.W_dec[:1], store.site) is None:
+    site = coder.writes[0] if coder.writes else store.site  # a transcoder's directions live where it writes
+    if lm.lens(coder.W_dec[:1], site) is None:
         return {}
     found: dict[str, list[torch.Tensor]] = {"up": [], "up_ids": [], "down": [], "down_ids": [], "kurtosis": []}
     for chunk in coder.W_dec.split(CHUNK):
-        logits = lm.lens(chunk, store.site)
+        logits = lm.lens(chunk, site)
         assert logits is not None
         for name, largest in (("up", True), ("down", False)):
             top = logits.topk(LENS_TOKENS, largest=largest)
@@ -207,7 +208,7 @@ def _lens(coder: SparseCoder, lm: LM, store: Store) -> dict[str, np.ndarray]:
             found[f"{name}_ids"].append(top.indices.int())
         found["kurtosis"].append(_kurtosis(logits))
     random = torch.randn(CHUNK, coder.W_dec.shape[1], generator=torch.Generator().manual_seed(0))
-    control = lm.lens(random.to(coder.W_dec), store.site)
+    control = lm.lens(random.to(coder.W_dec), site)
     assert control is not None
     lens = {f"lens_{name}": torch.cat(parts).numpy() for name, parts in found.items()}
     return lens | {"lens_random": _kurtosis(control).numpy()}

@@ -238,6 +238,6 @@ def realign(coder: SparseCoder, data: Tensor | Batch, rank: int | None = None, r
     result.W_dec.copy_(torch.linalg.solve(gram.double(), pull.double()).float())
     bias = mean_y - mean_f @ result.W_dec
     if result.pre_bias:  # the encoder goes on subtracting the old one
-        result.b_enc += (bias - coder.b_dec) @ result.W_enc
+        result.b_enc.add_((bias - coder.b_dec) @ result.W_enc)
     result.b_dec.copy_(bias)
     return result

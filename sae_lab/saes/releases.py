@@ -110,7 +110,11 @@ def _gemma_scope_2() -> dict[str, Release]:
         for kind in ("pt", "it"):
             model = f"google/gemma-3-{size}" + ("" if (size, kind) == ("270m", "pt") else f"-{kind}")
             for what, folder in folders.items():
+                if (size, kind) == ("27b", "pt") and what in ("mlp", "att"):
+                    continue
                 for every in ("", "_all"):
+                    if (size, kind, what, every) == ("27b", "pt", "transcoders", ""):
+                        continue
                     prefix = f"(?:{folder}{every}/)?"
                     some = f"{'transcoder/' if (what, every) == ('transcoders', '') else ''}layer_12_width_16k_l0_small"
                     found[f"gemma-scope-2-{size}-{kind}-{what}{every.replace('_', '-')}"] = Release(
@@ -141,6 +145,13 @@ def _scopes() -> dict[str, Release]:
         found[f"goodfire-llama-{model.lower()}-instruct"] = Release(
             f"Goodfire/{stem}", "file", {f"layer_{layer}": f"{stem}.{suffix}"}, {"l0": float(l0)}
         )
+    for model in ("llama-3.1-8b-instruct", "qwen2.5-7b-instruct", "gpt-oss-20b"):
+        rule = (
+            r"resid_post_layer_(\d+)_trainer_(\d+)",
+            r"resid_post_layer_\1/trainer_\2",
+            "resid_post_layer_11_trainer_1",
+        )
+        found[f"{model}-andyrdt"] = Release(f"andyrdt/saes-{model}", "dictionary_learning", rule)
     stem = "DeepSeek-R1-Distill-Llama-8B-SAE-l19"
     found["deepseek-r1-distill-llama-8b-qresearch"] = Release(
         f"qresearch/{stem}", "file", {"blocks.19.hook_resid_post": f"{stem}.pt"}
@@ -164,8 +175,8 @@ def _saelens() -> dict[str, Release]:
         ),
         "gpt2-small-mlp-tm": Release(
             "tommmcgrath/gpt2-small-mlp-out-saes", "saelens",
-            {f"blocks.{n}.hook_mlp_out": f"sae_group_gpt2_blocks.{n}.hook_mlp_out_24576:{version}"
-             for n, version in enumerate(["v1"] * 11 + ["v2"])},
+            {f"blocks.{n}.hook_mlp_out": f"sae_group_gpt2_blocks.{n}.hook_mlp_out_24576:v{version}"
+             for n, version in enumerate("100000001002")},
             {"centred": True} | {f"blocks.{n}.hook_mlp_out": {"scale": s} for n, s in enumerate(_MLP_TM_SCALE)},
         ),
         "mistral-7b-res-wg": blocks(
@@ -185,6 +196,9 @@ def _saelens() -> dict[str, Release]:
             {"blocks.12.hook_resid_post": {"scale": 0.21381938399317255}},
         ),
     }  # fmt: skip
+    for what in ("sce", "scefr", "scl", "sle", "slefr", "sll"):
+        repo = f"neuronpedia/gpt2-small__res_{what}-ajt"
+        found[f"gpt2-small-res_{what}-ajt"] = blocks(repo, "hook_resid_pre", rf"\1-res_{what}-ajt")
     for width in ("32k", "128k"):
         for part in ("attn-out", "mlp-out", "resid-mid", "resid-post"):
             file = rf"v5_{width}_layer_\1" + (".pt" if (width, part) == ("32k", "resid-post") else "")

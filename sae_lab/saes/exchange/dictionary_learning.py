@@ -144,7 +144,7 @@ def write(parts: Any, folder: Path) -> dict[str, Tensor]:
     elif parts.kind != "jump" or parts.shared_threshold is not None:
         t["encoder.weight"], t["decoder.weight"] = t.pop("W_enc").T, t.pop("W_dec").T
         back = {ours: theirs for theirs, ours in _RENAMED.items() if theirs in CLASSES[name][1]}
-        t = {back.get(n, n): tensor for n, tensor in t.items()}
+        t = {str(back.get(n, n)): tensor for n, tensor in t.items()}
     if parts.k is not None:
         t["k"] = torch.tensor(parts.k, dtype=torch.int)
         t.setdefault("threshold", torch.tensor(-1.0))

@@ -1,8 +1,8 @@
 """Gemma Scope 1 (``params.npz``) and 2 (``params.safetensors``, ``config.json``): JumpReLU, b_dec never subtracted.
 
 Version 1 states model, site and width in the names of repository and folders only. Its MLP coders read what the MLP
-adds to the stream, after the post-norm; its attention coders read all heads' z side by side; its transcoders read the MLP's
-input without the norm's gain. Version 2 names modules of transformers.
+adds to the stream, after the post-norm; its attention coders read all heads' z side by side; its transcoders read the
+MLP's input without the norm's gain. Version 2 names modules of transformers.
 """
 
 import re

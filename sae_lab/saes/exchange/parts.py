@@ -11,9 +11,12 @@ from sae_lab.saes.exchange.places import lens_name
 from sae_lab.saes.gated import Gated
 from sae_lab.saes.jumprelu import JumpReLU
 from sae_lab.saes.l1 import L1
+from sae_lab.saes.ordered import Ordered
 from sae_lab.saes.topk import TopK
 
-_ACTS = ((L1, "relu"), (JumpReLU, "jump"), (Gated, "gated"), (BatchTopK, "jump"), (TopK, "topk"))
+_ACTS = (
+    (L1, "relu"), (JumpReLU, "jump"), (Gated, "gated"), (BatchTopK, "jump"), (Ordered, "jump"), (TopK, "topk"),
+)  # fmt: skip
 _STEPS = ("forward", "_codes", "_read", "_write", "_encode_at", "decode")
 
 

@@ -1,0 +1,215 @@
+"""sl.sweep: many coders on the same batches, so that a Pareto front costs one reading of the data."""
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sae_lab.evals.reconstruction import reconstruction
+from sae_lab.lm.model import LM
+from sae_lab.lm.text import Text
+from sae_lab.matching import match
+from sae_lab.saes import FAMILIES, SparseCoder, losses
+from sae_lab.store import Rows, Store
+from sae_lab.training import Run, TrainConfig, Training, rows_for
+from sae_lab.types import Batch, Site
+from sae_lab.worlds import World
+
+MEASURES = ("l0", "fvu", "dead", "mmcs", "mmcs_back", "ce_delta", "ce_delta_se", "ce_recovered")
+MEASURED = 16_384  # tokens that L0 and FVU are measured on
+Grid = Mapping[str, Mapping[str, Any]]
+
+
+@dataclass(frozen=True, repr=False)
+class Sweep:
+    """Result of ``sl.sweep``: the coders, their runs, and one row of figures for each. ``sl.plot`` draws FVU, and ΔCE
+    where it was measured, against L0.
+
+    rows: family, the arguments that the grid varies, seed, site; l0 and fvu in eval mode on tokens that no training
+    step saw; dead; on a planted world mmcs (true features found) and mmcs_back (found features true), else with a
+    language model ce_delta, its standard error, and ce_recovered.
+    """
+
+    coders: list[SparseCoder]
+    runs: list[Run]
+    rows: list[dict[str, Any]] = field(repr=False)
+    tokens: int = 0
+
+    def to_pandas(self):
+        """One row a coder."""
+        import pandas as pd
+
+        return pd.DataFrame(self.rows)
+
+    def best(self, by: str = "fvu", **where: Any) -> SparseCoder:
+        """The coder with the least ``by`` (the largest for mmcs and ce_recovered) among rows that are as ``where``."""
+        chosen = [i for i, row in enumerate(self.rows) if all(row.get(k) == v for k, v in where.items())]
+        if not chosen or any(by not in self.rows[i] for i in chosen):
+            raise ValueError(f"no coder with {where} and {by!r}; columns: {', '.join(self.to_pandas().columns)}")
+        sign = -1 if by.startswith(("mmcs", "ce_recovered")) else 1
+        return self.coders[min(chosen, key=lambda i: sign * self.rows[i][by])]
+
+    def __repr__(self) -> str:
+        table = self.to_pandas().to_string(index=False, float_format=lambda v: f"{v:.3f}", na_rep="")
+        return f"{table}\nl0 and fvu on {self.tokens:,} tokens that no training step saw"
+
+    def _repr_html_(self) -> str:
+        return self.to_pandas().to_html(index=False, float_format=lambda v: f"{v:.3f}", na_rep="", border=0)
+
+
+def sweep(
+    grid: Grid | Sequence[SparseCoder],
+    data: Store | Tensor | Batch | World,
+    config: TrainConfig,
+    *,
+    d_sae: int | None = None,
+    seeds: Iterable[int] = (0,),
+    lm: LM | None = None,
+    text: Text | Sequence[str] | None = None,
+    path: str | Path | None = None,
+) -> Sweep:
+    """Train many coders in one pass over the data, each batch read once for all of them.
+
+        sl.sweep({"TopK": {"k": [16, 32, 64]}, "JumpReLU": {"sparsity": [0.5, 1, 2]}}, store, config, d_sae=4608)
+
+    Args:
+        grid: family -> its arguments, a list for each that varies; or coders, built.
+        data: as for ``sl.train``; of a store of several sites every coder is trained at each; a ``World`` brings its
+            truth.
+        d_sae: width of those whose arguments name none. seeds: of the coders; batches are the same for all.
+        lm, text: held-out text, to measure ΔCE too.
+        path: folder of checkpoints; the same call goes on where it was interrupted.
+
+    Raises ValueError for an unknown family, a grid without coders, and as ``sl.train``.
+    """
+    world = data if isinstance(data, World) else None
+    source = world.x if world is not None else data
+    assert not isinstance(source, World)
+    coders, varied = _coders(grid, source, d_sae, seeds)
+    trainings = []
+    for number, (coder, row) in enumerate(zip(coders, varied, strict=True)):
+        name = "-".join([f"{number:03d}", row["family"], *(f"{k}={v}" for k, v in row.items() if k != "family")])
+        at = source.at(row["site"]) if isinstance(source, Store) and "site" in row else source
+        folder = None if path is None else Path(path) / name
+        trainings.append(Training(coder, _shared(trainings, coder, at), config, folder, ()))
+    runs = _run(trainings)
+    rows, tokens = [], 0
+    for training, run, row in zip(trainings, runs, varied, strict=True):
+        measured, tokens = _measure(run.coder, training.rows, tokens)
+        row = row | measured | {"dead": run.coder.meta["dead"]}
+        if world is not None:
+            found = match(run.coder, world)
+            row |= {"mmcs": found.b_to_a, "mmcs_back": found.a_to_b}
+        if lm is not None and text is not None:
+            result = reconstruction(run.coder, lm, text)
+            row |= {
+                "ce_delta": result.ce_delta, "ce_delta_se": result.ce_delta_se, "ce_recovered": result.ce_recovered,
+            }  # fmt: skip
+        rows.append(row)
+    return Sweep(coders, runs, rows, tokens)
+
+
+def _coders(
+    grid: Grid | Sequence[SparseCoder], data: Store | Tensor | Batch, d_sae: int | None, seeds: Iterable[int]
+) -> tuple[list[SparseCoder], list[dict[str, Any]]]:
+    """The coders, and of each what sets it apart."""
+    if not isinstance(grid, Mapping):
+        coders = list(grid)
+        if not coders or not all(isinstance(c, SparseCoder) for c in coders):
+            raise ValueError(f"a sweep takes a grid ({{'TopK': {{'k': [16, 32]}}}}) or a list of coders, got {grid!r}")
+        names = {k for c in coders for k, v in c.config.items() if any(d.config.get(k) != v for d in coders)}
+        return coders, [{"family": type(c).__name__} | {k: c.config.get(k) for k in sorted(names)} for c in coders]
+    if not grid:
+        raise ValueError("the grid is empty: name at least one family, {'TopK': {'k': [16, 32]}}")
+    coders, rows = [], []
+    for family, arguments in grid.items():
+        if family not in FAMILIES:
+            raise ValueError(f"unknown family {family!r}; known: {', '.join(FAMILIES)}")
+        lists = {k: list(v) if isinstance(v, list | tuple | range) else [v] for k, v in arguments.items()}
+        for values, seed, site in itertools.product(itertools.product(*lists.values()), seeds, _sites(family, data)):
+            config = dict(zip(lists, values, strict=True))
+            width = config.pop("d_sae", d_sae)
+            if width is None:
+                raise ValueError(f"give sweep(..., d_sae=), or 'd_sae' among the arguments of {family}")
+            coders.append(FAMILIES[family](_width(data, site), width, seed=seed, **config))  # type: ignore[arg-type]
+            row = {"family": family} | {k: v for k, v in zip(lists, values, strict=True) if len(lists[k]) > 1}
+            rows.append(row | {"seed": seed} | ({"site": site.key} if site is not None else {}))
+    return coders, rows
+
+
+def _sites(family: str, data: Store | Tensor | Batch) -> list[Site | None]:
+    """The sites a family is trained at one by one; [None] where the data leaves no choice, or the coder takes all."""
+    takes_all = family in ("Transcoder", "SkipTranscoder", "Crosscoder")
+    return list(data.chosen) if isinstance(data, Store) and len(data.chosen) > 1 and not takes_all else [None]
+
+
+def _width(data: Store | Tensor | Batch, site: Site | None) -> int:
+    if isinstance(data, Store):
+        return data.at(site or data.chosen[0]).width
+    return (data if isinstance(data, Tensor) else data.x).shape[-1]
+
+
+def _shared(before: list[Training], coder: SparseCoder, data: Store | Tensor | Batch) -> Store | Rows:
+    """The rows this coder trains on: the same object as an earlier coder's where they are the same."""
+    rows = rows_for(coder, data)
+    same = (t.rows for t in before if t.rows.fingerprint == rows.fingerprint and t.rows.shapes == rows.shapes)
+    return next(same, rows)
+
+
+def _run(trainings: list[Training]) -> list[Run]:
+    """All trainings side by side: a step each, on one batch."""
+    from tqdm.auto import tqdm
+
+    runs: dict[int, Run] = {}
+    begun: list[Training] = []
+    scratch: dict[int, Tensor] = {}
+    try:
+        for number, t in enumerate(trainings):
+            if finished := t.begin():
+                runs[number] = finished
+                continue
+            begun.append(t)
+            if t.coder.scratch is not None:  # they take turns, so one buffer does
+                t.coder.scratch = scratch.setdefault(t.coder.d_sae, t.coder.scratch)
+        total = max((t.config.total_steps for t in begun), default=0)
+        first = min((t.step for t in begun), default=0)
+        with tqdm(total=total, initial=first, desc=f"sweep of {len(begun)}", dynamic_ncols=True) as bar:
+            for step in range(first, total):
+                batches: dict[int, Batch] = {}
+                for t in begun:
+                    if t.step == step:  # an interrupted sweep's coders may be at different steps
+                        if id(t.rows) not in batches:
+                            batches[id(t.rows)] = t.rows.batch(step, t.config.batch_size, t.config.seed)
+                        t.one_step(batches[id(t.rows)])
+                bar.update()
+                fvus = [t.history[-1]["fvu"] for t in begun if t.history]
+                if fvus:
+                    bar.set_postfix_str(f"FVU {min(fvus):.3f} to {max(fvus):.3f}", refresh=False)
+    except BaseException as err:
+        for t in begun:
+            t.leave(isinstance(err, KeyboardInterrupt))
+        raise
+    for number, t in enumerate(trainings):
+        if number not in runs:
+            runs[number] = t.end()
+    return [runs[number] for number in range(len(trainings))]
+
+
+@torch.no_grad()
+def _measure(coder: SparseCoder, rows: Store | Rows, tokens: int) -> tuple[dict[str, float], int]:
+    """({"l0", "fvu"}, tokens) in eval mode, on reserved rows."""
+    batch = rows.unseen(MEASURED)
+    active, x_hats = 0, []
+    device = coder.W_dec.device
+    for start in range(0, len(batch.x), 4096):
+        part = slice(start, start + 4096)
+        x = batch.x[part].to(device)
+        out = coder(x, None if batch.tokens is None else batch.tokens[part].to(device))
+        active += int((out.codes if isinstance(out.codes, Tensor) else out.codes.values).gt(0).sum())
+        x_hats.append(out.x_hat.cpu())
+    fvu = losses.fvu(torch.cat(x_hats), batch.target.cpu())
+    return {"l0": active / len(batch.x), "fvu": float(fvu)}, len(batch.x)

@@ -1,0 +1,369 @@
+"""Releases and repositories, through the real huggingface_hub client, from a small hub on this machine.
+
+Where sae-lens knows the release too, its own ``from_pretrained`` loads the same files from the same hub, as oracle.
+"""
+
+import functools
+import hashlib
+import json
+import re
+import socket
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote, urlparse
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import sae_lab as sl
+from sae_lab.saes import releases
+from sae_lab.types import Site
+from tests.saes.conftest import D_IN, D_SAE, normal
+from tests.saes.test_exchange import OLD, X, close, jump_tensors, sparse_coder
+
+COMMIT = "a" * 40
+
+
+class Hub(BaseHTTPRequestHandler):
+    """What the client asks of a model hub: a repository's tree, and files with their etag and commit."""
+
+    protocol_version = "HTTP/1.1"
+
+    def __init__(self, root, asked, *args):
+        self.root, self.asked = root, asked
+        super().__init__(*args)
+
+    def log_message(self, *args):
+        pass
+
+    def _send(self, code, body=b"", **headers):
+        self.send_response(code)
+        for name, value in {"Content-Length": str(len(body)), "X-Repo-Commit": COMMIT, **headers}.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def do_GET(self):
+        parts = unquote(urlparse(self.path).path).strip("/").split("/")
+        if parts[:2] == ["api", "models"]:
+            return self._tree(self.root / parts[2] / parts[3])
+        repo, file = self.root / parts[0] / parts[1], self.root.joinpath(*parts[:2], *parts[4:])
+        if not repo.is_dir():
+            return self._send(404, X_Error_Code="RepoNotFound", X_Error_Message="Repository not found")
+        if not file.is_file():
+            return self._send(404, X_Error_Code="EntryNotFound", X_Error_Message="Entry not found")
+        body = file.read_bytes()
+        if match := re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", "")):  # sae-lens reads headers so
+            body = body[int(match[1]) : int(match[2]) + 1]
+            return self._send(206, body)
+        if self.command == "GET":
+            self.asked.append("/".join(parts[4:]))
+        self._send(200, body, ETag=f'"{hashlib.sha1(body).hexdigest()}"')
+
+    do_HEAD = do_GET
+
+    def _tree(self, repo):
+        if not repo.is_dir():
+            return self._send(404, b"{}", X_Error_Code="RepoNotFound", X_Error_Message="Repository not found")
+        files = [str(f.relative_to(repo)) for f in repo.rglob("*") if f.is_file()]
+        listing = {"id": "a/b", "modelId": "a/b", "sha": COMMIT, "private": False, "downloads": 0, "likes": 0, "tags": [],
+                   "siblings": [{"rfilename": f} for f in files]}  # fmt: skip
+        tree = [{"type": "file", "path": f, "size": (repo / f).stat().st_size, "oid": "0" * 40} for f in files]
+        self._send(200, json.dumps(tree if "/tree/" in self.path else listing).encode(), Content_Type="application/json")
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """(folder of repositories, names of the files asked for)"""
+    root, asked = tmp_path / "hub", []
+    root.mkdir()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Hub, root, asked))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    _point_at(monkeypatch, f"http://127.0.0.1:{server.server_port}", tmp_path / "cache")
+    yield root, asked
+    server.shutdown()
+
+
+def _point_at(monkeypatch, endpoint, cache):
+    """What HF_ENDPOINT and HF_HUB_CACHE do at the start of a process."""
+    from huggingface_hub import constants, file_download, hf_api
+
+    template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    for module in (constants, file_download, hf_api):
+        for name, value in (("ENDPOINT", endpoint), ("HUGGINGFACE_CO_URL_TEMPLATE", template)):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, value)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+
+
+def put(root, repo, path, tensors=None, **texts):
+    """Files of a checkpoint: {name: tensors} by ending, and name=dict as JSON."""
+    folder = root / repo / path
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in (tensors or {}).items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        if name.endswith(".npz"):
+            np.savez(folder / name, **{n: t.numpy() for n, t in content.items()})
+        elif name.endswith(".safetensors"):
+            save_file({n: t.contiguous() for n, t in content.items()}, folder / name)
+        else:
+            torch.save(content, folder / name)
+    for name, content in texts.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    return folder
+
+
+def plain():
+    return {n: t for n, t in jump_tensors().items() if n != "threshold"}
+
+
+@pytest.fixture(scope="module")
+def sae_lens():
+    return pytest.importorskip("sae_lens")
+
+
+def agree(ours, theirs):
+    f = theirs.encode(X.to(theirs.dtype))
+    assert 0 < (f > 0).float().mean() < 0.95
+    close(ours.encode(X), f)
+    close(ours(X).x_hat, theirs(X.to(theirs.dtype)))
+
+
+def sized(sae_lens, loader, **cfg):
+    """sae-lens's loader of releases whose widths it takes from their names, for a smaller model."""
+    from sae_lens.loading import pretrained_sae_loaders
+
+    load = getattr(pretrained_sae_loaders, loader)
+
+    def run(cfg_overrides, **kwargs):
+        return load(cfg_overrides={**cfg_overrides, "d_in": D_IN, "d_sae": D_SAE, **cfg}, **kwargs)
+
+    return run
+
+
+# ---------------------------------------------------------------------------------------------- releases
+
+
+def test_our_table_is_that_of_saelens(sae_lens):
+    """Every id that SAELens lists of a release that we know goes to the same place."""
+    directory = sae_lens.loading.pretrained_saes_directory.get_pretrained_saes_directory()
+    ids = 0
+    for name, release in releases.RELEASES.items():
+        theirs = directory[name]
+        assert theirs.repo_id == release.repo
+        assert {i: release.path(i) for i in theirs.saes_map} == theirs.saes_map, name
+        scales = {i: release.facts[i]["scale"] for i in theirs.saes_map if i in release.facts}
+        assert release.format != "saelens" or scales == theirs.norm_scaling_factor, name
+        kwargs = (theirs.config_overrides or {}).get("model_from_pretrained_kwargs", {})
+        assert bool(release.facts.get("centred")) == kwargs.get("center_writing_weights", False), name
+        assert all(release.path(i) for i in release.known()), name
+        ids += len(theirs.saes_map)
+    assert len(releases.RELEASES) > 140 and ids > 12_000
+    assert len([n for n in directory if n not in releases.RELEASES]) < 30
+
+
+def test_gemma_scope_canonical(hub, sae_lens):
+    root, asked = hub
+    put(root, "google/gemma-scope-2b-pt-res", "layer_20/width_16k/average_l0_71", {"params.npz": jump_tensors()})
+    ours = sl.load("gemma-scope-2b-pt-res-canonical", "layer_20/width_16k/canonical")
+    assert asked == ["layer_20/width_16k/average_l0_71/params.npz"], "nothing else is downloaded"
+    theirs = sae_lens.SAE.from_pretrained(
+        "gemma-scope-2b-pt-res-canonical", "layer_20/width_16k/canonical",
+        converter=sized(sae_lens, "gemma_2_sae_huggingface_loader"),
+    )  # fmt: skip
+    agree(ours, theirs)
+    assert ours.site == Site("resid_post", 20) and ours.meta["model"] == "google/gemma-2-2b"
+    assert ours.meta["expected"] == {"l0": 71.0} and ours.mask is None and ours.meta["f_scale"] == "unknown"
+    agree(sl.load("gemma-scope-2b-pt-res", "layer_20/width_16k/average_l0_71"), theirs)
+
+
+def test_gemma_scope_2(hub, sae_lens):
+    root, asked = hub
+    t = {n.lower(): v for n, v in jump_tensors().items()} | {"affine_skip_connection": normal(D_IN, D_IN, seed=6) / 4}
+    said = {"architecture": "jump_relu", "model_name": "gemma-v3-270m-pt", "affine_connection": True,
+            "hf_hook_point_in": "model.layers.9.pre_feedforward_layernorm.output",
+            "hf_hook_point_out": "model.layers.9.post_feedforward_layernorm.output"}  # fmt: skip
+    put(root, "google/gemma-scope-2-270m-pt", "transcoder/layer_9_width_16k_l0_small_affine", {"params.safetensors": t}, config=said)  # fmt: skip
+    id = "transcoder/layer_9_width_16k_l0_small_affine"
+    ours = sl.load("gemma-scope-2-270m-pt-transcoders", id)
+    assert sorted(asked) == [f"{id}/config.json", f"{id}/params.safetensors"]
+    agree(ours, sae_lens.SAE.from_pretrained("gemma-scope-2-270m-pt-transcoders", id))
+    assert (ours.reads[0], ours.writes[0]) == (Site("mlp_in", 9), Site("mlp_out", 9))
+    assert ours.meta["model"] == "google/gemma-3-270m"
+
+
+@pytest.mark.parametrize("norms", [{"in": 6.0, "out": 6.0}, {"in": 30.0, "out": 30.0}])
+def test_llama_scope(hub, sae_lens, norms):
+    """Norms are folded as its authors fold them. sae-lens computes in bfloat16 unless told otherwise."""
+    root, _ = hub
+    said = {"d_model": D_IN, "d_sae": D_SAE, "act_fn": "jumprelu", "jump_relu_threshold": 0.4,
+            "dataset_average_activation_norm": norms, "hook_point_in": "blocks.15.hook_resid_post",
+            "hook_point_out": "blocks.15.hook_resid_post"}  # fmt: skip
+    t = plain()
+    t = {"encoder.weight": t["W_enc"].T, "encoder.bias": t["b_enc"], "decoder.weight": t["W_dec"].T, "decoder.bias": t["b_dec"]}
+    folder = "Llama3_1-8B-Base-L15R-8x"
+    put(root, "fnlp/Llama3_1-8B-Base-LXR-8x", folder, {"checkpoints/final.safetensors": t}, hyperparams=said)
+    ours = sl.load("llama_scope_lxr_8x", "l15r_8x")
+    theirs = sae_lens.SAE.from_pretrained("llama_scope_lxr_8x", "l15r_8x", dtype="float32")
+    # its table has the factor of the real coder; ours comes from the files
+    said_there = sae_lens.loading.pretrained_saes_directory.get_norm_scaling_factor("llama_scope_lxr_8x", "l15r_8x")
+    theirs.fold_activation_norm_scaling_factor(D_IN**0.5 / norms["in"] / said_there)
+    agree(ours, theirs)
+    s = D_IN**0.5 / norms["in"]
+    authors = X @ t["encoder.weight"].T + t["encoder.bias"] / s  # raw units, the threshold as it is written
+    close(ours.encode(X), s * authors * (authors > 0.4))
+    assert ours.site == Site("resid_post", 15) and ours.meta["model"] == "meta-llama/Llama-3.1-8B"
+
+
+def test_qwen_scope_and_goodfire(hub, sae_lens):
+    root, asked = hub
+    t = plain()
+    put(root, "Qwen/SAE-Res-Qwen3-1.7B-Base-W32K-L0_50", "",
+        {"layer3.sae.pt": {n: v.T if n.startswith("W_") else v for n, v in t.items()}})  # fmt: skip
+    with pytest.raises(ValueError, match="k must be from 1 to d_sae=40, got 50"):
+        sl.load("qwen-scope-3-1.7b-base-w32k-l50", "layer3")
+    wide = {"W_enc": normal(D_IN, 90, seed=1) / 4, "W_dec": normal(90, D_IN, seed=2), "b_enc": normal(90), "b_dec": t["b_dec"]}
+    put(root, "Qwen/SAE-Res-Qwen3-1.7B-Base-W32K-L0_50", "",
+        {"layer4.sae.pt": {n: v.T if n.startswith("W_") else v for n, v in wide.items()}})  # fmt: skip
+    ours = sl.load("qwen-scope-3-1.7b-base-w32k-l50", "layer4")
+    converter = sized(sae_lens, "qwen_scope_sae_huggingface_loader", d_sae=90)
+    agree(ours, sae_lens.SAE.from_pretrained("qwen-scope-3-1.7b-base-w32k-l50", "layer4", converter=converter))
+    assert ours.site == Site("resid_post", 4) and ours.meta["model"] == "Qwen/Qwen3-1.7B-Base" and ours.k == 50
+
+    linear = {"encoder_linear.weight": t["W_enc"].T, "encoder_linear.bias": t["b_enc"],
+              "decoder_linear.weight": t["W_dec"].T, "decoder_linear.bias": t["b_dec"]}  # fmt: skip
+    stem = "Llama-3.1-8B-Instruct-SAE-l19"
+    put(root, f"Goodfire/{stem}", "", {f"{stem}.pth": linear})
+    ours = sl.load("goodfire-llama-3.1-8b-instruct", "layer_19")
+    converter = sized(sae_lens, "get_goodfire_huggingface_loader")
+    agree(ours, sae_lens.SAE.from_pretrained("goodfire-llama-3.1-8b-instruct", "layer_19", converter=converter))
+    assert ours.site == Site("resid_post", 19) and ours.meta["model"] == "meta-llama/Llama-3.1-8B-Instruct"
+    assert ours.meta["expected"] == {"l0": 91.0}
+    assert set(asked) == {"layer3.sae.pt", "layer4.sae.pt", f"{stem}.pth"}
+
+
+def test_gpt2_small_res_jb(hub, sae_lens):
+    """Its files do not say that the stream was centred; the release, and so its repository, is known to be."""
+    root, asked = hub
+    repo, id = "jbloom/GPT2-Small-SAEs-Reformatted", "blocks.8.hook_resid_pre"
+    cfg = {**OLD, "hook_point": id}
+    sparsity = {"sparsity": torch.full((D_SAE,), -1.0)}
+    put(root, repo, id, {"sae_weights.safetensors": plain(), "sparsity.safetensors": sparsity}, cfg=cfg)
+    theirs = sae_lens.SAE.from_pretrained("gpt2-small-res-jb", id)
+    asked.clear()
+    for ours in (sl.load("gpt2-small-res-jb", id), sl.load(repo, id)):
+        x = X - X.mean(1, keepdim=True)
+        close(ours.encode(X), theirs.encode(x))
+        close(ours(X).x_hat, theirs(x))
+        assert ours.site == Site("resid_pre", 8) and ours.meta["model"] == "gpt2" and ours.meta["centred"]
+        assert ours.meta["expected"]["l0"] == pytest.approx(4)
+    assert asked == [], "the client's cache has all of it"
+
+
+def test_other_releases_in_saelens_format(hub, sae_lens):
+    root, _ = hub
+    put(root, "ctigges/pythia-70m-deduped__res-sm_processed", "e-res-sm", {"sae_weights.safetensors": plain()},
+        cfg={**OLD, "hook_point": "blocks.0.hook_resid_pre", "model_name": "pythia-70m-deduped"})  # fmt: skip
+    ours = sl.load("pythia-70m-deduped-res-sm", "blocks.0.hook_resid_pre")
+    agree(ours, sae_lens.SAE.from_pretrained("pythia-70m-deduped-res-sm", "blocks.0.hook_resid_pre"))
+    assert ours.site == Site("resid_pre", 0) and ours.meta["model"] == "EleutherAI/pythia-70m-deduped"
+
+    put(root, "tommmcgrath/gpt2-small-mlp-out-saes", "sae_group_gpt2_blocks.8.hook_mlp_out_24576:v1",
+        {"sae_weights.safetensors": plain()},
+        cfg={**OLD, "hook_point": "blocks.8.hook_mlp_out", "normalize_activations": True})  # fmt: skip
+    ours = sl.load("gpt2-small-mlp-tm", "blocks.8.hook_mlp_out")
+    theirs = sae_lens.SAE.from_pretrained("gpt2-small-mlp-tm", "blocks.8.hook_mlp_out")
+    close(ours.encode(X), theirs.encode(X - X.mean(1, keepdim=True)))
+    assert "scale" not in ours.meta
+
+    put(root, "JoshEngels/Mistral-7B-Residual-Stream-SAEs", "mistral_7b_layer_8", {"sae_weights.safetensors": plain()},
+        cfg={**OLD, "hook_point": "blocks.8.hook_resid_pre", "model_name": "mistral-7b"})  # fmt: skip
+    ours = sl.load("mistral-7b-res-wg", "blocks.8.hook_resid_pre")
+    agree(ours, sae_lens.SAE.from_pretrained("mistral-7b-res-wg", "blocks.8.hook_resid_pre"))
+    assert ours.input_norm == "length"
+
+
+# ---------------------------------------------------------------------------------------------- any repository
+
+
+def test_any_repository(hub, tmp_path):
+    """What its files are is seen from the listing; only what is needed is downloaded."""
+    sparsify = pytest.importorskip("sparsify")
+    root, asked = hub
+    for layer in (23, 24):
+        sparse_coder(sparsify, layer).save_to_disk(root / f"EleutherAI/sae-llama-3-8b-32x/layers.{layer}")
+    put(root, "EleutherAI/sae-llama-3-8b-32x", "", config={"model": "meta-llama/Meta-Llama-3-8B", "ctx_len": 2048})
+    ours = sl.load("EleutherAI/sae-llama-3-8b-32x", "layers.24")
+    assert ours.site == Site("resid_post", 24) and ours.meta["model"] == "meta-llama/Meta-Llama-3-8B"
+    assert sorted(asked) == ["config.json", "layers.24/cfg.json", "layers.24/sae.safetensors"]
+
+    with pytest.raises(ValueError, match=r"no coder at 'layers.25': pass id=, one of 2, such as 'layers.24', 'layers.23'"):
+        sl.load("EleutherAI/sae-llama-3-8b-32x", "layers.25")
+    with pytest.raises(ValueError, match=r"no coder at 'its top': pass id=, one of 2"):
+        sl.load("EleutherAI/sae-llama-3-8b-32x")
+
+    mine = sl.TopK(D_IN, D_SAE, k=4)
+    mine.save(root / "me/coders/first")
+    assert sl.load("me/coders", "first").fingerprint() == mine.fingerprint()
+    mine.save(root / "me/coder")
+    assert sl.load("me/coder").fingerprint() == mine.fingerprint()
+    put(root, "me/nothing", "", readme={})
+    with pytest.raises(ValueError, match="but it seems to hold none"):
+        sl.load("me/nothing")
+
+
+def test_a_pickle_from_the_hub(hub, tmp_path, monkeypatch):
+    from tests.saes.test_exchange import Bomb
+
+    monkeypatch.chdir(tmp_path)
+    root, _ = hub
+    put(root, "me/evil", "x", {"ae.pt": {"a": Bomb()}})
+    with pytest.raises(ValueError, match="can run code and is never opened"):
+        sl.load("me/evil", "x")
+    assert not (tmp_path / "exploded").exists()
+
+
+# ---------------------------------------------------------------------------------------------- what is not there
+
+
+@pytest.mark.parametrize(
+    ("name", "id", "words"),
+    [
+        ("gemma-scope-2b-pt-res-canonica", "x", "releases with a name like it: gemma-scope-2b-pt-res-canonical"),
+        ("gpt2-small-res-jbb", None, "releases with a name like it: gpt2-small-res-jb"),
+        ("zzz", None, "releases: gpt2-small-res-jb, "),
+        ("gemma-scope-2b-pt-res-canonical", "layer_20/width_17k/canonical", "near ones are 'layer_20/width_16k/canonical'"),
+        ("gemma-scope-2b-pt-res-canonical", None, "has no coder with the id None: near ones are 'layer_0/width_16k/can"),
+        ("llama_scope_lxr_8x", "l15m_8x", "ids look like 'l15r_8x'"),
+        ("gpt2-small-res-jb", "blocks.9.hook_resid_pre", "has no file .*blocks.9.hook_resid_pre/cfg.json"),
+        ("google/nothing-there", "x", "the hub has no repository for google/nothing-there"),
+    ],
+)
+def test_names_that_are_nothing(hub, name, id, words):
+    (hub[0] / "jbloom/GPT2-Small-SAEs-Reformatted").mkdir(parents=True)
+    with pytest.raises(ValueError, match=words):
+        sl.load(name, id)
+
+
+def test_a_hub_that_does_not_answer(monkeypatch, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    _point_at(monkeypatch, f"http://127.0.0.1:{port}", tmp_path / "cache")
+    for name, id in (("gpt2-small-res-jb", "blocks.8.hook_resid_pre"), ("user/repo", "folder")):
+        with pytest.raises(ValueError, match=r"the hub could not be asked for .*check the network and HF_ENDPOINT, or d"):
+            sl.load(name, id)
+
+
+def test_a_downloaded_coder_needs_no_network(hub, monkeypatch, tmp_path):
+    from huggingface_hub import constants
+
+    root, _ = hub
+    put(root, "jbloom/GPT2-Small-SAEs-Reformatted", "blocks.8.hook_resid_pre", {"sae_weights.safetensors": plain()}, cfg=OLD)
+    before = sl.load("gpt2-small-res-jb", "blocks.8.hook_resid_pre")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert sl.load("gpt2-small-res-jb", "blocks.8.hook_resid_pre").fingerprint() == before.fingerprint()
