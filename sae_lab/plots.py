@@ -1,6 +1,6 @@
 """sl.plot(result): one picture for any result, drawn by matplotlib."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sae_lab.evals.choosing import L0Choice
 from sae_lab.feature_index import FeatureView
@@ -50,7 +50,8 @@ def _sweep(sweep: Sweep) -> "Figure":
     shown = [name for name in measures if name in table]
     figure, axes = _subplots(len(shown), height=3.2)
     varied = [c for c in table.columns if c not in (*MEASURES, "seed")]
-    points = table.groupby([c for c in varied if c != "site"], dropna=False)[["l0", *shown]].mean().reset_index()
+    groups: Any = table.groupby([c for c in varied if c != "site"], dropna=False)
+    points = groups[["l0", *shown]].mean().reset_index()
     for axis, name in zip(axes, shown, strict=True):
         for number, (family, part) in enumerate(points.sort_values("l0").groupby("family", sort=False)):
             marker = "osD^vP*Xd"[number // 10 % 9]

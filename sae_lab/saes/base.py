@@ -52,6 +52,8 @@ class SparseCoder(nn.Module):
         for name, value in (("d_in", d_in), ("d_sae", d_sae), ("d_out", d_in if d_out is None else d_out)):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        if skip and d_out is None:
+            raise ValueError("skip=True needs d_out: it is a transcoder's, an SAE's would be the identity")
         self.config = {"d_in": d_in, "d_sae": d_sae, "seed": seed, **config}
         self.config |= ({} if d_out is None else {"d_out": d_out}) | ({"skip": True} if skip else {})
         self.transcodes = d_out is not None
@@ -109,9 +111,12 @@ class SparseCoder(nn.Module):
         Scales: a number, or one per layer of a crosscoder. Codes come out in units of the target. With one number for
         both, only what is in units of codes or outputs changes; else W_enc and W_dec are rescaled too.
         """
+        if self.input_norm != "none":  # what it reads has no unit
+            return
         into = self._per_column(scale, self.in_shape)
         out = self._per_column(scale if target_scale is None else target_scale, self.out_shape)
-        common = out.mean()
+        # Codes take the unit of the outputs, the geometric mean where layers differ: 1/scale then undoes scale.
+        common = out[0] if bool((out == out[0]).all()) else out.log().mean().exp()
         for name in self.code_units:
             self.get_parameter_or_buffer(name).div_(common)
         for name in self.out_units:
@@ -231,7 +236,7 @@ class SparseCoder(nn.Module):
         if self.input_norm == "none":
             return x, 0.0, None
         if self.input_norm == "length":
-            size = x.norm(dim=-1, keepdim=True) / self.d_in**0.5
+            size = x.norm(dim=-1, keepdim=True).clamp_min(1e-8) / self.d_in**0.5
             return x / size, 0.0, size
         mean = x.mean(-1, keepdim=True)
         size = (x - mean).std(-1, keepdim=True) + 1e-5  # SAELens's layer_norm

@@ -31,13 +31,16 @@ class BatchTopK(TopK):
 
     def act(self, pre: Float[Tensor, "batch d_sae"]) -> Codes:
         if self.training:
-            return sparse.top_of_batch(pre, self.k * len(pre))
+            return self._choose(pre, self.k)
         if bool(self.threshold.isnan()):
             raise ValueError(
                 f"this {type(self).__name__} has no inference threshold yet: train it with sl.train, call "
                 "sae.calibrate([activations]), or use sae.train() for batch-wise selection"
             )
         return sparse.above(pre, self.threshold)
+
+    def _choose(self, pre: Tensor, k: int) -> Codes:
+        return sparse.top_of_batch(pre, k * len(pre))
 
     def fit_threshold(self, blocks: Iterable[Tensor]) -> None:
         """θ = the (k·rows)-th largest pre-activation of each block, averaged over the rows; never below 0."""

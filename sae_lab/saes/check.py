@@ -28,7 +28,7 @@ def check(coder: SparseCoder, data: Any, rows: int = ROWS) -> dict[str, Any]:
     had none, is fitted on the same rows. Raises ValueError for activations of another width.
     """
     problems, pairs = _site_problems(coder, data), [(x.float(), y) for x, y in _pairs(data, rows)]
-    if not pairs:
+    if not any(len(x) for x, _ in pairs):
         raise ValueError("check needs activations: pass a tensor with rows, or a store that holds some")
     values, features = [], []
     error, n, target_sum, target_square = 0.0, 0, torch.zeros(coder.d_out, dtype=torch.float64), 0.0

@@ -37,6 +37,8 @@ class Gated(SparseCoder):
         gate = out.pre.relu()
         weight = self.sparsity * min(1.0, progress / WARM_UP)
         frozen = gate @ self.W_dec.detach() + self.b_dec.detach()
+        if self.W_skip is not None:
+            frozen = frozen + self._rows(batch.x)[0] @ self.W_skip.detach()
         return super().terms(batch, out, progress=progress, dead=dead) | {
             "sparsity": weight * losses.l1(gate),
             "gate": losses.mse(frozen, batch.target.flatten(1)),

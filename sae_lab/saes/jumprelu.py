@@ -33,7 +33,7 @@ class JumpReLU(SparseCoder):
         check_weight("sparsity", sparsity)
         check_weight("start", start)
         if not 0 < bandwidth < float("inf"):
-            raise ValueError(f"bandwidth must be a positive number, got {bandwidth}")
+            raise ValueError(f"bandwidth must be a positive number, got {bandwidth}: .5 is usual")
         self.sparsity, self.bandwidth = sparsity, bandwidth
         self.threshold = nn.Parameter(torch.full((d_sae,), float(start)))
 

@@ -18,7 +18,7 @@ class L1(SparseCoder):
 
     Also the base of the other families with a ReLU and a penalty.
 
-    Args: d_in, d_sae: widths. sparsity: weight of the penalty; 5 is the usual start. drop: in eval mode, codes below it
+    Args: d_in, d_sae: widths. sparsity: weight of the penalty; 5 is the usual start. drop: in eval mode, codes up to it
     are set to 0 (in units of activations of norm √d_in while training; the buffer ``floor`` holds it in raw units).
     """
 

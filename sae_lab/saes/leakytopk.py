@@ -25,7 +25,7 @@ class LeakyTopK(TopK):
         super().__init__(d_in, d_sae, k, k_aux, seed, **wiring)
         self.config["leak"] = leak
         if not 0 <= leak < 1:
-            raise ValueError(f"leak must lie in [0, 1), got {leak}")
+            raise ValueError(f"leak must lie in [0, 1), got {leak}: 0 is TopK, .1 a usual leak")
         self.leak = leak
 
     def act(self, pre: Float[Tensor, "batch d_sae"]) -> Codes | Tensor:

@@ -30,6 +30,8 @@ class Matryoshka(BatchTopK):
     Args: prefixes: rising numbers of features, the last d_sae; None: d_sae/16, /8, /4, /2 and d_sae.
     """
 
+    takes_multi = False
+
     def __init__(
         self, d_in: int, d_sae: int, k: int = 32, prefixes: Sequence[int] | None = None, k_aux: int | None = None,
         seed: int = 0, **wiring: Any,

@@ -21,6 +21,8 @@ class Ordered(BatchTopK):
     Args: k_start: None is min(d_sae, 4k).
     """
 
+    takes_multi = False
+
     def __init__(
         self, d_in: int, d_sae: int, k: int = 32, k_start: int | None = None, k_aux: int | None = None, seed: int = 0,
         **wiring: Any,

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from sae_lab.saes import losses
 from sae_lab.saes.l1 import L1, check_weight
+from sae_lab.types import Batch
 
 STEPS = 20  # in which p falls: each asks for a new weight
 
@@ -27,12 +28,17 @@ class PAnneal(L1):
         self.config["p_end"] = p_end
         check_weight("p_end", p_end)
         if not 0 < p_end <= 1:
-            raise ValueError(f"p_end must lie in (0, 1], got {p_end}")
+            raise ValueError(f"p_end must lie in (0, 1], got {p_end}: .2 is usual, 1 is L1")
         self.p_end = p_end
         self.register_buffer("p", torch.ones((), dtype=torch.float64))
         self.register_buffer("p_weight", torch.ones(()))
         self.p: Tensor
         self.p_weight: Tensor
+
+    def begin(self, batch: Batch) -> None:
+        super().begin(batch)
+        self.p.fill_(1.0)
+        self.p_weight.fill_(1.0)
 
     def penalty(self, f: Float[Tensor, "batch d_sae"], progress: float) -> Float[Tensor, ""]:
         share = round(min(max((progress - 0.1) / 0.8, 0.0), 1.0) * STEPS) / STEPS

@@ -163,7 +163,8 @@ def _saelens() -> dict[str, Release]:
     """Releases in SAELens's own format. ``centred``: its table says so, the files do not."""
 
     def blocks(repo: str, hook: str, path: str, **facts: Any) -> Release:
-        return Release(repo, "saelens", (rf"blocks\.(\d+)\.{hook}", path, f"blocks.8.{hook}"), facts)
+        some = re.sub(r"[()]|\|.*", "", hook).replace(r"\d+", "768")
+        return Release(repo, "saelens", (rf"blocks\.(\d+)\.{hook}", path, f"blocks.8.{some}"), facts)
 
     found = {
         "gpt2-small-res-jb": blocks(
@@ -341,14 +342,15 @@ class _Hub:
         return None
 
     def __exit__(self, kind: type | None, err: BaseException | None, _: Any) -> None:
-        import httpx
         from huggingface_hub import errors
 
         if isinstance(err, errors.GatedRepoError):
             raise ValueError(f"{self.what} asks you to accept its terms on the hub, and to log in") from err
         if isinstance(err, errors.RepositoryNotFoundError):
             raise ValueError(f"the hub has no repository for {self.what} (or it is private: log in)") from err
-        if isinstance(err, errors.LocalEntryNotFoundError | errors.HfHubHTTPError | OSError | httpx.HTTPError):
+        # The client's versions talk through different libraries, whose errors have no common base.
+        transport = type(err).__module__.split(".")[0] in ("httpx", "httpx2", "httpcore", "requests", "urllib3")
+        if transport or isinstance(err, errors.LocalEntryNotFoundError | errors.HfHubHTTPError | OSError):
             raise ValueError(
                 f"the hub could not be asked for {self.what} ({type(err).__name__}), and it is not in the local cache: "
                 "check the network and HF_ENDPOINT, or download the folder and pass its path"

@@ -24,7 +24,7 @@ class SmoothL0(L1):
         self.config["width"] = width
         check_weight("width", width)
         if width == 0:
-            raise ValueError("width must be above 0: at 0 the count has no gradient")
+            raise ValueError(f"width must be above 0, got {width}: at 0 the count has no gradient")
         self.width = width
 
     def penalty(self, f: Float[Tensor, "batch d_sae"], progress: float) -> Float[Tensor, ""]:

@@ -19,7 +19,7 @@ class Spline(TopK):
     Args: knots: at least 2. span: where the hats end, in pre-activations (activations have norm √d_in in training).
     """
 
-    dense = False
+    takes_multi = False
 
     def __init__(
         self, d_in: int, d_sae: int, k: int = 32, knots: int = 8, span: float = 4.0, k_aux: int | None = None,

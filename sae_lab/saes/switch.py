@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sae_lab.saes.l1 import check_weight
 from sae_lab.saes.topk import TopK
 from sae_lab.types import Batch, Codes, Output
 
@@ -18,15 +19,18 @@ class Switch(TopK):
     Args: experts: must divide d_sae. balance: weight of the balance, per dimension of x.
     """
 
+    takes_multi = False
+
     def __init__(
         self, d_in: int, d_sae: int, k: int = 32, experts: int = 8, balance: float = 0.03, k_aux: int | None = None,
         seed: int = 0, **wiring: Any,
     ):  # fmt: skip
         super().__init__(d_in, d_sae, k, k_aux, seed, **wiring)
         if not isinstance(experts, int) or experts < 1 or d_sae % experts:
-            raise ValueError(f"experts must divide d_sae={d_sae}, got {experts!r}")
+            raise ValueError(f"experts must divide d_sae={d_sae}, got {experts!r}: they have equal parts of it")
         if k > d_sae // experts:
-            raise ValueError(f"k={k} is more than the {d_sae // experts} features of one of {experts} experts")
+            raise ValueError(f"k={k} is more than the {d_sae // experts} features of one expert: take fewer experts or k")
+        check_weight("balance", balance)
         self.config |= {"experts": experts, "balance": balance}
         self.experts, self.balance = experts, balance
         generator = torch.Generator().manual_seed(seed + 1)

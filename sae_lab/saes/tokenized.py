@@ -32,12 +32,18 @@ class Tokenized(BatchTopK):
     @torch.no_grad()
     def begin(self, batch: Batch) -> None:
         super().begin(batch)
+        self._check_tokens(batch.tokens)
         if batch.tokens is not None and not bool(self.lookup.any()):
             sums = torch.zeros_like(self.lookup).index_add_(0, batch.tokens, batch.target - self.b_dec)
             counts = torch.bincount(batch.tokens, minlength=len(self.lookup))
             self.lookup.copy_(sums / (counts + 1)[:, None])  # rare tokens start nearer to no opinion
 
     def _write(self, codes: Codes | Tensor, x: Tensor | None, tokens: Tensor | None) -> Tensor:
+        self._check_tokens(tokens)
+        assert tokens is not None
+        return super()._write(codes, x, tokens) + nn.functional.embedding(tokens, self.lookup)
+
+    def _check_tokens(self, tokens: Tensor | None) -> None:
         if tokens is None:
             raise ValueError(
                 "a Tokenized coder needs token ids: call sae(x, tokens), or train it on a store, which holds them"
@@ -47,4 +53,3 @@ class Tokenized(BatchTopK):
                 f"token ids must lie from 0 to vocab-1={len(self.lookup) - 1}, got {int(tokens.min())} to "
                 f"{int(tokens.max())}: build the coder with vocab=len(lm.tokenizer)"
             )
-        return super()._write(codes, x, tokens) + nn.functional.embedding(tokens, self.lookup)

@@ -24,6 +24,8 @@ class TopK(SparseCoder):
     multi: Multi-TopK, 4 in the paper: the coder then stays good when more than k features are read out. 1 is without.
     """
 
+    takes_multi = True
+
     def __init__(
         self, d_in: int, d_sae: int, k: int = 32, k_aux: int | None = None, seed: int = 0, multi: int = 1,
         **wiring: Any,
@@ -35,17 +37,22 @@ class TopK(SparseCoder):
             raise ValueError(f"k_aux must be a positive integer, or None for d_in/2, got {k_aux!r}")
         if not isinstance(multi, int) or multi < 1:
             raise ValueError(f"multi must be a positive integer (1: no Multi-TopK), got {multi!r}")
+        if multi > 1 and not self.takes_multi:
+            raise ValueError(f"{type(self).__name__} has no Multi-TopK: leave multi={multi} out, or take TopK")
         self.k, self.multi = k, multi
         self.k_aux = k_aux or max(1, d_in // 2)
 
     def act(self, pre: Float[Tensor, "batch d_sae"]) -> Codes:
-        return sparse.top_per_row(pre, self.k)
+        return self._choose(pre, self.k)
+
+    def _choose(self, pre: Tensor, k: int) -> Codes:
+        return sparse.top_per_row(pre, k)
 
     def terms(self, batch: Batch, out: Output, *, progress: float, dead: Tensor) -> dict[str, Tensor]:
         terms = super().terms(batch, out, progress=progress, dead=dead)
         if self.multi > 1:
             rows = self._rows(batch.x)[0]
-            more = self._encode_at(sparse.top_per_row(out.pre, min(self.multi * self.k, self.d_sae)), rows)
+            more = self._encode_at(self._choose(out.pre, min(self.multi * self.k, self.d_sae)), rows)
             x_hat = self._write(more._replace(values=more.values.relu()), rows, batch.tokens)
             terms["multi"] = MULTI_WEIGHT * losses.mse(x_hat, batch.target.flatten(1))
         return terms | self.auxk(batch, out, dead, self.k_aux)

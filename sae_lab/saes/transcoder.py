@@ -18,7 +18,7 @@ class Transcoder(BatchTopK):
         self, d_in: int, d_sae: int, k: int = 32, k_aux: int | None = None, seed: int = 0, d_out: int | None = None,
         skip: bool = False,
     ):  # fmt: skip
-        super().__init__(d_in, d_sae, k, k_aux, seed, d_out=d_out or d_in, skip=skip)
+        super().__init__(d_in, d_sae, k, k_aux, seed, d_out=d_in if d_out is None else d_out, skip=skip)
 
 
 class SkipTranscoder(Transcoder):

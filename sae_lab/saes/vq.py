@@ -41,6 +41,8 @@ class VQ(SparseCoder):
 
     @torch.no_grad()
     def begin(self, batch: Batch) -> None:
+        if bool(self.b_dec.any()):  # trained before
+            return
         super().begin(batch)
         generator = torch.Generator().manual_seed(int(self.config["seed"]))
         rows = torch.randint(len(batch.target), (self.d_sae,), generator=generator).to(batch.target.device)

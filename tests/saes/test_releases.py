@@ -9,6 +9,8 @@ import json
 import re
 import socket
 import threading
+import time
+import types
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlparse
 
@@ -69,10 +71,8 @@ class Hub(BaseHTTPRequestHandler):
         if not repo.is_dir():
             return self._send(404, b"{}", X_Error_Code="RepoNotFound", X_Error_Message="Repository not found")
         files = [str(f.relative_to(repo)) for f in repo.rglob("*") if f.is_file()]
-        listing = {"id": "a/b", "modelId": "a/b", "sha": COMMIT, "private": False, "downloads": 0, "likes": 0, "tags": [],
-                   "siblings": [{"rfilename": f} for f in files]}  # fmt: skip
         tree = [{"type": "file", "path": f, "size": (repo / f).stat().st_size, "oid": "0" * 40} for f in files]
-        self._send(200, json.dumps(tree if "/tree/" in self.path else listing).encode(), Content_Type="application/json")
+        self._send(200, json.dumps(tree).encode(), Content_Type="application/json")
 
 
 @pytest.fixture
@@ -187,8 +187,8 @@ def test_gemma_scope_2(hub, sae_lens):
     said = {"architecture": "jump_relu", "model_name": "gemma-v3-270m-pt", "affine_connection": True,
             "hf_hook_point_in": "model.layers.9.pre_feedforward_layernorm.output",
             "hf_hook_point_out": "model.layers.9.post_feedforward_layernorm.output"}  # fmt: skip
-    put(root, "google/gemma-scope-2-270m-pt", "transcoder/layer_9_width_16k_l0_small_affine", {"params.safetensors": t}, config=said)  # fmt: skip
     id = "transcoder/layer_9_width_16k_l0_small_affine"
+    put(root, "google/gemma-scope-2-270m-pt", id, {"params.safetensors": t}, config=said)
     ours = sl.load("gemma-scope-2-270m-pt-transcoders", id)
     assert sorted(asked) == [f"{id}/config.json", f"{id}/params.safetensors"]
     agree(ours, sae_lens.SAE.from_pretrained("gemma-scope-2-270m-pt-transcoders", id))
@@ -204,7 +204,12 @@ def test_llama_scope(hub, sae_lens, norms):
             "dataset_average_activation_norm": norms, "hook_point_in": "blocks.15.hook_resid_post",
             "hook_point_out": "blocks.15.hook_resid_post"}  # fmt: skip
     t = plain()
-    t = {"encoder.weight": t["W_enc"].T, "encoder.bias": t["b_enc"], "decoder.weight": t["W_dec"].T, "decoder.bias": t["b_dec"]}
+    t = {
+        "encoder.weight": t["W_enc"].T,
+        "encoder.bias": t["b_enc"],
+        "decoder.weight": t["W_dec"].T,
+        "decoder.bias": t["b_dec"],
+    }
     folder = "Llama3_1-8B-Base-L15R-8x"
     put(root, "fnlp/Llama3_1-8B-Base-LXR-8x", folder, {"checkpoints/final.safetensors": t}, hyperparams=said)
     ours = sl.load("llama_scope_lxr_8x", "l15r_8x")
@@ -226,7 +231,12 @@ def test_qwen_scope_and_goodfire(hub, sae_lens):
         {"layer3.sae.pt": {n: v.T if n.startswith("W_") else v for n, v in t.items()}})  # fmt: skip
     with pytest.raises(ValueError, match="k must be from 1 to d_sae=40, got 50"):
         sl.load("qwen-scope-3-1.7b-base-w32k-l50", "layer3")
-    wide = {"W_enc": normal(D_IN, 90, seed=1) / 4, "W_dec": normal(90, D_IN, seed=2), "b_enc": normal(90), "b_dec": t["b_dec"]}
+    wide = {
+        "W_enc": normal(D_IN, 90, seed=1) / 4,
+        "W_dec": normal(90, D_IN, seed=2),
+        "b_enc": normal(90),
+        "b_dec": t["b_dec"],
+    }
     put(root, "Qwen/SAE-Res-Qwen3-1.7B-Base-W32K-L0_50", "",
         {"layer4.sae.pt": {n: v.T if n.startswith("W_") else v for n, v in wide.items()}})  # fmt: skip
     ours = sl.load("qwen-scope-3-1.7b-base-w32k-l50", "layer4")
@@ -301,7 +311,9 @@ def test_any_repository(hub, tmp_path):
     assert ours.site == Site("resid_post", 24) and ours.meta["model"] == "meta-llama/Meta-Llama-3-8B"
     assert sorted(asked) == ["config.json", "layers.24/cfg.json", "layers.24/sae.safetensors"]
 
-    with pytest.raises(ValueError, match=r"no coder at 'layers.25': pass id=, one of 2, such as 'layers.24', 'layers.23'"):
+    with pytest.raises(
+        ValueError, match=r"no coder at 'layers.25': pass id=, one of 2, such as 'layers.24', 'layers.23'"
+    ):
         sl.load("EleutherAI/sae-llama-3-8b-32x", "layers.25")
     with pytest.raises(ValueError, match=r"no coder at 'its top': pass id=, one of 2"):
         sl.load("EleutherAI/sae-llama-3-8b-32x")
@@ -336,8 +348,16 @@ def test_a_pickle_from_the_hub(hub, tmp_path, monkeypatch):
         ("gemma-scope-2b-pt-res-canonica", "x", "releases with a name like it: gemma-scope-2b-pt-res-canonical"),
         ("gpt2-small-res-jbb", None, "releases with a name like it: gpt2-small-res-jb"),
         ("zzz", None, "releases: gpt2-small-res-jb, "),
-        ("gemma-scope-2b-pt-res-canonical", "layer_20/width_17k/canonical", "near ones are 'layer_20/width_16k/canonical'"),
-        ("gemma-scope-2b-pt-res-canonical", None, "has no coder with the id None: near ones are 'layer_0/width_16k/can"),
+        (
+            "gemma-scope-2b-pt-res-canonical",
+            "layer_20/width_17k/canonical",
+            "near ones are 'layer_20/width_16k/canonical'",
+        ),
+        (
+            "gemma-scope-2b-pt-res-canonical",
+            None,
+            "has no coder with the id None: near ones are 'layer_0/width_16k/can",
+        ),
         ("llama_scope_lxr_8x", "l15m_8x", "ids look like 'l15r_8x'"),
         ("gpt2-small-res-jb", "blocks.9.hook_resid_pre", "has no file .*blocks.9.hook_resid_pre/cfg.json"),
         ("google/nothing-there", "x", "the hub has no repository for google/nothing-there"),
@@ -354,8 +374,12 @@ def test_a_hub_that_does_not_answer(monkeypatch, tmp_path):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     _point_at(monkeypatch, f"http://127.0.0.1:{port}", tmp_path / "cache")
+    impatient = types.SimpleNamespace(**{**vars(time), "sleep": lambda seconds: None})
+    monkeypatch.setattr("huggingface_hub.utils._http.time", impatient)  # the client waits 23 s for a hub to come up
     for name, id in (("gpt2-small-res-jb", "blocks.8.hook_resid_pre"), ("user/repo", "folder")):
-        with pytest.raises(ValueError, match=r"the hub could not be asked for .*check the network and HF_ENDPOINT, or d"):
+        with pytest.raises(
+            ValueError, match=r"the hub could not be asked for .*check the network and HF_ENDPOINT, or d"
+        ):
             sl.load(name, id)
 
 
@@ -363,7 +387,13 @@ def test_a_downloaded_coder_needs_no_network(hub, monkeypatch, tmp_path):
     from huggingface_hub import constants
 
     root, _ = hub
-    put(root, "jbloom/GPT2-Small-SAEs-Reformatted", "blocks.8.hook_resid_pre", {"sae_weights.safetensors": plain()}, cfg=OLD)
+    put(
+        root,
+        "jbloom/GPT2-Small-SAEs-Reformatted",
+        "blocks.8.hook_resid_pre",
+        {"sae_weights.safetensors": plain()},
+        cfg=OLD,
+    )
     before = sl.load("gpt2-small-res-jb", "blocks.8.hook_resid_pre")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert sl.load("gpt2-small-res-jb", "blocks.8.hook_resid_pre").fingerprint() == before.fingerprint()

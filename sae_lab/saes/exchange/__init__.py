@@ -51,13 +51,24 @@ def read(path: Path, facts: dict[str, Any] | None = None) -> SparseCoder | None:
     """
     facts = facts or {}
     if path.is_file():
-        return scopes.read_file(path, facts).build()
+        return _checked("single-file", scopes.read_file, path, facts)
     present = {name for files, _, _ in FILES.values() for name in files if (path / name).is_file()}
     found = format_of(present)
     if found is None and (cut := {"cfg.json", "sae_weights.safetensors", "hyperparams.json"} & present):
         wants = sorted({f for files, _, _ in FILES.values() if cut & set(files) for f in files} - present)
         raise ValueError(f"{path} has {', '.join(sorted(cut))}, but not what belongs to it: {' or '.join(wants)}")
-    return FILES[found][2](path, facts).build() if found else None
+    return _checked(found, FILES[found][2], path, facts) if found else None
+
+
+def _checked(format: str, reader: Reader, path: Path, facts: dict[str, Any]) -> SparseCoder:
+    """The coder. What a reader trips over in a config of other types than its format writes is the file's fault."""
+    try:
+        return reader(path, facts).build()
+    except (KeyError, TypeError, AttributeError, IndexError, RuntimeError, ZeroDivisionError) as err:
+        raise ValueError(
+            f"{path} is no whole {format} checkpoint: its config or tensors are not what that format has "
+            f"({type(err).__name__}: {str(err).splitlines()[0] if str(err) else ''})"
+        ) from err
 
 
 def save(coder: SparseCoder, path: Path, format: str) -> Path:

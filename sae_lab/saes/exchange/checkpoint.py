@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from sae_lab.saes.base import SparseCoder
@@ -161,7 +162,7 @@ class Checkpoint:
     def _tell(self, coder: SparseCoder) -> None:
         if self.ours is not None:
             coder.reads, coder.writes = (tuple(Site.of(s) for s in self.ours.get(k, ())) for k in ("reads", "writes"))
-            coder.meta = {**self.ours.get("meta", {}), "f_scale": "unknown"}
+            coder.meta = {**self.ours.get("meta", {}), "f_scale": "unknown", "expected": self.expected}
             return
         writes = self.writes or self.reads
         coder.reads = (self.reads.site,) if self.reads and self.reads.site else ()
@@ -187,12 +188,14 @@ class Checkpoint:
 
 
 @torch.no_grad()
-def fold_gain(coder: SparseCoder, gain: Tensor, bias: Tensor | None = None) -> SparseCoder:
+def fold_gain(
+    coder: SparseCoder, gain: Float[Tensor, " d_in"], bias: Float[Tensor, " d_in"] | None = None
+) -> SparseCoder:
     """Make a coder of z serve x = gain·z + bias, the output of a norm of which z is the part before gain and bias.
 
         W_enc' = W_enc / gain, b_enc' = b_enc − (bias/gain)·W_enc; an autoencoder's output is mapped back to x.
 
-    gain, bias: " d_in". Raises ValueError for other shapes or a gain with zeros. Changes and returns the coder.
+    Raises ValueError for other widths or a gain with zeros. Changes and returns the coder.
     """
     for name, value in (("gain", gain), ("bias", bias)):
         if value is not None and tuple(value.shape) != (coder.d_in,):
