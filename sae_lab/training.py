@@ -150,7 +150,8 @@ def rows_for(coder: SparseCoder, data: Store | Tensor | Batch) -> Store | Rows:
     rows = data.view(*coder.choose_sites(data.chosen)) if isinstance(data, Store) else Rows(data)
     if coder.input_norm != "none":
         raise ValueError(
-            f"this coder normalises each x (input_norm={coder.input_norm!r}), which training does not: train a fresh one"
+            f"this coder normalises each x (input_norm={coder.input_norm!r}), which training does not: train a fresh "
+            "one"
         )
     in_shape, out_shape = rows.shapes
     if isinstance(rows, Rows) and coder.transcodes and not rows.has_target:

@@ -591,5 +591,6 @@ def test_tensors_serve_batches_like_a_store():
 
 @pytest.mark.parametrize("x", [torch.zeros(3), torch.zeros(0, 4), torch.zeros(3, 4, dtype=torch.int64)])
 def test_tensors_that_are_refused(x):
-    with pytest.raises(ValueError, match=r"must be a float tensor \(tokens, d_in\) or \(tokens, layers, d_in\), got \("):
+    expected = r"must be a float tensor \(tokens, d_in\) or \(tokens, layers, d_in\), got \("
+    with pytest.raises(ValueError, match=expected):
         Rows(x)

@@ -125,6 +125,8 @@ def reconstruction(
         acts, ids, kept = _read(lm, [*coder.reads, at], contexts, mask)
         if not kept.any():
             raise ValueError(f"the coder's mask leaves out every token ({mask}): evaluate with another mask or text")
+        if coder.meta.get("centred"):  # it knows nothing of the mean coordinate, nor do the norms that read the stream
+            acts[at] = acts[at] - acts[at].mean(-1, keepdim=True)
         x = [acts[s] for s in coder.reads]
         x_hat, active = _reconstruct(coder, x[0] if len(x) == 1 else torch.stack(x, 1), ids)
         x_hat = x_hat if layer is None else x_hat[:, layer]

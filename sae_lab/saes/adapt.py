@@ -16,9 +16,13 @@ REVIVED = 0.2  # of the mean length of live encoder rows: a revived feature star
 PIECE = 1 << 22  # numbers in one piece of a gathered dictionary: 16 MiB
 
 
+def _batch(data: Tensor | Batch) -> Batch:
+    return data if isinstance(data, Batch) else Batch(data, data)
+
+
 def _pair(data: Tensor | Batch, coder: SparseCoder) -> tuple[Tensor, Tensor]:
     """(x, target) as rows."""
-    batch = data if isinstance(data, Batch) else Batch(data, data)
+    batch = _batch(data)
     if coder.transcodes and batch.target is batch.x:
         raise ValueError("a transcoder needs a target: pass sl.Batch(x, target)")
     target = batch.target.reshape(len(batch.target), -1).float()
@@ -85,7 +89,7 @@ def resample(coder: SparseCoder, data: Tensor | Batch, dead: Bool[Tensor, " d_sa
 
 
 def _reconstruct(coder: SparseCoder, data: Tensor | Batch) -> Tensor:
-    batch = data if isinstance(data, Batch) else Batch(data, data)
+    batch = _batch(data)
     return coder(batch.x.to(coder.b_dec.device), batch.tokens).x_hat.reshape(len(batch.x), -1)
 
 
@@ -102,9 +106,9 @@ def unsuppress(coder: SparseCoder, data: Tensor | Batch, steps: int = 60) -> Spa
     if not isinstance(coder.W_dec, torch.nn.Parameter) or coder.tied:
         raise ValueError(f"{type(coder).__name__} ties its decoder to other weights, so its rows cannot be rescaled")
     x, target = _pair(data, coder)
-    codes = coder.sparse_codes(x)
+    batch = _batch(data)
+    codes = coder.sparse_codes(batch.x.to(x.device))
     silent = codes._replace(values=torch.zeros_like(codes.values))
-    batch = data if isinstance(data, Batch) else Batch(data, data)
     wanted = target - coder._write(silent, x, batch.tokens)
 
     def apply(s: Tensor) -> Tensor:
@@ -148,8 +152,8 @@ def optimise_codes(coder: SparseCoder, data: Tensor | Batch, k: int | None = Non
     x, target = _pair(data, coder)
     if k is not None and not 1 <= k <= coder.d_sae:
         raise ValueError(f"k must be an integer from 1 to d_sae={coder.d_sae}, got {k!r}")
-    codes = coder.sparse_codes(x)
-    batch = data if isinstance(data, Batch) else Batch(data, data)
+    batch = _batch(data)
+    codes = coder.sparse_codes(batch.x.to(x.device))
     silent = codes._replace(values=torch.zeros_like(codes.values))
     wanted = target - coder._write(silent, x, batch.tokens)
     W_dec = coder.W_dec.detach()
@@ -213,7 +217,7 @@ def realign(coder: SparseCoder, data: Tensor | Batch, rank: int | None = None, r
     """
     if not isinstance(coder.W_dec, torch.nn.Parameter) or coder.tied:
         raise ValueError(f"{type(coder).__name__} ties its decoder to other weights, so it cannot be refitted alone")
-    x, target = _pair(data, coder)
+    _, target = _pair(data, coder)
     centred = target - target.mean(0)
     variance, V = torch.linalg.eigh((centred.T @ centred).double())
     if rank is None:
@@ -227,7 +231,7 @@ def realign(coder: SparseCoder, data: Tensor | Batch, rank: int | None = None, r
     left, _, right = torch.linalg.svd(V.T @ U)
     rotated = D @ U @ (left @ right).T @ V.T
 
-    f = coder.sparse_codes(x).dense()
+    f = coder.sparse_codes(_batch(data).x.to(target.device)).dense()
     mean_f, mean_y = f.mean(0), target.mean(0)
     gram = (f - mean_f).T @ (f - mean_f)
     power = gram.diagonal()

@@ -163,7 +163,7 @@ class SparseCoder(nn.Module):
         rows, mean, size = self._enter(rows)
         pre, codes = self._codes(rows)
         x_hat = self._write(codes, rows, None if tokens is None else tokens.reshape(-1))
-        if size is not None:
+        if size is not None and not self.transcodes:  # a transcoder's target was never normalised
             x_hat = x_hat * size + mean
         return Output(x_hat.reshape(*lead, *self.out_shape), codes, pre)
 
@@ -239,8 +239,8 @@ class SparseCoder(nn.Module):
             size = x.norm(dim=-1, keepdim=True).clamp_min(1e-8) / self.d_in**0.5
             return x / size, 0.0, size
         mean = x.mean(-1, keepdim=True)
-        size = (x - mean).std(-1, keepdim=True) + 1e-5  # SAELens's layer_norm
-        return (x - mean) / size, mean, size
+        size = (x - mean).std(-1, keepdim=True)
+        return (x - mean) / (size + 1e-5), mean, size  # as SAELens's layer_norm does and undoes it
 
     # ---- training
 

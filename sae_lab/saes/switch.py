@@ -29,7 +29,8 @@ class Switch(TopK):
         if not isinstance(experts, int) or experts < 1 or d_sae % experts:
             raise ValueError(f"experts must divide d_sae={d_sae}, got {experts!r}: they have equal parts of it")
         if k > d_sae // experts:
-            raise ValueError(f"k={k} is more than the {d_sae // experts} features of one expert: take fewer experts or k")
+            size = d_sae // experts
+            raise ValueError(f"k={k} is more than the {size} features of one expert: take fewer experts or a smaller k")
         check_weight("balance", balance)
         self.config |= {"experts": experts, "balance": balance}
         self.experts, self.balance = experts, balance

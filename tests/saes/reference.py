@@ -20,7 +20,7 @@ class Dense:
         p = self.p
         self.x, self.target = batch.x.double().flatten(1), batch.target.double().flatten(1)
         self.W_dec = p["W_dec"] if "W_dec" in p else torch.einsum("fr,fc->frc", p["V"], p["W"]).flatten(1)
-        self.W_enc = p["W_enc"] if "W_enc" in p else self.W_dec.T
+        self.W_enc = p.get("W_enc", self.W_dec.T)
         self.centred = self.x - p["b_dec"] if coder.pre_bias else self.x
         self.pre = self.centred @ self.W_enc + (p["b_enc"] if "b_enc" in p else -(self.W_dec**2).sum(1) / 2)
 

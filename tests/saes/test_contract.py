@@ -41,7 +41,8 @@ def test_forward_is_decode_of_encode(fitted, x, mode):
     assert torch.equal(out.f, fitted.encode(x, ids))
     active = out.f > 0
     dense = reference.Dense(fitted, batch_for(x, fitted))
-    assert near(out.f.double(), dense.codes(active)) and near(out.x_hat.double().flatten(1), dense.write(out.f.double()))
+    assert near(out.f.double(), dense.codes(active))
+    assert near(out.x_hat.double().flatten(1), dense.write(out.f.double()))
     if fitted.W_skip is None:
         assert near(out.x_hat, fitted.decode(out.f, ids))
     assert (out.f >= 0).all() and 0 < active.float().mean() < 1
@@ -213,7 +214,8 @@ def test_save_and_load(fitted, x, tmp_path, caplog):
         assert torch.equal(loaded.state_dict()[name], tensor), name
     assert loaded.reads == loaded.writes == fitted.reads and loaded.site == Site("attn_z", 3, head=1)
     assert loaded.mask == mask and loaded.meta == fitted.meta
-    assert loaded.fingerprint() == fitted.fingerprint() and torch.equal(loaded(x, ids_for(x, fitted)).x_hat, fitted(x, ids_for(x, fitted)).x_hat)
+    assert loaded.fingerprint() == fitted.fingerprint()
+    assert torch.equal(loaded(x, ids_for(x, fitted)).x_hat, fitted(x, ids_for(x, fitted)).x_hat)
 
 
 def test_an_unfitted_coder_survives_the_disk(coder, tmp_path):
@@ -225,7 +227,8 @@ def test_it_prints_what_it_is(family):
     coder = make(family)
     coder.reads = (Site("resid_post", 8),)
     text = repr(coder)
-    assert text.startswith(f"{family}(d_in={WIDTHS.get(family, D_IN)}, d_sae={D_SAE}") and "at Site('resid_post', layer=8)" in text
+    assert text.startswith(f"{family}(d_in={WIDTHS.get(family, D_IN)}, d_sae={D_SAE}")
+    assert "at Site('resid_post', layer=8)" in text
 
 
 # ---- refused
