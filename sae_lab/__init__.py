@@ -27,7 +27,7 @@ _HOME = {
     "load": "saes.formats",
     "sweep": "sweeping", "Sweep": "sweeping",
     "match": "matching",
-    "train": "training", "TrainConfig": "training", "Run": "training",
+    "train": "training", "meta_sae": "training", "TrainConfig": "training", "Run": "training",
     "features": "feature_index", "index_features": "feature_index", "FeatureIndex": "feature_index",
     "Steer": "edit", "Ablate": "edit", "Clamp": "edit",
     "FeatureInspector": "widgets",
@@ -83,6 +83,7 @@ if TYPE_CHECKING:
     from sae_lab.sweeping import sweep as sweep
     from sae_lab.training import Run as Run
     from sae_lab.training import TrainConfig as TrainConfig
+    from sae_lab.training import meta_sae as meta_sae
     from sae_lab.training import train as train
     from sae_lab.types import Batch as Batch
     from sae_lab.types import Site as Site

@@ -85,8 +85,8 @@ class Edit:
         """Edits in units of f_scale need a feature that has fired."""
         if self.coder.meta.get("f_scale") == "unknown" and not bool(self.coder.f_scale.any()):
             raise ValueError(
-                "this coder's format does not tell how strongly its features fire, which edits are measured in: load it "
-                "with sl.load(..., check=store), or call sae.calibrate([activations])"
+                "this coder's format does not tell how strongly its features fire, which edits are measured in: load "
+                "it with sl.load(..., check=store), or call sae.calibrate([activations])"
             )
         if silent := [f for f, s in zip(self.features, scale.tolist(), strict=True) if s == 0]:
             raise ValueError(

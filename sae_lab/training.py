@@ -21,6 +21,7 @@ from torch import Tensor
 from sae_lab import cache
 from sae_lab.saes import formats, losses
 from sae_lab.saes.base import SparseCoder
+from sae_lab.saes.batchtopk import BatchTopK
 from sae_lab.store import Rows, Store
 from sae_lab.types import Batch, Codes, Output
 
@@ -143,6 +144,18 @@ def train(
     """
     rows = rows_for(coder, data)
     return Training(coder, rows, config, Path(path) if path is not None else None, tuple(callbacks)).run()
+
+
+def meta_sae(coder: SparseCoder, d_sae: int, k: int, config: TrainConfig, *, seed: int = 0) -> Run:
+    """A BatchTopK trained on the decoder rows of another coder, each row a token: are its features made of fewer parts?
+    (Bussmann et al. 2024, "Showing SAE Latents Are Not Atomic Using Meta-SAEs"). Rows that never fired are left out.
+
+    Args: d_sae: parts to look for, fewer than the rows. k: parts of a row.
+    """
+    rows = torch.nn.functional.normalize(coder.W_dec.detach(), dim=1)
+    live = coder.f_scale > 0
+    meta = BatchTopK(coder.d_out, d_sae, k, seed=seed).to(rows.device)
+    return train(meta, rows[live] if bool(live.any()) else rows, config)
 
 
 def rows_for(coder: SparseCoder, data: Store | Tensor | Batch) -> Store | Rows:

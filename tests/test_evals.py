@@ -293,3 +293,285 @@ def test_an_unfitted_coder(tiny_lm, small_text):
     with pytest.raises(ValueError, match="no inference threshold yet"):
         sl.evals.reconstruction(coder, tiny_lm, small_text, **SMALL)
     assert coder.training
+
+
+# ---- coders that read one thing and write another
+
+
+IN, OUT = Site("mlp_in", 1), Site("mlp_out", 1)
+LITTLE = {"tokens": 160, "context": 32}
+
+
+def wired(coder, reads, writes, x=None, **meta):
+    """An untrained coder at these sites, off its symmetric start, with a threshold where it needs one."""
+    with torch.no_grad():
+        for i, p in enumerate(coder.parameters()):
+            p += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i))
+    coder.reads, coder.writes, coder.meta = tuple(reads), tuple(writes), meta
+    coder.calibrate([x])
+    return coder.eval()
+
+
+def together(lm, text, sites, mask=None, tokens=160, context=32):
+    """(kept activations of each site, token ids), one context at a time; one site's mask leaves out at all."""
+    mask, xs, ids = mask or lm.mask(), {s: [] for s in sites}, []
+    for c in spread_contexts(lm, text, tokens, context):
+        reading = lm.read([c.ids], list(sites))
+        acts = {s: reading[s] for s in sites}
+        keep = mask.keep(reading.ids, reading.batch.positions, acts)[0]
+        ids.append(reading.ids[0][keep])
+        for s in sites:
+            xs[s].append(acts[s][0][keep])
+    return {s: torch.cat(x) for s, x in xs.items()}, torch.cat(ids)
+
+
+def read_and_spliced(coder, lm, text, at, layer, mask=None, tokens=160, context=32):
+    """ΔCE with what the coder makes of the clean reads written at ``at``, one context at a time."""
+    mask, deltas = mask or lm.mask(), []
+    for c in spread_contexts(lm, text, tokens, context):
+        batch = pad([c.ids])
+        reading = lm.read([c.ids], [*coder.reads, at])
+        acts = {s: reading[s] for s in (*coder.reads, at)}
+        keep = mask.keep(batch.ids, batch.positions, acts).unsqueeze(-1)
+        x = [acts[s][0] for s in coder.reads]
+        with torch.no_grad():
+            x_hat = coder(x[0] if len(x) == 1 else torch.stack(x, 1), batch.ids[0]).x_hat
+        new = x_hat if layer is None else x_hat[:, layer]
+
+        def write(y, _, keep=keep, new=new):
+            return torch.where(keep, new[None], y)
+
+        clean, changed = (
+            token_losses(lm.run(batch, writes=writes)[1], batch)[0, 1:] for writes in ([], [Write(at, write)])
+        )
+        deltas.append(changed - clean)
+    return float(torch.cat(deltas).double().mean())
+
+
+def unexplained(y_hat, y):
+    return float((y - y_hat.detach()).pow(2).sum() / (y - y.mean(0)).pow(2).sum())
+
+
+def test_a_perfect_transcoder_loses_nothing(tiny_lm, small_text):
+    """A block's output is the next one's input: the identity between these sites is a transcoder, and exact."""
+    before, after = Site("resid_post", 0), Site("resid_pre", 1)
+    coder = sl.L1(48, 96, d_out=48)
+    with torch.no_grad():
+        coder.W_enc.copy_(torch.cat([torch.eye(48), -torch.eye(48)], dim=1))
+        coder.W_dec.copy_(coder.W_enc.T)
+    coder.reads, coder.writes = (before,), (after,)
+    r = sl.evals.reconstruction(coder, tiny_lm, small_text, **LITTLE)
+    assert r.ce_delta == 0.0 and r.fvu == 0.0 and r.fvu_all_tokens == 0.0 and r.ce_recovered == 1.0 and r.l0 == 48.0
+    assert abs(r.ce_delta_mean_ablation) > 0.01, "the loss can move"
+    # The same weights between sites that are not the same: what they read is not what they should write.
+    coder.reads = (Site("embed"),)
+    other = sl.evals.reconstruction(coder, tiny_lm, small_text, **LITTLE)
+    assert other.fvu > 0.1 and abs(other.ce_delta) > 0.01
+
+
+@pytest.mark.usefixtures("make_tiny")  # one thread
+def test_a_skip_alone_stands_in_for_a_linear_layer(make_module, tokenizer, small_text):
+    """No feature fires, and nothing is lost: all of an MLP that is a matrix goes through the skip."""
+    module = make_module("llama", len(tokenizer))
+    linear = torch.nn.Linear(48, 48)
+    with torch.no_grad():
+        linear.weight.normal_(0, 48**-0.5, generator=torch.Generator().manual_seed(0))
+    module.model.layers[1].mlp = linear
+    lm = sl.LM(module, tokenizer=tokenizer)
+    coder = sl.SkipTranscoder(48, 64, k=4)
+    with torch.no_grad():
+        coder.threshold.fill_(1e9)
+        coder.W_skip.copy_(linear.weight.T)
+        coder.b_dec.copy_(linear.bias)
+    coder.reads, coder.writes = (IN,), (OUT,)
+    r = sl.evals.reconstruction(coder.eval(), lm, small_text, **LITTLE)
+    assert r.l0 == 0 and r.fvu < 1e-10 and abs(r.ce_delta) < 1e-5 and r.ce_recovered == pytest.approx(1, abs=1e-3)
+    assert abs(r.ce_delta_zero_ablation) > 0.01 and r.pca_rank == 4
+    with torch.no_grad():
+        coder.W_skip.zero_()
+    without = sl.evals.reconstruction(coder, lm, small_text, **LITTLE)
+    assert without.fvu > 0.9 and abs(without.ce_delta) > 1e-3, "it was the skip"
+
+
+@pytest.mark.parametrize("name", ["Transcoder", "SkipTranscoder", "JumpReLU"])
+def test_a_transcoder_is_measured_where_it_writes(name, tiny_lm, small_text):
+    """FVU of what it should write, and its reconstruction from the clean input; the mask of both sites."""
+    x, y = (kept_activations(tiny_lm, small_text, site, **LITTLE) for site in (IN, OUT))
+    limits = {IN.key: float(x.norm(dim=-1).quantile(0.8)), OUT.key: float(y.norm(dim=-1).quantile(0.8))}
+    arguments = {"sparsity": 0.1, "d_out": 48} if name == "JumpReLU" else {"k": 6}
+    for mask in (None, TokenMask((), True, limits)):
+        meta = {} if mask is None else {"mask": mask.to_dict()}
+        coder = wired(getattr(sl, name)(48, 64, **arguments), [IN], [OUT], x, **meta)
+        r = sl.evals.reconstruction(coder, tiny_lm, small_text, **LITTLE)
+        acts, _ = together(tiny_lm, small_text, (IN, OUT), mask)
+        assert r.fvu == pytest.approx(unexplained(coder(acts[IN]).x_hat, acts[OUT]), rel=1e-3)
+        assert r.fvu != pytest.approx(unexplained(coder(acts[IN]).x_hat, acts[IN]), rel=1e-2)
+        assert r.l0 == pytest.approx(float((coder.encode(acts[IN]) > 0).sum()) / len(acts[IN]), rel=1e-2)
+        assert r.ce_delta == pytest.approx(
+            read_and_spliced(coder, tiny_lm, small_text, OUT, None, mask), rel=1e-3, abs=1e-4
+        )
+        assert abs(r.ce_delta) > 1e-3 and r.excluded == pytest.approx(1 - len(acts[IN]) / r.tokens)
+        zero = delta_by_hand(tiny_lm, small_text, OUT, tiny_lm.mask(), torch.zeros_like, **LITTLE)
+        assert (r.ce_delta_zero_ablation == pytest.approx(zero, rel=1e-3)) == (mask is None)
+    assert r.excluded > 0.2, "the norm at one site leaves a token out at both"
+    rank = r.pca_rank  # PCA is of what is written
+    values = torch.linalg.eigvalsh(torch.cov(acts[OUT].double().T)).flip(0)
+    assert r.pca_fvu == pytest.approx(float(values[rank:].sum() / values.sum()), rel=1e-3)
+
+
+def test_a_crosscoder_layer_by_layer(tiny_lm, small_text):
+    """The last layer unless another is asked for; each with its own FVU, splice and ablations."""
+    sites = (Site("resid_post", 0), OUT, Site("resid_post", 2))
+    acts, _ = together(tiny_lm, small_text, sites)
+    x = torch.stack(list(acts.values()), 1)
+    coder = wired(sl.Crosscoder(48, 96, layers=3, k=12), sites, sites, x)
+    x_hat = coder(x).x_hat
+    results = {s: sl.evals.reconstruction(coder, tiny_lm, small_text, **LITTLE, site=s) for s in sites}
+    for layer, (site, r) in enumerate(results.items()):
+        assert r.fvu == pytest.approx(unexplained(x_hat[:, layer], x[:, layer]), rel=1e-3)
+        by_hand = read_and_spliced(coder, tiny_lm, small_text, site, layer)
+        assert r.ce_delta == pytest.approx(by_hand, rel=1e-3, abs=1e-4) and abs(r.ce_delta) > 1e-3
+        zero = delta_by_hand(tiny_lm, small_text, site, tiny_lm.mask(), torch.zeros_like, **LITTLE)
+        assert r.ce_delta_zero_ablation == pytest.approx(zero, rel=1e-3, abs=1e-4)
+    assert len({r.fvu for r in results.values()}) == 3 and len({r.l0 for r in results.values()}) == 1
+    default = sl.evals.reconstruction(coder, tiny_lm, small_text, **LITTLE)
+    assert str(default) == str(results[sites[2]]) != str(results[sites[0]])
+    spelt = sl.evals.reconstruction(coder, tiny_lm, small_text, **LITTLE, site="blocks.1.hook_mlp_out")
+    assert str(spelt) == str(results[OUT])
+
+
+def test_tokens_reach_a_tokenized_coder(tiny_lm, small_text, tokenizer):
+    acts, ids = together(tiny_lm, small_text, (SITE,))
+    coder = wired(sl.Tokenized(48, 64, vocab=len(tokenizer), k=6), [SITE], [SITE], acts[SITE])
+    with torch.no_grad():
+        coder.lookup[ids] = acts[SITE] / 2  # a table that matters
+    r = sl.evals.reconstruction(coder, tiny_lm, small_text, **LITTLE)
+    assert r.fvu == pytest.approx(unexplained(coder(acts[SITE], ids).x_hat, acts[SITE]), rel=1e-3)
+    assert r.fvu != pytest.approx(unexplained(coder(acts[SITE], ids.roll(1)).x_hat, acts[SITE]), rel=1e-2)
+    assert r.ce_delta == pytest.approx(read_and_spliced(coder, tiny_lm, small_text, SITE, None), rel=1e-3, abs=1e-4)
+
+
+def test_the_site_of_a_coder_that_has_one(tiny_lm, small_text):
+    """For an SAE to name its own site changes nothing."""
+    coder = at(sl.TopK(48, 96, k=5))
+    before = sl.evals.reconstruction(coder, tiny_lm, small_text, **LITTLE)
+    for site in (SITE, "layers.1"):
+        assert str(sl.evals.reconstruction(coder, tiny_lm, small_text, **LITTLE, site=site)) == str(before)
+    half = at(sl.TopK(48, 96, k=5))
+    half.writes = ()  # known where it reads, and so where it writes
+    assert str(sl.evals.reconstruction(half, tiny_lm, small_text, **LITTLE)) == str(before)
+
+
+def test_sites_that_are_no_place_to_splice(tiny_lm, small_text):
+    x = torch.randn(50, 48, generator=torch.Generator().manual_seed(0))
+    transcoder = wired(sl.Transcoder(48, 64, k=6), [IN], [OUT], x)
+    crosscoder = wired(sl.Crosscoder(48, 64, layers=2, k=6), [IN, OUT], [IN, OUT], torch.stack([x, x], 1))
+    narrow = wired(sl.Transcoder(48, 64, k=6, d_out=20), [IN], [OUT], x)
+    wide = wired(sl.Crosscoder(20, 64, layers=2, k=6), [IN, OUT], [IN, OUT], torch.stack([x, x], 1)[..., :20])
+    nowhere = wired(sl.Crosscoder(48, 64, layers=2, k=6), [], [], torch.stack([x, x], 1))
+    for coder, site, words in (
+        (transcoder, IN, r"this coder writes Site\('mlp_out', layer=1\), got site=Site\('mlp_in', layer=1\)"),
+        (crosscoder, SITE, r"this coder writes Site\('mlp_in', layer=1\), Site\('mlp_out', layer=1\), got site="),
+        (at(sl.TopK(48, 96, k=5)), "layers.0", r"this coder writes Site\('resid_post', layer=1\), got site="),
+        (narrow, None, r"the coder writes d_out=20, LM\(.*\) has width 48 at Site\('mlp_out', layer=1\): wrong"),
+        (wide, None, r"the coder reads d_in=20, LM\(.*\) has width 48 at Site\('mlp_in', layer=1\): wrong model"),
+        (nowhere, None, "this coder does not know its site"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            sl.evals.reconstruction(coder, tiny_lm, small_text, **LITTLE, site=site)
+
+
+def test_a_trained_transcoder_is_measured_from_what_it_knows(tiny_lm, small_text, tmp_path):
+    """Sites, mask and context travel with it from training to the eval, through a file."""
+    store = sl.harvest(tiny_lm, [IN, OUT], small_text, 2000, context=32, path=tmp_path / "store")
+    sae = sl.Transcoder(48, 96, k=8)
+    sl.train(sae, store, sl.TrainConfig(steps=60, batch_size=128), path=tmp_path / "run")
+    loaded = sl.load(tmp_path / "run")
+    r = sl.evals.reconstruction(loaded, tiny_lm, small_text.held_out, tokens=200)
+    acts, _ = together(tiny_lm, small_text.held_out, (IN, OUT), store.mask, 200)
+    assert r.fvu == pytest.approx(unexplained(sae(acts[IN]).x_hat, acts[OUT]), rel=1e-3)
+    assert r.mask == str(store.mask) and r.dead == sae.meta["dead"] and r.l0 == pytest.approx(8, rel=0.5)
+
+
+# ---- edits of such coders
+
+
+def test_edits_refuse_what_writes_elsewhere(tiny_lm):
+    x = torch.randn(50, 48, generator=torch.Generator().manual_seed(0))
+    words = r"edits act where a coder reads and writes the same site; .* take an SAE of one of them"
+    for coder in (
+        wired(sl.Transcoder(48, 64, k=6), [IN], [OUT], x),
+        wired(sl.SkipTranscoder(48, 64, k=6), [IN], [OUT], x),
+        wired(sl.L1(48, 64, d_out=48), [IN], [OUT], x),
+    ):
+        live = int(coder.f_scale.argmax())
+        for edit in (sl.Steer(coder, live), sl.Ablate(coder, live), sl.Clamp(coder, live, error="drop")):
+            with pytest.raises(ValueError, match=words):
+                tiny_lm.logits("The ship went down the river", edits=[edit])
+
+
+def test_edits_refuse_a_crosscoder_for_what_it_is(tiny_lm):
+    """It knows its sites, and has two: that it should be trained on a store is no remedy."""
+    x = torch.randn(50, 2, 48, generator=torch.Generator().manual_seed(0))
+    coder = wired(sl.Crosscoder(48, 64, layers=2, k=6), [IN, OUT], [IN, OUT], x)
+    with pytest.raises(ValueError, match="take an SAE of one of them"):
+        tiny_lm.logits("The ship went down the river", edits=[sl.Ablate(coder, 0)])
+
+
+@pytest.fixture(scope="module")
+def tokenized(make_tiny, tokenizer):
+    lm = make_tiny("llama")
+    reading = lm.read(["The ship went down the river to the sea", "A red fox crossed the field at dawn"], [SITE])
+    x = reading[SITE][reading.mask & (reading.batch.positions > 0)]
+    coder = wired(sl.Tokenized(48, 64, vocab=len(tokenizer), k=6), [SITE], [SITE], x)
+    return coder, int((coder.encode(x) > 0).sum(0).argmax())
+
+
+def test_dropping_the_error_of_a_tokenized_coder(tiny_lm, tokenized):
+    """decode(z') needs each token's own id, whatever stands beside it: padding, the prefix, other rows."""
+    coder, feature = tokenized
+    prompts = ["The ship went down the river to the sea", "A red fox"]
+    edit = sl.Ablate(coder, feature, error="drop")
+    clean, edited = tiny_lm.read(prompts, [SITE]), tiny_lm.read(prompts, [SITE], edits=[edit])
+    fired = 0
+    for row in range(2):
+        n = int(clean.mask[row].sum())
+        x, ids = clean[SITE][row, :n], clean.ids[row, :n]
+        f = coder.encode(x).detach()
+        fired += int((f[1:, feature] > 0).sum())
+        f[:, feature] = 0
+        expected = torch.cat([x[:1], coder.decode(f, ids)[1:]]).detach()  # the prefix is left out, and passes unchanged
+        assert torch.allclose(edited[SITE][row, :n], expected, atol=1e-4 * float(expected.abs().max()))
+        shifted = coder.decode(f, ids.roll(1)).detach()
+        assert not torch.allclose(edited[SITE][row, 1:n], shifted[1:], atol=1e-2 * float(expected.abs().max()))
+    assert fired, "the feature that is taken out was there"
+    some = sl.Ablate(coder, feature, positions=[2, 5], error="drop")
+    part = tiny_lm.read(prompts[:1], [SITE], edits=[some])[SITE][0]
+    at, n = torch.tensor([2, 5]), part.shape[0]
+    rest = torch.tensor([i for i in range(n) if i not in (2, 5)])
+    assert torch.equal(part[rest], clean[SITE][0, :n][rest])
+    assert torch.allclose(part[at], edited[SITE][0, :n][at], atol=1e-4 * float(part.abs().max()))
+
+
+def test_edits_of_a_tokenized_coder_that_keep_the_error(tiny_lm, tokenized):
+    """The table has no part in the difference of two decodes."""
+    coder, feature = tokenized
+    prompt = "The ship went down the river to the sea"
+    edit = sl.Steer(coder, feature, strength=2)
+    clean, edited = tiny_lm.read(prompt, [SITE])[SITE][0], tiny_lm.read(prompt, [SITE], edits=[edit])[SITE][0]
+    step = 2 * coder.f_scale[feature] * coder.W_dec[feature].detach()
+    assert torch.allclose(edited[1:] - clean[1:], step.expand_as(clean[1:]), atol=1e-3 * float(step.abs().max()))
+
+
+def test_a_tokenized_coder_edits_what_is_generated(tiny_lm, tokenized):
+    """With the KV cache a step sees one token: its id, not the prompt's, is looked up."""
+    coder, feature = tokenized
+    edits = [sl.Ablate(coder, feature, error="drop")]
+    prompt = "The ship went down"
+    ids = tiny_lm.tokenize([prompt]).ids[0].tolist()
+    for _ in range(4):
+        ids.append(int(tiny_lm.logits([ids], edits=edits)[0, -1].argmax()))
+    text = tiny_lm.generate(prompt, max_new_tokens=4, edits=edits)
+    assert text.endswith(tiny_lm.tokenizer.decode(ids[-4:]))
+    clean = tiny_lm.generate(prompt, max_new_tokens=4)
+    assert text != clean

@@ -19,7 +19,7 @@ import torch
 import sae_lab as sl
 from sae_lab import harvesting
 from sae_lab.store import Rows, Store, permute
-from sae_lab.types import Site, TokenMask
+from sae_lab.types import Batch, Site, TokenMask
 
 A, B, Z = Site("resid_post", 1), Site("mlp_out", 0), Site("attn_z", 1, head=2)
 # float16 keeps 11 bits: half a unit in the last place of values at most as large as the largest.
@@ -594,3 +594,113 @@ def test_tensors_that_are_refused(x):
     expected = r"must be a float tensor \(tokens, d_in\) or \(tokens, layers, d_in\), got \("
     with pytest.raises(ValueError, match=expected):
         Rows(x)
+
+
+# ---- several sites in one batch, and rows that no batch holds
+
+
+def test_views(harvest, tmp_path):
+    """x from some sites, target from others, of the same tokens; several are stacked as layers in the order given."""
+    store = harvest([A, B], path=tmp_path / "s")
+    a, b = (everything(store, site.key) for site in (A, B))
+    for reads, writes, x, target in [
+        ([A], [B], a, b),
+        ([B], [A], b, a),
+        ([B], [B], b, b),
+        ([A, B], [A, B], torch.stack([a, b], 1), torch.stack([a, b], 1)),
+        ([B, A], [A], torch.stack([b, a], 1), a),
+    ]:
+        view = store.view(reads, writes)
+        assert len(view) == len(store) and view.training_rows == store.at(A).training_rows
+        seen, read = [], view.rows
+        view.rows = lambda rows, key, read=read, seen=seen: seen.append(rows.tolist()) or read(rows, key)
+        batch = view.batch(3, 50, seed=1)
+        rows = seen[0]
+        assert torch.equal(batch.x, x[rows]) and torch.equal(batch.target, target[rows])
+        assert (batch.target is batch.x) == (reads == writes), "what is the same is read once"
+        assert all(other == rows for other in seen)
+        assert len(seen) == len(reads) + (len(writes) if writes != reads else 0) + 2  # and ids and positions
+        assert torch.equal(batch.tokens, everything(store, "token")[rows])
+        assert view.shapes == (tuple(x.shape[1:]), tuple(target.shape[1:]))
+        assert (view.reads, view.writes, list(view.chosen)) == (tuple(reads), tuple(writes), reads)
+        assert torch.equal(view.reserved(30), view.unseen(30).x), "reserved is of what is read"
+        assert torch.equal(torch.cat([block for _, block in view.blocks(300)]), x)
+    assert torch.equal(store.view([A], [A]).batch(3, 50).x, store.at(A).batch(3, 50).x)
+
+
+def test_fingerprints_tell_views_apart(harvest, tmp_path):
+    store = harvest([A, B], path=tmp_path / "s")
+    views = [([A], [A]), ([B], [B]), ([A], [B]), ([B], [A]), ([A, B], [A, B]), ([B, A], [B, A])]
+    prints = [store.view(*v).fingerprint for v in views]
+    assert len(set(prints)) == len(views) and store.fingerprint not in prints[2:]
+    assert prints == [Store(store.path, 1000).view(*v).fingerprint for v in views]
+    assert store.at(A).fingerprint == prints[0]
+    assert Store(store.path, 900).view([A], [B]).fingerprint != prints[2]
+    assert len(Store(store.path, 900).view([A], [B])) == 900, "a view sees as many rows as its store"
+
+
+def test_views_that_are_refused(harvest, tmp_path):
+    store = harvest([A, B, Z], path=tmp_path / "s")
+    for reads, writes in (([Site("embed")], [A]), ([A], [Site("embed")])):
+        with pytest.raises(
+            ValueError, match=r"this store has no Site\('embed'\); it has Site\('resid_post', layer=1\)"
+        ):
+            store.view(reads, writes)
+    assert store.view([A], [Z]).shapes == ((48,), (12,)), "x and target may be of different widths"
+    with pytest.raises(ValueError, match=r"sites that are stacked as layers must be equally wide, got \{.*48.*12\}"):
+        _ = store.view([A, Z], [A, Z]).shapes
+
+
+def test_unseen_rows_of_a_store(harvest, tmp_path):
+    store = harvest([A, B], tokens=500, path=tmp_path / "s").view([A], [B])
+    rows, unseen = asked(store, lambda: store.unseen(10**6))
+    trained, _ = asked(store, lambda: store.batch(0, store.training_rows))
+    assert sorted(rows + trained) == list(range(500)) and torch.equal(unseen.x, store.reserved(10**6))
+    assert torch.equal(unseen.target, everything(store, B.key)[rows])
+    assert torch.equal(unseen.tokens, everything(store, "token")[rows])
+    some = store.unseen(7)
+    assert torch.equal(some.x, unseen.x[:7]) and len(some.tokens) == 7
+
+
+def test_unseen_rows_of_a_store_too_small_to_reserve_any(harvest, tmp_path):
+    store = harvest(text=["The ship went down the river to the sea " * 9], tokens=40, path=tmp_path / "s")
+    assert store.reserved(5) is None and store.training_rows == len(store)
+    assert torch.equal(store.unseen(3).x, everything(store, A.key)[-3:])
+    assert len(store.unseen(10**6).x) == len(store)
+
+
+def test_a_batch_of_all_tokens_serves_batches():
+    """Target and ids stay beside their row, in batches, in what is reserved, and in what is unseen."""
+    n = 5200
+    x = torch.arange(float(n))[:, None].expand(n, 3)
+    whole = Batch(x, (torch.arange(n) % 7)[:, None, None].expand(n, 2, 4).half(), torch.arange(n).int())
+    rows = Rows(whole)
+    assert rows.shapes == ((3,), (2, 4)) and rows.has_target and len(rows) == n
+    for batch in (rows.batch(2, 100, seed=5), rows.unseen(200)):
+        number = batch.x[:, 0]
+        assert torch.equal(batch.target, (number % 7)[:, None, None].expand(-1, 2, 4))
+        assert torch.equal(batch.tokens, number.long()) and batch.target.dtype == torch.float32
+    assert torch.equal(rows.unseen(200).x, rows.reserved(200))
+    assert torch.equal(rows.batch(2, 100, seed=5).x, Rows(x).batch(2, 100, seed=5).x), "the same rows as of x alone"
+    plain = Rows(Batch(x, x, whole.tokens))
+    batch = plain.batch(0, 10)
+    assert not plain.has_target and batch.target is batch.x and torch.equal(batch.tokens, batch.x[:, 0].long())
+
+
+def test_fingerprints_of_batches():
+    """A run is of its targets and tokens too."""
+    g = torch.Generator().manual_seed(0)
+    x, y, ids = torch.randn(50, 3, generator=g), torch.randn(50, 3, generator=g), torch.arange(50)
+    batches = [Batch(x, x), Batch(x, y), Batch(y, x), Batch(x, x, ids), Batch(x, x, ids.flip(0)), Batch(x, y, ids)]
+    prints = [Rows(b).fingerprint for b in batches]
+    assert len(set(prints)) == len(batches) and prints == [Rows(b).fingerprint for b in batches]
+    assert Rows(x).fingerprint == prints[0] and Rows(Batch(x, x.clone())).fingerprint != prints[0]
+    assert Rows(x[::2]).fingerprint == Rows(x[::2].clone()).fingerprint, "of the numbers, not of their memory"
+
+
+def test_layers_in_a_tensor():
+    x = torch.randn(60, 2, 4, generator=torch.Generator().manual_seed(0))
+    rows = Rows(x)
+    assert rows.shapes == ((2, 4), (2, 4)) and rows.batch(0, 7).x.shape == (7, 2, 4)
+    assert torch.equal(torch.cat([b for _, b in rows.blocks(25)]), x)
+    assert torch.equal(rows.unseen(5).x, x[-5:]) and rows.reserved(5) is None

@@ -584,3 +584,347 @@ def test_resuming_from_a_store(store, tmp_path):
     assert same(sae, sl.train(sl.BatchTopK(48, 64, k=4), one, config()).coder)
     with pytest.raises(ValueError, match=r"it differs in .*data: "):
         sl.train(sl.BatchTopK(48, 64, k=4), store.at("embed"), config(), path=tmp_path / "run")
+
+
+# ---- targets, layers, tokens
+
+
+Y = 8  # the width of a target
+
+
+@pytest.fixture(scope="module")
+def mapped(data):
+    """A target that follows from x, of another width, a hundred times as large and off the origin."""
+    mix = torch.randn(D_IN, Y, generator=torch.Generator().manual_seed(1))
+    return 100 * ((data - data.mean(0)) @ mix / 20).relu() + 50
+
+
+@pytest.fixture(scope="module")
+def ids(data):
+    return torch.randint(7, (len(data),), generator=torch.Generator().manual_seed(2))
+
+
+@pytest.fixture(scope="module")
+def layered(data):
+    """The same features in two layers of very different norms and origins, the second turned about."""
+    turn = torch.linalg.qr(torch.randn(D_IN, D_IN, generator=torch.Generator().manual_seed(3)))[0]
+    return torch.stack([data, 100 * data @ turn - 700], 1)
+
+
+def unexplained(x_hat, x):
+    """FVU of each layer (or of the one there is)."""
+    error, variance = (x_hat.detach() - x).pow(2), (x - x.mean(0)).pow(2)
+    return (error.sum((0, -1)) / variance.sum((0, -1))).flatten().tolist()
+
+
+WIRED = {
+    "Transcoder": {"k": 3, "d_out": Y},
+    "SkipTranscoder": {"k": 3, "d_out": Y},
+    "TopK": {"k": 3, "d_out": Y},
+    "L1": {"sparsity": 0.1, "d_out": Y, "skip": True},
+    "JumpReLU": {"sparsity": 0.1, "d_out": Y},
+}
+
+
+@pytest.mark.parametrize("name", WIRED)
+def test_a_target_of_its_own(name, data, mapped):
+    """Both are scaled apart while training; afterwards raw x gives raw targets."""
+    sae = getattr(sl, name)(D_IN, D_SAE, **WIRED[name])
+    run = sl.train(sae, sl.Batch(data, mapped), config(steps=250, lr=1e-2))
+    (fvu,) = unexplained(sae(data).x_hat, mapped)
+    assert fvu < 0.5 and abs(fvu - run.history[-1]["fvu"]) < 0.15  # the last batch is 64 rows of 2000
+    (shuffled,) = unexplained(sae(data.roll(1, 0)).x_hat, mapped)
+    assert shuffled > 1, "the target of another row is not what it learnt"
+    assert torch.equal(sae.f_scale > 0, (sae.encode(data) > 0).any(0)) and sae.reads == sae.writes == ()
+
+
+def test_tokens_reach_the_coder(data, ids):
+    """What follows from the token alone needs no feature, if each row has its own token."""
+    means = 40 * torch.randn(7, D_IN, generator=torch.Generator().manual_seed(4))
+    x = data + means[ids]
+    tokenized = sl.Tokenized(D_IN, D_SAE, vocab=7, k=3)
+    sl.train(tokenized, sl.Batch(x, x, ids), config(steps=100))
+    without = sl.BatchTopK(D_IN, D_SAE, k=3)
+    sl.train(without, x, config(steps=100))
+    (fvu,), (wrong,) = (unexplained(tokenized(x, t).x_hat, x) for t in (ids, ids.roll(1)))
+    assert fvu < 0.5 * unexplained(without(x).x_hat, x)[0] and wrong > 5 * fvu
+    difference = tokenized.lookup.detach() - tokenized.lookup.detach().mean(0)
+    assert torch.cosine_similarity(difference, means - means.mean(0)).min() > 0.9, "the table holds the tokens' means"
+
+
+def test_layers_of_different_norms(layered):
+    """Each layer is scaled by itself, so that the small one is learnt beside the large one."""
+    sae = sl.Crosscoder(D_IN, D_SAE, layers=2, k=3)
+    sl.train(sae, layered, config(steps=250, lr=1e-2))
+    small, large = unexplained(sae(layered).x_hat, layered)
+    assert small < 0.5 and large < 0.5
+    # Without scales of their own a coder of both, side by side, gives all to the large layer.
+    flat = sl.BatchTopK(2 * D_IN, D_SAE, k=3)
+    sl.train(flat, layered.flatten(1), config(steps=250, lr=1e-2))
+    control = unexplained(flat(layered.flatten(1)).x_hat.view_as(layered), layered)
+    assert control[0] > 2 * small
+
+
+# ---- stores of several sites
+
+
+IN, OUT, POST = sl.Site("mlp_in", 1), sl.Site("mlp_out", 1), sl.Site("resid_post", 0)
+
+
+@pytest.fixture(scope="module")
+def three(make_tiny, small_text, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("three") / "store"
+    return sl.harvest(make_tiny("llama"), [IN, OUT, POST], small_text, 1200, context=32, path=folder)
+
+
+@pytest.fixture(scope="module")
+def two(make_tiny, small_text, tmp_path_factory):
+    """Written before read in the alphabet and in the model: only the order that was asked for says which is which."""
+    folder = tmp_path_factory.mktemp("two") / "store"
+    return sl.harvest(make_tiny("llama"), [OUT, IN], small_text, 1200, context=32, path=folder)
+
+
+def acts(store, *sites):
+    x = [store.rows(np.arange(len(store)), s.key) for s in sites]
+    return x[0] if len(x) == 1 else torch.stack(x, 1)
+
+
+def test_a_transcoder_reads_the_first_site_and_writes_the_second(two, tmp_path):
+    sae = sl.SkipTranscoder(48, 64, k=8)
+    run = sl.train(sae, two, config(steps=60), path=tmp_path / "run")
+    assert (sae.reads, sae.writes) == ((OUT,), (IN,)) and sae.mask == two.mask and sae.site == OUT
+    assert sae.meta["model"] == "LlamaForCausalLM" and sae.meta["context"] == 32
+    right = unexplained(sae(acts(two, OUT)).x_hat, acts(two, IN))[0]
+    wrong = unexplained(sae(acts(two, IN)).x_hat, acts(two, OUT))[0]
+    assert right < 0.9 < 1 < wrong and abs(right - run.history[-1]["fvu"]) < 0.15
+    loaded = sl.load(tmp_path / "run")
+    assert (loaded.reads, loaded.writes) == ((OUT,), (IN,)) and same(loaded, sae) and loaded.mask == two.mask
+
+
+def test_sites_set_on_the_coder_win(two, three):
+    """What a transcoder, a crosscoder and an SAE say of themselves goes before the order of a store's sites."""
+    transcoder = sl.Transcoder(48, 64, k=4)
+    transcoder.reads, transcoder.writes = (IN,), (OUT,)
+    sl.train(transcoder, two, config())
+    assert (transcoder.reads, transcoder.writes) == ((IN,), (OUT,))
+    other = sl.train(sl.Transcoder(48, 64, k=4), two, config()).coder
+    assert (other.reads, other.writes) == ((OUT,), (IN,)) and not same(transcoder, other)
+    wide = sl.Transcoder(48, 64, k=4)
+    wide.reads, wide.writes = (POST,), (IN,)
+    sl.train(wide, three, config())
+    assert (wide.reads, wide.writes) == ((POST,), (IN,))
+    crosscoder = sl.Crosscoder(48, 64, layers=2, k=4)
+    crosscoder.reads = (POST, IN)
+    sl.train(crosscoder, three, config())
+    assert crosscoder.reads == crosscoder.writes == (POST, IN)
+    sae = sl.TopK(48, 64, k=4)
+    sae.reads = sae.writes = (OUT,)
+    sl.train(sae, three, config())
+    assert sae.reads == (OUT,) and same(sae, sl.train(sl.TopK(48, 64, k=4), three.at(OUT), config()).coder)
+
+
+def test_a_view_says_what_is_read_and_written(three):
+    """A store that was told which site is the target needs no second telling."""
+    sae = sl.Transcoder(48, 64, k=4)
+    sl.train(sae, three.view([POST], [IN]), config())
+    assert (sae.reads, sae.writes) == ((POST,), (IN,))
+
+
+def test_a_crosscoder_takes_all_sites(two, three):
+    for store, sites in ((two, (OUT, IN)), (three, (IN, OUT, POST))):
+        sae = sl.Crosscoder(48, 96, layers=len(sites), k=16)
+        sl.train(sae, store, config(steps=60))
+        assert sae.reads == sae.writes == sites and sae.mask == store.mask
+        x = acts(store, *sites)
+        other = x.roll(1, 1)  # each layer in the place of its neighbour: some of it is read even so
+        right, wrong = unexplained(sae(x).x_hat, x), unexplained(sae(other).x_hat, other)
+        assert max(right) < 0.8 and all(a < 0.8 * b for a, b in zip(right, wrong[1:] + wrong[:1], strict=True))
+
+
+def test_tokens_of_a_store(three, tokenizer):
+    store = three.at(POST)
+    sae = sl.Tokenized(48, 64, vocab=len(tokenizer), k=4)
+    sl.train(sae, store, config(steps=10))
+    x, tokens = acts(three, POST), three.rows(np.arange(len(three)), "token")
+    seen = torch.zeros(len(tokenizer), dtype=torch.bool)
+    seen[tokens] = True
+    assert sae.lookup[~seen].eq(0).all() and sae.lookup[seen].ne(0).any(1).float().mean() > 0.7
+    right, wrong = (unexplained(sae(x, t).x_hat, x)[0] for t in (tokens, tokens.roll(1)))
+    assert right < wrong
+
+
+# ---- what does not fit
+
+
+@pytest.mark.parametrize(
+    ("name", "shapes", "words"),
+    [
+        (
+            "TopK",
+            [(12, 12)],
+            r"the coder reads \(12,\) and writes \(12,\), the data holds \(12, 12\) and .*make them eq",
+        ),
+        ("TopK", [(13,)], "the coder reads d_in=12, the activations have width 13: make them equal"),
+        ("Transcoder", [(12,)], r"a transcoder needs a target: pass sl.Batch\(x, target\), or a store of two sites"),
+        ("Transcoder", [(12,), (7,)], r"and writes \(8,\), the data holds \(12,\) and \(7,\): make them equal"),
+        ("Transcoder", [(13,), (8,)], "the coder reads d_in=12, the activations have width 13: make them equal"),
+        ("Transcoder", [(2, 12), (8,)], r"reads \(12,\) .* the data holds \(2, 12\) and \(8,\): make them equal"),
+        ("Crosscoder", [(12,)], r"the coder reads \(2, 12\) .* the data holds \(12,\) and \(12,\): make them equal"),
+        ("Crosscoder", [(24,)], r"the coder reads \(2, 12\) .* the data holds \(24,\) and \(24,\): make them equal"),
+        ("Crosscoder", [(3, 12)], r"the coder reads \(2, 12\) .* the data holds \(3, 12\) and \(3, 12\): make them"),
+        ("Crosscoder", [(2, 13)], r"the coder reads \(2, 12\) .* the data holds \(2, 13\) and \(2, 13\): make them"),
+        ("Tokenized", [(12,)], "a Tokenized coder needs token ids: .* or train it on a store"),
+    ],
+)
+def test_shapes_that_do_not_fit(name, shapes, words):
+    arguments = {"TopK": {}, "Transcoder": {"d_out": Y}, "Crosscoder": {"layers": 2}, "Tokenized": {"vocab": 7}}[name]
+    sae = getattr(sl, name)(D_IN, D_SAE, k=3, **arguments)
+    before = state(sae)
+    tensors = [torch.randn(500, *shape, generator=torch.Generator().manual_seed(0)) for shape in shapes]
+    with pytest.raises(ValueError, match=words):
+        sl.train(sae, tensors[0] if len(tensors) == 1 else sl.Batch(*tensors), config())
+    assert same(sae, before) or name == "Tokenized"
+
+
+def test_batches_that_do_not_fit(data, mapped, ids):
+    for name, tensor, words in (
+        ("target", mapped[1:], "x and target must have as many rows: got 2000 and 1999"),
+        ("tokens", ids[1:], "x and tokens must have as many rows: got 2000 and 1999"),
+        ("target", mapped.long(), r"must be a float tensor \(tokens, d_in\) .*, got \(2000, 8\) torch.int64"),
+    ):
+        batch = sl.Batch(data, mapped, ids)
+        setattr(batch, name, tensor)  # past the check of shapes that only these tests run under
+        with pytest.raises(ValueError, match=words):
+            sl.train(sl.Transcoder(D_IN, D_SAE, k=3, d_out=Y), batch, config())
+    words = r"token ids must lie from 0 to vocab-1=6, got .*build the coder with vocab="
+    for wrong in (ids + 1, ids - 1):
+        with pytest.raises(ValueError, match=words):
+            sl.train(sl.Tokenized(D_IN, D_SAE, vocab=7, k=3), sl.Batch(data, data, wrong), config())
+    hole = mapped.clone()
+    hole[int(Rows(torch.arange(2000.0)[:, None]).batch(0, 64).x[5]), 3] = float("nan")
+    with pytest.raises(ValueError, match=r"step 0: the activations hold NaN or Inf \(row 5 of the batch\)"):
+        sl.train(sl.Transcoder(D_IN, D_SAE, k=3, d_out=Y), sl.Batch(data, hole), config())
+
+
+def test_sites_that_do_not_fit(two, three):
+    cases = [
+        (sl.Transcoder(48, 64, k=4), three, "a transcoder needs a target: a store of two sites, .* got 3"),
+        (
+            sl.Transcoder(48, 64, k=4),
+            three.at(IN),
+            r"a transcoder needs a target: .* got 1 \(Site\('mlp_in', layer=1\)",
+        ),
+        (sl.Transcoder(48, 64, k=4, d_out=20), two, r"writes \(20,\), the data holds \(48,\) and \(48,\)"),
+        (sl.Crosscoder(48, 64, layers=2, k=4), three, "crosscoder has layers=2, the store has 3 sites .*set sae.reads"),
+        (sl.Crosscoder(48, 64, layers=3, k=4), two, "crosscoder has layers=3, the store has 2 sites .*: harvest as"),
+        (sl.Crosscoder(47, 64, layers=2, k=4), two, r"the coder reads \(2, 47\) .* the data holds \(2, 48\)"),
+    ]
+    elsewhere = sl.Transcoder(48, 64, k=4)
+    elsewhere.reads, elsewhere.writes = (IN,), (sl.Site("mlp_out", 2),)
+    cases.append((elsewhere, two, r"this store has no Site\('mlp_out', layer=2\); it has Site\('mlp_out', layer=1\)"))
+    for sae, store, words in cases:
+        with pytest.raises(ValueError, match=words):
+            sl.train(sae, store, config())
+
+
+# ---- going on with what has a target, layers or tokens
+
+
+def wired(name, data, mapped, layered, ids):
+    """(a fresh coder, its data)."""
+    return {
+        "Transcoder": (sl.Transcoder(D_IN, D_SAE, k=3, d_out=Y), sl.Batch(data, mapped)),
+        "SkipTranscoder": (sl.SkipTranscoder(D_IN, D_SAE, k=3, d_out=Y), sl.Batch(data, mapped)),
+        "Crosscoder": (sl.Crosscoder(D_IN, D_SAE, layers=2, k=3), layered),
+        "causal": (sl.Crosscoder(D_IN, D_SAE, layers=2, k=3, causal=True), layered),
+        "Tokenized": (sl.Tokenized(D_IN, D_SAE, vocab=7, k=3), sl.Batch(data, data, ids)),
+        "JumpReLU": (sl.JumpReLU(D_IN, D_SAE, sparsity=0.1), data),
+        "L1": (sl.L1(D_IN, D_SAE, sparsity=0.1, drop=0.05), data),
+        "Gated": (sl.Gated(D_IN, D_SAE, sparsity=0.1), data),
+        "LeakyTopK": (sl.LeakyTopK(D_IN, D_SAE, k=3), data),
+        "Spline": (sl.Spline(D_IN, D_SAE, k=3), data),
+        "ProLU": (sl.ProLU(D_IN, D_SAE, sparsity=0.1), data),
+        "VQ": (sl.VQ(D_IN, D_SAE), data),
+    }[name]
+
+
+@pytest.mark.parametrize("name", ["Transcoder", "SkipTranscoder", "Crosscoder", "causal", "Tokenized", "JumpReLU"])
+def test_interrupted_with_targets_layers_or_tokens(name, data, mapped, layered, ids, tmp_path):
+    """Scales of x, of the target and of each layer are part of a checkpoint."""
+    sae, rows = wired(name, data, mapped, layered, ids)
+    for at in (7, 17):
+        with pytest.raises(KeyboardInterrupt):
+            sl.train(sae, rows, config(), path=tmp_path / "run", callbacks=[stopper("step", at)])
+    fresh, rows = wired(name, data, mapped, layered, ids)
+    steps = []
+    run = sl.train(fresh, rows, config(), path=tmp_path / "run", callbacks=[lambda e: steps.append(e.step)])
+    unbroken, _ = wired(name, data, mapped, layered, ids)
+    whole = sl.train(unbroken, rows, config())
+    assert steps[0] == 17 and same(fresh, unbroken) and run.history == whole.history and fresh.meta == unbroken.meta
+    again, _ = wired(name, data, mapped, layered, ids)
+    assert same(sl.train(again, rows, config(), path=tmp_path / "run").coder, unbroken), "and opened when it is done"
+
+
+def test_another_target_is_another_run(data, mapped, ids, tmp_path):
+    make = lambda: sl.Tokenized(D_IN, D_SAE, vocab=7, k=3, d_out=Y)  # noqa: E731
+    sl.train(make(), sl.Batch(data, mapped, ids), config(), path=tmp_path / "run")
+    for batch in (sl.Batch(data, mapped + 1, ids), sl.Batch(data, mapped, ids.roll(1))):
+        with pytest.raises(ValueError, match=r"holds another run; it differs in data: '.*-2000' there, '.*-2000'"):
+            sl.train(make(), batch, config(), path=tmp_path / "run")
+
+
+def test_resuming_from_a_store_of_several_sites(two, tmp_path):
+    for number, make in enumerate((lambda: sl.Transcoder(48, 64, k=4), lambda: sl.Crosscoder(48, 64, layers=2, k=4))):
+        sae, path = make(), tmp_path / str(number)
+        with pytest.raises(KeyboardInterrupt):
+            sl.train(sae, two, config(), path=path, callbacks=[stopper("step", 15)])
+        sl.train(sae, Store(two.path, len(two)), config(), path=path)
+        assert same(sae, sl.train(make(), two, config()).coder)
+        turned = make()
+        turned.reads, turned.writes = (IN,), (OUT,)
+        if turned.transcodes:
+            with pytest.raises(ValueError, match=r"it differs in .*data: "):
+                sl.train(turned, two, config(), path=path)
+
+
+def first_fvu(sae, rows):
+    """FVU of the first batch as training scales it, by a coder in raw units."""
+    rows = Rows(rows)
+    first, batch = rows.batch(0, 4096), rows.batch(0, 64)
+    sae.progress = 0.0  # what anneals starts again with a training
+    x_hat = sae.train()(batch.x, batch.tokens).x_hat.detach()
+    scale = 1 / first.target.norm(dim=-1).mean(0).unsqueeze(-1)
+    y, y_hat = (batch.target * scale).flatten(1), (x_hat * scale).flatten(1)
+    return float((y - y_hat).pow(2).sum() / (y - y.mean(0)).pow(2).sum())
+
+
+@pytest.mark.parametrize("reloaded", [False, True])
+@pytest.mark.parametrize(
+    "name",
+    ["JumpReLU", "Crosscoder", "causal", "Transcoder", "SkipTranscoder", "Tokenized", "L1", "Gated", "LeakyTopK",
+     "Spline", "ProLU", "VQ"],
+)  # fmt: skip
+def test_training_on_from_raw_units(name, reloaded, data, mapped, layered, ids, tmp_path):
+    """What has a unit (thresholds, tables, skips, layers of different norms) is taken back into scaled units: the first
+    batch finds the coder as the last training left it."""
+    sae, rows = wired(name, data, mapped, layered, ids)
+    fresh = first_fvu(sae, rows)
+    sl.train(sae, rows, config(steps=80, lr=1e-2, log_every=80))
+    if reloaded:
+        sae = sl.load(sae.save(tmp_path / "coder"))
+    before, expected = state(sae.eval()), first_fvu(sae, rows)
+    again = sl.train(sae.eval(), rows, config(steps=1, lr=1e-12))
+    assert again.history[0]["fvu"] == pytest.approx(expected, rel=1e-3) and expected < 0.8 * min(fresh, 1)
+    for parameter, _ in sae.named_parameters():
+        was = before[parameter]
+        # The scale is undone and done again in float32; causal zeros stay zeros.
+        assert (state(sae)[parameter] - was).abs().max() <= 1e-4 * was.abs().max(), parameter
+
+
+def test_training_on_at_another_scale(data):
+    """The threshold of a JumpReLU goes with its units to data that is scaled otherwise: codes stay the same."""
+    sae = sl.JumpReLU(D_IN, D_SAE, sparsity=0.1)
+    sl.train(sae, data, config(steps=80, lr=1e-2))
+    f = sae.encode(data).detach()
+    sl.train(sae, torch.cat([data, 3 * data]), config(steps=1, lr=1e-12))
+    assert torch.allclose(sae.encode(data), f, atol=1e-3 * float(f.max()))

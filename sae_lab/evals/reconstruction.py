@@ -1,7 +1,7 @@
 """How much of the activations, and of the model's behaviour, a coder keeps."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -43,6 +43,18 @@ class Reconstruction:
     documents: int
     excluded: float
     mask: str
+    token_deltas: Tensor = field(repr=False, compare=False)  # ΔCE of each predicted token, and
+    token_documents: Tensor = field(repr=False, compare=False)  # the document it stands in
+
+    def minus(self, other: "Reconstruction") -> tuple[float, float]:
+        """(ΔCE of this less that of another coder's, standard error): paired by token, clustered by document.
+
+        ValueError where they were not measured on the same tokens.
+        """
+        if not torch.equal(self.token_documents, other.token_documents):
+            raise ValueError("these two were not measured on the same tokens: give both evals the same text and tokens")
+        difference = self.token_deltas - other.token_deltas
+        return float(difference.mean()), clustered_error(difference, self.token_documents)
 
     @property
     def explained_variance(self) -> float:
@@ -52,7 +64,7 @@ class Reconstruction:
         """One row, one column a field."""
         import pandas as pd
 
-        return pd.DataFrame([asdict(self)])
+        return pd.DataFrame([{f.name: getattr(self, f.name) for f in fields(self) if not f.name.startswith("token_")}])
 
     def _rows(self) -> list[tuple[str, str, str, str]]:
         """(measure, this coder, PCA of rank k, what it means)."""
@@ -157,6 +169,8 @@ def reconstruction(
         documents=len(documents.unique()),
         excluded=float((~kept).float().mean()),
         mask=str(mask),
+        token_deltas=spliced - clean,
+        token_documents=documents,
     )
 
 

@@ -42,7 +42,7 @@ def read_torch(file: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise ValueError(f"{file.parent} has no {file.name}") from None
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError) as err:
-        reason = str(err).splitlines()[0][:200] if str(err) else type(err).__name__
+        reason = str(err).splitlines()[0].split(". ")[0] if str(err) else type(err).__name__  # less torch's advice
         raise ValueError(
             f"{file} is no whole file of plain tensors ({reason}). A pickle with other objects can run code and is "
             "never opened; save its state_dict alone, or as safetensors"

@@ -1,0 +1,114 @@
+"""make zoo: every family on a planted world, one row each, into README.md between its marks.
+
+The world has 128 features in 64 dimensions, 4 active on average. Families that need more than activations get it made
+of the same features: a transcoder's target and a crosscoder's second layer are written with dictionaries of their own,
+a Tokenized coder's tokens bring vectors of their own, matrices have atoms of rank one, and a code book has one word a
+token. Settings were chosen by hand to come near 4 active features; medians over three seeds.
+"""
+
+import statistics
+import sys
+from pathlib import Path
+
+import torch
+from torch.nn.functional import normalize
+
+import sae_lab as sl
+from sae_lab.saes import losses
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIG = sl.TrainConfig(steps=800, batch_size=512, lr=1.5e-2, dead_after=5000)
+SEEDS = (1, 2, 3)
+N, D = 128, 64
+PLAIN = {
+    "L1": ("relu", {"sparsity": 1.5}), "Tied": ("relu, W_enc = W_decᵀ", {"sparsity": 1.5}),
+    "SqrtL1": ("relu, penalty Σ√f", {"sparsity": 1.0}),
+    "PAnneal": ("relu, penalty Σf^p, p from 1 to .2", {"sparsity": 1.0}),
+    "Hoyer": ("relu, penalty (Σf)²/Σf²", {"sparsity": 2.0}), "SmoothL0": ("relu, smooth count", {"sparsity": 1.0}),
+    "ProLU": ("bias only switches", {"sparsity": 1.5}), "Gated": ("gate and magnitude apart", {"sparsity": 2.0}),
+    "JumpReLU": ("a threshold per feature", {"sparsity": 1.0}), "TopK": ("k largest", {"k": 4}),
+    "LeakyTopK": ("k largest, others leak at first", {"k": 4}), "BatchTopK": ("k largest on average", {"k": 4}),
+    "Matryoshka": ("nested prefixes", {"k": 4}), "Ordered": ("all prefixes", {"k": 4}),
+    "Spline": ("k largest of a spline", {"k": 4}), "Switch": ("one of 4 experts", {"k": 4, "experts": 4}),
+}  # fmt: skip
+PAPERS = {
+    "L1": "Bricken 2023", "Tied": "2309.08600", "SqrtL1": "Riggs 2024", "PAnneal": "2408.00113",
+    "Hoyer": "Quaisley 2024",
+    "SmoothL0": "0809.2508", "ProLU": "Taggart 2024", "Gated": "2404.16014", "JumpReLU": "2407.14435",
+    "TopK": "2406.04093", "LeakyTopK": "Quaisley 2024", "BatchTopK": "2412.06410", "Matryoshka": "2503.17547",
+    "Ordered": "2512.02194", "Spline": "2404.19756", "Switch": "2410.08201", "Tokenized": "Dooms 2024",
+    "Transcoder": "2406.11944", "SkipTranscoder": "2501.18823", "Crosscoder": "Lindsey 2024", "MatrixSAE": "WriteSAE",
+    "VQ": "1711.00937",
+}  # fmt: skip
+
+
+def special(world: sl.worlds.World) -> dict[str, tuple[str, dict, sl.Batch, torch.Tensor]]:
+    """name -> (rule, arguments, data, true dictionary) of the families that need more than activations."""
+    generator = torch.Generator().manual_seed(77)
+
+    def directions(rows: int, width: int) -> torch.Tensor:
+        return normalize(torch.randn(rows, width, generator=generator), dim=1)
+
+    codes, x = world.codes, world.x
+    second = directions(N, D)
+    y = sl.saes.sparse.decode(codes, second)
+    through = torch.randn(D, D, generator=generator) / D**0.5
+    words = 2 * directions(50, D)
+    tokens = torch.randint(50, (len(x),), generator=generator)
+    atoms = (directions(N, 8)[:, :, None] * directions(N, 8)[:, None, :]).flatten(1)
+    matrices = sl.saes.sparse.decode(codes, atoms)
+    book = directions(N, D)
+    spoken = book[torch.randint(N, (len(x),), generator=generator)] + 0.05 * torch.randn(len(x), D, generator=generator)
+    said, layers = x + words[tokens], torch.stack([x, y], 1)
+    return {
+        "Tokenized": ("+ a vector per token", {"k": 4, "vocab": 50}, sl.Batch(said, said, tokens), world.dictionary),
+        "Transcoder": ("x to another activation", {"k": 4}, sl.Batch(x, y), second),
+        "SkipTranscoder": ("the same, + x·W_skip", {"k": 4}, sl.Batch(x, y + x @ through), second),
+        "Crosscoder": ("several layers or models", {"k": 4, "layers": 2}, sl.Batch(layers, layers),
+                       torch.cat([world.dictionary, second], 1)),
+        "MatrixSAE": ("atoms of rank one", {"k": 4, "rows": 8}, sl.Batch(matrices, matrices), atoms),
+        "VQ": ("the nearest code word", {}, sl.Batch(spoken, spoken), book),
+    }  # fmt: skip
+
+
+def row(name: str, rule: str, l0: float, fvu: float, found: float) -> str:
+    paper = PAPERS[name]
+    link = f"[{paper}](https://arxiv.org/abs/{paper})" if paper[:4].isdigit() and "." in paper else paper
+    return f"| `{name}` | {rule} | {link} | {l0:.1f} | {fvu:.3f} | {found:.2f} |"
+
+
+def table() -> str:
+    world = sl.worlds.planted(n=N, d=D, l0=4, samples=200_000)
+    lines = ["| Family | Rule | Source | L0 | FVU | MMCS |", "|---|---|---|---|---|---|"]
+    sweep = sl.sweep({name: arguments for name, (_, arguments) in PLAIN.items()}, world, CONFIG, d_sae=N, seeds=SEEDS)
+    for name, (rule, _) in PLAIN.items():
+        rows = [r for r in sweep.rows if r["family"] == name]
+        lines.append(row(name, rule, *(statistics.median(r[c] for r in rows) for c in ("l0", "fvu", "mmcs"))))
+    for name, (rule, arguments, data, truth) in special(world).items():
+        results = []
+        for seed in SEEDS:
+            coder = sl.saes.FAMILIES[name](data.x.shape[-1], N, seed=seed, **arguments)
+            sl.train(coder, data, CONFIG)
+            last = slice(len(world.x) - 16_384, None)
+            with torch.no_grad():
+                out = coder(data.x[last], None if data.tokens is None else data.tokens[last])
+                fvu = float(losses.fvu(out.x_hat, data.target[last]))
+            found = sl.match(coder.W_dec.detach(), normalize(truth, dim=1)).b_to_a
+            results.append((float((out.f > 0).sum(-1).float().mean()), fvu, found))
+        lines.append(row(name, rule, *(statistics.median(r[i] for r in results) for i in range(3))))
+    control = sl.match(sl.TopK(D, N, k=4), world).b_to_a
+    return "\n".join([*lines, f"| random directions | | | | | {control:.2f} |"])
+
+
+def main() -> None:
+    text = table()
+    print(text)
+    if "--readme" in sys.argv:
+        readme = ROOT / "README.md"
+        before, _, rest = readme.read_text(encoding="utf-8").partition("<!-- make zoo -->\n")
+        _, _, after = rest.partition("<!-- end of zoo -->")
+        readme.write_text(f"{before}<!-- make zoo -->\n{text}\n<!-- end of zoo -->{after}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
