@@ -170,13 +170,15 @@ def test_any_family_made_a_transcoder_spans_the_two_sites(store):
 
 def test_targets_and_tokens(data):
     """A Batch brings what a transcoder and a Tokenized coder need."""
+    x = data.repeat(12, 1)  # more unseen rows than are measured at once
     g = torch.Generator().manual_seed(0)
-    batch = Batch(data, data[:, :8].tanh(), torch.randint(5, (len(data),), generator=g))
+    batch = Batch(x, x[:, :8].tanh(), torch.randint(5, (len(x),), generator=g))
     grid = {"Transcoder": {"k": [2, 4], "d_out": 8}, "Tokenized": {"k": 3, "vocab": 5, "d_out": 8}}
     result = sl.sweep(grid, batch, CONFIG, d_sae=WIDTH)
     for coder, (family, _, arguments) in zip(result.coders, expanded(grid, (0,)), strict=True):
         assert same(coder, alone(family, batch, **arguments).coder)
     unseen = Rows(batch).unseen(10**6)
+    assert len(unseen.x) == result.tokens > 4096
     for coder, row in zip(result.coders, result.rows, strict=True):
         error = (coder(unseen.x, unseen.tokens).x_hat.detach() - unseen.target).pow(2).sum()
         variance = (unseen.target - unseen.target.mean(0)).pow(2).sum()

@@ -630,7 +630,7 @@ WIRED = {
 def test_a_target_of_its_own(name, data, mapped):
     """Both are scaled apart while training; afterwards raw x gives raw targets."""
     sae = getattr(sl, name)(D_IN, D_SAE, **WIRED[name])
-    run = sl.train(sae, sl.Batch(data, mapped), config(steps=250, lr=1e-2))
+    run = sl.train(sae, sl.Batch(data, mapped), config(steps=150, lr=1e-2, log_every=50))
     (fvu,) = unexplained(sae(data).x_hat, mapped)
     assert fvu < 0.5 and abs(fvu - run.history[-1]["fvu"]) < 0.15  # the last batch is 64 rows of 2000
     (shuffled,) = unexplained(sae(data.roll(1, 0)).x_hat, mapped)
@@ -655,12 +655,12 @@ def test_tokens_reach_the_coder(data, ids):
 def test_layers_of_different_norms(layered):
     """Each layer is scaled by itself, so that the small one is learnt beside the large one."""
     sae = sl.Crosscoder(D_IN, D_SAE, layers=2, k=3)
-    sl.train(sae, layered, config(steps=250, lr=1e-2))
+    sl.train(sae, layered, config(steps=120, lr=1e-2, log_every=60))
     small, large = unexplained(sae(layered).x_hat, layered)
     assert small < 0.5 and large < 0.5
     # Without scales of their own a coder of both, side by side, gives all to the large layer.
     flat = sl.BatchTopK(2 * D_IN, D_SAE, k=3)
-    sl.train(flat, layered.flatten(1), config(steps=250, lr=1e-2))
+    sl.train(flat, layered.flatten(1), config(steps=120, lr=1e-2, log_every=60))
     control = unexplained(flat(layered.flatten(1)).x_hat.view_as(layered), layered)
     assert control[0] > 2 * small
 

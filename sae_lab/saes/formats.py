@@ -31,6 +31,7 @@ def save(coder: SparseCoder, path: str | Path, format: str = "sae_lab") -> Path:
     """
     from sae_lab.saes import exchange
 
+    _require_free(Path(path), format)
     if format in exchange.WRITES:
         return exchange.save(coder, Path(path), format)
     if format != "sae_lab":
@@ -54,6 +55,25 @@ def save(coder: SparseCoder, path: str | Path, format: str = "sae_lab") -> Path:
     with cache.atomic(folder / "config.json") as temporary:
         temporary.write_text(text)
     return folder
+
+
+# The files that tell a format, some of them of several.
+_FILES = {
+    "sae_lab": {"config.json", "sae.safetensors"},
+    "saelens": {"cfg.json", "sae_weights.safetensors"},
+    "sparsify": {"cfg.json", "sae.safetensors"},
+    "dictionary_learning": {"config.json", "ae.pt"},
+}
+
+
+def _require_free(folder: Path, format: str) -> None:
+    """Two formats in one folder would overwrite each other's config: the coder there would load as another one."""
+    there = {name for name, files in _FILES.items() if all((folder / file).exists() for file in files)}
+    if other := there - {format}:
+        raise ValueError(
+            f"{folder} holds a coder in the format {', '.join(sorted(other))}: save the format {format!r} into a "
+            f"folder of its own"
+        )
 
 
 def load(path: str | Path, id: str | None = None, check: Any = None) -> SparseCoder:

@@ -772,3 +772,24 @@ def test_a_folder_moved_elsewhere_still_loads(sae_lens, tmp_path):
     theirs.save_model(tmp_path / "a")
     shutil.move(tmp_path / "a", tmp_path / "b")
     assert sl.load(tmp_path / "b").reads == ()
+
+
+@pytest.mark.parametrize("second", ["sae_lab", "saelens", "sparsify", "dictionary_learning"])
+@pytest.mark.parametrize("first", ["sae_lab", "saelens", "sparsify", "dictionary_learning"])
+def test_one_folder_holds_one_format(first, second, tmp_path):
+    """Formats share file names: a second one in the same folder would turn the first into another coder."""
+    coder, other = make("TopK").eval(), make("TopK", seed=5).eval()
+    coder.save(tmp_path, format=first)
+    if first == second:
+        other.save(tmp_path, format=second)
+        assert torch.allclose(sl.load(tmp_path).W_dec, other.W_dec)
+        return
+    with pytest.raises(ValueError, match=f"holds a coder in the format {first}: save the format '{second}' into a fol"):
+        other.save(tmp_path, format=second)
+    assert torch.allclose(sl.load(tmp_path).W_dec, coder.W_dec)
+
+
+def test_a_refused_save_leaves_nothing(tmp_path):
+    with pytest.raises(ValueError):
+        make("L1").save(tmp_path / "new", format="sparsify")
+    assert not (tmp_path / "new").exists()

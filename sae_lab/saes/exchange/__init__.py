@@ -75,9 +75,15 @@ def save(coder: SparseCoder, path: Path, format: str) -> Path:
     """Write a coder in another library's format. ValueError for what that format cannot hold; f_scale is not kept."""
     from safetensors.torch import save_file
 
-    parts, folder = Parts(coder), cache.make_folder(path)
+    parts, new = Parts(coder), not path.exists()
+    folder = cache.make_folder(path)
     writer = {"saelens": saelens, "sparsify": sparsify, "dictionary_learning": dictionary_learning}[format].write
-    tensors = parts.contiguous(writer(parts, folder))
+    try:
+        tensors = parts.contiguous(writer(parts, folder))
+    except ValueError:  # refused: leave nothing behind
+        if new and not any(folder.iterdir()):
+            folder.rmdir()
+        raise
     with cache.atomic(folder / WRITES[format]) as temporary:
         if format == "dictionary_learning":
             import torch
