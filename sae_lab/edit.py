@@ -57,12 +57,13 @@ class Edit:
 
     def writes(self, lm: "LM") -> list[Write]:
         """What the model must do. ValueError when the coder's site has another width, or a feature has no scale."""
-        coder, site, features = self.coder, self.coder.site, self.features
-        if coder.writes and coder.writes != coder.reads:
+        coder, features = self.coder, self.features
+        if len(coder.reads) > 1 or (coder.writes and coder.writes != coder.reads):
             raise ValueError(
-                f"edits act where a coder reads and writes the same site; this one reads {coder.reads} and writes "
+                f"edits act where a coder reads and writes the same one site; this one reads {coder.reads} and writes "
                 f"{coder.writes}: take an SAE of one of them"
             )
+        site = coder.site
         if lm.width(site) != coder.d_in:
             raise ValueError(
                 f"this coder reads width {coder.d_in} and {lm} has width {lm.width(site)} at {site}: "

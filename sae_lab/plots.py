@@ -1,5 +1,6 @@
 """sl.plot(result): one picture for any result, drawn by matplotlib."""
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 from sae_lab.evals.choosing import L0Choice
@@ -18,7 +19,10 @@ def plot(result: Run | FeatureView | Sweep | L0Choice) -> "Figure":
     drawers = {Run: _run, FeatureView: _feature, Sweep: _sweep, L0Choice: _l0_choice}
     for kind, draw in drawers.items():
         if isinstance(result, kind):
-            return draw(result)
+            figure = draw(result)
+            for axis in figure.axes:
+                axis.title.set_fontsize(10)  # axis.set(title=) would undo it
+            return figure
     names = ", ".join(kind.__name__ for kind in drawers)
     raise ValueError(f"sl.plot draws results of these kinds: {names}; got {type(result).__name__}")
 
@@ -50,12 +54,13 @@ def _sweep(sweep: Sweep) -> "Figure":
     shown = [name for name in measures if name in table]
     figure, axes = _subplots(len(shown), height=3.2)
     varied = [c for c in table.columns if c not in (*MEASURES, "seed")]
-    groups: Any = table.groupby([c for c in varied if c != "site"], dropna=False)
+    groups: Any = table.groupby(varied, dropna=False)
     points = groups[["l0", *shown]].mean().reset_index()
     for axis, name in zip(axes, shown, strict=True):
-        for number, (family, part) in enumerate(points.sort_values("l0").groupby("family", sort=False)):
+        lines = points.sort_values("l0").groupby([c for c in ("family", "site") if c in points], sort=False)
+        for number, (names, part) in enumerate(lines):
             marker = "osD^vP*Xd"[number // 10 % 9]
-            axis.plot(part["l0"], part[name], marker=marker, markersize=4, linewidth=1.2, label=family)
+            axis.plot(part["l0"], part[name], marker=marker, markersize=4, linewidth=1.2, label=", ".join(names))
         axis.set(xlabel="L0 (active features per token)", title=measures[name])
     axes[-1].legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
@@ -73,19 +78,21 @@ def _l0_choice(choice: L0Choice) -> "Figure":
         axis.plot(table["l0"], table[name], marker="o", markersize=4, color="tab:blue", linewidth=1.2)
         axis.set(xlabel="L0 (active features per token)", title=title)
         if name != "fvu":
-            at = table[name].idxmin()
-            axis.axvline(table["l0"][at], color="0.6", linewidth=1, linestyle="--")
+            lowest = int(table[name].to_numpy().argmin())
+            axis.axvline(float(table["l0"].to_numpy()[lowest]), color="0.6", linewidth=1, linestyle="--")
     return figure
 
 
 def _subplots(columns: int, height: float) -> "tuple[Figure, list[Axes]]":
-    import matplotlib.pyplot  # noqa: F401 - in a notebook this is what teaches figures to show themselves
     from matplotlib.figure import Figure
 
+    if "ipykernel" in sys.modules:  # a figure shows itself once pyplot has loaded the notebook's backend: now it does
+        import matplotlib.pyplot
+
+        matplotlib.pyplot.draw_if_interactive()
     # A Figure of its own, not pyplot's: nothing global, and a notebook shows it once.
     figure = Figure(figsize=(3.6 * columns, height), layout="constrained")
     axes = figure.subplots(1, columns, squeeze=False)[0]
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
-        axis.title.set_fontsize(10)
     return figure, list(axes)

@@ -43,7 +43,10 @@ class Sweep:
         """One row a coder."""
         import pandas as pd
 
-        return pd.DataFrame(self.rows)
+        table = pd.DataFrame(self.rows)
+        whole = [c for c in table if all(type(row.get(c, 0)) is int for row in self.rows)]  # k stays 4 beside NA
+        arguments_first = sorted(table, key=lambda c: c in ("seed", "site", *MEASURES))
+        return table.astype(dict.fromkeys(set(whole) - {"seed"}, "Int64"))[arguments_first]
 
     def best(self, by: str = "fvu", **where: Any) -> SparseCoder:
         """The coder with the least ``by`` (the largest for mmcs and ce_recovered) among rows that are as ``where``."""
@@ -54,7 +57,7 @@ class Sweep:
         return self.coders[min(chosen, key=lambda i: sign * self.rows[i][by])]
 
     def __repr__(self) -> str:
-        table = self.to_pandas().to_string(index=False, float_format=lambda v: f"{v:.3f}", na_rep="")
+        table = self.to_pandas().to_string(index=False, float_format="{:.3f}".format, na_rep="")  # type: ignore[arg-type]
         return f"{table}\nl0 and fvu on {self.tokens:,} tokens that no training step saw"
 
     def _repr_html_(self) -> str:
@@ -86,6 +89,10 @@ def sweep(
 
     Raises ValueError for an unknown family, a grid without coders, and as ``sl.train``.
     """
+    if (lm is None) != (text is None):
+        raise ValueError("to measure ΔCE give lm and text, both: sl.sweep(..., lm=lm, text=text.held_out)")
+    if lm is not None and not isinstance(data, Store):
+        raise ValueError("ΔCE is measured at a site, which only a store knows: sweep on a store, or leave lm out")
     world = data if isinstance(data, World) else None
     source = world.x if world is not None else data
     assert not isinstance(source, World)
@@ -122,28 +129,37 @@ def _coders(
         if not coders or not all(isinstance(c, SparseCoder) for c in coders):
             raise ValueError(f"a sweep takes a grid ({{'TopK': {{'k': [16, 32]}}}}) or a list of coders, got {grid!r}")
         names = {k for c in coders for k, v in c.config.items() if any(d.config.get(k) != v for d in coders)}
-        return coders, [{"family": type(c).__name__} | {k: c.config.get(k) for k in sorted(names)} for c in coders]
-    if not grid:
-        raise ValueError("the grid is empty: name at least one family, {'TopK': {'k': [16, 32]}}")
+        return coders, [
+            {"family": type(c).__name__} | {k: _plain(c.config.get(k)) for k in sorted(names)} for c in coders
+        ]
+    seeds = list(seeds)
     coders, rows = [], []
     for family, arguments in grid.items():
         if family not in FAMILIES:
             raise ValueError(f"unknown family {family!r}; known: {', '.join(FAMILIES)}")
         lists = {k: list(v) if isinstance(v, list | tuple | range) else [v] for k, v in arguments.items()}
-        for values, seed, site in itertools.product(itertools.product(*lists.values()), seeds, _sites(family, data)):
+        sites = _sites(family, lists, data)
+        for values, seed, site in itertools.product(itertools.product(*lists.values()), seeds, sites):
             config = dict(zip(lists, values, strict=True))
             width = config.pop("d_sae", d_sae)
             if width is None:
                 raise ValueError(f"give sweep(..., d_sae=), or 'd_sae' among the arguments of {family}")
             coders.append(FAMILIES[family](_width(data, site), width, seed=seed, **config))  # type: ignore[arg-type]
-            row = {"family": family} | {k: v for k, v in zip(lists, values, strict=True) if len(lists[k]) > 1}
+            row = {"family": family} | {k: _plain(v) for k, v in zip(lists, values, strict=True) if len(lists[k]) > 1}
             rows.append(row | {"seed": seed} | ({"site": site.key} if site is not None else {}))
+    if not coders:
+        raise ValueError("the grid is empty: name at least one family, a value for each argument, and a seed, {'TopK': {'k': [16, 32]}}")
     return coders, rows
 
 
-def _sites(family: str, data: Store | Tensor | Batch) -> list[Site | None]:
+def _plain(value: Any) -> Any:
+    """A setting as tables group by it."""
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _sites(family: str, arguments: Mapping[str, Any], data: Store | Tensor | Batch) -> list[Site | None]:
     """The sites a family is trained at one by one; [None] where the data leaves no choice, or the coder takes all."""
-    takes_all = family in ("Transcoder", "SkipTranscoder", "Crosscoder")
+    takes_all = family in ("Transcoder", "SkipTranscoder", "Crosscoder") or "d_out" in arguments
     return list(data.chosen) if isinstance(data, Store) and len(data.chosen) > 1 and not takes_all else [None]
 
 
@@ -189,13 +205,16 @@ def _run(trainings: list[Training]) -> list[Run]:
                 fvus = [t.history[-1]["fvu"] for t in begun if t.history]
                 if fvus:
                     bar.set_postfix_str(f"FVU {min(fvus):.3f} to {max(fvus):.3f}", refresh=False)
+        for t in begun:  # calibration takes a while: if it is interrupted, training is not lost
+            t.keep()
+        for number, t in enumerate(trainings):
+            if number not in runs:
+                runs[number] = t.end()
     except BaseException as err:
         for t in begun:
-            t.leave(isinstance(err, KeyboardInterrupt))
+            if not t.coder.in_raw_units:
+                t.leave(isinstance(err, KeyboardInterrupt))
         raise
-    for number, t in enumerate(trainings):
-        if number not in runs:
-            runs[number] = t.end()
     return [runs[number] for number in range(len(trainings))]
 
 

@@ -160,7 +160,12 @@ def meta_sae(coder: SparseCoder, d_sae: int, k: int, config: TrainConfig, *, see
 
 def rows_for(coder: SparseCoder, data: Store | Tensor | Batch) -> Store | Rows:
     """What serves this coder its batches. ValueError where its sites or widths are not those of the data."""
-    rows = data.view(*coder.choose_sites(data.chosen)) if isinstance(data, Store) else Rows(data)
+    if not isinstance(data, Store):
+        rows = Rows(data)
+    elif data.writes != data.reads:  # a view that says what is read and written
+        rows = data
+    else:
+        rows = data.view(*coder.choose_sites(data.chosen))
     if coder.input_norm != "none":
         raise ValueError(
             f"this coder normalises each x (input_norm={coder.input_norm!r}), which training does not: train a fresh "
@@ -208,8 +213,7 @@ class Training:
                 while self.step < self.config.total_steps:
                     self.one_step()
                     bar()
-            if self.path is not None:  # calibration takes a while: if it is interrupted, training is not lost
-                self._checkpoint(left=True)
+            self.keep()  # calibration takes a while: if it is interrupted, training is not lost
         except BaseException as err:
             self.leave(isinstance(err, KeyboardInterrupt))
             raise
@@ -286,6 +290,11 @@ class Training:
             meta["mask"] = rows.mask.to_dict()
             meta["excluded"] = rows.excluded
         coder.meta = meta
+
+    def keep(self) -> None:
+        """A checkpoint of what is done so far, where there is a path."""
+        if self.path is not None:
+            self._checkpoint(left=True)
 
     def leave(self, interrupted: bool) -> None:
         """Interrupted or failed: keep what can be continued, and leave the coder usable in raw units."""

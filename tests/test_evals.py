@@ -498,7 +498,7 @@ def test_a_trained_transcoder_is_measured_from_what_it_knows(tiny_lm, small_text
 
 def test_edits_refuse_what_writes_elsewhere(tiny_lm):
     x = torch.randn(50, 48, generator=torch.Generator().manual_seed(0))
-    words = r"edits act where a coder reads and writes the same site; .* take an SAE of one of them"
+    words = r"edits act where a coder reads and writes the same one site; .* take an SAE of one of them"
     for coder in (
         wired(sl.Transcoder(48, 64, k=6), [IN], [OUT], x),
         wired(sl.SkipTranscoder(48, 64, k=6), [IN], [OUT], x),

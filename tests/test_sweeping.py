@@ -172,7 +172,8 @@ def test_targets_and_tokens(data):
     """A Batch brings what a transcoder and a Tokenized coder need."""
     x = data.repeat(12, 1)  # more unseen rows than are measured at once
     g = torch.Generator().manual_seed(0)
-    batch = Batch(x, x[:, :8].tanh(), torch.randint(5, (len(x),), generator=g))
+    tokens = torch.randint(5, (len(x),), generator=g)
+    batch = Batch(x, x[:, :8].tanh() + tokens[:, None], tokens)
     grid = {"Transcoder": {"k": [2, 4], "d_out": 8}, "Tokenized": {"k": 3, "vocab": 5, "d_out": 8}}
     result = sl.sweep(grid, batch, CONFIG, d_sae=WIDTH)
     for coder, (family, _, arguments) in zip(result.coders, expanded(grid, (0,)), strict=True):
@@ -217,7 +218,7 @@ def test_seeds_serve_every_family(data):
     ("grid", "arguments", "words"),
     [
         ({"TopKK": {"k": 3}}, {"d_sae": 8}, "unknown family 'TopKK'; known: L1, Tied, .*Crosscoder"),
-        ({}, {"d_sae": 8}, r"the grid is empty: name at least one family, \{'TopK'"),
+        ({}, {"d_sae": 8}, r"the grid is empty: name at least one family, .* \{'TopK'"),
         ([], {}, r"a sweep takes a grid .* or a list of coders, got \[\]"),
         ({"L1": {}, "TopK": {"k": 3}}, {}, r"give sweep\(..., d_sae=\), or 'd_sae' among the arguments of L1"),
         ({"TopK": {"k": 3, "d_sae": 8}, "L1": {}}, {}, "'d_sae' among the arguments of L1"),
