@@ -3,7 +3,7 @@
 The world has 128 features in 64 dimensions, 4 active on average. Families that need more than activations get it made
 of the same features: a transcoder's target and a crosscoder's second layer are written with dictionaries of their own,
 a Tokenized coder's tokens bring vectors of their own, matrices have atoms of rank one, and a code book has one word a
-token. Settings were chosen by hand to come near 4 active features; medians over three seeds.
+token. Settings were chosen by hand to come near 4 active features; one seed. Takes about four minutes.
 """
 
 import statistics
@@ -17,8 +17,8 @@ import sae_lab as sl
 from sae_lab.saes import losses
 
 ROOT = Path(__file__).resolve().parent.parent
-CONFIG = sl.TrainConfig(steps=800, batch_size=512, lr=1.5e-2, dead_after=5000)
-SEEDS = (1, 2, 3)
+CONFIG = sl.TrainConfig(steps=600, batch_size=512, lr=1.5e-2, dead_after=5000)
+SEEDS = (1,)
 N, D = 128, 64
 PLAIN = {
     "L1": ("relu", {"sparsity": 1.5}), "Tied": ("relu, W_enc = W_decᵀ", {"sparsity": 1.5}),

@@ -218,7 +218,7 @@ def test_seeds_serve_every_family(data):
     ("grid", "arguments", "words"),
     [
         ({"TopKK": {"k": 3}}, {"d_sae": 8}, "unknown family 'TopKK'; known: L1, Tied, .*Crosscoder"),
-        ({}, {"d_sae": 8}, r"the grid is empty: name at least one family, .* \{'TopK'"),
+        ({}, {"d_sae": 8}, r"the grid is empty: give a family, .* \{'TopK'"),
         ([], {}, r"a sweep takes a grid .* or a list of coders, got \[\]"),
         ({"L1": {}, "TopK": {"k": 3}}, {}, r"give sweep\(..., d_sae=\), or 'd_sae' among the arguments of L1"),
         ({"TopK": {"k": 3, "d_sae": 8}, "L1": {}}, {}, "'d_sae' among the arguments of L1"),
