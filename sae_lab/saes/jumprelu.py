@@ -18,7 +18,8 @@ class JumpReLU(SparseCoder):
     feature: ∂f/∂θ = −θ/ε, ∂L0/∂θ = −1/ε where |pre − θ| < ε/2, else 0.
 
     Args: sparsity: cost of an active feature, in squared error (activations have norm √d_in in training). bandwidth: ε.
-    start: θ at first. ``threshold`` " d_sae" is θ.
+    start: θ at first. It moves by about the learning rate a step, so in short runs ``start`` sets L0 more than
+    ``sparsity`` does. ``threshold`` " d_sae" is θ.
     """
 
     dense = True
