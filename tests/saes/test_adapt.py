@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import sae_lab as sl
-from sae_lab.saes import FAMILIES, inform, optimise_codes, realign, resample, unsuppress
+from sae_lab.saes import inform, optimise_codes, realign, resample, unsuppress
 from sae_lab.types import Batch
 from tests.saes.conftest import D_SAE, batch_for, make, normal, tokens_for
 
@@ -190,4 +190,3 @@ def test_a_transcoder_is_asked_for_its_target():
     batch = Batch(x, x @ normal(16, 12, seed=2))
     better = realign(coder, batch)
     assert (better(x).x_hat - batch.target).pow(2).sum() < 0.5 * (coder(x).x_hat - batch.target).pow(2).sum()
-    assert set(FAMILIES) >= {"Transcoder"}
