@@ -46,8 +46,10 @@ readme: .venv/.ready
 zoo: .venv/.ready
 	$(BIN)/python benchmarks/zoo.py --readme
 
-bench: .venv/.ready
+bench: .venv/.peers
 	$(BIN)/python benchmarks/first_numbers.py
+	$(BIN)/python benchmarks/steps.py --readme
+	$(BIN)/python benchmarks/race.py
 
 clean:
 	rm -rf .venv widgets/node_modules notebooks/executed

@@ -1,6 +1,6 @@
 """What a newcomer waits for: import, harvest against a bare hook, a cached harvest, opening a feature.
 
-Ratios are of interleaved repeats in one process, medians; with --quick each is taken once. Prints a table.
+The ratio is of work interleaved shard by shard in one process; --quick takes fewer shards. Prints a table.
 """
 
 import statistics
@@ -8,20 +8,24 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
+from copy import copy
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 import sae_lab as sl
 from sae_lab.harvesting import FORWARD_TOKENS, SHARD_TOKENS
+from sae_lab.lm.text import Context
 from sae_lab.lm.tokens import pad
 
 LAYER, TOKENS, CONTEXT = 8, 100_000, 128
-REPEATS = 1 if "--quick" in sys.argv else 4
+QUICK = "--quick" in sys.argv
+READ = 4 * SHARD_TOKENS if QUICK else TOKENS
 
 
 class Stop(Exception):
@@ -38,50 +42,50 @@ def import_seconds() -> float:
     """`import sae_lab` beyond `import torch`, in fresh interpreters."""
     code = "import time, torch; t = time.perf_counter(); import sae_lab; print(time.perf_counter() - t)"
     command = [sys.executable, "-c", code]
-    runs = [subprocess.run(command, capture_output=True, text=True, check=True) for _ in range(min(REPEATS, 3))]
+    runs = [subprocess.run(command, capture_output=True, text=True, check=True) for _ in range(1 if QUICK else 3)]
     return statistics.median(float(r.stdout) for r in runs)
 
 
 def harvest_ratio(lm: sl.LM, text: sl.Text) -> tuple[float, float, float]:
     """Of a harvest of ``TOKENS`` tokens: (time / time of a bare truncated forward of as many, tokens/s, fixed seconds).
 
-    A harvest of two shards beside the bare forward of the same contexts. What comes once (hashing the model's weights,
-    tokenising the first hundred documents) is timed by itself and counted once for ``TOKENS`` tokens.
+    One harvest, and before each of its shards the bare forward of the same contexts, so that a machine that slows down
+    slows both. With --quick only the first shards are harvested; what comes once (hashing the model's weights,
+    tokenising the first hundred documents) then still counts once for ``TOKENS`` tokens.
     """
-    start = time.perf_counter()
-    lm.fingerprint()
-    contexts = text.contexts(lm.tokenizer, lm.prefix_id, CONTEXT, shuffle=True)
-    rows = [c.ids for c in islice(contexts, 2 * SHARD_TOKENS // CONTEXT)]
-    fixed = time.perf_counter() - start
-    per_pass = FORWARD_TOKENS // CONTEXT
-    batches = [pad(rows[i : i + per_pass]).ids for i in range(0, len(rows), per_pass)]
-    model = lm._module
+    model, clock = lm._module, {"bare": 0.0, "fixed": 0.0, "tokens": 0}
 
     def stop(*_: object) -> None:
         raise Stop
 
-    def bare(passes: int | None = None) -> None:
+    def bare(contexts: list[Context]) -> None:
+        at_once = FORWARD_TOKENS // CONTEXT
+        batches = [pad([c.ids for c in contexts[i : i + at_once]]).ids for i in range(0, len(contexts), at_once)]
         hook = model.model.layers[LAYER].register_forward_hook(stop)
         with torch.no_grad():
-            for ids in batches[:passes]:
+            for ids in batches:
                 with suppress(Stop):
                     model(ids, use_cache=False)
         hook.remove()
 
-    read = []
+    def interleaved(*args: Any, **kwargs: Any) -> Iterator[Context]:
+        contexts = iter(text.contexts(*args, **kwargs))
+        while shard := list(islice(contexts, -(-SHARD_TOKENS // CONTEXT))):
+            clock["fixed"] = clock["fixed"] or time.perf_counter() - start
+            clock["bare"] += seconds(lambda shard=shard: bare(shard))
+            clock["tokens"] += sum(len(c.ids) for c in shard)
+            yield from shard
 
-    def harvest() -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            site = sl.Site("resid_post", LAYER)
-            store = sl.harvest(lm, site, text, SHARD_TOKENS + 1, path=Path(folder) / "store")
-            read.append(sum(s["rows"] + s["excluded"] for s in store.manifest["shards"]))
-
-    bare(passes=1)  # warms up
-    times = [(seconds(bare), seconds(harvest)) for _ in range(REPEATS)]
-    bare_each = statistics.median(t for t, _ in times) / sum(map(len, rows))
-    each = (statistics.median(t for _, t in times) - fixed) / read[0]
-    whole = fixed + each * TOKENS
-    return whole / (bare_each * TOKENS), TOKENS / whole, fixed
+    bare(list(islice(text.contexts(lm.tokenizer, lm.prefix_id, CONTEXT), 9)))  # warms up
+    both = copy(text)
+    both.contexts = interleaved
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        store = sl.harvest(lm, sl.Site("resid_post", LAYER), both, READ, path=Path(folder) / "store")
+        harvesting = time.perf_counter() - start - clock["bare"] - clock["fixed"]
+        each = harvesting / sum(s["rows"] + s["excluded"] for s in store.manifest["shards"])
+    whole = clock["fixed"] + each * TOKENS
+    return whole / (clock["bare"] / clock["tokens"] * TOKENS), TOKENS / whole, clock["fixed"]
 
 
 def main() -> None:

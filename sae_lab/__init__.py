@@ -19,14 +19,10 @@ _HOME = {
     "Site": "types", "TokenMask": "types", "Batch": "types",
     "harvest": "harvesting", "Store": "store",
     "SparseCoder": "saes",
-    "L1": "saes", "Tied": "saes", "SqrtL1": "saes", "PAnneal": "saes", "Hoyer": "saes",
-    "SmoothL0": "saes", "ProLU": "saes", "Gated": "saes", "JumpReLU": "saes", "TopK": "saes",
-    "LeakyTopK": "saes", "BatchTopK": "saes", "Matryoshka": "saes", "Ordered": "saes", "Spline": "saes",
-    "Switch": "saes", "Tokenized": "saes", "Transcoder": "saes", "SkipTranscoder": "saes", "Crosscoder": "saes",
-    "MatrixSAE": "saes", "VQ": "saes",
     "load": "saes.formats",
     "sweep": "sweeping", "Sweep": "sweeping",
     "match": "matching",
+    "estimate": "estimating",
     "train": "training", "meta_sae": "training", "TrainConfig": "training", "Run": "training",
     "features": "feature_index", "index_features": "feature_index", "FeatureIndex": "feature_index",
     "Steer": "edit", "Ablate": "edit", "Clamp": "edit",
@@ -34,8 +30,6 @@ _HOME = {
     "plot": "plots",
 }  # fmt: skip
 _MODULES = ("cache", "evals", "saes", "worlds")
-
-__all__ = [*_HOME, *_MODULES, "__version__"]
 
 if TYPE_CHECKING:
     from sae_lab import cache as cache
@@ -45,6 +39,7 @@ if TYPE_CHECKING:
     from sae_lab.edit import Ablate as Ablate
     from sae_lab.edit import Clamp as Clamp
     from sae_lab.edit import Steer as Steer
+    from sae_lab.estimating import estimate as estimate
     from sae_lab.feature_index import FeatureIndex as FeatureIndex
     from sae_lab.feature_index import features as features
     from sae_lab.feature_index import index_features as index_features
@@ -54,29 +49,7 @@ if TYPE_CHECKING:
     from sae_lab.lm.text import load_text as load_text
     from sae_lab.matching import match as match
     from sae_lab.plots import plot as plot
-    from sae_lab.saes import L1 as L1
-    from sae_lab.saes import VQ as VQ
-    from sae_lab.saes import BatchTopK as BatchTopK
-    from sae_lab.saes import Crosscoder as Crosscoder
-    from sae_lab.saes import Gated as Gated
-    from sae_lab.saes import Hoyer as Hoyer
-    from sae_lab.saes import JumpReLU as JumpReLU
-    from sae_lab.saes import LeakyTopK as LeakyTopK
-    from sae_lab.saes import MatrixSAE as MatrixSAE
-    from sae_lab.saes import Matryoshka as Matryoshka
-    from sae_lab.saes import Ordered as Ordered
-    from sae_lab.saes import PAnneal as PAnneal
-    from sae_lab.saes import ProLU as ProLU
-    from sae_lab.saes import SkipTranscoder as SkipTranscoder
-    from sae_lab.saes import SmoothL0 as SmoothL0
-    from sae_lab.saes import SparseCoder as SparseCoder
-    from sae_lab.saes import Spline as Spline
-    from sae_lab.saes import SqrtL1 as SqrtL1
-    from sae_lab.saes import Switch as Switch
-    from sae_lab.saes import Tied as Tied
-    from sae_lab.saes import Tokenized as Tokenized
-    from sae_lab.saes import TopK as TopK
-    from sae_lab.saes import Transcoder as Transcoder
+    from sae_lab.saes import *  # noqa: F403 (the families)
     from sae_lab.saes.formats import load as load
     from sae_lab.store import Store as Store
     from sae_lab.sweeping import Sweep as Sweep
@@ -91,16 +64,24 @@ if TYPE_CHECKING:
     from sae_lab.widgets import FeatureInspector as FeatureInspector
 
 
+def _names() -> list[str]:
+    return [*_HOME, *_MODULES, *import_module("sae_lab.saes").FAMILIES, "__version__"]
+
+
 def __getattr__(name: str) -> Any:
-    if name in _HOME:
+    if name == "__all__":
+        value = _names()
+    elif name in _HOME:
         value = getattr(import_module(f"sae_lab.{_HOME[name]}"), name)
     elif name in _MODULES:
         value = import_module(f"sae_lab.{name}")
+    elif name.startswith("_") or name not in _names():  # tools ask modules for dunder names: no reason to load torch
+        raise AttributeError(f"module 'sae_lab' has no attribute {name!r}; see dir(sae_lab)")
     else:
-        raise AttributeError(f"module 'sae_lab' has no attribute {name!r}; it has {', '.join(__all__)}")
+        value = import_module("sae_lab.saes").FAMILIES[name]
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted(_names())

@@ -25,7 +25,7 @@ from sae_lab.types import Site, TokenMask, as_sites
 log = logging.getLogger(__name__)
 
 MAX_NORM = 4.0  # in medians: attention sinks and massive activations lie above (the bundled model's at 6 medians)
-FORWARD_TOKENS = 1152  # per forward pass: nine contexts of 128, so that a shard (33 of them) is four even passes
+FORWARD_TOKENS = 1408  # per forward pass: eleven contexts of 128, so that a shard (33 of them) is three even passes
 SHARD_TOKENS = 4096
 
 

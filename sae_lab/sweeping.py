@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sae_lab.distributed import ranks_started
 from sae_lab.evals.reconstruction import reconstruction
 from sae_lab.lm.model import LM
 from sae_lab.lm.text import Text
@@ -87,8 +88,10 @@ def sweep(
         lm, text: held-out text, to measure ΔCE too.
         path: folder of checkpoints; the same call goes on where it was interrupted.
 
-    Raises ValueError for an unknown family, a grid without coders, and as ``sl.train``.
+    Raises ValueError for an unknown family, a grid without coders, several processes, and as ``sl.train``.
     """
+    if (ranks := ranks_started()) > 1:
+        raise ValueError(f"a sweep runs in one process, torchrun started {ranks}: start one, or call sl.train for each")
     if (lm is None) != (text is None):
         raise ValueError("to measure ΔCE give lm and text, both: sl.sweep(..., lm=lm, text=text.held_out)")
     if lm is not None and not isinstance(data, Store):

@@ -1,25 +1,21 @@
 """sl.train: one loop for every coder. It sees coders and batches, never a family by name."""
 
-import hashlib
 import json
 import logging
 import math
-import signal
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from sae_lab import cache
-from sae_lab.saes import formats, losses
+from sae_lab import cache, checkpoint
+from sae_lab.checkpoint import CHECKPOINT as CHECKPOINT
+from sae_lab.distributed import ALONE, Ranks, joined
 from sae_lab.saes.base import SparseCoder
 from sae_lab.saes.batchtopk import BatchTopK
 from sae_lab.store import Rows, Store
@@ -28,12 +24,11 @@ from sae_lab.types import Batch, Codes, Output
 log = logging.getLogger(__name__)
 
 CALIBRATION_TOKENS = 100_000  # threshold, f_scale and the count of dead features are taken on so many training tokens
-CHECKPOINT = "checkpoint.safetensors"
 MAX_GRADIENT = 1e18  # Adam squares it, in float32
 MAX_LR = 1e30  # beyond it one step overflows float32 before the loss can say so
 
-
 Metrics = dict[str, int | float]
+Shard = Literal["batch", "features"]
 
 
 @dataclass(frozen=True)
@@ -44,6 +39,8 @@ class TrainConfig:
     warmup, decay: shares of the steps over which lr rises from 0 and falls to 0.
     dead_after: a feature that fires on none of so many tokens counts as dead, and AuxK revives it.
     checkpoint_every: steps between checkpoints (only with ``path=``).
+    shard: what several ranks divide (``sl.train`` under torchrun): "batch", each takes its rows of every batch of
+    ``batch_size`` in all; or "features", each holds some of the coder, which may then be wider than one device takes.
     """
 
     tokens: int | None = None
@@ -56,6 +53,7 @@ class TrainConfig:
     dead_after: int = 100_000
     log_every: int = 1
     checkpoint_every: int = 100
+    shard: Shard = "batch"
 
     def __post_init__(self):
         if (self.tokens is None) == (self.steps is None):
@@ -66,6 +64,8 @@ class TrainConfig:
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
         if self.lr is not None and not 0 < self.lr < MAX_LR:
             raise ValueError(f"lr must be a positive number below {MAX_LR:g}, got {self.lr}; None chooses one by d_sae")
+        if self.shard not in get_args(Shard):
+            raise ValueError(f"shard must be one of {', '.join(get_args(Shard))}, got {self.shard!r}")
         if not isinstance(self.seed, int) or self.seed < 0:
             raise ValueError(f"seed must be an integer of at least 0, got {self.seed!r}")
         if not (0 <= self.warmup <= 1 and 0 <= self.decay <= 1 and self.warmup + self.decay <= 1):
@@ -139,11 +139,17 @@ def train(
     With ``path``, checkpoints are written there, and the same call continues an interrupted run to the weights of an
     unbroken one; the finished coder is saved there too. Without it nothing is reused.
 
+    ``torchrun --nproc-per-node N script.py`` trains one coder over N processes, up to rounding to the weights of a
+    single one. Every rank returns the same coder; callbacks run on every rank; the first writes files and shows
+    progress. A run may go on over another number of ranks. With ``shard="features"`` build the coder on the CPU; a
+    callback's ``coder`` then has this rank's features.
+
     Raises ValueError for a width that does not fit, a ``path`` that holds another run (the difference is named), and
     for NaN or Inf in data or loss (step and cause are named; the coder keeps its last good weights).
     """
     rows = rows_for(coder, data)
-    return Training(coder, rows, config, Path(path) if path is not None else None, tuple(callbacks)).run()
+    with joined(coder, config.shard) as ranks:
+        return Training(coder, rows, config, Path(path) if path is not None else None, tuple(callbacks), ranks).run()
 
 
 def meta_sae(coder: SparseCoder, d_sae: int, k: int, config: TrainConfig, *, seed: int = 0) -> Run:
@@ -189,14 +195,17 @@ class Training:
     """The state of one call of train(): coder, optimiser, counters, history."""
 
     def __init__(
-        self, coder: SparseCoder, rows: Store | Rows, config: TrainConfig, path: Path | None, callbacks: tuple
-    ):
-        self.coder, self.rows, self.config, self.path, self.callbacks = coder, rows, config, path, callbacks
+        self, coder: SparseCoder, rows: Store | Rows, config: TrainConfig, path: Path | None, callbacks: tuple,
+        ranks: Ranks = ALONE,
+    ):  # fmt: skip
+        ranks.require(coder, config.batch_size)
+        self.rows, self.config, self.path, self.callbacks, self.ranks = rows, config, path, callbacks, ranks
+        self.whole = self.coder = coder  # coder: what this rank trains of it
         self.identity = {
-            "config": asdict(config),
+            "config": {name: value for name, value in asdict(config).items() if name != "shard"},
             "data": rows.fingerprint,
             "coder": {"family": type(coder).__name__, **coder.config},
-            "initial_weights": _weights_fingerprint(coder),
+            "initial_weights": checkpoint.fingerprint(coder),
         }
         self.step = 0
         self.history: list[Metrics] = []
@@ -209,10 +218,13 @@ class Training:
             return finished
         try:
             self._emit("start", {})
-            with self._bar() as bar:
+            with self._bar() as bar, self.ranks.stopping() as asked:
                 while self.step < self.config.total_steps:
                     self.one_step()
                     bar()
+                    if asked():
+                        self.keep()
+                        raise KeyboardInterrupt
             self.keep()  # calibration takes a while: if it is interrupted, training is not lost
         except BaseException as err:
             self.leave(isinstance(err, KeyboardInterrupt))
@@ -223,14 +235,18 @@ class Training:
 
     def begin(self) -> Run | None:
         """Ready for the next step, from the checkpoint where there is one; or the run itself where it is finished."""
+        ranks, finished, found = self.ranks, None, None
         if self.path is not None:
             cache.make_folder(self.path)
-            if finished := self.finished():
-                return finished
+            finished = self.finished()
+            found = None if finished else self._read_checkpoint()
+        self._require_same_everywhere(begun=found[0]["step"] if found else "finished" if finished else 0)
+        if finished:
+            return finished
+        if self.path is not None and ranks.first:
             for leftover in self.path.glob(".*.tmp"):  # of a run that was killed
                 leftover.unlink(missing_ok=True)
-        coder = self.coder
-        found = self._read_checkpoint() if self.path is not None else None
+        coder = self.coder = ranks.own_part(self.whole)
         self.parameters = dict(coder.named_parameters())
         if found is None:
             first = self.rows.batch(0, max(4096, self.config.batch_size), self.config.seed)
@@ -240,13 +256,17 @@ class Training:
             if coder.in_raw_units:  # it was trained before
                 coder.fold(1 / self.scale, None if self.target_scale is None else 1 / self.target_scale)
             coder.begin(self._scaled(first))
-        self.idle = self.idle.to(coder.W_dec.device)
+        self.idle = torch.zeros(coder.d_sae, dtype=torch.long, device=coder.W_dec.device)
         self.optimizer = torch.optim.Adam(coder.parameters(), lr=0.0, fused=True)
         if found is not None:
             self._restore(*found)
+        # Devices that differ in the last bit would stay apart.
+        ranks.copy_first([self.scale] + [t for t in (self.target_scale,) if t is not None])
+        ranks.copy_first(ranks.held_whole(coder.state_dict()))
         coder.in_raw_units = False
         if not coder.dense:
-            coder.scratch = torch.empty(self.config.batch_size, coder.d_sae, device=coder.W_dec.device)
+            rows = self.config.batch_size // ranks.row_shares
+            coder.scratch = torch.empty(rows, coder.d_sae, device=coder.W_dec.device)
         coder.train()
         return None
 
@@ -256,28 +276,36 @@ class Training:
         self.coder.scratch, self.coder.in_raw_units, self.coder.progress = None, True, 1.0
 
     def end(self) -> Run:
-        coder = self.coder
         self._fold()
-        device = coder.W_dec.device
-        blocks = [x.to(device) for _, x in islice(self.rows.blocks(), -(-CALIBRATION_TOKENS // 8192))]
-        unseen = self.rows.reserved(CALIBRATION_TOKENS)
-        for x in blocks if unseen is None else [*blocks, unseen]:  # training need not have seen every row
-            self._require_finite(x)
-        self._stamp(coder.calibrate(blocks, None if unseen is None else unseen.to(device)))
-        run = Run(coder, self.config, self.history, self.path)
-        if self.path is not None:
-            coder.save(self.path)
-            with cache.atomic(self.path / "run.json") as temporary:
-                temporary.write_text(
-                    json.dumps(self.identity | {"history": self.history, "left_weights": _weights_fingerprint(coder)})
-                )
-            (self.path / CHECKPOINT).unlink(missing_ok=True)
+        facts = self._calibrate()
+        whole, self.coder = self.whole, self.whole
+        whole.in_raw_units, whole.progress = True, 1.0
+        self._stamp(facts)
+        run = Run(whole.eval(), self.config, self.history, self.path)
+        if self.path is not None and self.ranks.first:
+            checkpoint.finish(self.path, whole, self.identity | {"history": self.history})
         self._emit("end", self.history[-1])
+        self.ranks.wait()  # nobody leaves before the files are there
         return run
+
+    def _calibrate(self) -> Metrics:
+        """Threshold, f_scale and dead features of the whole coder. One rank does it for all, unless each has a part."""
+        coder, ranks = self.coder, self.ranks
+        facts: Metrics = {}
+        if ranks.first or coder is not self.whole:
+            device = coder.W_dec.device
+            blocks = [x.to(device) for _, x in islice(self.rows.blocks(), -(-CALIBRATION_TOKENS // 8192))]
+            unseen = self.rows.reserved(CALIBRATION_TOKENS)
+            for x in blocks if unseen is None else [*blocks, unseen]:  # training need not have seen every row
+                self._require_finite(x)
+            facts = coder.calibrate(blocks, None if unseen is None else unseen.to(device))
+        ranks.copy_first(ranks.held_whole(coder.state_dict()))
+        ranks.rejoin(coder, self.whole)
+        return ranks.from_first(facts)
 
     def _stamp(self, facts: Metrics) -> None:
         """What the coder must know to be used alone: site, mask, model."""
-        rows, coder = self.rows, self.coder
+        rows, coder = self.rows, self.whole
         meta: dict[str, Any] = {
             "dead": facts["dead"],
             "dead_tokens": int(facts["tokens"]),
@@ -299,71 +327,98 @@ class Training:
     def leave(self, interrupted: bool) -> None:
         """Interrupted or failed: keep what can be continued, and leave the coder usable in raw units."""
         try:
-            if interrupted and self.path is not None:
-                self._checkpoint(left=True)
+            if interrupted and self.ranks.size == 1:  # several ranks stop together, or leave at different steps
+                self.keep()
         finally:
             self._fold()
-        if interrupted and self.path is not None:
+        if interrupted and self.path is not None and self.ranks.first:
             log.warning("stopped at step %d; the same call with path=%r goes on from there", self.step, str(self.path))
 
     # ---- one step
 
     def one_step(self, raw: Batch | None = None) -> None:
         """One step, on the batch that is due or on the same one handed in."""
-        coder, config = self.coder, self.config
+        coder, config, ranks = self.coder, self.config, self.ranks
         if raw is None:
-            raw = self.rows.batch(self.step, config.batch_size, config.seed)
+            raw = ranks.batch(self.rows, self.step, config.batch_size, config.seed)
         batch = self._scaled(self._on_device(raw))
-        lr = config.lr_at(self.step, coder.d_sae)
+        lr = config.lr_at(self.step, self.whole.d_sae)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         progress = coder.progress = self.step / config.total_steps
-        out = coder(batch.x, batch.tokens)
-        terms = coder.terms(batch, out, progress=progress, dead=self.idle > config.dead_after)
-        loss = torch.stack(list(terms.values())).sum()
-        self._require_sound("the loss is", {name: t for name, t in terms.items() if not bool(t.isfinite())}, lr)
+        with ranks.choosing(coder):
+            out = coder(batch.x, batch.tokens)
+            terms = coder.terms(batch, out, progress=progress, dead=self.idle > config.dead_after)
+        loss = torch.stack(list(terms.values()))
+        figures = (ranks.over_rows(loss.detach()) / ranks.row_shares).tolist()
+        metrics = dict(zip(terms, figures, strict=True))
+        self._require_sound("the loss is", [name for name, value in metrics.items() if not math.isfinite(value)], lr)
         self.optimizer.zero_grad()
-        loss.backward()
+        loss.sum().backward()
+        ranks.share_gradients(self.parameters)
         gradients = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
-        large = {name: g for name, g in gradients.items() if not bool(torch.linalg.vector_norm(g) < MAX_GRADIENT)}
+        sizes = ranks.over_features(torch.stack([torch.linalg.vector_norm(g) for g in gradients.values()])).tolist()
+        large = [name for name, size in zip(gradients, sizes, strict=True) if not size < MAX_GRADIENT]
         self._require_sound("the gradients are", large, lr)
         logged = (self.step + 1) % config.log_every == 0 or self.step + 1 == config.total_steps
-        with _whole():  # a checkpoint holds a whole step, wherever an interruption falls
+        with checkpoint.whole_step():  # a checkpoint holds a whole step, wherever an interruption falls
             self.optimizer.step()
             coder.project()
-            fired = _fired(out, coder.d_sae)
-            self.idle += len(batch.x)
+            ranks.copy_first(b for b in coder.buffers() if not b.dim())  # PAnneal's weight goes by a rank's own rows
+            fired = ranks.over_rows(_fired(out, coder.d_sae).int()) > 0
+            self.idle += config.batch_size
             self.idle[fired] = 0
             self.step += 1
             if logged:
-                self._record(batch, out, terms, loss, lr)
+                self._record(batch, out, metrics, lr)
         if logged:
             self._emit("step", self.history[-1])
         if self.path is not None and self.step % config.checkpoint_every == 0:
             self._checkpoint()
             self._emit("checkpoint", self.history[-1] if self.history else {})
 
-    def _require_sound(self, what: str, bad: dict[str, Tensor], lr: float) -> None:
+    def _require_same_everywhere(self, begun: int | str) -> None:
+        """All ranks must do the same: a coder is as random as its seed."""
+        if self.ranks.size == 1:
+            return
+        here = self.identity | {"config": asdict(self.config), "steps done": begun}
+        first, *others = map(json.loads, self.ranks.texts(json.dumps(here)))
+        for rank, other in enumerate(others, 1):
+            if wrong := checkpoint.differences(other, first):
+                raise ValueError(
+                    f"rank {rank} trains otherwise than rank 0: it differs in {wrong}. Every rank must run the same "
+                    "script, with fixed seeds and folders that all of them see"
+                )
+
+    def _require_sound(self, what: str, bad: list[str], lr: float) -> None:
         if bad:
             raise ValueError(
                 f"step {self.step}: {what} not finite ({', '.join(bad)}) though the data is, so the weights ran away: "
                 f"lower lr (now {lr:.3g}) and train a fresh coder"
             )
 
-    def _record(self, batch: Batch, out: Output, terms: dict[str, Tensor], loss: Tensor, lr: float) -> None:
+    def _record(self, batch: Batch, out: Output, terms: Metrics, lr: float) -> None:
+        """Figures of the batch of all ranks."""
+        ranks, rows = self.ranks, len(batch.x) * self.ranks.row_shares
         tokens = self.step * self.config.batch_size
-        active = out.codes.values if isinstance(out.codes, Codes) else out.codes
-        row = {
-            "step": self.step,
-            "tokens": tokens,
-            "passes": tokens / self.rows.training_rows,
-            "loss": float(loss.detach()),
-            "fvu": float(losses.fvu(out.x_hat.detach(), batch.target)),
-            "l0": float((active > 0).sum()) / len(batch.x),
-            "dead": float((self.idle > self.config.dead_after).float().mean()),
-            "lr": lr,
-        }
-        self.history.append(row | {name: float(t.detach()) for name, t in terms.items()})
+        codes = out.codes.values if isinstance(out.codes, Codes) else out.codes
+        mean = ranks.over_rows(batch.target.mean(0)) / ranks.row_shares
+        error, variance = (ranks.over_rows((t - batch.target).pow(2).sum()) for t in (out.x_hat.detach(), mean))
+        dead = (self.idle > self.config.dead_after).sum()
+        active = ranks.over_rows((codes > 0).sum())
+        self.history.append(
+            {
+                "step": self.step,
+                "tokens": tokens,
+                "passes": tokens / self.rows.training_rows,
+                "loss": sum(terms.values()),
+                "fvu": float(error / variance),
+                "l0": int(ranks.over_features(active)) / rows,
+                "dead": int(ranks.over_features(dead)) / self.whole.d_sae,
+                "lr": lr,
+            }
+            | terms
+        )
 
     def _on_device(self, batch: Batch) -> Batch:
         """The batch where the coder is, checked."""
@@ -398,7 +453,9 @@ class Training:
         from tqdm.auto import tqdm
 
         total = self.config.total_steps
-        with tqdm(total=total, initial=self.step, desc=f"train {type(self.coder).__name__}", dynamic_ncols=True) as bar:
+        name = f"train {type(self.coder).__name__}"
+        quiet = not self.ranks.first
+        with tqdm(total=total, initial=self.step, desc=name, dynamic_ncols=True, disable=quiet) as bar:
 
             def show() -> None:
                 bar.update(self.step - bar.n)
@@ -411,106 +468,54 @@ class Training:
 
             yield show
 
-    # ---- checkpoints
+    # ---- on disk
 
     def _checkpoint(self, left: bool = False) -> None:
-        """All that an unbroken run would have at this step, in one file, replaced in one piece."""
+        """All that an unbroken run would have at this step; the same file over any number of ranks."""
         assert self.path is not None
-        tensors = {f"coder.{n}": t for n, t in self.coder.state_dict().items()} | {"idle": self.idle}
-        for name, p in self.parameters.items():
-            tensors |= {f"adam.{key}.{name}": t for key, t in self.optimizer.state[p].items()}
+        tensors = {}
+        for name, part in checkpoint.pack(self.coder, self.optimizer, self.idle).items():
+            whole = self.ranks.whole(name, part)
+            if self.ranks.first:
+                tensors[name] = whole
+        if not self.ranks.first:
+            return
         scales = [self.scale.tolist(), None if self.target_scale is None else self.target_scale.tolist()]
         header = self.identity | {"step": self.step, "scale": scales, "history": self.history, "left_weights": None}
-        if left:  # the coder in the user's hands is about to be folded; recognise it when it comes back
+        if left and self.coder is self.whole:  # it is about to be folded; recognise it when it comes back
             header["left_weights"] = self._folded_fingerprint()
-        with cache.atomic(self.path / CHECKPOINT) as temporary:
-            save_file(
-                {n: t.detach().cpu().contiguous() for n, t in tensors.items()}, temporary, {"run": json.dumps(header)}
-            )
+        checkpoint.write(self.path, header, tensors)
 
     def _folded_fingerprint(self) -> str:
         keep = {n: t.clone() for n, t in self.coder.state_dict().items()}
         self.coder.fold(self.scale, self.target_scale)
-        fingerprint = _weights_fingerprint(self.coder)
+        fingerprint = checkpoint.fingerprint(self.coder)
         self.coder.load_state_dict(keep)
         return fingerprint
 
     def _read_checkpoint(self) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
         assert self.path is not None
-        file = self.path / CHECKPOINT
-        if not file.exists():
-            return None
-        try:
-            with safe_open(file, framework="pt") as f:
-                header = json.loads(f.metadata()["run"])
-                tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
-            for key in (*self.identity, "step", "scale", "history", "left_weights"):
-                header[key]
-        except (SafetensorError, ValueError, KeyError, TypeError) as err:
-            raise ValueError(
-                f"{file} is no checkpoint of sae_lab ({err}); it was not read as anything else. Delete it to start over"
-            ) from err
-        self._require_same(header)
-        return header, tensors
+        return checkpoint.read(self.path, self.identity, self.ranks.part)
 
     def _restore(self, header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        self.step, self.history = header["step"], header["history"]
+        assert self.path is not None
         device = self.coder.W_dec.device
+        self.step, self.history = header["step"], header["history"]
         scale, target_scale = header["scale"]
         self.scale = torch.tensor(scale, device=device)
         self.target_scale = None if target_scale is None else torch.tensor(target_scale, device=device)
-        weights = {n.removeprefix("coder."): t for n, t in tensors.items() if n.startswith("coder.")}
-        try:
-            self.coder.load_state_dict(weights)
-            self.idle.copy_(tensors["idle"])
-        except (RuntimeError, KeyError) as err:
-            raise ValueError(f"{self.path}/{CHECKPOINT} is damaged ({err}): delete it to start over") from err
-        for name, p in self.parameters.items():
-            keys = ("step", "exp_avg", "exp_avg_sq")
-            if f"adam.step.{name}" in tensors:
-                # Moments take their parameter's memory layout, as Adam makes them.
-                self.optimizer.state[p] = {k: tensors[f"adam.{k}.{name}"].to(p.device) for k in keys}
-                for k in keys[1:]:
-                    self.optimizer.state[p][k] = torch.empty_like(p).copy_(self.optimizer.state[p][k])
+        checkpoint.unpack(self.path, tensors, self.coder, self.optimizer, self.idle)
 
     def finished(self) -> Run | None:
         """The run at ``path`` if it is whole and the same; its coder's weights go into this one."""
         assert self.path is not None
-        file = self.path / "run.json"
-        if not file.exists():
+        if (found := checkpoint.finished(self.path, self.identity)) is None:
             return None
-        try:
-            header = json.loads(file.read_bytes())
-            history, _ = header["history"], header["left_weights"]
-        except (ValueError, KeyError, TypeError) as err:
-            raise ValueError(f"{file} is no run of sae_lab ({err}): delete it to start over") from err
-        self._require_same(header)
-        done = formats.load(self.path)
-        if _weights_fingerprint(done) != header["left_weights"]:
-            raise ValueError(f"{self.path} holds another coder than the one its run.json tells of: pass another path=")
-        self.coder.load_state_dict(done.state_dict())
-        self.coder.reads, self.coder.writes, self.coder.meta = done.reads, done.writes, done.meta
-        self.coder.in_raw_units = True
-        return Run(self.coder.eval(), self.config, history, self.path)
-
-    def _require_same(self, header: dict[str, Any]) -> None:
-        """The run at ``path`` must have this config, data and coder; weights may be the initial or the last ones."""
-        differences = []
-        for key, mine in self.identity.items():
-            theirs = header.get(key)
-            if key == "initial_weights" and mine in (theirs, header.get("left_weights")):
-                continue
-            if isinstance(mine, dict) and isinstance(theirs, dict):
-                names = [n for n in mine | theirs if mine.get(n) != theirs.get(n)]
-                differences += [f"{key} {n}: {theirs.get(n)!r} there, {mine.get(n)!r} now" for n in names]
-            elif mine != theirs:
-                differences.append(f"{key}: {theirs!r} there, {mine!r} now")
-        if differences:
-            raise ValueError(
-                f"{self.path} holds another run; it differs in {'; '.join(differences)}. Pass another path=, "
-                "or delete it"
-            )
-        self.identity["initial_weights"] = header["initial_weights"]
+        done, header = found
+        self.whole.load_state_dict(done.state_dict())
+        self.whole.reads, self.whole.writes, self.whole.meta = done.reads, done.writes, done.meta
+        self.whole.in_raw_units = True
+        return Run(self.whole.eval(), self.config, header["history"], self.path)
 
 
 def _scale(x: Tensor) -> Tensor:
@@ -525,28 +530,3 @@ def _fired(out: Output, d_sae: int) -> Tensor:
         fired[out.codes.features[out.codes.values > 0]] = True
         return fired
     return (out.codes > 0).any(0)
-
-
-def _weights_fingerprint(coder: SparseCoder) -> str:
-    """A hash of what training changes step by step; thresholds and scales are fitted afterwards."""
-    digest = hashlib.sha256()
-    for name, p in sorted(coder.named_parameters()):
-        digest.update(name.encode() + p.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-@contextmanager
-def _whole() -> Iterator[None]:
-    """Ctrl-C waits until the block is done. Signals reach the main thread only: elsewhere nothing is to do."""
-    before = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(before):
-        yield
-        return
-    waiting: list[tuple[Any, ...]] = []
-    signal.signal(signal.SIGINT, lambda *which: waiting.append(which))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if waiting:
-        before(*waiting[0])

@@ -218,19 +218,28 @@ class Batch:
     positions: Int[Tensor, " batch"] | None = None
 
 
+def rows_of(offsets: Int[Tensor, " rows_plus_one"]) -> Int[Tensor, " active"]:
+    """The row of every place between offsets[0] and offsets[-1]."""
+    counts = offsets.diff()
+    return torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
+
+
 class Codes(NamedTuple):
-    """Sparse codes by row (compressed rows): row b is active on ``features[offsets[b]:offsets[b+1]]``."""
+    """Sparse codes by row (compressed rows): row b is active on ``features[offsets[b]:offsets[b+1]]``.
+
+    by_feature: the same places in the order of features, which the kernels of ``saes.sparse`` make and share.
+    """
 
     values: Float[Tensor, " active"]
     features: Int[Tensor, " active"]
     offsets: Int[Tensor, " rows_plus_one"]
     d_sae: int
+    by_feature: Any = None
 
     @property
     def rows(self) -> Int[Tensor, " active"]:
         """The row of every value."""
-        counts = self.offsets.diff()
-        return torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
+        return rows_of(self.offsets)
 
     def dense(self) -> Float[Tensor, "batch d_sae"]:
         """The same codes as a dense matrix (differentiable in ``values``)."""

@@ -46,9 +46,10 @@ def cache_folder(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def threads(request):
-    """One thread for tiny models: their work is too small to share, and waiting for a busy core costs most of it."""
+    """All threads for the bundled model, else one: small work is not worth sharing, and bit-equal runs need the same
+    number of threads."""
     before = torch.get_num_threads()
-    torch.set_num_threads(1 if {"tiny", "make_tiny"} & set(request.fixturenames) else before)
+    torch.set_num_threads(before if "lm" in request.fixturenames else 1)
     yield
     torch.set_num_threads(before)
 

@@ -46,10 +46,6 @@ def sae(store):
 def small_blocks(monkeypatch):
     """Several blocks in place of one; all else is as it is."""
     monkeypatch.setattr(build, "BLOCK", 400)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

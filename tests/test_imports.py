@@ -17,8 +17,8 @@ FLOORS = [
     {"worlds", "saes", "lm"},
     {"store"},
     {"harvesting"},
-    {"training", "edit", "matching"},
-    {"evals", "circuits", "feature_index", "sweeping"},
+    {"training", "checkpoint", "distributed", "edit", "matching"},
+    {"evals", "circuits", "feature_index", "sweeping", "estimating"},
     {"widgets", "plots"},
 ]
 # These rooms share a floor and a wall: what knows language models knows no coders, and the other way round.

@@ -4,22 +4,12 @@ import io
 
 import numpy as np
 import pytest
-import torch
 from matplotlib.figure import Figure
 
 import sae_lab as sl
 from sae_lab.sweeping import Sweep
 
 CONFIG = sl.TrainConfig(steps=5, batch_size=64)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """This work is too small to share."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def drawn(figure):

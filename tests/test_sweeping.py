@@ -32,15 +32,6 @@ GRID = {
 A, B = Site("mlp_in", 1), Site("mlp_out", 1)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """This work is too small to share, and bit-equal runs need the same number of threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def data():
     """Rows in raw units far from norm √d, off the origin."""
@@ -217,7 +208,7 @@ def test_seeds_serve_every_family(data):
 @pytest.mark.parametrize(
     ("grid", "arguments", "words"),
     [
-        ({"TopKK": {"k": 3}}, {"d_sae": 8}, "unknown family 'TopKK'; known: L1, Tied, .*Crosscoder"),
+        ({"TopKK": {"k": 3}}, {"d_sae": 8}, "unknown family 'TopKK'; known: BatchTopK, .*VQ"),
         ({}, {"d_sae": 8}, r"the grid is empty: give a family, .* \{'TopK'"),
         ([], {}, r"a sweep takes a grid .* or a list of coders, got \[\]"),
         ({"L1": {}, "TopK": {"k": 3}}, {}, r"give sweep\(..., d_sae=\), or 'd_sae' among the arguments of L1"),
@@ -532,3 +523,10 @@ def test_a_coder_that_fails_leaves_the_others_usable(data, monkeypatch):
         assert coder.in_raw_units
         x_hat = coder.train()(data).x_hat.detach()
         assert (x_hat - data).pow(2).sum() < 0.7 * (data - data.mean(0)).pow(2).sum()
+
+
+def test_a_sweep_under_torchrun_is_refused(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=r"one process, torchrun started 2: start one, or call sl\.train for each"):
+        sl.sweep({"TopK": {"k": 2}}, torch.randn(64, 8), sl.TrainConfig(steps=1, batch_size=8), d_sae=16)

@@ -23,15 +23,6 @@ D_IN, D_SAE = 12, 24
 SMALL = {"steps": 30, "batch_size": 64, "lr": 3e-3, "checkpoint_every": 10, "dead_after": 500}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """This work is too small to share, and bit-equal runs need the same number of threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def planted(rows, n=64, d=32, l0=3, seed=0):
     """(x, dictionary): sums of l0 of n unit directions with coefficients from 1 to 2."""
     g = torch.Generator().manual_seed(seed)

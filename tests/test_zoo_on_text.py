@@ -45,7 +45,9 @@ def test_tokenized_gains_nothing_in_the_middle_of_the_model(lm, store):
 def test_a_transcoder_of_few_tokens_costs_more_than_an_sae(lm, store):
     """Published: within .02 of CE recovered of an SAE on the MLP's output. Trained on 40,000 tokens it costs .031 nats
     more, with a standard error of .008 (paired by token, clustered by document): an SAE copies what it is given, a
-    transcoder has to learn what the layer does. Of the zero ablation both recover most."""
+    transcoder has to learn what the layer does. Of the zero ablation both recover most. With 4608 features and three
+    million tokens of training on 300,000 (too long for a test) the cost falls to .007 nats: CE recovered .836 to the
+    SAE's .874 (zero ablation, 11,837 tokens), which is still not within .02."""
     held_out = sl.load_text().held_out
     d = store.at(READS).width
     sae, transcoder = sl.BatchTopK(d, 1152, k=32), sl.Transcoder(d, 1152, k=32)

@@ -1,37 +1,37 @@
-"""Sparse coders: torch only, never a language model. One short file per family; this is the registry."""
+"""Sparse coders: torch only, never a language model. One short file per family, and one line here, which is all that
+``sl.Family``, ``sl.load`` and the tests of every family's contract need."""
 
-from sae_lab.saes.adapt import inform, optimise_codes, realign, resample, unsuppress
-from sae_lab.saes.base import SparseCoder
-from sae_lab.saes.batchtopk import BatchTopK
-from sae_lab.saes.crosscoder import Crosscoder
-from sae_lab.saes.gated import Gated
-from sae_lab.saes.hoyer import Hoyer
-from sae_lab.saes.jumprelu import JumpReLU
-from sae_lab.saes.l1 import L1, Tied
-from sae_lab.saes.leakytopk import LeakyTopK
-from sae_lab.saes.matrix import MatrixSAE
-from sae_lab.saes.matryoshka import Matryoshka
-from sae_lab.saes.ordered import Ordered
-from sae_lab.saes.panneal import PAnneal
-from sae_lab.saes.prolu import ProLU
-from sae_lab.saes.smoothl0 import SmoothL0
-from sae_lab.saes.spline import Spline
-from sae_lab.saes.sqrtl1 import SqrtL1
-from sae_lab.saes.switch import Switch
-from sae_lab.saes.tokenized import Tokenized
-from sae_lab.saes.topk import TopK
-from sae_lab.saes.transcoder import SkipTranscoder, Transcoder
-from sae_lab.saes.vq import VQ
+from sae_lab.saes.adapt import inform as inform
+from sae_lab.saes.adapt import optimise_codes as optimise_codes
+from sae_lab.saes.adapt import realign as realign
+from sae_lab.saes.adapt import resample as resample
+from sae_lab.saes.adapt import unsuppress as unsuppress
+from sae_lab.saes.base import SparseCoder as SparseCoder
+from sae_lab.saes.batchtopk import BatchTopK as BatchTopK
+from sae_lab.saes.crosscoder import Crosscoder as Crosscoder
+from sae_lab.saes.gated import Gated as Gated
+from sae_lab.saes.hoyer import Hoyer as Hoyer
+from sae_lab.saes.jumprelu import JumpReLU as JumpReLU
+from sae_lab.saes.l1 import L1 as L1
+from sae_lab.saes.l1 import Tied as Tied
+from sae_lab.saes.leakytopk import LeakyTopK as LeakyTopK
+from sae_lab.saes.matrix import MatrixSAE as MatrixSAE
+from sae_lab.saes.matryoshka import Matryoshka as Matryoshka
+from sae_lab.saes.ordered import Ordered as Ordered
+from sae_lab.saes.panneal import PAnneal as PAnneal
+from sae_lab.saes.prolu import ProLU as ProLU
+from sae_lab.saes.smoothl0 import SmoothL0 as SmoothL0
+from sae_lab.saes.spline import Spline as Spline
+from sae_lab.saes.sqrtl1 import SqrtL1 as SqrtL1
+from sae_lab.saes.switch import Switch as Switch
+from sae_lab.saes.tokenized import Tokenized as Tokenized
+from sae_lab.saes.topk import TopK as TopK
+from sae_lab.saes.transcoder import SkipTranscoder as SkipTranscoder
+from sae_lab.saes.transcoder import Transcoder as Transcoder
+from sae_lab.saes.vq import VQ as VQ
 
 FAMILIES: dict[str, type[SparseCoder]] = {
-    cls.__name__: cls
-    for cls in (
-        L1, Tied, SqrtL1, PAnneal, Hoyer, SmoothL0, ProLU, Gated, JumpReLU,
-        TopK, LeakyTopK, BatchTopK, Matryoshka, Ordered, Spline, Switch, Tokenized,
-        Transcoder, SkipTranscoder, Crosscoder, MatrixSAE, VQ,
-    )
-}  # fmt: skip
-
-__all__ = [
-    *FAMILIES, "FAMILIES", "SparseCoder", "inform", "optimise_codes", "realign", "resample", "unsuppress",
-]  # fmt: skip
+    name: value
+    for name, value in list(globals().items())
+    if isinstance(value, type) and issubclass(value, SparseCoder) and value is not SparseCoder
+}

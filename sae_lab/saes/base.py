@@ -6,13 +6,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from sae_lab.saes import losses, sparse
 from sae_lab.types import Batch, Codes, Output, Site, TokenMask, check_feature
 
 AUX_WEIGHT = 1 / 32  # Gao et al. 2024
+EVERY = slice(None)  # all features, where act is asked for some
+SPARSE_BELOW = 0.1  # share of features on, up to which sparse gradients are cheaper than dense ones
 QUANTILE = 0.999  # f_scale: this quantile of a feature's activations where it fires
 
 
@@ -39,6 +41,7 @@ class SparseCoder(nn.Module):
     W_enc: Tensor
     W_dec: Tensor
     dense = False  # True: act needs gradients through the whole matrix of pre-activations
+    elementwise = False  # True: a code depends on its own entry of pre and on parameters of its feature
     tied = False  # True: the family defines W_enc out of W_dec
     input_norm: Literal["none", "layer", "length"] = "none"
     code_units: tuple[str, ...] = ("b_enc",)  # parameters and buffers that scale as the codes do, for fold
@@ -88,8 +91,13 @@ class SparseCoder(nn.Module):
     # ---- what a family names
 
     def act(self, pre: Float[Tensor, "batch d_sae"]) -> Codes | Tensor:
-        """Codes from pre-activations."""
+        """Codes from pre-activations. Of an ``elementwise`` family ``act(pre, features)``: the codes of all of pre, or
+        of some entries that belong to ``features``."""
         raise NotImplementedError
+
+    def reach(self, pre: Float[Tensor, "batch d_sae"]) -> Bool[Tensor, "batch d_sae"]:
+        """Where an ``elementwise`` family's codes, or their gradients, can be other than 0."""
+        return pre > 0
 
     def terms(self, batch: Batch, out: Output, *, progress: float, dead: Tensor) -> dict[str, Tensor]:
         """Named loss terms whose sum is the objective. ``progress`` runs from 0 to 1 over training."""
@@ -200,6 +208,8 @@ class SparseCoder(nn.Module):
 
     def _codes(self, x: Tensor) -> tuple[Tensor, Codes | Tensor]:
         """(pre, codes) of float rows. Sparse codes get their gradient at the chosen places only."""
+        if self.elementwise:
+            return self._elementwise_codes(x)
         if self.dense:
             pre = self._read(x)
             return pre, self.act(pre)
@@ -210,6 +220,20 @@ class SparseCoder(nn.Module):
         chosen = self._encode_at(chosen, x)
         return pre, chosen._replace(values=chosen.values.relu())
 
+    def _elementwise_codes(self, x: Tensor) -> tuple[Tensor, Codes | Tensor]:
+        """Sparse codes where they are few, since gradients then cost what is active; else dense ones."""
+        with torch.no_grad():
+            pre = self._read(x)
+            reach = self.reach(pre)
+            few = int(reach.count_nonzero()) < SPARSE_BELOW * reach.numel()
+        if not few:
+            if torch.is_grad_enabled():
+                bias = self.b_dec if self.pre_bias else None
+                pre = sparse.with_gradients(pre, x, self.W_enc, self.b_enc, bias)
+            return pre, self.act(pre)
+        codes = self._encode_at(sparse.where(pre, reach), x)
+        return pre, codes._replace(values=self.act(codes.values, codes.features))  # type: ignore[call-arg]
+
     def _encode_at(self, codes: Codes, x: Tensor) -> Codes:
         """The same codes, with gradients where they are on."""
         if not torch.is_grad_enabled():
@@ -218,8 +242,7 @@ class SparseCoder(nn.Module):
 
     def _write(self, codes: Codes | Tensor, x: Tensor | None, tokens: Tensor | None) -> Tensor:
         """x_hat of rows of codes. x: the rows they are of; None leaves out what a skip adds."""
-        x_hat = sparse.decode(codes, self.W_dec) if isinstance(codes, Codes) else codes @ self.W_dec
-        x_hat = x_hat + self.b_dec
+        x_hat = weighted_sum(codes, self.W_dec) + self.b_dec
         return x_hat + x @ self.W_skip if self.W_skip is not None and x is not None else x_hat
 
     def _rows(self, x: Tensor) -> tuple[Tensor, torch.Size]:
@@ -255,9 +278,7 @@ class SparseCoder(nn.Module):
         asleep = dead.nonzero().flatten()
         if not len(asleep):
             return {}
-        k = min(k, len(asleep))
-        chosen = sparse.top_per_row(out.pre[:, asleep], k)
-        codes = Codes(chosen.values, asleep[chosen.features], chosen.offsets, self.d_sae)
+        codes = sparse.top_among(out.pre, asleep, min(k, len(asleep)))
         codes = self._encode_at(codes, self._rows(batch.x)[0])
         fitted = sparse.decode(codes._replace(values=codes.values.relu()), self.W_dec)
         residual = (batch.target - out.x_hat).detach().flatten(1)
@@ -346,3 +367,8 @@ class SparseCoder(nn.Module):
     def extra_repr(self) -> str:
         at = f", at {', '.join(map(repr, self.reads))}" if self.reads else ""
         return ", ".join(f"{k}={v}" for k, v in self.config.items() if k != "seed") + at
+
+
+def weighted_sum(codes: Codes | Tensor, directions: Tensor) -> Tensor:
+    """codes·directions."""
+    return sparse.decode(codes, directions) if isinstance(codes, Codes) else codes @ directions

@@ -39,8 +39,8 @@ class BatchTopK(TopK):
             )
         return sparse.above(pre, self.threshold)
 
-    def _choose(self, pre: Tensor, k: int) -> Codes:
-        return sparse.top_of_batch(pre, k * len(pre))
+    def _choose(self, pre: Tensor, k: float) -> Codes:
+        return sparse.top_of_batch(pre, round(k * len(pre)))
 
     def fit_threshold(self, blocks: Iterable[Tensor]) -> None:
         """θ = the (k·rows)-th largest pre-activation of each block, averaged over the rows; never below 0."""

@@ -7,9 +7,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sae_lab.saes import losses
-from sae_lab.saes.base import SparseCoder
+from sae_lab.saes.base import EVERY, SparseCoder, weighted_sum
 from sae_lab.saes.l1 import WARM_UP, check_weight
-from sae_lab.types import Batch, Output
+from sae_lab.types import Batch, Codes, Output
 
 
 class Gated(SparseCoder):
@@ -19,7 +19,7 @@ class Gated(SparseCoder):
     shrinks what it touches, touches only the gate.
     """
 
-    dense = True
+    elementwise = True
     code_units = ("b_enc", "b_mag")
 
     def __init__(self, d_in: int, d_sae: int, sparsity: float = 5.0, seed: int = 0, **wiring: Any):
@@ -29,16 +29,21 @@ class Gated(SparseCoder):
         self.r_mag = nn.Parameter(torch.zeros(d_sae))
         self.b_mag = nn.Parameter(torch.zeros(d_sae))
 
-    def act(self, pre: Float[Tensor, "batch d_sae"]) -> Tensor:
-        strength = (self.r_mag.exp() * (pre - self.b_enc) + self.b_mag).relu()
+    def act(self, pre: Float[Tensor, "..."], features: Tensor | slice = EVERY) -> Tensor:
+        strength = (self.r_mag[features].exp() * (pre - self.b_enc[features]) + self.b_mag[features]).relu()
         return torch.where(pre > 0, strength, 0.0)
 
     def terms(self, batch: Batch, out: Output, *, progress: float, dead: Tensor) -> dict[str, Tensor]:
-        gate = out.pre.relu()
+        rows = self._rows(batch.x)[0]
         weight = self.sparsity * min(1.0, progress / WARM_UP)
-        frozen = gate @ self.W_dec.detach() + self.b_dec.detach()
+        if isinstance(out.codes, Codes):
+            opened = out.codes._replace(values=out.pre[out.codes.rows, out.codes.features])
+            gate = self._encode_at(opened, rows)
+        else:
+            gate = out.pre.relu()
+        frozen = weighted_sum(gate, self.W_dec.detach()) + self.b_dec.detach()
         if self.W_skip is not None:
-            frozen = frozen + self._rows(batch.x)[0] @ self.W_skip.detach()
+            frozen = frozen + rows @ self.W_skip.detach()
         return super().terms(batch, out, progress=progress, dead=dead) | {
             "sparsity": weight * losses.l1(gate),
             "gate": losses.mse(frozen, batch.target.flatten(1)),

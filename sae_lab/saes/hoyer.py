@@ -6,6 +6,7 @@ from torch import Tensor
 
 from sae_lab.saes import losses
 from sae_lab.saes.l1 import L1
+from sae_lab.types import Codes
 
 
 class Hoyer(L1):
@@ -14,5 +15,5 @@ class Hoyer(L1):
     The penalty is at most d_sae, so ``sparsity`` is larger by d_in/L0 or so than for L1.
     """
 
-    def penalty(self, f: Float[Tensor, "batch d_sae"], progress: float) -> Float[Tensor, ""]:
+    def penalty(self, f: Codes | Tensor, progress: float) -> Float[Tensor, ""]:
         return losses.hoyer(f)

@@ -3,12 +3,12 @@
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from sae_lab.saes.base import SparseCoder
+from sae_lab.saes.base import EVERY, SparseCoder
 from sae_lab.saes.l1 import WARM_UP, check_weight
-from sae_lab.types import Batch, Output
+from sae_lab.types import Batch, Codes, Output
 
 
 class JumpReLU(SparseCoder):
@@ -22,7 +22,7 @@ class JumpReLU(SparseCoder):
     ``sparsity`` does. ``threshold`` " d_sae" is θ.
     """
 
-    dense = True
+    elementwise = True
     code_units = ("b_enc", "threshold")
 
     def __init__(
@@ -38,12 +38,21 @@ class JumpReLU(SparseCoder):
         self.sparsity, self.bandwidth = sparsity, bandwidth
         self.threshold = nn.Parameter(torch.full((d_sae,), float(start)))
 
-    def act(self, pre: Float[Tensor, "batch d_sae"]) -> Tensor:
-        return _Jump.apply(pre, self.threshold, self.bandwidth)
+    def act(self, pre: Float[Tensor, "..."], features: Tensor | slice = EVERY) -> Tensor:
+        return _Jump.apply(pre, self.threshold[features], self.bandwidth)
+
+    def reach(self, pre: Float[Tensor, "batch d_sae"]) -> Bool[Tensor, "batch d_sae"]:
+        """θ learns from what is a little below it too."""
+        return pre > (self.threshold - self.bandwidth / 2 if self.training else self.threshold)
 
     def terms(self, batch: Batch, out: Output, *, progress: float, dead: Tensor) -> dict[str, Tensor]:
         weight = self.sparsity * min(1.0, progress / WARM_UP)
-        l0 = _Step.apply(out.pre, self.threshold, self.bandwidth).sum(-1).mean()
+        if isinstance(out.codes, Codes):
+            near = out.pre[out.codes.rows, out.codes.features]
+            on = _Step.apply(near, self.threshold[out.codes.features], self.bandwidth)
+        else:
+            on = _Step.apply(out.pre, self.threshold, self.bandwidth)
+        l0 = on.sum() / len(out.pre)
         return super().terms(batch, out, progress=progress, dead=dead) | {"sparsity": weight * l0}
 
     @torch.no_grad()
@@ -65,7 +74,8 @@ class _Jump(torch.autograd.Function):
     def backward(ctx, g):  # type: ignore[override]
         pre, threshold = ctx.saved_tensors
         near = (pre - threshold).abs() < ctx.bandwidth / 2
-        return torch.where(pre > threshold.clamp_min(0), g, 0.0), -(g * near).sum(0) * threshold / ctx.bandwidth, None
+        nudge = -(g * near) * threshold / ctx.bandwidth
+        return torch.where(pre > threshold.clamp_min(0), g, 0.0), nudge.sum_to_size(threshold.shape), None
 
 
 class _Step(torch.autograd.Function):
@@ -81,4 +91,4 @@ class _Step(torch.autograd.Function):
     def backward(ctx, g):  # type: ignore[override]
         pre, threshold = ctx.saved_tensors
         near = (pre - threshold).abs() < ctx.bandwidth / 2
-        return None, -(g * near).sum(0) / ctx.bandwidth, None
+        return None, -(g * near).sum_to_size(threshold.shape) / ctx.bandwidth, None

@@ -7,8 +7,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae_lab.saes import losses
-from sae_lab.saes.base import SparseCoder
-from sae_lab.types import Batch, Output
+from sae_lab.saes.base import EVERY, SparseCoder
+from sae_lab.types import Batch, Codes, Output
 
 WARM_UP = 0.05  # of training, over which the sparsity weight rises from 0: without it many features die at once
 
@@ -22,7 +22,7 @@ class L1(SparseCoder):
     are set to 0 (in units of activations of norm √d_in while training; the buffer ``floor`` holds it in raw units).
     """
 
-    dense = True
+    elementwise = True
     code_units = ("b_enc", "floor")
 
     def __init__(
@@ -35,15 +35,14 @@ class L1(SparseCoder):
         self.register_buffer("floor", torch.tensor(float(drop)))
         self.floor: Tensor
 
-    def act(self, pre: Float[Tensor, "batch d_sae"]) -> Tensor:
+    def act(self, pre: Float[Tensor, "..."], features: Tensor | slice = EVERY) -> Tensor:
         return pre.relu() if self.training else torch.where(pre > self.floor, pre, 0.0)
 
-    def penalty(self, f: Float[Tensor, "batch d_sae"], progress: float) -> Float[Tensor, ""]:
+    def penalty(self, f: Codes | Tensor, progress: float) -> Float[Tensor, ""]:
         """What ``sparsity`` multiplies."""
         return losses.l1(f)
 
     def terms(self, batch: Batch, out: Output, *, progress: float, dead: Tensor) -> dict[str, Tensor]:
-        assert isinstance(out.codes, Tensor)
         weight = self.sparsity * min(1.0, progress / WARM_UP)
         penalty = weight * self.penalty(out.codes, progress)
         return super().terms(batch, out, progress=progress, dead=dead) | {"sparsity": penalty}

@@ -1,5 +1,7 @@
 """Loss terms: plain functions of tensors, in squared units of the (normalised) activations."""
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -20,30 +22,37 @@ def fvu(x_hat: Float[Tensor, "batch *d"], target: Float[Tensor, "batch *d"]) -> 
     return (x_hat - target).pow(2).sum() / (target - target.mean(0)).pow(2).sum()
 
 
-def l1(f: Float[Tensor, "batch d_sae"]) -> Float[Tensor, ""]:
+def _row_sums(f: Codes | Tensor, of: Callable[[Tensor], Tensor]) -> Float[Tensor, " batch"]:
+    """Σ of(code) for each row of dense or sparse codes; of(0) must be 0."""
+    if isinstance(f, Tensor):
+        return of(f).sum(-1)
+    return f.values.new_zeros(len(f.offsets) - 1).index_add(0, f.rows, of(f.values))
+
+
+def l1(f: Codes | Float[Tensor, "batch d_sae"]) -> Float[Tensor, ""]:
     """Sum of the codes, averaged over the batch (decoder rows have unit norm)."""
-    return f.abs().sum(-1).mean()
+    return _row_sums(f, torch.abs).mean()
 
 
-def lp(f: Float[Tensor, "batch d_sae"], p: float) -> Float[Tensor, ""]:
+def lp(f: Codes | Float[Tensor, "batch d_sae"], p: float) -> Float[Tensor, ""]:
     """Σf^p, averaged over the batch, for codes f >= 0 and 0 < p <= 1."""
     if p == 1:
         return l1(f)
-    return torch.where(f > 0, f.clamp_min(LEAST).pow(p), 0.0).sum(-1).mean()
+    return _row_sums(f, lambda v: torch.where(v > 0, v.clamp_min(LEAST).pow(p), 0.0)).mean()
 
 
-def hoyer(f: Float[Tensor, "batch d_sae"]) -> Float[Tensor, ""]:
+def hoyer(f: Codes | Float[Tensor, "batch d_sae"]) -> Float[Tensor, ""]:
     """(Σf)²/Σf², between 1 (one feature active) and d_sae (all alike), averaged over the batch; 0 for rows of zeros.
 
     Hoyer-Square (Yang et al. 2019, arXiv:1908.09979): the number of active features where they are equally strong.
     """
-    return (f.sum(-1).pow(2) / f.pow(2).sum(-1).clamp_min(LEAST**2)).mean()
+    return (_row_sums(f, torch.abs).pow(2) / _row_sums(f, torch.square).clamp_min(LEAST**2)).mean()
 
 
-def smooth_l0(f: Float[Tensor, "batch d_sae"], width: float) -> Float[Tensor, ""]:
+def smooth_l0(f: Codes | Float[Tensor, "batch d_sae"], width: float) -> Float[Tensor, ""]:
     """Σ 1 − exp(−f²/2·width²), averaged over the batch: the count of codes well above ``width`` (Mohimani et al. 2008,
     arXiv:0809.2508)."""
-    return (1 - (-f.pow(2) / (2 * width**2)).exp()).sum(-1).mean()
+    return _row_sums(f, lambda v: 1 - (-v.pow(2) / (2 * width**2)).exp()).mean()
 
 
 def prefix(
@@ -62,17 +71,18 @@ def prefix(
 
 
 def _few_prefixes(codes: Codes, W_dec: Tensor, target: Tensor, weights: Tensor) -> Tensor:
-    """A decode for each group of features between two prefixes that count."""
-    x_hat, start, total = torch.zeros_like(target), 0, target.new_zeros(())
-    rows = codes.rows
-    for end in (weights.nonzero().flatten() + 1).tolist():
-        inside = (codes.features >= start) & (codes.features < end)
-        offsets = torch.zeros_like(codes.offsets)
-        offsets[1:] = torch.bincount(rows[inside], minlength=len(target)).cumsum(0)
-        group = Codes(codes.values[inside], codes.features[inside], offsets, codes.d_sae)
-        x_hat = x_hat + sparse.decode(group, W_dec)
-        total = total + weights[end - 1] * mse(x_hat, target)
-        start = end
+    """One decode into a slice for each group of features between two prefixes that count; sums of slices are the
+    prefixes' reconstructions. (A decode for each group would make a gradient as large as W_dec for each.)"""
+    batch, ends = len(target), weights.nonzero().flatten() + 1
+    group = torch.bucketize(codes.features, ends, right=True)  # what lies behind the last prefix comes last
+    slot, order = (group * batch + codes.rows).sort()
+    offsets = torch.searchsorted(slot, torch.arange((len(ends) + 1) * batch + 1, device=slot.device))
+    grouped = Codes(codes.values[order], codes.features[order], offsets, codes.d_sae)
+    slices = sparse.decode(grouped, W_dec).view(len(ends) + 1, batch, -1)
+    x_hat, total = torch.zeros_like(target), target.new_zeros(())
+    for part, weight in zip(slices, weights[ends - 1], strict=False):
+        x_hat = x_hat + part
+        total = total + weight * mse(x_hat, target)
     return total
 
 

@@ -7,7 +7,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae_lab.saes import sparse
 from sae_lab.saes.batchtopk import BatchTopK
 from sae_lab.saes.matryoshka import prefix_terms
 from sae_lab.types import Batch, Codes, Output
@@ -37,7 +36,7 @@ class Ordered(BatchTopK):
         if not self.training:
             return super().act(pre)
         k = self.k + (self.k_start - self.k) * max(0.0, 1 - 2 * self.progress)
-        return sparse.top_of_batch(pre, round(k * len(pre)))
+        return self._choose(pre, k)
 
     def terms(self, batch: Batch, out: Output, *, progress: float, dead: Tensor) -> dict[str, Tensor]:
         weights = torch.full((self.d_sae,), 1 / self.d_sae, device=self.W_dec.device)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sae_lab.saes import losses
 from sae_lab.saes.l1 import L1, check_weight
-from sae_lab.types import Batch
+from sae_lab.types import Batch, Codes
 
 STEPS = 20  # in which p falls: each asks for a new weight
 
@@ -40,7 +40,7 @@ class PAnneal(L1):
         self.p.fill_(1.0)
         self.p_weight.fill_(1.0)
 
-    def penalty(self, f: Float[Tensor, "batch d_sae"], progress: float) -> Float[Tensor, ""]:
+    def penalty(self, f: Codes | Tensor, progress: float) -> Float[Tensor, ""]:
         share = round(min(max((progress - 0.1) / 0.8, 0.0), 1.0) * STEPS) / STEPS
         p, before = 1 - (1 - self.p_end) * share, float(self.p)
         if p != before:

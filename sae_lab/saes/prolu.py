@@ -4,6 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sae_lab.saes.base import EVERY
 from sae_lab.saes.l1 import L1
 
 
@@ -14,8 +15,8 @@ class ProLU(L1):
     relu(m + b_enc): 1 where the feature is on.
     """
 
-    def act(self, pre: Float[Tensor, "batch d_sae"]) -> Tensor:
-        return _Switch.apply(pre, self.b_enc, 0.0 if self.training else self.floor)
+    def act(self, pre: Float[Tensor, "..."], features: Tensor | slice = EVERY) -> Tensor:
+        return _Switch.apply(pre, self.b_enc[features], 0.0 if self.training else self.floor)
 
 
 class _Switch(torch.autograd.Function):

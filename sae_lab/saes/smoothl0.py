@@ -8,6 +8,7 @@ from torch import Tensor
 
 from sae_lab.saes import losses
 from sae_lab.saes.l1 import L1, check_weight
+from sae_lab.types import Codes
 
 
 class SmoothL0(L1):
@@ -27,5 +28,5 @@ class SmoothL0(L1):
             raise ValueError(f"width must be above 0, got {width}: at 0 the count has no gradient")
         self.width = width
 
-    def penalty(self, f: Float[Tensor, "batch d_sae"], progress: float) -> Float[Tensor, ""]:
+    def penalty(self, f: Codes | Tensor, progress: float) -> Float[Tensor, ""]:
         return losses.smooth_l0(f, self.width * 3 ** (1 - progress))

@@ -6,21 +6,52 @@ codes sorted by feature does in one pass; gradients of code values are inner pro
 """
 
 import warnings
+from functools import cached_property
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from sae_lab.types import Codes
+from sae_lab.types import Codes, rows_of
+
+GROUP = 4  # entries of a row, of which only the largest is looked at first
+
+
+def _largest(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """(values, places) of the k largest entries of each row. They lie in the k groups with the largest maxima, so that
+    a wide row is selected from in two narrow ones."""
+    rows, width = pre.shape
+    groups = width // GROUP
+    if groups < 2 * k:
+        return pre.topk(k, sorted=False)
+    body = pre[:, : groups * GROUP].view(rows, GROUP, groups)  # strided groups: maxima run along contiguous memory
+    best = body.amax(1).topk(k, sorted=False).indices
+    members = (best.unsqueeze(1) + groups * torch.arange(GROUP, device=pre.device)[:, None]).flatten(1)
+    if rest := width - groups * GROUP:
+        last = torch.arange(width - rest, width, device=pre.device).expand(rows, -1)
+        members = torch.cat([members, last], 1)
+    values, chosen = pre.gather(1, members).topk(k, sorted=False)
+    return values, members.gather(1, chosen)
 
 
 def top_per_row(pre: Float[Tensor, "batch d_sae"], k: int) -> Codes:
     """The k largest entries of each row."""
-    values, features = pre.topk(k, sorted=False)
+    values, features = _largest(pre, k)
     offsets = torch.arange(0, values.numel() + 1, k, device=pre.device)
     return Codes(values.flatten(), features.flatten(), offsets, pre.shape[1])
+
+
+ROWS = 512  # at a time, where a copy of many columns is made: it then stays in the cache
+
+
+def top_among(pre: Float[Tensor, "batch d_sae"], features: Int[Tensor, " some"], k: int) -> Codes:
+    """The k largest entries of each row, among some features."""
+    tops = [_largest(part.index_select(1, features), k) for part in pre.split(ROWS)]
+    values, places = (torch.cat(parts).flatten() for parts in zip(*tops, strict=True))
+    offsets = torch.arange(0, values.numel() + 1, k, device=pre.device)
+    return Codes(values, features[places], offsets, pre.shape[1])
 
 
 def top_of_batch(pre: Float[Tensor, "batch d_sae"], n: int) -> Codes:
@@ -39,7 +70,12 @@ def top_of_batch(pre: Float[Tensor, "batch d_sae"], n: int) -> Codes:
 
 def above(pre: Float[Tensor, "batch d_sae"], threshold: Tensor | float) -> Codes:
     """The entries above a threshold (a number, or one per feature)."""
-    return _from_places(pre, (pre > threshold).reshape(-1).nonzero().flatten())
+    return where(pre, pre > threshold)
+
+
+def where(pre: Float[Tensor, "batch d_sae"], chosen: Bool[Tensor, "batch d_sae"]) -> Codes:
+    """The chosen entries."""
+    return _from_places(pre, chosen.reshape(-1).nonzero().flatten())
 
 
 def _from_places(pre: Tensor, places: Tensor) -> Codes:
@@ -60,47 +96,96 @@ def encode_at(
 ) -> Codes:
     """The same codes with gradients: values are ((x - b_dec)·W_enc + b_enc) at the chosen places; None subtracts
     nothing."""
-    values = _EncodeAt.apply(codes.values, x, W_enc, b_enc, b_dec, codes.features, codes.offsets)
-    return codes._replace(values=values)
+    order = codes.by_feature or ByFeature(codes)
+    values = _EncodeAt.apply(codes.values, x, W_enc, b_enc, b_dec, order)
+    return codes._replace(values=values, by_feature=order)
+
+
+def with_gradients(
+    pre: Float[Tensor, "batch d_sae"],
+    x: Float[Tensor, "batch d_in"],
+    W_enc: Float[Tensor, "d_in d_sae"],
+    b_enc: Float[Tensor, " d_sae"],
+    b_dec: Float[Tensor, " d_in"] | None,
+) -> Float[Tensor, "batch d_sae"]:
+    """All of pre = (x - b_dec)·W_enc + b_enc, made without gradients, with them: where most places have one."""
+    return _Read.apply(pre, x, W_enc, b_enc, b_dec)
 
 
 def decode(codes: Codes, W_dec: Float[Tensor, "d_sae d_out"]) -> Float[Tensor, "batch d_out"]:
     """Sum of the active features' rows of W_dec, weighted by their codes."""
-    return _Decode.apply(codes.values, W_dec, codes.features, codes.offsets)
+    return _Decode.apply(codes.values, W_dec, codes.by_feature or ByFeature(codes))
+
+
+class ByFeature:
+    """The places of codes in the order of features, sorted when first needed: gradients of W_dec and of W_enc are both
+    sums by feature."""
+
+    def __init__(self, codes: Codes):
+        self.features, self.offsets, self.d_sae = codes.features, codes.offsets, codes.d_sae
+
+    @cached_property
+    def _order(self) -> tuple[Tensor, Tensor, Tensor]:
+        ordered, order = self.features.int().sort(stable=True)  # half the bytes, twice as fast
+        starts = torch.searchsorted(ordered, torch.arange(self.d_sae + 1, device=ordered.device))
+        return order, starts, rows_of(self.offsets)[order]
+
+    def sum(self, weights: Float[Tensor, " active"], table: Float[Tensor, "batch d"]) -> Float[Tensor, "d_sae d"]:
+        """Row i is the sum over the rows b where feature i is active of weight · table[b]."""
+        order, starts, rows = self._order
+        return _weighted_rows(weights[order], rows, starts, table)
 
 
 class _EncodeAt(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, values, x, W_enc, b_enc, b_dec, features, offsets):
-        ctx.save_for_backward(x, W_enc, b_dec, features, offsets)
+    def forward(ctx: Any, values, x, W_enc, b_enc, b_dec, order):
+        ctx.save_for_backward(x, W_enc, b_dec)
+        ctx.order = order
         return values.clone()
 
     @staticmethod
     def backward(ctx: Any, g: Tensor):  # type: ignore[override]
-        x, W_enc, b_dec, features, offsets = ctx.saved_tensors
-        by_feature = _sum_by_feature(g, features, offsets, W_enc.shape[1], x)  # (d_sae, d_in): sum of g·x
-        total = torch.zeros(W_enc.shape[1], device=g.device, dtype=g.dtype).index_add_(0, features, g)
+        (x, W_enc, b_dec), order = ctx.saved_tensors, ctx.order
+        by_feature = order.sum(g, x)  # (d_sae, d_in): sum of g·x
+        total = torch.zeros(W_enc.shape[1], device=g.device, dtype=g.dtype).index_add_(0, order.features, g)
         grad_b_dec = None
         if b_dec is not None:
             by_feature.addr_(total, b_dec, alpha=-1)
             grad_b_dec = -(W_enc @ total)
-        grad_x = _weighted_rows(g, features, offsets, W_enc.T) if ctx.needs_input_grad[1] else None
-        return None, grad_x, by_feature.T, total, grad_b_dec, None, None
+        grad_x = _weighted_rows(g, order.features, order.offsets, W_enc.T) if ctx.needs_input_grad[1] else None
+        return None, grad_x, by_feature.T, total, grad_b_dec, None
+
+
+class _Read(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, pre, x, W_enc, b_enc, b_dec):
+        ctx.save_for_backward(x, W_enc, b_dec)
+        return pre.view_as(pre)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor):  # type: ignore[override]
+        x, W_enc, b_dec = ctx.saved_tensors
+        by_feature, total, grad_b_dec = g.T @ x, g.sum(0), None
+        if b_dec is not None:
+            by_feature.addr_(total, b_dec, alpha=-1)
+            grad_b_dec = -(W_enc @ total)
+        return None, g @ W_enc.T if ctx.needs_input_grad[1] else None, by_feature.T, total, grad_b_dec
 
 
 class _Decode(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, values, W_dec, features, offsets):
-        ctx.save_for_backward(values, W_dec, features, offsets)
-        return _weighted_rows(values, features, offsets, W_dec)
+    def forward(ctx: Any, values, W_dec, order):
+        ctx.save_for_backward(values, W_dec)
+        ctx.order = order
+        return _weighted_rows(values, order.features, order.offsets, W_dec)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor):  # type: ignore[override]
-        values, W_dec, features, offsets = ctx.saved_tensors
+        (values, W_dec), order = ctx.saved_tensors, ctx.order
         g = g.contiguous()
-        grad_values = inner_products(g, W_dec, features, offsets) if ctx.needs_input_grad[0] else None
-        grad_W = _sum_by_feature(values, features, offsets, W_dec.shape[0], g) if ctx.needs_input_grad[1] else None
-        return grad_values, grad_W, None, None
+        grad_values = inner_products(g, W_dec, order.features, order.offsets) if ctx.needs_input_grad[0] else None
+        grad_W = order.sum(values, g) if ctx.needs_input_grad[1] else None
+        return grad_values, grad_W, None
 
 
 def _weighted_rows(weights: Tensor, features: Tensor, offsets: Tensor, table: Tensor) -> Float[Tensor, "batch d"]:
@@ -108,16 +193,6 @@ def _weighted_rows(weights: Tensor, features: Tensor, offsets: Tensor, table: Te
     return F.embedding_bag(
         features, table.contiguous(), offsets, mode="sum", per_sample_weights=weights, include_last_offset=True
     )
-
-
-def _sum_by_feature(
-    weights: Tensor, features: Tensor, offsets: Tensor, d_sae: int, rows_table: Tensor
-) -> Float[Tensor, "d_sae d"]:
-    """Row i is the sum over the rows b where feature i is active of weight · rows_table[b]."""
-    rows = Codes(weights, features, offsets, d_sae).rows
-    ordered, order = features.sort(stable=True)
-    starts = torch.searchsorted(ordered, torch.arange(d_sae + 1, device=features.device))
-    return _weighted_rows(weights[order], rows[order], starts, rows_table)
 
 
 def inner_products(

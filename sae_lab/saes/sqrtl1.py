@@ -6,6 +6,7 @@ from torch import Tensor
 
 from sae_lab.saes import losses
 from sae_lab.saes.l1 import L1
+from sae_lab.types import Codes
 
 
 class SqrtL1(L1):
@@ -14,5 +15,5 @@ class SqrtL1(L1):
     ``drop`` removes weak codes in eval mode, as its authors do.
     """
 
-    def penalty(self, f: Float[Tensor, "batch d_sae"], progress: float) -> Float[Tensor, ""]:
+    def penalty(self, f: Codes | Tensor, progress: float) -> Float[Tensor, ""]:
         return losses.lp(f, 0.5)

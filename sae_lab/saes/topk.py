@@ -45,8 +45,8 @@ class TopK(SparseCoder):
     def act(self, pre: Float[Tensor, "batch d_sae"]) -> Codes:
         return self._choose(pre, self.k)
 
-    def _choose(self, pre: Tensor, k: int) -> Codes:
-        return sparse.top_per_row(pre, k)
+    def _choose(self, pre: Tensor, k: float) -> Codes:
+        return sparse.top_per_row(pre, round(k))
 
     def terms(self, batch: Batch, out: Output, *, progress: float, dead: Tensor) -> dict[str, Tensor]:
         terms = super().terms(batch, out, progress=progress, dead=dead)

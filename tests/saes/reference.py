@@ -1,4 +1,5 @@
-"""Every family's codes and objective in plain dense float64 formulas, for the features that were on.
+"""Every family's codes and objective in plain dense float64 formulas, for the features that were on. A family that is
+not named here has relu(pre) for codes and the squared error for its loss.
 
 Where a family's gradient is not the formula's own (steps), the surrogate stands as a term that is 0 in value: s·(θ − θ)
 with the second θ held constant has gradient s.
@@ -6,9 +7,7 @@ with the second θ held constant has gradient s.
 
 import torch
 
-PLAIN = ("TopK", "LeakyTopK", "BatchTopK", "Tokenized", "Transcoder", "SkipTranscoder", "Crosscoder", "MatrixSAE")
-SPECIAL = ("ProLU", "Gated", "JumpReLU", "Spline", "Switch", "VQ", "Matryoshka", "Ordered")
-RELU = ("L1", "Tied", "SqrtL1", "PAnneal", "Hoyer", "SmoothL0")
+PENALISED = ("L1", "Tied", "SqrtL1", "PAnneal", "Hoyer", "SmoothL0")
 
 
 class Dense:
@@ -67,7 +66,7 @@ class Dense:
         if self.name == "Ordered":
             return sum(self.error(self.write(f, upto)) for upto in range(1, coder.d_sae + 1)) / coder.d_sae
         total = self.error(self.write(f))
-        if self.name in (*RELU, "ProLU"):
+        if self.name in (*PENALISED, "ProLU"):
             total = total + coder.sparsity * self.penalty(f)
         elif self.name == "Gated":
             gate = self.pre.relu()

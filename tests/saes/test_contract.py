@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import sae_lab as sl
-from sae_lab.saes import FAMILIES
+from sae_lab.saes import FAMILIES, base
 from sae_lab.types import Codes, Output, Site, TokenMask
 from tests.saes import reference
 from tests.saes.conftest import D_IN, D_SAE, SPECS, WIDTHS, batch_for, ids_for, make, normal, tokens_for
@@ -22,21 +22,23 @@ def near(a, b, tolerance=ROUNDING):
     return bool((a - b).abs().max() <= tolerance * b.abs().max().clamp_min(1e-6))
 
 
-def test_every_family_has_a_spec_a_formula_and_is_exported():
-    assert SPECS.keys() == FAMILIES.keys()
-    assert {*reference.PLAIN, *reference.SPECIAL, *reference.RELU} == FAMILIES.keys()
-    assert all(getattr(sl, name) is cls for name, cls in FAMILIES.items())
+def test_every_family_is_at_the_door():
+    """A class that a file of this room defines for others is a family, and ``sl`` hands it out."""
+    assert all(getattr(sl, name) is cls and name in sl.__all__ for name, cls in FAMILIES.items())
 
 
 # ---- running
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
-def test_forward_is_decode_of_encode(fitted, x, mode):
+@pytest.mark.parametrize("sparse_below", [0.0, 1.1])
+def test_forward_is_decode_of_encode(fitted, x, mode, sparse_below, monkeypatch):
     """And both are the plain formulas."""
+    monkeypatch.setattr(base, "SPARSE_BELOW", sparse_below)
     fitted.train(mode == "train")
     ids = ids_for(x, fitted)
     out = fitted(x, ids)
+    assert not fitted.elementwise or isinstance(out.codes, Codes) == bool(sparse_below)
     assert isinstance(out, Output) and out.x_hat.dtype == torch.float32
     assert torch.equal(out.f, fitted.encode(x, ids))
     active = out.f > 0
@@ -104,8 +106,10 @@ def test_the_loss_is_a_dict_of_scalars(coder, x):
     assert "mse" in terms and all(t.shape == () and t.requires_grad for t in terms.values())
 
 
-def test_loss_and_gradients_equal_a_dense_float64_reference(coder, x):
+@pytest.mark.parametrize("sparse_below", [0.0, 1.1])  # elementwise families choose their path by how many are on
+def test_loss_and_gradients_equal_a_dense_float64_reference(coder, x, sparse_below, monkeypatch):
     """Autograd through the plain formulas of reference.py, with the features that were on."""
+    monkeypatch.setattr(base, "SPARSE_BELOW", sparse_below)
     loss = sum(loss_of(coder, x).values())
     loss.backward()
     active = coder(x, ids_for(x, coder)).f > 0

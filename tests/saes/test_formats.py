@@ -154,7 +154,7 @@ def test_a_newer_version(saved, both):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"family": "Quantum"}, "holds a coder of family 'Quantum'; known here: L1, Tied, SqrtL1"),
+        ({"family": "Quantum"}, "holds a coder of family 'Quantum'; known here: BatchTopK, Crosscoder"),
         ({"family": ["L1"]}, "its 'family' is list, not str"),
         ({"config": {"d_in": 16, "d_sae": 40, "q": 1}}, "has a config that BatchTopK does not take"),
         ({"config": {"d_in": 16, "d_sae": 40, "k": 41}}, "k must be an integer from 1 to d_sae=40, got 41"),

@@ -50,6 +50,22 @@ def test_top_per_row(k):
     assert codes.offsets.tolist() == list(range(0, ROWS * k + 1, k))
 
 
+@pytest.mark.parametrize("rows", [0, 1, 600])  # 600: more than top_among copies at a time
+@pytest.mark.parametrize("width", [40, 43])  # 43: three entries stand in no group
+@pytest.mark.parametrize("k", [2, 5, 30])  # 30: too many to select groups first
+def test_top_of_wide_rows(rows, width, k):
+    pre = normal(rows, width, seed=5)
+    assert torch.equal(sparse.top_per_row(pre, k).dense(), dense_top(pre, k))
+    some = torch.arange(0, 2 * width, 2)
+    among = sparse.top_among(torch.stack([pre, pre + 100], 2).flatten(1), some, k)
+    assert torch.equal(among.dense()[:, some], dense_top(pre, k))
+
+
+def dense_top(pre: Tensor, k: int) -> Tensor:
+    top = pre.topk(k)
+    return torch.zeros_like(pre).scatter(1, top.indices, top.values)
+
+
 def exact(pre: Tensor, n: int) -> Tensor:
     flat = torch.zeros(pre.numel(), dtype=pre.dtype)
     top = pre.flatten().topk(n)

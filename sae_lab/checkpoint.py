@@ -1,0 +1,157 @@
+"""A run on disk: what lets an interrupted one go on to the last bit, and a finished one be opened."""
+
+import hashlib
+import json
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sae_lab import cache
+from sae_lab.saes import formats
+from sae_lab.saes.base import SparseCoder
+
+CHECKPOINT = "checkpoint.safetensors"
+RUN = "run.json"
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+# ---- an interrupted run
+
+
+def pack(coder: SparseCoder, optimizer: torch.optim.Optimizer, idle: Tensor) -> dict[str, Tensor]:
+    """All that changes from step to step, by name."""
+    tensors = {f"coder.{n}": t for n, t in coder.state_dict().items()} | {"idle": idle}
+    for name, p in coder.named_parameters():
+        tensors |= {f"adam.{key}.{name}": t for key, t in optimizer.state[p].items()}
+    return tensors
+
+
+def unpack(
+    path: Path, tensors: dict[str, Tensor], coder: SparseCoder, optimizer: torch.optim.Optimizer, idle: Tensor
+) -> None:
+    """What ``pack`` packed, back in its places."""
+    try:
+        coder.load_state_dict({n.removeprefix("coder."): t for n, t in tensors.items() if n.startswith("coder.")})
+        idle.copy_(tensors["idle"])
+    except (RuntimeError, KeyError) as err:
+        raise ValueError(f"{path}/{CHECKPOINT} is damaged ({err}): delete it to start over") from err
+    for name, p in coder.named_parameters():
+        if f"adam.step.{name}" in tensors:
+            state = {key: tensors[f"adam.{key}.{name}"].to(p.device) for key in ("step", *_MOMENTS)}
+            # Moments take their parameter's memory layout, as Adam makes them.
+            optimizer.state[p] = state | {key: torch.empty_like(p).copy_(state[key]) for key in _MOMENTS}
+
+
+def write(path: Path, header: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """One file, replaced in one piece."""
+    with cache.atomic(path / CHECKPOINT) as temporary:
+        save_file(
+            {n: t.detach().cpu().contiguous() for n, t in tensors.items()}, temporary, {"run": json.dumps(header)}
+        )
+
+
+def read(
+    path: Path, identity: dict[str, Any], take: Callable[[str, Tensor], Tensor]
+) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+    """(header, tensors) of the checkpoint of this run, or None. ``take(name, tensor)``: what is wanted of each."""
+    file = path / CHECKPOINT
+    if not file.exists():
+        return None
+    try:
+        with safe_open(file, framework="pt") as f:
+            header = json.loads(f.metadata()["run"])
+            tensors = {name: take(name, f.get_tensor(name)) for name in f.keys()}  # noqa: SIM118
+        for key in (*identity, "step", "scale", "history", "left_weights"):
+            header[key]
+    except (SafetensorError, ValueError, KeyError, TypeError) as err:
+        raise ValueError(
+            f"{file} is no checkpoint of sae_lab ({err}); it was not read as anything else. Delete it to start over"
+        ) from err
+    _require_same(path, identity, header)
+    return header, tensors
+
+
+@contextmanager
+def whole_step() -> Iterator[None]:
+    """Ctrl-C waits until the block is done. Signals reach the main thread only: elsewhere nothing is to do."""
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield
+        return
+    waiting: list[tuple[Any, ...]] = []
+    signal.signal(signal.SIGINT, lambda *which: waiting.append(which))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if waiting:
+        before(*waiting[0])
+
+
+# ---- a finished run
+
+
+def finish(path: Path, coder: SparseCoder, header: dict[str, Any]) -> None:
+    """Save the coder and its history; the checkpoint has served its turn."""
+    coder.save(path)
+    with cache.atomic(path / RUN) as temporary:
+        temporary.write_text(json.dumps(header | {"left_weights": fingerprint(coder)}))
+    (path / CHECKPOINT).unlink(missing_ok=True)
+
+
+def finished(path: Path, identity: dict[str, Any]) -> tuple[SparseCoder, dict[str, Any]] | None:
+    """(coder, header) of this run where it is done."""
+    file = path / RUN
+    if not file.exists():
+        return None
+    try:
+        header = json.loads(file.read_bytes())
+        _, left = header["history"], header["left_weights"]
+    except (ValueError, KeyError, TypeError) as err:
+        raise ValueError(f"{file} is no run of sae_lab ({err}): delete it to start over") from err
+    _require_same(path, identity, header)
+    coder = formats.load(path)
+    if fingerprint(coder) != left:
+        raise ValueError(f"{path} holds another coder than the one its run.json tells of: pass another path=")
+    return coder, header
+
+
+# ---- is it the same run?
+
+
+def fingerprint(coder: SparseCoder) -> str:
+    """A hash of what training changes step by step; thresholds and scales are fitted afterwards."""
+    digest = hashlib.sha256()
+    for name, p in sorted(coder.named_parameters()):
+        digest.update(name.encode() + p.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _require_same(path: Path, identity: dict[str, Any], header: dict[str, Any]) -> None:
+    """The run at ``path`` must have this config, data and coder; weights may be the initial or the last ones."""
+    known = identity["initial_weights"] in (header.get("initial_weights"), header.get("left_weights"))
+    wrong = differences({k: v for k, v in identity.items() if not known or k != "initial_weights"}, header)
+    if wrong:
+        raise ValueError(f"{path} holds another run; it differs in {wrong}. Pass another path=, or delete it")
+    identity["initial_weights"] = header["initial_weights"]
+
+
+def differences(here: dict[str, Any], there: dict[str, Any]) -> str:
+    """In words, key by key; empty where all that is here is the same there."""
+    found = []
+    for key, mine in here.items():
+        theirs = there.get(key)
+        if isinstance(mine, dict) and isinstance(theirs, dict):
+            names = [n for n in mine | theirs if mine.get(n) != theirs.get(n)]
+            found += [f"{key} {n}: {theirs.get(n)!r} there, {mine.get(n)!r} now" for n in names]
+        elif mine != theirs:
+            found.append(f"{key}: {theirs!r} there, {mine!r} now")
+    return "; ".join(found)
