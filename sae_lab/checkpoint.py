@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from sae_lab import cache
 from sae_lab.saes import formats
@@ -26,28 +26,56 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 # ---- an interrupted run
 
 
-def pack(coder: SparseCoder, optimizer: torch.optim.Optimizer, idle: Tensor) -> dict[str, Tensor]:
+class Adam(torch.optim.Adam):
+    """Fused Adam over a coder's parameters. W_enc's memory lies column by column, and the fused kernel would copy its
+    gradient at every step: here it is held as its transpose, which is the same memory."""
+
+    def __init__(self, coder: SparseCoder):
+        self.parameters = dict(coder.named_parameters())
+        self.held = {n: nn.Parameter(self.as_held(n, p.detach())) for n, p in self.parameters.items()}
+        super().__init__(self.held.values(), lr=0.0, fused=True)
+
+    def _turned(self, name: str) -> bool:
+        return self.parameters[name].dim() == 2 and not self.parameters[name].is_contiguous()
+
+    def as_held(self, name: str, t: Tensor) -> Tensor:
+        """A tensor shaped as the parameter, shaped as it is held."""
+        return t.T if self._turned(name) else t
+
+    def as_parameter(self, name: str, t: Tensor) -> Tensor:
+        """A tensor shaped as held, shaped as the parameter."""
+        return t.T if t.dim() == 2 and self._turned(name) else t
+
+    def update(self, lr: float) -> None:
+        """One step, with the gradients that the coder's parameters have."""
+        for group in self.param_groups:
+            group["lr"] = lr
+        for name, p in self.parameters.items():
+            held = self.held[name]
+            assert held.data_ptr() == p.data_ptr(), f"{name} was given other memory while it is trained"
+            held.grad = None if p.grad is None else self.as_held(name, p.grad)
+        self.step()
+
+
+def pack(coder: SparseCoder, adam: Adam, idle: Tensor) -> dict[str, Tensor]:
     """All that changes from step to step, by name."""
     tensors = {f"coder.{n}": t for n, t in coder.state_dict().items()} | {"idle": idle}
-    for name, p in coder.named_parameters():
-        tensors |= {f"adam.{key}.{name}": t for key, t in optimizer.state[p].items()}
+    for name, held in adam.held.items():
+        tensors |= {f"adam.{key}.{name}": adam.as_parameter(name, t) for key, t in adam.state[held].items()}
     return tensors
 
 
-def unpack(
-    path: Path, tensors: dict[str, Tensor], coder: SparseCoder, optimizer: torch.optim.Optimizer, idle: Tensor
-) -> None:
+def unpack(path: Path, tensors: dict[str, Tensor], coder: SparseCoder, adam: Adam, idle: Tensor) -> None:
     """What ``pack`` packed, back in its places."""
     try:
         coder.load_state_dict({n.removeprefix("coder."): t for n, t in tensors.items() if n.startswith("coder.")})
         idle.copy_(tensors["idle"])
     except (RuntimeError, KeyError) as err:
         raise ValueError(f"{path}/{CHECKPOINT} is damaged ({err}): delete it to start over") from err
-    for name, p in coder.named_parameters():
+    for name, held in adam.held.items():
         if f"adam.step.{name}" in tensors:
-            state = {key: tensors[f"adam.{key}.{name}"].to(p.device) for key in ("step", *_MOMENTS)}
-            # Moments take their parameter's memory layout, as Adam makes them.
-            optimizer.state[p] = state | {key: torch.empty_like(p).copy_(state[key]) for key in _MOMENTS}
+            state = {key: tensors[f"adam.{key}.{name}"].to(held.device) for key in ("step", *_MOMENTS)}
+            adam.state[held] = state | {key: adam.as_held(name, state[key]).contiguous() for key in _MOMENTS}
 
 
 def write(path: Path, header: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:

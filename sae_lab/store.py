@@ -218,8 +218,10 @@ class Store:
                 )
             out[here] = part
         assert out is not None
-        tensor = torch.from_numpy(out)
-        return tensor.mul_(self.manifest["scales"][key]) if key in self.manifest["scales"] else tensor.long()
+        if key in self.manifest["scales"]:
+            out *= self.manifest["scales"][key]  # numpy: a thread that reads ahead leaves torch's threads alone
+            return torch.from_numpy(out)
+        return torch.from_numpy(out).long()
 
     def batch(self, step: int, batch_size: int, seed: int = 0) -> Batch:
         """Batch number ``step`` of an endless shuffled stream: every pass sees each training row once, in an order of

@@ -16,7 +16,7 @@ from sae_lab.lm.text import Text
 from sae_lab.matching import match
 from sae_lab.saes import FAMILIES, SparseCoder, losses
 from sae_lab.store import Rows, Store
-from sae_lab.training import Run, TrainConfig, Training, rows_for
+from sae_lab.training import ReadAhead, Run, TrainConfig, Training, rows_for
 from sae_lab.types import Batch, Site
 from sae_lab.worlds import World
 
@@ -188,6 +188,7 @@ def _run(trainings: list[Training]) -> list[Run]:
     runs: dict[int, Run] = {}
     begun: list[Training] = []
     scratch: dict[int, Tensor] = {}
+    readers: dict[int, ReadAhead] = {}
     try:
         for number, t in enumerate(trainings):
             if finished := t.begin():
@@ -204,7 +205,7 @@ def _run(trainings: list[Training]) -> list[Run]:
                 for t in begun:
                     if t.step == step:  # an interrupted sweep's coders may be at different steps
                         if id(t.rows) not in batches:
-                            batches[id(t.rows)] = t.rows.batch(step, t.config.batch_size, t.config.seed)
+                            batches[id(t.rows)] = readers.setdefault(id(t.rows), t.ahead)(step)
                         t.one_step(batches[id(t.rows)])
                 bar.update()
                 fvus = [t.history[-1]["fvu"] for t in begun if t.history]

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import islice
@@ -212,6 +213,8 @@ class Training:
         self.scale: Tensor  # activations are multiplied by it: a number, or one per layer
         self.target_scale: Tensor | None  # None: the target is x
         self.idle = torch.zeros(coder.d_sae, dtype=torch.long)  # tokens since each feature fired
+        read = lambda step: ranks.batch(rows, step, config.batch_size, config.seed)  # noqa: E731
+        self.ahead = ReadAhead(read, config.total_steps)
 
     def run(self) -> Run:
         if finished := self.begin():
@@ -251,13 +254,15 @@ class Training:
         if found is None:
             first = self.rows.batch(0, max(4096, self.config.batch_size), self.config.seed)
             first = self._on_device(first)
+            self._require_finite(first.x)
+            self._require_finite(first.target)
             self.scale = _scale(first.x)
             self.target_scale = None if first.target is first.x else _scale(first.target)
             if coder.in_raw_units:  # it was trained before
                 coder.fold(1 / self.scale, None if self.target_scale is None else 1 / self.target_scale)
             coder.begin(self._scaled(first))
         self.idle = torch.zeros(coder.d_sae, dtype=torch.long, device=coder.W_dec.device)
-        self.optimizer = torch.optim.Adam(coder.parameters(), lr=0.0, fused=True)
+        self.adam = checkpoint.Adam(coder)
         if found is not None:
             self._restore(*found)
         # Devices that differ in the last bit would stay apart.
@@ -339,30 +344,21 @@ class Training:
     def one_step(self, raw: Batch | None = None) -> None:
         """One step, on the batch that is due or on the same one handed in."""
         coder, config, ranks = self.coder, self.config, self.ranks
-        if raw is None:
-            raw = ranks.batch(self.rows, self.step, config.batch_size, config.seed)
-        batch = self._scaled(self._on_device(raw))
+        raw = self._on_device(self.ahead(self.step) if raw is None else raw)
+        batch = self._scaled(raw)
         lr = config.lr_at(self.step, self.whole.d_sae)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
         progress = coder.progress = self.step / config.total_steps
         with ranks.choosing(coder):
             out = coder(batch.x, batch.tokens)
             terms = coder.terms(batch, out, progress=progress, dead=self.idle > config.dead_after)
         loss = torch.stack(list(terms.values()))
-        figures = (ranks.over_rows(loss.detach()) / ranks.row_shares).tolist()
-        metrics = dict(zip(terms, figures, strict=True))
-        self._require_sound("the loss is", [name for name, value in metrics.items() if not math.isfinite(value)], lr)
-        self.optimizer.zero_grad()
+        coder.zero_grad()
         loss.sum().backward()
         ranks.share_gradients(self.parameters)
-        gradients = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
-        sizes = ranks.over_features(torch.stack([torch.linalg.vector_norm(g) for g in gradients.values()])).tolist()
-        large = [name for name, size in zip(gradients, sizes, strict=True) if not size < MAX_GRADIENT]
-        self._require_sound("the gradients are", large, lr)
+        metrics = self._sound(raw, list(terms), loss.detach(), lr)
         logged = (self.step + 1) % config.log_every == 0 or self.step + 1 == config.total_steps
         with checkpoint.whole_step():  # a checkpoint holds a whole step, wherever an interruption falls
-            self.optimizer.step()
+            self.adam.update(lr)
             coder.project()
             ranks.copy_first(b for b in coder.buffers() if not b.dim())  # PAnneal's weight goes by a rank's own rows
             fired = ranks.over_rows(_fired(out, coder.d_sae).int()) > 0
@@ -390,6 +386,24 @@ class Training:
                     "script, with fixed seeds and folders that all of them see"
                 )
 
+    def _sound(self, raw: Batch, terms: list[str], loss: Tensor, lr: float) -> Metrics:
+        """The loss terms as numbers. ValueError where data, loss or gradients are not finite: before any weight is
+        changed. One look at the device for all of it."""
+        ranks = self.ranks
+        loss = ranks.over_rows(loss) / ranks.row_shares
+        gradients = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
+        sizes = ranks.over_features(torch.stack([torch.linalg.vector_norm(g) for g in gradients.values()]))
+        sums = torch.stack([raw.x.sum(), raw.target.sum()])  # finite only if all of it is
+        figures = torch.cat([loss, sizes, sums]).tolist()
+        for data, total in zip((raw.x, raw.target), figures[-2:], strict=True):
+            if not math.isfinite(total):
+                self._require_finite(data)
+        metrics = dict(zip(terms, figures, strict=False))
+        self._require_sound("the loss is", [name for name, value in metrics.items() if not math.isfinite(value)], lr)
+        found = zip(gradients, figures[len(terms) : -2], strict=True)
+        self._require_sound("the gradients are", [name for name, size in found if not size < MAX_GRADIENT], lr)
+        return metrics
+
     def _require_sound(self, what: str, bad: list[str], lr: float) -> None:
         if bad:
             raise ValueError(
@@ -403,7 +417,8 @@ class Training:
         tokens = self.step * self.config.batch_size
         codes = out.codes.values if isinstance(out.codes, Codes) else out.codes
         mean = ranks.over_rows(batch.target.mean(0)) / ranks.row_shares
-        error, variance = (ranks.over_rows((t - batch.target).pow(2).sum()) for t in (out.x_hat.detach(), mean))
+        error = ranks.over_rows(torch.nn.functional.mse_loss(out.x_hat.detach(), batch.target, reduction="sum"))
+        variance = ranks.over_rows(torch.linalg.vector_norm(batch.target - mean).square())
         dead = (self.idle > self.config.dead_after).sum()
         active = ranks.over_rows((codes > 0).sum())
         self.history.append(
@@ -421,14 +436,10 @@ class Training:
         )
 
     def _on_device(self, batch: Batch) -> Batch:
-        """The batch where the coder is, checked."""
+        """The batch where the coder is."""
         device = self.coder.W_dec.device
         x = batch.x.to(device)
-        self._require_finite(x)
-        target = x
-        if batch.target is not batch.x:
-            target = batch.target.to(device)
-            self._require_finite(target)
+        target = x if batch.target is batch.x else batch.target.to(device)
         return Batch(x, target, None if batch.tokens is None else batch.tokens.to(device), batch.positions)
 
     def _scaled(self, batch: Batch) -> Batch:
@@ -474,7 +485,7 @@ class Training:
         """All that an unbroken run would have at this step; the same file over any number of ranks."""
         assert self.path is not None
         tensors = {}
-        for name, part in checkpoint.pack(self.coder, self.optimizer, self.idle).items():
+        for name, part in checkpoint.pack(self.coder, self.adam, self.idle).items():
             whole = self.ranks.whole(name, part)
             if self.ranks.first:
                 tensors[name] = whole
@@ -504,7 +515,7 @@ class Training:
         scale, target_scale = header["scale"]
         self.scale = torch.tensor(scale, device=device)
         self.target_scale = None if target_scale is None else torch.tensor(target_scale, device=device)
-        checkpoint.unpack(self.path, tensors, self.coder, self.optimizer, self.idle)
+        checkpoint.unpack(self.path, tensors, self.coder, self.adam, self.idle)
 
     def finished(self) -> Run | None:
         """The run at ``path`` if it is whole and the same; its coder's weights go into this one."""
@@ -516,6 +527,23 @@ class Training:
         self.whole.reads, self.whole.writes, self.whole.meta = done.reads, done.writes, done.meta
         self.whole.in_raw_units = True
         return Run(self.whole.eval(), self.config, header["history"], self.path)
+
+
+class ReadAhead:
+    """Batches by number, read in their order or not. The one after the last asked for is read by a thread meanwhile."""
+
+    def __init__(self, read: Callable[[int], Batch], total: int):
+        self._read, self._total = read, total
+        self._next: tuple[int, Future[Batch]] | None = None
+        self._thread: ThreadPoolExecutor | None = None
+
+    def __call__(self, step: int) -> Batch:
+        number, waiting = self._next or (None, None)
+        batch = waiting.result() if waiting is not None and number == step else self._read(step)
+        if step + 1 < self._total:
+            self._thread = self._thread or ThreadPoolExecutor(1, "sae_lab reads ahead")
+            self._next = step + 1, self._thread.submit(self._read, step + 1)
+        return batch
 
 
 def _scale(x: Tensor) -> Tensor:

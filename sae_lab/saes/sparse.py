@@ -6,6 +6,7 @@ codes sorted by feature does in one pass; gradients of code values are inner pro
 """
 
 import warnings
+from collections.abc import Iterable
 from functools import cached_property
 from typing import Any
 
@@ -16,20 +17,26 @@ from torch.nn import functional as F
 
 from sae_lab.types import Codes, rows_of
 
-GROUP = 4  # entries of a row, of which only the largest is looked at first
+GROUPS = (8, 4)  # of a row's entries only each group's largest is looked at first; of those, each group of groups'
+PIECE = 1 << 22  # entries of pre that are looked at together: what is made of them then stays in the cache
 
 
-def _largest(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def _pieces(pre: Tensor) -> tuple[Tensor, ...]:
+    """Some rows of a matrix at a time. On a CPU every large tensor made anew costs more than what is written to it: the
+    system hands out its memory page by page. A GPU keeps what it had, and takes the whole at once."""
+    return pre.split(max(1, PIECE // pre.shape[1])) if pre.device.type == "cpu" else (pre,)
+
+
+def _largest(pre: Tensor, k: int, groups: tuple[int, ...] = GROUPS) -> tuple[Tensor, Tensor]:
     """(values, places) of the k largest entries of each row. They lie in the k groups with the largest maxima, so that
-    a wide row is selected from in two narrow ones."""
+    a wide row is selected from in a few narrow ones."""
     rows, width = pre.shape
-    groups = width // GROUP
-    if groups < 2 * k:
+    if not groups or (count := width // groups[0]) < 2 * k:
         return pre.topk(k, sorted=False)
-    body = pre[:, : groups * GROUP].view(rows, GROUP, groups)  # strided groups: maxima run along contiguous memory
-    best = body.amax(1).topk(k, sorted=False).indices
-    members = (best.unsqueeze(1) + groups * torch.arange(GROUP, device=pre.device)[:, None]).flatten(1)
-    if rest := width - groups * GROUP:
+    body = pre[:, : groups[0] * count].view(rows, groups[0], count)  # strided groups: maxima run along memory
+    _, best = _largest(body.amax(1), k, groups[1:])
+    members = (best.unsqueeze(1) + count * torch.arange(groups[0], device=pre.device)[:, None]).flatten(1)
+    if rest := width - groups[0] * count:
         last = torch.arange(width - rest, width, device=pre.device).expand(rows, -1)
         members = torch.cat([members, last], 1)
     values, chosen = pre.gather(1, members).topk(k, sorted=False)
@@ -38,30 +45,32 @@ def _largest(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 def top_per_row(pre: Float[Tensor, "batch d_sae"], k: int) -> Codes:
     """The k largest entries of each row."""
-    values, features = _largest(pre, k)
-    offsets = torch.arange(0, values.numel() + 1, k, device=pre.device)
-    return Codes(values.flatten(), features.flatten(), offsets, pre.shape[1])
-
-
-ROWS = 512  # at a time, where a copy of many columns is made: it then stays in the cache
+    return _equal_rows([_largest(part, k) for part in _pieces(pre)], pre.shape[1])
 
 
 def top_among(pre: Float[Tensor, "batch d_sae"], features: Int[Tensor, " some"], k: int) -> Codes:
     """The k largest entries of each row, among some features."""
-    tops = [_largest(part.index_select(1, features), k) for part in pre.split(ROWS)]
-    values, places = (torch.cat(parts).flatten() for parts in zip(*tops, strict=True))
-    offsets = torch.arange(0, values.numel() + 1, k, device=pre.device)
-    return Codes(values, features[places], offsets, pre.shape[1])
+    codes = _equal_rows([_largest(part.index_select(1, features), k) for part in _pieces(pre)], pre.shape[1])
+    return codes._replace(features=features[codes.features])
+
+
+def _equal_rows(tops: list[tuple[Tensor, Tensor]], d_sae: int) -> Codes:
+    """Codes from (values, features) of some rows after others, with as many entries in each."""
+    values, features = (torch.cat(parts) for parts in zip(*tops, strict=True))
+    offsets = torch.arange(0, values.numel() + 1, values.shape[1], device=values.device)
+    return Codes(values.flatten(), features.flatten(), offsets, d_sae)
+
+
+STRIDE = 127  # one entry in so many is sampled; a prime, so that the sample goes round the features
 
 
 def top_of_batch(pre: Float[Tensor, "batch d_sae"], n: int) -> Codes:
     """The n largest entries of the whole matrix. A strided sample bounds the candidates, so that the exact selection
     sorts a few per cent of the entries."""
     flat = pre.reshape(-1)
-    stride = 31
-    sample = flat[::stride]
-    bound = sample.topk(min(len(sample), int(1.3 * n / stride) + 64)).values.min()
-    places = (flat > bound).nonzero().flatten()
+    sample = flat[::STRIDE]
+    bound = sample.topk(min(len(sample), int(1.3 * n / STRIDE) + 64), sorted=False).values.min()
+    places = _true_places(part > bound for part in _pieces(pre))
     if len(places) < n:  # the sample was unlucky
         places = torch.arange(len(flat), device=pre.device)
     places = places[flat[places].topk(min(n, len(places)), sorted=False).indices].sort().values
@@ -70,12 +79,21 @@ def top_of_batch(pre: Float[Tensor, "batch d_sae"], n: int) -> Codes:
 
 def above(pre: Float[Tensor, "batch d_sae"], threshold: Tensor | float) -> Codes:
     """The entries above a threshold (a number, or one per feature)."""
-    return where(pre, pre > threshold)
+    return _from_places(pre, _true_places(part > threshold for part in _pieces(pre)))
 
 
 def where(pre: Float[Tensor, "batch d_sae"], chosen: Bool[Tensor, "batch d_sae"]) -> Codes:
     """The chosen entries."""
-    return _from_places(pre, chosen.reshape(-1).nonzero().flatten())
+    return _from_places(pre, _true_places(_pieces(chosen)))
+
+
+def _true_places(pieces: Iterable[Tensor]) -> Int[Tensor, " chosen"]:
+    """Ascending flat places of what is true in a matrix that comes some rows at a time."""
+    places, before = [], 0
+    for piece in pieces:
+        places.append(piece.reshape(-1).nonzero().flatten() + before)
+        before += piece.numel()
+    return torch.cat(places)
 
 
 def _from_places(pre: Tensor, places: Tensor) -> Codes:
@@ -133,7 +151,7 @@ class ByFeature:
     def sum(self, weights: Float[Tensor, " active"], table: Float[Tensor, "batch d"]) -> Float[Tensor, "d_sae d"]:
         """Row i is the sum over the rows b where feature i is active of weight · table[b]."""
         order, starts, rows = self._order
-        return _weighted_rows(weights[order], rows, starts, table)
+        return weighted_rows(weights[order], rows, starts, table)
 
 
 class _EncodeAt(torch.autograd.Function):
@@ -152,7 +170,7 @@ class _EncodeAt(torch.autograd.Function):
         if b_dec is not None:
             by_feature.addr_(total, b_dec, alpha=-1)
             grad_b_dec = -(W_enc @ total)
-        grad_x = _weighted_rows(g, order.features, order.offsets, W_enc.T) if ctx.needs_input_grad[1] else None
+        grad_x = weighted_rows(g, order.features, order.offsets, W_enc.T) if ctx.needs_input_grad[1] else None
         return None, grad_x, by_feature.T, total, grad_b_dec, None
 
 
@@ -177,7 +195,7 @@ class _Decode(torch.autograd.Function):
     def forward(ctx: Any, values, W_dec, order):
         ctx.save_for_backward(values, W_dec)
         ctx.order = order
-        return _weighted_rows(values, order.features, order.offsets, W_dec)
+        return weighted_rows(values, order.features, order.offsets, W_dec)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor):  # type: ignore[override]
@@ -188,7 +206,7 @@ class _Decode(torch.autograd.Function):
         return grad_values, grad_W, None
 
 
-def _weighted_rows(weights: Tensor, features: Tensor, offsets: Tensor, table: Tensor) -> Float[Tensor, "batch d"]:
+def weighted_rows(weights: Tensor, features: Tensor, offsets: Tensor, table: Tensor) -> Float[Tensor, "batch d"]:
     """Row b is the sum over b's active features of weight · table[feature]."""
     return F.embedding_bag(
         features, table.contiguous(), offsets, mode="sum", per_sample_weights=weights, include_last_offset=True

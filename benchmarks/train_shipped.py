@@ -1,0 +1,117 @@
+"""Train the coders that come with the library, measure them on held-out text, and put them into the package.
+
+    python benchmarks/train_shipped.py                 # harvest, train, measure, write sae_lab/data/saes
+    python benchmarks/train_shipped.py --only mlp_out-8
+
+One pass of the bundled model over the mix serves all sites; each coder then makes several passes over that store. It goes
+on where it was interrupted (runs/shipped holds the store and the checkpoints). The card of each coder is what
+``sl.evals.reconstruction`` measures, of the float16 weights that are shipped, on held-out documents of three kinds.
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+import sae_lab as sl
+from sae_lab.lm.text import mix_sources
+
+ROOT = Path(__file__).resolve().parent.parent
+WORK, PACKAGE = ROOT / "runs" / "shipped", ROOT / "sae_lab" / "data" / "saes"
+COLLECTION, WIDTH, K = "smollm2-135m", 4608, 32
+# Three kinds of text and the part of the mix they are; the held-out documents of each were never harvested.
+DOMAINS = {"encyclopedia": "wikipedia", "news": "100_news_fake", "reviews": "112_amzn_rev"}
+
+FIGURES = ("l0", "fvu", "ce_delta", "ce_delta_se", "ce_recovered", "pca_fvu", "pca_ce_delta", "tokens", "documents")
+
+
+class Recipe(NamedTuple):
+    reads: sl.Site
+    writes: sl.Site
+    make: Callable[[int, int], sl.SparseCoder]  # (width read, width written)
+    shipped: bool = True
+
+
+def sae(d_in: int, _: int) -> sl.SparseCoder:
+    return sl.BatchTopK(d_in, WIDTH, k=K)
+
+
+def transcoder(d_in: int, d_out: int) -> sl.SparseCoder:
+    return sl.Transcoder(d_in, WIDTH, k=K, d_out=d_out)
+
+
+RECIPES = {
+    name: Recipe(sl.Site(reads, layer), sl.Site(writes, layer), make, shipped)
+    for name, reads, writes, layer, make, shipped in [
+        ("resid_post-8", "resid_post", "resid_post", 8, sae, True),
+        ("resid_post-16", "resid_post", "resid_post", 16, sae, True),
+        ("attn_z-8", "attn_z", "attn_z", 8, sae, True),
+        ("transcoder-8", "mlp_in", "mlp_out", 8, transcoder, True),
+        ("mlp_out-8", "mlp_out", "mlp_out", 8, sae, False),  # what the transcoder is compared with
+    ]
+}
+
+
+def harvested(lm: sl.LM, text: sl.Text, tokens: int) -> sl.Store:
+    sites = list(dict.fromkeys(site for recipe in RECIPES.values() for site in (recipe.reads, recipe.writes)))
+    return sl.harvest(lm, sites, text, tokens, path=WORK / "store")
+
+
+def trained(name: str, lm: sl.LM, store: sl.Store, tokens: int) -> sl.SparseCoder:
+    recipe = RECIPES[name]
+    coder = recipe.make(lm.width(recipe.reads), lm.width(recipe.writes))
+    coder.reads, coder.writes = (recipe.reads,), (recipe.writes,)
+    config = sl.TrainConfig(tokens=tokens, log_every=10)
+    sl.train(coder, store, config, path=WORK / name)
+    return coder
+
+
+def held_out(text: sl.Text) -> dict[str, list[str]]:
+    """The held-out documents of each domain."""
+    unseen = set(text.held_out)
+    sources = mix_sources()
+    return {domain: [d for d in sources[source] if d in unseen] for domain, source in DOMAINS.items()}
+
+
+def card(coder: sl.SparseCoder, lm: sl.LM, store: sl.Store, domains: dict[str, list[str]]) -> dict:
+    """What a user should know of a coder before trusting it: every figure measured."""
+    rows = {}
+    for domain, text in domains.items():
+        result = sl.evals.reconstruction(coder, lm, text)
+        rows[domain] = {name: round(getattr(result, name), 4) for name in FIGURES}
+    return {
+        "family": type(coder).__name__,
+        "seeds": [coder.config["seed"]],
+        "tokens": coder.meta["train_tokens"],
+        "distinct_tokens": store.training_rows,
+        "dead": coder.meta["dead"],
+        "dead_tokens": coder.meta["dead_tokens"],
+        "held_out": rows,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tokens", type=int, default=2_050_000, help="to harvest")
+    parser.add_argument("--train", type=int, default=8_000_000, help="tokens of training, in passes over the store")
+    parser.add_argument("--only", choices=RECIPES, action="append")
+    args = parser.parse_args()
+    lm, text = sl.LM(), sl.load_text("mix")
+    store = harvested(lm, text, args.tokens)
+    domains = held_out(text)
+    for name in args.only or RECIPES:
+        recipe = RECIPES[name]
+        coder = trained(name, lm, store, args.train)
+        folder = PACKAGE / COLLECTION / name if recipe.shipped else WORK / f"{name}-float16"
+        coder.save(folder, dtype=torch.float16)
+        coder = sl.load(folder)
+        coder.meta["card"] = card(coder, lm, store, domains)
+        coder.save(folder, dtype=torch.float16)
+        print(name, json.dumps(coder.meta["card"], indent=1), flush=True)
+
+
+if __name__ == "__main__":
+    main()
