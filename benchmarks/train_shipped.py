@@ -3,9 +3,9 @@
     python benchmarks/train_shipped.py                 # harvest, train, measure, write sae_lab/data/saes
     python benchmarks/train_shipped.py --only mlp_out-8
 
-One pass of the bundled model over the mix serves all sites; each coder then makes several passes over that store. It goes
-on where it was interrupted (runs/shipped holds the store and the checkpoints). The card of each coder is what
-``sl.evals.reconstruction`` measures, of the float16 weights that are shipped, on held-out documents of three kinds.
+One pass of the bundled model over the mix serves all sites; each coder then makes several passes over that store. The
+same call goes on where it was interrupted (runs/shipped holds the store and the checkpoints). The card of each coder is
+what ``sl.evals.reconstruction`` measures, of the float16 weights shipped, on held-out documents of three kinds.
 """
 
 import argparse

@@ -21,17 +21,22 @@ from sae_lab.types import Site
 log = logging.getLogger(__name__)
 
 FORMAT, VERSION = "sae_lab coder", 1
+SHIPPED = Path(__file__).parent.parent / "data" / "saes"  # made by benchmarks/train_shipped.py
 
 
-def save(coder: SparseCoder, path: str | Path, format: str = "sae_lab") -> Path:
-    """Write a coder into the folder ``path``.
+def save(
+    coder: SparseCoder, path: str | Path, format: str = "sae_lab", dtype: torch.dtype = torch.float32
+) -> Path:  # fmt: skip
+    """Write a coder into the folder ``path``; see ``SparseCoder.save``.
 
     format: "sae_lab" keeps all of it; "saelens", "sparsify", "dictionary_learning": as those libraries read it, without
-    ``f_scale``. Raises ValueError for an unknown format, or a coder that the format cannot hold.
+    ``f_scale``. Raises ValueError for an unknown format, a coder that the format cannot hold, or a dtype that cannot.
     """
     from sae_lab.saes import exchange
 
     _require_free(Path(path), format)
+    if dtype != torch.float32 and format != "sae_lab":
+        raise ValueError(f"only the format 'sae_lab' is written in {dtype}: leave dtype= out for {format!r}")
     if format in exchange.WRITES:
         return exchange.save(coder, Path(path), format)
     if format != "sae_lab":
@@ -49,12 +54,23 @@ def save(coder: SparseCoder, path: str | Path, format: str = "sae_lab") -> Path:
         "meta": coder.meta,
     }
     text = json.dumps(config, indent=2)
-    tensors = {name: t.detach().cpu().contiguous() for name, t in coder.state_dict().items()}
+    tensors = {name: _written(name, t, dtype) for name, t in coder.state_dict().items()}
     with cache.atomic(folder / "sae.safetensors") as temporary:
         save_file(tensors, temporary, metadata={"config": text})
     with cache.atomic(folder / "config.json") as temporary:
         temporary.write_text(text)
     return folder
+
+
+def _written(name: str, t: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What is written of a tensor. Biases, thresholds and scales take no space worth rounding them for."""
+    t = t.detach().cpu().contiguous()
+    if t.dim() < 2 or not t.is_floating_point():
+        return t
+    if not dtype.is_floating_point or not bool(t.to(dtype).isfinite().all()):
+        largest = float(t.abs().max())
+        raise ValueError(f"{dtype} cannot hold {name}, whose largest number is {largest:.3g}: save float32")
+    return t.to(dtype)
 
 
 # The files that tell a format, some of them of several.
@@ -79,11 +95,12 @@ def _require_free(folder: Path, format: str) -> None:
 def load(path: str | Path, id: str | None = None, check: Any = None) -> SparseCoder:
     """Read a coder, in eval mode.
 
-    path: a folder of ``sae.save``, of SAELens, sparsify, dictionary_learning, Gemma Scope or Llama Scope (the files
-    tell which); a release's name, such as "gemma-scope-2b-pt-res-canonical"; or a hub repository, "user/name". id: the
-    coder in it, "layer_20/width_16k/canonical"; a folder inside for the others. check: activations (a tensor, or a
-    store) on which FVU and L0 are measured; warns where they are absurd or contradict what the checkpoint states, see
-    ``sae.meta["check"]``.
+    path: a coder that comes with the library, "smollm2-135m/resid_post-8" (its ``sae.meta["card"]`` says what it was
+    trained on and how good it is); a folder of ``sae.save``, of SAELens, sparsify, dictionary_learning, Gemma Scope or
+    Llama Scope (the files tell which); a release's name, such as "gemma-scope-2b-pt-res-canonical"; or a hub
+    repository, "user/name". id: the coder in it, "layer_20/width_16k/canonical"; a folder inside for the others. check:
+    activations (a tensor, or a store) on which FVU and L0 are measured; warns where they are absurd or contradict what
+    the checkpoint states, see ``sae.meta["check"]``.
 
     Codes are those of the library it comes from, computed from transformers' activations at ``sae.reads``. What the
     files do not say is marked: ``sae.meta["model"]`` "unknown", ``sae.mask`` None, ``f_scale`` 0 and
@@ -107,10 +124,15 @@ def _find(path: str | Path, id: str | None) -> SparseCoder:
     here = folder / id if id is not None else folder
     single = here.is_file() and here.suffix in (".pt", ".pth")
     if not here.is_dir() and not single:
-        return _published(path, id)
+        return _read_ours(SHIPPED / path) if path in shipped() and id is None else _published(path, id)
     if single and here.name == "ae.pt":  # dictionary_learning's: its config lies beside
         here = here.parent
     return exchange.read(here) or _read_ours(here)
+
+
+def shipped() -> list[str]:
+    """The names of the coders that come with the library."""
+    return sorted("/".join(file.parts[-3:-1]) for file in SHIPPED.glob("*/*/config.json"))
 
 
 def _published(path: str | Path, id: str | None) -> SparseCoder:
@@ -120,11 +142,14 @@ def _published(path: str | Path, id: str | None) -> SparseCoder:
     found = releases.locate(path, id) if isinstance(path, str) and not Path(path).is_dir() else None
     if found is None:
         inside = _ids(Path(path))
-        raise ValueError(
-            f"no coder at {str(path)!r}{f' with id {id!r}' if id else ''}: pass a folder that sae.save wrote or that "
-            + (f"holds one (ids here: {', '.join(inside)})" if inside else "another library did, a hub repository ")
-            + ("" if inside else f"'user/name', or a release's name; {releases.near(str(path))}")
-        )
+        if inside:
+            known = f"holds one (ids here: {', '.join(inside)})"
+        else:
+            near = releases.near(str(path))
+            known = f"another library did, a hub repository 'user/name', a release's name ({near}), "
+            known += f"or one that comes with the library: {', '.join(shipped())}"
+        asked = f"{str(path)!r}{f' with id {id!r}' if id else ''}"
+        raise ValueError(f"no coder at {asked}: pass a folder that sae.save wrote or that {known}")
     fetched = releases.fetch(found)
     return exchange.read(fetched, found.facts) or _read_ours(fetched)
 

@@ -262,3 +262,32 @@ def test_killed_in_mid_save(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) > 0, "no kill fell into a save, so nothing was tried"
+
+
+# ---- half the disk
+
+
+def test_float16_rounds_matrices_only(tmp_path):
+    coder = make("BatchTopK")
+    coder.calibrate([normal(512, 16)])
+    whole = coder.save(tmp_path / "whole") / "sae.safetensors"
+    half = coder.save(tmp_path / "half", dtype=torch.float16) / "sae.safetensors"
+    matrices = 2 * coder.W_enc.numel()
+    assert whole.stat().st_size - half.stat().st_size == pytest.approx(2 * matrices, abs=64)
+    read = sl.load(tmp_path / "half")
+    for name, t in coder.state_dict().items():
+        assert read.state_dict()[name].dtype == torch.float32
+        limit = 2**-11 * t.abs().max() if t.dim() == 2 else 0  # float16 has 11 bits
+        assert (read.state_dict()[name] - t).abs().max() <= limit, name
+
+
+def test_a_dtype_that_cannot_hold_the_weights(tmp_path):
+    coder = make("TopK")
+    coder.W_enc.data[0, 0] = 1e5
+    with pytest.raises(ValueError, match=r"torch\.float16 cannot hold W_enc, whose largest number is 1e\+05: save"):
+        coder.save(tmp_path / "a", dtype=torch.float16)
+    with pytest.raises(ValueError, match=r"torch\.int8 cannot hold W_enc"):
+        coder.save(tmp_path / "a", dtype=torch.int8)
+    with pytest.raises(ValueError, match=r"only the format 'sae_lab' is written in torch\.float16"):
+        coder.save(tmp_path / "b", "saelens", dtype=torch.float16)
+    assert not (tmp_path / "a" / "sae.safetensors").exists()
