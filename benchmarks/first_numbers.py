@@ -8,18 +8,18 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
-from copy import copy
 from itertools import islice
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
 
 import sae_lab as sl
-from sae_lab.harvesting import FORWARD_TOKENS, SHARD_TOKENS
+from sae_lab.harvesting import SHARD_TOKENS, _Harvest
 from sae_lab.lm.text import Context
 from sae_lab.lm.tokens import pad
 
@@ -53,14 +53,13 @@ def harvest_ratio(lm: sl.LM, text: sl.Text) -> tuple[float, float, float]:
     slows both. With --quick only the first shards are harvested; what comes once (hashing the model's weights,
     tokenising the first hundred documents) then still counts once for ``TOKENS`` tokens.
     """
-    model, clock = lm._module, {"bare": 0.0, "fixed": 0.0, "tokens": 0}
+    model, clock = lm._module, {"bare": 0.0, "fixed": 0.0, "waited": 0.0, "tokens": 0}
 
     def stop(*_: object) -> None:
         raise Stop
 
-    def bare(contexts: list[Context]) -> None:
-        at_once = FORWARD_TOKENS // CONTEXT
-        batches = [pad([c.ids for c in contexts[i : i + at_once]]).ids for i in range(0, len(contexts), at_once)]
+    def bare(passes: list[list[Context]]) -> None:
+        batches = [pad([c.ids for c in contexts]).ids for contexts in passes]
         hook = model.model.layers[LAYER].register_forward_hook(stop)
         with torch.no_grad():
             for ids in batches:
@@ -68,21 +67,20 @@ def harvest_ratio(lm: sl.LM, text: sl.Text) -> tuple[float, float, float]:
                     model(ids, use_cache=False)
         hook.remove()
 
-    def interleaved(*args: Any, **kwargs: Any) -> Iterator[Context]:
-        contexts = iter(text.contexts(*args, **kwargs))
-        while shard := list(islice(contexts, -(-SHARD_TOKENS // CONTEXT))):
-            clock["fixed"] = clock["fixed"] or time.perf_counter() - start
-            clock["bare"] += seconds(lambda shard=shard: bare(shard))
-            clock["tokens"] += sum(len(c.ids) for c in shard)
-            yield from shard
+    read = _Harvest._read
 
-    bare(list(islice(text.contexts(lm.tokenizer, lm.prefix_id, CONTEXT), 9)))  # warms up
-    both = copy(text)
-    both.contexts = interleaved
-    with tempfile.TemporaryDirectory() as folder:
+    def interleaved(harvest: _Harvest, passes: list[list[Context]]) -> Any:
+        clock["fixed"] = clock["fixed"] or time.perf_counter() - start
+        clock["waited"] += seconds(lambda: time.sleep(0.1))  # the shard before is being written meanwhile
+        clock["bare"] += seconds(lambda: bare(passes))
+        clock["tokens"] += sum(len(c.ids) for contexts in passes for c in contexts)
+        return read(harvest, passes)
+
+    bare(list(islice(text.passes(lm.tokenizer, lm.prefix_id, CONTEXT), 1)))  # warms up
+    with tempfile.TemporaryDirectory() as folder, patch.object(_Harvest, "_read", interleaved):
         start = time.perf_counter()
-        store = sl.harvest(lm, sl.Site("resid_post", LAYER), both, READ, path=Path(folder) / "store")
-        harvesting = time.perf_counter() - start - clock["bare"] - clock["fixed"]
+        store = sl.harvest(lm, sl.Site("resid_post", LAYER), text, READ, path=Path(folder) / "store")
+        harvesting = time.perf_counter() - start - clock["bare"] - clock["fixed"] - clock["waited"]
         each = harvesting / sum(s["rows"] + s["excluded"] for s in store.manifest["shards"])
     whole = clock["fixed"] + each * TOKENS
     return whole / (clock["bare"] / clock["tokens"] * TOKENS), TOKENS / whole, clock["fixed"]

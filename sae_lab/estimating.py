@@ -212,27 +212,33 @@ class _Head(Text):
         self.text, self.lm, self.sites = text, lm, sites
         self.cut_tokens, self.given_tokens, self.cut_short = 0, 0, False
 
-    def contexts(
-        self, tokenizer: Any, prefix: int | None, length: int, pack: bool = False, shuffle: bool = False
-    ) -> Iterator[Context]:
+    def passes(
+        self, tokenizer: Any, prefix: int | None, length: int, pack: bool = False, tokens: int = 0
+    ) -> Iterator[list[Context]]:
         start = _now()
         first = self.text[:DOCUMENTS]
         assert isinstance(first, Text)
-        ready = list(first.contexts(tokenizer, prefix, length, pack, shuffle))
-        self.cut_seconds, self.cut_tokens = _now() - start, sum(len(c.ids) for c in ready)
+        ready = list(first.passes(tokenizer, prefix, length, pack, tokens))
+        self.cut_seconds, self.cut_tokens = _now() - start, sum(map(_tokens, ready))
         if not ready:  # harvest says what is wrong
             return
-        _, cold = _timed(self.lm.run, pad([ready[0].ids]), self.sites, logits=False)
-        _, warm = _timed(self.lm.run, pad([ready[0].ids]), self.sites, logits=False)
+        shortest = min(ready, key=_tokens)[:1]
+        _, cold = _timed(self.lm.run, pad([c.ids for c in shortest]), self.sites, logits=False)
+        _, warm = _timed(self.lm.run, pad([c.ids for c in shortest]), self.sites, logits=False)
         self.warming_seconds = cold + warm
-        enough = max(harvesting.FORWARD_TOKENS, length, PROBE_SECONDS / warm * len(ready[0].ids))
-        for context in ready:
-            if self.given_tokens >= enough:
-                self.cut_short = True
+        shard = max(harvesting.SHARD_TOKENS, length)
+        enough = max(length, PROBE_SECONDS / warm * _tokens(shortest))
+        for contexts in ready:
+            if self.given_tokens >= min(shard, enough):
+                self.cut_short = self.given_tokens < shard
                 return
-            self.given_tokens += len(context.ids)
+            self.given_tokens += _tokens(contexts)
             self.given_at = _now()
-            yield context
+            yield contexts
+
+
+def _tokens(contexts: list[Context]) -> int:
+    return sum(len(c.ids) for c in contexts)
 
 
 def _harvest(

@@ -5,9 +5,10 @@ import logging
 import platform
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -22,11 +23,13 @@ from sae_lab.lm.tokens import pad
 from sae_lab.store import VERSION, Store, read_manifest
 from sae_lab.types import Site, TokenMask, as_sites
 
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 MAX_NORM = 4.0  # in medians: attention sinks and massive activations lie above (the bundled model's at 6 medians)
-FORWARD_TOKENS = 1408  # per forward pass: eleven contexts of 128, so that a shard (33 of them) is three even passes
+FORWARD_TOKENS = 1408  # per forward pass at most: eleven contexts of 128, and a shard is three such passes
 SHARD_TOKENS = 4096
+ORDER = 2  # which contexts stand in which shard: another number for another rule
 
 
 def harvest(
@@ -71,6 +74,7 @@ def harvest(
         "text_fingerprint": text.fingerprint,
         "context": context,
         "pack": pack,
+        "order": ORDER,
         "mask": "default" if mask is None else mask.to_dict(),
     }
     folder = Path(path).expanduser() if path is not None else _default_path(identity)
@@ -109,18 +113,26 @@ class _Harvest:
             leftover.unlink(missing_ok=True)
         done = 0
         bar = tqdm(total=tokens, unit="tok", desc="harvest " + "+".join(s.key for s in self.sites), dynamic_ncols=True)
-        with bar:
-            for number, contexts in enumerate(self._shards()):
+        with bar, ThreadPoolExecutor(1, "sae_lab writes") as writer:
+            writing: Future[None] | None = None
+            for number, passes in enumerate(ahead(self._shards())):
                 if number >= len(good) or not good[number]:
-                    self._write(number, contexts)
-                rows = self.manifest["shards"][number]["rows"]
+                    tensors, excluded = self._read(passes)
+                    if writing is not None:
+                        writing.result()  # its errors are ours
+                    writing = writer.submit(self._write, number, tensors, excluded)
+                    rows = len(tensors["token"])
+                else:
+                    rows = self.manifest["shards"][number]["rows"]
                 bar.update(max(0, min(rows, tokens - done)))
                 done += rows
                 if done >= tokens and number >= last_bad:
                     break
             else:
                 self.manifest["complete"] = True
-                self._save_manifest()
+            if writing is not None:
+                writing.result()
+            self._save_manifest()
         return self._result(tokens)
 
     def _open(self) -> dict[str, Any]:
@@ -144,14 +156,15 @@ class _Harvest:
             )
         return manifest
 
-    def _shards(self) -> Iterator[list[Context]]:
-        """Contexts in groups of about SHARD_TOKENS tokens: the same groups on every run."""
+    def _shards(self) -> Iterator[list[list[Context]]]:
+        """Passes of contexts in groups of about SHARD_TOKENS tokens: the same groups on every run."""
         length, group, count, seen = self.identity["context"], [], 0, 0
         tokenizer, prefix, pack = self.lm.tokenizer, self.lm.prefix_id, self.identity["pack"]
-        for c in self.text.contexts(tokenizer, prefix, length, pack, shuffle=True):
-            group.append(c)
-            count += len(c.ids)
-            seen += len(c.ids)
+        for contexts in self.text.passes(tokenizer, prefix, length, pack, FORWARD_TOKENS):
+            group.append(contexts)
+            tokens = sum(len(c.ids) for c in contexts)
+            count += tokens
+            seen += tokens
             if count >= max(SHARD_TOKENS, length):
                 yield group
                 group, count = [], 0
@@ -165,15 +178,15 @@ class _Harvest:
         if group:
             yield group
 
-    def _write(self, number: int, contexts: list[Context]) -> None:
-        tensors, excluded = self._read(contexts)
+    def _write(self, number: int, tensors: dict[str, Tensor], excluded: int) -> None:
+        """A shard on disk, and then in the manifest. In a thread, while the model reads the next one."""
         name = f"{number:06d}.safetensors"
         try:
             with cache.atomic(self.folder / name) as temporary:
                 save_file(tensors, temporary)
                 crc, size = _crc(temporary), temporary.stat().st_size
             entry = {
-                "file": name, "rows": len(tensors["token"]), "contexts": len(contexts), "excluded": excluded,
+                "file": name, "rows": len(tensors["token"]), "contexts": len(tensors["lengths"]), "excluded": excluded,
                 "crc32": crc, "bytes": size,
             }  # fmt: skip
             self.manifest["shards"][number : number + 1] = [entry]
@@ -186,20 +199,16 @@ class _Harvest:
                 f"and call harvest again to go on, or open it with sl.Store({str(self.folder)!r})"
             ) from err
 
-    def _read(self, contexts: list[Context]) -> tuple[dict[str, Tensor], int]:
+    def _read(self, passes: list[list[Context]]) -> tuple[dict[str, Tensor], int]:
         """The tensors of one shard, in the contexts' order, and how many of its tokens the mask leaves out."""
-        # Contexts of like length go through the model together; the order of rows stays the text's.
-        order = sorted(range(len(contexts)), key=lambda i: len(contexts[i].ids))
-        per_context: list[dict[Site, Tensor]] = [{} for _ in contexts]
-        while order:
-            longest = len(contexts[order[-1]].ids)
-            part = order[-max(1, FORWARD_TOKENS // longest) :]
-            del order[-len(part) :]
-            batch = pad([contexts[i].ids for i in part])
+        read: dict[Site, list[Tensor]] = {s: [] for s in self.sites}
+        for contexts in passes:
+            batch = pad([c.ids for c in contexts])
             acts, _ = self.lm.run(batch, self.sites, logits=False)
-            for row, i in enumerate(part):
-                per_context[i] = {s: x[row, : len(contexts[i].ids)].cpu() for s, x in acts.items()}
-        acts = {s: torch.cat([c[s] for c in per_context]) for s in self.sites}
+            for s, x in acts.items():
+                read[s].append(x[batch.mask.to(x.device)].cpu())
+        acts = {s: torch.cat(parts) for s, parts in read.items()}
+        contexts = [c for group in passes for c in group]
         lengths = torch.tensor([len(c.ids) for c in contexts])
         ids = torch.tensor([i for c in contexts for i in c.ids])
         positions = torch.cat([torch.arange(int(n)) for n in lengths])
@@ -256,6 +265,16 @@ class _Harvest:
         if len(store) < tokens:
             log.warning("asked for %d tokens, the text has %d", tokens, len(store))
         return store
+
+
+def ahead(items: Iterable[T]) -> Iterator[T]:
+    """The same items; a thread makes the next one while the present one is worked on."""
+    iterator, end = iter(items), object()
+    with ThreadPoolExecutor(1, "sae_lab reads ahead") as thread:
+        waiting: Future[Any] = thread.submit(next, iterator, end)
+        while (item := waiting.result()) is not end:
+            waiting = thread.submit(next, iterator, end)
+            yield item
 
 
 def _is_whole(folder: Path, shard: dict[str, Any]) -> bool:

@@ -8,7 +8,8 @@ and position.
 import json
 import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -366,6 +367,23 @@ class Rows:
 
 
 # ---------------------------------------------------------------------------------------------- files
+
+
+class ReadAhead:
+    """Batches by number, read in their order or not. The one after the last asked for is read by a thread meanwhile."""
+
+    def __init__(self, read: Callable[[int], Batch], total: int):
+        self._read, self._total = read, total
+        self._next: tuple[int, Future[Batch]] | None = None
+        self._thread: ThreadPoolExecutor | None = None
+
+    def __call__(self, step: int) -> Batch:
+        number, waiting = self._next or (None, None)
+        batch = waiting.result() if waiting is not None and number == step else self._read(step)
+        if step + 1 < self._total:
+            self._thread = self._thread or ThreadPoolExecutor(1, "sae_lab reads ahead")
+            self._next = step + 1, self._thread.submit(self._read, step + 1)
+        return batch
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

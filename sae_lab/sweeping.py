@@ -15,8 +15,8 @@ from sae_lab.lm.model import LM
 from sae_lab.lm.text import Text
 from sae_lab.matching import match
 from sae_lab.saes import FAMILIES, SparseCoder, losses
-from sae_lab.store import Rows, Store
-from sae_lab.training import ReadAhead, Run, TrainConfig, Training, rows_for
+from sae_lab.store import ReadAhead, Rows, Store
+from sae_lab.training import Run, TrainConfig, Training, rows_for
 from sae_lab.types import Batch, Site
 from sae_lab.worlds import World
 

@@ -4,7 +4,6 @@ import json
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import islice
@@ -19,7 +18,7 @@ from sae_lab.checkpoint import CHECKPOINT as CHECKPOINT
 from sae_lab.distributed import ALONE, Ranks, joined
 from sae_lab.saes.base import SparseCoder
 from sae_lab.saes.batchtopk import BatchTopK
-from sae_lab.store import Rows, Store
+from sae_lab.store import ReadAhead, Rows, Store
 from sae_lab.types import Batch, Codes, Output
 
 log = logging.getLogger(__name__)
@@ -527,23 +526,6 @@ class Training:
         self.whole.reads, self.whole.writes, self.whole.meta = done.reads, done.writes, done.meta
         self.whole.in_raw_units = True
         return Run(self.whole.eval(), self.config, header["history"], self.path)
-
-
-class ReadAhead:
-    """Batches by number, read in their order or not. The one after the last asked for is read by a thread meanwhile."""
-
-    def __init__(self, read: Callable[[int], Batch], total: int):
-        self._read, self._total = read, total
-        self._next: tuple[int, Future[Batch]] | None = None
-        self._thread: ThreadPoolExecutor | None = None
-
-    def __call__(self, step: int) -> Batch:
-        number, waiting = self._next or (None, None)
-        batch = waiting.result() if waiting is not None and number == step else self._read(step)
-        if step + 1 < self._total:
-            self._thread = self._thread or ThreadPoolExecutor(1, "sae_lab reads ahead")
-            self._next = step + 1, self._thread.submit(self._read, step + 1)
-        return batch
 
 
 def _scale(x: Tensor) -> Tensor:

@@ -90,7 +90,8 @@ def test_a_harvest_writes_what_was_said(tiny_lm, small_text, tmp_path, small_sha
     store = sl.harvest(*call, path=tmp_path / "a", **HARVEST)
     assert near(said.disk, size(tmp_path / "a"))
     rows = sum(shard["rows"] for shard in store.manifest["shards"])  # 100,000 are more than the text has
-    assert said.parts["tokens to harvest"] == pytest.approx(rows, rel=0.1)
+    # Whole shards are told of as if all were like the first; here, of 256 to 384 tokens in passes of up to 128.
+    assert said.parts["tokens to harvest"] == pytest.approx(rows, rel=0.2)
 
 
 def test_a_training_writes_what_was_said(store, coder, tmp_path, monkeypatch):
@@ -270,14 +271,14 @@ def test_a_slow_model_is_probed_with_one_pass(tiny_lm, small_text, small_shards,
         run = tiny_lm.run
 
         def counted(batch, *args, run=run, passes=passes, **kwargs):
-            passes.append(batch.mask.sum())
+            passes.append(int(batch.mask.sum()))
             return run(batch, *args, **kwargs)
 
         monkeypatch.setattr(tiny_lm, "run", counted)
         said = sl.estimate(sl.harvest, tiny_lm, A, small_text, 3000, **HARVEST)
         monkeypatch.setattr(tiny_lm, "run", run)
         assert said.disk == pytest.approx(3000 * said.parts["bytes per token"], rel=0.2)
-    assert sum(slow[2:]) == 128 and sum(fast[2:]) == 256  # two passes of one context go before
+    assert len(slow[2:]) == 1 and sum(fast[2:-1]) < 256 <= sum(fast[2:])  # two of one context go before; a shard
 
 
 def test_a_stream_is_estimated_too(tiny_lm, small_text):

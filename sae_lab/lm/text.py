@@ -3,7 +3,7 @@
 import hashlib
 import importlib.util
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import groupby, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -96,22 +96,32 @@ class Text:
         documents = f"{len(self._data)} documents" if hasattr(self._data, "__len__") else "stream"
         return f"Text({self.name!r}, {documents}, {'with' if self._held_out else 'no'} held_out)"
 
-    def contexts(
-        self, tokenizer: Any, prefix: int | None, length: int, pack: bool = False, shuffle: bool = False
-    ) -> Iterator[Context]:
+    def contexts(self, tokenizer: Any, prefix: int | None, length: int, pack: bool = False) -> Iterator[Context]:
         """Token contexts of at most ``length``, each begun by the prefix token.
 
         A document's last context may be shorter; no context holds two documents unless ``pack``, where contexts are
-        filled to the brim and documents follow each other with the prefix token between them. ``shuffle`` mixes the
-        contexts of a hundred documents at a time, in an order that never changes: a first part then holds many topics.
+        filled to the brim and documents follow each other with the prefix token between them.
         """
         room = length - (prefix is not None)
         if room < 1:
             raise ValueError(f"a context needs room for a token besides the prefix, got length={length}")
         lead = [prefix] if prefix is not None else []
         documents = self._tokenized(tokenizer)
-        contexts = _packed(documents, lead, room) if pack else _separate(documents, lead, room)
-        return _mixed(contexts) if shuffle else contexts
+        return _packed(documents, lead, room) if pack else _separate(documents, lead, room)
+
+    def passes(
+        self, tokenizer: Any, prefix: int | None, length: int, pack: bool = False, tokens: int = 1408
+    ) -> Iterator[list[Context]]:
+        """The same contexts in groups that a model reads at once: of like length, so that next to nothing of what it
+        computes is padding, and of at most ``tokens`` tokens or one context.
+
+        A hundred documents or more are mixed, in an order that never changes: a first part then holds many topics.
+        """
+        for number, waiting in enumerate(_windows(self.contexts(tokenizer, prefix, length, pack))):
+            random = np.random.default_rng(number)
+            groups = _alike([waiting[i] for i in random.permutation(len(waiting))], tokens)
+            for i in random.permutation(len(groups)):
+                yield groups[i]
 
     def _tokenized(self, tokenizer: Any, at_once: int = 16) -> Iterator[list[int]]:
         documents = iter(self)
@@ -141,11 +151,39 @@ def _packed(documents: Iterable[list[int]], lead: list[int], room: int) -> Itera
         yield Context(lead + waiting, owners[: len(lead)] + owners)
 
 
-def _mixed(contexts: Iterator[Context], documents: int = 100) -> Iterator[Context]:
-    for window, group in groupby(contexts, key=lambda c: c.documents[0] // documents):
-        waiting = list(group)
-        for i in np.random.default_rng(window).permutation(len(waiting)):
-            yield waiting[i]
+WINDOW_DOCUMENTS, WINDOW_CONTEXTS = 100, 1000  # the least that is mixed: topics and, for like lengths, contexts
+PASS_COST = 32  # what a pass takes however short it is, in tokens: passes get smaller only where it saves more padding
+PASS_CONTEXTS = 128  # at most in a pass
+
+
+def _windows(contexts: Iterable[Context]) -> Iterator[list[Context]]:
+    waiting: list[Context] = []
+    for context in contexts:
+        documents = context.documents[0] - waiting[0].documents[0] if waiting else 0
+        if len(waiting) >= WINDOW_CONTEXTS and documents >= WINDOW_DOCUMENTS:
+            yield waiting
+            waiting = []
+        waiting.append(context)
+    if waiting:
+        yield waiting
+
+
+def _alike(contexts: list[Context], tokens: int) -> list[list[Context]]:
+    """Contexts in groups by length, at the least total of padded tokens and ``PASS_COST`` for each group."""
+    ordered = sorted(contexts, key=lambda c: len(c.ids))
+    least, starts = [0], [0]  # of the first so many contexts: their cost, and where their last group starts
+    for end in range(1, len(ordered) + 1):
+        longest = len(ordered[end - 1].ids)
+        most = min(PASS_CONTEXTS, max(1, tokens // longest))
+        options = ((least[i] + longest * (end - i) + PASS_COST, i) for i in range(max(0, end - most), end))
+        cost, start = min(options)
+        least.append(cost)
+        starts.append(start)
+    groups, end = [], len(ordered)
+    while end:
+        groups.append(ordered[starts[end] : end])
+        end = starts[end]
+    return groups
 
 
 def load_text(

@@ -6,6 +6,7 @@ from itertools import islice
 from pathlib import Path
 
 import huggingface_hub.constants
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -236,13 +237,40 @@ def test_packed_contexts_are_full_and_hold_everything(small_text, tokenizer):
         assert ids == tokenizer(document, add_special_tokens=False)["input_ids"]
 
 
-def test_shuffled_contexts_are_the_same_ones_in_a_fixed_order(small_text, tokenizer):
+def test_passes_hold_the_same_contexts_in_a_fixed_order(small_text, tokenizer):
     plain = contexts(small_text, tokenizer, 32)
-    mixed = list(small_text.contexts(tokenizer, 0, 32, shuffle=True))
+    passes = list(small_text.passes(tokenizer, 0, 32, tokens=128))
+    mixed = [c for group in passes for c in group]
     assert mixed != plain and sorted(mixed) == sorted(plain)
-    assert mixed == list(small_text.contexts(tokenizer, 0, 32, shuffle=True))
+    assert passes == list(small_text.passes(tokenizer, 0, 32, tokens=128))
     # A first part holds many documents: 20 of 150 contexts drawn from 17 documents miss half of them by no accident.
     assert len({c.documents[0] for c in mixed[:20]}) > 8
+
+
+def padding(passes):
+    """The share of what a model computes that is padding."""
+    computed = sum(len(group) * max(len(c.ids) for c in group) for group in passes)
+    return 1 - sum(len(c.ids) for group in passes for c in group) / computed
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_passes_waste_less_than_a_hundredth(tokenizer, pack):
+    words = np.random.default_rng(0).integers(5, 400, 2000)  # documents of all lengths, most below a context
+    text = sl.load_text([" ".join(["word"] * n) for n in words])
+    passes = list(text.passes(tokenizer, 0, 128, pack))
+    for group in passes:
+        assert len(group) * max(len(c.ids) for c in group) <= 1408
+    assert padding(passes) < 0.01
+    as_they_come = contexts(text, tokenizer, 128, pack=pack)
+    control = [as_they_come[i : i + 11] for i in range(0, len(as_they_come), 11)]
+    assert pack or padding(control) > 0.1
+    assert len(passes) < 1.5 * len(control), "passes of a few tokens are slow too"
+
+
+def test_a_context_longer_than_a_pass_stands_alone(small_text, tokenizer):
+    assert {len(group) for group in small_text.passes(tokenizer, 0, 32, tokens=16)} == {1} | {
+        len(g) for g in small_text.passes(tokenizer, 0, 32, tokens=16) if max(len(c.ids) for c in g) <= 8
+    }
 
 
 def test_without_a_prefix(tokenizer):

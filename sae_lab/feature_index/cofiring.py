@@ -1,0 +1,113 @@
+"""Which features fire on the same tokens.
+
+    J(i, j) = n_ij / (n_i + n_j - n_ij)
+
+the Jaccard index: n_i is the number of kept tokens on which i fires, n_ij of those on which both do. 1: always
+together; 0: never. Counts are exact and over all tokens of the store.
+
+Two products count. Codes of features that fire seldom meet in a product of sparse matrices, which costs the sum over
+tokens of (active features)². The few dense ones would make that sum large, since every token has them: their columns
+are dense matrices, and a sum of rows counts them against all others at once.
+"""
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from scipy import sparse
+from torch import Tensor
+
+from sae_lab.feature_index import chunks
+
+COFIRING = 32
+DENSE = 1 / 64  # share of tokens from which the dense way is cheaper: it is 30 times as fast a pair, and makes them all
+DENSE_BYTES = 128 << 20  # the table of counts with dense features; the densest are taken
+
+
+def cofiring(offsets: np.ndarray, rows: np.ndarray, tokens: int, first: int | None = None) -> dict[str, np.ndarray]:
+    """Of every feature the COFIRING others with the largest Jaccard index, -1 where there are no more, and the number
+    of tokens on which both fire. Of the ``first`` features alone, if that is given.
+
+    ``rows[offsets[i] : offsets[i + 1]]`` are the tokens, 0 to ``tokens`` - 1, on which feature i fires.
+    """
+    d_sae = len(offsets) - 1
+    counts = np.diff(offsets)
+    dense = _dense(counts, tokens)
+    seldom = np.setdiff1d(np.arange(d_sae), dense)
+    by_token = _by_token(offsets, rows, tokens, seldom)
+    with_dense = _with_dense(offsets, rows, tokens, dense)
+    fires = torch.from_numpy(counts).to(with_dense.dtype)
+    n, stop = min(COFIRING, d_sae - 1), d_sae if first is None else min(first, d_sae)
+    ids, both = np.full((stop, COFIRING), -1, np.int32), np.zeros((stop, COFIRING), np.int32)
+    size = chunks.rows_at_a_time(5 * 4 * d_sae)  # a sparse product, and it, its unions and their quotient dense
+    for start in range(0, stop, size):
+        part = np.arange(start, min(start + size, stop))
+        # The tables with dense features are symmetric: their columns serve as their rows.
+        together = torch.from_numpy(_together(offsets, rows, part, dense, by_token)).to(with_dense.dtype)
+        together[:, dense] = with_dense[part]
+        here = np.flatnonzero(np.isin(part, dense))
+        together[here] = with_dense[:, np.searchsorted(dense, part[here])].T
+        together[np.arange(len(part)), part] = 0  # not itself
+        jaccard = (fires[part][:, None] + fires - together).clamp_min_(1)
+        top = torch.div(together, jaccard, out=jaccard).topk(n)
+        found = top.values > 0
+        ids[part, :n] = torch.where(found, top.indices, -1).numpy()
+        both[part, :n] = torch.where(found, together.gather(1, top.indices), 0).numpy()
+    return {"cofiring": ids, "cofiring_counts": both}
+
+
+def _dense(counts: np.ndarray, tokens: int) -> np.ndarray:
+    """The features that are counted the dense way, ascending."""
+    most = DENSE_BYTES // (4 * len(counts))
+    return np.sort(np.argsort(-counts, kind="stable")[: min(most, int((counts > DENSE * tokens).sum()))])
+
+
+def _of(offsets: np.ndarray, rows: np.ndarray, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(offsets, rows) of some features; no others are read."""
+    parts = [rows[offsets[i] : offsets[i + 1]] for i in features]
+    ends = np.cumsum([len(part) for part in parts])
+    return np.concatenate([[0], ends]).astype(np.int64), np.concatenate([*parts, np.zeros(0, np.int32)])
+
+
+def _by_token(offsets: np.ndarray, rows: np.ndarray, tokens: int, seldom: np.ndarray) -> sparse.csr_matrix:
+    """Ones where a feature fires, "tokens d_sae": of those that fire seldom. Nine bytes a code, the most there are."""
+    counts = np.zeros(len(offsets) - 1, np.int64)
+    counts[seldom] = np.diff(offsets)[seldom]
+    _, here = _of(offsets, rows, seldom)
+    ends = np.concatenate([[0], counts.cumsum()])
+    by_feature = sparse.csr_matrix((np.ones(len(here), np.int8), here, ends), (len(counts), tokens))
+    by_token = by_feature.T.tocsr()
+    del by_feature, here
+    by_token.data = np.ones(by_token.nnz, np.int32)  # a product adds in the type of its factors
+    return by_token
+
+
+def _together(
+    offsets: np.ndarray, rows: np.ndarray, part: np.ndarray, dense: np.ndarray, by_token: sparse.csr_matrix
+) -> np.ndarray:
+    """n_ij of a part of the features with all, "part d_sae"; 0 where i or j is dense."""
+    seldom = np.flatnonzero(~np.isin(part, dense))
+    ends, here = _of(offsets, rows, part[seldom])
+    counts = np.zeros(len(part), np.int64)
+    counts[seldom] = np.diff(ends)
+    indptr = np.concatenate([[0], counts.cumsum()])
+    fires = sparse.csr_matrix((np.ones(len(here), np.int32), here, indptr), (len(part), by_token.shape[0]))
+    return (fires @ by_token).toarray()
+
+
+def _with_dense(offsets: np.ndarray, rows: np.ndarray, tokens: int, dense: np.ndarray) -> Float[Tensor, "d_sae some"]:
+    """n_ij of all features with the dense ones: sums over a feature's tokens of rows of "tokens some"."""
+    exact = torch.float32 if tokens < 1 << 24 else torch.float64  # whole numbers up to there
+    counts = torch.zeros(len(offsets) - 1, len(dense), dtype=exact)
+    size = chunks.rows_at_a_time(4 * tokens)
+    for first in range(0, len(dense), size):
+        some = dense[first : first + size]
+        table = torch.zeros(tokens, len(some), dtype=exact)
+        for column, feature in enumerate(some):
+            table[rows[offsets[feature] : offsets[feature + 1]], column] = 1
+        for start, stop in chunks.by_codes(offsets):
+            here = torch.from_numpy(rows[offsets[start] : offsets[stop]].astype(np.int64))
+            ends = torch.from_numpy(offsets[start : stop + 1] - offsets[start])
+            counts[start:stop, first : first + size] = torch.nn.functional.embedding_bag(
+                here, table, ends, mode="sum", include_last_offset=True
+            )
+    return counts

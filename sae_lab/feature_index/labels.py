@@ -1,0 +1,52 @@
+"""What to show for token ids: the whole vocabulary decoded once, so that neither a search nor an opening decodes."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from sae_lab.lm.model import LM
+
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
+
+class Labels:
+    """Labels as ``lm.token_strings`` gives them. Kept in ``labels.json``: ``alone``, of a token by itself or at the
+    start of a text, and ``within``, behind another token (some tokenizers drop a space at the start)."""
+
+    def __init__(self, lm: LM, alone: list[str], within: list[str]):
+        self._lm, self.alone, self.within = lm, alone, within
+        self.lower = [label.lower() for label in alone]  # what a search looks through
+
+    @classmethod
+    def decode(cls, lm: LM) -> "Labels":
+        """Decode the vocabulary."""
+        every = range(len(lm.tokenizer))
+        alone = _decode(lm, [[i] for i in every])
+        plain = next((i for i in every if alone[i].isascii() and alone[i].strip().isalpha()), 0)
+        behind = _decode(lm, [[plain, i] for i in every])
+        return cls(lm, alone, [text[len(alone[plain]) :] for text in behind])
+
+    @classmethod
+    def read(cls, lm: LM, file: Path) -> "Labels":
+        return cls(lm, **json.loads(file.read_text()))
+
+    def write(self, file: Path) -> None:
+        file.write_text(json.dumps({"alone": self.alone, "within": self.within}))
+
+    def __getitem__(self, token_id: int) -> str:
+        """A token's label by itself. A model may have more ids than its tokenizer knows."""
+        known = token_id < len(self.alone)
+        return self.alone[token_id] if known else self._lm.token_strings([token_id])[0].label
+
+    def of(self, ids: Sequence[int], prefixed: bool = False) -> list[str]:
+        """The labels of tokens that stand together; ``prefixed`` says that the first one is no part of the text."""
+        first = 1 + prefixed
+        if max(ids) < len(self.within):
+            found = [self.alone[i] for i in ids[:first]] + [self.within[i] for i in ids[first:]]
+            if not any(_REPLACEMENT in label for label in found):
+                return found
+        return [t.label for t in self._lm.token_strings(ids, prefixed)]  # characters that several tokens share
+
+
+def _decode(lm: LM, parts: list[list[int]]) -> list[str]:
+    return lm.tokenizer.batch_decode(parts, clean_up_tokenization_spaces=False)
