@@ -1,7 +1,7 @@
 """sl.sweep: many coders on the same batches, so that a Pareto front costs one reading of the data."""
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -107,9 +107,10 @@ def sweep(
         folder = None if path is None else Path(path) / name
         trainings.append(Training(coder, _shared(trainings, coder, at), config, folder, ()))
     runs = _run(trainings)
-    rows, tokens = [], 0
+    rows, tokens, unseen = [], 0, _Once()
     for training, run, row in zip(trainings, runs, varied, strict=True):
-        measured, tokens = _measure(run.coder, training.rows, tokens)
+        batch = unseen(training.rows, lambda t=training: t.rows.unseen(MEASURED))
+        measured, tokens = _measure(run.coder, batch), len(batch.x)
         row = row | measured | {"dead": run.coder.meta["dead"]}
         if world is not None:
             found = match(run.coder, world)
@@ -181,6 +182,18 @@ def _shared(before: list[Training], coder: SparseCoder, data: Store | Tensor | B
     return next(same, rows)
 
 
+class _Once:
+    """What several coders read of the same rows, read for the first of them."""
+
+    def __init__(self):
+        self._read: dict[int, Any] = {}
+
+    def __call__(self, rows: Store | Rows, read: Callable[[], Any]) -> Any:
+        if id(rows) not in self._read:
+            self._read[id(rows)] = read()
+        return self._read[id(rows)]
+
+
 def _run(trainings: list[Training]) -> list[Run]:
     """All trainings side by side: a step each, on one batch."""
     from tqdm.auto import tqdm
@@ -189,9 +202,10 @@ def _run(trainings: list[Training]) -> list[Run]:
     begun: list[Training] = []
     scratch: dict[int, Tensor] = {}
     readers: dict[int, ReadAhead] = {}
+    firsts, data = _Once(), _Once()
     try:
         for number, t in enumerate(trainings):
-            if finished := t.begin():
+            if finished := t.begin(lambda t=t: firsts(t.rows, t.first_batch)):
                 runs[number] = finished
                 continue
             begun.append(t)
@@ -215,7 +229,7 @@ def _run(trainings: list[Training]) -> list[Run]:
             t.keep()
         for number, t in enumerate(trainings):
             if number not in runs:
-                runs[number] = t.end()
+                runs[number] = t.end(lambda t=t: data(t.rows, t.calibration_data))
     except BaseException as err:
         for t in begun:
             if not t.coder.in_raw_units:
@@ -225,9 +239,8 @@ def _run(trainings: list[Training]) -> list[Run]:
 
 
 @torch.no_grad()
-def _measure(coder: SparseCoder, rows: Store | Rows, tokens: int) -> tuple[dict[str, float], int]:
-    """({"l0", "fvu"}, tokens) in eval mode, on reserved rows."""
-    batch = rows.unseen(MEASURED)
+def _measure(coder: SparseCoder, batch: Batch) -> dict[str, float]:
+    """l0 and fvu in eval mode."""
     active, x_hats = 0, []
     device = coder.W_dec.device
     for start in range(0, len(batch.x), 4096):
@@ -236,5 +249,4 @@ def _measure(coder: SparseCoder, rows: Store | Rows, tokens: int) -> tuple[dict[
         out = coder(x, None if batch.tokens is None else batch.tokens[part].to(device))
         active += int((out.codes if isinstance(out.codes, Tensor) else out.codes.values).gt(0).sum())
         x_hats.append(out.x_hat.cpu())
-    fvu = losses.fvu(torch.cat(x_hats), batch.target.cpu())
-    return {"l0": active / len(batch.x), "fvu": float(fvu)}, len(batch.x)
+    return {"l0": active / len(batch.x), "fvu": float(losses.fvu(torch.cat(x_hats), batch.target.cpu()))}

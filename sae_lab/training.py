@@ -235,8 +235,9 @@ class Training:
 
     # ---- begin and end
 
-    def begin(self) -> Run | None:
-        """Ready for the next step, from the checkpoint where there is one; or the run itself where it is finished."""
+    def begin(self, first: Callable[[], Batch] | None = None) -> Run | None:
+        """Ready for the next step, from the checkpoint where there is one; or the run itself where it is finished.
+        first: gives ``first_batch`` where it was read before."""
         ranks, finished, found = self.ranks, None, None
         if self.path is not None:
             cache.make_folder(self.path)
@@ -251,15 +252,14 @@ class Training:
         coder = self.coder = ranks.own_part(self.whole)
         self.parameters = dict(coder.named_parameters())
         if found is None:
-            first = self.rows.batch(0, max(4096, self.config.batch_size), self.config.seed)
-            first = self._on_device(first)
-            self._require_finite(first.x)
-            self._require_finite(first.target)
-            self.scale = _scale(first.x)
-            self.target_scale = None if first.target is first.x else _scale(first.target)
+            start = self._on_device((first or self.first_batch)())
+            self._require_finite(start.x)
+            self._require_finite(start.target)
+            self.scale = _scale(start.x)
+            self.target_scale = None if start.target is start.x else _scale(start.target)
             if coder.in_raw_units:  # it was trained before
                 coder.fold(1 / self.scale, None if self.target_scale is None else 1 / self.target_scale)
-            coder.begin(self._scaled(first))
+            coder.begin(self._scaled(start))
         self.idle = torch.zeros(coder.d_sae, dtype=torch.long, device=coder.W_dec.device)
         self.adam = checkpoint.Adam(coder)
         if found is not None:
@@ -274,14 +274,27 @@ class Training:
         coder.train()
         return None
 
+    def first_batch(self) -> Batch:
+        """What scales and biases start from."""
+        return self.rows.batch(0, max(4096, self.config.batch_size), self.config.seed)
+
+    def calibration_data(self) -> tuple[list[Tensor], Tensor | None]:
+        """(training activations in blocks, activations that training never saw), 100,000 tokens each at most."""
+        blocks = [x for _, x in islice(self.rows.blocks(), -(-CALIBRATION_TOKENS // 8192))]
+        unseen = self.rows.reserved(CALIBRATION_TOKENS)
+        for x in blocks if unseen is None else [*blocks, unseen]:  # training need not have seen every row
+            self._require_finite(x)
+        return blocks, unseen
+
     def _fold(self) -> None:
         """Back to raw units: what the user gets."""
         self.coder.fold(self.scale, self.target_scale)
         self.coder.scratch, self.coder.in_raw_units, self.coder.progress = None, True, 1.0
 
-    def end(self) -> Run:
+    def end(self, data: Callable[[], tuple[list[Tensor], Tensor | None]] | None = None) -> Run:
+        """Fit, save and hand over the coder. data: gives ``calibration_data`` where it was read before."""
         self._fold()
-        facts = self._calibrate()
+        facts = self._calibrate(data or self.calibration_data)
         whole, self.coder = self.whole, self.whole
         whole.in_raw_units, whole.progress = True, 1.0
         self._stamp(facts)
@@ -292,17 +305,14 @@ class Training:
         self.ranks.wait()  # nobody leaves before the files are there
         return run
 
-    def _calibrate(self) -> Metrics:
+    def _calibrate(self, data: Callable[[], tuple[list[Tensor], Tensor | None]]) -> Metrics:
         """Threshold, f_scale and dead features of the whole coder. One rank does it for all, unless each has a part."""
         coder, ranks = self.coder, self.ranks
         facts: Metrics = {}
         if ranks.first or coder is not self.whole:
             device = coder.W_dec.device
-            blocks = [x.to(device) for _, x in islice(self.rows.blocks(), -(-CALIBRATION_TOKENS // 8192))]
-            unseen = self.rows.reserved(CALIBRATION_TOKENS)
-            for x in blocks if unseen is None else [*blocks, unseen]:  # training need not have seen every row
-                self._require_finite(x)
-            facts = coder.calibrate(blocks, None if unseen is None else unseen.to(device))
+            blocks, unseen = data()
+            facts = coder.calibrate([x.to(device) for x in blocks], None if unseen is None else unseen.to(device))
         ranks.copy_first(ranks.held_whole(coder.state_dict()))
         ranks.rejoin(coder, self.whole)
         return ranks.from_first(facts)

@@ -104,6 +104,21 @@ def test_coders_end_as_if_trained_alone(data):
     assert not same(result.coders[0], other.coders[0]), "other batches make different weights: the comparison can fail"
 
 
+def test_each_part_of_the_data_is_read_once(monkeypatch):
+    seen = []
+    for name, read in [(name, getattr(Rows, name)) for name in ("batch", "blocks", "reserved", "unseen")]:
+
+        def counted(self, *args, read=read, name=name):
+            seen.append((name, args))
+            return read(self, *args)
+
+        monkeypatch.setattr(Rows, name, counted)
+    x = torch.randn(600, D, generator=torch.Generator().manual_seed(0))
+    sl.sweep({"TopK": {"k": [2, 3, 4]}, "L1": {"sparsity": [0.1, 0.2]}}, x, CONFIG, d_sae=WIDTH)
+    assert len(seen) == len(set(seen)), "something was read for every coder"
+    assert {name for name, _ in seen} == {"batch", "blocks", "reserved", "unseen"}
+
+
 def test_a_list_of_coders(data):
     """They are trained in place, whatever their widths; the table shows what differs between them."""
     coders = [sl.TopK(D, 16, k=3), sl.TopK(D, 32, k=3), sl.L1(D, 16, sparsity=0.3)]

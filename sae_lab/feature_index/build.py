@@ -2,36 +2,41 @@
 
 Pass 1 writes each block's codes, sorted by feature, to a file of its own (so an interrupted build goes on where it
 was). Pass 2 places them feature by feature into two memory-mapped arrays. Then come what each feature fires on most,
-its logit lens and its nearest neighbours.
+what fires with it, its logit lens and its nearest neighbours, all for some features at a time.
 """
 
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
+from torch import Tensor
 
 from sae_lab import cache
-from sae_lab.feature_index.index import TOP_TOKENS, VERSION, FeatureIndex
+from sae_lab.feature_index.cofiring import cofiring
+from sae_lab.feature_index.directions import lens, neighbours
+from sae_lab.feature_index.index import VERSION, FeatureIndex
+from sae_lab.feature_index.labels import Labels
+from sae_lab.feature_index.statistics import readability, statistics
 from sae_lab.lm.model import LM
 from sae_lab.saes.base import SparseCoder
 from sae_lab.store import Store
 
 log = logging.getLogger(__name__)
 
-BLOCK = 8192
-LENS_TOKENS = 10
-NEIGHBOURS = 8
-STRONGEST = 64  # activations whose tokens name a feature
-CHUNK = 256  # directions at a time through the unembedding: 50 MB at a vocabulary of 49152
+BLOCK = 8192  # rows of a file
+PRE_BYTES = 256 << 20  # pre-activations that are made together: a block of a wide coder comes in parts
+READ_BYTES = 128 << 20  # a store's activations stay in memory as long as it is open: it is opened anew after so many
 
 
 def index_features(coder: SparseCoder, lm: LM, store: Store, path: str | Path | None = None) -> FeatureIndex:
-    """An index of all features of a coder over a store: density, mean and max, contexts, logit lens, neighbours.
+    """An index of all features of a coder over a store: density, mean and max, contexts, co-firing, lens, neighbours.
 
     Written to ``path`` (None: a folder in the cache named by coder and store); called again it opens what is there, and
     an interrupted build goes on.
@@ -43,12 +48,13 @@ def index_features(coder: SparseCoder, lm: LM, store: Store, path: str | Path | 
     folder = Path(path) if path is not None else cache.root() / "indexes" / f"{identity['coder']}-{identity['store']}"
     cache.make_folder(folder)
     if not _is_done(folder, identity):
-        was_training = coder.training
+        was_training, scratch = coder.training, coder.scratch
         coder.eval()
         try:
             _build(coder, lm, store, folder, identity)
         finally:
             coder.train(was_training)
+            coder.scratch = scratch
     return FeatureIndex(folder, store, lm)
 
 
@@ -95,22 +101,24 @@ def _build(coder: SparseCoder, lm: LM, store: Store, folder: Path, identity: dic
         leftover.unlink(missing_ok=True)
     with cache.atomic(folder / "building.json") as temporary:
         temporary.write_text(json.dumps(identity))
-    blocks = -(-len(store) // BLOCK)
     with tqdm(total=len(store), unit="tok", desc="index", dynamic_ncols=True) as bar:
-        counts = np.zeros(coder.d_sae, np.int64)
-        for number in range(blocks):
-            codes = _block(coder, store, folder, number)
-            counts += np.bincount(codes["features"], minlength=coder.d_sae)
-            bar.update(min(BLOCK, len(store) - number * BLOCK))
+        counts = _encode(coder, store, folder, bar.update)
+        bar.set_description("index: contexts")
         offsets = np.concatenate([[0], counts.cumsum()])
-        rows, values = _place(folder, blocks, offsets)
-        stats = {"offsets": offsets, **_statistics(store, offsets, rows, values)}
-        stats["readability"] = _readability(lm, stats["top_tokens"])
-        stats["f_scale"] = coder.f_scale.cpu().numpy()
+        rows, values = _place(folder, -(-len(store) // BLOCK), offsets)
+        tables = {"offsets": offsets, "f_scale": coder.f_scale.cpu().numpy()}
+        tables |= statistics(store, offsets, rows, values)
+        labels = Labels.decode(lm)
+        tables["readability"] = readability(lm, labels, tables["top_tokens"])
+        bar.set_description("index: co-firing")
+        tables |= cofiring(offsets, rows, len(store))
         bar.set_description("index: lens and neighbours")
-        stats |= _lens(coder, lm, store) | _neighbours(coder)
+        tables |= lens(coder, lm, coder.writes[0] if coder.writes else store.site)  # a transcoder's, where it writes
+        tables |= neighbours(coder)
+    with cache.atomic(folder / "labels.json") as temporary:
+        labels.write(temporary)
     with cache.atomic(folder / "stats.safetensors") as temporary:
-        save_file({name: np.ascontiguousarray(a) for name, a in stats.items()}, temporary)
+        save_file({name: np.ascontiguousarray(table) for name, table in tables.items()}, temporary)
     facts = identity | {"version": VERSION, "d_sae": coder.d_sae, "site": store.site.key, "rows": len(store)}
     with cache.atomic(folder / "index.json") as temporary:
         temporary.write_text(json.dumps(facts, indent=1))
@@ -118,20 +126,47 @@ def _build(coder: SparseCoder, lm: LM, store: Store, folder: Path, identity: dic
         left.unlink()
 
 
-def _block(coder: SparseCoder, store: Store, folder: Path, number: int) -> dict[str, np.ndarray]:
+def _encode(coder: SparseCoder, store: Store, folder: Path, done: Callable[[int], Any]) -> np.ndarray:
+    """Makes all blocks: how many codes each feature has. ``done`` hears of rows."""
+    counts = np.zeros(coder.d_sae, np.int64)
+    buffer = _buffer(coder)
+    for number in range(-(-len(store) // BLOCK)):
+        if number % max(1, READ_BYTES // (2 * store.width * BLOCK)) == 0:
+            store = Store(store.path, len(store), store.site)
+        codes = _block(coder, store, folder, number, buffer)
+        counts += np.bincount(codes["features"], minlength=coder.d_sae)
+        done(min(BLOCK, len(store) - number * BLOCK))
+    coder.scratch = None  # what follows needs the memory
+    return counts
+
+
+def _buffer(coder: SparseCoder) -> Float[Tensor, "rows d_sae"]:
+    """Where pre-activations go: a fresh one each time would cost a sixth of the product."""
+    rows = min(BLOCK, max(1, PRE_BYTES // (4 * coder.d_sae)))
+    return torch.empty(rows, coder.d_sae, device=coder.W_dec.device)
+
+
+def _block(coder: SparseCoder, store: Store, folder: Path, number: int, buffer: Tensor) -> dict[str, np.ndarray]:
     """Codes of one block of rows, sorted by feature, then row; from its file if that is whole."""
     file = folder / f"block-{number:06d}.safetensors"
     try:
         return load_file(file)
     except (FileNotFoundError, SafetensorError):
         pass
-    rows = np.arange(number * BLOCK, min((number + 1) * BLOCK, len(store)))
-    codes = coder.sparse_codes(store.rows(rows, store.site.key).to(coder.W_dec.device))
-    features, order = codes.features.cpu().sort(stable=True)
+    features, rows, values = [], [], []
+    last = min((number + 1) * BLOCK, len(store))
+    for start in range(number * BLOCK, last, len(buffer)):
+        x = store.rows(np.arange(start, min(start + len(buffer), last)), store.site.key)
+        coder.scratch = buffer[: len(x)]
+        codes = coder.sparse_codes(x.to(coder.W_dec.device))
+        features.append(codes.features.int().cpu())
+        rows.append(codes.rows.int().cpu() + start)
+        values.append(codes.values.cpu())
+    by_feature, order = torch.cat(features).sort(stable=True)
     block = {
-        "features": features.int().numpy(),
-        "rows": rows[codes.rows.cpu()[order].numpy()].astype(np.int32),
-        "values": codes.values.cpu()[order].numpy(),
+        "features": by_feature.numpy(),
+        "rows": torch.cat(rows)[order].numpy(),
+        "values": torch.cat(values)[order].numpy(),
     }
     with cache.atomic(file) as temporary:
         save_file(block, temporary)
@@ -155,81 +190,3 @@ def _place(folder: Path, blocks: int, offsets: np.ndarray) -> tuple[np.ndarray, 
     rows.flush()
     values.flush()
     return rows, values
-
-
-def _statistics(store: Store, offsets: np.ndarray, rows: np.ndarray, values: np.ndarray) -> dict[str, np.ndarray]:
-    """Per feature: mean and max where it fires, and the tokens it fires on most."""
-    d_sae = len(offsets) - 1
-    mean, biggest = np.zeros(d_sae, np.float32), np.zeros(d_sae, np.float32)
-    top_tokens = np.full((d_sae, TOP_TOKENS), -1, np.int32)
-    every_token = store.rows(np.arange(len(store)), "token").numpy()
-    for feature in np.flatnonzero(np.diff(offsets)):
-        part = slice(offsets[feature], offsets[feature + 1])
-        v = values[part]
-        mean[feature], biggest[feature] = v.mean(), v.max()
-        strongest = np.argpartition(v, -STRONGEST)[-STRONGEST:] if len(v) > STRONGEST else np.arange(len(v))
-        ids, where = np.unique(every_token[rows[part][strongest]], return_inverse=True)
-        weight = np.bincount(where, v[strongest])
-        order = weight.argsort()[::-1][:TOP_TOKENS]
-        top_tokens[feature, : len(order)] = ids[order]
-    return {"mean": mean, "max": biggest, "top_tokens": top_tokens}
-
-
-def _readability(lm: LM, top_tokens: np.ndarray) -> np.ndarray:
-    """How alike a feature's top tokens are, times the share of them that are words: mean pairwise cosine of their
-    (centred) embeddings. A rule of thumb for which feature to look at first, 0 to 1; it is no measure of truth."""
-    ids, where = np.unique(np.maximum(top_tokens, 0), return_inverse=True)
-    unit = torch.nn.functional.normalize(lm.embedding(torch.from_numpy(ids)), dim=1)
-    labels = [lm.token_strings([int(i)])[0].label for i in ids]
-    is_word = torch.tensor([t.startswith(" ") and len(t) > 3 and t.strip().isalpha() for t in labels])
-    where = torch.from_numpy(where.reshape(top_tokens.shape))
-    valid = torch.from_numpy(top_tokens >= 0)
-    n = valid.sum(1)
-    total = (unit[where] * valid.unsqueeze(-1)).sum(1)
-    alike = (total.pow(2).sum(1) - n) / (n * (n - 1)).clamp_min(1)
-    words = (is_word[where] & valid).sum(1) / n.clamp_min(1)
-    return (alike.clamp(0, 1) * words * (n == top_tokens.shape[1])).numpy()
-
-
-@torch.no_grad()
-def _lens(coder: SparseCoder, lm: LM, store: Store) -> dict[str, np.ndarray]:
-    """Promoted and suppressed tokens of every direction, and its sharpness: the logits' kurtosis, with that of random
-    directions beside it. Empty where the site is not written to the residual stream."""
-    site = coder.writes[0] if coder.writes else store.site  # a transcoder's directions live where it writes
-    if lm.lens(coder.W_dec[:1], site) is None:
-        return {}
-    found: dict[str, list[torch.Tensor]] = {"up": [], "up_ids": [], "down": [], "down_ids": [], "kurtosis": []}
-    for chunk in coder.W_dec.split(CHUNK):
-        logits = lm.lens(chunk, site)
-        assert logits is not None
-        for name, largest in (("up", True), ("down", False)):
-            top = logits.topk(LENS_TOKENS, largest=largest)
-            found[name].append(top.values)
-            found[f"{name}_ids"].append(top.indices.int())
-        found["kurtosis"].append(_kurtosis(logits))
-    random = torch.randn(CHUNK, coder.W_dec.shape[1], generator=torch.Generator().manual_seed(0))
-    control = lm.lens(random.to(coder.W_dec), site)
-    assert control is not None
-    lens = {f"lens_{name}": torch.cat(parts).numpy() for name, parts in found.items()}
-    return lens | {"lens_random": _kurtosis(control).numpy()}
-
-
-def _kurtosis(logits: torch.Tensor) -> torch.Tensor:
-    """Excess kurtosis over the vocabulary: near 0 for noise, large where a few tokens stand out."""
-    centred = logits - logits.mean(-1, keepdim=True)
-    return centred.pow(4).mean(-1) / centred.pow(2).mean(-1).pow(2) - 3
-
-
-@torch.no_grad()
-def _neighbours(coder: SparseCoder) -> dict[str, np.ndarray]:
-    """The nearest decoder rows by cosine."""
-    rows = torch.nn.functional.normalize(coder.W_dec, dim=1)
-    n = min(NEIGHBOURS, coder.d_sae - 1)
-    cosines, ids = [], []
-    for start in range(0, coder.d_sae, 1024):
-        part = rows[start : start + 1024] @ rows.T
-        part[torch.arange(len(part)), torch.arange(start, start + len(part))] = -2.0  # not itself
-        top = part.topk(n)
-        cosines.append(top.values.cpu())
-        ids.append(top.indices.int().cpu())
-    return {"neighbours": torch.cat(ids).numpy(), "cosines": torch.cat(cosines).numpy()}

@@ -42,7 +42,7 @@ def cofiring(offsets: np.ndarray, rows: np.ndarray, tokens: int, first: int | No
     for start in range(0, stop, size):
         part = np.arange(start, min(start + size, stop))
         # The tables with dense features are symmetric: their columns serve as their rows.
-        together = torch.from_numpy(_together(offsets, rows, part, dense, by_token)).to(with_dense.dtype)
+        together = torch.from_numpy(_together(offsets, rows, tokens, part, dense, by_token)).to(with_dense.dtype)
         together[:, dense] = with_dense[part]
         here = np.flatnonzero(np.isin(part, dense))
         together[here] = with_dense[:, np.searchsorted(dense, part[here])].T
@@ -68,13 +68,13 @@ def _of(offsets: np.ndarray, rows: np.ndarray, features: np.ndarray) -> tuple[np
     return np.concatenate([[0], ends]).astype(np.int64), np.concatenate([*parts, np.zeros(0, np.int32)])
 
 
-def _by_token(offsets: np.ndarray, rows: np.ndarray, tokens: int, seldom: np.ndarray) -> sparse.csr_matrix:
+def _by_token(offsets: np.ndarray, rows: np.ndarray, tokens: int, seldom: np.ndarray) -> sparse.csr_array:
     """Ones where a feature fires, "tokens d_sae": of those that fire seldom. Nine bytes a code, the most there are."""
     counts = np.zeros(len(offsets) - 1, np.int64)
     counts[seldom] = np.diff(offsets)[seldom]
     _, here = _of(offsets, rows, seldom)
     ends = np.concatenate([[0], counts.cumsum()])
-    by_feature = sparse.csr_matrix((np.ones(len(here), np.int8), here, ends), (len(counts), tokens))
+    by_feature = sparse.csr_array((np.ones(len(here), np.int8), here, ends), (len(counts), tokens))
     by_token = by_feature.T.tocsr()
     del by_feature, here
     by_token.data = np.ones(by_token.nnz, np.int32)  # a product adds in the type of its factors
@@ -82,7 +82,7 @@ def _by_token(offsets: np.ndarray, rows: np.ndarray, tokens: int, seldom: np.nda
 
 
 def _together(
-    offsets: np.ndarray, rows: np.ndarray, part: np.ndarray, dense: np.ndarray, by_token: sparse.csr_matrix
+    offsets: np.ndarray, rows: np.ndarray, tokens: int, part: np.ndarray, dense: np.ndarray, by_token: sparse.csr_array
 ) -> np.ndarray:
     """n_ij of a part of the features with all, "part d_sae"; 0 where i or j is dense."""
     seldom = np.flatnonzero(~np.isin(part, dense))
@@ -90,8 +90,8 @@ def _together(
     counts = np.zeros(len(part), np.int64)
     counts[seldom] = np.diff(ends)
     indptr = np.concatenate([[0], counts.cumsum()])
-    fires = sparse.csr_matrix((np.ones(len(here), np.int32), here, indptr), (len(part), by_token.shape[0]))
-    return (fires @ by_token).toarray()
+    fires = sparse.csr_array((np.ones(len(here), np.int32), here, indptr), (len(part), tokens))
+    return sparse.csr_array(fires @ by_token).toarray()
 
 
 def _with_dense(offsets: np.ndarray, rows: np.ndarray, tokens: int, dense: np.ndarray) -> Float[Tensor, "d_sae some"]:

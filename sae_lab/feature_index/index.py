@@ -3,21 +3,20 @@
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from sae_lab.feature_index.labels import Labels
+from sae_lab.feature_index.statistics import BINS, QUANTILE_CONTEXTS, QUARTERS, TOP_CONTEXTS
 from sae_lab.lm.model import LM
 from sae_lab.store import Store, memory_map
 from sae_lab.types import Site, check_feature
 
-VERSION = 1
-TOP_TOKENS = 8
+VERSION = 2
 BEFORE, AFTER = 24, 12  # tokens shown around an activation
-TOP_CONTEXTS, QUANTILE_CONTEXTS = 12, 4
-BINS = 40
 READABLE_DENSITY = (5e-4, 1e-2)  # rarer features have too few contexts to judge, denser ones are rarely about one thing
 
 
@@ -39,7 +38,11 @@ class Context:
 
 @dataclass(frozen=True)
 class FeatureView:
-    """One feature. density: share of kept tokens on which it fires; mean: over those; histogram: of activations > 0."""
+    """One feature. density: share of kept tokens on which it fires; mean: over those; histogram: of activations > 0.
+
+    neighbours: (feature, cosine of the decoder rows). cofiring: (feature, Jaccard index n_ij / (n_i + n_j - n_ij),
+    n_ij: the number of tokens on which both fire), up to 32.
+    """
 
     feature: int
     d_sae: int
@@ -55,6 +58,7 @@ class FeatureView:
     suppressed: list[tuple[str, float]]
     lens_note: str
     neighbours: list[tuple[int, float]]
+    cofiring: list[tuple[int, float, int]]
 
     @property
     def top(self) -> list[Context]:
@@ -68,7 +72,8 @@ class FeatureView:
     def __str__(self) -> str:
         head = f"feature {self.feature}: fires on {self.density:.3%} of tokens, max {self.max:.2f}"
         words = f"promotes {' '.join(repr(t) for t, _ in self.promoted[:6])}" if self.promoted else ""
-        return "\n".join([head, words, *(str(c) for c in self.top[:6])])
+        others = f"fires with {', '.join(f'{i} ({j:.2f})' for i, j, _ in self.cofiring[:6])}" if self.cofiring else ""
+        return "\n".join([head, words, others, *(str(c) for c in self.top[:6])])
 
     __repr__ = __str__
 
@@ -81,7 +86,7 @@ class FeatureIndex:
     """
 
     def __init__(self, path: Path, store: Store, lm: LM):
-        self.path, self.store, self._lm = Path(path), store, lm
+        self.path, self.store = Path(path), store
         facts = json.loads((self.path / "index.json").read_text())
         self.d_sae: int = facts["d_sae"]
         self.site = Site.of(facts["site"])
@@ -94,13 +99,24 @@ class FeatureIndex:
         self.counts = np.diff(self._offsets)
         self.density = self.counts / self.tokens_seen
         self.mean, self.max = stats["mean"], stats["max"]
+        # Here rather than when the first feature is opened: the labels, and the headers of the store's files.
+        self._labels = Labels.read(lm, self.path / "labels.json")
+        self.store.contexts(np.zeros(1, np.int64))
 
     def __len__(self) -> int:
         return self.d_sae
 
     def __repr__(self) -> str:
         live = int((self.counts > 0).sum())
-        return f"FeatureIndex({self.d_sae} features, {live} live on {self.tokens_seen:,} tokens, {self.site})"
+        return (
+            f"FeatureIndex({self.d_sae} features, {live} live on {self.tokens_seen:,} tokens, {self.site}, "
+            f"{self.bytes / 1e6:,.1f} MB)"
+        )
+
+    @property
+    def bytes(self) -> int:
+        """Size on disk."""
+        return sum(file.stat().st_size for file in self.path.iterdir())
 
     # ---- finding features
 
@@ -131,23 +147,19 @@ class FeatureIndex:
         needle = text.strip().lower()
         if not needle:
             return []
+        weight = np.zeros(len(self._labels.lower) + 1)  # of a token; the last, of -1, stays 0
+        for i, label in enumerate(self._labels.lower):
+            if needle in label:
+                weight[i] = 2 if label.strip() == needle else 1
         top = self._stats["top_tokens"]
-        ids = np.array([i for i in np.unique(top) if i >= 0 and needle in self._token(int(i)).lower()])
-        if not len(ids):
-            return []
-        exact = np.array([i for i in ids if self._token(int(i)).strip().lower() == needle])
-        rank = 1 / (1 + np.arange(top.shape[1]))
-        score = (np.isin(top, ids) * rank).sum(1) + (np.isin(top, exact) * rank).sum(1)
+        score = weight[top] @ (1 / (1 + np.arange(top.shape[1])))
         order = np.argsort(-score, kind="stable")
         return order[score[order] > 0][:limit].tolist()
 
     def top_tokens(self, feature: int, n: int = 5) -> list[str]:
         """The tokens a feature fires on most."""
         ids = self._stats["top_tokens"][self._check(feature)]
-        return [self._token(int(i)) for i in ids[:n] if i >= 0]
-
-    def _token(self, token_id: int) -> str:
-        return _label(self._lm, token_id)
+        return [self._labels[int(i)] for i in ids[:n] if i >= 0]
 
     def _check(self, feature: int) -> int:
         return check_feature(feature, self.d_sae)
@@ -163,7 +175,7 @@ class FeatureIndex:
     def __getitem__(self, feature: int) -> FeatureView:
         rows, values = self.activations(feature)
         stats = self._stats
-        counts, edges = np.histogram(values, BINS, (0.0, float(self.max[feature]) or 1.0))
+        edges = np.linspace(0.0, float(self.max[feature]) or 1.0, BINS + 1)
         return FeatureView(
             feature=int(feature),
             d_sae=self.d_sae,
@@ -173,89 +185,77 @@ class FeatureIndex:
             mean=float(self.mean[feature]),
             max=float(self.max[feature]),
             f_scale=float(stats["f_scale"][feature]),
-            histogram={"counts": counts.tolist(), "edges": edges.tolist()},
-            groups=self._groups(rows, values),
+            histogram={"counts": stats["histogram"][feature].tolist(), "edges": edges.tolist()},
+            groups=self._groups(stats["shown"][feature], rows, values),
             promoted=self._lens(feature, "up"),
             suppressed=self._lens(feature, "down"),
             lens_note=self._lens_note(feature),
             neighbours=list(
                 zip(stats["neighbours"][feature].tolist(), stats["cosines"][feature].tolist(), strict=True)
             ),
+            cofiring=self._cofiring(feature),
         )
 
     def __iter__(self) -> Iterator[FeatureView]:
         return (self[i] for i in range(self.d_sae))
 
+    def _cofiring(self, feature: int) -> list[tuple[int, float, int]]:
+        others, both = self._stats["cofiring"][feature], self._stats["cofiring_counts"][feature]
+        others, both = others[others >= 0], both[others >= 0]
+        jaccard = both / (self.counts[feature] + self.counts[others] - both)
+        return list(zip(others.tolist(), jaccard.tolist(), both.tolist(), strict=True))
+
     def _lens(self, feature: int, side: str) -> list[tuple[str, float]]:
         if f"lens_{side}" not in self._stats:
             return []
         ids, values = self._stats[f"lens_{side}_ids"][feature], self._stats[f"lens_{side}"][feature]
-        return [(self._token(int(i)), round(float(v), 3)) for i, v in zip(ids, values, strict=True)]
+        return [(self._labels[int(i)], round(float(v), 3)) for i, v in zip(ids, values, strict=True)]
 
     def _lens_note(self, feature: int) -> str:
         if "lens_kurtosis" not in self._stats:
             return f"no logit lens: {self.site} is not written to the residual stream"
-        limit = float(np.quantile(self._stats["lens_random"], 0.99))
+        limit = self._noise
         kurtosis = float(self._stats["lens_kurtosis"][feature])
         if kurtosis > limit:
             return ""
         return f"probably noise: kurtosis {kurtosis:.2f}, and 1 % of random directions exceed {limit:.2f}"
 
-    def _groups(self, rows: np.ndarray, values: np.ndarray) -> list[dict[str, Any]]:
+    @cached_property
+    def _noise(self) -> float:
+        return float(np.quantile(self._stats["lens_random"], 0.99))
+
+    def _groups(self, shown: np.ndarray, rows: np.ndarray, values: np.ndarray) -> list[dict[str, Any]]:
         """Top contexts, then a few from each quarter of the activations; no stretch of text twice."""
         if not len(rows):
             return []
-        order = np.argsort(-values, kind="stable")
-        seen: set[Any] = set()
-        groups = [{"label": "top", "contexts": self._contexts(order, rows, values, TOP_CONTEXTS, seen)}]
-        for quarter in range(4):
-            part = order[len(order) * quarter // 4 : len(order) * (quarter + 1) // 4]
-            spread = (
-                part[np.linspace(0, len(part) - 1, min(len(part), 3 * QUANTILE_CONTEXTS)).astype(int)]
-                if len(part)
-                else part
-            )
-            found = self._contexts(spread, rows, values, QUANTILE_CONTEXTS, seen)
-            if found:
-                groups.append({"label": f"quantile {75 - 25 * quarter}-{100 - 25 * quarter} %", "contexts": found})
-        return groups
+        labels = ["top", *(f"quantile {75 - 25 * q}-{100 - 25 * q} %" for q in range(QUARTERS))]
+        parts = np.split(shown, TOP_CONTEXTS + QUANTILE_CONTEXTS * np.arange(QUARTERS))
+        groups = [
+            {"label": label, "contexts": self._contexts(part[part >= 0].astype(np.int64), rows, values)}
+            for label, part in zip(labels, parts, strict=True)
+        ]
+        return [group for group in groups if group["contexts"]]
 
-    def _contexts(
-        self, picks: np.ndarray, rows: np.ndarray, values: np.ndarray, limit: int, seen: set[Any]
-    ) -> list[Context]:
-        """Contexts of the picked activations. ``seen`` holds what was shown: contexts, and the tokens that lead up to
-        an activation (repeated text)."""
-        found: list[Context] = []
-        picks = picks[: 8 * limit]
-        numbers = self.store.contexts(np.asarray(rows[picks], np.int64)) if len(picks) else []
-        for pick, number in zip(picks, numbers, strict=True):
-            if len(found) == limit:
-                break
-            ids = self.store.context_ids(int(number))
+    def _contexts(self, shown: np.ndarray, rows: np.ndarray, values: np.ndarray) -> list[Context]:
+        """The contexts of rows of the store."""
+        found = []
+        for row, number in zip(shown, self.store.contexts(shown) if len(shown) else [], strict=True):
             here, positions = self.store.context_rows(int(number))
-            peak = int(positions[np.searchsorted(here, rows[pick])])
-            lead = tuple(ids[max(0, peak - 5) : peak + 1].tolist())
-            if int(number) in seen or lead in seen:
-                continue
-            seen |= {int(number), lead}
-            found.append(self._context(ids, here, positions, rows, values, peak))
+            peak = int(positions[np.searchsorted(here, row)])
+            found.append(self._context(self.store.context_ids(int(number)), here, positions, rows, values, peak))
         return found
 
     def _context(
         self, ids: np.ndarray, here: np.ndarray, positions: np.ndarray, rows: np.ndarray, values: np.ndarray, peak: int
     ) -> Context:
         along: list[float | None] = [None] * len(ids)
-        first, last = np.searchsorted(rows, [here[0], here[-1] + 1])
+        # In the type of rows: else all of them would be converted, a million of a dense feature.
+        first, last = np.searchsorted(rows, np.array([here[0], here[-1] + 1], rows.dtype))
         fires = dict(zip(rows[first:last].tolist(), values[first:last].tolist(), strict=True))
         for row, position in zip(here.tolist(), positions.tolist(), strict=True):
             if row < self.tokens_seen:  # the store may end within a context
                 along[position] = round(fires.get(row, 0.0), 4)
         start, stop = max(0, peak - BEFORE), min(len(ids), peak + AFTER + 1)
-        labels = [t.label for t in self._lm.token_strings(ids[start:stop].tolist(), prefixed=start == 0)]
+        labels = self._labels.of(ids[start:stop].tolist(), prefixed=start == 0)
         document = int(self.store.rows(here[:1], "document")[0])
         return Context(labels, along[start:stop], peak - start, document, peak)
-
-
-@lru_cache(maxsize=200_000)
-def _label(lm: LM, token_id: int) -> str:
-    return lm.token_strings([token_id])[0].label
