@@ -247,12 +247,13 @@ def markdown(rows: list[dict[str, Any]], machine: str) -> str:
     return "\n".join([*lines, "", f"{machine}; batch {BATCH}, d_in {D}, float32."])
 
 
-def write_readme(table: str) -> None:
+def write_readme(table: str, mark: str = "make bench", end: str = "end of bench") -> None:
+    """Put a table between its two marks in README.md."""
     readme = Path(__file__).parent.parent / "README.md"
-    before, begin, rest = readme.read_text(encoding="utf-8").partition("<!-- make bench -->\n")
-    _, end, after = rest.partition("<!-- end of bench -->")
-    assert begin and end, "README.md has lost its marks"
-    readme.write_text(f"{before}{begin}{table}\n{end}{after}", encoding="utf-8")
+    before, begin, rest = readme.read_text(encoding="utf-8").partition(f"<!-- {mark} -->\n")
+    _, close, after = rest.partition(f"<!-- {end} -->")
+    assert begin and close, f"README.md has lost its marks of {mark!r}"
+    readme.write_text(f"{before}{begin}{table}\n{close}{after}", encoding="utf-8")
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
-from steps import processor
+from steps import processor, write_readme
 
 import sae_lab as sl
 from sae_lab.store import Rows, Store
@@ -51,6 +51,7 @@ def bare_steps(store: Store, config: sl.TrainConfig, rounds: int = 5) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, default=100_000, help="to harvest")
+    parser.add_argument("--readme", action="store_true")
     parser.add_argument("--passes", type=int, default=3, help="of training")
     args = parser.parse_args()
     lm, site, text = sl.LM(), sl.Site("resid_post", 8), sl.load_text()
@@ -86,6 +87,14 @@ def main() -> None:
     RESULTS.parent.mkdir(exist_ok=True)
     facts = {"machine": processor(), "coders": f"BatchTopK, d_sae {WIDTH}, k {KS}"}
     RESULTS.write_text(json.dumps(facts | rows, indent=1))
+    if args.readme:
+        write_readme(
+            f"A sweep of eight BatchTopK of {WIDTH} features took {sweep / steps:.2f} of the sum of their bare steps, "
+            f"everything else it does included (reading, thresholds, figures), and with its harvest "
+            f"{(harvest + sweep) / (8 * harvest + alone):.2f} of eight separate harvests and trainings "
+            f"({args.tokens:,} tokens harvested, {args.passes} passes).",
+            "sweep", "end of sweep",
+        )  # fmt: skip
 
 
 if __name__ == "__main__":

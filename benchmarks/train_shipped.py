@@ -14,10 +14,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import steps
 import torch
 
 import sae_lab as sl
 from sae_lab.lm.text import mix_sources
+from sae_lab.saes.formats import shipped
 
 ROOT = Path(__file__).resolve().parent.parent
 WORK, PACKAGE = ROOT / "runs" / "shipped", ROOT / "sae_lab" / "data" / "saes"
@@ -93,12 +95,37 @@ def card(coder: sl.SparseCoder, lm: sl.LM, store: sl.Store, domains: dict[str, l
     }
 
 
+def table() -> str:
+    """The cards, a row for each coder and domain, as README.md has them."""
+    lines = ["| `sl.load` | reads | text | L0 | FVU | ΔCE | CE recovered | dead |", "|---|---|---|---|---|---|---|---|"]
+    for name in shipped():
+        coder = sl.load(name)
+        made = coder.meta["card"]
+        first = [f"`{name}`", f"{coder.reads[0].key}" + (f" → {coder.writes[0].key}" if coder.transcodes else "")]
+        for domain, row in made["held_out"].items():
+            figures = [f"{row['l0']:.1f}", f"{row['fvu']:.3f} ({row['pca_fvu']:.3f})"]
+            figures += [f"{row['ce_delta']:.3f} ± {row['ce_delta_se']:.3f} ({row['pca_ce_delta']:.2f})"]
+            figures += [f"{row['ce_recovered']:.3f}", f"{made['dead']:.2%}" if first[0] else ""]
+            lines.append(f"| {' | '.join([*first, domain, *figures])} |")
+            first = ["", ""]
+    said = (
+        f"BatchTopK (the transcoder's codes too), {WIDTH} features, k = {K}, seed 0, {made['tokens']:,} tokens of "
+        f"training on {made['distinct_tokens']:,} different ones of the mix; dead: fire on none of "
+        f"{made['dead_tokens']:,} training tokens."
+    )
+    return "\n".join([*lines, "", said])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, default=2_050_000, help="to harvest")
-    parser.add_argument("--train", type=int, default=8_000_000, help="tokens of training, in passes over the store")
+    parser.add_argument("--train", type=int, default=6_000_000, help="tokens of training, in passes over the store")
     parser.add_argument("--only", choices=RECIPES, action="append")
+    parser.add_argument("--readme", action="store_true", help="only put the cards into README.md")
     args = parser.parse_args()
+    if args.readme:
+        steps.write_readme(table(), "shipped", "end of shipped")
+        return
     lm, text = sl.LM(), sl.load_text("mix")
     store = harvested(lm, text, args.tokens)
     domains = held_out(text)
