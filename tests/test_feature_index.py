@@ -12,7 +12,8 @@ import torch
 from torch.nn import functional as F
 
 import sae_lab as sl
-from sae_lab.feature_index import Context, FeatureIndex, build
+from sae_lab.feature_index import Context, FeatureIndex, build, chunks, cofiring, directions, statistics
+from sae_lab.feature_index.labels import Labels
 from sae_lab.types import Site, TokenMask
 
 SITE = Site("resid_post", 1)
@@ -277,7 +278,7 @@ def test_search(index, dense, store):
     names = index.top_tokens(feature, 8)
     assert len(names) == min(8, len(ordered))
     if index.counts[feature] <= 64:
-        assert names[0] == index._token(int(ordered[0]))
+        assert names[0] == index._labels[int(ordered[0])]
     word = max((n for n in names if n.strip().isalpha()), key=len).strip()
     for query in (word, word.upper(), f" {word} "):
         found = index.search(query)
@@ -299,7 +300,7 @@ def test_out_of_range(index):
 
 def test_opened_again_without_work(index, sae, tiny_module_lm, store, monkeypatch):
     before, times = files(index.path), {f.name: f.stat().st_mtime_ns for f in index.path.iterdir()}
-    assert sorted(before) == ["index.json", "rows.npy", "stats.safetensors", "values.npy"], "nothing is left over"
+    assert sorted(before) == ["index.json", "labels.json", "rows.npy", "stats.safetensors", "values.npy"], "nothing is left over"
     monkeypatch.setattr(sae, "sparse_codes", lambda *_: pytest.fail("it encodes again"))
     again = sl.index_features(sae, tiny_module_lm, store, path=index.path)
     assert {f.name: f.stat().st_mtime_ns for f in index.path.iterdir()} == times
@@ -326,7 +327,7 @@ def test_it_leaves_the_coder_as_it_was(sae, tiny_module_lm, store, dense, tmp_pa
         sae.eval()
 
 
-@pytest.mark.parametrize("where", ["block 0", "block 2", "lens", "place"])
+@pytest.mark.parametrize("where", ["block 0", "block 2", "lens", "cofiring", "place"])
 def test_interrupted_and_called_again(where, index, sae, tiny_module_lm, store, tmp_path, monkeypatch):
     calls = []
 
@@ -344,7 +345,7 @@ def test_interrupted_and_called_again(where, index, sae, tiny_module_lm, store, 
     if where.startswith("block"):
         interrupt(sae, "sparse_codes", int(where[-1]))
     else:
-        interrupt(build, f"_{where}")
+        interrupt(build, "_place" if where == "place" else where)
     path = tmp_path / "interrupted"
     with pytest.raises(KeyboardInterrupt):
         sl.index_features(sae, tiny_module_lm, store, path=path)

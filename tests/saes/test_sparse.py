@@ -3,9 +3,12 @@
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from sae_lab.saes import TopK, sparse
+from sae_lab.saes import BatchTopK, Crosscoder, Matryoshka, Ordered, TopK, Transcoder, losses, sparse
 from sae_lab.saes.base import AUX_WEIGHT
+from sae_lab.store import Rows
+from sae_lab.training import TrainConfig, Training
 from sae_lab.types import Batch, Codes, Output
 from tests.saes.conftest import make, normal
 
@@ -222,3 +225,57 @@ def test_dense_codes_are_refused_nowhere():
     codes = sparse.top_per_row(normal(3, D_SAE), 2)
     out = Output(torch.zeros(3, D_IN), codes, torch.zeros(3, D_SAE))
     assert torch.equal(out.f, codes.dense()) and torch.equal(out._replace(codes=codes.dense()).f, out.f)
+
+
+# ---- memory
+
+
+class Largest(TorchDispatchMode):
+    """The largest tensor that any operation makes, other than in the memory of ``known``."""
+
+    def __init__(self, known: Tensor):
+        super().__init__()
+        self.known, self.numbers, self.by = known.untyped_storage().data_ptr(), 0, ""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for t in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(t, Tensor) and t.layout == torch.strided and t.untyped_storage().data_ptr() != self.known:
+                stored = t.untyped_storage().nbytes() // 4
+                if stored > self.numbers:
+                    self.numbers, self.by = stored, str(function)
+        return result
+
+
+@pytest.mark.parametrize(
+    "make_coder",
+    [
+        lambda d, f: TopK(d, f, k=8, multi=4),
+        lambda d, f: BatchTopK(d, f, k=8),
+        lambda d, f: Matryoshka(d, f, k=8),
+        lambda d, f: Ordered(d, f, k=8),
+        lambda d, f: Transcoder(d, f, k=8),
+        lambda d, f: Crosscoder(d // 2, f, k=8, layers=2),
+    ],
+)
+def test_a_step_makes_nothing_as_large_as_its_codes_times_d(make_coder, monkeypatch):
+    """One buffer for pre, reused; all else is smaller than (batch·k)·d, half of the features dead or not."""
+    batch, d, d_sae = 512, 16, 2048
+    monkeypatch.setattr(sparse, "PIECE", 1 << 13)
+    monkeypatch.setattr(losses, "CHUNK", 1 << 13)
+    coder = make_coder(d, d_sae)
+    x = normal(batch, *coder.in_shape)
+    rows = Rows(Batch(x, normal(batch, *coder.out_shape, seed=1)) if coder.transcodes else x)
+    training = Training(coder, rows, TrainConfig(steps=9, batch_size=batch, dead_after=1), None, ())
+    training.begin()
+    training.one_step()  # Adam's moments are made
+    training.idle[::2] = 1000
+    due = rows.batch(1, batch)
+    with Largest(coder.scratch) as largest:
+        training.one_step(due)
+    assert "auxk" in training.history[-1]
+    assert largest.numbers < batch * 8 * d, largest.by
+    coder.scratch = torch.empty(1)  # the control: without the buffer a fresh one is made
+    with Largest(coder.scratch) as largest:
+        training.one_step(due)
+    assert largest.numbers == batch * d_sae
