@@ -46,12 +46,12 @@ def import_seconds() -> float:
     return statistics.median(float(r.stdout) for r in runs)
 
 
-def harvest_ratio(lm: sl.LM, text: sl.Text) -> tuple[float, float, float]:
-    """Of a harvest of ``TOKENS`` tokens: (time / time of a bare truncated forward of as many, tokens/s, fixed seconds).
+def harvest_ratio(lm: sl.LM, text: sl.Text, sites: list[sl.Site], read_tokens: int) -> tuple[float, float, float]:
+    """Of a harvest of ``TOKENS`` tokens at these sites: (time / time of a bare truncated forward of as many, tokens/s, fixed seconds).
 
     One harvest, and before each of its shards the bare forward of the same contexts, so that a machine that slows down
-    slows both. With --quick only the first shards are harvested; what comes once (hashing the model's weights,
-    tokenising the first hundred documents) then still counts once for ``TOKENS`` tokens.
+    slows both. Only ``read_tokens`` are harvested; what comes once (hashing the model's weights, tokenising the first
+    hundred documents) then still counts once for ``TOKENS`` tokens.
     """
     model, clock = lm._module, {"bare": 0.0, "fixed": 0.0, "waited": 0.0, "tokens": 0}
 
@@ -67,19 +67,19 @@ def harvest_ratio(lm: sl.LM, text: sl.Text) -> tuple[float, float, float]:
                     model(ids, use_cache=False)
         hook.remove()
 
-    read = _Harvest._read
+    read_shard = _Harvest._read
 
     def interleaved(harvest: _Harvest, passes: list[list[Context]]) -> Any:
         clock["fixed"] = clock["fixed"] or time.perf_counter() - start
         clock["waited"] += seconds(lambda: time.sleep(0.1))  # the shard before is being written meanwhile
         clock["bare"] += seconds(lambda: bare(passes))
         clock["tokens"] += sum(len(c.ids) for contexts in passes for c in contexts)
-        return read(harvest, passes)
+        return read_shard(harvest, passes)
 
     bare(list(islice(text.passes(lm.tokenizer, lm.prefix_id, CONTEXT), 1)))  # warms up
     with tempfile.TemporaryDirectory() as folder, patch.object(_Harvest, "_read", interleaved):
         start = time.perf_counter()
-        store = sl.harvest(lm, sl.Site("resid_post", LAYER), text, READ, path=Path(folder) / "store")
+        store = sl.harvest(lm, sites, text, read_tokens, path=Path(folder) / "store")
         harvesting = time.perf_counter() - start - clock["bare"] - clock["fixed"] - clock["waited"]
         each = harvesting / sum(s["rows"] + s["excluded"] for s in store.manifest["shards"])
     whole = clock["fixed"] + each * TOKENS
@@ -88,9 +88,12 @@ def harvest_ratio(lm: sl.LM, text: sl.Text) -> tuple[float, float, float]:
 
 def main() -> None:
     lm, text, site = sl.LM(), sl.load_text(), sl.Site("resid_post", LAYER)
-    ratio, speed, fixed = harvest_ratio(lm, text)
+    ratio, speed, fixed = harvest_ratio(lm, text, [site], READ)
+    four = [sl.Site(kind, LAYER) for kind in ("resid_post", "attn_z", "mlp_in", "mlp_out")]
+    several, _, _ = harvest_ratio(lm, text, four, 4 * SHARD_TOKENS)
     rows = [("import sae_lab, beyond torch", f"{import_seconds():.2f} s", "under 1 s")]
     rows += [("harvest of 100k / bare forward hook", f"{ratio:.3f}", "at most 1.05")]
+    rows += [("the same of four sites", f"{several:.3f}", "")]
     rows += [("harvest, layers 0 to 8", f"{speed:,.0f} tokens/s", f"{fixed:.1f} s of it once")]
     stores = sorted((sl.cache.root() / "stores").glob("resid_post-8-*"))
     indexes = sorted((sl.cache.root() / "indexes").glob("*/index.json"))
