@@ -47,7 +47,8 @@ def import_seconds() -> float:
 
 
 def harvest_ratio(lm: sl.LM, text: sl.Text, sites: list[sl.Site], read_tokens: int) -> tuple[float, float, float]:
-    """Of a harvest of ``TOKENS`` tokens at these sites: (time / time of a bare truncated forward of as many, tokens/s, fixed seconds).
+    """(time of harvesting ``TOKENS`` tokens at these sites / time of a bare truncated forward of them, tokens/s, what
+    comes once in seconds).
 
     One harvest, and before each of its shards the bare forward of the same contexts, so that a machine that slows down
     slows both. Only ``read_tokens`` are harvested; what comes once (hashing the model's weights, tokenising the first

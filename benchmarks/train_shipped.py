@@ -27,7 +27,12 @@ COLLECTION, WIDTH, K = "smollm2-135m", 4608, 32
 # Three kinds of text and the part of the mix they are; the held-out documents of each were never harvested.
 DOMAINS = {"encyclopedia": "wikipedia", "news": "100_news_fake", "reviews": "112_amzn_rev"}
 
-FIGURES = ("l0", "fvu", "ce_delta", "ce_delta_se", "ce_recovered", "pca_fvu", "pca_ce_delta", "tokens", "documents")
+EVALUATED = 4_096  # tokens of each: all five variants of all 30 layers for each of them
+FIGURES = (
+    "l0", "fvu", "ce_delta", "ce_delta_se", "ce_recovered", "ce_delta_mean_ablation", "pca_fvu", "pca_ce_delta",
+    "tokens", "documents",
+)  # fmt: skip
+AT_STAKE = 0.1  # nats that mean ablation costs; below, the share of them that is recovered says nothing
 
 
 class Recipe(NamedTuple):
@@ -82,7 +87,7 @@ def card(coder: sl.SparseCoder, lm: sl.LM, store: sl.Store, domains: dict[str, l
     """What a user should know of a coder before trusting it: every figure measured."""
     rows = {}
     for domain, text in domains.items():
-        result = sl.evals.reconstruction(coder, lm, text)
+        result = sl.evals.reconstruction(coder, lm, text, tokens=EVALUATED)
         rows[domain] = {name: round(getattr(result, name), 4) for name in FIGURES}
     return {
         "family": type(coder).__name__,
@@ -105,13 +110,16 @@ def table() -> str:
         for domain, row in made["held_out"].items():
             figures = [f"{row['l0']:.1f}", f"{row['fvu']:.3f} ({row['pca_fvu']:.3f})"]
             figures += [f"{row['ce_delta']:.3f} ± {row['ce_delta_se']:.3f} ({row['pca_ce_delta']:.2f})"]
-            figures += [f"{row['ce_recovered']:.3f}", f"{made['dead']:.2%}" if first[0] else ""]
+            cost = row["ce_delta_mean_ablation"]
+            figures += [f"{row['ce_recovered']:.3f} of {cost:.2f}" if cost > AT_STAKE else f"– of {cost:.2f}"]
+            figures += [f"{made['dead']:.2%}" if first[0] else ""]
             lines.append(f"| {' | '.join([*first, domain, *figures])} |")
             first = ["", ""]
     said = (
         f"BatchTopK (the transcoder's codes too), {WIDTH} features, k = {K}, seed 0, {made['tokens']:,} tokens of "
         f"training on {made['distinct_tokens']:,} different ones of the mix; dead: fire on none of "
-        f"{made['dead_tokens']:,} training tokens."
+        f"{made['dead_tokens']:,} training tokens. CE recovered: of what mean ablation costs, in nats; – where that is "
+        f"less than {AT_STAKE}, and nothing at the site matters to the loss."
     )
     return "\n".join([*lines, "", said])
 

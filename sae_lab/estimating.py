@@ -22,8 +22,11 @@ import torch
 from torch import Tensor
 
 from sae_lab import cache, harvesting
-from sae_lab.feature_index import build
+from sae_lab.feature_index import build, chunks, directions
 from sae_lab.feature_index.build import index_features
+from sae_lab.feature_index.cofiring import DENSE_BYTES, cofiring
+from sae_lab.feature_index.labels import Labels
+from sae_lab.feature_index.summaries import readability, strongest_first, summarise
 from sae_lab.harvesting import harvest
 from sae_lab.lm.model import LM
 from sae_lab.lm.text import Context, Text, from_documents
@@ -38,6 +41,8 @@ PROBE_SECONDS = 5  # passes and steps are tried about so long, but one pass and 
 DOCUMENTS = 100  # a harvest cuts so many into contexts at a time
 TRAINED_L0 = 64  # families without k begin with half of their features active; they are taken to end with so many,
 DENSE_STEPS = 100  # and to be sparse so many steps behind the warmup: L1(576, 1152) was after 20 to 135 in all
+CELLS = 1 << 26  # pairs of features whose co-firing is tried
+PAIR_SECONDS = 16e-9  # a product of sparse matrices, by pairs of features that fire on a token: as measured
 BYTES_A_CODE = 64  # while calibration sorts codes: value and feature twice over, and five numbers of eight bytes
 
 
@@ -443,40 +448,49 @@ def _index(coder: SparseCoder, lm: LM, store: Store, path: str | Path | None) ->
     coder = copy.deepcopy(coder).eval()
     first = Store(store.path, min(len(store), build.BLOCK), store.site)
     coder.sparse_codes(first.rows(np.arange(min(len(first), 256)), store.site.key).to(coder.W_dec.device))  # warm
-    few, more = _first_features(coder, 2 * build.CHUNK), _first_features(coder, 2048)
+    few, more = _first_features(coder, 2 * directions.RANDOM), _first_features(coder, 2048)
+    tried = min(coder.d_sae, max(1, CELLS // coder.d_sae))
     with tempfile.TemporaryDirectory() as scratch, _peak() as peak:
-        block, coding = _timed(build._block, coder, first, Path(scratch), 0)
+        block, coding = _timed(build._block, coder, first, Path(scratch), 0, build._buffer(coder))
+        coder.scratch = None
         counts = np.bincount(block["features"], minlength=coder.d_sae)
         offsets = np.concatenate([[0], counts.cumsum()])
         (rows, values), placing = _timed(build._place, Path(scratch), 1, offsets)
-        stats, counting = _timed(build._statistics, first, offsets, rows, values)
+        stats, counting = _timed(summarise, first, offsets, rows, values)
+        _, sorting = _timed(strongest_first, counts, block["values"])
+        labels, decoding = _timed(Labels.decode, lm)
+        labels.write(Path(scratch) / "labels.json")
         busiest = stats["top_tokens"][np.argsort(-counts)[: few.d_sae]]
-        _, judging = _timed(build._readability, lm, busiest)
-        lens, looking = _timed(build._lens, few, lm, store)
-        near, comparing = _timed(build._neighbours, more)
+        _, judging = _timed(readability, lm, labels, busiest)
+        together, meeting = _timed(cofiring, offsets, rows, len(first), tried)
+        lens, looking = _timed(directions.lens, few, lm, coder.writes[0] if coder.writes else store.site)
+        near, comparing = _timed(directions.neighbours, more)
+        words = (Path(scratch) / "labels.json").stat().st_size
 
     d_sae, blocks = coder.d_sae, len(store) / len(first)
     left = max(0.0, blocks - len(list(folder.glob("block-*.safetensors"))))
     live = int((counts > 0).sum())
     alive = live if blocks == 1 else d_sae  # more text wakes more of them
+    pairs = float((np.bincount(block["rows"]).astype(float) ** 2).sum()) * blocks
     seconds = (
-        once + left * coding + blocks * placing
+        once + left * coding + blocks * (placing + sorting) + decoding
         + counting * alive / max(1, live) + judging * alive / len(busiest)
-        + looking * (d_sae / build.CHUNK + 1) / (few.d_sae / build.CHUNK + 1)  # one chunk is the control
+        + meeting * d_sae / tried + PAIR_SECONDS * pairs
+        + looking * (d_sae + directions.RANDOM) / (few.d_sae + directions.RANDOM)
         + comparing * (d_sae / more.d_sae) ** 2
     )  # fmt: skip
     codes = int(len(block["values"]) * blocks)
-    tables = [*stats.values(), *near.values(), *(table for name, table in lens.items() if name != "lens_random")]
-    kept = 8 * codes + d_sae * (8 + sum(table[0].nbytes for table in tables))  # 8: readability and f_scale
-    words = 2 * d_sae * busiest.shape[1] * lm.embedding(torch.tensor([0])).shape[1] * 4
-    cosines = d_sae * (coder.W_dec.shape[1] + 1024) * 4  # unit rows, and a chunk of their cosines
+    parts = stats | together | near | {name: table for name, table in lens.items() if name != "lens_random"}
+    kept = 8 * codes + words + d_sae * (16 + sum(table[0].nbytes for table in parts.values()))  # 16: _build's own
+    cosines = d_sae * coder.W_dec.shape[1] * 4 + chunks.CHUNK_BYTES
+    met = 9 * codes + min(DENSE_BYTES, 4 * d_sae**2) + min(chunks.CHUNK_BYTES, 20 * d_sae**2)
     on_gpu = coder.W_dec.device.type == "cuda"
-    at_once = max(peak.ram, words, cosines * (not on_gpu), 45 * len(store))  # 45: finding the token of every row
+    at_once = max(peak.ram, met, cosines * (not on_gpu), 65 * len(store))  # 65: finding the token of every row
     return Estimate(
         what="index_features",
         minutes=seconds / 60,
         disk=kept + int(12 * codes * left / blocks),  # the blocks are there until the end
-        ram=_mapped(store) + 8 * codes + at_once,
+        ram=min(_mapped(store), build.READ_BYTES) + 8 * codes + at_once,
         vram=max(peak.vram, cosines * on_gpu),
         probe=f"{len(first):,} of {len(store):,} tokens coded in {coding:.1f} s",
         parts={"tokens per second": len(first) / coding, "L0": codes / len(store), "MB that stay on disk": kept / 1e6},

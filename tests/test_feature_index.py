@@ -1,6 +1,7 @@
 """The feature index and the feature table, against dense recomputation."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import torch
 from torch.nn import functional as F
 
 import sae_lab as sl
-from sae_lab.feature_index import Context, FeatureIndex, build, chunks, cofiring, directions, statistics
+from sae_lab.feature_index import Context, FeatureIndex, build, chunks, cofiring, directions, summaries
 from sae_lab.feature_index.labels import Labels
 from sae_lab.types import Site, TokenMask
 
@@ -66,6 +67,18 @@ def dense(sae, store):
 
 def files(folder):
     return {f.name: f.read_bytes() for f in sorted(folder.iterdir())}
+
+
+class Largest(torch.utils._python_dispatch.TorchDispatchMode):
+    """The most elements of any tensor that an operation makes."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        made = [t for t in (out if isinstance(out, tuple | list) else [out]) if isinstance(t, torch.Tensor)]
+        self.elements = max([self.elements, *(t.untyped_storage().nbytes() // 4 for t in made)])
+        return out
 
 
 def close(a, b):
@@ -184,7 +197,7 @@ def test_a_context_that_the_store_cuts(index, store, dense):
     assert here[-1] >= ROWS, "the store must end within a context"
     feature = int(dense[here[here < ROWS]].max(0).argmax())
     rows, values = index.activations(feature)
-    c = index._context(store.context_ids(number), here, positions, rows, values, int(positions[0]))
+    c = index._context(store.context_ids(number), here, positions, rows, values, int(positions[0]), 0)
     start = c.position - c.peak
     unknown = {int(p) for p in positions[here >= ROWS]}
     assert all((c.values[p - start] is None) for p in unknown if 0 <= p - start < len(c.values))
@@ -218,6 +231,113 @@ def test_a_feature_that_never_fires(tiny_module_lm, store, tmp_path):
     assert view.groups == [] and view.top == [] and sum(view.histogram["counts"]) == 0 and view.max == 0.0
     assert json.loads(json.dumps(view.to_dict(), allow_nan=False))["count"] == 0
     assert index.top_tokens(5) == [] and all(5 not in index.order(by) for by in ("density", "max", "best"))
+
+
+def naive_choice(values, contexts, leads):
+    """Rows to show of one feature, ``values`` by row: one by one, as a reader would."""
+    fires = np.flatnonzero(values)
+    order = fires[np.argsort(-values[fires], kind="stable")]
+    seen, shown = set(), []
+    spread = []
+    for a, b in ((len(order) * q // 4, len(order) * (q + 1) // 4) for q in range(4)):
+        spread.append(order[a:b][np.linspace(0, b - a - 1, min(b - a, 12)).astype(int)] if b > a else [])
+    for limit, candidates in [(12, order[:96]), *((4, part) for part in spread)]:
+        found = []
+        for row in candidates:
+            if len(found) < limit and not seen & {("context", contexts[row]), ("lead", leads[row])}:
+                seen |= {("context", contexts[row]), ("lead", leads[row])}
+                found.append(int(row))
+        shown.append(found)
+    return shown
+
+
+@pytest.mark.parametrize("codes", [chunks.CODES, 50])  # all features at once, and few of them or one
+def test_summaries_are_the_naive_ones(codes, index, dense, store, monkeypatch):
+    monkeypatch.setattr(chunks, "CODES", codes)
+    found = summaries.summarise(store, index._offsets, index._rows, index._values)
+    rows = np.arange(ROWS)
+    token, position, contexts = (
+        store.rows(rows, "token").numpy(), store.rows(rows, "position").numpy(), store.contexts(rows)
+    )  # fmt: skip
+    leads = [tuple(store.context_ids(int(c))[max(0, p - 5) : p + 1]) for c, p in zip(contexts, position, strict=True)]
+    for feature in range(96):
+        here, values = index.activations(feature)
+        along = np.zeros(ROWS)
+        along[here] = values
+        shown = np.split(found["shown"][feature], [12, 16, 20, 24])
+        assert [part[part >= 0].tolist() for part in shown] == naive_choice(along, contexts, leads)
+        top = max(float(values.max(initial=0)), 1e-9)
+        counts, edges = np.histogram(values, 40, (0, top))
+        near_edge = np.isclose(values[:, None], edges, rtol=0, atol=1e-5 * top).any(1).sum()
+        assert np.abs(counts - found["histogram"][feature]).sum() <= 2 * near_edge
+        strongest = here[np.argsort(-values, kind="stable")[:64]]
+        totals = {t: along[strongest[token[strongest] == t]].sum() for t in np.unique(token[strongest])}
+        best = found["top_tokens"][feature]
+        best = best[best >= 0].tolist()
+        assert len(best) == min(8, len(totals)) == len(set(best))
+        assert np.allclose([totals[t] for t in best], sorted(totals.values(), reverse=True)[:8], rtol=1e-6)
+    assert any(index.counts > 50), "one feature must be more than a chunk"
+
+
+# ---- firing together
+
+
+def brute(fires):
+    """(Jaccard, counts), ``features features``, the diagonal 0."""
+    together = fires.T.astype(int) @ fires.astype(int)
+    n = fires.sum(0)
+    np.fill_diagonal(together, 0)
+    return together / np.maximum(n[:, None] + n - together, 1), together
+
+
+def check_cofiring(found, fires):
+    jaccard, together = brute(fires)
+    for i, (ids, both) in enumerate(zip(found["cofiring"], found["cofiring_counts"], strict=True)):
+        ids, both = ids[ids >= 0], both[ids >= 0]
+        assert len(set(ids)) == len(ids) == min(32, (together[i] > 0).sum())
+        assert np.array_equal(both, together[i, ids])
+        # Equal ones may come in any order.
+        assert np.allclose(jaccard[i, ids], np.sort(jaccard[i])[::-1][: len(ids)], rtol=1e-5)
+
+
+@pytest.mark.parametrize("budget", [chunks.CHUNK_BYTES, 20_000, 1])
+@pytest.mark.parametrize(("table", "apart"), [(cofiring.DENSE_BYTES, 11), (4 * 60 * 2, 2), (0, 0)])
+def test_cofiring_is_the_brute_count(budget, table, apart, monkeypatch):
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", budget)
+    monkeypatch.setattr(chunks, "CODES", 700)
+    monkeypatch.setattr(cofiring, "DENSE_BYTES", table)
+    random = np.random.default_rng(0)
+    share = np.where(np.arange(60) < 50, 0.006, 0.1)
+    share[[7, 31, 58]], share[[4, 59]] = [1.0, 0.9, 0.6], 0  # on every token and nearly; never
+    fires = random.random((2000, 60)) < share
+    fires[fires[:, 12], 13] = True  # where 12 fires, 13 does
+    rows = np.concatenate([np.flatnonzero(column) for column in fires.T]).astype(np.int32)
+    offsets = np.concatenate([[0], fires.sum(0).cumsum()])
+    assert len(cofiring._dense(np.diff(offsets), 2000)) == apart
+    with Largest() as most:
+        found = cofiring.cofiring(offsets, rows, 2000)
+    check_cofiring(found, fires)
+    if budget == 20_000:  # more than one row, or one dense feature's tokens, takes; all at once would be 22,000 and more
+        assert most.elements <= budget / 4
+    assert found["cofiring"][12, 0] == 13 and (found["cofiring"][[4, 59]] == -1).all()
+    first = cofiring.cofiring(offsets, rows, 2000, first=10)
+    assert np.array_equal(first["cofiring_counts"], found["cofiring_counts"][:10])
+
+
+def test_cofiring_of_the_index(index, dense):
+    fires = dense > 0
+    check_cofiring({name: index._stats[name] for name in ("cofiring", "cofiring_counts")}, fires)
+    jaccard, together = brute(fires)
+    for feature in index.order("density")[:20].tolist():
+        view = index[feature]
+        assert len(view.cofiring) == min(32, (together[feature] > 0).sum())
+        for other, score, both in view.cofiring:
+            assert both == together[feature, other] and score == pytest.approx(jaccard[feature, other])
+        other, score, _ = view.cofiring[0]
+        assert f"fires with {other} ({score:.2f})" in str(view)
+        assert view.to_dict()["cofiring"] == view.cofiring
+    dead = np.flatnonzero(index.counts == 0)
+    assert all(index[int(f)].cofiring == [] for f in dead)
 
 
 # ---- directions
@@ -288,6 +408,44 @@ def test_search(index, dense, store):
     assert index.search("") == index.search("   ") == index.search("xyzzyx") == []
 
 
+def test_search_is_the_naive_scan(index, tiny_module_lm):
+    labels = [[tiny_module_lm.token_strings([int(i)])[0].label if i >= 0 else None for i in row]
+              for row in index._stats["top_tokens"]]  # fmt: skip
+    for query in ("e", "th", "The", " and", "a", "."):
+        needle = query.strip().lower()
+        score = np.zeros(96)
+        for feature, row in enumerate(labels):
+            for rank, label in enumerate(row):
+                if label is not None and needle in label.lower():
+                    score[feature] += (1 + (label.strip().lower() == needle)) / (1 + rank)
+        found = index.search(query, limit=96)
+        assert set(found) == set(np.flatnonzero(score)) and len(set(found)) == len(found)
+        assert (np.diff(score[found]) <= 1e-9).all()
+
+
+def test_labels_are_the_models(index, tiny_module_lm, store):
+    labels = index._labels
+    for i in range(len(tiny_module_lm.tokenizer)):
+        assert labels[i] == tiny_module_lm.token_strings([i])[0].label
+    for number in range(10):
+        ids = store.context_ids(number).tolist()
+        for start in (0, 3):
+            part = ids[start : start + 30]
+            wanted = [t.label for t in tiny_module_lm.token_strings(part, prefixed=start == 0)]
+            assert labels.of(part, prefixed=start == 0) == wanted
+
+
+def test_labels_of_the_bundled_model():
+    lm = sl.LM()
+    labels = Labels.decode(lm)
+    texts = ["Zürich – naïve “quotes” …", "日本語のテキスト と English", "🙂🙃 ok", "tabs\tand\n\nlines", "x²+y³"]
+    for text in texts:
+        ids = lm.tokenizer(text)["input_ids"]
+        for part in (ids, ids[1:], [lm.prefix_id, *ids]):
+            prefixed = part[0] == lm.prefix_id
+            assert labels.of(part, prefixed) == [t.label for t in lm.token_strings(part, prefixed)]
+
+
 def test_out_of_range(index):
     for feature in (-1, 96, True):
         for call in (index.__getitem__, index.activations, index.top_tokens):
@@ -300,7 +458,8 @@ def test_out_of_range(index):
 
 def test_opened_again_without_work(index, sae, tiny_module_lm, store, monkeypatch):
     before, times = files(index.path), {f.name: f.stat().st_mtime_ns for f in index.path.iterdir()}
-    assert sorted(before) == ["index.json", "labels.json", "rows.npy", "stats.safetensors", "values.npy"], "nothing is left over"
+    made = ["index.json", "labels.json", "rows.npy", "stats.safetensors", "values.npy"]
+    assert sorted(before) == made, "nothing is left over"
     monkeypatch.setattr(sae, "sparse_codes", lambda *_: pytest.fail("it encodes again"))
     again = sl.index_features(sae, tiny_module_lm, store, path=index.path)
     assert {f.name: f.stat().st_mtime_ns for f in index.path.iterdir()} == times
@@ -308,6 +467,55 @@ def test_opened_again_without_work(index, sae, tiny_module_lm, store, monkeypatc
     assert repr(again) == repr(index) and f"FeatureIndex(96 features, {(index.counts > 0).sum()} live on 1,500" in repr(
         index
     )
+
+
+def test_size_on_disk(index):
+    size = sum(f.stat().st_size for f in index.path.iterdir())
+    assert index.bytes == size and repr(index).endswith(f", {size / 1e6:.1f} MB)")
+
+
+def test_an_index_of_an_older_version_is_made_anew(index, sae, tiny_module_lm, store, tmp_path):
+    path = tmp_path / "i"
+    shutil.copytree(index.path, path)
+    facts = json.loads((path / "index.json").read_text())
+    (path / "index.json").write_text(json.dumps(facts | {"version": 1}))
+    (path / "labels.json").unlink()  # it had none
+    assert files(sl.index_features(sae, tiny_module_lm, store, path=path).path) == files(index.path)
+
+
+def test_memory_is_bounded_in_chunks(index, sae, tiny_module_lm, store, tmp_path, monkeypatch):
+    """With a small budget no tensor is larger, and the numbers are the same."""
+    vocab, d_sae = tiny_module_lm.lens(sae.W_dec[:1], SITE).shape[1], 96
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 4 * 10 * vocab)
+    monkeypatch.setattr(build, "PRE_BYTES", 4 * 30 * d_sae)
+    rows = []
+    real = sae.sparse_codes
+    monkeypatch.setattr(sae, "sparse_codes", lambda x: (rows.append(len(x)), real(x))[1])
+    with Largest() as lens:
+        found = directions.lens(sae, tiny_module_lm, SITE)
+    assert lens.elements <= max(10 * vocab, directions.RANDOM * 48, 48 * vocab)  # the control; W_U
+    assert close(found["lens_kurtosis"], index._stats["lens_kurtosis"])
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 4 * 10 * d_sae)
+    with Largest() as near:
+        cosines = directions.neighbours(sae)["cosines"]
+    assert near.elements <= max(10 * d_sae, sae.W_dec.numel()) and close(cosines, index._stats["cosines"])
+    again = sl.index_features(sae, tiny_module_lm, store, path=tmp_path / "i")
+    assert max(rows) == 30 and sum(rows) == ROWS and sae.scratch is None
+    for name in ("counts", "mean", "max"):
+        assert close(getattr(again, name), getattr(index, name))
+    assert np.array_equal(again._stats["shown"], index._stats["shown"])
+
+
+def test_a_dense_family_in_parts(tiny_module_lm, store, tmp_path, monkeypatch):
+    """Its codes are no view of the buffer that the next part is written to."""
+    monkeypatch.setattr(build, "PRE_BYTES", 4 * 30 * 40)
+    coder = sl.L1(48, 40).eval()
+    f = coder.encode(store.rows(np.arange(ROWS), SITE.key)).detach().numpy()
+    index = sl.index_features(coder, tiny_module_lm, store, path=tmp_path / "i")
+    check_cofiring({name: index._stats[name] for name in ("cofiring", "cofiring_counts")}, f > 0)
+    for feature in range(0, 40, 7):
+        rows, values = index.activations(feature)
+        assert np.array_equal(rows, np.flatnonzero(f[:, feature])) and close(values, f[rows, feature])
 
 
 def test_in_the_cache_without_a_path(sae, tiny_module_lm, store, cache_folder):

@@ -29,7 +29,9 @@ def test_a_shipped_coder_loads_by_name(name):
     for domain, figures in card["held_out"].items():
         assert abs(figures["l0"] / rank - 1) < 0.25, f"{domain}: the threshold was fitted on other text, but not so far"
         assert figures["fvu"] < figures["pca_fvu"], f"{domain}: no better than PCA of rank {rank}"
-        assert 0 < figures["ce_delta"] < figures["pca_ce_delta"], f"{domain}: no better than PCA of rank {rank}"
+        if figures["ce_delta_mean_ablation"] > 0.1:  # below, nothing at the site matters to the loss
+            assert 0 < figures["ce_delta"] < figures["pca_ce_delta"], f"{domain}: no better than PCA of rank {rank}"
+            assert figures["ce_recovered"] > 0.7, domain
 
 
 def test_the_card_is_what_is_measured(lm):

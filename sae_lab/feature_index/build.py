@@ -23,7 +23,7 @@ from sae_lab.feature_index.cofiring import cofiring
 from sae_lab.feature_index.directions import lens, neighbours
 from sae_lab.feature_index.index import VERSION, FeatureIndex
 from sae_lab.feature_index.labels import Labels
-from sae_lab.feature_index.statistics import readability, statistics
+from sae_lab.feature_index.summaries import readability, summarise
 from sae_lab.lm.model import LM
 from sae_lab.saes.base import SparseCoder
 from sae_lab.store import Store
@@ -107,7 +107,7 @@ def _build(coder: SparseCoder, lm: LM, store: Store, folder: Path, identity: dic
         offsets = np.concatenate([[0], counts.cumsum()])
         rows, values = _place(folder, -(-len(store) // BLOCK), offsets)
         tables = {"offsets": offsets, "f_scale": coder.f_scale.cpu().numpy()}
-        tables |= statistics(store, offsets, rows, values)
+        tables |= summarise(store, offsets, rows, values)
         labels = Labels.decode(lm)
         tables["readability"] = readability(lm, labels, tables["top_tokens"])
         bar.set_description("index: co-firing")

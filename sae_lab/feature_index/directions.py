@@ -22,7 +22,7 @@ def lens(coder: SparseCoder, lm: LM, site: Site) -> dict[str, np.ndarray]:
     one = lm.lens(coder.W_dec[:1], site)
     if one is None:
         return {}
-    rows = chunks.rows_at_a_time(2 * 4 * one.shape[1])  # logits, and their squares
+    rows = chunks.rows_at_a_time(4 * one.shape[1])
     found: dict[str, list[Tensor]] = {"up": [], "up_ids": [], "down": [], "down_ids": [], "kurtosis": []}
     for chunk in coder.W_dec.split(rows):
         logits = lm.lens(chunk, site)
@@ -39,11 +39,13 @@ def lens(coder: SparseCoder, lm: LM, site: Site) -> dict[str, np.ndarray]:
 
 
 def _kurtosis(logits: Float[Tensor, "n vocab"]) -> Float[Tensor, " n"]:
-    """Excess kurtosis over the vocabulary: near 0 for noise, large where a few tokens stand out. Centres the logits in
-    place."""
-    squares = logits.sub_(logits.mean(-1, keepdim=True)).square()
-    variance = squares.mean(-1)
-    return squares.square_().mean(-1) / variance.square() - 3
+    """Excess kurtosis over the vocabulary: near 0 for noise, large where a few tokens stand out."""
+    found = []
+    for few in logits.split(8):  # they stay in the cache
+        squares = (few - few.mean(-1, keepdim=True)).square_()
+        variance = squares.mean(-1)
+        found.append(squares.square_().mean(-1) / variance.square() - 3)
+    return torch.cat(found)
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from sae_lab.feature_index.labels import Labels
-from sae_lab.feature_index.statistics import BINS, QUANTILE_CONTEXTS, QUARTERS, TOP_CONTEXTS
+from sae_lab.feature_index.summaries import BINS, QUANTILE_CONTEXTS, QUARTERS, TOP_CONTEXTS
 from sae_lab.lm.model import LM
 from sae_lab.store import Store, memory_map
 from sae_lab.types import Site, check_feature
@@ -238,24 +238,28 @@ class FeatureIndex:
 
     def _contexts(self, shown: np.ndarray, rows: np.ndarray, values: np.ndarray) -> list[Context]:
         """The contexts of rows of the store."""
+        if not len(shown):
+            return []
+        numbers, documents = self.store.contexts(shown), self.store.rows(shown, "document")
         found = []
-        for row, number in zip(shown, self.store.contexts(shown) if len(shown) else [], strict=True):
-            here, positions = self.store.context_rows(int(number))
+        for row, number, document in zip(shown, numbers.tolist(), documents.tolist(), strict=True):
+            here, positions = self.store.context_rows(number)
             peak = int(positions[np.searchsorted(here, row)])
-            found.append(self._context(self.store.context_ids(int(number)), here, positions, rows, values, peak))
+            ids = self.store.context_ids(number)
+            found.append(self._context(ids, here, positions, rows, values, peak, document))
         return found
 
     def _context(
-        self, ids: np.ndarray, here: np.ndarray, positions: np.ndarray, rows: np.ndarray, values: np.ndarray, peak: int
-    ) -> Context:
-        along: list[float | None] = [None] * len(ids)
+        self, ids: np.ndarray, here: np.ndarray, positions: np.ndarray, rows: np.ndarray, values: np.ndarray, peak: int,
+        document: int,
+    ) -> Context:  # fmt: skip
+        start, stop = max(0, peak - BEFORE), min(len(ids), peak + AFTER + 1)
+        along: list[float | None] = [None] * (stop - start)
         # In the type of rows: else all of them would be converted, a million of a dense feature.
         first, last = np.searchsorted(rows, np.array([here[0], here[-1] + 1], rows.dtype))
         fires = dict(zip(rows[first:last].tolist(), values[first:last].tolist(), strict=True))
-        for row, position in zip(here.tolist(), positions.tolist(), strict=True):
-            if row < self.tokens_seen:  # the store may end within a context
-                along[position] = round(fires.get(row, 0.0), 4)
-        start, stop = max(0, peak - BEFORE), min(len(ids), peak + AFTER + 1)
+        known = (positions >= start) & (positions < stop) & (here < self.tokens_seen)  # a store may end in a context
+        for row, position in zip(here[known].tolist(), positions[known].tolist(), strict=True):
+            along[position - start] = round(fires.get(row, 0.0), 4)
         labels = self._labels.of(ids[start:stop].tolist(), prefixed=start == 0)
-        document = int(self.store.rows(here[:1], "document")[0])
-        return Context(labels, along[start:stop], peak - start, document, peak)
+        return Context(labels, along, peak - start, document, peak)

@@ -17,7 +17,7 @@ SHOWN = TOP_CONTEXTS + QUARTERS * QUANTILE_CONTEXTS
 LEAD = 6  # tokens, the activation's own the last, that make two activations repeated text
 
 
-def statistics(store: Store, offsets: np.ndarray, rows: np.ndarray, values: np.ndarray) -> dict[str, np.ndarray]:
+def summarise(store: Store, offsets: np.ndarray, rows: np.ndarray, values: np.ndarray) -> dict[str, np.ndarray]:
     """Per feature: ``mean`` and ``max`` where it fires, ``histogram`` of BINS equal bins from 0 to max, ``top_tokens``
     by their summed activations among the STRONGEST, and ``shown``: rows of the store, see ``_choose``. -1: none."""
     d_sae = len(offsets) - 1
