@@ -402,14 +402,15 @@ class Training:
         loss = ranks.over_rows(loss) / ranks.row_shares
         gradients = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
         sizes = ranks.over_features(torch.stack([torch.linalg.vector_norm(g) for g in gradients.values()]))
-        sums = torch.stack([raw.x.sum(), raw.target.sum()])  # finite only if all of it is
-        figures = torch.cat([loss, sizes, sums]).tolist()
-        for data, total in zip((raw.x, raw.target), figures[-2:], strict=True):
-            if not math.isfinite(total):
-                self._require_finite(data)
+        data = [raw.x] if raw.target is raw.x else [raw.x, raw.target]
+        sums = torch.stack([t.sum() for t in data])  # finite only if all of it is
+        figures = torch.cat([sums, loss, sizes]).tolist()
+        for t in data:
+            if not math.isfinite(figures.pop(0)):
+                self._require_finite(t)
         metrics = dict(zip(terms, figures, strict=False))
         self._require_sound("the loss is", [name for name, value in metrics.items() if not math.isfinite(value)], lr)
-        found = zip(gradients, figures[len(terms) : -2], strict=True)
+        found = zip(gradients, figures[len(terms) :], strict=True)
         self._require_sound("the gradients are", [name for name, size in found if not size < MAX_GRADIENT], lr)
         return metrics
 

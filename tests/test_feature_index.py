@@ -317,7 +317,7 @@ def test_cofiring_is_the_brute_count(budget, table, apart, monkeypatch):
     with Largest() as most:
         found = cofiring.cofiring(offsets, rows, 2000)
     check_cofiring(found, fires)
-    if budget == 20_000:  # more than one row, or one dense feature's tokens, takes; all at once would be 22,000 and more
+    if budget == 20_000:  # more than a row or a dense feature takes; all at once would be 22,000 elements and more
         assert most.elements <= budget / 4
     assert found["cofiring"][12, 0] == 13 and (found["cofiring"][[4, 59]] == -1).all()
     first = cofiring.cofiring(offsets, rows, 2000, first=10)

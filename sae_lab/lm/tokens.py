@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import zip_longest
 from typing import Any
 
@@ -181,6 +182,7 @@ def _bytes_label(tokenizer: Any, token_id: int) -> str:
     return raw.replace("<0x", "⟨").replace(">", "⟩")  # SentencePiece's byte tokens
 
 
+@lru_cache
 def _byte_alphabet() -> dict[str, int]:
     """The printable stand-ins of byte-level BPE: printable bytes stand for themselves, the others from U+0100 on."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
