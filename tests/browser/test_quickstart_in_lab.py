@@ -26,13 +26,13 @@ def test_the_quickstart_in_jupyterlab(tmp_path: pathlib.Path, cache_folder: path
         assert notebook.python("print(index.counts[panel.feature] > 0)") == "True"
 
         # Search a token, click what is found: the kernel knows.
-        panel.get_by_label("Search features by token").fill("music")
+        panel.get_by_label("Search features by token").fill("war")
         found = panel.get_by_role("listbox", name="Features").get_by_role("option")
-        music = notebook.python("print(music)")
-        expect(found.first).to_contain_text(music)
+        war = notebook.python("print(war)")
+        expect(found.first).to_contain_text(war)
         found.first.click()
-        expect(panel).to_have_attribute("data-feature", music)
-        assert notebook.python("print(panel.feature)") == music != str(first)
+        expect(panel).to_have_attribute("data-feature", war)
+        assert notebook.python("print(panel.feature)") == war != str(first)
 
         # The panel's feature steers, as in the README.
         edited = notebook.python("print(lm.generate('I went to the', [sl.Steer(sae, panel.feature, strength=3)], 8))")
