@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import contextmanager
 
@@ -18,7 +19,7 @@ import torch
 
 import sae_lab as sl
 from sae_lab import harvesting
-from sae_lab.store import Rows, Store, permute
+from sae_lab.store import ReadAhead, Rows, Store, permute
 from sae_lab.types import Batch, Site, TokenMask
 
 A, B, Z = Site("resid_post", 1), Site("mlp_out", 0), Site("attn_z", 1, head=2)
@@ -704,3 +705,43 @@ def test_layers_in_a_tensor():
     assert rows.shapes == ((2, 4), (2, 4)) and rows.batch(0, 7).x.shape == (7, 2, 4)
     assert torch.equal(torch.cat([b for _, b in rows.blocks(25)]), x)
     assert torch.equal(rows.unseen(5).x, x[-5:]) and rows.reserved(5) is None
+
+
+# ---- reading ahead
+
+
+def test_batches_are_read_ahead_by_another_thread():
+    read = []
+
+    def batch(step):
+        read.append((step, threading.get_ident()))
+        return Batch(torch.full((1, 1), float(step)), torch.zeros(1, 1))
+
+    due = ReadAhead(batch, total=5)
+    steps = [0, 1, 2, 4, 1]
+    assert [int(due(step).x) for step in steps] == steps, "in any order, whatever was read meanwhile"
+    mine = {step for step, thread in read if thread == threading.get_ident()}
+    assert mine == {0, 4, 1}, "the others were waiting"
+    assert max(step for step, _ in read) < 5, "nothing behind the end is read"
+
+
+def test_what_goes_wrong_in_the_other_thread_is_raised():
+    def batch(step):
+        if step == 1:
+            raise OSError("the disk is gone")
+        return Batch(torch.zeros(1, 1), torch.zeros(1, 1))
+
+    due = ReadAhead(batch, total=3)
+    due(0)
+    with pytest.raises(OSError, match="the disk is gone"):
+        due(1)
+
+    def items():
+        yield 1
+        raise ValueError("no more")
+
+    several = harvesting.ahead(items())
+    assert next(several) == 1
+    with pytest.raises(ValueError, match="no more"):
+        next(several)
+    assert list(harvesting.ahead(range(4))) == [0, 1, 2, 3] and list(harvesting.ahead([])) == []

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 import sae_lab as sl
+from sae_lab import checkpoint
 from sae_lab.store import Rows, Store
 from sae_lab.training import CHECKPOINT
 
@@ -326,6 +327,7 @@ def test_a_learning_rate_that_runs_away(name, lr, data):
 SCRIPT = """
 import sys, time, torch
 import sae_lab as sl
+from sae_lab import checkpoint
 torch.set_num_threads(1)
 data, path = sys.argv[1:]
 sl.train(
@@ -919,3 +921,21 @@ def test_training_on_at_another_scale(data):
     f = sae.encode(data).detach()
     sl.train(sae, torch.cat([data, 3 * data]), config(steps=1, lr=1e-12))
     assert torch.allclose(sae.encode(data), f, atol=1e-3 * float(f.max()))
+
+
+def test_adam_is_torchs_own_whatever_way_the_memory_lies():
+    """Held as its transpose, W_enc takes the steps that plain Adam takes."""
+    ours, plain = sl.TopK(6, 20, k=2), sl.TopK(6, 20, k=2)
+    adam, reference = checkpoint.Adam(ours), torch.optim.Adam(plain.parameters(), lr=0.01, foreach=False)
+    assert not ours.W_enc.is_contiguous() and all(p.is_contiguous() for p in adam.held.values())
+    for step in range(3):
+        x = torch.randn(50, 6, generator=torch.Generator().manual_seed(step))
+        for coder in (ours, plain):
+            coder.zero_grad()
+            coder(x).x_hat.pow(2).sum().backward()
+        adam.update(0.01)
+        reference.step()
+    before = sl.TopK(6, 20, k=2)
+    for name, p in plain.named_parameters():
+        torch.testing.assert_close(dict(ours.named_parameters())[name], p)
+        assert not torch.equal(p, dict(before.named_parameters())[name])
