@@ -52,7 +52,7 @@ def plot(runs: list[dict[str, list[tuple[float, int, float]]]], file: Path) -> N
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(5.5, 3.4), layout="constrained")
+    figure, axes = plt.subplots(figsize=(5.5, 3.8), layout="constrained")
     for name in RUNNERS:
         points = list(zip(*(run[name] for run in runs), strict=False))
         seconds = [statistics.median(s for s, _, _ in at) for at in points]
@@ -62,7 +62,7 @@ def plot(runs: list[dict[str, list[tuple[float, int, float]]]], file: Path) -> N
         )
         axes.fill_between(seconds, [f[0] for f in fvus], [f[-1] for f in fvus], color=line.get_color(), alpha=0.2, lw=0)
     axes.set(xlabel="seconds of training (two CPU cores)", ylabel="FVU, unseen tokens", yscale="log")
-    axes.legend(frameon=False)
+    figure.legend(loc="outside upper center", ncols=2, frameon=False)
     figure.savefig(file, dpi=140)
 
 
