@@ -131,7 +131,7 @@ class Encoder:
         if self.calls % self.every == self.every // 2:
             start = time.perf_counter()
             with torch.no_grad():
-                torch.mm(x, self.coder.W_enc, out=self.coder.scratch)
+                torch.mm(x, self.coder.W_enc, out=self.coder.scratch.pre(len(x), self.coder.d_sae))
             self.product_seconds += time.perf_counter() - start
             self.product_rows += len(x)
         self.calls += 1

@@ -2,23 +2,22 @@
 
 All in one process: a harvest (timed, into a fresh folder), the sweep, then the same eight trained one by one on that
 store. A run by itself needs the harvest too, so eight of them take eight harvests and eight trainings. Bare steps are
-the coders' own steps on batches in memory, in turn. Prints a table and writes benchmarks/results/sweep.json.
+the same steps of each coder on batches in memory, and nothing else. Prints a table and writes
+benchmarks/results/sweep.json.
 """
 
 import argparse
 import json
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import patch
 
-import torch
 from steps import processor, write_readme
 
 import sae_lab as sl
-from sae_lab.store import Rows, Store
+from sae_lab.store import Store
 from sae_lab.training import Training
 
 KS = (8, 16, 24, 32, 48, 64, 96, 128)
@@ -32,20 +31,15 @@ def timed(work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def bare_steps(store: Store, config: sl.TrainConfig, rounds: int = 5) -> float:
-    """Seconds of one step of each coder, summed."""
-    x = torch.cat([store.batch(i, config.batch_size).x for i in range(2)])
-    trainings = [Training(sl.BatchTopK(store.width, WIDTH, k=k), Rows(x), config, None, ()) for k in KS]
-    for t in trainings:
-        t.begin()
-    batches = [sl.Batch(part, part) for part in x.split(config.batch_size)]
-    times: list[list[float]] = [[] for _ in trainings]
-    for round_ in range(rounds + 1):
-        for t, seconds in zip(trainings, times, strict=True):
-            took = timed(lambda t=t, batch=batches[round_ % 2]: t.one_step(batch))
-            if round_:  # the first warms up
-                seconds.append(took)
-    return sum(map(statistics.median, times))
+def bare_steps(store: Store, config: sl.TrainConfig) -> float:
+    """Seconds of all steps of each coder on batches in memory, and of nothing else, summed."""
+    batches = [store.batch(i, config.batch_size) for i in range(config.total_steps)]
+    seconds = 0.0
+    for k in KS:
+        training = Training(sl.BatchTopK(store.width, WIDTH, k=k), store, config, None, ())
+        training.begin()
+        seconds += sum(timed(lambda t=training, b=batch: t.one_step(b)) for batch in batches)
+    return seconds
 
 
 def main() -> None:
@@ -63,20 +57,28 @@ def main() -> None:
         reads.append(step)
         return read(store, step, size, seed)
 
+    stepping: list[float] = []
+    one_step = Training.one_step
+
+    def stepped(training: Training, batch: sl.Batch) -> None:
+        stepping.append(timed(lambda: one_step(training, batch)))
+
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
         store = sl.harvest(lm, site, text, args.tokens, path=folder)
         harvest = time.perf_counter() - start
         coders = [sl.BatchTopK(store.width, WIDTH, k=k) for k in KS]
-        with patch.object(Store, "batch", counted):
+        with patch.object(Store, "batch", counted), patch.object(Training, "one_step", stepped):
             sweep = timed(lambda: sl.sweep(coders, store, config))
         alone = sum(timed(lambda k=k: sl.train(sl.BatchTopK(store.width, WIDTH, k=k), store, config)) for k in KS)
-        steps = bare_steps(store, config) * config.total_steps
+        steps = bare_steps(store, config)
     rows = {
         "harvest": harvest,
         "sweep of 8": sweep,
         "8 trainings": alone,
-        "8 bare steps x steps": steps,
+        "their bare steps": steps,
+        "steps in the sweep": sum(stepping),
+        "steps in the sweep / bare steps": sum(stepping) / steps,
         "sweep / bare steps": sweep / steps,
         "(harvest + sweep) / (8 harvests + 8 trainings)": (harvest + sweep) / (8 * harvest + alone),
         "batches read in the sweep": len(reads),
@@ -89,8 +91,8 @@ def main() -> None:
     RESULTS.write_text(json.dumps(facts | rows, indent=1))
     if args.readme:
         write_readme(
-            f"A sweep of eight BatchTopK of {WIDTH} features took {sweep / steps:.2f} of the sum of their bare steps, "
-            f"everything else it does included (reading, thresholds, figures), and with its harvest "
+            f"In a sweep of eight BatchTopK of {WIDTH} features steps took {sum(stepping) / steps:.2f} of bare ones, "
+            f"everything (reading, thresholds, dead features, figures) {sweep / steps:.2f}, and with its harvest "
             f"{(harvest + sweep) / (8 * harvest + alone):.2f} of eight separate harvests and trainings "
             f"({args.tokens:,} tokens harvested, {args.passes} passes).",
             "sweep", "end of sweep",

@@ -451,8 +451,8 @@ def _index(coder: SparseCoder, lm: LM, store: Store, path: str | Path | None) ->
     few, more = _first_features(coder, 2 * directions.RANDOM), _first_features(coder, 2048)
     tried = min(coder.d_sae, max(1, CELLS // coder.d_sae))
     with tempfile.TemporaryDirectory() as scratch, _peak() as peak:
-        block, coding = _timed(build._block, coder, first, Path(scratch), 0, build._buffer(coder))
-        coder.scratch = None
+        with coder.reusing(build._rows_at_once(coder)):
+            block, coding = _timed(build._block, coder, first, Path(scratch), 0)
         counts = np.bincount(block["features"], minlength=coder.d_sae)
         offsets = np.concatenate([[0], counts.cumsum()])
         (rows, values), placing = _timed(build._place, Path(scratch), 1, offsets)

@@ -15,6 +15,7 @@ from sae_lab.lm.model import LM
 from sae_lab.lm.text import Text
 from sae_lab.matching import match
 from sae_lab.saes import FAMILIES, SparseCoder, losses
+from sae_lab.saes.sparse import Memory
 from sae_lab.store import ReadAhead, Rows, Store
 from sae_lab.training import Run, TrainConfig, Training, rows_for
 from sae_lab.types import Batch, Site
@@ -200,7 +201,7 @@ def _run(trainings: list[Training]) -> list[Run]:
 
     runs: dict[int, Run] = {}
     begun: list[Training] = []
-    scratch: dict[int, Tensor] = {}
+    scratch: dict[int, Memory] = {}
     readers: dict[int, ReadAhead] = {}
     firsts, data = _Once(), _Once()
     try:
@@ -209,7 +210,7 @@ def _run(trainings: list[Training]) -> list[Run]:
                 runs[number] = finished
                 continue
             begun.append(t)
-            if t.coder.scratch is not None:  # they take turns, so one buffer does
+            if t.coder.scratch is not None:  # they take turns, so one memory does
                 t.coder.scratch = scratch.setdefault(t.coder.d_sae, t.coder.scratch)
         total = max((t.config.total_steps for t in begun), default=0)
         first = min((t.step for t in begun), default=0)
@@ -243,10 +244,11 @@ def _measure(coder: SparseCoder, batch: Batch) -> dict[str, float]:
     """l0 and fvu in eval mode."""
     active, x_hats = 0, []
     device = coder.W_dec.device
-    for start in range(0, len(batch.x), 4096):
-        part = slice(start, start + 4096)
-        x = batch.x[part].to(device)
-        out = coder(x, None if batch.tokens is None else batch.tokens[part].to(device))
-        active += int((out.codes if isinstance(out.codes, Tensor) else out.codes.values).gt(0).sum())
-        x_hats.append(out.x_hat.cpu())
+    with coder.reusing(4096):
+        for start in range(0, len(batch.x), 4096):
+            part = slice(start, start + 4096)
+            x = batch.x[part].to(device)
+            out = coder(x, None if batch.tokens is None else batch.tokens[part].to(device))
+            active += int((out.codes if isinstance(out.codes, Tensor) else out.codes.values).gt(0).sum())
+            x_hats.append(out.x_hat.cpu())
     return {"l0": active / len(batch.x), "fvu": float(losses.fvu(torch.cat(x_hats), batch.target.cpu()))}

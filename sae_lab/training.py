@@ -16,6 +16,7 @@ from torch import Tensor
 from sae_lab import cache, checkpoint
 from sae_lab.checkpoint import CHECKPOINT as CHECKPOINT
 from sae_lab.distributed import ALONE, Ranks, joined
+from sae_lab.saes import sparse
 from sae_lab.saes.base import SparseCoder
 from sae_lab.saes.batchtopk import BatchTopK
 from sae_lab.store import ReadAhead, Rows, Store
@@ -270,7 +271,7 @@ class Training:
         coder.in_raw_units = False
         if not coder.dense:
             rows = self.config.batch_size // ranks.row_shares
-            coder.scratch = torch.empty(rows, coder.d_sae, device=coder.W_dec.device)
+            coder.scratch = sparse.Memory(rows, coder.d_sae, coder.W_dec.device)
         coder.train()
         return None
 
@@ -356,12 +357,14 @@ class Training:
         raw = self._on_device(self.ahead(self.step) if raw is None else raw)
         batch = self._scaled(raw)
         lr = config.lr_at(self.step, self.whole.d_sae)
+        coder.zero_grad()
+        if coder.scratch is not None:
+            coder.scratch.rewind()
         progress = coder.progress = self.step / config.total_steps
         with ranks.choosing(coder):
             out = coder(batch.x, batch.tokens)
             terms = coder.terms(batch, out, progress=progress, dead=self.idle > config.dead_after)
         loss = torch.stack(list(terms.values()))
-        coder.zero_grad()
         loss.sum().backward()
         ranks.share_gradients(self.parameters)
         metrics = self._sound(raw, list(terms), loss.detach(), lr)
@@ -427,8 +430,10 @@ class Training:
         tokens = self.step * self.config.batch_size
         codes = out.codes.values if isinstance(out.codes, Codes) else out.codes
         mean = ranks.over_rows(batch.target.mean(0)) / ranks.row_shares
-        error = ranks.over_rows(torch.nn.functional.mse_loss(out.x_hat.detach(), batch.target, reduction="sum"))
-        variance = ranks.over_rows(torch.linalg.vector_norm(batch.target - mean).square())
+        parts = zip(out.x_hat.detach().split(512), batch.target.split(512), strict=True)  # small ones: see Memory
+        error, variance = ranks.over_rows(
+            torch.stack([torch.stack([(y - t).square().sum(), (t - mean).square().sum()]) for y, t in parts]).sum(0)
+        )
         dead = (self.idle > self.config.dead_after).sum()
         active = ranks.over_rows((codes > 0).sum())
         self.history.append(

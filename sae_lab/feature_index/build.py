@@ -13,10 +13,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
-from torch import Tensor
 
 from sae_lab import cache
 from sae_lab.feature_index.cofiring import cofiring
@@ -48,13 +46,12 @@ def index_features(coder: SparseCoder, lm: LM, store: Store, path: str | Path | 
     folder = Path(path) if path is not None else cache.root() / "indexes" / f"{identity['coder']}-{identity['store']}"
     cache.make_folder(folder)
     if not _is_done(folder, identity):
-        was_training, scratch = coder.training, coder.scratch
+        was_training = coder.training
         coder.eval()
         try:
             _build(coder, lm, store, folder, identity)
         finally:
             coder.train(was_training)
-            coder.scratch = scratch
     return FeatureIndex(folder, store, lm)
 
 
@@ -129,24 +126,21 @@ def _build(coder: SparseCoder, lm: LM, store: Store, folder: Path, identity: dic
 def _encode(coder: SparseCoder, store: Store, folder: Path, done: Callable[[int], Any]) -> np.ndarray:
     """Makes all blocks: how many codes each feature has. ``done`` hears of rows."""
     counts = np.zeros(coder.d_sae, np.int64)
-    buffer = _buffer(coder)
-    for number in range(-(-len(store) // BLOCK)):
-        if number % max(1, READ_BYTES // (2 * store.width * BLOCK)) == 0:
-            store = Store(store.path, len(store), store.site)
-        codes = _block(coder, store, folder, number, buffer)
-        counts += np.bincount(codes["features"], minlength=coder.d_sae)
-        done(min(BLOCK, len(store) - number * BLOCK))
-    coder.scratch = None  # what follows needs the memory
+    with coder.reusing(_rows_at_once(coder)):
+        for number in range(-(-len(store) // BLOCK)):
+            if number % max(1, READ_BYTES // (2 * store.width * BLOCK)) == 0:
+                store = Store(store.path, len(store), store.site)
+            codes = _block(coder, store, folder, number)
+            counts += np.bincount(codes["features"], minlength=coder.d_sae)
+            done(min(BLOCK, len(store) - number * BLOCK))
     return counts
 
 
-def _buffer(coder: SparseCoder) -> Float[Tensor, "rows d_sae"]:
-    """Where pre-activations go: a fresh one each time would cost a sixth of the product."""
-    rows = min(BLOCK, max(1, PRE_BYTES // (4 * coder.d_sae)))
-    return torch.empty(rows, coder.d_sae, device=coder.W_dec.device)
+def _rows_at_once(coder: SparseCoder) -> int:
+    return min(BLOCK, max(1, PRE_BYTES // (4 * coder.d_sae)))
 
 
-def _block(coder: SparseCoder, store: Store, folder: Path, number: int, buffer: Tensor) -> dict[str, np.ndarray]:
+def _block(coder: SparseCoder, store: Store, folder: Path, number: int) -> dict[str, np.ndarray]:
     """Codes of one block of rows, sorted by feature, then row; from its file if that is whole."""
     file = folder / f"block-{number:06d}.safetensors"
     try:
@@ -154,10 +148,9 @@ def _block(coder: SparseCoder, store: Store, folder: Path, number: int, buffer: 
     except (FileNotFoundError, SafetensorError):
         pass
     features, rows, values = [], [], []
-    last = min((number + 1) * BLOCK, len(store))
-    for start in range(number * BLOCK, last, len(buffer)):
-        x = store.rows(np.arange(start, min(start + len(buffer), last)), store.site.key)
-        coder.scratch = buffer[: len(x)]
+    last, size = min((number + 1) * BLOCK, len(store)), _rows_at_once(coder)
+    for start in range(number * BLOCK, last, size):
+        x = store.rows(np.arange(start, min(start + size, last)), store.site.key)
         codes = coder.sparse_codes(x.to(coder.W_dec.device))
         features.append(codes.features.int().cpu())
         rows.append(codes.rows.int().cpu() + start)

@@ -1,7 +1,8 @@
 """SparseCoder: read (x -> pre), act (pre -> codes), write (codes -> x_hat). One class for training and inference."""
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +16,7 @@ from sae_lab.types import Batch, Codes, Output, Site, TokenMask, check_feature
 AUX_WEIGHT = 1 / 32  # Gao et al. 2024
 EVERY = slice(None)  # all features, where act is asked for some
 SPARSE_BELOW = 0.1  # share of features on, up to which sparse gradients are cheaper than dense ones
+CALIBRATION_ROWS = 4096  # encoded at a time
 QUANTILE = 0.999  # f_scale: this quantile of a feature's activations where it fires
 
 
@@ -75,7 +77,7 @@ class SparseCoder(nn.Module):
         self.writes: tuple[Site, ...] = ()
         self.meta: dict[str, Any] = {}
         self.in_raw_units = False  # training scales activations; afterwards the weights serve raw ones
-        self.scratch: Tensor | None = None  # training's buffer for pre: a fresh one costs a sixth of the product
+        self.scratch: sparse.Memory | None = None  # training's
         self.progress = 1.0  # of training, 0 to 1: what warms up or anneals in act reads it
 
     def _make_weights(self, generator: torch.Generator) -> None:
@@ -203,8 +205,8 @@ class SparseCoder(nn.Module):
     def _read(self, x: Tensor) -> Tensor:
         """Pre-activations of float rows."""
         bias = self.b_enc - self.b_dec @ self.W_enc if self.pre_bias else self.b_enc
-        reuse = self.scratch is not None and self.scratch.shape == (len(x), self.d_sae)
-        return torch.addmm(bias, x, self.W_enc, out=self.scratch if reuse and not torch.is_grad_enabled() else None)
+        memory = None if torch.is_grad_enabled() else self.scratch
+        return torch.addmm(bias, x, self.W_enc, out=memory.pre(len(x), self.d_sae) if memory else None)
 
     def _codes(self, x: Tensor) -> tuple[Tensor, Codes | Tensor]:
         """(pre, codes) of float rows. Sparse codes get their gradient at the chosen places only."""
@@ -229,7 +231,7 @@ class SparseCoder(nn.Module):
         if not few:
             if torch.is_grad_enabled():
                 bias = self.b_dec if self.pre_bias else None
-                pre = sparse.with_gradients(pre, x, self.W_enc, self.b_enc, bias)
+                pre = sparse.with_gradients(pre, x, self.W_enc, self.b_enc, bias, self.scratch)
             return pre, self.act(pre)
         codes = self._encode_at(sparse.where(pre, reach), x)
         return pre, codes._replace(values=self.act(codes.values, codes.features))  # type: ignore[call-arg]
@@ -238,7 +240,8 @@ class SparseCoder(nn.Module):
         """The same codes, with gradients where they are on."""
         if not torch.is_grad_enabled():
             return codes
-        return sparse.encode_at(codes, x, self.W_enc, self.b_enc, self.b_dec if self.pre_bias else None)
+        bias = self.b_dec if self.pre_bias else None
+        return sparse.encode_at(codes, x, self.W_enc, self.b_enc, bias, self.scratch)
 
     def _write(self, codes: Codes | Tensor, x: Tensor | None, tokens: Tensor | None) -> Tensor:
         """x_hat of rows of codes. x: the rows they are of; None leaves out what a skip adds."""
@@ -296,25 +299,31 @@ class SparseCoder(nn.Module):
 
         Returns {"dead": the share that fires on none of them, "tokens": how many there were, "l0": eval-mode L0}.
         """
-        blocks = list(blocks)
-        self.fit_threshold(blocks if unseen is None else unseen.split(4096))
-        self.eval()
-        values, features, tokens = [], [], 0
-        for x in blocks:
-            codes = self.sparse_codes(x)
-            values.append(codes.values.cpu())
-            features.append(codes.features.cpu())
-            tokens += len(x)
-        all_values, all_features = torch.cat(values), torch.cat(features)
-        ascending = all_values.argsort()
-        order = ascending[all_features[ascending].sort(stable=True).indices]
-        counts = torch.bincount(all_features, minlength=self.d_sae)
+        parts = [part for x in blocks for part in x.split(CALIBRATION_ROWS)]
+        with self.reusing(CALIBRATION_ROWS):
+            self.fit_threshold(parts if unseen is None else unseen.split(CALIBRATION_ROWS))
+            self.eval()
+            codes = [self.sparse_codes(x) for x in parts]
+        values, features = (torch.cat([getattr(c, name).cpu() for c in codes]) for name in ("values", "features"))
+        # A positive float's bits are ordered as it is: one sort, of whole numbers, by feature and then by value.
+        ordered = ((features << 32) | values.view(torch.int32)).sort().values
+        counts = torch.bincount(features, minlength=self.d_sae)
         place = counts.cumsum(0) - counts + (QUANTILE * (counts - 1)).long().clamp_min(0)
         live = counts > 0
         scale = torch.zeros(self.d_sae)
-        scale[live] = all_values[order][place[live]]
+        scale[live] = (ordered[place[live]] & 0xFFFFFFFF).int().view(torch.float32)
         self.f_scale.copy_(scale)
-        return {"dead": float((~live).float().mean()), "tokens": tokens, "l0": len(all_values) / tokens}
+        tokens = sum(map(len, parts))
+        return {"dead": float((~live).float().mean()), "tokens": tokens, "l0": len(values) / tokens}
+
+    @contextmanager
+    def reusing(self, rows: int) -> Iterator[None]:
+        """Within, what runs without gradients on at most so many rows puts pre where the one before put it."""
+        before, self.scratch = self.scratch, sparse.Memory(rows, self.d_sae, self.W_dec.device)
+        try:
+            yield
+        finally:
+            self.scratch = before
 
     @torch.no_grad()
     def set_features(

@@ -98,11 +98,11 @@ class _FewPrefixes(torch.autograd.Function):
         (W_dec,), groups, residuals = ctx.saved_tensors, ctx.groups, ctx.residuals
         pull = torch.zeros_like(residuals[0][1])  # the weighted residuals of this prefix and of all longer ones
         active = groups[0][3].values.new_zeros(ctx.active)
-        grad_W = torch.zeros_like(W_dec)
+        grad_W = torch.zeros_like(W_dec)  # of features behind the last prefix it stays 0
         for (start, end, mine, group), (weight, residual) in zip(groups[::-1], residuals[::-1], strict=True):
             pull.addcmul_(residual, 2 * weight / len(pull) * g)
             active[mine] = sparse.inner_products(pull, W_dec[start:end], group.features, group.offsets)
-            grad_W[start:end] = sparse.ByFeature(group).sum(group.values, pull)
+            sparse.ByFeature(group).sum(group.values, pull, out=grad_W[start:end])
         return active, grad_W, -pull, None, None
 
 

@@ -247,17 +247,35 @@ class Largest(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize(
-    "make_coder",
-    [
-        lambda d, f: TopK(d, f, k=8, multi=4),
-        lambda d, f: BatchTopK(d, f, k=8),
-        lambda d, f: Matryoshka(d, f, k=8),
-        lambda d, f: Ordered(d, f, k=8),
-        lambda d, f: Transcoder(d, f, k=8),
-        lambda d, f: Crosscoder(d // 2, f, k=8, layers=2),
-    ],
-)
+CODERS = [
+    lambda d, f: TopK(d, f, k=8, multi=4),
+    lambda d, f: BatchTopK(d, f, k=8),
+    lambda d, f: Matryoshka(d, f, k=8),
+    lambda d, f: Ordered(d, f, k=8),
+    lambda d, f: Transcoder(d, f, k=8),
+    lambda d, f: Crosscoder(d // 2, f, k=8, layers=2),
+]
+
+
+@pytest.mark.parametrize("make_coder", CODERS)
+def test_gradients_in_reused_memory(make_coder):
+    """The same as in fresh memory, step after step: AuxK, several terms and all matrices get a part of their own."""
+    coder, twin = make_coder(16, 64), make_coder(16, 64)
+    twin.scratch = sparse.Memory(32, 64, torch.device("cpu"))
+    dead = torch.arange(64) % 2 == 0
+    for step in range(3):
+        x = normal(32, *coder.in_shape, seed=step)
+        batch = Batch(x, normal(32, *coder.out_shape, seed=step + 9) if coder.transcodes else x)
+        twin.scratch.rewind()
+        for c in (coder, twin):
+            c.zero_grad()
+            sum(c.loss(batch, progress=0.5, dead=dead).values()).backward()
+        for name, p in coder.named_parameters():
+            assert torch.allclose(p.grad, twin.get_parameter(name).grad, atol=1e-6), name
+    assert len({g.data_ptr() for g in twin.scratch._gradients}) == len(twin.scratch._gradients) >= 2
+
+
+@pytest.mark.parametrize("make_coder", CODERS)
 def test_a_step_makes_nothing_as_large_as_its_codes_times_d(make_coder, monkeypatch):
     """One buffer for pre, reused; all else is smaller than (batch·k)·d, half of the features dead or not."""
     batch, d, d_sae = 512, 16, 2048
@@ -271,11 +289,12 @@ def test_a_step_makes_nothing_as_large_as_its_codes_times_d(make_coder, monkeypa
     training.one_step()  # Adam's moments are made
     training.idle[::2] = 1000
     due = rows.batch(1, batch)
-    with Largest(coder.scratch) as largest:
+    memory = coder.scratch
+    with Largest(memory.pre(batch, d_sae)) as largest:
         training.one_step(due)
     assert "auxk" in training.history[-1]
     assert largest.numbers < batch * 8 * d, largest.by
-    coder.scratch = torch.empty(1)  # the control: without the buffer a fresh one is made
-    with Largest(coder.scratch) as largest:
+    coder.scratch = None  # the control: without the buffer a fresh one is made
+    with Largest(memory.pre(batch, d_sae)) as largest:
         training.one_step(due)
     assert largest.numbers == batch * d_sae
