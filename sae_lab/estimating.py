@@ -31,7 +31,7 @@ from sae_lab.harvesting import harvest
 from sae_lab.lm.model import LM
 from sae_lab.lm.text import Context, Text, from_documents
 from sae_lab.lm.tokens import pad
-from sae_lab.saes.base import SparseCoder
+from sae_lab.saes.base import CALIBRATION_ROWS, SPARSE_BELOW, SparseCoder
 from sae_lab.saes.topk import TopK
 from sae_lab.store import Rows, Store
 from sae_lab.training import CALIBRATION_TOKENS, CHECKPOINT, TrainConfig, Training, rows_for, train
@@ -39,8 +39,8 @@ from sae_lab.types import Batch, Site, TokenMask, as_sites
 
 PROBE_SECONDS = 5  # passes and steps are tried about so long, but one pass and three steps at least
 DOCUMENTS = 100  # a harvest cuts so many into contexts at a time
-TRAINED_L0 = 64  # families without k begin with half of their features active; they are taken to end with so many,
-DENSE_STEPS = 100  # and to be sparse so many steps behind the warmup: L1(576, 1152) was after 20 to 135 in all
+TRIAL_ROWS = 256  # a batch of steps that only tell how soon a coder without k is sparse: what counts is their number
+TRIAL_STEPS = 500
 CELLS = 1 << 26  # pairs of features whose co-firing is tried
 PAIR_SECONDS = 16e-9  # a product of sparse matrices, by pairs of features that fire on a token: as measured
 BYTES_A_CODE = 64  # while calibration sorts codes: value and feature twice over, and five numbers of eight bytes
@@ -99,8 +99,9 @@ def estimate(what: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Estimate
     one) costs nothing. Meant to hold within a factor of 1.5 while the machine stays as busy as it is.
 
     Not known beforehand: how many features die, which slows steps down as AuxK revives them (the table says how much);
-    and of a family without k how soon it is sparse and what L0 it ends with (``DENSE_STEPS`` and ``TRAINED_L0`` are
-    assumed), which matters to steps and to calibration. Callbacks are left out, and ranks: this is for one process.
+    and of a family without k, which begins with half of its features active, what L0 it ends with: some seconds of
+    training on small batches tell how soon it is sparse, and its L0 then is taken for the rest. Callbacks are left out,
+    and ranks: this is for one process.
 
     Raises ValueError for another function, and else what the call itself would raise before its work begins.
     """
@@ -319,13 +320,12 @@ def _train(
     coder: SparseCoder, data: Store | Tensor | Batch, config: TrainConfig, path: str | Path | None, callbacks: Any
 ) -> Estimate:
     rows = rows_for(coder, data)
-    coder = copy.deepcopy(coder)
+    fresh, coder = coder, copy.deepcopy(coder)
     begun = _steps_done(coder, rows, config, Path(path)) if path is not None else 0
     if begun is None:
         return _nothing("train", f"{path} holds the finished run")
     steps = config.total_steps - begun
-    # Behind the last step there is no learning rate, and the probe may take more steps than there are.
-    longer = replace(config, tokens=None, steps=config.total_steps + 100)
+    longer = replace(config, tokens=None, steps=config.total_steps + 100)  # the probe may take more than there are
     with tempfile.TemporaryDirectory() as scratch, _peak() as peak:
         training, preparing = _timed(Training, coder, rows, longer, None, ())
         _, beginning = _timed(training.begin)
@@ -334,13 +334,14 @@ def _train(
             first.append(_timed(training.one_step)[1])
         files = _files(training, Path(scratch), config, steps) if path is not None else _Files()
     dense = later = statistics.median(first[1:])  # the very first is slow
+    slow = 0
     if "k" not in coder.config:
-        _sparsen(training)
+        slow = _steps_until_sparse(training, fresh, config.total_steps)
         later = statistics.median(_timed(training.one_step)[1] for _ in range(3))
     with_dead = _step_with_dead(training)
     calibrating, ram, vram, l0 = _calibration(training, peak)
 
-    slow = min(steps, max(0, DENSE_STEPS + int(config.warmup * config.total_steps) - begun))
+    slow = min(steps, max(0, slow - begun))
     stepping = slow * dense + (steps - slow) * later
     seconds = preparing + beginning + stepping + files.seconds + calibrating
     parts = {"tokens per second": steps * config.batch_size / max(stepping, 1e-9), "L0 taken for the end": l0}
@@ -369,15 +370,21 @@ def _steps_done(coder: SparseCoder, rows: Store | Rows, config: TrainConfig, pat
     return found[0]["step"] if found else 0
 
 
-@torch.no_grad()
-def _sparsen(training: Training) -> None:
-    """Lower the encoder's bias until a coder without k is as sparse as training makes it."""
-    batch = training._scaled(training._on_device(training.rows.batch(0, 512)))
-    for _ in range(20):
-        out = training.coder(batch.x, batch.tokens)
-        if float((out.f > 0).sum()) <= TRAINED_L0 * len(batch.x):
-            return
-        training.coder.b_enc.sub_(out.pre.std() / 2)
+def _steps_until_sparse(training: Training, fresh: SparseCoder, total: int) -> int:
+    """After how many of the steps a step is about as cheap as it gets. A copy of the coder goes through the whole
+    schedule in fewer steps, on small batches; ``training`` goes on from its weights."""
+    steps, coder = min(total, TRIAL_STEPS), copy.deepcopy(fresh)
+    config = replace(training.config, steps=steps, batch_size=TRIAL_ROWS, log_every=1)
+    trial = Training(coder, training.rows, config, None, ())
+    trial.begin()
+    start, counts = time.perf_counter(), []
+    while len(counts) < steps and (len(counts) < 10 or time.perf_counter() - start < PROBE_SECONDS):
+        trial.one_step()
+        counts.append(trial.history[-1]["l0"])
+    training.coder.load_state_dict(coder.state_dict())
+    training.adam.load_state_dict(trial.adam.state_dict())  # the old momentum would lead back
+    bound = max(SPARSE_BELOW * coder.d_sae, 1.5 * counts[-1])  # where the sparse path begins, or little is gained
+    return next(i for i, l0 in enumerate(counts) if l0 <= bound) * total // steps
 
 
 def _step_with_dead(training: Training) -> float | None:
@@ -418,7 +425,7 @@ def _calibration(training: Training, steps: _Peak) -> tuple[float, int, int, flo
     few = rows.reserved(-(-unseen * len(x) // whole))
     with _peak() as block:
         found, calibrating = _timed(coder.calibrate, [x], None if few is None else few.to(device))
-    larger = min(8192, whole) / len(x)  # the real blocks
+    larger = min(CALIBRATION_ROWS, whole) / len(x)  # the real parts
     held = (unseen + (whole if isinstance(rows, Store) else 0)) * x[0].numel() * 4  # all that is calibrated on
     l0 = float(found["l0"])
     codes = int(whole * l0) * BYTES_A_CODE
