@@ -25,7 +25,8 @@ _HOME = {
     "estimate": "estimating",
     "train": "training", "meta_sae": "training", "TrainConfig": "training", "Run": "training",
     "features": "feature_index", "index_features": "feature_index", "FeatureIndex": "feature_index",
-    "Steer": "edit", "Ablate": "edit", "Clamp": "edit",
+    "Edit": "edit", "Steer": "edit", "Clamp": "edit", "Scale": "edit", "Ablate": "edit", "Patch": "edit",
+    "Splice": "edit", "Project": "edit",
     "FeatureInspector": "widgets",
     "plot": "plots",
 }  # fmt: skip
@@ -38,6 +39,11 @@ if TYPE_CHECKING:
     from sae_lab import worlds as worlds
     from sae_lab.edit import Ablate as Ablate
     from sae_lab.edit import Clamp as Clamp
+    from sae_lab.edit import Edit as Edit
+    from sae_lab.edit import Patch as Patch
+    from sae_lab.edit import Project as Project
+    from sae_lab.edit import Scale as Scale
+    from sae_lab.edit import Splice as Splice
     from sae_lab.edit import Steer as Steer
     from sae_lab.estimating import estimate as estimate
     from sae_lab.feature_index import FeatureIndex as FeatureIndex

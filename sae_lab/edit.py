@@ -1,146 +1,548 @@
-"""Edits: change a model through a coder's codes, inside ``lm.logits``, ``lm.loss``, ``lm.generate``, ``lm.read``.
+"""Edits: change a model through a coder's codes, wherever the model runs: ``lm.logits``, ``lm.loss``, ``lm.generate``.
 
 An edit turns codes z into z' for some features. With ``error="keep"`` (SAELens: use_error_term) it adds W_dec of
 (z' - z) only, never two decodes, so that what the coder cannot explain stays, and an edit that changes no code leaves
-logits bit-equal. With ``error="drop"`` the activation becomes decode(z').
+logits bit-equal. With ``error="drop"`` the activation becomes the reconstruction from z'.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from sae_lab.saes import formats
 from sae_lab.saes.base import SparseCoder
-from sae_lab.types import TokenBatch, TokenMask, Write
+from sae_lab.types import Site, TokenBatch, Write
 
 if TYPE_CHECKING:
     from sae_lab.lm.model import LM
 
-Positions = int | slice | Sequence[int] | None
+Positions = int | slice | Sequence[int] | str | Callable[[str], bool] | None
+Numbers = int | slice | Sequence[int] | None
+Prompts = str | Sequence[str]
+DRAWS = 1 << 14  # of resampled codes; tokens take them by row and position, so that a token's draw is its own
 
 
-@dataclass(frozen=True)
+class Places(NamedTuple):
+    """Of the tokens an edit touches: the row in the user's batch, and the absolute position."""
+
+    rows: Int[Tensor, " tokens"]
+    positions: Int[Tensor, " tokens"]
+
+
+Rule = Callable[[Tensor, Tensor, Places], Tensor]  # (z "tokens features", f_scale " features", where) -> z'
+
+
+@dataclass(frozen=True, repr=False)
 class Edit:
     """Base of all edits.
 
     Args:
-        coder: knows its site and token mask.
-        feature: one feature or several.
+        coder: knows its sites and token mask. A transcoder's edit reads where it reads and acts where it writes.
         positions: where it acts: None, everywhere; an int, a slice or a list of absolute positions (0 is the prefix
-            token; stable under padding and generation). Padding and the tokens that the coder's mask leaves out are
-            never edited.
+            token; stable under padding and generation); a str, the tokens that read so; or a function of a token's
+            text that says which. Padding and the tokens that the coder's mask leaves out are never edited.
+        rows: prompts of the batch; None, all.
+        steps: of generation: 0 is the pass over the prompt, n the pass over the n-th new token; None, all.
         error: "keep" or "drop" what the coder does not reconstruct.
     """
 
     coder: SparseCoder
-    feature: int | Sequence[int]
+    positions: Positions = field(default=None, kw_only=True)
+    rows: Numbers = field(default=None, kw_only=True)
+    steps: Numbers = field(default=None, kw_only=True)
+    error: str = field(default="keep", kw_only=True)
+
+    ERRORS = ("keep", "drop")
 
     def __post_init__(self):
-        if not self.features:
-            raise ValueError("an edit needs at least one feature")
-        if self.error not in ("keep", "drop"):  # type: ignore[attr-defined]
-            raise ValueError(f"error must be 'keep' or 'drop', got {self.error!r}")  # type: ignore[attr-defined]
-        _check_positions(self.positions)  # type: ignore[attr-defined]
+        if self.error not in self.ERRORS:
+            raise ValueError(f"error must be {' or '.join(map(repr, self.ERRORS))}, got {self.error!r}")
+        if not isinstance(self.positions, str) and not callable(self.positions):
+            _check_numbers("positions", self.positions, "count from the prefix token (0)")
+        _check_numbers("rows", self.rows, "count the prompts from 0")
+        _check_numbers("steps", self.steps, "count passes of generation, 0 is the prompt's")
+
+    # ---- what an edit names
 
     @property
     def features(self) -> list[int]:
-        """The features as a list, each checked, each once."""
-        many = self.feature if isinstance(self.feature, Sequence) else [self.feature]
-        return list(dict.fromkeys(self.coder.feature(i) for i in many))
+        """The features it changes, each checked, each once."""
+        return list(range(self.coder.d_sae))
 
-    def new_codes(self, z: Float[Tensor, "tokens features"], scale: Float[Tensor, " features"]) -> Tensor:
-        """z' from z. ``scale`` is each feature's ``f_scale``."""
+    def rule(self, lm: "LM", batch: TokenBatch) -> Rule:
+        """z' from z."""
         raise NotImplementedError
 
-    def writes(self, lm: "LM") -> list[Write]:
-        """What the model must do. ValueError when the coder's site has another width, or a feature has no scale."""
-        coder, features = self.coder, self.features
-        if len(coder.reads) > 1 or (coder.writes and coder.writes != coder.reads):
+    def _check_scale(self, scale: Tensor) -> None:
+        """For edits in units of f_scale."""
+
+    # ---- what the model must do
+
+    @property
+    def read_site(self) -> Site:
+        """Where codes are read. ValueError for a coder that reads several sites."""
+        coder = self.coder
+        if len(coder.reads) > 1 or len(coder.writes) > 1:
             raise ValueError(
-                f"edits act where a coder reads and writes the same one site; this one reads {coder.reads} and writes "
-                f"{coder.writes}: take an SAE of one of them"
+                f"an edit reads one site and writes one; this coder reads {coder.reads} and writes {coder.writes}: "
+                "take an SAE or a transcoder of one of them"
             )
-        site = coder.site
-        if lm.width(site) != coder.d_in:
-            raise ValueError(
-                f"this coder reads width {coder.d_in} and {lm} has width {lm.width(site)} at {site}: "
-                f"use the model it was trained on ({coder.meta.get('model', 'unknown')})"
-            )
-        if coder.training:
-            raise ValueError("an edit needs the coder in eval mode, where a token's codes are its own: call sae.eval()")
+        return coder.site
+
+    @property
+    def write_site(self) -> Site:
+        """Where activations change."""
+        return self.coder.writes[0] if self.coder.writes else self.read_site
+
+    def writes(self, lm: "LM", batch: TokenBatch, new: int = 0) -> list[Write]:
+        """What the model must do to these prompts, and to at most so many new tokens.
+
+        ValueError when a site has another width, a feature has no scale, or the edit names a place that is not there.
+        """
+        reads, writes = self.read_site, self.write_site
+        self._check_coder(lm, reads, writes)
+        self._check_places(batch, new)
+        coder, features, drop = self.coder, self.features, self.error == "drop"
         scale = coder.f_scale[features]
         self._check_scale(scale)
-        mask = coder.mask or lm.mask()
-        positions, drop = self.positions, self.error == "drop"  # type: ignore[attr-defined]
+        rule, where = self.rule(lm, batch), self._where(lm)
 
-        def write(x: Tensor, tokens: TokenBatch) -> Tensor:
-            keep = _where(x, tokens, mask, site, positions)
-            return _apply(x, tokens.ids, keep, coder, features, scale, self.new_codes, drop)
+        def write(x: Tensor, tokens: TokenBatch, read: Tensor | None = None) -> Tensor:
+            source = x if read is None else read
+            keep = where(source, tokens)
+            if not bool(keep.any()):
+                return x
+            places = Places(tokens.row_numbers[keep.nonzero()[:, 0].cpu()], tokens.positions[keep.cpu()])
+            changed = changed_rows(
+                x[keep], source[keep], tokens.ids[keep.to(tokens.ids.device)], coder, features, drop,
+                lambda z: rule(z, scale, places),
+            )  # fmt: skip
+            out = x.clone()
+            out[keep] = changed
+            return out
 
-        return [Write(site, write)]
+        return [Write(writes, write, () if reads == writes else (reads,))]
 
-    def _check_scale(self, scale: Tensor) -> None:
-        """Edits in units of f_scale need a feature that has fired."""
-        if self.coder.meta.get("f_scale") == "unknown" and not bool(self.coder.f_scale.any()):
+    def _check_coder(self, lm: "LM", reads: Site, writes: Site) -> None:
+        coder = self.coder
+        for site, width, verb in ((reads, coder.d_in, "reads"), (writes, coder.d_out, "writes")):
+            if lm.width(site) != width:
+                raise ValueError(
+                    f"this coder {verb} width {width} and {lm} has width {lm.width(site)} at {site}: "
+                    f"use the model it was trained on ({coder.meta.get('model', 'unknown')})"
+                )
+        if coder.training:
+            raise ValueError("an edit needs the coder in eval mode, where a token's codes are its own: call sae.eval()")
+
+    def _check_places(self, batch: TokenBatch, new: int) -> None:
+        """Rows and positions that are named one by one must be there."""
+        rows = batch.row_numbers.tolist()
+        if missing := [r for r in _listed(self.rows) if r not in rows]:
+            raise ValueError(f"rows={self.rows} names prompt {missing[0]}, and there are {len(rows)}, from 0 on")
+        for row, length in zip(rows, (batch.mask.sum(1) + new).tolist(), strict=True):
+            beyond = [p for p in _listed(self.positions) if p >= length]
+            if beyond and bool(_among(torch.tensor(row), self.rows)):
+                raise ValueError(
+                    f"position {beyond[0]} is beyond prompt {row}, whose last is {length - 1}"
+                    + (f" ({new} new tokens counted)" if new else "")
+                    + ": count from the prefix token (0), or name the prompts that are long enough with rows="
+                )
+
+    def _where(self, lm: "LM") -> Callable[[Tensor, TokenBatch], Bool[Tensor, "batch pos"]]:
+        """The tokens it touches, from activations at the site it reads."""
+        mask, site = self.coder.mask or lm.mask(), self.read_site
+        wanted = _token_test(lm, self.positions)
+
+        def where(x: Tensor, tokens: TokenBatch) -> Tensor:
+            keep = mask.keep(tokens.ids, tokens.positions, {site: x.to(tokens.ids.device)}) & tokens.mask
+            keep &= _among(tokens.row_numbers, self.rows)[:, None]
+            if not bool(_among(torch.tensor(tokens.step), self.steps)):
+                return torch.zeros_like(keep).to(x.device)
+            keep &= _among(tokens.positions, self.positions) if wanted is None else wanted(tokens.ids)
+            return keep.to(x.device)
+
+        return where
+
+    def measured(self, x: Float[Tensor, "batch pos d_in"]) -> dict[str, Float[Tensor, "batch pos"]]:
+        """The codes of its features, by name, in activations at the site it reads; of Splice and Project, none."""
+        codes = self.coder.encode(x.to(self.coder.W_dec.device))
+        return {f"{self.read_site} #{feature}": codes[..., feature].cpu() for feature in self.features}
+
+    # ---- in words and on disk
+
+    def _settings(self) -> dict[str, Any]:
+        """What differs from the defaults, by name."""
+        return {f.name: v for f in fields(self) if f.name != "coder" and (v := getattr(self, f.name)) != f.default}
+
+    def __repr__(self) -> str:
+        at = repr(self.coder.site) if self.coder.reads else type(self.coder).__name__
+        return f"{type(self).__name__}({', '.join([at, *(f'{k}={v!r}' for k, v in self._settings().items())])})"
+
+    def to_json(self) -> str:
+        """The edit as text; ``sl.Edit.from_json`` makes it again. The coder stands there as the path it was saved to
+        or loaded from, and a hash of its weights.
+
+        ValueError for a coder that lies nowhere, and for positions given by a function.
+        """
+        if self.coder.path is None:
+            raise ValueError("this coder lies nowhere yet, so no text can name it: call sae.save(path) first")
+        if callable(self.positions):
             raise ValueError(
-                "this coder's format does not tell how strongly its features fire, which edits are measured in: load "
-                "it with sl.load(..., check=store), or call sae.calibrate([activations])"
+                "a function of tokens cannot be written down: give positions by number or as a token's text"
             )
-        if silent := [f for f, s in zip(self.features, scale.tolist(), strict=True) if s == 0]:
+        settings = {k: _plain(v) for k, v in self._settings().items()}
+        coder = {"path": self.coder.path, "fingerprint": self.coder.fingerprint()}
+        return json.dumps({"edit": type(self).__name__, "coder": coder, **settings})
+
+    @staticmethod
+    def from_json(text: str, coder: SparseCoder | None = None) -> "Edit":
+        """An edit from its text. coder: the one it acts with; None loads it from where it lay.
+
+        ValueError for what is no edit, and a coder with other weights.
+        """
+        try:
+            found = json.loads(text)
+            kind, named = EDITS[found.pop("edit")], found.pop("coder")
+            path, fingerprint = named["path"], named["fingerprint"]
+        except (ValueError, KeyError, TypeError, AttributeError) as err:
+            raise ValueError(f"this is no edit of sae_lab ({err!r}): pass what edit.to_json() returned") from err
+        coder = formats.load(path) if coder is None else coder
+        if coder.fingerprint() != fingerprint:
             raise ValueError(
-                f"feature {silent[0]} never fired on training text, so it has no scale to measure strength in: choose "
-                f"a live feature, or set sae.f_scale[{silent[0]}] yourself"
+                f"this edit was made with a coder of weights {fingerprint}, this one ({path}) has "
+                f"{coder.fingerprint()}: a feature's number means nothing in another coder; pass coder= the right one"
             )
+        unknown = set(found) - {f.name for f in fields(kind)}
+        if unknown:
+            raise ValueError(f"{kind.__name__} knows no {', '.join(sorted(unknown))}")
+        settings: dict[str, Any] = {k: slice(*v["slice"]) if isinstance(v, dict) else v for k, v in found.items()}
+        return kind(coder, **settings)
 
 
-@dataclass(frozen=True)
-class Steer(Edit):
+@dataclass(frozen=True, repr=False)
+class FeatureEdit(Edit):
+    """Base of those that change the codes of one feature or several."""
+
+    feature: int | Sequence[int]
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.features:
+            raise ValueError("an edit needs at least one feature")
+
+    @property
+    def features(self) -> list[int]:
+        return _features(self.coder, self.feature)
+
+
+@dataclass(frozen=True, repr=False)
+class Steer(FeatureEdit):
     """z' = z + strength·f_scale: push along a feature's direction. Strength 1 adds the activation that the feature's
     strongest 0.1 % of firings reach; 1-2 steers fluent text, above 4 most text breaks."""
 
     strength: float = 1.0
-    positions: Positions = None
-    error: str = "keep"
 
     def __post_init__(self):
         super().__post_init__()
         _check_number("strength", self.strength)
 
-    def new_codes(self, z: Tensor, scale: Tensor) -> Tensor:
-        return z + self.strength * scale
-
-
-@dataclass(frozen=True)
-class Ablate(Edit):
-    """z' = 0: take a feature out."""
-
-    positions: Positions = None
-    error: str = "keep"
-
-    def new_codes(self, z: Tensor, scale: Tensor) -> Tensor:
-        return torch.zeros_like(z)
+    def rule(self, lm: "LM", batch: TokenBatch) -> Rule:
+        return lambda z, scale, at: z + self.strength * scale
 
     def _check_scale(self, scale: Tensor) -> None:
-        """Zero needs no unit."""
+        _require_scale(self, scale)
 
 
-@dataclass(frozen=True)
-class Clamp(Edit):
+@dataclass(frozen=True, repr=False)
+class Clamp(FeatureEdit):
     """z' = value·f_scale: hold a feature at a level, whatever the text says."""
 
     value: float = 1.0
-    positions: Positions = None
-    error: str = "keep"
 
     def __post_init__(self):
         super().__post_init__()
         _check_number("value", self.value)
 
-    def new_codes(self, z: Tensor, scale: Tensor) -> Tensor:
-        return (self.value * scale).expand_as(z)
+    def rule(self, lm: "LM", batch: TokenBatch) -> Rule:
+        return lambda z, scale, at: (self.value * scale).expand_as(z)
+
+    def _check_scale(self, scale: Tensor) -> None:
+        _require_scale(self, scale)
+
+
+@dataclass(frozen=True, repr=False)
+class Scale(FeatureEdit):
+    """z' = factor·z: a feature louder or softer where it fires."""
+
+    factor: float = 1.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check_number("factor", self.factor)
+
+    def rule(self, lm: "LM", batch: TokenBatch) -> Rule:
+        return lambda z, scale, at: self.factor * z
+
+
+@dataclass(frozen=True, repr=False)
+class Ablate(FeatureEdit):
+    """Take a feature out: z' = 0; with ``to="mean"`` its mean, with ``to="resample"`` its codes at tokens drawn from
+    the ``reference`` (several features together, as they stood at one token).
+
+    Args: reference: prompts. seed: of the draws; a token's draw depends on its row and position alone.
+    """
+
+    to: str = "zero"
+    reference: Prompts | None = None
+    seed: int = 0
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.to not in ("zero", "mean", "resample"):
+            raise ValueError(f"to must be 'zero', 'mean' or 'resample', got {self.to!r}")
+        if (self.to == "zero") != (self.reference is None):
+            raise ValueError(
+                f"Ablate(to={self.to!r}) takes "
+                + ("no reference" if self.to == "zero" else "reference=, the prompts whose codes stand in")
+            )
+
+    def rule(self, lm: "LM", batch: TokenBatch) -> Rule:
+        if self.reference is None:
+            return lambda z, scale, at: torch.zeros_like(z)
+        codes, keep, _ = _codes_of(self, lm, self.reference)
+        seen = codes[keep]
+        if not len(seen):
+            raise ValueError("every token of the reference is left out by the coder's mask: give longer prompts")
+        if self.to == "mean":
+            return lambda z, scale, at: seen.mean(0).to(z).expand_as(z)
+        draws = torch.randint(len(seen), (DRAWS,), generator=torch.Generator().manual_seed(self.seed))
+        return lambda z, scale, at: seen[draws[(at.positions + 7919 * at.rows) % DRAWS]].to(z)
+
+
+@dataclass(frozen=True, repr=False)
+class Patch(Edit):
+    """z' = the codes of another run at the same row and position (activation patching through a coder).
+
+    Args:
+        source: its prompts: one for all rows, or as many as there are rows; of the same token lengths, unless
+            ``positions`` says where.
+        feature: one or several; None, all.
+        error: "patch" takes the source's reconstruction error too: with all features that is its whole activation.
+    """
+
+    source: Prompts
+    feature: int | Sequence[int] | None = None
+
+    ERRORS = ("keep", "drop", "patch")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.features:
+            raise ValueError("an edit needs at least one feature")
+
+    @property
+    def features(self) -> list[int]:
+        return super().features if self.feature is None else _features(self.coder, self.feature)
+
+    def rule(self, lm: "LM", batch: TokenBatch) -> Rule:
+        codes, keep = self._source(lm, batch)
+        one = len(codes) == 1
+
+        def new(z: Tensor, scale: Tensor, at: Places) -> Tensor:
+            row = torch.zeros_like(at.rows) if one else at.rows
+            there = at.positions < codes.shape[1]
+            position = at.positions.clamp_max(codes.shape[1] - 1)
+            there = there & keep[row, position]
+            return torch.where(there[:, None].to(z.device), codes[row, position].to(z), z)
+
+        return new
+
+    def _source(self, lm: "LM", batch: TokenBatch) -> tuple[Tensor, Tensor]:
+        """(codes "rows pos features", which of its tokens count) of the other run."""
+        codes, keep, other = _codes_of(self, lm, self.source)
+        lengths = other.mask.sum(1).tolist()
+        rows = batch.row_numbers.tolist()
+        if len(lengths) not in (1, int(batch.row_numbers.max()) + 1):
+            raise ValueError(
+                f"Patch has {len(lengths)} sources for {len(rows)} prompts: give one for all, or one for each"
+            )
+        for row, length in zip(rows, batch.mask.sum(1).tolist(), strict=True):
+            theirs = lengths[row if len(lengths) > 1 else 0]
+            if not bool(_among(torch.tensor(row), self.rows)):
+                continue
+            if self.positions is None and length != theirs:
+                raise ValueError(
+                    f"prompt {row} has {length} tokens and its source {theirs}: a patch takes what stands at the same "
+                    "position, so give prompts of equal token lengths (lm.tokens(prompt) shows them), or positions="
+                )
+            if beyond := [p for p in _listed(self.positions) if p >= theirs]:
+                raise ValueError(
+                    f"position {beyond[0]} is beyond the source of prompt {row}: it has {theirs} tokens"
+                )
+        return codes, keep
+
+    def writes(self, lm: "LM", batch: TokenBatch, new: int = 0) -> list[Write]:
+        if self.error != "patch":
+            return super().writes(lm, batch, new)
+        return [w._replace(fn=self._with_error(lm, batch, w)) for w in super().writes(lm, batch, new)]
+
+    def _with_error(self, lm: "LM", batch: TokenBatch, codes_only: Write) -> Callable[..., Tensor]:
+        """The codes' patch, and what the coder did not reconstruct taken from the other run."""
+        site, where = self.write_site, self._where(lm)
+        reading = lm.read(self.source, list(dict.fromkeys([self.read_site, site])))
+        target, read = reading[site], reading[self.read_site]
+        wrong = target - self.coder(read, reading.ids).x_hat.detach()
+
+        def write(x: Tensor, tokens: TokenBatch, read: Tensor | None = None) -> Tensor:
+            source = x if read is None else read
+            keep = where(source, tokens) & (tokens.positions < wrong.shape[1]).to(x.device)
+            out = codes_only.fn(x, tokens, *(() if read is None else (read,)))
+            if not bool(keep.any()):
+                return out
+            row, at = tokens.row_numbers[keep.nonzero()[:, 0].cpu()], tokens.positions[keep.cpu()]
+            row = torch.zeros_like(row) if len(wrong) == 1 else row
+            ids = tokens.ids[keep.to(tokens.ids.device)]
+            here = x[keep] - self.coder(source[keep], ids.to(x.device)).x_hat.detach().to(x)
+            out = out.clone()
+            out[keep] += wrong[row, at].to(x) - here
+            return out
+
+        return write
+
+
+@dataclass(frozen=True, repr=False)
+class Splice(Edit):
+    """z' = z: the coder's reconstruction in the place of the activation (with ``error="keep"`` nothing changes)."""
+
+    error: str = field(default="drop", kw_only=True)
+
+    def rule(self, lm: "LM", batch: TokenBatch) -> Rule:
+        return lambda z, scale, at: z
+
+    def measured(self, x: Tensor) -> dict[str, Tensor]:
+        return {}
+
+
+@dataclass(frozen=True, repr=False)
+class Project(Edit):
+    """x' = x less its part along the directions of some features: whatever is written there is gone, by whichever
+    feature."""
+
+    feature: int | Sequence[int]
+
+    ERRORS = ("keep",)  # no codes are made, so no error is
+
+    @property
+    def features(self) -> list[int]:
+        return _features(self.coder, self.feature)
+
+    def writes(self, lm: "LM", batch: TokenBatch, new: int = 0) -> list[Write]:
+        reads, writes = self.read_site, self.write_site
+        self._check_coder(lm, reads, writes)
+        self._check_places(batch, new)
+        where = self._where(lm)
+        basis = torch.linalg.qr(self.coder.W_dec[self.features].detach().T.double())[0].float()  # d_out x directions
+
+        def write(x: Tensor, tokens: TokenBatch, read: Tensor | None = None) -> Tensor:
+            keep = where(x if read is None else read, tokens)
+            q, rows = basis.to(x.device), x[keep].float()
+            out = x.clone()
+            out[keep] = (rows - (rows @ q) @ q.T).to(x.dtype)
+            return out
+
+        return [Write(writes, write, () if reads == writes else (reads,))]
+
+
+EDITS = {cls.__name__: cls for cls in (Steer, Clamp, Scale, Ablate, Patch, Splice, Project)}
+
+
+@torch.no_grad()
+def changed_rows(
+    x: Float[Tensor, "tokens d_out"], read: Float[Tensor, "tokens d_in"], ids: Int[Tensor, " tokens"],
+    coder: SparseCoder, features: list[int], drop: bool, new_codes: Callable[[Tensor], Tensor],
+) -> Float[Tensor, "tokens d_out"]:  # fmt: skip
+    """x with the codes of some features replaced: x + W_dec·(z' - z), or the reconstruction from z' (``drop``).
+
+    read: the activations that the codes are of; x itself, unless the coder is a transcoder.
+    """
+    device = coder.W_dec.device
+    rows = read.float().to(device)
+    if drop:
+        out = coder(rows, ids.to(device))
+        base, z = out.x_hat, out.f[:, features]
+    else:
+        base, z = x.float().to(device), coder.encode(rows)[:, features]
+    return (base + coder.write_of(new_codes(z) - z, features, rows)).to(x.device, x.dtype)
+
+
+def _features(coder: SparseCoder, feature: int | Sequence[int]) -> list[int]:
+    many = feature if isinstance(feature, Sequence) else [feature]
+    return list(dict.fromkeys(coder.feature(i) for i in many))
+
+
+def _codes_of(edit: Edit, lm: "LM", prompts: Prompts) -> tuple[Tensor, Tensor, TokenBatch]:
+    """(codes "rows pos features" of the edit's features, which tokens the mask keeps, the tokens) of other prompts."""
+    coder, site = edit.coder, edit.read_site
+    reading = lm.read(prompts, site)
+    batch = reading.batch
+    mask = coder.mask or lm.mask()
+    keep = mask.keep(batch.ids, batch.positions, {site: reading[site].to(batch.ids.device)}) & batch.mask
+    with torch.no_grad():
+        return coder.encode(reading[site].to(coder.W_dec.device))[..., edit.features].cpu(), keep.cpu(), batch
+
+
+def _require_scale(edit: Edit, scale: Tensor) -> None:
+    """Edits in units of f_scale need a feature that has fired."""
+    coder = edit.coder
+    if coder.meta.get("f_scale") == "unknown" and not bool(coder.f_scale.any()):
+        raise ValueError(
+            "this coder's format does not tell how strongly its features fire, which edits are measured in: load it "
+            "with sl.load(..., check=store), or call sae.calibrate([activations])"
+        )
+    if silent := [f for f, s in zip(edit.features, scale.tolist(), strict=True) if s == 0]:
+        raise ValueError(
+            f"feature {silent[0]} never fired on training text, so it has no scale to measure strength in: choose a "
+            f"live feature, or set sae.f_scale[{silent[0]}] yourself"
+        )
+
+
+def _token_test(lm: "LM", positions: Positions) -> Callable[[Tensor], Tensor] | None:
+    """Which token ids are meant, where positions are named by what stands there."""
+    if not isinstance(positions, str) and not callable(positions):
+        return None
+    wanted = (lambda text: text == positions) if isinstance(positions, str) else positions
+    known: dict[int, bool] = {}
+
+    def test(ids: Tensor) -> Tensor:
+        for i in set(ids.flatten().tolist()) - known.keys():
+            known[i] = bool(wanted(lm.tokenizer.decode([i])))
+        return torch.tensor([[known[i] for i in row] for row in ids.tolist()], dtype=torch.bool, device=ids.device)
+
+    return test
+
+
+def _among(numbers: Tensor, chosen: Any) -> Tensor:
+    """Bool for each number: whether an int, a slice, a list or None (all) holds it."""
+    if chosen is None:
+        return torch.ones_like(numbers, dtype=torch.bool)
+    if isinstance(chosen, slice):
+        stop = chosen.stop if chosen.stop is not None else torch.inf
+        start, step = chosen.start or 0, chosen.step or 1
+        return (numbers >= start) & (numbers < stop) & ((numbers - start) % step == 0)
+    return torch.isin(numbers, torch.tensor(_listed(chosen), dtype=numbers.dtype, device=numbers.device))
+
+
+def _listed(chosen: Any) -> list[int]:
+    """The numbers that are named one by one."""
+    if chosen is None or isinstance(chosen, slice | str) or callable(chosen):
+        return []
+    return [chosen] if isinstance(chosen, int) else list(chosen)
 
 
 def _check_number(name: str, value: float) -> None:
@@ -148,46 +550,16 @@ def _check_number(name: str, value: float) -> None:
         raise ValueError(f"{name} must be a finite number, got {value}")
 
 
-def _check_positions(positions: Positions) -> None:
-    if isinstance(positions, slice) and positions.step is not None and positions.step < 1:
-        raise ValueError(f"a slice of positions runs forward, with a step of at least 1, got {positions}")
-    numbers = [positions.start, positions.stop] if isinstance(positions, slice) else positions
-    numbers = [numbers] if isinstance(numbers, int) else numbers or []
+def _check_numbers(name: str, chosen: Any, rule: str) -> None:
+    if isinstance(chosen, slice) and chosen.step is not None and chosen.step < 1:
+        raise ValueError(f"a slice of {name} runs forward, with a step of at least 1, got {chosen}")
+    numbers: Iterable[Any] = [chosen.start, chosen.stop] if isinstance(chosen, slice) else _listed(chosen)
     if any(n is not None and n < 0 for n in numbers):
-        raise ValueError(f"positions count from the prefix token (0) and are never negative, got {positions}")
+        raise ValueError(f"{name} {rule} and are never negative, got {chosen}")
 
 
-def _where(x: Tensor, tokens: TokenBatch, mask: TokenMask, site, positions: Positions) -> Bool[Tensor, "batch pos"]:
-    """The tokens an edit touches."""
-    keep = mask.keep(tokens.ids, tokens.positions, {site: x.to(tokens.ids.device)}) & tokens.mask
-    at = tokens.positions
-    if isinstance(positions, slice):
-        stop = positions.stop if positions.stop is not None else torch.inf
-        start, step = positions.start or 0, positions.step or 1
-        keep &= (at >= start) & (at < stop) & ((at - start) % step == 0)
-    elif positions is not None:
-        wanted = [positions] if isinstance(positions, int) else list(positions)
-        keep &= torch.isin(at, torch.tensor(wanted, dtype=at.dtype))
-    return keep.to(x.device)
-
-
-@torch.no_grad()
-def _apply(
-    x: Tensor, ids: Tensor, keep: Tensor, coder: SparseCoder, features: list[int], scale: Tensor, new_codes, drop: bool
-) -> Tensor:
-    """x with the codes of ``features`` replaced at the kept tokens."""
-    if not bool(keep.any()):
-        return x
-    rows = x[keep].float().to(coder.W_dec.device)
-    device = rows.device
-    f = coder.encode(rows)
-    z = f[:, features]
-    new = new_codes(z, scale)
-    if drop:
-        f[:, features] = new
-        rows = coder.decode(f, ids[keep.to(ids.device)].to(device))
-    else:
-        rows = rows + (new - z) @ coder.W_dec[features]
-    out = x.clone()
-    out[keep] = rows.to(x.device, x.dtype)
-    return out
+def _plain(value: Any) -> Any:
+    """A setting as JSON holds it."""
+    if isinstance(value, slice):
+        return {"slice": [value.start, value.stop, value.step]}
+    return list(value) if isinstance(value, range | tuple) else str(value) if isinstance(value, Path) else value

@@ -139,13 +139,21 @@ class TokenBatch:
     """Token ids of several prompts, padded on the right; position 0 is the first token, prefix included.
 
     ids: ``batch pos``. mask: ``batch pos``, True at real tokens. positions: ``batch pos``, absolute. roles: for chat
-    prompts one list of role names per row ("template" for what the chat template adds), else None.
+    prompts one list of role names per row ("template" for what the chat template adds), else None. rows: each row's
+    number among the user's prompts, where these are only some of them. step: which pass of a generation this is.
     """
 
     ids: Int[Tensor, "batch pos"]
     mask: Bool[Tensor, "batch pos"]
     positions: Int[Tensor, "batch pos"]
     roles: list[list[str]] | None = None
+    rows: Int[Tensor, " batch"] | None = None
+    step: int = 0
+
+    @property
+    def row_numbers(self) -> Int[Tensor, " batch"]:
+        """Each row's number among the user's prompts."""
+        return torch.arange(len(self.ids)) if self.rows is None else self.rows
 
     def role_mask(self, role: str) -> Bool[Tensor, "batch pos"]:
         """True at the tokens of one role ("user", "assistant", ...). ValueError where the prompts were no chat."""
@@ -278,13 +286,15 @@ def check_feature(feature: Any, d_sae: int) -> int:
 
 
 class Write(NamedTuple):
-    """One replacement of activations while the model runs: ``fn(x, tokens) -> x'`` at ``site``.
+    """One replacement of activations while the model runs: ``fn(x, tokens, *read) -> x'`` at ``site``.
 
     x is ``batch pos d``; tokens tells ids, absolute positions and which places are real. fn must be pure.
+    reads: earlier sites whose activations fn gets too.
     """
 
     site: Site
-    fn: Callable[[Tensor, TokenBatch], Tensor]
+    fn: Callable[..., Tensor]
+    reads: tuple[Site, ...] = ()
 
 
 def as_sites(sites: "Site | str | Iterable[Site | str]") -> list[Site]:

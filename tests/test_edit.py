@@ -82,12 +82,20 @@ def no_ops(sae, feature, silent):
     return {
         "empty list": [],
         "strength 0": [sl.Steer(sae, feature, strength=0.0)],
-        "beyond the text": [sl.Steer(sae, feature, positions=far), sl.Ablate(sae, feature, positions=[far, far + 1])],
         "an empty slice": [sl.Steer(sae, feature, positions=slice(far, None))],
         "no positions": [sl.Clamp(sae, feature, positions=[])],
         "only the prefix": [sl.Steer(sae, feature, positions=0)],
         "silent": [sl.Ablate(sae, silent)],
-        "drop at no token": [sl.Ablate(sae, feature, positions=far, error="drop")],
+        "drop at no token": [sl.Ablate(sae, feature, positions=slice(far, None), error="drop")],
+        "scaled by 1": [sl.Scale(sae, feature, factor=1.0)],
+        "its own codes": [sl.Patch(sae, PROMPT), sl.Patch(sae, PROMPT, feature)],
+        "spliced, error kept": [sl.Splice(sae, error="keep")],
+        "no step": [sl.Steer(sae, feature, steps=slice(1, None))],
+        "no row": [sl.Steer(sae, feature, rows=[])],
+        "no such token": [
+            sl.Steer(sae, feature, positions=" nowhere"),
+            sl.Steer(sae, feature, positions=lambda t: False),
+        ],
     }
 
 
@@ -227,7 +235,7 @@ def test_padding_and_rows(tiny_lm, sae, live):
             alone = tiny_lm.logits(prompt, edits=[edit])[0]
             assert near(both[row, : len(alone)], alone)
     batch = tiny_lm.tokenize([PROMPT, LONGER])
-    raw = [tiny_lm.run(batch, [SITE], tiny_lm._writes(e), logits=False)[0][SITE] for e in ([], [edit])]
+    raw = [tiny_lm.run(batch, [SITE], tiny_lm._writes(e, batch), logits=False)[0][SITE] for e in ([], [edit])]
     assert torch.equal(raw[0][~batch.mask], raw[1][~batch.mask]) and (~batch.mask).any()
 
 
@@ -275,7 +283,9 @@ def test_greedy_generation_is_the_argmax_on_the_whole_text(name, tiny):
         [sl.Clamp(sae, feature, value=2.0, error="drop")],
     ]
     for edits in cases:
-        [ids] = lm._continue(torch.tensor([prompt]), lm._writes(edits), new, 0.0, None)
+        batch = lm.tokenize(PROMPT)
+        writes = lm._writes(edits, batch, new)
+        ids = prompt + [t for [t] in lm._continue(batch.ids, torch.arange(1), writes, new, 0.0, None)]
         assert len(ids) == len(prompt) + new
         logits = lm.logits([ids[:-1]], edits=edits)[0]
         assert not near(logits, lm.logits([ids[:-1]])[0], 1e-3), "the edits do something"
@@ -363,3 +373,302 @@ def test_a_coder_in_training(tiny_lm):
     sae = make(tiny_lm, name="BatchTopK").train()
     with pytest.raises(ValueError, match=r"an edit needs the coder in eval mode.*: call sae.eval\(\)"):
         tiny_lm.logits(PROMPT, edits=[sl.Ablate(sae, 3)])
+
+
+# ---- codes of other runs
+
+
+OTHER = "The child came up the hill from the town"
+
+
+def test_patching_all_positions_is_the_other_run(tiny_lm, sae):
+    """With every code and the error: from there on the model computes what it computes for the source."""
+    clean, source = tiny_lm.logits(PROMPT)[0], tiny_lm.logits(OTHER)[0]
+    patched = tiny_lm.logits(PROMPT, edits=[sl.Patch(sae, OTHER, error="patch")])[0]
+    # Attention in later layers sees the prefix alone as it was, and that is the same in both.
+    assert near(patched, source) and not near(clean, source, 1e-2)
+    codes_only = tiny_lm.logits(PROMPT, edits=[sl.Patch(sae, OTHER)])[0]
+    assert not near(codes_only, source, 1e-2) and not near(codes_only, clean, 1e-2)
+
+
+def test_patched_codes_are_the_sources(tiny_lm, sae, live):
+    x, source = (tiny_lm.read(p, SITE)[SITE][0] for p in (PROMPT, OTHER))
+    z, theirs = sae.encode(x).detach(), sae.encode(source).detach()
+    for kwargs, at in (({}, slice(1, None)), ({"positions": [3, 5]}, [3, 5])):
+        after = tiny_lm.read(PROMPT, SITE, edits=[sl.Patch(sae, OTHER, live[:3], **kwargs)])[SITE][0]
+        expected = x.clone()
+        expected[at] += (theirs - z)[at][:, live[:3]] @ sae.W_dec[live[:3]].detach()
+        assert near(after, expected, 1e-5) and not near(after, x, 1e-3)
+    dropped = tiny_lm.read(PROMPT, SITE, edits=[sl.Patch(sae, OTHER, error="drop")])[SITE][0]
+    assert near(dropped[1:], sae.decode(theirs)[1:].detach(), 1e-5)
+
+
+def test_each_row_has_its_source(tiny_lm, sae):
+    both = tiny_lm.logits([PROMPT, OTHER], edits=[sl.Patch(sae, [OTHER, PROMPT], error="patch")])
+    assert near(both[0], tiny_lm.logits(OTHER)[0]) and near(both[1], tiny_lm.logits(PROMPT)[0])
+    one = tiny_lm.logits([PROMPT, LONGER], edits=[sl.Patch(sae, OTHER, error="patch", rows=0)])
+    length = len(tiny_lm.tokenize(PROMPT).ids[0])
+    assert near(one[0, :length], tiny_lm.logits(OTHER)[0]) and near(one[1], tiny_lm.logits(LONGER)[0])
+
+
+def test_ablating_to_the_mean_and_to_draws(tiny_lm, sae, live):
+    reference = [OTHER, LONGER]
+    reading = tiny_lm.read(reference, SITE)
+    keep = reading.mask & (reading.batch.positions > 0)
+    theirs = sae.encode(reading[SITE][keep]).detach()
+    features = (theirs > 0).sum(0).topk(3).indices.tolist()  # those that fire there
+    theirs = theirs[:, features]
+    x = tiny_lm.read(PROMPT, SITE)[SITE][0]
+    z = sae.encode(x).detach()[1:, features]
+
+    def codes_after(**kwargs):
+        edit = sl.Ablate(sae, features, reference=reference, **kwargs)
+        delta = (tiny_lm.read(PROMPT, SITE, edits=[edit])[SITE][0] - x)[1:]
+        return z + torch.linalg.lstsq(sae.W_dec[features].detach().T, delta.T).solution.T
+
+    assert torch.allclose(codes_after(to="mean"), theirs.mean(0).expand_as(z), atol=1e-3)
+    drawn = codes_after(to="resample")
+    distance = torch.cdist(drawn, theirs).amin(1)
+    assert float(distance.max()) < 1e-3 and len(drawn.round(decimals=3).unique(dim=0)) > 1
+    assert not torch.allclose(drawn, codes_after(to="resample", seed=1), atol=1e-2)
+    edit = sl.Ablate(sae, features, to="resample", reference=reference)
+    batch, new = tiny_lm.tokenize(PROMPT), 6
+    writes = tiny_lm._writes([edit], batch, new)
+    ids = batch.ids[0].tolist() + [t for [t] in tiny_lm._continue(batch.ids, torch.arange(1), writes, new, 0.0, None)]
+    whole = tiny_lm.logits([ids[:-1]], edits=[edit])[0]  # a token's draw is its own, in one pass or in many
+    assert whole[batch.ids.shape[1] - 1 :].argmax(-1).tolist() == ids[batch.ids.shape[1] :]
+
+
+def test_projecting_removes_the_direction(tiny_lm, sae, live):
+    features = live[:3]
+    before, after = (tiny_lm.read(PROMPT, SITE, edits=e)[SITE][0] for e in ([], [sl.Project(sae, features)]))
+    directions = sae.W_dec[features].detach()
+    assert (after[1:] @ directions.T).abs().max() < 1e-4 * (before @ directions.T).abs().max()
+    across = before - (before @ torch.linalg.pinv(directions)) @ directions
+    assert near(after[1:], across[1:], 1e-5) and torch.equal(after[0], before[0])
+
+
+def test_scale(tiny_lm, sae, live):
+    x = tiny_lm.read(PROMPT, SITE)[SITE][0]
+    after = tiny_lm.read(PROMPT, SITE, edits=[sl.Scale(sae, live[0], factor=3.0)])[SITE][0]
+    expected = x + 2 * sae.encode(x)[:, live[:1]] * sae.W_dec[live[0]]
+    assert near(after[1:], expected[1:].detach(), 1e-5) and not near(after, x, 1e-3)
+
+
+def test_splice_is_the_reconstruction(tiny_lm, sae):
+    x = tiny_lm.read(PROMPT, SITE)[SITE][0]
+    after = tiny_lm.read(PROMPT, SITE, edits=[sl.Splice(sae)])[SITE][0]
+    assert near(after[1:], sae(x).x_hat[1:].detach(), 1e-5) and torch.equal(after[0], x[0])
+
+
+# ---- other coders
+
+
+def transcoder(lm, reads, writes, skip=False):
+    cls = sl.SkipTranscoder if skip else sl.Transcoder
+    coder = cls(lm.width(reads), 64, d_out=lm.width(writes), k=6)
+    coder.reads, coder.writes = (reads,), (writes,)
+    reading = lm.read([PROMPT, LONGER], reads)
+    with torch.no_grad():
+        if skip:
+            coder.W_skip.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
+    coder.calibrate([reading[reads][reading.mask & (reading.batch.positions > 0)]])
+    return coder
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_a_transcoder_reads_before_the_mlp_and_acts_behind(skip, tiny_lm):
+    reads, writes = Site("mlp_in", 1), Site("mlp_out", 1)
+    coder = transcoder(tiny_lm, reads, writes, skip)
+    z = coder.encode(tiny_lm.read(PROMPT, reads)[reads][0])
+    feature = int(z[1:].sum(0).argmax())
+    before = tiny_lm.read(PROMPT, writes)[writes][0]
+    kept, dropped = (
+        tiny_lm.read(PROMPT, writes, edits=[sl.Ablate(coder, feature, error=error)])[writes][0]
+        for error in ("keep", "drop")
+    )
+    assert near(kept[1:], (before - z[:, [feature]] * coder.W_dec[feature])[1:].detach(), 1e-5)
+    x_hat = coder(tiny_lm.read(PROMPT, reads)[reads][0]).x_hat - z[:, [feature]] * coder.W_dec[feature]
+    assert near(dropped[1:], x_hat[1:].detach(), 1e-5)
+    assert torch.equal(kept[0], before[0]) and not near(kept, before, 1e-3)
+    assert torch.equal(tiny_lm.logits(PROMPT, edits=[sl.Splice(coder, error="keep")]), tiny_lm.logits(PROMPT))
+    text = tiny_lm.generate(PROMPT, edits=[sl.Steer(coder, feature, 4.0)], max_new_tokens=4)
+    assert text != tiny_lm.generate(PROMPT, max_new_tokens=4)
+
+
+def test_an_edit_that_writes_before_it_reads(tiny_lm):
+    coder = transcoder(tiny_lm, Site("mlp_out", 1), Site("mlp_in", 1))
+    with pytest.raises(ValueError, match=r"an edit that reads .*mlp_out.* cannot change .*mlp_in.*, which the model"):
+        tiny_lm.logits(PROMPT, edits=[sl.Ablate(coder, 3)])
+
+
+def test_a_coder_that_normalises_each_token(tiny_lm):
+    """Its codes are in units of the token's own size, and so is what an edit adds."""
+    coder = make(tiny_lm, name="L1")
+    coder.input_norm = "layer"
+    x = tiny_lm.read(PROMPT, SITE)[SITE][0]
+    z = coder.encode(x)
+    feature = int(z[1:].sum(0).argmax())
+    after = tiny_lm.read(PROMPT, SITE, edits=[sl.Ablate(coder, feature)])[SITE][0]
+    f = z.clone()
+    f[:, feature] = 0
+    size = (x - x.mean(-1, keepdim=True)).std(-1, keepdim=True)
+    assert near(after[1:], (x + (f - z) @ coder.W_dec * size)[1:].detach(), 1e-5)
+
+
+# ---- rows, steps, tokens
+
+
+def test_rows_and_steps(tiny_lm, sae, live):
+    edit = sl.Steer(sae, live[0], 4.0, rows=1)
+    clean, some = (tiny_lm.read([PROMPT, OTHER], SITE, edits=e)[SITE] for e in ([], [edit]))
+    assert torch.equal(some[0], clean[0]) and not torch.equal(some[1], clean[1])
+    lengths = [PROMPT, LONGER, OTHER]  # generation takes rows of equal length together
+    texts = tiny_lm.generate(lengths, edits=[sl.Steer(sae, live[0], 6.0, rows=[1, 2])], max_new_tokens=5)
+    alone = [tiny_lm.generate(p, edits=[sl.Steer(sae, live[0], 6.0)], max_new_tokens=5) for p in lengths]
+    assert texts[1:] == alone[1:] and texts[0] == tiny_lm.generate(PROMPT, max_new_tokens=5) != alone[0]
+    prompt = len(tiny_lm.tokenize(PROMPT).ids[0])
+    for steps, positions in (
+        (0, slice(prompt)),
+        (slice(2, None), slice(prompt + 1, None)),
+        ([1, 3], [prompt, prompt + 2]),
+    ):
+        by_step, by_position = (
+            tiny_lm.generate(PROMPT, edits=[sl.Steer(sae, live[0], 6.0, **where)], max_new_tokens=6)
+            for where in ({"steps": steps}, {"positions": positions})
+        )
+        assert by_step == by_position
+    assert by_step != tiny_lm.generate(PROMPT, edits=[sl.Steer(sae, live[0], 6.0)], max_new_tokens=6)
+
+
+def test_positions_by_token(tiny_lm, sae, live):
+    names = [t.lower() for t in tiny_lm.tokens(PROMPT)]
+    before = tiny_lm.read(PROMPT, SITE)[SITE][0]
+    for positions, wanted in ((" the", lambda t: t == " the"), (lambda t: "e" in t, lambda t: "e" in t)):
+        after = tiny_lm.read(PROMPT, SITE, edits=[sl.Steer(sae, live[0], positions=positions)])[SITE][0]
+        changed = (before != after).any(-1).tolist()
+        assert changed[1:] == [wanted(str(t)) for t in tiny_lm.tokens(PROMPT)][1:] and 1 < sum(changed) < len(names) - 1
+
+
+# ---- in words and on disk
+
+
+def test_an_edit_prints_in_one_line(sae, live):
+    edit = sl.Steer(sae, [3, 4], 2.0, positions=slice(2, None), rows=[0])
+    assert repr(edit) == f"Steer({SITE!r}, positions=slice(2, None, None), rows=[0], feature=[3, 4], strength=2.0)"
+    assert repr(sl.Ablate(sae, 3)) == f"Ablate({SITE!r}, feature=3)"
+
+
+def test_edits_as_json(tiny_lm, sae, live, tmp_path):
+    edits = [
+        sl.Steer(sae, live[0], 2.0, positions=slice(3, None), rows=[0], steps=0),
+        sl.Clamp(sae, live[:2], value=0.5, positions=[2, 4], error="drop"),
+        sl.Scale(sae, live[0], 0.5, positions=" the"), sl.Ablate(sae, live[1], to="mean", reference=[OTHER]),
+        sl.Patch(sae, OTHER, live[:2], error="patch"), sl.Splice(sae), sl.Project(sae, live[0]),
+    ]  # fmt: skip
+    fresh = make(tiny_lm)
+    with pytest.raises(ValueError, match=r"lies nowhere yet.*sae.save\(path\)"):
+        sl.Ablate(fresh, 1).to_json()
+    sae.save(tmp_path / "coder")
+    for edit in edits:
+        for again in (sl.Edit.from_json(edit.to_json()), sl.Edit.from_json(edit.to_json(), coder=sae)):
+            assert repr(again) == repr(edit)
+            assert torch.equal(tiny_lm.logits(PROMPT, edits=[again]), tiny_lm.logits(PROMPT, edits=[edit]))
+    with pytest.raises(ValueError, match="a function of tokens cannot be written down"):
+        sl.Ablate(sae, 1, positions=str.isalpha).to_json()
+    with pytest.raises(ValueError, match=r"made with a coder of weights .*, this one .* has"):
+        sl.Edit.from_json(edits[0].to_json(), coder=make(tiny_lm, seed=1))
+    for wrong in ("{}", "nonsense", "[]", '{"edit": "Explode", "coder": {}}', '{"edit": "Ablate", "coder": 3}'):
+        with pytest.raises(ValueError, match="this is no edit of sae_lab"):
+            sl.Edit.from_json(wrong)
+    with pytest.raises(ValueError, match="Ablate knows no colour"):
+        sl.Edit.from_json(sl.Ablate(sae, 1).to_json().replace('"feature": 1', '"feature": 1, "colour": 2'), coder=sae)
+
+
+# ---- streaming and comparing
+
+
+def test_streaming_says_what_generating_says(tiny_lm, sae, live):
+    for edits in ([], [sl.Steer(sae, live[0], 4.0)]):
+        for kwargs in ({}, {"temperature": 1.0, "seed": 3}):
+            pieces = list(tiny_lm.stream(PROMPT, edits, max_new_tokens=12, **kwargs))
+            whole = tiny_lm.generate(PROMPT, edits, max_new_tokens=12, **kwargs)
+            assert PROMPT + "".join(pieces) == whole and len(pieces) >= 12
+    stream = tiny_lm.stream(PROMPT, max_new_tokens=10**6)
+    first = [next(stream) for _ in range(3)]
+    stream.close()  # and the model is free again
+    assert tiny_lm.generate(PROMPT, max_new_tokens=3).endswith("".join(first))
+    with pytest.raises(ValueError, match=r"lm.stream takes one prompt, got several"):
+        tiny_lm.stream([PROMPT, OTHER])
+    with pytest.raises(ValueError, match="max_new_tokens >= 1"):
+        tiny_lm.stream(PROMPT, max_new_tokens=0)
+
+
+def test_compare(tiny_lm, sae, live):
+    edit = sl.Clamp(sae, live[0], value=2.0, positions=slice(4, None))
+    result = tiny_lm.compare(PROMPT, [edit])
+    p, q = (tiny_lm.logits(PROMPT, edits=e)[0].log_softmax(-1) for e in ([], [edit]))
+    assert torch.allclose(result.kl, (p.exp() * (p - q)).sum(-1), atol=1e-5)
+    assert (result.kl[:4] == 0).all() and (result.kl[4:] > 0).all()
+    ids = tiny_lm.tokenize(PROMPT).ids[0]
+    assert torch.allclose(result.logprob_edited[1:], q[:-1].gather(1, ids[1:, None])[:, 0], atol=1e-5)
+    assert result.perplexity == pytest.approx(float(tiny_lm.loss(PROMPT).exp()), rel=1e-4)
+    assert result.perplexity_edited == pytest.approx(float(tiny_lm.loss(PROMPT, edits=[edit]).exp()), rel=1e-4)
+    [(name, (without, with_))] = result.features.items()
+    x = tiny_lm.read(PROMPT, SITE)[SITE][0]
+    assert name == f"{SITE} #{live[0]}" and torch.allclose(without, sae.encode(x)[:, live[0]].detach(), atol=1e-5)
+    written = tiny_lm.read(PROMPT, SITE, edits=[edit])[SITE][0]
+    assert torch.allclose(with_, sae.encode(written)[:, live[0]].detach(), atol=1e-5), (
+        "measured, not what was asked for"
+    )
+    table = result.to_pandas()
+    assert len(table) == len(ids) and list(table)[-1] == f"{name} edited"
+    assert "perplexity" in repr(result) and "<table" in result._repr_html_() and "<|" not in result._repr_html_()
+    nothing = tiny_lm.compare(PROMPT, [])
+    assert float(nothing.kl.abs().max()) == 0 and nothing.features == {}
+    with pytest.raises(ValueError, match=r"lm.compare takes one prompt, got several"):
+        tiny_lm.compare([PROMPT, OTHER], [edit])
+
+
+@pytest.mark.parametrize(
+    ("make_edit", "words"),
+    [
+        (lambda s: sl.Steer(s, 3, positions=50), r"position 50 is beyond prompt 0, whose last is 9: count from"),
+        (lambda s: sl.Ablate(s, 3, positions=[2, 10]), "position 10 is beyond prompt 0"),
+        (lambda s: sl.Ablate(s, 3, rows=2), "rows=2 names prompt 2, and there are 1"),
+        (lambda s: sl.Patch(s, LONGER), r"prompt 0 has 10 tokens and its source \d+: .* equal token lengths"),
+        (
+            lambda s: sl.Patch(s, "A red", positions=5),
+            "position 5 is beyond the source of prompt 0: it has 3 tokens",
+        ),
+        (lambda s: sl.Patch(s, [OTHER, OTHER]), "Patch has 2 sources for 1 prompts"),
+    ],
+)
+def test_places_that_are_not_there(make_edit, words, tiny_lm, sae):
+    with pytest.raises(ValueError, match=words):
+        tiny_lm.logits(PROMPT, edits=[make_edit(sae)])
+
+
+def test_generated_positions_may_be_named(tiny_lm, sae, live):
+    edit = sl.Steer(sae, live[0], 6.0, positions=11)
+    assert tiny_lm.generate(PROMPT, [edit], max_new_tokens=4)
+    with pytest.raises(ValueError, match=r"position 11 is beyond prompt 0, whose last is 10 \(1 new tokens counted\)"):
+        tiny_lm.generate(PROMPT, [edit], max_new_tokens=1)
+
+
+@pytest.mark.parametrize(
+    ("make_edit", "words"),
+    [
+        (lambda s: sl.Scale(s, 3, float("nan")), "factor must be a finite number"),
+        (lambda s: sl.Ablate(s, 3, to="median"), "to must be 'zero', 'mean' or 'resample', got 'median'"),
+        (lambda s: sl.Ablate(s, 3, to="mean"), "takes reference=, the prompts whose codes stand in"),
+        (lambda s: sl.Ablate(s, 3, reference=[OTHER]), "takes no reference"),
+        (lambda s: sl.Project(s, 3, error="drop"), "error must be 'keep', got 'drop'"),
+        (lambda s: sl.Patch(s, OTHER, 64), "feature must be an int from 0 to 63"),
+        (lambda s: sl.Steer(s, 3, rows=-1), "rows count the prompts from 0 and are never negative"),
+        (lambda s: sl.Steer(s, 3, steps=[-1]), "steps count passes of generation, 0 is the prompt's and are never"),
+    ],
+)
+def test_more_that_is_refused_when_made(make_edit, words, sae):
+    with pytest.raises(ValueError, match=words):
+        make_edit(sae)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from sae_lab.lm import bundled, tokens
 from sae_lab.lm import site as sites
+from sae_lab.lm.comparing import Comparison, compared
 from sae_lab.lm.tokens import Prompts, Token
 from sae_lab.types import Site, TokenBatch, TokenMask, Write, as_sites
 
@@ -168,9 +169,12 @@ class LM:
         import nnsight
 
         reads, writes = list(reads), list(writes)
-        stops = {s: self._sites.point(s) for s in [*reads, *(w.site for w in writes)]}
+        needed = list(dict.fromkeys(s for w in writes for s in w.reads))
+        stops = {s: self._sites.point(s) for s in [*reads, *needed, *(w.site for w in writes)]}
+        self._require_before(writes)
         # Two sites can share one place (all heads, one head): first its writes, in the order given, then its reads.
-        steps: list[tuple[Site, Any]] = [*((w.site, w.fn) for w in writes), *((s, None) for s in reads)]
+        steps: list[tuple[Site, Write | None]] = [(w.site, w) for w in writes]
+        steps += [(s, None) for s in {*reads, *needed}]
         steps.sort(key=lambda step: (self._sites.when(step[0]), step[1] is None))
         inputs: dict[str, Any] = {"input_ids": batch.ids.to(self.device)}
         if past is None:
@@ -180,30 +184,44 @@ class LM:
         out = None
         with self._lock, torch.no_grad(), self._nn.trace(inputs) as tracer:
             acts = nnsight.save({})
-            for s, fn in steps:
+            held = {}
+            for s, write in steps:
                 x = sites.read(self._nn, stops[s])
-                if fn is None:
-                    acts[s] = x.float().clone() if writes else x.float()
+                if write is None:
+                    held[s] = x.float().clone() if writes else x.float()
+                    if s in reads:
+                        acts[s] = held[s]
                 else:
                     # The stream in mid-block has been kept for the skip connection before the norm sees it.
-                    sites.write(self._nn, stops[s], fn(x, batch), in_place=s.kind == "resid_mid")
+                    new = write.fn(x, batch, *(held[r] for r in write.reads))
+                    sites.write(self._nn, stops[s], new, in_place=s.kind == "resid_mid")
             if logits:
                 out = nnsight.save(self._nn.output.logits)
             else:
                 tracer.stop()
         return dict(acts), out
 
+    def _require_before(self, writes: list[Write]) -> None:
+        """What a write reads must have happened."""
+        for w in writes:
+            for s in w.reads:
+                if self._sites.when(s) >= self._sites.when(w.site):
+                    raise ValueError(
+                        f"an edit that reads {s} cannot change {w.site}, which the model computes before: set the "
+                        "coder's reads and writes to the sites it was trained on"
+                    )
+
     def read(self, prompts: Prompts, at: Site | str | Iterable[Site | str], edits: Iterable[Any] = ()) -> Reading:
         """Activations ``{site: (batch, pos, d) float32}``, right-padded, with ``.mask``; zeros at padding."""
         batch = self.tokenize(prompts)
-        acts, _ = self.run(batch, as_sites(at), self._writes(edits), logits=False)
+        acts, _ = self.run(batch, as_sites(at), self._writes(edits, batch), logits=False)
         pad = ~batch.mask.unsqueeze(-1)
         return Reading({s: x.masked_fill(pad.to(x.device), 0.0) for s, x in acts.items()}, batch)
 
     def logits(self, prompts: Prompts, edits: Iterable[Any] = ()) -> Float[Tensor, "batch pos vocab"]:
         """Next-token logits, float32, right-padded (rows end where ``lm.tokenize(prompts).mask`` does)."""
         batch = self.tokenize(prompts)
-        _, out = self.run(batch, writes=self._writes(edits))
+        _, out = self.run(batch, writes=self._writes(edits, batch))
         assert out is not None
         return out.float()
 
@@ -213,7 +231,7 @@ class LM:
         ``per_token[b, p]`` is the loss of token p given the ones before it: NaN at position 0 and at padding.
         """
         batch = self.tokenize(prompts)
-        _, out = self.run(batch, writes=self._writes(edits))
+        _, out = self.run(batch, writes=self._writes(edits, batch))
         assert out is not None
         losses = token_losses(out, batch)
         if not per_token and bool(losses.isnan().all()):
@@ -233,50 +251,102 @@ class LM:
         Edits act at every position of the prompt and of what is generated. Rows of unequal length run one after the
         other, so that each gets what it gets alone.
         """
-        if max_new_tokens < 1 or not temperature >= 0:
-            raise ValueError(
-                f"generate needs max_new_tokens >= 1 and temperature >= 0, got {max_new_tokens} and {temperature}"
-            )
-        batch = self.tokenize(prompts)
-        writes = self._writes(edits)
-        generator = torch.Generator().manual_seed(seed) if seed is not None else None
+        batch, writes, generator = self._ready_to_generate(prompts, edits, max_new_tokens, temperature, seed)
         texts = [""] * len(batch.ids)
         lengths = batch.mask.sum(1)
         for length in lengths.unique().tolist():
             rows = (lengths == length).nonzero().flatten()
-            ids = self._continue(batch.ids[rows, :length], writes, max_new_tokens, temperature, generator)
+            ids = batch.ids[rows, :length].tolist()
+            for new in self._continue(batch.ids[rows, :length], rows, writes, max_new_tokens, temperature, generator):
+                for row, token in zip(ids, new, strict=True):
+                    row += [] if token is None else [token]
             for row, row_ids in zip(rows.tolist(), ids, strict=True):
                 texts[row] = self.tokenizer.decode(row_ids, skip_special_tokens=True)
         return texts[0] if tokens.is_single(prompts) else texts
 
+    def stream(
+        self,
+        prompt: Prompts,
+        edits: Iterable[Any] = (),
+        max_new_tokens: int = 40,
+        temperature: float = 0.0,
+        seed: int | None = None,
+    ) -> Iterator[str]:
+        """What ``generate`` adds to one prompt, piece by piece as tokens come; together the pieces are its text.
+
+        Stop whenever you like: ``break``, or ``.close()``. A piece is "" while a character's bytes are incomplete.
+        """
+        if not tokens.is_single(prompt):
+            raise ValueError("lm.stream takes one prompt, got several: call it for each, or lm.generate for all")
+        batch, writes, generator = self._ready_to_generate(prompt, edits, max_new_tokens, temperature, seed)
+        return self._pieces(batch, writes, max_new_tokens, temperature, generator)
+
+    def _pieces(self, batch: TokenBatch, writes: list[Write], new: int, temperature: float, generator: Any):
+        ids = batch.ids[0].tolist()
+        said = self.tokenizer.decode(ids, skip_special_tokens=True)
+        for [token] in self._continue(batch.ids, torch.zeros(1, dtype=torch.long), writes, new, temperature, generator):
+            if token is not None:
+                ids.append(token)
+            text = self.tokenizer.decode(ids, skip_special_tokens=True)
+            whole = text if token is None else text.rstrip("\ufffd")  # which stands for bytes that wait for the rest
+            yield whole[len(said) :]
+            said = said if len(whole) < len(said) else whole
+        if rest := self.tokenizer.decode(ids, skip_special_tokens=True)[len(said) :]:
+            yield rest
+
+    def _ready_to_generate(
+        self, prompts: Prompts, edits: Iterable[Any], new: int, temperature: float, seed: int | None
+    ) -> tuple[TokenBatch, list[Write], torch.Generator | None]:
+        if new < 1 or not temperature >= 0:
+            raise ValueError(f"generate needs max_new_tokens >= 1 and temperature >= 0, got {new} and {temperature}")
+        batch = self.tokenize(prompts)
+        generator = torch.Generator().manual_seed(seed) if seed is not None else None
+        return batch, self._writes(edits, batch, new), generator
+
     def _continue(
-        self, ids: Tensor, writes: list[Write], new: int, temperature: float, generator: torch.Generator | None
-    ) -> list[list[int]]:
-        """Token by token with a key-value cache; each row ends at the model's end token."""
+        self, ids: Tensor, rows: Tensor, writes: list[Write], new: int, temperature: float,
+        generator: torch.Generator | None,
+    ) -> Iterator[list[int | None]]:  # fmt: skip
+        """The next token of each row, again and again, with a key-value cache; None for a row that has met the model's
+        end token. rows: the numbers of these rows among the user's prompts."""
         from transformers import DynamicCache
 
         past = DynamicCache(config=self._module.config)
         ends = _end_ids(self._module, self.tokenizer)
-        rows = ids.tolist()
-        done = [False] * len(rows)
+        done = torch.zeros(len(ids), dtype=torch.bool)
         step = ids
-        for _ in range(min(new, self.max_length - ids.shape[1])):
+        for number in range(min(new, self.max_length - ids.shape[1])):
             start = past.get_seq_length()
             positions = torch.arange(start, start + step.shape[1]).expand_as(step)
-            part = TokenBatch(step, torch.ones_like(step, dtype=torch.bool), positions)
+            real = torch.ones_like(step, dtype=torch.bool)
+            part = TokenBatch(step, real, positions, rows=rows, step=number)
             _, out = self.run(part, writes=writes, past=past)
             assert out is not None
             step = _pick(out[:, -1].float().cpu(), temperature, generator)
-            for i, token in enumerate(step.flatten().tolist()):
-                done[i] = done[i] or token in ends
-                if not done[i]:
-                    rows[i].append(token)
-            if all(done):
-                break
-        return rows
+            done |= torch.tensor([token in ends for token in step.flatten().tolist()])
+            if bool(done.all()):
+                return
+            yield [None if end else token for token, end in zip(step.flatten().tolist(), done.tolist(), strict=True)]
 
-    def _writes(self, edits: Iterable[Any]) -> list[Write]:
-        return [w for edit in edits for w in edit.writes(self)]
+    def compare(self, prompt: Prompts, edits: Iterable[Any]) -> Comparison:
+        """One prompt without and with the edits, token by token: KL of the next token, log-probabilities, the edited
+        features' own activations, perplexity."""
+        if not tokens.is_single(prompt):
+            raise ValueError("lm.compare takes one prompt, got several: call it for each")
+        edits = list(edits)
+        batch = self.tokenize(prompt)
+        reads = list(dict.fromkeys(edit.read_site for edit in edits))
+        before, clean = self.run(batch, reads)
+        after, edited = self.run(batch, reads, self._writes(edits, batch))
+        assert clean is not None and edited is not None
+        measured: dict[str, tuple[Tensor, Tensor]] = {}
+        for edit in edits:
+            was, now = edit.measured(before[edit.read_site]), edit.measured(after[edit.read_site])
+            measured |= {name: (codes[0], now[name][0]) for name, codes in was.items()}
+        return compared(self.tokens(prompt), batch.ids[0], clean[0], edited[0], measured, self.tokenizer)
+
+    def _writes(self, edits: Iterable[Any], batch: TokenBatch, new: int = 0) -> list[Write]:
+        return [w for edit in edits for w in edit.writes(self, batch, new)]
 
     # ---- the way in and out
 

@@ -76,6 +76,7 @@ class SparseCoder(nn.Module):
         self.reads: tuple[Site, ...] = ()
         self.writes: tuple[Site, ...] = ()
         self.meta: dict[str, Any] = {}
+        self.path: str | None = None  # what it was loaded from or last saved to: a folder, or a name that sl.load knows
         self.in_raw_units = False  # training scales activations; afterwards the weights serve raw ones
         self.scratch: sparse.Memory | None = None  # training's
         self.progress = 1.0  # of training, 0 to 1: what warms up or anneals in act reads it
@@ -201,6 +202,14 @@ class SparseCoder(nn.Module):
             raise ValueError(f"f's last axis must be d_sae={self.d_sae}, got shape {tuple(f.shape)}")
         x_hat = self._write(f.reshape(-1, self.d_sae).float(), None, None if tokens is None else tokens.reshape(-1))
         return x_hat.reshape(*f.shape[:-1], *self.out_shape)
+
+    def write_of(
+        self, change: Float[Tensor, "batch some"], features: Sequence[int], x: Float[Tensor, "batch d_in"]
+    ) -> Float[Tensor, "batch d_out"]:
+        """What x_hat of rows x changes by when the codes of some features do."""
+        write = change @ self.W_dec[features]
+        size = self._enter(x)[2]
+        return write if size is None or self.transcodes else write * size
 
     def _read(self, x: Tensor) -> Tensor:
         """Pre-activations of float rows."""

@@ -59,6 +59,7 @@ def save(
         save_file(tensors, temporary, metadata={"config": text})
     with cache.atomic(folder / "config.json") as temporary:
         temporary.write_text(text)
+    coder.path = str(folder.resolve())
     return folder
 
 
@@ -110,6 +111,9 @@ def load(path: str | Path, id: str | None = None, check: Any = None) -> SparseCo
     that are damaged, missing, of the wrong shape, or not finite. Code inside a file is never run.
     """
     coder = _find(path, id)
+    coder.path = str(path) if path in shipped() else str(Path(path).expanduser().resolve())
+    if id is not None or (not Path(coder.path).exists() and path not in shipped()):
+        coder.path = None  # a release: its name and id are in meta
     if check is not None:
         from sae_lab.saes.check import check as measure
 

@@ -23,7 +23,7 @@ class Add:
     def __init__(self, site, by):
         self.site, self.by = site, by
 
-    def writes(self, lm):
+    def writes(self, lm, batch, new=0):
         return [Write(self.site, lambda x, tokens: x + self.by)]
 
 

@@ -1,0 +1,85 @@
+"""Comparison: what an edit did to one prompt, token by token."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sae_lab.lm.tokens import Token
+
+SHOWN = 8  # tokens whose chance to come next changed most
+
+
+@dataclass(frozen=True, repr=False)
+class Comparison:
+    """Result of ``lm.compare``; prints as a table.
+
+    Attributes:
+        tokens: the prompt's.
+        kl: " pos", nats: KL(without ‖ with) of what comes after each token.
+        logprob, logprob_edited: " pos", nats: of each token given those before it; NaN at position 0.
+        features: by name, the edited features' (codes without, codes with), " pos" each, measured where the edit reads.
+        perplexity, perplexity_edited: exp of the mean loss of the prompt's tokens.
+        next: (token, log-probability without, with) of the tokens whose chance to come next changed most.
+    """
+
+    tokens: list[Token]
+    kl: Float[Tensor, " pos"]
+    logprob: Float[Tensor, " pos"]
+    logprob_edited: Float[Tensor, " pos"]
+    features: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    perplexity: float = float("nan")
+    perplexity_edited: float = float("nan")
+    next: list[tuple[str, float, float]] = field(default_factory=list)
+
+    def to_pandas(self):
+        """One row a token."""
+        import pandas as pd
+
+        table = {
+            "token": [t.label for t in self.tokens], "kl": self.kl.tolist(), "logprob": self.logprob.tolist(),
+            "logprob_edited": self.logprob_edited.tolist(),
+        }  # fmt: skip
+        for name, (without, with_) in self.features.items():
+            table |= {name: without.tolist(), f"{name} edited": with_.tolist()}
+        return pd.DataFrame(table)
+
+    def _summary(self) -> str:
+        changes = ", ".join(f"{t!r} {a:.2f} → {b:.2f}" for t, a, b in self.next)
+        return (
+            f"perplexity {self.perplexity:.2f} → {self.perplexity_edited:.2f}; "
+            f"mean KL {float(self.kl.mean()):.4f} nats; next token, log-probability: {changes}"
+        )
+
+    def __repr__(self) -> str:
+        return self.to_pandas().to_string(index=False, float_format="{:.3f}".format) + "\n" + self._summary()  # type: ignore[arg-type]
+
+    def _repr_html_(self) -> str:
+        from html import escape
+
+        table = self.to_pandas().to_html(index=False, float_format=lambda v: f"{v:.3f}", border=0)
+        return f"{table}<p>{escape(self._summary())}</p>"
+
+
+def compared(
+    tokens: list[Token], ids: Int[Tensor, " pos"], clean: Float[Tensor, "pos vocab"],
+    edited: Float[Tensor, "pos vocab"], features: dict[str, tuple[Tensor, Tensor]], tokenizer: Any,
+) -> Comparison:  # fmt: skip
+    """The comparison of one prompt's logits without and with edits."""
+    p, q = (logits.float().log_softmax(-1).cpu() for logits in (clean, edited))
+    kl = torch.nn.functional.kl_div(q, p, log_target=True, reduction="none").sum(-1).clamp_min(0.0)
+    before, after = _of_the_tokens(p, ids), _of_the_tokens(q, ids)
+    change = (q[-1].exp() - p[-1].exp()).abs()
+    shown = change.topk(min(SHOWN, len(change))).indices.tolist()
+    following = [(tokenizer.decode([i]), float(p[-1, i]), float(q[-1, i])) for i in shown]
+    perplexity, edited_perplexity = (float(torch.exp(-logprob.nanmean())) for logprob in (before, after))
+    return Comparison(tokens, kl, before, after, features, perplexity, edited_perplexity, following)
+
+
+def _of_the_tokens(logprobs: Float[Tensor, "pos vocab"], ids: Int[Tensor, " pos"]) -> Float[Tensor, " pos"]:
+    """Of each token given those before it; NaN at position 0."""
+    own = torch.full((len(ids),), float("nan"))
+    own[1:] = logprobs[:-1].gather(-1, ids[1:, None].cpu())[:, 0]
+    return own
