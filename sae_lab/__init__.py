@@ -27,6 +27,7 @@ _HOME = {
     "features": "feature_index", "index_features": "feature_index", "FeatureIndex": "feature_index",
     "Edit": "edit", "Steer": "edit", "Clamp": "edit", "Scale": "edit", "Ablate": "edit", "Patch": "edit",
     "Splice": "edit", "Project": "edit",
+    "find_features": "finding",
     "FeatureInspector": "widgets",
     "plot": "plots",
 }  # fmt: skip
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from sae_lab.feature_index import FeatureIndex as FeatureIndex
     from sae_lab.feature_index import features as features
     from sae_lab.feature_index import index_features as index_features
+    from sae_lab.finding import find_features as find_features
     from sae_lab.harvesting import harvest as harvest
     from sae_lab.lm.model import LM as LM
     from sae_lab.lm.text import Text as Text
