@@ -27,7 +27,7 @@ _HOME = {
     "features": "feature_index", "index_features": "feature_index", "FeatureIndex": "feature_index",
     "Edit": "edit", "Steer": "edit", "Clamp": "edit", "Scale": "edit", "Ablate": "edit", "Patch": "edit",
     "Splice": "edit", "Project": "edit",
-    "find_features": "finding",
+    "find_features": "finding", "dose_response": "dosing",
     "FeatureInspector": "widgets",
     "plot": "plots",
 }  # fmt: skip
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from sae_lab import evals as evals
     from sae_lab import saes as saes
     from sae_lab import worlds as worlds
+    from sae_lab.dosing import dose_response as dose_response
     from sae_lab.edit import Ablate as Ablate
     from sae_lab.edit import Clamp as Clamp
     from sae_lab.edit import Edit as Edit

@@ -459,6 +459,28 @@ class Project(Edit):
         return [Write(writes, write, () if reads == writes else (reads,))]
 
 
+@dataclass(frozen=True, repr=False)
+class Push(Edit):
+    """x' = x + vector, where the coder writes: what steering is measured against."""
+
+    vector: Float[Tensor, " d_out"]
+
+    def writes(self, lm: "LM", batch: TokenBatch, new: int = 0) -> list[Write]:
+        reads, writes = self.read_site, self.write_site
+        self._check_coder(lm, reads, writes)
+        self._check_places(batch, new)
+        where = self._where(lm)
+
+        def write(x: Tensor, tokens: TokenBatch, read: Tensor | None = None) -> Tensor:
+            keep = where(x if read is None else read, tokens)
+            return x + keep.unsqueeze(-1) * self.vector.to(x)
+
+        return [Write(writes, write, () if reads == writes else (reads,))]
+
+    def measured(self, x: Tensor) -> dict[str, Tensor]:
+        return {}
+
+
 EDITS = {cls.__name__: cls for cls in (Steer, Clamp, Scale, Ablate, Patch, Splice, Project)}
 
 

@@ -3,6 +3,7 @@
 import sys
 from typing import TYPE_CHECKING, Any
 
+from sae_lab.dosing import PROMPT, DoseResponse
 from sae_lab.evals.choosing import L0Choice
 from sae_lab.feature_index import FeatureView
 from sae_lab.sweeping import MEASURES, Sweep
@@ -13,10 +14,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def plot(result: Run | FeatureView | Sweep | L0Choice) -> "Figure":
+def plot(result: Run | FeatureView | Sweep | L0Choice | DoseResponse) -> "Figure":
     """Draw a result: a ``Run`` (its training curves), a ``FeatureView`` (its activations), a ``Sweep`` (its Pareto
-    fronts), or what ``evals.choose_l0`` gave."""
-    drawers = {Run: _run, FeatureView: _feature, Sweep: _sweep, L0Choice: _l0_choice}
+    fronts), a ``DoseResponse`` (what steering buys and costs), or what ``evals.choose_l0`` gave."""
+    drawers = {Run: _run, FeatureView: _feature, Sweep: _sweep, L0Choice: _l0_choice, DoseResponse: _doses}
     for kind, draw in drawers.items():
         if isinstance(result, kind):
             figure = draw(result)
@@ -80,6 +81,27 @@ def _l0_choice(choice: L0Choice) -> "Figure":
         if name != "fvu":
             lowest = int(table[name].to_numpy().argmin())
             axis.axvline(float(table["l0"].to_numpy()[lowest]), color="0.6", linewidth=1, linestyle="--")
+    return figure
+
+
+def _doses(result: DoseResponse) -> "Figure":
+    """Log-odds against strength, and against what it costs: at equal cost, higher is better."""
+    table = result.to_pandas()
+    figure, axes = _subplots(2, height=3.0)
+    for number, (method, part) in enumerate(table.groupby("method", sort=False)):
+        for axis, x in zip(axes, ("strength", "cost"), strict=True):
+            if method == PROMPT and x == "strength":
+                axis.axhline(float(part["log_odds"].iloc[0]), color=f"C{number}", linewidth=1, linestyle=":")
+                continue
+            marker = "*" if method == PROMPT else "o"
+            bars = part["se"].fillna(0)
+            axis.errorbar(
+                part[x], part["log_odds"], bars, marker=marker, markersize=4, linewidth=1.2, color=f"C{number}",
+                label=method,
+            )  # fmt: skip
+    axes[0].set(xlabel="strength (f_scale)", title="log-odds of the target (nats)")
+    axes[1].set(xlabel="cost: rise of loss on other text (nats/token)", title="log-odds at a cost")
+    axes[1].legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 

@@ -18,7 +18,7 @@ FLOORS = [
     {"store"},
     {"harvesting"},
     {"training", "checkpoint", "distributed", "edit", "matching"},
-    {"evals", "circuits", "feature_index", "sweeping", "estimating", "finding"},
+    {"evals", "circuits", "feature_index", "sweeping", "estimating", "finding", "dosing"},
     {"widgets", "plots"},
 ]
 # These rooms share a floor and a wall: what knows language models knows no coders, and the other way round.

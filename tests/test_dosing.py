@@ -1,0 +1,129 @@
+"""dose_response: every figure against the model run by hand, and the controls beside it."""
+
+import math
+
+import pytest
+import torch
+
+import sae_lab as sl
+from sae_lab import dosing
+from sae_lab.types import Site
+from tests.test_edit import LONGER, OTHER, PROMPT, firing, make
+
+SITE = Site("resid_post", 1)
+STRENGTHS = [0.0, 1.0, 3.0]
+
+
+@pytest.fixture(scope="module")
+def sae(make_tiny):
+    return make(make_tiny("llama"))
+
+
+@pytest.fixture(scope="module")
+def result(make_tiny, sae):
+    lm = make_tiny("llama")
+    feature = firing(lm, sae)[0]
+    return sl.dose_response(
+        lm, sae, feature, [PROMPT, OTHER], [" the", " sea"], [LONGER, OTHER], strengths=STRENGTHS,
+        examples=([PROMPT, OTHER], [LONGER]), ask="Speak of ships.",
+    )  # fmt: skip
+
+
+def log_odds(lm, prompt, edits, targets=(" the", " sea")):
+    ids = [lm.tokenizer(t, add_special_tokens=False)["input_ids"][0] for t in targets]
+    p = float(lm.logits(prompt, edits=edits)[0, -1].softmax(-1)[ids].sum())
+    return math.log(p / (1 - p))
+
+
+def test_the_features_rows_are_those_of_steering(tiny_lm, sae, result):
+    table = result.to_pandas()
+    mine = table[table.method == "feature"]
+    assert mine.strength.tolist() == STRENGTHS
+    for row in mine.itertuples():
+        edits = [sl.Steer(sae, result.feature, row.strength)]
+        by_hand = [log_odds(tiny_lm, p, edits) for p in (PROMPT, OTHER)]
+        assert row.log_odds == pytest.approx(sum(by_hand) / 2, abs=1e-3)
+        assert row.se == pytest.approx(float(torch.tensor(by_hand).std()) / 2**0.5, abs=1e-3)
+        costs = [
+            float((tiny_lm.loss(t, edits, per_token=True) - tiny_lm.loss(t, per_token=True))[0, 2:].mean())
+            for t in (LONGER, OTHER)
+        ]
+        assert row.cost == pytest.approx(sum(costs) / 2, abs=1e-4)
+        assert row.norm == pytest.approx(row.strength * float(sae.f_scale[result.feature]), rel=1e-4)
+    assert mine.cost.iloc[0] == 0 and mine.cost.iloc[-1] != 0
+
+
+def test_controls_have_the_same_norm(tiny_lm, sae, result):
+    table = result.to_pandas()
+    norms = table[table.method == "feature"].norm.tolist()
+    for method in ("random direction", "difference in means"):
+        assert table[table.method == method].norm.tolist() == pytest.approx(norms)
+        assert table[table.method == method].log_odds.iloc[0] == table.log_odds.iloc[0]
+    means = []
+    for texts in ([PROMPT, OTHER], [LONGER]):
+        means.append(torch.stack([tiny_lm.read(t, SITE)[SITE][0, 1:].mean(0) for t in texts]).mean(0))
+    vector = means[0] - means[1]
+    push = dosing.Push(sae, norms[-1] * vector / vector.norm())
+    row = table[(table.method == "difference in means") & (table.strength == 3.0)].iloc[0]
+    by_hand = [log_odds(tiny_lm, p, [push]) for p in (PROMPT, OTHER)]
+    assert row.log_odds == pytest.approx(sum(by_hand) / 2, abs=1e-3)
+
+
+def test_the_prompt_that_asks(tiny_lm, result):
+    row = result.to_pandas().iloc[-1]
+    assert row.method == "prompt" and math.isnan(row.strength)
+    by_hand = [log_odds(tiny_lm, "Speak of ships." + p, []) for p in (PROMPT, OTHER)]
+    assert row.log_odds == pytest.approx(sum(by_hand) / 2, abs=1e-4)
+    costs = []
+    for text in (LONGER, OTHER):
+        asking, ids = (tiny_lm.tokenize(t).ids[0] for t in ("Speak of ships.", text))
+        whole = torch.cat([asking, ids[1:]])
+        logprob = tiny_lm.logits([whole.tolist()])[0].log_softmax(-1)
+        after = -logprob[len(asking) : -1].gather(1, whole[len(asking) + 1 :, None]).mean()
+        costs.append(float(after - tiny_lm.loss(text, per_token=True)[0, 2:].mean()))
+    assert row.cost == pytest.approx(sum(costs) / 2, abs=1e-4)
+
+
+def test_at_equal_cost():
+    def row(method, cost, log_odds):
+        return {"method": method, "strength": 0, "norm": 0, "log_odds": log_odds, "se": 0, "cost": cost, "cost_se": 0}
+
+    rows = [row("feature", 0, -5), row("feature", 1, -3), row("feature", 0.5, -9), row("random direction", 0, -5)]
+    rows += [row("random direction", 0.2, -4), row("prompt", 0.4, 0)]
+    even = dosing.DoseResponse(rows, 3, (" x",))
+    assert even.at_cost(0.5) == pytest.approx({"feature": -4, "random direction": math.nan, "prompt": 0}, nan_ok=True)
+    cheap = {"feature": -4.8, "random direction": -4.5, "prompt": math.nan}
+    assert even.at_cost(0.1) == pytest.approx(cheap, nan_ok=True)
+    assert "feature 3, target ' x'; log-odds where each costs 0.500 nats/token: feature -4.00" in repr(even)
+    assert "<table" in even._repr_html_()
+
+
+def test_its_picture(result):
+    figure = sl.plot(result)
+    left, right = figure.axes
+    assert [text.get_text() for text in right.get_legend().get_texts()] == [
+        "feature", "random direction", "difference in means", "prompt"
+    ]  # fmt: skip
+    table = result.to_pandas()
+    drawn = left.containers[0].lines[0].get_ydata()
+    assert drawn.tolist() == table[table.method == "feature"].log_odds.tolist()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"target": " riverboats and"}, r"a target is one token, ' riverboats and' is \d+"),
+        ({"strengths": [1.0, 2.0]}, r"strengths begin at 0.*got \[1.0, 2.0\]"),
+        ({"strengths": [0.0, 2.0, 1.0]}, "strengths begin at 0"),
+        ({"prompts": []}, "at least one prompt"),
+        ({"text": []}, "at least one prompt, one target, one other text"),
+        ({"examples": ([PROMPT], [PROMPT])}, "the difference in means has no length"),
+        ({"examples": ([PROMPT], [])}, "positive and negative texts, at least one of each"),
+        ({"feature": 999}, "feature must be an int from 0 to 63"),
+    ],
+)
+def test_refused(change, words, tiny_lm, sae):
+    feature = firing(tiny_lm, sae)[0]
+    given = {"feature": feature, "prompts": [PROMPT], "target": " the", "text": [OTHER], "strengths": [0.0, 1.0]}
+    with pytest.raises(ValueError, match=words):
+        sl.dose_response(tiny_lm, sae, **given | change)
