@@ -182,18 +182,18 @@ class _Measure:
         logits = self.lm.logits([ask + p for p in self.prompts], edits=edits)
         chance = logits[torch.arange(len(last)), last].log_softmax(-1)[:, self.target].logsumexp(-1)
         log_odds = (chance - torch.log1p(-chance.exp())).cpu()
-        return log_odds, torch.stack([self._loss(one, edits, ask) for one in self.text])
+        return log_odds, self._losses(edits, ask)
 
-    def _loss(self, text: str, edits: list[Any], ask: str) -> Tensor:
-        """Of the text's own tokens: of what asks before it, none count."""
-        ids = self.lm.tokenize(text).ids[0]
-        if ask:
-            asking = self.lm.tokenize(ask.rstrip()).ids[0]
-            whole = torch.cat([asking, ids[1:] if self.lm.prefix_id is not None else ids])
-        else:
-            asking, whole = ids[:1], ids
-        losses = self.lm.loss(pad([whole.tolist()]), edits=edits, per_token=True)[0]
-        return losses[len(asking) + 1 :].nanmean() if ask else losses[2:].nanmean()
+    def _losses(self, edits: list[Any], ask: str) -> Float[Tensor, " text"]:
+        """Of each text's tokens from its second on, which are the first that an edit reaches: of what asks before, none
+        count."""
+        first = 0 if self.lm.prefix_id is None else 1  # of a text's own tokens
+        before = self.lm.tokenize(ask.rstrip() if ask else self.text[0]).ids[0].tolist()
+        before = before if ask else before[:first]
+        batch = self.lm.tokenize(self.text)
+        rows = [ids[mask].tolist()[first:] for ids, mask in zip(batch.ids, batch.mask, strict=True)]
+        losses = self.lm.loss(pad([before + row for row in rows]), edits=edits, per_token=True)
+        return losses[:, len(before) + 1 :].nanmean(1)
 
 
 def _row(results: list[tuple[Tensor, Tensor]], clean: tuple[Tensor, Tensor]) -> dict[str, float]:

@@ -172,7 +172,7 @@ class Edit:
     def measured(self, x: Float[Tensor, "batch pos d_in"]) -> dict[str, Float[Tensor, "batch pos"]]:
         """The codes of its features, by name, in activations at the site it reads; of Splice and Project, none."""
         codes = self.coder.encode(x.to(self.coder.W_dec.device))
-        return {f"{self.read_site} #{feature}": codes[..., feature].cpu() for feature in self.features}
+        return {f"{self.read_site.key} #{feature}": codes[..., feature].cpu() for feature in self.features}
 
     # ---- in words and on disk
 

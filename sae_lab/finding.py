@@ -25,8 +25,8 @@ class FoundFeatures:
     Columns of ``to_pandas()``: feature; auroc: chance that the feature is stronger at a positive example than at a
     negative one (ties count half), on the examples it was ranked on; held_out: the same on the others, which no choice
     has seen; mean_difference: pooled code at positives less at negatives, all examples; density: share of all tokens
-    on which it fires; p: two-sided, by permutation of labels; q: p after Benjamini and Hochberg over all features that
-    fire anywhere here.
+    on which it fires; p: two-sided, by permutation of the labels of all examples; q: p after Benjamini and Hochberg
+    over all features that fire anywhere here.
     """
 
     table: dict[str, ndarray] = field(repr=False)
@@ -125,7 +125,10 @@ def find_features(
             )
     live = np.unique(examples.feature)
     auroc = _auroc(examples, ranked, live)
-    p = _p_values(examples, ranked, live, auroc, permutations, seed, within_texts=by_token)
+    every = np.ones(len(examples.label), bool)
+    p = _p_values(
+        examples, every, live, _auroc(examples, every, live), permutations, seed, within_texts=by_token
+    )  # of all examples: its correction is for the number of features, not for a choice among them
     from scipy.stats import false_discovery_control
 
     table = {

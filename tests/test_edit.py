@@ -616,7 +616,7 @@ def test_compare(tiny_lm, sae, live):
     assert result.perplexity_edited == pytest.approx(float(tiny_lm.loss(PROMPT, edits=[edit]).exp()), rel=1e-4)
     [(name, (without, with_))] = result.features.items()
     x = tiny_lm.read(PROMPT, SITE)[SITE][0]
-    assert name == f"{SITE} #{live[0]}" and torch.allclose(without, sae.encode(x)[:, live[0]].detach(), atol=1e-5)
+    assert name == f"{SITE.key} #{live[0]}" and torch.allclose(without, sae.encode(x)[:, live[0]].detach(), atol=1e-5)
     written = tiny_lm.read(PROMPT, SITE, edits=[edit])[SITE][0]
     assert torch.allclose(with_, sae.encode(written)[:, live[0]].detach(), atol=1e-5), (
         "measured, not what was asked for"
