@@ -50,9 +50,10 @@ bench: .venv/.peers
 	$(BIN)/python benchmarks/first_numbers.py
 	$(BIN)/python benchmarks/steps.py --readme
 	$(BIN)/python benchmarks/sweep.py --readme
+	$(BIN)/python benchmarks/generation.py --readme
 	$(BIN)/python benchmarks/estimates.py
 	$(BIN)/python benchmarks/race.py
-	$(BIN)/python benchmarks/index.py
+	$(BIN)/python benchmarks/index.py --readme
 
 clean:
 	rm -rf .venv widgets/node_modules notebooks/executed

@@ -15,7 +15,7 @@ takes back when it needs them; "anonymous" has not, and is looked at every 10 ms
 index as it is opened again, files in the page cache; where others use the machine too, the processor's time tells more
 than the time that passed.
 
---tokens N   --features N [N ...]   smaller ones for a try.
+--tokens N   --features N [N ...]   smaller ones for a try.   --readme: the table in README.md.
 """
 
 import argparse
@@ -32,12 +32,14 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import save_file
+from steps import processor, write_readme
 
 import sae_lab as sl
 from sae_lab.feature_index.labels import Labels
 from sae_lab.harvesting import _crc
 from sae_lab.store import memory_map
 
+RESULTS = Path(__file__).parent / "results" / "index.json"
 TOKENS, FEATURES = 1_000_000, [16_384, 102_400]
 SITE = sl.Site("resid_post", 8)
 NOISE = 0.02
@@ -192,6 +194,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=TOKENS)
     parser.add_argument("--features", type=int, nargs="+", default=FEATURES)
     parser.add_argument("--measure", type=Path)
+    parser.add_argument("--readme", action="store_true")
     args = parser.parse_args()
     if args.measure:
         print(json.dumps(measure(args.measure, args.tokens, args.features[0])))
@@ -200,11 +203,24 @@ def main() -> None:
         folder = Path(temporary) / "store"
         folder.mkdir()
         make_store(sl.LM(), folder, args.tokens)
+        rows = {}
         for d_sae in args.features:
             found = measure_elsewhere(folder, args.tokens, d_sae)
+            rows[f"{args.tokens:,} tokens, {d_sae:,} features"] = {n: form.format(**found) for n, form in TABLE.items()}
             print(f"\n{args.tokens:,} tokens, {d_sae:,} features ({torch.get_num_threads()} threads)")
-            for name, form in TABLE.items():
-                print(f"  {name:22} {form.format(**found):>16}", flush=True)
+            for name, shown in rows[f"{args.tokens:,} tokens, {d_sae:,} features"].items():
+                print(f"  {name:22} {shown:>16}", flush=True)
+    report(rows, args.readme)
+
+
+def report(rows: dict[str, dict[str, str]], readme: bool) -> None:
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps({"machine": processor(), "rows": rows}, indent=1))
+    if readme:
+        names = [n for n in TABLE if n not in ("build", "M", "slowest, processor's", "densest feature", "live", "L0")]
+        lines = ["| | " + " | ".join(rows) + " |", "|---|" + "---|" * len(rows)]
+        lines += [f"| {name} | " + " | ".join(row[name] for row in rows.values()) + " |" for name in names]
+        write_readme("\n".join(lines), "index", "end of index")
 
 
 if __name__ == "__main__":
