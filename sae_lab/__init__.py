@@ -31,10 +31,11 @@ _HOME = {
     "FeatureInspector": "widgets",
     "plot": "plots",
 }  # fmt: skip
-_MODULES = ("cache", "evals", "saes", "worlds")
+_MODULES = ("cache", "circuits", "evals", "saes", "worlds")
 
 if TYPE_CHECKING:
     from sae_lab import cache as cache
+    from sae_lab import circuits as circuits
     from sae_lab import evals as evals
     from sae_lab import saes as saes
     from sae_lab import worlds as worlds

@@ -3,6 +3,7 @@
 import sys
 from typing import TYPE_CHECKING, Any
 
+from sae_lab.circuits import Attribution, PatchGrid
 from sae_lab.dosing import PROMPT, DoseResponse
 from sae_lab.evals.choosing import L0Choice
 from sae_lab.feature_index import FeatureView
@@ -14,10 +15,16 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def plot(result: Run | FeatureView | Sweep | L0Choice | DoseResponse) -> "Figure":
+def plot(
+    result: Run | FeatureView | Sweep | L0Choice | DoseResponse | PatchGrid | Attribution,
+) -> "Figure":
     """Draw a result: a ``Run`` (its training curves), a ``FeatureView`` (its activations), a ``Sweep`` (its Pareto
-    fronts), a ``DoseResponse`` (what steering buys and costs), or what ``evals.choose_l0`` gave."""
-    drawers = {Run: _run, FeatureView: _feature, Sweep: _sweep, L0Choice: _l0_choice, DoseResponse: _doses}
+    fronts), a ``DoseResponse`` (what steering buys and costs), a ``PatchGrid``, an ``Attribution`` (estimates against
+    true effects), or what ``evals.choose_l0`` gave."""
+    drawers = {
+        Run: _run, FeatureView: _feature, Sweep: _sweep, L0Choice: _l0_choice, DoseResponse: _doses,
+        PatchGrid: _patches, Attribution: _attribution,
+    }  # fmt: skip
     for kind, draw in drawers.items():
         if isinstance(result, kind):
             figure = draw(result)
@@ -102,6 +109,41 @@ def _doses(result: DoseResponse) -> "Figure":
     axes[0].set(xlabel="strength (f_scale)", title="log-odds of the target (nats)")
     axes[1].set(xlabel="cost: rise of loss on other text (nats/token)", title="log-odds at a cost")
     axes[1].legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+def _patches(grid: PatchGrid) -> "Figure":
+    """A map for each kind of site, layers upward, one colour scale for all, white at no effect."""
+    figure, axes = _subplots(len(grid.kinds), height=4.2)
+    most = float(grid.values.abs().max())
+    labels = [a if a == b else f"{a} ← {b}" for a, b in grid.tokens]
+    image = None
+    for axis, kind, values in zip(axes, grid.kinds, grid.values, strict=True):
+        image = axis.imshow(values, origin="lower", aspect="auto", cmap="RdBu_r", vmin=-most, vmax=most)
+        axis.set_xticks(range(len(labels)), labels, rotation=90, fontsize=7)
+        marks = range(0, len(grid.layers), max(1, len(grid.layers) // 8))
+        axis.set_yticks(list(marks), [str(grid.layers[i]) for i in marks], fontsize=7)
+        axis.set(title=kind)
+    axes[0].set_ylabel("layer")
+    assert image is not None
+    bar = figure.colorbar(image, ax=axes, shrink=0.8)
+    bar.set_label("share of the metric's change", fontsize=8)
+    return figure
+
+
+def _attribution(result: Attribution) -> "Figure":
+    """Estimates against true effects: on the line, they agree."""
+    table = result.to_pandas().dropna()
+    figure, (axis,) = _subplots(1, height=3.4)
+    is_error = table["feature"] < 0
+    for name, part, colour in (
+        ("features", table[~is_error], "tab:blue"),
+        ("the SAE's error", table[is_error], "tab:orange"),
+    ):
+        axis.scatter(part["estimate"], part["truth"], s=12, color=colour, label=name)
+    axis.axline((0, 0), slope=1, color="0.6", linewidth=1, linestyle="--")
+    axis.set(xlabel="estimate", ylabel="effect of the patch", title="units of the metric")
+    axis.legend(fontsize=8, frameon=False)
     return figure
 
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -200,6 +200,23 @@ class LM:
             else:
                 tracer.stop()
         return dict(acts), out
+
+    def gradient(
+        self, batch: TokenBatch, site: Site, metric: Callable[[Tensor], Tensor], x: Float[Tensor, "batch pos d"]
+    ) -> Float[Tensor, "batch pos d"]:
+        """The gradient of ``metric(logits)``, summed, by the activations at a site, where x stands there."""
+        import nnsight
+
+        point = self._sites.point(site)
+        inputs = {"input_ids": batch.ids.to(self.device), "use_cache": False}
+        with self._lock, torch.enable_grad(), self._nn.trace(inputs):
+            here = sites.read(self._nn, point)
+            there = x.detach().to(here.device, here.dtype).requires_grad_(True)
+            # A copy, for the stream in mid-block is written in place, and a leaf that wants its gradient may not be.
+            sites.write(self._nn, point, there.clone(), in_place=site.kind == "resid_mid")
+            value = metric(self._nn.output.logits.float()).sum()
+            found = nnsight.save(torch.autograd.grad(value, [there])[0])
+        return found.float()
 
     def _require_before(self, writes: list[Write]) -> None:
         """What a write reads must have happened."""
