@@ -107,7 +107,7 @@ def _doses(result: DoseResponse) -> "Figure":
                 label=method,
             )  # fmt: skip
     axes[0].set(xlabel="strength (f_scale)", title="log-odds of the target (nats)")
-    axes[1].set(xlabel="cost: rise of loss on other text (nats/token)", title="log-odds at a cost")
+    axes[1].set(xlabel="rise of loss on other text (nats)", title="log-odds at a cost")
     axes[1].legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
