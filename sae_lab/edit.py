@@ -108,7 +108,10 @@ class Edit:
         reads, writes = self.read_site, self.write_site
         self._check_coder(lm, reads, writes)
         self._check_places(batch, new)
-        coder, features, drop = self.coder, self.features, self.error == "drop"
+        coder, drop = self.coder, self.error == "drop"
+        features: list[int] | slice = self.features
+        if features == list(range(coder.d_sae)):
+            features = slice(None)  # no copy of W_dec
         scale = coder.f_scale[features]
         self._check_scale(scale)
         rule, where = self.rule(lm, batch), self._where(lm)
@@ -487,7 +490,7 @@ EDITS = {cls.__name__: cls for cls in (Steer, Clamp, Scale, Ablate, Patch, Splic
 @torch.no_grad()
 def changed_rows(
     x: Float[Tensor, "tokens d_out"], read: Float[Tensor, "tokens d_in"], ids: Int[Tensor, " tokens"],
-    coder: SparseCoder, features: list[int], drop: bool, new_codes: Callable[[Tensor], Tensor],
+    coder: SparseCoder, features: list[int] | slice, drop: bool, new_codes: Callable[[Tensor], Tensor],
 ) -> Float[Tensor, "tokens d_out"]:  # fmt: skip
     """x with the codes of some features replaced: x + W_dec·(z' - z), or the reconstruction from z' (``drop``).
 

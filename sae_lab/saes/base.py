@@ -204,7 +204,7 @@ class SparseCoder(nn.Module):
         return x_hat.reshape(*f.shape[:-1], *self.out_shape)
 
     def write_of(
-        self, change: Float[Tensor, "batch some"], features: Sequence[int], x: Float[Tensor, "batch d_in"]
+        self, change: Float[Tensor, "batch some"], features: Sequence[int] | slice, x: Float[Tensor, "batch d_in"]
     ) -> Float[Tensor, "batch d_out"]:
         """What x_hat of rows x changes by when the codes of some features do."""
         write = change @ self.W_dec[features]
