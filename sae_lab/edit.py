@@ -36,6 +36,7 @@ class Places(NamedTuple):
 
 
 Rule = Callable[[Tensor, Tensor, Places], Tensor]  # (z "tokens features", f_scale " features", where) -> z'
+Change = Callable[[Tensor, Tensor, Tensor, Places], Tensor]  # (x "tokens d_out", read "tokens d_in", ids, where) -> x'
 
 
 @dataclass(frozen=True, repr=False)
@@ -59,6 +60,7 @@ class Edit:
     error: str = field(default="keep", kw_only=True)
 
     ERRORS = ("keep", "drop")
+    IN_F_SCALE = False  # whether its setting is measured in f_scale, which the features must then have
 
     def __post_init__(self):
         if self.error not in self.ERRORS:
@@ -78,9 +80,6 @@ class Edit:
     def rule(self, lm: "LM", batch: TokenBatch) -> Rule:
         """z' from z."""
         raise NotImplementedError
-
-    def _check_scale(self, scale: Tensor) -> None:
-        """For edits in units of f_scale."""
 
     # ---- what the model must do
 
@@ -108,13 +107,7 @@ class Edit:
         reads, writes = self.read_site, self.write_site
         self._check_coder(lm, reads, writes)
         self._check_places(batch, new)
-        coder, drop = self.coder, self.error == "drop"
-        features: list[int] | slice = self.features
-        if features == list(range(coder.d_sae)):
-            features = slice(None)  # no copy of W_dec
-        scale = coder.f_scale[features]
-        self._check_scale(scale)
-        rule, where = self.rule(lm, batch), self._where(lm)
+        where, change = self._where(lm), self.change(lm, batch)
 
         def write(x: Tensor, tokens: TokenBatch, read: Tensor | None = None) -> Tensor:
             source = x if read is None else read
@@ -122,15 +115,27 @@ class Edit:
             if not bool(keep.any()):
                 return x
             places = Places(tokens.row_numbers[keep.nonzero()[:, 0].cpu()], tokens.positions[keep.cpu()])
-            changed = changed_rows(
-                x[keep], source[keep], tokens.ids[keep.to(tokens.ids.device)], coder, features, drop,
-                lambda z: rule(z, scale, places),
-            )  # fmt: skip
             out = x.clone()
-            out[keep] = changed
+            out[keep] = change(x[keep], source[keep], tokens.ids[keep.to(tokens.ids.device)], places).to(x)
             return out
 
         return [Write(writes, write, () if reads == writes else (reads,))]
+
+    def change(self, lm: "LM", batch: TokenBatch) -> Change:
+        """What becomes of the tokens it touches: their codes by ``rule``."""
+        coder, drop = self.coder, self.error == "drop"
+        features: list[int] | slice = self.features
+        if features == list(range(coder.d_sae)):
+            features = slice(None)  # no copy of W_dec
+        scale = coder.f_scale[features]
+        if self.IN_F_SCALE:
+            _require_scale(self, scale)
+        rule = self.rule(lm, batch)
+
+        def change(x: Tensor, read: Tensor, ids: Tensor, at: Places) -> Tensor:
+            return changed_rows(x, read, ids, coder, features, drop, lambda z: rule(z, scale, at))
+
+        return change
 
     def _check_coder(self, lm: "LM", reads: Site, writes: Site) -> None:
         coder = self.coder
@@ -250,6 +255,7 @@ class Steer(FeatureEdit):
     strongest 0.1 % of firings reach; 1-2 steers fluent text, above 4 most text breaks."""
 
     strength: float = 1.0
+    IN_F_SCALE = True
 
     def __post_init__(self):
         super().__post_init__()
@@ -258,15 +264,13 @@ class Steer(FeatureEdit):
     def rule(self, lm: "LM", batch: TokenBatch) -> Rule:
         return lambda z, scale, at: z + self.strength * scale
 
-    def _check_scale(self, scale: Tensor) -> None:
-        _require_scale(self, scale)
-
 
 @dataclass(frozen=True, repr=False)
 class Clamp(FeatureEdit):
     """z' = value·f_scale: hold a feature at a level, whatever the text says."""
 
     value: float = 1.0
+    IN_F_SCALE = True
 
     def __post_init__(self):
         super().__post_init__()
@@ -274,9 +278,6 @@ class Clamp(FeatureEdit):
 
     def rule(self, lm: "LM", batch: TokenBatch) -> Rule:
         return lambda z, scale, at: (self.value * scale).expand_as(z)
-
-    def _check_scale(self, scale: Tensor) -> None:
-        _require_scale(self, scale)
 
 
 @dataclass(frozen=True, repr=False)
@@ -355,13 +356,9 @@ class Patch(Edit):
 
     def rule(self, lm: "LM", batch: TokenBatch) -> Rule:
         codes, keep = self._source(lm, batch)
-        one = len(codes) == 1
 
         def new(z: Tensor, scale: Tensor, at: Places) -> Tensor:
-            row = torch.zeros_like(at.rows) if one else at.rows
-            there = at.positions < codes.shape[1]
-            position = at.positions.clamp_max(codes.shape[1] - 1)
-            there = there & keep[row, position]
+            row, position, there = _in_source(keep, at)
             return torch.where(there[:, None].to(z.device), codes[row, position].to(z), z)
 
         return new
@@ -390,33 +387,24 @@ class Patch(Edit):
                 )
         return codes, keep
 
-    def writes(self, lm: "LM", batch: TokenBatch, new: int = 0) -> list[Write]:
+    def change(self, lm: "LM", batch: TokenBatch) -> Change:
+        codes_only = super().change(lm, batch)
         if self.error != "patch":
-            return super().writes(lm, batch, new)
-        return [w._replace(fn=self._with_error(lm, batch, w)) for w in super().writes(lm, batch, new)]
+            return codes_only
+        coder = self.coder
+        reading = lm.read(self.source, list(dict.fromkeys([self.read_site, self.write_site])))
+        read, target = reading[self.read_site], reading[self.write_site]
+        with torch.no_grad():
+            wrong = target - coder(read, reading.ids).x_hat
+        keep = _codes_of(self, lm, self.source)[1]
 
-    def _with_error(self, lm: "LM", batch: TokenBatch, codes_only: Write) -> Callable[..., Tensor]:
-        """The codes' patch, and what the coder did not reconstruct taken from the other run."""
-        site, where = self.write_site, self._where(lm)
-        reading = lm.read(self.source, list(dict.fromkeys([self.read_site, site])))
-        target, read = reading[site], reading[self.read_site]
-        wrong = target - self.coder(read, reading.ids).x_hat.detach()
+        @torch.no_grad()
+        def change(x: Tensor, read: Tensor, ids: Tensor, at: Places) -> Tensor:
+            row, position, there = _in_source(keep, at)
+            theirs, ours = wrong[row, position].to(x), x - coder(read, ids.to(x.device)).x_hat.to(x)
+            return codes_only(x, read, ids, at) + (theirs - ours) * there[:, None].to(x)
 
-        def write(x: Tensor, tokens: TokenBatch, read: Tensor | None = None) -> Tensor:
-            source = x if read is None else read
-            keep = where(source, tokens) & (tokens.positions < wrong.shape[1]).to(x.device)
-            out = codes_only.fn(x, tokens, *(() if read is None else (read,)))
-            if not bool(keep.any()):
-                return out
-            row, at = tokens.row_numbers[keep.nonzero()[:, 0].cpu()], tokens.positions[keep.cpu()]
-            row = torch.zeros_like(row) if len(wrong) == 1 else row
-            ids = tokens.ids[keep.to(tokens.ids.device)]
-            here = x[keep] - self.coder(source[keep], ids.to(x.device)).x_hat.detach().to(x)
-            out = out.clone()
-            out[keep] += wrong[row, at].to(x) - here
-            return out
-
-        return write
+        return change
 
 
 @dataclass(frozen=True, repr=False)
@@ -445,21 +433,14 @@ class Project(Edit):
     def features(self) -> list[int]:
         return _features(self.coder, self.feature)
 
-    def writes(self, lm: "LM", batch: TokenBatch, new: int = 0) -> list[Write]:
-        reads, writes = self.read_site, self.write_site
-        self._check_coder(lm, reads, writes)
-        self._check_places(batch, new)
-        where = self._where(lm)
+    def change(self, lm: "LM", batch: TokenBatch) -> Change:
         basis = torch.linalg.qr(self.coder.W_dec[self.features].detach().T.double())[0].float()  # d_out x directions
 
-        def write(x: Tensor, tokens: TokenBatch, read: Tensor | None = None) -> Tensor:
-            keep = where(x if read is None else read, tokens)
-            q, rows = basis.to(x.device), x[keep].float()
-            out = x.clone()
-            out[keep] = (rows - (rows @ q) @ q.T).to(x.dtype)
-            return out
+        def change(x: Tensor, read: Tensor, ids: Tensor, at: Places) -> Tensor:
+            q, rows = basis.to(x.device), x.float()
+            return rows - (rows @ q) @ q.T
 
-        return [Write(writes, write, () if reads == writes else (reads,))]
+        return change
 
 
 @dataclass(frozen=True, repr=False)
@@ -468,17 +449,8 @@ class Push(Edit):
 
     vector: Float[Tensor, " d_out"]
 
-    def writes(self, lm: "LM", batch: TokenBatch, new: int = 0) -> list[Write]:
-        reads, writes = self.read_site, self.write_site
-        self._check_coder(lm, reads, writes)
-        self._check_places(batch, new)
-        where = self._where(lm)
-
-        def write(x: Tensor, tokens: TokenBatch, read: Tensor | None = None) -> Tensor:
-            keep = where(x if read is None else read, tokens)
-            return x + keep.unsqueeze(-1) * self.vector.to(x)
-
-        return [Write(writes, write, () if reads == writes else (reads,))]
+    def change(self, lm: "LM", batch: TokenBatch) -> Change:
+        return lambda x, read, ids, at: x + self.vector.to(x)
 
     def measured(self, x: Tensor) -> dict[str, Tensor]:
         return {}
@@ -520,6 +492,13 @@ def _codes_of(edit: Edit, lm: "LM", prompts: Prompts) -> tuple[Tensor, Tensor, T
     keep = mask.keep(batch.ids, batch.positions, {site: reading[site].to(batch.ids.device)}) & batch.mask
     with torch.no_grad():
         return coder.encode(reading[site].to(coder.W_dec.device))[..., edit.features].cpu(), keep.cpu(), batch
+
+
+def _in_source(keep: Bool[Tensor, "rows pos"], at: Places) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each token: its row and position in another run, and whether a token that counts stands there."""
+    row = torch.zeros_like(at.rows) if len(keep) == 1 else at.rows
+    position = at.positions.clamp_max(keep.shape[1] - 1)
+    return row, position, (at.positions < keep.shape[1]) & keep[row, position]
 
 
 def _require_scale(edit: Edit, scale: Tensor) -> None:

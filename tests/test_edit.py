@@ -411,6 +411,17 @@ def test_each_row_has_its_source(tiny_lm, sae):
     assert near(one[0, :length], tiny_lm.logits(OTHER)[0]) and near(one[1], tiny_lm.logits(LONGER)[0])
 
 
+def test_what_the_source_does_not_have_is_not_patched(tiny_lm, sae):
+    """Sources of unequal lengths are padded: neither codes nor error come from padding, or from tokens left out."""
+    short = "The child came"
+    length = len(tiny_lm.tokenize(short).ids[0])
+    edit = sl.Patch(sae, [short, LONGER], error="patch", positions=slice(2, None))
+    before, after = (tiny_lm.read([PROMPT, OTHER], SITE, edits=e)[SITE] for e in ([], [edit]))
+    source = tiny_lm.read(short, SITE)[SITE][0]
+    assert near(after[0, 2:length], source[2:], 1e-5) and not near(after[0, 2:length], before[0, 2:length], 1e-3)
+    assert near(after[0, length:], before[0, length:], 1e-6)
+
+
 def test_ablating_to_the_mean_and_to_draws(tiny_lm, sae, live):
     reference = [OTHER, LONGER]
     reading = tiny_lm.read(reference, SITE)
