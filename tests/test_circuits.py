@@ -5,7 +5,7 @@ import torch
 
 import sae_lab as sl
 from sae_lab import circuits
-from sae_lab.types import Site
+from sae_lab.types import Site, Write
 from tests.conftest import ARCHITECTURES
 from tests.test_edit import OTHER, PROMPT, make
 
@@ -26,7 +26,7 @@ def by_hand(lm, prompt, source, site, position):
         x[0, position] = given[position]
         return x
 
-    logits = lm.run(batch, writes=[circuits.Write(site, write)])[1][0, -1]
+    logits = lm.run(batch, writes=[Write(site, write)])[1][0, -1]
     ids = [lm.tokenizer(t, add_special_tokens=False)["input_ids"][0] for t in (" the", " sea")]
     return float(logits[ids[0]] - logits[ids[1]])
 
@@ -72,7 +72,7 @@ def test_gradients_against_differences(name, kind, tiny):
     step = 1e-2 * float(x.norm() / direction.norm())
 
     def at(share):
-        writes = [circuits.Write(site, lambda _, tokens: x + share * direction)]
+        writes = [Write(site, lambda _, tokens: x + share * direction)]
         return float(metric(lm.run(batch, writes=writes)[1], batch))
 
     slope = (at(step) - at(-step)) / (2 * step)
