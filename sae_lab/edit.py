@@ -3,18 +3,29 @@
 An edit turns codes z into z' for some features. With ``error="keep"`` (SAELens: use_error_term) it adds W_dec of
 (z' - z) only, never two decodes, so that what the coder cannot explain stays, and an edit that changes no code leaves
 logits bit-equal. With ``error="drop"`` the activation becomes the reconstruction from z'.
+
+Classes here hold what the user asked for and check it. What the model then does are the functions of ``rules``, bound
+to a few tensors (``edit.writes``), so that an edit runs in any nnsight trace, also on a server without this library:
+
+    [write] = sl.Steer(sae, 7).writes(lm, lm.tokenize(prompt))
+    with model.trace(prompt, remote=True):
+        h = model.model.layers[8].output
+        model.model.layers[8].output = write.fn(h, lm.tokenize(prompt).plain())
 """
 
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
+from sae_lab import rules
+from sae_lab.reading import some_codes
 from sae_lab.saes import formats
 from sae_lab.saes.base import SparseCoder
 from sae_lab.types import Site, TokenBatch, Write
@@ -28,15 +39,8 @@ Prompts = str | Sequence[str]
 DRAWS = 1 << 14  # of resampled codes; tokens take them by row and position, so that a token's draw is its own
 
 
-class Places(NamedTuple):
-    """Of the tokens an edit touches: the row in the user's batch, and the absolute position."""
-
-    rows: Int[Tensor, " tokens"]
-    positions: Int[Tensor, " tokens"]
-
-
-Rule = Callable[[Tensor, Tensor, Places], Tensor]  # (z "tokens features", f_scale " features", where) -> z'
-Change = Callable[[Tensor, Tensor, Tensor, Places], Tensor]  # (x "tokens d_out", read "tokens d_in", ids, where) -> x'
+Rule = Callable[..., Tensor]  # (z "tokens features", rows, positions) -> z', see ``rules``
+Change = Callable[..., Tensor]  # (x "tokens d_out", read "tokens d_in", ids, rows, positions) -> x'
 
 
 @dataclass(frozen=True, repr=False)
@@ -78,7 +82,7 @@ class Edit:
         return list(range(self.coder.d_sae))
 
     def rule(self, lm: "LM", batch: TokenBatch) -> Rule:
-        """z' from z."""
+        """z' from z: a function of ``rules`` with its settings bound."""
         raise NotImplementedError
 
     # ---- what the model must do
@@ -107,35 +111,20 @@ class Edit:
         reads, writes = self.read_site, self.write_site
         self._check_coder(lm, reads, writes)
         self._check_places(batch, new)
-        where, change = self._where(lm), self.change(lm, batch)
-
-        def write(x: Tensor, tokens: TokenBatch, read: Tensor | None = None) -> Tensor:
-            source = x if read is None else read
-            keep = where(source, tokens)
-            if not bool(keep.any()):
-                return x
-            places = Places(tokens.row_numbers[keep.nonzero()[:, 0].cpu()], tokens.positions[keep.cpu()])
-            out = x.clone()
-            out[keep] = change(x[keep], source[keep], tokens.ids[keep.to(tokens.ids.device)], places).to(x)
-            return out
-
-        return [Write(writes, write, () if reads == writes else (reads,))]
+        fn = partial(rules.edited, place=self._place(lm), change=self.change(lm, batch))
+        return [Write(writes, fn, () if reads == writes else (reads,))]
 
     def change(self, lm: "LM", batch: TokenBatch) -> Change:
         """What becomes of the tokens it touches: their codes by ``rule``."""
-        coder, drop = self.coder, self.error == "drop"
-        features: list[int] | slice = self.features
-        if features == list(range(coder.d_sae)):
-            features = slice(None)  # no copy of W_dec
-        scale = coder.f_scale[features]
         if self.IN_F_SCALE:
-            _require_scale(self, scale)
-        rule = self.rule(lm, batch)
+            _require_scale(self, self._scale)
+        drop = self.error == "drop"
+        plan = self.coder.portable(self.features, whole=drop)
+        return partial(rules.coded, plan=plan, drop=drop, rule=self.rule(lm, batch))
 
-        def change(x: Tensor, read: Tensor, ids: Tensor, at: Places) -> Tensor:
-            return changed_rows(x, read, ids, coder, features, drop, lambda z: rule(z, scale, at))
-
-        return change
+    @property
+    def _scale(self) -> Float[Tensor, " features"]:
+        return self.coder.f_scale[self.features]
 
     def _check_coder(self, lm: "LM", reads: Site, writes: Site) -> None:
         coder = self.coder
@@ -155,27 +144,23 @@ class Edit:
             raise ValueError(f"rows={self.rows} names prompt {missing[0]}, and there are {len(rows)}, from 0 on")
         for row, length in zip(rows, (batch.mask.sum(1) + new).tolist(), strict=True):
             beyond = [p for p in _listed(self.positions) if p >= length]
-            if beyond and bool(_among(torch.tensor(row), self.rows)):
+            if beyond and bool(rules.among(torch.tensor(row), self.rows)):
                 raise ValueError(
                     f"position {beyond[0]} is beyond prompt {row}, whose last is {length - 1}"
                     + (f" ({new} new tokens counted)" if new else "")
                     + ": count from the prefix token (0), or name the prompts that are long enough with rows="
                 )
 
-    def _where(self, lm: "LM") -> Callable[[Tensor, TokenBatch], Bool[Tensor, "batch pos"]]:
-        """The tokens it touches, from activations at the site it reads."""
-        mask, site = self.coder.mask or lm.mask(), self.read_site
-        wanted = _token_test(lm, self.positions)
-
-        def where(x: Tensor, tokens: TokenBatch) -> Tensor:
-            keep = mask.keep(tokens.ids, tokens.positions, {site: x.to(tokens.ids.device)}) & tokens.mask
-            keep &= _among(tokens.row_numbers, self.rows)[:, None]
-            if not bool(_among(torch.tensor(tokens.step), self.steps)):
-                return torch.zeros_like(keep).to(x.device)
-            keep &= _among(tokens.positions, self.positions) if wanted is None else wanted(tokens.ids)
-            return keep.to(x.device)
-
-        return where
+    def _place(self, lm: "LM") -> dict[str, Any]:
+        """What says which tokens it touches, see ``rules.touched``."""
+        mask = self.coder.mask or lm.mask()
+        by_text = isinstance(self.positions, str) or callable(self.positions)
+        return {
+            "special": list(mask.special_ids), "skip_first": mask.skip_first,
+            "limit": mask.max_norm.get(self.read_site.key), "rows": self.rows, "steps": self.steps,
+            "positions": None if by_text else self.positions,
+            "wanted": _wanted(lm, self.positions) if by_text else None,
+        }  # fmt: skip
 
     def measured(self, x: Float[Tensor, "batch pos d_in"]) -> dict[str, Float[Tensor, "batch pos"]]:
         """The codes of its features, by name, in activations at the site it reads; of Splice and Project, none."""
@@ -262,7 +247,7 @@ class Steer(FeatureEdit):
         _check_number("strength", self.strength)
 
     def rule(self, lm: "LM", batch: TokenBatch) -> Rule:
-        return lambda z, scale, at: z + self.strength * scale
+        return partial(rules.added, amount=self.strength * self._scale)
 
 
 @dataclass(frozen=True, repr=False)
@@ -277,7 +262,7 @@ class Clamp(FeatureEdit):
         _check_number("value", self.value)
 
     def rule(self, lm: "LM", batch: TokenBatch) -> Rule:
-        return lambda z, scale, at: (self.value * scale).expand_as(z)
+        return partial(rules.held, value=self.value * self._scale)
 
 
 @dataclass(frozen=True, repr=False)
@@ -291,7 +276,7 @@ class Scale(FeatureEdit):
         _check_number("factor", self.factor)
 
     def rule(self, lm: "LM", batch: TokenBatch) -> Rule:
-        return lambda z, scale, at: self.factor * z
+        return partial(rules.multiplied, factor=self.factor)
 
 
 @dataclass(frozen=True, repr=False)
@@ -318,15 +303,15 @@ class Ablate(FeatureEdit):
 
     def rule(self, lm: "LM", batch: TokenBatch) -> Rule:
         if self.reference is None:
-            return lambda z, scale, at: torch.zeros_like(z)
+            return partial(rules.held, value=torch.zeros(len(self.features)))
         codes, keep, _ = _codes_of(self, lm, self.reference)
         seen = codes[keep]
         if not len(seen):
             raise ValueError("every token of the reference is left out by the coder's mask: give longer prompts")
         if self.to == "mean":
-            return lambda z, scale, at: seen.mean(0).to(z).expand_as(z)
+            return partial(rules.held, value=seen.mean(0))
         draws = torch.randint(len(seen), (DRAWS,), generator=torch.Generator().manual_seed(self.seed))
-        return lambda z, scale, at: seen[draws[(at.positions + 7919 * at.rows) % DRAWS]].to(z)
+        return partial(rules.drawn, seen=seen, draws=draws)
 
 
 @dataclass(frozen=True, repr=False)
@@ -356,12 +341,7 @@ class Patch(Edit):
 
     def rule(self, lm: "LM", batch: TokenBatch) -> Rule:
         codes, keep = self._source(lm, batch)
-
-        def new(z: Tensor, scale: Tensor, at: Places) -> Tensor:
-            row, position, there = _in_source(keep, at)
-            return torch.where(there[:, None].to(z.device), codes[row, position].to(z), z)
-
-        return new
+        return partial(rules.of_another_run, codes=codes, keep=keep)
 
     def _source(self, lm: "LM", batch: TokenBatch) -> tuple[Tensor, Tensor]:
         """(codes "rows pos features", which of its tokens count) of the other run."""
@@ -374,7 +354,7 @@ class Patch(Edit):
             )
         for row, length in zip(rows, batch.mask.sum(1).tolist(), strict=True):
             theirs = lengths[row if len(lengths) > 1 else 0]
-            if not bool(_among(torch.tensor(row), self.rows)):
+            if not bool(rules.among(torch.tensor(row), self.rows)):
                 continue
             if self.positions is None and length != theirs:
                 raise ValueError(
@@ -397,14 +377,9 @@ class Patch(Edit):
         with torch.no_grad():
             wrong = target - coder(read, reading.ids).x_hat
         keep = _codes_of(self, lm, self.source)[1]
-
-        @torch.no_grad()
-        def change(x: Tensor, read: Tensor, ids: Tensor, at: Places) -> Tensor:
-            row, position, there = _in_source(keep, at)
-            theirs, ours = wrong[row, position].to(x), x - coder(read, ids.to(x.device)).x_hat.to(x)
-            return codes_only(x, read, ids, at) + (theirs - ours) * there[:, None].to(x)
-
-        return change
+        return partial(
+            rules.with_their_error, plan=coder.portable(), wrong=wrong.cpu(), keep=keep, codes_only=codes_only
+        )
 
 
 @dataclass(frozen=True, repr=False)
@@ -414,7 +389,7 @@ class Splice(Edit):
     error: str = field(default="drop", kw_only=True)
 
     def rule(self, lm: "LM", batch: TokenBatch) -> Rule:
-        return lambda z, scale, at: z
+        return rules.as_it_is
 
     def measured(self, x: Tensor) -> dict[str, Tensor]:
         return {}
@@ -435,12 +410,7 @@ class Project(Edit):
 
     def change(self, lm: "LM", batch: TokenBatch) -> Change:
         basis = torch.linalg.qr(self.coder.W_dec[self.features].detach().T.double())[0].float()  # d_out x directions
-
-        def change(x: Tensor, read: Tensor, ids: Tensor, at: Places) -> Tensor:
-            q, rows = basis.to(x.device), x.float()
-            return rows - (rows @ q) @ q.T
-
-        return change
+        return partial(rules.projected, basis=basis)
 
 
 @dataclass(frozen=True, repr=False)
@@ -450,32 +420,13 @@ class Push(Edit):
     vector: Float[Tensor, " d_out"]
 
     def change(self, lm: "LM", batch: TokenBatch) -> Change:
-        return lambda x, read, ids, at: x + self.vector.to(x)
+        return partial(rules.pushed, vector=self.vector)
 
     def measured(self, x: Tensor) -> dict[str, Tensor]:
         return {}
 
 
 EDITS = {cls.__name__: cls for cls in (Steer, Clamp, Scale, Ablate, Patch, Splice, Project)}
-
-
-@torch.no_grad()
-def changed_rows(
-    x: Float[Tensor, "tokens d_out"], read: Float[Tensor, "tokens d_in"], ids: Int[Tensor, " tokens"],
-    coder: SparseCoder, features: list[int] | slice, drop: bool, new_codes: Callable[[Tensor], Tensor],
-) -> Float[Tensor, "tokens d_out"]:  # fmt: skip
-    """x with the codes of some features replaced: x + W_dec·(z' - z), or the reconstruction from z' (``drop``).
-
-    read: the activations that the codes are of; x itself, unless the coder is a transcoder.
-    """
-    device = coder.W_dec.device
-    rows = read.float().to(device)
-    if drop:
-        out = coder(rows, ids.to(device))
-        base, z = out.x_hat, out.f[:, features]
-    else:
-        base, z = x.float().to(device), coder.encode(rows)[:, features]
-    return (base + coder.write_of(new_codes(z) - z, features, rows)).to(x.device, x.dtype)
 
 
 def _features(coder: SparseCoder, feature: int | Sequence[int]) -> list[int]:
@@ -485,20 +436,17 @@ def _features(coder: SparseCoder, feature: int | Sequence[int]) -> list[int]:
 
 def _codes_of(edit: Edit, lm: "LM", prompts: Prompts) -> tuple[Tensor, Tensor, TokenBatch]:
     """(codes "rows pos features" of the edit's features, which tokens the mask keeps, the tokens) of other prompts."""
-    coder, site = edit.coder, edit.read_site
-    reading = lm.read(prompts, site)
-    batch = reading.batch
+    coder, site, batch = edit.coder, edit.read_site, lm.tokenize(prompts)
     mask = coder.mask or lm.mask()
-    keep = mask.keep(batch.ids, batch.positions, {site: reading[site].to(batch.ids.device)}) & batch.mask
+    plan = coder.portable(edit.features, whole=False)
+    after = partial(some_codes, plan=plan, limit=mask.max_norm.get(site.key))
     with torch.no_grad():
-        return coder.encode(reading[site].to(coder.W_dec.device))[..., edit.features].cpu(), keep.cpu(), batch
-
-
-def _in_source(keep: Bool[Tensor, "rows pos"], at: Places) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each token: its row and position in another run, and whether a token that counts stands there."""
-    row = torch.zeros_like(at.rows) if len(keep) == 1 else at.rows
-    position = at.positions.clamp_max(keep.shape[1] - 1)
-    return row, position, (at.positions < keep.shape[1]) & keep[row, position]
+        found = lm.run(batch, [site], logits=False, after=after)[0][site]
+    codes = found["codes"].new_zeros(*batch.mask.shape, len(edit.features))
+    codes[batch.mask] = found["codes"]
+    keep = mask.keep(batch.ids, batch.positions) & batch.mask
+    keep[batch.mask] &= ~found["loud"]
+    return codes, keep, batch
 
 
 def _require_scale(edit: Edit, scale: Tensor) -> None:
@@ -516,30 +464,10 @@ def _require_scale(edit: Edit, scale: Tensor) -> None:
         )
 
 
-def _token_test(lm: "LM", positions: Positions) -> Callable[[Tensor], Tensor] | None:
-    """Which token ids are meant, where positions are named by what stands there."""
-    if not isinstance(positions, str) and not callable(positions):
-        return None
+def _wanted(lm: "LM", positions: Any) -> Tensor:
+    """For each token id, whether it is meant where positions are named by what stands there."""
     wanted = (lambda text: text == positions) if isinstance(positions, str) else positions
-    known: dict[int, bool] = {}
-
-    def test(ids: Tensor) -> Tensor:
-        for i in set(ids.flatten().tolist()) - known.keys():
-            known[i] = bool(wanted(lm.tokenizer.decode([i])))
-        return torch.tensor([[known[i] for i in row] for row in ids.tolist()], dtype=torch.bool, device=ids.device)
-
-    return test
-
-
-def _among(numbers: Tensor, chosen: Any) -> Tensor:
-    """Bool for each number: whether an int, a slice, a list or None (all) holds it."""
-    if chosen is None:
-        return torch.ones_like(numbers, dtype=torch.bool)
-    if isinstance(chosen, slice):
-        stop = chosen.stop if chosen.stop is not None else torch.inf
-        start, step = chosen.start or 0, chosen.step or 1
-        return (numbers >= start) & (numbers < stop) & ((numbers - start) % step == 0)
-    return torch.isin(numbers, torch.tensor(_listed(chosen), dtype=numbers.dtype, device=numbers.device))
+    return torch.tensor([bool(wanted(text)) for text in lm.vocabulary])
 
 
 def _listed(chosen: Any) -> list[int]:

@@ -9,6 +9,7 @@ import torch
 from numpy import ndarray
 
 from sae_lab.lm.model import LM
+from sae_lab.reading import read_codes
 from sae_lab.saes.base import SparseCoder
 
 Pooling = Literal["max", "mean", "last", "token"]
@@ -180,7 +181,7 @@ def _encode(
     lm: LM, coder: SparseCoder, texts: list[str], labels: list[Any], pooling: Pooling
 ) -> tuple[_Examples, str]:
     """The examples, and the token mask in words."""
-    site, mask = coder.site, coder.mask or lm.mask()
+    mask = coder.mask or lm.mask()
     lengths = [len(lm.tokenize(text).ids[0]) for text in texts]
     for text, length, label in zip(texts, lengths, labels, strict=True):
         if isinstance(label, list) and len(label) != length:
@@ -190,20 +191,12 @@ def _encode(
             )
     parts: list[tuple[ndarray, ...]] = []  # (text, position, feature, value)
     kept: list[tuple[ndarray, ndarray]] = []  # (text, position)
-    was_training = coder.training
-    coder.eval()
-    try:
-        for group in _groups(lengths):
-            reading = lm.read([texts[i] for i in group], site)
-            batch = reading.batch
-            keep = mask.keep(batch.ids, batch.positions, {site: reading[site].to(batch.ids.device)}) & batch.mask
-            codes = coder.sparse_codes(reading[site][keep.to(reading[site].device)].to(coder.W_dec.device))
-            row, position = (t.numpy() for t in keep.cpu().nonzero(as_tuple=True))
-            text, token = np.array(group)[row], codes.rows.cpu().numpy()
-            kept.append((text, position))
-            parts.append((text[token], position[token], codes.features.cpu().numpy(), codes.values.cpu().numpy()))
-    finally:
-        coder.train(was_training)
+    for group in _groups(lengths):
+        codes, keep = read_codes(lm, coder, lm.tokenize([texts[i] for i in group]))
+        row, position = (t.numpy() for t in keep.nonzero(as_tuple=True))
+        text, token = np.array(group)[row], codes.rows.numpy()
+        kept.append((text, position))
+        parts.append((text[token], position[token], codes.features.numpy(), codes.values.numpy()))
     text, position, feature, value = (np.concatenate(column) for column in zip(*parts, strict=True))
     kept_text, kept_position = (np.concatenate(column) for column in zip(*kept, strict=True))
     density = np.bincount(feature, minlength=coder.d_sae) / max(1, len(kept_text))

@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,10 +19,13 @@ from torch import Tensor
 
 from sae_lab import cache
 from sae_lab.lm.model import LM
+from sae_lab.lm.passes import packed
 from sae_lab.lm.text import Context, Text, from_documents
 from sae_lab.lm.tokens import pad
+from sae_lab.reading import counting, sparse_rows
+from sae_lab.saes.base import SparseCoder
 from sae_lab.store import VERSION, Store, read_manifest
-from sae_lab.types import Site, TokenMask, as_sites
+from sae_lab.types import Site, TokenBatch, TokenMask, as_sites
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -42,6 +46,7 @@ def harvest(
     context: int = 128,
     pack: bool = False,
     mask: TokenMask | None = None,
+    coder: SparseCoder | None = None,
 ) -> Store:
     """Read ``tokens`` kept activations at the sites into a store on disk, or open the one that is there.
 
@@ -53,6 +58,10 @@ def harvest(
         context: tokens the model sees at once, prefix included.
         pack: let contexts span documents.
         mask: which tokens count; None is ``lm.mask()`` and a norm of at most 4 medians of the first shard.
+        coder: keep its codes in place of activations, by its own mask. They are smaller, and all that a server then
+            sends; such a store can be indexed (``sl.index_features``) with that coder, and not trained on.
+
+    Of a model on a server the tokens that count are chosen there, and their activations come in half precision.
 
     Raises ValueError when the folder holds a store of another model, site or text (the difference is named), the text
     is empty or shorter than a context, or activations are not finite.
@@ -61,6 +70,12 @@ def harvest(
         raise ValueError(f"harvest needs tokens >= 1 and context >= 2, got tokens={tokens}, context={context}")
     text = text if isinstance(text, Text) else from_documents([text] if isinstance(text, str) else text)
     wanted = as_sites(sites)
+    if coder is not None:
+        if wanted != [coder.site]:
+            raise ValueError(f"a store of codes has the site its coder reads, {coder.site!r}, got {wanted}")
+        if mask is not None:
+            raise ValueError("a store of codes is made by the coder's own mask: leave mask= out")
+        mask = coder.mask or lm.mask()
     for site in wanted:
         lm.width(site)  # an unknown site is refused before anything is written
     if context > lm.max_length:
@@ -77,8 +92,10 @@ def harvest(
         "order": ORDER,
         "mask": "default" if mask is None else mask.to_dict(),
     }
+    if coder is not None:
+        identity["coder"] = coder.fingerprint()
     folder = Path(path).expanduser() if path is not None else _default_path(identity)
-    return _Harvest(lm, wanted, text, folder, identity, mask).run(tokens)
+    return _Harvest(lm, wanted, text, folder, identity, mask, coder).run(tokens)
 
 
 def _default_path(identity: dict[str, Any]) -> Path:
@@ -96,6 +113,7 @@ class _Harvest:
     folder: Path
     identity: dict[str, Any]
     mask: TokenMask | None
+    coder: SparseCoder | None = None
 
     def run(self, tokens: int) -> Store:
         from tqdm.auto import tqdm
@@ -201,19 +219,18 @@ class _Harvest:
 
     def _read(self, passes: list[list[Context]]) -> tuple[dict[str, Tensor], int]:
         """The tensors of one shard, in the contexts' order, and how many of its tokens the mask leaves out."""
-        read: dict[Site, list[Tensor]] = {s: [] for s in self.sites}
-        for contexts in passes:
-            batch = pad([c.ids for c in contexts])
-            acts, _ = self.lm.run(batch, self.sites, logits=False)
-            for s, x in acts.items():
-                read[s].append(x[batch.mask.to(x.device)].cpu())
-        acts = {s: torch.cat(parts) for s, parts in read.items()}
         contexts = [c for group in passes for c in group]
         lengths = torch.tensor([len(c.ids) for c in contexts])
         ids = torch.tensor([i for c in contexts for i in c.ids])
         positions = torch.cat([torch.arange(int(n)) for n in lengths])
         documents = torch.tensor([d for c in contexts for d in c.documents])
-        kept = self._fix_mask(acts, ids, positions).keep(ids, positions, acts)
+        batches = [pad([c.ids for c in group]) for group in passes]
+        if self.coder is not None:
+            kept, found = self._read_codes(batches, self.coder)
+        elif self.lm.remote and self.manifest["mask"] is not None:
+            kept, found = self._read_packed(batches)
+        else:
+            kept, found = self._read_whole(batches, ids, positions)
         context = torch.repeat_interleave(torch.arange(len(contexts)), lengths)
         tensors = {
             "ids": pad([c.ids for c in contexts]).ids.int(),
@@ -223,19 +240,56 @@ class _Harvest:
             "position": positions[kept].int(),
             "context": context[kept].int(),
         }
-        for site, x in acts.items():
-            tensors[site.key] = self._pack(site, x[kept])
-        return tensors, int((~kept).sum())
+        return tensors | found, int((~kept).sum())
+
+    def _read_whole(
+        self, batches: list[TokenBatch], ids: Tensor, positions: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """(which tokens count, their activations)."""
+        read: dict[Site, list[Tensor]] = {s: [] for s in self.sites}
+        for batch in batches:
+            for s, x in self.lm.run(batch, self.sites, logits=False)[0].items():
+                read[s].append(x[batch.mask.to(x.device)].cpu())
+        acts = {s: torch.cat(parts) for s, parts in read.items()}
+        kept = self._fix_mask(acts, ids, positions).keep(ids, positions, acts)
+        return kept, {s.key: self._pack(s, x[kept]) for s, x in acts.items()}
+
+    def _read_packed(self, batches: list[TokenBatch]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The same, chosen and packed where the model is."""
+        mask, scales = TokenMask.from_dict(self.manifest["mask"]), self.manifest["scales"]
+        common = {"special": list(mask.special_ids), "skip_first": mask.skip_first}
+        after = {
+            s: partial(packed, limit=mask.max_norm.get(s.key, float("inf")), scale=scales[s.key], **common)
+            for s in self.sites
+        }
+        found = [self.lm.run(batch, self.sites, logits=False, after=after)[0] for batch in batches]
+        keeps = {s: torch.cat([part[s]["keep"] for part in found]) for s in self.sites}
+        kept = torch.stack(list(keeps.values())).all(0)  # what is left out at one site is left out at all
+        tensors = {}
+        for s in self.sites:
+            parts = [part[s]["x"] for part in found]
+            x = torch.cat(parts) if all(p.dtype == torch.half for p in parts) else None
+            full = x if x is not None else torch.cat([_unpacked(p, scales[s.key]) for p in parts])
+            full = full[kept[keeps[s]]]
+            self._require_finite(s, full)
+            tensors[s.key] = full if x is not None else self._pack(s, full)
+        return kept, tensors
+
+    def _read_codes(self, batches: list[TokenBatch], coder: SparseCoder) -> tuple[Tensor, dict[str, Tensor]]:
+        """(which tokens count, their codes), made where the model is."""
+        [site], mask = self.sites, coder.mask or self.lm.mask()
+        if self.manifest["mask"] is None:
+            self.manifest["mask"] = mask.to_dict()
+        after = partial(sparse_rows, **counting(coder, mask, site))
+        found = [self.lm.run(batch, [site], logits=False, after=after)[0][site] for batch in batches]
+        names = ("values", "features", "counts")
+        codes = {name: torch.cat([part[name] for part in found]).contiguous() for name in names}
+        return torch.cat([part["keep"] for part in found]), codes
 
     def _fix_mask(self, acts: dict[Site, Tensor], ids: Tensor, positions: Tensor) -> TokenMask:
         """The store's mask and scales: decided on the first shard, then kept."""
         for site, x in acts.items():
-            if not bool(x.isfinite().all()):
-                row = int((~x.isfinite().all(-1)).nonzero()[0])
-                raise ValueError(
-                    f"activations at {site} are not finite (token id {int(ids[row])} at position "
-                    f"{int(positions[row])}): load the model in float32, or check its weights"
-                )
+            self._require_finite(site, x, ids, positions)
         if self.manifest["mask"] is None:
             base = self.mask or self.lm.mask()
             usual = base.keep(ids, positions)
@@ -248,6 +302,16 @@ class _Harvest:
                 s.key: 2.0 ** round(np.log2(max(m, 1e-30) / self.lm.width(s) ** 0.5)) for s, m in medians.items()
             }
         return TokenMask.from_dict(self.manifest["mask"])
+
+    @staticmethod
+    def _require_finite(site: Site, x: Tensor, ids: Any = None, positions: Any = None) -> None:
+        bad = ~x.isfinite().all(-1)
+        if bool(bad.any()):
+            row = int(bad.nonzero()[0])
+            where = "" if ids is None else f" (token id {int(ids[row])} at position {int(positions[row])})"
+            raise ValueError(
+                f"activations at {site} are not finite{where}: load the model in float32, or check its weights"
+            )
 
     def _pack(self, site: Site, x: Tensor) -> Tensor:
         scaled = x / self.manifest["scales"][site.key]
@@ -275,6 +339,10 @@ def ahead(items: Iterable[T]) -> Iterator[T]:
         while (item := waiting.result()) is not end:
             waiting = thread.submit(next, iterator, end)
             yield item
+
+
+def _unpacked(x: Tensor, scale: float) -> Tensor:
+    return x.float() * scale if x.dtype == torch.half else x
 
 
 def _is_whole(folder: Path, shard: dict[str, Any]) -> bool:

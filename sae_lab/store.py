@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sae_lab.types import Batch, Site, TokenMask
+from sae_lab.types import Batch, Codes, Site, TokenMask
 
 VERSION = 1
 RESERVE_EVERY = 5  # one document in five is kept from training: thresholds are fitted there
@@ -187,8 +187,27 @@ class Store:
     # ---- rows
 
     def _tensor(self, shard: int, key: str) -> np.ndarray:
-        """A memory-mapped tensor of a shard (bfloat16 as its raw bits)."""
-        return self._maps[shard][key]
+        """A memory-mapped tensor of a shard (bfloat16 as its raw bits). ValueError where codes stand in its place."""
+        maps = self._maps[shard]
+        if key not in maps and "coder" in self.identity:
+            raise ValueError(
+                f"{self.path} holds the codes of coder {self.identity['coder']}, not activations: index it with that "
+                "coder, or harvest without coder="
+            )
+        return maps[key]
+
+    def codes(self, first: int, last: int, d_sae: int) -> Codes:
+        """Codes of rows first to last - 1, of a store of codes."""
+        parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        for shard in range(*(np.searchsorted(self._starts, [first, last - 1], side="right") - [1, 0])):
+            counts, begin = self._tensor(shard, "counts"), self._starts[shard]
+            ends = np.cumsum(counts)
+            lo, hi = max(first - begin, 0), min(last - begin, len(counts))
+            span = slice(int(ends[lo] - counts[lo]), int(ends[hi - 1]))
+            parts.append((self._tensor(shard, "values")[span], self._tensor(shard, "features")[span], counts[lo:hi]))
+        values, features, counts = (torch.from_numpy(np.concatenate(column)) for column in zip(*parts, strict=True))
+        offsets = torch.cat([torch.zeros(1, dtype=torch.long), counts.long().cumsum(0)])
+        return Codes(values, features.long(), offsets, d_sae)
 
     @cached_property
     def _maps(self) -> list[dict[str, np.ndarray]]:

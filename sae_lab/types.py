@@ -9,6 +9,7 @@ import operator
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -155,6 +156,13 @@ class TokenBatch:
         """Each row's number among the user's prompts."""
         return torch.arange(len(self.ids)) if self.rows is None else self.rows
 
+    def plain(self) -> SimpleNamespace:
+        """The same without this library's class, as the functions of edits take it on any machine: ids, mask,
+        positions, row_numbers, step."""
+        return SimpleNamespace(
+            ids=self.ids, mask=self.mask, positions=self.positions, row_numbers=self.row_numbers, step=self.step
+        )
+
     def role_mask(self, role: str) -> Bool[Tensor, "batch pos"]:
         """True at the tokens of one role ("user", "assistant", ...). ValueError where the prompts were no chat."""
         if self.roles is None:
@@ -288,7 +296,8 @@ def check_feature(feature: Any, d_sae: int) -> int:
 class Write(NamedTuple):
     """One replacement of activations while the model runs: ``fn(x, tokens, *read) -> x'`` at ``site``.
 
-    x is ``batch pos d``; tokens tells ids, absolute positions and which places are real. fn must be pure.
+    x is ``batch pos d``; tokens (``TokenBatch.plain()``) tells ids, mask, positions, row_numbers and step. fn must be
+    pure; on a server, only a function whose source needs torch alone runs, see ``saes.portable``.
     reads: earlier sites whose activations fn gets too.
     """
 

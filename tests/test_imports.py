@@ -15,9 +15,9 @@ PACKAGE = Path(sae_lab.__file__).parent
 FLOORS = [
     {"types", "cache"},
     {"worlds", "saes", "lm"},
-    {"store"},
+    {"store", "reading"},
     {"harvesting"},
-    {"training", "checkpoint", "distributed", "edit", "matching"},
+    {"training", "checkpoint", "distributed", "edit", "matching", "rules"},
     {"evals", "circuits", "feature_index", "sweeping", "estimating", "finding", "dosing"},
     {"widgets", "plots"},
 ]

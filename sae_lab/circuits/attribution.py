@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae_lab.circuits.metric import ROWS, Metric, copied, measured, numbers, paired
+from sae_lab.circuits.metric import ROWS, Metric, copied, measured, paired, shifted
 from sae_lab.lm.model import LM
 from sae_lab.saes.base import SparseCoder
 from sae_lab.types import Site, TokenBatch, Write
@@ -102,18 +103,18 @@ def attribution(
     keep = mask.keep(batch.ids, batch.positions, {site: x.cpu()}) & mask.keep(
         theirs.ids, theirs.positions, {site: given.cpu()}
     )
+    base, source = measured(lm, batch, metric).mean(), measured(lm, theirs, metric).mean()
     gradient = torch.zeros_like(x)
     for step in range(steps):
         share = (step + 0.5) / steps if steps > 1 else 0.0
         between = x + share * (given - x)
-        gradient += lm.gradient(batch, site, lambda out: numbers(metric(out, batch), batch), between) / steps
+        gradient += lm.gradient(batch, site, metric, between) / steps
     with torch.no_grad():
         z, z_given = coder.encode(x), coder.encode(given)
         wrong = (given - coder(given, theirs.ids).x_hat) - (x - coder(x, batch.ids).x_hat)
         effects = (z_given - z) * (gradient @ coder.W_dec.T) * keep.unsqueeze(-1)
         error = (wrong * gradient).sum(-1) * keep
     n = len(batch.ids)
-    base, source = measured(lm, batch, metric).mean(), measured(lm, theirs, metric).mean()
     active = (((z > 0) | (z_given > 0)) & keep.unsqueeze(-1)).any(0)
     found = effects.sum(0) / n
     truth: dict[tuple[int, int], float] = {}
@@ -144,12 +145,7 @@ def _true_effects(
         copies = copied(batch, len(part))
         where = torch.tensor([p for p, _ in part]).repeat_interleave(n)
         added = torch.cat([changes[node] * keep[:, node[0], None] for node in part])
-
-        def write(x: Tensor, tokens: TokenBatch, where: Tensor = where, added: Tensor = added) -> Tensor:
-            out = x.clone()
-            out[torch.arange(len(x)), where] += added.to(x)
-            return out
-
-        means = measured(lm, copies, metric, [Write(site, write)]).view(len(part), n).mean(1)
+        write = Write(site, partial(shifted, where=where, by=added.detach()))
+        means = measured(lm, copies, metric, [write]).view(len(part), n).mean(1)
         found |= {node: float(mean) - base for node, mean in zip(part, means, strict=True)}
     return found

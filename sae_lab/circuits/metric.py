@@ -1,7 +1,8 @@
 """What circuit work asks of a model: a metric of its answers, and prompts that pair up token by token."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, no_type_check
 
 import torch
 from jaxtyping import Float
@@ -21,14 +22,40 @@ def logit_difference(lm: LM, right: Sequence[str] | str, wrong: Sequence[str] | 
     """
     ids = [_answers(lm, side) for side in (right, wrong)]
 
-    def metric(logits: Tensor, tokens: TokenBatch) -> Tensor:
-        rows = tokens.row_numbers
-        last = logits[torch.arange(len(rows)), tokens.mask.sum(1) - 1]
-        a, b = (one.expand(int(rows.max()) + 1) if len(one) == 1 else one for one in ids)
-        at = torch.arange(len(rows))
-        return last[at, a[rows].to(last.device)] - last[at, b[rows].to(last.device)]
+    return partial(difference, right=ids[0], wrong=ids[1])
 
-    return metric
+
+@no_type_check
+def difference(logits, tokens, right, wrong):
+    """What ``logit_difference`` measures, as a function of torch alone (see ``lm.passes``)."""
+    rows = tokens.row_numbers
+    last = logits[torch.arange(len(rows)), tokens.mask.sum(1) - 1]
+    at, many = torch.arange(len(rows)), int(rows.max()) + 1
+    a, b = [one.expand(many)[rows] if len(one) == 1 else one[rows] for one in (right, wrong)]
+    return last[at, a.to(last.device)] - last[at, b.to(last.device)]
+
+
+@no_type_check
+def placed(x, tokens, where, put):
+    """x with one position of each row, ``where``, replaced."""
+    out = x.clone()
+    out[torch.arange(len(x)), where] = put.to(x)
+    return out
+
+
+@no_type_check
+def shifted(x, tokens, where, by):
+    """x with something added at one position of each row."""
+    out = x.clone()
+    out[torch.arange(len(x)), where] += by.to(x)
+    return out
+
+
+@no_type_check
+def of_metric(logits, tokens, metric):
+    """The metric's numbers, one a row; where it gives anything else, what it gave."""
+    value = metric(logits.float(), tokens)
+    return value.cpu() if isinstance(value, torch.Tensor) else value
 
 
 def _answers(lm: LM, answers: Sequence[str] | str) -> Tensor:
@@ -63,9 +90,7 @@ def paired(lm: LM, prompts: Sequence[str], sources: Sequence[str]) -> tuple[Toke
 
 
 def measured(lm: LM, batch: TokenBatch, metric: Metric, writes: Sequence[Write] = ()) -> Float[Tensor, " batch"]:
-    logits = lm.run(batch, writes=writes)[1]
-    assert logits is not None
-    return numbers(metric(logits.float(), batch), batch).cpu()
+    return numbers(lm.run(batch, writes=writes, logits=partial(of_metric, metric=metric))[1], batch)
 
 
 def numbers(value: Any, batch: TokenBatch) -> Tensor:

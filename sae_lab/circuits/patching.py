@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae_lab.circuits.metric import ROWS, Metric, copied, measured, paired
+from sae_lab.circuits.metric import ROWS, Metric, copied, measured, paired, placed
 from sae_lab.lm.model import LM
 from sae_lab.types import Site, TokenBatch, Write
 
@@ -102,11 +103,7 @@ def _patch_positions(
         part = positions[start : start + at_once]
         copies = copied(batch, len(part))
         where = torch.tensor(part).repeat_interleave(n)
-
-        def write(x: Tensor, tokens: TokenBatch, where: Tensor = where, copies: int = len(part)) -> Tensor:
-            out, rows = x.clone(), torch.arange(len(x))
-            out[rows, where] = given.repeat(copies, 1, 1)[rows, where].to(x)
-            return out
-
-        found.append(measured(lm, copies, metric, [Write(site, write)]).view(len(part), n).mean(1))
+        put = given[:, part].transpose(0, 1).flatten(0, 1)  # of each copy, what it gets
+        write = Write(site, partial(placed, where=where, put=put))
+        found.append(measured(lm, copies, metric, [write]).view(len(part), n).mean(1))
     return torch.cat(found)

@@ -2,7 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
+from functools import partial
+from types import SimpleNamespace
+from typing import Any, no_type_check
 
 import torch
 from jaxtyping import Float
@@ -267,19 +269,20 @@ def _losses(
         batch = pad([context.ids])
         five = TokenBatch(batch.ids.expand(5, -1), batch.mask.expand(5, -1), batch.positions.expand(5, -1))
 
-        def variants(x: Tensor, tokens: TokenBatch, keep: Tensor = keep, own: Tensor = own) -> Tensor:
-            return _variants(x[:1], own[None].to(x.device), keep.to(x.device), measured)
-
-        _, logits = lm.run(five if from_the_start else batch, writes=[Write(site, variants)])
-        assert logits is not None
-        collected.append(token_losses(logits, five)[:, 1:])
+        write = partial(variants, x_hat=own, keep=keep, mean=measured["mean"], basis=measured["basis"])
+        losses = partial(losses_of_each, ids=five.ids, mask=five.mask)
+        given = five if from_the_start else batch
+        collected.append(lm.run(given, writes=[Write(site, write)], logits=losses)[1][:, 1:])
         documents += context.documents[1:]
     return torch.cat(collected, dim=1), torch.tensor(documents)
 
 
-def _variants(x: Tensor, x_hat: Tensor, keep: Tensor, measured: dict[str, Any]) -> Float[Tensor, "variants pos d"]:
-    """x, its reconstruction, the mean, zero, and its PCA, in one batch; left-out tokens stay as they are."""
-    mean, basis = measured["mean"].to(x.device), measured["basis"].to(x.device)
+@no_type_check
+def variants(x, tokens, x_hat, keep, mean, basis):
+    """Of one text's x: itself, its reconstruction, the mean, zero, and its PCA, in one batch; left-out tokens stay as
+    they are. A function of torch alone, see ``saes.portable``."""
+    mean, basis, keep, x_hat = mean.to(x.device), basis.to(x.device), keep.to(x.device), x_hat[None].to(x.device)
+    x = x[:1]
     rows = x.float()
     new = torch.cat([
         rows,
@@ -289,3 +292,9 @@ def _variants(x: Tensor, x_hat: Tensor, keep: Tensor, measured: dict[str, Any]) 
         (rows - mean) @ basis @ basis.T + mean,
     ]).to(x.dtype)  # fmt: skip
     return torch.where(keep.unsqueeze(-1), new, x)
+
+
+@no_type_check
+def losses_of_each(logits, tokens, ids, mask):
+    """Losses of the tokens that went in once, in each of the variants that came out."""
+    return token_losses(logits, SimpleNamespace(ids=ids, mask=mask))

@@ -66,7 +66,10 @@ def _check(coder: SparseCoder, lm: LM, store: Store) -> None:
         raise ValueError(
             f"the coder was trained at {coder.reads[0]}, the store holds {site}: choose with store.at(...)"
         )
-    if store.width != coder.d_in:
+    if made_by := store.identity.get("coder"):
+        if made_by != coder.fingerprint():
+            raise ValueError(f"the store holds codes of coder {made_by}, this is {coder.fingerprint()}: harvest anew")
+    elif store.width != coder.d_in:
         raise ValueError(f"the coder reads d_in={coder.d_in}, the store holds width {store.width}: wrong site or coder")
 
 
@@ -128,7 +131,7 @@ def _encode(coder: SparseCoder, store: Store, folder: Path, done: Callable[[int]
     counts = np.zeros(coder.d_sae, np.int64)
     with coder.reusing(_rows_at_once(coder)):
         for number in range(-(-len(store) // BLOCK)):
-            if number % max(1, READ_BYTES // (2 * store.width * BLOCK)) == 0:
+            if number % max(1, READ_BYTES // (2 * coder.d_in * BLOCK)) == 0:
                 store = Store(store.path, len(store), store.site)
             codes = _block(coder, store, folder, number)
             counts += np.bincount(codes["features"], minlength=coder.d_sae)
@@ -150,8 +153,11 @@ def _block(coder: SparseCoder, store: Store, folder: Path, number: int) -> dict[
     features, rows, values = [], [], []
     last, size = min((number + 1) * BLOCK, len(store)), _rows_at_once(coder)
     for start in range(number * BLOCK, last, size):
-        x = store.rows(np.arange(start, min(start + size, last)), store.site.key)
-        codes = coder.sparse_codes(x.to(coder.W_dec.device))
+        part = np.arange(start, min(start + size, last))
+        if "coder" in store.identity:
+            codes = store.codes(start, int(part[-1]) + 1, coder.d_sae)
+        else:
+            codes = coder.sparse_codes(store.rows(part, store.site.key).to(coder.W_dec.device))
         features.append(codes.features.int().cpu())
         rows.append(codes.rows.int().cpu() + start)
         values.append(codes.values.cpu())

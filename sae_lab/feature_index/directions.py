@@ -1,16 +1,15 @@
 """What a feature's direction says by itself: its logit lens and its nearest neighbours among the others."""
 
+from typing import no_type_check
+
 import numpy as np
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from sae_lab.feature_index import chunks
 from sae_lab.lm.model import LM
 from sae_lab.saes.base import SparseCoder
 from sae_lab.types import Site
 
-LENS_TOKENS = 10
 NEIGHBOURS = 8
 RANDOM = 256  # random directions, the control of the lens
 
@@ -19,26 +18,29 @@ RANDOM = 256  # random directions, the control of the lens
 def lens(coder: SparseCoder, lm: LM, site: Site) -> dict[str, np.ndarray]:
     """Promoted and suppressed tokens of every direction, and its sharpness: the logits' kurtosis, with that of random
     directions beside it. Empty where the site is not written to the residual stream."""
-    one = lm.lens(coder.W_dec[:1], site)
-    if one is None:
+    if lm.lens(coder.W_dec[:1], site, of=extremes) is None:
         return {}
-    rows = chunks.rows_at_a_time(4 * one.shape[1])
-    found: dict[str, list[Tensor]] = {"up": [], "up_ids": [], "down": [], "down_ids": [], "kurtosis": []}
-    for chunk in coder.W_dec.split(rows):
-        logits = lm.lens(chunk, site)
-        assert logits is not None
-        for name, largest in (("up", True), ("down", False)):
-            top = logits.topk(LENS_TOKENS, largest=largest)
-            found[name].append(top.values)
-            found[f"{name}_ids"].append(top.indices.int())
-        found["kurtosis"].append(_kurtosis(logits))
+    rows = chunks.rows_at_a_time(4 * lm.vocab_size)
+    found = [lm.lens(chunk, site, of=extremes) for chunk in coder.W_dec.split(rows)]
     random = torch.randn(RANDOM, coder.W_dec.shape[1], generator=torch.Generator().manual_seed(0)).to(coder.W_dec)
-    control = [_kurtosis(logits) for part in random.split(rows) if (logits := lm.lens(part, site)) is not None]
-    tables = {f"lens_{name}": torch.cat(parts).numpy() for name, parts in found.items()}
+    control = [lm.lens(part, site, of=kurtosis) for part in random.split(rows)]
+    tables = {f"lens_{name}": torch.cat([part[name] for part in found]).numpy() for name in found[0]}
     return tables | {"lens_random": torch.cat(control).numpy()}
 
 
-def _kurtosis(logits: Float[Tensor, "n vocab"]) -> Float[Tensor, " n"]:
+@no_type_check
+def extremes(logits):
+    """The tokens that directions promote and suppress most, and the logits' kurtosis: functions of torch alone, see
+    ``saes.portable``."""
+    up, down = logits.topk(10), logits.topk(10, largest=False)
+    return {
+        "up": up.values, "up_ids": up.indices.int(), "down": down.values, "down_ids": down.indices.int(),
+        "kurtosis": kurtosis(logits),
+    }  # fmt: skip
+
+
+@no_type_check
+def kurtosis(logits):
     """Excess kurtosis over the vocabulary: near 0 for noise, large where a few tokens stand out."""
     found = []
     for few in logits.split(8):  # they stay in the cache

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sae_lab.lm.model import LM
 from sae_lab.lm.tokens import Prompts, Token
+from sae_lab.reading import read_codes
 from sae_lab.saes.base import SparseCoder
 
 
@@ -83,25 +84,17 @@ def features(lm: LM, coder: SparseCoder, prompts: Prompts | Sequence[str]) -> Fe
     site = coder.site
     if lm.width(site) != coder.d_in:
         raise ValueError(f"the coder reads d_in={coder.d_in}, {lm} has width {lm.width(site)} at {site}")
-    reading = lm.read(prompts, site)
-    x, batch = reading[site], reading.batch
-    mask = coder.mask or lm.mask()
-    keep = mask.keep(batch.ids, batch.positions, {site: x.to(batch.ids.device)}) & batch.mask
-    was_training = coder.training
-    coder.eval()  # a token's codes are its own
-    try:
-        codes = coder.sparse_codes(x[keep.to(x.device)].to(coder.W_dec.device))
-    finally:
-        coder.train(was_training)
+    batch = lm.tokenize(prompts)
+    codes, keep = read_codes(lm, coder, batch)
     prompt, position = keep.nonzero(as_tuple=True)
-    rows = codes.rows.cpu()
+    rows = codes.rows
     # Strongest first within a row: sort by value, then stably by row.
-    by_value = codes.values.cpu().argsort(descending=True)
+    by_value = codes.values.argsort(descending=True)
     order = by_value[rows[by_value].sort(stable=True).indices]
     tokens = [
         lm.token_strings(batch.ids[b, batch.mask[b]].tolist(), prefixed=int(batch.ids[b, 0]) == lm.prefix_id)
         for b in range(len(batch.ids))
     ]
     left_out = {(int(b), int(p)) for b, p in (~keep & batch.mask).nonzero().tolist()}
-    rows, found, values = rows[order], codes.features.cpu()[order], codes.values.cpu()[order]
+    rows, found, values = rows[order], codes.features[order], codes.values[order]
     return FeatureTable(prompt[rows], position[rows], found, values, tokens, left_out)

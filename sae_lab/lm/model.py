@@ -1,21 +1,26 @@
-"""LM: a causal language model on this machine, read and changed through nnsight traces."""
+"""LM: a causal language model, here or on an NDIF server, read and changed through nnsight traces."""
 
 import hashlib
+import logging
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from sae_lab.lm import bundled, tokens
+from sae_lab.lm import bundled, passes, tokens
 from sae_lab.lm import site as sites
 from sae_lab.lm.comparing import Comparison, compared
+from sae_lab.lm.passes import pick, through, token_losses
 from sae_lab.lm.tokens import Prompts, Token
 from sae_lab.types import Site, TokenBatch, TokenMask, Write, as_sites
+
+log = logging.getLogger(__name__)
 
 
 class Reading(dict[Site, Tensor]):
@@ -44,9 +49,18 @@ class LM:
         prefix: what stands at position 0 of every text: "auto" (the tokenizer's BOS, else EOS), None, or a token id.
         device: "auto" (cuda, mps, cpu) or a torch device.
         dtype: torch dtype of the weights; None is float32 on a CPU and the checkpoint's own elsewhere.
-        **kwargs: to transformers' ``from_pretrained`` (``device_map``, ``quantization_config``, ``revision``...).
+        remote: run on an NDIF server: True, the hosted one or what ``NDIF_HOST`` names on this machine; or an address.
+            The model is then named by its hub id, and none of its weights are loaded here.
+        api_key: of the server; None: ``NDIF_API_KEY``. It is never printed, logged or saved.
+        deadline: seconds that one request to a server may take.
+        **kwargs: to transformers' ``from_pretrained`` (``device_map``, ``quantization_config``, ``revision``...); with
+            ``remote`` only ``revision``.
 
-    Every public call holds one lock, since nnsight is not thread-safe; generation lets go of it between tokens.
+    Every public call holds one lock, since nnsight is not thread-safe; generation lets go of it between tokens, and a
+    call to a server while it waits.
+
+    With ``remote``, activations of padding are 0, dtype and hardware are the server's, and ``NDIFError`` says what went
+    wrong there.
     """
 
     def __init__(
@@ -57,6 +71,9 @@ class LM:
         prefix: str | int | None = "auto",
         device: str | torch.device = "auto",
         dtype: torch.dtype | None = None,
+        remote: bool | str = False,
+        api_key: str | None = None,
+        deadline: float = 600.0,
         **kwargs: Any,
     ):
         from nnsight import TransformersModel
@@ -65,10 +82,17 @@ class LM:
             raise ValueError("trust_remote_code is never on in sae_lab: load the model yourself, pass LM(model, ...)")
         if model is None and prefix == "auto":
             prefix = bundled.PREFIX_ID
-        module, tokenizer, self.id = _load(model, tokenizer, device, dtype, kwargs)
-        self.tokenizer = tokenizer
-        self.prefix_id = tokens.prefix_id(tokenizer, prefix)
-        self._nn = TransformersModel(module, task="text-generation", tokenizer=tokenizer)
+        self._server: Any = None
+        if remote:
+            from sae_lab.lm.remote import Server
+
+            self._server = Server(remote, api_key, deadline)
+            self._nn, self.tokenizer, self.id = _outline(model, tokenizer, device, dtype, kwargs)
+        else:
+            module, self.tokenizer, self.id = _load(model, tokenizer, device, dtype, kwargs)
+            self._nn = TransformersModel(module, task="text-generation", tokenizer=self.tokenizer)
+        self.prefix_id = tokens.prefix_id(self.tokenizer, prefix)
+        module = self._nn._module
         self._module: Any = module.eval()
         self._lock = threading.RLock()
         self._sites = sites.SiteMap(module)
@@ -77,7 +101,13 @@ class LM:
 
     @property
     def device(self) -> torch.device:
-        return next(self._module.parameters()).device
+        """Where ids go in, and activations come out."""
+        return torch.device("cpu") if self._server else next(self._module.parameters()).device
+
+    @property
+    def remote(self) -> bool:
+        """Whether it runs on a server."""
+        return self._server is not None
 
     @property
     def n_layers(self) -> int:
@@ -93,6 +123,11 @@ class LM:
         """The longest prompt in tokens, prefix included."""
         return getattr(self._module.config.get_text_config(), "max_position_embeddings", 2**31)
 
+    @property
+    def vocab_size(self) -> int:
+        """How many token ids the model knows."""
+        return self._module.config.get_text_config().vocab_size
+
     def width(self, site: Site | str) -> int:
         """The width d of the activations at a site."""
         return self._sites.width(Site.of(site))
@@ -102,7 +137,10 @@ class LM:
         return TokenMask(tuple(sorted(self.tokenizer.all_special_ids)))
 
     def fingerprint(self) -> str:
-        """A hash that changes when any weight does: bit sums of all parameters, and samples for their order."""
+        """A hash that changes when any weight does: bit sums of all parameters, and samples for their order. Of a model
+        on a server, of its name and revision there, since no weight is here."""
+        if self._server:
+            return hashlib.sha256(self._nn.to_model_key().encode()).hexdigest()[:16]
         digest = hashlib.sha256()
         for name, p in self._module.state_dict().items():
             flat = p.detach().contiguous().reshape(-1).view(torch.uint8)
@@ -114,7 +152,8 @@ class LM:
 
     def __repr__(self) -> str:
         prefix = "none" if self.prefix_id is None else repr(self.tokenizer.decode([self.prefix_id]))
-        return f"LM({self.id!r}, layers={self.n_layers}, prefix={prefix}, device='{self.device}')"
+        where = f"remote={self._server.host!r}" if self._server else f"device='{self.device}'"
+        return f"LM({self.id!r}, layers={self.n_layers}, prefix={prefix}, {where})"
 
     # ---- text
 
@@ -128,7 +167,7 @@ class LM:
             raise ValueError(
                 f"a prompt has {longest} tokens and this model reads at most {self.max_length}: split or shorten it"
             )
-        vocab = self._module.config.get_text_config().vocab_size
+        vocab = self.vocab_size
         low, high = int(batch.ids.min()), int(batch.ids.max())
         if not 0 <= low <= high < vocab:
             raise ValueError(f"token ids must lie in 0..{vocab - 1}, got {low}..{high}")
@@ -146,6 +185,11 @@ class LM:
         ids = ids[0].tolist()
         return self.token_strings(ids, prefixed=isinstance(prompt, str) and self.prefix_id is not None)
 
+    @cached_property
+    def vocabulary(self) -> list[str]:
+        """The text of every token id by itself, also of ids that only the model knows."""
+        return self.tokenizer.batch_decode([[i] for i in range(max(self.vocab_size, len(self.tokenizer)))])
+
     def token_strings(self, ids: Sequence[int], prefixed: bool = False) -> list[Token]:
         """Token ids as ``Token`` strings; ``prefixed`` says that the first one is no part of the text."""
         return tokens.spans(self.tokenizer, ids, prefixed)
@@ -157,66 +201,85 @@ class LM:
         batch: TokenBatch,
         reads: Iterable[Site] = (),
         writes: Iterable[Write] = (),
-        logits: bool = True,
+        logits: bool | Callable[..., Tensor] = True,
         past: Any = None,
-    ) -> tuple[dict[Site, Tensor], Tensor | None]:
+        after: Callable[..., Any] | Mapping[Site, Callable[..., Any]] | None = None,
+    ) -> tuple[dict[Site, Any], Any]:
         """One trace over a token batch: activations at ``reads`` (after the writes there) and, if asked, logits.
 
         Without ``logits`` the model stops at its deepest site. Right padding needs no attention mask: a causal model's
         real tokens never see what stands behind them. With ``past`` (a transformers cache) the batch holds only the
         new tokens and only the last position's logits come back.
+
+        What is not wanted whole can be made smaller where the model runs: ``logits`` and ``after`` may be functions
+        (x "batch pos d", tokens) -> what comes back in its place (``after`` also one for each site).
         """
         import nnsight
 
         reads, writes = list(reads), list(writes)
-        needed = list(dict.fromkeys(s for w in writes for s in w.reads))
-        stops = {s: self._sites.point(s) for s in [*reads, *needed, *(w.site for w in writes)]}
-        self._require_before(writes)
-        # Two sites can share one place (all heads, one head): first its writes, in the order given, then its reads.
-        steps: list[tuple[Site, Write | None]] = [(w.site, w) for w in writes]
-        steps += [(s, None) for s in {*reads, *needed}]
-        steps.sort(key=lambda step: (self._sites.when(step[0]), step[1] is None))
+        scattered = self._server is not None and after is None
+        keep = passes.real if self._server else passes.whole
+        steps = self._steps(reads, writes, after or keep)
+        finish: Any = logits if callable(logits) else keep if logits else None
         inputs: dict[str, Any] = {"input_ids": batch.ids.to(self.device)}
         if past is None:
             inputs["use_cache"] = False
         else:
             inputs |= {"past_key_values": past, "use_cache": True, "logits_to_keep": 1}
-        out = None
-        with self._lock, torch.no_grad(), self._nn.trace(inputs) as tracer:
-            acts = nnsight.save({})
-            held = {}
-            for s, write in steps:
-                x = sites.read(self._nn, stops[s])
-                if write is None:
-                    held[s] = x.float().clone() if writes else x.float()
-                    if s in reads:
-                        acts[s] = held[s]
-                else:
-                    # The stream in mid-block has been kept for the skip connection before the norm sees it.
-                    new = write.fn(x, batch, *(held[r] for r in write.reads))
-                    sites.write(self._nn, stops[s], new, in_place=s.kind == "resid_mid")
-            if logits:
-                out = nnsight.save(self._nn.output.logits)
-            else:
+        nn, tokens, found = self._nn, batch.plain(), cast(dict[str, Any], {})
+        backend = self._server.request(nn) if self._server else None
+        with self._lock, torch.no_grad(), nn.trace(inputs, backend=backend) as tracer:
+            found = nnsight.save({})
+            through(nn, steps, tokens, found)
+            if finish is None:
                 tracer.stop()
-        return dict(acts), out
+            else:
+                found[""] = finish(nn.output.logits, tokens)
+        if backend is not None:
+            found = backend.saved()["found"]
+        acts, out = {s: found[s.key] for s in reads}, found.get("")
+        if scattered:
+            acts = {s: _padded(x, batch) for s, x in acts.items()}
+        return acts, _padded(out, batch) if self._server and logits is True else out
+
+    def _steps(self, reads: Iterable[Site], writes: Iterable[Write], after: Any) -> list[tuple[Any, ...]]:
+        """What ``passes.through`` does, in the order in which the model computes sites. Two sites can share one place
+        (all heads, one head): first its writes, in the order given, then its reads."""
+        reads, writes = list(dict.fromkeys(reads)), list(writes)
+        self._require_before(writes)
+        if self._server:
+            _require_travelling(writes)
+        only_needed = [s for s in dict.fromkeys(s for w in writes for s in w.reads) if s not in reads]
+        steps: list[tuple[int, bool, tuple[Any, ...]]] = []
+        for w in writes:
+            # The stream in mid-block has been kept for the skip connection before the norm sees it.
+            names, in_place = tuple(s.key for s in w.reads), w.site.kind == "resid_mid"
+            step = (w.site.key, self._sites.point(w.site), w.fn, names, in_place)
+            steps.append((self._sites.when(w.site), False, step))
+        for s in [*reads, *only_needed]:
+            smaller = after[s] if isinstance(after, Mapping) and s in after else after
+            step = (s.key, self._sites.point(s), None if s in only_needed else smaller)
+            steps.append((self._sites.when(s), True, step))
+        return [step for _, _, step in sorted(steps, key=lambda s: s[:2])]
 
     def gradient(
-        self, batch: TokenBatch, site: Site, metric: Callable[[Tensor], Tensor], x: Float[Tensor, "batch pos d"]
+        self, batch: TokenBatch, site: Site, metric: Callable[..., Tensor], x: Float[Tensor, "batch pos d"]
     ) -> Float[Tensor, "batch pos d"]:
-        """The gradient of ``metric(logits)``, summed, by the activations at a site, where x stands there."""
+        """The gradient of ``metric(logits, tokens)``, summed, by the activations at a site, where x stands there."""
         import nnsight
 
-        point = self._sites.point(site)
+        point, in_place = self._sites.point(site), site.kind == "resid_mid"
         inputs = {"input_ids": batch.ids.to(self.device), "use_cache": False}
-        with self._lock, torch.enable_grad(), self._nn.trace(inputs):
-            here = sites.read(self._nn, point)
-            there = x.detach().to(here.device, here.dtype).requires_grad_(True)
+        nn, tokens, x, found = self._nn, batch.plain(), x.detach(), cast(Tensor, None)
+        backend = self._server.request(nn) if self._server else None
+        read, write, slope = passes.read, passes.write, passes.slope
+        with self._lock, torch.enable_grad(), nn.trace(inputs, backend=backend):
+            here = read(nn, point)
+            there = x.to(here).requires_grad_(True)
             # A copy, for the stream in mid-block is written in place, and a leaf that wants its gradient may not be.
-            sites.write(self._nn, point, there.clone(), in_place=site.kind == "resid_mid")
-            value = metric(self._nn.output.logits.float()).sum()
-            found = nnsight.save(torch.autograd.grad(value, [there])[0])
-        return found.float()
+            write(nn, point, there.clone(), in_place)
+            found = nnsight.save(slope(nn.output.logits, tokens, there, metric))
+        return found if backend is None else backend.saved()["found"]
 
     def _require_before(self, writes: list[Write]) -> None:
         """What a write reads must have happened."""
@@ -248,9 +311,7 @@ class LM:
         ``per_token[b, p]`` is the loss of token p given the ones before it: NaN at position 0 and at padding.
         """
         batch = self.tokenize(prompts)
-        _, out = self.run(batch, writes=self._writes(edits, batch))
-        assert out is not None
-        losses = token_losses(out, batch)
+        _, losses = self.run(batch, writes=self._writes(edits, batch), logits=token_losses)
         if not per_token and bool(losses.isnan().all()):
             raise ValueError("a loss needs at least two tokens (one given, one predicted); this text has one")
         return losses if per_token else losses.nanmean()
@@ -269,16 +330,11 @@ class LM:
         other, so that each gets what it gets alone.
         """
         batch, writes, generator = self._ready_to_generate(prompts, edits, max_new_tokens, temperature, seed)
-        texts = [""] * len(batch.ids)
-        lengths = batch.mask.sum(1)
-        for length in lengths.unique().tolist():
-            rows = (lengths == length).nonzero().flatten()
-            ids = batch.ids[rows, :length].tolist()
-            for new in self._continue(batch.ids[rows, :length], rows, writes, max_new_tokens, temperature, generator):
-                for row, token in zip(ids, new, strict=True):
-                    row += [] if token is None else [token]
-            for row, row_ids in zip(rows.tolist(), ids, strict=True):
-                texts[row] = self.tokenizer.decode(row_ids, skip_special_tokens=True)
+        ids = [row[:n] for row, n in zip(batch.ids.tolist(), batch.mask.sum(1).tolist(), strict=True)]
+        for rows, new in self._continued(batch, writes, max_new_tokens, temperature, generator):
+            for row, token in zip(rows, new, strict=True):
+                ids[row] += [] if token is None else [token]
+        texts = [self.tokenizer.decode(row, skip_special_tokens=True) for row in ids]
         return texts[0] if tokens.is_single(prompts) else texts
 
     def stream(
@@ -301,7 +357,7 @@ class LM:
     def _pieces(self, batch: TokenBatch, writes: list[Write], new: int, temperature: float, generator: Any):
         ids = batch.ids[0].tolist()
         said = self.tokenizer.decode(ids, skip_special_tokens=True)
-        for [token] in self._continue(batch.ids, torch.zeros(1, dtype=torch.long), writes, new, temperature, generator):
+        for _, [token] in self._continued(batch, writes, new, temperature, generator, stream=True):
             if token is not None:
                 ids.append(token)
             text = self.tokenizer.decode(ids, skip_special_tokens=True)
@@ -319,6 +375,68 @@ class LM:
         batch = self.tokenize(prompts)
         generator = torch.Generator().manual_seed(seed) if seed is not None else None
         return batch, self._writes(edits, batch, new), generator
+
+    def _continued(
+        self, batch: TokenBatch, writes: list[Write], new: int, temperature: float, generator: Any, stream: bool = False
+    ) -> Iterator[tuple[list[int], list[int | None]]]:
+        """(rows, the next token of each), again and again; rows of one length after those of another."""
+        lengths = batch.mask.sum(1)
+        groups = [(lengths == n).nonzero().flatten() for n in lengths.unique()]
+        parts = [(rows, batch.ids[rows, : int(lengths[rows[0]])]) for rows in groups]
+        if self._server:
+            yield from self._continue_there(parts, writes, new, temperature, generator, stream)
+            return
+        for rows, ids in parts:
+            for tokens_ in self._continue(ids, rows, writes, new, temperature, generator):
+                yield rows.tolist(), tokens_
+
+    def _continue_there(
+        self, parts: list[tuple[Tensor, Tensor]], writes: list[Write], new: int, temperature: float, generator: Any,
+        stream: bool,
+    ) -> Iterator[tuple[list[int], list[int | None]]]:  # fmt: skip
+        """The same on a server: one request makes all tokens. To stream them, the block prints each as it comes. (Names
+        in the block must not be those of this module's globals, which would be sent with it.)"""
+        from types import SimpleNamespace as Tokens
+
+        import nnsight
+        from transformers import DynamicCache
+
+        nn, steps, config = self._nn, self._steps((), writes, None), self._module.config
+        ends, limit = sorted(_end_ids(self._module, self.tokenizer)), self.max_length
+        state = None if generator is None else generator.get_state()
+        said, through, pick = [], passes.through, passes.pick
+        backend = self._server.request(nn, listen=stream)
+        with self._lock, torch.no_grad(), nn.session(backend=backend):
+            said = nnsight.save([])
+            generator = None if state is None else torch.Generator()
+            if generator is not None:
+                generator.set_state(state)
+            for rows, ids in parts:
+                past, start = DynamicCache(config=config), 0
+                done = torch.zeros(len(ids), dtype=torch.bool)
+                for number in range(min(new, limit - ids.shape[1])):
+                    positions = torch.arange(start, start + ids.shape[1]).expand_as(ids)
+                    real, start = torch.ones_like(ids, dtype=torch.bool), start + ids.shape[1]
+                    here = Tokens(ids=ids, mask=real, positions=positions, row_numbers=rows, step=number)
+                    inputs = {"input_ids": ids, "past_key_values": past, "use_cache": True, "logits_to_keep": 1}
+                    with nn.trace(inputs):
+                        through(nn, steps, here, {})
+                        scores = nnsight.save(nn.output.logits[:, -1].float().cpu())
+                    ids = pick(scores, temperature, generator)
+                    done |= torch.tensor([token in ends for token in ids.flatten().tolist()])
+                    if bool(done.all()):
+                        break
+                    token_ids = [-1 if end else t for t, end in zip(ids.flatten().tolist(), done.tolist(), strict=True)]
+                    said.append((rows.tolist(), token_ids))
+                    if stream:
+                        print("next", *token_ids, flush=True)
+        if stream:
+            lines = (line.split() for line in backend.lines())
+            said = (([0], [int(t) for t in line[1:]]) for line in lines if line[:1] == ["next"])
+        else:
+            said = backend.saved()["said"]
+        for rows, token_ids in said:
+            yield rows, [None if t < 0 else t for t in token_ids]
 
     def _continue(
         self, ids: Tensor, rows: Tensor, writes: list[Write], new: int, temperature: float,
@@ -339,7 +457,7 @@ class LM:
             part = TokenBatch(step, real, positions, rows=rows, step=number)
             _, out = self.run(part, writes=writes, past=past)
             assert out is not None
-            step = _pick(out[:, -1].float().cpu(), temperature, generator)
+            step = pick(out[:, -1].float().cpu(), temperature, generator)
             done |= torch.tensor([token in ends for token in step.flatten().tolist()])
             if bool(done.all()):
                 return
@@ -365,32 +483,80 @@ class LM:
     def _writes(self, edits: Iterable[Any], batch: TokenBatch, new: int = 0) -> list[Write]:
         return [w for edit in edits for w in edit.writes(self, batch, new)]
 
+    def submit(self, method: str, *args: Any, job: str | None = None, **kwargs: Any) -> Any:
+        """Start a call on the server and go on: ``job = lm.submit("logits", prompts)``, then ``job.status`` and
+        ``job.result()``.
+
+        Args:
+            method: "read", "logits", "loss" or "generate", which are one request each; then its arguments.
+            job: the id of one that was sent before, from this kernel or one that has died: the same call with it takes
+                that job up again, and sends nothing.
+        """
+        from sae_lab.lm.remote import Job
+
+        if self._server is None:
+            raise ValueError("lm.submit is for a model on a server, LM(..., remote=True): here, call the method itself")
+        if method not in ("read", "logits", "loss", "generate"):
+            raise ValueError(f"lm.submit takes read, logits, loss or generate, which are one request, got {method!r}")
+        return Job(method, partial(getattr(self, method), *args, **kwargs), self._server, job)
+
     # ---- the way in and out
 
     @torch.no_grad()
     def embedding(self, ids: Int[Tensor, " n"]) -> Float[Tensor, "n d"]:
         """Input embeddings of token ids, float32 on the CPU, centred on the mean over the vocabulary."""
+        if self._server:
+            path = self._sites.path_of(self._module.get_input_embeddings())
+            return self._there(passes.embedded, ids=ids, path=path, size=self.vocab_size)
         table = self._module.get_input_embeddings().weight.float()
         return (table[ids.to(table.device)] - table.mean(0)).cpu()
 
-    def lens(self, directions: Float[Tensor, "n d"], at: Site | str) -> Float[Tensor, "n vocab"] | None:
-        """Logit lens of directions written at a site: W_dec·diag(gain)·W_U, arbitrary units; None where a site's
-        directions are not written to the residual stream (``mlp_in``, unknown modules).
+    def lens(
+        self, directions: Float[Tensor, "n d"], at: Site | str, of: Callable[[Tensor], Any] | None = None
+    ) -> Any:
+        """Logit lens of directions written at a site: W_dec·diag(gain)·W_U, "n vocab", arbitrary units; None where a
+        site's directions are not written to the residual stream (``mlp_in``, unknown modules).
 
         At ``attn_z`` the directions first go through W_O (and the norm that some models have behind it). The gain is
         the final norm's (1+w for Gemma); directions are centred where that norm centres.
+
+        of: what to make of the logits where the model is (they are many), None: they come back themselves.
         """
-        site = Site.of(at)
+        site, modules = Site.of(at), self._sites.modules
+        if site.kind in ("mlp_in", "module"):
+            return None
+        if self._server:
+            return self._lens_there(directions.detach().float().cpu(), site, of)
         x = directions.to(self.device, torch.float32)
         if site.kind == "attn_z":
-            output: Any = self._sites.modules[str(self._sites.w_o[site.layer or 0])]
+            output: Any = modules[str(self._sites.w_o[site.layer or 0])]
             w_o = output.weight.T if isinstance(output, nn.Linear) else output.weight  # GPT-2 stores d_in first
-            x = x @ w_o[self._sites.point(site).columns].float()
-            x = _through_norm(self._sites.after_attention(site.layer or 0), x)
-        elif site.kind in ("mlp_in", "module"):
-            return None
-        x = _through_norm(self._sites.modules.get(str(self._sites.final_norm)), x)
-        return (x @ self._module.get_output_embeddings().weight.float().T).detach().cpu()
+            columns = self._sites.point(site)[2]
+            x = x @ (w_o if columns is None else w_o[columns[0] : columns[1]]).float()
+            x = _through_norm(modules.get(str(self._sites.after_attention(site.layer or 0))), x)
+        x = _through_norm(modules.get(str(self._sites.final_norm)), x)
+        logits = (x @ self._module.get_output_embeddings().weight.float().T).detach().cpu()
+        return logits if of is None else of(logits)
+
+    def _lens_there(self, x: Tensor, site: Site, of: Callable[[Tensor], Any] | None) -> Any:
+        at, norms, w_o = self._sites, [self._sites.final_norm], None
+        if site.kind == "attn_z":
+            w_o = at.w_o[site.layer or 0], at.width(Site("attn_z", site.layer)), at.point(site)[2]
+            norms.insert(0, at.after_attention(site.layer or 0))
+        way = [(path, isinstance(at.modules[path], nn.LayerNorm)) for path in norms if path]
+        head = at.path_of(self._module.get_output_embeddings())
+        return self._there(passes.lens, x=x, w_o=w_o, way=way, head=head, of=of)
+
+    def _there(self, fn: Callable[..., Any], **settings: Any) -> Any:
+        """fn(root envoy, **settings) where the model is: modules may be called there."""
+        import nnsight
+
+        nn, ids, found = self._nn, torch.zeros(1, 1, dtype=torch.long, device=self.device), None
+        backend = self._server.request(nn) if self._server else None
+        with self._lock, torch.no_grad(), nn.trace({"input_ids": ids, "use_cache": False}, backend=backend) as tracer:
+            found = nnsight.save(fn(nn, **settings))
+            tracer.stop()
+        return found if backend is None else backend.saved()["found"]
 
 
 def _through_norm(norm: Any, x: Tensor) -> Tensor:
@@ -405,21 +571,23 @@ def _through_norm(norm: Any, x: Tensor) -> Tensor:
     return x * norm(torch.ones(1, 1, x.shape[-1], dtype=weight.dtype, device=weight.device)).flatten().float()
 
 
-def token_losses(logits: Tensor, batch: TokenBatch) -> Float[Tensor, "batch pos"]:
-    """Loss of each token given the ones before it, nats; NaN at position 0 and padding."""
-    losses = torch.full(batch.ids.shape, float("nan"))
-    targets = batch.ids[:, 1:, None].to(logits.device)
-    for row, (scores, target) in enumerate(zip(logits[:, :-1], targets, strict=True)):  # a copy of all would cost more
-        scores = scores.float()
-        losses[row, 1:] = (scores.logsumexp(-1) - scores.gather(-1, target)[:, 0]).cpu()
-    return losses.masked_fill(~batch.mask.cpu(), float("nan"))
+def _padded(x: Tensor, batch: TokenBatch) -> Tensor:
+    """Rows of real tokens in their places, 0 at padding."""
+    out = x.new_zeros(*batch.mask.shape, x.shape[-1])
+    out[batch.mask] = x
+    return out
 
 
-def _pick(logits: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:
-    """The next token of each row, ``batch 1``: the likeliest at temperature 0, else a sample."""
-    if temperature == 0:
-        return logits.argmax(-1, keepdim=True)
-    return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
+def _require_travelling(writes: Iterable[Write]) -> None:
+    """What an edit does must be functions of torch. A coder that is none stands in the plan as itself."""
+    for w in writes:
+        change = getattr(w.fn, "keywords", {}).get("change")
+        plan = getattr(change, "keywords", {}).get("plan") or {}
+        if coder := plan.get("own", {}).get("coder"):
+            raise ValueError(
+                f"a {type(coder).__name__} does not say how its codes are made without this library, so no edit with "
+                "it runs on a server: give the family eval_act, see sae_lab.saes.portable"
+            )
 
 
 def _end_ids(module: nn.Module, tokenizer: Any) -> set[int]:
@@ -441,6 +609,42 @@ def _quiet_if(quiet: bool) -> Iterator[None]:
         yield
     finally:
         logging.enable_progress_bar()
+
+
+def _outline(model: str | nn.Module | None, tokenizer: Any, device: Any, dtype: Any, kwargs: dict[str, Any]):
+    """(nnsight's model without weights, tokenizer, id) of a model that runs on a server."""
+    from nnsight import TransformersModel
+    from transformers import AutoTokenizer
+
+    if isinstance(model, nn.Module) or (model is not None and Path(model).expanduser().exists()):
+        raise ValueError("a server knows models by their hub id: pass it, LM('org/name', remote=True)")
+    if unknown := set(kwargs) - {"revision"}:
+        raise ValueError(f"with remote= the server has loaded the model: it takes no {', '.join(sorted(unknown))}")
+    if device != "auto" or dtype is not None:
+        raise ValueError("with remote= device and dtype are the server's: leave them out")
+    name = model or bundled.HUB_ID
+    source = bundled.folder() if model in (None, bundled.HUB_ID) else name
+    try:
+        tokenizer = tokenizer or AutoTokenizer.from_pretrained(source, **kwargs)
+        outline = TransformersModel(source, task="text-generation", tokenizer=tokenizer, **kwargs)
+    except OSError as err:
+        raise ValueError(f"no model {name!r} on the hub, or no way to it: its config is needed here ({err})") from err
+    outline.repo_id = name
+    _know_id(name)
+    return outline, tokenizer, name
+
+
+def _know_id(name: str) -> None:
+    """nnsight asks the hub how an id is spelled; where there is no way to the hub, as it stands here."""
+    from nnsight.modeling import huggingface
+
+    try:
+        from huggingface_hub import HfApi
+
+        huggingface._ID_CACHE.setdefault(name, HfApi().model_info(name, timeout=5).id)
+    except Exception as err:  # of many kinds, all of which mean that there is no answer
+        log.debug("the hub does not tell how %s is spelled: %s", name, err)
+        huggingface._ID_CACHE.setdefault(name, name)
 
 
 def _load(model: str | nn.Module | None, tokenizer: Any, device: Any, dtype: Any, kwargs: dict[str, Any]):

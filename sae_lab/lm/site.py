@@ -1,10 +1,11 @@
 """Where sites lie in a model: the only code that knows module paths, tuples and which end of a module to read."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from sae_lab.lm.passes import first_tensor
 from sae_lab.types import KINDS, LAYER_KINDS, Site
 
 _BLOCKS = (
@@ -16,12 +17,7 @@ _ATTENTION = ("self_attn", "attn", "attention")
 _W_O = ("o_proj", "c_proj", "dense", "out_proj")
 
 
-class Point(NamedTuple):
-    """One end of one module, and which slice of the last axis (a head)."""
-
-    path: str
-    end: str  # "input" or "output"
-    columns: slice
+Point = tuple[str, str, tuple[int, int] | None]  # module path, "input" or "output", columns (a head's), or all
 
 
 class SiteMap:
@@ -81,10 +77,14 @@ class SiteMap:
     def final_norm(self) -> str | None:
         return self._child(self.blocks.rsplit(".", 1)[0], _FINAL_NORM) if self.blocks else None
 
-    def after_attention(self, layer: int) -> nn.Module | None:
+    def after_attention(self, layer: int) -> str | None:
         """The norm between W_O and the residual stream, where a model has one (Gemma, OLMo 2)."""
         block = f"{self.blocks}.{layer}"
-        return self.modules[f"{block}.post_attention_layernorm"] if self._post_norms(block) else None
+        return f"{block}.post_attention_layernorm" if self._post_norms(block) else None
+
+    def path_of(self, module: nn.Module) -> str:
+        """The path of one of the model's modules."""
+        return next(path for path, m in self.modules.items() if m is module)
 
     def _post_norms(self, block: str) -> bool:
         """Whether sub-layers' outputs are normed before they are added to the stream."""
@@ -129,70 +129,29 @@ class SiteMap:
                     f"this model has no module {site.path!r} with a tensor output; "
                     f"{'similar: ' + ', '.join(near) if near else 'kinds: ' + ', '.join(self.kinds)}"
                 )
-            return Point(str(site.path), "output", slice(None))
+            return str(site.path), "output", None
         if site.layer is not None and site.layer >= max(self.n_layers, 1):
             raise ValueError(f"{site} is out of range: this model has layers 0 to {self.n_layers - 1}")
         if site.kind not in self.kinds:
             have = ", ".join(self.kinds)
             raise ValueError(f"this model has no {site.kind!r} sites; it has {have}, or a module's path")
         path, end = self._point(site.kind, site.layer)  # type: ignore[misc]
-        return Point(path, end, self._columns(site, path))
+        return path, end, self._columns(site, path)
 
-    def _columns(self, site: Site, path: str) -> slice:
+    def _columns(self, site: Site, path: str) -> tuple[int, int] | None:
         if site.head is None:
-            return slice(None)
+            return None
         n_heads = self.model.config.get_text_config().num_attention_heads
         if site.head >= n_heads:
             raise ValueError(f"{site} is out of range: this model has heads 0 to {n_heads - 1}")
         d_head = self._events[path, "input"][1] // n_heads
-        return slice(site.head * d_head, (site.head + 1) * d_head)
+        return site.head * d_head, (site.head + 1) * d_head
 
     def width(self, site: Site) -> int:
-        point = self.point(site)
-        full = self._events[point.path, point.end][1]
-        return full if point.columns == slice(None) else point.columns.stop - point.columns.start
+        path, end, columns = self.point(site)
+        return self._events[path, end][1] if columns is None else columns[1] - columns[0]
 
     def when(self, site: Site) -> int:
         """Sites happen in the order of this number."""
-        point = self.point(site)
-        return self._events[point.path, point.end][0]
-
-
-def first_tensor(value: Any) -> Tensor | None:
-    """A module's main value: itself, or the first tensor of the tuple it comes in."""
-    if isinstance(value, tuple | list):
-        return next((v for v in value if isinstance(v, Tensor)), None)
-    return value if isinstance(value, Tensor) else None
-
-
-def envoy_at(root: Any, path: str) -> Any:
-    """nnsight's envoy of the module at ``path``."""
-    for name in path.split("."):
-        root = root[int(name)] if name.isdigit() else getattr(root, name)
-    return root
-
-
-def read(root: Any, point: Point) -> Tensor:
-    """The value at a point, inside a trace."""
-    envoy = envoy_at(root, point.path)
-    value = first_tensor(envoy.input if point.end == "input" else envoy.output)
-    assert value is not None
-    return value[..., point.columns]
-
-
-def write(root: Any, point: Point, new: Tensor, in_place: bool) -> None:
-    """Replace the value at a point, inside a trace, keeping the rest of its tuple or of its heads."""
-    envoy = envoy_at(root, point.path)
-    whole = envoy.input if point.end == "input" else envoy.output
-    old = first_tensor(whole)
-    assert old is not None
-    new = new.to(old.dtype)
-    if in_place:
-        old[..., point.columns] = new
-        return
-    if point.columns != slice(None):
-        new = torch.cat([old[..., : point.columns.start], new, old[..., point.columns.stop :]], dim=-1)
-    if point.end == "input":
-        envoy.input = new
-    else:
-        envoy.output = (new, *whole[1:]) if isinstance(whole, tuple) else new
+        path, end, _ = self.point(site)
+        return self._events[path, end][0]

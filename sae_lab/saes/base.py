@@ -1,7 +1,7 @@
 """SparseCoder: read (x -> pre), act (pre -> codes), write (codes -> x_hat). One class for training and inference."""
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from sae_lab.saes import losses, sparse
+from sae_lab.saes import losses, portable, sparse
 from sae_lab.types import Batch, Codes, Output, Site, TokenMask, check_feature
 
 AUX_WEIGHT = 1 / 32  # Gao et al. 2024
@@ -203,6 +203,39 @@ class SparseCoder(nn.Module):
         x_hat = self._write(f.reshape(-1, self.d_sae).float(), None, None if tokens is None else tokens.reshape(-1))
         return x_hat.reshape(*f.shape[:-1], *self.out_shape)
 
+    def eval_act(self) -> tuple[Callable[..., Tensor], dict[str, Any]]:
+        """(a function of ``saes.portable``, its own tensors): what ``act`` does in eval mode. A family that names none
+        works on this machine, and cannot travel to another."""
+        return portable.by_itself, {"coder": self}
+
+    def portable(self, features: Sequence[int] | None = None, whole: bool = True) -> dict[str, Any]:
+        """The coder in eval mode as tensors and functions of torch alone, which run where this library is not: a plan
+        for ``saes.portable``.
+
+        Args: features: those whose codes are wanted; None: all. whole: whether what the coder makes of all codes is
+        wanted too; without, only the weights go that the features' codes need.
+
+        Raises ValueError for a coder of several layers.
+        """
+        if len(self.in_shape) > 1:
+            raise ValueError(f"a {type(self).__name__} reads several sites at once: no edit or reading takes it along")
+        act, own = self.eval_act()
+        pick: Any = slice(None) if features is None or list(features) == list(range(self.d_sae)) else list(features)
+        with torch.no_grad():
+            weights = {"bias": self.read_bias(), "W_enc": self.W_enc, "W_dec": self.W_dec, "b_dec": self.b_dec}
+        weights |= {"W_skip": self.W_skip, "lookup": getattr(self, "lookup", None)}
+        weights = {name: None if t is None else t.detach() for name, t in weights.items()}
+        own = {name: value.detach() if isinstance(value, Tensor) else value for name, value in own.items()}
+        weights["W_some"] = weights["W_dec"] if pick == slice(None) else weights["W_dec"][pick]  # type: ignore[index]
+        if not whole:
+            weights |= {"W_dec": None, "W_skip": None, "lookup": None}
+            if pick != slice(None) and act in portable.ONE_BY_ONE:
+                weights |= {"W_enc": weights["W_enc"][:, pick], "bias": weights["bias"][pick]}  # type: ignore[index]
+                own = {name: value[pick] if getattr(value, "shape", ()) else value for name, value in own.items()}
+                pick = slice(None)
+        facts = {"act": act, "own": own, "pick": pick, "input_norm": self.input_norm, "transcodes": self.transcodes}
+        return weights | facts
+
     def write_of(
         self, change: Float[Tensor, "batch some"], features: Sequence[int] | slice, x: Float[Tensor, "batch d_in"]
     ) -> Float[Tensor, "batch d_out"]:
@@ -211,9 +244,13 @@ class SparseCoder(nn.Module):
         size = self._enter(x)[2]
         return write if size is None or self.transcodes else write * size
 
+    def read_bias(self) -> Float[Tensor, " d_sae"]:
+        """b in pre = x·W_enc + b."""
+        return self.b_enc - self.b_dec @ self.W_enc if self.pre_bias else self.b_enc
+
     def _read(self, x: Tensor) -> Tensor:
         """Pre-activations of float rows."""
-        bias = self.b_enc - self.b_dec @ self.W_enc if self.pre_bias else self.b_enc
+        bias = self.read_bias()
         memory = None if torch.is_grad_enabled() else self.scratch
         return torch.addmm(bias, x, self.W_enc, out=memory.pre(len(x), self.d_sae) if memory else None)
 

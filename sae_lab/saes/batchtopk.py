@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae_lab.saes import sparse
+from sae_lab.saes import portable, sparse
 from sae_lab.saes.topk import TopK
 from sae_lab.types import Codes
 
@@ -32,12 +32,19 @@ class BatchTopK(TopK):
     def act(self, pre: Float[Tensor, "batch d_sae"]) -> Codes:
         if self.training:
             return self._choose(pre, self.k)
+        self._require_threshold()
+        return sparse.above(pre, self.threshold)
+
+    def _require_threshold(self) -> None:
         if bool(self.threshold.isnan()):
             raise ValueError(
                 f"this {type(self).__name__} has no inference threshold yet: train it with sl.train, call "
                 "sae.calibrate([activations]), or use sae.train() for batch-wise selection"
             )
-        return sparse.above(pre, self.threshold)
+
+    def eval_act(self):
+        self._require_threshold()
+        return portable.above, {"floor": self.threshold}
 
     def _choose(self, pre: Tensor, k: float) -> Codes:
         return sparse.top_of_batch(pre, round(k * len(pre)))

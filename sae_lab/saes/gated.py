@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sae_lab.saes import losses
+from sae_lab.saes import losses, portable
 from sae_lab.saes.base import EVERY, SparseCoder, weighted_sum
 from sae_lab.saes.l1 import WARM_UP, check_weight
 from sae_lab.types import Batch, Codes, Output
@@ -32,6 +32,9 @@ class Gated(SparseCoder):
     def act(self, pre: Float[Tensor, "..."], features: Tensor | slice = EVERY) -> Tensor:
         strength = (self.r_mag[features].exp() * (pre - self.b_enc[features]) + self.b_mag[features]).relu()
         return torch.where(pre > 0, strength, 0.0)
+
+    def eval_act(self):
+        return portable.gated, {"r_mag": self.r_mag, "b_enc": self.b_enc, "b_mag": self.b_mag}
 
     def terms(self, batch: Batch, out: Output, *, progress: float, dead: Tensor) -> dict[str, Tensor]:
         rows = self._rows(batch.x)[0]

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from sae_lab.saes import portable
 from sae_lab.saes.base import EVERY, SparseCoder
 from sae_lab.saes.l1 import WARM_UP, check_weight
 from sae_lab.types import Batch, Codes, Output
@@ -40,6 +41,9 @@ class JumpReLU(SparseCoder):
 
     def act(self, pre: Float[Tensor, "..."], features: Tensor | slice = EVERY) -> Tensor:
         return _Jump.apply(pre, self.threshold[features], self.bandwidth)
+
+    def eval_act(self):
+        return portable.above, {"floor": self.threshold.clamp_min(0)}
 
     def reach(self, pre: Float[Tensor, "batch d_sae"]) -> Bool[Tensor, "batch d_sae"]:
         """θ learns from what is a little below it too."""

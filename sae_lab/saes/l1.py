@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae_lab.saes import losses
+from sae_lab.saes import losses, portable
 from sae_lab.saes.base import EVERY, SparseCoder
 from sae_lab.types import Batch, Codes, Output
 
@@ -37,6 +37,9 @@ class L1(SparseCoder):
 
     def act(self, pre: Float[Tensor, "..."], features: Tensor | slice = EVERY) -> Tensor:
         return pre.relu() if self.training else torch.where(pre > self.floor, pre, 0.0)
+
+    def eval_act(self):
+        return portable.above, {"floor": self.floor}
 
     def penalty(self, f: Codes | Tensor, progress: float) -> Float[Tensor, ""]:
         """What ``sparsity`` multiplies."""

@@ -4,6 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sae_lab.saes import portable
 from sae_lab.saes.base import EVERY
 from sae_lab.saes.l1 import L1
 
@@ -17,6 +18,10 @@ class ProLU(L1):
 
     def act(self, pre: Float[Tensor, "..."], features: Tensor | slice = EVERY) -> Tensor:
         return _Switch.apply(pre, self.b_enc[features], 0.0 if self.training else self.floor)
+
+    def eval_act(self):
+        return portable.unlowered, {"b_enc": self.b_enc, "floor": self.floor}
+
 
 
 class _Switch(torch.autograd.Function):

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sae_lab.saes import sparse
+from sae_lab.saes import portable, sparse
 from sae_lab.saes.topk import TopK
 from sae_lab.types import Codes
 
@@ -46,6 +46,9 @@ class Spline(TopK):
 
     def act(self, pre: Float[Tensor, "batch d_sae"]) -> Codes:
         return sparse.top_per_row(self._bent(pre, torch.arange(self.d_sae, device=pre.device)), self.k)
+
+    def eval_act(self):
+        return portable.bent, {"bend": self.bend, "span": self.span, "k": self.k}
 
     def _codes(self, x: Tensor) -> tuple[Tensor, Codes]:
         with torch.no_grad():

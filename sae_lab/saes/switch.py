@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sae_lab.saes import portable
 from sae_lab.saes.l1 import check_weight
 from sae_lab.saes.topk import TopK
 from sae_lab.types import Batch, Codes, Output
@@ -41,6 +42,10 @@ class Switch(TopK):
     def route(self, x: Tensor) -> Tensor:
         """p, "batch experts"."""
         return ((x - self.b_router) @ self.W_router).softmax(-1)
+
+    def eval_act(self):
+        own = {"W_router": self.W_router, "b_router": self.b_router, "experts": self.experts, "k": self.k}
+        return portable.routed, own
 
     def _codes(self, x: Tensor) -> tuple[Tensor, Codes]:
         """pre is filled only at each token's own expert, and 0 elsewhere."""

@@ -5,7 +5,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from sae_lab.saes import losses, sparse
+from sae_lab.saes import losses, portable, sparse
 from sae_lab.saes.base import SparseCoder
 from sae_lab.types import Batch, Codes, Output
 
@@ -44,6 +44,9 @@ class TopK(SparseCoder):
 
     def act(self, pre: Float[Tensor, "batch d_sae"]) -> Codes:
         return self._choose(pre, self.k)
+
+    def eval_act(self):
+        return portable.largest, {"k": self.k}
 
     def _choose(self, pre: Tensor, k: float) -> Codes:
         return sparse.top_per_row(pre, round(k))

@@ -5,7 +5,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae_lab.saes import sparse
+from sae_lab.saes import portable, sparse
 from sae_lab.saes.base import SparseCoder
 from sae_lab.types import Batch, Codes
 
@@ -29,12 +29,15 @@ class VQ(SparseCoder):
     def W_enc(self) -> Tensor:  # type: ignore[override]
         return self.W_dec.T
 
-    def _read(self, x: Tensor) -> Tensor:
-        return (x - self.b_dec) @ self.W_dec.T - self.W_dec.pow(2).sum(1) / 2
+    def read_bias(self) -> Tensor:
+        return -self.b_dec @ self.W_dec.T - self.W_dec.pow(2).sum(1) / 2
 
     def act(self, pre: Float[Tensor, "batch d_sae"]) -> Codes:
         nearest = sparse.top_per_row(pre, 1)
         return nearest._replace(values=torch.ones_like(nearest.values))
+
+    def eval_act(self):
+        return portable.nearest, {}
 
     def _encode_at(self, codes: Codes, x: Tensor) -> Codes:
         return codes

@@ -1,0 +1,327 @@
+"""Running on an NDIF server: one request at a time, with a deadline, errors that say what to do, and no pickles.
+
+nnsight sends a traced block (its source, and what it names) and gives back what the block saved. Here that is done so
+that a call can wait, or be waited for (``Job``), or be taken up again after the kernel died. Results are loaded with
+``weights_only=True``: tensors and plain data, so that no server can run code here.
+"""
+
+import io
+import json
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+from urllib.parse import urlsplit
+
+from nnsight.intervention.backends.display import StatusDisplay
+from nnsight.intervention.backends.remote import RemoteBackend, RemoteError
+from nnsight.ndif import register
+from nnsight.schema.config import CONFIG
+from nnsight.schema.request import RequestModel
+from nnsight.schema.response import ResponseModel, Status
+
+log = logging.getLogger(__name__)
+
+HOSTED = "https://api.ndif.us"
+# Modules whose functions go as source. Named, not imported: they stand above this one, or may not be known here.
+TRAVELLING = (
+    "sae_lab.lm.passes", "sae_lab.saes.portable", "sae_lab.rules", "sae_lab.reading", "sae_lab.circuits.metric",
+    "sae_lab.evals.reconstruction", "sae_lab.feature_index.directions",
+)  # fmt: skip
+RETRIES, PAUSE = 3, 0.5  # of what is safe to repeat: a request that no server has taken, and asking for a status
+POLL = (0.05, 1.0)  # seconds between two looks at a job's status, at first and at most
+
+
+class NDIFError(RuntimeError):
+    """What went wrong on the way to a server or on it, and what to do."""
+
+
+class NDIFTimeout(NDIFError, TimeoutError):
+    """The deadline passed."""
+
+
+class Server:
+    """An NDIF server: where it is, the key, and how long a call may take.
+
+    Args:
+        host: its address; True: ``NDIF_HOST`` or the hosted NDIF. key: None: ``NDIF_API_KEY``. deadline: seconds.
+
+    Raises ValueError for an address without http(s), one from the environment that is neither the hosted NDIF nor on
+    this machine, and a deadline that is no positive number.
+    """
+
+    def __init__(self, host: bool | str, key: str | None = None, deadline: float = 600.0):
+        named = isinstance(host, str)
+        self.host: str = (host if isinstance(host, str) else os.environ.get("NDIF_HOST") or CONFIG.API.HOST).rstrip("/")
+        url = urlsplit(self.host)
+        if url.scheme not in ("http", "https") or not url.hostname:
+            raise ValueError(f"an NDIF server's address starts with http:// or https://, got {self.host!r}")
+        if url.username or url.password:
+            raise ValueError("an NDIF server's address holds no user or password: pass api_key=, or set NDIF_API_KEY")
+        if not named and self.host != HOSTED and url.hostname not in ("localhost", "127.0.0.1", "::1"):
+            raise ValueError(
+                f"{self.host} comes from the environment, and would get your key and your prompts: if you trust it, "
+                f"name it, LM(..., remote={self.host!r})"
+            )
+        if not deadline > 0:
+            raise ValueError(f"deadline must be a positive number of seconds, got {deadline}")
+        self._key = key or os.environ.get("NDIF_API_KEY") or CONFIG.API.APIKEY or ""
+        self.deadline = float(deadline)
+        self._present = threading.local()  # the job for which this thread calls
+
+    def __repr__(self) -> str:
+        return f"Server({self.host!r}, deadline={self.deadline:g})"
+
+    def request(self, model: Any, listen: bool = False) -> "Request":
+        """One request, for ``trace(backend=)`` or ``session(backend=)``; with ``listen`` one whose prints are heard."""
+        for module in TRAVELLING:
+            register(module)
+        job = getattr(self._present, "job", None)
+        return Request(self, model.to_model_key(), model._remoteable_get_env(), listen, job)
+
+    def scrub(self, text: str) -> str:
+        """A message without the key."""
+        return text.replace(self._key, "<your key>") if self._key else text
+
+
+class Job:
+    """A call that runs on the server while this kernel goes on.
+
+    Attributes: id: the server's name for it; keep it, and after a restart the same call with ``job=id`` takes it up
+    again. status: "SENDING", then NDIF's RECEIVED, QUEUED, DISPATCHED, RUNNING, COMPLETED or ERROR; or "CANCELLED".
+    seconds: since the call.
+    """
+
+    def __init__(self, what: str, call: Callable[[], Any], server: Server, id: str | None = None):
+        self.id, self.status, self._what = id, "SENDING", what
+        self.cancelled = threading.Event()
+        self._started, self._ended = time.monotonic(), None
+        self._answer: list[Any] = []
+        self._error: BaseException | None = None
+        self._sent = threading.Event()
+
+        def work() -> None:
+            server._present.job = self
+            try:
+                self._answer.append(call())
+            except BaseException as err:  # given to whoever asks for the result
+                self._error = err
+            finally:
+                self._ended = time.monotonic()
+                self._sent.set()
+
+        self._thread = threading.Thread(target=work, name=f"sae_lab {what}", daemon=True)
+        self._thread.start()
+        self._sent.wait()  # so that the id is there to be written down
+
+    @property
+    def done(self) -> bool:
+        return not self._thread.is_alive()
+
+    @property
+    def seconds(self) -> float:
+        return (self._ended or time.monotonic()) - self._started
+
+    def result(self, timeout: float | None = None) -> Any:
+        """What the call returns; raises what it raised. NDIFTimeout when it is not there after so many seconds: the job
+        goes on, and can be asked again."""
+        self._thread.join(timeout)
+        if self._thread.is_alive():
+            raise NDIFTimeout(f"job {self.id} is {self.status} after {self.seconds:.0f} s: ask again later")
+        if self._error is not None:
+            raise self._error
+        return self._answer[0]
+
+    def cancel(self) -> None:
+        """Wait for it no longer. NDIF has no call that stops a job: what runs there ends by itself or at the server's
+        own time limit."""
+        self.cancelled.set()
+        self._thread.join(5)
+
+    def __repr__(self) -> str:
+        return f"Job({self._what}, id={self.id!r}, status={self.status}, {self.seconds:.1f} s)"
+
+
+class Request(RemoteBackend):
+    """nnsight's remote backend, which here only sends; ``saved()`` waits, once the trace and our lock are behind us.
+
+    By default the server keeps the status where it can be asked for, so that a dead connection loses nothing. To hear
+    what a block prints a websocket is needed; if that breaks, so does the request.
+    """
+
+    def __init__(
+        self, server: Server, model_key: str, env: dict[str, Any], listen: bool, job: Job | None
+    ):
+        sent = job.id if job else None
+        super().__init__(model_key, server.host, server._key or None, env, blocking=False, job_id=sent)
+        self.api_key = server._key  # RemoteBackend would take one from the environment for none
+        self.display = StatusDisplay(enabled=False)
+        self.server, self.listen, self.job = server, listen, job
+        self.ends = time.monotonic() + server.deadline
+        self.socket: Any = None
+
+    def __call__(self, tracer: Any = None) -> None:
+        if self.job_id is not None:  # a job that was sent before
+            return
+        try:
+            blob = self._serialize(tracer)
+        except Exception as err:
+            raise NDIFError(
+                f"this call cannot be sent, something it names does not travel ({type(err).__name__}: {err}): a metric "
+                "or edit of your own must be a function that uses torch and numbers only"
+            ) from err
+        request = RequestModel(model_key=self.model_key, compress=self.compress, env=self.env)
+        if self.listen:
+            request.session_id = self._subscribe()
+        response = self._safely(lambda: self._post(request, blob), sending=True)
+        self.job_id = response.id
+        self._note(response)
+
+    def saved(self) -> dict[str, Any]:
+        """What the block saved, by name, when it is done."""
+        pause = POLL[0]
+        while True:
+            response = self._safely(self._status)
+            if response is not None and self._note(response):
+                return self._safely(partial(self.download_result, response.data)) or {}
+            self._check_time()
+            time.sleep(pause)
+            pause = min(1.5 * pause, POLL[1])
+
+    def _status(self) -> ResponseModel | None:
+        import httpx
+
+        headers = {"ndif-api-key": self.api_key} if self.api_key else None
+        answer = httpx.get(f"{self.host}/response/{self.job_id}", headers=headers, timeout=self._left())
+        if answer.status_code == 404:
+            return None  # no status yet
+        answer.raise_for_status()
+        return ResponseModel.model_validate_json(answer.text)
+
+    def _subscribe(self) -> str:
+        import websocket
+
+        header = {"ndif-api-key": self.api_key} if self.api_key else None
+        where = f"{self.ws_host}/subscribe"
+        self.socket = self._safely(lambda: websocket.create_connection(where, header=header, timeout=self._left()))
+        return json.loads(self.socket.recv())["session_id"]
+
+    def lines(self) -> Iterator[str]:
+        """What the block prints, line by line as it does."""
+        import websocket
+
+        try:
+            while True:
+                self._check_time()
+                self.socket.settimeout(min(1.0, self._left()))
+                try:
+                    message = self.socket.recv()
+                except websocket.WebSocketTimeoutException:
+                    continue
+                except (OSError, websocket.WebSocketException) as err:
+                    raise NDIFError(
+                        f"{self.host} broke the connection in mid-job: the same call can be made again"
+                    ) from err
+                if isinstance(message, bytes):  # a pickle of the result, and the end; all of it has been printed
+                    return
+                response = ResponseModel.model_validate_json(message)
+                if response.status == Status.LOG:
+                    yield from response.description.splitlines()
+                elif self._note(response):
+                    return
+        finally:
+            self.socket.close()
+
+    def _left(self) -> float:
+        return max(0.1, self.ends - time.monotonic())
+
+    def _check_time(self) -> None:
+        if self.job is not None and self.job.cancelled.is_set():
+            self.job.status = "CANCELLED"
+            raise NDIFError(f"job {self.job_id} was cancelled")
+        if time.monotonic() > self.ends:
+            raise NDIFTimeout(
+                f"job {self.job_id} on {self.host} was not done after {self.server.deadline:g} s (its status: "
+                f"{self.status.value if self.status else 'unknown'}): pass LM(..., deadline=) more seconds, or fewer "
+                f"prompts; lm.submit(..., job={self.job_id!r}) still gets its result"
+            )
+
+    def _note(self, response: ResponseModel) -> bool:
+        """Whether the job is done. Its error as ours."""
+        if response.status != Status.LOG:
+            self.status = response.status
+        if self.job is not None:
+            self.job.id, self.job.status = self.job_id, self.status.value if self.status else "SENDING"
+            self.job._sent.set()
+        log.debug("job %s: %s", self.job_id, response.status.value)
+        if response.status == Status.ERROR:
+            raise NDIFError(explained(self.server.scrub(response.description), self.host)) from None
+        return response.status == Status.COMPLETED
+
+    def _safely(self, call: Callable[[], Any], sending: bool = False) -> Any:
+        """The call's value; its failures as ours, none of which holds the key. What no server has taken, and questions
+        for a status, are repeated while there is time; a request that may have been taken is not."""
+        import httpx
+        import websocket
+
+        for attempt in range(1, 10**9):
+            self._check_time()
+            try:
+                return call()
+            except RemoteError as err:
+                cause, text = err.__cause__, self.server.scrub(str(err))
+                unsent = isinstance(cause, httpx.ConnectError | httpx.ConnectTimeout)
+            except (httpx.HTTPError, OSError, websocket.WebSocketException) as err:
+                cause, text, unsent = err, self.server.scrub(str(err)), True
+            answered = isinstance(cause, httpx.HTTPStatusError)
+            busy = answered and cause.response.status_code in (502, 503, 504)  # type: ignore[union-attr]
+            again = busy or (unsent and not answered)
+            patience = RETRIES if self.job_id is None else 10**9  # a job that runs is worth the whole deadline
+            if not again or attempt >= patience:
+                raise NDIFError(explained(text, self.host, sending and not (unsent or answered))) from None
+            time.sleep(min(PAUSE * attempt, self._left(), 2.0))
+
+    # ---- results, without pickles
+
+    def finalize(self, content: bytes) -> Any:
+        import torch
+
+        if self.compress:
+            import zstandard
+
+            content = zstandard.ZstdDecompressor().decompress(content)
+        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+
+
+# What NDIF and nnsight say -> what it means for the user
+_KEYS = "NDIF gives keys at https://login.ndif.us"
+_LATER = "try again in a few minutes"
+_MEANINGS = {
+    "missing or invalid api key": f"the server wants an API key: pass LM(..., api_key=) or set NDIF_API_KEY; {_KEYS}",
+    "invalid api key": f"the server does not accept the API key in api_key= or NDIF_API_KEY; {_KEYS}",
+    "auth backend unavailable": f"the server cannot check keys at the moment: {_LATER}",
+    "below the minimum": "this nnsight is too old for the server: pip install --upgrade nnsight",
+    "version was not provided": "this nnsight is too old for the server: pip install --upgrade nnsight",
+    "reconnecting": f"the server has lost its compute nodes for the moment: {_LATER}",
+    "could not deploy": "the server cannot run this model: nnsight.status() shows what it runs, under which ids",
+    "exceeded the execution timeout": "the job took longer than the server allows: fewer or shorter prompts a call",
+    "could not be read": "the server could not read the request: nnsight.compare() shows how its versions differ",
+    "architecture doesn't match": "the server's model is another than this one: name the hub id and revision it runs",
+    "outofordererror": "an untrusted key gets no gradients there: ask for a trusted key, or use a model here",
+    "cancelled or preempted": "the server stopped the job: make the call again",
+    "connection refused": "no server answers there: look at the address, and whether it is up",
+    "name or service not known": "there is no such host: look at the address",
+}
+
+
+def explained(text: str, host: str, maybe_taken: bool = False) -> str:
+    """A failure in our words, with what the server said."""
+    last = text.strip().splitlines()[-1] if text.strip() else "no reason given"
+    meaning = next((meaning for sign, meaning in _MEANINGS.items() if sign in text.lower()), None)
+    doubt = "; the server may have taken it, so it was not sent again" if maybe_taken else ""
+    if meaning is None:
+        return f"{host}: {last}{doubt}" if text.count("\n") < 2 else f"{host}: the job failed there: {last}\n{text}"
+    return f"{host}: {meaning}{doubt} (it said: {last[:200]})"

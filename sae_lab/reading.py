@@ -1,0 +1,91 @@
+"""Reading a model with a coder: codes are made where the model is, so that a server sends them, not activations."""
+
+from functools import partial
+from typing import Any, NamedTuple, no_type_check
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from sae_lab.lm.model import LM
+from sae_lab.saes.base import SparseCoder
+from sae_lab.saes.portable import at_home, encode, some
+from sae_lab.types import Codes, Site, TokenBatch, TokenMask
+
+
+class Coded(NamedTuple):
+    """Codes of the tokens that count, in the order of ``keep.nonzero()``."""
+
+    codes: Codes
+    keep: Bool[Tensor, "batch pos"]
+
+
+def read_codes(lm: LM, coder: SparseCoder, batch: TokenBatch, site: Site | None = None) -> Coded:
+    """Codes of the tokens that the coder's mask keeps, in eval mode, at the coder's site."""
+    site, mask = site or coder.site, coder.mask or lm.mask()
+    if lm.remote:
+        found = lm.run(batch, [site], logits=False, after=partial(sparse_rows, **counting(coder, mask, site)))[0][site]
+        keep = torch.zeros_like(batch.mask)
+        keep[batch.mask] = found["keep"]
+        return Coded(codes_from(found, coder.d_sae), keep)
+    x = lm.run(batch, [site], logits=False)[0][site]
+    keep = mask.keep(batch.ids, batch.positions, {site: x.to(batch.ids.device)}) & batch.mask
+    was_training = coder.training
+    coder.eval()  # a token's codes are its own
+    try:
+        codes = coder.sparse_codes(x[keep.to(x.device)].to(coder.W_dec.device))
+    finally:
+        coder.train(was_training)
+    return Coded(Codes(codes.values.cpu(), codes.features.cpu(), codes.offsets.cpu(), codes.d_sae), keep.cpu())
+
+
+def counting(coder: SparseCoder, mask: TokenMask, site: Site) -> dict[str, Any]:
+    """The settings of ``sparse_rows``."""
+    return {
+        "plan": coder.portable(whole=False), "special": list(mask.special_ids), "skip_first": mask.skip_first,
+        "limit": mask.max_norm.get(site.key),
+    }  # fmt: skip
+
+
+def codes_from(found: dict[str, Tensor], d_sae: int) -> Codes:
+    """What ``sparse_rows`` found as ``Codes``."""
+    offsets = torch.cat([torch.zeros(1, dtype=torch.long), found["counts"].long().cumsum(0)])
+    return Codes(found["values"], found["features"].long(), offsets, d_sae)
+
+
+@no_type_check
+def sparse_rows(x, tokens, plan, special, skip_first, limit):
+    """Codes of real tokens that count: "values" and "features" of all, "counts" of each; "keep": which of the real
+    tokens those are. A function of torch alone, see ``saes.portable``."""
+    real = tokens.mask.to(x.device)
+    rows, ids, positions = x[real].float(), tokens.ids[tokens.mask], tokens.positions[tokens.mask]
+    keep = torch.ones(len(ids), dtype=torch.bool)
+    if special:
+        keep &= ~torch.isin(ids, torch.tensor(special))
+    if skip_first:
+        keep &= positions != 0
+    if limit is not None:
+        keep &= (rows.norm(dim=-1) <= limit).cpu()
+    at_home(plan, x.device)
+    values, features, counts = [], [], []
+    for part in rows[keep.to(x.device)].split(1024):  # dense codes of all would be large
+        codes = encode(plan, part)
+        on = codes > 0
+        counts.append(on.sum(-1).int().cpu())
+        features.append(on.nonzero()[:, 1].int().cpu())
+        values.append(codes[on].float().cpu())
+    empty = torch.zeros(0)
+    return {
+        "values": torch.cat([empty, *values]), "features": torch.cat([empty.int(), *features]),
+        "counts": torch.cat([empty.int(), *counts]), "keep": keep,
+    }  # fmt: skip
+
+
+@no_type_check
+def some_codes(x, tokens, plan, limit):
+    """Of real tokens: dense "codes" of the plan's features, "tokens features", and whether the norm is "loud"."""
+    at_home(plan, x.device)
+    rows = x[tokens.mask.to(x.device)].float()
+    above = torch.zeros(len(rows), dtype=torch.bool) if limit is None else (rows.norm(dim=-1) > limit).cpu()
+    return {"codes": some(plan, encode(plan, rows)).cpu(), "loud": above}
+
