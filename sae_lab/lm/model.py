@@ -110,6 +110,11 @@ class LM:
         return self._server is not None
 
     @property
+    def server(self) -> Any:
+        """The server it runs on: its address and deadline, and the bytes ``sent`` and ``received``. None: here."""
+        return self._server
+
+    @property
     def n_layers(self) -> int:
         return self._sites.n_layers
 

@@ -49,6 +49,8 @@ class Server:
     Args:
         host: its address; True: ``NDIF_HOST`` or the hosted NDIF. key: None: ``NDIF_API_KEY``. deadline: seconds.
 
+    Attributes: ``sent``, ``received``: bytes of requests and of results so far.
+
     Raises ValueError for an address without http(s), one from the environment that is neither the hosted NDIF nor on
     this machine, and a deadline that is no positive number.
     """
@@ -70,6 +72,7 @@ class Server:
             raise ValueError(f"deadline must be a positive number of seconds, got {deadline}")
         self._key = key or os.environ.get("NDIF_API_KEY") or CONFIG.API.APIKEY or ""
         self.deadline = float(deadline)
+        self.sent = self.received = 0
         self._present = threading.local()  # the job for which this thread calls
 
     def __repr__(self) -> str:
@@ -178,6 +181,7 @@ class Request(RemoteBackend):
             request.session_id = self._subscribe()
         response = self._safely(lambda: self._post(request, blob), sending=True)
         self.job_id = response.id
+        self.server.sent += len(blob)
         self._note(response)
 
     def saved(self) -> dict[str, Any]:
@@ -289,6 +293,7 @@ class Request(RemoteBackend):
     def finalize(self, content: bytes) -> Any:
         import torch
 
+        self.server.received += len(content)
         if self.compress:
             import zstandard
 

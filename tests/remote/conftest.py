@@ -19,13 +19,6 @@ TINY = "sae-lab/tiny-llama"
 SITE = sl.Site("resid_post", 1)
 
 
-def pytest_collection_modifyitems(items):
-    here = Path(__file__).parent
-    for item in items:
-        if here in item.path.parents:
-            item.add_marker(pytest.mark.remote)
-
-
 @pytest.fixture(scope="session")
 def server(tmp_path_factory, make_module, tokenizer):
     from huggingface_hub import constants, hf_api

@@ -27,7 +27,7 @@ from tests.remote import hub
 BIN = Path(sys.executable).parent
 HERE = Path(__file__).parent
 START = 180.0  # seconds that a part may take to come up on a slow machine
-LIMIT = 12  # seconds that the server lets a job run
+LIMIT = 9  # seconds that the server lets a job run
 SERVICES = ("redis", "store", "gcs", "client", "dashboard", "api")
 
 
@@ -107,7 +107,7 @@ class Server:
         if name.startswith("api"):
             at = port.setdefault(name, _free_ports(1)[0])
             bind = f"{local}:{at}"
-            # Another than "api" is one more door to the same cluster: NDIF's gunicorn would bring another dispatcher too.
+            # Another than "api" is one more door to the same cluster; gunicorn would bring one more dispatcher too.
             commands[name] = (
                 [BIN / "gunicorn", "--config", "python:api_settings", "--bind", bind, "ndif.services.api.app:app"]
                 if name == "api"

@@ -7,6 +7,7 @@ import torch
 import sae_lab as sl
 from tests.remote.conftest import PROMPTS, SITE, same
 
+pytestmark = pytest.mark.remote
 SOURCE, BASE = "The dog sat on the mill", "The fox ran over the hill"
 
 
@@ -125,7 +126,7 @@ def test_harvest(far, near, small_text, tmp_path):
 
 
 def test_an_index_from_codes_is_the_index(far, near, coders, small_text, tmp_path):
-    """Codes are made on the server; what comes back is far smaller than activations, and the index the same."""
+    """Codes are made on the server, and the index is the same as from a store made here."""
     coder = coders["topk"]
     there, here = (
         sl.index_features(
@@ -170,6 +171,7 @@ def test_the_bundled_model(server, lm):
     coder = sl.load("smollm2-135m/resid_post-8")
     text = "I went to the market and bought"
     edits = [sl.Steer(coder, int(coder.f_scale.argmax()), strength=1.0)]
+    same(far.logits(text, edits=[sl.Splice(coder)]), lm.logits(text, edits=[sl.Splice(coder)]))  # 21 MB of weights
     same(far.read(text, coder.site)[coder.site], lm.read(text, coder.site)[coder.site])
     same(far.logits(text, edits=edits), lm.logits(text, edits=edits))
     assert far.generate(text, edits=edits, max_new_tokens=8) == lm.generate(text, edits=edits, max_new_tokens=8)

@@ -15,6 +15,7 @@ from sae_lab.lm.remote import Job, NDIFError, NDIFTimeout
 from tests.remote.conftest import PROMPTS, TINY, same
 from tests.remote.server import LIMIT
 
+pytestmark = pytest.mark.remote
 KEY = "6f9619ff-8b86-d011-b42d-00c04fc964ff"
 BASE, SOURCE = "The fox ran over the hill", "The dog sat on the mill"
 
@@ -38,8 +39,8 @@ def works(far, near):
 
 
 def test_a_job_of_30_seconds_under_a_deadline_of_5(server, far, near):
+    works(far, near)
     hasty = sl.LM(TINY, remote=server.url, deadline=5)
-    works(hasty, near)
     began = time.monotonic()
     with pytest.raises(NDIFTimeout, match=r"not done after 5 s \(its status: RUNNING\).*deadline="):
         slowly(hasty, 30)
@@ -56,7 +57,7 @@ def test_a_job_longer_than_the_server_allows(far, near):
 def test_the_api_dies_in_mid_job_and_comes_back(server, far, near):
     """While it is away, a call says so; the job that waits lives in the cluster, and is got as soon as one can ask."""
     hasty = sl.LM(TINY, remote=server.url, deadline=4)
-    job = Job("slow", lambda: slowly(far, 2), far._server)
+    job = Job("slow", lambda: slowly(far, 2), far.server)
     server.stop("api", kill=True)
     try:
         began = time.monotonic()
@@ -78,7 +79,7 @@ def test_the_model_stops_in_mid_job(server, far, near):
     try:
         same(job.result(90), near.logits(BASE))
     except NDIFError as err:
-        assert far._server.host in str(err)
+        assert far.server.host in str(err)
     end = time.monotonic() + 90
     while True:  # until it is there again each call ends in our error
         try:
@@ -126,7 +127,7 @@ def test_keys(door, caplog):
         lm = sl.LM(TINY, remote=url, api_key=key, deadline=20)
         with pytest.raises(NDIFError, match=message) as caught:
             lm.logits(BASE)
-        told.append("".join(traceback.format_exception(caught.value)) + repr(lm) + repr(lm._server))
+        told.append("".join(traceback.format_exception(caught.value)) + repr(lm) + repr(lm.server))
     for secret in ("my secret", KEY):
         assert secret not in "".join(told) + caplog.text
 
@@ -138,7 +139,7 @@ def test_no_key_gets_into_what_is_kept(server, coders, small_text, tmp_path):
     coders["topk"].save(tmp_path / "coder")
     job = lm.submit("loss", BASE)
     job.result(60)
-    (tmp_path / "words").write_text(repr([lm, store, job, lm._server]) + sl.Steer(coders["topk"], 1).to_json())
+    (tmp_path / "words").write_text(repr([lm, store, job, lm.server]) + sl.Steer(coders["topk"], 1).to_json())
     files = [f for f in tmp_path.rglob("*") if f.is_file()]
     assert len(files) > 3 and not any(KEY.encode() in f.read_bytes() for f in files)
 
@@ -203,7 +204,7 @@ def test_a_job_is_taken_up_again_by_another_kernel(server, far, near):
 
 
 def test_waiting_can_end_before_the_job(far, near):
-    slow = Job("slow", lambda: slowly(far, 3), far._server)
+    slow = Job("slow", lambda: slowly(far, 3), far.server)
     with pytest.raises(NDIFTimeout, match=r"is (QUEUED|DISPATCHED|RUNNING|RECEIVED) after"):
         slow.result(0.2)
     slow.cancel()
