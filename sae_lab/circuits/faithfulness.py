@@ -8,6 +8,7 @@ from torch import Tensor
 
 from sae_lab.circuits.metric import Metric, measured
 from sae_lab.circuits.nodes import ERROR, Node, Scene
+from sae_lab.saes.base import SparseCoder
 from sae_lab.types import Site, TokenBatch, Write
 
 Kept = dict[Site, tuple[Tensor, Tensor]]  # which features "pos d_sae" and errors " pos" stay as the model makes them
@@ -122,7 +123,8 @@ def _writes(scene: Scene, stays: Kept) -> list[Write]:
     """
     made = []
     for s, coder in scene.coders.items():
-        def write(x: Tensor, tokens: TokenBatch, s: Site = s, coder=coder) -> Tensor:  # noqa: ANN001
+
+        def write(x: Tensor, tokens: TokenBatch, s: Site = s, coder: SparseCoder = coder) -> Tensor:
             features, errors = stays[s]
             out, mean = coder(x, tokens.ids.to(x.device)), scene.means[s]
             codes = (mean.z - out.f).masked_fill(features, 0.0)

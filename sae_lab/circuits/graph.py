@@ -2,16 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from sae_lab.circuits.attribution import correlations
 from sae_lab.circuits.edges import Edge, edge_effects
 from sae_lab.circuits.faithfulness import Faithfulness, faithfulness
-from sae_lab.circuits.gradients import gradients
-from sae_lab.circuits.metric import Metric, measured, numbers, paired
+from sae_lab.circuits.metric import Metric, measured, paired
 from sae_lab.circuits.nodes import Node, Scene, checked, in_order, kept, mean_parts, node_effects, parts_of, ranked
 from sae_lab.lm.model import LM
 from sae_lab.saes.base import SparseCoder
+from sae_lab.types import Site
 
 
 @dataclass(frozen=True, repr=False)
@@ -82,7 +81,7 @@ def feature_circuit(
     metric: Metric,
     *,
     steps: int = 10,
-    baseline: Literal["source", "mean"] = "source",
+    baseline: str = "source",
     reference: Sequence[str] | None = None,
     sizes: Sequence[int] = (5, 10, 20, 50, 100),
     edges: int = 0,
@@ -126,10 +125,8 @@ def feature_circuit(
     nodes = ranked(scene, effects)
     links: list[Edge] = []
     if edges:
-        if steps > 1:
-            at = list(by_site)
-            (grads,) = gradients(lm, scene.batch, at, lambda _, out: [numbers(metric(out, scene.batch), scene.batch).sum()])
-        links = edge_effects(scene, list(nodes)[:edges], grads)
+        slopes = grads if steps == 1 else node_effects(scene, metric, 1)[1]
+        links = edge_effects(scene, list(nodes)[:edges], slopes)
     sizes = [size for size in sizes if size <= len(nodes)]
     curve = faithfulness(scene, list(nodes), metric, sizes, draws, seed) if sizes else None
     truth = checked(scene, nodes, check, metric, base)
@@ -152,15 +149,16 @@ def _check(steps: int, baseline: str, sizes: Sequence[int], counts: dict[str, in
 
 
 def _scene(
-    lm: LM, coders: dict, prompts: Sequence[str], sources: Sequence[str], metric: Metric, baseline: str,
-    reference: Sequence[str] | None,
+    lm: LM, coders: dict[Site, SparseCoder], prompts: Sequence[str], sources: Sequence[str], metric: Metric,
+    baseline: str, reference: Sequence[str] | None,
 ) -> tuple[Scene, float]:  # fmt: skip
     """(scene, the metric's mean over the sources)."""
     batch, theirs = paired(lm, prompts, sources)
     prompts, sources = ([one] if isinstance(one, str) else list(one) for one in (prompts, sources))
     x, given = (lm.run(one, list(coders), logits=False)[0] for one in (batch, theirs))
     keep = kept(lm, coders, batch, x) & kept(lm, coders, theirs, given)
-    means = mean_parts(lm, coders, lm.tokenize([*prompts, *sources] if reference is None else reference), batch.ids.shape[1])
+    others = lm.tokenize([*prompts, *sources] if reference is None else list(reference))
+    means = mean_parts(lm, coders, others, batch.ids.shape[1])
     clean = parts_of(coders, x, batch.ids)
     if baseline == "source":
         other = parts_of(coders, given, theirs.ids)

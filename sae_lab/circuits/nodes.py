@@ -111,9 +111,7 @@ def kept(
 
 
 @torch.no_grad()
-def parts_of(
-    coders: Mapping[Site, SparseCoder], acts: Mapping[Site, Tensor], ids: Tensor
-) -> dict[Site, Parts]:
+def parts_of(coders: Mapping[Site, SparseCoder], acts: Mapping[Site, Tensor], ids: Tensor) -> dict[Site, Parts]:
     """Codes and errors at every site."""
     found = {}
     for s, coder in coders.items():
@@ -148,7 +146,12 @@ def node_effects(scene: Scene, metric: Metric, steps: int) -> tuple[Effects, dic
     lm, batch = scene.lm, scene.batch
 
     def value(logits: Tensor) -> Tensor:
-        return numbers(metric(logits, batch), batch)
+        found = numbers(metric(logits, batch), batch)
+        if not found.requires_grad:
+            raise ValueError(
+                "a metric must be differentiable in the logits it gets, this one's numbers have no gradient"
+            )
+        return found
 
     if steps == 1:
         (grads,) = gradients(lm, batch, list(scene.coders), lambda _, logits: [value(logits).sum()])
