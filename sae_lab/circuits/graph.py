@@ -111,7 +111,8 @@ def feature_circuit(
             over all their tokens; None: the prompts and the sources.
         sizes: numbers of nodes that circuits are run with; ``()``: none. Those beyond all nodes are left out.
         edges: between so many of the strongest nodes all edges are estimated.
-        check: so many features are replaced in truth, evenly over the order of their estimates, and all errors.
+        check: so many features are replaced in truth, evenly over the order of their estimates, and all errors; only
+            of nodes that replacement changes (none in front of the first word in which prompts and sources differ).
         draws, seed: of random circuits.
 
     Raises ValueError for prompts and sources that do not pair up, coders that are no SAEs of sites of their own, a

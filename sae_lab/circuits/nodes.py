@@ -184,15 +184,21 @@ def ranked(scene: Scene, effects: Effects) -> dict[Node, float]:
 
 def checked(scene: Scene, nodes: Mapping[Node, float], count: int, metric: Metric, base: float) -> dict[Node, float]:
     """True effects, each by a patch of its own: of ``count`` features, evenly over the order of their estimates, and
-    of all errors."""
+    of the errors; only of nodes that replacement changes, since the others' effect is 0 whatever the method."""
     if not count:
         return {}
-    features = [node for node in nodes if node.feature != ERROR]
+    features = [node for node in nodes if node.feature != ERROR and _changes(scene, node)]
     chosen = np.unique(np.linspace(0, len(features) - 1, min(count, len(features))).round().astype(int))
-    wanted = [features[i] for i in chosen] + [node for node in nodes if node.feature == ERROR]
+    wanted = [features[i] for i in chosen] + [n for n in nodes if n.feature == ERROR and _changes(scene, n)]
     found = {}
     for s in scene.coders:
         changes = {(n.position, n.feature): scene.change(n) for n in wanted if n.site == s}
         truth = true_effects(scene.lm, scene.batch, s, scene.keep, changes, metric, base)
         found |= {Node(s, p, f): effect for (p, f), effect in truth.items()}
     return found
+
+
+def _changes(scene: Scene, node: Node) -> bool:
+    """Whether replacing the node adds more than rounding: in front of the first word in which prompt and source
+    differ nothing changes."""
+    return bool(scene.change(node).norm() > 1e-5 * scene.x[node.site][:, node.position].norm())
