@@ -155,6 +155,17 @@ def test_integrated_gradients_add_up(scene):
     assert abs(whole) > 0.5 and together == pytest.approx(whole, rel=0.05)
 
 
+def test_integrated_gradients_take_midpoints(scene):
+    lm, saes, _ = scene
+    found = circuits.feature_circuit(lm, list(saes.values()), PROMPTS, SOURCES, both(lm), steps=2, sizes=())
+    batch, x, given = lm.tokenize(PROMPTS), lm.read(PROMPTS, LATE)[LATE], lm.read(SOURCES, LATE)[LATE]
+    halves = [lm.gradient(batch, LATE, lambda out: both(lm)(out, batch), x + s * (given - x)) for s in (0.25, 0.75)]
+    for node in [n for n in found.nodes if n.site == LATE][:20]:
+        change = change_of(lm, saes[LATE], node).detach()
+        by_hand = float((change * (halves[0] + halves[1])[:, node.position] / 2).sum(-1).mean())
+        assert found.nodes[node] == pytest.approx(by_hand, rel=1e-3, abs=1e-4)
+
+
 # ---- edges
 
 
@@ -300,7 +311,7 @@ def test_the_tables(scene):
 def mean_codes(lm, sae, prompts, edits=()):
     """Mean codes over the real tokens behind position 0."""
     reading = lm.read(prompts, sae.site, edits=edits)
-    return sae.encode(reading[sae.site])[reading.mask & (reading.batch.positions > 0)].mean(0)
+    return sae.encode(reading[sae.site])[reading.mask & (reading.batch.positions > 0)].mean(0).detach()
 
 
 MANY = [PROMPT, "The ship went"]  # of unequal lengths
@@ -332,7 +343,8 @@ def test_scores_are_among_the_controls(scene):
     )
     sd = theirs.std(0)
     floor = sd[sd > 1e-6].median()
-    by_hand = (found.changes[LATE] - theirs.mean(0)) / sd.clamp_min(float(floor))
+    theirs, sd = theirs.detach(), sd.detach()
+    by_hand = (found.changes[LATE] - theirs.mean(0)) / sd.clamp_min(float(floor.detach()))
     assert torch.allclose(found.control_mean[LATE], theirs.mean(0), atol=1e-4)
     assert torch.allclose(found.z[LATE], by_hand, rtol=0.05, atol=0.05) and found.z[LATE].isfinite().all()
     assert found.beyond == int((found.z[LATE].abs() > 3).sum()) and len(found.beyond_controls) == 6
@@ -436,6 +448,7 @@ def test_how_far_a_direction_carries(tiny_lm):
     assert found.sizes == (0.01, 0.1, 1.0) and found.changes == 6 * 30
     assert found.r[0] > 0.999 and found.slope[0] == pytest.approx(1, abs=0.03)
     assert found.r[2] < found.r[0] and abs(found.random[0]) < 0.4 and found.other_token[0] < 0.9
+    assert found.other_token[0] != found.mean_direction[0] < 0.99  # the direction differs from token to token
     again = circuits.pull_back(tiny_lm, sae, 5, PROMPTS + MANY, draws=6, seed=2)
     assert again.r == found.r and again.random == found.random
     assert len(found.to_pandas()) == 3 and "pulled back to mlp_in-1" in repr(found)
