@@ -52,14 +52,10 @@ class Attribution:
 
     def agreement(self) -> dict[str, float]:
         """Pearson's and Spearman's correlation of estimate and truth, over the nodes patched in truth."""
-        from scipy.stats import pearsonr, spearmanr
-
         if len(self.true_effects) < 3:
             raise ValueError("agreement needs at least three true effects: pass attribution(..., check=)")
-        estimate, truth = (self.to_pandas()[name].to_numpy() for name in ("estimate", "truth"))
-        pearson: Any = pearsonr(estimate, truth)
-        spearman: Any = spearmanr(estimate, truth)
-        return {"pearson": float(pearson[0]), "spearman": float(spearman[0]), "nodes": len(truth)}
+        table = self.to_pandas()
+        return correlations(table["estimate"].to_numpy(), table["truth"].to_numpy())
 
     def __repr__(self) -> str:
         table = self.to_pandas()
@@ -121,8 +117,17 @@ def attribution(
     if check:
         nodes = _nodes_to_check(found, active, check) + [(p, -1) for p in range(1, x.shape[1])]
         changes = {(p, f): wrong[:, p] if f < 0 else (z_given - z)[:, p, f, None] * coder.W_dec[f] for p, f in nodes}
-        truth = _true_effects(lm, batch, site, keep, changes, metric, float(base))
+        truth = true_effects(lm, batch, site, keep, changes, metric, float(base))
     return Attribution(found, error.sum(0) / n, truth, float(base), float(source), steps)
+
+
+def correlations(estimate: np.ndarray, truth: np.ndarray) -> dict[str, float]:
+    """Pearson's and Spearman's correlation, and over how many nodes."""
+    from scipy.stats import pearsonr, spearmanr
+
+    pearson: Any = pearsonr(estimate, truth)
+    spearman: Any = spearmanr(estimate, truth)
+    return {"pearson": float(pearson[0]), "spearman": float(spearman[0]), "nodes": len(truth)}
 
 
 def _nodes_to_check(effects: Tensor, active: Tensor, count: int) -> list[tuple[int, int]]:
@@ -133,7 +138,7 @@ def _nodes_to_check(effects: Tensor, active: Tensor, count: int) -> list[tuple[i
     return [(int(p), int(f)) for p, f in places[order[torch.from_numpy(chosen)]]]
 
 
-def _true_effects(
+def true_effects(
     lm: LM, batch: TokenBatch, site: Site, keep: Tensor, changes: dict[tuple[int, int], Tensor], metric: Metric,
     base: float,
 ) -> dict[tuple[int, int], float]:  # fmt: skip

@@ -1,0 +1,250 @@
+"""What one feature does to the features of later coders."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sae_lab.circuits.metric import ROWS, copied
+from sae_lab.circuits.nodes import kept
+from sae_lab.lm.model import LM
+from sae_lab.saes.base import SparseCoder
+from sae_lab.types import Site, TokenBatch, Write
+
+FAR = 3.0  # a z-score beyond this is counted
+LEAST = 3  # controls that a standard deviation is taken over
+
+
+@dataclass(frozen=True, repr=False)
+class DownstreamEffects:
+    """Result of ``circuits.effects_of``. All changes are of codes, means over the tokens that count.
+
+    Attributes:
+        feature, site: what was ablated, or with a ``strength`` steered, and where.
+        changes, z: {later site: " d_sae"}: change of each later feature, and its z-score among the controls' changes.
+        before: mean codes without the change. control_mean, control_sd: of the controls' changes.
+        against: what the controls were; controls: the features, where they were features.
+        beyond, largest: how many later features have |z| > 3, and the largest |z|. beyond_controls, largest_controls:
+            the same of each control, scored among the other controls: what chance gives.
+    """
+
+    feature: int
+    site: Site
+    strength: float | None
+    changes: dict[Site, Tensor]
+    z: dict[Site, Tensor]
+    before: dict[Site, Tensor]
+    control_mean: dict[Site, Tensor]
+    control_sd: dict[Site, Tensor]
+    against: str
+    controls: tuple[int, ...]
+    beyond: int
+    largest: float
+    beyond_controls: tuple[int, ...]
+    largest_controls: tuple[float, ...]
+
+    def to_pandas(self):
+        """One row a later feature that changed, the largest |z| first: site, feature, before, change, control_mean,
+        control_sd, z."""
+        import pandas as pd
+
+        rows = []
+        for s, change in self.changes.items():
+            at = change.nonzero().flatten()
+            columns = (self.before, self.changes, self.control_mean, self.control_sd, self.z)
+            values = torch.stack([column[s][at] for column in columns], 1).tolist()
+            rows += [(s.key, f, *row) for f, row in zip(at.tolist(), values, strict=True)]
+        names = ["site", "feature", "before", "change", "control_mean", "control_sd", "z"]
+        table = pd.DataFrame(rows, columns=names)
+        return table.sort_values("z", key=lambda z: -z.abs(), kind="stable").reset_index(drop=True)
+
+    def __repr__(self) -> str:
+        what = "ablated" if self.strength is None else f"steered by {self.strength:g}"
+        beaten = sum(one >= self.largest for one in self.largest_controls)
+        typical = sorted(self.beyond_controls)[len(self.beyond_controls) // 2]
+        best = self.to_pandas().head(8).to_string(index=False, float_format="{:.4f}".format)  # type: ignore[arg-type]
+        return (
+            f"feature {self.feature} of {self.site.key} {what}: {self.beyond} later features with |z| > {FAR:g} (the "
+            f"controls, {len(self.beyond_controls)} {self.against}: median {typical}), the largest {self.largest:.1f} "
+            f"({beaten} controls reach it); the strongest:\n{best}"
+        )
+
+
+def effects_of(
+    lm: LM,
+    coder: SparseCoder,
+    feature: int,
+    prompts: Sequence[str] | str,
+    later: Sequence[SparseCoder],
+    *,
+    strength: float | None = None,
+    against: str = "features",
+    controls: int = 30,
+    seed: int = 0,
+) -> DownstreamEffects:
+    """Change one feature, read all features of later coders: which of them depend on it? (As "Causal Graphs of
+    GPT-2-Small's Residual Stream", LessWrong 2024, does for every feature, here with controls.)
+
+    The feature's part of the activation is taken away wherever it fires (``strength=None``), or strength·f_scale·W_dec
+    is added at every token that counts; the coder's error stays. A later feature j's change c_j is the mean over those
+    tokens of its code's change, and
+
+        z_j = (c_j - mean_g c_gj) / max(sd_g c_gj, s0)
+
+    over controls g. s0, the median of the non-zero standard deviations over the same coder's features, keeps a feature
+    that no control moved from an infinite score. Controls: "features": ablating others that
+    are active on these prompts and whose part has a norm (root of its sum of squares over tokens) within a factor of
+    two of the feature's, or the nearest where these are too few; when steering, the same change along other active
+    features' directions. "directions": at every token a change of the same norm in a random direction.
+
+    Args:
+        coder: an SAE, or a transcoder (it is changed where it writes). later: coders that read sites computed later.
+        prompts: of any lengths. controls: how many, at least 3.
+
+    Raises ValueError for a feature that is silent on the prompts (ablation) or has no f_scale (steering), a later coder
+    that reads too early, and too few controls.
+    """
+    feature, prompts = coder.feature(feature), [prompts] if isinstance(prompts, str) else list(prompts)
+    at = coder.writes[0] if coder.writes else coder.site
+    by_site = _later(lm, at, later)
+    if against not in ("features", "directions") or controls < LEAST:
+        raise ValueError(
+            f"against must be 'features' or 'directions' and controls at least {LEAST}, got {against!r} and {controls}"
+        )
+    batch = lm.tokenize(prompts)
+    x = lm.run(batch, [coder.site, *by_site], logits=False)[0]
+    keep = kept(lm, {coder.site: coder, **by_site}, batch, x)
+    with torch.no_grad():
+        change = _change(coder, feature, x[coder.site], keep, strength)
+        chosen, others = _controls(coder, feature, x[coder.site], keep, change, strength, against, controls, seed)
+        before = {s: _mean(c.encode(x[s]), keep)[0] for s, c in by_site.items()}
+        found = _changes(lm, batch, at, torch.stack([change, *others]), by_site, keep, before)
+    return _scored(found, before, feature, at, strength, against, chosen)
+
+
+def _later(lm: LM, at: Site, later: Sequence[SparseCoder]) -> dict[Site, SparseCoder]:
+    if not later:
+        raise ValueError("later needs at least one coder: pass those whose features are to be read")
+    for coder in later:
+        if lm._sites.when(coder.site) <= lm._sites.when(at):
+            raise ValueError(
+                f"later coders read what is computed after the change at {at}, and {coder.site} is not: leave it out, "
+                "or change a feature of an earlier coder"
+            )
+    if len({coder.site for coder in later}) < len(later):
+        raise ValueError("later takes one coder a site, two of these share one: call effects_of once for each")
+    return {coder.site: coder.eval() for coder in later}
+
+
+def _change(
+    coder: SparseCoder, feature: int, x: Tensor, keep: Tensor, strength: float | None
+) -> Float[Tensor, "batch pos d"]:
+    """What is added to the activations."""
+    z = coder.eval().encode(x)[..., feature] * keep.to(x)
+    if strength is None:
+        if not bool(z.any()):
+            raise ValueError(
+                f"feature {feature} is silent on these prompts, so that ablating it changes nothing: take prompts on "
+                "which it fires (sl.features shows them), or steer it with strength="
+            )
+        return _part(coder, feature, x, -z)
+    if not strength or not bool(coder.f_scale[feature] > 0):
+        raise ValueError(
+            f"strength is in units of f_scale and not 0: got {strength}, and feature {feature} has f_scale "
+            f"{float(coder.f_scale[feature]):g}: take a feature that fires in training, or sae.calibrate(...)"
+        )
+    return _part(coder, feature, x, strength * coder.f_scale[feature] * keep.to(x))
+
+
+def _part(coder: SparseCoder, feature: int, x: Tensor, codes: Tensor) -> Float[Tensor, "batch pos d"]:
+    part = coder.write_of(codes.reshape(-1, 1), [feature], x.reshape(-1, x.shape[-1]))
+    return part.reshape(*codes.shape, -1)
+
+
+def _controls(
+    coder: SparseCoder, feature: int, x: Tensor, keep: Tensor, change: Tensor, strength: float | None, against: str,
+    count: int, seed: int,
+) -> tuple[tuple[int, ...], list[Tensor]]:  # fmt: skip
+    """(the control features, what each control adds)."""
+    generator = torch.Generator().manual_seed(seed)
+    norms = change.norm(dim=-1, keepdim=True)
+    if against == "directions":
+        drawn = torch.randn(count, change.shape[-1], generator=generator).to(change)
+        return (), [norms * one / one.norm() for one in drawn]
+    z = coder.encode(x) * keep.unsqueeze(-1).to(x)
+    sizes = (z.square().sum((0, 1)).sqrt() * coder.W_dec.norm(dim=1)).cpu()
+    sizes[feature] = 0.0
+    active = sizes.nonzero().flatten()
+    if len(active) < count:
+        raise ValueError(
+            f"{count} controls need as many other features active on the prompts, there are {len(active)}: pass more "
+            "prompts, fewer controls, or against='directions'"
+        )
+    if strength is not None:
+        chosen = active[torch.randperm(len(active), generator=generator)[:count]].tolist()
+        units = torch.nn.functional.normalize(coder.W_dec[chosen], dim=1) * (1 if strength > 0 else -1)
+        return tuple(chosen), [norms * unit for unit in units]
+    far = (sizes[active] / change.norm().cpu()).log().abs()
+    near = active[far < torch.tensor(2.0).log()]
+    if len(near) >= count:
+        chosen = near[torch.randperm(len(near), generator=generator)[:count]].tolist()
+    else:
+        chosen = active[far.argsort()[:count]].tolist()
+    return tuple(chosen), [_part(coder, g, x, -z[..., g]) for g in chosen]
+
+
+def _mean(codes: Tensor, keep: Tensor) -> Float[Tensor, "copies d_sae"]:
+    """Mean over the tokens that count, of each copy of the batch."""
+    weights = keep.to(codes)
+    rows = codes.unflatten(0, (-1, len(keep)))
+    return torch.einsum("cbpf,bp->cf", rows, weights) / weights.sum()
+
+
+def _changes(
+    lm: LM, batch: TokenBatch, at: Site, added: Tensor, later: dict[Site, SparseCoder], keep: Tensor,
+    before: dict[Site, Tensor],
+) -> dict[Site, Float[Tensor, "changes d_sae"]]:  # fmt: skip
+    """Changes of the mean codes at every later site, for each of the changes added at ``at``."""
+    found: dict[Site, list[Tensor]] = {s: [] for s in later}
+    for part in added.split(max(1, ROWS // len(batch.ids))):
+        rows = part.flatten(0, 1)
+        write = Write(at, lambda x, tokens, rows=rows: x + rows.to(x))
+        acts = lm.run(copied(batch, len(part)), list(later), [write], logits=False)[0]
+        for s, coder in later.items():
+            found[s].append(_mean(coder.encode(acts[s]), keep) - before[s])
+    return {s: torch.cat(parts).cpu() for s, parts in found.items()}
+
+
+def _z(change: Tensor, controls: Tensor) -> Tensor:
+    """z-scores among the controls' changes, the standard deviation being at least its median over moved features."""
+    sd = controls.std(0)
+    moved = sd[sd > 0]
+    if not len(moved):
+        raise ValueError("no control moved any later feature, so nothing has a z-score: pass more prompts or controls")
+    return (change - controls.mean(0)) / sd.clamp_min(float(moved.median()))
+
+
+def _scored(
+    found: dict[Site, Tensor], before: dict[Site, Tensor], feature: int, at: Site, strength: float | None,
+    against: str, chosen: tuple[int, ...],
+) -> DownstreamEffects:  # fmt: skip
+    z = {s: _z(one[0], one[1:]) for s, one in found.items()}
+    count = len(next(iter(found.values()))) - 1
+    chance = []
+    for g in range(1, count + 1):
+        rest = [i for i in range(1, count + 1) if i != g]
+        chance.append(_extent([_z(one[g], one[rest]) for one in found.values()]))
+    beyond, largest = _extent(list(z.values()))
+    return DownstreamEffects(
+        feature, at, strength, {s: one[0] for s, one in found.items()}, z, {s: b.cpu() for s, b in before.items()},
+        {s: one[1:].mean(0) for s, one in found.items()}, {s: one[1:].std(0) for s, one in found.items()}, against,
+        chosen, beyond, largest, tuple(n for n, _ in chance), tuple(z for _, z in chance),
+    )  # fmt: skip
+
+
+def _extent(scores: list[Tensor]) -> tuple[int, float]:
+    """How many are far, and the size of the largest."""
+    sizes = torch.cat(scores).abs()
+    return int((sizes > FAR).sum()), float(sizes.max())

@@ -1,0 +1,136 @@
+"""Whether a circuit alone does what the model does."""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sae_lab.circuits.metric import Metric, measured
+from sae_lab.circuits.nodes import ERROR, Node, Scene
+from sae_lab.saes.base import SparseCoder
+from sae_lab.types import Site, TokenBatch, Write
+
+Kept = dict[Site, tuple[Tensor, Tensor]]  # which features "pos d_sae" and errors " pos" stay as the model makes them
+
+
+@dataclass(frozen=True, repr=False)
+class Faithfulness:
+    """How much of the metric circuits of growing size keep: (m(C) - m(∅)) / (m(M) - m(∅)), m the mean over prompts.
+
+    C runs with everything outside it, errors included, at its mean; ∅ has everything at its mean; M is the model.
+
+    Attributes:
+        full, empty: m(M) and m(∅). complete: m of the complete graph, run as circuits are.
+        sizes: numbers of nodes, the strongest first. circuit, no_errors: faithfulness of those nodes, and of those
+            among them that are no errors.
+        random, random_sd: of as many active nodes drawn at random, mean and standard deviation over ``draws``.
+        all_features, all_errors: of all features without an error, and of all errors without a feature.
+    """
+
+    full: float
+    empty: float
+    complete: float
+    sizes: tuple[int, ...]
+    circuit: tuple[float, ...]
+    no_errors: tuple[float, ...]
+    random: tuple[float, ...]
+    random_sd: tuple[float, ...]
+    draws: int
+    all_features: float
+    all_errors: float
+
+    def to_pandas(self):
+        """One row a size, beside the empty circuit (0 by definition) and the complete graph."""
+        import pandas as pd
+
+        whole = (self.complete - self.empty) / (self.full - self.empty)
+        nan = float("nan")
+        rows = [("0", 0.0, 0.0, nan, nan)]
+        rows += zip(map(str, self.sizes), self.circuit, self.no_errors, self.random, self.random_sd, strict=True)
+        rows += [("all", whole, self.all_features, nan, nan)]
+        return pd.DataFrame(rows, columns=["nodes", "circuit", "no_errors", "random", "random_sd"])
+
+    def __repr__(self) -> str:
+        table = self.to_pandas().to_string(index=False, float_format="{:.3f}".format)  # type: ignore[arg-type]
+        return (
+            f"faithfulness: metric {self.full:.3f} of the model = 1, {self.empty:.3f} with all at its mean = 0; "
+            f"all errors without a feature: {self.all_errors:.3f}\n{table}"
+        )
+
+
+def faithfulness(
+    scene: Scene, nodes: Sequence[Node], metric: Metric, sizes: Sequence[int], draws: int, seed: int
+) -> Faithfulness:
+    """Run circuits of the first n nodes, for each n of sizes, and their controls."""
+    lm, batch = scene.lm, scene.batch
+    full = float(measured(lm, batch, metric).mean())
+
+    def value(stays: Kept) -> float:
+        return float(measured(lm, batch, metric, _writes(scene, stays)).mean())
+
+    empty = value(_kept(scene, ()))
+    if abs(full - empty) < 1e-6 * max(abs(full), abs(empty)):
+        raise ValueError(
+            f"faithfulness is undefined: the metric is {full:.4g} with everything at its mean as without; take sites "
+            "and prompts on which the answer depends, or sizes=()"
+        )
+
+    def share(stays: Kept) -> float:
+        return (value(stays) - empty) / (full - empty)
+
+    generator = torch.Generator().manual_seed(seed)
+    circuit, bare, means, deviations = [], [], [], []
+    for size in sizes:
+        circuit.append(share(_kept(scene, nodes[:size])))
+        bare.append(share(_kept(scene, [node for node in nodes[:size] if node.feature != ERROR])))
+        picks = [torch.randperm(len(nodes), generator=generator)[:size].tolist() for _ in range(draws)]
+        drawn = torch.tensor([share(_kept(scene, [nodes[i] for i in pick])) for pick in picks], dtype=torch.float64)
+        means.append(float(drawn.mean()))
+        deviations.append(float(drawn.std(correction=0)))
+    return Faithfulness(
+        full, empty, value(_everything(scene)), tuple(sizes), tuple(circuit), tuple(bare), tuple(means),
+        tuple(deviations), draws, share(_everything(scene, errors=False)), share(_everything(scene, features=False)),
+    )  # fmt: skip
+
+
+def _kept(scene: Scene, nodes: Collection[Node]) -> Kept:
+    stays = _everything(scene, features=False, errors=False)
+    for node in nodes:
+        features, errors = stays[node.site]
+        if node.feature == ERROR:
+            errors[node.position] = True
+        else:
+            features[node.position, node.feature] = True
+    return stays
+
+
+def _everything(scene: Scene, features: bool = True, errors: bool = True) -> Kept:
+    return {
+        s: (
+            torch.full_like(part.z, features, dtype=torch.bool),
+            torch.full(part.error.shape[:1], errors, device=part.error.device),
+        )
+        for s, part in scene.means.items()
+    }
+
+
+def _writes(scene: Scene, stays: Kept) -> list[Write]:
+    """At every site: x + (mean codes - codes)·W_dec outside the circuit + (mean error - error) outside it.
+
+    Codes and errors are those of the activation that arrives, so a node of the circuit is what the circuit before it
+    makes of it. Where all stays, nothing is added and x is bit-equal.
+    """
+    made = []
+    for s, coder in scene.coders.items():
+
+        def write(x: Tensor, tokens: TokenBatch, s: Site = s, coder: SparseCoder = coder) -> Tensor:
+            features, errors = stays[s]
+            out, mean = coder(x, tokens.ids.to(x.device)), scene.means[s]
+            codes = (mean.z - out.f).masked_fill(features, 0.0)
+            wrong = (mean.error - (x.float() - out.x_hat)).masked_fill(errors.unsqueeze(-1), 0.0)
+            added = (codes @ coder.W_dec + wrong) * scene.keep.unsqueeze(-1).to(wrong)
+            return x + added.to(x)
+
+        made.append(Write(s, write))
+    return made

@@ -1,0 +1,45 @@
+"""Gradients at several sites of one pass."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sae_lab.lm import site as sites
+from sae_lab.lm.model import LM
+from sae_lab.types import Site, TokenBatch
+
+Values = Callable[[dict[Site, Tensor], Tensor], Sequence[Tensor]]
+
+
+def gradients(lm: LM, batch: TokenBatch, at: Sequence[Site], values: Values) -> list[dict[Site, Tensor]]:
+    """Of every number that ``values(activations, logits)`` gives, the gradient by the activations at every site.
+
+    One pass forward, one backward for each number. activations: {site: "batch pos d" float32} as the model computes
+    them; a gradient at a site goes through all that the model does after it, later sites of ``at`` included, and is 0
+    where a number does not depend on the site. (It knows no coder, so that it could stand beside ``LM.gradient``.)
+    """
+    import nnsight
+
+    order = sorted(at, key=lm._sites.when)
+    inputs: dict[str, Any] = {"input_ids": batch.ids.to(lm.device), "use_cache": False}
+    with lm._lock, torch.enable_grad(), lm._nn.trace(inputs):
+        acts, probes = {}, {}
+        for s in order:
+            point = lm._sites.point(s)
+            here = sites.read(lm._nn, point)
+            # A leaf of zeros added to the activation has the activation's gradient and cuts nothing off.
+            probes[s] = torch.zeros_like(here, requires_grad=True)
+            there = here + probes[s]
+            sites.write(lm._nn, point, there, in_place=s.kind == "resid_mid")
+            acts[s] = there.float()
+        wanted = values(acts, lm._nn.output.logits.float())
+        leaves = [probes[s] for s in order]
+        found = nnsight.save(
+            [
+                torch.autograd.grad(v, leaves, retain_graph=True, allow_unused=True, materialize_grads=True)
+                for v in wanted
+            ]
+        )
+    return [dict(zip(order, (g.float() for g in one), strict=True)) for one in found]
