@@ -67,7 +67,7 @@ def test_gradients_at_several_sites_are_those_at_each(name, tiny):
     (found,) = gradients(lm, batch, at, lambda acts, logits: [metric(logits, batch).sum()])
     for s in at:
         x = lm.run(batch, [s], logits=False)[0][s]
-        alone = lm.gradient(batch, s, lambda out: metric(out, batch), x)
+        alone = lm.gradient(batch, s, metric, x)
         assert torch.allclose(found[s], alone, atol=1e-4 * float(alone.abs().max()) + 1e-7), s
         assert float(alone.abs().max()) > 0
     assert torch.equal(lm.run(batch)[1], before)
@@ -120,7 +120,7 @@ def test_an_effect_is_the_gradient_times_the_change(scene):
     assert sizes == sorted(sizes, reverse=True) and {n.site for n in result.nodes} == {EARLY, LATE}
     assert all(n.position > 0 for n in result.nodes)
     for s, sae in saes.items():
-        g = lm.gradient(batch, s, lambda out: both(lm)(out, batch), lm.read(PROMPTS, s)[s])
+        g = lm.gradient(batch, s, both(lm), lm.read(PROMPTS, s)[s])
         for node in [n for n in result.nodes if n.site == s][:40:3]:
             by_hand = float((change_of(lm, sae, node).detach() * g[:, node.position]).sum(-1).mean())
             assert result.nodes[node] == pytest.approx(by_hand, rel=1e-3, abs=1e-5)
@@ -159,7 +159,7 @@ def test_integrated_gradients_take_midpoints(scene):
     lm, saes, _ = scene
     found = circuits.feature_circuit(lm, list(saes.values()), PROMPTS, SOURCES, both(lm), steps=2, sizes=())
     batch, x, given = lm.tokenize(PROMPTS), lm.read(PROMPTS, LATE)[LATE], lm.read(SOURCES, LATE)[LATE]
-    halves = [lm.gradient(batch, LATE, lambda out: both(lm)(out, batch), x + s * (given - x)) for s in (0.25, 0.75)]
+    halves = [lm.gradient(batch, LATE, both(lm), x + s * (given - x)) for s in (0.25, 0.75)]
     for node in [n for n in found.nodes if n.site == LATE][:20]:
         change = change_of(lm, saes[LATE], node).detach()
         by_hand = float((change * (halves[0] + halves[1])[:, node.position] / 2).sum(-1).mean())
@@ -173,7 +173,7 @@ def test_an_edge_is_a_measured_slope(scene):
     """d(downstream node along its dm/dd)/d(share of the upstream node replaced), by a difference."""
     lm, saes, result = scene
     batch = lm.tokenize(PROMPTS)
-    g = lm.gradient(batch, LATE, lambda out: both(lm)(out, batch), lm.read(PROMPTS, LATE)[LATE])
+    g = lm.gradient(batch, LATE, both(lm), lm.read(PROMPTS, LATE)[LATE])
 
     def value(edge, share):
         change = share * change_of(lm, saes[EARLY], edge.upstream)
@@ -277,7 +277,7 @@ def test_means_of_a_reference_that_does_not_align(scene):
     node = next(n for n in found.nodes if n.feature >= 0)
     batch, sae = lm.tokenize(PROMPTS), saes[LATE]
     now = lm.read(PROMPTS, LATE)[LATE]
-    g = lm.gradient(batch, LATE, lambda out: both(lm)(out, batch), now)[:, node.position]
+    g = lm.gradient(batch, LATE, both(lm), now)[:, node.position]
     step = sae.encode(x)[:, node.feature].mean() - sae.encode(now)[:, node.position, node.feature]
     assert found.nodes[node] == pytest.approx(float((step * (g @ sae.W_dec[node.feature])).mean().detach()), rel=1e-3)
 

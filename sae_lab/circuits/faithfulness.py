@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,7 +10,7 @@ from torch import Tensor
 from sae_lab.circuits.metric import Metric, measured
 from sae_lab.circuits.nodes import ERROR, Node, Scene
 from sae_lab.saes.base import SparseCoder
-from sae_lab.types import Site, TokenBatch, Write
+from sae_lab.types import Site, Write
 
 Kept = dict[Site, tuple[Tensor, Tensor]]  # which features "pos d_sae" and errors " pos" stay as the model makes them
 
@@ -124,7 +125,7 @@ def _writes(scene: Scene, stays: Kept) -> list[Write]:
     made = []
     for s, coder in scene.coders.items():
 
-        def write(x: Tensor, tokens: TokenBatch, s: Site = s, coder: SparseCoder = coder) -> Tensor:
+        def write(x: Tensor, tokens: Any, s: Site = s, coder: SparseCoder = coder) -> Tensor:
             features, errors = stays[s]
             out, mean = coder(x, tokens.ids.to(x.device)), scene.means[s]
             codes = (mean.z - out.f).masked_fill(features, 0.0)

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sae_lab.lm import site as sites
 from sae_lab.lm.model import LM
+from sae_lab.lm.passes import read, write
 from sae_lab.types import Site, TokenBatch
 
 Values = Callable[[dict[Site, Tensor], Tensor], Sequence[Tensor]]
@@ -22,17 +22,23 @@ def gradients(lm: LM, batch: TokenBatch, at: Sequence[Site], values: Values) -> 
     """
     import nnsight
 
+    if lm.remote:
+        raise ValueError(
+            "gradients at several sites need the model on this machine: load it without remote=, or take "
+            "sl.circuits.attribution, which runs on a server too"
+        )
+
     order = sorted(at, key=lm._sites.when)
     inputs: dict[str, Any] = {"input_ids": batch.ids.to(lm.device), "use_cache": False}
     with lm._lock, torch.enable_grad(), lm._nn.trace(inputs):
         acts, probes = {}, {}
         for s in order:
             point = lm._sites.point(s)
-            here = sites.read(lm._nn, point)
+            here: Any = read(lm._nn, point)
             # A leaf of zeros added to the activation has the activation's gradient and cuts nothing off.
             probes[s] = torch.zeros_like(here, requires_grad=True)
             there = here + probes[s]
-            sites.write(lm._nn, point, there, in_place=s.kind == "resid_mid")
+            write(lm._nn, point, there, s.kind == "resid_mid")
             acts[s] = there.float()
         wanted = values(acts, lm._nn.output.logits.float())
         leaves = [probes[s] for s in order]

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -159,7 +160,7 @@ def _read_after(
 ) -> Float[Tensor, "tokens d_in"]:
     """What the coder reads at the tokens that count, all of them changed by their step."""
 
-    def write(x: Tensor, tokens: TokenBatch) -> Tensor:
+    def write(x: Tensor, tokens: Any) -> Tensor:
         out = x.clone()
         out[keep] += step.to(out)
         return out

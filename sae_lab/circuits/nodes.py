@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -145,8 +145,8 @@ def node_effects(scene: Scene, metric: Metric, steps: int) -> tuple[Effects, dic
     """(effects of all nodes, gradients used): the change that replaces a node times the metric's gradient."""
     lm, batch = scene.lm, scene.batch
 
-    def value(logits: Tensor) -> Tensor:
-        found = numbers(metric(logits, batch), batch)
+    def value(logits: Tensor, tokens: Any) -> Tensor:
+        found = numbers(metric(logits, tokens), batch)
         if not found.requires_grad:
             raise ValueError(
                 "a metric must be differentiable in the logits it gets, this one's numbers have no gradient"
@@ -154,7 +154,7 @@ def node_effects(scene: Scene, metric: Metric, steps: int) -> tuple[Effects, dic
         return found
 
     if steps == 1:
-        (grads,) = gradients(lm, batch, list(scene.coders), lambda _, logits: [value(logits).sum()])
+        (grads,) = gradients(lm, batch, list(scene.coders), lambda _, logits: [value(logits, batch).sum()])
     else:
         grads = {s: torch.zeros_like(x) for s, x in scene.x.items()}
         for s, total in grads.items():
