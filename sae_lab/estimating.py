@@ -249,14 +249,15 @@ def _tokens(contexts: list[Context]) -> int:
 
 def _harvest(
     lm: LM, sites: Site | str | Iterable[Site | str], text: Text | Sequence[str], tokens: int,
-    path: str | Path | None, context: int, pack: bool, mask: TokenMask | None,
+    path: str | Path | None, context: int, pack: bool, mask: TokenMask | None, coder: SparseCoder | None,
 ) -> Estimate:  # fmt: skip
     text = text if isinstance(text, Text) else from_documents([text] if isinstance(text, str) else text)
     wanted = as_sites(sites)
     head = _Head(text, lm, wanted)
     with tempfile.TemporaryDirectory() as scratch, _peak() as peak, _no_bars():
         start = _now()
-        probe = harvest(lm, wanted, head, min(tokens, 1), path=scratch, context=context, pack=pack, mask=mask)
+        settings: dict[str, Any] = {"context": context, "pack": pack, "mask": mask, "coder": coder}
+        probe = harvest(lm, wanted, head, min(tokens, 1), path=scratch, **settings)
         end = _now()
         manifest_bytes = (probe.path / "manifest.json").stat().st_size
     [shard] = probe.manifest["shards"]
@@ -266,7 +267,7 @@ def _harvest(
     shard_rows = kept * max(harvesting.SHARD_TOKENS, context) if head.cut_short else shard["rows"]
 
     folder = Path(path).expanduser() if path is not None else harvesting._default_path(probe.identity)
-    there = _rows_there(harvesting._Harvest(lm, wanted, text, folder, probe.identity, mask))
+    there = _rows_there(harvesting._Harvest(lm, wanted, text, folder, probe.identity, mask, coder))
     in_text = kept * head.cut_tokens * max(1.0, _documents(text) / DOCUMENTS)
     if there >= min(tokens, in_text):
         return _nothing("harvest", f"{folder} holds these tokens")
