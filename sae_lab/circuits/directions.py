@@ -41,7 +41,7 @@ class DirectionCurves:
         edit: by method, "prompts numbers": norm of the edit over the norm of the whole difference (1: as long as
             replacing the activations themselves).
         numbers: how many directions are patched, the same for all methods; 0 first: none (or the error alone).
-        directions: by method, how many directions there are to choose from, those that differ anywhere in the prompts.
+        directions: by method, how many there are to choose from: those that differ between the runs of any prompt.
         site, ranked: the site; how many prompts the ranking was made on.
     """
 
@@ -133,8 +133,19 @@ class _Method:
     changes: Float[Tensor, "batch pos n"]
     rest: Tensor | None = field(default=None)
 
-    def edit(self, rows: Tensor, chosen: Tensor) -> Float[Tensor, "batch pos d"]:
-        added = self.changes[rows][..., chosen] @ self.directions[chosen]
+    def ranked(self, gradient: Tensor, rows: Tensor, each: bool) -> tuple[Tensor, Tensor]:
+        """(positions, directions) of all nodes, the one whose patch should lower the divergence most first. A node is
+        a direction at every position (position -1), or where ``each`` at one."""
+        scores = -(self.changes[rows] * (gradient @ self.directions.T)).sum(0)
+        scores = scores if each else scores.sum(0, keepdim=True)
+        order = scores.flatten().argsort(descending=True, stable=True)
+        return order // len(self.directions) if each else torch.full_like(order, -1), order % len(self.directions)
+
+    def edit(self, rows: Tensor, at: Tensor, chosen: Tensor) -> Float[Tensor, "batch pos d"]:
+        kept = torch.zeros(self.changes.shape[1:], device=self.changes.device)
+        kept.index_put_((at, chosen), torch.ones(len(at), device=kept.device))
+        kept = kept[-1].expand_as(kept) if bool((at < 0).any()) else kept
+        added = (self.changes[rows] * kept) @ self.directions
         return added if self.rest is None else added + self.rest[rows]
 
 
@@ -147,6 +158,7 @@ def patched_directions(
     bases: Mapping[str, Tensor] | None = None,
     numbers: Sequence[int] = NUMBERS,
     positions: Sequence[int] | None = None,
+    each_position: bool = False,
     steps: int = STEPS,
     seed: int = 0,
 ) -> DirectionCurves:
@@ -171,6 +183,8 @@ def patched_directions(
             random rotation, by ``seed``) are always there; ``principal_axes`` makes those of PCA.
         numbers: how many directions; more than there are means all.
         positions: where a patch acts; None: everywhere but position 0 and what the coder's mask leaves out.
+        each_position: True: a direction at one position is a node of its own, chosen and counted alone; False: a
+            direction is patched at all of them and counts once.
 
     Raises ValueError as ``patching``; for a coder that reads elsewhere than it writes, rows that are not orthonormal,
     a name twice, fewer than four prompts, and numbers below 1.
@@ -186,13 +200,15 @@ def patched_directions(
     kl, edit = {}, {}
     whole = ((held.given - held.x) * held.keep.unsqueeze(-1)).flatten(1).norm(dim=1)
     for name, method in methods.items():
-        scores = -(method.changes[ranking] * (gradient @ method.directions.T)).sum((0, 1))
-        best = scores.argsort(descending=True, stable=True)
-        edits = [method.edit(scoring, best[:n]) for n in counts]
+        at, best = method.ranked(gradient, ranking, each_position)
+        edits = [method.edit(scoring, at[:n], best[:n]) for n in counts]
         kl[name] = _divergences(lm, coder.site, held, edits)
         sizes = [one.flatten(1).norm(dim=1) / whole.clamp_min(1e-12) for one in edits]
         edit[name] = torch.stack(sizes, 1).cpu().numpy()
-    there = {name: int(m.changes.flatten(0, 1).ne(0).any(0).sum()) for name, m in methods.items()}
+    there = {
+        name: int((m.changes if each_position else m.changes.flatten(0, 1)).ne(0).any(0).sum())
+        for name, m in methods.items()
+    }
     return DirectionCurves(kl, edit, counts, there, coder.site, len(ranking))
 
 
@@ -226,7 +242,7 @@ def _check(coder: SparseCoder, bases: Mapping[str, Tensor], numbers: Sequence[in
             raise ValueError(f"basis {name!r} must be 'n d' with d={coder.d_in}, got shape {tuple(basis.shape)}")
         gram = basis.float() @ basis.float().T
         if float((gram - torch.eye(len(gram), device=gram.device)).abs().max()) > 1e-3:
-            raise ValueError(f"the rows of basis {name!r} must be orthonormal: torch.linalg.qr(basis.T)[0].T makes them")
+            raise ValueError(f"basis {name!r} must have orthonormal rows: torch.linalg.qr(basis.T)[0].T makes them")
 
 
 def _both_runs(
