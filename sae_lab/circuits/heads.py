@@ -79,7 +79,7 @@ class HeadAttribution:
 
 
 def head_attribution(
-    lm: LM, coder: SparseCoder, feature: int, prompt: str | Sequence[int], position: int | None = None
+    lm: LM, coder: SparseCoder, feature: int, prompt: str | Sequence[Any], position: int | None = None
 ) -> HeadAttribution:
     """Direct feature attribution through one layer's heads (Kissane et al. 2024, arXiv:2406.17759):
 
@@ -127,9 +127,9 @@ def _check_coder(coder: SparseCoder) -> None:
 
 @torch.no_grad()
 def attention(lm: LM, batch: TokenBatch | str | Sequence[str], layer: int) -> Attention:
-    """What one layer's heads attended to and what they took there, in one pass.
+    """What one layer's heads attended to and what they took there; z is the model's own.
 
-    For the time of the pass the model's attention is a plain one that keeps its pattern; the implementation it had is
+    For the time of one pass the model's attention is a plain one that keeps its pattern; the implementation it had is
     put back whatever happens. Only a model whose attention transformers can exchange has this.
 
     Raises ValueError for a layer that does not exist, and where z is not the patterns' weighted sum of values.
@@ -137,8 +137,10 @@ def attention(lm: LM, batch: TokenBatch | str | Sequence[str], layer: int) -> At
     batch = batch if isinstance(batch, TokenBatch) else lm.tokenize(batch)
     site, kept = Site("attn_z", layer), {}
     lm.width(site)
-    with lm._lock, _keeping(lm._module, layer, kept):
-        z = lm.run(batch, [site], logits=False)[0][site]
+    with lm._lock:
+        z = lm.run(batch, [site], logits=False)[0][site]  # by the model's own attention
+        with _keeping(lm._module, layer, kept):
+            lm.run(batch, [site], logits=False)
     if not kept:
         raise ValueError(f"this model's attention cannot be exchanged, so layer {layer}'s pattern is out of reach")
     pattern, v = kept["pattern"].float(), kept["v"].float()
@@ -152,7 +154,7 @@ def attention(lm: LM, batch: TokenBatch | str | Sequence[str], layer: int) -> At
 @contextmanager
 def _keeping(model: Any, layer: int, kept: dict[str, Tensor]) -> Iterator[None]:
     """Within, attention is written out, and one layer's pattern and values go into ``kept``."""
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.masking_utils import AttentionMaskInterface, eager_mask
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     def attend(
@@ -173,13 +175,13 @@ def _keeping(model: Any, layer: int, kept: dict[str, Tensor]) -> Iterator[None]:
     config = model.config.get_text_config()
     before = config._attn_implementation
     ALL_ATTENTION_FUNCTIONS[CAPTURE] = attend
-    ALL_MASK_ATTENTION_FUNCTIONS[CAPTURE] = ALL_MASK_ATTENTION_FUNCTIONS["eager"]
+    AttentionMaskInterface.register(CAPTURE, eager_mask)  # a name more in transformers' table, which cannot forget one
     config._attn_implementation = CAPTURE
     try:
         yield
     finally:
         config._attn_implementation = before
-        del ALL_ATTENTION_FUNCTIONS[CAPTURE], ALL_MASK_ATTENTION_FUNCTIONS[CAPTURE]
+        del ALL_ATTENTION_FUNCTIONS[CAPTURE]
 
 
 @torch.no_grad()
