@@ -140,7 +140,7 @@ def norm_free(name):
 
 
 @pytest.mark.parametrize("name", norm_free((*PARALLEL, "olmo2")))
-@pytest.mark.parametrize("upstream", [Site("resid_post", 0), Site("mlp_out", 1), Site("attn_z", 2), Site("resid_pre", 1)])
+@pytest.mark.parametrize("upstream", [Site(*at) for at in (("resid_post", 0), ("mlp_out", 1), ("attn_z", 2))])
 def test_edges_are_the_measured_effects(name, upstream, tiny):
     lm = tiny[name]
     first, second = make(lm, upstream), transcoder(lm)
@@ -152,7 +152,7 @@ def test_edges_are_the_measured_effects(name, upstream, tiny):
     found = circuits.check_edges(lm, first, second, live, [PROMPT, LONGER], features=list(range(64)))
     assert found.error < 1e-3 and abs(found.frozen).max() > 1e-3
     assert abs(found.frozen - found.free).max() > 1e-3 * abs(found.frozen).max()  # freezing matters
-    assert (found.error, len(found.to_pandas())) < (1e-3, 65) and "taken out" in repr(found)
+    assert len(found.to_pandas()) == 64 and "taken out" in repr(found)
 
 
 @pytest.mark.parametrize("name", norm_free(PARALLEL))

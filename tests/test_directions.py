@@ -127,6 +127,15 @@ def test_positions(lm, sae):
         assert some.kl["random"][i, 1] == pytest.approx(kl_by_hand(lm, row, x), abs=1e-4)
 
 
+def test_differences_span_the_ranking_half(lm, sae):
+    """With both halves the same pairs, all axes of the differences together are the activation; else they are not."""
+    same = circuits.patched_directions(lm, sae, PROMPTS[:1] * 4, SOURCES[:1] * 4, numbers=[ALL])
+    assert np.allclose(same.kl["differences"][:, 1], same.kl["random"][:, 1], atol=1e-4)
+    assert same.edit["differences"][:, 1] == pytest.approx(1, abs=1e-3) and same.directions["differences"] <= 9
+    other = circuits.patched_directions(lm, sae, PROMPTS, SOURCES, numbers=[ALL])
+    assert (other.edit["differences"][:, 1] < 0.99).all()
+
+
 def planted(n=3):
     kl = {"good": np.array([[4.0, 2.0, 1.0, 0.0]] * n), "bad": np.array([[4.0, 4.0, 2.0, 0.0]] * n)}
     kl["bad"][0, 1] = 1.0  # one prompt of three says the opposite
@@ -140,6 +149,9 @@ def test_areas_by_hand():
     assert found.value == pytest.approx((1.5 + 0.5) / 2 - (2.5 + 1.0) / 2)
     assert found.low < found.value < found.high and found.prompts == 3
     assert curves.area_difference("bad", "good").value == pytest.approx(-found.value)
+    far = circuits.DirectionCurves(curves.kl, {"good": curves.edit["good"], "bad": curves.edit["bad"] + 2},
+                                   [0, 1, 2, 4], {}, SITE, 4)  # fmt: skip
+    assert np.isnan(far.area_difference("good", "bad", against="edit").value)
     same = curves.area_difference("good", "good")
     assert same.value == same.low == same.high == 0
     by_edit = curves.area_difference("good", "bad", against="edit").value  # 4 at 0 for both

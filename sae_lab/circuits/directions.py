@@ -58,7 +58,7 @@ class DirectionCurves:
         """Area under a's mean curve less that under b's; negative: a needs less.
 
         against: "number": over log n, from n = 1 to the largest; "edit": over the norm of the edit, where both have
-        points, curves joined by straight lines.
+        points, curves joined by straight lines (NaN where they have no range in common).
 
         Raises ValueError for an unknown method or axis.
         """
@@ -180,7 +180,9 @@ def patched_directions(
         coder: an SAE at one site.
         prompts, sources: as many, at least four, of the same token lengths; a source is its prompt's counterfactual.
         bases: by name, "n d": orthonormal rows; all n = d, or fewer. "neurons" (the axes of the site) and "random" (a
-            random rotation, by ``seed``) are always there; ``principal_axes`` makes those of PCA.
+            random rotation, by ``seed``) are always there; ``principal_axes`` makes those of PCA. So are "differences",
+            the principal axes of x_source - x in the ranking half, which know what is to be patched: the bar for
+            directions that were found without it.
         numbers: how many directions; more than there are means all.
         positions: where a patch acts; None: everywhere but position 0 and what the coder's mask leaves out.
         each_position: True: a direction at one position is a node of its own, chosen and counted alone; False: a
@@ -194,7 +196,7 @@ def patched_directions(
     order = torch.randperm(len(runs.batch.ids), generator=torch.Generator().manual_seed(seed))
     ranking, scoring = order[: len(order) // 2].sort().values, order[len(order) // 2 :].sort().values
     with torch.no_grad():
-        methods = _methods(lm, coder, runs, bases or {}, seed)
+        methods = _methods(coder, runs, ranking, bases or {}, seed)
     gradient = _mean_gradient(lm, coder.site, runs.part(ranking), steps)
     held, counts = runs.part(scoring), [0, *sorted(numbers)]
     kl, edit = {}, {}
@@ -236,7 +238,7 @@ def _check(coder: SparseCoder, bases: Mapping[str, Tensor], numbers: Sequence[in
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
     for name, basis in bases.items():
-        if name in ("features", "features and error", "neurons", "random"):
+        if name in ("features", "features and error", "neurons", "random", "differences"):
             raise ValueError(f"{name!r} is measured anyway: give the basis another name")
         if basis.dim() != 2 or basis.shape[1] != coder.d_in:
             raise ValueError(f"basis {name!r} must be 'n d' with d={coder.d_in}, got shape {tuple(basis.shape)}")
@@ -263,7 +265,9 @@ def _both_runs(
     return _Runs(batch, x, read[site], keep.to(x.device), logits[:, -1].float().log_softmax(-1))
 
 
-def _methods(lm: LM, coder: SparseCoder, runs: _Runs, bases: Mapping[str, Tensor], seed: int) -> dict[str, _Method]:
+def _methods(
+    coder: SparseCoder, runs: _Runs, ranking: Tensor, bases: Mapping[str, Tensor], seed: int
+) -> dict[str, _Method]:
     keep, difference = runs.keep.unsqueeze(-1), (runs.given - runs.x)
     f, given = coder.encode(runs.x), coder.encode(runs.given)
     rest = difference - (coder(runs.given).x_hat - coder(runs.x).x_hat)
@@ -274,7 +278,9 @@ def _methods(lm: LM, coder: SparseCoder, runs: _Runs, bases: Mapping[str, Tensor
     }
     d = coder.d_in
     random = torch.linalg.qr(torch.randn(d, d, generator=torch.Generator().manual_seed(seed + 1)))[0].T
-    for name, basis in {**bases, "neurons": torch.eye(d), "random": random}.items():
+    seen = difference[ranking][runs.keep[ranking]]
+    always = {"neurons": torch.eye(d), "random": random, "differences": principal_axes(seen, uncentred=True)}
+    for name, basis in {**bases, **always}.items():
         basis = basis.to(difference)
         found[name] = _Method(basis, (difference * keep) @ basis.T)
     return found

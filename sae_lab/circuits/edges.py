@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sae_lab.lm.model import LM
 from sae_lab.lm.tokens import Prompts
 from sae_lab.saes.base import SparseCoder
-from sae_lab.types import Site, TokenBatch, Write, check_feature
+from sae_lab.types import Site, Write, check_feature
 
 STREAM = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post", "embed")
 
@@ -75,9 +75,9 @@ def edges(
         edge_ij = A(W_dec_i)·W_enc_j,   and at a token   Δpre_j = f_i·edge_ij / s
 
     A takes a direction to where the downstream coder reads: W_O for an upstream coder at attn_z; for a downstream one
-    at mlp_in the gain of the MLP's norm (1+w for Gemma), centred where that norm centres. What a norm divides by, s (``norm_scale``), differs from token to token and is left out: s = 1
-    where the downstream coder reads the stream itself. This is the direct path: attention and MLPs between are no
-    part of it.
+    at mlp_in the gain of the MLP's norm (1+w for Gemma), centred where that norm centres. What a norm divides by, s
+    (``norm_scale``), differs from token to token and is left out: s = 1 where the downstream coder reads the stream
+    itself. This is the direct path: attention and MLPs between are no part of it.
 
     Args:
         upstream: an SAE or transcoder whose output is part of the residual stream, or at attn_z.
@@ -136,13 +136,13 @@ def check_edges(
     if reads.kind == "mlp_in":
         norm = _norm(lm, reads)[0]
         scale = _scale(norm, base[before])
-        moved = (norm(fixed.to(lm._module.dtype)).float() - _shift(norm)) * (_scale(norm, fixed) / scale).unsqueeze(-1)
-        fixed = moved + _shift(norm)
+        normed = norm(fixed.to(lm._module.dtype)).float() - _shift(norm)
+        fixed = normed * (_scale(norm, fixed) / scale).unsqueeze(-1) + _shift(norm)
     places, W_enc = f > 0, downstream.W_enc[:, chosen].to(f)
-    changes = [((x - base[reads])[places] @ W_enc).cpu().numpy() for x in (fixed, free)]
+    frozen, moved = (((x - base[reads])[places] @ W_enc).cpu().numpy() for x in (fixed, free))
     predicted = -(f / scale)[places].unsqueeze(-1).cpu() * edge[chosen]
     pre = downstream(base[reads][places].to(downstream.W_dec.device)).pre[:, chosen].cpu().numpy()
-    return EdgeCheck(predicted.numpy(), *changes, pre, feature, chosen)
+    return EdgeCheck(predicted.numpy(), frozen, moved, pre, feature, chosen)
 
 
 def _ends(lm: LM, upstream: SparseCoder, downstream: SparseCoder) -> tuple[Site, Site]:
@@ -155,7 +155,8 @@ def _ends(lm: LM, upstream: SparseCoder, downstream: SparseCoder) -> tuple[Site,
         raise ValueError(f"the upstream coder must write to the residual stream or at attn_z, this one is at {writes}")
     if reads.kind not in ("resid_pre", "resid_mid", "resid_post", "mlp_in"):
         raise ValueError(f"the downstream coder must read the residual stream or mlp_in, this one reads {reads}")
-    lm.width(writes), lm.width(reads)
+    for site in (writes, reads):
+        lm.width(site)  # ValueError where the model has no such place
     if lm._sites.when(writes) >= lm._sites.when(reads) or writes == reads:
         raise ValueError(f"the upstream coder must write before the downstream one reads: {writes} is after {reads}")
     return writes, reads
