@@ -5,6 +5,7 @@ import torch
 
 import sae_lab as sl
 from sae_lab import circuits
+from sae_lab.circuits.heads import CAPTURE
 from sae_lab.types import Site, Write
 from tests.conftest import ARCHITECTURES, D_HEAD, HEADS
 from tests.test_edit import LONGER, PROMPT, firing, make
@@ -51,7 +52,7 @@ def test_attention_puts_the_implementation_back(tiny_lm, monkeypatch):
         with pytest.raises(ZeroDivisionError):
             circuits.attention(tiny_lm, PROMPT, 1)
     assert tiny_lm._module.config._attn_implementation == before
-    assert circuits.heads.CAPTURE not in ALL_ATTENTION_FUNCTIONS
+    assert CAPTURE not in ALL_ATTENTION_FUNCTIONS
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -59,7 +60,7 @@ def test_parts_add_up_to_the_pre_activation(name, tiny):
     lm = tiny[name]
     sae = make(lm, Z)
     with torch.no_grad():
-        sae.b_enc += torch.linspace(-1, 1, 64)
+        sae.b_enc.add_(torch.linspace(-1, 1, 64))
     live = firing(lm, sae)[0]
     found = circuits.head_attribution(lm, sae, live, PROMPT, position=7)
     out = sae(lm.read(PROMPT, Z)[Z][0, 7])
@@ -129,7 +130,7 @@ def transcoder(lm, layer=2, seed=3, site=None):
     coder = sl.Transcoder(48, 64, d_out=48, k=6, seed=seed)
     coder.reads, coder.writes = (Site("mlp_in", layer),), (Site("mlp_out", layer),)
     with torch.no_grad():
-        coder.b_enc += torch.linspace(-0.5, 0.5, 64)
+        coder.b_enc.add_(torch.linspace(-0.5, 0.5, 64))
     x = lm.read([PROMPT, LONGER], coder.reads[0])[coder.reads[0]].flatten(0, 1)
     coder.calibrate([x])
     return coder

@@ -167,6 +167,7 @@ def test_principal_axes():
     assert torch.allclose(axes @ axes.T, torch.eye(6), atol=1e-5)
     assert float(axes[0, 1].abs()) > 0.99 and float(axes[1, 4].abs()) > 0.98
     assert circuits.principal_axes(x[:3], uncentred=True).shape == (3, 6)
+    assert circuits.principal_axes(x[[0, 1, 1]]).shape == (1, 6)
 
 
 REFUSED = [

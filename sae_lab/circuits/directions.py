@@ -216,7 +216,7 @@ def patched_directions(
 
 @torch.no_grad()
 def principal_axes(x: Float[Tensor, "tokens d"], uncentred: bool = False) -> Float[Tensor, "n d"]:
-    """The axes of PCA as orthonormal rows, those of most variance first: all d where there are more rows than that.
+    """The axes of PCA as orthonormal rows, those of most variance first; an axis without variance is none.
 
     uncentred: of differences between two runs, whose mean is what they have in common.
 
@@ -225,7 +225,8 @@ def principal_axes(x: Float[Tensor, "tokens d"], uncentred: bool = False) -> Flo
     if len(x) < 2:
         raise ValueError(f"principal axes need at least two rows of activations, got {len(x)}")
     x = x.double()
-    return torch.linalg.svd(x if uncentred else x - x.mean(0), full_matrices=False)[2].float()
+    _, sizes, axes = torch.linalg.svd(x if uncentred else x - x.mean(0), full_matrices=False)
+    return axes[sizes > 1e-6 * sizes[0]].float()
 
 
 def _check(coder: SparseCoder, bases: Mapping[str, Tensor], numbers: Sequence[int], steps: int, count: int) -> None:
