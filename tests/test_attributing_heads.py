@@ -63,7 +63,8 @@ def test_parts_add_up_to_the_pre_activation(name, tiny):
         sae.b_enc.add_(torch.linspace(-1, 1, 64))
     live = firing(lm, sae)[0]
     found = circuits.head_attribution(lm, sae, live, PROMPT, position=7)
-    out = sae(lm.read(PROMPT, Z)[Z][0, 7])
+    with torch.no_grad():
+        out = sae(lm.read(PROMPT, Z)[Z][0, 7])
     scale = float(found.parts.abs().max())
     assert float(found.parts.sum()) + found.bias == pytest.approx(float(out.pre[0, live]), abs=1e-4 * scale)
     assert found.pre == pytest.approx(float(out.pre[0, live]), abs=1e-4 * scale)
