@@ -75,7 +75,7 @@ def test_parts_add_up_to_the_pre_activation(name, tiny):
     for h in range(HEADS):  # a head's part: its own columns of z, by hand
         columns = slice(h * width, (h + 1) * width)
         by_hand = lm.read(PROMPT, Z)[Z][0, 7, columns] @ sae.W_enc[columns, live]
-        assert float(found.heads[h]) == pytest.approx(float(by_hand), abs=1e-4 * scale)
+        assert float(found.heads[h]) == pytest.approx(by_hand.item(), abs=1e-4 * scale)
         norms = sae.W_dec[live, columns].square().sum() / sae.W_dec[live].square().sum()
         assert float(found.written[h]) == pytest.approx(float(norms), abs=1e-5)
 

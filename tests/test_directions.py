@@ -133,7 +133,7 @@ def test_differences_span_the_ranking_half(lm, sae):
     assert np.allclose(same.kl["differences"][:, 1], same.kl["random"][:, 1], atol=1e-4)
     assert same.edit["differences"][:, 1] == pytest.approx(1, abs=1e-3) and same.directions["differences"] <= 9
     other = circuits.patched_directions(lm, sae, PROMPTS, SOURCES, numbers=[ALL])
-    assert other.edit["differences"][:, 1].min() < 0.99  # the other scored pair is one of the ranking half, turned round
+    assert other.edit["differences"][:, 1].min() < 0.99  # the other pair was ranked on, turned round
 
 
 def planted(n=3):
