@@ -1,16 +1,21 @@
-"""Which parts of a model make it answer as it does: patching, its estimates by gradient, and circuits of features."""
+"""Which parts of a model make it answer as it does: patching, its estimates by gradient, circuits, heads, edges."""
 
 from sae_lab.circuits.attribution import Attribution, attribution
+from sae_lab.circuits.directions import AreaDifference, DirectionCurves, patched_directions, principal_axes
 from sae_lab.circuits.downstream import DownstreamEffects, effects_of
 from sae_lab.circuits.edges import Edge
 from sae_lab.circuits.faithfulness import Faithfulness
 from sae_lab.circuits.graph import FeatureCircuit, feature_circuit
+from sae_lab.circuits.heads import Attention, HeadAttribution, attention, head_attribution, head_shares
+from sae_lab.circuits.invariant import EdgeCheck, check_edges, invariant_edges, norm_scale
 from sae_lab.circuits.linearizing import PulledBack, pull_back
 from sae_lab.circuits.metric import Metric, logit_difference
 from sae_lab.circuits.nodes import Node
 from sae_lab.circuits.patching import PatchGrid, patching
 
 __all__ = [
-    "Attribution", "DownstreamEffects", "Edge", "Faithfulness", "FeatureCircuit", "Metric", "Node", "PatchGrid",
-    "PulledBack", "attribution", "effects_of", "feature_circuit", "logit_difference", "patching", "pull_back",
+    "AreaDifference", "Attention", "Attribution", "DirectionCurves", "DownstreamEffects", "Edge", "EdgeCheck",
+    "Faithfulness", "FeatureCircuit", "HeadAttribution", "Metric", "Node", "PatchGrid", "PulledBack", "attention",
+    "attribution", "check_edges", "effects_of", "feature_circuit", "head_attribution", "head_shares", "invariant_edges",
+    "logit_difference", "norm_scale", "patched_directions", "patching", "principal_axes", "pull_back",
 ]  # fmt: skip

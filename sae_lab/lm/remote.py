@@ -29,7 +29,7 @@ HOSTED = "https://api.ndif.us"
 # Modules whose functions go as source. Named, not imported: they stand above this one, or may not be known here.
 TRAVELLING = (
     "sae_lab.lm.passes", "sae_lab.saes.portable", "sae_lab.rules", "sae_lab.reading", "sae_lab.circuits.metric",
-    "sae_lab.evals.reconstruction", "sae_lab.feature_index.directions",
+    "sae_lab.circuits.directions",     "sae_lab.evals.reconstruction", "sae_lab.feature_index.directions",
 )  # fmt: skip
 RETRIES, PAUSE = 3, 0.5  # of what is safe to repeat: a request that no server has taken, and asking for a status
 POLL = (0.05, 1.0)  # seconds between two looks at a job's status, at first and at most
@@ -155,9 +155,7 @@ class Request(RemoteBackend):
     what a block prints a websocket is needed; if that breaks, so does the request.
     """
 
-    def __init__(
-        self, server: Server, model_key: str, env: dict[str, Any], listen: bool, job: Job | None
-    ):
+    def __init__(self, server: Server, model_key: str, env: dict[str, Any], listen: bool, job: Job | None):
         sent = job.id if job else None
         super().__init__(model_key, server.host, server._key or None, env, blocking=False, job_id=sent)
         self.api_key = server._key  # RemoteBackend would take one from the environment for none
@@ -284,9 +282,11 @@ class Request(RemoteBackend):
             busy = answered and cause.response.status_code in (502, 503, 504)  # type: ignore[union-attr]
             again = busy or (unsent and not answered)
             patience = RETRIES if self.job_id is None else 10**9  # a job that runs is worth the whole deadline
-            if not again or attempt >= patience:
+            pause = min(PAUSE * attempt, 2.0)
+            late = self.job_id is None and time.monotonic() + pause > self.ends
+            if not again or attempt >= patience or late:
                 raise NDIFError(explained(text, self.host, sending and not (unsent or answered))) from None
-            time.sleep(min(PAUSE * attempt, self._left(), 2.0))
+            time.sleep(pause)
 
     # ---- results, without pickles
 

@@ -1,0 +1,325 @@
+"""How few directions carry a difference between two runs: an SAE's features against PCA, neurons and random axes."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import NamedTuple, no_type_check
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sae_lab.circuits.metric import ROWS, of_metric, paired
+from sae_lab.lm.model import LM
+from sae_lab.saes.base import SparseCoder
+from sae_lab.types import Site, TokenBatch, Write
+
+NUMBERS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+STEPS = 8
+
+
+class AreaDifference(NamedTuple):
+    """Area under one curve less that under another, in nats (each area is divided by its axis's length, so that it is
+    a mean KL), with the 95 % interval of a bootstrap over the scored prompts."""
+
+    value: float
+    low: float
+    high: float
+    prompts: int
+
+    def __repr__(self) -> str:
+        return f"{self.value:+.3f} nats (95 %: {self.low:+.3f} to {self.high:+.3f}; {self.prompts} prompts)"
+
+
+@dataclass(frozen=True, repr=False)
+class DirectionCurves:
+    """Result of ``circuits.patched_directions``.
+
+    Attributes:
+        kl: by method, "prompts numbers": KL(source ‖ patched) at the last token, nats, of prompts that the ranking
+            never saw.
+        edit: by method, "prompts numbers": norm of the edit over the norm of the whole difference (1: as long as
+            replacing the activations themselves).
+        numbers: how many directions are patched, the same for all methods; 0 first: none (or the error alone).
+        directions: by method, how many there are to choose from: those that differ between the runs of any prompt.
+        site, ranked: the site; how many prompts the ranking was made on.
+    """
+
+    kl: dict[str, Float[np.ndarray, "prompts numbers"]]
+    edit: dict[str, Float[np.ndarray, "prompts numbers"]]
+    numbers: list[int]
+    directions: dict[str, int]
+    site: Site
+    ranked: int
+
+    def area_difference(
+        self, a: str, b: str, *, against: str = "number", draws: int = 2000, seed: int = 0
+    ) -> AreaDifference:
+        """Area under a's mean curve less that under b's; negative: a needs less.
+
+        against: "number": over log n, from n = 1 to the largest; "edit": over the norm of the edit, where both have
+        points, curves joined by straight lines (NaN where they have no range in common).
+
+        Raises ValueError for an unknown method or axis.
+        """
+        if unknown := [name for name in (a, b) if name not in self.kl]:
+            raise ValueError(f"no method {unknown[0]!r} was measured: choose among {', '.join(self.kl)}")
+        if against not in ("number", "edit"):
+            raise ValueError(f"against must be 'number' or 'edit', got {against!r}")
+        count = len(self.kl[a])
+        rng = np.random.default_rng(seed)
+        rows = rng.integers(0, count, (draws, count))
+        found = np.array([self._difference(a, b, against, one) for one in rows])
+        low, high = np.quantile(found, [0.025, 0.975])
+        return AreaDifference(self._difference(a, b, against, np.arange(count)), float(low), float(high), count)
+
+    def _difference(self, a: str, b: str, against: str, rows: np.ndarray) -> float:
+        curves = [(self.edit[name][rows].mean(0), self.kl[name][rows].mean(0)) for name in (a, b)]
+        if against == "number":
+            axis = np.log(self.numbers[1:])
+            areas = [np.trapezoid(kl[1:], axis) for _, kl in curves]
+        else:
+            low, high = (pick([end(x) for x, _ in curves]) for pick, end in ((max, np.min), (min, np.max)))
+            axis = np.linspace(low, high, 200)
+            ordered = [(x[order], kl[order]) for x, kl in curves for order in [np.argsort(x, kind="stable")]]
+            areas = [np.trapezoid(np.interp(axis, x, kl), axis) for x, kl in ordered]
+        length = axis[-1] - axis[0]
+        return float((areas[0] - areas[1]) / length) if length > 0 else float("nan")
+
+    def to_pandas(self):
+        """One row a method and number: the means over prompts of kl (with its standard error) and of edit."""
+        import pandas as pd
+
+        rows = [
+            {
+                "method": name, "n": n, "kl": kl[:, i].mean(), "se": kl[:, i].std(ddof=1) / len(kl) ** 0.5,
+                "edit": self.edit[name][:, i].mean(),
+            }
+            for name, kl in self.kl.items()
+            for i, n in enumerate(self.numbers)
+        ]  # fmt: skip
+        return pd.DataFrame(rows)
+
+    def __repr__(self) -> str:
+        table = self.to_pandas().pivot(index="n", columns="method", values="kl")[list(self.kl)]
+        count = len(next(iter(self.kl.values())))
+        return (
+            f"KL(source ‖ patched), nats, at {self.site}; {count} prompts, ranked on {self.ranked} others:\n"
+            + table.to_string(float_format="{:.3f}".format)  # type: ignore[arg-type]
+        )
+
+
+@dataclass(frozen=True)
+class _Runs:
+    """Both runs of some prompts: activations, where a patch may act, and what the sources' last token says."""
+
+    batch: TokenBatch
+    x: Tensor
+    given: Tensor
+    keep: Tensor
+    log_p: Tensor
+
+    def part(self, rows: Tensor) -> "_Runs":
+        b = self.batch
+        batch = TokenBatch(b.ids[rows], b.mask[rows], b.positions[rows])
+        return _Runs(batch, self.x[rows], self.given[rows], self.keep[rows], self.log_p[rows])
+
+
+@dataclass(frozen=True)
+class _Method:
+    """Directions and how far each differs between the runs: patching all of them adds changes·directions + rest."""
+
+    directions: Float[Tensor, "n d"]
+    changes: Float[Tensor, "batch pos n"]
+    rest: Tensor | None = field(default=None)
+
+    def ranked(self, gradient: Tensor, rows: Tensor, each: bool) -> tuple[Tensor, Tensor]:
+        """(positions, directions) of all nodes, the one whose patch should lower the divergence most first. A node is
+        a direction at every position (position -1), or where ``each`` at one."""
+        scores = -(self.changes[rows] * (gradient @ self.directions.T)).sum(0)
+        scores = scores if each else scores.sum(0, keepdim=True)
+        order = scores.flatten().argsort(descending=True, stable=True)
+        return order // len(self.directions) if each else torch.full_like(order, -1), order % len(self.directions)
+
+    def edit(self, rows: Tensor, at: Tensor, chosen: Tensor) -> Float[Tensor, "batch pos d"]:
+        kept = torch.zeros(self.changes.shape[1:], device=self.changes.device)
+        kept.index_put_((at, chosen), torch.ones(len(at), device=kept.device))
+        kept = kept[-1].expand_as(kept) if bool((at < 0).any()) else kept
+        added = (self.changes[rows] * kept) @ self.directions
+        return added if self.rest is None else added + self.rest[rows]
+
+
+def patched_directions(
+    lm: LM,
+    coder: SparseCoder,
+    prompts: Sequence[str],
+    sources: Sequence[str],
+    *,
+    bases: Mapping[str, Tensor] | None = None,
+    numbers: Sequence[int] = NUMBERS,
+    positions: Sequence[int] | None = None,
+    each_position: bool = False,
+    steps: int = STEPS,
+    seed: int = 0,
+) -> DirectionCurves:
+    """How near n patched directions bring the model to its answer in the other run, for every n: the IOI experiment of
+    Cunningham et al. 2023, arXiv:2309.08600.
+
+    Patching a set S takes the sources' coefficients of S and leaves all others, at the same positions for all methods:
+
+        features            x + Σ_S (f_source - f)_i·W_dec_i        (the coder's error stays as in the prompt)
+        features and error  the same, and the error as in the source: all features together give the source's x
+        a basis U           x + Σ_S ((x_source - x)·u_i) u_i        all directions together give the source's x
+
+    Ranking, the same for all methods: half of the prompts (drawn by ``seed``) are ranked on, the others scored. The
+    gradient g of KL(source ‖ patched) by the activations is averaged over ``steps`` points on the way from prompt to
+    source; direction i's score is the reduction it should bring alone, -Σ (change of i's coefficient)·(direction_i·g),
+    summed over tokens and prompts. The n with the highest scores are patched together.
+
+    Args:
+        coder: an SAE at one site.
+        prompts, sources: as many, at least four, of the same token lengths; a source is its prompt's counterfactual.
+        bases: by name, "n d": orthonormal rows; all n = d, or fewer. "neurons" (the axes of the site) and "random" (a
+            random rotation, by ``seed``) are always there; ``principal_axes`` makes those of PCA. So are "differences",
+            the principal axes of x_source - x in the ranking half, which know what is to be patched: the bar for
+            directions that were found without it.
+        numbers: how many directions; more than there are means all.
+        positions: where a patch acts; None: everywhere but position 0 and what the coder's mask leaves out.
+        each_position: True: a direction at one position is a node of its own, chosen and counted alone; False: a
+            direction is patched at all of them and counts once.
+
+    Raises ValueError as ``patching``; for a coder that reads elsewhere than it writes, rows that are not orthonormal,
+    a name twice, fewer than four prompts, and numbers below 1.
+    """
+    _check(coder, bases or {}, numbers, steps, len(prompts) if not isinstance(prompts, str) else 1)
+    runs = _both_runs(lm, coder, prompts, sources, positions)
+    order = torch.randperm(len(runs.batch.ids), generator=torch.Generator().manual_seed(seed))
+    ranking, scoring = order[: len(order) // 2].sort().values, order[len(order) // 2 :].sort().values
+    with torch.no_grad():
+        methods = _methods(coder, runs, ranking, bases or {}, seed)
+    gradient = _mean_gradient(lm, coder.site, runs.part(ranking), steps)
+    held, counts = runs.part(scoring), [0, *sorted(numbers)]
+    kl, edit = {}, {}
+    whole = ((held.given - held.x) * held.keep.unsqueeze(-1)).flatten(1).norm(dim=1)
+    for name, method in methods.items():
+        at, best = method.ranked(gradient, ranking, each_position)
+        edits = [method.edit(scoring, at[:n], best[:n]) for n in counts]
+        kl[name] = _divergences(lm, coder.site, held, edits)
+        sizes = [one.flatten(1).norm(dim=1) / whole.clamp_min(1e-12) for one in edits]
+        edit[name] = torch.stack(sizes, 1).cpu().numpy()
+    there = {
+        name: int((m.changes if each_position else m.changes.flatten(0, 1)).ne(0).any(0).sum())
+        for name, m in methods.items()
+    }
+    return DirectionCurves(kl, edit, counts, there, coder.site, len(ranking))
+
+
+@torch.no_grad()
+def principal_axes(x: Float[Tensor, "tokens d"], uncentred: bool = False) -> Float[Tensor, "n d"]:
+    """The axes of PCA as orthonormal rows, those of most variance first; an axis without variance is none.
+
+    uncentred: of differences between two runs, whose mean is what they have in common.
+
+    Raises ValueError for fewer than two rows.
+    """
+    if len(x) < 2:
+        raise ValueError(f"principal axes need at least two rows of activations, got {len(x)}")
+    x = x.double()
+    _, sizes, axes = torch.linalg.svd(x if uncentred else x - x.mean(0), full_matrices=False)
+    return axes[sizes > 1e-6 * sizes[0]].float()
+
+
+def _check(coder: SparseCoder, bases: Mapping[str, Tensor], numbers: Sequence[int], steps: int, count: int) -> None:
+    if coder.transcodes or (coder.writes and coder.writes != coder.reads):
+        raise ValueError("patched_directions takes a coder that writes where it reads: an SAE")
+    if count < 4:
+        raise ValueError(f"patched_directions ranks on half of the prompts: give at least 4, got {count}")
+    if not numbers or min(numbers) < 1:
+        raise ValueError(f"numbers must be at least 1, got {list(numbers)}: n = 0 is always measured")
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    for name, basis in bases.items():
+        if name in ("features", "features and error", "neurons", "random", "differences"):
+            raise ValueError(f"{name!r} is measured anyway: give the basis another name")
+        if basis.dim() != 2 or basis.shape[1] != coder.d_in:
+            raise ValueError(f"basis {name!r} must be 'n d' with d={coder.d_in}, got shape {tuple(basis.shape)}")
+        gram = basis.float() @ basis.float().T
+        if float((gram - torch.eye(len(gram), device=gram.device)).abs().max()) > 1e-3:
+            raise ValueError(f"basis {name!r} must have orthonormal rows: torch.linalg.qr(basis.T)[0].T makes them")
+
+
+def _both_runs(
+    lm: LM, coder: SparseCoder, prompts: Sequence[str], sources: Sequence[str], positions: Sequence[int] | None
+) -> _Runs:
+    batch, theirs = paired(lm, prompts, sources)
+    site, mask, length = coder.site, coder.mask or lm.mask(), batch.ids.shape[1]
+    if beyond := [p for p in positions or () if not 0 <= p < length]:
+        raise ValueError(f"position {beyond[0]} is beyond the prompts, which have {length} tokens")
+    x = lm.run(batch, [site], logits=False)[0][site]
+    read, logits = lm.run(theirs, [site])
+    assert logits is not None
+    keep = mask.keep(batch.ids, batch.positions, {site: x.cpu()})
+    keep &= mask.keep(theirs.ids, theirs.positions, {site: read[site].cpu()})
+    keep[:, 0] = False
+    if positions is not None:
+        keep &= torch.isin(torch.arange(length), torch.tensor(list(positions)))
+    return _Runs(batch, x, read[site], keep.to(x.device), logits[:, -1].float().log_softmax(-1))
+
+
+def _methods(
+    coder: SparseCoder, runs: _Runs, ranking: Tensor, bases: Mapping[str, Tensor], seed: int
+) -> dict[str, _Method]:
+    keep, difference = runs.keep.unsqueeze(-1), (runs.given - runs.x)
+    f, given = coder.encode(runs.x), coder.encode(runs.given)
+    rest = difference - (coder(runs.given).x_hat - coder(runs.x).x_hat)
+    changes, W_dec = (given - f) * keep, coder.W_dec.detach()
+    found = {
+        "features": _Method(W_dec, changes),
+        "features and error": _Method(W_dec, changes, rest * keep),
+    }
+    d = coder.d_in
+    random = torch.linalg.qr(torch.randn(d, d, generator=torch.Generator().manual_seed(seed + 1)))[0].T
+    seen = difference[ranking][runs.keep[ranking]]
+    always = {"neurons": torch.eye(d), "random": random, "differences": principal_axes(seen, uncentred=True)}
+    for name, basis in {**bases, **always}.items():
+        basis = basis.to(difference)
+        found[name] = _Method(basis, (difference * keep) @ basis.T)
+    return found
+
+
+def _mean_gradient(lm: LM, site: Site, runs: _Runs, steps: int) -> Float[Tensor, "batch pos d"]:
+    """Of KL(source ‖ patched) at the last token, over points on the way from the prompt's run to the source's."""
+    found = torch.zeros_like(runs.x)
+    for part in torch.arange(len(runs.x)).split(ROWS):
+        some = runs.part(part)
+        for step in range(steps):
+            between = some.x + (step + 0.5) / steps * (some.given - some.x) * some.keep.unsqueeze(-1)
+            metric = partial(divergence_at_end, log_p=some.log_p)
+            found[part] += lm.gradient(some.batch, site, metric, between) / steps
+    return found
+
+
+def _divergences(lm: LM, site: Site, runs: _Runs, edits: Sequence[Tensor]) -> Float[np.ndarray, "prompts numbers"]:
+    """KL(source ‖ patched) for each edit; several edits' prompts go together."""
+    n, found = len(runs.x), []
+    rows = torch.arange(n).repeat(len(edits))
+    for part in torch.arange(len(rows)).split(ROWS):
+        some = runs.part(rows[part])
+        added = torch.cat(list(edits))[part]
+        metric = partial(of_metric, metric=partial(divergence_at_end, log_p=some.log_p))
+        found.append(lm.run(some.batch, writes=[Write(site, partial(plus, by=added))], logits=metric)[1])
+    return torch.cat(found).view(len(edits), n).T.numpy()
+
+
+@no_type_check
+def divergence_at_end(logits, tokens, log_p):
+    """KL(p ‖ model) of what follows each prompt, whose last tokens stand at one position."""
+    log_p = log_p.to(logits.device)
+    return (log_p.exp() * (log_p - logits[:, -1].float().log_softmax(-1))).sum(-1)
+
+
+@no_type_check
+def plus(x, tokens, by):
+    """x with something added at every position."""
+    return x + by.to(x)

@@ -1,0 +1,207 @@
+"""Which heads, and which earlier words, make a feature of an attention SAE fire."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sae_lab.lm.model import LM
+from sae_lab.saes.base import SparseCoder
+from sae_lab.types import Site, TokenBatch, check_feature
+
+CAPTURE = "sae_lab_capture"  # the name of an attention that keeps what it did
+
+
+class Attention(NamedTuple):
+    """Result of ``circuits.attention``: z of head h at dest is Σ_src pattern[h, dest, src]·v[h, src].
+
+    pattern: "batch head dest src", rows sum to 1. v: "batch head src d_head", one for each head, also where heads
+    share keys and values. z: "batch pos head d_head", as the model computed it.
+    """
+
+    pattern: Float[Tensor, "batch head dest src"]
+    v: Float[Tensor, "batch head src d_head"]
+    z: Float[Tensor, "batch pos head d_head"]
+
+
+@dataclass(frozen=True, repr=False)
+class HeadAttribution:
+    """Result of ``circuits.head_attribution`` at one token: what each head's output, and through it each earlier
+    word, adds to a feature's pre-activation.
+
+    Attributes:
+        parts: "head src": Σ over both is pre - bias, where bias = b_enc_i - b_dec·W_enc_i is there without any head.
+        heads: " head": Σ_src parts. shares: " head": heads / Σ heads, so that they sum to 1.
+        written: " head": share of ‖W_dec_i‖² in each head's columns, which sums to 1 and asks for no prompt.
+        pre, bias, activation: of the feature at the token. position: the token's. tokens: the prompt's.
+    """
+
+    parts: Float[Tensor, "head src"]
+    written: Float[Tensor, " head"]
+    pre: float
+    bias: float
+    activation: float
+    feature: int
+    position: int
+    tokens: list[str]
+
+    @property
+    def heads(self) -> Float[Tensor, " head"]:
+        return self.parts.sum(1)
+
+    @property
+    def shares(self) -> Float[Tensor, " head"]:
+        return self.heads / self.heads.sum()
+
+    def to_pandas(self):
+        """One row a head and source: head, source, token, part (in the feature's units)."""
+        import pandas as pd
+
+        rows = [
+            {"head": h, "source": s, "token": self.tokens[s], "part": float(self.parts[h, s])}
+            for h in range(len(self.parts))
+            for s in range(self.position + 1)
+        ]
+        return pd.DataFrame(rows)
+
+    def __repr__(self) -> str:
+        table = self.to_pandas().sort_values("part", ascending=False, key=abs).head(8)
+        shares = ", ".join(f"{h}: {share:.2f}" for h, share in enumerate(self.shares.tolist()))
+        return (
+            f"feature {self.feature} at {self.tokens[self.position]!r} (position {self.position}): activation "
+            f"{self.activation:.3f}, pre {self.pre:.3f} of which bias {self.bias:.3f}\nshares of heads: {shares}\n"
+            + table.to_string(index=False, float_format="{:.3f}".format)  # type: ignore[arg-type]
+        )
+
+
+def head_attribution(
+    lm: LM, coder: SparseCoder, feature: int, prompt: str | Sequence[Any], position: int | None = None
+) -> HeadAttribution:
+    """Direct feature attribution through one layer's heads (Kissane et al. 2024, arXiv:2406.17759):
+
+        pre_i = Σ_h z_h·W_enc[h, i] + bias = Σ_h Σ_src pattern[h, dest, src] · (v[h, src]·W_enc[h, i]) + bias
+
+    W_enc[h] are the rows of W_enc that read head h. It is exact given the pattern, which is taken as it is: how queries
+    and keys made it is not attributed.
+
+    Args:
+        coder: an SAE at ``attn_z``, all heads. prompt: one, a text or token ids. position: the token; None: where the
+            feature's pre-activation is highest, position 0 left out.
+
+    Raises ValueError for a coder at another site or one that normalises its input, a feature or a position that does
+    not exist, several prompts, and a model whose heads' outputs are no weighted sums of values (as ``attention``).
+    """
+    _check_coder(coder)
+    feature, batch = check_feature(feature, coder.d_sae), lm.tokenize(prompt)  # type: ignore[arg-type]
+    if len(batch.ids) != 1:
+        raise ValueError(f"head_attribution takes one prompt, got {len(batch.ids)}: call it for each")
+    length = batch.ids.shape[1]
+    if length < 2 or (position is not None and not 0 <= position < length):
+        raise ValueError(f"position must be from 0 to {length - 1} in a prompt of at least two tokens, got {position}")
+    seen = attention(lm, batch, coder.site.layer or 0)
+    with torch.no_grad():
+        pre = coder(seen.z.flatten(2)[0]).pre[:, feature]
+        f = coder.encode(seen.z.flatten(2)[0])[:, feature]
+        position = int(pre[1:].argmax()) + 1 if position is None else position
+        reads = coder.W_enc[:, feature].view(seen.z.shape[2:])
+        parts = seen.pattern[0, :, position] * (seen.v[0] * reads[:, None]).sum(-1)
+        bias = coder.b_enc[feature] - (coder.b_dec @ coder.W_enc[:, feature] if coder.pre_bias else 0.0)
+        written = coder.W_dec[feature].view(seen.z.shape[2:]).square().sum(-1)
+    tokens = [t.label for t in lm.token_strings(batch.ids[0].tolist(), prefixed=isinstance(prompt, str))]
+    return HeadAttribution(
+        parts.cpu(), (written / written.sum()).cpu(), float(pre[position]), float(bias), float(f[position]), feature,
+        position, tokens,
+    )  # fmt: skip
+
+
+def _check_coder(coder: SparseCoder) -> None:
+    if coder.site.kind != "attn_z" or coder.site.head is not None:
+        raise ValueError(f"head_attribution takes a coder at attn_z of all heads, this one is at {coder.site}")
+    if coder.transcodes or coder.input_norm != "none":
+        raise ValueError("head_attribution takes an SAE that reads activations as they are: input_norm 'none'")
+
+
+@torch.no_grad()
+def attention(lm: LM, batch: TokenBatch | str | Sequence[str], layer: int) -> Attention:
+    """What one layer's heads attended to and what they took there; z is the model's own.
+
+    For the time of one pass the model's attention is a plain one that keeps its pattern; the implementation it had is
+    put back whatever happens. Only a model whose attention transformers can exchange has this.
+
+    Raises ValueError for a layer that does not exist, and where z is not the patterns' weighted sum of values.
+    """
+    batch = batch if isinstance(batch, TokenBatch) else lm.tokenize(batch)
+    site, kept = Site("attn_z", layer), {}
+    lm.width(site)
+    with lm._lock:
+        z = lm.run(batch, [site], logits=False)[0][site]  # by the model's own attention
+        with _keeping(lm._module, layer, kept):
+            lm.run(batch, [site], logits=False)
+    if not kept:
+        raise ValueError(f"this model's attention cannot be exchanged, so layer {layer}'s pattern is out of reach")
+    pattern, v = kept["pattern"].float(), kept["v"].float()
+    z = z.view(*z.shape[:2], pattern.shape[1], -1)
+    wrong = float(((pattern @ v).transpose(1, 2) - z).abs().max() / z.abs().max().clamp_min(1e-12))
+    if wrong > 1e-2:
+        raise ValueError(f"z of layer {layer} is not Σ pattern·v (off by {wrong:.0%}): its heads do more than attend")
+    return Attention(pattern, v, z)
+
+
+@contextmanager
+def _keeping(model: Any, layer: int, kept: dict[str, Tensor]) -> Iterator[None]:
+    """Within, attention is written out, and one layer's pattern and values go into ``kept``."""
+    from transformers.masking_utils import AttentionMaskInterface, eager_mask
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    def attend(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+        scaling: float | None = None, dropout: float = 0.0, **rest: Any,
+    ):  # fmt: skip
+        groups = query.shape[1] // key.shape[1]
+        key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
+        scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+        if (softcap := rest.get("softcap")) is not None:
+            scores = softcap * (scores / softcap).tanh()
+        scores = scores if attention_mask is None else scores + attention_mask
+        pattern = scores.float().softmax(-1).to(query.dtype)
+        if module.layer_idx == layer:
+            kept.update(pattern=pattern, v=value)
+        return (pattern @ value).transpose(1, 2).contiguous(), pattern
+
+    config = model.config.get_text_config()
+    before = config._attn_implementation
+    ALL_ATTENTION_FUNCTIONS[CAPTURE] = attend
+    AttentionMaskInterface.register(CAPTURE, eager_mask)  # a name more in transformers' table, which cannot forget one
+    config._attn_implementation = CAPTURE
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+        del ALL_ATTENTION_FUNCTIONS[CAPTURE]
+
+
+@torch.no_grad()
+def head_shares(
+    lm: LM, coder: SparseCoder, prompts: str | Sequence[str] | Sequence[Sequence[int]]
+) -> Float[Tensor, "d_sae head"]:
+    """For every feature, which heads carry its firing in these prompts: Σ z_h·W_enc[h, i] over the tokens where it
+    fires, as shares of all heads' sum. NaN for a feature that never fires; position 0 and what the coder's mask leaves
+    out do not count. A row sums to 1 (Kissane et al. 2024, arXiv:2406.17759).
+
+    Raises ValueError as ``head_attribution`` for the coder.
+    """
+    _check_coder(coder)
+    batch, site = lm.tokenize(prompts), coder.site  # type: ignore[arg-type]
+    x = lm.run(batch, [site], logits=False)[0][site]
+    keep = (coder.mask or lm.mask()).keep(batch.ids, batch.positions, {site: x.cpu()}) & batch.mask
+    keep[:, 0] = False
+    rows = x[keep.to(x.device)]
+    fires = (coder.encode(rows) > 0).float()
+    heads = lm._module.config.get_text_config().num_attention_heads
+    took = (fires.T @ rows).view(coder.d_sae, heads, -1)  # each feature's sum of z where it fires
+    parts = (took * coder.W_enc.T.reshape(took.shape)).sum(-1)
+    return (parts / parts.sum(-1, keepdim=True)).masked_fill(fires.sum(0)[:, None] == 0, float("nan")).cpu()

@@ -1,0 +1,219 @@
+"""Edges from a feature that writes the residual stream to one that reads it, out of the weights alone."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from sae_lab.lm.model import LM
+from sae_lab.lm.tokens import Prompts
+from sae_lab.saes.base import SparseCoder
+from sae_lab.types import Site, Write, check_feature
+
+STREAM = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post", "embed")
+
+
+@dataclass(frozen=True, repr=False)
+class EdgeCheck:
+    """Result of ``circuits.check_edges``: what edges predict beside what taking the upstream feature out does.
+
+    Attributes, one entry a (token, downstream feature):
+        predicted: -f·edge (over the norm's scale at the token). frozen: the change of the downstream feature's
+            pre-activation with attention, the MLPs between and the norm's scale as they were. free: with the norm's
+            scale, and all that lies between, as the change makes them.
+        pre: the pre-activation before. feature, features: upstream; downstream.
+    """
+
+    predicted: Float[np.ndarray, "tokens features"]
+    frozen: Float[np.ndarray, "tokens features"]
+    free: Float[np.ndarray, "tokens features"]
+    pre: Float[np.ndarray, "tokens features"]
+    feature: int
+    features: list[int]
+
+    @property
+    def error(self) -> float:
+        """Largest |predicted - frozen| over the largest |frozen|: rounding, where edges are what they say."""
+        return float(np.abs(self.predicted - self.frozen).max() / max(np.abs(self.frozen).max(), 1e-12))
+
+    @property
+    def slope(self) -> float:
+        """Of free on predicted, through 0: 1 where nothing between, nor the norm's scale, answers the change."""
+        return float((self.predicted * self.free).sum() / max((self.predicted**2).sum(), 1e-12))
+
+    @property
+    def correlation(self) -> float:
+        """Pearson's, of predicted and free."""
+        return float(np.corrcoef(self.predicted.ravel(), self.free.ravel())[0, 1])
+
+    def to_pandas(self):
+        """One row a downstream feature: means over the tokens at which the upstream one fires."""
+        import pandas as pd
+
+        names = ("predicted", "frozen", "free", "pre")
+        return pd.DataFrame({"feature": self.features} | {name: getattr(self, name).mean(0) for name in names})
+
+    def __repr__(self) -> str:
+        table = self.to_pandas().sort_values("predicted", key=abs, ascending=False).head(8)
+        return (
+            f"feature {self.feature} taken out at {len(self.predicted)} tokens: predicted and frozen differ by at most "
+            f"{self.error:.1e} of the largest; free: slope {self.slope:.3f}, correlation {self.correlation:.3f}\n"
+            + table.to_string(index=False, float_format="{:.4f}".format)  # type: ignore[arg-type]
+        )
+
+
+@torch.no_grad()
+def invariant_edges(
+    lm: LM, upstream: SparseCoder, downstream: SparseCoder, features: Sequence[int] | None = None
+) -> Float[Tensor, "some d_sae"]:
+    """Input-invariant edges from upstream features to all downstream ones (Dunefsky et al. 2024, arXiv:2406.11944):
+
+        edge_ij = A(W_dec_i)·W_enc_j,   and at a token   Δpre_j = f_i·edge_ij / s
+
+    A takes a direction to where the downstream coder reads: W_O for an upstream coder at attn_z; for a downstream one
+    at mlp_in the gain of the MLP's norm (1+w for Gemma), centred where that norm centres. What a norm divides by, s
+    (``norm_scale``), differs from token to token and is left out: s = 1 where the downstream coder reads the stream
+    itself. This is the direct path: attention and MLPs between are no part of it.
+
+    Args:
+        upstream: an SAE or transcoder whose output is part of the residual stream, or at attn_z.
+        downstream: one that reads the stream, or mlp_in, at a later place. features: upstream ones; None: all.
+
+    Raises ValueError for coders elsewhere, or in the wrong order, for a model without a norm before its MLP, and for
+    a coder at attn_z where a model norms what attention adds.
+    """
+    writes, reads = _ends(lm, upstream, downstream)
+    chosen = range(upstream.d_sae) if features is None else [check_feature(f, upstream.d_sae) for f in features]
+    return (_arriving(lm, upstream.W_dec[list(chosen)], writes, reads) @ downstream.W_enc.to(lm.device)).cpu()
+
+
+@torch.no_grad()
+def norm_scale(lm: LM, site: Site | str, prompts: Prompts) -> Float[Tensor, "batch pos"]:
+    """What the norm before the MLP divides by: √(mean square + ε), of the centred stream where it centres.
+
+    site: at ``mlp_in``. Raises ValueError elsewhere.
+    """
+    site = Site.of(site)
+    norm, before = _norm(lm, site)
+    return _scale(norm, lm.run(lm.tokenize(prompts), [before], logits=False)[0][before])
+
+
+@torch.no_grad()
+def check_edges(
+    lm: LM, upstream: SparseCoder, downstream: SparseCoder, feature: int, prompts: Prompts,
+    features: Sequence[int] | None = None,
+) -> EdgeCheck:  # fmt: skip
+    """Edges against the model: one upstream feature is taken out (f·W_dec of it subtracted) wherever it fires.
+
+    features: downstream; None: the 32 with the largest |edge|.
+
+    Raises ValueError as ``invariant_edges``; where the upstream feature fires at no token of the prompts (position 0
+    and what its mask leaves out do not count).
+    """
+    writes, reads = _ends(lm, upstream, downstream)
+    feature, batch = check_feature(feature, upstream.d_sae), lm.tokenize(prompts)
+    edge = invariant_edges(lm, upstream, downstream, [feature])[0]
+    chosen = edge.abs().topk(min(32, len(edge))).indices.tolist() if features is None else list(features)
+    chosen = [check_feature(f, downstream.d_sae) for f in chosen]
+    before = _norm(lm, reads)[1] if reads.kind == "mlp_in" else reads
+    between = _between(lm, writes, reads)
+    site = upstream.reads[0]
+    base = lm.run(batch, [site, before, reads, *between], logits=False)[0]
+    keep = (upstream.mask or lm.mask()).keep(batch.ids, batch.positions, {site: base[site].cpu()}) & batch.mask
+    f = upstream.encode(base[site])[..., feature] * keep.to(base[site].device)
+    if not bool((f > 0).any()):
+        raise ValueError(f"feature {feature} fires at no token of these prompts: give some where it does")
+    removed = f.unsqueeze(-1) * upstream.W_dec[feature]
+    take_out = Write(writes, lambda x, tokens: x - removed.to(x))
+    held = [Write(s, lambda x, tokens, kept=base[s]: kept.to(x)) for s in between]
+    free = lm.run(batch, [reads], [take_out], logits=False)[0][reads]
+    fixed = lm.run(batch, [before], [take_out, *held], logits=False)[0][before]
+    scale = torch.ones_like(f)
+    if reads.kind == "mlp_in":
+        norm = _norm(lm, reads)[0]
+        scale = _scale(norm, base[before])
+        normed = norm(fixed.to(lm._module.dtype)).float() - _shift(norm)
+        fixed = normed * (_scale(norm, fixed) / scale).unsqueeze(-1) + _shift(norm)
+    places, W_enc = f > 0, downstream.W_enc[:, chosen].to(f)
+    frozen, moved = (((x - base[reads])[places] @ W_enc).cpu().numpy() for x in (fixed, free))
+    predicted = -(f / scale)[places].unsqueeze(-1).cpu() * edge[chosen]
+    pre = downstream(base[reads][places].to(downstream.W_dec.device)).pre[:, chosen].cpu().numpy()
+    return EdgeCheck(predicted.numpy(), frozen, moved, pre, feature, chosen)
+
+
+def _ends(lm: LM, upstream: SparseCoder, downstream: SparseCoder) -> tuple[Site, Site]:
+    """(where the one writes, where the other reads), checked."""
+    for coder, name in ((upstream, "upstream"), (downstream, "downstream")):
+        if len(coder.reads) != 1 or len(coder.writes) != 1 or coder.input_norm != "none":
+            raise ValueError(f"the {name} coder must know one site to read and one to write, and normalise no input")
+    writes, reads = upstream.writes[0], downstream.reads[0]
+    if writes.kind not in (*STREAM, "attn_z"):
+        raise ValueError(f"the upstream coder must write to the residual stream or at attn_z, this one is at {writes}")
+    if reads.kind not in ("resid_pre", "resid_mid", "resid_post", "mlp_in"):
+        raise ValueError(f"the downstream coder must read the residual stream or mlp_in, this one reads {reads}")
+    for site in (writes, reads):
+        lm.width(site)  # ValueError where the model has no such place
+    if lm._sites.when(writes) >= lm._sites.when(reads) or writes == reads:
+        raise ValueError(f"the upstream coder must write before the downstream one reads: {writes} is after {reads}")
+    return writes, reads
+
+
+def _arriving(lm: LM, directions: Tensor, writes: Site, reads: Site) -> Float[Tensor, "n d"]:
+    """Directions as the downstream coder meets them, but for the norm's division."""
+    x = directions.to(lm.device).float()
+    if writes.kind == "attn_z":
+        output: Any = lm._sites.modules[str(lm._sites.w_o[writes.layer or 0])]
+        weight = output.weight.T if isinstance(output, nn.Linear) else output.weight  # GPT-2 stores d_in first
+        if lm._sites.after_attention(writes.layer or 0) is not None:
+            raise ValueError("this model norms what attention adds: take a coder at attn_out in place of attn_z")
+        columns = lm._sites.point(writes)[2]
+        x = x @ (weight if columns is None else weight[columns[0] : columns[1]]).float()
+    if reads.kind != "mlp_in":
+        return x
+    norm = _norm(lm, reads)[0]
+    x = x - x.mean(-1, keepdim=True) if isinstance(norm, nn.LayerNorm) else x
+    return x * _gain(norm, x.shape[-1])
+
+
+def _norm(lm: LM, site: Site) -> tuple[Any, Site]:
+    """(the norm before an MLP, where its input stands)."""
+    if site.kind != "mlp_in":
+        raise ValueError(f"the norm before an MLP goes with a site at mlp_in, got {site}")
+    before = Site("resid_mid", site.layer)
+    path = lm._sites.point(before)[0]
+    norm = lm._sites.modules[path]
+    if path.endswith(".mlp"):
+        raise ValueError(f"this model has no norm before its MLP: set the coder to read {before}")
+    return norm, before
+
+
+def _gain(norm: Any, d: int) -> Float[Tensor, " d"]:
+    """An RMS norm's answer to ones is its gain, however the class keeps it (Gemma's is 1+w)."""
+    weight = next(norm.parameters())
+    if isinstance(norm, nn.LayerNorm):
+        return weight.float()
+    return norm(torch.ones(1, 1, d, dtype=weight.dtype, device=weight.device)).flatten().float()
+
+
+def _shift(norm: Any) -> Tensor | float:
+    return norm.bias.float() if getattr(norm, "bias", None) is not None else 0.0
+
+
+def _scale(norm: Any, x: Float[Tensor, "batch pos d"]) -> Float[Tensor, "batch pos"]:
+    x = x - x.mean(-1, keepdim=True) if isinstance(norm, nn.LayerNorm) else x
+    eps = next(getattr(norm, name) for name in ("eps", "variance_epsilon") if hasattr(norm, name))
+    return (x.square().mean(-1) + eps).sqrt()
+
+
+def _between(lm: LM, writes: Site, reads: Site) -> list[Site]:
+    """What attention and MLPs add to the stream after the one place and before the other."""
+    last = _norm(lm, reads)[1] if reads.kind == "mlp_in" else reads
+    start, end = lm._sites.when(writes), lm._sites.when(last)
+    layers = range(0 if writes.layer is None else writes.layer, (reads.layer or 0) + 1)
+    sites = [Site(kind, layer) for layer in layers for kind in ("attn_out", "mlp_out")]
+    own = [Site("attn_out", writes.layer)] if writes.kind == "attn_z" else []  # what it writes goes through here
+    return [s for s in sites if start < lm._sites.when(s) < end and s not in own and s != writes]
