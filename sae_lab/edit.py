@@ -7,10 +7,9 @@ logits bit-equal. With ``error="drop"`` the activation becomes the reconstructio
 Classes here hold what the user asked for and check it. What the model then does are the functions of ``rules``, bound
 to a few tensors (``edit.writes``), so that an edit runs in any nnsight trace, also on a server without this library:
 
-    [write] = sl.Steer(sae, 7).writes(lm, lm.tokenize(prompt))
-    with model.trace(prompt, remote=True):
-        h = model.model.layers[8].output
-        model.model.layers[8].output = write.fn(h, lm.tokenize(prompt).plain())
+    steer = sl.Steer(sae, 7).inside(lm, prompt)
+    with model.trace(lm.tokenize(prompt).ids, remote=True):
+        model.model.layers[8].output = steer(model.model.layers[8].output)
 """
 
 import json
@@ -113,6 +112,15 @@ class Edit:
         self._check_places(batch, new)
         fn = partial(rules.edited, place=self._place(lm), change=self.change(lm, batch))
         return [Write(writes, fn, () if reads == writes else (reads,))]
+
+    def inside(self, lm: "LM", prompts: Prompts) -> Callable[..., Tensor]:
+        """The edit as a function, for a raw nnsight trace of these prompts' token ids (``lm.tokenize(prompts).ids``),
+        here or on a server: (x "batch pos d" where it writes; for a transcoder also x where it reads) -> x'."""
+        from sae_lab.lm import remote
+
+        [write] = self.writes(lm, batch := lm.tokenize(prompts))
+        remote.register_travelling()
+        return partial(rules.inside, tokens=batch.plain(), **write.fn.keywords)  # type: ignore[attr-defined]
 
     def change(self, lm: "LM", batch: TokenBatch) -> Change:
         """What becomes of the tokens it touches: their codes by ``rule``."""

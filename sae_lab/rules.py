@@ -61,6 +61,12 @@ def edited(x, tokens, *read, place, change):
     return out
 
 
+@no_type_check
+def inside(x, *read, tokens, place, change):
+    """``edited`` for a trace of one's own: the tokens are bound, activations come as they stand there."""
+    return edited(x, tokens, *read, place=place, change=change)
+
+
 # ---- changes: (x "tokens d_out", read "tokens d_in", ids, rows, positions) -> x'
 
 

@@ -683,3 +683,15 @@ def test_generated_positions_may_be_named(tiny_lm, sae, live):
 def test_more_that_is_refused_when_made(make_edit, words, sae):
     with pytest.raises(ValueError, match=words):
         make_edit(sae)
+
+
+def test_in_a_raw_trace(tiny_lm):
+    """nnsight alone, with the function that an edit gives."""
+    sae, ids, model = make(tiny_lm), tiny_lm.tokenize([PROMPT, "A fox"]).ids, tiny_lm._nn
+    steer = sl.Steer(sae, firing(tiny_lm, sae), strength=2.0)
+    here = steer.inside(tiny_lm, [PROMPT, "A fox"])
+    with torch.no_grad(), model.trace(ids):
+        model.model.layers[1].output = here(model.model.layers[1].output)
+        logits = model.output.logits.save()
+    assert torch.equal(logits, tiny_lm.logits([PROMPT, "A fox"], edits=[steer]))
+    assert not torch.equal(logits, tiny_lm.logits([PROMPT, "A fox"]))

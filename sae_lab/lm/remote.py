@@ -35,6 +35,12 @@ RETRIES, PAUSE = 3, 0.5  # of what is safe to repeat: a request that no server h
 POLL = (0.05, 1.0)  # seconds between two looks at a job's status, at first and at most
 
 
+def register_travelling() -> None:
+    """Tell nnsight which modules' functions it sends as source."""
+    for module in TRAVELLING:
+        register(module)
+
+
 class NDIFError(RuntimeError):
     """What went wrong on the way to a server or on it, and what to do."""
 
@@ -80,8 +86,7 @@ class Server:
 
     def request(self, model: Any, listen: bool = False) -> "Request":
         """One request, for ``trace(backend=)`` or ``session(backend=)``; with ``listen`` one whose prints are heard."""
-        for module in TRAVELLING:
-            register(module)
+        register_travelling()
         job = getattr(self._present, "job", None)
         return Request(self, model.to_model_key(), model._remoteable_get_env(), listen, job)
 

@@ -194,6 +194,7 @@ def main() -> int:
     """Run a command with a server of the bundled model beside it: python -m tests.remote.server COMMAND..."""
     from sae_lab.lm import bundled
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server's processes end with this one
     with Server({bundled.HUB_ID: Path(bundled.folder())}) as server:
         environment = os.environ | {"NDIF_HOST": server.url, "HF_ENDPOINT": server.hub}
         with subprocess.Popen(sys.argv[1:], env=environment) as command:

@@ -48,6 +48,18 @@ def test_edits(name, far, near, coders):
         same(far.logits(BASE, edits=few), here)
 
 
+def test_edits_in_a_raw_trace_on_the_server(server, far, near, coders):
+    """nnsight alone, with the functions that edits give."""
+    steer = sl.Steer(coders["topk"], 3, strength=2.0)
+    patch = sl.Patch(coders["gated"], SOURCE)
+    one, two, ids, model = steer.inside(far, BASE), patch.inside(far, BASE), far.tokenize(BASE).ids, far._nn
+    logits = None
+    with model.trace(ids, remote=server.url):
+        model.model.layers[1].output = two(one(model.model.layers[1].output))
+        logits = model.output.logits.save()
+    same(logits, near.logits(BASE, edits=[steer, patch]))
+
+
 def test_an_edit_that_changes_nothing_leaves_logits_bit_equal_there(far, coders):
     clean = far.logits(PROMPTS)
     for edit in (sl.Steer(coders["topk"], 3, strength=0.0), sl.Scale(coders["topk"], 3, 1.0)):
