@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae_lab.circuits.metric import ROWS, of_metric, paired
+from sae_lab.circuits.metric import ROWS, of_metric, paired, plus
 from sae_lab.lm.model import LM
 from sae_lab.saes.base import SparseCoder
 from sae_lab.types import Site, TokenBatch, Write
@@ -317,9 +317,3 @@ def divergence_at_end(logits, tokens, log_p):
     """KL(p ‖ model) of what follows each prompt, whose last tokens stand at one position."""
     log_p = log_p.to(logits.device)
     return (log_p.exp() * (log_p - logits[:, -1].float().log_softmax(-1))).sum(-1)
-
-
-@no_type_check
-def plus(x, tokens, by):
-    """x with something added at every position."""
-    return x + by.to(x)

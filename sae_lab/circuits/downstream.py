@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae_lab.circuits.metric import ROWS, copied
+from sae_lab.circuits.metric import ROWS, copied, plus
 from sae_lab.circuits.nodes import kept
 from sae_lab.lm.model import LM
 from sae_lab.saes.base import SparseCoder
@@ -210,7 +211,7 @@ def _changes(
     found: dict[Site, list[Tensor]] = {s: [] for s in later}
     for part in added.split(max(1, ROWS // len(batch.ids))):
         rows = part.flatten(0, 1)
-        write = Write(at, lambda x, tokens, rows=rows: x + rows.to(x))
+        write = Write(at, partial(plus, by=rows))
         acts = lm.run(copied(batch, len(part)), list(later), [write], logits=False)[0]
         for s, coder in later.items():
             found[s].append(_mean(coder.encode(acts[s]), keep) - before[s])

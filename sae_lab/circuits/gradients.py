@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sae_lab.circuits.metric import require_here
 from sae_lab.lm.model import LM
 from sae_lab.lm.passes import read, write
 from sae_lab.types import Site, TokenBatch
@@ -22,12 +23,7 @@ def gradients(lm: LM, batch: TokenBatch, at: Sequence[Site], values: Values) -> 
     """
     import nnsight
 
-    if lm.remote:
-        raise ValueError(
-            "gradients at several sites need the model on this machine: load it without remote=, or take "
-            "sl.circuits.attribution, which runs on a server too"
-        )
-
+    require_here(lm, "a gradient at several sites")
     order = sorted(at, key=lm._sites.when)
     inputs: dict[str, Any] = {"input_ids": batch.ids.to(lm.device), "use_cache": False}
     with lm._lock, torch.enable_grad(), lm._nn.trace(inputs):

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sae_lab.circuits.metric import require_here
 from sae_lab.lm.model import LM
 from sae_lab.saes.base import SparseCoder
 from sae_lab.types import Site, TokenBatch, check_feature
@@ -134,6 +135,7 @@ def attention(lm: LM, batch: TokenBatch | str | Sequence[str], layer: int) -> At
 
     Raises ValueError for a layer that does not exist, and where z is not the patterns' weighted sum of values.
     """
+    require_here(lm, "the pattern of attention")
     batch = batch if isinstance(batch, TokenBatch) else lm.tokenize(batch)
     site, kept = Site("attn_z", layer), {}
     lm.width(site)

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from sae_lab.circuits.metric import require_here
 from sae_lab.lm.model import LM
 from sae_lab.lm.tokens import Prompts
 from sae_lab.saes.base import SparseCoder
@@ -147,6 +148,7 @@ def check_edges(
 
 def _ends(lm: LM, upstream: SparseCoder, downstream: SparseCoder) -> tuple[Site, Site]:
     """(where the one writes, where the other reads), checked."""
+    require_here(lm, "an edge, which is made of the model's weights,")
     for coder, name in ((upstream, "upstream"), (downstream, "downstream")):
         if len(coder.reads) != 1 or len(coder.writes) != 1 or coder.input_norm != "none":
             raise ValueError(f"the {name} coder must know one site to read and one to write, and normalise no input")

@@ -52,6 +52,12 @@ def shifted(x, tokens, where, by):
 
 
 @no_type_check
+def plus(x, tokens, by):
+    """x with something added at every position."""
+    return x + by.to(x)
+
+
+@no_type_check
 def of_metric(logits, tokens, metric):
     """The metric's numbers, one a row; where it gives anything else, what it gave."""
     value = metric(logits.float(), tokens)
@@ -66,6 +72,12 @@ def _answers(lm: LM, answers: Sequence[str] | str) -> Tensor:
             raise ValueError(f"an answer is one token, {answer!r} is {len(ids)}: take its first, or another")
         found += ids
     return torch.tensor(found)
+
+
+def require_here(lm: LM, what: str) -> None:
+    """ValueError for a model on a server, where something needs its weights or gradients at several sites."""
+    if lm.remote:
+        raise ValueError(f"{what} needs the model on this machine: load it without remote=")
 
 
 def copied(batch: TokenBatch, times: int) -> TokenBatch:

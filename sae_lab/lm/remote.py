@@ -32,6 +32,7 @@ TRAVELLING = (
     "sae_lab.circuits.directions",     "sae_lab.evals.reconstruction", "sae_lab.feature_index.directions",
 )  # fmt: skip
 RETRIES, PAUSE = 3, 0.5  # of what is safe to repeat: a request that no server has taken, and asking for a status
+KNOWN = 3.0  # seconds after which a job that was sent before, and that the server does not know, is lost
 POLL = (0.05, 1.0)  # seconds between two looks at a job's status, at first and at most
 
 
@@ -167,6 +168,7 @@ class Request(RemoteBackend):
         self.display = StatusDisplay(enabled=False)
         self.server, self.listen, self.job = server, listen, job
         self.ends = time.monotonic() + server.deadline
+        self.known_by = time.monotonic() + KNOWN if sent else self.ends  # a job of before has a status already
         self.socket: Any = None
 
     def __call__(self, tracer: Any = None) -> None:
@@ -192,6 +194,11 @@ class Request(RemoteBackend):
         pause = POLL[0]
         while True:
             response = self._safely(self._status)
+            if response is None and time.monotonic() > self.known_by:
+                raise NDIFError(
+                    f"{self.host} knows no job {self.job_id}: its id may be misspelled, or its result no longer kept; "
+                    "make the call without job="
+                )
             if response is not None and self._note(response):
                 return self._safely(partial(self.download_result, response.data)) or {}
             self._check_time()

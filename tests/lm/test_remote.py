@@ -3,6 +3,7 @@
 import pytest
 
 import sae_lab as sl
+from sae_lab.circuits.gradients import gradients
 from sae_lab.lm import bundled
 from sae_lab.lm.remote import HOSTED, NDIFError, Server, explained
 
@@ -92,3 +93,15 @@ def test_what_servers_say():
     said = "Traceback (most recent call last):\n  File x\nRuntimeError: shapes differ"
     assert explained(said, "http://host").startswith("http://host: the job failed there: RuntimeError: shapes differ\n")
     assert "was not sent again" in explained("odd", "http://host", maybe_taken=True)
+
+
+def test_what_needs_the_model_here():
+    far, sae = sl.LM(remote="http://127.0.0.1:9", deadline=2), sl.load("smollm2-135m/attn_z-8")
+    stream = sl.load("smollm2-135m/resid_post-8")
+    for call in (
+        lambda: sl.circuits.head_attribution(far, sae, 0, "The sea"),
+        lambda: sl.circuits.invariant_edges(far, sae, stream),
+        lambda: gradients(far, far.tokenize("The sea"), [sae.site], lambda acts, logits: [logits.sum()]),
+    ):
+        with pytest.raises(ValueError, match="needs the model on this machine: load it without remote="):
+            call()

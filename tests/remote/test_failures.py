@@ -10,7 +10,7 @@ import traceback
 import pytest
 
 import sae_lab as sl
-from sae_lab.lm.model import _know_id
+from sae_lab.lm.loading import know_id
 from sae_lab.lm.remote import Job, NDIFError, NDIFTimeout
 from tests.remote.conftest import PROMPTS, TINY, same
 from tests.remote.server import LIMIT
@@ -95,7 +95,7 @@ def test_a_model_that_is_nowhere(server):
         sl.LM("sae-lab/nothing", remote=server.url)
     lm = sl.LM(TINY, remote=server.url, deadline=60)
     lm._nn.repo_id = "sae-lab/nothing"  # known here, and not there
-    _know_id("sae-lab/nothing")
+    know_id("sae-lab/nothing")
     with pytest.raises(NDIFError, match="the server cannot run this model"):
         lm.logits(BASE)
 
@@ -201,6 +201,11 @@ def test_a_job_is_taken_up_again_by_another_kernel(server, far, near):
         print("said:", lm.submit("generate", {BASE!r}, max_new_tokens=5, job={id!r}).result())"""
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert f"said: {near.generate(BASE, max_new_tokens=5)}" in ran.stdout, ran.stderr[-2000:]
+
+
+def test_a_job_that_no_one_knows(far):
+    with pytest.raises(NDIFError, match="knows no job nothing: its id may be misspelled"):
+        far.submit("logits", BASE, job="nothing").result(30)
 
 
 def test_waiting_can_end_before_the_job(far, near):

