@@ -3,6 +3,7 @@
 import hashlib
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from functools import cached_property, partial
 from typing import Any, cast
 
@@ -481,7 +482,8 @@ class LM:
         return compared(self.tokens(prompt), batch.ids[0], clean[0], edited[0], measured, self.tokenizer)
 
     def _writes(self, edits: Iterable[Any], batch: TokenBatch, new: int = 0) -> list[Write]:
-        return [w for edit in edits for w in edit.writes(self, batch, new)]
+        with self._server.aside() if self._server else nullcontext():  # an edit may read the model itself
+            return [w for edit in edits for w in edit.writes(self, batch, new)]
 
     def submit(self, method: str, *args: Any, job: str | None = None, **kwargs: Any) -> Any:
         """Start a call on the server and go on: ``job = lm.submit("logits", prompts)``, then ``job.status`` and

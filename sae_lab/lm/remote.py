@@ -12,6 +12,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
@@ -90,6 +91,15 @@ class Server:
         register_travelling()
         job = getattr(self._present, "job", None)
         return Request(self, model.to_model_key(), model._remoteable_get_env(), listen, job)
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Within, requests are no part of the job that is under way: what an edit reads before it can be sent."""
+        job, self._present.job = getattr(self._present, "job", None), None
+        try:
+            yield
+        finally:
+            self._present.job = job
 
     def scrub(self, text: str) -> str:
         """A message without the key."""

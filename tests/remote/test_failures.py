@@ -186,6 +186,14 @@ def test_a_job(far, near):
     assert far.submit("generate", BASE, max_new_tokens=4).result(60) == near.generate(BASE, max_new_tokens=4)
 
 
+def test_a_job_with_an_edit_that_reads_the_model_first(far, near, coders):
+    """The source's codes are a request of their own; the job is the one that answers."""
+    edits = [sl.Patch(coders["topk"], SOURCE)]
+    job = far.submit("logits", BASE, edits=edits)
+    same(job.result(60), near.logits(BASE, edits=edits))
+    same(far.submit("logits", BASE, edits=edits, job=job.id).result(60), job.result())
+
+
 def test_several_jobs_wait_for_none_of_the_others(far, near):
     jobs = [far.submit("logits", prompt) for prompt in PROMPTS]
     for job, prompt in zip(jobs, PROMPTS, strict=True):
