@@ -8,6 +8,7 @@
 import os
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -80,7 +81,8 @@ PROMPTS = ["The fox ran over the hill", "A cat", "The dog sat on the mill and sl
 
 def same(a, b, tolerance=1e-5):
     """Equal up to 1e-5 of the largest magnitude; NaN where the other is."""
-    a, b = torch.as_tensor(a).float(), torch.as_tensor(b).float()
+    a, b = (torch.from_numpy(t.copy()) if isinstance(t, np.ndarray) else torch.as_tensor(t) for t in (a, b))
+    a, b = a.float(), b.float()
     assert a.shape == b.shape and torch.equal(a.isnan(), b.isnan())
     off = float((a - b).abs().nan_to_num().max())
     assert off <= tolerance * float(b.abs().nan_to_num().max()), off

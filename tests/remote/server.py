@@ -135,6 +135,7 @@ class Server:
         for member in left:
             _quietly(member.kill)
         process.wait(10)
+        psutil.wait_procs(family, 10)  # its ports are closed only then
 
     def _run_controller(self) -> None:
         with open(self.folder / "controller.log", "ab") as log:
