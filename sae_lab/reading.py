@@ -8,6 +8,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from sae_lab.lm.model import LM
+from sae_lab.lm.passes import counting_tokens
 from sae_lab.saes.base import SparseCoder
 from sae_lab.saes.portable import at_home, encode, some
 from sae_lab.types import Codes, Site, TokenBatch, TokenMask
@@ -59,11 +60,7 @@ def sparse_rows(x, tokens, plan, special, skip_first, limit):
     tokens those are. A function of torch alone, see ``saes.portable``."""
     real = tokens.mask.to(x.device)
     rows, ids, positions = x[real].float(), tokens.ids[tokens.mask], tokens.positions[tokens.mask]
-    keep = torch.ones(len(ids), dtype=torch.bool)
-    if special:
-        keep &= ~torch.isin(ids, torch.tensor(special))
-    if skip_first:
-        keep &= positions != 0
+    keep = counting_tokens(ids, positions, special, skip_first)
     if limit is not None:
         keep &= (rows.norm(dim=-1) <= limit).cpu()
     at_home(plan, x.device)

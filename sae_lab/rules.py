@@ -10,6 +10,7 @@ from typing import no_type_check
 
 import torch
 
+from sae_lab.lm.passes import counting_tokens
 from sae_lab.saes.portable import at_home, decode, encode, some, write_of
 
 # ---- where
@@ -35,10 +36,7 @@ def touched(x, tokens, place):
     keep = tokens.mask & among(tokens.row_numbers, place["rows"])[:, None]
     if not bool(among(torch.tensor(tokens.step), place["steps"])):
         return torch.zeros_like(keep)
-    if place["skip_first"]:
-        keep = keep & (tokens.positions != 0)
-    if place["special"]:
-        keep = keep & ~torch.isin(tokens.ids, torch.tensor(place["special"]))
+    keep = keep & counting_tokens(tokens.ids, tokens.positions, place["special"], place["skip_first"])
     if place["limit"] is not None:
         keep = keep & (x.float().norm(dim=-1) <= place["limit"]).to(keep.device)
     if place["wanted"] is None:

@@ -60,7 +60,7 @@ def know_id(name: str) -> None:
         from huggingface_hub import HfApi
 
         huggingface._ID_CACHE.setdefault(name, HfApi().model_info(name, timeout=5).id)
-    except Exception as err:  # of many kinds, all of which mean that there is no answer
+    except Exception as err:  # its kind depends on the HTTP library of the hub's version; all mean: no answer
         log.debug("the hub does not tell how %s is spelled: %s", name, err)
         huggingface._ID_CACHE.setdefault(name, name)
 

@@ -92,16 +92,21 @@ def real(x, tokens):
 
 
 @no_type_check
+def counting_tokens(ids, positions, special, skip_first):
+    """The part of a TokenMask that needs no activations: True at tokens that are not special, nor first."""
+    keep = torch.ones_like(ids, dtype=torch.bool)
+    if special:
+        keep &= ~torch.isin(ids, torch.tensor(special, device=ids.device))
+    return keep & (positions != 0) if skip_first else keep
+
+
+@no_type_check
 def packed(x, tokens, special, skip_first, limit, scale):
     """The rows of real tokens that count, as a store keeps them, x/scale in half precision (in full where that has no
     room), and "keep": which of the real tokens they are."""
     rows = x[tokens.mask.to(x.device)].float()
     ids, positions = tokens.ids[tokens.mask], tokens.positions[tokens.mask]
-    keep = torch.ones(len(ids), dtype=torch.bool)
-    if special:
-        keep &= ~torch.isin(ids, torch.tensor(special))
-    if skip_first:
-        keep &= positions != 0
+    keep = counting_tokens(ids, positions, special, skip_first)
     norms = rows.norm(dim=-1)
     keep &= ~((norms > limit) & norms.isfinite()).cpu()  # what is not finite stays, to be found
     kept = rows[keep.to(x.device)]
