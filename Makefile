@@ -60,6 +60,7 @@ bench: .venv/.peers
 	$(BIN)/python benchmarks/sweep.py --readme
 	$(BIN)/python benchmarks/generation.py --readme
 	$(BIN)/python benchmarks/estimates.py
+	$(BIN)/python benchmarks/ioi.py
 	$(BIN)/python benchmarks/race.py
 	$(BIN)/python benchmarks/index.py --readme
 
