@@ -1,9 +1,9 @@
 """The indirect object: how few directions carry it, and how well gradients tell what a feature's patch does.
 
-Two measurements on the bundled model, behind blocks 8 and 16. `circuits.patched_directions` on 48 pairs of prompts: half
-of them rank, half are scored; areas of mean KL over log n, with bootstrap intervals. `circuits.attribution` on six pairs,
-against true patches of the same features. Names, places and gifts are drawn once, with seed 0. Prints both and
-writes benchmarks/results/ioi.json.
+Two measurements on the bundled model, behind blocks 8 and 16. `circuits.patched_directions` on 48 pairs of prompts,
+half of which rank and half are scored: areas of mean KL over log n, with bootstrap intervals. `circuits.attribution` on
+six pairs, against true patches of the same features. Names, places and gifts are drawn once, with seed 0. Prints both
+and writes benchmarks/results/ioi.json.
 """
 
 import argparse
