@@ -28,7 +28,8 @@ _HOME = {
     "Edit": "edit", "Steer": "edit", "Clamp": "edit", "Scale": "edit", "Ablate": "edit", "Patch": "edit",
     "Splice": "edit", "Project": "edit",
     "find_features": "finding", "dose_response": "dosing",
-    "FeatureInspector": "widgets",
+    "FeatureInspector": "widgets", "SteeringSliders": "widgets", "PatchingGrid": "widgets", "TrainingMonitor": "widgets",
+    "TokenFeatures": "widgets", "Session": "widgets",
     "plot": "plots",
 }  # fmt: skip
 _MODULES = ("cache", "circuits", "evals", "saes", "worlds")
@@ -72,6 +73,11 @@ if TYPE_CHECKING:
     from sae_lab.types import Site as Site
     from sae_lab.types import TokenMask as TokenMask
     from sae_lab.widgets import FeatureInspector as FeatureInspector
+    from sae_lab.widgets import PatchingGrid as PatchingGrid
+    from sae_lab.widgets import Session as Session
+    from sae_lab.widgets import SteeringSliders as SteeringSliders
+    from sae_lab.widgets import TokenFeatures as TokenFeatures
+    from sae_lab.widgets import TrainingMonitor as TrainingMonitor
 
 
 def _names() -> list[str]:

@@ -1,6 +1,14 @@
 """Notebook widgets: panels that read and set plain Python objects."""
 
 from .inspector import FeatureInspector
+from .monitor import TrainingMonitor
+from .patching import PatchingGrid
+from .session import EditStack, Selection, Session
 from .static_html import Snapshot
+from .steering import SteeringSliders
+from .token_features import TokenFeatures
 
-__all__ = ["FeatureInspector", "Snapshot"]
+__all__ = [
+    "EditStack", "FeatureInspector", "PatchingGrid", "Selection", "Session", "Snapshot", "SteeringSliders",
+    "TokenFeatures", "TrainingMonitor",
+]  # fmt: skip

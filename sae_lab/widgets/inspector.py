@@ -1,19 +1,13 @@
 """FeatureInspector: search, open and read the features of one sparse coder."""
 
-import contextlib
 import operator
-import pathlib
-import threading
-from collections.abc import Iterator
 from typing import Any, Protocol, SupportsIndex, runtime_checkable
 
-import anywidget
 import numpy as np
 import traitlets
 
-from .static_html import Snapshot, feature_html
-
-_STATIC = pathlib.Path(__file__).parent / "static"
+from .panel import STATIC, Panel
+from .static_html import feature_html
 
 RESULTS = 50
 TOKENS_PER_RESULT = 5
@@ -70,7 +64,7 @@ def _checked(value: Any, d_sae: int) -> int:
     return feature
 
 
-class FeatureInspector(anywidget.AnyWidget):
+class FeatureInspector(Panel):
     """A panel on a feature index; ``panel.feature`` is the open feature, in Python and on screen alike.
 
     Args:
@@ -86,8 +80,8 @@ class FeatureInspector(anywidget.AnyWidget):
         ValueError: ``feature`` is not an int from 0 to ``d_sae - 1``.
     """
 
-    _esm = _STATIC / "inspector.js"
-    _css = _STATIC / "inspector.css"
+    _esm = STATIC / "inspector.js"
+    _css = STATIC / "inspector.css"
 
     feature = _FeatureTrait(help="the open feature").tag(sync=True)
     query = traitlets.Unicode("", help="text to find among top tokens").tag(sync=True)
@@ -95,31 +89,15 @@ class FeatureInspector(anywidget.AnyWidget):
     results = traitlets.List(traitlets.Dict(), help="the listed features").tag(sync=True)
     results_note = traitlets.Unicode("", help="what the list is").tag(sync=True)
     view = traitlets.Dict(help="the open feature, as FeatureView.to_dict() gives it").tag(sync=True)
-    error = traitlets.Unicode("", help="why the last action failed").tag(sync=True)
 
     def __init__(self, index: Index, feature: SupportsIndex | None = None) -> None:
         self._index = index  # before any trait: the validation of `feature` reads it
-        # A click may be handled on another thread than the running cell.
-        self._lock = threading.RLock()
         feature = _checked(index.best() if feature is None else feature, index.d_sae)
         results, note = self._listing("", "best")
         # The whole state goes into the first message: a view drawn at once finds everything.
         super().__init__(feature=feature, view=index[feature].to_dict(), results=results, results_note=note)
         self.observe(self._on_feature, "feature")
         self.observe(self._on_search, ["query", "sort"])
-
-    def snapshot(self) -> Snapshot:
-        """The open feature as plain HTML: it stays when the kernel is gone."""
-        return Snapshot(self.view)
-
-    def set_state(self, sync_data: dict[str, Any]) -> None:
-        """Take state from the front end; what is refused is said in the panel, and the panel put right."""
-        with self._lock:
-            try:
-                super().set_state(sync_data)
-            except traitlets.TraitError as error:
-                self.error = str(error)
-                self.send_state(list(sync_data))
 
     def _on_feature(self, _change: object) -> None:
         with self._lock, self._reported():
@@ -132,16 +110,6 @@ class FeatureInspector(anywidget.AnyWidget):
             with self.hold_sync():  # one message
                 self.results = results
                 self.results_note = note
-
-    @contextlib.contextmanager
-    def _reported(self) -> Iterator[None]:
-        """Show an exception in the panel; raise it too, so that a cell or the log has the traceback."""
-        self.error = ""
-        try:
-            yield
-        except Exception as error:
-            self.error = f"{type(error).__name__}: {error}"
-            raise
 
     def _listing(self, query: str, sort: str) -> tuple[list[dict[str, Any]], str]:
         """The rows to list and what they are, in words that name query and sort."""
@@ -171,9 +139,5 @@ class FeatureInspector(anywidget.AnyWidget):
     def __repr__(self) -> str:
         return f"FeatureInspector(feature={self.feature}, d_sae={self._index.d_sae})"
 
-    def _repr_mimebundle_(self, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]] | None:
-        bundle = super()._repr_mimebundle_(**kwargs)
-        if bundle is None:  # a closed widget
-            return None
-        data, metadata = bundle
-        return {**data, "text/html": feature_html(self.view)}, metadata
+    def _html(self) -> str:
+        return feature_html(self.view)

@@ -1,4 +1,4 @@
-"""A feature as script-free HTML that reads without CSS: for GitHub, nbconvert and saved notebooks."""
+"""Script-free HTML that reads without CSS: for GitHub, nbconvert and saved notebooks."""
 
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -14,16 +14,16 @@ _GLYPHS = str.maketrans({"\n": "↵", "\t": "⇥", "\r": "␍", "\u00a0": "⍽"}
 
 
 class Snapshot:
-    """One feature as it was: text and HTML, no JavaScript, no link to a kernel."""
+    """What a widget showed: text and HTML, no JavaScript, no link to a kernel."""
 
-    def __init__(self, view: Mapping[str, Any]) -> None:
-        self.view = view
+    def __init__(self, html: str, text: str) -> None:
+        self.html, self.text = html, text
 
     def _repr_html_(self) -> str:
-        return feature_html(self.view)
+        return self.html
 
     def __repr__(self) -> str:
-        return f"Snapshot(feature={self.view['feature']}, d_sae={self.view['d_sae']})"
+        return f"Snapshot({self.text})"
 
 
 def feature_html(view: Mapping[str, Any]) -> str:
@@ -49,7 +49,7 @@ def _numbers(view: Mapping[str, Any]) -> str:
         "max": f"{view['max']:.3g}",
         "f_scale": f"{view['f_scale']:.3g}",
     }
-    return _table(list(cells), [list(cells.values())])
+    return table(list(cells), [list(cells.values())])
 
 
 def _contexts(groups: Sequence[Mapping[str, Any]]) -> str:
@@ -60,7 +60,7 @@ def _contexts(groups: Sequence[Mapping[str, Any]]) -> str:
             rows.append([escape(group["label"]), _number(value), _context(context)])
     if not rows:
         return "<p>It fires on none of these tokens.</p>"
-    return _table(["group", "peak", "context (marked: the feature fires)"], rows)
+    return table(["group", "peak", "context (marked: the feature fires)"], rows)
 
 
 def _context(context: Mapping[str, Any]) -> str:
@@ -87,7 +87,7 @@ def _lens(view: Mapping[str, Any]) -> str:
 
     caution = f"<p><b>Caution:</b> {escape(view['lens_note'])}</p>\n" if view["lens_note"] else ""
     rows = [["promoted", words(view["promoted"])], ["suppressed", words(view["suppressed"])]]
-    return caution + _table(["logit lens", "tokens (arbitrary units)"], rows)
+    return caution + table(["logit lens", "tokens (arbitrary units)"], rows)
 
 
 def _neighbours(pairs: Sequence[Sequence[Any]]) -> str:
@@ -105,7 +105,7 @@ def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.3g}"
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table of cells that are HTML already."""
     # Jupyter aligns cells right by default, which tears running text apart.
     left = 'style="text-align:left"'

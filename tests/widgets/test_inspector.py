@@ -164,7 +164,7 @@ def test_static_html_escapes_every_text(index):
     view["groups"][0]["label"] = view["lens_note"] = attack
     view["groups"][0]["contexts"][0]["tokens"][0] = attack
     view["promoted"] = view["suppressed"] = [[attack, 1.0]]
-    html = sae_lab.widgets.Snapshot(view)._repr_html_()
+    html = sae_lab.widgets.static_html.feature_html(view)
     assert "<img" not in html
     assert html.count("&lt;img src=x onerror=alert(1)&gt;") >= 5
 
@@ -174,7 +174,7 @@ def test_a_snapshot_stays_as_it_was(panel):
     before = snapshot._repr_html_()
     panel.feature = 17
     assert snapshot._repr_html_() == before
-    assert repr(snapshot) == "Snapshot(feature=812, d_sae=4608)"
+    assert repr(snapshot) == "Snapshot(FeatureInspector(feature=812, d_sae=4608))"
     assert "Caution:" in panel.snapshot()._repr_html_()  # feature 17 has a lens note
 
 

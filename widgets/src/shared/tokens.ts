@@ -86,6 +86,7 @@ export function tokenSpans(strip: Strip, scale: number): HTMLElement[] {
         "data-cell": true,
         "data-home": position === strip.peak,
         "data-position": position,
+        "data-text": token,
         "data-state": value === null ? "excluded" : value > 0 ? "active" : "silent",
         title: label,
         "aria-label": label,
@@ -97,4 +98,21 @@ export function tokenSpans(strip: Strip, scale: number): HTMLElement[] {
     }
     return span;
   });
+}
+
+/** What is copied from `root` is the text of the tokens, not the glyphs that stand for white space. */
+export function copiesAsText(root: HTMLElement, signal: AbortSignal): void {
+  root.addEventListener(
+    "copy",
+    (event) => {
+      const selection = document.getSelection();
+      if (!selection || selection.isCollapsed || !event.clipboardData) return;
+      const spans = [...root.querySelectorAll<HTMLElement>("[data-text]")];
+      const text = spans.filter((span) => selection.containsNode(span, true)).map((span) => span.dataset.text ?? "");
+      if (text.length === 0) return;
+      event.clipboardData.setData("text/plain", text.join(""));
+      event.preventDefault();
+    },
+    { signal },
+  );
 }

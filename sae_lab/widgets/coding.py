@@ -1,0 +1,54 @@
+"""The Python behind a view: what "copy as code" gives."""
+
+import sys
+from typing import Any
+
+from sae_lab.edit import Edit
+from sae_lab.lm import bundled
+from sae_lab.lm.model import LM
+from sae_lab.saes.base import SparseCoder
+
+
+def name_of(thing: Any, otherwise: str) -> str:
+    """The variable of the notebook that holds this very object; ``otherwise`` where none does."""
+    shell = sys.modules.get("IPython") and sys.modules["IPython"].get_ipython()  # type: ignore[attr-defined]
+    names = getattr(shell, "user_ns", None) or {}
+    return next((n for n, value in names.items() if value is thing and not n.startswith("_")), otherwise)
+
+
+def lm_line(lm: LM, name: str = "lm") -> str:
+    """How to get the model again."""
+    if lm.id == bundled.HUB_ID and not lm.remote:
+        return f"{name} = sl.LM()"
+    if lm.remote:
+        return f"{name} = sl.LM({lm.id!r}, remote=True)"
+    return f"{name} = sl.LM({lm.id!r})"
+
+
+def coder_line(coder: SparseCoder, name: str = "sae") -> str:
+    """How to get the coder again; a remark where it lies nowhere."""
+    if coder.path is None:
+        kind = type(coder).__name__
+        return f"# {name}: your {kind}, which lies nowhere yet: {name}.save(path), then {name} = sl.load(path)"
+    return f"{name} = sl.load({coder.path!r})"
+
+
+def header(lm: LM | None = None, **coders: SparseCoder) -> list[str]:
+    """The first lines of any code: import, model, coders."""
+    lines = ["import sae_lab as sl", ""]
+    lines += [lm_line(lm)] if lm is not None else []
+    return [*lines, *(coder_line(coder, name) for name, coder in coders.items())]
+
+
+def expression(edit: Edit, coder: str = "sae") -> str:
+    """An edit as the call that makes it: ``sl.Steer(sae, 7, strength=2.0)``."""
+    settings = dict(edit._settings())
+    first = [repr(settings.pop("feature"))] if "feature" in settings else []
+    if callable(settings.get("positions")):
+        settings["positions"] = "..."  # a function cannot be written down
+    return f"sl.{type(edit).__name__}({', '.join([coder, *first, *(f'{k}={v!r}' for k, v in settings.items())])})"
+
+
+def literal(text: str) -> str:
+    """A text as Python writes it."""
+    return repr(text)

@@ -1,0 +1,191 @@
+"""What all widgets share: calls from the screen, work beside the kernel, a form without scripts, and code to copy."""
+
+import contextlib
+import logging
+import pathlib
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import anywidget
+import torch
+import traitlets
+
+from .standalone import page
+from .static_html import Snapshot
+
+log = logging.getLogger(__name__)
+
+STATIC = pathlib.Path(__file__).parent / "static"
+
+
+class Cancelled(Exception):
+    """The screen no longer wants the answer of a job."""
+
+
+class Job:
+    """One call from the screen that takes a while. ``partial`` sends a piece of the answer, ``check`` stops where the
+    screen has cancelled."""
+
+    def __init__(self, panel: "Panel", number: int):
+        self._panel, self._number, self._stop = panel, number, threading.Event()
+
+    def cancel(self) -> None:
+        self._stop.set()
+
+    def check(self) -> None:
+        if self._stop.is_set():
+            raise Cancelled
+
+    def partial(self, value: Any) -> None:
+        self.check()
+        self._panel._reply(self._number, "partial", value)
+
+
+def quick(method: Callable[..., Any]) -> Callable[..., Any]:
+    """The screen may call this method; it answers at once, where the message arrives."""
+    method.__dict__["_from_screen"] = "quick"
+    return method
+
+
+def beside(method: Callable[..., Any]) -> Callable[..., Any]:
+    """The screen may call this method, which takes a while: it runs on a thread of its own and gets a ``Job`` first."""
+    method.__dict__["_from_screen"] = "beside"
+    return method
+
+
+class Panel(anywidget.AnyWidget):
+    """Base of the lab's widgets.
+
+    A subclass names its bundle, ``_esm`` and ``_css``, and says what it shows without scripts (``_html``), as code
+    (``code``) and in one line (``__repr__``). Methods marked ``quick`` or ``beside`` are called from the screen:
+
+        -> {"call": number, "method": name, "args": {...}}      {"cancel": number}
+        <- {"reply": number, "kind": "partial" | "done" | "error" | "cancelled", "value": ...}
+
+    A call may arrive on another thread than the running cell's, and its work runs without gradients.
+    """
+
+    error = traitlets.Unicode("", help="why the last action failed").tag(sync=True)
+
+    def __init__(self, **state: Any) -> None:
+        self._jobs: dict[int, Job] = {}
+        # A click may be handled on another thread than the running cell.
+        self._lock = threading.RLock()
+        super().__init__(**state)
+        self.on_msg(self._on_message)
+
+    # ---- what a subclass says
+
+    def _html(self) -> str:
+        """What it shows, as HTML without scripts that reads without style sheets."""
+        raise NotImplementedError
+
+    def code(self) -> str:
+        """The Python that gives what is on show now, without the widget."""
+        raise NotImplementedError
+
+    def _frozen(self) -> dict[str, Any]:
+        """State beyond the traits that ``to_html`` needs, for what still works without a kernel."""
+        return {}
+
+    # ---- what a user calls
+
+    def snapshot(self) -> Snapshot:
+        """What is on show, as plain HTML: it stays when the kernel is gone."""
+        return Snapshot(self._html(), repr(self))
+
+    def to_html(self, path: str | pathlib.Path) -> pathlib.Path:
+        """What is on show as one file that needs no kernel and no network: hovering and sorting work in it, what would
+        ask the model is left out. Returns the path."""
+        path = pathlib.Path(path)
+        esm, css = (str(getattr(self, name)) for name in ("_esm", "_css"))
+        ours = set(self.traits(sync=True)) - set(anywidget.AnyWidget.class_traits(sync=True))
+        names = sorted(n for n in ours if not n.startswith("_"))
+        state = {n: getattr(self, n) for n in names} | self._frozen()
+        path.write_text(page(repr(self), esm, css, state, self._html()), encoding="utf-8")
+        return path
+
+    @quick
+    def copy_code(self) -> str:
+        return self.code()
+
+    # ---- calls from the screen
+
+    def _on_message(self, _: Any, content: Any, __: Any) -> None:
+        if not isinstance(content, dict):
+            return
+        if (job := self._jobs.get(content.get("cancel", -1))) is not None:
+            job.cancel()
+        if "call" not in content:
+            return
+        number, args = content["call"], content.get("args") or {}
+        method = getattr(self, str(content.get("method")), None)
+        kind = getattr(method, "_from_screen", None)
+        if method is None or kind is None:
+            self._reply(number, "error", f"{type(self).__name__} has no call {content.get('method')!r}")
+        elif kind == "quick":
+            self._answer(number, lambda: method(**args))
+        else:
+            job = self._jobs[number] = Job(self, number)
+            # A daemon: a kernel that ends does not wait for a generation.
+            threading.Thread(target=self._answer, args=(number, lambda: method(job, **args)), daemon=True).start()
+
+    def _answer(self, number: int, call: Callable[[], Any]) -> None:
+        try:
+            with torch.no_grad():  # a thread's own
+                value = call()
+        except Cancelled:
+            self._reply(number, "cancelled", None)
+        except ValueError as error:  # of the user's making: it says what to do
+            self._reply(number, "error", str(error))
+        except Exception as error:
+            log.exception("%s: a call from the screen failed", type(self).__name__)
+            self._reply(number, "error", f"{type(error).__name__}: {error}")
+        else:
+            self._reply(number, "done", value)
+        finally:
+            self._jobs.pop(number, None)
+
+    def _reply(self, number: int, kind: str, value: Any) -> None:
+        if self.comm is not None:  # a closed output has none
+            self.send({"reply": number, "kind": kind, "value": value})
+
+    def close(self) -> None:
+        """Take the widget off the page; what still runs for it stops."""
+        for job in list(getattr(self, "_jobs", {}).values()):  # an __init__ that raised has made none
+            job.cancel()
+        super().close()
+
+    # ---- traits from the screen
+
+    def set_state(self, sync_data: dict[str, Any]) -> None:
+        """Take state from the front end; what is refused is said in the panel, and the panel put right."""
+        with self._lock:
+            try:
+                super().set_state(sync_data)
+            except traitlets.TraitError as error:
+                self.error = str(error)
+                self.send_state(list(sync_data))
+
+    @contextlib.contextmanager
+    def _reported(self) -> Iterator[None]:
+        """Show an exception in the panel; raise it too, so that a cell or the log has the traceback."""
+        self.error = ""
+        try:
+            yield
+        except Exception as error:
+            self.error = f"{type(error).__name__}: {error}"
+            raise
+
+    # ---- how it shows itself
+
+    def __repr__(self) -> str:
+        raise NotImplementedError
+
+    def _repr_mimebundle_(self, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]] | None:
+        bundle = super()._repr_mimebundle_(**kwargs)
+        if bundle is None:  # a closed widget
+            return None
+        data, metadata = bundle
+        return {**data, "text/html": self._html(), "text/plain": repr(self)}, metadata

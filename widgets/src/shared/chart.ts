@@ -1,0 +1,184 @@
+// Lines over a shared x axis, as inline SVG: large as a chart with axes, small as a sparkline.
+import { h, svg } from "./dom";
+import { number } from "./format";
+
+export interface Series {
+  name: string;
+  x: number[];
+  /** null: no value there. */
+  y: (number | null)[];
+}
+
+export interface ChartOptions {
+  label: string;
+  /** What x is, for the readout. */
+  x: string;
+  width?: number;
+  height?: number;
+  /** The y axis begins at 0. */
+  zero?: boolean;
+  /** Called with the x that a click, or Enter, chose. */
+  choose?: (x: number) => void;
+}
+
+export interface Chart {
+  element: HTMLElement;
+  show(series: Series[]): void;
+  /** A vertical line at x; null: none. */
+  mark(x: number | null): void;
+}
+
+// Told apart without colour: each line has its own dash and its own shape at its end.
+const DASHES = ["", "6 3", "2 3", "8 3 2 3", "1 2", "10 4"];
+
+export function lineChart(options: ChartOptions, signal: AbortSignal): Chart {
+  const width = options.width ?? 320;
+  const height = options.height ?? 120;
+  const lines = svg("g", {});
+  const marker = svg("line", { class: "saelab-marker", y1: 0, y2: height, visibility: "hidden" });
+  const cursor = svg("line", { class: "saelab-reference", y1: 0, y2: height, visibility: "hidden" });
+  const picture = svg(
+    "svg",
+    {
+      class: "saelab-chart-plot",
+      viewBox: `0 0 ${width} ${height}`,
+      preserveAspectRatio: "none",
+      role: "img",
+      "aria-label": options.label,
+      tabindex: 0,
+    },
+    lines,
+    cursor,
+    marker,
+  );
+  const low = h("span", {});
+  const high = h("span", {});
+  const left = h("span", {});
+  const right = h("span", {});
+  const legend = h("div", { class: "saelab-chart-legend" });
+  const readout = h("small", { class: "saelab-readout", role: "status" });
+  const element = h(
+    "div",
+    { class: "saelab-chart" },
+    h("div", { class: "saelab-chart-title" }, h("strong", {}, options.label), readout),
+    h("div", { class: "saelab-chart-frame" }, h("div", { class: "saelab-chart-y", "aria-hidden": "true" }, high, low), picture),
+    h("div", { class: "saelab-axis saelab-chart-x", "aria-hidden": "true" }, left, h("span", {}, options.x), right),
+    legend,
+  );
+
+  let shown: Series[] = [];
+  let xs: number[] = [];
+  let range = { x0: 0, x1: 1, y0: 0, y1: 1 };
+  let at: number | null = null;
+  const px = (x: number) => (width * (x - range.x0)) / (range.x1 - range.x0 || 1);
+  const py = (y: number) => height - ((height - 4) * (y - range.y0)) / (range.y1 - range.y0 || 1) - 2;
+
+  const say = (x: number | null) => {
+    at = x;
+    cursor.setAttribute("visibility", x === null ? "hidden" : "visible");
+    if (x === null) {
+      readout.textContent = "";
+      return;
+    }
+    cursor.setAttribute("x1", px(x).toFixed(1));
+    cursor.setAttribute("x2", px(x).toFixed(1));
+    const values = shown.map((s) => {
+      const value = s.y[s.x.indexOf(x)];
+      return value === undefined || value === null ? "" : `${shown.length > 1 ? `${s.name} ` : ""}${number(value)}`;
+    });
+    readout.textContent = `${options.x} ${number(x)}: ${values.filter(Boolean).join(", ")}`;
+  };
+  const nearest = (event: PointerEvent | MouseEvent): number | null => {
+    const box = picture.getBoundingClientRect();
+    const wanted = range.x0 + ((event.clientX - box.left) / (box.width || 1)) * (range.x1 - range.x0);
+    return xs.reduce<number | null>((best, x) => (best === null || Math.abs(x - wanted) < Math.abs(best - wanted) ? x : best), null);
+  };
+  picture.addEventListener("pointermove", (event) => say(nearest(event)), { signal });
+  picture.addEventListener("pointerleave", () => say(null), { signal });
+  picture.addEventListener("blur", () => say(null), { signal });
+  picture.addEventListener(
+    "click",
+    (event) => {
+      const x = nearest(event);
+      if (x !== null) options.choose?.(x);
+    },
+    { signal },
+  );
+  picture.addEventListener(
+    "keydown",
+    (event) => {
+      const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
+      if (step !== undefined && xs.length) {
+        event.preventDefault();
+        const next = at === null ? (step > 0 ? 0 : xs.length - 1) : xs.indexOf(at) + step;
+        say(xs[Math.max(0, Math.min(xs.length - 1, next))] ?? null);
+      } else if (event.key === "Enter" && at !== null) options.choose?.(at);
+    },
+    { signal },
+  );
+
+  let marked: number | null = null;
+  const placeMark = () => {
+    const visible = marked !== null && xs.length > 0;
+    marker.setAttribute("visibility", visible ? "visible" : "hidden");
+    if (!visible || marked === null) return;
+    const x = px(Math.min(range.x1, Math.max(range.x0, marked))).toFixed(1);
+    marker.setAttribute("x1", x);
+    marker.setAttribute("x2", x);
+  };
+  return {
+    element,
+    show(series) {
+      shown = series;
+      xs = [...new Set(series.flatMap((s) => s.x))].sort((a, b) => a - b);
+      const ys = series.flatMap((s) => s.y).filter((y): y is number => y !== null && Number.isFinite(y));
+      const y0 = options.zero ? Math.min(0, ...ys) : Math.min(...ys);
+      range = { x0: xs[0] ?? 0, x1: xs.at(-1) ?? 1, y0: ys.length ? y0 : 0, y1: ys.length ? Math.max(...ys) : 1 };
+      lines.replaceChildren(...series.map((s, i) => path(s, i, px, py)));
+      [left.textContent, right.textContent] = [number(range.x0), number(range.x1)];
+      [low.textContent, high.textContent] = [number(range.y0), number(range.y1)];
+      legend.hidden = series.length < 2;
+      legend.replaceChildren(...series.map((s, i) => key(s.name, i)));
+      picture.setAttribute("aria-label", describe(options.label, series));
+      placeMark();
+      say(at !== null && xs.includes(at) ? at : null);
+    },
+    mark(x) {
+      marked = x;
+      placeMark();
+    },
+  };
+}
+
+function path(series: Series, index: number, px: (x: number) => number, py: (y: number) => number): SVGElement {
+  let drawing = false;
+  const d = series.x.map((x, i) => {
+    const y = series.y[i];
+    if (y === null || y === undefined || !Number.isFinite(y)) {
+      drawing = false;
+      return "";
+    }
+    const move = drawing ? "L" : "M";
+    drawing = true;
+    return `${move}${px(x).toFixed(1)} ${py(y).toFixed(1)}`;
+  });
+  return svg("path", { class: "saelab-line", d: d.join(""), "data-series": index % 6, "stroke-dasharray": DASHES[index % 6] });
+}
+
+function key(name: string, index: number): HTMLElement {
+  const line = svg(
+    "svg",
+    { width: 24, height: 8, "aria-hidden": "true" },
+    svg("path", { class: "saelab-line", d: "M0 4H24", "data-series": index % 6, "stroke-dasharray": DASHES[index % 6] }),
+  );
+  return h("span", {}, line, name);
+}
+
+/** What a listener hears: each line's first and last value. */
+function describe(label: string, series: Series[]): string {
+  const parts = series.map((s) => {
+    const values = s.y.filter((y): y is number => y !== null && Number.isFinite(y));
+    return values.length ? `${s.name} from ${number(values[0])} to ${number(values.at(-1))}` : `${s.name}: no values`;
+  });
+  return `${label}: ${parts.join("; ") || "no values yet"}`;
+}

@@ -1,0 +1,142 @@
+// The frame of every widget: theme, keys, complaints, whether Python is there, and "copy as code".
+import type { AnyModel, RenderProps } from "@anywidget/types";
+import { h } from "./dom";
+import { guardKeys } from "./keyboard";
+import { onChange } from "./model";
+import { type Call, caller } from "./rpc";
+import { followTheme } from "./theme";
+
+/** live: Python answers; lost: the kernel was restarted or has gone; frozen: a file that never had one. */
+export type Connection = "live" | "lost" | "frozen";
+
+export interface Panel {
+  root: HTMLElement;
+  /** Call a method of the Python object. A refusal is shown as a complaint and the promise never settles. */
+  call: Call;
+  /** Show what went wrong; "" takes it away. */
+  complain(message: string): void;
+  /** Whether the widget shows what was asked for: `data-ready` on the root, which tests and eyes wait for. */
+  ready(yes: boolean): void;
+  /** A "copy as code" button, for the widget's bar. */
+  codeButton: HTMLElement;
+  connection(): Connection;
+}
+
+const LOST = "The kernel was restarted or is gone: run the cell again to reconnect. What you see here stays.";
+
+/**
+ * A root element in `el`, framed. Controls that need Python carry `data-needs="kernel"`: they rest while it is gone,
+ * and a page that never had a kernel leaves them out. `data-needs="model"` also works there, on the page's own data.
+ */
+export function panel<T extends { error: string } & Record<string, unknown>>(
+  model: AnyModel<T>,
+  el: HTMLElement,
+  name: string,
+  label: string,
+  signal: AbortSignal,
+): Panel {
+  const alert = h("div", { class: "saelab-error", role: "alert", hidden: true });
+  const lost = h("div", { class: "saelab-caution saelab-lost", role: "status", hidden: true }, LOST);
+  const code = h("div", { class: "saelab-code", hidden: true });
+  const root = h("div", { class: `saelab saelab-${name}`, role: "region", "aria-label": label }, lost, alert, code);
+
+  const complain = (message: string) => {
+    alert.textContent = message;
+    alert.hidden = message === "";
+  };
+  let state: Connection = "frozen" in model ? "frozen" : "live";
+  const rest = () => {
+    root.dataset.connection = state;
+    lost.hidden = state !== "lost";
+    const gone = state === "lost" ? "[data-needs]" : '[data-needs="kernel"]';
+    for (const part of root.querySelectorAll<HTMLElement>("[data-needs]")) part.inert = state !== "live" && part.matches(gone);
+  };
+  const loseIt = () => {
+    if (state !== "live") return;
+    state = "lost";
+    rest();
+    // What is drawn later rests too.
+    const observer = new MutationObserver(rest);
+    observer.observe(root, { childList: true, subtree: true });
+    signal.addEventListener("abort", () => observer.disconnect());
+  };
+  // The widget managers of JupyterLab and its kin say so when the kernel restarts; anywidget passes it on.
+  const events = ["comm_live_update", "comm:close"] as unknown as "msg:custom"[];
+  for (const event of events) {
+    model.on(event, loseIt);
+    signal.addEventListener("abort", () => model.off(event, loseIt));
+  }
+  rest();
+
+  const ask = caller(model, signal);
+  const call: Call = (method, args, options) => {
+    if (state === "lost") return new Promise(() => undefined);
+    return new Promise((resolve) => {
+      ask<never>(method, args, options).then(resolve, (error: Error) => {
+        complain(error.message);
+        root.dataset.ready = "1"; // nothing more will come
+      });
+    });
+  };
+
+  guardKeys(root, signal);
+  followTheme(root, signal);
+  el.append(root);
+  onChange(model, ["error"], () => complain(model.get("error")), signal);
+  complain(model.get("error"));
+  return {
+    root,
+    call,
+    complain,
+    ready: (yes) => {
+      root.dataset.ready = yes ? "1" : "0";
+      root.setAttribute("aria-busy", String(!yes));
+    },
+    codeButton: codeButton(code, call, signal),
+    connection: () => state,
+  };
+}
+
+/** Puts the Python behind the view on the clipboard, and shows it, since a page may not be allowed to write there. */
+function codeButton(box: HTMLElement, call: Call, signal: AbortSignal): HTMLElement {
+  const button = h(
+    "button",
+    { type: "button", "data-needs": "kernel", class: "saelab-code-button", title: "The Python that gives what is on show" },
+    "Copy as code",
+  );
+  const hide = () => {
+    box.hidden = true;
+    button.focus();
+  };
+  button.addEventListener(
+    "click",
+    async () => {
+      const source = await call<string>("copy_code");
+      const copied = await navigator.clipboard?.writeText(source).then(
+        () => true,
+        () => false,
+      );
+      const close = h("button", { type: "button", "aria-label": "Hide the code" }, "×");
+      close.addEventListener("click", hide, { signal });
+      const note = copied ? "copied" : "select and copy";
+      box.replaceChildren(h("small", { role: "status" }, note), close, h("pre", { tabindex: 0, "aria-label": "Python code" }, source));
+      box.hidden = false;
+    },
+    { signal },
+  );
+  box.addEventListener("keydown", (event) => event.key === "Escape" && hide(), { signal });
+  return button;
+}
+
+/** A widget from what draws it: anywidget's entry, with one signal that ends every listener of the view. */
+export function widget<T extends Record<string, unknown>>(
+  draw: (model: AnyModel<T>, el: HTMLElement, signal: AbortSignal) => void,
+): { render(props: Pick<RenderProps<T>, "model" | "el">): () => void } {
+  return {
+    render({ model, el }) {
+      const view = new AbortController();
+      draw(model, el, view.signal);
+      return () => view.abort();
+    },
+  };
+}
