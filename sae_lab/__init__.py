@@ -28,8 +28,8 @@ _HOME = {
     "Edit": "edit", "Steer": "edit", "Clamp": "edit", "Scale": "edit", "Ablate": "edit", "Patch": "edit",
     "Splice": "edit", "Project": "edit",
     "find_features": "finding", "dose_response": "dosing",
-    "FeatureInspector": "widgets", "SteeringSliders": "widgets", "PatchingGrid": "widgets", "TrainingMonitor": "widgets",
-    "TokenFeatures": "widgets", "Session": "widgets",
+    "FeatureInspector": "widgets", "TokenFeatures": "widgets", "SteeringSliders": "widgets", "PatchingGrid": "widgets",
+    "TrainingMonitor": "widgets", "Session": "widgets",
     "plot": "plots",
 }  # fmt: skip
 _MODULES = ("cache", "circuits", "evals", "saes", "worlds")

@@ -2,6 +2,11 @@
 
 from sae_lab.feature_index.build import index_features
 from sae_lab.feature_index.index import Context, FeatureIndex, FeatureView
+from sae_lab.feature_index.live import Pair, Scored
+from sae_lab.feature_index.notes import Note, Notes
 from sae_lab.feature_index.table import FeatureTable, features
 
-__all__ = ["Context", "FeatureIndex", "FeatureTable", "FeatureView", "features", "index_features"]
+__all__ = [
+    "Context", "FeatureIndex", "FeatureTable", "FeatureView", "Note", "Notes", "Pair", "Scored", "features",
+    "index_features",
+]  # fmt: skip

@@ -52,7 +52,7 @@ def index_features(coder: SparseCoder, lm: LM, store: Store, path: str | Path | 
             _build(coder, lm, store, folder, identity)
         finally:
             coder.train(was_training)
-    return FeatureIndex(folder, store, lm)
+    return FeatureIndex(folder, store, lm, coder)
 
 
 def _check(coder: SparseCoder, lm: LM, store: Store) -> None:

@@ -9,9 +9,12 @@ from typing import Any
 
 import numpy as np
 
+from sae_lab.feature_index import live, query
 from sae_lab.feature_index.labels import Labels
+from sae_lab.feature_index.notes import Note, Notes
 from sae_lab.feature_index.summaries import BINS, QUANTILE_CONTEXTS, QUARTERS, TOP_CONTEXTS
 from sae_lab.lm.model import LM
+from sae_lab.saes.base import SparseCoder
 from sae_lab.store import Store, memory_map
 from sae_lab.types import Site, check_feature
 
@@ -82,11 +85,13 @@ class FeatureIndex:
     """All features of a coder over a store. Made and opened by ``sl.index_features``.
 
     ``index[i]`` opens a feature; ``index.search("Paris")`` finds features by token; ``index.order("density")`` sorts
-    them; ``density``, ``mean``, ``max``, ``counts`` are arrays over features.
+    them; ``density``, ``mean``, ``max``, ``counts``, ``norm`` are arrays over features; ``notes`` are what you wrote on
+    them. With the model and the coder at hand (``lm``, ``coder``) it also scores new text.
     """
 
-    def __init__(self, path: Path, store: Store, lm: LM):
-        self.path, self.store = Path(path), store
+    def __init__(self, path: Path, store: Store, lm: LM, coder: SparseCoder | None = None):
+        self.path, self.store, self.lm, self.coder = Path(path), store, lm, coder
+        self.notes = Notes(self.path / "notes.json")
         facts = json.loads((self.path / "index.json").read_text())
         self.d_sae: int = facts["d_sae"]
         self.site = Site.of(facts["site"])
@@ -121,12 +126,42 @@ class FeatureIndex:
     # ---- finding features
 
     def order(self, by: str = "density") -> np.ndarray:
-        """Live features, largest first, by "density", "max" or "best" (readable)."""
-        keys = {"density": self.density, "max": self.max, "best": self._readability}
+        """Live features, largest first, by "density", "max", "norm" or "best" (readable)."""
+        keys = ("density", "max", "norm", "best")
         if by not in keys:
             raise ValueError(f"order by one of {', '.join(keys)}, got {by!r}")
-        order = np.argsort(-np.asarray(keys[by]), kind="stable")
+        order = np.argsort(-np.asarray(self._readability if by == "best" else self._column(by)), kind="stable")
         return order[self.counts[order] > 0]
+
+    @cached_property
+    def norm(self) -> np.ndarray:
+        """Length of what each feature writes at its f_scale: f_scale·‖W_dec‖, in units of the activations."""
+        coder = self._at_hand("norm")
+        return (coder.f_scale * coder.W_dec.detach().flatten(1).norm(dim=1)).cpu().numpy()
+
+    def _column(self, name: str) -> np.ndarray:
+        return self.counts if name == "count" else getattr(self, name)
+
+    def find(self, line: str, limit: int = 50) -> list[int]:
+        """Live features by a line such as ``war density>0.1% norm<20 label:weapons``: text among their top tokens,
+        limits on density, norm, max, mean and count, text among your notes; all must hold. Without tokens the most
+        readable come first. ValueError for a limit that is no number."""
+        asked = query.parse(line)
+        holds = asked.holds(self._column, self.d_sae) & (self.counts > 0)
+        if asked.label is not None:
+            noted = np.zeros(self.d_sae, bool)
+            noted[self.notes.find(asked.label)] = True
+            holds &= noted
+        order = self.search(asked.tokens, self.d_sae) if asked.tokens else self.order("best")
+        order = np.asarray(order, np.int64)
+        return order[holds[order]][:limit].tolist()
+
+    @cached_property
+    def density_histogram(self) -> dict[str, list[int] | list[float]]:
+        """Live features by log10 of their density: counts and edges, from a whole power of ten to 0."""
+        live = np.log10(self.density[self.counts > 0])
+        counts, edges = np.histogram(live, bins=BINS, range=(float(np.floor(live.min(initial=-1.0))), 0.0))
+        return {"counts": counts.tolist(), "edges": edges.tolist()}
 
     def best(self, n: int = 1) -> int | list[int]:
         """Live, readable features, the most readable first: an int for n=1."""
@@ -163,6 +198,35 @@ class FeatureIndex:
 
     def _check(self, feature: int) -> int:
         return check_feature(feature, self.d_sae)
+
+    def _at_hand(self, what: str) -> SparseCoder:
+        if self.coder is None:
+            raise ValueError(f"{what} needs the coder: open the index by sl.index_features(coder, lm, store)")
+        return self.coder
+
+    # ---- what you write on them
+
+    def annotate(self, feature: int, label: str | None = None, text: str | None = None) -> Note:
+        """Put a label or a note on a feature; it is kept beside the index. None leaves a part as it was."""
+        return self.notes.write(self._check(feature), label, text)
+
+    # ---- beyond the store
+
+    def score(self, feature: int, text: str) -> live.Scored:
+        """A feature's activation at each token of a new text: one pass to the coder's site."""
+        return live.score(self.lm, self._at_hand("scoring a text"), self._check(feature), text)
+
+    def compare(self, a: int, b: int) -> live.Pair:
+        """Two features: cosine of their decoder rows, and on how many tokens of the store both fire."""
+        rows = [self.activations(i)[0] for i in (a, b)]
+        return live.pair(self._at_hand("comparing features"), self._check(a), self._check(b), *rows)
+
+    def weakest(self, feature: int, n: int = TOP_CONTEXTS) -> list[Context]:
+        """The contexts of a feature's n smallest activations, the smallest first."""
+        rows, values = self.activations(feature)
+        n = min(n, len(values))
+        low = np.argpartition(values, n - 1)[:n] if n else np.zeros(0, np.int64)
+        return self._contexts(rows[low[np.argsort(values[low], kind="stable")]].astype(np.int64), rows, values)
 
     # ---- opening one
 

@@ -63,8 +63,8 @@ class EditStack(Panel):
 
     # ---- in Python
 
-    def add(self, edit: Edit, on: bool = True) -> int:
-        """Put an edit on top. Returns its key."""
+    def add(self, edit: Any, on: bool = True) -> int:
+        """Put an edit on top. Returns its key. ValueError for what is no edit."""
         if not isinstance(edit, Edit):
             raise ValueError(f"an edit stack holds edits such as sl.Steer(sae, 7), got {type(edit).__name__}")
         with self._lock:

@@ -26,12 +26,15 @@ class Snapshot:
         return f"Snapshot({self.text})"
 
 
-def feature_html(view: Mapping[str, Any]) -> str:
-    """The static summary of one feature, from ``FeatureView.to_dict()``; every text is escaped."""
+def feature_html(view: Mapping[str, Any], note: Mapping[str, str] | None = None) -> str:
+    """The static summary of one feature, from ``FeatureView.to_dict()``, and your note; every text is escaped."""
+    label = f": {escape(note['label'])}" if note and note["label"] else ""
+    text = [f"<p>{escape(note['text'])}</p>"] if note and note["text"] else []
     return "\n".join(
         [
             "<div>",
-            f"<p><b>Feature {view['feature']}</b> of {view['d_sae']:,}</p>",
+            f"<p><b>Feature {view['feature']}</b> of {view['d_sae']:,}{label}</p>",
+            *text,
             _numbers(view),
             _contexts(view["groups"]),
             _lens(view),

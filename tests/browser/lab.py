@@ -34,6 +34,7 @@ from playwright.sync_api import ConsoleMessage, Locator, Page, Request, WebSocke
 
 LOOPBACK = "127.0.0.1"
 LIGHT, DARK = "JupyterLab Light", "JupyterLab Dark"
+AXE = pathlib.Path(__file__).parents[2] / "widgets" / "node_modules" / "axe-core" / "axe.min.js"
 
 _CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome")
 _CHROMIUM_ARGS = [
@@ -121,6 +122,19 @@ class Notebook:
         if answer["error"] is not None:
             raise NotebookError(answer["error"])
         return answer["printed"].strip()
+
+    def restart_kernel(self, timeout: float = 60) -> None:
+        """Restart the kernel, as the user's button does; returns when the new one is idle."""
+        self.page.evaluate(f"() => {_KERNEL}.restart()")
+        self.page.wait_for_function(
+            f"() => {_KERNEL}?.connectionStatus === 'connected' && {_KERNEL}?.status === 'idle'",
+            timeout=1000 * timeout,
+            polling=100,
+        )
+
+    def accessibility_faults(self, selector: str) -> list[str]:
+        """What axe-core calls serious or critical in the parts that match ``selector``."""
+        return accessibility_faults(self.page, selector)
 
     def ready(self, selector: str, timeout: float = 30) -> Locator:
         """The first widget that matches ``selector``, once it has drawn itself (``data-ready="1"``)."""
@@ -261,6 +275,21 @@ def chromium(viewport: tuple[int, int] = (1280, 1000)) -> Iterator[Page]:
             yield browser.new_page(viewport={"width": width, "height": height})
         finally:
             browser.close()
+
+
+def accessibility_faults(page: Page, selector: str) -> list[str]:
+    """What axe-core calls serious or critical in the parts of a page that match ``selector``."""
+    assert AXE.exists(), f"no {AXE}: `make widgets` installs it"
+    page.evaluate(AXE.read_text(encoding="utf-8"))  # as text: a page's policy may forbid script elements
+    found = page.evaluate(
+        """async (selector) => {
+            const { violations } = await axe.run({ include: [[selector]] }, { resultTypes: ['violations'] });
+            return violations.filter(({ impact }) => impact === 'serious' || impact === 'critical').map(
+                ({ id, help, nodes }) => `${id}: ${help}: ${nodes.map(({ html }) => html.slice(0, 200)).join(' | ')}`);
+        }""",
+        selector,
+    )
+    return list(found)
 
 
 def watch(page: Page) -> list[str]:

@@ -46,11 +46,32 @@ class StandInView:
         return self._view
 
 
+class StandInNote:
+    def __init__(self, label="", text=""):
+        self.label, self.text = label, text
+
+    def _asdict(self):
+        return {"label": self.label, "text": self.text}
+
+
+class StandInNotes:
+    """Notes that live as long as the index."""
+
+    def __init__(self):
+        self.all = {}
+
+    def __getitem__(self, feature):
+        return self.all.get(feature, StandInNote())
+
+
 class StandIn:
-    """The interface of a feature index over ``TEXT``; features outside ``CONCEPTS`` are dead."""
+    """The interface of a feature index over ``TEXT``; features outside ``CONCEPTS`` are dead. It has no coder."""
+
+    coder = None
 
     def __init__(self, d_sae=4608):
         self.d_sae = d_sae
+        self.notes = StandInNotes()
         self.tokens = _tokens()
         self.kept = np.array([token != "<|endoftext|>" for token in self.tokens])
         self.codes = {feature: self._codes(*concept) for feature, concept in CONCEPTS.items()}
@@ -59,6 +80,12 @@ class StandIn:
         for feature, codes in self.codes.items():
             self.density[feature] = (codes > 0).sum() / self.kept.sum()
             self.max[feature] = codes.max()
+        counts, edges = np.histogram(np.log10(self.density[self.density > 0]), bins=40, range=(-4, 0))
+        self.density_histogram = {"counts": counts.tolist(), "edges": edges.tolist()}
+
+    def annotate(self, feature, label=None, text=None):
+        self.notes.all[feature] = StandInNote(label, text)
+        return self.notes[feature]
 
     def _codes(self, words, strength):
         words = words.split()
@@ -79,7 +106,7 @@ class StandIn:
             return live
         return live[np.argsort(-getattr(self, by)[live], kind="stable")]
 
-    def search(self, text, limit=50):
+    def find(self, text, limit=50):
         return [f for f in self.codes if any(text in token for token in self.top_tokens(f, 99))][:limit]
 
     def top_tokens(self, feature, n=5):
@@ -114,6 +141,7 @@ class StandIn:
             "suppressed": [[token, -1.9 + 0.15 * i] for i, token in enumerate(suppressed)],
             "lens_note": "the final norm is not folded in: trust the order" if feature == 17 else "",
             "neighbours": [[other, round(0.61 - 0.07 * i, 2)] for i, other in enumerate(others)],
+            "cofiring": [[other, round(0.31 - 0.05 * i, 2), 9 - i] for i, other in enumerate(others)],
         }
         return StandInView(view)
 

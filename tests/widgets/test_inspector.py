@@ -109,14 +109,14 @@ def test_an_error_while_reading_is_raised_and_shown(panel, index, monkeypatch):
 
 def test_search_and_sort(panel, index):
     assert [row["feature"] for row in panel.results] == list(index.order("best"))
-    assert panel.results[0].keys() == {"feature", "density", "max", "tokens"}
+    assert panel.results[0].keys() == {"feature", "density", "max", "tokens", "label"}
     assert "7 of 7 live features" in panel.results_note
     panel.sort = "density"
     assert [row["feature"] for row in panel.results] == list(index.order("density"))
     panel.query = "Ju"
     assert [row["feature"] for row in panel.results] == [812]
     panel.query = "zebra"
-    assert panel.results == [] and "no feature has “zebra”" in panel.results_note
+    assert panel.results == [] and "no feature for “zebra”" in panel.results_note
     panel.query = "e"
     densities = [row["density"] for row in panel.results]
     assert len(densities) > 2 and densities == sorted(densities, reverse=True)

@@ -1,5 +1,5 @@
 import { afterEach, beforeEach, describe, expect, it, vi } from "vitest";
-import widget from "../src/inspector/index";
+import widget, { freeze } from "../src/inspector/index";
 import { ATTACK, MockModel, state, view } from "./mock";
 
 let model: MockModel;
@@ -177,7 +177,7 @@ describe("search and sort", () => {
     sort.value = "density";
     sort.dispatchEvent(new Event("change"));
     expect(model.saved).toEqual([{ sort: "density" }]);
-    model.fromPython("results", [{ feature: 405, density: 0.01, max: 2, tokens: [" red"] }]);
+    model.fromPython("results", [{ feature: 405, density: 0.01, max: 2, tokens: [" red"], label: "" }]);
     expect(all(".saelab-result").map((row) => row.dataset.feature)).toEqual(["405"]);
     expect(root.dataset.ready).toBe("1");
   });
@@ -299,5 +299,175 @@ describe("theme", () => {
     document.body.classList.add("changed");
     await settled();
     expect(theme()).toBe("dark");
+  });
+});
+
+describe("trying a text", () => {
+  beforeEach(() => vi.useFakeTimers());
+  afterEach(() => vi.useRealTimers());
+  const field = () => one('[aria-label="Try a text"]') as HTMLTextAreaElement;
+  const answer = async (values: (number | null)[], feature = 812) => {
+    model.reply("score", { feature, tokens: ["<|endoftext|>", " dog"], values, peak: 1 });
+    await vi.advanceTimersByTimeAsync(0);
+  };
+
+  it("asks after a pause, and shows tokens, the largest value and its place", async () => {
+    mount();
+    type(field() as never, "a", "input");
+    type(field() as never, "a dog", "input");
+    vi.advanceTimersByTime(300);
+    expect(model.sent.map(({ method, args }) => [method, args])).toEqual([["score", { text: "a dog" }]]);
+    await answer([null, 2]);
+    expect(all(".saelab-strip .saelab-token").map((cell) => cell.dataset.state)).toEqual(["excluded", "active"]);
+    expect(one(".saelab-trial small").textContent).toBe("largest 2.00, 50 % of the maximum on the store");
+    expect(one(".saelab-pinned").getAttribute("x1")).toBe("200.00");
+  });
+
+  it("cancels what is no longer wanted", () => {
+    mount();
+    type(field() as never, "a", "input");
+    vi.advanceTimersByTime(300);
+    type(field() as never, "ab", "input");
+    vi.advanceTimersByTime(300);
+    const [first, cancel, second] = model.sent;
+    expect(cancel).toEqual({ cancel: first!.call });
+    expect(second!.args).toEqual({ text: "ab" });
+  });
+
+  it("keeps the text and scores it again when another feature opens", async () => {
+    mount();
+    type(field() as never, "a dog", "input");
+    vi.advanceTimersByTime(300);
+    await answer([null, 2]);
+    model.fromPython("view", view(17));
+    vi.advanceTimersByTime(300);
+    expect(field().value).toBe("a dog");
+    expect(model.sent.filter((m) => m.method === "score").length).toBe(2);
+  });
+
+  it("shows a refusal", async () => {
+    mount();
+    type(field() as never, "x", "input");
+    vi.advanceTimersByTime(300);
+    model.reply("score", `too long ${ATTACK}`, "error");
+    await vi.advanceTimersByTimeAsync(0);
+    expect(one(".saelab-error").textContent).toBe(`too long ${ATTACK}`);
+  });
+});
+
+describe("notes", () => {
+  it("are written when typed, and not overwritten while typing", () => {
+    vi.useFakeTimers();
+    mount();
+    const label = one(".saelab-note-label") as HTMLInputElement;
+    expect(label.value).toBe("pets");
+    type(label, ATTACK, "input");
+    model.fromPython("note", { label: "from Python", text: "" });
+    expect(label.value).toBe(ATTACK);
+    vi.advanceTimersByTime(700);
+    expect(model.sent[0]).toMatchObject({ method: "write_note", args: { feature: 812, label: ATTACK, text: "" } });
+  });
+
+  it("are saved before another feature opens, and when the view goes", () => {
+    vi.useFakeTimers();
+    mount();
+    type(one(".saelab-note-label") as HTMLInputElement, "cats", "input");
+    model.fromPython("view", view(17));
+    expect(model.sent[0]).toMatchObject({ args: { feature: 812, label: "cats" } });
+    type(one(".saelab-note-label") as HTMLInputElement, "colours", "input");
+    cleanup();
+    expect(model.sent.some((m) => m.args?.["label"] === "colours")).toBe(true);
+  });
+});
+
+describe("comparing and editing", () => {
+  it("pins, shows the pair and unpins", () => {
+    mount();
+    const button = (name: string) => all(".saelab-actions button").find((b) => b.textContent === name)!;
+    button("Pin").click();
+    expect(model.saved).toEqual([{ pinned: 812 }]);
+    model.fromPython("pair", {
+      features: [17, 812], cosine: 0.25, both: 12, only: [3, 4], jaccard: 0.5, view: view(812), tokens: [" x"], tokens_here: ["y"],
+    });
+    expect(one(".saelab-compare small").textContent).toContain("cosine 0.25 · both fire on 12 tokens");
+    model.fromPython("view", view(812));
+    expect(button("Unpin").getAttribute("aria-pressed")).toBe("true");
+  });
+
+  it("puts edits on the stack", () => {
+    mount();
+    all(".saelab-actions button")[1]!.click();
+    expect(model.sent[0]).toMatchObject({ method: "add_edit", args: { kind: "ablate" } });
+  });
+});
+
+describe("contexts", () => {
+  it("show as lines, snippets or whole, and the weakest on demand", async () => {
+    mount();
+    const mode = one('[aria-label="How contexts are shown"]') as HTMLSelectElement;
+    mode.value = "snippet";
+    mode.dispatchEvent(new Event("change"));
+    expect(one(".saelab-contexts").dataset.mode).toBe("snippet");
+    all("button").find((b) => b.textContent === "Show the weakest too")!.click();
+    model.reply("weakest", [{ tokens: [" mouse"], values: [0.01], peak: 0, document: 1, position: 2 }]);
+    await Promise.resolve();
+    await Promise.resolve();
+    expect(all(".saelab-group-label").at(-1)!.textContent).toContain("bottom");
+    model.fromPython("view", view(17));
+    expect(one(".saelab-contexts").dataset.mode).toBe("snippet");
+  });
+
+  it("copy as text", () => {
+    mount();
+    const selection = document.getSelection()!;
+    selection.selectAllChildren(one(".saelab-context-text"));
+    const data = new Map<string, string>();
+    const event = Object.assign(new Event("copy", { bubbles: true }), {
+      clipboardData: { setData: (kind: string, text: string) => data.set(kind, text) },
+    });
+    token(" cat").dispatchEvent(event);
+    selection.removeAllRanges();
+    expect(data.get("text/plain")).toBe(`<|endoftext|>The cat\n${ATTACK}`);
+  });
+});
+
+describe("the kernel", () => {
+  it("says when it is gone and leaves no dead control", () => {
+    const root = mount();
+    model.fire("comm_live_update");
+    expect(root.dataset.connection).toBe("lost");
+    expect(one(".saelab-lost").hidden).toBe(false);
+    expect(all("[data-needs]").every((part) => part.inert)).toBe(true);
+    expect(one(".saelab-contexts").closest("[inert]")).toBeNull(); // reading goes on
+  });
+
+  it("gives code to copy", async () => {
+    mount();
+    one(".saelab-code-button").click();
+    model.reply("copy_code", `print("${ATTACK}")`);
+    await vi.waitFor(() => expect(one(".saelab-code pre").textContent).toBe(`print("${ATTACK}")`));
+  });
+});
+
+describe("a page without a kernel", () => {
+  it("opens, finds and sorts what it holds", () => {
+    el = document.createElement("div");
+    document.body.append(el);
+    const rows = state().results.map((row) => ({ ...row, norm: row.max }));
+    const kept = Object.fromEntries([812, 17].map((i) => [i, { view: view(i), note: { label: "", text: "" } }]));
+    freeze(el, { ...state(), results: rows, kept, live: false });
+    cleanup = () => undefined;
+    all(".saelab-result")[1]!.click();
+    expect(one(".saelab-inspector").dataset.feature).toBe("17");
+    const sort = one('[aria-label="Sort features by"]') as HTMLSelectElement;
+    sort.value = "max";
+    sort.dispatchEvent(new Event("change"));
+    expect(all(".saelab-result").map((row) => row.dataset.feature)).toEqual(["17", "812", "405"]);
+    const search = one(".saelab-search") as HTMLInputElement;
+    type(search, "pets", "input");
+    press(search, "Enter");
+    expect(all(".saelab-result").map((row) => row.dataset.feature)).toEqual(["812"]);
+    type(one(".saelab-feature") as HTMLInputElement, "99", "change");
+    expect(one(".saelab-error").textContent).toContain("not kept in this page");
   });
 });

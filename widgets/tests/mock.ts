@@ -1,11 +1,12 @@
 // A stand-in for anywidget's model, and a hand-made state to show.
 import type { FeatureView, State } from "../src/inspector/types";
 
-type Callback = () => void;
+type Callback = (...args: unknown[]) => void;
 
-/** Traits with change events; `saved` lists what save_changes() sent to Python, in order. */
+/** Traits with change events; `saved` lists what save_changes() sent to Python, `sent` its custom messages, in order. */
 export class MockModel {
   saved: Partial<State>[] = [];
+  sent: { call?: number; method?: string; args?: Record<string, unknown>; cancel?: number }[] = [];
   private dirty: Partial<State> = {};
   private listeners = new Map<string, Set<Callback>>();
 
@@ -40,6 +41,20 @@ export class MockModel {
   fromPython<K extends keyof State>(name: K, value: State[K]): void {
     this.set(name, value);
     this.dirty = {};
+  }
+
+  send(message: MockModel["sent"][number]): void {
+    this.sent.push(message);
+  }
+
+  /** Python answers the last call of a method. */
+  reply(method: string, value: unknown, kind = "done"): void {
+    const call = this.sent.filter((message) => message.method === method).at(-1)?.call;
+    this.fire("msg:custom", { reply: call, kind, value });
+  }
+
+  fire(event: string, ...args: unknown[]): void {
+    for (const callback of [...(this.listeners.get(event) ?? [])]) callback(...args);
   }
 
   listenerCount(): number {
@@ -85,6 +100,7 @@ export function view(feature: number): FeatureView {
     suppressed: [["\n", -1.25]],
     lens_note: "",
     neighbours: [[17, 0.61], [405, 0.5]],
+    cofiring: [[405, 0.2, 31]],
   };
 }
 
@@ -94,12 +110,17 @@ export function state(changes: Partial<State> = {}): State {
     query: "",
     sort: "best",
     results: [
-      { feature: 812, density: 0.00214, max: 4, tokens: [" cat", " dog"] },
-      { feature: 17, density: 0.1, max: 7, tokens: ["\n", ATTACK] },
-      { feature: 405, density: 0.01, max: 2, tokens: [" red"] },
+      { feature: 812, density: 0.00214, max: 4, tokens: [" cat", " dog"], label: "pets" },
+      { feature: 17, density: 0.1, max: 7, tokens: ["\n", ATTACK], label: "" },
+      { feature: 405, density: 0.01, max: 2, tokens: [" red"], label: "" },
     ],
     results_note: "3 of 3 live features",
     view: view(812),
+    note: { label: "pets", text: "" },
+    pinned: null,
+    pair: {},
+    overview: { counts: [1, 2, 3], edges: [-4, -3, -2, -1] },
+    live: true,
     error: "",
     ...changes,
   };

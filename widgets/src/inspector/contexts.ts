@@ -2,7 +2,7 @@
 import { h } from "../shared/dom";
 import { integer, number } from "../shared/format";
 import { makeTabStop, rovingFocus } from "../shared/keyboard";
-import { tokenLabel, tokenSpans } from "../shared/tokens";
+import { copiesAsText, tokenLabel, tokenSpans } from "../shared/tokens";
 import type { Context, FeatureView, Group } from "./types";
 
 /** The token under the pointer or the keyboard focus. */
@@ -11,11 +11,23 @@ export interface Hovered {
   value: number | null;
 }
 
-export function contexts(view: FeatureView, hover: (token: Hovered | null) => void, signal: AbortSignal): HTMLElement {
+/** stacked: one line each, peaks under each other; snippet: some words around the peak; full: all there is. */
+export type Mode = "stacked" | "snippet" | "full";
+
+export interface Contexts {
+  element: HTMLElement;
+  mode(mode: Mode): void;
+  /** One more group below. */
+  add(group: Group): void;
+}
+
+const SNIPPET = 8; // tokens on each side of the peak
+
+export function contexts(view: FeatureView, mode: Mode, hover: (token: Hovered | null) => void, signal: AbortSignal): Contexts {
   const shown = new Map<HTMLElement, Context>();
   const grid = h(
     "div",
-    { class: "saelab-contexts", role: "grid", "aria-label": "Contexts, strongest first" },
+    { class: "saelab-contexts", role: "grid", "aria-label": "Contexts, strongest first", "data-mode": mode },
     ...view.groups.map((group) => rowgroup(group, view.max, shown)),
   );
   const first = grid.querySelector<HTMLElement>("[data-home]");
@@ -42,7 +54,17 @@ export function contexts(view: FeatureView, hover: (token: Hovered | null) => vo
     // A token far from the peak is cut off in the one-line form.
     if (!cell.matches("[data-home]")) rowOf(cell)?.classList.add("saelab-open");
   });
-  return grid;
+  copiesAsText(grid, signal);
+  return {
+    element: grid,
+    mode(next) {
+      grid.dataset.mode = next;
+      for (const row of grid.querySelectorAll(".saelab-open")) row.classList.remove("saelab-open");
+    },
+    add(group) {
+      grid.append(rowgroup(group, view.max, shown));
+    },
+  };
 }
 
 function rowOf(target: EventTarget | null): HTMLElement | null {
@@ -71,6 +93,7 @@ function rowgroup(group: Group, scale: number, shown: Map<HTMLElement, Context>)
 
 function line(context: Context, scale: number): HTMLElement {
   const cells = tokenSpans(context, scale);
+  for (const [i, cell] of cells.entries()) if (Math.abs(i - context.peak) > SNIPPET) cell.dataset.far = "";
   const value = number(context.values[context.peak]);
   const place = `document ${integer(context.document)}, position ${integer(context.position)}`;
   const peak = tokenLabel(context.tokens[context.peak] ?? "");

@@ -20,6 +20,7 @@ const SORTS: [Sort, string][] = [
   ["best", "most readable"],
   ["density", "density"],
   ["max", "max activation"],
+  ["norm", "norm at f_scale"],
 ];
 // Long enough to type a word without a query per letter, short enough to feel direct.
 const SEARCH_PAUSE_MS = 250;
@@ -35,8 +36,9 @@ export function controls(actions: ControlActions, signal: AbortSignal): Controls
   const search = h("input", {
     type: "search",
     class: "saelab-search",
-    placeholder: "search top tokens",
-    "aria-label": "Search features by token",
+    placeholder: "token, density>0.1%, norm<20, label:word",
+    title: "Text among top tokens; density, norm, max, mean, count with > or <; label: text of your notes",
+    "aria-label": "Search features",
     spellcheck: "false",
     autocomplete: "off",
   });
@@ -81,7 +83,7 @@ export function controls(actions: ControlActions, signal: AbortSignal): Controls
 
   const element = h(
     "div",
-    { class: "saelab-controls" },
+    { class: "saelab-controls", "data-needs": "model" },
     h("div", { class: "saelab-stepper", role: "group", "aria-label": "Open a feature" }, previous, id, next),
     total,
     search,

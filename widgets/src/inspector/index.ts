@@ -1,85 +1,104 @@
 // FeatureInspector: a search, a list of features, and one feature in detail.
-import type { AnyModel, RenderProps } from "@anywidget/types";
 import { h } from "../shared/dom";
-import { guardKeys } from "../shared/keyboard";
+import { type FrozenModel, freezer } from "../shared/frozen";
 import { onChange, send } from "../shared/model";
-import { followTheme } from "../shared/theme";
+import { panel, widget } from "../shared/panel";
+import type { Mode } from "./contexts";
 import { controls } from "./controls";
-import { pane } from "./pane";
+import { frozenInspector } from "./frozen";
+import { noteEditor } from "./note";
+import { type Pane, pane } from "./pane";
 import { results } from "./results";
-import type { Sort, State } from "./types";
+import { trial } from "./trial";
+import type { PairView, Sort, State } from "./types";
 
-function render({ model, el }: Pick<RenderProps<State>, "model" | "el">): () => void {
-  const view = new AbortController(); // ends every listener of this view
-  inspector(model, el, view.signal);
-  return () => view.abort();
-}
-
-function inspector(model: AnyModel<State>, el: HTMLElement, signal: AbortSignal): void {
-  const alert = h("div", { class: "saelab-error", role: "alert", hidden: true });
+const inspector = widget<State>((model, el, signal) => {
+  const frame = panel(model, el, "inspector", "Feature inspector", signal);
+  const { root, call, complain } = frame;
   const detail = h("div", { class: "saelab-detail", "aria-live": "off" });
-  const root = h("div", { class: "saelab saelab-inspector", role: "region", "aria-label": "Feature inspector" });
-
-  const complain = (message: string) => {
-    alert.textContent = message;
-    alert.hidden = message === "";
-  };
+  const says = h("div", { class: "saelab-sr", role: "status" });
+  let asked = 0;
   const ready = (yes: boolean) => {
-    root.dataset.ready = yes ? "1" : "0";
+    frame.ready(yes);
     detail.setAttribute("aria-busy", String(!yes));
   };
   // A view belongs to the feature asked for, or is still on its way from Python.
   const settle = () => ready(model.get("view").feature === model.get("feature"));
   const ask = (values: Partial<State>) => {
     complain("");
+    asked = performance.now();
     ready(false);
     send(model, values);
   };
   const open = (feature: number) => {
     if (feature !== model.get("feature")) ask({ feature });
   };
-  const search = (query: string) => ask({ query });
-  const sort = (by: Sort) => ask({ sort: by });
-  const bar = controls({ open, search, sort, complain }, signal);
+  const bar = controls({ open, search: (query) => ask({ query }), sort: (by: Sort) => ask({ sort: by }), complain }, signal);
+  bar.element.append(frame.codeButton);
   const list = results(open, signal);
+
+  let mode: Mode = "stacked";
+  let here: Pane | undefined;
+  const note = noteEditor((feature, { label, text }) => call("write_note", { feature, label, text }), signal);
+  const typed = trial(call, (value) => here?.tried(value), (value) => here?.hover(value), signal);
 
   let shown = new AbortController(); // ends the listeners of the feature on show
   signal.addEventListener("abort", () => shown.abort());
   const showFeature = () => {
     const view = model.get("view");
+    const pair = model.get("pair");
     complain(model.get("error")); // a complaint about what was typed before is over
-    const hadFocus = detail.contains((root.getRootNode() as Document | ShadowRoot).activeElement);
+    const focus = (root.getRootNode() as Document | ShadowRoot).activeElement;
+    const kept = [note.element, typed.element].some((part) => part.contains(focus));
+    const hadFocus = detail.contains(focus) && !kept;
     shown.abort();
     shown = new AbortController();
     bar.show(view.feature, view.d_sae);
     list.select(view.feature);
-    detail.replaceChildren(...pane(view, open, shown.signal));
+    note.show(view.feature, model.get("note"));
+    here = pane(
+      {
+        view,
+        pair: "cosine" in pair ? (pair as PairView) : null,
+        note: model.get("note"),
+        overview: model.get("overview"),
+        live: model.get("live"),
+        pinned: model.get("pinned") === view.feature,
+        mode,
+        open,
+        pin: () => send(model, { pinned: model.get("pinned") === view.feature ? null : view.feature }),
+        edit: (kind) => void call<string>("add_edit", { kind }).then((text) => (says.textContent = text)),
+        setMode: (next) => (mode = next),
+        call,
+        trial: typed.element,
+        noteEditor: note.element,
+      },
+      shown.signal,
+    );
+    detail.replaceChildren(...here.parts);
+    if (kept) (focus as HTMLElement).focus({ preventScroll: true });
+    typed.feature(view.feature, view.max);
     // The focused button is gone: keep the focus inside, else the next key goes to the notebook.
     if (hadFocus) detail.querySelector<HTMLElement>("h3")?.focus({ preventScroll: true });
     root.dataset.feature = String(view.feature);
     settle();
+    if (asked) requestAnimationFrame(() => setTimeout(() => (root.dataset.openMs = (performance.now() - asked).toFixed(0))));
   };
   const showResults = () => {
     bar.showSearch(model.get("query"), model.get("sort"));
     list.show(model.get("results"), model.get("results_note"));
     settle();
   };
-  const showError = () => {
-    complain(model.get("error"));
-    ready(true); // after an error nothing more will come
-  };
-
-  guardKeys(root, signal);
-  followTheme(root, signal);
-  root.append(bar.element, alert, h("div", { class: "saelab-body" }, list.element, detail));
-  el.append(root);
+  root.append(bar.element, h("div", { class: "saelab-body" }, list.element, detail), says);
   onChange(model, ["feature"], settle, signal);
-  onChange(model, ["view"], showFeature, signal);
+  onChange(model, ["view", "pair"], showFeature, signal);
+  onChange(model, ["pinned"], () => model.get("pinned") === null && showFeature(), signal);
+  onChange(model, ["note"], () => note.show(model.get("view").feature, model.get("note")), signal);
   onChange(model, ["results", "results_note"], showResults, signal);
-  onChange(model, ["error"], showError, signal);
-  showError();
+  onChange(model, ["error"], () => ready(true), signal); // after an error nothing more will come
   showResults();
   showFeature();
-}
+});
 
-export default { render };
+export const freeze = freezer(inspector, (model: FrozenModel) => frozenInspector(model));
+export default inspector;

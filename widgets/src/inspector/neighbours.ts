@@ -1,26 +1,38 @@
-// Features whose decoder rows point the same way; a click opens one.
+// Features that point the same way, and features that fire on the same tokens; a click opens one.
 import { h } from "../shared/dom";
-import { number } from "../shared/format";
+import { integer, number } from "../shared/format";
+import type { FeatureView } from "./types";
 
-export function neighbours(
-  rows: [number, number][],
-  open: (feature: number) => void,
-  signal: AbortSignal,
-): HTMLElement {
-  const buttons = rows.map(([feature, cosine]) => {
-    const button = h(
-      "button",
-      { type: "button", class: "saelab-neighbour", "aria-label": `Open feature ${feature}, cosine ${number(cosine)}` },
-      h("span", {}, String(feature)),
-      h("small", {}, number(cosine)),
+const COFIRING = 10;
+
+export function neighbours(view: FeatureView, open: (feature: number) => void, signal: AbortSignal): HTMLElement {
+  const near = view.neighbours.map(([feature, cosine]) => [feature, number(cosine), `cosine ${number(cosine)}`] as const);
+  const together = view.cofiring
+    .slice(0, COFIRING)
+    .map(([feature, jaccard, both]) => [feature, number(jaccard), `Jaccard ${number(jaccard)}, ${integer(both)} tokens`] as const);
+  const group = (title: string, unit: string, rows: (readonly [number, string, string])[]) =>
+    h(
+      "section",
+      { class: "saelab-neighbours", "aria-label": title, "data-needs": "model" },
+      h("h4", {}, `${title} `, h("small", {}, unit)),
+      h("div", {}, ...rows.map(([feature, value, meaning]) => button(feature, value, meaning, open, signal))),
+      rows.length === 0 ? h("small", {}, "none") : null,
     );
-    button.addEventListener("click", () => open(feature), { signal });
-    return button;
-  });
   return h(
-    "section",
-    { class: "saelab-neighbours", "aria-label": "Nearest decoder rows" },
-    h("h4", {}, "Nearest decoder rows ", h("small", {}, "cosine")),
-    h("div", {}, ...buttons),
+    "div",
+    { class: "saelab-row" },
+    group("Nearest decoder rows", "cosine", near),
+    group("Fires together with", "Jaccard index of tokens", together),
   );
+}
+
+function button(feature: number, value: string, meaning: string, open: (feature: number) => void, signal: AbortSignal): HTMLElement {
+  const it = h(
+    "button",
+    { type: "button", class: "saelab-neighbour", title: meaning, "aria-label": `Open feature ${feature}, ${meaning}` },
+    h("span", {}, String(feature)),
+    h("small", {}, value),
+  );
+  it.addEventListener("click", () => open(feature), { signal });
+  return it;
 }

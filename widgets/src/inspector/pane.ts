@@ -1,17 +1,50 @@
 // One feature: everything right of the list. Rebuilt whenever Python sends another view.
 import { h } from "../shared/dom";
 import { integer, number, percent } from "../shared/format";
-import { histogram } from "../shared/histogram";
+import { type Bins, histogram } from "../shared/histogram";
+import type { Call } from "../shared/rpc";
 import { tokenLabel, valueText } from "../shared/tokens";
-import { contexts, type Hovered } from "./contexts";
+import { type Contexts, contexts, type Hovered, type Mode } from "./contexts";
+import { comparison } from "./compare";
 import { lens } from "./lens";
 import { neighbours } from "./neighbours";
 import { heading, stats } from "./stats";
-import type { FeatureView } from "./types";
+import type { Context, FeatureView, Note, PairView } from "./types";
 
 const HINT = "hover a token, or use the arrow keys";
+const MODES: [Mode, string][] = [
+  ["stacked", "stacked"],
+  ["snippet", "snippets"],
+  ["full", "full text"],
+];
 
-export function pane(view: FeatureView, open: (feature: number) => void, signal: AbortSignal): HTMLElement[] {
+export interface PaneOptions {
+  view: FeatureView;
+  note: Note;
+  pair: PairView | null;
+  overview: Bins;
+  live: boolean;
+  pinned: boolean;
+  mode: Mode;
+  open(feature: number): void;
+  pin(): void;
+  edit(kind: "steer" | "ablate"): void;
+  setMode(mode: Mode): void;
+  call: Call;
+  /** Parts that outlive the feature: what was typed stays. */
+  trial: HTMLElement;
+  noteEditor: HTMLElement;
+}
+
+export interface Pane {
+  parts: HTMLElement[];
+  /** A marker for the value under the pointer in the tried text, and one for its largest. */
+  tried(largest: number | null): void;
+  hover(value: number | null): void;
+}
+
+export function pane(options: PaneOptions, signal: AbortSignal): Pane {
+  const { view } = options;
   const unit = view.f_scale > 0 ? { name: "f_scale", value: view.f_scale } : undefined;
   const plot = histogram(view.histogram, unit);
   const alive = view.groups.some((group) => group.contexts.length > 0);
@@ -20,9 +53,11 @@ export function pane(view: FeatureView, open: (feature: number) => void, signal:
     plot.mark(at?.value ?? null);
     readout.textContent = at === null ? HINT : describe(at, view.max);
   };
-  return [
-    heading(view),
+  const parts = [
+    heading(view, options.live ? "" : options.note.label, ...actions(options, signal)),
+    options.live ? options.noteEditor : null,
     stats(view),
+    options.pair && comparison(view, options.pair, options.open, signal),
     h(
       "div",
       { class: "saelab-row" },
@@ -32,19 +67,84 @@ export function pane(view: FeatureView, open: (feature: number) => void, signal:
         h("h4", {}, "Activations ", h("small", {}, "log counts, silent tokens left out")),
         plot.element,
         readout,
+        density(options.overview, view),
       ),
       lens(view),
     ),
-    h(
-      "section",
-      { "aria-label": "Contexts" },
-      h("h4", {}, "Contexts ", alive ? h("small", {}, "click a line for its whole text") : null),
-      alive
-        ? contexts(view, hover, signal)
-        : h("p", { class: "saelab-dim" }, `It fires on none of these ${integer(view.tokens_seen)} tokens.`),
-    ),
-    neighbours(view.neighbours, open, signal),
+    options.live ? options.trial : null,
+    alive ? texts(options, hover, signal) : silent(view),
+    neighbours(view, options.open, signal),
   ];
+  return {
+    parts: parts.filter((part): part is HTMLElement => part !== null),
+    tried: (largest) => plot.pin(largest),
+    hover: (value) => plot.mark(value),
+  };
+}
+
+function actions(options: PaneOptions, signal: AbortSignal): HTMLElement[] {
+  const { feature } = options.view;
+  const make = (label: string, title: string, run: () => void, pressed?: boolean) => {
+    const button = h(
+      "button",
+      { type: "button", title, "data-needs": "kernel", "aria-pressed": pressed === undefined ? null : String(pressed) },
+      label,
+    );
+    button.addEventListener("click", run, { signal });
+    return button;
+  };
+  if (!options.live) return [];
+  return [
+    make("Steer", `Put sl.Steer of feature ${feature} on the session's edits`, () => options.edit("steer")),
+    make("Ablate", `Put sl.Ablate of feature ${feature} on the session's edits`, () => options.edit("ablate")),
+    make(options.pinned ? "Unpin" : "Pin", "Compare other features with this one", options.pin, options.pinned),
+  ];
+}
+
+/** Where this feature stands among all: log10 of density. */
+function density(overview: Bins, view: FeatureView): HTMLElement {
+  const plot = histogram(overview, undefined, { what: "features", axis: "log10 density" });
+  if (view.density > 0) plot.pin(Math.log10(view.density));
+  return h("div", { class: "saelab-density" }, h("small", {}, "density of all live features; marked: this one"), plot.element);
+}
+
+function texts(options: PaneOptions, hover: (at: Hovered | null) => void, signal: AbortSignal): HTMLElement {
+  const shown: Contexts = contexts(options.view, options.mode, hover, signal);
+  const mode = h("select", { "aria-label": "How contexts are shown" }, ...MODES.map(([value, label]) => h("option", { value, selected: value === options.mode }, label)));
+  mode.addEventListener(
+    "change",
+    () => {
+      shown.mode(mode.value as Mode);
+      options.setMode(mode.value as Mode);
+    },
+    { signal },
+  );
+  const weakest = h("button", { type: "button", "data-needs": "kernel" }, "Show the weakest too");
+  weakest.addEventListener(
+    "click",
+    async () => {
+      weakest.disabled = true;
+      const found = await options.call<Context[]>("weakest", {}, { signal });
+      shown.add({ label: "bottom: the smallest activations", contexts: found });
+      weakest.hidden = true;
+    },
+    { signal },
+  );
+  return h(
+    "section",
+    { "aria-label": "Contexts" },
+    h("div", { class: "saelab-bar-row" }, h("h4", {}, "Contexts ", h("small", {}, "click a line for its whole text")), mode, options.live ? weakest : null),
+    shown.element,
+  );
+}
+
+function silent(view: FeatureView): HTMLElement {
+  return h(
+    "section",
+    { "aria-label": "Contexts" },
+    h("h4", {}, "Contexts"),
+    h("p", { class: "saelab-dim" }, `It fires on none of these ${integer(view.tokens_seen)} tokens.`),
+  );
 }
 
 function describe(at: Hovered, max: number): string {

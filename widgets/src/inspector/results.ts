@@ -39,7 +39,7 @@ export function results(open: (feature: number) => void, signal: AbortSignal): R
     if (stop) makeTabStop(list, stop);
   };
   return {
-    element: h("section", { class: "saelab-side", "aria-label": "Feature list" }, note, list),
+    element: h("section", { class: "saelab-side", "aria-label": "Feature list", "data-needs": "model" }, note, list),
     show(rows, text) {
       note.textContent = text;
       list.replaceChildren(...rows.map(option));
@@ -64,10 +64,11 @@ function option(row: Row): HTMLElement {
       "data-row": true,
       "data-cell": true,
       "data-feature": row.feature,
-      "aria-label": `Feature ${row.feature}, density ${percent(row.density)}, max ${number(row.max)}, fires on ${tokens}`,
+      "aria-label": `Feature ${row.feature}, density ${percent(row.density)}, max ${number(row.max)}, fires on ${tokens}${row.label ? `, label ${row.label}` : ""}`,
     },
     h("span", { class: "saelab-result-id" }, String(row.feature)),
     h("span", { class: "saelab-result-numbers" }, `${percent(row.density)} · max ${number(row.max)}`),
+    row.label ? h("span", { class: "saelab-result-label" }, row.label) : null,
     h("span", { class: "saelab-result-tokens" }, ...row.tokens.map(tokenChip)),
   );
 }

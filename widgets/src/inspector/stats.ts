@@ -6,13 +6,15 @@ import type { FeatureView } from "./types";
 
 const PEAK_TOKENS = 6;
 
-export function heading(view: FeatureView): HTMLElement {
+export function heading(view: FeatureView, label: string, ...buttons: HTMLElement[]): HTMLElement {
   return h(
     "div",
     { class: "saelab-heading" },
     // Focus comes here when the control that opened the feature is redrawn.
     h("h3", { tabindex: -1 }, `Feature ${view.feature}`),
+    label ? h("em", { class: "saelab-result-label" }, label) : null,
     h("span", { class: "saelab-peaks" }, ...peakTokens(view).map(tokenChip)),
+    h("span", { class: "saelab-actions" }, ...buttons),
   );
 }
 

@@ -27,6 +27,30 @@ export interface FeatureView {
   suppressed: [string, number][];
   lens_note: string;
   neighbours: [number, number][];
+  /** feature, Jaccard index, tokens on which both fire */
+  cofiring: [number, number, number][];
+}
+
+export interface Note {
+  label: string;
+  text: string;
+}
+
+export interface Scored extends Strip {
+  feature: number;
+}
+
+type Kept = "feature" | "density" | "count" | "mean" | "max" | "f_scale" | "promoted" | "suppressed" | "lens_note";
+
+export interface PairView {
+  features: [number, number];
+  cosine: number;
+  both: number;
+  only: [number, number];
+  jaccard: number;
+  view: Pick<FeatureView, Kept>;
+  tokens: string[];
+  tokens_here: string[];
 }
 
 export interface Row {
@@ -34,9 +58,10 @@ export interface Row {
   density: number;
   max: number;
   tokens: string[];
+  label: string;
 }
 
-export type Sort = "best" | "density" | "max";
+export type Sort = "best" | "density" | "max" | "norm";
 
 export type State = {
   feature: number;
@@ -45,5 +70,11 @@ export type State = {
   results: Row[];
   results_note: string;
   view: FeatureView;
+  note: Note;
+  pinned: number | null;
+  /** Empty: nothing is compared. */
+  pair: PairView | Record<string, never>;
+  overview: Bins;
+  live: boolean;
   error: string;
 };

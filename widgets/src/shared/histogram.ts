@@ -11,13 +11,25 @@ export interface Histogram {
   element: HTMLElement;
   /** Show where `value` lies; null takes the marker away. */
   mark(value: number | null): void;
+  /** A second marker that stays; null takes it away. */
+  pin(value: number | null): void;
+}
+
+export interface Counted {
+  /** What is counted, and along what. */
+  what: string;
+  axis: string;
 }
 
 const WIDTH = 400;
 const HEIGHT = 100;
 
 /** Bars on a log count axis; `reference` is an optional named value drawn as a dashed line. */
-export function histogram(bins: Bins, reference?: { name: string; value: number }): Histogram {
+export function histogram(
+  bins: Bins,
+  reference?: { name: string; value: number },
+  counted: Counted = { what: "tokens", axis: "activations" },
+): Histogram {
   const low = bins.edges[0] ?? 0;
   const high = bins.edges.at(-1) ?? 1;
   const span = high - low || 1;
@@ -32,11 +44,12 @@ export function histogram(bins: Bins, reference?: { name: string; value: number 
     return svg(
       "rect",
       { class: "saelab-bar", x: left, y: HEIGHT - tall, width: Math.max(0, right - left - 1), height: tall },
-      svg("title", {}, `${number(bins.edges[i])} to ${number(bins.edges[i + 1])}: ${integer(count)} tokens`),
+      svg("title", {}, `${number(bins.edges[i])} to ${number(bins.edges[i + 1])}: ${integer(count)} ${counted.what}`),
     );
   });
   const marker = vertical("saelab-marker");
-  marker.setAttribute("visibility", "hidden");
+  const pinned = vertical("saelab-pinned");
+  for (const line of [marker, pinned]) line.setAttribute("visibility", "hidden");
   const dashed = reference && Number.isFinite(reference.value) ? vertical("saelab-reference") : null;
   if (dashed && reference) place(dashed, x(reference.value));
 
@@ -48,10 +61,11 @@ export function histogram(bins: Bins, reference?: { name: string; value: number 
       viewBox: `0 0 ${WIDTH} ${HEIGHT}`,
       preserveAspectRatio: "none",
       role: "img",
-      "aria-label": `Histogram of ${integer(total)} activations from ${number(low)} to ${number(high)}, log counts`,
+      "aria-label": `Histogram of ${integer(total)} ${counted.axis === "activations" ? counted.axis : counted.what + " by " + counted.axis} from ${number(low)} to ${number(high)}, log counts`,
     },
     ...bars,
     dashed,
+    pinned,
     marker,
   );
   const element = h(
@@ -68,6 +82,11 @@ export function histogram(bins: Bins, reference?: { name: string; value: number 
   );
   return {
     element,
+    pin(value) {
+      const shown = value !== null && value >= low;
+      pinned.setAttribute("visibility", shown ? "visible" : "hidden");
+      if (shown) place(pinned, x(value));
+    },
     mark(value) {
       const shown = value !== null && value > 0;
       marker.setAttribute("visibility", shown ? "visible" : "hidden");

@@ -36,7 +36,7 @@ export function panel<T extends { error: string } & Record<string, unknown>>(
   signal: AbortSignal,
 ): Panel {
   const alert = h("div", { class: "saelab-error", role: "alert", hidden: true });
-  const lost = h("div", { class: "saelab-caution saelab-lost", role: "status", hidden: true }, LOST);
+  const lost = h("div", { class: "saelab-lost", role: "status", hidden: true }, LOST);
   const code = h("div", { class: "saelab-code", hidden: true });
   const root = h("div", { class: `saelab saelab-${name}`, role: "region", "aria-label": label }, lost, alert, code);
 

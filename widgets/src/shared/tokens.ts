@@ -108,7 +108,8 @@ export function copiesAsText(root: HTMLElement, signal: AbortSignal): void {
       const selection = document.getSelection();
       if (!selection || selection.isCollapsed || !event.clipboardData) return;
       const spans = [...root.querySelectorAll<HTMLElement>("[data-text]")];
-      const text = spans.filter((span) => selection.containsNode(span, true)).map((span) => span.dataset.text ?? "");
+      const range = selection.getRangeAt(0);
+      const text = spans.filter((span) => range.intersectsNode(span)).map((span) => span.dataset.text ?? "");
       if (text.length === 0) return;
       event.clipboardData.setData("text/plain", text.join(""));
       event.preventDefault();

@@ -1,0 +1,94 @@
+"""Selection, edit stack and session: linked, iterable where edits go, whole on disk."""
+
+import pytest
+import torch
+import traitlets
+
+import sae_lab as sl
+from sae_lab.widgets import EditStack, Selection, Session
+
+TEXT = "The river rose in March."
+
+
+def test_a_selection_is_picked_at_once():
+    selection, heard = Selection(), []
+    selection.observe(lambda change: heard.append(selection.to_dict()))
+    selection.pick(feature=7, site="resid_post-1", token=2)
+    assert all(h == {"prompt": "", "token": 2, "feature": 7, "site": "resid_post-1"} for h in heard) and heard
+    assert repr(selection) == "Selection(token=2, feature=7, site='resid_post-1')"
+    with pytest.raises(ValueError, match="no layer"):
+        selection.pick(layer=3)
+    with pytest.raises(traitlets.TraitError):
+        selection.token = -1
+
+
+def test_a_stack_gives_the_edits_that_are_on(lab):
+    stack = EditStack([sl.Ablate(lab.sae, 1)])
+    key = stack.add(sl.Steer(lab.sae, 2, strength=3.0), on=False)
+    assert [type(e).__name__ for e in stack] == ["Ablate"] and len(stack) == 1
+    stack.switch(key, True)
+    assert len(list(stack)) == 2 and repr(stack) == "EditStack(2 of 2 on)"
+    stack.replace(key, sl.Steer(lab.sae, 2, strength=-1.0))
+    assert [row["code"] for row in stack.rows] == ["sl.Ablate(sae, 1)", "sl.Steer(sae, 2, strength=-1.0)"]
+    assert torch.equal(lab.lm.logits(TEXT, edits=stack), lab.lm.logits(TEXT, edits=list(stack)))
+    stack.remove(key)
+    with pytest.raises(ValueError, match="has no edit"):
+        stack.remove(key)
+    with pytest.raises(ValueError, match="holds edits"):
+        stack.add("Steer")
+    stack.clear()
+    assert list(stack) == [] and "No edits" in stack._html()
+
+
+def test_the_stack_answers_the_screen(lab, screen):
+    stack = EditStack([sl.Ablate(lab.sae, 1), sl.Ablate(lab.sae, 2)])
+    view = screen(stack)
+    assert view.call("switch", key=0, on=False)[0] == "done"
+    assert [row["on"] for row in stack.rows] == [False, True]
+    assert view.call("remove", key=1)[0] == "done"
+    assert view.call("remove", key=1)[0] == "error"
+
+
+def test_the_stack_as_code_gives_the_same_edits(lab):
+    stack = EditStack([sl.Ablate(lab.sae, 1), sl.Steer(lab.sae, [2, 3], strength=0.5, positions=slice(1, 4))])
+    scope = {}
+    exec(stack.code(), scope)
+    here, there = lab.lm.logits(TEXT, edits=stack), lab.lm.logits(TEXT, edits=scope["edits"])
+    assert torch.equal(here, there)
+
+
+def test_a_session_survives_its_file(lab, tmp_path):
+    session = Session(notes="<b>rivers</b> 👩‍🚀")
+    session.selection.pick(prompt=TEXT, token=3, feature=2, site=lab.sae.site.key)
+    session.edits.add(sl.Steer(lab.sae, 2, strength=1.5, positions=[1, 2]))
+    session.edits.add(sl.Ablate(lab.sae, 4), on=False)
+    path = session.save(tmp_path / "session.json")
+    for coders in ([], [lab.sae]):
+        again = Session.load(path, coders)
+        assert again.selection.to_dict() == session.selection.to_dict() and again.notes == session.notes
+        assert [(repr(e), on) for _, e, on in again.edits.entries()] == [
+            (repr(e), on) for _, e, on in session.edits.entries()
+        ]
+        assert (next(iter(again.edits)).coder is lab.sae) == bool(coders)
+        assert torch.equal(lab.lm.logits(TEXT, edits=again.edits), lab.lm.logits(TEXT, edits=session.edits))
+    assert repr(again).startswith("Session(Selection(prompt='The river")
+
+
+def test_what_cannot_be_kept_is_refused_and_the_file_stays(lab, tmp_path):
+    session = Session()
+    path = session.save(tmp_path / "session.json")
+    before = path.read_bytes()
+    session.edits.add(sl.Ablate(sl.TopK(48, 96, 5).eval(), 1))
+    with pytest.raises(ValueError, match=r"sae\.save\(path\)"):
+        session.save(path)
+    assert path.read_bytes() == before
+
+
+LATER = '{"sae_lab session": 99, "selection": {}, "edits": [], "notes": ""}'
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", LATER])
+def test_what_is_no_session_is_refused(tmp_path, content):
+    (tmp_path / "x.json").write_text(content)
+    with pytest.raises(ValueError, match="session"):
+        Session.load(tmp_path / "x.json")
