@@ -51,14 +51,17 @@ export function panel<T extends { error: string } & Record<string, unknown>>(
     const gone = state === "lost" ? "[data-needs]" : '[data-needs="kernel"]';
     for (const part of root.querySelectorAll<HTMLElement>("[data-needs]")) part.inert = state !== "live" && part.matches(gone);
   };
-  const loseIt = () => {
-    if (state !== "live") return;
-    state = "lost";
+  // What is drawn later rests too.
+  const watch = () => {
     rest();
-    // What is drawn later rests too.
     const observer = new MutationObserver(rest);
     observer.observe(root, { childList: true, subtree: true });
     signal.addEventListener("abort", () => observer.disconnect());
+  };
+  const loseIt = () => {
+    if (state !== "live") return;
+    state = "lost";
+    watch();
   };
   // The widget managers of JupyterLab and its kin say so when the kernel restarts; anywidget passes it on.
   const events = ["comm_live_update", "comm:close"] as unknown as "msg:custom"[];
@@ -66,7 +69,8 @@ export function panel<T extends { error: string } & Record<string, unknown>>(
     model.on(event, loseIt);
     signal.addEventListener("abort", () => model.off(event, loseIt));
   }
-  rest();
+  if (state === "frozen") watch();
+  else rest();
 
   const ask = caller(model, signal);
   const call: Call = (method, args, options) => {

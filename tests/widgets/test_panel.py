@@ -1,0 +1,114 @@
+"""What all widgets share, on the smallest of them: calls, work beside the kernel, closing, pages, static form."""
+
+import json
+import threading
+import time
+
+import pytest
+import torch
+
+import sae_lab as sl
+from sae_lab.widgets import EditStack
+from sae_lab.widgets.coding import coder_line, expression, name_of
+from sae_lab.widgets.panel import Job, beside, quick
+
+
+class Counter(EditStack):
+    """A panel with calls of every kind."""
+
+    @quick
+    def grad(self) -> bool:
+        return torch.is_grad_enabled()
+
+    @beside
+    def count(self, job: Job, to: int) -> int:
+        for i in range(to):
+            job.partial(i)
+            time.sleep(0.002)
+        return to
+
+    @beside
+    def thread(self, job: Job) -> bool:
+        return threading.current_thread() is threading.main_thread() or torch.is_grad_enabled()
+
+    @quick
+    def fail(self) -> None:
+        raise KeyError("inside")
+
+
+@pytest.fixture
+def counter():
+    return Counter()
+
+
+def test_a_call_brings_pieces_then_its_end(counter, screen):
+    view = screen(counter)
+    number = view.start("count", to=3)
+    assert view.wait(number) == ("done", 3)
+    assert [r["value"] for r in view.of(number, "partial")] == [0, 1, 2]
+    assert counter._jobs == {}
+
+
+def test_work_runs_on_another_thread_without_gradients(counter, screen):
+    assert torch.is_grad_enabled()
+    assert screen(counter).call("grad") == ("done", False)
+    assert screen(counter).call("thread") == ("done", False)
+    assert torch.is_grad_enabled()
+
+
+def test_a_cancelled_call_stops(counter, screen):
+    view = screen(counter)
+    number = view.start("count", to=100_000)
+    while not view.of(number, "partial"):
+        time.sleep(0.002)
+    view.cancel(number)
+    assert view.wait(number) == ("cancelled", None)
+    assert len(view.of(number, "partial")) < 1000
+
+
+def test_an_error_is_told_and_breaks_nothing(counter, screen, caplog):
+    view = screen(counter)
+    assert view.call("fail") == ("error", "KeyError: 'inside'")
+    assert "a call from the screen failed" in caplog.text
+    assert view.call("count", to=1) == ("done", 1)
+    assert view.call("count", wrong=1)[0] == "error"
+    counter._on_message(counter, "nonsense", [])
+    counter._on_message(counter, {"cancel": 99}, [])
+
+
+def test_closing_stops_what_runs(counter, screen):
+    view = screen(counter)
+    view.start("count", to=100_000)
+    time.sleep(0.02)
+    counter.close()
+    end = time.monotonic() + 5
+    while counter._jobs and time.monotonic() < end:
+        time.sleep(0.005)
+    assert counter._jobs == {}
+    counter.close()  # twice does no harm
+    assert set(counter._repr_mimebundle_()[0]) == {"text/html", "text/plain"}  # what it was can still be read
+
+
+def test_two_calls_at_once(counter, screen):
+    view = screen(counter)
+    numbers = [view.start("count", to=20) for _ in range(5)]
+    assert [view.wait(n) for n in numbers] == [("done", 20)] * 5
+
+
+def test_the_page_escapes_what_it_holds(lab, tmp_path):
+    stack = EditStack([sl.Ablate(lab.sae, 1)])
+    stack.rows = [stack.rows[0] | {"code": "</script><b>\u2028"}]
+    page = stack.to_html(tmp_path / "edits.html").read_text(encoding="utf-8")
+    state = page.split('id="state">')[1].split("</script>")[0]
+    assert json.loads(state)["rows"][0]["code"] == "</script><b>\u2028" and "<b>" not in state
+    assert set(json.loads(state)) == {"rows", "error"}
+
+
+def test_code_names_what_it_needs(lab):
+    fresh = sl.TopK(48, 96, 5).eval()
+    assert coder_line(fresh).startswith("# sae: your TopK, which lies nowhere yet")
+    assert coder_line(lab.sae, "mine") == f"mine = sl.load({lab.sae.path!r})"
+    assert name_of(lab, "lab") == "lab"  # outside a notebook there are no variables to find
+    edit = sl.Steer(lab.sae, [1, 2], strength=0.5, positions=slice(2, 4), rows=[0])
+    assert expression(edit) == "sl.Steer(sae, [1, 2], positions=slice(2, 4, None), rows=[0], strength=0.5)"
+    assert repr(eval(expression(edit), {"sl": sl, "sae": lab.sae})) == repr(edit)
