@@ -183,8 +183,9 @@ class Panel(anywidget.AnyWidget):
     def __repr__(self) -> str:
         raise NotImplementedError
 
-    def _repr_mimebundle_(self, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        static = {"text/html": self._html(), "text/plain": repr(self)}
-        bundle = super()._repr_mimebundle_(**kwargs) if self.comm is not None else None
-        data, metadata = bundle or ({}, {})  # a closed widget has only its static form
-        return {**data, **static}, metadata
+    def _repr_mimebundle_(self, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]] | None:
+        bundle = super()._repr_mimebundle_(**kwargs)
+        if bundle is None:  # it has no view
+            return None
+        data, metadata = bundle
+        return {**data, "text/html": self._html(), "text/plain": repr(self)}, metadata
