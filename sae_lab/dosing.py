@@ -1,8 +1,8 @@
 """sl.dose_response: what steering a feature buys and costs, beside controls that need no coder."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae_lab.edit import Push, Steer
+from sae_lab.feature_index.directions import extremes
 from sae_lab.lm.model import LM
+from sae_lab.lm.text import load_text
 from sae_lab.lm.tokens import pad
 from sae_lab.saes.base import SparseCoder
 
@@ -68,6 +70,23 @@ class DoseResponse:
         )
 
 
+def promoted(lm: LM, coder: SparseCoder, feature: int, n: int = 3) -> list[str]:
+    """The n single tokens that a feature's direction promotes most by the logit lens; none where the coder does not
+    write to the residual stream. At most ten are looked through for tokens that read back as themselves."""
+    site = coder.writes[0] if coder.writes else coder.site
+    found = lm.lens(coder.W_dec[[coder.feature(feature)]].detach(), site, of=extremes)
+    if found is None:
+        return []
+    ids = found["up_ids"][0].tolist()
+    texts = [(i, lm.tokenizer.decode([i])) for i in ids]
+    return [t for i, t in texts if lm.tokenizer(t, add_special_tokens=False)["input_ids"] == [i]][:n]
+
+
+def neutral_texts(n: int = 4, characters: int = 300) -> list[str]:
+    """The beginnings of held-out documents of the bundled text: texts to measure a cost on."""
+    return [document[:characters] for document in islice(load_text().held_out, n)]
+
+
 def _first_crossing(points: list[tuple[float, float]], cost: float) -> float:
     """The response at the smallest dose that costs so much; points in the order of doses."""
     for (c0, y0), (c1, y1) in pairwise(points):
@@ -88,6 +107,7 @@ def dose_response(
     examples: tuple[Sequence[str], Sequence[str]] | None = None,
     ask: str | None = None,
     seeds: int = 3,
+    progress: Callable[[int, int], None] | None = None,
 ) -> DoseResponse:
     """Steer a feature at several strengths: the target's log-odds and the cost in perplexity, beside controls.
 
@@ -102,6 +122,7 @@ def dose_response(
         target: a token, or several that count together; each must be one token of this model.
         text: other texts, on which the cost is measured, the same edit at every token.
         seeds: of random directions.
+        progress: is called with (measurements done, of how many) before each; what it raises ends the work.
 
     Raises ValueError for a target of more than one token, strengths that do not begin at 0 or fall, an empty list, a
     direction of no length, and what ``sl.Steer`` refuses.
@@ -112,12 +133,15 @@ def dose_response(
         raise ValueError("dose_response needs at least one prompt, one target, one other text and one seed")
     if not strengths or strengths[0] != 0 or any(b <= a for a, b in pairwise(strengths)):
         raise ValueError(f"strengths begin at 0, where nothing is changed, and rise, got {strengths}")
-    measure = _Measure(lm, prompts, text, _single_tokens(lm, targets))
+    ids = _single_tokens(lm, targets)
     Steer(coder, feature).writes(lm, lm.tokenize(prompts[0]))  # refuses what it must, before anything runs
     write = (coder.f_scale[feature] * coder.W_dec[feature]).detach().cpu()
+    methods = _directions(lm, coder, write, examples, seeds)
+    total = 1 + (len(strengths) - 1) * sum(map(len, methods.values())) + (ask is not None)
+    measure = _Measure(lm, prompts, text, ids, progress, total)
     clean = measure([])
     rows = []
-    for method, directions in _directions(lm, coder, write, examples, seeds).items():
+    for method, directions in methods.items():
         for strength in strengths:
             norm = strength * float(write.norm())
             results = [
@@ -173,10 +197,17 @@ def _single_tokens(lm: LM, targets: tuple[str, ...]) -> list[int]:
 class _Measure:
     """(log-odds of the target after each prompt, loss of each other text's tokens) under edits."""
 
-    def __init__(self, lm: LM, prompts: list[str], text: list[str], target: list[int]):
+    def __init__(
+        self, lm: LM, prompts: list[str], text: list[str], target: list[int],
+        progress: Callable[[int, int], None] | None, total: int,
+    ):  # fmt: skip
         self.lm, self.prompts, self.text, self.target = lm, prompts, text, target
+        self.progress, self.done, self.total = progress, 0, total
 
     def __call__(self, edits: list[Any], ask: str = "") -> tuple[Tensor, Tensor]:
+        if self.progress is not None:
+            self.progress(self.done, self.total)
+        self.done += 1
         batch = self.lm.tokenize([ask + p for p in self.prompts])
         last = batch.mask.sum(1) - 1
         logits = self.lm.logits([ask + p for p in self.prompts], edits=edits)

@@ -98,6 +98,48 @@ def test_at_equal_cost():
     assert "<table" in even._repr_html_()
 
 
+def test_progress_tells_every_measurement_and_may_end_it(tiny_lm, sae):
+    feature, heard = firing(tiny_lm, sae)[0], []
+
+    def measure(progress):
+        sl.dose_response(
+            tiny_lm, sae, feature, [PROMPT], " the", [OTHER], strengths=STRENGTHS, seeds=2,
+            examples=([PROMPT], [OTHER]), ask="Speak.", progress=progress,
+        )  # fmt: skip
+
+    measure(lambda done, total: heard.append((done, total)))
+    assert heard == [(i, 10) for i in range(10)]  # clean, asking, and two doses of four directions
+
+    def stop(done, total):
+        heard.append((done, total))
+        if done == 2:
+            raise InterruptedError
+
+    heard.clear()
+    with pytest.raises(InterruptedError):
+        measure(stop)
+    assert len(heard) == 3
+
+
+def test_promoted_tokens_are_the_lenss_and_single(tiny_lm, sae):
+    feature = firing(tiny_lm, sae)[0]
+    found = dosing.promoted(tiny_lm, sae, feature)
+    logits = tiny_lm.lens(sae.W_dec[[feature]].detach(), SITE)[0]
+    ids = [tiny_lm.tokenizer(t, add_special_tokens=False)["input_ids"] for t in found]
+    assert 1 <= len(found) <= 3 and all(len(i) == 1 for i in ids)
+    values = [float(logits[i[0]]) for i in ids]
+    assert values == sorted(values, reverse=True) and values[-1] >= float(logits.topk(10).values[-1])
+    assert sl.dose_response(tiny_lm, sae, feature, [PROMPT], found, [OTHER], strengths=[0.0]).target == tuple(found)
+    nowhere = make(tiny_lm, sl.Site("mlp_in", 1))
+    assert dosing.promoted(tiny_lm, nowhere, 0) == []
+
+
+def test_neutral_texts_are_held_out():
+    held_out = list(sl.load_text().held_out)
+    texts = dosing.neutral_texts(3, characters=100)
+    assert texts == [document[:100] for document in held_out[:3]]
+
+
 def test_its_picture(result):
     figure = sl.plot(result)
     left, right = figure.axes

@@ -1,5 +1,6 @@
-"""Comparison: what an edit did to one prompt, token by token."""
+"""Comparison: what an edit did to one prompt, token by token; and which tokens of two texts differ."""
 
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,6 +47,19 @@ class Comparison:
             table |= {name: without.tolist(), f"{name} edited": with_.tolist()}
         return pd.DataFrame(table)
 
+    def measures(self) -> dict[str, Float[Tensor, " pos"]]:
+        """What there is to say of each token, by name: "KL" (nats), "change of log-probability" (nats), "perplexity"
+        with and without edits (of that token given those before it), and each edited feature's activation."""
+        found = {
+            "KL": self.kl,
+            "change of log-probability": self.logprob_edited - self.logprob,
+            "perplexity with edits": torch.exp(-self.logprob_edited),
+            "perplexity without": torch.exp(-self.logprob),
+        }
+        for name, (without, with_) in self.features.items():
+            found |= {f"{name} with edits": with_, f"{name} without": without}
+        return found
+
     def _summary(self) -> str:
         changes = ", ".join(f"{t!r} {a:.2f} → {b:.2f}" for t, a, b in self.next)
         return (
@@ -83,3 +97,27 @@ def _of_the_tokens(logprobs: Float[Tensor, "pos vocab"], ids: Int[Tensor, " pos"
     own = torch.full((len(ids),), float("nan"))
     own[1:] = logprobs[:-1].gather(-1, ids[1:, None].cpu())[:, 0]
     return own
+
+
+def differing(before: Sequence[Hashable], after: Sequence[Hashable]) -> tuple[list[bool], list[bool]]:
+    """A diff: for each item of two sequences, whether it stands outside their longest common subsequence.
+
+    Among several longest ones, that which meets its items latest.
+    """
+    n, m = len(before), len(after)
+    common = [[0] * (m + 1) for _ in range(n + 1)]  # of the first i and the first j
+    for i, item in enumerate(before):
+        above, row = common[i], common[i + 1]
+        for j, other in enumerate(after):
+            row[j + 1] = above[j] + 1 if item == other else max(above[j + 1], row[j])
+    left, right = [True] * n, [True] * m
+    i, j = n, m
+    while i and j:
+        if before[i - 1] == after[j - 1]:
+            i, j = i - 1, j - 1
+            left[i] = right[j] = False
+        elif common[i - 1][j] >= common[i][j - 1]:
+            i -= 1
+        else:
+            j -= 1
+    return left, right

@@ -162,6 +162,7 @@ class Panel(anywidget.AnyWidget):
     def set_state(self, sync_data: dict[str, Any]) -> None:
         """Take state from the front end; what is refused is said in the panel, and the panel put right."""
         with self._lock:
+            self.error = ""  # a complaint about what was sent before is over: the same one may come again
             try:
                 super().set_state(sync_data)
             except traitlets.TraitError as error:

@@ -20,20 +20,33 @@ VERSION = 1
 
 class Selection(traitlets.HasTraits):
     """What is selected: a prompt, a token of it (its absolute position, 0 is the prefix), a feature, and the site that
-    the feature belongs to (``site.key``). Widgets that share one follow each other; observe it like any trait."""
+    the feature belongs to (``site.key``). Widgets that share one follow each other; observe it like any trait. Another
+    prompt takes the choice of a token away, unless one is picked with it."""
 
     prompt = traitlets.Unicode("")
     token = traitlets.Int(None, allow_none=True, min=0)
     feature = traitlets.Int(None, allow_none=True, min=0)
     site = traitlets.Unicode("")
+    _picking = False
 
     def pick(self, **what: Any) -> None:
         """Set several at once: observers hear when all of them stand."""
         if unknown := set(what) - set(self.to_dict()):
             raise ValueError(f"a selection has prompt, token, feature and site, no {', '.join(sorted(unknown))}")
-        with self.hold_trait_notifications():
-            for name, value in what.items():
-                setattr(self, name, value)
+        if what.get("prompt", self.prompt) != self.prompt:
+            what.setdefault("token", None)
+        self._picking = True
+        try:
+            with self.hold_trait_notifications():
+                for name, value in what.items():
+                    setattr(self, name, value)
+        finally:
+            self._picking = False
+
+    @traitlets.observe("prompt")
+    def _on_prompt(self, _change: object) -> None:
+        if not self._picking:
+            self.token = None
 
     def to_dict(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in ("prompt", "token", "feature", "site")}

@@ -1,5 +1,6 @@
 """FeatureInspector as a user has it: in JupyterLab, with a live kernel behind it."""
 
+import os
 import pathlib
 import statistics
 
@@ -11,7 +12,8 @@ from .lab import DARK, LIGHT, accessibility_faults, chromium, open_notebook, scr
 HERE = pathlib.Path(__file__).parent
 STAND_IN = HERE.parent / "widgets" / "standin.py"
 TINY = HERE / "tiny.py"
-ENV = {"PYTHONPATH": str(HERE.parents[1])}  # a kernel started elsewhere finds this checkout, installed or not
+# A kernel started elsewhere finds this checkout, installed or not; what else the path names stays.
+ENV = {"PYTHONPATH": os.pathsep.join(filter(None, [str(HERE.parents[1]), os.environ.get("PYTHONPATH")]))}
 
 
 @pytest.mark.browser

@@ -16,6 +16,14 @@ def test_a_selection_is_picked_at_once():
     selection.pick(feature=7, site="resid_post-1", token=2)
     assert all(h == {"prompt": "", "token": 2, "feature": 7, "site": "resid_post-1"} for h in heard) and heard
     assert repr(selection) == "Selection(token=2, feature=7, site='resid_post-1')"
+    selection.prompt = "another"
+    assert selection.token is None and selection.feature == 7  # a position of another text means nothing
+    selection.pick(token=3, prompt="a third")
+    assert selection.token == 3
+    selection.pick(prompt="a third", feature=1)
+    assert selection.token == 3
+    selection.pick(token=None, prompt="")
+    selection.pick(token=2)
     with pytest.raises(ValueError, match="no layer"):
         selection.pick(layer=3)
     with pytest.raises(traitlets.TraitError):

@@ -108,6 +108,14 @@ def test_the_comparison_is_that_of_compare(widget, tiny_lm, sae, live):
     json.dumps([widget.comparison], allow_nan=False)
 
 
+def test_an_edit_of_all_features_does_not_flood_the_screen(widget, sae, live):
+    widget.session.edits.add(sl.Patch(sae, OTHER, positions=[3]))
+    widget.add(live[1])
+    widget.run()
+    groups = list(dict.fromkeys(m["group"] for m in widget.comparison["measures"] if "#" in m["group"]))
+    assert len(groups) == 12 and groups[:2] == [f"{sae.site.key} #{f}" for f in live[:2]], "the sliders' come first"
+
+
 def test_without_edits_nothing_differs(tiny_lm, sae):
     widget = SteeringSliders(tiny_lm, sae, prompt=PROMPT, max_new_tokens=6)
     widget.run()
@@ -287,6 +295,10 @@ def test_settings_out_of_range(name, value, words, widget):
     assert getattr(widget, name) == before
     widget.set_state({name: value})  # from the screen: said there, and undone
     assert re.search(words, widget.error) and getattr(widget, name) == before
+    said = []
+    widget.observe(lambda change: said.append(change["new"]), "error")
+    widget.set_state({name: value})
+    assert said[0] == "" and re.search(words, said[-1]), "the same mistake is told again"
 
 
 @pytest.mark.parametrize(("prompt", "words"), [("", "the prompt is empty"), ("word " * 20_000, "reads at most 256")])

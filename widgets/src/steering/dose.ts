@@ -1,0 +1,76 @@
+// Dose and response of one feature, on demand: what it buys and what it costs, beside random directions.
+import { lineChart } from "../shared/chart";
+import { h } from "../shared/dom";
+import { tokenLabel } from "../shared/tokens";
+import type { Dose } from "./types";
+
+export interface DoseView {
+  element: HTMLElement;
+  show(dose: Dose, target: string[]): void;
+  progress(done: number, total: number): void;
+  /** Whether it is being measured. */
+  busy(yes: boolean): void;
+  /** The strength on the slider. */
+  mark(strength: number | null): void;
+}
+
+export interface DoseActions {
+  measure(): void;
+  stop(): void;
+  target(tokens: string[]): void;
+  /** A strength was chosen in a chart. */
+  choose(strength: number): void;
+}
+
+export function dose(actions: DoseActions, signal: AbortSignal): DoseView {
+  const button = h("button", { type: "button", "data-needs": "kernel" }, "Dose response");
+  const target = h("input", {
+    type: "text",
+    "aria-label": "Target tokens, | between them",
+    placeholder: "most promoted",
+    title: "Tokens whose log-odds are measured, with | between them; a leading space counts. Empty: those that the feature promotes most.",
+    spellcheck: "false",
+    autocomplete: "off",
+  });
+  const status = h("small", { role: "status" });
+  const size = { x: "strength", height: 80, width: 360, choose: (x: number) => actions.choose(x) };
+  const response = lineChart({ label: "Log-odds of the target", ...size }, signal);
+  const cost = lineChart({ label: "Cost on other text, nats/token", ...size }, signal);
+  const charts = h("div", { class: "saelab-dose-charts" }, response.element, cost.element);
+  const says = h("span", {});
+  const caption = h("p", { class: "saelab-dim" }, says, h("span", { "data-needs": "kernel" }, " Click a chart to take a strength."));
+  let measuring = false;
+
+  button.addEventListener("click", () => (measuring ? actions.stop() : actions.measure()), { signal });
+  target.addEventListener("change", () => actions.target(target.value === "" ? [] : target.value.split("|")), { signal });
+  return {
+    element: h(
+      "section",
+      { class: "saelab-dose", "aria-label": "Dose response" },
+      h("div", { class: "saelab-bar-row" }, button, h("label", { "data-needs": "kernel" }, "target ", target), status),
+      charts,
+      caption,
+    ),
+    show(dose, tokens) {
+      const series = dose.series ?? [];
+      charts.hidden = caption.hidden = series.length === 0;
+      response.show(series.map((s) => ({ name: s.name, x: s.strength, y: s.log_odds })));
+      cost.show(series.map((s) => ({ name: s.name, x: s.strength, y: s.cost })));
+      const names = (dose.target ?? []).map(tokenLabel).join(" or ");
+      says.textContent = `Feature ${dose.feature} alone: the next token after ${tokenLabel(dose.prompt ?? "")} is ${names}.`;
+      target.value = tokens.join("|");
+    },
+    progress(done, total) {
+      status.textContent = `measurement ${done + 1} of ${total}`;
+    },
+    busy(yes) {
+      measuring = yes;
+      button.textContent = yes ? "Stop measuring" : "Dose response";
+      if (!yes) status.textContent = "";
+    },
+    mark(strength) {
+      response.mark(strength);
+      cost.mark(strength);
+    },
+  };
+}

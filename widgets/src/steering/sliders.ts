@@ -1,0 +1,170 @@
+// One slider a feature, in units of f_scale.
+import { h } from "../shared/dom";
+import { number } from "../shared/format";
+import type { SliderRow } from "./types";
+
+export interface Sliders {
+  element: HTMLElement;
+  show(rows: SliderRow[], selected: number | null, d_sae: number): void;
+}
+
+export interface SliderActions {
+  /** Resolves when Python has taken it. */
+  strength(key: number, strength: number): Promise<unknown>;
+  switch(key: number, on: boolean): void;
+  remove(key: number): void;
+  select(feature: number): void;
+  add(feature: number): void;
+  complain(message: string): void;
+}
+
+const REACH = 4; // above 4 f_scale most text breaks; the number field takes any value
+const STEP = 0.25;
+const PAUSE_MS = 150;
+
+interface Line {
+  element: HTMLElement;
+  show(row: SliderRow, selected: boolean): void;
+}
+
+export function sliders(actions: SliderActions, signal: AbortSignal): Sliders {
+  const list = h("ul", { class: "saelab-sliders", "aria-label": "Sliders" });
+  const none = h("p", { class: "saelab-dim" }, "No sliders: add a feature by its number.");
+  const input = h("input", { type: "number", min: 0, step: 1, "aria-label": "Feature to add", placeholder: "feature" });
+  const add = h("button", { type: "button" }, "Add");
+  const addSelected = h("button", { type: "button", hidden: true });
+  const lines = new Map<number, Line & { end: AbortController }>();
+  let size = 0;
+  let picked: number | null = null;
+
+  const commit = () => {
+    const feature = Number(input.value);
+    if (input.value.trim() === "" || !Number.isInteger(feature) || feature < 0 || feature >= size) {
+      actions.complain(`feature must be an int from 0 to ${size - 1}, got “${input.value}”; type a number in that range`);
+      return;
+    }
+    actions.add(feature);
+    input.value = "";
+  };
+  add.addEventListener("click", commit, { signal });
+  input.addEventListener("keydown", (event) => event.key === "Enter" && commit(), { signal });
+  addSelected.addEventListener("click", () => picked !== null && actions.add(picked), { signal });
+
+  return {
+    element: h(
+      "section",
+      { class: "saelab-slider-box", "aria-label": "Sliders" },
+      h("h4", {}, "Steering ", h("small", {}, "strength in f_scale")),
+      list,
+      none,
+      h("div", { class: "saelab-add", "data-needs": "kernel" }, input, add, addSelected),
+    ),
+    show(rows, selected, d_sae) {
+      size = d_sae;
+      picked = selected;
+      input.max = String(d_sae - 1);
+      none.hidden = rows.length > 0;
+      // A row stays the same element while it is there: what is being dragged must not be replaced.
+      const keys = new Set(rows.map((row) => row.key));
+      for (const [key, line] of lines) {
+        if (keys.has(key)) continue;
+        const focused = line.element.contains((list.getRootNode() as Document | ShadowRoot).activeElement);
+        line.end.abort();
+        line.element.remove();
+        lines.delete(key);
+        if (focused) input.focus({ preventScroll: true }); // else the next key goes to the notebook
+      }
+      for (const row of rows) {
+        let line = lines.get(row.key);
+        if (!line) {
+          const end = new AbortController();
+          signal.addEventListener("abort", () => end.abort());
+          line = { ...slider(row, actions, end.signal), end };
+          lines.set(row.key, line);
+        }
+        if (list.children[rows.indexOf(row)] !== line.element) list.insertBefore(line.element, list.children[rows.indexOf(row)] ?? null);
+        line.show(row, row.features.length === 1 && row.features[0] === selected);
+      }
+      const there = rows.some((row) => row.features.length === 1 && row.features[0] === selected);
+      addSelected.hidden = selected === null || there;
+      addSelected.textContent = `Add selected (${selected})`;
+    },
+  };
+}
+
+function slider(first: SliderRow, actions: SliderActions, signal: AbortSignal): Line {
+  const name = first.features.join(" + ");
+  const box = h("input", { type: "checkbox", "aria-label": `Feature ${name} on`, "data-needs": "kernel" });
+  const title = h("button", { type: "button", class: "saelab-feature-name", title: "Make it the selected feature" }, name);
+  const amount = h("small", { class: "saelab-amount" });
+  const remove = h(
+    "button",
+    { type: "button", class: "saelab-remove", "aria-label": `Remove feature ${name}`, title: "Remove", "data-needs": "kernel" },
+    "×",
+  );
+  const label = `Strength of feature ${name}`;
+  const range = h("input", { type: "range", min: -REACH, max: REACH, step: STEP, "aria-label": label });
+  const exact = h("input", { type: "number", step: STEP, "aria-label": `${label}, exact` });
+  let row = first;
+  let asked = 0; // what was asked and not yet taken: its echo must not move the thumb back
+  let taken = 0;
+  let pause: ReturnType<typeof setTimeout> | undefined;
+  signal.addEventListener("abort", () => clearTimeout(pause));
+
+  const draw = (strength: number) => {
+    const absolute = row.scales.map((scale) => number(strength * scale)).join(", ");
+    amount.textContent = row.scales.every((scale) => scale > 0)
+      ? `${row.on ? "" : "off · "}${number(strength)} × ${row.scales.map(number).join(", ")} = ${absolute}`
+      : "no f_scale: it never fired";
+    range.setAttribute("aria-valuetext", `${number(strength)} f_scale, ${absolute}`);
+  };
+  const ask = (strength: number) => {
+    const mine = ++asked;
+    draw(strength);
+    clearTimeout(pause);
+    pause = setTimeout(() => void actions.strength(row.key, strength).then(() => (taken = Math.max(taken, mine))), PAUSE_MS);
+  };
+  range.addEventListener(
+    "input",
+    () => {
+      exact.value = range.value;
+      ask(Number(range.value));
+    },
+    { signal },
+  );
+  exact.addEventListener(
+    "input",
+    () => {
+      if (exact.value.trim() === "" || !Number.isFinite(Number(exact.value))) return;
+      range.value = exact.value;
+      ask(Number(exact.value));
+    },
+    { signal },
+  );
+  box.addEventListener("change", () => actions.switch(row.key, box.checked), { signal });
+  remove.addEventListener("click", () => actions.remove(row.key), { signal });
+  title.addEventListener("click", () => row.features[0] !== undefined && actions.select(row.features[0]), { signal });
+  const more = h("small", {});
+
+  return {
+    element: h(
+      "li",
+      { "data-key": first.key },
+      h("div", { class: "saelab-slider-head" }, box, title, amount, remove),
+      more,
+      h("div", { class: "saelab-slider-row", "data-needs": "kernel" }, range, exact),
+    ),
+    show(next, selected) {
+      row = next;
+      box.checked = row.on;
+      more.textContent = row.more;
+      more.hidden = row.more === "";
+      box.closest("li")?.setAttribute("data-on", String(row.on));
+      title.setAttribute("aria-pressed", String(selected));
+      if (asked > taken) return;
+      draw(row.strength);
+      range.value = String(row.strength);
+      if (Number(exact.value) !== row.strength || exact.value === "") exact.value = String(row.strength);
+    },
+  };
+}

@@ -1,0 +1,67 @@
+// What Python sends; the shapes mirror sae_lab/widgets/steering_views.py.
+import type { EditRow } from "../shared/editlist";
+
+export interface SliderRow {
+  key: number;
+  on: boolean;
+  features: number[];
+  /** In units of f_scale. */
+  strength: number;
+  scales: number[];
+  /** Further settings of the edit, in words. */
+  more: string;
+}
+
+export interface TextToken {
+  text: string;
+  mark: "prompt" | "new" | "";
+}
+
+export interface Measure {
+  name: string;
+  /** Measures of one group are drawn on one scale: one, or a pair, with and without the edits. */
+  group: string;
+  values: (number | null)[];
+}
+
+export interface Comparison {
+  baseline?: TextToken[];
+  steered?: TextToken[];
+  measures?: Measure[];
+  perplexity?: (number | null)[];
+  mean_kl?: number | null;
+  next?: [string, number | null, number | null][];
+  /** Why there is none. */
+  note?: string;
+}
+
+export interface Dose {
+  feature?: number;
+  target?: string[];
+  prompt?: string;
+  series?: { name: string; strength: number[]; log_odds: (number | null)[]; cost: (number | null)[] }[];
+}
+
+export type Side = "baseline" | "steered";
+
+export type State = {
+  prompt: string;
+  temperature: number;
+  seed: number;
+  max_new_tokens: number;
+  target: string[];
+  autorun: boolean;
+  sliders: SliderRow[];
+  others: EditRow[];
+  selected: number | null;
+  baseline: string;
+  steered: string;
+  comparison: Comparison;
+  dose: Dose;
+  version: number;
+  shown: number;
+  running: boolean;
+  measuring: boolean;
+  d_sae: number;
+  error: string;
+};
