@@ -99,6 +99,7 @@ def read(
             tensors = {name: take(name, f.get_tensor(name)) for name in f.keys()}  # noqa: SIM118
         for key in (*identity, "step", "scale", "history", "left_weights"):
             header[key]
+        header.setdefault("changes", [])
     except (SafetensorError, ValueError, KeyError, TypeError) as err:
         raise ValueError(
             f"{file} is no checkpoint of sae_lab ({err}); it was not read as anything else. Delete it to start over"
@@ -130,8 +131,9 @@ def whole_step() -> Iterator[None]:
 def finish(path: Path, coder: SparseCoder, header: dict[str, Any]) -> None:
     """Save the coder and its history; the checkpoint has served its turn."""
     coder.save(path)
+    left = {"left_weights": fingerprint(coder), "left_config": coder.config}
     with cache.atomic(path / RUN) as temporary:
-        temporary.write_text(json.dumps(header | {"left_weights": fingerprint(coder)}))
+        temporary.write_text(json.dumps(header | left))
     (path / CHECKPOINT).unlink(missing_ok=True)
 
 
@@ -143,6 +145,7 @@ def finished(path: Path, identity: dict[str, Any]) -> tuple[SparseCoder, dict[st
     try:
         header = json.loads(file.read_bytes())
         _, left = header["history"], header["left_weights"]
+        header.setdefault("changes", [])
     except (ValueError, KeyError, TypeError) as err:
         raise ValueError(f"{file} is no run of sae_lab ({err}): delete it to start over") from err
     _require_same(path, identity, header)
@@ -165,11 +168,19 @@ def fingerprint(coder: SparseCoder) -> str:
 
 def _require_same(path: Path, identity: dict[str, Any], header: dict[str, Any]) -> None:
     """The run at ``path`` must have this config, data and coder; weights may be the initial or the last ones."""
-    known = identity["initial_weights"] in (header.get("initial_weights"), header.get("left_weights"))
-    wrong = differences({k: v for k, v in identity.items() if not known or k != "initial_weights"}, header)
-    if wrong:
+    known = set()
+    if identity["initial_weights"] in (header.get("initial_weights"), header.get("left_weights")):
+        known.add("initial_weights")
+    if identity["initial_weights"] == header.get("left_weights") and identity["coder"] == _left_coder(header):
+        known.add("coder")  # its sparsity was changed while it ran
+    if wrong := differences({k: v for k, v in identity.items() if k not in known}, header):
         raise ValueError(f"{path} holds another run; it differs in {wrong}. Pass another path=, or delete it")
-    identity["initial_weights"] = header["initial_weights"]
+    identity |= {key: header[key] for key in known}
+
+
+def _left_coder(header: dict[str, Any]) -> dict[str, Any]:
+    """The coder's family and arguments as the run left them."""
+    return {"family": header["coder"]["family"], **(header.get("left_config") or header["coder"])}
 
 
 def differences(here: dict[str, Any], there: dict[str, Any]) -> str:

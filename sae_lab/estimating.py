@@ -318,11 +318,12 @@ class _Files(NamedTuple):
 
 
 def _train(
-    coder: SparseCoder, data: Store | Tensor | Batch, config: TrainConfig, path: str | Path | None, callbacks: Any
-) -> Estimate:
+    coder: SparseCoder, data: Store | Tensor | Batch, config: TrainConfig, path: str | Path | None, callbacks: Any,
+    changes: Any,
+) -> Estimate:  # fmt: skip
     rows = rows_for(coder, data)
     fresh, coder = coder, copy.deepcopy(coder)
-    begun = _steps_done(coder, rows, config, Path(path)) if path is not None else 0
+    begun = _steps_done(coder, rows, config, Path(path), changes) if path is not None else 0
     if begun is None:
         return _nothing("train", f"{path} holds the finished run")
     steps = config.total_steps - begun
@@ -362,9 +363,9 @@ def _train(
     )
 
 
-def _steps_done(coder: SparseCoder, rows: Store | Rows, config: TrainConfig, path: Path) -> int | None:
+def _steps_done(coder: SparseCoder, rows: Store | Rows, config: TrainConfig, path: Path, changes: Any) -> int | None:
     """The step of the checkpoint; None where the run is finished."""
-    training = Training(coder, rows, config, path, ())
+    training = Training(coder, rows, config, path, (), changes=changes)
     if training.finished():
         return None
     found = training._read_checkpoint()

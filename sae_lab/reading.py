@@ -4,7 +4,7 @@ from functools import partial
 from typing import Any, NamedTuple, no_type_check
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sae_lab.lm.model import LM
@@ -12,6 +12,8 @@ from sae_lab.lm.passes import counting_tokens
 from sae_lab.saes.base import SparseCoder
 from sae_lab.saes.portable import at_home, encode, some
 from sae_lab.types import Codes, Site, TokenBatch, TokenMask
+
+ROWS = 2048  # of activations encoded at a time
 
 
 class Coded(NamedTuple):
@@ -29,15 +31,22 @@ def read_codes(lm: LM, coder: SparseCoder, batch: TokenBatch, site: Site | None 
         keep = torch.zeros_like(batch.mask)
         keep[batch.mask] = found["keep"]
         return Coded(codes_from(found, coder.d_sae), keep)
-    x = lm.run(batch, [site], logits=False)[0][site]
+    return coded(coder, batch, mask, site, lm.run(batch, [site], logits=False)[0][site])
+
+
+def coded(coder: SparseCoder, batch: TokenBatch, mask: TokenMask, site: Site, x: Float[Tensor, "batch pos d"]) -> Coded:
+    """The same, from activations that have been read at the site."""
     keep = mask.keep(batch.ids, batch.positions, {site: x.to(batch.ids.device)}) & batch.mask
+    rows = x[keep.to(x.device)].to(coder.W_dec.device)
     was_training = coder.training
     coder.eval()  # a token's codes are its own
     try:
-        codes = coder.sparse_codes(x[keep.to(x.device)].to(coder.W_dec.device))
+        parts = [coder.sparse_codes(part) for part in rows.split(ROWS)]  # pre-activations of all would be large
     finally:
         coder.train(was_training)
-    return Coded(Codes(codes.values.cpu(), codes.features.cpu(), codes.offsets.cpu(), codes.d_sae), keep.cpu())
+    counts = torch.cat([torch.zeros(1, dtype=torch.long), *(part.offsets.diff().cpu() for part in parts)])
+    values, features = (torch.cat([getattr(p, name).cpu() for p in parts]) for name in ("values", "features"))
+    return Coded(Codes(values, features, counts.cumsum(0), coder.d_sae), keep.cpu())
 
 
 def counting(coder: SparseCoder, mask: TokenMask, site: Site) -> dict[str, Any]:

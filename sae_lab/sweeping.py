@@ -17,7 +17,7 @@ from sae_lab.matching import match
 from sae_lab.saes import FAMILIES, SparseCoder, losses
 from sae_lab.saes.sparse import Memory
 from sae_lab.store import ReadAhead, Rows, Store
-from sae_lab.training import Run, TrainConfig, Training, rows_for
+from sae_lab.training import Event, Run, TrainConfig, Training, rows_for
 from sae_lab.types import Batch, Site
 from sae_lab.worlds import World
 
@@ -32,8 +32,9 @@ class Sweep:
     where it was measured, against L0.
 
     rows: family, the arguments that the grid varies, seed, site; l0 and fvu in eval mode on tokens that no training
-    step saw; dead; on a planted world mmcs (true features found) and mmcs_back (found features true), else with a
-    language model ce_delta, its standard error, and ce_recovered.
+    step saw; dead; changed, where a callback changed or stopped a training; on a planted world mmcs (true features
+    found) and mmcs_back (found features true), else with a language model ce_delta, its standard error, and
+    ce_recovered.
     """
 
     coders: list[SparseCoder]
@@ -76,6 +77,7 @@ def sweep(
     lm: LM | None = None,
     text: Text | Sequence[str] | None = None,
     path: str | Path | None = None,
+    callbacks: Iterable[Callable[[Event], Any]] = (),
 ) -> Sweep:
     """Train many coders in one pass over the data, each batch read once for all of them.
 
@@ -88,6 +90,8 @@ def sweep(
         d_sae: width of those whose arguments name none. seeds: of the coders; batches are the same for all.
         lm, text: held-out text, to measure ΔCE too.
         path: folder of checkpoints; the same call goes on where it was interrupted.
+        callbacks: as for ``sl.train``, called for every coder; ``event.label`` says which. A coder that is paused holds
+            all, one that is stopped ends alone.
 
     Raises ValueError for an unknown family, a grid without coders, several processes, and as ``sl.train``.
     """
@@ -101,18 +105,20 @@ def sweep(
     source = world.x if world is not None else data
     assert not isinstance(source, World)
     coders, varied = _coders(grid, source, d_sae, seeds)
+    callbacks, labels = tuple(callbacks), _labels(varied)
     trainings = []
     for number, (coder, row) in enumerate(zip(coders, varied, strict=True)):
         name = "-".join([f"{number:03d}", row["family"], *(f"{k}={v}" for k, v in row.items() if k != "family")])
         at = source.at(row["site"]) if isinstance(source, Store) and "site" in row else source
         folder = None if path is None else Path(path) / name
-        trainings.append(Training(coder, _shared(trainings, coder, at), config, folder, ()))
+        rows_of_it = _shared(trainings, coder, at)
+        trainings.append(Training(coder, rows_of_it, config, folder, callbacks, label=labels[number]))
     runs = _run(trainings)
     rows, tokens, unseen = [], 0, _Once()
     for training, run, row in zip(trainings, runs, varied, strict=True):
         batch = unseen(training.rows, lambda t=training: t.rows.unseen(MEASURED))
         measured, tokens = _measure(run.coder, batch), len(batch.x)
-        row = row | measured | {"dead": run.coder.meta["dead"]}
+        row = row | measured | {"dead": run.coder.meta["dead"]} | ({"changed": True} if run.changes else {})
         if world is not None:
             found = match(run.coder, world)
             row |= {"mmcs": found.b_to_a, "mmcs_back": found.a_to_b}
@@ -157,6 +163,16 @@ def _coders(
             "the grid is empty: give a family, a value for each argument and a seed, {'TopK': {'k': [8, 16]}}"
         )
     return coders, rows
+
+
+def _labels(varied: list[dict[str, Any]]) -> list[str]:
+    """A name for each coder: its family and what sets it apart."""
+    alike = {k for k in ("seed", "site") if len({row.get(k) for row in varied}) == 1}
+    labels = []
+    for number, row in enumerate(varied):
+        label = " ".join([row["family"], *(f"{k}={v}" for k, v in row.items() if k != "family" and k not in alike)])
+        labels.append(label if label not in labels else f"{label} ({number})")
+    return labels
 
 
 def _plain(value: Any) -> Any:
@@ -212,17 +228,23 @@ def _run(trainings: list[Training]) -> list[Run]:
             begun.append(t)
             if t.coder.scratch is not None:  # they take turns, so one memory does
                 t.coder.scratch = scratch.setdefault(t.coder.d_sae, t.coder.scratch)
+        for t in begun:
+            t.emit("start")
         total = max((t.config.total_steps for t in begun), default=0)
         first = min((t.step for t in begun), default=0)
-        with tqdm(total=total, initial=first, desc=f"sweep of {len(begun)}", dynamic_ncols=True) as bar:
+        quiet = any(getattr(c, "shows_progress", False) for t in trainings for c in t.callbacks)
+        name = f"sweep of {len(begun)}"
+        with tqdm(total=total, initial=first, desc=name, dynamic_ncols=True, disable=quiet) as bar:
             for step in range(first, total):
                 batches: dict[int, Batch] = {}
                 for t in begun:
-                    if t.step == step:  # an interrupted sweep's coders may be at different steps
+                    if t.step == step and t.going():  # an interrupted sweep's coders may be at different steps
                         if id(t.rows) not in batches:
                             batches[id(t.rows)] = readers.setdefault(id(t.rows), t.ahead)(step)
                         t.one_step(batches[id(t.rows)])
                 bar.update()
+                if all(t.step >= t.control.last for t in begun):  # some were stopped before the total
+                    break
                 fvus = [t.history[-1]["fvu"] for t in begun if t.history]
                 if fvus:
                     bar.set_postfix_str(f"FVU {min(fvus):.3f} to {max(fvus):.3f}", refresh=False)
@@ -232,9 +254,12 @@ def _run(trainings: list[Training]) -> list[Run]:
             if number not in runs:
                 runs[number] = t.end(lambda t=t: data(t.rows, t.calibration_data))
     except BaseException as err:
+        ended = [trainings[number] for number in runs]
         for t in begun:
             if not t.coder.in_raw_units:
-                t.leave(isinstance(err, KeyboardInterrupt))
+                t.leave(err)
+            elif t not in ended:
+                t.tell_left(err)
         raise
     return [runs[number] for number in range(len(trainings))]
 

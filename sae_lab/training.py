@@ -3,7 +3,7 @@
 import json
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import islice
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sae_lab import cache, checkpoint
 from sae_lab.checkpoint import CHECKPOINT as CHECKPOINT
+from sae_lab.control import Change, Control, check_lr
 from sae_lab.distributed import ALONE, Ranks, joined
 from sae_lab.saes import sparse
 from sae_lab.saes.base import SparseCoder
@@ -26,7 +27,6 @@ log = logging.getLogger(__name__)
 
 CALIBRATION_TOKENS = 100_000  # threshold, f_scale and the count of dead features are taken on so many training tokens
 MAX_GRADIENT = 1e18  # Adam squares it, in float32
-MAX_LR = 1e30  # beyond it one step overflows float32 before the loss can say so
 
 Metrics = dict[str, int | float]
 Shard = Literal["batch", "features"]
@@ -63,8 +63,8 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
-        if self.lr is not None and not 0 < self.lr < MAX_LR:
-            raise ValueError(f"lr must be a positive number below {MAX_LR:g}, got {self.lr}; None chooses one by d_sae")
+        if self.lr is not None:
+            check_lr(self.lr)
         if self.shard not in get_args(Shard):
             raise ValueError(f"shard must be one of {', '.join(get_args(Shard))}, got {self.shard!r}")
         if not isinstance(self.seed, int) or self.seed < 0:
@@ -78,32 +78,56 @@ class TrainConfig:
     def total_steps(self) -> int:
         return self.steps if self.steps is not None else -(-int(self.tokens or 0) // self.batch_size)
 
-    def lr_at(self, step: int, d_sae: int) -> float:
-        """The learning rate of a step: a trapezoid."""
-        peak = self.lr if self.lr is not None else 2e-3 * math.sqrt(4608 / d_sae)
+    def peak(self, d_sae: int) -> float:
+        """The largest learning rate."""
+        return self.lr if self.lr is not None else 2e-3 * math.sqrt(4608 / d_sae)
+
+    def lr_at(self, step: int, d_sae: int, peak: float | None = None) -> float:
+        """The learning rate of a step: a trapezoid. peak: another than the config's."""
+        peak = self.peak(d_sae) if peak is None else peak
         rise = (step + 1) / max(1, round(self.warmup * self.total_steps))
         fall = (self.total_steps - step) / max(1, round(self.decay * self.total_steps))
         return peak * min(1.0, rise, fall)
 
 
 class Event(NamedTuple):
-    """What a callback gets: ``kind`` is "start", "step", "checkpoint" or "end"; ``metrics`` as in ``Run.history``."""
+    """What a callback gets: ``kind`` is "start", "step" (a logged one), "checkpoint", "pause", "resume", "end", or
+    "left" (interrupted or failed: ``error`` says by what); ``metrics`` as in ``Run.history``.
+
+    control: steers this training. history: all rows so far, not to be changed. data: what serves the batches. label:
+    which of a sweep's coders this is.
+    """
 
     kind: str
     step: int
     metrics: Metrics
     coder: SparseCoder
     config: TrainConfig
+    control: Control
+    history: list[Metrics]
+    data: Store | Rows
+    label: str
+    path: Path | None = None
+    error: BaseException | None = None
 
 
 @dataclass
 class Run:
-    """A finished training: the coder, its config, and one row of metrics per logged step."""
+    """A finished training: the coder, its config, and one row of metrics per logged step.
+
+    changes: what was changed while it ran, {"step", "what", "old", "new"} each (see ``Control``).
+    """
 
     coder: SparseCoder
     config: TrainConfig
     history: list[Metrics] = field(repr=False)
     path: Path | None = None
+    changes: list[Change] = field(default_factory=list)
+
+    @property
+    def stopped(self) -> bool:
+        """Whether it was ended before its last step."""
+        return any(change["what"] == "stop" for change in self.changes)
 
     def to_pandas(self):
         """The history: step, tokens, passes, loss, fvu, l0, dead, lr and the loss terms."""
@@ -113,10 +137,15 @@ class Run:
 
     def __repr__(self) -> str:
         m = self.history[-1]
+        made = [
+            f"stopped after {c['new']:,} of {c['old']:,} steps" if c["what"] == "stop"
+            else f"{c['what']} {c['old']:.4g} to {c['new']:.4g} at step {c['step']:,}"
+            for c in self.changes
+        ]  # fmt: skip
         return (
             f"Run({type(self.coder).__name__}, {m['tokens']:,} tokens in {m['passes']:.1f} passes: last batch "
             f"FVU {m['fvu']:.3f}, L0 {m['l0']:.1f}; dead {self.coder.meta['dead']:.2%} "
-            f"on {self.coder.meta['dead_tokens']:,} tokens)"
+            f"on {self.coder.meta['dead_tokens']:,} tokens{''.join(f'; {text}' for text in made)})"
         )
 
 
@@ -126,7 +155,8 @@ def train(
     config: TrainConfig,
     *,
     path: str | Path | None = None,
-    callbacks: Iterable[Callable[[Event], None]] = (),
+    callbacks: Iterable[Callable[[Event], Any]] = (),
+    changes: Iterable[Mapping[str, Any]] = (),
 ) -> Run:
     """Train a coder in place; returns a ``Run``, the coder in eval mode.
 
@@ -137,20 +167,27 @@ def train(
     at the geometric median; decoder rows keep unit norm. Afterwards the coder knows its site, token mask, model,
     threshold, ``f_scale`` and dead features.
 
+    Callbacks get an ``Event`` at each logged step and may steer the training: ``event.control`` pauses it, changes the
+    learning rate or the sparsity between two steps, or stops it early. ``run.changes`` tells what was done, and
+    ``changes=run.changes`` does it again.
+
     With ``path``, checkpoints are written there, and the same call continues an interrupted run to the weights of an
-    unbroken one; the finished coder is saved there too. Without it nothing is reused.
+    unbroken one, changes included; the finished coder is saved there too. Without it nothing is reused. A finished run
+    that was changed or stopped is not what the plain call gives: it is opened by ``changes=`` that name what was done.
 
     ``torchrun --nproc-per-node N script.py`` trains one coder over N processes, up to rounding to the weights of a
     single one. Every rank returns the same coder; callbacks run on every rank; the first writes files and shows
     progress. A run may go on over another number of ranks. With ``shard="features"`` build the coder on the CPU; a
     callback's ``coder`` then has this rank's features.
 
-    Raises ValueError for a width that does not fit, a ``path`` that holds another run (the difference is named), and
-    for NaN or Inf in data or loss (step and cause are named; the coder keeps its last good weights).
+    Raises ValueError for a width that does not fit, a ``path`` that holds another run (the difference is named),
+    changes over several processes, and for NaN or Inf in data or loss (step and cause are named; the coder keeps its
+    last good weights).
     """
     rows = rows_for(coder, data)
     with joined(coder, config.shard) as ranks:
-        return Training(coder, rows, config, Path(path) if path is not None else None, tuple(callbacks), ranks).run()
+        folder = Path(path) if path is not None else None
+        return Training(coder, rows, config, folder, tuple(callbacks), ranks, changes=changes).run()
 
 
 def meta_sae(coder: SparseCoder, d_sae: int, k: int, config: TrainConfig, *, seed: int = 0) -> Run:
@@ -197,9 +234,12 @@ class Training:
 
     def __init__(
         self, coder: SparseCoder, rows: Store | Rows, config: TrainConfig, path: Path | None, callbacks: tuple,
-        ranks: Ranks = ALONE,
+        ranks: Ranks = ALONE, *, changes: Iterable[Mapping[str, Any]] = (), label: str = "",
     ):  # fmt: skip
         ranks.require(coder, config.batch_size)
+        alone = "" if ranks.size == 1 else f"{ranks.size} processes train this coder: only one alone can be changed"
+        self.control = Control(coder, config.peak(coder.d_sae), config.total_steps, changes, alone)
+        self.label = label or type(coder).__name__
         self.rows, self.config, self.path, self.callbacks, self.ranks = rows, config, path, callbacks, ranks
         self.whole = self.coder = coder  # coder: what this rank trains of it
         self.identity = {
@@ -220,9 +260,9 @@ class Training:
         if finished := self.begin():
             return finished
         try:
-            self._emit("start", {})
+            self.emit("start")
             with self._bar() as bar, self.ranks.stopping() as asked:
-                while self.step < self.config.total_steps:
+                while self.going():
                     self.one_step()
                     bar()
                     if asked():
@@ -230,9 +270,24 @@ class Training:
                         raise KeyboardInterrupt
             self.keep()  # calibration takes a while: if it is interrupted, training is not lost
         except BaseException as err:
-            self.leave(isinstance(err, KeyboardInterrupt))
+            self.leave(err)
             raise
-        return self.end()
+        try:
+            return self.end()
+        except BaseException as err:
+            self.tell_left(err)
+            raise
+
+    def going(self) -> bool:
+        """Whether another step is due, once a pause is over and what callbacks asked for is done."""
+        control = self.control
+        if self.step < control.last and control.wanted:
+            if control.paused:
+                self.emit("pause")
+                control.wait()
+                self.emit("resume")
+            control.act(self.step, shown=bool(self.history) and self.history[-1]["step"] == self.step)
+        return self.step < control.last
 
     # ---- begin and end
 
@@ -250,6 +305,11 @@ class Training:
         if self.path is not None and ranks.first:
             for leftover in self.path.glob(".*.tmp"):  # of a run that was killed
                 leftover.unlink(missing_ok=True)
+        if found is not None:
+            header, _ = found
+            self.control.restore(header["changes"], header["step"])
+            if header["changes"]:
+                log.warning("going on with the changes made to this run: %s", header["changes"])
         coder = self.coder = ranks.own_part(self.whole)
         self.parameters = dict(coder.named_parameters())
         if found is None:
@@ -294,15 +354,17 @@ class Training:
 
     def end(self, data: Callable[[], tuple[list[Tensor], Tensor | None]] | None = None) -> Run:
         """Fit, save and hand over the coder. data: gives ``calibration_data`` where it was read before."""
+        self.control.close()
         self._fold()
         facts = self._calibrate(data or self.calibration_data)
         whole, self.coder = self.whole, self.whole
         whole.in_raw_units, whole.progress = True, 1.0
         self._stamp(facts)
-        run = Run(whole.eval(), self.config, self.history, self.path)
+        run = Run(whole.eval(), self.config, self.history, self.path, self.control.changes)
         if self.path is not None and self.ranks.first:
-            checkpoint.finish(self.path, whole, self.identity | {"history": self.history})
-        self._emit("end", self.history[-1])
+            header = self.identity | {"history": self.history, "changes": run.changes}
+            checkpoint.finish(self.path, whole, header)
+        self.emit("end")
         self.ranks.wait()  # nobody leaves before the files are there
         return run
 
@@ -327,6 +389,8 @@ class Training:
             "train_tokens": self.history[-1]["tokens"],
             "train": asdict(self.config),
         }
+        if self.control.changes:
+            meta["changes"] = self.control.changes
         if isinstance(rows, Store):
             coder.reads, coder.writes = rows.reads, rows.writes
             meta |= {key: rows.identity[key] for key in ("model", "model_fingerprint", "prefix_id", "text", "context")}
@@ -339,8 +403,9 @@ class Training:
         if self.path is not None:
             self._checkpoint(left=True)
 
-    def leave(self, interrupted: bool) -> None:
+    def leave(self, error: BaseException) -> None:
         """Interrupted or failed: keep what can be continued, and leave the coder usable in raw units."""
+        interrupted = isinstance(error, KeyboardInterrupt)
         try:
             if interrupted and self.ranks.size == 1:  # several ranks stop together, or leave at different steps
                 self.keep()
@@ -348,6 +413,15 @@ class Training:
             self._fold()
         if interrupted and self.path is not None and self.ranks.first:
             log.warning("stopped at step %d; the same call with path=%r goes on from there", self.step, str(self.path))
+        self.tell_left(error)
+
+    def tell_left(self, error: BaseException) -> None:
+        """Callbacks hear that no "end" will come; what they raise now would hide why."""
+        self.control.close()
+        try:
+            self.emit("left", error)
+        except Exception:
+            log.exception("a callback failed after training did")
 
     # ---- one step
 
@@ -356,7 +430,7 @@ class Training:
         coder, config, ranks = self.coder, self.config, self.ranks
         raw = self._on_device(self.ahead(self.step) if raw is None else raw)
         batch = self._scaled(raw)
-        lr = config.lr_at(self.step, self.whole.d_sae)
+        lr = config.lr_at(self.step, self.whole.d_sae, self.control.lr)
         coder.zero_grad()
         if coder.scratch is not None:
             coder.scratch.rewind()
@@ -368,7 +442,7 @@ class Training:
         loss.sum().backward()
         ranks.share_gradients(self.parameters)
         metrics = self._sound(raw, list(terms), loss.detach(), lr)
-        logged = (self.step + 1) % config.log_every == 0 or self.step + 1 == config.total_steps
+        logged = (self.step + 1) % config.log_every == 0 or self.step + 1 == self.control.last
         with checkpoint.whole_step():  # a checkpoint holds a whole step, wherever an interruption falls
             self.adam.update(lr)
             coder.project()
@@ -380,10 +454,12 @@ class Training:
             if logged:
                 self._record(batch, out, metrics, lr)
         if logged:
-            self._emit("step", self.history[-1])
+            self.control.output = out
+            self.emit("step")
+            self.control.output = None  # no step is to wait for the memory of the one before
         if self.path is not None and self.step % config.checkpoint_every == 0:
             self._checkpoint()
-            self._emit("checkpoint", self.history[-1] if self.history else {})
+            self.emit("checkpoint")
 
     def _require_same_everywhere(self, begun: int | str) -> None:
         """All ranks must do the same: a coder is as random as its seed."""
@@ -470,9 +546,14 @@ class Training:
                 f"harvest again in float32"
             )
 
-    def _emit(self, kind: str, metrics: Metrics) -> None:
+    def emit(self, kind: str, error: BaseException | None = None) -> None:
+        """Tell the callbacks."""
+        metrics = self.history[-1] if self.history and kind != "start" else {}
         for callback in self.callbacks:
-            callback(Event(kind, self.step, metrics, self.coder, self.config))
+            callback(
+                Event(kind, self.step, metrics, self.coder, self.config, self.control, self.history, self.rows,
+                      self.label, self.path, error)
+            )  # fmt: skip
 
     @contextmanager
     def _bar(self) -> Iterator[Callable[[], None]]:
@@ -480,7 +561,7 @@ class Training:
 
         total = self.config.total_steps
         name = f"train {type(self.coder).__name__}"
-        quiet = not self.ranks.first
+        quiet = not self.ranks.first or any(getattr(c, "shows_progress", False) for c in self.callbacks)
         with tqdm(total=total, initial=self.step, desc=name, dynamic_ncols=True, disable=quiet) as bar:
 
             def show() -> None:
@@ -508,8 +589,9 @@ class Training:
             return
         scales = [self.scale.tolist(), None if self.target_scale is None else self.target_scale.tolist()]
         header = self.identity | {"step": self.step, "scale": scales, "history": self.history, "left_weights": None}
+        header["changes"] = self.control.changes
         if left and self.coder is self.whole:  # it is about to be folded; recognise it when it comes back
-            header["left_weights"] = self._folded_fingerprint()
+            header["left_weights"], header["left_config"] = self._folded_fingerprint(), self.coder.config
         checkpoint.write(self.path, header, tensors)
 
     def _folded_fingerprint(self) -> str:
@@ -538,10 +620,12 @@ class Training:
         if (found := checkpoint.finished(self.path, self.identity)) is None:
             return None
         done, header = found
+        self.control.require_same(header["changes"], self.path)
+        self.control.close()
         self.whole.load_state_dict(done.state_dict())
         self.whole.reads, self.whole.writes, self.whole.meta = done.reads, done.writes, done.meta
         self.whole.in_raw_units = True
-        return Run(self.whole.eval(), self.config, header["history"], self.path)
+        return Run(self.whole.eval(), self.config, header["history"], self.path, header["changes"])
 
 
 def _scale(x: Tensor) -> Tensor:

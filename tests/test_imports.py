@@ -17,7 +17,7 @@ FLOORS = [
     {"worlds", "saes", "lm"},
     {"store", "reading"},
     {"harvesting"},
-    {"training", "checkpoint", "distributed", "edit", "matching", "rules"},
+    {"training", "control", "watching", "checkpoint", "distributed", "edit", "matching", "rules"},
     {"evals", "circuits", "feature_index", "sweeping", "estimating", "finding", "dosing"},
     {"widgets", "plots"},
 ]

@@ -1,13 +1,18 @@
 """sl.plot: the figures show the numbers that the results hold, each once, under names that say what they are."""
 
 import io
+import re
 
 import numpy as np
 import pytest
+import torch
 from matplotlib.figure import Figure
 
 import sae_lab as sl
+from sae_lab.circuits import Edge, FeatureCircuit, Node, PatchGrid
+from sae_lab.plots.style import NEGATIVE, POSITIVE
 from sae_lab.sweeping import Sweep
+from sae_lab.types import Site
 
 CONFIG = sl.TrainConfig(steps=5, batch_size=64)
 
@@ -130,3 +135,105 @@ def test_nothing_global_is_touched():
     before = plt.get_fignums()
     sl.plot(made_up({"family": "TopK", "l0": 2.0, "fvu": 0.5}))
     assert plt.get_fignums() == before
+
+
+# ---- how often features fire
+
+
+class Densities(sl.FeatureIndex):
+    """An index of these densities; the picture looks at nothing else."""
+
+    def __init__(self, counts, tokens):
+        self.counts, self.tokens_seen, self.d_sae, self.site = np.array(counts), tokens, len(counts), Site("embed")
+        self.density = self.counts / tokens
+
+
+def test_the_density_of_features():
+    counts = [0, 0, 1, 10, 10, 100, 1000]
+    (axis,) = drawn(sl.plot(Densities(counts, 1000)))
+    heights = [(bar.get_x() + bar.get_width() / 2, bar.get_height()) for bar in axis.patches if bar.get_height()]
+    assert sum(height for _, height in heights) == 5, "the live ones"
+    assert [height for _, height in sorted(heights)] == [1, 2, 1, 1]
+    assert [round(x) for x, _ in sorted(heights)] == [-3, -2, -1, 0]
+    assert axis.get_title() == "embed: 2 of 7 features dead (28.6%)" and "1,000 tokens" in axis.get_xlabel()
+    assert axis.lines[0].get_xdata()[0] == pytest.approx(-2), "their median"
+    (axis,) = drawn(sl.plot(Densities([0, 0], 50)))
+    assert axis.get_title() == "embed: 2 of 2 features dead (100.0%)" and not axis.lines
+
+
+# ---- the graph of a circuit
+
+
+def circuit(edges=True):
+    a, error = Node(Site("resid_post", 0), 1, 7), Node(Site("resid_post", 0), 1, -1)
+    b, c = Node(Site("attn_out", 1), 1, 3), Node(Site("resid_post", 1), 3, 9)
+    silent = Node(Site("resid_post", 1), 2, 5)
+    links = [Edge(a, c, 2.0), Edge(error, b, -1.0), Edge(a, b, 0.5)] if edges else []
+    nodes = {a: 2.0, c: -1.0, error: 0.5, b: 0.1, silent: 0.0}
+    return FeatureCircuit(nodes, links, {}, None, 1.0, -1.0, 10, "source", ("<s>", " A", " B", " C"))
+
+
+def test_the_graph_of_a_circuit():
+    (axis,) = drawn(sl.plot(circuit()))
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["resid_post-0", "attn_out-1", "resid_post-1"]
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["A\n1", "C\n3"], "where nodes stand"
+    looks = {line.get_linewidth(): (line.get_color(), line.is_dashed()) for line in axis.lines}
+    assert [looks[width] for width in sorted(looks)] == [(POSITIVE, False), (NEGATIVE, True), (POSITIVE, False)]
+    sizes = [points.get_sizes()[0] for points in axis.collections]
+    assert sizes == sorted(sizes, reverse=True) and len(sizes) == 4
+    hollow = [bool((points.get_facecolor() == 1).all()) for points in axis.collections]
+    assert hollow == [False, True, False, False], "the negative one, also in grey"
+    assert [text.get_text() for text in axis.texts] == ["7", "9", "error", "3"]
+    assert axis.get_title(loc="left").startswith("4 of 5 nodes, 3 of 3 edges")
+    places = {tuple(points.get_offsets()[0]) for points in axis.collections}
+    ends = {tuple(end) for line in axis.lines for end in np.asarray(line.get_xydata())}
+    assert ends == places and len(places) == 4
+    (axis,) = drawn(sl.plot(circuit(edges=False)))
+    assert len(axis.collections) == 5 and not axis.lines and len(axis.get_legend().get_texts()) == 3
+
+
+# ---- maps
+
+
+def test_negative_patches_are_marked_for_those_who_see_no_colour():
+    values = torch.tensor([[[1.0, -0.5], [-0.01, 0.0]]])
+    grid = PatchGrid(values, 0.0, 1.0, ("mlp_out",), [0, 1], [1, 2], [("a", "a"), ("b", "c")])
+    axis = drawn(sl.plot(grid))[0]
+    assert axis.collections[0].get_offsets().tolist() == [[1.0, 0.0]]
+    drawn(sl.plot(PatchGrid(torch.zeros(1, 2, 2), 0.0, 1.0, ("mlp_out",), [0, 1], [1, 2], grid.tokens)))
+
+
+# ---- one style
+
+
+def test_lines_differ_in_more_than_colour():
+    rows = [{"family": name, "k": k, "l0": k + i, "fvu": 1 / k} for i, name in enumerate("abcd") for k in (1, 2)]
+    (axis,) = drawn(sl.plot(made_up(*rows)))
+    for of in ("get_marker", "get_linestyle", "get_color"):
+        values = {str(getattr(line, of)()) for line in axis.lines}
+        assert len(values) == 4 or of == "get_linestyle"
+    assert len({str(line._dash_pattern) for line in axis.lines}) == 4
+
+
+@pytest.mark.parametrize("kind", ["svg", "png", "pdf"])
+def test_saving_twice_gives_the_same_file(tmp_path, kind):
+    for name in ("a", "b"):
+        sl.plot(circuit()).savefig(tmp_path / f"{name}.{kind}")
+    first, second = ((tmp_path / f"{name}.{kind}").read_bytes() for name in ("a", "b"))
+    assert first == second
+    if kind == "svg":
+        text = first.decode()
+        assert re.search(r"<text[^>]*>resid_post-0</text>", text), "text stays text"
+        assert "<dc:date>" not in text
+    if kind == "png":
+        import matplotlib.image
+
+        assert matplotlib.image.imread(tmp_path / "a.png").shape[1] == pytest.approx(200 * 4.2, abs=300)
+
+
+def test_the_style_stays_inside():
+    import matplotlib
+
+    before = dict(matplotlib.rcParams)
+    sl.plot(circuit()).savefig(io.BytesIO(), format="svg")
+    assert dict(matplotlib.rcParams) == before

@@ -1,6 +1,7 @@
 """Which parts of a model make it answer as it does: patching, its estimates by gradient, circuits, heads, edges."""
 
 from sae_lab.circuits.attribution import Attribution, attribution
+from sae_lab.circuits.direct import DirectEffects, direct_effects
 from sae_lab.circuits.directions import AreaDifference, DirectionCurves, patched_directions, principal_axes
 from sae_lab.circuits.downstream import DownstreamEffects, effects_of
 from sae_lab.circuits.edges import Edge
@@ -9,13 +10,16 @@ from sae_lab.circuits.graph import FeatureCircuit, feature_circuit
 from sae_lab.circuits.heads import Attention, HeadAttribution, attention, head_attribution, head_shares
 from sae_lab.circuits.invariant import EdgeCheck, check_edges, invariant_edges, norm_scale
 from sae_lab.circuits.linearizing import PulledBack, pull_back
-from sae_lab.circuits.metric import Metric, logit_difference
+from sae_lab.circuits.metric import Metric, aligned_tokens, kl_from, log_probability, logit_difference
 from sae_lab.circuits.nodes import Node
-from sae_lab.circuits.patching import PatchGrid, patching
+from sae_lab.circuits.patching import PatchGrid, patched_cells, patching, patching_estimate
+from sae_lab.circuits.prompt import PromptReading, read_prompt
 
 __all__ = [
-    "AreaDifference", "Attention", "Attribution", "DirectionCurves", "DownstreamEffects", "Edge", "EdgeCheck",
-    "Faithfulness", "FeatureCircuit", "HeadAttribution", "Metric", "Node", "PatchGrid", "PulledBack", "attention",
-    "attribution", "check_edges", "effects_of", "feature_circuit", "head_attribution", "head_shares", "invariant_edges",
-    "logit_difference", "norm_scale", "patched_directions", "patching", "principal_axes", "pull_back",
+    "AreaDifference", "Attention", "Attribution", "DirectEffects", "DirectionCurves", "DownstreamEffects", "Edge",
+    "EdgeCheck", "Faithfulness", "FeatureCircuit", "HeadAttribution", "Metric", "Node", "PatchGrid", "PromptReading",
+    "PulledBack", "aligned_tokens", "attention", "attribution", "check_edges", "direct_effects", "effects_of",
+    "feature_circuit", "head_attribution", "head_shares", "invariant_edges", "kl_from", "log_probability",
+    "logit_difference", "norm_scale", "patched_cells", "patched_directions", "patching", "patching_estimate",
+    "principal_axes", "pull_back", "read_prompt",
 ]  # fmt: skip

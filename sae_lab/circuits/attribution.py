@@ -89,8 +89,7 @@ def attribution(
 
     Raises ValueError as ``patching``, and for a coder that reads elsewhere than it writes.
     """
-    if coder.transcodes or (coder.writes and coder.writes != coder.reads):
-        raise ValueError("attribution takes a coder that writes where it reads: an SAE")
+    require_sae(coder)
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
     batch, theirs = paired(lm, prompts, sources)
@@ -119,6 +118,12 @@ def attribution(
         changes = {(p, f): wrong[:, p] if f < 0 else (z_given - z)[:, p, f, None] * coder.W_dec[f] for p, f in nodes}
         truth = true_effects(lm, batch, site, keep, changes, metric, float(base))
     return Attribution(found, error.sum(0) / n, truth, float(base), float(source), steps)
+
+
+def require_sae(coder: SparseCoder) -> None:
+    """ValueError for a coder that reads elsewhere than it writes."""
+    if coder.transcodes or (coder.writes and coder.writes != coder.reads):
+        raise ValueError("attribution takes a coder that writes where it reads: an SAE")
 
 
 def correlations(estimate: np.ndarray, truth: np.ndarray) -> dict[str, float]:

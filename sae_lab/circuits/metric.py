@@ -1,6 +1,7 @@
 """What circuit work asks of a model: a metric of its answers, and prompts that pair up token by token."""
 
 from collections.abc import Callable, Sequence
+from difflib import SequenceMatcher
 from functools import partial
 from typing import Any, no_type_check
 
@@ -25,6 +26,24 @@ def logit_difference(lm: LM, right: Sequence[str] | str, wrong: Sequence[str] | 
     return partial(difference, right=ids[0], wrong=ids[1])
 
 
+def log_probability(lm: LM, answer: Sequence[str] | str) -> Metric:
+    """log p(answer) after each prompt's last token, nats.
+
+    Args: answer: one for all rows, or one for each; each one token.
+    """
+    return partial(log_chance, answer=_answers(lm, answer))
+
+
+def kl_from(lm: LM, sources: Sequence[str] | str) -> Metric:
+    """KL(source ‖ prompt) of the next token after each prompt's last one, nats: 0 where a prompt predicts what its
+    source does. It asks for no answer, and counts every change of the prediction.
+
+    Args: sources: one for each row of the prompts.
+    """
+    sources = [sources] if isinstance(sources, str) else list(sources)
+    return partial(kl_to, given=lm.run(lm.tokenize(sources), logits=final_log_chances)[1].cpu())
+
+
 @no_type_check
 def difference(logits, tokens, right, wrong):
     """What ``logit_difference`` measures, as a function of torch alone (see ``lm.passes``)."""
@@ -33,6 +52,32 @@ def difference(logits, tokens, right, wrong):
     at, many = torch.arange(len(rows)), int(rows.max()) + 1
     a, b = [one.expand(many)[rows] if len(one) == 1 else one[rows] for one in (right, wrong)]
     return last[at, a.to(last.device)] - last[at, b.to(last.device)]
+
+
+@no_type_check
+def final_log_chances(logits, tokens):
+    """Log-probabilities of what follows each row's last token, "batch vocab"."""
+    at = torch.arange(len(logits))
+    return logits[at, tokens.mask.sum(1) - 1].float().log_softmax(-1)
+
+
+@no_type_check
+def log_chance(logits, tokens, answer):
+    """What ``log_probability`` measures."""
+    rows = tokens.row_numbers
+    at = torch.arange(len(rows))
+    last = logits[at, tokens.mask.sum(1) - 1].float().log_softmax(-1)
+    ids = answer.expand(int(rows.max()) + 1)[rows] if len(answer) == 1 else answer[rows]
+    return last[at, ids.to(last.device)]
+
+
+@no_type_check
+def kl_to(logits, tokens, given):
+    """What ``kl_from`` measures."""
+    rows = tokens.row_numbers
+    last = logits[torch.arange(len(rows)), tokens.mask.sum(1) - 1].float().log_softmax(-1)
+    wanted = given[rows].to(last.device)
+    return (wanted.exp() * (wanted - last)).sum(-1)
 
 
 @no_type_check
@@ -99,6 +144,17 @@ def paired(lm: LM, prompts: Sequence[str], sources: Sequence[str]) -> tuple[Toke
             f"{lengths[0]}, {which} has {lengths[odd[0]]} (lm.tokens(prompt) shows them)"
         )
     return lm.tokenize(prompts), lm.tokenize(sources)
+
+
+def aligned_tokens(lm: LM, prompt: str, source: str) -> list[tuple[str | None, str | None]]:
+    """Both texts' tokens side by side: equal ones in one pair, None where the other side has one more (difflib)."""
+    ours, theirs = lm.tokens(prompt), lm.tokens(source)
+    pairs: list[tuple[str | None, str | None]] = []
+    matcher = SequenceMatcher(None, [t.id for t in ours], [t.id for t in theirs], autojunk=False)
+    for _, i1, i2, j1, j2 in matcher.get_opcodes():
+        for k in range(max(i2 - i1, j2 - j1)):
+            pairs.append((ours[i1 + k].label if i1 + k < i2 else None, theirs[j1 + k].label if j1 + k < j2 else None))
+    return pairs
 
 
 def measured(lm: LM, batch: TokenBatch, metric: Metric, writes: Sequence[Write] = ()) -> Float[Tensor, " batch"]:

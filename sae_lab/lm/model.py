@@ -524,21 +524,25 @@ class LM:
 
         of: what to make of the logits where the model is (they are many), None: they come back themselves.
         """
-        site, modules = Site.of(at), self._sites.modules
+        site = Site.of(at)
         if site.kind in ("mlp_in", "module"):
             return None
         if self._server:
             return self._lens_there(directions.detach().float().cpu(), site, of)
-        x = directions.to(self.device, torch.float32)
+        x = self._before_head(directions.to(self.device, torch.float32), site)
+        logits = (x @ self._module.get_output_embeddings().weight.float().T).detach().cpu()
+        return logits if of is None else of(logits)
+
+    def _before_head(self, x: Float[Tensor, "n d"], site: Site) -> Float[Tensor, "n d_model"]:
+        """Directions written at a site as they stand in front of W_U, but for the norms' divisions."""
+        modules = self._sites.modules
         if site.kind == "attn_z":
             output: Any = modules[str(self._sites.w_o[site.layer or 0])]
             w_o = output.weight.T if isinstance(output, nn.Linear) else output.weight  # GPT-2 stores d_in first
             columns = self._sites.point(site)[2]
             x = x @ (w_o if columns is None else w_o[columns[0] : columns[1]]).float()
             x = _through_norm(modules.get(str(self._sites.after_attention(site.layer or 0))), x)
-        x = _through_norm(modules.get(str(self._sites.final_norm)), x)
-        logits = (x @ self._module.get_output_embeddings().weight.float().T).detach().cpu()
-        return logits if of is None else of(logits)
+        return _through_norm(modules.get(str(self._sites.final_norm)), x)
 
     def _lens_there(self, x: Tensor, site: Site, of: Callable[[Tensor], Any] | None) -> Any:
         at, norms, w_o = self._sites, [self._sites.final_norm], None

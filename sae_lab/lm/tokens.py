@@ -173,6 +173,12 @@ def spans(tokenizer: Any, ids: Sequence[int], prefixed: bool) -> list[Token]:
     return out
 
 
+def label(tokenizer: Any, token_id: int) -> str:
+    """What to show for a token that stands by itself: its text, or its bytes where it is part of a character."""
+    text = tokenizer.decode([token_id], clean_up_tokenization_spaces=False)
+    return _bytes_label(tokenizer, token_id) if _REPLACEMENT in text else text
+
+
 def _bytes_label(tokenizer: Any, token_id: int) -> str:
     """What to show for part of a character: its bytes, like ⟨E2 80⟩, where the tokenizer is byte-level."""
     raw = tokenizer.convert_ids_to_tokens(token_id)

@@ -48,6 +48,7 @@ class SparseCoder(nn.Module):
     input_norm: Literal["none", "layer", "length"] = "none"
     code_units: tuple[str, ...] = ("b_enc",)  # parameters and buffers that scale as the codes do, for fold
     out_units: tuple[str, ...] = ("b_dec",)  # those that scale as x_hat does
+    sparsity_name: str | None = None  # the argument that says how sparse codes are, and that may change in training
 
     def __init__(
         self, d_in: int, d_sae: int, config: dict[str, Any], *, seed: int = 0, d_out: int | None = None,
@@ -315,6 +316,25 @@ class SparseCoder(nn.Module):
         return (x - mean) / (size + 1e-5), mean, size  # as SAELens's layer_norm does and undoes it
 
     # ---- training
+
+    def check_sparsity(self, value: float) -> None:
+        """ValueError for what the constructor would refuse as ``sparsity_name``, and where the family has none."""
+        raise ValueError(
+            f"a {type(self).__name__} has no argument that says how sparse its codes are (as k, or sparsity): change "
+            "the learning rate, or train another family"
+        )
+
+    def set_sparsity(self, value: float) -> None:
+        """Another k, or weight of the penalty, as if it were built with it: ``config`` says so too."""
+        self.check_sparsity(value)
+        assert self.sparsity_name is not None
+        setattr(self, self.sparsity_name, value)
+        self.config[self.sparsity_name] = value
+
+    def training_threshold(self, codes: Codes | Tensor) -> Tensor | None:
+        """Where codes begin, of a family that has a threshold, while it trains (activations have norm √d_in then).
+        codes: of the last batch. None: it has none."""
+        return None
 
     def loss(self, batch: Batch, *, progress: float, dead: Tensor) -> dict[str, Tensor]:
         """Named scalars whose sum is the objective. ``dead``: bool per feature, the ones AuxK revives."""

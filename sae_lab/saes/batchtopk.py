@@ -46,6 +46,12 @@ class BatchTopK(TopK):
         self._require_threshold()
         return portable.above, {"floor": self.threshold}
 
+    def training_threshold(self, codes: Codes | Tensor) -> Tensor | None:
+        """The least code that the batch left on."""
+        values = codes.values if isinstance(codes, Codes) else codes
+        on = values.detach()[values > 0]
+        return on.min() if len(on) else None
+
     def _choose(self, pre: Tensor, k: float) -> Codes:
         return sparse.top_of_batch(pre, round(k * len(pre)))
 

@@ -20,6 +20,7 @@ class Gated(SparseCoder):
     """
 
     elementwise = True
+    sparsity_name = "sparsity"
     code_units = ("b_enc", "b_mag")
 
     def __init__(self, d_in: int, d_sae: int, sparsity: float = 5.0, seed: int = 0, **wiring: Any):
@@ -32,6 +33,9 @@ class Gated(SparseCoder):
     def act(self, pre: Float[Tensor, "..."], features: Tensor | slice = EVERY) -> Tensor:
         strength = (self.r_mag[features].exp() * (pre - self.b_enc[features]) + self.b_mag[features]).relu()
         return torch.where(pre > 0, strength, 0.0)
+
+    def check_sparsity(self, value: float) -> None:
+        check_weight("sparsity", value)
 
     def eval_act(self):
         return portable.gated, {"r_mag": self.r_mag, "b_enc": self.b_enc, "b_mag": self.b_mag}

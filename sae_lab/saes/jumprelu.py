@@ -24,6 +24,7 @@ class JumpReLU(SparseCoder):
     """
 
     elementwise = True
+    sparsity_name = "sparsity"
     code_units = ("b_enc", "threshold")
 
     def __init__(
@@ -41,6 +42,13 @@ class JumpReLU(SparseCoder):
 
     def act(self, pre: Float[Tensor, "..."], features: Tensor | slice = EVERY) -> Tensor:
         return _Jump.apply(pre, self.threshold[features], self.bandwidth)
+
+    def check_sparsity(self, value: float) -> None:
+        check_weight("sparsity", value)
+
+    def training_threshold(self, codes: Codes | Tensor) -> Tensor:
+        """The mean over features."""
+        return self.threshold.detach().mean()
 
     def eval_act(self):
         return portable.above, {"floor": self.threshold.clamp_min(0)}

@@ -23,6 +23,7 @@ class L1(SparseCoder):
     """
 
     elementwise = True
+    sparsity_name = "sparsity"
     code_units = ("b_enc", "floor")
 
     def __init__(
@@ -37,6 +38,9 @@ class L1(SparseCoder):
 
     def act(self, pre: Float[Tensor, "..."], features: Tensor | slice = EVERY) -> Tensor:
         return pre.relu() if self.training else torch.where(pre > self.floor, pre, 0.0)
+
+    def check_sparsity(self, value: float) -> None:
+        check_weight("sparsity", value)
 
     def eval_act(self):
         return portable.above, {"floor": self.floor}

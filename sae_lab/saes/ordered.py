@@ -32,6 +32,16 @@ class Ordered(BatchTopK):
             raise ValueError(f"k_start must lie from k={k} to d_sae={d_sae}, got {k_start}")
         self.k_start = k_start or min(d_sae, 4 * k)
 
+    def check_sparsity(self, value: float) -> None:
+        super().check_sparsity(value)
+        if self.config["k_start"] is not None and value > self.k_start:
+            raise ValueError(f"k must be at most k_start={self.k_start}, got {value}: k_start=None goes along with k")
+
+    def set_sparsity(self, value: float) -> None:
+        super().set_sparsity(value)
+        if self.config["k_start"] is None:
+            self.k_start = min(self.d_sae, 4 * self.k)
+
     def act(self, pre: Float[Tensor, "batch d_sae"]) -> Codes:
         if not self.training:
             return super().act(pre)

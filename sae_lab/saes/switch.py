@@ -29,15 +29,20 @@ class Switch(TopK):
         super().__init__(d_in, d_sae, k, k_aux, seed, **wiring)
         if not isinstance(experts, int) or experts < 1 or d_sae % experts:
             raise ValueError(f"experts must divide d_sae={d_sae}, got {experts!r}: they have equal parts of it")
-        if k > d_sae // experts:
-            size = d_sae // experts
-            raise ValueError(f"k={k} is more than the {size} features of one expert: take fewer experts or a smaller k")
+        self.experts, self.balance = experts, balance
+        self.check_sparsity(k)
         check_weight("balance", balance)
         self.config |= {"experts": experts, "balance": balance}
-        self.experts, self.balance = experts, balance
         generator = torch.Generator().manual_seed(seed + 1)
         self.W_router = nn.Parameter(torch.randn(d_in, experts, generator=generator) / d_in)
         self.b_router = nn.Parameter(torch.zeros(d_in))
+
+    def check_sparsity(self, value: float) -> None:
+        super().check_sparsity(value)
+        if value > (size := self.d_sae // self.experts):
+            raise ValueError(
+                f"k={value} is more than the {size} features of one expert: take fewer experts or a smaller k"
+            )
 
     def route(self, x: Tensor) -> Tensor:
         """p, "batch experts"."""

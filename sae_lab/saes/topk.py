@@ -12,7 +12,7 @@ from sae_lab.types import Batch, Codes, Output
 MULTI_WEIGHT = 1 / 8  # Gao et al., their Multi-TopK
 
 
-def check_k(k: int, d_sae: int) -> None:
+def check_k(k: float, d_sae: int) -> None:
     if not isinstance(k, int) or not 1 <= k <= d_sae:
         raise ValueError(f"k must be an integer from 1 to d_sae={d_sae}, got {k!r}")
 
@@ -25,6 +25,7 @@ class TopK(SparseCoder):
     """
 
     takes_multi = True
+    sparsity_name = "k"
 
     def __init__(
         self, d_in: int, d_sae: int, k: int = 32, k_aux: int | None = None, seed: int = 0, multi: int = 1,
@@ -47,6 +48,9 @@ class TopK(SparseCoder):
 
     def eval_act(self):
         return portable.largest, {"k": self.k}
+
+    def check_sparsity(self, value: float) -> None:
+        check_k(value, self.d_sae)
 
     def _choose(self, pre: Tensor, k: float) -> Codes:
         return sparse.top_per_row(pre, round(k))

@@ -1,8 +1,383 @@
-"""TrainingMonitor."""
+"""TrainingMonitor: a training that runs, as curves, and the hand on it."""
 
-from .panel import STATIC, Panel
+import logging
+import sys
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import traitlets
+from torch import Tensor
+
+from sae_lab import checkpoint
+from sae_lab.control import Change, Control
+from sae_lab.saes.base import SparseCoder
+from sae_lab.store import Rows, Store
+from sae_lab.training import Event, Run, TrainConfig, train
+from sae_lab.types import Batch
+from sae_lab.watching import Curves
+
+from .monitor_views import arguments_before, code_of, html_of
+from .panel import STATIC, Panel, quick
+from .session import Session
+
+log = logging.getLogger(__name__)
+
+PERIOD = 0.5  # seconds between two messages to the screen
+RATE_OVER = 20  # messages that the speed is measured over
+OVER = ("done", "stopped", "interrupted", "failed")
+
+
+@dataclass
+class Watched:
+    """One training as the monitor knows it; ``arguments``: the coder's, as they were at first."""
+
+    label: str
+    family: str
+    arguments: dict[str, Any]
+    path_of_coder: str | None
+    control: Control
+    config: TrainConfig
+    data: Store | Rows
+    path: Path | None
+    step: int = 0
+    sent: int = 0  # points that the screen has
+    over: bool = False
 
 
 class TrainingMonitor(Panel):
+    """Live curves of a training, and its controls: pause, another learning rate or sparsity, stop and save.
+
+        monitor = sl.TrainingMonitor(sae, store, config, path="runs/first")
+        monitor.start()                                            # on a thread: the notebook stays free
+        run = monitor.wait()
+
+        sl.train(sae, store, config, callbacks=[monitor])          # or in a cell
+        sl.sweep(grid, store, config, callbacks=[monitor])         # a line for each coder
+
+    Nothing that happens to the monitor, closing included, ends or breaks the training. What is changed stands in
+    ``Run.changes``, and ``monitor.code()`` gives the call that does the same again. Where a cell trains, clicks are
+    heard meanwhile on ipykernel 7 only; the thread of ``start`` needs no such thing.
+
+    ``run``: the finished ``Run`` of ``start``, None before. ``state``: waiting, running, pausing, paused, stopping,
+    finishing (thresholds are fitted), done, stopped, interrupted or failed. ``curves``: {coder: {"step": [...], "loss":
+    [...], ...}}, see ``Curves``.
+    """
+
     _esm = STATIC / "monitor.js"
     _css = STATIC / "monitor.css"
+
+    shows_progress = True  # no bar beside it
+
+    status = traitlets.Dict(help="state, step, speed").tag(sync=True)
+    lines = traitlets.List(traitlets.Dict(), help="the coders: what may be changed, and its value").tag(sync=True)
+    changes = traitlets.List(traitlets.Dict(), help="what was changed, coder by coder").tag(sync=True)
+    curves = traitlets.Dict(help="the curves, as of the last pause or end").tag(sync=True)
+    can_start = traitlets.Bool(False, help="whether Start has something to train").tag(sync=True)
+
+    def __init__(
+        self, coder: SparseCoder | None = None, data: Store | Tensor | Batch | None = None,
+        config: TrainConfig | None = None, *, path: str | Path | None = None, session: Session | None = None,
+    ) -> None:  # fmt: skip
+        given = [thing is not None for thing in (coder, data, config)]
+        if any(given) != all(given) or (path is not None and not all(given)):
+            raise ValueError(
+                "a monitor takes coder, data and config, all three (and path=, if wanted), or none of them where it is "
+                "a callback: sl.train(..., callbacks=[monitor])"
+            )
+        self.session = session or Session()
+        self.run: Run | None = None
+        self._task = (coder, data, config, path)
+        self._initial = checkpoint.fingerprint(coder) if coder is not None else ""
+        self._thread: threading.Thread | None = None
+        self._failure: BaseException | None = None
+        self._broken = False
+        self._state, self._why = "waiting", ""
+        self._forget()
+        super().__init__(can_start=all(given))
+        self.status = self._status()
+
+    @property
+    def state(self) -> str:
+        return self._state
+
+    # ---- training on a thread
+
+    @quick
+    def start(self) -> None:
+        """Train, on a thread of its own. ValueError while it trains, and where it was given nothing to train."""
+        with self._lock:
+            coder, *_ = self._task
+            if coder is None:
+                raise ValueError(
+                    "there is nothing to start: make the monitor with sl.TrainingMonitor(sae, store, config), or hand "
+                    "it to sl.train(..., callbacks=[monitor])"
+                )
+            if self._thread is not None and self._thread.is_alive():
+                raise ValueError("this training runs already: wait for it, or stop it")
+            self.run, self._failure = None, None
+            self._forget()
+            self._enter("running")
+            # A daemon: a kernel that is shut down does not train on. Checkpoints are whole files.
+            self._thread = threading.Thread(target=self._train, name="sae_lab trains", daemon=True)
+            self._thread.start()
+
+    def wait(self, timeout: float | None = None) -> Run:
+        """The ``Run``, once it is done; raises what training raised. timeout: seconds, after which TimeoutError."""
+        if self._thread is None:
+            raise ValueError("nothing was started: call monitor.start() first")
+        self._thread.join(timeout)
+        if self._thread.is_alive():
+            raise TimeoutError(f"still training after {timeout} s: {self!r}")
+        if self._failure is not None:
+            raise self._failure
+        assert self.run is not None
+        return self.run
+
+    def _train(self) -> None:
+        coder, data, config, path = self._task
+        assert coder is not None and data is not None and config is not None
+        try:
+            run = train(coder, data, config, path=path, callbacks=[self])
+        except BaseException as error:
+            self._failure = error
+            log.warning("the training of the monitor failed", exc_info=error)
+            self._end("failed", error)
+            return
+        self.run = run
+        with self._lock:
+            if not self._watched:  # it was finished before: only its files tell of it
+                self._open(run)
+        self._end("stopped" if run.stopped else "done")
+
+    def _open(self, run: Run) -> None:
+        label, steps = type(run.coder).__name__, run.config.total_steps
+        self._curves.lines[label] = self._curves.empty()
+        for row in run.history:
+            self._curves.add(label, row, steps)
+        self._opened = run
+
+    # ---- the hand on it
+
+    @quick
+    def pause(self) -> None:
+        """Hold after the step under way."""
+        for watched in self._running():
+            watched.control.pause()
+        self._enter("pausing")
+
+    @quick
+    def resume(self) -> None:
+        """Go on after a pause."""
+        for watched in self._running():
+            watched.control.resume()
+        if self._state == "pausing":
+            self._enter("running")
+
+    @quick
+    def stop(self, coder: str | None = None) -> None:
+        """Stop and save: training ends as if it were complete. coder: the label of one of a sweep; None: all."""
+        for watched in self._running(coder):
+            watched.control.stop()
+        if coder is None:
+            self._enter("stopping")
+
+    @quick
+    def change(self, lr: float | None = None, sparsity: float | None = None, coder: str | None = None) -> None:
+        """Another peak learning rate, or sparsity, from the next step on. coder: as for ``stop``. ValueError for a
+        value that is refused; then nothing changes anywhere."""
+        chosen = self._running(coder)
+        for watched in chosen:
+            watched.control.check(lr=lr, sparsity=sparsity)
+        for watched in chosen:
+            watched.control.set(lr=lr, sparsity=sparsity)
+
+    @quick
+    def now(self) -> dict[str, Any]:
+        """What the screen shows, whole: for one that has just been opened."""
+        with self._lock:
+            return {"status": self._status(), "curves": self._copy()}
+
+    def _running(self, label: str | None = None) -> list[Watched]:
+        with self._lock:
+            running = [w for w in self._watched.values() if not w.over and label in (None, w.label)]
+        if not running:
+            which = "no training" if label is None else f"no training of {label}"
+            raise ValueError(f"{which} runs now, so that nothing can be changed")
+        return running
+
+    # ---- what it hears
+
+    def __call__(self, event: Event) -> None:
+        """A callback of ``sl.train`` and ``sl.sweep``. What goes wrong here is logged and shown, never raised."""
+        try:
+            with torch.no_grad(), self._lock:
+                self._hear(event)
+        except Exception as error:
+            if not self._broken:  # else once a step
+                log.exception("the monitor failed; training goes on")
+                self._broken = True
+                self.error = f"the monitor failed ({type(error).__name__}: {error}); training goes on"
+        finally:
+            # ipykernel 7.4 hands clicks to the thread that last spoke to the screen: to this one, which trains. Without
+            # this it takes them where JupyterLab sends them, beside the cell.
+            getattr(self.comm, "__dict__", {}).pop("_reply_subshell_id", None)
+
+    def _hear(self, event: Event) -> None:
+        if event.kind == "start":
+            self._begin(event)
+        elif event.label in self._watched:
+            self._curves(event)
+        else:
+            return
+        watched = self._watched[event.label]
+        watched.step = event.step
+        if len(event.control.changes) != self._known.get(event.label) or event.kind in ("start", "end", "left"):
+            self._known[event.label] = len(event.control.changes)
+            watched.over = event.kind in ("end", "left")
+            self._show_lines()
+        if event.kind == "step":
+            self._metrics = event.metrics
+            if self._state == "running" and all(w.step >= w.control.last for w in self._watched.values()):
+                self._enter("finishing")
+            self._tell()
+        elif event.kind in ("pause", "resume"):
+            self._enter("paused" if event.kind == "pause" else "running")
+        elif event.kind in ("end", "left") and all(w.over for w in self._watched.values()):
+            if event.kind == "left":
+                interrupted = isinstance(event.error, KeyboardInterrupt)
+                self._end("interrupted" if interrupted else "failed", event.error)
+            elif threading.current_thread() is not self._thread:  # else when the run is at hand
+                self._end("stopped" if all(w.control.stopping for w in self._watched.values()) else "done")
+
+    def _begin(self, event: Event) -> None:
+        if self._state in OVER and all(w.over for w in self._watched.values()):  # it served another training before
+            self._forget()
+        self._curves(event)
+        coder, control = event.coder, event.control
+        first = arguments_before(coder, control.changes)
+        self._watched[event.label] = Watched(
+            event.label, type(coder).__name__, first, coder.path, control, event.config, event.data, event.path
+        )
+        self._metrics = event.history[-1] if event.history else {}
+        if self._state != "running":
+            self._enter("running")
+
+    def _forget(self) -> None:
+        self._curves = Curves()
+        self._watched: dict[str, Watched] = {}
+        self._known: dict[str, int] = {}
+        self._opened: Run | None = None
+        self._metrics: dict[str, Any] = {}
+        self._next, self._speed = 0.0, deque[tuple[float, int]](maxlen=RATE_OVER)
+
+    # ---- what it tells
+
+    def _enter(self, state: str, why: str = "") -> None:
+        """Another state: the traits are brought up to date, for pages that are opened or saved from now on."""
+        with self._lock:
+            self._state, self._why = state, why
+            self._speed.clear()
+            if state in ("paused", *OVER):
+                self.curves = self._copy()
+            if state in ("running", *OVER):
+                self._show_lines()
+            self.status = self._status()
+            self._tell(now=True)
+
+    def _end(self, state: str, error: BaseException | None = None) -> None:
+        why = "" if error is None or state == "interrupted" else f"{type(error).__name__}: {error}"
+        if isinstance(error, ValueError):  # of the user's making: it says what to do
+            why = str(error)
+        self._enter(state, why)
+
+    def _tell(self, now: bool = False) -> None:
+        """The state and what the curves have gained, not more often than ``PERIOD``."""
+        clock = time.monotonic()
+        if (not now and clock < self._next) or self.comm is None:
+            return
+        self._next = clock + PERIOD
+        self._speed.append((clock, self._step()))
+        gained = {}
+        for watched in self._watched.values():
+            points = len(self._curves.lines[watched.label]["step"])
+            at = max(0, watched.sent - 1)  # the last one grows until its steps are through
+            gained[watched.label] = [at, self._curves.last(watched.label, points - at) if points else []]
+            watched.sent = points
+        self.send({"grown": gained, "status": self._status()})
+
+    def _step(self) -> int:
+        steps = [w.step for w in self._watched.values() if not w.over] or [w.step for w in self._watched.values()]
+        return max(steps, default=0)
+
+    def _status(self) -> dict[str, Any]:
+        run = self._opened
+        step, metrics = self._step(), self._metrics or (run.history[-1] if run else {})
+        config = next((w.config for w in self._watched.values()), self._task[2])
+        last = max((w.control.last for w in self._watched.values()), default=config.total_steps if config else 0)
+        rate = None
+        if len(self._speed) > 1 and self._speed[-1][0] > self._speed[0][0]:
+            rate = (self._speed[-1][1] - self._speed[0][1]) / (self._speed[-1][0] - self._speed[0][0])
+        return {
+            "state": self._state,
+            "why": self._why,
+            "step": int(metrics.get("step", 0)) if run else step,
+            "steps": last,
+            "tokens": int(metrics.get("tokens", 0)),
+            "passes": round(metrics.get("passes", 0.0), 3),
+            "tokens_per_second": rate and config and round(rate * config.batch_size, 1),
+            "seconds_left": round((last - step) / rate, 1) if rate else None,
+            "note": _deaf() if self._thread is None and self._state not in ("waiting", *OVER) else "",
+        }
+
+    def _show_lines(self) -> None:
+        self.lines = [
+            {
+                "label": w.label, "sparsity_name": w.control.coder.sparsity_name, "sparsity": w.control.sparsity,
+                "lr": w.control.lr, "over": w.over,
+            }
+            for w in self._watched.values()
+        ]  # fmt: skip
+        self.changes = [{"coder": label, **change} for label, change in self._all_changes()]
+
+    def _all_changes(self) -> list[tuple[str, Change]]:
+        if self._opened is not None:
+            return [(type(self._opened.coder).__name__, change) for change in self._opened.changes]
+        return [(w.label, change) for w in self._watched.values() for change in w.control.changes]
+
+    def _copy(self) -> dict[str, Any]:
+        return {label: {k: list(v) for k, v in line.items()} for label, line in self._curves.lines.items()}
+
+    # ---- how it shows itself
+
+    def _frozen(self) -> dict[str, Any]:
+        with self._lock:
+            return {"status": self._status(), "curves": self._copy()}
+
+    def _html(self) -> str:
+        with self._lock:
+            return html_of(self._status(), self._copy(), self.changes)
+
+    def code(self) -> str:
+        """The calls of ``sl.train`` that give these runs again, their changes included."""
+        with self._lock:
+            return code_of(list(self._watched.values()), self._opened, self._task, self._initial)
+
+    def __repr__(self) -> str:
+        status = self._status()
+        if not status["steps"]:
+            return f"TrainingMonitor({self._state})"
+        return f"TrainingMonitor({self._state}, step {status['step']:,} of {status['steps']:,})"
+
+
+def _deaf() -> str:
+    """A remark where clicks wait for the end of the cell."""
+    shell = sys.modules.get("IPython") and sys.modules["IPython"].get_ipython()  # type: ignore[attr-defined]
+    kernel = getattr(shell, "kernel", None)
+    if kernel is None or getattr(kernel, "_supports_kernel_subshells", False):
+        return ""
+    return "This kernel hears the buttons when the cell is done; TrainingMonitor(sae, store, config).start() need not."

@@ -45,6 +45,7 @@ export function trial(call: Call, found: (value: number | null) => void, hover: 
     }
     next((signal) => {
       says.textContent = "scoring…";
+      const asked = performance.now();
       void call<Scored>("score", { text: text.value }, { signal }).then((scored) => {
         if (scored.feature !== open) return;
         values = scored.values;
@@ -52,7 +53,7 @@ export function trial(call: Call, found: (value: number | null) => void, hover: 
         strip.show(scored.tokens.map((token, i) => ({ text: token, value: values[i] ?? null })));
         strip.element.hidden = false;
         says.textContent = `largest ${number(largest)}, ${max > 0 ? `${Math.round((100 * largest) / max)} % of the maximum on the store` : "it never fired on the store"}`;
-        element.dataset.scored = String(scored.feature);
+        element.dataset.scoreMs = (performance.now() - asked).toFixed(0);
         found(largest);
       });
     });

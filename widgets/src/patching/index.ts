@@ -1,13 +1,228 @@
-// PatchingGrid.
+// PatchingGrid: layers by positions, estimates at once, patches on a click.
+import type { AnyModel } from "@anywidget/types";
+import { h } from "../shared/dom";
+import { number } from "../shared/format";
 import { freezer } from "../shared/frozen";
+import { type At, type Block, heatGrid } from "../shared/heat";
+import { onChange, send } from "../shared/model";
 import { panel, widget } from "../shared/panel";
+import { latest } from "../shared/rpc";
+import { tokenLabel, tokenNodes } from "../shared/tokens";
+import { detail } from "./detail";
+import { asCsv, download } from "./exporting";
+import { type Asked, form } from "./form";
+import { type AttentionAnswer, frame as attentionFrame } from "./attention";
+import { sidesView } from "./sides";
+import { type Sides, type State, Values } from "./types";
+import { toolbar } from "./toolbar";
 
-type State = { error: string };
+const TYPING_MS = 200;
 
-const it = widget<State>((model, el, signal) => {
-  const frame = panel(model, el, "patching", "PatchingGrid", signal);
-  frame.ready(true);
-});
+const patching = widget<State>((model, el, signal) => draw(model, el, signal));
 
-export const freeze = freezer(it);
-export default it;
+function draw(model: AnyModel<State>, el: HTMLElement, signal: AbortSignal): void {
+  const frame = panel(model, el, "patching", "Patching grid", signal);
+  const sides = sidesView();
+  const summary = h("p", { class: "saelab-patching-metric" });
+  const kinds = h("div", { class: "saelab-segments", role: "group", "aria-label": "Kind of site" });
+  const side = h("div", { class: "saelab-cell-detail", role: "region", "aria-label": "The open cell" });
+  const attention = attentionFrame(signal);
+  let values = new Values(model.get("view"), model.get("truth"));
+  let block: Block | null = null;
+  let chosen: number | null = null;
+
+  // ---- what is asked of Python
+
+  const settled = () => frame.ready(model.get("progress").length === 0);
+  const ask = async (method: string, args: Record<string, unknown>, until: AbortSignal) => {
+    frame.complain("");
+    frame.ready(false);
+    await frame.call(method, args, { signal: until });
+    settled();
+  };
+  let patches = new AbortController();
+  let running = new AbortController();
+  signal.addEventListener("abort", () => {
+    patches.abort();
+    running.abort();
+  });
+  const patch = (cells: [string, number, number][]) => {
+    const unknown = cells.filter((cell) => values.patched(...cell) === null);
+    if (unknown.length && frame.connection() === "live") void ask("patch_cells", { cells: unknown }, patches.signal);
+  };
+  const stop = () => {
+    void frame.call("stop"); // those of other views too
+    patches.abort();
+    patches = new AbortController();
+  };
+  const run = (asked: Asked) => {
+    running.abort();
+    stop();
+    running = new AbortController();
+    void ask("rerun", asked, running.signal);
+  };
+  const soon = latest(TYPING_MS, signal);
+  const typed = ({ prompt, source, right, wrong }: Asked) =>
+    soon(async (mine) => {
+      const found = await frame.call<Sides>("align", { prompt, source, right, wrong }, { signal: mine });
+      frame.complain("");
+      showSides(found);
+    });
+  const fields = form(run, typed, signal);
+
+  // ---- the grid
+
+  const cellOf = ({ row, column }: At): [number, number] => {
+    const { layers, positions } = model.get("view");
+    return [layers[layers.length - 1 - row] ?? 0, positions[column] ?? 0]; // the last layer on top
+  };
+  const atOf = (cell: number[]): At | null => {
+    const { layers, positions } = model.get("view");
+    const [layer, position] = cell;
+    if (layer === undefined || position === undefined) return null;
+    return { row: layers.length - 1 - layers.indexOf(layer), column: positions.indexOf(position) };
+  };
+  const cellsOf = ({ rows, columns }: Block): [string, number, number][] => {
+    const found: [string, number, number][] = [];
+    for (let row = rows[0]; row <= rows[1]; row++) {
+      for (let column = columns[0]; column <= columns[1]; column++) found.push([model.get("kind"), ...cellOf({ row, column })]);
+    }
+    return found;
+  };
+  const labelOf = (at: At): string => {
+    const [layer, position] = cellOf(at);
+    const [ours = "", theirs = ""] = model.get("view").tokens[at.column] ?? [];
+    const kind = model.get("kind");
+    const token = ours === theirs ? tokenLabel(ours) : `${tokenLabel(ours)} ← ${tokenLabel(theirs)}`;
+    const patched = values.patched(kind, layer, position);
+    const estimate = `estimate ${number(values.estimate(kind, layer, position))}`;
+    return `layer ${layer}, ${token}: ${patched === null ? estimate : `patched ${number(patched)}, ${estimate}`}`;
+  };
+  const bar = toolbar({ patch: () => block && patch(cellsOf(block)), stop }, signal);
+  const grid = heatGrid(
+    {
+      label: "Effects of patches, layers by tokens",
+      corner: "layer",
+      choose: (at) => {
+        const cell = cellOf(at);
+        patch([[model.get("kind"), ...cell]]);
+        send(model, { cell });
+      },
+      hover: (at) => bar.say(at ? labelOf(at) : ""),
+      block: (now) => {
+        block = now;
+        bar.block(now ? cellsOf(now).filter((cell) => values.patched(...cell) === null).length : null);
+      },
+    },
+    signal,
+  );
+  kinds.addEventListener(
+    "click",
+    (event) => {
+      const name = (event.target as HTMLElement).closest<HTMLElement>("[data-kind]")?.dataset.kind;
+      if (name && name !== model.get("kind")) send(model, { kind: name });
+    },
+    { signal },
+  );
+
+  // ---- what is shown
+
+  const showSides = (found: Sides) => {
+    sides.show(found);
+    fields.showAnswers(found);
+  };
+  const showGrid = () => {
+    const view = model.get("view");
+    const kind = model.get("kind");
+    values = new Values(view, model.get("truth"));
+    const rows = [...view.layers].reverse();
+    const cells = rows.map((layer, row) =>
+      view.positions.map((position, column) => {
+        const patched = values.patched(kind, layer, position);
+        const value = patched ?? values.estimate(kind, layer, position);
+        return { value, sure: patched !== null, label: labelOf({ row, column }) };
+      }),
+    );
+    const scale = Math.max(...cells.flat().map((cell) => Math.abs(cell.value ?? 0)), 1e-9);
+    const columns = view.tokens.map(([ours, theirs], i) => ({
+      nodes: ours === theirs ? tokenNodes(ours, "dot") : [...tokenNodes(ours, "dot"), "\n←", ...tokenNodes(theirs, "dot")],
+      label: `token ${view.positions[i]}: ${tokenLabel(ours)}${ours === theirs ? "" : ` ← ${tokenLabel(theirs)}`}`,
+      marked: ours !== theirs,
+    }));
+    grid.show({ rows: rows.map(String), columns, cells, scale });
+    grid.select(atOf(model.get("cell")));
+    bar.scale(scale);
+    if (block) bar.block(cellsOf(block).filter((cell) => values.patched(...cell) === null).length);
+    for (const button of kinds.children) button.setAttribute("aria-pressed", String((button as HTMLElement).dataset.kind === kind));
+  };
+  let shown = new AbortController();
+  signal.addEventListener("abort", () => shown.abort());
+  const showDetail = () => {
+    const [view, kind, cell] = [model.get("view"), model.get("kind"), model.get("cell")];
+    const key = `${kind}-${cell[0]}:${cell[1]}`;
+    const active = (frame.root.getRootNode() as Document | ShadowRoot).activeElement;
+    const focused = active && side.contains(active) ? (active as HTMLElement).dataset.feature ?? "" : null;
+    shown.abort();
+    shown = new AbortController();
+    const actions = {
+      patch: () => patch([[kind, cell[0] ?? 0, cell[1] ?? 0]]),
+      feature: (feature: number) => {
+        chosen = feature;
+        void frame.call("select_feature", { feature });
+        showDetail();
+      },
+      attention: (source: boolean) => {
+        const name = `Attention of layer ${cell[0]} on the ${source ? "source" : "prompt"}`;
+        attention.show(name, frame.call<AttentionAnswer>("attention_page", { layer: cell[0], source }));
+      },
+    };
+    side.replaceChildren(...detail({ view, values, kind, cell, features: model.get("features")[key], chosen }, actions, shown.signal));
+    if (focused !== null) side.querySelector<HTMLElement>(focused ? `[data-feature="${focused}"]` : "h4")?.focus({ preventScroll: true });
+    grid.select(atOf(cell));
+  };
+  // Features come when a cell is opened, from Python or here.
+  const wantFeatures = () => {
+    const [kind, [layer, position]] = [model.get("kind"), model.get("cell")];
+    chosen = null;
+    if (layer === undefined || position === undefined || frame.connection() !== "live") return;
+    const site = `${kind}-${layer}`;
+    if (!model.get("view").coders.includes(site) || model.get("features")[`${site}:${position}`]) return;
+    void frame.call("open_features", { kind, layer, position });
+  };
+  const showView = () => {
+    const view = model.get("view");
+    const words = `share of the change of ${view.metric}, from ${number(view.base)} (prompt) to ${number(view.goal)} (source)`;
+    summary.textContent = words;
+    kinds.replaceChildren(...view.kinds.map((kind) => h("button", { type: "button", "data-kind": kind, "aria-pressed": "false" }, kind)));
+    fields.show(view);
+    showSides(view.sides);
+    grid.clearBlock();
+    attention.hide();
+    showGrid();
+    wantFeatures();
+    showDetail();
+    settled();
+  };
+
+  const exporter = h("button", { type: "button", title: "The table as a CSV file" }, "Export");
+  exporter.addEventListener("click", () => download("patching.csv", asCsv(model.get("view"), values)), { signal });
+  frame.root.append(
+    h("div", { class: "saelab-bar-row saelab-patching-bar" }, h("h3", {}, "Patching"), kinds, frame.codeButton, exporter),
+    fields.element,
+    sides.element,
+    summary,
+    h("div", { class: "saelab-patching-body" }, h("div", { class: "saelab-patching-grid" }, grid.element, bar.element), side),
+    attention.element,
+  );
+  onChange(model, ["view"], showView, signal);
+  onChange(model, ["truth"], () => (showGrid(), showDetail()), signal);
+  onChange(model, ["features"], showDetail, signal);
+  onChange(model, ["kind"], () => (grid.clearBlock(), showGrid(), wantFeatures(), showDetail()), signal);
+  onChange(model, ["cell"], () => (wantFeatures(), showDetail()), signal);
+  onChange(model, ["progress"], () => (bar.progress(model.get("progress")), settled()), signal);
+  bar.progress(model.get("progress"));
+  showView();
+}
+
+export const freeze = freezer(patching);
+export default patching;

@@ -1,6 +1,6 @@
 // Lines over a shared x axis, as inline SVG: large as a chart with axes, small as a sparkline.
 import { h, svg } from "./dom";
-import { number } from "./format";
+import { integer, number } from "./format";
 
 export interface Series {
   name: string;
@@ -17,6 +17,10 @@ export interface ChartOptions {
   height?: number;
   /** The y axis begins at 0. */
   zero?: boolean;
+  /** x counts something: it reads without decimals. */
+  whole?: boolean;
+  /** y on a logarithmic scale; values that are not above 0 are left out. */
+  log?: boolean;
   /** Called with the x that a click, or Enter, chose. */
   choose?: (x: number) => void;
 }
@@ -26,6 +30,13 @@ export interface Chart {
   show(series: Series[]): void;
   /** A vertical line at x; null: none. */
   mark(x: number | null): void;
+  /** Lasting vertical lines, each with a word that a pointer over it shows. */
+  notes(notes: Note[]): void;
+}
+
+export interface Note {
+  x: number;
+  text: string;
 }
 
 // Told apart without colour: each line has its own dash and its own shape at its end.
@@ -35,6 +46,7 @@ export function lineChart(options: ChartOptions, signal: AbortSignal): Chart {
   const width = options.width ?? 320;
   const height = options.height ?? 120;
   const lines = svg("g", {});
+  const remarks = svg("g", {});
   const marker = svg("line", { class: "saelab-marker", y1: 0, y2: height, visibility: "hidden" });
   const cursor = svg("line", { class: "saelab-reference", y1: 0, y2: height, visibility: "hidden" });
   const picture = svg(
@@ -47,6 +59,7 @@ export function lineChart(options: ChartOptions, signal: AbortSignal): Chart {
       "aria-label": options.label,
       tabindex: 0,
     },
+    remarks,
     lines,
     cursor,
     marker,
@@ -71,7 +84,10 @@ export function lineChart(options: ChartOptions, signal: AbortSignal): Chart {
   let range = { x0: 0, x1: 1, y0: 0, y1: 1 };
   let at: number | null = null;
   const px = (x: number) => (width * (x - range.x0)) / (range.x1 - range.x0 || 1);
-  const py = (y: number) => height - ((height - 4) * (y - range.y0)) / (range.y1 - range.y0 || 1) - 2;
+  const scaled = options.log ? Math.log : (y: number) => y;
+  const py = (y: number) => height - ((height - 4) * (scaled(y) - scaled(range.y0))) / (scaled(range.y1) - scaled(range.y0) || 1) - 2;
+
+  const xText = options.whole ? integer : number;
 
   const say = (x: number | null) => {
     at = x;
@@ -86,7 +102,7 @@ export function lineChart(options: ChartOptions, signal: AbortSignal): Chart {
       const value = s.y[s.x.indexOf(x)];
       return value === undefined || value === null ? "" : `${shown.length > 1 ? `${s.name} ` : ""}${number(value)}`;
     });
-    readout.textContent = `${options.x} ${number(x)}: ${values.filter(Boolean).join(", ")}`;
+    readout.textContent = `${options.x} ${xText(x)}: ${values.filter(Boolean).join(", ")}`;
   };
   const nearest = (event: PointerEvent | MouseEvent): number | null => {
     const box = picture.getBoundingClientRect();
@@ -126,26 +142,42 @@ export function lineChart(options: ChartOptions, signal: AbortSignal): Chart {
     marker.setAttribute("x1", x);
     marker.setAttribute("x2", x);
   };
+  let noted: Note[] = [];
+  const placeNotes = () => {
+    const inside = noted.filter((note) => note.x >= range.x0 && note.x <= range.x1);
+    remarks.replaceChildren(
+      ...inside.map(({ x, text }) => {
+        const at = px(x).toFixed(1);
+        return svg("line", { class: "saelab-note-line", x1: at, x2: at, y1: 0, y2: height }, svg("title", {}, text));
+      }),
+    );
+  };
   return {
     element,
-    show(series) {
+    show(all) {
+      const series = options.log ? all.map((s) => ({ ...s, y: s.y.map((y) => (y !== null && y > 0 ? y : null)) })) : all;
       shown = series;
       xs = [...new Set(series.flatMap((s) => s.x))].sort((a, b) => a - b);
       const ys = series.flatMap((s) => s.y).filter((y): y is number => y !== null && Number.isFinite(y));
       const y0 = options.zero ? Math.min(0, ...ys) : Math.min(...ys);
       range = { x0: xs[0] ?? 0, x1: xs.at(-1) ?? 1, y0: ys.length ? y0 : 0, y1: ys.length ? Math.max(...ys) : 1 };
       lines.replaceChildren(...series.map((s, i) => path(s, i, px, py)));
-      [left.textContent, right.textContent] = [number(range.x0), number(range.x1)];
+      [left.textContent, right.textContent] = [xText(range.x0), xText(range.x1)];
       [low.textContent, high.textContent] = [number(range.y0), number(range.y1)];
       legend.hidden = series.length < 2;
       legend.replaceChildren(...series.map((s, i) => key(s.name, i)));
       picture.setAttribute("aria-label", describe(options.label, series));
       placeMark();
+      placeNotes();
       say(at !== null && xs.includes(at) ? at : null);
     },
     mark(x) {
       marked = x;
       placeMark();
+    },
+    notes(notes) {
+      noted = notes;
+      placeNotes();
     },
   };
 }

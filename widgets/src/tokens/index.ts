@@ -1,13 +1,257 @@
-// TokenFeatures.
-import { freezer } from "../shared/frozen";
+// TokenFeatures: a prompt as a strip of tokens, and the features of the chosen one.
+import { h } from "../shared/dom";
+import { integer, number } from "../shared/format";
+import { type FrozenModel, freezer } from "../shared/frozen";
+import { onChange } from "../shared/model";
 import { panel, widget } from "../shared/panel";
+import { latest } from "../shared/rpc";
+import { type StripToken, tokenStrip } from "../shared/strip";
+import { tokenLabel } from "../shared/tokens";
+import { detailBox } from "./detail";
+import { promptBox } from "./prompt";
+import type { Detail, Prompt, State, StripValue, Text, Wish } from "./types";
 
-type State = { error: string };
+const TYPING_PAUSE_MS = 350;
+const MEANINGS: [StripValue, string][] = [
+  ["strongest", "strongest activation"],
+  ["active", "number of active features"],
+  ["feature", "chosen feature"],
+  ["loss", "loss (nats)"],
+];
+// Hebrew, Arabic and their kin.
+const RIGHT_TO_LEFT = /[\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufefc]/;
+const LETTER = /\p{L}/u;
 
 const it = widget<State>((model, el, signal) => {
-  const frame = panel(model, el, "tokens", "TokenFeatures", signal);
+  const frame = panel(model, el, "tokens", "Token features", signal);
+  const choosing = latest(0, signal);
+  const typing = latest(TYPING_PAUSE_MS, signal);
+  const running = latest(0, signal);
+
+  // ---- what the screen asks for
+  let asked = 0;
+  const ask = async (method: string, args: Record<string, unknown>, abort: AbortSignal) => {
+    const mine = ++asked;
+    frame.complain("");
+    frame.ready(false);
+    await frame.call(method, args, { signal: abort });
+    if (mine === asked) frame.ready(true);
+    prompt.say("");
+  };
+  const read = (text: Prompt, live: boolean) => {
+    const run = (abort: AbortSignal) => {
+      prompt.say("reading…");
+      void ask("read", { prompt: text }, abort);
+    };
+    // What was asked about the text before is over.
+    for (const other of [choosing, typing, running]) other(() => undefined);
+    (live ? typing : running)(run);
+  };
+  const wish = (what: Wish) => choosing((abort) => void ask("show", { ...what }, abort));
+
+  // ---- the parts
+  const prompt = promptBox({ read, complain: frame.complain }, signal);
+  const strip = tokenStrip({ label: "Tokens", choose: (token) => wish({ token }), hover: (position) => readOut(position) }, signal);
+  const detail = detailBox(wish, signal);
+  const empty = h("p", { class: "saelab-dim", hidden: true }, "No text yet: type one above.");
+  const readout = h("small", { class: "saelab-strip-readout" });
+  const meaning = select("Colour tokens by", MEANINGS, (value) => wish({ strip: value as StripValue }));
+  const coder = select("Coder", model.get("coders").map(({ name }) => [name, name]), (name) => wish({ coder: name }));
+  coder.dataset.needs = "kernel";
+  const site = h("small", {});
+  const target = h("input", {
+    type: "text",
+    class: "saelab-target",
+    "aria-label": "Token whose logit effects are on",
+    placeholder: "the next token",
+    title: "One token, with its space: “ Paris”. Empty: the prompt's next token",
+    spellcheck: "false",
+    autocomplete: "off",
+  });
+  target.addEventListener("change", () => wish({ target: target.value }), { signal });
+
+  const about = h("span", { class: "saelab-feature-about" });
+  const done = h("small", { role: "status" });
+  const edit = (name: "steer" | "ablate", title: string) => {
+    const button = h("button", { type: "button", "data-needs": "kernel", title }, name === "steer" ? "Steer" : "Ablate");
+    const add = async () => {
+      frame.complain("");
+      done.textContent = await frame.call<string>(name);
+    };
+    button.addEventListener("click", () => void add(), { signal });
+    return button;
+  };
+  const none = h("button", { type: "button", "data-needs": "model", "aria-label": "Choose no feature", title: "Choose no feature" }, "×");
+  none.addEventListener("click", () => wish({ feature: null }), { signal });
+  const chosen = h(
+    "div",
+    { class: "saelab-bar-row saelab-feature-bar", hidden: true },
+    about,
+    edit("steer", "Add it to the session's edits, at the strength of its strongest firings"),
+    edit("ablate", "Add to the session's edits that it is taken out"),
+    none,
+    done,
+  );
+
+  // ---- drawing
+  const values = () => {
+    const text = model.get("text") as Text;
+    return { strongest: text.strongest, active: text.active, feature: model.get("fires"), loss: model.get("losses") }[model.get("strip")];
+  };
+  const readOut = (position: number | null) => {
+    const { labels } = model.get("text") as Text;
+    const along = labels ? values() : [];
+    if (position !== null && labels?.[position] !== undefined) {
+      readout.textContent = `${position}: ${tokenLabel(labels[position])} ${noteOf(along[position], model.get("strip"))}`;
+      return;
+    }
+    const largest = Math.max(0, ...along.map((value) => value ?? 0));
+    readout.textContent = largest > 0 ? `${integer(along.length)} tokens, largest ${number(largest)}` : "";
+  };
+  const showText = () => {
+    const text = model.get("text") as Text;
+    const labels = text.labels ?? [];
+    empty.hidden = labels.length > 0;
+    strip.element.hidden = labels.length === 0;
+    meaning.value = model.get("strip");
+    // A value that has not come yet colours nothing.
+    const along = labels.length > 0 ? values() : [];
+    const by = model.get("strip");
+    strip.element.dir = direction(labels, text.strongest ?? []);
+    strip.show(labels.map((label, i): StripToken => cell(label, along[i], by)));
+    isolate(strip.element);
+    choose();
+    site.textContent = `${text.site ?? model.get("coders").find(({ name }) => name === model.get("coder"))?.site ?? ""}`;
+    readOut(null);
+  };
+  const shownDetail = () => {
+    const found = model.get("detail") as Detail;
+    return found.rows ? found : null;
+  };
+  const showDetail = () => {
+    const found = shownDetail();
+    targetRow.hidden = !found?.effects;
+    detail.show(found, model.get("sort"));
+    target.value = model.get("target");
+    target.placeholder = found?.target && found.target_is !== "chosen" ? `${found.target_is}: ${tokenLabel(found.target)}` : "the next token";
+  };
+  const showFeature = () => {
+    const feature = model.get("feature");
+    const fires = model.get("fires");
+    chosen.hidden = feature === null;
+    detail.select(feature);
+    meaning.querySelector<HTMLOptionElement>('[value="feature"]')!.disabled = feature === null;
+    done.textContent = "";
+    if (feature === null) return;
+    const here = fires[model.get("token") ?? -1];
+    const most = Math.max(0, ...fires.map((value) => value ?? 0));
+    about.replaceChildren(h("b", {}, `Feature ${feature}`), ` ${number(here ?? 0)} here, at most ${number(most)} in this text`);
+  };
+  const choose = () => {
+    strip.select(model.get("token"));
+    requestAnimationFrame(() => reveal(strip.element)); // not on the page yet, when it is first drawn
+  };
+  const showToken = () => {
+    choose();
+    showFeature();
+  };
+  const showCoder = () => {
+    coder.value = model.get("coder");
+    coder.hidden = model.get("coders").length < 2;
+  };
+
+  const targetRow = h("label", { class: "saelab-target-row", "data-needs": "kernel" }, h("small", {}, "Effects on"), target);
+  const by = h("label", { class: "saelab-by" }, h("small", {}, "Colour by"), meaning);
+  const stage = h("div", { class: "saelab-stage", "data-needs": "model" }, strip.element);
+  frame.root.append(
+    h("div", { class: "saelab-bar-row" }, h("h3", {}, "Token features"), coder, site, frame.codeButton),
+    prompt.element,
+    h("div", { class: "saelab-bar-row" }, by, readout),
+    empty,
+    stage,
+    chosen,
+    h("div", { class: "saelab-token-body" }, targetRow, detail.element),
+  );
+  onChange(model, ["prompt"], () => prompt.show(model.get("prompt")), signal);
+  onChange(model, ["text", "losses", "strip"], showText, signal);
+  onChange(model, ["fires"], () => (showText(), showFeature()), signal);
+  onChange(model, ["detail", "sort", "target"], () => (showDetail(), showFeature()), signal);
+  onChange(model, ["token"], showToken, signal);
+  onChange(model, ["feature"], showFeature, signal);
+  onChange(model, ["coder"], showCoder, signal);
+  prompt.show(model.get("prompt"));
+  showCoder();
+  showText();
+  showDetail();
+  showFeature();
   frame.ready(true);
+
+  function select(label: string, options: [string, string][], chose: (value: string) => void): HTMLSelectElement {
+    const made = h("select", { "aria-label": label, "data-needs": "model" }, ...options.map(([value, name]) => h("option", { value }, name)));
+    made.addEventListener("change", () => chose(made.value), { signal });
+    return made;
+  }
 });
 
-export const freeze = freezer(it);
+function cell(text: string, value: number | null | undefined, by: StripValue): StripToken {
+  if (value === undefined || (value === null && by === "loss")) return { text, value: 0, note: "no value" };
+  return { text, value, note: noteOf(value, by) };
+}
+
+function noteOf(value: number | null | undefined, by: StripValue): string {
+  if (value === undefined || (value === null && by === "loss")) return "no value";
+  if (value === null) return "excluded by the token mask";
+  if (by === "active") return `${integer(value)} active features`;
+  if (by === "loss") return `loss ${number(value)} nats`;
+  return value === 0 ? "silent" : number(value);
+}
+
+/** Bytes and special tokens run from left to right in every text: else its brackets would turn around. */
+function isolate(strip: HTMLElement): void {
+  for (const token of strip.querySelectorAll<HTMLElement>("[data-cell]")) {
+    if (token.dataset.state === "excluded" || token.dataset.text?.startsWith("⟨")) token.dir = "ltr";
+  }
+}
+
+/** Scroll the strip, and nothing else, to the chosen token. */
+function reveal(strip: HTMLElement): void {
+  const token = strip.querySelector('[aria-selected="true"]')?.getBoundingClientRect();
+  const box = strip.getBoundingClientRect();
+  if (!token || (token.top >= box.top && token.bottom <= box.bottom)) return;
+  strip.scrollTop += token.top - box.top - box.height / 2;
+}
+
+/** How a text runs: as its first letter does, tokens that the mask leaves out (a prefix) aside. */
+export function direction(labels: string[], values: (number | null)[]): "ltr" | "rtl" {
+  const first = labels.find((label, i) => values[i] !== null && LETTER.test(label)) ?? "";
+  return RIGHT_TO_LEFT.test(LETTER.exec(first)?.[0] ?? "") ? "rtl" : "ltr";
+}
+
+// ---- a page without a kernel: Python put the features of the tokens around the open one into it
+
+type Kept = { pages: Record<string, Detail>; firing: Record<string, Record<string, number>> };
+
+function answer(method: string, args: Record<string, unknown>, model: FrozenModel): unknown {
+  if (method !== "show") return undefined;
+  const wish = args as Wish;
+  const { pages, firing } = { pages: model.get("pages"), firing: model.get("firing") } as Kept;
+  if (wish.sort) model.set("sort", wish.sort);
+  if (wish.feature !== undefined) {
+    const text = model.get("text") as Text;
+    const found = wish.feature === null ? undefined : firing[wish.feature];
+    model.set("fires", found ? text.strongest.map((value, i) => (value === null ? null : (found[i] ?? 0))) : []);
+    model.set("feature", found ? wish.feature : null);
+    model.set("strip", found ? "feature" : "strongest");
+  }
+  if (wish.strip) model.set("strip", wish.strip);
+  if (typeof wish.token === "number") {
+    const label = (model.get("text") as Text).labels[wish.token] ?? "";
+    const far = { position: wish.token, label, active: null, effects: false, rows: [], note: "This page keeps the features of the tokens around the one that was open." };
+    model.set("token", wish.token);
+    model.set("detail", pages[wish.token] ?? far);
+  }
+  return true;
+}
+
+export const freeze = freezer(it, undefined, answer);
 export default it;

@@ -1,0 +1,229 @@
+"""What the features active at a token do to the next token directly: past all later layers, by the way out alone."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sae_lab.circuits.prompt import PromptReading, WayOut, reaches_the_stream, read_prompt, written
+from sae_lab.lm.model import LM
+from sae_lab.lm.tokens import Prompts, Token, label
+from sae_lab.saes.base import SparseCoder
+from sae_lab.types import Site
+
+ORDERS = ("activation", "effect")
+
+
+@dataclass(frozen=True, repr=False)
+class DirectEffects:
+    """Result of ``circuits.direct_effects``: effects on logits, centred over the vocabulary, in nats.
+
+    For every target  effects.sum(0) + others + error + bias + rest = logits,  up to rounding.
+
+    Attributes:
+        features, values: " n": the listed features and their activations. scaled: these in units of ``f_scale``, NaN
+            where it is not known. active: how many features are.
+        effects: "n targets". promoted: of each feature, the tokens that it promotes most, with their effects.
+        others: " targets", of active features that are not listed. error: of what the coder does not reconstruct.
+        bias: of what it writes beside features. rest: of all else in the stream, and of the biases of norm and head.
+        logits: " targets", the model's own, centred over the vocabulary.
+        targets: token ids. names: their texts. position, tokens, site: where.
+        note: what to know about these numbers, or "".
+    """
+
+    features: Int[Tensor, " n"]
+    values: Float[Tensor, " n"]
+    scaled: Float[Tensor, " n"]
+    effects: Float[Tensor, "n targets"]
+    promoted: list[list[tuple[str, float]]]
+    others: Float[Tensor, " targets"]
+    error: Float[Tensor, " targets"]
+    bias: Float[Tensor, " targets"]
+    rest: Float[Tensor, " targets"]
+    logits: Float[Tensor, " targets"]
+    targets: list[int]
+    names: list[str]
+    active: int
+    position: int
+    site: Site
+    tokens: list[Token] = field(repr=False)
+    note: str = ""
+
+    def to_pandas(self):
+        """One row a listed feature: feature, activation, in_f_scale, a column for each target, promotes."""
+        import pandas as pd
+
+        table = {
+            "feature": self.features.tolist(), "activation": self.values.tolist(), "in_f_scale": self.scaled.tolist(),
+        }  # fmt: skip
+        columns = zip(self.names, self.effects.T.tolist(), strict=True)
+        table |= {f"effect on {name!r}": column for name, column in columns}
+        return pd.DataFrame(table | {"promotes": [", ".join(repr(t) for t, _ in row) for row in self.promoted]})
+
+    def parts(self) -> dict[str, list[float]]:
+        """Of each target's logit: what the features, the error, the bias and the rest make of it."""
+        features = self.effects.sum(0) + self.others
+        parts = {"features": features, "error": self.error, "bias": self.bias, "rest": self.rest, "logit": self.logits}
+        return {name: part.tolist() for name, part in parts.items()}
+
+    def __repr__(self) -> str:
+        sums = {name: ", ".join(f"{v:+.2f}" for v in part) for name, part in self.parts().items()}
+        total = f"{sums.pop('logit')} = " + ", ".join(f"{name} {part}" for name, part in sums.items())
+        listing = self.to_pandas().to_string(index=False, float_format="{:.3f}".format)  # type: ignore[arg-type]
+        return (
+            f"{self.site.key} at {self.tokens[self.position].label!r} (position {self.position}), {self.active} active "
+            f"features; logits, centred over the vocabulary, of {', '.join(map(repr, self.names))}: {total}\n{listing}"
+            + (f"\n{self.note}" if self.note else "")
+        )
+
+
+class _Vectors(NamedTuple):
+    """Of one token, in front of W_U and divided by the norms' scales: what each part of the stream is there."""
+
+    features: Float[Tensor, "n d"]
+    error: Float[Tensor, "1 d"]
+    bias: Float[Tensor, "1 d"]
+    rest: Float[Tensor, "1 d"]
+
+
+@torch.no_grad()
+def direct_effects(
+    lm: LM,
+    coder: SparseCoder,
+    prompt: Prompts | PromptReading,
+    position: int | None = None,
+    *,
+    on: str | int | Sequence[str | int] | None = None,
+    n: int | None = 20,
+    by: str = "activation",
+    promoted: int = 5,
+) -> DirectEffects:
+    """Direct effects of the features active at a token on the logits of what comes next:
+
+        effect_iv = (z_i·W_dec_i / s)·diag(gain)·(W_U[v] - mean W_U)
+
+    s: what the final norm divides by at this position, frozen at the full model's value there; the direction is
+    centred where that norm centres, and gain is the norm's (1+w for Gemma). Logits are linear in the residual stream
+    once s is frozen, so that the effects of all features, the coder's error, what it writes beside features (b_dec,
+    a skip), and the rest of the stream add up to the model's own centred logits. A coder at attn_z writes through W_O,
+    and the norm behind it where a model has one, whose scale is frozen too. Effects through later layers are no part
+    of it: take ``circuits.attribution`` or an ablation for these. (Logit attribution, Elhage et al. 2021, "A
+    Mathematical Framework for Transformer Circuits".)
+
+    Args:
+        coder: an SAE or transcoder that writes to the residual stream, or at attn_z.
+        prompt: one, or what ``circuits.read_prompt`` gave for it. position: None: the last token.
+        on: the tokens whose logits count: texts of one token each, or ids. None: the prompt's next token, after the
+            last one the model's likeliest.
+        n: so many features are listed, None: all; by: the strongest by "activation", or by "effect" (its size) on the
+            first target.
+        promoted: so many tokens are named that a feature promotes most.
+
+    With Gemma 2's softcapping the effects are on the logits before the cap, which is told in ``note``.
+
+    Raises ValueError for a coder at mlp_in or a module's path, which do not lead to the stream directly; a token that
+    the coder's mask leaves out, a position that does not exist, targets that are not one token, a model on a server,
+    and a model that makes its logits in another way.
+    """
+    site = written(coder)
+    if not reaches_the_stream(site):
+        raise ValueError(
+            f"direct effects need a coder that writes to the residual stream or at attn_z, this one writes at {site}: "
+            "its features reach the output through later layers only"
+        )
+    if by not in ORDERS:
+        raise ValueError(f"by must be 'activation' or 'effect', got {by!r}")
+    reading = prompt if isinstance(prompt, PromptReading) else read_prompt(lm, coder, prompt)
+    way = reading.way_out()
+    _check_additive(lm, site)
+    position = reading.position(len(reading) - 1 if position is None else position)
+    if not bool(reading.codes(coder).keep[0, position]):
+        raise ValueError(f"the coder's mask leaves out token {position}, so no feature is active there: take another")
+    targets = _targets(lm, reading, way, position, on)
+    features, values = reading.active(coder, position)
+    vectors = _vectors(coder, way, reading, position, features, values)
+    W = (way.W_U[targets].float() - way.mean).T
+    effects = vectors.features @ W
+    order = effects[:, 0].abs().argsort(descending=True, stable=True) if by == "effect" else torch.arange(len(effects))
+    shown, hidden = order[:n], order[len(order) if n is None else n :]
+    fixed = (way.shift @ W + (0.0 if way.bias is None else way.bias[targets] - way.bias.mean())).cpu()
+    scale = coder.f_scale[features].cpu()[shown]
+    return DirectEffects(
+        features[shown], values[shown], torch.where(scale > 0, values[shown] / scale, float("nan")),
+        effects[shown].cpu(), _promoted(lm, way, vectors.features[shown], promoted), effects[hidden].sum(0).cpu(),
+        (vectors.error @ W)[0].cpu(), (vectors.bias @ W)[0].cpu(), (vectors.rest @ W)[0].cpu() + fixed,
+        (way.normed[position] @ W).cpu() + fixed - (way.shift @ W).cpu(), targets,
+        [label(lm.tokenizer, t) for t in targets], len(features), position, site, reading.tokens,
+        f"This model caps its logits at ±{way.cap:g}: effects are on the logits before the cap." if way.cap else "",
+    )  # fmt: skip
+
+
+def _vectors(
+    coder: SparseCoder, way: WayOut, reading: PromptReading, position: int, features: Tensor, values: Tensor
+) -> _Vectors:
+    site = written(coder)
+    matrix, scales = way.maps[site]
+    device = coder.W_dec.device
+    x, there = way.acts[coder.site][position].to(device), way.acts[site][position].to(device)
+    was_training = coder.training
+    coder.eval()
+    try:
+        x_hat = coder(x[None], reading.batch.ids[0, position : position + 1].to(device)).x_hat[0]
+    finally:
+        coder.train(was_training)
+    rows = x.expand(len(features), -1)
+    parts = coder.write_of(torch.diag(values.to(device)), features.tolist(), rows)
+    bias, error = x_hat - parts.sum(0), there - x_hat
+    stack = torch.cat([parts, error[None], bias[None], there[None]]).to(matrix) @ matrix / scales[position]
+    last = Site("resid_post", reading.lm.n_layers - 1)
+    whole = way.stream[position : position + 1] @ way.maps[last][0] / way.scale[position]
+    return _Vectors(stack[:-3], stack[-3:-2], stack[-2:-1], whole - stack[-1:])
+
+
+def _targets(
+    lm: LM, reading: PromptReading, way: WayOut, position: int, on: str | int | Sequence[str | int] | None
+) -> list[int]:
+    if on is None and position + 1 < len(reading):
+        return [int(reading.batch.ids[0, position + 1])]
+    if on is None:
+        return [int(way.logits(way.normed[position : position + 1])[0].argmax())]
+    found = [one_token(lm, one) for one in ([on] if isinstance(on, str | int) else on)]
+    if not found:
+        raise ValueError("no targets: pass at least one token, or on=None for the prompt's next one")
+    return found
+
+
+def one_token(lm: LM, token: str | int) -> int:
+    """The id of a text that is one token, or of an id that the model knows. ValueError for any other."""
+    ids = [token] if isinstance(token, int) else lm.tokenizer(token, add_special_tokens=False)["input_ids"]
+    if len(ids) != 1:
+        pieces = " ".join(repr(label(lm.tokenizer, i)) for i in ids[:5]) or "nothing"
+        raise ValueError(f"a target is one token, {token[:40]!r} is {len(ids)} ({pieces}): take one of them")  # type: ignore[index]
+    if not 0 <= ids[0] < lm.vocab_size:
+        raise ValueError(f"a target's id must lie in 0..{lm.vocab_size - 1}, got {ids[0]}")
+    return ids[0]
+
+
+def _promoted(lm: LM, way: WayOut, x: Float[Tensor, "n d"], count: int) -> list[list[tuple[str, float]]]:
+    """The tokens with the largest effects of each vector."""
+    if not len(x) or count < 1:
+        return [[] for _ in x]
+    logits = x @ way.W_U.float().T
+    best = logits.topk(min(count, logits.shape[1]))
+    values = best.values - (x @ way.mean)[:, None]
+    names = {i: label(lm.tokenizer, i) for i in set(best.indices.flatten().tolist())}
+    pairs = zip(best.indices.tolist(), values.tolist(), strict=True)
+    return [[(names[i], v) for i, v in zip(ids, row, strict=True)] for ids, row in pairs]
+
+
+def _check_additive(lm: LM, site: Site) -> None:
+    """What a block writes must go into the stream as it is."""
+    factor = getattr(lm._module.config.get_text_config(), "residual_multiplier", 1.0)
+    if factor != 1.0 and site.kind in ("attn_z", "attn_out", "mlp_out"):
+        raise ValueError(
+            f"this model scales what its blocks add (by {factor}), so direct effects of a coder at {site} are not "
+            "known for it: take a coder of the residual stream"
+        )

@@ -1,0 +1,269 @@
+"""One pass over a prompt, kept: the codes of several coders at every token, and what comes out of the model."""
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sae_lab.circuits.metric import require_here
+from sae_lab.lm.model import LM
+from sae_lab.lm.tokens import Prompts, Token, is_single
+from sae_lab.reading import Coded, coded, read_codes
+from sae_lab.saes.base import SparseCoder
+from sae_lab.types import Site, TokenBatch
+
+AT_A_TIME = 128  # positions whose logits are made together
+_KNOWN: WeakSet[LM] = WeakSet()  # models whose way out was checked
+
+
+@dataclass(frozen=True)
+class WayOut:
+    """How the residual stream of one prompt becomes logits:  logits = cap((M·x/s + shift)·W_U + bias).
+
+    Attributes:
+        stream: "pos d": the stream after the last block. normed: "pos d_model": what the final norm makes of it.
+        scale: " pos": s, what that norm divides by. shift: " d_model": what it adds.
+        W_U: "vocab d_model", mean: its mean row. bias: " vocab", or None. cap: of Gemma 2's softcapping, or None.
+        maps: {site: (M "d_site d_model", s1 " pos")}: how what is written at a site gets to W_U; s1 is s, times what
+            a norm behind W_O divides by, where there is one.
+        acts: {site: "pos d_site"}: activations where coders read and write.
+    """
+
+    stream: Float[Tensor, "pos d"]
+    normed: Float[Tensor, "pos d_model"]
+    scale: Float[Tensor, " pos"]
+    shift: Float[Tensor, " d_model"]
+    W_U: Float[Tensor, "vocab d_model"]
+    mean: Float[Tensor, " d_model"]
+    bias: Tensor | None
+    cap: float | None
+    maps: dict[Site, tuple[Tensor, Tensor]]
+    acts: dict[Site, Tensor]
+
+    def logits(self, normed: Float[Tensor, "n d_model"]) -> Float[Tensor, "n vocab"]:
+        """The model's own logits, before a cap."""
+        found = normed @ self.W_U.float().T
+        return found if self.bias is None else found + self.bias
+
+
+class PromptReading:
+    """A prompt read once, see ``circuits.read_prompt``.
+
+    Attributes: tokens (``lm.tokens``), batch, lm, coders.
+    """
+
+    def __init__(self, lm: LM, prompt: Prompts, coders: Sequence[SparseCoder]):
+        if not is_single(prompt):
+            raise ValueError("this reads one prompt, got several: call it for each")
+        self.lm, self.coders, self.batch = lm, list(coders), lm.tokenize(prompt)
+        prefixed = isinstance(prompt, str) and lm.prefix_id is not None
+        self.tokens: list[Token] = lm.token_strings(self.batch.ids[0].tolist(), prefixed)
+        for coder in self.coders:
+            check_coder(lm, coder)
+        self._codes: dict[int, Coded] = {}
+        self._acts: dict[Site, Tensor] = {}
+        self._way: WayOut | None = None
+        self._losses: Tensor | None = None
+        self._coding, self._passing = threading.RLock(), threading.RLock()  # codes do not wait for the whole model
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def position(self, position: Any) -> int:
+        """A position, checked."""
+        if isinstance(position, bool) or not isinstance(position, int) or not 0 <= position < len(self):
+            raise ValueError(f"position must be an int from 0 to {len(self) - 1} in this prompt, got {position!r}")
+        return position
+
+    def codes(self, coder: SparseCoder) -> Coded:
+        """Codes of the tokens that count, as ``sl.features`` gives them. The first call reads the model up to the last
+        of the coders' sites."""
+        with self._coding:
+            if id(coder) not in self._codes:
+                self._codes[id(coder)] = self._coded(coder)
+            return self._codes[id(coder)]
+
+    def _coded(self, coder: SparseCoder) -> Coded:
+        if self.lm.remote:
+            return read_codes(self.lm, coder, self.batch)
+        if coder.site not in self._acts:
+            self._acts |= self.lm.run(self.batch, [c.site for c in self.coders], logits=False)[0]
+        return coded(coder, self.batch, coder.mask or self.lm.mask(), coder.site, self._acts[coder.site])
+
+    def active(self, coder: SparseCoder, position: int) -> tuple[Int[Tensor, " n"], Float[Tensor, " n"]]:
+        """(features, their activations) at a token, the strongest first; none where the coder's mask leaves it out."""
+        (codes, keep), position = self.codes(coder), self.position(position)
+        if not bool(keep[0, position]):
+            return torch.zeros(0, dtype=torch.long), torch.zeros(0)
+        row = int(keep[0, :position].sum())
+        part = slice(int(codes.offsets[row]), int(codes.offsets[row + 1]))
+        values, order = codes.values[part].sort(descending=True, stable=True)
+        return codes.features[part][order], values
+
+    def along(self, coder: SparseCoder, what: str | int = "strongest") -> Float[Tensor, " pos"]:
+        """A number for every token: its "strongest" activation, how many features are "active", or the activation of
+        one feature; NaN at tokens that the coder's mask leaves out."""
+        codes, keep = self.codes(coder)
+        if what == "active":
+            found = codes.offsets.diff().float()
+        elif what == "strongest":
+            found = torch.zeros(len(codes.offsets) - 1).scatter_reduce(0, codes.rows, codes.values, "amax")
+        else:
+            here = codes.features == coder.feature(what)
+            found = torch.zeros(len(codes.offsets) - 1).index_put((codes.rows[here],), codes.values[here])
+        out = torch.full((len(self),), float("nan"))
+        out[keep[0]] = found
+        return out
+
+    @property
+    def is_through(self) -> bool:
+        """Whether the model has been read to its end."""
+        return self._way is not None
+
+    def way_out(self) -> WayOut:
+        """What direct effects and losses need; the first call runs the model.
+
+        Raises ValueError for a model on a server, and one whose logits are made in another way than ``WayOut`` says.
+        """
+        require_here(self.lm, "a direct effect, which is made of the model's weights,")
+        with self._passing:
+            if self._way is None:
+                self._way = _read_to_the_end(self.lm, self.batch, self.coders)
+                for coder in self.coders:
+                    self._acts.setdefault(coder.site, self._way.acts[coder.site].unsqueeze(0))
+            return self._way
+
+    @torch.no_grad()
+    def losses(self) -> Float[Tensor, " pos"]:
+        """Loss of each token given the ones before it, nats; NaN at position 0."""
+        with self._passing:
+            if self._losses is None:
+                if self.lm.remote:
+                    self._losses = self.lm.loss(self.batch, per_token=True)[0]
+                else:
+                    self._losses = _losses(self.way_out(), self.batch.ids[0])
+            return self._losses
+
+
+def read_prompt(lm: LM, coders: Sequence[SparseCoder] | SparseCoder, prompt: Prompts) -> PromptReading:
+    """Read one prompt (a text, token ids, or chat messages), so that what is asked about its tokens costs no pass of
+    its own.
+
+        reading = sl.circuits.read_prompt(lm, sae, "I went to the")
+        reading.active(sae, 3)                                      # features and activations at a token
+        sl.circuits.direct_effects(lm, sae, reading, 3)             # and what they do to the next token
+        reading.losses()
+
+    Raises ValueError for several prompts, one that is too long, and a coder whose site has another width here.
+    """
+    return PromptReading(lm, prompt, [coders] if isinstance(coders, SparseCoder) else coders)
+
+
+def check_coder(lm: LM, coder: SparseCoder) -> None:
+    """ValueError for a coder that does not fit the model, or that reads or writes several sites."""
+    if len(coder.in_shape) > 1 or len(coder.reads) > 1 or len(coder.writes) > 1:
+        raise ValueError(f"this takes coders of one site, this one reads {coder.reads} and writes {coder.writes}")
+    for site, width, verb in ((coder.site, coder.d_in, "reads"), (written(coder), coder.d_out, "writes")):
+        if lm.width(site) != width:
+            raise ValueError(
+                f"this coder {verb} width {width} and {lm} has width {lm.width(site)} at {site}: use the model it was "
+                f"trained on ({coder.meta.get('model', 'unknown')})"
+            )
+
+
+def written(coder: SparseCoder) -> Site:
+    """Where a coder writes."""
+    return coder.writes[0] if coder.writes else coder.site
+
+
+def reaches_the_stream(site: Site) -> bool:
+    """Whether what is written at a site is part of the residual stream, or gets there through W_O alone."""
+    return site.kind not in ("mlp_in", "module")
+
+
+@torch.no_grad()
+def _read_to_the_end(lm: LM, batch: TokenBatch, coders: Sequence[SparseCoder]) -> WayOut:
+    last = Site("resid_post", lm.n_layers - 1)
+    writes = [s for s in dict.fromkeys(written(c) for c in coders) if reaches_the_stream(s)]
+    projected = {s: _projected(lm, s) for s in writes}
+    sites = dict.fromkeys([last, *(c.site for c in coders), *writes, *(p for p in projected.values() if p)])
+    acts = {s: x[0] for s, x in lm.run(batch, list(sites), logits=False)[0].items()}
+    with lm._lock:  # modules are called, which a trace on another thread would notice
+        _check_way_out(lm)
+        normed, shift = _normed(lm, acts[last])
+        maps = {s: lm._before_head(torch.eye(lm.width(s), device=lm.device), s) for s in dict.fromkeys([last, *writes])}
+        scale = _divisor(acts[last] @ maps[last], normed - shift)
+        extra = {s: _scale_behind_w_o(lm, s, acts[p]) for s, p in projected.items() if p}
+    head: Any = lm._module.get_output_embeddings()
+    bias = getattr(head, "bias", None)
+    return WayOut(
+        acts[last], normed, scale, shift, head.weight.detach(), head.weight.detach().float().mean(0),
+        None if bias is None else bias.detach().float(), _cap(lm),
+        {s: (m, scale * extra.get(s, 1.0)) for s, m in maps.items()}, acts,
+    )  # fmt: skip
+
+
+def _normed(lm: LM, x: Float[Tensor, "pos d"]) -> tuple[Tensor, Tensor]:
+    """(what the final norm makes of x, what it adds: its answer to 0)."""
+    norm: Any = lm._sites.modules[str(lm._sites.final_norm)]
+    x = torch.cat([x, torch.zeros_like(x[:1])])[None].to(next(norm.parameters()).dtype)
+    out = norm(x)[0].float()
+    return out[:-1], out[-1]
+
+
+def _divisor(passed: Float[Tensor, "pos d"], out: Float[Tensor, "pos d"]) -> Float[Tensor, " pos"]:
+    """s in out = passed/s, whatever the class of the norm."""
+    return passed.square().sum(-1) / (passed * out).sum(-1)
+
+
+def _projected(lm: LM, site: Site) -> Site | None:
+    """Where a model norms what attention adds, the place in front of that norm."""
+    if site.kind != "attn_z" or lm._sites.after_attention(site.layer or 0) is None:
+        return None
+    return Site(str(lm._sites.w_o[site.layer or 0]))
+
+
+def _scale_behind_w_o(lm: LM, site: Site, x: Float[Tensor, "pos d"]) -> Float[Tensor, " pos"]:
+    """What the norm behind W_O divides by. (Norms of this place have no bias.)"""
+    norm: Any = lm._sites.modules[str(lm._sites.after_attention(site.layer or 0))]
+    weight = next(norm.parameters())
+    out = norm(x[None].to(weight.dtype))[0].float()
+    return _divisor(x * norm(torch.ones_like(x[:1])[None].to(weight.dtype))[0].float(), out)
+
+
+def _cap(lm: LM) -> float | None:
+    return getattr(lm._module.config.get_text_config(), "final_logit_softcapping", None)
+
+
+def _check_way_out(lm: LM) -> None:
+    """Once for a model: whether norm and head are all that makes its logits."""
+    if lm in _KNOWN:
+        return
+    last = Site("resid_post", lm.n_layers - 1)
+    acts, logits = lm.run(lm.tokenize([0]), [last])
+    head: Any = lm._module.get_output_embeddings()
+    found = head(_normed(lm, acts[last][0])[0].to(head.weight.dtype)).float()
+    cap = _cap(lm)
+    found = found if cap is None else cap * (found / cap).tanh()
+    off = float((found - logits[0].float()).abs().max() / logits.abs().max().float().clamp_min(1e-12))
+    if off > 0.02:
+        raise ValueError(
+            f"this model makes its logits in another way than by its final norm and W_U (off by {off:.0%}; some scale "
+            "them): direct effects in logits are not known for it"
+        )
+    _KNOWN.add(lm)
+
+
+def _losses(way: WayOut, ids: Int[Tensor, " pos"]) -> Float[Tensor, " pos"]:
+    losses = torch.full((len(ids),), float("nan"))
+    targets = ids[1:].to(way.normed.device)
+    for part in torch.arange(len(ids) - 1).split(AT_A_TIME):
+        scores = way.logits(way.normed[part])
+        scores = scores if way.cap is None else way.cap * (scores / way.cap).tanh()
+        losses[part + 1] = (scores.logsumexp(-1) - scores.gather(-1, targets[part][:, None])[:, 0]).cpu()
+    return losses

@@ -1,0 +1,48 @@
+"""sl.plot(result): one picture for any result, drawn by matplotlib, in one style that reads without colour."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from sae_lab.circuits import Attribution, FeatureCircuit, PatchGrid
+from sae_lab.dosing import DoseResponse
+from sae_lab.evals.choosing import L0Choice
+from sae_lab.feature_index import FeatureIndex, FeatureView
+from sae_lab.sweeping import Sweep
+from sae_lab.training import Run
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+Result = (
+    Run | FeatureIndex | FeatureView | Sweep | L0Choice | DoseResponse | PatchGrid | Attribution | FeatureCircuit
+)  # fmt: skip
+
+
+def plot(result: Result) -> "Figure":
+    """Draw a result: a ``Run`` (its training curves), a ``FeatureIndex`` (how often features fire), a ``FeatureView``
+    (its activations), a ``Sweep`` (its Pareto fronts), a ``DoseResponse`` (what steering buys and costs), a
+    ``PatchGrid``, an ``Attribution`` (estimates against true effects), a ``FeatureCircuit`` (its graph), or what
+    ``evals.choose_l0`` gave.
+
+    ``sl.plot(result).savefig("figure.svg")`` keeps text as text and is the same file every time; ``.png`` has 200 dots
+    an inch. The figure is matplotlib's: change it as you like before.
+
+    Raises ValueError for a result of another kind.
+    """
+    import matplotlib
+
+    from sae_lab.plots import circuits, features, training
+    from sae_lab.plots.style import STYLE
+
+    drawers: dict[type, Callable[[Any], Figure]] = {
+        Run: training.run, FeatureIndex: features.density, FeatureView: features.feature, Sweep: training.sweep,
+        L0Choice: training.l0_choice, DoseResponse: features.doses, PatchGrid: circuits.patches,
+        Attribution: circuits.attribution, FeatureCircuit: circuits.graph,
+    }  # fmt: skip
+    for kind, draw in drawers.items():
+        if isinstance(result, kind):
+            with matplotlib.rc_context(STYLE):
+                return draw(result)
+    names = ", ".join(kind.__name__ for kind in drawers)
+    raise ValueError(f"sl.plot draws results of these kinds: {names}; got {type(result).__name__}")

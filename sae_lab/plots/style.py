@@ -1,0 +1,75 @@
+"""One look for every figure: it reads without colour, in print, and the same every time it is saved."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from cycler import cycler
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+# Okabe and Ito's colours, which people with any colour vision tell apart; dark enough on white, most of them first.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = "osD^vP*Xd"
+DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.2, 1.2)), (0, (5, 1.2, 1.2, 1.2)))
+POSITIVE, NEGATIVE, GREY = COLOURS[0], COLOURS[1], "0.55"
+
+STYLE: dict[Any, Any] = {
+    "axes.prop_cycle": cycler(color=COLOURS),
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 10,
+    "axes.labelsize": 9,
+    "axes.linewidth": 0.8,
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "legend.fontsize": 8,
+    "legend.frameon": False,
+    "lines.linewidth": 1.3,
+    "lines.markersize": 4,
+    "figure.facecolor": "white",
+    "savefig.facecolor": "white",
+    "savefig.dpi": 200,
+    "svg.fonttype": "none",  # text stays text
+    "svg.hashsalt": "sae_lab",  # ids are the same every time
+    "pdf.fonttype": 42,
+}
+_DATES = {"svg": "Date", "pdf": "CreationDate"}
+
+
+class Picture(Figure):
+    """A figure of matplotlib's that also saves in the library's style: two files of one figure are equal."""
+
+    def savefig(self, fname: Any, **settings: Any) -> None:
+        kind = settings.get("format") or (Path(fname).suffix[1:] if isinstance(fname, str | Path) else "")
+        if kind in _DATES:
+            settings["metadata"] = {_DATES[kind]: None} | (settings.get("metadata") or {})
+        with matplotlib.rc_context(STYLE):
+            super().savefig(fname, **settings)
+
+
+def look(number: int) -> dict[str, Any]:
+    """How the line of a number looks: colour, dashes and marker, none of them alone."""
+    return {
+        "color": COLOURS[number % len(COLOURS)],
+        "marker": MARKERS[number % len(MARKERS)],
+        "linestyle": DASHES[number % len(DASHES)],
+    }
+
+
+def subplots(columns: int, height: float, width: float = 3.6) -> tuple[Picture, list[Axes]]:
+    """A figure with a row of axes, ``width`` inches each. Not pyplot's: nothing global, a notebook shows it once."""
+    if "ipykernel" in sys.modules:  # a figure shows itself once pyplot has loaded the notebook's backend: now it does
+        import matplotlib.pyplot
+
+        matplotlib.pyplot.draw_if_interactive()
+    figure = Picture(figsize=(width * columns, height), layout="constrained")
+    return figure, list(figure.subplots(1, columns, squeeze=False)[0])
+
+
+def legend_beside(axis: Axes) -> None:
+    """A legend to the right of the last axes."""
+    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), handlelength=2.8)

@@ -1,0 +1,59 @@
+"""Pictures of training: a run's curves, a sweep's Pareto fronts, the choice of L0."""
+
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from sae_lab.evals.choosing import L0Choice
+from sae_lab.plots.style import COLOURS, GREY, legend_beside, look, subplots
+from sae_lab.sweeping import MEASURES, Sweep
+from sae_lab.training import Run
+
+L0 = "L0 (active features per token)"
+
+
+def run(result: Run) -> Figure:
+    """FVU, L0 and dead features over training."""
+    history = result.to_pandas()
+    names = {"fvu": "FVU of the batch", "l0": L0, "dead": "dead features (share)"}
+    figure, axes = subplots(len(names), height=2.6)
+    for axis, (name, label) in zip(axes, names.items(), strict=True):
+        axis.plot(history["tokens"] / 1e6, history[name], color=COLOURS[0])
+        axis.set(xlabel="million tokens", title=label, ylim=(0, None))
+    axes[0].set_ylim(0, min(1.0, 1.05 * max(row["fvu"] for row in result.history)))
+    return figure
+
+
+def sweep(result: Sweep) -> Figure:
+    """What is lost against L0, a line a family: nearer to the lower left is better. A point is the mean over seeds."""
+    table = result.to_pandas()
+    measures = {"fvu": "FVU, unseen tokens", "ce_delta": "ΔCE (nats/token)", "mmcs": "MMCS, true features found"}
+    shown = [name for name in measures if name in table]
+    figure, axes = subplots(len(shown), height=3.2)
+    varied = [c for c in table.columns if c not in (*MEASURES, "seed")]
+    groups: Any = table.groupby(varied, dropna=False)
+    points = groups[["l0", *shown]].mean().reset_index()
+    for axis, name in zip(axes, shown, strict=True):
+        lines = points.sort_values("l0").groupby([c for c in ("family", "site") if c in points], sort=False)
+        for number, (names, part) in enumerate(lines):
+            axis.plot(part["l0"], part[name], label=", ".join(names), **look(number))
+        axis.set(xlabel=L0, title=measures[name])
+    legend_beside(axes[-1])
+    return figure
+
+
+def l0_choice(choice: L0Choice) -> Figure:
+    """What says which L0 is right, beside FVU, which does not: it falls with every further feature."""
+    table = choice.to_pandas().sort_values("l0")
+    titles = {
+        "c_dec": "c_dec (mean |cosine| of rows): its minimum", "s_n": "s_n (decoder projection): its minimum",
+        "fvu": "FVU: falls on and on",
+    }  # fmt: skip
+    figure, axes = subplots(len(titles), height=2.8)
+    for axis, (name, title) in zip(axes, titles.items(), strict=True):
+        axis.plot(table["l0"], table[name], marker="o", color=COLOURS[0])
+        axis.set(xlabel=L0, title=title)
+        if name != "fvu":
+            lowest = int(table[name].to_numpy().argmin())
+            axis.axvline(float(table["l0"].to_numpy()[lowest]), color=GREY, linewidth=1, linestyle="--")
+    return figure

@@ -1,0 +1,97 @@
+"""The metrics that a patching grid offers: built, said in words, and written down as code."""
+
+import inspect
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from sae_lab import circuits
+from sae_lab.lm.model import LM
+
+from .coding import name_of
+
+DIFFERENCE, CHANCE, KL, WRITTEN = "logit difference", "log-probability", "KL from the source", "function"
+ANSWERS = {DIFFERENCE: ("right", "wrong"), CHANCE: ("right",), KL: (), WRITTEN: ()}  # what each asks for
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One choice of metric. function: the one written in Python, kept also while another is chosen."""
+
+    kind: str
+    right: str = ""
+    wrong: str = ""
+    function: Any = None
+
+    @staticmethod
+    def of(metric: Any, answers: Sequence[str] | None) -> "Measure":
+        """What the arguments of a grid mean. ValueError for a metric that is none."""
+        if answers is not None and (isinstance(answers, str) or len(answers) != 2):
+            raise ValueError(f"answers are two, (right, wrong), each one token, got {answers!r}")
+        right, wrong = answers or ("", "")
+        if callable(metric):
+            return Measure(WRITTEN, right, wrong, metric)
+        if metric is None:
+            metric = DIFFERENCE if answers else KL
+        return Measure(str(metric), right, wrong).checked()
+
+    def chosen(self, kind: str, right: str, wrong: str) -> "Measure":
+        """Another choice, as made on screen."""
+        return replace(self, kind=kind, right=right, wrong=wrong).checked()
+
+    def changed(self, metric: Any, answers: Sequence[str] | None) -> "Measure":
+        """Another choice, as made in Python; what is None stays."""
+        if metric is None and answers is None:
+            return self
+        new = Measure.of(metric, answers or ((self.right, self.wrong) if self.right else None))
+        return replace(new, function=new.function or self.function)
+
+    def checked(self) -> "Measure":
+        if self.kind not in self.offered:
+            raise ValueError(
+                f"metric must be one of {', '.join(map(repr, self.offered))}, or a function (logits, tokens) -> a "
+                f"number for each row, got {self.kind!r}"
+            )
+        if missing := [side for side in ANSWERS[self.kind] if not getattr(self, side)]:
+            raise ValueError(f"the {self.kind} needs the {missing[0]} answer, one token such as ' Mary': it is empty")
+        return self
+
+    @property
+    def offered(self) -> list[str]:
+        return [kind for kind in ANSWERS if kind != WRITTEN or self.function is not None]
+
+    @property
+    def name(self) -> str:
+        """What the screen calls the metric."""
+        if self.kind == WRITTEN:
+            return getattr(self.function, "__name__", type(self.function).__name__)
+        answers = " − ".join(repr(getattr(self, side)) for side in ANSWERS[self.kind])
+        return f"{self.kind} {answers}".rstrip()
+
+    def built(self, lm: LM, source: str) -> circuits.Metric:
+        """The metric itself. ValueError for an answer that is not one token."""
+        self.checked()
+        if self.kind == DIFFERENCE:
+            return circuits.logit_difference(lm, self.right, self.wrong)
+        if self.kind == CHANCE:
+            return circuits.log_probability(lm, self.right)
+        return circuits.kl_from(lm, source) if self.kind == KL else self.function
+
+    def code(self) -> list[str]:
+        """The Python that makes ``metric``, where lm and source are known."""
+        if self.kind == DIFFERENCE:
+            return [f"metric = sl.circuits.logit_difference(lm, {self.right!r}, {self.wrong!r})"]
+        if self.kind == CHANCE:
+            return [f"metric = sl.circuits.log_probability(lm, {self.right!r})"]
+        if self.kind == KL:
+            return ["metric = sl.circuits.kl_from(lm, source)"]
+        name = name_of(self.function, self.name)
+        try:
+            source = textwrap.dedent(inspect.getsource(self.function)).rstrip()
+        except (OSError, TypeError):
+            source = ""
+        if not source.startswith("def "):  # a lambda's line is more than the lambda
+            return [f"# metric: your function {name}, (logits, tokens) -> a number for each row"]
+        needs = ["import torch", ""] if "torch" in source else []
+        return [*needs, source, "", f"metric = {self.function.__name__}"]

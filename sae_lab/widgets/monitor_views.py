@@ -1,0 +1,122 @@
+"""What a TrainingMonitor says without scripts, and as code."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+from sae_lab import checkpoint
+from sae_lab.control import Change
+from sae_lab.saes import FAMILIES
+from sae_lab.saes.base import SparseCoder
+from sae_lab.store import Store
+from sae_lab.training import Run, TrainConfig
+from sae_lab.watching import MEASURES
+
+from .coding import name_of
+from .static_html import table
+
+if TYPE_CHECKING:
+    from .monitor import Watched
+
+NAMES = {"loss": "loss", "fvu": "FVU", "l0": "L0", "dead": "dead", "threshold": "threshold",
+         "cosine": "decoder cosine", "lr": "learning rate"}  # fmt: skip
+
+
+# ---- without scripts
+
+
+def html_of(status: Mapping[str, Any], curves: Mapping[str, Any], changes: Sequence[Mapping[str, Any]]) -> str:
+    """The state, the last figures of each coder, and what was changed."""
+    steps = f": step {status['step']:,} of {status['steps']:,}, {status['tokens']:,} tokens" if status["steps"] else ""
+    parts = [f"<p><b>Training</b> {escape(status['state'])}{steps}</p>"]
+    if status["why"]:
+        parts.append(f"<p>{escape(status['why'])}</p>")
+    rows = [[escape(label), *(_last(line[name], name) for name in MEASURES)] for label, line in curves.items()]
+    if rows:
+        parts.append(table(["coder", *(NAMES[name] for name in MEASURES)], rows))
+    if changes:
+        cells = [[escape(c["coder"]), f"{c['step']:,}", escape(c["what"]), f"{c['old']:.4g}", f"{c['new']:.4g}"]
+                 for c in changes]  # fmt: skip
+        parts.append(table(["coder", "step", "changed", "from", "to"], cells))
+    return "<div>\n" + "\n".join(parts) + "\n</div>"
+
+
+def _last(values: Sequence[float | None], name: str) -> str:
+    known = [value for value in values if value is not None]
+    if not known:
+        return "–"
+    return f"{100 * known[-1]:.3g} %" if name == "dead" else f"{known[-1]:.3g}"
+
+
+# ---- as code
+
+
+def code_of(watched: "list[Watched]", opened: Run | None, task: tuple[Any, ...], initial: str) -> str:
+    """One ``sl.train`` for each coder. watched: the trainings; opened: a run found finished; task: what ``start``
+    trains; initial: the fingerprint of its coder's first weights."""
+    coder, data, config, path = task
+    lines = ["import sae_lab as sl", ""]
+    if not watched and coder is None:
+        return "\n".join([*lines, "# nothing was trained yet: sl.train(sae, store, config, callbacks=[monitor])"])
+    if not watched:
+        changes = opened.changes if opened is not None else []
+        name, source = _data(data, data)
+        made = _coder(type(coder).__name__, arguments_before(coder, changes), None, initial)
+        return "\n".join([*lines, *source, *made, _call("sae", name, config, changes, path, "run")])
+    several = len(watched) > 1
+    known: dict[int, str] = {}
+    for number, w in enumerate(watched):
+        suffix = f"_{number}" if several else ""
+        if id(w.data) not in known:
+            name, source = _data(w.data, data, f"_{len(known)}" if known else "")
+            known[id(w.data)] = name
+            lines += source
+        lines += _coder(w.family, w.arguments, w.path_of_coder, "" if several else initial, f"sae{suffix}")
+        call = _call(f"sae{suffix}", known[id(w.data)], w.config, w.control.changes, w.path, f"run{suffix}")
+        lines += [call, *([""] if several else [])]
+    return "\n".join(lines).rstrip()
+
+
+def arguments_before(coder: SparseCoder, changes: Sequence[Change]) -> dict[str, Any]:
+    """A coder's arguments as they were before these changes."""
+    return coder.config | {c["what"]: c["old"] for c in reversed(changes) if c["what"] == coder.sparsity_name}
+
+
+def _data(data: Any, given: Any, suffix: str = "") -> tuple[str, list[str]]:
+    """(the variable that holds the activations, the lines that make it). data: what serves them; given: what the user
+    handed over, None where that is not known."""
+    if not isinstance(data, Store):
+        name = name_of(given, "x") if given is not None else "x"
+        return name + suffix, [f"# {name}{suffix}: the activations that you trained on"]
+    rows = "" if data._rows == int(data._starts[-1]) else f", rows={data._rows}"
+    opened = f"sl.Store({str(data.path)!r}{rows})"
+    if data.reads != data.writes or len(data.reads) > 1:
+        reads, writes = ([f"sl.{site!r}" for site in sites] for sites in (data.reads, data.writes))
+        opened += f".view([{', '.join(reads)}], [{', '.join(writes)}])"
+    elif len(data.sites) > 1 and data.reads:
+        opened += f".at(sl.{data.reads[0]!r})"
+    return f"store{suffix}", [f"store{suffix} = {opened}"]
+
+
+def _coder(family: str, arguments: Mapping[str, Any], path: str | None, initial: str, name: str = "sae") -> list[str]:
+    """The lines that make the coder as it was before. initial: the fingerprint of its first weights, "" unknown."""
+    if path is not None:
+        return [f"{name} = sl.load({path!r})"]
+    call = f"{name} = sl.{family}({', '.join(f'{k}={v!r}' for k, v in arguments.items())})"
+    if family not in FAMILIES or (initial and checkpoint.fingerprint(FAMILIES[family](**arguments)) != initial):
+        return [f"# {name}: your {family} as it was before training: {call} does not give its first weights"]
+    return [call]
+
+
+def _call(coder: str, data: str, config: TrainConfig, changes: Sequence[Change], path: Any, name: str) -> str:
+    settings = ", ".join(f"{f.name}={getattr(config, f.name)!r}" for f in fields(config)
+                         if getattr(config, f.name) != f.default)  # fmt: skip
+    call = f"{name} = sl.train({coder}, {data}, sl.TrainConfig({settings})"
+    if path is not None:
+        call += f", path={str(path)!r}"
+    if not changes:
+        return call + ")"
+    kept = [{k: change[k] for k in ("step", "what", "new")} for change in changes]
+    listed = [f"    {change!r}," for change in kept]
+    return "\n".join([call + ", changes=[", *listed, "])"])

@@ -1,0 +1,174 @@
+"""One pair of prompts with its metric: what a patching grid knows about it."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from sae_lab import circuits
+from sae_lab.circuits.patching import KINDS, Cell
+from sae_lab.lm.model import LM
+from sae_lab.saes.base import SparseCoder
+
+from .coding import coder_line, header, name_of
+from .measures import ANSWERS, WRITTEN, Measure
+
+MAX_TOKENS = 128  # a grid of more is no picture any more
+
+
+@dataclass
+class PatchRun:
+    """Estimates of all cells, and the true patches so far. It is replaced whole: what still works on one that is gone
+    ends with it."""
+
+    lm: LM
+    prompt: str
+    source: str
+    measure: Measure
+    metric: circuits.Metric
+    estimate: circuits.PatchGrid
+    true: dict[Cell, float] = field(default_factory=dict)
+    effects: dict[str, circuits.Attribution] = field(default_factory=dict)
+
+    @staticmethod
+    def of(lm: LM, prompt: str, source: str, measure: Measure, kinds: Sequence[str]) -> "PatchRun":
+        """Estimate everything. ValueError for texts and metrics that will not do."""
+        for name, text in (("prompt", prompt), ("source", source)):
+            _check_length(lm, name, text)
+        _check_pair(lm, prompt, source)
+        metric = measure.built(lm, source)
+        # Position 0 is the same everywhere where a prefix stands there.
+        positions = list(range(0 if lm.prefix_id is None else 1, len(lm.tokens(prompt))))
+        estimate = circuits.patching_estimate(lm, [prompt], [source], metric, kinds=kinds, positions=positions)
+        return PatchRun(lm, prompt, source, measure, metric, estimate)
+
+    @staticmethod
+    def sides(lm: LM, prompt: str, source: str, right: str, wrong: str) -> dict[str, Any]:
+        """Tokens side by side, and those of the answers."""
+        for name, text in (("prompt", prompt), ("source", source)):
+            _check_length(lm, name, text)
+        pairs = [list(pair) for pair in circuits.aligned_tokens(lm, prompt, source)]
+        lengths = [sum(pair[i] is not None for pair in pairs) for i in (0, 1)]
+        ids = [lm.tokenizer(side, add_special_tokens=False)["input_ids"] if side else [] for side in (right, wrong)]
+        answers = [[token.label for token in lm.token_strings(row)] if row else [] for row in ids]
+        return {"pairs": pairs, "lengths": lengths, "right": answers[0], "wrong": answers[1]}
+
+    def view(self, coders: Mapping[str, SparseCoder]) -> dict[str, Any]:
+        """All that the screen shows of it at first."""
+        grid, measure = self.estimate, self.measure
+        return {
+            "prompt": self.prompt, "source": self.source,
+            "measure": measure.kind, "right": measure.right, "wrong": measure.wrong, "metric": measure.name,
+            "measures": [
+                [kind, measure.name if kind == measure.kind == WRITTEN else kind, *ANSWERS[kind]]
+                for kind in measure.offered
+            ],
+            "base": grid.base, "goal": grid.source, "kinds": list(grid.kinds), "layers": grid.layers,
+            "positions": grid.positions, "tokens": [list(pair) for pair in grid.tokens],
+            "estimate": grid.values.tolist(), "coders": sorted(coders),
+            "sides": self.sides(self.lm, self.prompt, self.source, measure.right, measure.wrong),
+        }  # fmt: skip
+
+    def has(self, kind: str, layer: int, position: int) -> bool:
+        grid = self.estimate
+        return kind in grid.kinds and layer in grid.layers and position in grid.positions
+
+    def patched(self, cells: Sequence[Cell]) -> Iterator[int]:
+        """Patch cells in truth; after each pass, how many are done."""
+        done = 0
+        for found in circuits.patched_cells(self.lm, [self.prompt], [self.source], self.metric, cells):
+            self.true = self.true | found  # another thread may be reading the one before
+            done += len(found)
+            yield done
+
+    def truth(self) -> list[list[Any]]:
+        """The true patches as the screen takes them."""
+        return [[*cell, value] for cell, value in self.true.items()]
+
+    def top_features(self, coder: SparseCoder, position: int, count: int) -> dict[str, Any]:
+        """The features whose change there matters most, by gradient, as shares of the metric's change; the coder's
+        error beside them. Together all features and the error are the cell's estimate."""
+        key = coder.site.key
+        if key not in self.effects:
+            self.effects[key] = circuits.attribution(self.lm, coder, [self.prompt], [self.source], self.metric)
+        found, change = self.effects[key], self.estimate.source - self.estimate.base
+        shares = found.effects[position] / change
+        order = [int(f) for f in shares.abs().argsort(descending=True)[:count] if shares[f] != 0]
+        return {
+            "features": [[f, float(shares[f])] for f in order],
+            "others": float(shares.sum() - shares[order].sum()), "active": int((shares != 0).sum()),
+            "error": float(found.error[position]) / change,
+        }  # fmt: skip
+
+    def to_pandas(self):
+        """One row a cell."""
+        import pandas as pd
+
+        table = self.estimate.to_pandas().rename(columns={"effect": "estimate"})
+        tokens = dict(zip(self.estimate.positions, self.estimate.tokens, strict=True))
+        table["token"] = [tokens[p][0] for p in table["position"]]
+        table["source_token"] = [tokens[p][1] for p in table["position"]]
+        cells = zip(table["kind"], table["layer"], table["position"], strict=True)
+        table["true"] = pd.Series([self.true.get(cell, float("nan")) for cell in cells], dtype=float)
+        return table[["layer", "kind", "position", "token", "source_token", "estimate", "true"]]
+
+    def code(self, coders: Mapping[str, SparseCoder]) -> str:
+        """The Python that gives these numbers; for coders, the effects of their features too."""
+        kinds = "" if self.estimate.kinds == KINDS else f", kinds={list(self.estimate.kinds)!r}"
+        where = ", positions=range(len(lm.tokens(prompt)))" if self.lm.prefix_id is None else ""
+        lines = [
+            *header(self.lm), f"prompt = {self.prompt!r}", f"source = {self.source!r}", *self.measure.code(),
+            f"estimate = sl.circuits.patching_estimate(lm, [prompt], [source], metric{kinds}{where})",
+        ]  # fmt: skip
+        if self.true:
+            rows = [f"    *(({kind!r}, {layer}, p) for p in {where})," for kind, layer, where in _rows(self.true)]
+            lines += ["cells = [", *rows, "]", "true = {}"]
+            lines += ["for found in sl.circuits.patched_cells(lm, [prompt], [source], metric, cells):"]
+            lines += ["    true |= found"]
+        for number, coder in enumerate(coders.values()):
+            name = name_of(coder, f"sae_{number}" if number else "sae")
+            lines += [coder_line(coder, name)]
+            lines += [f"effects_{number} = sl.circuits.attribution(lm, {name}, [prompt], [source], metric)"]
+        return "\n".join(lines)
+
+
+def _rows(cells: Mapping[Cell, float]) -> list[tuple[str, int, list[int]]]:
+    """Cells by kind and layer."""
+    found: dict[tuple[str, int], list[int]] = {}
+    for kind, layer, position in sorted(cells):
+        found.setdefault((kind, layer), []).append(position)
+    return [(*row, positions) for row, positions in found.items()]
+
+
+def _check_length(lm: LM, name: str, text: Any) -> None:
+    if not isinstance(text, str):
+        raise ValueError(f"the {name} is a text, got {type(text).__name__}")
+    if not text:
+        raise ValueError(f"the {name} is empty: type some text, e.g. 'When Mary and John went to the store, John'")
+    if (length := len(lm.tokenize(text).ids[0])) > MAX_TOKENS:
+        raise ValueError(
+            f"a patching grid shows up to {MAX_TOKENS} tokens, the {name} has {length:,}: shorten it, or use "
+            "circuits.patching(..., positions=)"
+        )
+
+
+def _check_pair(lm: LM, prompt: str, source: str) -> None:
+    """ValueError with both token lists side by side where their lengths differ."""
+    pairs = circuits.aligned_tokens(lm, prompt, source)
+    lengths = [sum(pair[i] is not None for pair in pairs) for i in (0, 1)]
+    if lengths[0] == lengths[1]:
+        return
+    wide = [max(len(_shown(a)), len(_shown(b))) for a, b in pairs]
+    first = next(i for i, (a, b) in enumerate(pairs) if a is None or b is None)
+    sides = [
+        f"{name}  " + "|".join(_shown(pair[i]).ljust(w) for pair, w in zip(pairs, wide, strict=True))
+        for i, name in ((0, "prompt"), (1, "source"))
+    ]
+    raise ValueError(
+        "prompt and source need as many tokens, since a patch goes to the same position: the prompt has "
+        f"{lengths[0]}, the source {lengths[1]}; one has a token more at token {first}. Change a word there:\n"
+        + "\n".join(sides)
+    )
+
+
+def _shown(token: str | None) -> str:
+    return "" if token is None else token.replace("\n", "↵").replace("\t", "⇥").replace(" ", "·")

@@ -1,0 +1,147 @@
+"""What TokenFeatures sends to the screen, and its form without scripts."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sae_lab.circuits.direct import direct_effects
+from sae_lab.circuits.prompt import PromptReading
+from sae_lab.saes.base import SparseCoder
+
+from .static_html import table, visible
+
+PROMOTED = 4  # tokens named for each feature
+PAGE_TOKENS, PAGE_FEATURES = 128, 20  # whose features a page without a kernel keeps: it stays small
+STATIC_TOKENS, STATIC_FEATURES = 200, 10  # what a saved notebook carries
+
+
+def figures(values: Tensor) -> list[float | None]:
+    """Numbers to send: five digits, and None for those that are none."""
+    return [float(f"{v:.5g}") if v == v else None for v in values.tolist()]
+
+
+def along(reading: PromptReading, coder: SparseCoder | None = None, feature: int = 0) -> list[float | None]:
+    """A feature's activation at each token; without a coder, each token's loss."""
+    return figures(reading.losses() if coder is None else reading.along(coder, feature))
+
+
+def text_of(reading: PromptReading, coder: SparseCoder) -> dict[str, Any]:
+    """The tokens, and what is known of each by the coder alone; None: left out by its mask."""
+    return {
+        "labels": [token.label for token in reading.tokens],
+        "strongest": figures(reading.along(coder, "strongest")),
+        "active": figures(reading.along(coder, "active")),
+        "site": coder.site.key,
+    }
+
+
+def detail_of(
+    reading: PromptReading, coder: SparseCoder, token: int, target: str, n: int, sort: str, why_not: str = ""
+) -> dict[str, Any]:
+    """The features active at a token, with direct effects unless ``why_not`` says why there are none."""
+    shown: dict[str, Any] = {"position": token, "label": reading.tokens[token].label, "effects": False, "rows": []}
+    if not bool(reading.codes(coder).keep[0, token]):
+        return shown | {"active": None, "note": "The coder's mask leaves this token out: no feature is active here."}
+    if why_not:
+        features, values = reading.active(coder, token)
+        scale = coder.f_scale[features].cpu()
+        rows = _rows(features[:n], values[:n], torch.where(scale > 0, values / scale, float("nan"))[:n])
+        return shown | {"active": len(features), "note": why_not, "rows": rows}
+    found = direct_effects(reading.lm, coder, reading, token, on=target or None, n=n, by=sort, promoted=PROMOTED)
+    rows = _rows(found.features, found.values, found.scaled)
+    for row, effect, promoted in zip(rows, figures(found.effects[:, 0]), found.promoted, strict=True):
+        row |= {"effect": effect, "promoted": [[name, float(f"{v:.3g}")] for name, v in promoted]}
+    is_next = "chosen" if target else "next" if token + 1 < len(reading) else "likeliest"
+    return shown | {
+        "effects": True, "active": found.active, "note": found.note, "rows": rows, "target": found.names[0],
+        "target_is": is_next, "parts": {name: float(f"{v[0]:.5g}") for name, v in found.parts().items()},
+    }  # fmt: skip
+
+
+def _rows(features: Tensor, values: Tensor, scaled: Tensor) -> list[dict[str, Any]]:
+    columns = (features.tolist(), figures(values), figures(scaled))
+    return [{"feature": f, "value": v, "scaled": s} for f, v, s in zip(*columns, strict=True)]
+
+
+def pages_of(
+    reading: PromptReading, coder: SparseCoder, token: int, target: str, n: int, shown: Mapping[str, Any]
+) -> dict[str, Any]:
+    """For a page without a kernel: {"pages": {position: detail}, "firing": {feature: {position: activation}}} of the
+    tokens around the chosen one."""
+    start = max(0, min(token - PAGE_TOKENS // 2, len(reading) - PAGE_TOKENS))
+    positions = range(start, min(len(reading), start + PAGE_TOKENS))
+    why_not = "" if shown.get("effects") else str(shown.get("note", ""))
+    if shown.get("active") is None:  # the note is that token's own
+        why_not = "" if reading.is_through else "No direct effects."
+    count = min(n, PAGE_FEATURES)
+    pages = {p: detail_of(reading, coder, p, target, count, "activation", why_not) for p in positions}
+    wanted = {row["feature"] for page in pages.values() for row in page["rows"]}
+    firing: dict[int, dict[int, float | None]] = {feature: {} for feature in wanted}
+    codes, keep = reading.codes(coder)
+    places = keep[0].nonzero().flatten()[codes.rows].tolist()
+    for place, feature, value in zip(places, codes.features.tolist(), figures(codes.values), strict=True):
+        if feature in wanted:
+            firing[feature][place] = value
+    return {"pages": pages, "firing": firing}
+
+
+# ---- without scripts
+
+
+def html_of(
+    text: Mapping[str, Any], detail: Mapping[str, Any], fires: Sequence[float | None] | None, feature: int | None
+) -> str:
+    """The text, marked where features are active (where the chosen one is), and the chosen token's features."""
+    if not text:
+        return "<div><p>No text yet.</p></div>"
+    values = text["strongest"] if fires is None else fires
+    what = "strongest activation" if fires is None else f"activation of feature {feature}"
+    at = detail.get("position", 0)
+    start = max(0, min(at - STATIC_TOKENS // 2, len(values) - STATIC_TOKENS))
+    pairs = list(zip(text["labels"], values, strict=True))[start : start + STATIC_TOKENS]
+    marked = "".join(_mark(label, value, start + i == at) for i, (label, value) in enumerate(pairs))
+    more = ("… " if start else "", " …" if start + STATIC_TOKENS < len(values) else "")
+    lines = [f"<p><b>{visible(text['site'])}</b>, marked: {what}</p>", f'<p dir="auto">{more[0]}{marked}{more[1]}</p>']
+    return "\n".join(["<div>", *lines, *_detail_html(detail), "</div>"])
+
+
+def _mark(label: str, value: float | None, chosen: bool) -> str:
+    text = visible(label)
+    space, word = (" ", text[1:]) if text.startswith(" ") else ("", text)
+    word = f"<b>[{word}]</b>" if chosen else word
+    if value is None:
+        return f'{space}<i title="excluded by the token mask">{word}</i>'
+    return f'{space}<mark title="{value:.3g}">{word}</mark>' if value > 0 else space + word
+
+
+def _detail_html(detail: Mapping[str, Any]) -> list[str]:
+    if not detail:
+        return []
+    lines = [f"<p>Token {detail['position']} <code>{visible(detail['label'])}</code>, {_count(detail)}</p>"]
+    if detail["note"]:
+        lines.append(f"<p>{visible(detail['note'])}</p>")
+    if not detail["rows"]:
+        return lines
+    head = ["feature", "activation", "× f_scale"]
+    rows = [[str(r["feature"]), _number(r["value"]), _number(r["scaled"])] for r in detail["rows"][:STATIC_FEATURES]]
+    if detail["effects"]:
+        head += [f"direct effect on <code>{visible(detail['target'])}</code> (logits)", "promotes"]
+        for row, r in zip(rows, detail["rows"], strict=False):
+            words = ", ".join(f"<code>{visible(name)}</code> {value:+.2f}" for name, value in r["promoted"])
+            row += [f"{r['effect']:+.3g}", words]
+    lines.append(table(head, rows))
+    if detail["effects"]:
+        parts = detail["parts"]
+        named = ", ".join(f"{name} {parts[name]:+.2f}" for name in ("features", "error", "bias", "rest"))
+        lines.append(f"<p>Its logit, centred: {parts['logit']:+.2f} = {named}</p>")
+    return lines
+
+
+def _count(detail: Mapping[str, Any]) -> str:
+    return "left out" if detail["active"] is None else f"{detail['active']} active features"
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3g}"

@@ -1,0 +1,95 @@
+// One cell: its numbers, the features that carry it, and attention where it is attention's.
+import { h } from "../shared/dom";
+import { integer, number } from "../shared/format";
+import { tokenChip } from "../shared/tokens";
+import type { Features, Values, View } from "./types";
+
+export interface DetailActions {
+  patch(): void;
+  feature(feature: number): void;
+  attention(source: boolean): void;
+}
+
+export interface Opened {
+  view: View;
+  values: Values;
+  kind: string;
+  cell: number[];
+  features: Features | undefined;
+  /** The feature last chosen here. */
+  chosen: number | null;
+}
+
+export function detail(opened: Opened, actions: DetailActions, signal: AbortSignal): HTMLElement[] {
+  const { view, values, kind, cell } = opened;
+  const [layer, position] = cell;
+  if (layer === undefined || position === undefined) {
+    return [h("p", { class: "saelab-dim" }, "Click a cell: it is patched, and what carries its effect is shown here.")];
+  }
+  const [ours, theirs] = view.tokens[view.positions.indexOf(position)] ?? ["", ""];
+  const patched = values.patched(kind, layer, position);
+  const patch = h("button", { type: "button", "data-needs": "kernel", hidden: patched !== null }, "Patch");
+  patch.addEventListener("click", () => actions.patch(), { signal });
+  return [
+    h("h4", { tabindex: -1 }, `${kind}, layer ${layer}, token ${position}`),
+    h("p", { class: "saelab-cell-tokens" }, tokenChip(ours), ...(ours === theirs ? [] : [" ← ", tokenChip(theirs)])),
+    h(
+      "dl",
+      { class: "saelab-cell-numbers" },
+      h("div", {}, h("dt", {}, "estimate"), h("dd", {}, h("i", {}, number(values.estimate(kind, layer, position))))),
+      h("div", {}, h("dt", {}, "patched"), h("dd", {}, patched === null ? "–" : number(patched))),
+      h("div", {}, h("dt", {}, "metric"), h("dd", {}, patched === null ? "–" : number(view.base + patched * (view.goal - view.base)))),
+    ),
+    patch,
+    ...(kind.startsWith("attn") ? [attention(layer, actions, signal)] : []),
+    ...(view.coders.includes(`${kind}-${layer}`) ? [features(opened, actions, signal)] : []),
+  ];
+}
+
+function attention(layer: number, actions: DetailActions, signal: AbortSignal): HTMLElement {
+  const button = (name: string, source: boolean) => {
+    const made = h("button", { type: "button", "aria-label": `Attention of layer ${layer} on the ${name}` }, name);
+    made.addEventListener("click", () => actions.attention(source), { signal });
+    return made;
+  };
+  return h(
+    "div",
+    { class: "saelab-cell-attention", "data-needs": "kernel" },
+    h("span", {}, `attention of layer ${layer} on the`),
+    button("prompt", false),
+    button("source", true),
+  );
+}
+
+function features({ features: found, chosen }: Opened, actions: DetailActions, signal: AbortSignal): HTMLElement {
+  const title = h("h4", {}, "Features ", h("small", {}, "share of the change, by gradient"));
+  if (!found) return h("section", { "aria-label": "Features" }, title, h("p", { class: "saelab-dim" }, "…"));
+  if (found.features.length === 0) {
+    const why = "No feature differs here between the two runs, or the coder's token mask leaves this token out.";
+    return h("section", { "aria-label": "Features" }, title, h("p", { class: "saelab-dim" }, why));
+  }
+  const most = Math.max(...found.features.map(([, share]) => Math.abs(share)), Number.MIN_VALUE);
+  const rows = found.features.map(([feature, share]) => {
+    const bar = h("span", { class: "saelab-effect-bar", "data-sign": share < 0 ? "minus" : "plus" });
+    bar.style.width = `${((100 * Math.abs(share)) / most).toFixed(1)}%`;
+    const label = `Select feature ${feature}, share ${number(share)}`;
+    const row = h(
+      "button",
+      { type: "button", "aria-label": label, "aria-pressed": String(feature === chosen), "data-feature": feature },
+      bar,
+      h("span", {}, String(feature)),
+      h("span", { class: "saelab-feature-share" }, number(share)),
+    );
+    row.addEventListener("click", () => actions.feature(feature), { signal });
+    return h("li", {}, row);
+  });
+  const total = found.features.reduce((sum, [, share]) => sum + share, 0) + found.others + found.error;
+  const rest = found.active - found.features.length;
+  return h(
+    "section",
+    { "aria-label": "Features" },
+    title,
+    h("ul", { class: "saelab-cell-features" }, ...rows),
+    h("p", { class: "saelab-dim" }, `${integer(rest)} more: ${number(found.others)}; the coder's error: ${number(found.error)}; all together: ${number(total)}`),
+  );
+}

@@ -1,0 +1,261 @@
+// A grid of signed numbers: read as colour with a number or a sign, walked with the arrows, cells and blocks chosen.
+import { h } from "./dom";
+import { makeTabStop } from "./keyboard";
+
+export interface HeatCell {
+  /** null: no number. */
+  value: number | null;
+  /** Measured, drawn solid; else an estimate, drawn hatched, its number slanted. */
+  sure: boolean;
+  /** What is heard, and shown on hover. */
+  label: string;
+}
+
+export interface HeatColumn {
+  nodes: (Node | string)[];
+  label: string;
+  /** Set apart by a line below and a mark. */
+  marked?: boolean;
+}
+
+export interface HeatData {
+  /** Row headings, the top one first. */
+  rows: string[];
+  columns: HeatColumn[];
+  cells: HeatCell[][];
+  /** The value at full strength. */
+  scale: number;
+}
+
+export interface At {
+  row: number;
+  column: number;
+}
+
+/** Cells from a corner to the opposite one, both within. */
+export interface Block {
+  rows: [number, number];
+  columns: [number, number];
+}
+
+export interface HeatOptions {
+  label: string;
+  /** What the rows are, in the corner. */
+  corner: string;
+  /** A click on a cell, or Enter. */
+  choose(at: At): void;
+  /** The cell under the pointer or the focus. */
+  hover?(at: At | null): void;
+  /** The block that a drag, shift and the arrows, or a shift-click has chosen; null: none. */
+  block?(block: Block | null): void;
+}
+
+export interface HeatGrid {
+  element: HTMLElement;
+  show(data: HeatData): void;
+  /** Mark the open cell. */
+  select(at: At | null): void;
+  clearBlock(): void;
+}
+
+/** So many columns still leave room for numbers. */
+const ROOMY = 18;
+
+export function heatGrid(options: HeatOptions, signal: AbortSignal): HeatGrid {
+  const element = h("div", {
+    class: "saelab-heat",
+    role: "grid",
+    "aria-label": options.label,
+    "aria-multiselectable": "true",
+  });
+  let cells: HTMLElement[][] = [];
+  let selected: At | null = null;
+  let anchor: At | null = null; // where a block begins
+  let block: Block | null = null;
+  let dragging = false;
+
+  const at = (target: EventTarget | null): At | null => {
+    const cell = (target as HTMLElement | null)?.closest?.<HTMLElement>("[data-cell]");
+    return cell ? { row: Number(cell.dataset.row), column: Number(cell.dataset.column) } : null;
+  };
+  const cellAt = (where: At | null) => (where ? cells[where.row]?.[where.column] : undefined);
+  const within = ({ row, column }: At) =>
+    block !== null && row >= block.rows[0] && row <= block.rows[1] && column >= block.columns[0] && column <= block.columns[1];
+  const mark = () => {
+    cells.forEach((line, row) =>
+      line.forEach((cell, column) => {
+        const open = selected?.row === row && selected.column === column;
+        cell.toggleAttribute("data-open", open);
+        cell.setAttribute("aria-selected", String(open || within({ row, column })));
+        cell.toggleAttribute("data-block", within({ row, column }));
+      }),
+    );
+  };
+  const setBlock = (to: At | null) => {
+    const from = anchor ?? to;
+    const before = block;
+    block =
+      from && to
+        ? {
+            rows: [Math.min(from.row, to.row), Math.max(from.row, to.row)],
+            columns: [Math.min(from.column, to.column), Math.max(from.column, to.column)],
+          }
+        : null;
+    if (before === null && block === null) return;
+    mark();
+    options.block?.(block);
+  };
+  const focus = (where: At) => {
+    const cell = cellAt(where);
+    if (!cell) return;
+    makeTabStop(element, cell);
+    cell.focus();
+  };
+
+  const keydown = (event: KeyboardEvent) => {
+    const here = at(event.target);
+    if (!here || event.altKey) return;
+    const last: At = { row: cells.length - 1, column: (cells[0]?.length ?? 1) - 1 };
+    if (event.ctrlKey || event.metaKey) {
+      if (event.key !== "a") return;
+      anchor = { row: 0, column: 0 };
+      setBlock(last);
+    } else if (event.key === "Enter" || event.key === " ") {
+      options.choose(here);
+    } else if (event.key === "Escape") {
+      setBlock(null);
+    } else {
+      const to = moved(here, event.key, last);
+      if (!to) return;
+      if (!event.shiftKey) setBlock(null);
+      else if (block === null) anchor = here;
+      focus(to);
+      if (event.shiftKey) setBlock(to);
+    }
+    event.preventDefault();
+    event.stopPropagation();
+  };
+  const pointerdown = (event: PointerEvent) => {
+    const here = at(event.target);
+    if (!here || event.button !== 0) return;
+    if (event.shiftKey) {
+      anchor = at((element.getRootNode() as Document | ShadowRoot).activeElement) ?? selected ?? here;
+      setBlock(here);
+      event.preventDefault(); // no selection of text
+      return;
+    }
+    dragging = true;
+    setBlock(null);
+    anchor = here;
+  };
+  const pointerover = (event: PointerEvent) => {
+    const here = at(event.target);
+    options.hover?.(here);
+    if (!dragging || !here || !anchor) return;
+    if (event.buttons === 0) dragging = false; // let go outside
+    else if (block !== null || here.row !== anchor.row || here.column !== anchor.column) setBlock(here);
+  };
+  const click = (event: MouseEvent) => {
+    dragging = false;
+    const here = at(event.target);
+    if (here && block === null) options.choose(here); // else the click ended a drag
+  };
+  element.addEventListener("keydown", keydown, { signal });
+  element.addEventListener("pointerdown", pointerdown, { signal });
+  element.addEventListener("pointerover", pointerover, { signal });
+  element.addEventListener("pointerleave", () => options.hover?.(null), { signal });
+  element.addEventListener("click", click, { signal });
+  element.addEventListener("focusin", (event) => options.hover?.(at(event.target)), { signal });
+  element.addEventListener("focusout", () => options.hover?.(null), { signal });
+
+  return {
+    element,
+    show(data) {
+      const active = (element.getRootNode() as Document | ShadowRoot).activeElement;
+      const focused = element.contains(active);
+      const stop = at(focused ? active : element.querySelector('[data-cell][tabindex="0"]'));
+      const { scrollLeft, scrollTop } = element;
+      element.dataset.dense = String(data.columns.length > ROOMY);
+      element.style.setProperty("--saelab-columns", String(data.columns.length));
+      cells = data.cells.map((line, row) => line.map((cell, column) => draw(cell, { row, column }, data.scale)));
+      element.replaceChildren(header(options.corner, data.columns), ...cells.map((line, row) => rowOf(data.rows[row] ?? "", line)));
+      mark();
+      const home = cellAt(stop) ?? cellAt(selected) ?? cells[0]?.[0];
+      if (home) makeTabStop(element, home);
+      if (focused) home?.focus({ preventScroll: true });
+      [element.scrollLeft, element.scrollTop] = [scrollLeft, scrollTop];
+    },
+    select(where) {
+      selected = where;
+      mark();
+    },
+    clearBlock: () => setBlock(null),
+  };
+}
+
+function moved({ row, column }: At, key: string, last: At): At | null {
+  const steps: Record<string, At> = {
+    ArrowUp: { row: Math.max(0, row - 1), column },
+    ArrowDown: { row: Math.min(last.row, row + 1), column },
+    ArrowLeft: { row, column: Math.max(0, column - 1) },
+    ArrowRight: { row, column: Math.min(last.column, column + 1) },
+    Home: { row, column: 0 },
+    End: { row, column: last.column },
+    PageUp: { row: 0, column },
+    PageDown: { row: last.row, column },
+  };
+  return steps[key] ?? null;
+}
+
+function header(corner: string, columns: HeatColumn[]): HTMLElement {
+  return h(
+    "div",
+    { class: "saelab-heat-row saelab-heat-head", role: "row" },
+    h("span", { role: "columnheader", class: "saelab-heat-corner" }, corner),
+    ...columns.map((column) =>
+      h(
+        "span",
+        { role: "columnheader", "data-marked": column.marked, title: column.label, "aria-label": column.label },
+        h("span", {}, ...column.nodes),
+      ),
+    ),
+  );
+}
+
+function rowOf(heading: string, line: HTMLElement[]): HTMLElement {
+  return h("div", { class: "saelab-heat-row", role: "row" }, h("span", { role: "rowheader" }, heading), ...line);
+}
+
+function draw(cell: HeatCell, { row, column }: At, scale: number): HTMLElement {
+  const value = cell.value ?? 0;
+  const share = Math.min(1, Math.abs(value) / (scale || 1));
+  const sign = value > 0 ? "+" : value < 0 ? "−" : "";
+  const drawn = h(
+    "span",
+    {
+      class: "saelab-heat-cell",
+      role: "gridcell",
+      tabindex: -1,
+      "data-cell": true,
+      "data-row": row,
+      "data-column": column,
+      "data-sign": value > 0 ? "plus" : value < 0 ? "minus" : "none",
+      "data-sure": cell.sure,
+      "data-nil": short(cell) === "0",
+      title: cell.label,
+      "aria-label": cell.label,
+    },
+    h("span", { class: "saelab-heat-number", "aria-hidden": "true" }, short(cell)),
+    h("span", { class: "saelab-heat-mark", "aria-hidden": "true" }, share >= 0.15 ? sign : ""),
+  );
+  drawn.style.setProperty("--saelab-share", share.toFixed(3));
+  return drawn;
+}
+
+/** Two digits: ".29", "−.07", "1.01"; an estimate of next to nothing is left out. */
+export function short({ value, sure }: HeatCell): string {
+  if (value === null) return "";
+  const text = Math.abs(value).toFixed(2);
+  if (text === "0.00") return sure ? "0" : "";
+  return `${value < 0 ? "−" : ""}${text.replace(/^0/, "")}`;
+}
