@@ -119,7 +119,9 @@ def patching_estimate(
 
     What each patch would do if the metric were linear in the activation (Nanda 2023; Syed et al. 2023,
     arXiv:2310.10348), in the unit of ``patching``: the share of the metric that it brings over. Arguments and errors
-    are those of ``patching``; the metric must be differentiable, and the model on this machine.
+    are those of ``patching``; the metric must be differentiable, and the model on this machine. What attention and MLPs
+    add is small in the stream, and estimated well; the whole stream at a token is a large change, and its estimate can
+    be far off (benchmarks/patching.py).
     """
     require_here(lm, "patching_estimate")
     batch, theirs = paired(lm, prompts, sources)
