@@ -1,6 +1,7 @@
 """The Python behind a view: what "copy as code" gives."""
 
 import sys
+from pathlib import Path
 from typing import Any
 
 from sae_lab.edit import Edit
@@ -17,11 +18,13 @@ def name_of(thing: Any, otherwise: str) -> str:
 
 
 def lm_line(lm: LM, name: str = "lm") -> str:
-    """How to get the model again."""
+    """How to get the model again; a remark where nothing names it."""
     if lm.id == bundled.HUB_ID and not lm.remote:
         return f"{name} = sl.LM()"
     if lm.remote:
         return f"{name} = sl.LM({lm.id!r}, remote=True)"
+    if "/" not in lm.id and not Path(lm.id).exists():  # the class of a model that was handed over
+        return f"# {name}: your {lm.id}, {name} = sl.LM(module, tokenizer=...)"
     return f"{name} = sl.LM({lm.id!r})"
 
 
