@@ -35,7 +35,7 @@ lab: .venv/.ready
 	touch $@
 
 test: .venv/.server lint widgets
-	$(BIN)/python -m pytest tests -m "not browser and not remote"
+	$(BIN)/python -m pytest tests -m "not browser and not remote" -n 2 --dist loadfile
 	$(BIN)/python -m pytest --nbval --nbval-current-env --nbval-cell-timeout=900 -p no:cacheprovider -o addopts="" $(filter-out $(REMOTE),$(NOTEBOOKS))
 	$(BIN)/python -m pytest tests/remote --durations=5
 	$(BIN)/python -m pytest tests -m browser

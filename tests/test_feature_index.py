@@ -378,7 +378,7 @@ def test_order(index):
         order, values = index.order(by), getattr(index, by)
         assert (np.diff(values[order]) <= 0).all() and set(order) == set(np.flatnonzero(index.counts))
     assert set(index.order("best")) == set(index.order("max"))
-    with pytest.raises(ValueError, match="order by one of density, max, best, got 'beauty'"):
+    with pytest.raises(ValueError, match="order by one of density, max, norm, best, got 'beauty'"):
         index.order("beauty")
 
 
