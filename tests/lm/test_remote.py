@@ -68,7 +68,7 @@ def test_a_model_there_needs_a_hub_id(tiny_lm, tmp_path):
 
 
 def test_a_model_there_is_an_outline_here(lm):
-    far = sl.LM(remote="http://127.0.0.1:9", deadline=2)
+    far = sl.LM(remote="http://127.0.0.1:9", deadline=60)
     assert all(p.device.type == "meta" for p in far._module.parameters())
     assert (far.id, far.n_layers, far.kinds, far.max_length) == (bundled.HUB_ID, lm.n_layers, lm.kinds, lm.max_length)
     for kind in lm.kinds:
@@ -82,7 +82,7 @@ def test_a_model_there_is_an_outline_here(lm):
 def test_jobs_are_for_servers(tiny_lm):
     with pytest.raises(ValueError, match="is for a model on a server"):
         tiny_lm.submit("logits", "The sea")
-    far = sl.LM(remote="http://127.0.0.1:9", deadline=2)
+    far = sl.LM(remote="http://127.0.0.1:9", deadline=60)
     with pytest.raises(ValueError, match=r"lm\.submit takes read, logits, loss or generate"):
         far.submit("compare", "The sea", edits=[])
 
@@ -96,7 +96,7 @@ def test_what_servers_say():
 
 
 def test_what_needs_the_model_here():
-    far, sae = sl.LM(remote="http://127.0.0.1:9", deadline=2), sl.load("smollm2-135m/attn_z-8")
+    far, sae = sl.LM(remote="http://127.0.0.1:9", deadline=60), sl.load("smollm2-135m/attn_z-8")
     stream = sl.load("smollm2-135m/resid_post-8")
     for call in (
         lambda: sl.circuits.head_attribution(far, sae, 0, "The sea"),
