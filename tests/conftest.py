@@ -12,6 +12,7 @@
 All of them live for the session: a test that changes a model makes its own.
 """
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,9 @@ import torch
 
 ARCHITECTURES = ("llama", "gpt2", "neox", "neox_serial", "gemma3", "qwen3", "olmo2")
 LAYERS, HEADS, D, D_HEAD = 3, 4, 48, 12
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a job in the background of a shell: some tests send Ctrl-C
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)

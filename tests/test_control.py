@@ -183,9 +183,8 @@ def test_a_pause_before_the_first_step(ask, data):
 
 
 SCRIPT = """
-import signal, sys, torch
+import sys, torch
 import sae_lab as sl
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background of a shell ignores it
 def callback(event):
     if event.kind == "step" and event.step == 7:
         event.control.pause()
