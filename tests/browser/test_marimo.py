@@ -112,7 +112,6 @@ def ready(part: Locator) -> Locator:
 @pytest.mark.browser
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_widgets_in_marimo(tmp_path: pathlib.Path, theme: str) -> None:
-    pytest.importorskip("marimo")
     path = tmp_path / "notebook.py"
     path.write_text(NOTEBOOK.format(theme=theme).lstrip(), encoding="utf-8")
     with marimo(path) as address, chromium((1280, 1400)) as page:

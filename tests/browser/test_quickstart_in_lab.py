@@ -26,7 +26,7 @@ def test_the_quickstart_in_jupyterlab(tmp_path: pathlib.Path, cache_folder: path
         assert notebook.python("print(index.counts[panel.feature] > 0)") == "True"
 
         # Search a token, click what is found: the kernel knows.
-        panel.get_by_label("Search features by token").fill("war")
+        panel.get_by_label("Search features").fill("war")
         found = panel.get_by_role("listbox", name="Features").get_by_role("option")
         war = notebook.python("print(war)")
         expect(found.first).to_contain_text(war)
