@@ -115,6 +115,7 @@ class FeatureInspector(Panel):
     def __init__(self, index: Index, feature: SupportsIndex | None = None, *, session: Session | None = None) -> None:
         self._index = index  # before any trait: the validation of `feature` reads it
         self.session = session or Session()
+        self._tried = ""  # the text that was scored last
         self._site = site.key if (site := getattr(index, "site", None)) is not None else ""
         selected = self.session.selection
         if feature is None and selected.feature is not None and selected.site == self._site:
@@ -216,7 +217,7 @@ class FeatureInspector(Panel):
         index: Any = self._index
         scored = index.score(self.feature, text)
         job.check()
-        self.session.selection.prompt = text
+        self._tried = text
         return scored.to_dict()
 
     @beside
@@ -284,8 +285,8 @@ class FeatureInspector(Panel):
         ]
         if self.pinned is not None:
             lines.append(f"print({name}.compare({self.feature}, {self.pinned}))")
-        if prompt := self.session.selection.prompt:
-            lines.append(f"print({name}.score({self.feature}, {prompt!r}))")
+        if self._tried:
+            lines.append(f"print({name}.score({self.feature}, {self._tried!r}))")
         return "\n".join(lines)
 
     def close(self) -> None:

@@ -88,6 +88,14 @@ def test_find_steer_patch_and_copy(tmp_path: pathlib.Path, cache_folder: pathlib
             notebook.python("with contextlib.redirect_stdout(io.StringIO()): exec(code, there)", 120)
             assert notebook.python(f"print({checks})") == "True", checks
 
+        until(notebook, "sliders.shown == sliders.version", 120)
+        folder = screenshots(tmp_path)
+        for theme, name in [(LIGHT, "light"), (DARK, "dark")]:
+            notebook.set_theme(theme)
+            for widget, kind in zip((tokens, inspector, sliders, grid, monitor), WIDGETS, strict=True):
+                expect(widget).to_have_attribute("data-saelab-theme", name)
+                notebook.screenshot(widget, folder / f"bench_{kind}_{name}.png")
+
         # How long it takes: from a click to the paint of what came back, and a text of 128 tokens.
         times, rows = [], inspector.locator(".saelab-result")
         for row in range(1, 21):
@@ -104,12 +112,6 @@ def test_find_steer_patch_and_copy(tmp_path: pathlib.Path, cache_folder: pathlib
             p50, p90 = np.percentile(times, [50, 90])
             print(f"\nfeature click to paint: median {p50:.0f} ms, p90 {p90:.0f} ms; 128 tokens in {scoring:.0f} ms")
 
-        folder = screenshots(tmp_path)
-        for theme, name in [(LIGHT, "light"), (DARK, "dark")]:
-            notebook.set_theme(theme)
-            for widget, kind in zip((tokens, inspector, sliders, grid, monitor), WIDGETS, strict=True):
-                expect(widget).to_have_attribute("data-saelab-theme", name)
-                notebook.screenshot(widget, folder / f"bench_{kind}_{name}.png")
         for kind in WIDGETS:
             assert notebook.accessibility_faults(f".saelab-{kind}") == []
         assert notebook.problems == []
