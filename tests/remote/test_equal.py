@@ -185,7 +185,7 @@ def test_the_bundled_model(server, lm):
     edits = [sl.Steer(coder, int(coder.f_scale.argmax()), strength=1.0)]
     same(far.logits(text, edits=[sl.Splice(coder)]), lm.logits(text, edits=[sl.Splice(coder)]))  # 21 MB of weights
     same(far.read(text, coder.site)[coder.site], lm.read(text, coder.site)[coder.site])
-    # The strongest feature of all: rounding that differs with the number of threads grows over 21 layers (1.02e-5 seen).
+    # The strongest feature of all: rounding, which differs with the threads, grows over 21 layers (to 1.02e-5).
     same(far.logits(text, edits=edits), lm.logits(text, edits=edits), tolerance=3e-5)
     assert far.generate(text, edits=edits, max_new_tokens=8) == lm.generate(text, edits=edits, max_new_tokens=8)
     assert far.id == lm.id and far.n_layers == lm.n_layers and "remote=" in repr(far)
