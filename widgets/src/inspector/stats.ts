@@ -1,5 +1,6 @@
 // The numbers of one feature, and the tokens it peaks on.
 import { h } from "../shared/dom";
+import { figures } from "../shared/figures";
 import { integer, number, percent } from "../shared/format";
 import { tokenChip } from "../shared/tokens";
 import type { FeatureView } from "./types";
@@ -26,10 +27,7 @@ export function stats(view: FeatureView): HTMLElement {
     ["max", number(view.max), "largest activation"],
     ["f_scale", number(view.f_scale), "99.9th percentile of activation: the unit of steering strength"],
   ];
-  const items = pairs.map(([name, value, meaning]) =>
-    h("div", { title: meaning }, h("dt", {}, name), h("dd", {}, value)),
-  );
-  return h("dl", { class: "saelab-stats" }, ...items);
+  return figures(pairs.map(([name, value, meaning]) => ({ name, value, meaning })), "saelab-stats");
 }
 
 function peakTokens(view: FeatureView): string[] {

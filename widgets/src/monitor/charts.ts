@@ -1,6 +1,7 @@
 // The curves of a training: a small chart a measure, a line a coder.
 import { type Chart, lineChart } from "../shared/chart";
 import { h } from "../shared/dom";
+import { figures } from "../shared/figures";
 import { integer, number, percent } from "../shared/format";
 import { changeText } from "./hand";
 import { type Change, type Curves, MEASURES, type Measure } from "./types";
@@ -74,9 +75,9 @@ const shown = (measure: Measure, value: number | null) => (measure === "dead" ? 
 function strip(curve: Curves[string]): HTMLElement {
   const items = MEASURES.map((measure) => {
     const [label, meaning] = LABELS[measure];
-    return h("div", { title: meaning }, h("dt", {}, label), h("dd", {}, shown(measure, last(curve[measure]))));
+    return { name: label, value: shown(measure, last(curve[measure])), meaning };
   });
-  return h("dl", { class: "saelab-monitor-stats" }, ...items);
+  return figures(items, "saelab-monitor-stats");
 }
 
 /** The last figures of all coders. */

@@ -1,5 +1,6 @@
 // One cell: its numbers, the features that carry it, and attention where it is attention's.
 import { h } from "../shared/dom";
+import { figures } from "../shared/figures";
 import { integer, number } from "../shared/format";
 import { tokenChip } from "../shared/tokens";
 import type { Features, Values, View } from "./types";
@@ -33,12 +34,13 @@ export function detail(opened: Opened, actions: DetailActions, signal: AbortSign
   return [
     h("h4", { tabindex: -1 }, `${kind}, layer ${layer}, token ${position}`),
     h("p", { class: "saelab-cell-tokens" }, tokenChip(ours), ...(ours === theirs ? [] : [" ← ", tokenChip(theirs)])),
-    h(
-      "dl",
-      { class: "saelab-cell-numbers" },
-      h("div", {}, h("dt", {}, "estimate"), h("dd", {}, h("i", {}, number(values.estimate(kind, layer, position))))),
-      h("div", {}, h("dt", {}, "patched"), h("dd", {}, patched === null ? "–" : number(patched))),
-      h("div", {}, h("dt", {}, "metric"), h("dd", {}, patched === null ? "–" : number(view.base + patched * (view.goal - view.base)))),
+    figures(
+      [
+        { name: "estimate", value: h("i", {}, number(values.estimate(kind, layer, position))) },
+        { name: "patched", value: patched === null ? "–" : number(patched) },
+        { name: "metric", value: patched === null ? "–" : number(view.base + patched * (view.goal - view.base)) },
+      ],
+      "saelab-cell-numbers",
     ),
     patch,
     ...(kind.startsWith("attn") ? [attention(layer, actions, signal)] : []),
