@@ -148,7 +148,7 @@ describe("a chart", () => {
     chart.show(series);
     const paths = [...chart.element.querySelectorAll(".saelab-chart-plot path")];
     expect(paths[0]!.getAttribute("d")).toMatch(/^M0\.0 98\.0L100\.0 50\.0L200\.0 2\.0$/);
-    expect(paths[1]!.getAttribute("d")!.match(/M[^M]*h0/g)!.length).toBe(2); // a point alone is a dot
+    expect(paths[1]!.getAttribute("d")!.match(/M[^M]*h4/g)!.length).toBe(2); // a point alone is seen
     expect(paths[1]!.getAttribute("stroke-dasharray")).not.toBe(paths[0]!.getAttribute("stroke-dasharray"));
     expect(chart.element.querySelector("svg")!.getAttribute("aria-label")).toContain("feature from 0 to 4");
   });

@@ -192,8 +192,8 @@ function path(series: Series, index: number, px: (x: number) => number, py: (y: 
     }
     const move = drawing ? "L" : "M";
     drawing = true;
-    const alone = move === "M" && !Number.isFinite(series.y[i + 1] ?? NaN); // a line of no length, seen as a dot
-    return `${move}${px(x).toFixed(1)} ${py(y).toFixed(1)}${alone ? "h0" : ""}`;
+    const alone = move === "M" && !Number.isFinite(series.y[i + 1] ?? NaN); // a short line: one of no length is not drawn
+    return `${move}${px(x).toFixed(1)} ${py(y).toFixed(1)}${alone ? "m-2 0h4" : ""}`;
   });
   return svg("path", { class: "saelab-line", d: d.join(""), "data-series": index % 6, "stroke-dasharray": DASHES[index % 6] });
 }
