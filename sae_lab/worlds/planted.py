@@ -1,10 +1,8 @@
-"""Worlds with known truth: activations made of features that we chose, so that what a coder finds can be checked.
+"""Planted dictionaries: sparse sums of directions that we chose.
 
     world = planted(n=128, d=64, l0=4)
     run = train(coder, world.x, TrainConfig(tokens=1_000_000))
     match(coder, world)
-
-This room imports neither coders nor language models: a world knows nothing of what is tried on it.
 """
 
 import math

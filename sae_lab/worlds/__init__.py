@@ -1,0 +1,8 @@
+"""Worlds with known truth: activations made of features that we chose, so that what a coder finds can be checked.
+
+This room imports neither coders nor language models: a world knows nothing of what is tried on it.
+"""
+
+from sae_lab.worlds.planted import LAWS, MAX_PROBABILITY, World, planted
+
+__all__ = ["LAWS", "MAX_PROBABILITY", "World", "planted"]
