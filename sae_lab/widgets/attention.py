@@ -18,7 +18,8 @@ def attention_heads(lm: LM, prompt: str, layer: int) -> Any:
 
     class Local(RenderedHTML):
         def _repr_html_(self) -> str:
-            return self.local_src
+            # It draws dark on nothing, and knows no dark theme: a white page under it keeps it legible.
+            return f'<div style="background:#fff;color:#111;color-scheme:light;padding:8px">{self.local_src}</div>'
 
         def __repr__(self) -> str:
             return f"attention of layer {layer}, {len(names)} heads, {len(labels)} tokens"

@@ -9,12 +9,24 @@ import pytest
 from playwright.sync_api import Locator, expect
 
 from .lab import DARK, LIGHT, Notebook, fresh_copy, open_notebook, screenshots
+from .test_steering_in_lab import WATCH
 
 REPOSITORY = pathlib.Path(__file__).parents[2]
 BENCH = REPOSITORY / "notebooks" / "08_lab_bench.ipynb"
 RUN_SECONDS = 1200  # a minute on two idle cores; a busy machine takes several times that
 WIDGETS = ("tokens", "inspector", "steering", "patching", "monitor")
 PROMPT = "The king and the queen lived in the old castle on the hill"
+# What the model itself takes to the first token of what stands on the sliders.
+OWN_TIME = """
+import time
+def first_token():
+    start = time.perf_counter()
+    stream = lm.stream(sliders.prompt, list(session.edits), max_new_tokens=8)
+    next(stream)
+    stream.close()
+    return time.perf_counter() - start
+print(sorted(first_token() for _ in range(3))[1])
+"""
 
 
 def copied(widget: Locator) -> str:
@@ -68,6 +80,15 @@ def test_find_steer_patch_and_copy(tmp_path: pathlib.Path, cache_folder: pathlib
         same = "lm.generate(sliders.prompt, session.edits, sliders.max_new_tokens) == sliders.steered"
         assert notebook.python(f"print({same})", 60) == "True"
         expect(sliders).to_have_attribute("data-ready", "1")
+        own = float(notebook.python(OWN_TIME))
+        sliders.evaluate(WATCH)
+        notebook.page.keyboard.press("ArrowRight")
+        first = notebook.page.evaluate("window.__first") / 1000
+        with capsys.disabled():
+            print(f"\nslider to first streamed token {first:.2f} s, of which the model {own:.2f} s")
+        assert first - own < 1.0
+        notebook.page.keyboard.press("ArrowLeft")
+        until(notebook, "sliders.shown == sliders.version and list(session.edits)[0].strength == 2.0", 120)
 
         # Patch: a cell by a click, its true value, the features that carry it.
         before = int(notebook.python("print(len(grid.truth))"))
@@ -115,3 +136,13 @@ def test_find_steer_patch_and_copy(tmp_path: pathlib.Path, cache_folder: pathlib
         for kind in WIDGETS:
             assert notebook.accessibility_faults(f".saelab-{kind}") == []
         assert notebook.problems == []
+
+        # The kernel restarts: every widget says so, keeps what it shows, and offers nothing that would not work.
+        notebook.restart_kernel()
+        for widget in (tokens, inspector, sliders, grid, monitor):
+            expect(widget.locator(".saelab-lost")).to_contain_text("run the cell again")
+            expect(widget).to_have_attribute("data-connection", "lost")
+            assert widget.locator("[data-needs]:not([inert])").count() == 0
+        expect(sliders.get_by_role("region", name="Steered", exact=True)).not_to_be_empty()
+        expect(grid.locator(".saelab-heat-cell").first).to_be_visible()
+        assert [p for p in notebook.problems if "restart" not in p.lower()] == []
