@@ -3,6 +3,7 @@
 This room imports neither coders nor language models: a world knows nothing of what is tried on it.
 """
 
+from sae_lab.worlds.othello import Games, board_properties, othello, square_name
 from sae_lab.worlds.planted import LAWS, MAX_PROBABILITY, World, planted
 
-__all__ = ["LAWS", "MAX_PROBABILITY", "World", "planted"]
+__all__ = ["LAWS", "MAX_PROBABILITY", "Games", "World", "board_properties", "othello", "planted", "square_name"]

@@ -1,0 +1,227 @@
+"""Random games of Othello, many at once on bitboards: sequences whose hidden state, the board, is known.
+
+    games = othello(size=6, games=1000)
+    games.moves[0]      # squares 0..35, one a move, -1 behind the end
+    games.boards()[0]   # after each move, as the player to move sees it: 1 mine, -1 theirs, 0 empty
+
+Square number row·size + column, bit of the same number in a board's uint64. Who cannot move passes, and a pass is no
+move: as in the sequences that Othello-GPT is trained on (Li et al. 2022, arXiv:2210.13382), the same player then moves
+twice. "Mine" and "theirs" are relative to the player to move, which is how such models see the board (Nanda et al.
+2023, arXiv:2309.00941).
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from jaxtyping import Bool, Int, Int8, Shaped, UInt64
+
+# A range of seeds of its own, as every world has (see ``worlds.planted``).
+TAG = 0x4F5448454C4C4F
+SIZES = (4, 6, 8)
+_DIRECTIONS = [(row, column) for row in (-1, 0, 1) for column in (-1, 0, 1) if (row, column) != (0, 0)]
+_CHUNK = 16_384  # games played at once
+
+Bits = UInt64[np.ndarray, "*n"]
+
+
+@dataclass(frozen=True, repr=False)
+class Games:
+    """Games of Othello. Entry [g, t] tells of game g just after its move number t, and stands for nothing behind the
+    game's end (moves -1, boards 0).
+
+    Attributes:
+        size: squares along a side.
+        moves: the square each move goes to, ``games length``; length = size² − 4, the most moves a game can have.
+        lengths: how many moves each game had.
+        mine, theirs: discs of the player to move next and of the other, as bitboards. After a game's last move, where
+            nobody can move, "mine" is the opponent of who moved last.
+        legal: where the player to move may go, as bitboards; 0 where the game is over.
+        black: whether the player to move is Black, who began.
+        seed: what the games were drawn with.
+    """
+
+    size: int
+    moves: Int8[np.ndarray, "games length"]
+    lengths: Int[np.ndarray, " games"]
+    mine: UInt64[np.ndarray, "games length"] = field(compare=False)
+    theirs: UInt64[np.ndarray, "games length"] = field(compare=False)
+    legal: UInt64[np.ndarray, "games length"] = field(compare=False)
+    black: Bool[np.ndarray, "games length"] = field(compare=False)
+    seed: int = 0
+
+    def __len__(self) -> int:
+        return len(self.moves)
+
+    def __getitem__(self, rows: slice) -> "Games":
+        """Some of the games."""
+        parts = {name: getattr(self, name)[rows] for name in ("moves", "lengths", "mine", "theirs", "legal", "black")}
+        return Games(self.size, **parts, seed=self.seed)
+
+    def __repr__(self) -> str:
+        mean = float(self.lengths.mean()) if len(self) else 0.0
+        return f"Games({len(self):,} of {self.size}x{self.size} Othello, {mean:.1f} moves on average, seed {self.seed})"
+
+    @property
+    def real(self) -> Bool[np.ndarray, "games length"]:
+        """True where there was a move."""
+        return self.moves >= 0
+
+    @property
+    def going_on(self) -> Bool[np.ndarray, "games length"]:
+        """True where there was a move and another one follows: where a model has something to predict."""
+        return self.legal != 0
+
+    def boards(self) -> Int8[np.ndarray, "games length squares"]:
+        """The board after each move, as the player to move sees it: 1 mine, -1 theirs, 0 empty."""
+        squares = self.size**2
+        return unpack(self.mine, squares).astype(np.int8) - unpack(self.theirs, squares)
+
+    def legal_moves(self) -> Bool[np.ndarray, "games length squares"]:
+        """Where the player to move may go, after each move."""
+        return unpack(self.legal, self.size**2)
+
+    def text(self, game: int) -> str:
+        """One game's moves by their names: ``d2 c2 b2 ...``."""
+        return " ".join(square_name(int(s), self.size) for s in self.moves[game, : self.lengths[game]])
+
+
+def square_name(square: int, size: int) -> str:
+    """A square as players write it: column letter and row number, ``a1`` the top left."""
+    return f"{chr(ord('a') + square % size)}{square // size + 1}"
+
+
+def othello(size: int = 6, games: int = 1000, seed: int = 0) -> Games:
+    """Games in which every move is drawn uniformly from the legal ones.
+
+    Args: size: 4, 6 or 8 squares a side. games: how many; the first of many games are those of a smaller number.
+    seed: a range of its own.
+
+    Raises ValueError for settings that cannot be.
+    """
+    _check_size(size)
+    for name, value, least in (("games", games, 1), ("seed", seed, 0)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+    rng = np.random.default_rng(np.random.SeedSequence([TAG, size, seed]))
+    length = size**2 - 4
+    moves = np.full((games, length), -1, np.int8)
+    boards = {name: np.zeros((games, length), np.uint64) for name in ("mine", "theirs", "legal")}
+    black = np.zeros((games, length), bool)
+    for start in range(0, games, _CHUNK):
+        rows = slice(start, min(start + _CHUNK, games))
+        chances = rng.random((rows.stop - start, length), dtype=np.float32)
+        _play_out(chances, size, moves[rows], {k: v[rows] for k, v in boards.items()}, black[rows])
+    return Games(size, moves, (moves >= 0).sum(1), **boards, black=black, seed=seed)
+
+
+def _play_out(
+    chances: np.ndarray, size: int, moves: np.ndarray, boards: dict[str, np.ndarray], black: np.ndarray
+) -> None:
+    """Play games to their ends, a move of all at a time, into the arrays given."""
+    going = np.arange(len(moves))
+    mine, theirs = (np.full(len(moves), board, np.uint64) for board in start_board(size))
+    to_move = np.ones(len(moves), bool)
+    can = legal_bits(mine, theirs, size)
+    for turn in range(moves.shape[1]):
+        options = unpack(can, size**2)
+        picked = (chances[going, turn] * options.sum(1)).astype(np.int64)  # below the count: chances are below 1
+        square = (options.cumsum(1) > picked[:, None]).argmax(1)
+        mine, theirs = play(mine, theirs, square, size)
+        to_move = ~to_move
+        mine, theirs, can, passed = after_passes(mine, theirs, size)
+        to_move ^= passed
+        moves[going, turn], black[going, turn] = square, to_move
+        for name, value in (("mine", mine), ("theirs", theirs), ("legal", can)):
+            boards[name][going, turn] = value
+        on = can != 0
+        going, mine, theirs, can, to_move = going[on], mine[on], theirs[on], can[on], to_move[on]
+
+
+# ---------------------------------------------------------------------------------------------- the rules
+
+
+def start_board(size: int) -> tuple[np.uint64, np.uint64]:
+    """(Black's discs, White's) at the start, Black to move: White on the main diagonal of the centre."""
+    _check_size(size)
+    m = size // 2
+    white = (1 << ((m - 1) * size + m - 1)) | (1 << (m * size + m))
+    black = (1 << ((m - 1) * size + m)) | (1 << (m * size + m - 1))
+    return np.uint64(black), np.uint64(white)
+
+
+def legal_bits(mine: Bits, theirs: Bits, size: int) -> Bits:
+    """Where the player of ``mine`` may go: empty squares from which a line of theirs ends at one of mine."""
+    legal = np.zeros_like(mine)
+    for direction in _DIRECTIONS:
+        line = _shift(mine, direction, size) & theirs
+        for _ in range(size - 3):  # a line holds at most size − 2 of theirs
+            line |= _shift(line, direction, size) & theirs
+        legal |= _shift(line, direction, size)
+    return legal & ~(mine | theirs)
+
+
+def play(mine: Bits, theirs: Bits, square: Int[np.ndarray, "*n"], size: int) -> tuple[Bits, Bits]:
+    """(mine, theirs) after a legal move, as the opponent sees them: sides are swapped."""
+    move = np.uint64(1) << square.astype(np.uint64)
+    flipped = np.zeros_like(mine)
+    for direction in _DIRECTIONS:
+        line = _shift(move, direction, size) & theirs
+        for _ in range(size - 3):
+            line |= _shift(line, direction, size) & theirs
+        closed = _shift(line, direction, size) & mine
+        flipped |= np.where(closed != 0, line, np.uint64(0))
+    return theirs & ~flipped, mine | move | flipped
+
+
+def after_passes(mine: Bits, theirs: Bits, size: int) -> tuple[Bits, Bits, Bits, Bool[np.ndarray, "*n"]]:
+    """(mine, theirs, legal, passed): sides are swapped where who is to move has no move and the other has one."""
+    can, other = legal_bits(mine, theirs, size), legal_bits(theirs, mine, size)
+    passed = (can == 0) & (other != 0)
+    return (
+        np.where(passed, theirs, mine), np.where(passed, mine, theirs), np.where(passed, other, can), passed,
+    )  # fmt: skip
+
+
+def unpack(bits: Bits, squares: int) -> Bool[np.ndarray, "*n squares"]:
+    """Bitboards as arrays of squares."""
+    little = np.ascontiguousarray(bits).astype("<u8")[..., None].view(np.uint8)
+    return np.unpackbits(little, axis=-1, count=squares, bitorder="little").astype(bool)
+
+
+def _shift(bits: np.ndarray, direction: tuple[int, int], size: int) -> np.ndarray:
+    """Every disc one step in a direction; those that leave the board are gone."""
+    row, column = direction
+    step = row * size + column
+    moved = bits << np.uint64(step) if step > 0 else bits >> np.uint64(-step)
+    return moved & _LANDS[size, column]
+
+
+def _lands(size: int, column: int) -> np.uint64:
+    """Where a step to this side can end: not in the column that a step over the edge would wrap round to."""
+    skipped = {1: 0, -1: size - 1, 0: None}[column]
+    return np.uint64(sum(1 << s for s in range(size**2) if s % size != skipped))
+
+
+_LANDS = {(size, column): _lands(size, column) for size in SIZES for column in (-1, 0, 1)}
+
+
+def _check_size(size: int) -> None:
+    if size not in SIZES or isinstance(size, bool):
+        raise ValueError(f"size must be one of {', '.join(map(str, SIZES))} squares a side, got {size!r}")
+
+
+# ---------------------------------------------------------------------------------------------- what is true of boards
+
+
+def board_properties(games: Games) -> tuple[Shaped[np.ndarray, "games length properties"], list[str]]:
+    """(labels, names): for every square "mine", "theirs", "empty" and "legal" (a move may go there).
+
+    Squares are in their order, all of one kind after another: property kind·size² + square.
+    """
+    board = games.boards()
+    labels = np.concatenate([board == 1, board == -1, board == 0, games.legal_moves()], -1)
+    squares = range(games.size**2)
+    return labels, [f"{kind} {square_name(s, games.size)}" for kind in KINDS for s in squares]
+
+
+KINDS = ("mine", "theirs", "empty", "legal")
