@@ -1,0 +1,482 @@
+"""SAGE: an agent explains a feature by experiments: it supposes, writes texts, sees what they do, and judges.
+
+The agent is any function ``str -> str``: a language model behind an API, ``lm.generate``, or ``ScriptedAgent``, which
+needs neither. Every prompt ends with a TASK and the form of the answer; answers are read leniently (bullets, bold,
+case and talk around them do not matter). One that cannot be read is counted and asked for again; all are kept.
+"""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from sae_lab.evals.result import Figure, Result
+from sae_lab.explain.prompts import Example, Source, check_coder, random_examples, strongest_activations, top_examples
+from sae_lab.lm.model import LM
+from sae_lab.saes.base import SparseCoder
+
+Agent = Callable[[str], str]
+
+INTRODUCTION = (
+    "You study one feature of a language model. For every text it has an activation: 0 where it is silent. Find out "
+    "which property of a text makes it fire. Below, activations are in percent of the strongest in a large corpus."
+)
+
+
+class Trial(NamedTuple):
+    """A text that the agent wrote. expected: whether the hypothesis says that it fires; activation: what it did; fired:
+    whether that is more than half the mean of the feature's ten largest maxima."""
+
+    text: str
+    expected: bool
+    activation: float
+    fired: bool
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """What the feature may be about. status: "open", "confirmed", "refuted", or "refined" (another stands in its
+    place); evidence: the texts it was tried on."""
+
+    statement: str
+    status: str = "open"
+    evidence: tuple[Trial, ...] = ()
+
+    @property
+    def right(self) -> int:
+        """How many trials went as the hypothesis says."""
+        return sum(t.fired == t.expected for t in self.evidence)
+
+    @property
+    def agreement(self) -> float:
+        """Share of the trials that went so; NaN without any."""
+        return self.right / len(self.evidence) if self.evidence else math.nan
+
+
+@dataclass(frozen=True, repr=False)
+class Sage(Result):
+    """Result of ``sage_explain``.
+
+    Attributes:
+        explanation: what the agent concluded; ``single_pass``: what it said at first, from examples alone.
+        hypotheses: all, with their evidence. rounds: experiments made. calls: of the agent; ``unread``: answers that
+            could not be read; ``transcript``: all (prompt, answer) pairs.
+        generation: share of texts written to the explanation that fire (above ``threshold``, half the mean of the
+            feature's ten largest maxima); ``single_pass_generation``: to the first one. random_generation: of stretches
+            of the corpus drawn at random, the control.
+        prediction: Pearson correlation of predicted and measured activations of unseen texts; random_prediction: with
+            the predictions shuffled, mean of 100, the control.
+        generated: the texts that were written to the explanation, with their activations.
+    """
+
+    feature: int
+    explanation: str
+    single_pass: str
+    hypotheses: tuple[Hypothesis, ...]
+    rounds: int
+    calls: int
+    unread: int
+    threshold: float
+    generation: float
+    single_pass_generation: float
+    random_generation: float
+    prediction: float
+    random_prediction: float
+    generated: tuple[tuple[str, float], ...] = field(repr=False)
+    transcript: tuple[tuple[str, str], ...] = field(repr=False, compare=False)
+
+    def figures(self) -> list[Figure]:
+        n = len(self.generated)
+        error = math.sqrt(self.generation * (1 - self.generation) / n) if n else math.nan
+        meaning = f"share of {n} texts above {self.threshold:.3g}"
+        return [
+            Figure("generation accuracy", self.generation, error, self.random_generation, "random text", meaning,
+                   "high"),
+            Figure("gain by experiments", self.generation - self.single_pass_generation,
+                   meaning=f"over a single pass, {self.single_pass_generation:.3f}", best="high"),
+            Figure("prediction", self.prediction, control=self.random_prediction, control_name="shuffled",
+                   meaning="Pearson, predicted and measured activation", best="high"),
+            Figure("unread answers", self.unread, meaning=f"of {self.calls} calls", best="low", digits=0),
+        ]  # fmt: skip
+
+    def _footer(self) -> str:
+        lines = [f"  {h.status:9} {h.right}/{len(h.evidence)} as it says: {h.statement}" for h in self.hypotheses]
+        head = f"feature {self.feature}, {self.rounds} rounds: {self.explanation or 'no explanation'}"
+        return "\n".join([head, *lines, f"  single pass: {self.single_pass or 'none'}"])
+
+
+def sage_explain(
+    sae: SparseCoder,
+    lm: LM,
+    source: Source,
+    feature: int,
+    agent: Agent,
+    *,
+    rounds: int = 14,
+    trials: int = 8,
+    generated: int = 10,
+    examples: int = 10,
+    retries: int = 2,
+    seed: int = 0,
+) -> Sage:
+    """Explain a feature by experiments: examples, then hypotheses, and for each a round of texts written to test it,
+    the activations that the model really has on them, and a judgement: confirmed, refuted, or refined.
+
+    Generation accuracy = share of texts, written to the explanation, whose largest activation exceeds ½·mean of the
+    feature's 10 largest maxima. Prediction = Pearson r of predicted and measured largest activations of texts that the
+    agent has not seen: half of them contexts where the feature fires, half drawn at random. A round is one hypothesis
+    tried once; the agent ends earlier where no hypothesis is open. "SAGE: an agentic explainer framework for
+    interpreting SAE features" (2025), which predicts token by token.
+
+    Args:
+        source: an index of this coder, or text: of which examples and random stretches come.
+        agent: any str -> str. Errors it raises are not caught here.
+        trials: texts a round, half of which should fire. generated: texts that measure the explanation.
+        examples: contexts shown, of those with the largest activations; as many more are kept for the prediction.
+        retries: how often an answer that cannot be read is asked for again.
+
+    Raises ValueError for settings out of range, and a feature that never fires in the source.
+    """
+    check_coder(sae, lm)
+    feature = sae.feature(feature)
+    if not 0 <= rounds <= 14:
+        raise ValueError(f"rounds must lie between 0 and 14, got {rounds}")
+    for name, value in (("trials", trials), ("generated", generated), ("examples", examples)):
+        if value < 2:
+            raise ValueError(f"{name} must be at least 2, got {value}")
+    if retries < 0:
+        raise ValueError(f"retries must be at least 0, got {retries}")
+    top = top_examples(sae, lm, [feature], source, max(2 * examples, 10))[feature]
+    if not top:
+        raise ValueError(f"feature {feature} never fires in the source: choose a live feature, or a longer source")
+    drawn = [lm.tokenizer.decode(ids) for ids in random_examples(lm, source, 2 * examples, seed)]
+    lab = _Lab(sae, lm, feature, agent, retries, top, drawn, examples)
+    opening = lab.hypotheses()
+    first = opening[0].statement if opening else ""
+    hypotheses, done = lab.experiments(opening, rounds, trials)
+    explanation = lab.conclusion(hypotheses, first)
+    texts = lab.texts_for(explanation, generated) if explanation else []
+    before = texts if first == explanation else lab.texts_for(first, generated)
+    reached = lab.activations(texts)
+    prediction, shuffled = lab.prediction(explanation, seed)
+    return Sage(
+        feature=feature,
+        explanation=explanation,
+        single_pass=first,
+        hypotheses=tuple(hypotheses),
+        rounds=done,
+        calls=len(lab.transcript),
+        unread=lab.unread,
+        threshold=lab.threshold,
+        generation=lab.share_firing(reached),
+        single_pass_generation=lab.share_firing(lab.activations(before)),
+        random_generation=lab.share_firing(lab.activations(drawn)),
+        prediction=prediction,
+        random_prediction=shuffled,
+        generated=tuple(zip(texts, reached, strict=True)),
+        transcript=tuple(lab.transcript),
+    )
+
+
+class _Lab:
+    """One feature, the agent that studies it, and what both have said and done."""
+
+    def __init__(
+        self, sae: SparseCoder, lm: LM, feature: int, agent: Agent, retries: int, top: list[Example], drawn: list[str],
+        examples: int,
+    ):  # fmt: skip
+        self.sae, self.lm, self.feature, self.agent, self.retries = sae, lm, feature, agent, retries
+        values = [e.value for e in top]
+        self.most, self.threshold = values[0], float(np.mean(values[:10])) / 2
+        self.unseen = [_plain(lm, e) for e in top[examples:]]
+        self.drawn, self.fresh = drawn[:examples], drawn[examples:]
+        silent = [t for t, v in zip(self.drawn, self.activations(self.drawn), strict=True) if v <= self.threshold]
+        shown = [f"{self._percent(e.value)} | {_marked(lm, e)}" for e in top[:examples]]
+        self.intro = "\n".join([
+            INTRODUCTION, "", "EXAMPLES (the token where the feature is strongest stands in [[ ]]):", *shown, "",
+            "OTHER TEXTS (below half):", *(f"0 | {_line(text)}" for text in silent), "",
+        ])  # fmt: skip
+        self.transcript: list[tuple[str, str]] = []
+        self.unread = 0
+
+    def activations(self, texts: Sequence[str]) -> list[float]:
+        return strongest_activations(self.sae, self.lm, self.feature, list(texts)).tolist() if texts else []
+
+    def share_firing(self, activations: Sequence[float]) -> float:
+        return float(np.mean([a > self.threshold for a in activations])) if activations else 0.0
+
+    def _percent(self, activation: float) -> int:
+        return round(100 * activation / self.most)
+
+    def ask(self, task: str, form: str, read: Callable[[str], Any], alone: bool = False) -> Any:
+        """What ``read`` makes of the agent's answer; None where none could be read. alone: it sees no examples."""
+        prompt = f"{INTRODUCTION if alone else self.intro}\n{task}\nAnswer in this form:\n{form}\n"
+        for attempt in range(self.retries + 1):
+            reminder = "\nYour last answer could not be read. Keep to the form.\n" if attempt else ""
+            answer = str(self.agent(prompt + reminder))
+            self.transcript.append((prompt + reminder, answer))
+            if found := read(answer):
+                return found
+            self.unread += 1
+        return None
+
+    # ---- what the agent is asked for
+
+    def hypotheses(self) -> list[Hypothesis]:
+        task = "TASK: suppose\nGive up to 5 different hypotheses, the likeliest first, one a line."
+        found = self.ask(task, "HYPOTHESIS: ...\nHYPOTHESIS: ...", lambda a: lines_of(a, "HYPOTHESIS"))
+        return [Hypothesis(statement) for statement in dict.fromkeys(found or [])][:5]
+
+    def experiments(self, opening: list[Hypothesis], rounds: int, trials: int) -> tuple[list[Hypothesis], int]:
+        """(all hypotheses after the experiments, how many were made); the successor of a refined one is tried next."""
+        waiting, closed = list(opening), []
+        while waiting and len(closed) < rounds:
+            one = waiting.pop(0)
+            one = replace(one, evidence=self.tried(one, trials))
+            status, successor = self.judged(one) if one.evidence else ("open", "")
+            closed.append(replace(one, status=status))
+            if successor and successor not in {h.statement for h in closed}:
+                waiting = [Hypothesis(successor), *(h for h in waiting if h.statement != successor)]
+        return closed + waiting, len(closed)
+
+    def tried(self, one: Hypothesis, trials: int) -> tuple[Trial, ...]:
+        """Texts for and against, and what the feature does on them; none where no design could be read."""
+        task = (
+            f"TASK: design\nHYPOTHESIS: {one.statement}\nWrite {trials} short texts, one a line, that test it: half on "
+            "which the feature fires if it is true, half like them on which it is then silent."
+        )
+        pairs = self.ask(task, "FIRES: ...\nSILENT: ...", design_of) or []
+        kinds = [[p for p in pairs if p[1]], [p for p in pairs if not p[1]]]
+        chosen = [pair for kind in kinds for pair in kind[: max(1, trials // 2)]]
+        values = self.activations([text for text, _ in chosen])
+        return tuple(Trial(text, to, v, v > self.threshold) for (text, to), v in zip(chosen, values, strict=True))
+
+    def judged(self, one: Hypothesis) -> tuple[str, str]:
+        """(status, the statement that takes its place, or "")."""
+        results = "\n".join(
+            f"expected {'FIRES' if t.expected else 'SILENT'}, measured {self._percent(t.activation)} "
+            f"({'FIRES' if t.fired else 'SILENT'}) | {_line(t.text)}"
+            for t in one.evidence
+        )
+        question = "Is it confirmed, refuted, or to be refined?"
+        task = f"TASK: judge\nHYPOTHESIS: {one.statement}\nRESULTS:\n{results}\n{question}"
+        form = "VERDICT: confirmed, refuted or refined\nHYPOTHESIS: (only where refined) the better one"
+        return self.ask(task, form, verdict_of) or ("open", "")
+
+    def conclusion(self, hypotheses: list[Hypothesis], first: str) -> str:
+        """The final explanation; where the agent has none, the best confirmed hypothesis, else the first."""
+        if not hypotheses:
+            return ""
+        listed = [f"{h.status} {h.right}/{len(h.evidence)} | {h.statement}" for h in hypotheses]
+        task = "\n".join(["TASK: conclude", "HYPOTHESES (trials that went as they say):", *listed,
+                          "In one sentence: on what does the feature fire?"])  # fmt: skip
+        found = self.ask(task, "EXPLANATION: ...", lambda a: lines_of(a, "EXPLANATION", bullets=False))
+        confirmed = [h for h in hypotheses if h.status == "confirmed"]
+        best = max(confirmed, key=lambda h: h.agreement).statement if confirmed else first
+        return found[0] if found else best
+
+    def texts_for(self, explanation: str, n: int) -> list[str]:
+        """n texts that should fire the feature if the explanation is right."""
+        if not explanation:
+            return []
+        task = (
+            f"TASK: write\nEXPLANATION: {explanation}\nWrite {n} different short texts, one a line, on which it fires."
+        )
+        return (self.ask(task, "TEXT: ...\nTEXT: ...", lambda a: lines_of(a, "TEXT"), alone=True) or [])[:n]
+
+    def prediction(self, explanation: str, seed: int) -> tuple[float, float]:
+        """(Pearson r of predicted and measured activations of unseen texts, the same with shuffled predictions)."""
+        texts = [*self.unseen, *self.fresh[: max(2, len(self.unseen))]]
+        rng = np.random.default_rng(seed)
+        texts = [texts[i] for i in rng.permutation(len(texts))]
+        if not explanation:
+            return math.nan, math.nan
+        listed = "\n".join(f"{i}. {_line(text)}" for i, text in enumerate(texts, 1))
+        question = "How strongly does each fire the feature, from 0 to 100?"
+        task = f"TASK: predict\nEXPLANATION: {explanation}\nTEXTS:\n{listed}\n{question}"
+        predicted = self.ask(task, "1: 0\n2: 100", lambda a: numbers_of(a, len(texts)), alone=True)
+        if predicted is None:
+            return math.nan, math.nan
+        measured = np.array(self.activations(texts))
+        shuffles = [pearson(rng.permutation(predicted), measured) for _ in range(100)]
+        return pearson(np.array(predicted), measured), float(np.mean(shuffles))
+
+
+# ---------------------------------------------------------------------------------------------- reading answers
+
+
+def lines_of(answer: str, label: str, bullets: bool = True) -> list[str]:
+    """What stands behind ``LABEL:`` in each line that has it; without any, with ``bullets``, the listed lines."""
+    labelled = rf"^[\s\-*•>#\d.)(]*{label}\W*?\d*\W*?[:：]\W*?(?=[\w\"'(\[«“])(.+)$"
+    found = re.findall(labelled, answer, re.IGNORECASE | re.MULTILINE)
+    if not found and bullets:
+        found = re.findall(r"^\s*(?:[-*•]|\d+[.):])\s+(.+)$", answer, re.MULTILINE)
+    stripped = (_unquoted(text.strip().strip("*").strip()) for text in found)
+    return [text for text in stripped if text and text != "..."]
+
+
+def design_of(answer: str) -> list[tuple[str, bool]] | None:
+    """(text, whether it should fire) of a design; None without any text that should."""
+    pairs = [(text, label == "FIRES") for label in ("FIRES", "SILENT") for text in lines_of(answer, label, False)]
+    return pairs if any(to for _, to in pairs) else None
+
+
+def verdict_of(answer: str) -> tuple[str, str] | None:
+    """(status, the refined hypothesis or ""); None for no verdict, several, or a refined one without hypothesis."""
+    verdicts = lines_of(answer, "VERDICT", False)
+    told = (verdicts[0] if verdicts else answer).lower()
+    told = re.sub(r"not (?:be )?confirm\w*|unconfirmed", "refuted", told)
+    kinds = {stem for stem in ("confirm", "refut", "refin") if stem in told}
+    if len(kinds) != 1:
+        return None
+    status = {"confirm": "confirmed", "refut": "refuted", "refin": "refined"}[kinds.pop()]
+    if status != "refined":
+        return status, ""
+    better = lines_of(answer, "HYPOTHESIS", False)
+    return (status, better[0]) if better else None
+
+
+def numbers_of(answer: str, n: int) -> list[float] | None:
+    """The numbers given to items 1 to n, those missing taken as the mean of the others; None below half of them."""
+    pairs = re.findall(r"^[\s\-*•>(#]*(\d+)[.):\s*=-]+(\d+(?:\.\d+)?)", answer, re.MULTILINE)
+    found = {int(i): float(value) for i, value in pairs if 1 <= int(i) <= n}
+    if len(found) < max(1, n / 2):
+        return None
+    middle = float(np.mean(list(found.values())))
+    return [found.get(i, middle) for i in range(1, n + 1)]
+
+
+def pearson(a: np.ndarray, b: np.ndarray) -> float:
+    """Pearson's r; 0 where one of them is constant, which predicts nothing."""
+    return float(np.corrcoef(a, b)[0, 1]) if np.ptp(a) > 0 and np.ptp(b) > 0 else 0.0
+
+
+def _unquoted(text: str) -> str:
+    pairs = ('""', "''", "“”", "«»")
+    return text[1:-1] if len(text) > 1 and text[0] + text[-1] in pairs and text.count(text[0]) <= 2 else text
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _plain(lm: LM, example: Example) -> str:
+    return lm.tokenizer.decode(example.ids)
+
+
+def _marked(lm: LM, example: Example) -> str:
+    """The example on one line, with its peak in double brackets."""
+    tokens: list[str] = [*lm.token_strings(example.ids)]
+    tokens[example.peak] = f"[[{tokens[example.peak]}]]"
+    return _line("".join(tokens))
+
+
+# ---------------------------------------------------------------------------------------------- an agent by rules
+
+
+@dataclass(frozen=True)
+class ScriptedAgent:
+    """An agent by rules, which needs no network: features that fire on one word, or on one word behind another.
+
+    It supposes the word on which most examples peak, by itself and behind each of the words that stand before it more
+    often in examples than in other texts. It sees the prompts only, as a language model would; it confirms what at
+    least three quarters of the trials of either kind agree with. It never refines.
+    """
+
+    seed: int = 0
+
+    FILLERS = (
+        "yesterday we saw the", "there was once a", "he said something about the", "near the house stood a",
+        "nobody had ever seen the", "in the end it was the", "they wrote about a", "it began with the",
+    )  # fmt: skip
+
+    def __call__(self, prompt: str) -> str:
+        task = re.findall(r"^TASK: (\w+)", prompt, re.MULTILINE)[-1]
+        return getattr(self, f"_{task}")(prompt)
+
+    def _suppose(self, prompt: str) -> str:
+        examples = [line.split("|", 1)[1] for line in _block(prompt, "EXAMPLES")]
+        others = [set(words_of(line.split("|", 1)[1])) for line in _block(prompt, "OTHER TEXTS")]
+        peaks = Counter(w for e in examples for w in words_of(_peak(e))[:1])
+        found = []
+        for peak, _ in peaks.most_common(2):
+            before = [set(words_of(e.split("[[")[0])) - {peak} for e in examples if words_of(_peak(e))[:1] == [peak]]
+            counts = Counter(w for words in before for w in words)
+            excess = {w: c / len(before) - sum(w in o for o in others) / max(1, len(others)) for w, c in counts.items()}
+            best = sorted((w for w, e in excess.items() if e >= 0.5), key=lambda w: (-excess[w], w))
+            found += [f'the word "{peak}"', *(f'the word "{peak}" behind the word "{w}"' for w in best[:4])]
+        return "\n".join(f"HYPOTHESIS: {statement}" for statement in found[:5])
+
+    def _design(self, prompt: str) -> str:
+        words = self._words(prompt, "HYPOTHESIS")
+        fires = [f"FIRES: {text}" for text in self._texts(words, 4)]
+        if len(words) == 1:
+            silent = self._texts(["thing"], 4)
+        else:
+            silent = [*self._texts(words[:1], 2), *self._texts(words[1:], 1), *self._texts(words[::-1], 1)]
+        return "\n".join([*fires, *(f"SILENT: {text}" for text in silent)])
+
+    def _judge(self, prompt: str) -> str:
+        results = re.findall(r"^expected (\w+), measured \d+ \((\w+)\)", prompt, re.MULTILINE)
+        right = {kind: [a == b for a, b in results if a == kind] for kind in ("FIRES", "SILENT")}
+        confirmed = all(np.mean(v) >= 0.75 for v in right.values() if v)
+        return f"VERDICT: {'confirmed' if confirmed else 'refuted'}"
+
+    def _conclude(self, prompt: str) -> str:
+        listed = re.findall(r"^(\w+) (\d+)/(\d+) \| (.+)$", prompt.rsplit("HYPOTHESES (", 1)[1], re.MULTILINE)
+        best = max(listed, key=lambda h: (h[0] == "confirmed", int(h[1]) / max(1, int(h[2]))))
+        return f"EXPLANATION: {best[3]}"
+
+    def _write(self, prompt: str) -> str:
+        return "\n".join(f"TEXT: {text}" for text in self._texts(self._words(prompt, "EXPLANATION"), 10))
+
+    def _predict(self, prompt: str) -> str:
+        first, *before = [w.lower() for w in self._words(prompt, "EXPLANATION")]
+        answers = []
+        for number, text in re.findall(r"^(\d+)\. (.+)$", prompt.rsplit("TEXTS:", 1)[1], re.MULTILINE):
+            words = words_of(text)
+            last = len(words) - 1 - words[::-1].index(first) if first in words else -1
+            answers.append(f"{number}: {100 * (last >= 0 and all(w in words[:last] for w in before))}")
+        return "\n".join(answers)
+
+    def _texts(self, words: Sequence[str], n: int) -> list[str]:
+        """n texts that hold the second word, then the first (or the one there is), between fillers."""
+        rng = np.random.default_rng([self.seed, n, len(words)])
+        texts = []
+        for _ in range(n):
+            fillers = [self.FILLERS[i] for i in rng.permutation(len(self.FILLERS))]
+            texts.append(" ".join(f"{filler} {word}" for filler, word in zip(fillers, reversed(words), strict=False)))
+        return texts
+
+    @staticmethod
+    def _words(prompt: str, label: str) -> list[str]:
+        """The words in quotation marks in the last line with this label."""
+        line = [part for part in re.findall(rf"^{label}: (.+)$", prompt, re.MULTILINE) if part != "..."][-1]
+        return re.findall(r'"([^"]+)"', line)
+
+
+def words_of(text: str) -> list[str]:
+    """Words in lower case."""
+    return re.findall(r"\w+", text.lower())
+
+
+def _peak(example: str) -> str:
+    return example.partition("[[")[2].partition("]]")[0]
+
+
+def _block(prompt: str, heading: str) -> list[str]:
+    """The lines under a heading, up to the next empty one."""
+    lines = iter(prompt.splitlines())
+    for line in lines:
+        if line.startswith(heading):
+            break
+    found = []
+    for line in lines:
+        if not line.strip():
+            break
+        found.append(line)
+    return found

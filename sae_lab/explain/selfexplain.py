@@ -1,0 +1,261 @@
+"""The model explains its own feature: the feature's direction stands in the place of a word, and the model goes on."""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import no_type_check
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sae_lab.evals.result import Figure, Result
+from sae_lab.explain.prompts import check_coder, check_features
+from sae_lab.lm.model import LM
+from sae_lab.saes.base import SparseCoder
+from sae_lab.types import Site, TokenBatch, Write
+
+MEANING = 'The meaning of the word "X" is "'
+REPEAT = "cat -> cat; 135 -> 135; hello -> hello; X ->"  # the few-shot prompt of Patchscopes for a token's identity
+SCALES = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
+NORM_OF = "The history of the city begins with the old market by the river, where people came to trade."
+
+
+@dataclass(frozen=True)
+class Implant:
+    """An edit: other activations in the place of one token, one vector for each row. For ``lm.generate(edits=...)``.
+
+    site: where; position: of which token (0 is the prefix); vectors: "rows d".
+    """
+
+    site: Site
+    position: int
+    vectors: Float[Tensor, "rows d"]
+
+    def writes(self, lm: LM, batch: TokenBatch, new: int = 0) -> list[Write]:
+        """What the model must do."""
+        return [Write(self.site, partial(implanted, position=self.position, vectors=self.vectors))]
+
+
+@no_type_check
+def implanted(x, tokens, position, vectors):
+    """x with each row's own vector at one position. A function of torch alone, see ``saes.portable``."""
+    here = (tokens.positions == position).to(x.device).unsqueeze(-1)
+    return torch.where(here, vectors.to(x)[tokens.row_numbers.to(x.device)].unsqueeze(1), x)
+
+
+@dataclass(frozen=True, repr=False)
+class SelfExplanations(Result):
+    """Result of ``self_explain``: one entry a feature, in the order of ``features``.
+
+    Attributes:
+        texts: what the model wrote behind the prompt; ``random_texts``: with random vectors, several a feature.
+        scale: the chosen c, in units of the norm that activations have at the site; ``similarity``: the
+            self-similarity there; ``random_similarity``: of the random vectors, mean.
+        words: the word of each feature, "" where none was given; ``hits``: whether it stands in the text.
+        random_hits: share of its random vectors' texts that hold the word; ``other_hits``: share of the other
+            features' texts that do.
+    """
+
+    features: tuple[int, ...]
+    texts: tuple[str, ...]
+    scale: tuple[float, ...]
+    similarity: tuple[float, ...]
+    random_similarity: tuple[float, ...]
+    words: tuple[str, ...]
+    hits: tuple[bool, ...]
+    random_hits: tuple[float, ...]
+    other_hits: tuple[float, ...]
+    random_texts: tuple[tuple[str, ...], ...] = field(repr=False)
+    prompt: str
+    site: Site
+    norm: float
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of the features with a word whose text holds it; NaN where none has one."""
+        return self._of_words(self.hits)[0]
+
+    @property
+    def random_hit_rate(self) -> float:
+        """The same of random vectors of equal norms, the control."""
+        return self._of_words(self.random_hits)[0]
+
+    @property
+    def other_hit_rate(self) -> float:
+        """The same where a feature's word is looked for in the texts of the others, the second control."""
+        return self._of_words(self.other_hits)[0]
+
+    def _of_words(self, values: Sequence[float]) -> tuple[float, float]:
+        """(mean, standard error) over the features with a word."""
+        chosen = np.array([v for v, word in zip(values, self.words, strict=True) if word], dtype=float)
+        error = float(chosen.std(ddof=1) / math.sqrt(len(chosen))) if len(chosen) > 1 else math.nan
+        return (float(chosen.mean()) if len(chosen) else math.nan), error
+
+    def figures(self) -> list[Figure]:
+        rate, error = self._of_words(self.hits)
+        n = sum(map(bool, self.words))
+        similar = np.array(self.similarity)
+        return [
+            Figure("the word is named", rate, error, self.random_hit_rate, "random vectors",
+                   f"share of {n} features with a word", "high"),
+            Figure("and not another's", rate, error, self.other_hit_rate, "other features' texts",
+                   "share of texts with the feature's word", "high"),
+            Figure("self-similarity", float(similar.mean()), control=float(np.mean(self.random_similarity)),
+                   control_name="random vectors", meaning="cosine of the last token and the direction"),
+        ]  # fmt: skip
+
+    def to_pandas(self):
+        """One row a feature."""
+        import pandas as pd
+
+        names = ("scale", "similarity", "texts", "words", "hits", "random_hits", "other_hits", "random_texts")
+        return pd.DataFrame({"feature": self.features} | {name: getattr(self, name) for name in names})
+
+    def _footer(self) -> str:
+        rows = zip(self.features, self.words, self.scale, self.texts, strict=True)
+        lines = [f"feature {f} {word!r} at {scale:g}: {text!r}" for f, word, scale, text in rows]
+        head = f"prompt {self.prompt!r}, implanted at {self.site} (norm {self.norm:.3g}); ± over features"
+        return "\n".join([head, *lines])
+
+
+def self_explain(
+    sae: SparseCoder,
+    lm: LM,
+    features: Sequence[int],
+    words: Mapping[int, str] | None = None,
+    *,
+    prompt: str = MEANING,
+    placeholder: str = "X",
+    at: Site | str | None = None,
+    scales: Sequence[float] = SCALES,
+    compare: Site | str | None = None,
+    tokens: int = 20,
+    controls: int = 2,
+    seed: int = 0,
+) -> SelfExplanations:
+    """Put c·d in the place of a placeholder's activation, d a feature's decoder direction, and let the model go on.
+
+    c = s·(median norm of activations at that site), s of ``scales``; chosen is the s with the largest self-similarity,
+    the cosine of d and the last prompt token's activation at ``compare``. Generation is greedy. Controls: random
+    directions of equal norms, whose s is chosen in the same way; and each word in the other features' texts.
+
+    Chen et al. 2024 (SelfIE, arXiv:2403.10949), Ghandeharioun et al. 2024 (Patchscopes, arXiv:2401.06102); the choice
+    of c is that of "Self-explaining SAE features" (2024, LessWrong), which also looks at the entropy of the next token.
+    They had models of billions of parameters. The bundled one of 135M does not do it: of 12 token features of
+    ``smollm2-135m/resid_post-8`` none was named, and 1 of 12 words by random vectors.
+
+    Args:
+        words: of features that fire on one token, that token (``token_features`` finds them): a hit is a text that
+            holds it as a word, case ignored.
+        prompt: holds the placeholder once, as a token of its own.
+        at: an early site; None: the stream behind the second block.
+        compare: a later site whose activations are written as d is; None: the coder's, or where that is not later, the
+            stream behind the last block.
+        tokens: to generate. controls: random vectors a feature.
+
+    Raises ValueError for a placeholder that is no token of the prompt, sites in the wrong order or of another width,
+    and settings out of range.
+    """
+    check_coder(sae, lm)
+    features = check_features(sae, features)
+    words = {} if words is None else dict(words)
+    if controls < 1 or tokens < 1:
+        raise ValueError(f"tokens and controls must be at least 1, got {tokens} and {controls}")
+    at, compare = implant_sites(sae, lm, at, compare)
+    position = placeholder_position(lm, prompt, placeholder)
+    norm = typical_norm(lm, at)
+    directions = torch.nn.functional.normalize(sae.W_dec[features].detach().float().cpu(), dim=1)
+    generator = torch.Generator().manual_seed(seed)
+    random = torch.randn(controls * len(features), directions.shape[1], generator=generator)
+    vectors = torch.cat([directions, torch.nn.functional.normalize(random, dim=1)])
+    chosen, similarity = choose_scale(lm, prompt, position, at, compare, norm * vectors, scales)
+    edit = Implant(at, position, norm * chosen[:, None] * vectors)
+    texts = [text[len(prompt) :] for text in lm.generate([prompt] * len(vectors), [edit], max_new_tokens=tokens)]
+    own, others = texts[: len(features)], texts[len(features) :]
+    by_chance = [tuple(others[i * controls : (i + 1) * controls]) for i in range(len(features))]
+    named = [words.get(f, "").strip() for f in features]
+    return SelfExplanations(
+        features=tuple(features),
+        texts=tuple(own),
+        scale=tuple(chosen[: len(features)].tolist()),
+        similarity=tuple(similarity[: len(features)].tolist()),
+        random_similarity=tuple(similarity[len(features) :].reshape(-1, controls).mean(1).tolist()),
+        words=tuple(named),
+        hits=tuple(holds(text, word) for text, word in zip(own, named, strict=True)),
+        random_hits=tuple(share(texts, word) for texts, word in zip(by_chance, named, strict=True)),
+        other_hits=tuple(share([*own[:i], *own[i + 1 :]], word) for i, word in enumerate(named)),
+        random_texts=tuple(by_chance),
+        prompt=prompt,
+        site=at,
+        norm=norm,
+    )
+
+
+def choose_scale(
+    lm: LM, prompt: str, position: int, at: Site, compare: Site, vectors: Float[Tensor, "n d"], scales: Sequence[float]
+) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
+    """(the scale with the largest self-similarity, that similarity) of each vector."""
+    if not scales or min(scales) <= 0 or not all(math.isfinite(s) for s in scales):
+        raise ValueError(f"scales must be at least one positive number, got {list(scales)}")
+    grid = torch.tensor(scales, dtype=torch.float32)
+    found = []
+    for part in vectors.split(max(1, 128 // len(scales))):
+        rows = (grid[None, :, None] * part[:, None]).flatten(0, 1)
+        batch = lm.tokenize([prompt] * len(rows))
+        writes = Implant(at, position, rows).writes(lm, batch)
+        last = lm.run(batch, [compare], writes, logits=False)[0][compare][:, -1].float().cpu()
+        cosines = torch.cosine_similarity(last.reshape(len(part), len(scales), -1), part[:, None], dim=-1)
+        found.append(cosines)
+    best = torch.cat(found).max(1)
+    return grid[best.indices], best.values
+
+
+def implant_sites(sae: SparseCoder, lm: LM, at: Site | str | None, compare: Site | str | None) -> tuple[Site, Site]:
+    """Where to implant, and where to look for the direction afterwards. ValueError where that cannot be."""
+    last = lm.n_layers - 1
+    at = Site.of(at) if at is not None else Site("resid_post", min(1, last - 1)) if last else Site("embed")
+    own = sae.writes[0] if sae.writes else sae.site
+    if compare is None:
+        later = own.kind.startswith("resid") and (own.layer or 0) > _depth(at)
+        compare = own if later else Site("resid_post", last)
+    compare = Site.of(compare)
+    if _depth(compare) <= _depth(at):
+        raise ValueError(f"self-similarity needs a later layer than the implant's: compare={compare}, at={at}")
+    for site in (at, compare):
+        if lm.width(site) != sae.d_out:
+            raise ValueError(
+                f"directions have width {sae.d_out}, {lm} has {lm.width(site)} at {site}: choose another site"
+            )
+    return at, compare
+
+
+def _depth(site: Site) -> int:
+    return -1 if site.layer is None else site.layer
+
+
+def placeholder_position(lm: LM, prompt: str, placeholder: str) -> int:
+    """Where the prompt's last token that reads as the placeholder stands."""
+    places = [i for i, token in enumerate(lm.tokens(prompt)) if token.strip() == placeholder]
+    if not placeholder.strip() or not places:
+        labels = [t.label for t in lm.tokens(prompt)]
+        raise ValueError(f"placeholder must be a token of the prompt, got {placeholder!r}; its tokens are {labels}")
+    return places[-1]
+
+
+def typical_norm(lm: LM, site: Site, text: str = NORM_OF) -> float:
+    """The median norm of activations at a site on a plain sentence, its first token left out."""
+    return float(lm.read(text, site)[site][0, 1:].norm(dim=-1).median())
+
+
+def holds(text: str, word: str) -> bool:
+    """Whether a word stands in a text by itself, case ignored; False for no word."""
+    return bool(word) and re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text, re.IGNORECASE) is not None
+
+
+def share(texts: Sequence[str], word: str) -> float:
+    """Share of texts that hold a word; NaN for no texts."""
+    return float(np.mean([holds(text, word) for text in texts])) if texts else math.nan
