@@ -29,15 +29,17 @@ _HOME = {
     "Splice": "edit", "Project": "edit",
     "find_features": "finding", "dose_response": "dosing",
     "FeatureInspector": "widgets", "TokenFeatures": "widgets", "SteeringSliders": "widgets", "PatchingGrid": "widgets",
-    "TrainingMonitor": "widgets", "Session": "widgets",
+    "TrainingMonitor": "widgets", "FeatureMap": "widgets", "Session": "widgets",
     "plot": "plots",
 }  # fmt: skip
-_MODULES = ("cache", "circuits", "evals", "saes", "worlds")
+_MODULES = ("cache", "circuits", "evals", "explain", "geometry", "saes", "worlds")
 
 if TYPE_CHECKING:
     from sae_lab import cache as cache
     from sae_lab import circuits as circuits
     from sae_lab import evals as evals
+    from sae_lab import explain as explain
+    from sae_lab import geometry as geometry
     from sae_lab import saes as saes
     from sae_lab import worlds as worlds
     from sae_lab.dosing import dose_response as dose_response
@@ -73,6 +75,7 @@ if TYPE_CHECKING:
     from sae_lab.types import Site as Site
     from sae_lab.types import TokenMask as TokenMask
     from sae_lab.widgets import FeatureInspector as FeatureInspector
+    from sae_lab.widgets import FeatureMap as FeatureMap
     from sae_lab.widgets import PatchingGrid as PatchingGrid
     from sae_lab.widgets import Session as Session
     from sae_lab.widgets import SteeringSliders as SteeringSliders

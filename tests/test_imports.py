@@ -18,7 +18,7 @@ FLOORS = [
     {"store", "reading"},
     {"harvesting"},
     {"training", "control", "watching", "checkpoint", "distributed", "edit", "matching", "rules"},
-    {"evals", "circuits", "feature_index", "sweeping", "estimating", "finding", "dosing"},
+    {"evals", "circuits", "feature_index", "sweeping", "estimating", "finding", "dosing", "explain", "geometry"},
     {"widgets", "plots"},
 ]
 # These rooms share a floor and a wall: what knows language models knows no coders, and the other way round.

@@ -7,6 +7,7 @@ from sae_lab.circuits import Attribution, FeatureCircuit, PatchGrid
 from sae_lab.dosing import DoseResponse
 from sae_lab.evals.choosing import L0Choice
 from sae_lab.feature_index import FeatureIndex, FeatureView
+from sae_lab.geometry import Circular, Clusters, Patterns
 from sae_lab.sweeping import Sweep
 from sae_lab.training import Run
 
@@ -16,14 +17,15 @@ if TYPE_CHECKING:
 
 Result = (
     Run | FeatureIndex | FeatureView | Sweep | L0Choice | DoseResponse | PatchGrid | Attribution | FeatureCircuit
+    | Clusters | Circular | Patterns
 )  # fmt: skip
 
 
 def plot(result: Result) -> "Figure":
     """Draw a result: a ``Run`` (its training curves), a ``FeatureIndex`` (how often features fire), a ``FeatureView``
     (its activations), a ``Sweep`` (its Pareto fronts), a ``DoseResponse`` (what steering buys and costs), a
-    ``PatchGrid``, an ``Attribution`` (estimates against true effects), a ``FeatureCircuit`` (its graph), or what
-    ``evals.choose_l0`` gave.
+    ``PatchGrid``, an ``Attribution`` (estimates against true effects), a ``FeatureCircuit`` (its graph), what
+    ``evals.choose_l0`` gave, or ``geometry``'s ``Clusters``, ``Circular`` and ``Patterns``.
 
     ``sl.plot(result).savefig("figure.svg")`` keeps text as text and is the same file every time; ``.png`` has 200 dots
     an inch. The figure is matplotlib's: change it as you like before.
@@ -32,13 +34,14 @@ def plot(result: Result) -> "Figure":
     """
     import matplotlib
 
-    from sae_lab.plots import circuits, features, training
+    from sae_lab.plots import circuits, features, geometry, training
     from sae_lab.plots.style import STYLE
 
     drawers: dict[type, Callable[[Any], Figure]] = {
         Run: training.run, FeatureIndex: features.density, FeatureView: features.feature, Sweep: training.sweep,
         L0Choice: training.l0_choice, DoseResponse: features.doses, PatchGrid: circuits.patches,
-        Attribution: circuits.attribution, FeatureCircuit: circuits.graph,
+        Attribution: circuits.attribution, FeatureCircuit: circuits.graph, Clusters: geometry.clusters,
+        Circular: geometry.circular, Patterns: geometry.patterns,
     }  # fmt: skip
     for kind, draw in drawers.items():
         if isinstance(result, kind):

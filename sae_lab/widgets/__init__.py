@@ -1,5 +1,6 @@
 """Notebook widgets: panels that read and set plain Python objects."""
 
+from .feature_map import FeatureMap
 from .inspector import FeatureInspector
 from .monitor import TrainingMonitor
 from .patching import PatchingGrid
@@ -9,6 +10,6 @@ from .steering import SteeringSliders
 from .token_features import TokenFeatures
 
 __all__ = [
-    "EditStack", "FeatureInspector", "PatchingGrid", "Selection", "Session", "Snapshot", "SteeringSliders",
+    "EditStack", "FeatureInspector", "FeatureMap", "PatchingGrid", "Selection", "Session", "Snapshot", "SteeringSliders",
     "TokenFeatures", "TrainingMonitor",
 ]  # fmt: skip

@@ -1,0 +1,309 @@
+"""Circles of words: do days of the week lie in order around a circle in what some features say about them?"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations, permutations
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sae_lab.evals.result import Figure, Result
+from sae_lab.lm.model import LM
+from sae_lab.saes.base import SparseCoder
+from sae_lab.types import check_feature
+
+WEEKDAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
+MONTHS = (
+    "January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November",
+    "December",
+)  # fmt: skip
+_EITHER = (
+    "See you next {}", "It happened last {}", "I will be there by {}", "The shop is closed every {}",
+    "We have not met since {}", "The work went on until {}",
+)  # fmt: skip
+_OF = {
+    WEEKDAYS: (*_EITHER, "The meeting is on {}", "They met on {}", "She was born on a {}", "The train leaves on {}",
+               "The game was played on {}", "The report is due on {}"),
+    MONTHS: (*_EITHER, "The meeting is in {}", "They met in {}", "She was born in {}", "The snow came in {}",
+             "The war began in {}", "The report is due in {}"),
+}  # fmt: skip
+EXACT = 8  # words up to which all orders are tried
+FIRES = 0.5  # share of a word's prompts in which a feature must fire to be one of the words'
+ELSEWHERE = 0.1  # share of the prompts' other tokens in which it may fire at most
+
+
+class Order(NamedTuple):
+    """Words around one plane. correlation: 1 where the order is the true one, either way round. adjacent: true
+    neighbours that are neighbours. p: share of orders that do as well in the best of all planes. each: the correlation
+    in each template alone."""
+
+    plane: tuple[int, int]
+    correlation: float
+    adjacent: int
+    p: float
+    p_alone: float
+    points: np.ndarray
+    each: np.ndarray
+
+
+@dataclass(frozen=True, repr=False)
+class Circular(Result):
+    """Result of ``sl.geometry.circular``; ``raw_``: the same from activations in place of features.
+
+    Attributes:
+        adjacent: of the true neighbours, how many are neighbours around the circle; all of ``words`` is the true order.
+        correlation: circular rank correlation, 1 for the true order; ``each``: its mean over single templates.
+        p: corrected for the ``planes`` tried; ``p_alone``: without (optimistic: do not report it).
+        random_adjacent, random_correlation: means over draws of as many other features that fire on the words.
+        random_share: of the draws that do at least as well.
+        features: those the circle was drawn from; ``points``: ``words 2``, mean of each word; ``angles``: radians.
+    """
+
+    words: int
+    adjacent: int
+    correlation: float
+    each: float
+    each_se: float
+    p: float
+    p_alone: float
+    planes: int
+    plane: str
+    raw_adjacent: int
+    raw_correlation: float
+    raw_p: float
+    random_adjacent: float
+    random_correlation: float
+    random_share: float
+    draws: int
+    n_features: int
+    templates: int
+    site: str
+    names: tuple[str, ...] = field(repr=False)
+    features: tuple[int, ...] = field(repr=False)
+    points: Tensor = field(repr=False, compare=False)
+    raw_points: Tensor = field(repr=False, compare=False)
+
+    @property
+    def angles(self) -> Float[Tensor, " words"]:
+        return torch.atan2(self.points[:, 1], self.points[:, 0])
+
+    @property
+    def order(self) -> list[str]:
+        """The words as they come around the circle, from the first one on."""
+        around = self.angles.argsort().tolist()
+        first = around.index(0)
+        return [self.names[i] for i in around[first:] + around[:first]]
+
+    def figures(self) -> list[Figure]:
+        control = f"{self.draws} x other features"
+        return [
+            Figure("neighbours right", self.adjacent, control=self.random_adjacent, control_name=control, digits=1,
+                   meaning=f"of {self.words}", best="high"),
+            Figure("circular correlation", self.correlation, control=self.random_correlation, control_name=control,
+                   meaning="of ranks around the circle, 1 = true order", best="high"),
+            Figure("p", self.p, digits=4, best="low",
+                   meaning=f"share of orders as good in the best of {self.planes} planes ({self.p_alone:.4f} in one)"),
+            Figure("in one template", self.each, self.each_se, meaning="correlation, ± over templates", best="high"),
+            Figure("raw: neighbours", self.raw_adjacent, digits=1, best="high",
+                   meaning=f"the same from activations, p {self.raw_p:.4f}"),
+        ]  # fmt: skip
+
+    def _footer(self) -> str:
+        found = "order recovered" if self.adjacent == self.words else "order not recovered"
+        drawn = f"{self.random_share:.0%} of draws do as well" if self.draws else "too few other features to draw"
+        return (
+            f"{found}: {self.adjacent}/{self.words}, p {self.p:.4f} (corrected); plane {self.plane}; "
+            f"{self.n_features} features at {self.site}, {drawn}; chosen on {self.templates} templates, measured on as "
+            f"many others"
+        )
+
+
+@torch.no_grad()
+def circular(
+    coder: SparseCoder,
+    lm: LM,
+    words: Sequence[str] = WEEKDAYS,
+    templates: Sequence[str] | None = None,
+    *,
+    features: Iterable[int] | None = None,
+    components: int = 3,
+    draws: int = 50,
+    seed: int = 0,
+) -> Circular:
+    """Whether words with a circular order lie in that order around a plane of what some features reconstruct.
+
+    y_tw = Σ_{i∈features} f_i(x_tw) W_dec[i], x_tw the activation at the last token of word w in template t. Principal
+    components of y over even templates; in each plane of two of them the angles of the words' means. The plane is
+    chosen on even templates, the order measured on odd ones. Correlation = max over both ways round of
+    |mean_w exp(i(r_w ∓ 2πw/n))|, r_w the rank of word w's angle times 2π/n.
+
+    p is taken over all (n−1)! orders of the words (10,000 random ones beyond 8 words), each with the best of all
+    planes. It has to be: words differ little between templates, so a plane that was chosen because it orders them by
+    chance orders them on other templates too. After Engels et al. 2024 (arXiv:2405.14860), who cluster decoder rows and
+    look at their clusters one by one; give ``features`` to do that (their number of clusters is then not in p).
+
+    Args:
+        words: in their order. templates: texts with "{}" for the word, of which what follows is not read; two at least
+            for each half. None: ours, for ``WEEKDAYS`` and ``MONTHS``.
+        features: None takes those that fire on some word in at least half of the even templates, and on at most a tenth
+            of the templates' other tokens.
+        components: principal components; c(c−1)/2 planes. Each more costs p.
+        draws: how often as many other features that fire on the words are drawn, as control.
+
+    Raises ValueError for too few words, templates or components, and where no feature passes.
+    """
+    words, templates = tuple(words), _templates(tuple(words), templates)
+    if not isinstance(components, int) or not 2 <= components <= len(words) - 1:
+        raise ValueError(f"components must be an integer from 2 to {len(words) - 1}, got {components!r}")
+    x, codes, elsewhere = _read(coder, lm, words, templates)
+    fires = (codes[::2] > 0).double().mean(0)  # word, feature
+    if features is None:
+        chosen = ((fires >= FIRES).any(0) & (elsewhere <= ELSEWHERE)).nonzero()[:, 0]
+    else:
+        chosen = torch.tensor(sorted({check_feature(i, coder.d_sae) for i in features}), dtype=torch.long)
+    rng = np.random.default_rng(seed)
+    W_dec = coder.W_dec.detach().flatten(1).float().cpu()
+    y = codes[..., chosen] @ W_dec[chosen]
+    if len(y[::2].flatten(0, 1).unique(dim=0)) <= components:
+        raise ValueError(
+            f"{len(chosen)} features tell these words apart in too few ways: try other features, words or templates"
+        )
+    orders = _orders(len(words), rng)
+    own, raw = _order(y, components, orders), _order(x, components, orders)
+    others = (fires > 0).any(0)
+    others[chosen] = False
+    drawn = _draws(codes, W_dec, others.nonzero()[:, 0], len(chosen), draws, components, rng)
+    means = [float(np.mean(v)) if drawn else math.nan for v in ([o.adjacent for o in drawn],
+             [o.correlation for o in drawn], [o.correlation >= own.correlation - 1e-9 for o in drawn])]  # fmt: skip
+    n = len(own.each)
+    return Circular(
+        words=len(words), adjacent=own.adjacent, correlation=own.correlation, each=float(own.each.mean()),
+        each_se=float(own.each.std(ddof=1) / math.sqrt(n)), p=own.p, p_alone=own.p_alone,
+        planes=components * (components - 1) // 2, plane=f"PC{own.plane[0] + 1}, PC{own.plane[1] + 1}",
+        raw_adjacent=raw.adjacent, raw_correlation=raw.correlation, raw_p=raw.p, random_adjacent=means[0],
+        random_correlation=means[1], random_share=means[2], draws=len(drawn), n_features=len(chosen), templates=n,
+        site=coder.site.key, names=words, features=tuple(chosen.tolist()),
+        points=torch.from_numpy(own.points).float(), raw_points=torch.from_numpy(raw.points).float(),
+    )  # fmt: skip
+
+
+def circular_correlation(angles: Float[np.ndarray, "*sets words"]) -> np.ndarray:
+    """max over both ways round of |mean_w exp(i(r_w ∓ 2πw/n))|, r_w = 2π/n · rank of angle w. 1: in order."""
+    n = angles.shape[-1]
+    ranks = angles.argsort(-1).argsort(-1)
+    return _correlation(np.exp(2j * math.pi / n * ranks))
+
+
+def neighbours(angles: Float[np.ndarray, " words"]) -> int:
+    """How many of the n pairs (w, w+1), the last and first among them, are next to each other around the circle."""
+    n = len(angles)
+    ranks = angles.argsort().argsort()
+    return int(np.isin((np.roll(ranks, -1) - ranks) % n, (1, n - 1)).sum())
+
+
+def _correlation(around: np.ndarray) -> np.ndarray:
+    n = around.shape[-1]
+    true = np.exp(2j * math.pi / n * np.arange(n))
+    return np.asarray(np.maximum(np.abs(around @ true), np.abs(around @ true.conj())) / n)
+
+
+def _templates(words: tuple[str, ...], templates: Sequence[str] | None) -> tuple[str, ...]:
+    if len(set(words)) < max(4, len(words)):
+        raise ValueError(f"an order around a circle needs at least four different words, got {words}")
+    if templates is None:
+        if words not in _OF:
+            raise ValueError(
+                "templates are ours for WEEKDAYS and MONTHS only: give some, such as ['See you on {}', ...]"
+            )
+        return _OF[words]
+    templates = (templates,) if isinstance(templates, str) else tuple(templates)
+    for template in templates:
+        if template.count("{}") != 1:
+            raise ValueError(f"a template has one {{}}, where the word goes, got {template!r}")
+    if len(templates) < 4:
+        raise ValueError(f"templates are split in two halves of at least two: give four or more, got {len(templates)}")
+    return templates
+
+
+def _read(
+    coder: SparseCoder, lm: LM, words: tuple[str, ...], templates: tuple[str, ...]
+) -> tuple[Float[Tensor, "templates words d"], Float[Tensor, "templates words d_sae"], Float[Tensor, " d_sae"]]:
+    """(activations at the words, codes there, share of the even templates' other tokens on which each fires)."""
+    site, mask = coder.site, coder.mask or lm.mask()
+    was_training = coder.training
+    coder.eval()
+    xs, codes, fired, count = [], [], torch.zeros(coder.d_sae), 0
+    try:
+        for number, template in enumerate(templates):
+            batch = lm.tokenize([template.split("{}")[0] + word for word in words])
+            x = lm.run(batch, [site], logits=False)[0][site].float().cpu()
+            keep = mask.keep(batch.ids, batch.positions, {site: x}) & batch.mask
+            last = batch.mask.sum(1) - 1
+            here = torch.arange(len(words)), last
+            if not keep[here].all():
+                left = words[int((~keep[here]).nonzero()[0])]
+                raise ValueError(f"the coder's mask leaves out {left!r} in {template!r} ({mask}): try another template")
+            xs.append(x[here])
+            codes.append(coder.encode(xs[-1].to(coder.W_dec.device)).float().cpu())
+            keep[here] = False
+            if number % 2 == 0 and keep.any():
+                other = coder.encode(x[keep].to(coder.W_dec.device)).float().cpu()
+                fired, count = fired + (other > 0).sum(0), count + len(other)
+    finally:
+        coder.train(was_training)
+    return torch.stack(xs), torch.stack(codes), fired / max(count, 1)
+
+
+def _orders(n: int, rng: np.random.Generator) -> np.ndarray:
+    """Orders of n words, the true one first; up to rotation, since planes have no beginning."""
+    if n <= EXACT:
+        return np.array([(0, *rest) for rest in permutations(range(1, n))])
+    drawn = np.stack([rng.permutation(n) for _ in range(10_000)])
+    return np.concatenate([np.arange(n)[None], drawn])
+
+
+def _order(y: Float[Tensor, "templates words d"], components: int, orders: np.ndarray | None) -> Order:
+    """The words around the plane that is best on even templates, measured on odd ones."""
+    seen = y[::2].flatten(0, 1).double()
+    mean = seen.mean(0)
+    basis = torch.linalg.svd(seen - mean, full_matrices=False).Vh[:components].T
+    placed = ((y.double() - mean) @ basis).numpy()
+    planes = list(combinations(range(components), 2))
+    chosen = int(np.argmax([circular_correlation(_angles(placed[::2].mean(0)[:, plane])) for plane in planes]))
+    around = np.stack([_angles(placed[1::2].mean(0)[:, plane]) for plane in planes])
+    found = circular_correlation(around)
+    p = p_alone = math.nan
+    if orders is not None:
+        n = around.shape[1]
+        on_circle = np.exp(2j * math.pi / n * around.argsort(-1).argsort(-1))
+        scores = np.stack([_correlation(plane[orders]) for plane in on_circle])  # plane, order
+        p = float((scores.max(0) >= found[chosen] - 1e-9).mean())
+        p_alone = float((scores[chosen] >= found[chosen] - 1e-9).mean())
+    plane = planes[chosen]
+    points = placed[1::2].mean(0)[:, plane]
+    each = np.array([circular_correlation(_angles(own[:, plane])) for own in placed[1::2]])
+    return Order(
+        plane, float(found[chosen]), neighbours(around[chosen]), p, p_alone, points - points.mean(0), each
+    )  # fmt: skip
+
+
+def _angles(points: Float[np.ndarray, "words 2"]) -> np.ndarray:
+    x, y = (points - points.mean(0)).T
+    return np.arctan2(y, x)
+
+
+def _draws(
+    codes: Tensor, W_dec: Tensor, others: Tensor, size: int, draws: int, components: int, rng: np.random.Generator
+) -> list[Order]:
+    """The same from as many other features, drawn anew each time; none where there are fewer."""
+    if len(others) < size:
+        return []
+    found = []
+    for _ in range(draws):
+        drawn = others[torch.from_numpy(rng.permutation(len(others))[:size])]
+        found.append(_order(codes[..., drawn] @ W_dec[drawn], components, None))
+    return found

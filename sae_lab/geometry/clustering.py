@@ -1,0 +1,255 @@
+"""Clusters of features: by the directions of their decoder rows, or by the tokens on which they fire."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sae_lab.evals.result import Figure, Result
+from sae_lab.saes.base import SparseCoder
+from sae_lab.types import Codes
+
+LAYOUTS = ("pca", "tsne")
+MOST_PAIRS = 6_000  # rows whose cosines are all held (8 bytes each); beyond, PCA comes first
+
+
+class Control(NamedTuple):
+    """The same clustering where there is nothing to find. cosine and largest: median and maximum over its clusters of
+    the mean cosine within one; NaN without clusters."""
+
+    name: str
+    clusters: int
+    share: float
+    cosine: float
+    largest: float
+
+
+@dataclass(frozen=True, repr=False)
+class Clusters(Result):
+    """Result of ``sl.geometry.clusters``.
+
+    Attributes:
+        n: clusters found; ``share``: of the rows that lie in one; ``cosine``: median over clusters of the mean cosine
+            within one (NaN without clusters).
+        tight: clusters whose mean cosine is above that of every cluster of every control; ``tight_by_chance``: how many
+            of them there would be, on average, if these clusters were no other than the controls': n/(m + 1), m the
+            controls' clusters in all.
+        silent: rows of zeros, which lie in no cluster.
+        labels: ``rows``, the cluster of each row, tightest first, -1 where in none; ``cosines``: the mean cosine within
+            each cluster; ``points``: ``rows 2``, a map for looking at, NaN for silent rows.
+        controls: what the same clustering finds where there is nothing to find.
+    """
+
+    n: int
+    share: float
+    cosine: float
+    tight: int
+    tight_by_chance: float
+    rows: int
+    silent: int
+    min_cluster_size: int
+    min_samples: int
+    layout: str
+    by: str
+    controls: tuple[Control, ...] = field(repr=False)
+    labels: Tensor = field(repr=False, compare=False)
+    cosines: Tensor = field(repr=False, compare=False)
+    points: Tensor = field(repr=False, compare=False)
+
+    def members(self, cluster: int) -> list[int]:
+        """The rows of one cluster; 0 is the tightest."""
+        if not isinstance(cluster, int) or not 0 <= cluster < self.n:
+            raise ValueError(f"cluster must be an int from 0 to {self.n - 1}, of {self.n} found; got {cluster!r}")
+        return (self.labels == cluster).nonzero()[:, 0].tolist()
+
+    def figures(self) -> list[Figure]:
+        first = self.controls[0]
+        most = max((c.largest for c in self.controls if not math.isnan(c.largest)), default=math.nan)
+        return [
+            Figure("clusters", self.n, control=first.clusters, control_name=first.name, digits=0,
+                   meaning="density-based: more of them is no finding"),
+            Figure("rows in one", self.share, control=first.share, control_name=first.name, meaning="share"),
+            Figure("cosine within", self.cosine, control=first.cosine, control_name=first.name,
+                   meaning="median over clusters of the mean"),
+            Figure("tight clusters", self.tight, control=self.tight_by_chance, control_name="by chance", digits=1,
+                   meaning=f"mean cosine above {most:.3f}, the most in any control"),
+        ]  # fmt: skip
+
+    def _footer(self) -> str:
+        said = "; ".join(f"{c.name}: {c.clusters} clusters, cosine {c.cosine:.3f}" for c in self.controls)
+        size = f"min_cluster_size {self.min_cluster_size}, min_samples {self.min_samples}"
+        silent = f" ({self.silent:,} silent)" if self.silent else ""
+        return f"{self.rows:,} features{silent} by {self.by}; {size}; {said}"
+
+
+def clusters(
+    what: SparseCoder | Tensor | Codes,
+    min_cluster_size: int = 5,
+    min_samples: int = 2,
+    *,
+    components: int = 50,
+    layout: str = "pca",
+    seed: int = 0,
+) -> Clusters:
+    """Cluster features by HDBSCAN on 1 − cosine, beside the same on rows that have no clusters.
+
+    With a coder or a tensor ``rows d``: features with similar decoder rows. Controls: as many random unit rows; the
+    rows with each coordinate shuffled over them. With ``Codes``: features that fire on the same tokens alike (their
+    activations over tokens as rows). Control: each feature's firings at tokens drawn at random.
+
+    HDBSCAN (McInnes, Healy & Astels 2017) takes the leaves of its tree: the fine clusters. It finds many in random rows
+    too, so ``tight`` counts those whose mean cosine no cluster of a control has. Up to 6,000 rows all cosines are
+    taken; beyond, cosines in ``components`` principal components, and then random rows pass more easily.
+
+    Args:
+        min_cluster_size: rows that make a cluster. min_samples: how dense its surroundings must be.
+        layout: the map, "pca" or "tsne" (scikit-learn's, on the same cosines; slower).
+
+    Raises ValueError for fewer rows than four times ``min_cluster_size``, and for settings that cannot be.
+    """
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
+    for name, value, least in (
+        ("min_cluster_size", min_cluster_size, 2), ("min_samples", min_samples, 1), ("components", components, 2),
+    ):  # fmt: skip
+        if not isinstance(value, int) or value < least:
+            raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+    every = _rows(what)
+    norms = _norms(every)
+    live = np.flatnonzero(norms > 0)
+    if len(live) < 4 * min_cluster_size:
+        raise ValueError(
+            f"clusters of {min_cluster_size} need at least {4 * min_cluster_size} rows that are not zero, got "
+            f"{len(live)}: give more features, or a smaller min_cluster_size"
+        )
+    rows = _unit(every[live])
+    rng = np.random.default_rng(np.random.SeedSequence([seed, 0]))
+    settings = (min_cluster_size, min_samples, components, seed)
+    found, within = _cluster(rows, *settings)
+    controls = tuple(_control(name, other, settings) for name, other in _nothing(rows, rng))
+    most = max((c.largest for c in controls if not math.isnan(c.largest)), default=-1.0)
+    labels, points = torch.full((len(norms),), -1), torch.full((len(norms), 2), math.nan)
+    labels[live], points[live] = torch.from_numpy(found), torch.from_numpy(_map(rows, layout, components, seed))
+    return Clusters(
+        n=len(within), share=float((found >= 0).mean()), cosine=_middle(within), tight=int((within > most).sum()),
+        tight_by_chance=len(within) / (sum(c.clusters for c in controls) + 1),
+        rows=len(norms), silent=len(norms) - len(live), min_cluster_size=min_cluster_size, min_samples=min_samples,
+        layout=layout, by="activations" if isinstance(what, Codes) else "direction", controls=controls,
+        labels=labels, cosines=torch.from_numpy(within), points=points,
+    )  # fmt: skip
+
+
+def feature_rows(codes: Codes) -> Any:
+    """The activations of each feature over the rows of ``codes``: a sparse matrix "d_sae rows"."""
+    from scipy import sparse
+
+    shape = (len(codes.offsets) - 1, codes.d_sae)
+    arrays = (codes.values.detach().cpu().numpy(), codes.features.cpu().numpy(), codes.offsets.cpu().numpy())
+    return sparse.csr_matrix(arrays, shape=shape).T.tocsr()
+
+
+def _rows(what: SparseCoder | Tensor | Codes) -> Any:
+    if isinstance(what, Codes):
+        return feature_rows(what)
+    rows = what if isinstance(what, Tensor) else what.W_dec
+    if rows.ndim < 2 or not torch.isfinite(rows).all():
+        raise ValueError(f"clusters takes finite rows of two axes, rows and d, got shape {tuple(rows.shape)}")
+    return rows.detach().flatten(1).float().cpu().numpy()
+
+
+def _norms(rows: Any) -> np.ndarray:
+    squares = rows.multiply(rows).sum(1) if hasattr(rows, "nnz") else (rows**2).sum(1)
+    return np.sqrt(np.asarray(squares).ravel())
+
+
+def _unit(rows: Any) -> Any:
+    norms = _norms(rows)
+    if not hasattr(rows, "nnz"):
+        return rows / norms[:, None]
+    from scipy import sparse
+
+    return sparse.csr_matrix(sparse.diags(1 / norms) @ rows)
+
+
+def _nothing(rows: Any, rng: np.random.Generator) -> list[tuple[str, Any]]:
+    """Unit rows without clusters, by name."""
+    if hasattr(rows, "nnz"):
+        other = rows.copy()
+        counts = np.diff(rows.indptr)
+        drawn = [rng.choice(rows.shape[1], n, replace=False) for n in counts]
+        other.indices = np.concatenate(drawn).astype(rows.indices.dtype)
+        other.has_sorted_indices = False
+        other.sort_indices()
+        return [("other tokens", other)]
+    random = rng.standard_normal(rows.shape, dtype=np.float32)
+    return [("random rows", _unit(random)), ("shuffled coordinates", _unit(rng.permuted(rows, axis=0)))]
+
+
+def _control(name: str, rows: Any, settings: tuple[int, ...]) -> Control:
+    found, within = _cluster(rows, *settings)
+    largest = float(within.max()) if len(within) else math.nan
+    return Control(name, len(within), float((found >= 0).mean()), _middle(within), largest)
+
+
+def _middle(values: np.ndarray) -> float:
+    return float(np.median(values)) if len(values) else math.nan
+
+
+def _cluster(rows: Any, size: int, samples: int, components: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """(cluster of each unit row, tightest first and -1 for none; mean cosine within each)."""
+    from sklearn.cluster import HDBSCAN
+
+    settings: dict[str, Any] = {
+        "min_cluster_size": size, "min_samples": samples, "cluster_selection_method": "leaf", "copy": False,
+    }  # fmt: skip
+    if rows.shape[0] <= MOST_PAIRS:
+        labels = HDBSCAN(metric="precomputed", **settings).fit(_distances(rows)).labels_
+    else:
+        reduced = _reduce(rows, components, seed)
+        labels = HDBSCAN(**settings).fit(reduced / np.maximum(_norms(reduced)[:, None], 1e-12)).labels_
+    within = np.array([_within(rows[np.flatnonzero(labels == c)]) for c in range(labels.max() + 1)])
+    order = np.argsort(-within, kind="stable")
+    place = np.full(len(order) + 1, -1)  # the last entry is that of -1
+    place[order] = np.arange(len(order))
+    return place[labels], within[order]
+
+
+def _distances(rows: Any) -> np.ndarray:
+    """1 − cosine of all pairs of unit rows."""
+    cosines = rows @ rows.T
+    distances = 1 - np.asarray(cosines.toarray() if hasattr(cosines, "nnz") else cosines, dtype=np.float64)
+    np.fill_diagonal(distances, 0)
+    return np.maximum(distances, 0, out=distances)
+
+
+def _within(rows: Any) -> float:
+    """Mean cosine of two different of these unit rows: (‖Σ‖² − n) / (n (n − 1))."""
+    n, total = rows.shape[0], np.asarray(rows.sum(0), dtype=np.float64)
+    return float(((total**2).sum() - n) / (n * (n - 1)))
+
+
+def _reduce(rows: Any, components: int, seed: int) -> np.ndarray:
+    """Principal components of the rows (of sparse ones, which stay uncentred, the leading singular ones)."""
+    from sklearn.decomposition import PCA, TruncatedSVD
+
+    components = min(components, min(rows.shape) - 1)
+    if hasattr(rows, "nnz"):
+        return TruncatedSVD(components, random_state=seed).fit_transform(rows)
+    return PCA(components, svd_solver="randomized", random_state=seed).fit_transform(rows)
+
+
+def _map(rows: Any, layout: str, components: int, seed: int) -> np.ndarray:
+    if layout == "pca":
+        return _reduce(rows, 2, seed).astype(np.float32)
+    from sklearn.manifold import TSNE
+
+    start = _reduce(rows, 2, seed).astype(np.float32)
+    start *= 1e-4 / start[:, 0].std()
+    settings: dict[str, Any] = {"perplexity": min(30.0, (len(start) - 1) / 3), "max_iter": 500, "random_state": seed}
+    if len(start) <= MOST_PAIRS:
+        return TSNE(2, init=start, metric="precomputed", **settings).fit_transform(_distances(rows)).astype(np.float32)
+    reduced = _reduce(rows, components, seed)
+    return TSNE(2, init=start, metric="cosine", **settings).fit_transform(reduced).astype(np.float32)

@@ -1,0 +1,171 @@
+"""Patterns of activation: which features fire together over which contexts, by a singular value decomposition."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sae_lab.evals.result import Figure, Result
+from sae_lab.geometry.clustering import feature_rows
+from sae_lab.types import Codes
+
+
+@dataclass(frozen=True, repr=False)
+class Patterns(Result):
+    """Result of ``sl.geometry.patterns``.
+
+    Attributes:
+        rank: leading patterns that are stronger than the same one of shuffled activations: the finding. At ``looked``
+            all that were looked at are, and there may be more.
+        explained: share of the (scaled) variance that these hold; ``shuffled``: the same number of patterns of shuffled
+            activations.
+        strength, noise: singular values, and the largest over shuffles of each: both ``looked``.
+        features: ``looked d_sae``, unit vectors, 0 for features that fire nowhere; ``contexts``: ``looked contexts``.
+    """
+
+    rank: int
+    looked: int
+    explained: float
+    shuffled: float
+    contexts_read: int
+    live: int
+    draws: int
+    strength: Tensor = field(repr=False, compare=False)
+    noise: Tensor = field(repr=False, compare=False)
+    features: Tensor = field(repr=False, compare=False)
+    contexts: Tensor = field(repr=False, compare=False)
+
+    def top(self, pattern: int, n: int = 10) -> list[tuple[int, float]]:
+        """The features that weigh most in a pattern, with their (signed) weights."""
+        if not isinstance(pattern, int) or not 0 <= pattern < self.looked:
+            raise ValueError(f"pattern must be an int from 0 to {self.looked - 1}, got {pattern!r}")
+        weights = self.features[pattern]
+        return [(int(i), float(weights[i])) for i in weights.abs().topk(min(n, len(weights))).indices]
+
+    def figures(self) -> list[Figure]:
+        return [
+            Figure("rank", self.rank, control=0, control_name="expected when shuffled", digits=0,
+                   meaning=f"patterns above noise, of {self.looked} looked at"),
+            Figure("explained", self.explained, control=self.shuffled, control_name="shuffled",
+                   meaning="share of variance in these patterns"),
+            Figure("strongest", float(self.strength[0]), control=float(self.noise[0]), control_name="shuffled",
+                   meaning="singular value"),
+        ]  # fmt: skip
+
+    def _footer(self) -> str:
+        return (
+            f"{self.live:,} live features x {self.contexts_read:,} contexts; noise: largest of {self.draws} shuffles"
+            + ("; all that were looked at are above noise: look at more" if self.rank == self.looked else "")
+        )
+
+
+def patterns(
+    activations: Codes | Float[Tensor, "rows d_sae"],
+    contexts: Int[Tensor, " tokens"] | None = None,
+    *,
+    looked: int = 20,
+    draws: int = 5,
+    seed: int = 0,
+) -> Patterns:
+    """Singular value decomposition of activations, features by contexts, and how many of its patterns are no noise.
+
+    a_fc: mean activation of feature f over the rows (tokens) of context c; A = (a_fc − ā_f)/s_f with ā_f, s_f mean and
+    standard deviation over contexts, so that each feature counts alike; A = Σ_k σ_k u_k v_kᵀ. Parallel analysis (Horn
+    1965): pattern k is above noise while σ_k, and all before it, exceed the largest σ_k of ``draws`` shuffles, which
+    give each feature's values to the contexts in an order of its own. A is never made dense.
+
+    A shuffle also undoes that some contexts are loud or long, so a pattern may be that and nothing more. And it spreads
+    the noise of features evenly: where the contexts of a pattern are the noisiest too, one planted pattern can count
+    as up to four (tests/test_geometry.py). Read the rank as what is worth looking at.
+
+    Args:
+        activations: codes of tokens. contexts: of each token the number of its context (a document, a prompt); None:
+            each row is a context.
+        looked: patterns to compute, fewer than contexts and live features; d_sae × contexts numbers are what it costs.
+
+    Raises ValueError for contexts of another length, and where there are too few for ``looked`` patterns.
+    """
+    if not isinstance(draws, int) or draws < 1:
+        raise ValueError(f"draws must be an integer of at least 1, got {draws!r}")
+    by_feature: Any = _by_context(activations, contexts)
+    d_sae, n = by_feature.shape
+    spread = _spread(by_feature)
+    live = np.flatnonzero(spread)
+    most = min(len(live), n) - 1
+    if not isinstance(looked, int) or not 1 <= looked <= most:
+        raise ValueError(
+            f"looked must be an integer from 1 to {most}, one less than the {len(live)} features that vary and the {n} "
+            f"contexts; got {looked!r}"
+        )
+    rows, spread = by_feature[live], spread[live]
+    strength, left, right = _decompose(rows, spread, looked, seed)
+    rng = np.random.default_rng(seed)
+    noise = np.stack([_decompose(_shuffled(rows, rng), spread, looked, seed)[0] for _ in range(draws)])
+    above = strength > noise.max(0)
+    rank = int(above.argmin()) if not above.all() else looked
+    features = torch.zeros(looked, d_sae)
+    features[:, live] = torch.from_numpy(left).float()
+    total = float(len(live) * n)  # Σ A², for rows of variance 1
+    return Patterns(
+        rank=rank, looked=looked, explained=float((strength[:rank] ** 2).sum() / total),
+        shuffled=float((noise[:, :rank] ** 2).sum(1).mean() / total), contexts_read=n, live=len(live), draws=draws,
+        strength=torch.from_numpy(strength).float(), noise=torch.from_numpy(noise.max(0)).float(), features=features,
+        contexts=torch.from_numpy(right).float(),
+    )  # fmt: skip
+
+
+def _by_context(activations: Codes | Tensor, contexts: Tensor | None) -> Any:
+    """Mean activations, a sparse matrix "d_sae contexts"."""
+    from scipy import sparse
+
+    if isinstance(activations, Codes):
+        by_row: Any = feature_rows(activations)
+    else:
+        by_row = sparse.csr_matrix(activations.detach().float().cpu().numpy().T)
+    if contexts is None:
+        return by_row.astype(np.float64)
+    if len(contexts) != by_row.shape[1]:
+        raise ValueError(f"contexts must name one context a row, got {len(contexts)} for {by_row.shape[1]} rows")
+    numbers, where, counts = np.unique(contexts.cpu().numpy(), return_inverse=True, return_counts=True)
+    mean = sparse.csr_matrix((1 / counts[where], (np.arange(len(where)), where)), (len(where), len(numbers)))
+    return sparse.csr_matrix(by_row.astype(np.float64) @ mean)
+
+
+def _spread(rows: Any) -> np.ndarray:
+    """Standard deviation of each row of a sparse matrix, 0 where only rounding makes one."""
+    mean = np.asarray(rows.mean(1)).ravel()
+    squares = np.asarray(rows.multiply(rows).mean(1)).ravel()
+    variance = squares - mean**2
+    return np.sqrt(np.where(variance > 1e-9 * squares, variance, 0))
+
+
+def _shuffled(rows: Any, rng: np.random.Generator) -> Any:
+    """Each row's values in columns drawn for it alone."""
+    from scipy import sparse
+
+    drawn = [rng.choice(rows.shape[1], n, replace=False) for n in np.diff(rows.indptr)]
+    return sparse.csr_matrix((rows.data, np.concatenate(drawn), rows.indptr), rows.shape)
+
+
+def _decompose(rows: Any, spread: np.ndarray, k: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(σ descending, "k rows" left, "k columns" right vectors) of the rows centred and scaled, which are never made."""
+    from scipy import sparse
+    from scipy.sparse.linalg import LinearOperator, svds
+
+    scaled: Any = sparse.csr_matrix(sparse.diags(1 / spread) @ rows)
+    mean = np.asarray(scaled.mean(1)).ravel()
+    make: Any = LinearOperator  # its __new__ hides what it takes
+    operator = make(
+        scaled.shape,
+        matvec=lambda v: scaled @ v.ravel() - mean * v.sum(),
+        rmatvec=lambda u: scaled.T @ u.ravel() - (mean @ u.ravel()),
+        dtype=np.float64,
+    )
+    start = np.random.default_rng(seed).standard_normal(min(rows.shape))
+    factors: Any = svds(operator, k=k, v0=start)
+    left, values, right = factors
+    order = np.argsort(-values)
+    return values[order].copy(), left.T[order].copy(), right[order].copy()

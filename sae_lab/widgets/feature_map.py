@@ -1,0 +1,166 @@
+"""FeatureMap: one point a feature; a click selects it for all widgets of the session."""
+
+import base64
+import contextlib
+from collections.abc import Sequence
+from html import escape
+from typing import Any
+
+import numpy as np
+import torch
+import traitlets
+
+from sae_lab.types import check_feature
+
+from .coding import name_of
+from .inspector import FeatureError
+from .panel import STATIC, Panel, quick
+from .session import Session
+from .static_html import table
+
+TOKENS = 5  # of a label
+FROZEN_LABELS = 2_000  # in a page without a kernel
+GROUPS_LISTED = 20
+MOST = 100_000
+_FULL = 65_535
+
+
+class FeatureMap(Panel):
+    """Features as points on a plane: hovering says what one is, a click opens it (in a ``FeatureInspector``, say).
+
+        session = sl.Session()
+        sl.FeatureMap(index, sl.geometry.clusters(sae), session=session)
+        sl.FeatureInspector(index, session=session)
+
+    Args:
+        source: a feature index, whose notes and top tokens are the labels; or a coder, which has none.
+        points: ``d_sae 2`` (NaN: no point), or a result with ``points`` and ``labels``, such as that of
+            ``sl.geometry.clusters``.
+        groups: of each feature a number from 0, drawn as a colour and a shape, or -1; None: the result's labels.
+        session: what it shares with other widgets (``sl.Session``); None: a session of its own.
+
+    ``feature``, the selected one or None, can be read, set and observed.
+
+    Raises ValueError for points of another shape, more than 100,000, and a feature that has no place in the coder.
+    """
+
+    _esm = STATIC / "feature_map.js"
+    _css = STATIC / "feature_map.css"
+
+    feature = traitlets.Int(None, allow_none=True, help="the selected feature").tag(sync=True)
+    points = traitlets.Unicode("", help="places, base64").tag(sync=True)
+    features = traitlets.Unicode("", help="the feature of each point, base64").tag(sync=True)
+    groups = traitlets.Unicode("", help="the group of each point, base64").tag(sync=True)
+    note = traitlets.Unicode("", help="what the groups are").tag(sync=True)
+
+    def __init__(
+        self, source: Any, points: Any, groups: Sequence[int] | Any = None, *, session: Session | None = None
+    ) -> None:
+        self._source, self.d_sae = source, int(source.d_sae)
+        self.session = Session() if session is None else session
+        self._site = site.key if (site := getattr(source, "site", None)) is not None else ""
+        given, groups = getattr(points, "points", points), getattr(points, "labels", None) if groups is None else groups
+        places, self._groups = _checked(given, groups, self.d_sae)
+        self._on = np.flatnonzero(np.isfinite(places).all(1))
+        if len(self._on) > MOST:
+            raise ValueError(f"a map shows at most {MOST:,} points, got {len(self._on):,}: set others to NaN")
+        selected = self.session.selection
+        own = self._groups[self._on]
+        super().__init__(
+            feature=selected.feature if selected.site == self._site else None, points=_packed(places[self._on]),
+            features=_base64(self._on.astype("<u4")), groups=_base64(own.astype("<i2")), note=_note(own),
+        )  # fmt: skip
+        self.observe(self._on_feature, "feature")
+        selected.observe(self._on_selected, ["feature", "site"])
+
+    @traitlets.validate("feature")
+    def _valid(self, proposal: Any) -> int | None:
+        if proposal["value"] is None:
+            return None
+        try:
+            return check_feature(proposal["value"], self.d_sae)
+        except ValueError as error:
+            raise FeatureError(str(error)) from None
+
+    def _on_feature(self, _change: object) -> None:
+        if self.feature is not None:
+            self.session.selection.pick(feature=self.feature, site=self._site)
+
+    def _on_selected(self, _change: object) -> None:
+        selected = self.session.selection
+        if selected.site == self._site and selected.feature is not None:
+            self.feature = selected.feature
+
+    # ---- from the screen
+
+    @quick
+    def label(self, feature: int) -> str:
+        """What is known of a feature: your label and its top tokens; "" with a coder alone."""
+        feature = check_feature(feature, self.d_sae)
+        if not hasattr(self._source, "top_tokens"):
+            return ""
+        own = self._source.notes[feature].label
+        tokens = " ".join(repr(token)[1:-1] for token in self._source.top_tokens(feature, TOKENS))
+        return f"{own} ({tokens})" if own else tokens
+
+    # ---- other forms
+
+    def _frozen(self) -> dict[str, Any]:
+        return {"labels": {str(i): self.label(int(i)) for i in self._on[:FROZEN_LABELS]}}
+
+    def code(self) -> str:
+        name = name_of(self._source, "index" if hasattr(self._source, "top_tokens") else "sae")
+        if self.feature is None:
+            return f"{name}  # nothing is selected"
+        return f"{name}[{self.feature}]" if hasattr(self._source, "top_tokens") else f"{name}.W_dec[{self.feature}]"
+
+    def _html(self) -> str:
+        text = f"<p>Map of {len(self._on):,} features{'; ' + escape(self.note) if self.note else ''}.</p>"
+        own = self._groups[self._on]
+        numbers = [int(g) for g in np.unique(own) if g >= 0][:GROUPS_LISTED]
+        rows = [[str(g), f"{int((own == g).sum()):,}", escape(self._members(g))] for g in numbers]
+        return f"<div>{text}{table(['group', 'features', 'first of them'], rows) if rows else ''}</div>"
+
+    def _members(self, group: int) -> str:
+        first = np.flatnonzero(self._groups == group)[:4]
+        said = [(int(i), self.label(int(i))) for i in first if i in self._on]
+        return "; ".join(f"{i} {label}".strip() for i, label in said)
+
+    def close(self) -> None:
+        """Take the widget off the page, and out of the session."""
+        if "session" in self.__dict__:
+            with contextlib.suppress(ValueError):  # it was closed before
+                self.session.selection.unobserve(self._on_selected, ["feature", "site"])
+        super().close()
+
+    def __repr__(self) -> str:
+        return f"FeatureMap({len(self._on):,} of {self.d_sae:,} features, feature={self.feature})"
+
+
+def _checked(points: Any, groups: Any, d_sae: int) -> tuple[np.ndarray, np.ndarray]:
+    places = np.asarray(points.cpu() if isinstance(points, torch.Tensor) else points, dtype=np.float64)
+    if places.shape != (d_sae, 2):
+        raise ValueError(f"points must be of shape ({d_sae}, 2), one a feature, NaN for none; got {places.shape}")
+    own = np.full(d_sae, -1) if groups is None else np.asarray(groups)
+    if own.shape != (d_sae,) or own.dtype.kind not in "iu" or own.min(initial=-1) < -1 or own.max(initial=-1) > 32_767:
+        raise ValueError(f"groups must be {d_sae} integers from -1 to 32767, one a feature; got shape {own.shape}")
+    return places, own.astype(np.int64)
+
+
+def _packed(places: np.ndarray) -> str:
+    """x to the right and y up, of any size, in a square from the top left corner."""
+    if not len(places):
+        return ""
+    low, high = places.min(0), places.max(0)
+    share = (places - low) / np.where(high > low, high - low, 1)
+    share[:, 1] = 1 - share[:, 1]
+    return _base64(np.rint(share * _FULL).astype("<u2"))
+
+
+def _note(groups: np.ndarray) -> str:
+    inside = int((groups >= 0).sum())
+    return f"{inside:,} in {len(np.unique(groups[groups >= 0]))} groups, the others grey" if inside else ""
+
+
+def _base64(array: np.ndarray) -> str:
+    return base64.b64encode(array.tobytes()).decode()

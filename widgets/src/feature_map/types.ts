@@ -1,0 +1,15 @@
+// What Python sends. Arrays come as base64: a hundred thousand points are a megabyte.
+
+export type State = {
+  /** The selected feature. */
+  feature: number | null;
+  /** x and y of each point in turn, unsigned 16 bit, 0 to 65535 from the left and from the top. */
+  points: string;
+  /** Each point's feature, unsigned 32 bit. */
+  features: string;
+  /** Each point's group, signed 16 bit; -1: none. */
+  groups: string;
+  /** What the groups are. */
+  note: string;
+  error: string;
+};
