@@ -1,0 +1,289 @@
+"""What a coder leaves out does more harm than noise of the same size: are its errors pathological?"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import no_type_check
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sae_lab.evals.by_position import Measured, ratio_error, read_and_reconstruct
+from sae_lab.evals.contexts import clustered_error, spread_contexts
+from sae_lab.evals.result import Figure, Result
+from sae_lab.lm.model import LM
+from sae_lab.lm.text import Text
+from sae_lab.lm.tokens import pad
+from sae_lab.saes.base import SparseCoder
+from sae_lab.types import Site, TokenBatch, Write
+
+NOISES = ("isotropic", "error_covariance", "activation_covariance", "shuffled", "same_angle")
+_MEANING = {
+    "isotropic": "directions drawn uniformly",
+    "error_covariance": "drawn with mean and covariance of the errors",
+    "activation_covariance": "drawn with the covariance of the activations",
+    "shuffled": "errors of other tokens",
+    "same_angle": "error's part along x kept, the rest drawn uniformly",
+}
+_EDGES = (1, 4, 16, 32, 64, 128, 256, 512)
+
+
+@dataclass(frozen=True, repr=False)
+class Errors(Result):
+    """Result of ``sl.evals.pathological_errors``. KL in nats/token, of the model's next token, over kept tokens.
+
+    ``kl``: x replaced by x_hat; ``kl_noise``, ``ratio``, ``ratio_se``, ``low``, ``high``: for each of NOISES the KL of
+    noise as long as each token's error, how many times larger the coder's is, and its 95 % interval. ``curve``: KL at
+    x + alpha·error and ``curve_noise`` at x + alpha·noise (isotropic), at ``alphas``. ``by_position``: ratio to
+    isotropic noise of positions from ``edges[i]`` on. ``token_kl``: ``1 + noises, kept tokens``.
+    """
+
+    kl: float
+    kl_se: float
+    kl_noise: dict[str, float]
+    ratio: dict[str, float]
+    ratio_se: dict[str, float]
+    low: dict[str, float]
+    high: dict[str, float]
+    alphas: tuple[float, ...]
+    curve: tuple[float, ...]
+    curve_noise: tuple[float, ...]
+    edges: tuple[int, ...]
+    by_position: tuple[float, ...]
+    by_position_se: tuple[float, ...]
+    cosine_xhat: float
+    relative_error: float
+    tokens: int
+    curve_tokens: int
+    documents: int
+    mask: str
+    token_kl: Tensor = field(repr=False, compare=False)
+    token_documents: Tensor = field(repr=False, compare=False)
+
+    @property
+    def exponents(self) -> tuple[float, float]:
+        """p of KL ~ alpha^p along the coder's error and along noise; 2 wherever KL is quadratic, more on a plateau."""
+        alphas = np.log(self.alphas)
+        found = []
+        for curve in (self.curve, self.curve_noise):
+            positive = min(curve) > 0 and len(curve) > 1
+            found.append(float(np.polyfit(alphas, np.log(curve), 1)[0]) if positive else math.nan)
+        return found[0], found[1]
+
+    def figures(self) -> list[Figure]:
+        """The coder's KL and what it is a multiple of; one is the control's own value."""
+        p, p_noise = self.exponents
+        return [
+            Figure("KL of x_hat", self.kl, self.kl_se, self.kl_noise["isotropic"], "isotropic noise",
+                   "nats/token", "low", 4),
+            *[
+                Figure(f"ratio, {name}", self.ratio[name], self.ratio_se[name], 1.0, "noise", _MEANING[name]
+                       + f"; 95 % {self.low[name]:.2f} to {self.high[name]:.2f}", "low", 2)
+                for name in NOISES
+            ],
+            Figure("exponent", p, control=p_noise, control_name="isotropic noise",
+                   meaning="p of KL ~ alpha^p from x towards x_hat", digits=2),
+        ]  # fmt: skip
+
+    def to_pandas(self):
+        """One row a kind of noise."""
+        import pandas as pd
+
+        rows = [
+            {"noise": name, "kl": self.kl, "kl_noise": self.kl_noise[name], "ratio": self.ratio[name],
+             "ratio_se": self.ratio_se[name], "low": self.low[name], "high": self.high[name]}
+            for name in NOISES
+        ]  # fmt: skip
+        return pd.DataFrame(rows)
+
+    def _footer(self) -> str:
+        curve = ", ".join(f"{a:g}: {k:.4f} ({n:.4f})" for a, k, n in self._curve())
+        places = ", ".join(
+            f"from {edge}: {ratio:.2f} ± {se:.2f}"
+            for edge, ratio, se in zip(self.edges, self.by_position, self.by_position_se, strict=True)
+        )
+        return (
+            f"KL along x to x_hat (to noise), first {self.curve_tokens:,} tokens: {curve}\nratio to isotropic noise by "
+            f"position: {places}\n{self.tokens:,} kept tokens of {self.documents} documents, all of them changed at "
+            f"once; error {self.relative_error:.2f} of x, cosine of x and x_hat {self.cosine_xhat:.3f}; ± and 95 % "
+            f"clustered by document; {self.mask}"
+        )
+
+    def _curve(self):
+        return zip(self.alphas, self.curve, self.curve_noise, strict=True)
+
+
+@torch.no_grad()
+def pathological_errors(
+    coder: SparseCoder,
+    lm: LM,
+    text: Text | Sequence[str],
+    tokens: int = 8_192,
+    context: int | None = None,
+    alphas: Sequence[float] = (0.25, 0.5, 0.75),
+    site: Site | str | None = None,
+    seed: int = 0,
+) -> Errors:
+    """KL(clean ‖ spliced) against that of noise as long as the error, token by token.
+
+    ratio = mean KL(p(x) ‖ p(x + e)) / mean KL(p(x) ‖ p(x + |e|·u)), e = x_hat − x, u a unit vector, all kept tokens of
+    a context changed at once. u is drawn in five ways (NOISES): uniformly; with mean and covariance of the errors; with
+    the covariance of the activations; the error of another token; and with e's own part along x, so that x + |e|·u has
+    the norm of x_hat and its angle to x. 95 % interval: delta method on log ratio, clustered by document, Student's t.
+    The curve goes from x to x_hat, and as far along uniform noise, on the first quarter of the contexts.
+
+    Args:
+        tokens: how many to read. context: tokens the model sees at once; None is what the coder was trained with, else
+            128. alphas: shares of the error at which the curve is measured, besides 1.
+
+    Published with norm-preserving noise: 2 to 4 (Gurnee 2024, "SAE reconstruction errors are (empirically)
+    pathological"); noise with the covariance of activations leaves less of it (Giglemiani et al. 2024, Heimersheim &
+    Mendel 2024: interpolation and sensitive directions).
+    """
+    alphas = tuple(float(a) for a in alphas)
+    if any(not 0 < a < 1 for a in alphas) or list(alphas) != sorted(set(alphas)):
+        raise ValueError(f"alphas must be increasing shares between 0 and 1, got {alphas}: 1 itself is always measured")
+    context = int(coder.meta.get("context") or 128) if context is None else context
+    if tokens < 1:
+        raise ValueError(f"tokens must be positive, got {tokens}")
+    if not 2 <= context <= lm.max_length:
+        raise ValueError(f"context must lie between 2 and the {lm.max_length} tokens this model reads, got {context}")
+    contexts = spread_contexts(lm, text, tokens, context)
+    read = read_and_reconstruct(coder, lm, contexts, site)
+    if int(read.kept.sum()) < 2:
+        raise ValueError("the mask leaves one token, and errors are compared with those of others: read more tokens")
+    error = read.y_hat - read.y
+    noises = equal_norm_noises(read.y, error, read.kept, seed)
+    quarter = max(1, len(contexts) // 4)
+    kls, curves = _divergences(lm, read, error, noises, alphas, quarter)
+    return _result(read, error, kls, curves, alphas)
+
+
+def equal_norm_noises(
+    x: Float[Tensor, "tokens d"], error: Float[Tensor, "tokens d"], kept: Tensor, seed: int = 0
+) -> dict[str, Float[Tensor, "tokens d"]]:
+    """For each of NOISES one vector a token, as long as its error. Means and covariances are those of kept tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    plain = torch.randn(3, *error.shape, generator=generator)
+    rows, errors = x[kept].double(), error[kept].double()
+    length = error.norm(dim=-1, keepdim=True)
+    unit = torch.nn.functional.normalize(x, dim=-1)
+    along = (error * unit).sum(-1, keepdim=True) * unit
+    across = plain[0] - (plain[0] * unit).sum(-1, keepdim=True) * unit
+    others = kept.nonzero().flatten()
+    # moved round by a random step: another token's error, never the own
+    step = int(torch.randint(1, len(others), (1,), generator=generator))
+    shuffled = error.clone()
+    shuffled[others] = error[others.roll(step)]
+    directions = {
+        "isotropic": plain[0],
+        "error_covariance": plain[1] @ _root(errors) + errors.mean(0).float(),
+        "activation_covariance": plain[2] @ _root(rows),
+        "shuffled": shuffled,
+    }
+    noises = {name: _scaled(v, length) for name, v in directions.items()}
+    return noises | {"same_angle": along + _scaled(across, (error - along).norm(dim=-1, keepdim=True))}
+
+
+def _scaled(v: Tensor, length: Tensor) -> Tensor:
+    return torch.nn.functional.normalize(v, dim=-1) * length
+
+
+def _root(rows: Tensor) -> Tensor:
+    """A symmetric root of the covariance of rows."""
+    values, vectors = torch.linalg.eigh(torch.cov(rows.T).reshape(rows.shape[1], rows.shape[1]))
+    return ((vectors * values.clamp(min=0).sqrt()) @ vectors.T).float()
+
+
+def _divergences(
+    lm: LM, read: Measured, error: Tensor, noises: dict[str, Tensor], alphas: tuple[float, ...], quarter: int
+) -> tuple[Tensor, Tensor]:
+    """KL from the clean run at every token: ``1 + noises, tokens``; of the curve ``2 alphas, tokens of the quarter``.
+
+    One context at a time, all variants in one pass, so that what lies before the site runs once (see reconstruction).
+    """
+    from tqdm.auto import tqdm
+
+    changes = torch.stack([error, *(noises[name] for name in NOISES)])
+    along = torch.tensor(alphas)[:, None, None, None] * changes[:2]  # towards x_hat, and along isotropic noise
+    kls, curves, start = [], [], 0
+    for i, context in enumerate(tqdm(read.contexts, "errors", unit="context", dynamic_ncols=True)):
+        here = slice(start, start := start + len(context.ids))
+        parts = [changes[:, here]] + ([along[:, :, here].flatten(0, 1)] if i < quarter else [])
+        found = _kl_of(lm, read.site, context.ids, read.y[here] + torch.cat(parts), read.kept[here])
+        kls.append(found[: len(changes)])
+        curves += [found[len(changes) :]] if i < quarter else []
+    return torch.cat(kls, 1), torch.cat(curves, 1)
+
+
+def _kl_of(lm: LM, site: Site, ids: list[int], new: Tensor, kept: Tensor) -> Tensor:
+    batch, many = pad([ids]), len(new) + 1
+    from_the_start = site.kind in ("resid_mid", "embed", "module") or site.head is not None
+    if from_the_start:  # where a write cannot make the batch larger, see reconstruction
+        batch = TokenBatch(batch.ids.expand(many, -1), batch.mask.expand(many, -1), batch.positions.expand(many, -1))
+    write = Write(site, partial(beside, new=new, keep=kept))
+    return lm.run(batch, writes=[write], logits=kl_from_first)[1]
+
+
+@no_type_check
+def beside(x, tokens, new, keep):
+    """One text's x, and below it each of its replacements at the kept tokens. A function of torch alone, see
+    ``saes.portable``."""
+    x = x[:1]
+    return torch.cat([x, torch.where(keep.to(x.device).unsqueeze(-1), new.to(x.device, x.dtype), x)])
+
+
+@no_type_check
+def kl_from_first(logits, tokens):
+    """KL(first ‖ row) of the next token at every position, for each row behind the first: "rows pos", nats."""
+    clean = logits[0].float().log_softmax(-1)
+    p = clean.exp()
+    divergences = [(p * (clean - row.float().log_softmax(-1))).sum(-1) for row in logits[1:]]
+    return torch.stack(divergences).clamp(min=0).cpu()
+
+
+def _result(read: Measured, error: Tensor, kls: Tensor, curves: Tensor, alphas: tuple[float, ...]) -> Errors:
+    from scipy.stats import t
+
+    kept, documents, position = read.kept, read.documents[read.kept], read.positions[read.kept]
+    kl = kls[:, kept].double()
+    groups = len(documents.unique())
+    quantile = float(t.ppf(0.975, groups - 1)) if groups > 1 else math.nan
+    ratios, errors, low, high = {}, {}, {}, {}
+    for i, name in enumerate(NOISES, 1):
+        bottom = float(kl[i].mean())
+        ratios[name] = float(kl[0].mean()) / bottom if bottom else math.nan
+        errors[name] = ratio_error(kl[0], kl[i], documents) if bottom else math.nan
+        width = math.exp(quantile * errors[name] / ratios[name]) if ratios[name] > 0 else math.nan
+        low[name], high[name] = ratios[name] / width, ratios[name] * width
+    edges = tuple(e for e in _EDGES if bool((position >= e).any()))
+    bins = [(position >= a) & (position < b) for a, b in zip(edges, (*edges[1:], math.inf), strict=True)]
+    mean_curve = curves[:, kept[: curves.shape[1]]].double().mean(1).reshape(len(alphas), 2)
+    ends = kls[:2, : curves.shape[1]][:, kept[: curves.shape[1]]].double().mean(1)  # alpha = 1, same tokens
+    y, y_hat = read.y[kept], read.y_hat[kept]
+    return Errors(
+        kl=float(kl[0].mean()),
+        kl_se=clustered_error(kl[0], documents),
+        kl_noise={name: float(kl[i].mean()) for i, name in enumerate(NOISES, 1)},
+        ratio=ratios,
+        ratio_se=errors,
+        low=low,
+        high=high,
+        alphas=(*alphas, 1.0),
+        curve=(*mean_curve[:, 0].tolist(), float(ends[0])),
+        curve_noise=(*mean_curve[:, 1].tolist(), float(ends[1])),
+        edges=edges,
+        by_position=tuple(float(kl[0, b].mean() / kl[1, b].mean()) for b in bins),
+        by_position_se=tuple(ratio_error(kl[0, b], kl[1, b], documents[b]) for b in bins),
+        cosine_xhat=float(torch.cosine_similarity(y, y_hat, dim=-1).mean()),
+        relative_error=float((error[kept].norm(dim=-1) / y.norm(dim=-1)).mean()),
+        tokens=int(kept.sum()),
+        curve_tokens=curves.shape[1],
+        documents=groups,
+        mask=read.mask,
+        token_kl=kl.float(),
+        token_documents=documents,
+    )
