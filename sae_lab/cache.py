@@ -1,4 +1,4 @@
-"""Where sae_lab keeps what it made: converted models, stores, indexes. ``SAE_LAB_CACHE`` moves it."""
+"""Where sae_lab keeps what it made: converted models, stores, indexes, figures of evals. ``SAE_LAB_CACHE`` moves it."""
 
 import os
 import shutil
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-KINDS = ("models", "stores", "indexes")
+KINDS = ("models", "stores", "indexes", "evals")
 
 
 class Entry(NamedTuple):
@@ -47,7 +47,7 @@ class List(tuple[Entry, ...]):
 
 
 def clear(kind: str | None = None) -> float:
-    """Delete the cache, or one kind of it ("models", "stores", "indexes"). Returns the megabytes freed.
+    """Delete the cache, or one kind of it ("models", "stores", "indexes", "evals"). Returns the megabytes freed.
 
     What was saved under a path of your own is never touched.
     """

@@ -1,6 +1,33 @@
 """What is measured. Every result has named fields, prints as a table, and has ``.to_pandas()``."""
 
+from sae_lab.evals.absorption import Absorption, PlantedAbsorption, absorption, planted_absorption
+from sae_lab.evals.board_games import BoardGames, BoardScores, board_games, othello_gpt, untrained_twin
+from sae_lab.evals.by_position import ByPosition, Hill, by_position, hill
 from sae_lab.evals.choosing import L0Choice, choose_l0
+from sae_lab.evals.composition import Composition, composition
+from sae_lab.evals.cones import Cones, cones
+from sae_lab.evals.consistency import Consistency, Pair, Transfer, consistency, transfer
+from sae_lab.evals.description_length import DescriptionLength, description_length
+from sae_lab.evals.errors import Errors, pathological_errors
+from sae_lab.evals.injection import Injection, token_injection
+from sae_lab.evals.monosemanticity import Monosemanticity, monosemanticity
+from sae_lab.evals.positional import Positional, positional
+from sae_lab.evals.probe_sets import DEFAULT_SETS, ProbeData, ProbeSet, available_sets, probe_set, read_probe_sets
+from sae_lab.evals.probing import Probing, probing
 from sae_lab.evals.reconstruction import Reconstruction, reconstruction
+from sae_lab.evals.report import Report, report
+from sae_lab.evals.result import Figure, Result
+from sae_lab.evals.sections import SECTIONS
+from sae_lab.evals.stitching import Stitching, stitching
+from sae_lab.evals.uncertainty import Question, Uncertainty, synthetic_qa, uncertainty
 
-__all__ = ["L0Choice", "Reconstruction", "choose_l0", "reconstruction"]
+__all__ = [
+    "Absorption", "BoardGames", "BoardScores", "ByPosition", "Composition", "Cones", "Consistency", "DEFAULT_SETS",
+    "DescriptionLength", "Errors", "Figure", "Hill", "Injection", "L0Choice", "Monosemanticity", "Pair",
+    "PlantedAbsorption", "Positional", "ProbeData", "ProbeSet", "Probing", "Question", "Reconstruction", "Report",
+    "Result", "SECTIONS", "Stitching", "Transfer", "Uncertainty", "absorption", "available_sets", "board_games",
+    "by_position", "choose_l0", "composition", "cones", "consistency", "description_length", "hill",
+    "monosemanticity", "othello_gpt", "pathological_errors", "planted_absorption", "positional", "probe_set",
+    "probing", "read_probe_sets", "reconstruction", "report", "stitching", "synthetic_qa", "token_injection",
+    "transfer", "uncertainty", "untrained_twin",
+]  # fmt: skip

@@ -123,7 +123,7 @@ def _build(coder: SparseCoder, lm: LM, store: Store, folder: Path, identity: dic
     with cache.atomic(folder / "index.json") as temporary:
         temporary.write_text(json.dumps(facts, indent=1))
     for left in [*folder.glob("block-*.safetensors"), folder / "building.json"]:
-        left.unlink()
+        left.unlink(missing_ok=True)
 
 
 def _encode(coder: SparseCoder, store: Store, folder: Path, done: Callable[[int], Any]) -> np.ndarray:

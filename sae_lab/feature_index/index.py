@@ -1,8 +1,8 @@
 """FeatureIndex: everything about every feature, opened in milliseconds from memory-mapped files."""
 
 import json
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,8 @@ import numpy as np
 
 from sae_lab.feature_index import live, query
 from sae_lab.feature_index.labels import Labels
-from sae_lab.feature_index.notes import Note, Notes
+from sae_lab.feature_index.neuronpedia import read_labels
+from sae_lab.feature_index.notes import Explanations, Note, Notes
 from sae_lab.feature_index.summaries import BINS, QUANTILE_CONTEXTS, QUARTERS, TOP_CONTEXTS
 from sae_lab.lm.model import LM
 from sae_lab.saes.base import SparseCoder
@@ -44,7 +45,8 @@ class FeatureView:
     """One feature. density: share of kept tokens on which it fires; mean: over those; histogram: of activations > 0.
 
     neighbours: (feature, cosine of the decoder rows). cofiring: (feature, Jaccard index n_ij / (n_i + n_j - n_ij),
-    n_ij: the number of tokens on which both fire), up to 32.
+    n_ij: the number of tokens on which both fire), up to 32. explanations: what others say of it, as {text, source,
+    scores}.
     """
 
     feature: int
@@ -62,6 +64,7 @@ class FeatureView:
     lens_note: str
     neighbours: list[tuple[int, float]]
     cofiring: list[tuple[int, float, int]]
+    explanations: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def top(self) -> list[Context]:
@@ -76,7 +79,8 @@ class FeatureView:
         head = f"feature {self.feature}: fires on {self.density:.3%} of tokens, max {self.max:.2f}"
         words = f"promotes {' '.join(repr(t) for t, _ in self.promoted[:6])}" if self.promoted else ""
         others = f"fires with {', '.join(f'{i} ({j:.2f})' for i, j, _ in self.cofiring[:6])}" if self.cofiring else ""
-        return "\n".join([head, words, others, *(str(c) for c in self.top[:6])])
+        said = [f"explained: {one['text']} ({one['source']})" for one in self.explanations[:2]]
+        return "\n".join([head, *said, words, others, *(str(c) for c in self.top[:6])])
 
     __repr__ = __str__
 
@@ -92,6 +96,7 @@ class FeatureIndex:
     def __init__(self, path: Path, store: Store, lm: LM, coder: SparseCoder | None = None):
         self.path, self.store, self.lm, self.coder = Path(path), store, lm, coder
         self.notes = Notes(self.path / "notes.json")
+        self.explanations = Explanations(self.path / "explanations.json")
         facts = json.loads((self.path / "index.json").read_text())
         self.d_sae: int = facts["d_sae"]
         self.site = Site.of(facts["site"])
@@ -144,13 +149,13 @@ class FeatureIndex:
 
     def find(self, line: str, limit: int = 50) -> list[int]:
         """Live features by a line such as ``war density>0.1% norm<20 label:weapons``: text among their top tokens,
-        limits on density, norm, max, mean and count, text among your notes; all must hold. Without tokens the most
-        readable come first. ValueError for a limit that is no number."""
+        limits on density, norm, max, mean and count, text among your notes and among explanations; all must hold.
+        Without tokens the most readable come first. ValueError for a limit that is no number."""
         asked = query.parse(line)
         holds = asked.holds(self._column, self.d_sae) & (self.counts > 0)
         if asked.label is not None:
             noted = np.zeros(self.d_sae, bool)
-            noted[self.notes.find(asked.label)] = True
+            noted[self.notes.find(asked.label) + self.explanations.find(asked.label)] = True
             holds &= noted
         order = self.search(asked.tokens, self.d_sae) if asked.tokens else self.order("best")
         order = np.asarray(order, np.int64)
@@ -196,6 +201,10 @@ class FeatureIndex:
         ids = self._stats["top_tokens"][self._check(feature)]
         return [self._labels[int(i)] for i in ids[:n] if i >= 0]
 
+    def token_labels(self, ids: Sequence[int] | np.ndarray) -> list[str]:
+        """What to show for token ids that stand together."""
+        return self._labels.of(np.asarray(ids).tolist())
+
     def _check(self, feature: int) -> int:
         return check_feature(feature, self.d_sae)
 
@@ -209,6 +218,22 @@ class FeatureIndex:
     def annotate(self, feature: int, label: str | None = None, text: str | None = None) -> Note:
         """Put a label or a note on a feature; it is kept beside the index. None leaves a part as it was."""
         return self.notes.write(self._check(feature), label, text)
+
+    def load_labels(self, source: str | Path, model: str | None = None, layer: str | None = None) -> int:
+        """Read explanations that Neuronpedia exports and keep them beside the index; your own notes stay as they are.
+
+        Args:
+            source: a .jsonl or .jsonl.gz file, a folder of them, the http(s) address of either, or a data set of the
+                hub ("owner/name", "owner/name/folder"). An address of a folder is read as its batch-0.jsonl.gz and on.
+            model, layer: whose labels, in Neuronpedia's names ("gpt2-small", "8-res-jb"), where the source holds
+                several, or where it names this index's model in another way.
+
+        Returns the number of features that have labels now. ValueError for labels of another model or layer, for
+        features that this coder does not have, and for a source that cannot be read; then nothing is kept.
+        """
+        said = read_labels(source, self.d_sae, self.lm.id, self.site.layer, model, layer)
+        self.explanations.write(said)
+        return len(said)
 
     # ---- beyond the store
 
@@ -258,6 +283,7 @@ class FeatureIndex:
                 zip(stats["neighbours"][feature].tolist(), stats["cosines"][feature].tolist(), strict=True)
             ),
             cofiring=self._cofiring(feature),
+            explanations=[said._asdict() for said in self.explanations[feature]],
         )
 
     def __iter__(self) -> Iterator[FeatureView]:

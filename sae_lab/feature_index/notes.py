@@ -1,6 +1,8 @@
-"""Labels and notes that a person writes on features, in a file beside the index."""
+"""Labels and notes that a person writes on features, and what others say they are, in files beside the index."""
 
 import json
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -61,3 +63,65 @@ class Notes:
         import pandas as pd
 
         return pd.DataFrame([{"feature": i, **self[i]._asdict()} for i in self], columns=["feature", "label", "text"])
+
+
+class Said(NamedTuple):
+    """What somebody (``source``: an explainer, or a site's labels) says of a feature, with its scores if it has any."""
+
+    text: str
+    source: str = ""
+    scores: dict[str, float] = {}  # noqa: RUF012 (never written to)
+
+
+class Explanations:
+    """``explanations.json`` of an index: {feature: what others say of it}. Your own labels stand in ``Notes`` alone."""
+
+    def __init__(self, file: Path):
+        self._file = file
+        self._said: dict[int, list[Said]] = {}
+        if not file.exists():
+            return
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+            self._said = {int(feature): [Said(**said) for said in several] for feature, several in content.items()}
+        except (ValueError, TypeError, AttributeError) as err:
+            raise ValueError(
+                f"{file} holds no explanations of sae_lab ({err}): mend it, or move it away and the index opens without"
+            ) from err
+
+    def __getitem__(self, feature: int) -> list[Said]:
+        return list(self._said.get(int(feature), []))
+
+    def __len__(self) -> int:
+        return len(self._said)
+
+    def __iter__(self):
+        return iter(sorted(self._said))
+
+    def label(self, feature: int) -> str:
+        """The first of its texts, "" where nobody said anything."""
+        return next((said.text for said in self[feature]), "")
+
+    def write(self, said: Mapping[int, list[Said]]) -> None:
+        """Put these first; what the same source said before of the same feature goes. All are on disk, whole, before
+        this returns."""
+        for feature, several in said.items():
+            sources = {one.source for one in several}
+            kept = [one for one in self[feature] if one.source not in sources]
+            self._said[int(feature)] = [*several, *kept]
+        content = {
+            str(feature): [one._asdict() | {"scores": _plain(one.scores)} for one in several]
+            for feature, several in sorted(self._said.items())
+        }
+        with cache.atomic(self._file) as temporary:
+            temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
+
+    def find(self, text: str) -> list[int]:
+        """Features of which somebody says this, case ignored."""
+        needle = text.strip().lower()
+        return [i for i in self if any(needle in one.text.lower() for one in self._said[i])]
+
+
+def _plain(scores: Mapping[str, float]) -> dict[str, float]:
+    """Those that are numbers: JSON has no NaN."""
+    return {name: round(float(value), 4) for name, value in scores.items() if math.isfinite(value)}

@@ -17,6 +17,7 @@ from .session import Session
 from .static_html import feature_html
 
 RESULTS = 50
+LABEL_LETTERS = 80  # of an explanation that stands in the list
 TOKENS_PER_RESULT = 5
 FROZEN_CONTEXTS = 6  # of a group, in a page without a kernel: fifty features stay under 1 MB
 _SORTS = {
@@ -204,8 +205,13 @@ class FeatureInspector(Panel):
             "density": float(self._index.density[feature]),
             "max": float(self._index.max[feature]),
             "tokens": list(self._index.top_tokens(feature, TOKENS_PER_RESULT)),
-            "label": self._index.notes[feature].label,
+            "label": self._index.notes[feature].label or self._said(feature),
         }
+
+    def _said(self, feature: int) -> str:
+        """The first explanation somebody else gave of a feature, which stands where you wrote no label."""
+        explanations = getattr(self._index, "explanations", None)
+        return explanations.label(feature)[:LABEL_LETTERS] if explanations is not None else ""
 
     # ---- from the screen
 
@@ -235,7 +241,10 @@ class FeatureInspector(Panel):
         with self._lock:
             if feature == self.feature:
                 self.note = note._asdict()
-            self.results = [row | {"label": note.label} if row["feature"] == feature else row for row in self.results]
+            self.results = [
+                row | {"label": note.label or self._said(feature)} if row["feature"] == feature else row
+                for row in self.results
+            ]
 
     @quick
     def add_edit(self, kind: str) -> str:

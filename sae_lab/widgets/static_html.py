@@ -35,6 +35,7 @@ def feature_html(view: Mapping[str, Any], note: Mapping[str, str] | None = None)
             "<div>",
             f"<p><b>Feature {view['feature']}</b> of {view['d_sae']:,}{label}</p>",
             *text,
+            *(_explanation(said) for said in view.get("explanations", [])),
             _numbers(view),
             _contexts(view["groups"]),
             _lens(view),
@@ -42,6 +43,11 @@ def feature_html(view: Mapping[str, Any], note: Mapping[str, str] | None = None)
             "</div>",
         ]
     )
+
+
+def _explanation(said: Mapping[str, Any]) -> str:
+    scores = ", ".join(f"{name} {value:.2f}" for name, value in said["scores"].items())
+    return f"<p>{escape(said['text'])} ({escape(said['source'])}{': ' * bool(scores)}{escape(scores)})</p>"
 
 
 def _numbers(view: Mapping[str, Any]) -> str:

@@ -56,6 +56,7 @@ export function pane(options: PaneOptions, signal: AbortSignal): Pane {
   const parts = [
     heading(view, options.live ? "" : options.note.label, ...actions(options, signal)),
     options.live ? options.noteEditor : null,
+    ...(view.explanations ?? []).map(explanation),
     stats(view),
     options.pair && comparison(view, options.pair, options.open, signal),
     h(
@@ -80,6 +81,12 @@ export function pane(options: PaneOptions, signal: AbortSignal): Pane {
     tried: (largest) => plot.pin(largest),
     hover: (value) => plot.mark(value),
   };
+}
+
+/** What somebody else says of the feature, who, and how well it told where the feature fires. */
+function explanation({ text, source, scores }: NonNullable<FeatureView["explanations"]>[number]): HTMLElement {
+  const said = [source, ...Object.entries(scores).map(([name, value]) => `${name} ${number(value)}`)];
+  return h("p", { class: "saelab-explanation" }, text, " ", h("small", {}, said.join(", ")));
 }
 
 function actions(options: PaneOptions, signal: AbortSignal): HTMLElement[] {

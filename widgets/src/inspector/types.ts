@@ -29,6 +29,8 @@ export interface FeatureView {
   neighbours: [number, number][];
   /** feature, Jaccard index, tokens on which both fire */
   cofiring: [number, number, number][];
+  /** what others say of it: explainers, and labels that were loaded */
+  explanations?: { text: string; source: string; scores: Record<string, number> }[];
 }
 
 export interface Note {

@@ -1,0 +1,518 @@
+"""Absorption: a general feature is silent where a more special one fires, whose direction has taken its part over."""
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sae_lab.evals.result import Figure, Result
+from sae_lab.lm.model import LM
+from sae_lab.lm.tokens import encode_texts, pad
+from sae_lab.matching import match
+from sae_lab.saes.base import SparseCoder
+from sae_lab.types import rows_of
+from sae_lab.worlds import World
+
+Convention = Literal["sae_lab", "saebench"]
+LEAST_F1 = {"sae_lab": 0.8, "saebench": 0.6}  # of a letter's own probe: below, the model hardly knows the letter there
+LEAST_WORDS = 60  # of a letter
+COSINE = 0.025  # with the probe, of a feature that absorbs
+SHARE = 0.4  # of the word's projection on the probe, that it must bring
+WEAK = 0.1  # of that projection: what the main features may still bring where they are "silent or weak"
+F1_JUMP = 0.03  # by which another main feature must raise the F1 of those before
+MOST_MAIN = 10
+PARTIAL_COSINE, PARTIAL_FEATURES = 0.1, 3  # SAEBench's absorption fraction: who may absorb, and how many together
+_PENALTY = 0.1  # C of the probes: of .01, .1 and 1 that with the best F1 on the bundled model
+_BATCH = 512
+
+
+class Case(NamedTuple):
+    """An absorbed word: the feature that fires in the main ones' place, and the share of the projection it brings."""
+
+    letter: str
+    word: str
+    feature: int
+    share: float
+
+
+class Letter(NamedTuple):
+    """One letter. probe_f1, k1_f1, main_f1: of the model's probe, of the best single feature and of the main features,
+    on test words. words: test words that the probe gets right. silent: share of these in which the main features are.
+    rate, fraction: NaN where probe_f1 is too low. control: the rate by probes of shuffled letters."""
+
+    letter: str
+    probe_f1: float
+    k1_f1: float
+    main_f1: float
+    main: tuple[int, ...]
+    words: int
+    silent: float
+    rate: float
+    fraction: float
+    control: float
+
+
+@dataclass(frozen=True, repr=False)
+class Absorption(Result):
+    """Result of ``sl.evals.absorption``. rate: share of words absorbed, the mean over letters; fraction: SAEBench's
+    absorption fraction; ``letters``: of each; ``cases``: the absorbed words. Means of F1 are over all letters."""
+
+    rate: float
+    rate_se: float
+    rate_control: float
+    silent: float
+    fraction: float
+    fraction_se: float
+    probe_f1: float
+    probe_f1_shuffled: float
+    k1_f1: float
+    k1_f1_shuffled: float
+    main_features: float
+    defined: int
+    words: int
+    left_out: int
+    convention: str
+    mask: str
+    seed: int
+    letters: tuple[Letter, ...] = field(repr=False)
+    cases: tuple[Case, ...] = field(repr=False)
+
+    def figures(self) -> list[Figure]:
+        shuffled = "shuffled letters"
+        least = LEAST_F1[self.convention]
+        of = f"of {len(self.letters)} letters: their probe's F1 is at least {least}"
+        rows = [
+            Figure("absorption", self.rate, self.rate_se, self.rate_control, shuffled, "share of words", "low"),
+            Figure("silent", self.silent, meaning="share of words in which the main features are"),
+            Figure("absorption fraction", self.fraction, self.fraction_se, meaning="of the projection", best="low"),
+            Figure("probe F1", self.probe_f1, math.nan, self.probe_f1_shuffled, shuffled, "of the model's activations"),
+            Figure("k=1 F1", self.k1_f1, math.nan, self.k1_f1_shuffled, shuffled, "of the best feature", "high"),
+            Figure("main features", self.main_features, meaning="a letter", digits=2),
+            Figure("letters", self.defined, meaning=of, digits=0),
+        ]
+        return rows if self.convention == "saebench" else [row for row in rows if row.measure != "absorption fraction"]
+
+    def _footer(self) -> str:
+        return (
+            f"{self.words:,} words, a fifth in test; ± over letters; convention {self.convention}; seed {self.seed}; "
+            f"{self.left_out} words {self.mask}"
+        )
+
+    def to_pandas(self):
+        """One row a letter."""
+        import pandas as pd
+
+        return pd.DataFrame(self.letters)
+
+
+def absorption(
+    sae: SparseCoder,
+    lm: LM,
+    *,
+    words: int = 8_000,
+    before: str = "",
+    seed: int = 0,
+    convention: str = "sae_lab",
+) -> Absorption:
+    """First letters: in what share of words do a letter's features fail to fire, and another brings their part?
+
+    Words are single tokens (a space and small letters), as equally many of each letter as there are, split 60/20/20.
+    Per letter: p, the unit direction of a logistic probe of x at the word's token; the main features, the first k by
+    (mean of the letter − mean of others)/deviation on train, where k grows as long as the F1 of a probe of them rises
+    by .03 on validation. Of the test words that the probe gets right, a word is absorbed where, of its projection
+    P = (x − x̄)·p, the main features bring at most .1 P and some other feature of cosine ≥ .025 with p brings at least
+    .4 P. A feature brings (f − f̄)·W_dec·p; x̄ and f̄ are means over the other letters' training words, so that what all
+    words share does not count. NaN for a letter whose probe's F1 is below .8. Control: the same words, main features
+    and silences, but p of probes trained on shuffled letters: how often any direction would find such a feature.
+
+    After Chanin et al. 2024 (arXiv:2409.14507), whose prompt is "{word} has the first letter:" after examples: what
+    follows the word cannot change its activation and is not read, and what stands before it is ``before`` (none: ten
+    times the words in the same time). They ask which feature matters most for the model's answer, we whose share of the
+    projection is large.
+
+    ``convention="saebench"`` (Karvonen et al. 2025, arXiv:2503.09532): P = x·p and what features bring is f·cosine,
+    nothing subtracted; main features entirely silent, and the largest of all must be the one that absorbs;
+    ``fraction`` is their absorption fraction; letters from F1 .6. Main features are found as above, theirs by an L1
+    probe.
+
+    Raises ValueError for a coder of another model, a transcoder, or a tokenizer with too few such words.
+    """
+    _check(sae, lm, words, convention)
+    ids, names = _words(lm, words, seed)
+    x, f, kept = _read(sae, lm, ids, before)
+    names = [name for name, k in zip(names, kept, strict=True) if k]
+    letters = np.array([name[0] for name in names])
+    draw = np.random.default_rng([seed, 1])
+    part = np.empty(len(names), np.int64)  # 0 train, 1 validation, 2 test
+    for letter in np.unique(letters):
+        own = draw.permutation(np.flatnonzero(letters == letter))
+        part[own] = np.digitize(np.arange(len(own)), [0.6 * len(own), 0.8 * len(own)])
+    shuffled = letters.copy()
+    for n in range(3):  # as many of each letter in every part
+        shuffled[part == n] = draw.permutation(letters[part == n])
+    W_dec = sae.W_dec.detach().float().cpu().numpy()
+    found: list[Letter] = []
+    cases: list[Case] = []
+    chance = []
+    for letter in np.unique(letters).tolist():
+        probe, false = _probe(x, letters == letter, part), _probe(x, shuffled == letter, part)
+        main, k1, main_f1 = _main(f, letters == letter, part)
+        chance.append((false.f1, _main(f, shuffled == letter, part, most=1)[1]))
+        right = np.flatnonzero((part == 2) & (letters == letter) & probe.says)
+        others = np.flatnonzero((part == 0) & (letters != letter))
+        known = probe.f1 >= LEAST_F1[convention] and len(right)
+        here = (f[right].toarray(), x[right], W_dec)
+        base = (np.asarray(f[others].mean(0)).ravel(), x[others].mean(0))
+        judged = judge(*here, probe.direction, main, *base, convention)
+        control = judge(*here, false.direction, main, *base, convention, judged.silent)
+        rates = (judged.silent, judged.absorbed, judged.fraction, control.absorbed)
+        found.append(
+            Letter(
+                letter, probe.f1, k1, main_f1, tuple(main), len(right),
+                *(float(r.mean()) if known else math.nan for r in rates),
+            )
+        )  # fmt: skip
+        cases += [
+            Case(letter, names[right[i]], int(judged.feature[i]), float(judged.share[i]))
+            for i in np.flatnonzero(judged.absorbed)
+            if known
+        ]
+    return _result(found, cases, chance, len(names), int((~kept).sum()), convention, str(sae.mask or lm.mask()), seed)
+
+
+class Judged(NamedTuple):
+    """Of each word: whether its main features are silent, whether it is absorbed, the strongest feature beside the main
+    ones, its share of the projection, and the absorption fraction."""
+
+    silent: np.ndarray
+    absorbed: np.ndarray
+    feature: np.ndarray
+    share: np.ndarray
+    fraction: np.ndarray
+
+
+def judge(
+    f: np.ndarray, x: np.ndarray, W_dec: np.ndarray, p: np.ndarray, main: Sequence[int], f_base: np.ndarray,
+    x_base: np.ndarray, convention: str = "sae_lab", silent: np.ndarray | None = None,
+) -> Judged:  # fmt: skip
+    """The criteria of ``absorption`` for codes ``words d_sae`` and activations ``words d`` of words of one letter, p
+    its probe's unit direction, f_base and x_base means over words of others. silent: where that is known already."""
+    main = list(main)
+    cosine = W_dec @ p / np.linalg.norm(W_dec, axis=1).clip(1e-8)
+    if convention == "saebench":
+        brings, projection = f * cosine, x @ p
+        quiet = np.all(f[:, main] <= 0, axis=1) if silent is None else silent
+        feature = brings.argmax(1)
+    else:
+        brings, projection = (f - f_base) * (W_dec @ p), (x - x_base) @ p
+        quiet = brings[:, main].sum(1) <= WEAK * projection if silent is None else silent
+        candidates = np.where(cosine >= COSINE, brings, -np.inf)
+        candidates[:, main] = -np.inf
+        feature = candidates.argmax(1)
+    share = brings[np.arange(len(f)), feature] / np.where(projection > 0, projection, np.inf)
+    absorbed = quiet & (projection > 0) & (share >= SHARE) & (cosine[feature] >= COSINE)
+    return Judged(quiet, absorbed, feature, share, _fraction(f, x, p, cosine, main))
+
+
+def _fraction(f: np.ndarray, x: np.ndarray, p: np.ndarray, cosine: np.ndarray, main: list[int]) -> np.ndarray:
+    """SAEBench's absorption fraction: a/(a + m), m what the main features bring and a what the strongest three others
+    do of the rest, 1 where m is not positive; 0 where these bring less than .4 of the projection."""
+    brings, projection = f * cosine, x @ p
+    own = brings[:, main].sum(1)
+    others = np.where(cosine >= PARTIAL_COSINE, brings, 0.0).clip(0)
+    others[:, main] = 0
+    taken = np.sort(others, axis=1)[:, -PARTIAL_FEATURES:].sum(1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        enough = (own < projection) & (taken / projection >= SHARE)
+        absorbed = np.minimum(taken, projection - own)
+        part = np.where(own <= 0, 1.0, absorbed / (absorbed + own))
+    return np.where(enough, part, 0.0).clip(0, 1)
+
+
+# ---- words and probes
+
+
+def _words(lm: LM, words: int, seed: int) -> tuple[list[int], list[str]]:
+    """(ids, words), sorted by letter: tokens of a space and at least three small letters."""
+    vocab = min(lm.vocab_size, len(lm.tokenizer))
+    raw = lm.tokenizer.convert_ids_to_tokens(list(range(vocab)))
+    by_letter: dict[str, list[tuple[int, str]]] = {}
+    for number_, token in enumerate(raw):  # a space is Ġ in byte-level vocabularies, ▁ in SentencePiece's
+        if token and (match := re.fullmatch(r"[Ġ▁]([a-z]{3,})", token)):
+            by_letter.setdefault(match[1][0], []).append((number_, match[1]))
+    by_letter = {letter: found for letter, found in sorted(by_letter.items()) if len(found) >= LEAST_WORDS}
+    if len(by_letter) < 2:
+        raise ValueError(
+            f"absorption needs {LEAST_WORDS} words that are single tokens (a space and small letters) of two letters, "
+            f"this tokenizer has so many of {len(by_letter)}"
+        )
+    each, left = {}, words
+    for place, letter in enumerate(sorted(by_letter, key=lambda one: len(by_letter[one]))):
+        each[letter] = min(len(by_letter[letter]), max(LEAST_WORDS, left // (len(by_letter) - place)))
+        left -= each[letter]
+    draw = np.random.default_rng(seed)
+    chosen = [found[i] for letter, found in by_letter.items() for i in draw.permutation(len(found))[: each[letter]]]
+    return [one[0] for one in chosen], [one[1] for one in chosen]
+
+
+@torch.no_grad()
+def _read(sae: SparseCoder, lm: LM, ids: list[int], before: str) -> tuple[np.ndarray, Any, np.ndarray]:
+    """(x "words d", codes "words d_sae", sparse, of words that the mask keeps; which those are)."""
+    from scipy import sparse
+    from tqdm.auto import tqdm
+
+    site, mask = sae.site, sae.mask or lm.mask()
+    start = [] if lm.prefix_id is None else [lm.prefix_id]
+    start += encode_texts(lm.tokenizer, [before])[0] if before else []
+    xs, codes, keeps = [], [], []
+    was_training = sae.training
+    sae.eval()
+    try:
+        for first in tqdm(range(0, len(ids), _BATCH), "words", unit="batch", dynamic_ncols=True):
+            batch = pad([[*start, i] for i in ids[first : first + _BATCH]])
+            x = lm.run(batch, [site], logits=False)[0][site][:, -1].cpu()
+            keep = mask.keep(batch.ids[:, -1], batch.positions[:, -1], {site: x})
+            x = x[keep].float()
+            found = sae.sparse_codes(x.to(sae.W_dec.device))
+            parts = [t.cpu().numpy() for t in (found.values, found.features, found.offsets)]
+            codes.append(sparse.csr_matrix(tuple(parts), shape=(len(x), sae.d_sae)))
+            xs.append(x)
+            keeps.append(keep)
+    finally:
+        sae.train(was_training)
+    kept = torch.cat(keeps).numpy()
+    if kept.sum() < LEAST_WORDS:
+        raise ValueError(
+            f"the mask keeps {kept.sum()} of {len(ids)} words ({mask}): give them something to stand after, e.g. "
+            "before='The word:'"
+        )
+    return torch.cat(xs).numpy(), sparse.vstack(codes).tocsr(), kept
+
+
+class _Probe(NamedTuple):
+    direction: np.ndarray
+    f1: float
+    says: np.ndarray
+
+
+def _probe(x: np.ndarray, y: np.ndarray, part: np.ndarray) -> _Probe:
+    """A logistic probe of x: its unit direction in x, its F1 on test, and what it says of every word."""
+    from sklearn.linear_model import LogisticRegression
+
+    train = part == 0
+    mean, deviation = x[train].mean(0), x[train].std(0)
+    z = (x - mean) / np.where(deviation > 0, deviation, 1)
+    model = LogisticRegression(C=_PENALTY, class_weight="balanced", max_iter=500).fit(z[train], y[train])
+    direction = model.coef_[0] / np.where(deviation > 0, deviation, 1)
+    says = model.predict(z)
+    return _Probe(direction / np.linalg.norm(direction).clip(1e-8), f1(y[part == 2], says[part == 2]), says)
+
+
+def _main(f: Any, y: np.ndarray, part: np.ndarray, most: int = MOST_MAIN) -> tuple[list[int], float, float]:
+    """(the main features, F1 on test of the first one, F1 on test of all)."""
+    from sklearn.linear_model import LogisticRegression
+
+    train = part == 0
+    own, others = (np.asarray(f[train & which].mean(0)).ravel() for which in (y, ~y))
+    mean = np.asarray(f[train].mean(0)).ravel()
+    square = np.asarray(f[train].multiply(f[train]).mean(0)).ravel()
+    deviation = np.sqrt((square - mean**2).clip(0))
+    score = np.divide(own - others, deviation, out=np.zeros_like(mean), where=deviation > 1e-6 * (1e-6 + mean))
+    order = np.argsort(-score, kind="stable")[: min(most, int((score > 0).sum()))]
+    main, before, scores = [], -math.inf, [0.0]
+    for k in range(1, len(order) + 1):
+        inputs = f[:, order[:k]].toarray() / deviation[order[:k]]
+        says = LogisticRegression(class_weight="balanced", max_iter=500).fit(inputs[train], y[train]).predict(inputs)
+        now = f1(y[part == 1], says[part == 1])
+        if now <= before + F1_JUMP:
+            break
+        main, before = [int(i) for i in order[:k]], now
+        scores.append(f1(y[part == 2], says[part == 2]))
+    return main, scores[min(1, len(scores) - 1)], scores[-1]
+
+
+def f1(y: np.ndarray, says: np.ndarray) -> float:
+    """2·hits/(2·hits + misses + false alarms), 0 where nothing is said."""
+    hits = int((y & says).sum())
+    return 2 * hits / max(1, int(y.sum() + says.sum()))
+
+
+def _check(sae: SparseCoder, lm: LM, words: int, convention: str) -> None:
+    if convention not in get_args(Convention):
+        raise ValueError(f"convention must be one of {', '.join(get_args(Convention))}, got {convention!r}")
+    if not isinstance(words, int) or words < 2 * LEAST_WORDS:
+        raise ValueError(f"words must be an integer of at least {2 * LEAST_WORDS}, got {words!r}")
+    if sae.transcodes:
+        raise ValueError(
+            "absorption needs a coder that reconstructs what it reads: a transcoder's directions are others"
+        )
+    if lm.width(sae.site) != sae.d_in:
+        width = lm.width(sae.site)
+        raise ValueError(f"the coder reads d_in={sae.d_in}, {lm} has width {width} at {sae.site}: wrong model or site")
+
+
+def _result(
+    found: list[Letter], cases: list[Case], chance: list[tuple[float, float]], words: int, left_out: int,
+    convention: str, mask: str, seed: int,
+) -> Absorption:  # fmt: skip
+    known = [one for one in found if not math.isnan(one.rate)]
+    rate, fraction, control = (
+        mean_and_error([getattr(one, n) for one in known]) for n in ("rate", "fraction", "control")
+    )
+    probe_shuffled, k1_shuffled = np.mean(chance, axis=0)
+    return Absorption(
+        rate=rate[0],
+        rate_se=rate[1],
+        rate_control=control[0],
+        silent=mean_and_error([one.silent for one in known])[0],
+        fraction=fraction[0],
+        fraction_se=fraction[1],
+        probe_f1=float(np.mean([one.probe_f1 for one in found])),
+        probe_f1_shuffled=float(probe_shuffled),
+        k1_f1=float(np.mean([one.k1_f1 for one in found])),
+        k1_f1_shuffled=float(k1_shuffled),
+        main_features=float(np.mean([len(one.main) for one in known])) if known else math.nan,
+        defined=len(known),
+        words=words,
+        left_out=left_out,
+        convention=convention,
+        mask=mask,
+        seed=seed,
+        letters=tuple(found),
+        cases=tuple(cases),
+    )
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """(mean, its standard error), NaN for none and for one."""
+    if not values:
+        return math.nan, math.nan
+    error = np.std(values, ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return float(np.mean(values)), float(error)
+
+
+# ---- where the truth is known
+
+
+@dataclass(frozen=True, repr=False)
+class PlantedAbsorption(Result):
+    """Result of ``sl.evals.planted_absorption``. Means over parents; recall: how often a parent's feature fires."""
+
+    recall_alone: float
+    recall_given: float
+    recall_foreign: float
+    gap: float
+    gap_se: float
+    gap_foreign: float
+    leak: float
+    leak_se: float
+    leak_foreign: float
+    leak_true: float
+    parents: int
+    children: int
+    matched_cosine: float
+    rows: int
+
+    def figures(self) -> list[Figure]:
+        foreign = "other parents' children"
+        return [
+            Figure("recall alone", self.recall_alone, meaning="of parents that fire without a child", best="high"),
+            Figure("recall given a child", self.recall_given, math.nan, self.recall_foreign, foreign, best="high"),
+            Figure("alone less given", self.gap, self.gap_se, self.gap_foreign, foreign, "what is absorbed", "low"),
+            Figure(
+                "leak", self.leak, self.leak_se, self.leak_foreign, "other parents", "cos(child's row, parent)", "low"
+            ),
+        ]
+
+    def _footer(self) -> str:
+        return (
+            f"{self.parents} parents, {self.children} children, {self.rows:,} rows; ± over parents; true directions of "
+            f"child and parent: {self.leak_true:.3f}; features matched at a mean cosine of {self.matched_cosine:.3f}"
+        )
+
+
+@torch.no_grad()
+def planted_absorption(sae: SparseCoder, world: World, rows: int = 20_000) -> PlantedAbsorption:
+    """Absorption where parents and children are known: ``sl.worlds.planted(hierarchy=...)``.
+
+    A parent's and a child's features are those matched one to one with their true directions (``sl.match``).
+    gap = P(parent's feature fires | parent fires, no child does) − P(... | parent and a child of its own fire);
+    leak = cos(W_dec of the child's feature, the parent's true direction). Controls: the gap for children of other
+    parents (own ones silent), and the leak with other parents. Absorbed: gap near 1, leak near √½.
+
+    ValueError for a world without hierarchy or of another width.
+    """
+    parent = world.labels["parent"]
+    if not bool((parent >= 0).any()):
+        raise ValueError(
+            "planted_absorption needs parents and children: make the world with planted(hierarchy=1) or more"
+        )
+    if sae.d_in != world.x.shape[1]:
+        raise ValueError(f"the coder reads d_in={sae.d_in}, the world has width {world.x.shape[1]}: make them equal")
+    found = match(sae, world)
+    true, fires = _first_rows(sae, world, rows)
+    is_child = parent >= 0
+    any_child = true[:, is_child].any(1)
+    recalls, leaks, foreign_leaks = [], [], []
+    directions = torch.nn.functional.normalize(sae.W_dec.detach().float().cpu(), dim=1)
+    parents = parent[is_child].unique()
+    for one in parents.tolist():
+        children = (parent == one).nonzero().flatten()
+        feature = int(found.permutation[one])
+        own = true[:, children].any(1)
+        when = (~any_child, own, any_child & ~own)
+        recalls.append([_share(fires[:, feature] if feature >= 0 else None, true[:, one] & w) for w in when])
+        rows_of_children = found.permutation[children]
+        cosines = directions[rows_of_children[rows_of_children >= 0]] @ world.dictionary[parents].T
+        here = parents == one
+        leaks.append(float(cosines[:, here].mean()))
+        foreign_leaks.append(float(cosines[:, ~here].mean()))
+    alone, given, foreign = np.array(recalls).T
+    gap, leak = mean_and_error(_known(alone - given)), mean_and_error(_known(np.array(leaks)))
+    return PlantedAbsorption(
+        recall_alone=float(np.nanmean(alone)),
+        recall_given=float(np.nanmean(given)),
+        recall_foreign=float(np.nanmean(foreign)),
+        gap=gap[0],
+        gap_se=gap[1],
+        gap_foreign=mean_and_error(_known(alone - foreign))[0],
+        leak=leak[0],
+        leak_se=leak[1],
+        leak_foreign=mean_and_error(_known(np.array(foreign_leaks)))[0],
+        leak_true=float((world.dictionary[is_child] * world.dictionary[parent[is_child]]).sum(1).mean()),
+        parents=len(parents),
+        children=int(is_child.sum()),
+        matched_cosine=float(found.cosines.nanmean()),
+        rows=len(true),
+    )
+
+
+def _first_rows(sae: SparseCoder, world: World, rows: int) -> tuple[Tensor, Tensor]:
+    """(which true features fire, which of the coder's do) in the first rows."""
+    rows = min(rows, len(world))
+    offsets = world.codes.offsets[: rows + 1]
+    true = torch.zeros(rows, world.codes.d_sae, dtype=torch.bool)
+    true[rows_of(offsets), world.codes.features[: int(offsets[-1])]] = True
+    was_training = sae.training
+    sae.eval()
+    try:
+        parts = [sae.encode(x.to(sae.W_dec.device)).cpu() > 0 for x in world.x[:rows].split(4096)]
+    finally:
+        sae.train(was_training)
+    return true, torch.cat(parts)
+
+
+def _share(fires: Tensor | None, where: Tensor) -> float:
+    """How often it fires there: never where there is no such feature, NaN where that never is."""
+    if not bool(where.any()):
+        return math.nan
+    return 0.0 if fires is None else float(fires[where].float().mean())
+
+
+def _known(values: np.ndarray) -> list[float]:
+    return values[~np.isnan(values)].tolist()

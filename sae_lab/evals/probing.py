@@ -1,0 +1,396 @@
+"""k-sparse probing: how well a few features tell two kinds of text apart, beside probes that need no coder."""
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sae_lab.evals.probe_sets import ProbeData, ReadSet, as_probe_sets, read_sets
+from sae_lab.evals.result import Figure, Result, number
+from sae_lab.lm.model import LM
+from sae_lab.saes.base import SparseCoder
+from sae_lab.types import Site, TokenMask
+
+Pooling = Literal["mean", "max", "last"]
+Convention = Literal["sae_lab", "saebench"]
+PENALTIES = (0.001, 0.01, 0.1, 1.0)  # C of the logistic regressions tried: the inverse of the L2 penalty
+SHARES = (0.6, 0.2)  # of the texts in train and in validation; the rest is test
+PCA_COMPONENTS = 64  # among which the control chooses
+BASES = ("features", "neurons", "pca")
+CHOSEN, ALL = "chosen", "all"
+_ROWS = 2048  # encoded at a time
+
+
+class ProbeScore(NamedTuple):
+    """One probe on one dataset's test texts. setting: k, "chosen" (k chosen on validation) or "all" (dense). inputs:
+    how many it read. penalty: the C chosen. shuffled_...: mean over shuffled labels, everything else the same."""
+
+    dataset: str
+    probe: str
+    setting: str
+    inputs: int
+    accuracy: float
+    auroc: float
+    shuffled_accuracy: float
+    shuffled_auroc: float
+    penalty: float
+
+
+@dataclass(frozen=True, repr=False)
+class Probing(Result):
+    """Result of ``sl.evals.probing``. ``.to_pandas()``: every dataset and probe; ``.mean(...)``, ``.gain(...)``: over
+    datasets."""
+
+    datasets: tuple[str, ...]
+    k: tuple[int, ...]
+    convention: str
+    pooling: str
+    texts: tuple[int, ...]
+    test_texts: tuple[int, ...]
+    shuffles: int
+    excluded: float
+    mask: str
+    seed: int
+    scores: tuple[ProbeScore, ...] = field(repr=False)
+
+    def values(self, probe: str, setting: int | str, what: str = "accuracy") -> np.ndarray:
+        """A measure by dataset. probe: "features", "neurons", "pca" or "dense"."""
+        found = [getattr(s, what) for s in self.scores if (s.probe, s.setting) == (probe, str(setting))]
+        if not found:
+            have = sorted({(s.probe, s.setting) for s in self.scores})
+            raise ValueError(f"no probe {probe!r} with setting {str(setting)!r}; there are {have}")
+        return np.array(found)
+
+    def mean(self, probe: str, setting: int | str, what: str = "accuracy") -> tuple[float, float]:
+        """(mean over datasets, its standard error over datasets: NaN for a single one)."""
+        return _mean(self.values(probe, setting, what))
+
+    def gain(self, other: str, setting: int | str, what: str = "accuracy") -> tuple[float, float]:
+        """(mean of features less another probe, standard error): paired by dataset. "dense" has one setting only."""
+        others = self.values(other, ALL if other == "dense" else setting, what)
+        return _mean(self.values("features", setting, what) - others)
+
+    @property
+    def best(self) -> int | str:
+        """The setting the differences are taken at: the k chosen on validation, else the largest."""
+        return max(self.k) if self.convention == "saebench" else CHOSEN
+
+    def _settings(self) -> list[tuple[str, str]]:
+        return list(dict.fromkeys((s.probe, s.setting) for s in self.scores))
+
+    def figures(self) -> list[Figure]:
+        out = []
+        for probe, setting in self._settings():
+            label = "dense" if probe == "dense" else f"{probe}, k {setting}"
+            for what, name in (("accuracy", "accuracy"), ("auroc", "AUROC")):
+                value, error = self.mean(probe, setting, what)
+                chance = self.mean(probe, setting, f"shuffled_{what}")[0]
+                meaning = f"{name} on test texts, mean over datasets"
+                best = "high" if probe == "features" else ""
+                out.append(Figure(f"{label}: {name}", value, error, chance, "shuffled labels", meaning, best))
+        for other in ("dense", "neurons", "pca"):
+            value, error = self.gain(other, self.best)
+            meaning = f"accuracy, k {self.best}, paired by dataset"
+            out.append(Figure(f"features less {other}", value, error, meaning=meaning, best="high"))
+        value, error = self.mean("features", self.best, "shuffled_accuracy")
+        out.append(Figure("shuffled labels", value, error, 0.5, "chance", f"accuracy of features, k {self.best}"))
+        return out
+
+    def _rows(self) -> list[tuple[str, ...]]:
+        rows = [("", "k", "accuracy", "AUROC", "shuffled labels", "features less this")]
+        for probe, setting in self._settings():
+            texts = []
+            for what in ("accuracy", "auroc", "shuffled_accuracy"):
+                texts.append(_text(*self.mean(probe, setting, what)))
+            at = self.best if probe == "dense" else setting
+            texts.append("" if probe == "features" else _text(*self.gain(probe, at)))
+            rows.append((probe, setting, *texts))
+        return rows
+
+    def _footer(self) -> str:
+        return (
+            f"{len(self.datasets)} datasets of {min(self.texts)} to {max(self.texts)} texts ({sum(self.test_texts)} in "
+            f"test), pooled by {self.pooling}; ± over datasets; {self.shuffles} shuffles; {self.convention}, "
+            f"seed {self.seed}; {self.excluded:.1%} of tokens {self.mask}"
+        )
+
+    def to_pandas(self):
+        """One row a dataset and probe."""
+        import pandas as pd
+
+        return pd.DataFrame(self.scores)
+
+
+def probing(
+    sae: SparseCoder,
+    lm: LM,
+    data: Any = None,
+    k: Sequence[int] = (1, 5, 20),
+    *,
+    pooling: str = "mean",
+    examples: int = 400,
+    tokens: int = 64,
+    shuffles: int = 5,
+    seed: int = 0,
+    convention: str = "sae_lab",
+) -> Probing:
+    """Probe texts' pooled codes with k features, and the same texts' activations without a coder.
+
+    A text's code is the mean, the maximum or the last of its tokens' codes (``pooling``; tokens that the mask leaves
+    out do not count). Features are ranked on the training texts by |mean₁ − mean₀|/deviation; a logistic regression on
+    the first k, inputs standardised on train, with the L2 penalty of least log loss on validation, gives accuracy and
+    AUROC on test texts ("chosen": k too was chosen on validation). Split 60/20/20, both classes equal: chance is .5.
+
+    Beside it, chosen and fitted the same way: k coordinates of x (``neurons``); k of the first 64 principal components
+    of the training texts' x (``pca``); all of x (``dense``); and everything again with shuffled labels, which must give
+    .5. x is pooled as the codes are. Nothing says that features win: in Kantamneni et al. 2025 (arXiv:2502.16681) they
+    do not beat dense probes.
+
+    After Gurnee et al. 2023 (arXiv:2305.01610). ``convention="saebench"``: what SAEBench does (Karvonen et al. 2025,
+    arXiv:2503.09532): ranked by |mean₁ − mean₀| alone, C = 1, inputs as they are, trained on train and validation
+    together, mean pooling; theirs are k of 1, 2 and 5, 4,000 training texts and contexts of 128.
+
+    Args:
+        data: names of probe sets (None: ``DEFAULT_SETS``, eight kinds), a pair (texts, labels), a dict of such pairs by
+            name, or what ``read_probe_sets`` returns (then examples and tokens are what it read).
+        k: how many features. shuffles: how often labels are shuffled; 0 leaves that control out (NaN).
+
+    Raises ValueError for a k above d_sae or above the number of training texts, labels of one class, and activations of
+    another model or site.
+    """
+    k = _check(sae, lm, k, pooling, convention, shuffles)
+    site, mask = sae.site, sae.mask or lm.mask()
+    if isinstance(data, ProbeData):
+        _same_place(data, lm, site)
+        read: Any = data.sets
+    else:
+        read = read_sets(lm, site, as_probe_sets(data), examples, tokens, seed)
+    scores, names, texts, tested, real, kept = [], [], [], [], 0, 0
+    for one in read:
+        x, codes, labels, keep = pooled(sae, one, site, mask, pooling)
+        _enough(one.name, labels, max(k))
+        # Every dataset has its own split and shuffles: shared ones would make their errors alike, and ± too small.
+        key = [seed, *one.name.encode()]
+        true = pipeline(x, codes, labels, k, convention, key)
+        draw = np.random.default_rng([*key, 1])
+        chance = [
+            pipeline(x, codes, draw.permutation(labels), k, convention, [*key, 2 + shuffle])
+            for shuffle in range(shuffles)
+        ]
+        scores += [_score(one.name, probe, found, [c[probe] for c in chance]) for probe, found in true.items()]
+        names.append(one.name)
+        texts.append(len(labels))
+        tested.append(len(split(labels, key)[2]))
+        real, kept = real + len(keep), kept + int(keep.sum())
+    return Probing(
+        datasets=tuple(names),
+        k=k,
+        convention=convention,
+        pooling=pooling,
+        texts=tuple(texts),
+        test_texts=tuple(tested),
+        shuffles=shuffles,
+        excluded=1 - kept / real,
+        mask=str(mask),
+        seed=seed,
+        scores=tuple(scores),
+    )
+
+
+# ---- pooling
+
+
+@torch.no_grad()
+def pooled(
+    sae: SparseCoder, one: ReadSet, site: Site, mask: TokenMask, pooling: str
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, Tensor]:
+    """(x "texts d", codes "texts live" of the features that fire at all, labels, which tokens count); texts without a
+    token that counts are left out."""
+    keep, text = one.kept(mask, site)
+    text, x = text[keep], one.x[keep]
+    counts = torch.bincount(text, minlength=len(one.labels))
+    if pooling == "last":
+        last = counts[counts > 0].cumsum(0) - 1
+        text, x = text[last], x[last]
+        counts = (counts > 0).long()
+    index = text[:, None].expand(-1, x.shape[1])
+    reduce = "amax" if pooling == "max" else "sum"
+    rows = torch.zeros(len(counts), x.shape[1]).scatter_reduce(0, index, x.float(), reduce, include_self=False)
+    places, values = _codes(sae, x, text)
+    names, where = np.unique(places % sae.d_sae, return_inverse=True)
+    codes = np.zeros((len(counts), len(names)))
+    at = (places // sae.d_sae, where)
+    if pooling == "max":
+        np.maximum.at(codes, at, values)
+    else:
+        np.add.at(codes, at, values)
+    if pooling != "max":
+        share = counts.clamp_min(1)[:, None]
+        rows, codes = rows / share, codes / share.numpy()
+    has = (counts > 0).numpy()
+    return rows.numpy()[has], codes[has], one.labels[has], keep
+
+
+def _codes(sae: SparseCoder, x: Tensor, text: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """(text·d_sae + feature, value) of every active feature of every token."""
+    was_training = sae.training
+    sae.eval()
+    places, values = [np.zeros(0, np.int64)], [np.zeros(0)]
+    try:
+        for rows, owner in zip(x.split(_ROWS), text.split(_ROWS), strict=True):
+            codes = sae.sparse_codes(rows.float().to(sae.W_dec.device))
+            places.append((owner[codes.rows.cpu()] * sae.d_sae + codes.features.cpu()).numpy())
+            values.append(codes.values.cpu().double().numpy())
+    finally:
+        sae.train(was_training)
+    return np.concatenate(places), np.concatenate(values)
+
+
+# ---- one dataset
+
+
+class Fit(NamedTuple):
+    """One probe's test scores, the C and the validation loss it was chosen by, and how many inputs it has."""
+
+    accuracy: float
+    auroc: float
+    penalty: float
+    loss: float
+    inputs: int
+
+
+def pipeline(
+    x: np.ndarray, codes: np.ndarray, labels: np.ndarray, k: Sequence[int], convention: str, seed: Sequence[int]
+) -> dict[tuple[str, str], Fit]:
+    """Every probe of one dataset, by (probe, setting): split, selection, choice and test."""
+    parts = split(labels, seed)
+    ours = convention == "sae_lab"
+    if not ours:
+        parts = (np.concatenate(parts[:2]), parts[1], parts[2])
+    train = parts[0]
+    out: dict[tuple[str, str], Fit] = {}
+    for name, basis in zip(BASES, (codes, x, _principal(x, train)), strict=True):
+        order = ranked(basis[train], labels[train], scaled=ours)
+        fits = {str(n): _probe(basis[:, order[:n]], labels, parts, ours) for n in k}
+        out |= {(name, setting): fit for setting, fit in fits.items()}
+        if ours:
+            out[name, CHOSEN] = min(fits.values(), key=lambda fit: (fit.loss, fit.inputs))
+    out["dense", ALL] = _probe(x, labels, parts, ours)
+    return out
+
+
+def split(labels: np.ndarray, seed: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Train, validation and test texts, each with as many of either class (the surplus of one is left out)."""
+    draw = np.random.default_rng([*seed, 0])
+    classes = [draw.permutation(np.flatnonzero(labels == label)) for label in (False, True)]
+    each = min(map(len, classes))
+    first, second = round(SHARES[0] * each), round((SHARES[0] + SHARES[1]) * each)
+    cuts = (slice(0, first), slice(first, second), slice(second, each))
+    train, validation, test = (np.concatenate([c[cut] for c in classes]) for cut in cuts)
+    return train, validation, test
+
+
+def ranked(inputs: np.ndarray, labels: np.ndarray, scaled: bool = True) -> np.ndarray:
+    """Columns in descending order of |mean₁ − mean₀|, over the column's deviation if ``scaled``; constant ones last."""
+    gap = np.abs(inputs[labels].mean(0) - inputs[~labels].mean(0))
+    if scaled:
+        deviation = inputs.std(0)
+        gap = np.divide(gap, deviation, out=np.zeros_like(gap), where=deviation > 1e-8 * (1 + np.abs(inputs).max(0)))
+    return np.argsort(-gap, kind="stable")
+
+
+def _principal(x: np.ndarray, train: np.ndarray) -> np.ndarray:
+    """x on the first principal components of the training texts."""
+    centred = x - x[train].mean(0)
+    directions = np.linalg.svd(centred[train], full_matrices=False)[2]
+    return centred @ directions[:PCA_COMPONENTS].T
+
+
+def _probe(inputs: np.ndarray, labels: np.ndarray, parts: tuple[np.ndarray, ...], ours: bool) -> Fit:
+    """The logistic regression of least validation loss, on test."""
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import log_loss, roc_auc_score
+
+    train, validation, test = parts
+    if not inputs.shape[1]:  # a coder that never fires
+        inputs = np.zeros((len(labels), 1))
+    if ours:
+        deviation = inputs[train].std(0)
+        inputs = (inputs - inputs[train].mean(0)) / np.where(deviation > 0, deviation, 1)
+    fits = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # the others of the penalties are there for that
+        for penalty in PENALTIES if ours else (1.0,):
+            model = LogisticRegression(C=penalty, max_iter=1000).fit(inputs[train], labels[train])
+            loss = log_loss(labels[validation], model.predict_proba(inputs[validation])[:, 1]) if ours else math.nan
+            fits.append((loss, penalty, model))
+    loss, penalty, model = min(fits, key=lambda fit: fit[0]) if ours else fits[0]
+    return Fit(
+        accuracy=float((model.predict(inputs[test]) == labels[test]).mean()),
+        auroc=float(roc_auc_score(labels[test], model.decision_function(inputs[test]))),
+        penalty=penalty,
+        loss=float(loss),
+        inputs=inputs.shape[1],
+    )
+
+
+# ---- checks and texts
+
+
+def _check(sae: SparseCoder, lm: LM, k: Any, pooling: str, convention: str, shuffles: int) -> tuple[int, ...]:
+    """The ks, in ascending order."""
+    for name, value, known in (("pooling", pooling, Pooling), ("convention", convention, Convention)):
+        if value not in get_args(known):
+            raise ValueError(f"{name} must be one of {', '.join(get_args(known))}, got {value!r}")
+    if convention == "saebench" and pooling != "mean":
+        raise ValueError(f"SAEBench pools by the mean: pass pooling='mean' or convention='sae_lab', got {pooling!r}")
+    many = (k,) if isinstance(k, int) else tuple(k)
+    for one in many:
+        if not isinstance(one, int) or isinstance(one, bool) or not 1 <= one <= sae.d_sae:
+            raise ValueError(f"k must be integers from 1 to d_sae={sae.d_sae}, got {one!r}")
+    if not many:
+        raise ValueError("k must name at least one number of features, got none: e.g. k=(1, 5, 20)")
+    if not isinstance(shuffles, int) or shuffles < 0:
+        raise ValueError(f"shuffles must be an integer of at least 0, got {shuffles!r}")
+    if lm.width(sae.site) != sae.d_in:
+        width = lm.width(sae.site)
+        raise ValueError(f"the coder reads d_in={sae.d_in}, {lm} has width {width} at {sae.site}: wrong model or site")
+    return tuple(sorted(set(many)))
+
+
+def _same_place(data: ProbeData, lm: LM, site: Site) -> None:
+    if data.site != site or data.model != lm.id:
+        raise ValueError(
+            f"these texts were read at {data.site} of {data.model}, the coder reads {site} of {lm.id}: read them again "
+            f"with read_probe_sets(lm, sae.site)"
+        )
+
+
+def _enough(name: str, labels: np.ndarray, k: int) -> None:
+    train, validation, test = split(labels, [0])
+    if not min(map(len, (train, validation, test))):
+        raise ValueError(f"{name}: {len(labels)} texts are too few to train, choose and test: pass at least 8")
+    if k > len(train):
+        raise ValueError(
+            f"{name}: k must be at most its {len(train)} training texts, got {k}: lower k or raise examples"
+        )
+
+
+def _score(dataset: str, key: tuple[str, str], found: Fit, chance: list[Fit]) -> ProbeScore:
+    accuracy, auroc = (float(np.mean([getattr(c, w) for c in chance] or [math.nan])) for w in ("accuracy", "auroc"))
+    return ProbeScore(dataset, *key, found.inputs, found.accuracy, found.auroc, accuracy, auroc, found.penalty)
+
+
+def _mean(values: np.ndarray) -> tuple[float, float]:
+    error = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return float(values.mean()), float(error)
+
+
+def _text(value: float, error: float) -> str:
+    return number(value) if math.isnan(error) else f"{number(value)} ± {number(error)}"

@@ -1,0 +1,27 @@
+"""Explanations of features: written and scored, found by experiment, asked of the model itself, read off its lens.
+
+    scores = sl.explain.explain(index, 40)          # rules, no network; or any explainer, a function of str to str
+    sl.explain.sage_explain(sae, lm, index, 812, agent=sl.explain.ScriptedAgent())
+"""
+
+from sae_lab.explain.asking import Asker, local_chat, openai_compatible
+from sae_lab.explain.contexts import Corpus, Passage, Passages
+from sae_lab.explain.explainers import Condition, Rule, RuleExplainer
+from sae_lab.explain.lens import DefinitionTree, LensShape, TokenLists
+from sae_lab.explain.lens import definition_tree as definition_tree
+from sae_lab.explain.lens import lens_shape as lens_shape
+from sae_lab.explain.lens import token_features as token_features
+from sae_lab.explain.lens import token_list as token_list
+from sae_lab.explain.prompts import EvolvedPrompts, evolve_prompts
+from sae_lab.explain.running import ExplainedFeatures, ScoredExplanation, explain
+from sae_lab.explain.sage import Hypothesis, Sage, ScriptedAgent, Trial, sage_explain
+from sae_lab.explain.scoring import Explanation, Score, score
+from sae_lab.explain.selfexplain import Implant, SelfExplanations, self_explain
+
+__all__ = [
+    "Asker", "Condition", "Corpus", "DefinitionTree", "EvolvedPrompts", "ExplainedFeatures", "Explanation",
+    "Hypothesis", "Implant", "LensShape", "Passage", "Passages", "Rule", "RuleExplainer", "Sage", "Score",
+    "ScoredExplanation", "ScriptedAgent", "SelfExplanations", "TokenLists", "Trial", "definition_tree",
+    "evolve_prompts", "explain", "lens_shape", "local_chat", "openai_compatible", "sage_explain", "score",
+    "self_explain", "token_features", "token_list",
+]  # fmt: skip

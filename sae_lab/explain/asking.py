@@ -1,0 +1,243 @@
+"""Asking an explainer or a judge, any ``str -> str`` callable, which may hang, raise or talk nonsense."""
+
+import json
+import logging
+import os
+import threading
+import urllib.error
+import urllib.request
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+from urllib.parse import urlsplit
+
+from sae_lab.lm.model import LM
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+PATIENCE = 3  # questions in a row that hang to the last try, after which nothing more is asked
+
+
+@dataclass(frozen=True)
+class Answer(Generic[T]):
+    """What came of a question: a value, or None and the reason."""
+
+    value: T | None
+    failure: str = ""
+
+
+@dataclass
+class Asker:
+    """Asks ``fn`` with a deadline in seconds, again after a failure (``retries`` times), and counts what failed.
+
+    ``ask`` never raises for what ``fn`` does. A call that hangs is left to itself in a thread of its own, which nothing
+    can end; after three questions in a row that hung at each try no more is asked, so that a run ends.
+
+    Attributes:
+        asked, answered: questions. tries: how often each failed try happened, by reason.
+    """
+
+    fn: Callable[[str], str]
+    deadline: float = 60.0
+    retries: int = 2
+    asked: int = 0
+    answered: int = 0
+    tries: Counter[str] = field(default_factory=Counter)
+    _hung: int = 0
+
+    def __post_init__(self) -> None:
+        if not callable(self.fn):
+            raise ValueError(f"an explainer or judge is a function of a str that returns a str, got {self.fn!r}")
+        if not self.deadline > 0:
+            raise ValueError(f"deadline must be a positive number of seconds, got {self.deadline!r}")
+        if not isinstance(self.retries, int) or self.retries < 0:
+            raise ValueError(f"retries must be an integer of 0 or more, got {self.retries!r}")
+
+    def ask(self, prompt: str, read: Callable[[str], T]) -> Answer[T]:
+        """``read`` makes a value of the answer, and raises ValueError where there is none in it."""
+        self.asked += 1
+        if self._hung >= PATIENCE:
+            return self._failed([f"not asked: the {PATIENCE} questions before had no answer"])
+        reasons: list[str] = []
+        for _ in range(1 + self.retries):
+            value, reason = self._try(prompt, read)
+            if not reason:
+                self.answered += 1
+                self._hung = 0
+                return Answer(value)
+            reasons.append(reason)
+        self._hung = self._hung + 1 if all(r == self._late for r in reasons) else 0
+        return self._failed(reasons)
+
+    def _failed(self, reasons: list[str]) -> Answer[Any]:
+        log.warning("a question failed: %s", reasons[-1])
+        return Answer(None, reasons[-1])
+
+    @property
+    def _late(self) -> str:
+        return f"no answer within {self.deadline:g} s"
+
+    def _try(self, prompt: str, read: Callable[[str], T]) -> tuple[T | None, str]:
+        box: list[tuple[str, Any]] = []
+
+        def call() -> None:
+            try:
+                box.append(("", self.fn(prompt)))
+            except Exception as err:  # whatever a user's function raises is a failure of this question alone
+                box.append((f"raised {type(err).__name__}: {str(err)[:200]}", None))
+            except BaseException as err:  # SystemExit and the like end the thread, not the run
+                box.append((f"raised {type(err).__name__}", None))
+
+        thread = threading.Thread(target=call, name="sae_lab asks", daemon=True)
+        thread.start()
+        thread.join(self.deadline)
+        if not box:
+            return self._count(self._late)
+        reason, text = box[0]
+        if reason:
+            return self._count(reason)
+        if not isinstance(text, str):
+            return self._count(f"returned {type(text).__name__}, no str")
+        if not text.strip():
+            return self._count("returned an empty answer")
+        try:
+            return read(text), ""
+        except ValueError as err:
+            return self._count(f"not readable: {err}")
+
+    def _count(self, reason: str) -> tuple[None, str]:
+        self.tries[reason.split(":")[0] if reason.startswith("not readable") else reason] += 1
+        return None, reason
+
+    @property
+    def summary(self) -> str:
+        """How many questions were answered, and why tries failed."""
+        why = "; ".join(f"{n} x {reason}" for reason, n in self.tries.most_common(5))
+        return f"{self.answered} of {self.asked} questions answered" + (f" (failed tries: {why})" if why else "")
+
+
+def name_of(fn: Any) -> str:
+    """What to call an explainer or judge: its ``name``, else that of the function."""
+    return str(getattr(fn, "name", None) or getattr(fn, "__qualname__", None) or type(fn).__name__)
+
+
+# ---------------------------------------------------------------------------------------------- adapters
+
+
+@dataclass(frozen=True)
+class ChatEndpoint:
+    """A ``str -> str`` function that asks a server. Made by ``openai_compatible``; it holds no key."""
+
+    url: str
+    model: str
+    key_from: str | Callable[[], str] | None
+    settings: Mapping[str, Any]
+    timeout: float
+
+    @property
+    def name(self) -> str:
+        return f"{self.model} at {urlsplit(self.url).hostname}"
+
+    def __repr__(self) -> str:
+        return f"openai_compatible({self.url.removesuffix('/chat/completions')!r}, {self.model!r})"
+
+    def __call__(self, prompt: str) -> str:
+        """The model's answer. ValueError for an answer without text, OSError for a server that does not answer."""
+        body = {"model": self.model, "messages": [{"role": "user", "content": prompt}], **self.settings}
+        request = urllib.request.Request(self.url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+        key = self._key()
+        if key:
+            request.add_unredirected_header("Authorization", f"Bearer {key}")  # it goes to no other server
+        failure = ""
+        try:
+            with urllib.request.urlopen(request, timeout=self.timeout) as reply:
+                text = json.loads(reply.read())["choices"][0]["message"]["content"]
+                if isinstance(text, str):
+                    return text
+                failure = f"its message holds {type(text).__name__}, no text"
+        except urllib.error.HTTPError as err:
+            said = err.read(300).decode(errors="replace")
+            failure = f"HTTP {err.code} {err.reason}: {said}"
+        except (OSError, http_errors()) as err:
+            failure = f"{type(err).__name__}: {err}"
+        except (ValueError, LookupError, TypeError) as err:
+            failure = f"its answer is no chat completion ({type(err).__name__})"
+        # Raised out here, so that no exception before it, nor what it holds, hangs on to this one.
+        raise OSError(f"{self.name}: {failure.replace(key, '***') if key else failure}")
+
+    def _key(self) -> str:
+        if self.key_from is None:
+            return ""
+        key = self.key_from() if callable(self.key_from) else os.environ.get(self.key_from, "")
+        if not key or not key.isascii() or not key.isprintable():
+            where = "key_from()" if callable(self.key_from) else f"the environment variable {self.key_from}"
+            raise ValueError(
+                f"{where} holds no key: set it, e.g. os.environ[...] = getpass.getpass(); key_from=None asks without"
+            )
+        return key
+
+
+def http_errors() -> type[Exception]:
+    """The base of what a broken reply raises."""
+    from http.client import HTTPException
+
+    return HTTPException
+
+
+def openai_compatible(
+    base_url: str, model: str, key_from: str | Callable[[], str] | None = "OPENAI_API_KEY", *, timeout: float = 60.0,
+    **settings: Any,
+) -> ChatEndpoint:  # fmt: skip
+    """A chat model behind an OpenAI-compatible server, as an explainer or judge.
+
+    Args:
+        base_url: e.g. "https://api.openai.com/v1", or "http://localhost:8000/v1" of a server of your own.
+        key_from: the environment variable that holds the key, or a function that returns it (``getpass.getpass``), or
+            None where none is needed. It is read for each question and kept nowhere.
+        timeout: seconds. settings: of the request, e.g. ``temperature=0, max_tokens=300``.
+
+    ValueError for a URL that holds a password, or that would send a key over plain http to another machine.
+    """
+    parts = urlsplit(base_url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError("base_url must be an http(s) URL such as 'https://api.openai.com/v1'")
+    if parts.username or parts.password or parts.query:
+        raise ValueError("base_url must hold no user, password or query: keys come from key_from alone")
+    here = parts.hostname in ("localhost", "127.0.0.1", "::1")
+    if parts.scheme == "http" and not here and key_from is not None:
+        raise ValueError(f"a key would go to {parts.hostname} unencrypted: use https, or key_from=None")
+    if isinstance(key_from, str) and not key_from.isidentifier():
+        raise ValueError("key_from names an environment variable (it is not the key itself), e.g. 'OPENAI_API_KEY'")
+    url = base_url.rstrip("/")
+    url = url if url.endswith("/chat/completions") else f"{url}/chat/completions"
+    return ChatEndpoint(url, model, key_from, {"temperature": 0} | settings, timeout)
+
+
+@dataclass(frozen=True)
+class LocalChat:
+    """A ``str -> str`` function that asks a model on this machine. Made by ``local_chat``."""
+
+    lm: LM
+    new_tokens: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.lm} here"
+
+    def __call__(self, prompt: str) -> str:
+        chat = [{"role": "user", "content": prompt}]
+        return "".join(self.lm.stream(chat, max_new_tokens=self.new_tokens))
+
+
+def local_chat(lm: LM | str | None = None, max_new_tokens: int = 200) -> LocalChat:
+    """A chat model on this machine, as an explainer or judge: an LM, a hub id or folder, None the bundled one.
+
+    Its chat template is applied, and its answer is greedy. The bundled model is far too small to explain or to judge:
+    with it one sees that the machinery runs.
+    """
+    model = lm if isinstance(lm, LM) else LM(lm) if lm is not None else LM()
+    if not getattr(model.tokenizer, "chat_template", None):
+        raise ValueError(f"{model} has no chat template: give a chat (instruct) model")
+    return LocalChat(model, max_new_tokens)

@@ -1,0 +1,221 @@
+"""Passages to explain from and to be judged on: from documents of two parts, none of which stands in both."""
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from sae_lab.feature_index import FeatureIndex
+from sae_lab.types import check_feature
+
+LENGTH = 32  # tokens of a passage, as in Paulo et al.
+LEAST_BEFORE = 12  # of its tokens that stand before the one it was chosen for, where the document has them
+QUANTILES = 5
+HARD = ("same token", "co-firing")  # silent passages that are easily mistaken
+PARTS = ("explain", "judge")
+JUDGED_EVERY = 4  # one document in four is kept for judging: rules need more text than judges
+TRIES = 40  # rows that are looked at for each silent passage that is wanted
+
+
+@dataclass(frozen=True)
+class Passage:
+    """Some tokens of a document and what a feature does there.
+
+    values: its activation per token, NaN where the mask leaves the token out. kind: "fires", or of a passage where the
+    feature is silent why it was chosen: "random", "same token" (as one on which the feature fires elsewhere),
+    "co-firing" (a feature fires here that often fires with it). anchor: the token it was chosen for. quantile: of the
+    activation at the anchor, 0 the weakest; -1 where the feature is silent.
+    """
+
+    tokens: list[str]
+    values: np.ndarray
+    kind: str
+    anchor: int
+    document: int
+    quantile: int = -1
+
+    @property
+    def fires(self) -> np.ndarray:
+        """Bool per token: whether the feature fires."""
+        return np.nan_to_num(self.values) > 0
+
+    @property
+    def known(self) -> np.ndarray:
+        """Bool per token: whether the feature has an activation there, 0 or more."""
+        return ~np.isnan(self.values)
+
+    @property
+    def text(self) -> str:
+        return "".join(self.tokens)
+
+
+@dataclass(frozen=True)
+class Passages:
+    """Where one feature fires, the strongest first, and where it is silent. largest: its largest activation, of the
+    whole store."""
+
+    feature: int
+    firing: list[Passage]
+    silent: list[Passage]
+    largest: float
+
+    @property
+    def all(self) -> list[Passage]:
+        return [*self.firing, *self.silent]
+
+
+class Corpus:
+    """An index's store in two parts by document: "explain", three documents of four, to make explanations from, and
+    "judge" to judge them on.
+
+    The parts depend on the seed alone: no explanation of any feature was made from a document that one is judged on.
+
+    ValueError when the store has a single document.
+    """
+
+    def __init__(self, index: FeatureIndex, seed: int = 0):
+        self.index, self.seed = index, seed
+        everything = np.arange(index.tokens_seen)
+        self._document = index.store.rows(everything, "document").numpy()
+        self._context = index.store.contexts(everything)
+        names, where = np.unique(self._document, return_inverse=True)
+        if len(names) < 2:
+            raise ValueError(
+                "explanations are judged on documents they were not made from: the store has a single document, "
+                "harvest from a text of several"
+            )
+        judged = (np.arange(len(names)) % JUDGED_EVERY == 0).astype(np.int8)
+        self._part = np.random.default_rng([seed, 0]).permutation(judged)[where]  # of each row, as in PARTS
+
+    @cached_property
+    def _token(self) -> np.ndarray:
+        return self.index.store.rows(np.arange(self.index.tokens_seen), "token").numpy()
+
+    def passages(self, feature: int, part: str, firing: int, silent: int, strongest: bool = False) -> Passages:
+        """So many passages of a feature from one part, "explain" or "judge", or as many as there are.
+
+        Firing ones come from all quantiles of its activations alike (``strongest``: half of them are the strongest),
+        silent ones in equal parts at random, with the same token, and where co-firing features fire.
+        """
+        if part not in PARTS:
+            raise ValueError(f'the parts of the documents are "explain" and "judge", got {part!r}')
+        feature = check_feature(feature, self.index.d_sae)
+        side = PARTS.index(part)
+        random = np.random.default_rng([self.seed, feature, side])
+        rows, values = self.index.activations(feature)
+        here = self._part[rows] == side
+        chosen = self._firing(rows[here], values[here], firing, strongest, random)
+        shown = [self._passage(feature, row, "fires", random, quantile) for row, quantile in chosen]
+        quiet = self._silent(feature, rows, side, silent, random)
+        return Passages(feature, shown, quiet, float(self.index.max[feature]))
+
+    # ---- where it fires
+
+    def _firing(
+        self, rows: np.ndarray, values: np.ndarray, wanted: int, strongest: bool, random: np.random.Generator
+    ) -> list[tuple[int, int]]:
+        """(row, quantile) of activations in contexts that differ, the strongest first."""
+        order = np.argsort(-values, kind="stable")
+        quantile = QUANTILES - 1 - np.arange(len(order)) * QUANTILES // max(len(order), 1)
+        if strongest:
+            rest = random.permutation(np.arange(wanted // 2, len(order)))
+            groups = [(wanted - wanted // 2, np.arange(len(order))), (wanted // 2, rest)]
+        else:
+            groups = [
+                (-(-wanted // QUANTILES), random.permutation(np.flatnonzero(quantile == q))) for q in range(QUANTILES)
+            ]
+        seen: set[int] = set()
+        found: list[int] = []
+        for most, places in groups:
+            taken = 0
+            for place in places.tolist():
+                if taken == most or len(found) == wanted:
+                    break
+                if (context := int(self._context[rows[order[place]]])) not in seen:
+                    seen.add(context)
+                    found.append(place)
+                    taken += 1
+        return [(int(rows[order[place]]), int(quantile[place])) for place in sorted(found)]
+
+    # ---- where it is silent
+
+    def _silent(
+        self, feature: int, rows: np.ndarray, side: int, wanted: int, random: np.random.Generator
+    ) -> list[Passage]:
+        """Passages in which the feature fires nowhere; where one kind has too few, random ones stand in for it."""
+        on_side = np.flatnonzero(self._part == side)
+        found: list[Passage] = []
+        seen: set[int] = set()
+        for number, kind in enumerate(HARD):
+            share = (number + 1) * wanted // 3 - number * wanted // 3
+            same = kind == "same token"
+            places = self._same_token(rows, side, TRIES * share, random) if same else self._cofiring(feature, side)
+            found += self._quiet(feature, rows, places, kind, share, seen, random)
+        return found + self._quiet(feature, rows, on_side, "random", wanted - len(found), seen, random)
+
+    def _quiet(
+        self, feature: int, rows: np.ndarray, places: np.ndarray, kind: str, wanted: int, seen: set[int],
+        random: np.random.Generator,
+    ) -> list[Passage]:  # fmt: skip
+        found: list[Passage] = []
+        if len(places) > TRIES * max(wanted, 1):
+            places = random.choice(places, TRIES * max(wanted, 1), replace=False)
+        for row in random.permutation(places).tolist():
+            if len(found) == wanted:
+                break
+            if (context := int(self._context[row])) in seen:
+                continue
+            passage = self._passage(feature, row, kind, random)
+            if not passage.fires.any():
+                seen.add(context)
+                found.append(passage)
+        return found
+
+    def _same_token(self, rows: np.ndarray, side: int, most: int, random: np.random.Generator) -> np.ndarray:
+        """Rows of this part on which the feature is silent, drawn so that their tokens are as frequent among them as
+        among those on which it fires."""
+        tokens, firing = np.unique(self._token[rows[self._part[rows] == side]], return_counts=True)
+        alike = np.isin(self._token, tokens) & (self._part == side)
+        alike[rows] = False
+        places = np.flatnonzero(alike)
+        if not len(places):
+            return places
+        which = np.searchsorted(tokens, self._token[places])
+        weight = (firing / np.maximum(np.bincount(which, minlength=len(tokens)), 1))[which]
+        return random.choice(places, min(most, len(places)), replace=False, p=weight / weight.sum())
+
+    def _cofiring(self, feature: int, side: int) -> np.ndarray:
+        """Rows of this part on which one of the features fires that fire most often with this one, which does not."""
+        others = [other for other, _, _ in self.index[feature].cofiring[:5]]
+        together = [self.index.activations(other)[0] for other in others]
+        rows = np.unique(np.concatenate([*together, np.zeros(0, np.int32)]).astype(np.int64))
+        return np.setdiff1d(rows[self._part[rows] == side], self.index.activations(feature)[0], assume_unique=True)
+
+    # ---- one passage
+
+    def _passage(self, feature: int, row: int, kind: str, random: np.random.Generator, quantile: int = -1) -> Passage:
+        """LENGTH tokens around a row, which stands at a random place in the second half or so of them."""
+        store, document = self.index.store, int(self._document[row])
+        ids = store.context_ids(int(self._context[row]))
+        here, positions = store.context_rows(int(self._context[row]))
+        seen = here < self.index.tokens_seen  # the store may end within a context
+        here, positions = here[seen], positions[seen]
+        own = positions[self._document[here] == document]  # a packed context holds several documents
+        first, last = int(own[0]), int(own[-1]) + 1
+        at = int(positions[np.searchsorted(here, row)])
+        start = max(first, at - int(random.integers(LEAST_BEFORE, LENGTH)))
+        stop = min(last, start + LENGTH)
+        start = max(first, stop - LENGTH)
+        values = np.full(stop - start, math.nan, np.float32)
+        inside = (positions >= start) & (positions < stop)
+        values[positions[inside] - start] = self._activations(feature, here[inside])
+        return Passage(self.index.token_labels(ids[start:stop]), values, kind, at - start, document, quantile)
+
+    def _activations(self, feature: int, wanted: np.ndarray) -> np.ndarray:
+        """A feature's activations on rows of the store that ascend, 0 where it is silent."""
+        rows, values = self.index.activations(feature)
+        first, last = np.searchsorted(rows, np.array([wanted[0], wanted[-1] + 1], rows.dtype))
+        found = np.zeros(len(wanted), np.float32)
+        found[np.searchsorted(wanted, rows[first:last])] = values[first:last]
+        return found

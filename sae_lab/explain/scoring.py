@@ -1,0 +1,272 @@
+"""How well an explanation tells where its feature fires: detection, fuzzing and simulation.
+
+Detection and fuzzing: Juang et al. 2024 and Paulo et al. 2024 (arXiv:2410.13928); simulation: Bills et al. 2023.
+A judge is any ``str -> str`` callable; None lets the explanation's own rule judge (``Rule.predict``).
+"""
+
+import json
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from sae_lab.explain.asking import Asker
+from sae_lab.explain.contexts import Passage, Passages
+from sae_lab.explain.explainers import Rule, marked
+
+MEASURES = ("detection", "fuzzing", "simulation")
+AT_ONCE = {"detection": 10, "fuzzing": 10, "simulation": 5}  # passages in a question
+SCALE = 10  # a judge's strongest activation
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What somebody says a feature fires on. source: who says so."""
+
+    text: str
+    source: str = ""
+
+    @property
+    def rule(self) -> Rule | None:
+        """The rule the text states, None where it is free text."""
+        return Rule.read(self.text)
+
+    def predict(self, tokens: Sequence[str]) -> np.ndarray:
+        """Activation at each token as a share of the largest, by the rule. ValueError for free text, which needs a
+        judge."""
+        return _rule(self).predict(tokens)
+
+
+@dataclass(frozen=True)
+class Score:
+    """Of one explanation on one feature's passages.
+
+    detection, fuzzing: balanced accuracy, .5 by chance; simulation: Pearson correlation, 0 by chance; NaN where too few
+    passages or answers were there. by_kind: of detection, the share of passages called firing, of each kind of passage
+    (``Passage.kind``) and of each fifth of the activations, 5 the strongest.
+    unanswered: passages that a judge gave no usable answer on, which do not count.
+    """
+
+    detection: float = math.nan
+    fuzzing: float = math.nan
+    simulation: float = math.nan
+    by_kind: dict[str, float] = field(default_factory=dict)
+    unanswered: int = 0
+
+
+def score(
+    explanation: Explanation,
+    passages: Passages,
+    judge: Asker | None = None,
+    measures: Sequence[str] = MEASURES,
+    seed: int = 0,
+) -> Score:
+    """Score an explanation on passages that its explainer did not see; judge None: by the explanation's own rule.
+
+    Detection: is the feature active anywhere in this passage? Balanced accuracy = (share of firing passages called
+    firing + share of silent passages called silent) / 2. Fuzzing: of firing passages half are marked at the tokens on
+    which the feature fires, half at as many silent ones; is the mark right? Balanced accuracy. Simulation: Pearson
+    correlation of predicted and true activations over all tokens of all passages; 0 for a constant prediction.
+
+    ValueError for free text without a judge, and for an unknown measure.
+    """
+    if unknown := [m for m in measures if m not in MEASURES]:
+        raise ValueError(f"measures are {', '.join(MEASURES)}, got {unknown[0]!r}")
+    if judge is None:
+        _rule(explanation)
+    random = np.random.default_rng([seed, passages.feature])
+    found = Score()
+    if "detection" in measures:
+        found = _plus(found, detection(explanation, passages, judge, random))
+    if "fuzzing" in measures:
+        found = _plus(found, fuzzing(explanation, passages, judge, random))
+    if "simulation" in measures:
+        found = _plus(found, simulation(explanation, passages, judge, random))
+    return found
+
+
+def _plus(a: Score, b: Score) -> Score:
+    kept = {m: getattr(b, m) if math.isnan(getattr(a, m)) else getattr(a, m) for m in MEASURES}
+    return Score(**kept, by_kind=a.by_kind | b.by_kind, unanswered=a.unanswered + b.unanswered)
+
+
+def _rule(explanation: Explanation) -> Rule:
+    rule = explanation.rule
+    if rule is None:
+        raise ValueError(
+            f"{explanation.text[:60]!r} is free text, which a rule cannot apply: pass judge=, a function of a prompt "
+            "that returns a language model's answer (sl.explain.openai_compatible, sl.explain.local_chat)"
+        )
+    return rule
+
+
+def balanced(truth: np.ndarray, said: np.ndarray) -> float:
+    """Balanced accuracy: mean of the shares of right answers among true and among false ones. NaN without both."""
+    if truth.all() or not truth.any():
+        return math.nan
+    return float((said[truth].mean() + (~said[~truth]).mean()) / 2)
+
+
+def pearson(a: np.ndarray, b: np.ndarray) -> float:
+    """Pearson correlation, 0 where ``a`` (the prediction) is constant, NaN where ``b`` is."""
+    a, b = a.astype(np.float64) - a.mean(), b.astype(np.float64) - b.mean()
+    if not b.any():
+        return math.nan
+    spread = math.sqrt(float(a @ a) * float(b @ b))
+    return float(a @ b) / spread if spread > 0 else 0.0
+
+
+# ---------------------------------------------------------------------------------------------- the three measures
+
+
+def detection(explanation: Explanation, passages: Passages, judge: Asker | None, random: np.random.Generator) -> Score:
+    every = [passages.all[i] for i in random.permutation(len(passages.all))]
+    truth = np.array([p.kind == "fires" for p in every], bool)
+    if judge is None:
+        said = [bool((explanation.predict(p.tokens) > 0).any()) for p in every]
+    else:
+        said = _yes_or_no(judge, DETECTION, explanation, [p.text for p in every], AT_ONCE["detection"])
+    known = np.array([s is not None for s in said], bool)
+    yes = np.array([bool(s) for s in said], bool)
+    groups: dict[str, list[bool]] = {}
+    for passage, answer in zip(every, said, strict=True):
+        if answer is not None:
+            groups.setdefault(passage.kind, []).append(answer)
+            if passage.kind == "fires":
+                groups.setdefault(f"fires, fifth {passage.quantile + 1}", []).append(answer)
+    by_kind = {kind: float(np.mean(answers)) for kind, answers in sorted(groups.items())}
+    return Score(detection=balanced(truth[known], yes[known]), by_kind=by_kind, unanswered=int((~known).sum()))
+
+
+def fuzzing(explanation: Explanation, passages: Passages, judge: Asker | None, random: np.random.Generator) -> Score:
+    shown = [_marks(p, number % 2 == 0, random) for number, p in enumerate(passages.firing)]
+    usable = [(p, at, number % 2 == 0) for number, (p, at) in enumerate(shown) if len(at)]
+    usable = [usable[i] for i in random.permutation(len(usable))]
+    truth = np.array([right for _, _, right in usable], bool)
+    if judge is None:
+        said = [bool((explanation.predict(p.tokens)[at] > 0).mean() >= 0.5) for p, at, _ in usable]
+    else:
+        texts = [marked(p.tokens, at.tolist()) for p, at, _ in usable]
+        said = _yes_or_no(judge, FUZZING, explanation, texts, AT_ONCE["fuzzing"])
+    known = np.array([s is not None for s in said], bool)
+    yes = np.array([bool(s) for s in said], bool)
+    return Score(fuzzing=balanced(truth[known], yes[known]), unanswered=int((~known).sum()))
+
+
+def _marks(passage: Passage, right: bool, random: np.random.Generator) -> tuple[Passage, np.ndarray]:
+    """The tokens to mark: those that fire, or as many silent ones (none where there are too few)."""
+    fires = np.flatnonzero(passage.fires)
+    if right:
+        return passage, fires
+    silent = np.flatnonzero(passage.known & ~passage.fires)
+    return passage, np.sort(random.choice(silent, len(fires), replace=False)) if len(silent) >= len(fires) else fires[
+        :0
+    ]
+
+
+def simulation(explanation: Explanation, passages: Passages, judge: Asker | None, random: np.random.Generator) -> Score:
+    every = [passages.all[i] for i in random.permutation(len(passages.all))]
+    if judge is None:
+        predicted = [explanation.predict(p.tokens) for p in every]
+    else:
+        predicted = _simulated(judge, explanation, every)
+    pairs = [(a[p.known], p.values[p.known]) for a, p in zip(predicted, every, strict=True) if a is not None]
+    unanswered = sum(a is None for a in predicted)
+    if not pairs:
+        return Score(unanswered=unanswered)
+    a, b = (np.concatenate(side) for side in zip(*pairs, strict=True))
+    return Score(simulation=pearson(a, b), unanswered=unanswered)
+
+
+# ---------------------------------------------------------------------------------------------- what a judge is asked
+
+DETECTION = """\
+A feature of a language model is described below. For each numbered passage say whether the feature fires anywhere in \
+it: 1 if it does, 0 if it does not. Answer with a JSON list of {n} numbers, in order, and nothing else.
+
+FEATURE: {explanation}
+
+{passages}
+
+ANSWER:"""
+FUZZING = """\
+A feature of a language model is described below. In each numbered passage some tokens stand between << and >>. Say \
+whether those are the tokens on which the feature fires: 1 if they are, 0 if others were marked. Answer with a JSON \
+list of {n} numbers, in order, and nothing else.
+
+FEATURE: {explanation}
+
+{passages}
+
+ANSWER:"""
+SIMULATION = """\
+A feature of a language model is described below. Each numbered passage is given as a JSON list of its tokens. Predict \
+how strongly the feature fires on each token, from 0 (silent) to 10. Answer with a JSON list that holds one list of \
+numbers for each passage, as long as the passage has tokens, and nothing else.
+
+FEATURE: {explanation}
+
+{passages}
+
+ANSWER:"""
+
+
+def _yes_or_no(
+    judge: Asker, prompt: str, explanation: Explanation, texts: Sequence[str], at_once: int
+) -> list[bool | None]:
+    """The judge's answers, None where it gave none that can be read."""
+    said: list[bool | None] = []
+    for start in range(0, len(texts), at_once):
+        part = texts[start : start + at_once]
+        answer = judge.ask(_filled(prompt, explanation, part), _reader(read_flags, len(part)))
+        said += answer.value or [None] * len(part)
+    return said
+
+
+def _simulated(judge: Asker, explanation: Explanation, every: Sequence[Passage]) -> list[np.ndarray | None]:
+    found: list[np.ndarray | None] = []
+    for start in range(0, len(every), AT_ONCE["simulation"]):
+        part = every[start : start + AT_ONCE["simulation"]]
+        texts = [json.dumps(p.tokens, ensure_ascii=False) for p in part]
+        lengths = [len(p.tokens) for p in part]
+        answer = judge.ask(_filled(SIMULATION, explanation, texts), lambda text, n=lengths: read_activations(text, n))
+        found += answer.value or [None] * len(part)
+    return found
+
+
+def _reader(read: Callable[[str, int], list[bool]], n: int) -> Callable[[str], list[bool]]:
+    return lambda text: read(text, n)
+
+
+def _filled(prompt: str, explanation: Explanation, texts: Sequence[str]) -> str:
+    numbered = "\n".join(f"{i}. {text}" for i, text in enumerate(texts, 1))
+    # One part after the other: what stands in a passage or an explanation is never taken for a place to fill.
+    parts = {"{n}": str(len(texts)), "{explanation}": explanation.text, "{passages}": numbered}
+    return "".join(parts.get(piece, piece) for piece in re.split(r"(\{n\}|\{explanation\}|\{passages\})", prompt))
+
+
+def read_flags(answer: str, n: int) -> list[bool]:
+    """n noughts and ones from the last list in an answer. ValueError where there is no such list."""
+    for found in reversed(re.findall(r"\[[^\[\]]*\]", answer)):
+        values = re.split(r"[\s,]+", found.strip("[] \n"))
+        if len(values) == n and all(v in ("0", "1") for v in values):
+            return [v == "1" for v in values]
+    raise ValueError(f"no list of {n} noughts and ones")
+
+
+def read_activations(answer: str, lengths: Sequence[int]) -> list[np.ndarray]:
+    """A list of numbers from 0 to 10 a passage, as shares of 10. ValueError where lengths or numbers are others."""
+    start, stop = answer.find("["), answer.rfind("]")
+    try:
+        lists = json.loads(answer[start : stop + 1]) if 0 <= start < stop else None
+        lists = [lists] if isinstance(lists, list) and lists and not isinstance(lists[0], list) else lists
+        found = [np.array(values, np.float64) for values in lists or []]
+    except (ValueError, TypeError):
+        raise ValueError("no list of lists of numbers") from None
+    if [len(v) if v.ndim == 1 else -1 for v in found] != list(lengths):
+        raise ValueError("the lists of numbers are not as long as the passages")
+    if any(not ((v >= 0) & (v <= SCALE)).all() for v in found):
+        raise ValueError(f"activations must be numbers from 0 to {SCALE}")
+    return [v / SCALE for v in found]

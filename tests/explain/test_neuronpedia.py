@@ -1,0 +1,165 @@
+"""Labels from elsewhere: read, checked, kept beside the user's own, never taken for HTML."""
+
+import gzip
+import http.server
+import json
+import threading
+from functools import partial
+
+import pytest
+
+from sae_lab.feature_index import FeatureIndex
+from sae_lab.feature_index.neuronpedia import _same_model, read_labels
+from sae_lab.widgets import FeatureInspector
+
+ATTACK = "<img src=x onerror=alert(1)>"
+
+
+def line(index, text, **others):
+    record = {
+        "modelId": "tiny", "layer": "1-res", "index": str(index), "description": text, "typeName": "oai_token-act-pair",
+        "explanationModelName": "gpt-4o-mini", "embedding": [0.1, 0.2],
+    }  # fmt: skip
+    return json.dumps(record | others)
+
+
+def write(file, *lines):
+    data = ("\n".join(lines) + "\n").encode()
+    file.write_bytes(gzip.compress(data) if file.suffix == ".gz" else data)
+    return file
+
+
+@pytest.fixture
+def batch(tmp_path):
+    return write(
+        tmp_path / "batch-0.jsonl.gz", line(0, " articles "), line(3, ATTACK), line(0, "the", typeName="other")
+    )
+
+
+def labels(source, d_sae=13, model_id="owner/Tiny", site_layer=1, model=None, layer=None):
+    return read_labels(source, d_sae, model_id, site_layer, model, layer)
+
+
+def test_a_file(batch):
+    found = labels(batch)
+    assert [(s.text, s.source) for s in found[0]] == [
+        ("articles", "neuronpedia, gpt-4o-mini, oai_token-act-pair"), ("the", "neuronpedia, gpt-4o-mini, other"),
+    ]  # fmt: skip
+    assert found[3][0].text == ATTACK and list(found) == [0, 3]
+    assert labels(write(batch.parent / "plain.jsonl", line(2, "x"), "", line(2, "x")))[2][0].text == "x"
+
+
+def test_a_folder_and_an_address(tmp_path, batch):
+    write(tmp_path / "batch-1.jsonl.gz", line(5, "months"))
+    (tmp_path / "read.me").write_text("no labels")
+    assert set(labels(tmp_path)) == {0, 3, 5}
+    handler = partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        assert set(labels(address)) == {0, 3, 5} and set(labels(f"{address}/batch-1.jsonl.gz")) == {5}
+        with pytest.raises(ValueError, match=r"there is no http://127\.0\.0\.1/none/batch-0\.jsonl\.gz"):
+            labels(f"{address}/none")
+        server.shutdown()
+    with pytest.raises(ValueError, match=r"cannot be read .* check the address and the network"):
+        labels("http://user:secret@127.0.0.1:9/x.jsonl")
+
+
+def test_the_hub(tmp_path, batch, monkeypatch):
+    import huggingface_hub
+
+    asked = []
+
+    def download(repo, repo_type, allow_patterns):
+        asked.append((repo, repo_type, allow_patterns))
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert set(labels("some/labels/res")) == {0, 3}
+    assert asked == [("some/labels", "dataset", ["res/*.jsonl", "res/*.jsonl.gz"])]
+
+    def offline(*args, **kwargs):
+        raise OSError("no network")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    with pytest.raises(ValueError, match="no file or folder some/labels, and the hub gives no data set of that name"):
+        labels("some/labels")
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        ([line(0, "a"), line(13, "b")], "line 2: a label of feature 13, and this coder has 0 to 12"),
+        ([line(-1, "a")], "a label of feature -1"),
+        (
+            [line(0, "a", modelId="gpt2-small")],
+            "line 1: labels of the model 'gpt2-small', and the index is of 'owner/T",
+        ),
+        ([line(0, "a", layer="6-res")], "labels of layer '6-res', and the index is of layer 1"),
+        ([line(0, "a"), line(1, "b", modelId="other")], r"of several models \(other, tiny\): say which, model='other'"),
+        ([line(0, "a"), line(1, "b", layer="1-mlp")], r"of several layers \(1-mlp, 1-res\)"),
+        ([line(0, "a"), "{"], "line 2 is no explanation of Neuronpedia"),
+        ([line("x", "a")], "line 1 is no explanation"),
+        ([line(0, None)], "description is NoneType"),
+        (['["list"]'], "line 1 is no explanation"),
+        ([""], "holds no explanations"),
+    ],
+)
+def test_what_does_not_fit_is_refused(tmp_path, lines, words):
+    with pytest.raises(ValueError, match=words):
+        labels(write(tmp_path / "x.jsonl", *lines))
+
+
+def test_a_broken_archive_and_no_file(tmp_path, batch):
+    batch.write_bytes(batch.read_bytes()[:-12])
+    with pytest.raises(ValueError, match=r"batch-0\.jsonl\.gz is no whole gzip file"):
+        labels(batch)
+    for missing in (tmp_path / "none", "none.jsonl", "folder/none.jsonl", "/no/such/folder/at/all"):
+        with pytest.raises(ValueError, match=r"no labels at .* give a .jsonl"):
+            labels(missing)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"holds no .jsonl or .jsonl.gz files"):
+        labels(tmp_path / "empty")
+
+
+def test_another_name_of_the_model_and_one_of_several_layers(tmp_path):
+    file = write(tmp_path / "x.jsonl", line(0, "a", modelId="mine"), line(1, "b", modelId="mine", layer="9-x"))
+    assert set(labels(file, model="mine", layer="9-x")) == {1}
+    with pytest.raises(ValueError, match="no labels of layer '2-x' there: the source has '1-res', '9-x'"):
+        labels(file, model="mine", layer="2-x")
+
+
+def test_names_of_models():
+    assert _same_model("gpt2-small", "openai-community/gpt2") and _same_model("gemma-2-2b", "google/gemma-2-2b")
+    assert not _same_model("gemma-2-2b", "google/gemma-2-9b") and not _same_model("gpt2-small", "gpt2-medium")
+
+
+def test_beside_the_index(token_index, tmp_path):
+    """Kept, found and shown; what the user wrote is as it was; HTML is text; loading again adds nothing."""
+    token_index.annotate(3, "mine", "a note")
+    notes = (token_index.path / "notes.json").read_bytes()
+    file = write(tmp_path / "x.jsonl", line(0, "articles"), line(3, ATTACK))
+    for _ in range(2):
+        assert token_index.load_labels(file, model="tiny", layer="1-res") == 2
+    again = FeatureIndex(token_index.path, token_index.store, token_index.lm, token_index.coder)
+    assert (again.path / "notes.json").read_bytes() == notes and again.notes[3].label == "mine"
+    assert len(again.explanations) == 2 and [s.text for s in again.explanations[3]] == [ATTACK]
+    assert again.find("label:articles") == [0] and again.find("label:mine") == [3]
+    panel = FeatureInspector(again, feature=3)
+    assert {r["feature"]: r["label"] for r in panel.results}[0] == "articles"
+    html = panel.snapshot()._repr_html_()
+    assert "<img" not in html and "&lt;img src=x onerror=alert(1)&gt;" in html
+    page = panel.to_html(tmp_path / "page.html").read_text()
+    assert ATTACK not in page
+
+
+def test_nothing_is_kept_of_what_does_not_fit(token_index, tmp_path):
+    with pytest.raises(ValueError, match="a label of feature 99"):
+        token_index.load_labels(write(tmp_path / "x.jsonl", line(0, "a"), line(99, "b")), model="tiny")
+    assert len(token_index.explanations) == 0 and not (token_index.path / "explanations.json").exists()
+
+
+def test_a_damaged_file_of_explanations(token_index):
+    (token_index.path / "explanations.json").write_text("[1]")
+    with pytest.raises(ValueError, match=r"holds no explanations of sae_lab .* move it away"):
+        FeatureIndex(token_index.path, token_index.store, token_index.lm)
