@@ -22,10 +22,10 @@ from sae_lab.evals.stitching import Stitching, stitching
 from sae_lab.evals.uncertainty import Question, Uncertainty, synthetic_qa, uncertainty
 
 __all__ = [
-    "Absorption", "BoardGames", "BoardScores", "ByPosition", "Composition", "Cones", "Consistency", "DEFAULT_SETS",
-    "DescriptionLength", "Errors", "Figure", "Hill", "Injection", "L0Choice", "Monosemanticity", "Pair",
-    "PlantedAbsorption", "Positional", "ProbeData", "ProbeSet", "Probing", "Question", "Reconstruction", "Report",
-    "Result", "SECTIONS", "Stitching", "Transfer", "Uncertainty", "absorption", "available_sets", "board_games",
+    "DEFAULT_SETS", "SECTIONS", "Absorption", "BoardGames", "BoardScores", "ByPosition", "Composition", "Cones",
+    "Consistency", "DescriptionLength", "Errors", "Figure", "Hill", "Injection", "L0Choice", "Monosemanticity",
+    "Pair", "PlantedAbsorption", "Positional", "ProbeData", "ProbeSet", "Probing", "Question", "Reconstruction",
+    "Report", "Result", "Stitching", "Transfer", "Uncertainty", "absorption", "available_sets", "board_games",
     "by_position", "choose_l0", "composition", "cones", "consistency", "description_length", "hill",
     "monosemanticity", "othello_gpt", "pathological_errors", "planted_absorption", "positional", "probe_set",
     "probing", "read_probe_sets", "reconstruction", "report", "stitching", "synthetic_qa", "token_injection",

@@ -7,6 +7,7 @@ from sae_lab.saes.adapt import realign as realign
 from sae_lab.saes.adapt import resample as resample
 from sae_lab.saes.adapt import unsuppress as unsuppress
 from sae_lab.saes.base import SparseCoder as SparseCoder
+from sae_lab.saes.baselines import baselines as baselines
 from sae_lab.saes.batchtopk import BatchTopK as BatchTopK
 from sae_lab.saes.crosscoder import Crosscoder as Crosscoder
 from sae_lab.saes.gated import Gated as Gated

@@ -10,6 +10,6 @@ from .steering import SteeringSliders
 from .token_features import TokenFeatures
 
 __all__ = [
-    "EditStack", "FeatureInspector", "FeatureMap", "PatchingGrid", "Selection", "Session", "Snapshot", "SteeringSliders",
-    "TokenFeatures", "TrainingMonitor",
+    "EditStack", "FeatureInspector", "FeatureMap", "PatchingGrid", "Selection", "Session", "Snapshot",
+    "SteeringSliders", "TokenFeatures", "TrainingMonitor",
 ]  # fmt: skip
