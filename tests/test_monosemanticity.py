@@ -1,5 +1,6 @@
 """monosemanticity: the closed form against the loop over pairs, cases by hand, controls, and real data."""
 
+import importlib
 import math
 
 import pytest
@@ -53,7 +54,7 @@ def test_the_closed_form_is_the_loop_over_pairs(monkeypatch):
     E = noise(40, 5, seed=1)
     expected = by_pairs(dense, E)
     for chunk in (16_384, 13):  # also where rows come in several pieces
-        monkeypatch.setattr("sae_lab.evals.monosemanticity._CHUNK", chunk)
+        monkeypatch.setattr(importlib.import_module("sae_lab.evals.monosemanticity"), "_CHUNK", chunk)
         assert torch.allclose(scores(_scaled(sparse.above(dense, 0.0)), E), expected, atol=1e-8, rtol=0)
         assert torch.allclose(_dense_scores(noise(40, 7), E), by_pairs(noise(40, 7), E), atol=1e-6, rtol=0)
 

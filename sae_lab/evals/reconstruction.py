@@ -204,8 +204,8 @@ def _read(
     """All activations ``tokens d`` of each site, the token ids, and which of them are kept."""
     xs: dict[Site, list[Tensor]] = {s: [] for s in sites}
     ids, keeps = [], []
-    for start in range(0, len(contexts), 8):
-        batch = pad([c.ids for c in contexts[start : start + 8]])
+    for context in contexts:  # alone, as it is spliced later: other shapes round otherwise, and identity must cost 0
+        batch = pad([context.ids])
         acts, _ = lm.run(batch, list(xs), logits=False)
         acts = {s: x.cpu() for s, x in acts.items()}
         for s, x in acts.items():

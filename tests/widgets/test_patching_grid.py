@@ -342,7 +342,7 @@ def test_attention_of_markup(lm):
     closing = "The </script><img src=x>"
     grid = sl.PatchingGrid(lm, closing, closing.replace("The", "A"), answers=ANSWERS)
     call = grid.attention(0)._repr_html_().rpartition("CircuitsVis.render(")[2]
-    assert call.count("<") == 1 and call.rstrip().endswith("</script>")
+    assert call.count("<") == 2 and "".join(call.split()).endswith("</script></div>")
 
 
 def test_a_model_without_a_prefix_has_position_0(make_tiny):
