@@ -86,7 +86,7 @@ class Report(Result):
             )
         ]
         lines += [f"{title} of {name}: not measured, {why}" for (title, name), why in self.left_out.items()]
-        if took := sum(self.seconds.values()):
+        if (took := sum(self.seconds.values())) >= 1:  # what was kept is at hand at once
             lines.append(
                 f"{took:.0f} s: " + ", ".join(f"{title} {s:.0f}" for title, s in self.seconds.items() if s >= 1)
             )

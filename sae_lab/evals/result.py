@@ -76,9 +76,12 @@ class Result:
 
     def _repr_html_(self) -> str:
         head, *body = self._rows()
-        top = "".join(f"<th style='text-align:left'>{html.escape(cell)}</th>" for cell in head)
-        cells = "".join(
-            "<tr>" + "".join(f"<td style='text-align:left'>{html.escape(cell)}</td>" for cell in row) + "</tr>"
-            for row in body
-        )
-        return f"<table><tr>{top}</tr>{cells}</table><p>{html.escape(self._footer())}</p>"
+        cells = "".join(f"<tr>{_html_row('td', row)}</tr>" for row in body)
+        footer = "<br>".join(map(html.escape, self._footer().split("\n")))
+        return f"<table><tr>{_html_row('th', head)}</tr>{cells}</table><p>{footer}</p>"
+
+
+def _html_row(tag: str, row: tuple[str, ...]) -> str:
+    """Cells of a row; only the last, which has words, may break into lines."""
+    styles = ["text-align:left;white-space:nowrap"] * (len(row) - 1) + ["text-align:left"]
+    return "".join(f"<{tag} style='{s}'>{html.escape(cell)}</{tag}>" for s, cell in zip(styles, row, strict=True))
