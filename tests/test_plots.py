@@ -1,6 +1,7 @@
 """sl.plot: the figures show the numbers that the results hold, each once, under names that say what they are."""
 
 import io
+import math
 import re
 
 import numpy as np
@@ -10,6 +11,9 @@ from matplotlib.figure import Figure
 
 import sae_lab as sl
 from sae_lab.circuits import Edge, FeatureCircuit, Node, PatchGrid
+from sae_lab.evals.report import Report
+from sae_lab.evals.result import Figure as EvalFigure
+from sae_lab.evals.result import Result
 from sae_lab.plots.style import NEGATIVE, POSITIVE
 from sae_lab.sweeping import Sweep
 from sae_lab.types import Site
@@ -146,6 +150,39 @@ class Densities(sl.FeatureIndex):
     def __init__(self, counts, tokens):
         self.counts, self.tokens_seen, self.d_sae, self.site = np.array(counts), tokens, len(counts), Site("embed")
         self.density = self.counts / tokens
+
+
+class TwoNumbers(Result):
+    def figures(self):
+        return [EvalFigure("F1", 0.7, 0.05, 0.5), EvalFigure("undefined", math.nan), EvalFigure("bits", 400.0)]
+
+
+def test_any_result_of_an_eval():
+    figure = sl.plot(TwoNumbers())
+    f1, bits = drawn(figure)
+    assert [f1.get_ylabel(), bits.get_ylabel()] == ["F1", "bits"], "what is undefined has no row"
+    assert {x for x, _ in points(f1)} >= {0.7, 0.5} and f1.collections, "value, control, and an error bar"
+    assert {x for x, _ in points(bits)} == {400.0}
+
+
+def test_a_report_has_a_marker_a_coder():
+    found = {"a": ([EvalFigure("F1", 0.7)], [EvalFigure("F1", 0.6)]), "b": ([], [EvalFigure("dCE", 0.1, control=2.0)])}
+    figure = sl.plot(Report(("one", "two"), found, {}, {}, {}))
+    f1, dce = drawn(figure)
+    assert {x for x, _ in points(f1)} >= {0.7, 0.6} and {x for x, _ in points(dce)} == {0.1, 2.0}
+    (box,) = figure.legends
+    assert [text.get_text() for text in box.get_texts()] == ["one", "two"]
+    with pytest.raises(ValueError, match="this Report holds no number to draw"):
+        sl.plot(Report(("one",), {}, {}, {}, {}))
+
+
+def test_a_hill_curve():
+    result = sl.evals.hill([(4, 0.5), (8, 0.7), (16, 0.84)])
+    (axis,) = drawn(sl.plot(result))
+    lines = {line.get_label(): line for line in axis.lines}
+    assert near(sorted(lines["coders"].get_xydata().tolist()), [(1 / 16, 0.16), (1 / 8, 0.3), (1 / 4, 0.5)])
+    x, y = lines[f"Hill, n = {result.slope:.2f}"].get_data()
+    assert np.allclose(y, [result.lost_at(1 / s) for s in x])
 
 
 def test_the_density_of_features():

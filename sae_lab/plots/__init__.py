@@ -5,7 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 from sae_lab.circuits import Attribution, FeatureCircuit, PatchGrid
 from sae_lab.dosing import DoseResponse
+from sae_lab.evals.by_position import ByPosition, Hill
 from sae_lab.evals.choosing import L0Choice
+from sae_lab.evals.result import Result as Measured
 from sae_lab.feature_index import FeatureIndex, FeatureView
 from sae_lab.geometry import Circular, Clusters, Patterns
 from sae_lab.sweeping import Sweep
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
 
 Result = (
     Run | FeatureIndex | FeatureView | Sweep | L0Choice | DoseResponse | PatchGrid | Attribution | FeatureCircuit
-    | Clusters | Circular | Patterns
+    | Clusters | Circular | Patterns | Measured
 )  # fmt: skip
 
 
@@ -25,7 +27,8 @@ def plot(result: Result) -> "Figure":
     """Draw a result: a ``Run`` (its training curves), a ``FeatureIndex`` (how often features fire), a ``FeatureView``
     (its activations), a ``Sweep`` (its Pareto fronts), a ``DoseResponse`` (what steering buys and costs), a
     ``PatchGrid``, an ``Attribution`` (estimates against true effects), a ``FeatureCircuit`` (its graph), what
-    ``evals.choose_l0`` gave, or ``geometry``'s ``Clusters``, ``Circular`` and ``Patterns``.
+    ``evals.choose_l0`` gave, ``geometry``'s ``Clusters``, ``Circular`` and ``Patterns``; ``ByPosition`` and ``Hill`` as
+    curves; any other result of ``evals`` or ``explain``: each figure beside its control.
 
     ``sl.plot(result).savefig("figure.svg")`` keeps text as text and is the same file every time; ``.png`` has 200 dots
     an inch. The figure is matplotlib's: change it as you like before.
@@ -34,14 +37,15 @@ def plot(result: Result) -> "Figure":
     """
     import matplotlib
 
-    from sae_lab.plots import circuits, features, geometry, training
+    from sae_lab.plots import circuits, evals, features, geometry, training
     from sae_lab.plots.style import STYLE
 
     drawers: dict[type, Callable[[Any], Figure]] = {
         Run: training.run, FeatureIndex: features.density, FeatureView: features.feature, Sweep: training.sweep,
         L0Choice: training.l0_choice, DoseResponse: features.doses, PatchGrid: circuits.patches,
         Attribution: circuits.attribution, FeatureCircuit: circuits.graph, Clusters: geometry.clusters,
-        Circular: geometry.circular, Patterns: geometry.patterns,
+        Circular: geometry.circular, Patterns: geometry.patterns, ByPosition: evals.by_position, Hill: evals.hill,
+        Measured: evals.measures,
     }  # fmt: skip
     for kind, draw in drawers.items():
         if isinstance(result, kind):

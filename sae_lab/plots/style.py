@@ -62,12 +62,22 @@ def look(number: int) -> dict[str, Any]:
 
 def subplots(columns: int, height: float, width: float = 3.6) -> tuple[Picture, list[Axes]]:
     """A figure with a row of axes, ``width`` inches each. Not pyplot's: nothing global, a notebook shows it once."""
+    figure = _picture(width * columns, height)
+    return figure, list(figure.subplots(1, columns, squeeze=False)[0])
+
+
+def stacked(rows: int, height: float, width: float = 6.0) -> tuple[Picture, list[Axes]]:
+    """The same with a column of axes, ``height`` inches each."""
+    figure = _picture(width, height * rows)
+    return figure, list(figure.subplots(rows, 1, squeeze=False)[:, 0])
+
+
+def _picture(width: float, height: float) -> Picture:
     if "ipykernel" in sys.modules:  # a figure shows itself once pyplot has loaded the notebook's backend: now it does
         import matplotlib.pyplot
 
         matplotlib.pyplot.draw_if_interactive()
-    figure = Picture(figsize=(width * columns, height), layout="constrained")
-    return figure, list(figure.subplots(1, columns, squeeze=False)[0])
+    return Picture(figsize=(width, height), layout="constrained")
 
 
 def legend_beside(axis: Axes) -> None:
