@@ -28,7 +28,10 @@ def main() -> None:
     table = sl.evals.report(coders, lm, text)
     print(table)
     results = ROOT / "benchmarks" / "results" / "report.json"
-    kept = {"minutes of one coder": round(minutes, 1), "seconds": alone.seconds, "settings": table.settings}
+    kept = {"minutes of one coder": round(minutes, 1), "seconds": alone.seconds}
+    if sum(alone.seconds.values()) < 60 and results.exists():  # read from the cache: the time is an earlier run's
+        kept = {key: json.loads(results.read_text(encoding="utf-8"))[key] for key in kept}
+    kept["settings"] = table.settings
     figures = json.loads(table.to_pandas().to_json(orient="records"))
     results.write_text(json.dumps(kept | {"figures": figures}, indent=1) + "\n", encoding="utf-8")
     if "--readme" in sys.argv:
