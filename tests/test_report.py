@@ -91,7 +91,8 @@ def test_what_was_found_is_kept(table, made, tiny_lm, small_text):
     measured_again = {title for title, seconds in again.seconds.items() if seconds > 0}
     assert measured_again == {"codes", "monosemanticity"}  # of "mean", which has no answer to keep
     assert again.to_pandas().equals(table.to_pandas())
-    other = sl.evals.report(made["trained"], tiny_lm, small_text, evals=["description length"], tokens=2000, lm_tokens=400)
+    smaller = SMALL | {"tokens": 2000}
+    other = sl.evals.report(made["trained"], tiny_lm, small_text, evals=["description length"], **smaller)
     assert other.seconds["description length"] > 0
 
 
