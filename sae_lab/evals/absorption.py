@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sae_lab.evals.result import Figure, Result
+from sae_lab.evals.result import Figure, Result, mean_and_error
 from sae_lab.lm.model import LM
 from sae_lab.lm.tokens import encode_texts, pad
 from sae_lab.matching import match
@@ -386,14 +386,6 @@ def _result(
         letters=tuple(found),
         cases=tuple(cases),
     )
-
-
-def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """(mean, its standard error), NaN for none and for one."""
-    if not values:
-        return math.nan, math.nan
-    error = np.std(values, ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return float(np.mean(values)), float(error)
 
 
 # ---- where the truth is known

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sae_lab.evals.probe_sets import ProbeData, ReadSet, as_probe_sets, read_sets
-from sae_lab.evals.result import Figure, Result, number
+from sae_lab.evals.result import Figure, Result, mean_and_error, number
 from sae_lab.lm.model import LM
 from sae_lab.saes.base import SparseCoder
 from sae_lab.types import Site, TokenMask
@@ -68,12 +68,12 @@ class Probing(Result):
 
     def mean(self, probe: str, setting: int | str, what: str = "accuracy") -> tuple[float, float]:
         """(mean over datasets, its standard error over datasets: NaN for a single one)."""
-        return _mean(self.values(probe, setting, what))
+        return mean_and_error(self.values(probe, setting, what))
 
     def gain(self, other: str, setting: int | str, what: str = "accuracy") -> tuple[float, float]:
         """(mean of features less another probe, standard error): paired by dataset. "dense" has one setting only."""
         others = self.values(other, ALL if other == "dense" else setting, what)
-        return _mean(self.values("features", setting, what) - others)
+        return mean_and_error(self.values("features", setting, what) - others)
 
     @property
     def best(self) -> int | str:
@@ -385,11 +385,6 @@ def _enough(name: str, labels: np.ndarray, k: int) -> None:
 def _score(dataset: str, key: tuple[str, str], found: Fit, chance: list[Fit]) -> ProbeScore:
     accuracy, auroc = (float(np.mean([getattr(c, w) for c in chance] or [math.nan])) for w in ("accuracy", "auroc"))
     return ProbeScore(dataset, *key, found.inputs, found.accuracy, found.auroc, accuracy, auroc, found.penalty)
-
-
-def _mean(values: np.ndarray) -> tuple[float, float]:
-    error = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return float(values.mean()), float(error)
 
 
 def _text(value: float, error: float) -> str:

@@ -2,9 +2,12 @@
 
 import html
 import math
+from collections.abc import Sequence
 from dataclasses import fields
 from numbers import Number
 from typing import NamedTuple
+
+import numpy as np
 
 
 class Figure(NamedTuple):
@@ -41,6 +44,14 @@ def number(value: float, digits: int = 3) -> str:
     if math.isnan(value):
         return "undefined"
     return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.{digits}f}"
+
+
+def mean_and_error(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
+    """(mean, its standard error) of independent values; NaN for none, and the error NaN for one."""
+    if not len(values):
+        return math.nan, math.nan
+    error = np.std(values, ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return float(np.mean(values)), float(error)
 
 
 class Result:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from sae_lab.evals.result import Figure, Result
+from sae_lab.evals.result import Figure, Result, mean_and_error
 from sae_lab.explain import explainers
 from sae_lab.explain.asking import Asker, name_of
 from sae_lab.explain.contexts import Corpus
@@ -77,13 +77,13 @@ class ExplainedFeatures(Result):
     def minus_control(self, measure: str) -> tuple[float, float]:
         """(mean of score less control, standard error), paired by feature."""
         own, other = self.values(measure)
-        return _mean_and_error(own - other)
+        return mean_and_error(own - other)
 
     def figures(self) -> list[Figure]:
         found = []
         for measure in self.measures:
             own, other = self.values(measure)
-            value, error = _mean_and_error(own)
+            value, error = mean_and_error(own)
             unit = "Pearson correlation" if measure == "simulation" else "balanced accuracy"
             control = float(other.mean()) if len(other) else math.nan
             found.append(Figure(measure, value, error, control, "another's explanation", f"{unit}, mean over features",
@@ -126,14 +126,6 @@ def _flat(row: ScoredExplanation, measures: Sequence[str]) -> dict[str, Any]:
         flat |= {measure: getattr(row.score, measure), f"{measure}_control": getattr(row.control, measure)}
     flat |= {f"called firing: {kind}": share for kind, share in row.score.by_kind.items()}
     return flat | {"other": row.other, "unanswered": row.score.unanswered, "failure": row.failure}
-
-
-def _mean_and_error(values: np.ndarray) -> tuple[float, float]:
-    """(mean, standard error over features)."""
-    if not len(values):
-        return math.nan, math.nan
-    error = float(values.std(ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return float(values.mean()), error
 
 
 def _or_low(value: float) -> float:
