@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import sae_lab as sl
-from sae_lab.evals.by_position import by_position, difference_error, hill, ratio_error, read_and_reconstruct
+from sae_lab.evals.by_position import by_position, difference_error, hill, ratio_error
 from sae_lab.evals.contexts import clustered_error, spread_contexts
-from sae_lab.evals.reconstruction import reconstruction
+from sae_lab.evals.reconstruction import read_and_reconstruct, reconstruction
 from sae_lab.types import Site
 
 SITE = Site("resid_post", layer=1)

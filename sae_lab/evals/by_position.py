@@ -5,62 +5,21 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from sae_lab.evals.contexts import clustered_error, spread_contexts
-from sae_lab.evals.reconstruction import Reconstruction, _losses, _measure, _read, _reconstruct, _splice_site
+from sae_lab.evals.reconstruction import Measured, Reconstruction, _losses, _measure, read_and_reconstruct
 from sae_lab.evals.result import Figure, Result
 from sae_lab.lm.model import LM
-from sae_lab.lm.text import Context, Text
+from sae_lab.lm.text import Text
 from sae_lab.saes.base import SparseCoder
 from sae_lab.types import Site
 
 _SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1, 3 / 2, 2, 3)  # of the training context, where a bin ends
-
-
-class Measured(NamedTuple):
-    """Texts and what a coder makes of them; rows are the tokens of all contexts, one after another."""
-
-    site: Site  # where the reconstruction goes in
-    contexts: list[Context]
-    y: Tensor  # what is reconstructed there, "tokens d_out"
-    y_hat: Tensor
-    active: Tensor  # features on, of each token
-    kept: Tensor
-    mask: str
-
-    @property
-    def positions(self) -> Tensor:
-        return torch.cat([torch.arange(len(c.ids)) for c in self.contexts])
-
-    @property
-    def documents(self) -> Tensor:
-        return torch.tensor([d for c in self.contexts for d in c.documents])
-
-
-def read_and_reconstruct(
-    coder: SparseCoder, lm: LM, contexts: list[Context], site: Site | str | None = None
-) -> Measured:
-    """One pass to the coder's site, and its reconstruction there, in eval mode. ValueError where no token is kept."""
-    at, layer = _splice_site(coder, lm, site)
-    mask = coder.mask or lm.mask()
-    was_training = coder.training
-    coder.eval()
-    try:
-        acts, ids, kept = _read(lm, [*coder.reads, at], contexts, mask)
-        if not kept.any():
-            raise ValueError(f"the coder's mask leaves out every token ({mask}): evaluate with another mask or text")
-        if coder.meta.get("centred"):  # as in reconstruction: it knows nothing of the mean coordinate
-            acts[at] = acts[at] - acts[at].mean(-1, keepdim=True)
-        x = [acts[s] for s in coder.reads]
-        x_hat, active = _reconstruct(coder, x[0] if len(x) == 1 else torch.stack(x, 1), ids)
-    finally:
-        coder.train(was_training)
-    return Measured(at, contexts, acts[at], x_hat if layer is None else x_hat[:, layer], active, kept, str(mask))
 
 
 def ratio_error(top: Tensor, bottom: Tensor, clusters: Tensor) -> float:

@@ -11,8 +11,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae_lab.evals.by_position import Measured, ratio_error, read_and_reconstruct
+from sae_lab.evals.by_position import ratio_error
 from sae_lab.evals.contexts import clustered_error, spread_contexts
+from sae_lab.evals.reconstruction import Measured, read_and_reconstruct
 from sae_lab.evals.result import Figure, Result
 from sae_lab.lm.model import LM
 from sae_lab.lm.text import Text

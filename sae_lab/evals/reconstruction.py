@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
 from types import SimpleNamespace
-from typing import Any, no_type_check
+from typing import Any, NamedTuple, no_type_check
 
 import torch
 from jaxtyping import Float
@@ -125,29 +125,15 @@ def reconstruction(
         context: tokens the model sees at once; None is what the coder was trained with, else 128.
         site: of a crosscoder, which layer's reconstruction is spliced in and measured; None is the last.
     """
-    at, layer = _splice_site(coder, lm, site)
+    _splice_site(coder, lm, site)
     context = int(coder.meta.get("context") or 128) if context is None else context
     if tokens < 1:
         raise ValueError(f"tokens must be positive, got {tokens}")
     if not 2 <= context <= lm.max_length:
         raise ValueError(f"context must lie between 2 and the {lm.max_length} tokens this model reads, got {context}")
-    was_training = coder.training
-    coder.eval()
-    try:
-        contexts = spread_contexts(lm, text, tokens, context)
-        mask = coder.mask or lm.mask()
-        acts, ids, kept = _read(lm, [*coder.reads, at], contexts, mask)
-        if not kept.any():
-            raise ValueError(f"the coder's mask leaves out every token ({mask}): evaluate with another mask or text")
-        if coder.meta.get("centred"):  # it knows nothing of the mean coordinate, nor do the norms that read the stream
-            acts[at] = acts[at] - acts[at].mean(-1, keepdim=True)
-        x = [acts[s] for s in coder.reads]
-        x_hat, active = _reconstruct(coder, x[0] if len(x) == 1 else torch.stack(x, 1), ids)
-        x_hat = x_hat if layer is None else x_hat[:, layer]
-        measured = _measure(coder, acts[at], x_hat, active, kept)
-        losses, documents = _losses(lm, at, contexts, kept, x_hat, measured)
-    finally:
-        coder.train(was_training)
+    read = read_and_reconstruct(coder, lm, spread_contexts(lm, text, tokens, context), site)
+    measured = _measure(coder, read.y, read.y_hat, read.active, read.kept)
+    losses, documents = _losses(lm, read.site, read.contexts, read.kept, read.y_hat, measured)
     clean, spliced, mean, zero, pca = losses.double()
     d_coder, d_mean, d_zero, d_pca = (float((v - clean).mean()) for v in (spliced, mean, zero, pca))
     return Reconstruction(
@@ -167,13 +153,54 @@ def reconstruction(
         pca_fvu=measured["pca_fvu"],
         pca_ce_delta=d_pca,
         pca_ce_recovered=1 - d_pca / d_mean,
-        tokens=len(ids),
+        tokens=len(read.kept),
         documents=len(documents.unique()),
-        excluded=float((~kept).float().mean()),
-        mask=str(mask),
+        excluded=float((~read.kept).float().mean()),
+        mask=read.mask,
         token_deltas=spliced - clean,
         token_documents=documents,
     )
+
+
+class Measured(NamedTuple):
+    """Texts and what a coder makes of them; rows are the tokens of all contexts, one after another."""
+
+    site: Site  # where the reconstruction goes in
+    contexts: list[Context]
+    y: Tensor  # what is reconstructed there, "tokens d_out"
+    y_hat: Tensor
+    active: Tensor  # features on, of each token
+    kept: Tensor
+    mask: str
+
+    @property
+    def positions(self) -> Tensor:
+        return torch.cat([torch.arange(len(c.ids)) for c in self.contexts])
+
+    @property
+    def documents(self) -> Tensor:
+        return torch.tensor([d for c in self.contexts for d in c.documents])
+
+
+def read_and_reconstruct(
+    coder: SparseCoder, lm: LM, contexts: list[Context], site: Site | str | None = None
+) -> Measured:
+    """One pass to the coder's site, and its reconstruction there, in eval mode. ValueError where no token is kept."""
+    at, layer = _splice_site(coder, lm, site)
+    mask = coder.mask or lm.mask()
+    was_training = coder.training
+    coder.eval()
+    try:
+        acts, ids, kept = _read(lm, [*coder.reads, at], contexts, mask)
+        if not kept.any():
+            raise ValueError(f"the coder's mask leaves out every token ({mask}): evaluate with another mask or text")
+        if coder.meta.get("centred"):  # it knows nothing of the mean coordinate, nor do the norms that read the stream
+            acts[at] = acts[at] - acts[at].mean(-1, keepdim=True)
+        x = [acts[s] for s in coder.reads]
+        x_hat, active = _reconstruct(coder, x[0] if len(x) == 1 else torch.stack(x, 1), ids)
+    finally:
+        coder.train(was_training)
+    return Measured(at, contexts, acts[at], x_hat if layer is None else x_hat[:, layer], active, kept, str(mask))
 
 
 def _known(value: Any) -> float:
@@ -204,8 +231,11 @@ def _read(
     """All activations ``tokens d`` of each site, the token ids, and which of them are kept."""
     xs: dict[Site, list[Tensor]] = {s: [] for s in sites}
     ids, keeps = [], []
-    for context in contexts:  # alone, as it is spliced later: other shapes round otherwise, and identity must cost 0
-        batch = pad([context.ids])
+    # Alone, as each is spliced later: other shapes round otherwise, and the identity must cost 0. On a server that
+    # would be eight times the requests.
+    at_once = 8 if lm.remote else 1
+    for start in range(0, len(contexts), at_once):
+        batch = pad([c.ids for c in contexts[start : start + at_once]])
         acts, _ = lm.run(batch, list(xs), logits=False)
         acts = {s: x.cpu() for s, x in acts.items()}
         for s, x in acts.items():
