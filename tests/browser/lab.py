@@ -25,7 +25,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 from urllib.parse import quote, urlsplit
 
@@ -165,6 +165,24 @@ class Notebook:
             hover.hover()  # last: what resizes or scrolls moves the page from under the pointer
         part.screenshot(path=path, animations="disabled")
         self.page.set_viewport_size(before)
+
+
+def opening_times(notebook: Notebook, inspector: Locator, rows: Iterable[int]) -> list[float]:
+    """Milliseconds from a click on each of these rows of an inspector's list to the paint of what came back.
+
+    Between click and paint the page is not asked anything: on a notebook of some length a look by Playwright (the check
+    behind ``click()``, a poll of ``expect``) holds up the page's own thread for a tenth of a second.
+    """
+    times, listed = [], inspector.locator(".saelab-result")
+    for row in rows:
+        listed.nth(row).hover()
+        notebook.page.wait_for_timeout(200)
+        notebook.page.mouse.down()
+        notebook.page.mouse.up()
+        notebook.page.wait_for_timeout(400)
+        expect(inspector).to_have_attribute("data-feature", listed.nth(row).get_attribute("data-feature") or "")
+        times.append(float(inspector.get_attribute("data-open-ms") or "nan"))
+    return times
 
 
 @contextlib.contextmanager

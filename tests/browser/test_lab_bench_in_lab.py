@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from playwright.sync_api import Locator, expect
 
-from .lab import DARK, LIGHT, Notebook, fresh_copy, open_notebook, screenshots
+from .lab import DARK, LIGHT, Notebook, fresh_copy, open_notebook, opening_times, screenshots
 from .test_steering_in_lab import WATCH
 
 REPOSITORY = pathlib.Path(__file__).parents[2]
@@ -118,12 +118,7 @@ def test_find_steer_patch_and_copy(tmp_path: pathlib.Path, cache_folder: pathlib
                 notebook.screenshot(widget, folder / f"bench_{kind}_{name}.png")
 
         # How long it takes: from a click to the paint of what came back, and a text of 128 tokens.
-        times, rows = [], inspector.locator(".saelab-result")
-        for row in range(1, 21):
-            rows.nth(row).click()
-            expect(inspector).to_have_attribute("data-feature", rows.nth(row).get_attribute("data-feature") or "")
-            notebook.page.wait_for_timeout(80)
-            times.append(float(inspector.get_attribute("data-open-ms") or "nan"))
+        times = opening_times(notebook, inspector, range(1, 21))
         ids = "lm.tokenize(sl.load_text()[0][:2000]).ids[0, 1:128].tolist()"
         text = notebook.python(f"print(lm.tokenizer.decode({ids}))")
         inspector.get_by_role("textbox", name="Try a text").fill(text)

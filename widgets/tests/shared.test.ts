@@ -1,6 +1,6 @@
 import { describe, expect, it } from "vitest";
 import { integer, number, percent } from "../src/shared/format";
-import { tokenLabel, tokenNodes } from "../src/shared/tokens";
+import { tokenChip, tokenLabel, tokenNodes } from "../src/shared/tokens";
 
 const text = (nodes: Node[]) => nodes.map((node) => node.textContent).join("");
 
@@ -29,6 +29,14 @@ describe("tokens", () => {
   ])("%j is visible", (token, gap, dot) => {
     expect(text(tokenNodes(token, "gap"))).toBe(gap);
     expect(text(tokenNodes(token, "dot"))).toBe(dot);
+  });
+
+  it("a very long one on its own is cut between letters, and whole on hovering", () => {
+    const long = "👩".repeat(40);
+    expect(tokenChip(long).textContent).toBe("👩".repeat(31) + "…");
+    expect(tokenChip(long).title).toBe(long);
+    expect(tokenChip("x".repeat(32)).textContent).toBe("x".repeat(32));
+    expect(tokenChip("x").hasAttribute("title")).toBe(false);
   });
 
   it("labels stay on one line", () => expect(tokenLabel(" a\n")).toBe("“·a↵”"));

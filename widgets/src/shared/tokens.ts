@@ -8,6 +8,8 @@ const GLYPHS: Record<string, string> = { " ": "·", "\n": "↵", "\t": "⇥", "\
 const HIDDEN = "[\\u0000-\\u001f\\u007f-\\u00a0\\u00ad\\u200b-\\u200f\\u2028-\\u202e\\u2060-\\u2069\\ufeff]";
 const UNSEEN = new RegExp(`(^ +| {2,}| +$|${HIDDEN})`);
 
+const CHIP_LETTERS = 32;
+
 /** How a single leading space is shown: as a gap (running text) or as a dot (a token on its own). */
 export type LeadingSpace = "gap" | "dot";
 
@@ -41,9 +43,12 @@ function split(token: string): [string, boolean][] {
   return pieces.filter(([part]) => part !== "");
 }
 
-/** A token on its own, as in a list of top tokens. */
+/** A token on its own, as in a list of top tokens; of a very long one the beginning, the whole on hovering. */
 export function tokenChip(token: string): HTMLElement {
-  return h("span", { class: "saelab-chip" }, ...tokenNodes(token, "dot"));
+  const letters = [...token];
+  const long = letters.length > CHIP_LETTERS;
+  const shown = long ? `${letters.slice(0, CHIP_LETTERS - 1).join("")}…` : token;
+  return h("span", { class: "saelab-chip", title: long ? token : null }, ...tokenNodes(shown, "dot"));
 }
 
 function glyph(text: string): HTMLElement {
