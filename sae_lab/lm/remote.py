@@ -58,7 +58,8 @@ class Server:
     Args:
         host: its address; True: ``NDIF_HOST`` or the hosted NDIF. key: None: ``NDIF_API_KEY``. deadline: seconds.
 
-    Attributes: ``sent``, ``received``: bytes of requests and of results so far.
+    Attributes: ``asked``: the host as it was given; ``host``: its address; ``sent``, ``received``: bytes so far, of
+    requests and of results.
 
     Raises ValueError for an address without http(s), one from the environment that is neither the hosted NDIF nor on
     this machine, and a deadline that is no positive number.
@@ -66,6 +67,7 @@ class Server:
 
     def __init__(self, host: bool | str, key: str | None = None, deadline: float = 600.0):
         named = isinstance(host, str)
+        self.asked = host
         self.host: str = (host if isinstance(host, str) else os.environ.get("NDIF_HOST") or CONFIG.API.HOST).rstrip("/")
         url = urlsplit(self.host)
         if url.scheme not in ("http", "https") or not url.hostname:

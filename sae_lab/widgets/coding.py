@@ -19,10 +19,10 @@ def name_of(thing: Any, otherwise: str) -> str:
 
 def lm_line(lm: LM, name: str = "lm") -> str:
     """How to get the model again; a remark where nothing names it."""
-    if lm.id == bundled.HUB_ID and not lm.remote:
+    if lm._server is not None:
+        return f"{name} = sl.LM({lm.id!r}, remote={lm._server.asked!r})"
+    if lm.id == bundled.HUB_ID:
         return f"{name} = sl.LM()"
-    if lm.remote:
-        return f"{name} = sl.LM({lm.id!r}, remote=True)"
     if "/" not in lm.id and not Path(lm.id).exists():  # the class of a model that was handed over
         return f"# {name}: your {lm.id}, {name} = sl.LM(module, tokenizer=...)"
     return f"{name} = sl.LM({lm.id!r})"

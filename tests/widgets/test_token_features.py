@@ -278,17 +278,6 @@ def test_a_click_does_not_wait_for_the_whole_model(panel, monkeypatch):
     assert set(ends.values()) == {"done"} and panel.detail["effects"] and panel.detail["position"] == 2
 
 
-def test_a_model_on_a_server(tiny_lm, sae, monkeypatch):
-    """Codes come from there, direct effects do not; nothing breaks."""
-    here = TokenFeatures(tiny_lm, sae, PROMPT, token=3)
-    monkeypatch.setattr(type(tiny_lm), "remote", True)
-    there = TokenFeatures(tiny_lm, sae, PROMPT, token=3)
-    assert [r["feature"] for r in there.detail["rows"]] == [r["feature"] for r in here.detail["rows"]]
-    assert not there.detail["effects"] and "needs the model on this machine" in there.detail["note"]
-    there.strip = "loss"
-    assert there.losses[1:] == pytest.approx(here._reading.losses()[1:].tolist(), rel=1e-3)
-
-
 def test_a_new_widget_leaves_the_session_as_it_is(tiny_lm, sae):
     session = sl.Session()
     first = TokenFeatures(tiny_lm, sae, PROMPT, token=2, session=session)
