@@ -196,3 +196,17 @@ def test_extremes():
     assert one.x.shape == (1, 1)
     rare = planted(n=5, d=4, l0=0.001, samples=100)
     assert rare.x.shape == (100, 4) and rare.l0 <= 0.1
+
+
+def test_a_product_world_has_one_value_of_every_attribute():
+    world = sl.worlds.product((3, 5), 16, samples=20_000, seed=2)
+    on = world.f > 0
+    torch.testing.assert_close(world.x, world.f @ world.dictionary)
+    assert (on[:, :3].sum(1) == 1).all() and (on[:, 3:].sum(1) == 1).all() and world.l0 == 2
+    assert (abs(rates(world) - world.labels["probability"]) < error(world.labels["probability"], 20_000)).all()
+    # Independent: a combination is as frequent as its two values say.
+    assert abs(float((on[:, 0] & on[:, 3]).float().mean()) - 1 / 15) < float(error(torch.tensor(1 / 15), 20_000))
+    assert world.labels["attribute"].tolist() == [0, 0, 0, 1, 1, 1, 1, 1] and "3 × 5" in repr(world)
+    for values in ((8,), (8, 1)):
+        with pytest.raises(ValueError, match="values must be two numbers or more"):
+            sl.worlds.product(values)

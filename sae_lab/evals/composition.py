@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sae_lab.evals.result import Figure, Result
@@ -57,8 +57,8 @@ def composition(sae: SparseCoder, world: World) -> Composition:
     For a unit row w: R₁ = max_i cos(w, dᵢ)₊², R₂ = max_{i<j} of the squared length of w's projection on the plane of dᵢ
     and dⱼ, over pairs whose coefficients are both positive and the smaller at least ⅓ of the larger. ``single``: R₁ is
     at least .8; ``composed``: it is not, but R₂ is. (d₁ + d₂ at right angles: R₁ = .5, R₂ = 1.) Which features go
-    together is the world's ``labels["group"]``. Control: as many random rows; and, for the pairs, how many of all pairs
-    share a group.
+    together is the world's ``labels["group"]`` or, of ``worlds.product``, ``labels["attribute"]``. Control: as many
+    random rows; and, for the pairs, how many of all pairs go together.
 
     ValueError for a world of another width or of one feature.
     """
@@ -73,8 +73,7 @@ def composition(sae: SparseCoder, world: World) -> Composition:
     draw = np.random.default_rng(np.random.SeedSequence([_TAG]))
     random = torch.from_numpy(draw.standard_normal((len(one), W_dec.shape[1]), dtype=np.float32))
     by_chance = explained(random, world.dictionary)
-    group = world.labels["group"]
-    same = (group[:, None] == group) & (group >= 0)[:, None]
+    same = go_together(world)
     n, share = len(one), float(composed.float().mean())
     together = same[pair[composed][:, 0], pair[composed][:, 1]].float()
     return Composition(
@@ -84,13 +83,22 @@ def composition(sae: SparseCoder, world: World) -> Composition:
         single=float((one >= EXPLAINED).float().mean()),
         neither=float(((one < EXPLAINED) & (two < EXPLAINED)).float().mean()),
         grouped=float(together.mean()) if len(together) else math.nan,
-        grouped_chance=float(same.triu(1).sum()) / (len(group) * (len(group) - 1) / 2),
+        grouped_chance=float(same.triu(1).sum()) / math.comb(len(same), 2),
         rows=n,
         dead=int((~live).sum()),
         one=one,
         two=two,
         pair=pair,
     )
+
+
+def go_together(world: World) -> Bool[Tensor, "n n"]:
+    """Which features fire together: those of a group, or values of different attributes."""
+    if "attribute" in world.labels:
+        attribute = world.labels["attribute"]
+        return attribute[:, None] != attribute
+    group = world.labels["group"]
+    return (group[:, None] == group) & (group >= 0)[:, None]
 
 
 def explained(

@@ -39,7 +39,7 @@ class World:
         labels: facts about every feature, each of length n: "probability" (with which it fires), "parent" (the feature
             without which it never fires; -1: none), "group" (number of the group it fires together with; -1: none).
         l0: features active per row, the mean over these very samples.
-        settings: what ``planted`` was called with.
+        settings: what ``planted`` or ``product`` was called with.
     """
 
     x: Float[Tensor, "samples d"]
@@ -62,6 +62,9 @@ class World:
 
     def __repr__(self) -> str:
         s = self.settings
+        if "values" in s:
+            attributes = " × ".join(map(str, s["values"]))
+            return f"World(attributes {attributes} in {s['d']} dimensions; {len(self.x):,} samples, seed {s['seed']})"
         parts = [f"{len(self.dictionary)} features in {self.x.shape[1]} dimensions", f"{s['law']} law"]
         parts += [f"exponent {s['exponent']}"] if s["law"] == "zipf" else []
         parts += [f"groups of {s['group']} at correlation {s['correlation']}"] if s["correlation"] else []
@@ -121,6 +124,40 @@ def planted(
         "group": torch.from_numpy(groups),
     }
     return World(x, codes, dictionary, labels, len(codes.values) / samples, settings)
+
+
+def product(values: tuple[int, ...] = (8, 8), d: int = 64, *, samples: int = 200_000, seed: int = 0) -> World:
+    """Things with attributes, such as coloured shapes: in each row every attribute has one of its values, all equally
+    likely and independent of the other attributes. x = Σ_a f_a·d_(a, v_a), sizes f and directions as in ``planted``.
+
+    The truth is Σ values features of which as many fire as there are attributes; a coder that may use one feature a row
+    has to learn combinations, of which there are Π values (after "Sparse autoencoders find composed features in small
+    toy models", Anders et al. 2024, LessWrong).
+
+    Args: values: of each attribute, how many. labels["attribute"] says whose value a feature is.
+
+    Raises ValueError for fewer than two attributes, or one with a single value.
+    """
+    if len(values) < 2 or min(values) < 2:
+        raise ValueError(f"values must be two numbers or more, each at least 2, got {values}: try (8, 8)")
+    n = sum(values)
+    settings = {"values": tuple(values), "d": d, "samples": samples, "seed": seed}
+    _check(n=n, d=d, l0=len(values), law="uniform", correlation=0.0, group=2, hierarchy=0, noise=0.0, samples=samples,
+           exponent=0.0, seed=seed)  # fmt: skip
+    streams = [np.random.default_rng(s) for s in np.random.SeedSequence([TAG, seed, len(values)]).spawn(3)]
+    dictionary = torch.from_numpy(streams[0].standard_normal((n, d), dtype=np.float32))
+    dictionary = torch.nn.functional.normalize(dictionary, dim=1)
+    starts = np.cumsum([0, *values[:-1]])
+    features = starts + streams[1].integers(0, values, (samples, len(values)))
+    sizes = streams[2].uniform(*MAGNITUDES, features.shape).astype(np.float32)
+    offsets = torch.arange(0, samples * len(values) + 1, len(values))
+    codes = Codes(torch.from_numpy(sizes.ravel()), torch.from_numpy(features.ravel()), offsets, n)
+    none = torch.full((n,), -1)
+    labels = {
+        "probability": torch.tensor([1 / v for v in values for _ in range(v)]), "parent": none, "group": none,
+        "attribute": torch.arange(len(values)).repeat_interleave(torch.tensor(values)),
+    }  # fmt: skip
+    return World(_mix(codes, dictionary), codes, dictionary, labels, float(len(values)), settings)
 
 
 def _check(**s: Any) -> None:
