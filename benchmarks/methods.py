@@ -302,7 +302,7 @@ def geometry() -> dict[str, Any]:
     contexts = torch.from_numpy(store().contexts(rows))
     return found | {
         "decoder rows": sl.geometry.clusters(sl.load(LAYER_8)),
-        "patterns": sl.geometry.patterns(codes, contexts, looked=40),
+        "patterns": sl.geometry.patterns(codes, contexts, looked=80),
     }
 
 

@@ -9,20 +9,11 @@ from torch.nn.functional import normalize
 import sae_lab as sl
 from sae_lab.evals.consistency import _derange, consistency, correlation, paired_sums, transfer
 from sae_lab.saes import sparse
+from tests.test_cones import knows
 
 
 def noise(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def knows(rows, b_enc=-0.4):
-    """An eval-mode ReLU coder that reads and writes these directions."""
-    made = sl.L1(rows.shape[1], len(rows), sparsity=1.0).eval()
-    with torch.no_grad():
-        made.W_dec.copy_(rows)
-        made.W_enc.copy_(rows.T)
-        made.b_enc.fill_(b_enc)
-    return made
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +44,7 @@ def test_nothing_stays_in_a_derangement():
 
 def test_a_permuted_copy_is_consistent_and_random_rows_are_not(world):
     order = torch.randperm(48, generator=torch.Generator().manual_seed(0))
-    a, b = knows(world.dictionary), knows(world.dictionary[order])
+    a, b = knows(world.dictionary, -0.4), knows(world.dictionary[order], -0.4)
     [pair] = consistency(a, b, x=world.x).pairs
     assert pair.stability == pytest.approx(1) and pair.shared == 1 and pair.agreement == pytest.approx(1, abs=1e-5)
     assert pair.agreement_se < 1e-4 and pair.compared == pair.pairs == 48
@@ -71,7 +62,7 @@ def test_a_permuted_copy_is_consistent_and_random_rows_are_not(world):
 
 
 def test_equal_decoders_with_other_encoders_disagree(world):
-    a, b = knows(world.dictionary), knows(world.dictionary)
+    a, b = knows(world.dictionary, -0.4), knows(world.dictionary, -0.4)
     with torch.no_grad():
         b.W_enc.copy_(b.W_enc[:, torch.arange(48).roll(1)])
     [pair] = consistency(a, b, x=world.x).pairs

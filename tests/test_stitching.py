@@ -8,17 +8,9 @@ from torch.nn.functional import normalize
 
 import sae_lab as sl
 from sae_lab.evals.stitching import stitching
+from tests.test_cones import knows
 
 EYE = torch.eye(6)
-
-
-def knows(rows, seed=0):
-    """An eval-mode ReLU coder that reads and writes these orthogonal directions."""
-    made = sl.L1(rows.shape[1], len(rows), sparsity=1.0, seed=seed).eval()
-    with torch.no_grad():
-        made.W_dec.copy_(rows)
-        made.W_enc.copy_(rows.T)
-    return made
 
 
 def noise(*shape, seed=0):

@@ -230,7 +230,8 @@ def _fvu_rise(error: Tensor, variance: Tensor, inside: Tensor, beyond: Tensor, o
 class Hill(Result):
     """Result of ``sl.evals.hill``. ``half_l0``: the L0 at which half of the loss is recovered; ``slope``: Hill's n.
 
-    ``rmse``: of the fit, in units of lost = 1 − recovered; ``line_rmse``: of a straight line, the control.
+    Both and their errors are NaN where the points do not tell them. ``rmse``: of the fit, of lost = 1 − recovered;
+    ``line_rmse``: of a straight line, the control.
     """
 
     half_l0: float
@@ -267,7 +268,7 @@ def hill(results: Sequence[Reconstruction | tuple[Any, Any]]) -> Hill:
     points about the curve being their error. Control: a straight line in 1/L0, which has as many parameters.
 
     Args: results: of ``sl.evals.reconstruction`` on the same text, or pairs (L0, CE recovered): three at least. Where
-            they do not tell the parameters, errors are NaN.
+            they do not tell the parameters (all recover alike), these and their errors are NaN.
 
     Raises ValueError for fewer, for equal L0, and for an L0 of 0.
     """
@@ -277,8 +278,9 @@ def hill(results: Sequence[Reconstruction | tuple[Any, Any]]) -> Hill:
     l0, recovered = (np.array(column, float) for column in zip(*points, strict=True)) if points else (np.zeros(0),) * 2
     if len(np.unique(l0)) < 3:
         raise ValueError(f"a Hill curve needs coders of three different L0 at least, got {len(np.unique(l0))}")
-    if l0.min() <= 0 or not np.isfinite(recovered).all():
-        raise ValueError(f"a Hill curve needs L0 above 0 and numbers for CE recovered, got {points[0]}: leave it out")
+    if (bad := ~((l0 > 0) & np.isfinite(recovered))).any():
+        wrong = points[int(bad.argmax())]
+        raise ValueError(f"a Hill curve needs L0 above 0 and numbers for CE recovered, got {wrong}: leave it out")
     s, lost = 1 / l0, 1 - recovered
     odds = np.log(np.clip(lost, 1e-4, 1 - 1e-4) / (1 - np.clip(lost, 1e-4, 1 - 1e-4)))
     slope, offset = np.polyfit(np.log(s), odds, 1)  # log odds = n·(log s − log h): a start from which it converges
@@ -288,12 +290,13 @@ def hill(results: Sequence[Reconstruction | tuple[Any, Any]]) -> Hill:
         (log_h, n), covariance = curve_fit(_hill, s, lost, p0=start, maxfev=20_000)
     errors = np.sqrt(np.diag(covariance))
     errors[~np.isfinite(errors)] = math.nan
+    told = bool(np.isfinite(errors).all())  # else any flat curve fits, and its L0 at half is where the search stopped
     line = np.polyval(np.polyfit(s, lost, 1), s)
     return Hill(
-        half_l0=math.exp(-log_h),
-        half_l0_se=math.exp(-log_h) * float(errors[0]),
-        slope=float(n),
-        slope_se=float(errors[1]),
+        half_l0=math.exp(-log_h) if told else math.nan,
+        half_l0_se=math.exp(-log_h) * float(errors[0]) if told else math.nan,
+        slope=float(n) if told else math.nan,
+        slope_se=float(errors[1]) if told else math.nan,
         rmse=float(np.sqrt(np.mean((_hill(s, log_h, n) - lost) ** 2))),
         line_rmse=float(np.sqrt(np.mean((line - lost) ** 2))),
         l0=tuple(l0.tolist()),

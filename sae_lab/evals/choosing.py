@@ -120,7 +120,7 @@ def choose_l0(
         x: activations ``rows d_in`` (used evenly over their length), or a Store (of which the rows that no batch held).
         tokens: how many rows at most.
 
-    Raises ValueError for coders that cannot be compared, and for an x of another width.
+    Raises ValueError for coders that cannot be compared, decoders of zeros among them, and for an x of another width.
     """
     coders = _check(list(coders), n)
     x = _sample(x, tokens)
@@ -194,6 +194,10 @@ def _check(coders: list[SparseCoder], n: int | None) -> list[SparseCoder]:
             raise ValueError(f"choose_l0 needs coders in eval mode, got {_name(coder)} in training: call sae.eval()")
         if getattr(coder, "transcodes", False):
             raise ValueError(f"choose_l0 needs coders that reconstruct what they read, {_name(coder)} does not")
+        if int(coder.W_dec.detach().flatten(1).any(1).sum()) < 2:  # c_dec would be 0, the least there is
+            raise ValueError(
+                f"choose_l0 compares decoder rows: fewer than two of {_name(coder)} are not zero, leave it out"
+            )
     d_sae = widths[0][1]
     if d_sae < 2:
         raise ValueError(f"choose_l0 compares decoder rows: d_sae must be at least 2, got {d_sae}")

@@ -60,7 +60,7 @@ def composition(sae: SparseCoder, world: World) -> Composition:
     together is the world's ``labels["group"]`` or, of ``worlds.product``, ``labels["attribute"]``. Control: as many
     random rows; and, for the pairs, how many of all pairs go together.
 
-    ValueError for a world of another width or of one feature.
+    ValueError for a world of another width or of one feature, and for a decoder of zeros.
     """
     if sae.d_out != world.dictionary.shape[1]:
         raise ValueError(f"the coder writes d_out={sae.d_out}, the world has width {world.dictionary.shape[1]}")
@@ -68,6 +68,8 @@ def composition(sae: SparseCoder, world: World) -> Composition:
         raise ValueError("composition needs a world of two features at least, got one")
     W_dec = sae.W_dec.detach().float().cpu()
     live = (sae.f_scale > 0).cpu() if bool((sae.f_scale > 0).any()) else W_dec.norm(dim=1) > 0
+    if not bool(live.any()):
+        raise ValueError(f"composition needs a decoder row that is not zero, all {len(live)} are: leave it out")
     one, two, pair = explained(W_dec[live], world.dictionary)
     composed = (one < EXPLAINED) & (two >= EXPLAINED)
     draw = np.random.default_rng(np.random.SeedSequence([_TAG]))

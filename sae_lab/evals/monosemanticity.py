@@ -106,7 +106,8 @@ def monosemanticity(
     score = torch.where(fired >= least, scores(codes, E), torch.nan)
     live = score.isfinite()
     if not bool(live.any()):
-        raise ValueError(f"no feature fires on {least} of these {len(rows.x)} rows: give more tokens, or lower least")
+        of = f"{least} of these {len(rows.x)} rows" + (" and varies" if bool((fired >= least).any()) else "")
+        raise ValueError(f"no feature fires on {of}: give more tokens, or lower least")
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(E), generator=generator)
     flat = rows.x.flatten(1)

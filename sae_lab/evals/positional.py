@@ -202,8 +202,9 @@ def _result(tally: _Tally, edges: Int[np.ndarray, " bins"], min_firings: int, ma
     r2, control = (variance_by_bin(tally.sums[i], tally.counts[i], tally.squares) for i in (0, 1))
     counted = (tally.firings >= min_firings) & r2.isfinite()
     if not counted.any():
+        varies = " and varies" if (tally.firings >= min_firings).any() else ""
         raise ValueError(
-            f"no feature fires on min_firings={min_firings} of {tally.tokens:,} tokens: read more, or lower it"
+            f"no feature fires on min_firings={min_firings} of {tally.tokens:,} tokens{varies}: read more, or lower it"
         )
     a, b = r2[counted], control[counted]
     order = torch.where(counted, r2, -1.0).argsort(descending=True)[: min(10, int(counted.sum()))]

@@ -22,7 +22,8 @@ from sae_lab.types import Codes, Site, TokenBatch, TokenMask, Write
 class Reconstruction:
     """Result of ``sl.evals.reconstruction``; see DEFINITIONS in its rows.
 
-    Losses are nats/token; ``ce_recovered`` is 1 for the identity and 0 for mean ablation.
+    Losses are nats/token; ``ce_recovered`` is 1 for the identity and 0 for mean ablation; NaN where ablation changes no
+    loss.
     """
 
     l0: float
@@ -145,14 +146,14 @@ def reconstruction(
         ce_clean=float(clean.mean()),
         ce_delta=d_coder,
         ce_delta_se=clustered_error(spliced - clean, documents),
-        ce_recovered=1 - d_coder / d_mean,
-        ce_recovered_zero=1 - d_coder / d_zero,
+        ce_recovered=_recovered(d_coder, d_mean),
+        ce_recovered_zero=_recovered(d_coder, d_zero),
         ce_delta_mean_ablation=d_mean,
         ce_delta_zero_ablation=d_zero,
         pca_rank=measured["rank"],
         pca_fvu=measured["pca_fvu"],
         pca_ce_delta=d_pca,
-        pca_ce_recovered=1 - d_pca / d_mean,
+        pca_ce_recovered=_recovered(d_pca, d_mean),
         tokens=len(read.kept),
         documents=len(documents.unique()),
         excluded=float((~read.kept).float().mean()),
@@ -201,6 +202,11 @@ def read_and_reconstruct(
     finally:
         coder.train(was_training)
     return Measured(at, contexts, acts[at], x_hat if layer is None else x_hat[:, layer], active, kept, str(mask))
+
+
+def _recovered(cost: float, ablated: float) -> float:
+    """1 − cost/ablated; NaN where ablation costs nothing, as where no kept token stands before a predicted one."""
+    return 1 - cost / ablated if ablated else float("nan")
 
 
 def _known(value: Any) -> float:

@@ -66,8 +66,9 @@ class LensShape(Result):
     """Result of ``lens_shape``: one entry a feature, in the order of ``features``.
 
     Attributes:
-        promoted: the k tokens with the largest logits. kurtosis (excess), skew: of the logits over the vocabulary; both
-            0 for a bell. random_kurtosis, random_skew: of random directions, the control.
+        promoted: the k tokens with the largest logits; none for a row of zeros. kurtosis (excess), skew: of the logits
+            over the vocabulary; both 0 for a bell, NaN for zeros. random_kurtosis, random_skew: of random directions,
+            the control.
         words: the word of each feature, "" where none was given; ``hits``: whether it is among ``promoted``, case and
             spaces ignored; ``random_hits``: share of random directions that promote it.
         input_hits: whether it is among the k tokens whose embeddings the encoder reads most; empty where the coder is
@@ -162,15 +163,19 @@ def lens_shape(
     random_shapes, random_ids = _lens_of(lm, random, site, k)
     named = ["" if words is None else words.get(f, "").strip() for f in chosen]
     read_ids, random_read_ids = _read_tokens(sae, lm, chosen, named, k, seed)
+    mute, deaf = (~rows[chosen].any(1).cpu() for rows in (sae.W_dec.detach(), sae.W_enc.detach().T))
     return LensShape(
         features=tuple(chosen),
-        promoted=tuple(tuple(lm.vocabulary[i] for i in row) for row in promoted.tolist()),
+        promoted=tuple(
+            () if none else tuple(lm.vocabulary[i] for i in row)
+            for row, none in zip(promoted.tolist(), mute.tolist(), strict=True)
+        ),
         kurtosis=tuple(shapes[:, 0].tolist()),
         skew=tuple(shapes[:, 1].tolist()),
         words=tuple(named),
-        hits=_hits(lm, promoted, named),
+        hits=_hits(lm, promoted, named, mute),
         random_hits=_share_with(lm, random_ids, named),
-        input_hits=() if read_ids is None else _hits(lm, read_ids, named),
+        input_hits=() if read_ids is None else _hits(lm, read_ids, named, deaf),
         random_input_hits=() if random_read_ids is None else _share_with(lm, random_read_ids, named),
         random_kurtosis=random_shapes[:, 0],
         random_skew=random_shapes[:, 1],
@@ -216,8 +221,10 @@ def _read_tokens(
     return read, by_chance
 
 
-def _hits(lm: LM, ids: Tensor, words: Sequence[str]) -> tuple[bool, ...]:
-    return tuple(bool(word) and word.lower() in _plain(lm, row) for row, word in zip(ids.tolist(), words, strict=True))
+def _hits(lm: LM, ids: Tensor, words: Sequence[str], zeros: Tensor) -> tuple[bool, ...]:
+    """zeros: rows without a direction, whose top tokens are the first of a tie."""
+    rows = zip(ids.tolist(), words, zeros.tolist(), strict=True)
+    return tuple(bool(word) and not none and word.lower() in _plain(lm, row) for row, word, none in rows)
 
 
 def _share_with(lm: LM, ids: Tensor, words: Sequence[str]) -> tuple[float, ...]:

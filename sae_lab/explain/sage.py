@@ -16,6 +16,7 @@ import numpy as np
 
 from sae_lab.evals.result import Figure, Result
 from sae_lab.explain.prompts import Example, Source, check_coder, random_examples, strongest_activations, top_examples
+from sae_lab.explain.scoring import pearson
 from sae_lab.lm.model import LM
 from sae_lab.saes.base import SparseCoder
 
@@ -348,11 +349,6 @@ def numbers_of(answer: str, n: int) -> list[float] | None:
         return None
     middle = float(np.mean(list(found.values())))
     return [found.get(i, middle) for i in range(1, n + 1)]
-
-
-def pearson(a: np.ndarray, b: np.ndarray) -> float:
-    """Pearson's r; 0 where one of them is constant, which predicts nothing."""
-    return float(np.corrcoef(a, b)[0, 1]) if np.ptp(a) > 0 and np.ptp(b) > 0 else 0.0
 
 
 def _unquoted(text: str) -> str:

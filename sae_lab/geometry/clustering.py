@@ -167,8 +167,8 @@ def _norms(rows: Any) -> np.ndarray:
 
 def _unit(rows: Any) -> Any:
     norms = _norms(rows)
-    if not hasattr(rows, "nnz"):
-        return rows / norms[:, None]
+    if not hasattr(rows, "nnz"):  # shuffled coordinates of rows that are mostly zero can leave a row of zeros
+        return rows / np.where(norms > 0, norms, 1)[:, None]
     from scipy import sparse
 
     return sparse.csr_matrix(sparse.diags(1 / norms) @ rows)

@@ -95,6 +95,11 @@ def patterns(
     spread = _spread(by_feature)
     live = np.flatnonzero(spread)
     most = min(len(live), n) - 1
+    if most < 1:
+        raise ValueError(
+            f"patterns are of features that vary over contexts, two of each at least: got {len(live)} that vary and "
+            f"{n} contexts"
+        )
     if not isinstance(looked, int) or not 1 <= looked <= most:
         raise ValueError(
             f"looked must be an integer from 1 to {most}, one less than the {len(live)} features that vary and the {n} "

@@ -14,7 +14,6 @@ from sae_lab.explain.sage import (
     design_of,
     lines_of,
     numbers_of,
-    pearson,
     sage_explain,
     verdict_of,
 )
@@ -150,12 +149,6 @@ def test_agreement_by_hand():
     assert Hypothesis("x", "open", trials).right == 2
     assert Hypothesis("x", "open", trials).agreement == pytest.approx(2 / 3)
     assert math.isnan(Hypothesis("x").agreement)
-
-
-def test_pearson_by_hand():
-    assert pearson(np.array([1.0, 2.0, 3.0]), np.array([2.0, 4.0, 6.0])) == pytest.approx(1)
-    assert pearson(np.array([1.0, 2.0, 3.0]), np.array([1.0, 0.0, 1.0])) == pytest.approx(0)
-    assert pearson(np.ones(3), np.arange(3)) == 0
 
 
 @pytest.mark.parametrize(
