@@ -65,8 +65,8 @@ def index() -> Any:
 
 @cache
 def words() -> dict[int, str]:
-    """Features of layer 8 that fire on one word, of 400 of middling density."""
-    found = sl.explain.token_features(sl.load(LAYER_8), lm(), index(), index().order("density")[400:800].tolist())
+    """Features of layer 8 whose top contexts peak on one word, which has three letters or more."""
+    found = sl.explain.token_features(sl.load(LAYER_8), lm(), index())
     return {feature: word for feature, word in found.items() if len(word) > 2}
 
 

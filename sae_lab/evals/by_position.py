@@ -287,7 +287,10 @@ def hill(results: Sequence[Reconstruction | tuple[Any, Any]]) -> Hill:
     start = (-offset / slope, slope) if slope > 0.05 else (float(np.log(s).max()) + 1, 1.0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", OptimizeWarning)  # that there is no covariance is said by errors of NaN
-        (log_h, n), covariance = curve_fit(_hill, s, lost, p0=start, maxfev=20_000)
+        try:
+            (log_h, n), covariance = curve_fit(_hill, s, lost, p0=start, maxfev=20_000)
+        except RuntimeError:  # the search does not end
+            (log_h, n), covariance = (math.nan, math.nan), np.full((2, 2), math.nan)
     errors = np.sqrt(np.diag(covariance))
     errors[~np.isfinite(errors)] = math.nan
     told = bool(np.isfinite(errors).all())  # else any flat curve fits, and its L0 at half is where the search stopped

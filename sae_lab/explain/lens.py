@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae_lab.evals.result import Figure, Result
+from sae_lab.evals.result import Figure, Result, mean_and_error
 from sae_lab.explain.prompts import Source, check_coder, check_features, codes_of, top_examples
 from sae_lab.explain.selfexplain import (
     MEANING,
@@ -101,11 +101,12 @@ class LensShape(Result):
 
     def figures(self) -> list[Figure]:
         sharp = np.array(self.kurtosis) > self.noise
+        kurtosis, skew = (mean_and_error([v for v in of if not math.isnan(v)])[0] for of in (self.kurtosis, self.skew))
         words = sum(map(bool, self.words))
         found = [
-            Figure("kurtosis", float(np.mean(self.kurtosis)), control=float(self.random_kurtosis.mean()),
+            Figure("kurtosis", kurtosis, control=float(self.random_kurtosis.mean()),
                    control_name="random directions", meaning="excess, mean over features", best="high"),
-            Figure("skew", float(np.mean(self.skew)), control=float(self.random_skew.mean()),
+            Figure("skew", skew, control=float(self.random_skew.mean()),
                    control_name="random directions", meaning="mean over features"),
             Figure("sharper than noise", float(sharp.mean()), control=0.01, control_name="by definition",
                    meaning=f"share of features with kurtosis > {self.noise:.2f}", best="high"),

@@ -67,7 +67,8 @@ class Clusters(Result):
 
     def figures(self) -> list[Figure]:
         first = self.controls[0]
-        most = max((c.largest for c in self.controls if not math.isnan(c.largest)), default=math.nan)
+        most = max((c.largest for c in self.controls if not math.isnan(c.largest)), default=None)
+        tight = "no control has a cluster" if most is None else f"mean cosine above {most:.3f}, the most in any control"
         return [
             Figure("clusters", self.n, control=first.clusters, control_name=first.name, digits=0,
                    meaning="density-based: more of them is no finding"),
@@ -75,7 +76,7 @@ class Clusters(Result):
             Figure("cosine within", self.cosine, control=first.cosine, control_name=first.name,
                    meaning="median over clusters of the mean"),
             Figure("tight clusters", self.tight, control=self.tight_by_chance, control_name="by chance", digits=1,
-                   meaning=f"mean cosine above {most:.3f}, the most in any control"),
+                   meaning=tight),
         ]  # fmt: skip
 
     def _footer(self) -> str:
