@@ -10,7 +10,7 @@ REMOTE := notebooks/07_remote.ipynb
 FIRST := notebooks/00_quickstart.ipynb notebooks/11_explain.ipynb
 NBVAL := $(BIN)/python -m pytest --nbval --nbval-current-env --nbval-cell-timeout=900 -p no:cacheprovider -o addopts=""
 
-.PHONY: demo lab test lint bench readme zoo report widgets clean
+.PHONY: demo lab test lint bench readme zoo report methods widgets clean
 
 .venv/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -60,6 +60,9 @@ zoo: .venv/.ready
 
 report: .venv/.ready
 	$(BIN)/python benchmarks/report.py --readme
+
+methods: .venv/.ready
+	$(BIN)/python benchmarks/methods.py
 
 bench: .venv/.peers
 	$(BIN)/python benchmarks/first_numbers.py

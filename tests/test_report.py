@@ -58,9 +58,10 @@ def test_baselines_refuse():
 
 
 def test_every_coder_gets_the_score_it_deserves(table):
-    recovered = {name: table.value("CE recovered", name) for name in table.names}
-    assert recovered["identity"].value == 1 and table.value("FVU", "identity").value == 0
-    assert table.value("dCE", "identity").value == 0
+    assert table.value("dCE", "identity").value == table.value("FVU", "identity").value == 0
+    # A random model loses nothing by mean ablation: no share of that is given (where it does: test_evals, notebook 09).
+    recovered = table.value("CE recovered", "identity")
+    assert math.isnan(recovered.value) and math.isnan(recovered.control) and "below 0.1" in recovered.meaning
     # Its mean is that of other tokens than the evaluation's: 1.009 of the variance on the bundled model.
     assert table.value("FVU", "mean").value == pytest.approx(1, abs=0.1)
     assert table.value("FVU", "trained").value < table.value("FVU", "random").value < table.value("FVU", "mean").value

@@ -12,14 +12,12 @@ from typing import Any
 
 from sae_lab import cache
 from sae_lab.evals.result import Figure, Result
-from sae_lab.evals.sections import SECTIONS, Inputs
+from sae_lab.evals.sections import SECTIONS, VERSIONS, Inputs
 from sae_lab.lm.model import LM
 from sae_lab.lm.text import Text, from_documents, load_text
 from sae_lab.saes.base import SparseCoder
 
 log = logging.getLogger(__name__)
-
-VERSION = 1  # of what a section measures: a higher one does not read what an earlier one kept
 
 
 @dataclass(frozen=True, repr=False)
@@ -210,7 +208,7 @@ def _progress(titles: list[str]):
 def _file(title: str, inputs: Inputs, settings: dict[str, Any]) -> Path:
     coder = inputs.coder
     coder_is = [coder.fingerprint(), repr(coder.reads), repr(coder.writes), str(coder.mask)]
-    identity = [VERSION, title, *coder_is, inputs.lm.fingerprint(), inputs.text.fingerprint, settings]
+    identity = [VERSIONS.get(title, 1), title, *coder_is, inputs.lm.fingerprint(), inputs.text.fingerprint, settings]
     name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     return cache.root() / "evals" / f"{title.replace(' ', '-')}-{name}.json"
 
