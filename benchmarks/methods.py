@@ -7,6 +7,7 @@ Each row's figures, with their errors and controls, go into benchmarks/results/m
 Row 29 is benchmarks/othello.py; probing (35) and the exact ends of "recovered" stand in sl.evals.report (make report).
 """
 
+import dataclasses
 import json
 import math
 import sys
@@ -22,6 +23,7 @@ from sklearn.datasets import load_digits
 
 import sae_lab as sl
 from sae_lab.lm.text import mix_sources
+from sae_lab.saes import sparse
 
 RESULTS = Path(__file__).parent / "results" / "methods.json"
 ROWS: dict[str, Callable[[], dict[str, Any]]] = {}
@@ -132,15 +134,18 @@ def absorption() -> dict[str, Any]:
     for convention in ("sae_lab", "saebench"):
         found[convention] = sl.evals.absorption(sae, lm(), convention=convention)
     families = {
-        "L1": lambda s: sl.L1(40, 40, sparsity=0.5, seed=s), "TopK": lambda s: sl.TopK(40, 40, k=2, seed=s),
-        "BatchTopK": lambda s: sl.BatchTopK(40, 40, k=2, seed=s),
-        "Matryoshka": lambda s: sl.Matryoshka(40, 40, k=2, seed=s),
+        "L1, sparsity .5": lambda: sl.L1(40, 40, sparsity=0.5), "L1, sparsity 2": lambda: sl.L1(40, 40, sparsity=2.0),
+        "TopK": lambda: sl.TopK(40, 40, k=2), "BatchTopK": lambda: sl.BatchTopK(40, 40, k=2),
+        "Matryoshka": lambda: sl.Matryoshka(40, 40, k=2),
     }  # fmt: skip
     for seed in (0, 1):
         world = sl.worlds.planted(40, 40, 2, hierarchy=1, samples=50_000, seed=seed)
-        for name, make in families.items():
-            coder = trained(make(seed), world.x, steps=1500, batch_size=1024, lr=3e-3)
-            found[f"planted, {name}, world {seed}"] = sl.evals.planted_absorption(coder, world)
+        codes = world.codes._replace(values=torch.ones_like(world.codes.values))
+        equal = dataclasses.replace(world, codes=codes, x=sparse.decode(codes, world.dictionary))
+        for sizes, data in {"sizes .5 to 1.5": world, "equal sizes": equal}.items():
+            for name, make in families.items():
+                coder = trained(make(), data.x, steps=1500, batch_size=1024, lr=3e-3)
+                found[f"{sizes}, {name}, world {seed}"] = sl.evals.planted_absorption(coder, data)
     return found
 
 
@@ -270,13 +275,21 @@ def lens() -> dict[str, Any]:
 
 @row("58 rule explanations")
 def explanations() -> dict[str, Any]:
-    return {f"seed {seed}": sl.explain.explain(index(), 60, seed=seed, resume=False) for seed in (0, 1)}
+    more = sl.harvest(lm(), "resid_post-8", text(), 400_000)
+    indices = {"100,000 tokens": index(), "400,000 tokens": sl.index_features(sl.load(LAYER_8), lm(), more)}
+    return {
+        f"{size}, seed {seed}": sl.explain.explain(indices[size], 60, seed=seed, resume=False)
+        for size in indices
+        for seed in (0, 1)
+    }
 
 
 @row("59 to 61 SAGE, self-explanation, evolved prompts")
 def agents() -> dict[str, Any]:
-    """A planted feature that fires on one word behind another is tests/explain/test_sage.py."""
-    sae, some = sl.load(LAYER_8), dict(list(words().items())[:12])
+    """Features of middling density: the densest fire on words such as "the", which any text holds. A planted feature
+    that fires on one word behind another is in tests/explain/test_sage.py."""
+    sae, by_density = sl.load(LAYER_8), list(words().items())
+    some = dict(by_density[len(by_density) // 2 :][:12])
     few = list(some)[:4]
     found: dict[str, Any] = {
         f"SAGE, {some[f]!r}": sl.explain.sage_explain(sae, lm(), index(), f, sl.explain.ScriptedAgent()) for f in few
