@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import sae_lab as sl
-from sae_lab.evals.absorption import absorption, f1, judge, planted_absorption
+from sae_lab.evals.absorption import absorption, f1, judge
+from sae_lab.evals.planted import planted_absorption
 
 EYE = np.eye(3, dtype=np.float32)
 NOTHING = np.zeros(3, np.float32)

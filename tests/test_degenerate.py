@@ -14,7 +14,7 @@ import torch
 
 import sae_lab as sl
 from sae_lab import geometry
-from sae_lab.evals.absorption import absorption, planted_absorption
+from sae_lab.evals.absorption import absorption
 from sae_lab.evals.board_games import _read, board_games, othello_gpt
 from sae_lab.evals.by_position import by_position, hill
 from sae_lab.evals.choosing import choose_l0
@@ -26,6 +26,7 @@ from sae_lab.evals.description_length import description_length
 from sae_lab.evals.errors import NOISES, pathological_errors
 from sae_lab.evals.injection import token_injection
 from sae_lab.evals.monosemanticity import monosemanticity
+from sae_lab.evals.planted import planted_absorption
 from sae_lab.evals.positional import positional
 from sae_lab.evals.probe_sets import read_probe_sets
 from sae_lab.evals.probing import probing

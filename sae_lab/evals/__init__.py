@@ -1,6 +1,6 @@
 """What is measured. Every result has named fields, prints as a table, and has ``.to_pandas()``."""
 
-from sae_lab.evals.absorption import Absorption, PlantedAbsorption, absorption, planted_absorption
+from sae_lab.evals.absorption import Absorption, absorption
 from sae_lab.evals.board_games import BoardGames, BoardScores, board_games, othello_gpt, untrained_twin
 from sae_lab.evals.by_position import ByPosition, Hill, by_position, hill
 from sae_lab.evals.choosing import L0Choice, choose_l0
@@ -11,6 +11,7 @@ from sae_lab.evals.description_length import DescriptionLength, description_leng
 from sae_lab.evals.errors import Errors, pathological_errors
 from sae_lab.evals.injection import Injection, token_injection
 from sae_lab.evals.monosemanticity import Monosemanticity, monosemanticity
+from sae_lab.evals.planted import PlantedAbsorption, planted_absorption
 from sae_lab.evals.positional import Positional, positional
 from sae_lab.evals.probe_sets import DEFAULT_SETS, ProbeData, ProbeSet, available_sets, probe_set, read_probe_sets
 from sae_lab.evals.probing import Probing, probing

@@ -7,16 +7,15 @@
 from sae_lab.explain.asking import Asker, local_chat, openai_compatible
 from sae_lab.explain.contexts import Corpus, Passage, Passages
 from sae_lab.explain.explainers import Condition, Rule, RuleExplainer
-from sae_lab.explain.lens import DefinitionTree, LensShape, TokenLists
-from sae_lab.explain.lens import definition_tree as definition_tree
-from sae_lab.explain.lens import lens_shape as lens_shape
-from sae_lab.explain.lens import token_features as token_features
-from sae_lab.explain.lens import token_list as token_list
+from sae_lab.explain.lens import LensShape, lens_shape, token_features
 from sae_lab.explain.prompts import EvolvedPrompts, evolve_prompts
 from sae_lab.explain.running import ExplainedFeatures, ScoredExplanation, explain
-from sae_lab.explain.sage import Hypothesis, Sage, ScriptedAgent, Trial, sage_explain
+from sae_lab.explain.sage import Hypothesis, Sage, Trial, sage_explain
 from sae_lab.explain.scoring import Explanation, Score, score
+from sae_lab.explain.scripted import ScriptedAgent
 from sae_lab.explain.selfexplain import Implant, SelfExplanations, self_explain
+from sae_lab.explain.token_lists import TokenLists, token_list
+from sae_lab.explain.trees import DefinitionTree, definition_tree
 
 __all__ = [
     "Asker", "Condition", "Corpus", "DefinitionTree", "EvolvedPrompts", "ExplainedFeatures", "Explanation",

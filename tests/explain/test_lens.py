@@ -6,7 +6,9 @@ import pytest
 import torch
 
 import sae_lab as sl
-from sae_lab.explain.lens import Branch, covered, definition_tree, lens_shape, skew, token_features, token_list
+from sae_lab.explain.lens import lens_shape, skew, token_features
+from sae_lab.explain.token_lists import token_list
+from sae_lab.explain.trees import Branch, covered, definition_tree
 from sae_lab.feature_index.directions import kurtosis
 from sae_lab.types import Site
 

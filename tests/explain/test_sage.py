@@ -9,7 +9,6 @@ import torch
 import sae_lab as sl
 from sae_lab.explain.sage import (
     Hypothesis,
-    ScriptedAgent,
     Trial,
     design_of,
     lines_of,
@@ -17,6 +16,7 @@ from sae_lab.explain.sage import (
     sage_explain,
     verdict_of,
 )
+from sae_lab.explain.scripted import ScriptedAgent
 from sae_lab.types import Site
 
 PLENTY = (

@@ -1,0 +1,150 @@
+"""What the model writes when a feature's direction stands for a word."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, no_type_check
+
+import torch
+from torch import Tensor
+
+from sae_lab.evals.result import Figure, Result
+from sae_lab.explain.prompts import check_coder
+from sae_lab.explain.selfexplain import (
+    MEANING,
+    SCALES,
+    Implant,
+    choose_scale,
+    implant_sites,
+    placeholder_position,
+    typical_norm,
+)
+from sae_lab.lm.model import LM
+from sae_lab.saes.base import SparseCoder
+from sae_lab.types import Site
+
+
+class Branch(NamedTuple):
+    """One way on. token: its text; probability: given what stands before; branches: the ways on from there."""
+
+    token: str
+    probability: float
+    branches: tuple["Branch", ...]
+
+
+@dataclass(frozen=True, repr=False)
+class DefinitionTree(Result):
+    """Result of ``definition_tree``: what the model may write where the direction stands for a word.
+
+    Attributes:
+        branches: the ways on. scale: the c chosen, in units of the site's norm; similarity: the self-similarity there.
+        random_branches: of a random direction of equal norm, the control; overlap: how much probability the next
+            token's distribution shares with the random direction's, Σ min(p, q).
+    """
+
+    feature: int
+    branches: tuple[Branch, ...]
+    scale: float
+    similarity: float
+    overlap: float
+    random_branches: tuple[Branch, ...] = field(repr=False)
+    prompt: str = field(repr=False)
+
+    @property
+    def best(self) -> str:
+        """The most likely way on, token after token."""
+        text, branches = "", self.branches
+        while branches:
+            text, branches = text + branches[0].token, branches[0].branches
+        return text
+
+    def figures(self) -> list[Figure]:
+        return [
+            Figure("covered", covered(self.branches), control=covered(self.random_branches),
+                   control_name="a random direction", meaning="probability of the ways shown"),
+            Figure("overlap", self.overlap, meaning="next-token probability shared with a random direction",
+                   best="low"),
+            Figure("self-similarity", self.similarity, meaning=f"at scale {self.scale:g}"),
+        ]  # fmt: skip
+
+    def _footer(self) -> str:
+        def lines(branches: tuple[Branch, ...], depth: int) -> list[str]:
+            found = []
+            for branch in branches:
+                found.append(f"{'  ' * depth}{branch.probability:.2f} {branch.token!r}")
+                found += lines(branch.branches, depth + 1)
+            return found
+
+        return "\n".join([f"feature {self.feature}: {self.prompt}...", *lines(self.branches, 1)])
+
+
+def definition_tree(
+    sae: SparseCoder, lm: LM, feature: int, *, width: int = 3, depth: int = 3, prompt: str = MEANING,
+    placeholder: str = "X", at: Site | str | None = None, scales: Sequence[float] = SCALES, seed: int = 0,
+) -> DefinitionTree:  # fmt: skip
+    """Implant a feature's direction in the place of a word, and branch over the ``width`` most likely next tokens.
+
+    The direction's size is chosen by self-similarity, as in ``self_explain``; width^depth ways in all, one pass a
+    level. Control: a random direction of equal norm. "Definition trees" of Watkins 2024 (see ``token_list``).
+
+    Raises ValueError for a width or depth below 1, more than 1,000 ways, and what ``self_explain`` refuses.
+    """
+    check_coder(sae, lm)
+    feature = sae.feature(feature)
+    if width < 1 or depth < 1 or width**depth > 1000:
+        raise ValueError(f"width and depth must be at least 1 and width^depth at most 1000, got {width} and {depth}")
+    at, compare = implant_sites(sae, lm, at, None)
+    position, norm = placeholder_position(lm, prompt, placeholder), typical_norm(lm, at)
+    random = torch.randn(1, sae.d_out, generator=torch.Generator().manual_seed(seed))
+    both = torch.cat([sae.W_dec[[feature]].detach().float().cpu(), random])
+    vectors = norm * torch.nn.functional.normalize(both, dim=1)
+    chosen, similarity = choose_scale(lm, prompt, position, at, compare, vectors, scales)
+    ids = lm.tokenize(prompt).ids[0].tolist()
+    trees, firsts = [], []
+    for vector in chosen[:, None] * vectors:
+        branches, first = _grow(lm, ids, position, at, vector, width, depth)
+        trees.append(branches)
+        firsts.append(first)
+    return DefinitionTree(
+        feature=feature,
+        branches=trees[0],
+        scale=float(chosen[0]),
+        similarity=float(similarity[0]),
+        overlap=float(torch.minimum(*firsts).sum()),
+        random_branches=trees[1],
+        prompt=prompt,
+    )
+
+
+def _grow(
+    lm: LM, ids: list[int], position: int, at: Site, vector: Tensor, width: int, depth: int
+) -> tuple[tuple[Branch, ...], Tensor]:
+    """(the tree, the distribution of its first token): a level at a time, all its ways in one batch."""
+    levels, ways, first = [], [ids], torch.zeros(0)
+    for level in range(depth):
+        batch = lm.tokenize(ways)
+        writes = Implant(at, position, vector.expand(len(ways), -1)).writes(lm, batch)
+        probabilities = lm.run(batch, writes=writes, logits=next_probabilities)[1].cpu()
+        first = probabilities[0] if not level else first
+        top = probabilities.topk(width, dim=-1)
+        levels.append((top.values.tolist(), top.indices.tolist()))
+        ways = [[*way, token] for way, row in zip(ways, top.indices.tolist(), strict=True) for token in row]
+
+    def node(level: int, way: int) -> tuple[Branch, ...]:
+        if level == depth:
+            return ()
+        values, tokens = levels[level][0][way], levels[level][1][way]
+        pairs = enumerate(zip(tokens, values, strict=True))
+        return tuple(Branch(lm.vocabulary[t], p, node(level + 1, way * width + i)) for i, (t, p) in pairs)
+
+    return node(0, 0), first
+
+
+@no_type_check
+def next_probabilities(logits, tokens):
+    """Probabilities of the token after the last, "batch vocab", of rows of one length."""
+    return logits[:, -1].float().softmax(-1)
+
+
+def covered(branches: tuple[Branch, ...]) -> float:
+    """The probability that all ways of a tree have together."""
+    return sum(b.probability * (covered(b.branches) if b.branches else 1.0) for b in branches)
