@@ -38,7 +38,7 @@ lab: .venv/.ready
 	touch $@
 
 test: .venv/.server lint widgets
-	$(BIN)/python -m pytest tests -m "not browser and not remote" -n 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -m "not browser and not remote" -n 2 --dist loadfile --no-loadscope-reorder
 	$(NBVAL) $(FIRST)
 	OMP_NUM_THREADS=1 $(NBVAL) -n 2 --dist loadfile $(filter-out $(REMOTE) $(FIRST),$(NOTEBOOKS))
 	$(BIN)/python -m pytest tests/remote --durations=5
