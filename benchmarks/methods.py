@@ -1,6 +1,6 @@
 """The published methods of CHANGELOG's last section, each measured again on what comes with the library.
 
-    python benchmarks/methods.py                # all of them, about an hour on two cores
+    python benchmarks/methods.py                # all of them, about forty minutes on two cores
     python benchmarks/methods.py 31 36          # these rows alone
 
 Each row's figures, with their errors and controls, go into benchmarks/results/methods.json as soon as they are there.

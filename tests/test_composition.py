@@ -44,6 +44,14 @@ def test_known_coders():
     assert "composed" in repr(true) and true.rows == 16 and len(true.to_pandas()) == 1
 
 
+def test_what_goes_together_in_a_product_world():
+    """Values of different attributes do: 12 of 21 pairs of a world of three and four values."""
+    world = sl.worlds.product((3, 4), 16, samples=1000)
+    sums = (world.dictionary[:3, None] + world.dictionary[None, 3:]).flatten(0, 1)
+    found = composition(with_rows(sums), world)
+    assert found.composed > 0.7 and found.grouped == 1 and found.grouped_chance == pytest.approx(12 / 21)
+
+
 def test_composed_rows_rise_with_correlation():
     shares = []
     for correlation in (0.0, 0.99):
