@@ -18,6 +18,7 @@ import steps
 import torch
 
 import sae_lab as sl
+from sae_lab.evals.sections import AT_STAKE
 from sae_lab.lm.text import mix_sources
 from sae_lab.saes.formats import shipped
 
@@ -32,7 +33,6 @@ FIGURES = (
     "l0", "fvu", "ce_delta", "ce_delta_se", "ce_recovered", "ce_delta_mean_ablation", "pca_fvu", "pca_ce_delta",
     "tokens", "documents",
 )  # fmt: skip
-AT_STAKE = 0.1  # nats that mean ablation costs; below, the share of them that is recovered says nothing
 
 
 class Recipe(NamedTuple):

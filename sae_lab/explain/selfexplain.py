@@ -145,8 +145,8 @@ def self_explain(
 
     Chen et al. 2024 (SelfIE, arXiv:2403.10949), Ghandeharioun et al. 2024 (Patchscopes, arXiv:2401.06102); the choice
     of c is that of "Self-explaining SAE features" (2024, LessWrong), which also looks at the entropy of the next token.
-    They had models of billions of parameters. The bundled one of 135M does not do it: of 12 token features of
-    ``smollm2-135m/resid_post-8`` none was named, and 1 of 12 words by random vectors.
+    They had models of billions of parameters. The bundled one of 135M hardly does it: of 12 token features
+    of ``smollm2-135m/resid_post-8`` two were named, and none by random vectors (benchmarks/methods.py).
 
     Args:
         words: of features that fire on one token, that token (``token_features`` finds them): a hit is a text that

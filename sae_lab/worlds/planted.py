@@ -37,7 +37,8 @@ class World:
         codes: the true codes, sparse (``codes.dense()`` or ``f``: ``samples n``).
         dictionary: the true directions, ``n d``, unit rows, in descending order of ``labels["probability"]``.
         labels: facts about every feature, each of length n: "probability" (with which it fires), "parent" (the feature
-            without which it never fires; -1: none), "group" (number of the group it fires together with; -1: none).
+            without which it never fires; -1: none), "group" (number of the group it fires together with; -1: none); of
+            ``product`` also "attribute".
         l0: features active per row, the mean over these very samples.
         settings: what ``planted`` or ``product`` was called with.
     """
