@@ -10,6 +10,7 @@ what ``sl.evals.reconstruction`` measures, of the float16 weights shipped, on he
 
 import argparse
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +19,7 @@ import steps
 import torch
 
 import sae_lab as sl
-from sae_lab.evals.sections import AT_STAKE
+from sae_lab.evals.reconstruction import AT_STAKE, SURE, too_little
 from sae_lab.lm.text import mix_sources
 from sae_lab.saes.formats import shipped
 
@@ -30,8 +31,8 @@ DOMAINS = {"encyclopedia": "wikipedia", "news": "100_news_fake", "reviews": "112
 
 EVALUATED = 4_096  # tokens of each: all five variants of all 30 layers for each of them
 FIGURES = (
-    "l0", "fvu", "ce_delta", "ce_delta_se", "ce_recovered", "ce_delta_mean_ablation", "pca_fvu", "pca_ce_delta",
-    "tokens", "documents",
+    "l0", "fvu", "ce_delta", "ce_delta_se", "ce_recovered", "ce_delta_mean_ablation", "ce_delta_mean_ablation_se",
+    "pca_fvu", "pca_ce_delta", "tokens", "documents",
 )  # fmt: skip
 
 
@@ -88,7 +89,8 @@ def card(coder: sl.SparseCoder, lm: sl.LM, store: sl.Store, domains: dict[str, l
     rows = {}
     for domain, text in domains.items():
         result = sl.evals.reconstruction(coder, lm, text, tokens=EVALUATED)
-        rows[domain] = {name: round(getattr(result, name), 4) for name in FIGURES}
+        figures = {name: round(getattr(result, name), 4) for name in FIGURES}
+        rows[domain] = {name: None if math.isnan(value) else value for name, value in figures.items()}
     return {
         "family": type(coder).__name__,
         "seeds": [coder.config["seed"]],
@@ -110,8 +112,8 @@ def table() -> str:
         for domain, row in made["held_out"].items():
             figures = [f"{row['l0']:.1f}", f"{row['fvu']:.3f} ({row['pca_fvu']:.3f})"]
             figures += [f"{row['ce_delta']:.3f} ± {row['ce_delta_se']:.3f} ({row['pca_ce_delta']:.2f})"]
-            cost = row["ce_delta_mean_ablation"]
-            figures += [f"{row['ce_recovered']:.3f} of {cost:.2f}" if cost > AT_STAKE else f"– of {cost:.2f}"]
+            cost, error = row["ce_delta_mean_ablation"], row.get("ce_delta_mean_ablation_se") or math.nan
+            figures += [f"– of {cost:.2f}" if too_little(cost, error) else f"{row['ce_recovered']:.3f} of {cost:.2f}"]
             figures += [f"{made['dead']:.2%}" if first[0] else ""]
             lines.append(f"| {' | '.join([*first, domain, *figures])} |")
             first = ["", ""]
@@ -119,7 +121,7 @@ def table() -> str:
         f"BatchTopK (the transcoder's codes too), {WIDTH} features, k = {K}, seed 0, {made['tokens']:,} tokens of "
         f"training on {made['distinct_tokens']:,} different ones of the mix; dead: fire on none of "
         f"{made['dead_tokens']:,} training tokens. CE recovered: of what mean ablation costs, in nats; – where that is "
-        f"less than {AT_STAKE}, and nothing at the site matters to the loss."
+        f"less than {AT_STAKE}, or than {SURE} of its standard errors: too little for a share of it to mean something."
     )
     return "\n".join([*lines, "", said])
 

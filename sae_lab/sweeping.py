@@ -56,6 +56,8 @@ class Sweep:
         chosen = [i for i, row in enumerate(self.rows) if all(row.get(k) == v for k, v in where.items())]
         if not chosen or any(by not in self.rows[i] for i in chosen):
             raise ValueError(f"no coder with {where} and {by!r}; columns: {', '.join(self.to_pandas().columns)}")
+        if not (chosen := [i for i in chosen if self.rows[i][by] == self.rows[i][by]]):  # NaN: not defined there
+            raise ValueError(f"{by!r} is undefined for every coder with {where}: choose by another column")
         sign = -1 if by.startswith(("mmcs", "ce_recovered")) else 1
         return self.coders[min(chosen, key=lambda i: sign * self.rows[i][by])]
 

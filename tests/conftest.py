@@ -98,6 +98,29 @@ def tiny_lm(tiny):
 
 
 @pytest.fixture(scope="session")
+def repeater(tokenizer):
+    """A model that says again the token it read: on ``repeated`` an ablation costs about a nat, where one with random
+    weights loses nothing."""
+    import sae_lab as sl
+
+    module = _make_module("llama", len(tokenizer))
+    with torch.no_grad():
+        embed = module.model.embed_tokens.weight
+        module.lm_head.weight.copy_(embed / (2 * embed.norm(dim=1, keepdim=True)))
+    return sl.LM(module, tokenizer=tokenizer)
+
+
+@pytest.fixture(scope="session")
+def repeated():
+    """Documents in which each word stands five times."""
+    import sae_lab as sl
+
+    words = [word for word in sl.load_text()[0].split() if word.isalpha()][:360]
+    documents = [" ".join(word for word in words[i : i + 20] for _ in range(5)) for i in range(0, len(words), 20)]
+    return sl.load_text(documents)
+
+
+@pytest.fixture(scope="session")
 def small_text():
     import sae_lab as sl
 

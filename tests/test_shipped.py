@@ -32,6 +32,8 @@ def test_a_shipped_coder_loads_by_name(name):
         if figures["ce_delta_mean_ablation"] > 0.1:  # below, nothing at the site matters to the loss
             assert 0 < figures["ce_delta"] < figures["pca_ce_delta"], f"{domain}: no better than PCA of rank {rank}"
             assert figures["ce_recovered"] > 0.7, domain
+        else:
+            assert figures["ce_recovered"] is None, f"{domain}: a share of next to nothing"
 
 
 def test_the_card_is_what_is_measured(lm):

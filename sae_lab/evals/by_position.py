@@ -12,8 +12,15 @@ import torch
 from torch import Tensor
 
 from sae_lab.evals.contexts import clustered_error, spread_contexts
-from sae_lab.evals.reconstruction import Measured, Reconstruction, _losses, _measure, read_and_reconstruct
-from sae_lab.evals.result import Figure, Result
+from sae_lab.evals.reconstruction import (
+    Measured,
+    Reconstruction,
+    _losses,
+    _measure,
+    read_and_reconstruct,
+    recovered,
+)
+from sae_lab.evals.result import Figure, Result, number
 from sae_lab.lm.model import LM
 from sae_lab.lm.text import Text
 from sae_lab.saes.base import SparseCoder
@@ -50,7 +57,8 @@ class ByPosition(Result):
 
     ``fvu``, ``ce_delta`` (nats/token) and ``ce_recovered`` (against mean ablation) with standard errors; ``pca_*`` the
     control, PCA of rank k; ``ce_clean`` the model's own loss. ``rise``: ΔCE beyond the training context less that in
-    the second half of it; ``pca_rise`` the same of PCA. NaN where nothing lies beyond.
+    the second half of it; ``pca_rise`` the same of PCA. NaN where nothing lies beyond, and for what is recovered in a
+    bin where ablation costs too little (as in ``sl.evals.reconstruction``).
     """
 
     edges: tuple[int, ...]
@@ -82,7 +90,7 @@ class ByPosition(Result):
             found += [
                 Figure(f"FVU {a}-{b - 1}", self.fvu[i], self.fvu_se[i], self.pca_fvu[i], k, where, "low"),
                 Figure(f"dCE {a}-{b - 1}", self.ce_delta[i], self.ce_delta_se[i], self.pca_ce_delta[i], k,
-                       f"nats/token; clean {self.ce_clean[i]:.2f}, recovered {self.ce_recovered[i]:.3f}", "low"),
+                       f"nats/token; clean {self.ce_clean[i]:.2f}, recovered {number(self.ce_recovered[i])}", "low"),
             ]  # fmt: skip
         inside = f"beyond {self.trained} less {self.trained // 2}-{self.trained - 1}"
         return [
@@ -170,8 +178,8 @@ def _binned(read: Measured, measured: dict, losses: Tensor, edges: tuple[int, ..
     columns: dict[str, list[float]] = {name: [] for name in ByPosition.__dataclass_fields__}
     for first, end in pairwise(edges):
         a, b = (at >= first) & (at < end), (predicted >= first) & (predicted < end)
-        total, delta = float(variance[a].sum()), (spliced - clean)[b]
-        cost = float((ablated - clean)[b].mean())  # 0 where only left-out tokens stand in front
+        total, delta, cost = float(variance[a].sum()), (spliced - clean)[b], (ablated - clean)[b]
+        cost_se = clustered_error(cost, document_predicted[b])
         for name, value in (
             ("fvu", float(error[a].sum()) / total if total else math.nan),
             ("fvu_se", ratio_error(error[a], variance[a], of[a]) if total else math.nan),
@@ -179,7 +187,7 @@ def _binned(read: Measured, measured: dict, losses: Tensor, edges: tuple[int, ..
             ("ce_clean", float(clean[b].mean())),
             ("ce_delta", float(delta.mean())),
             ("ce_delta_se", clustered_error(delta, document_predicted[b])),
-            ("ce_recovered", 1 - float(delta.mean()) / cost if cost else math.nan),
+            ("ce_recovered", recovered(float(delta.mean()), float(cost.mean()), cost_se)),
             ("pca_ce_delta", float((pca - clean)[b].mean())),
         ):
             columns[name].append(value)

@@ -1,5 +1,6 @@
 """How much of the activations, and of the model's behaviour, a coder keeps."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
@@ -11,19 +12,23 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae_lab.evals.contexts import clustered_error, spread_contexts
+from sae_lab.evals.result import number
 from sae_lab.lm.model import LM, token_losses
 from sae_lab.lm.text import Context, Text
 from sae_lab.lm.tokens import pad
 from sae_lab.saes.base import SparseCoder
 from sae_lab.types import Codes, Site, TokenBatch, TokenMask, Write
 
+AT_STAKE = 0.1  # nats/token that an ablation must cost, and
+SURE = 3  # how many of its standard errors, for a share of that cost to mean something
+
 
 @dataclass(frozen=True)
 class Reconstruction:
     """Result of ``sl.evals.reconstruction``; see DEFINITIONS in its rows.
 
-    Losses are nats/token; ``ce_recovered`` is 1 for the identity and 0 for mean ablation; NaN where ablation changes no
-    loss.
+    Losses are nats/token; ``ce_recovered`` is 1 for the identity and 0 for mean ablation; NaN where the ablation costs
+    too little for a share of it to mean something (see ``recovered``).
     """
 
     l0: float
@@ -37,7 +42,9 @@ class Reconstruction:
     ce_recovered: float
     ce_recovered_zero: float
     ce_delta_mean_ablation: float
+    ce_delta_mean_ablation_se: float
     ce_delta_zero_ablation: float
+    ce_delta_zero_ablation_se: float
     pca_rank: int
     pca_fvu: float
     pca_ce_delta: float
@@ -78,11 +85,12 @@ class Reconstruction:
             ("FVU, all tokens", f"{self.fvu_all_tokens:.3f}", "", "with the tokens that the mask leaves out"),
             ("dCE", f"{self.ce_delta:.3f} ± {self.ce_delta_se:.3f}", f"{self.pca_ce_delta:.3f}",
              f"spliced - clean ({self.ce_clean:.3f}), nats/token"),
-            ("CE recovered, mean", f"{self.ce_recovered:.3f}", f"{self.pca_ce_recovered:.3f}",
-             f"mean ablation costs {self.ce_delta_mean_ablation:.2f}"),
-            ("CE recovered, zero", f"{self.ce_recovered_zero:.3f}", "",
-             f"zero ablation costs {self.ce_delta_zero_ablation:.2f}"),
-            ("dead", f"{self.dead:.2%}", "", f"fire on none of {self.dead_tokens:,} training tokens"),
+            ("CE recovered, mean", number(self.ce_recovered), number(self.pca_ce_recovered),
+             said_of("mean ablation", self.ce_delta_mean_ablation, self.ce_delta_mean_ablation_se)),
+            ("CE recovered, zero", number(self.ce_recovered_zero), "",
+             said_of("zero ablation", self.ce_delta_zero_ablation, self.ce_delta_zero_ablation_se)),
+            ("dead", "unknown" if math.isnan(self.dead) else f"{self.dead:.2%}", "",
+             f"fire on none of {self.dead_tokens:,} training tokens"),
         ]  # fmt: skip
 
     def _footer(self) -> str:
@@ -118,7 +126,8 @@ def reconstruction(
     """Splice the coder into the model on held-out text and measure what is lost.
 
     FVU = Σ‖y−ŷ‖²/Σ‖y−ȳ‖² over kept tokens, y what the coder reconstructs. ΔCE = CE(spliced) − CE(clean), over every
-    predicted token, with the tokens that the mask leaves out passing unchanged. CE recovered = 1 − ΔCE/ΔCE(ablated).
+    predicted token, with the tokens that the mask leaves out passing unchanged. CE recovered = 1 − ΔCE/ΔCE(ablated);
+    none is given where ablation costs less than .1 nats or less than three of its standard errors.
     Controls: mean and zero ablation, and PCA of rank k of y fitted on these same activations (which favours PCA).
 
     Args:
@@ -137,6 +146,7 @@ def reconstruction(
     losses, documents = _losses(lm, read.site, read.contexts, read.kept, read.y_hat, measured)
     clean, spliced, mean, zero, pca = losses.double()
     d_coder, d_mean, d_zero, d_pca = (float((v - clean).mean()) for v in (spliced, mean, zero, pca))
+    mean_se, zero_se = (clustered_error(v - clean, documents) for v in (mean, zero))
     return Reconstruction(
         l0=measured["l0"],
         fvu=measured["fvu"],
@@ -146,14 +156,16 @@ def reconstruction(
         ce_clean=float(clean.mean()),
         ce_delta=d_coder,
         ce_delta_se=clustered_error(spliced - clean, documents),
-        ce_recovered=_recovered(d_coder, d_mean),
-        ce_recovered_zero=_recovered(d_coder, d_zero),
+        ce_recovered=recovered(d_coder, d_mean, mean_se),
+        ce_recovered_zero=recovered(d_coder, d_zero, zero_se),
         ce_delta_mean_ablation=d_mean,
+        ce_delta_mean_ablation_se=mean_se,
         ce_delta_zero_ablation=d_zero,
+        ce_delta_zero_ablation_se=zero_se,
         pca_rank=measured["rank"],
         pca_fvu=measured["pca_fvu"],
         pca_ce_delta=d_pca,
-        pca_ce_recovered=_recovered(d_pca, d_mean),
+        pca_ce_recovered=recovered(d_pca, d_mean, mean_se),
         tokens=len(read.kept),
         documents=len(documents.unique()),
         excluded=float((~read.kept).float().mean()),
@@ -204,9 +216,25 @@ def read_and_reconstruct(
     return Measured(at, contexts, acts[at], x_hat if layer is None else x_hat[:, layer], active, kept, str(mask))
 
 
-def _recovered(cost: float, ablated: float) -> float:
-    """1 − cost/ablated; NaN where ablation costs nothing, as where no kept token stands before a predicted one."""
-    return 1 - cost / ablated if ablated else float("nan")
+def too_little(ablated: float, error: float) -> str:
+    """Why a share of what an ablation costs (nats/token ± its standard error) would say nothing, "" where it says
+    something. An error of NaN, as of a single document, rules nothing out."""
+    if not ablated >= AT_STAKE:
+        return f"below {AT_STAKE}"
+    return f"below {SURE} of its standard errors ({error:.2f})" if ablated < SURE * error else ""
+
+
+def recovered(cost: float, ablated: float, error: float) -> float:
+    """1 − cost/ablated, the share of an ablation's cost that a coder does not lose; NaN where the ablation costs less
+    than .1 nats or less than three of its standard errors (``error``). Every eval that gives this share gets it
+    here."""
+    return math.nan if too_little(ablated, error) else 1 - cost / ablated
+
+
+def said_of(ablation: str, cost: float, error: float) -> str:
+    """What an ablation costs, and that no share of it is given where that is too little."""
+    why = too_little(cost, error)
+    return f"{ablation} costs {cost:.2f}" + (f", {why}: a share of that says nothing" if why else "")
 
 
 def _known(value: Any) -> float:

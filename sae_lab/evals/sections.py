@@ -13,7 +13,7 @@ from sae_lab.evals.monosemanticity import monosemanticity
 from sae_lab.evals.positional import positional
 from sae_lab.evals.probe_sets import read_probe_sets
 from sae_lab.evals.probing import probing
-from sae_lab.evals.reconstruction import reconstruction
+from sae_lab.evals.reconstruction import reconstruction, said_of
 from sae_lab.evals.result import Figure
 from sae_lab.harvesting import harvest
 from sae_lab.lm.model import LM
@@ -51,18 +51,14 @@ class Inputs:
 
 def _reconstruction(given: Inputs) -> list[Figure]:
     found = reconstruction(given.coder, given.lm, given.text.held_out, given.lm_tokens)
-    pca, stake = f"PCA {found.pca_rank}", found.ce_delta_mean_ablation
-    recovered = found.ce_recovered, math.nan, found.pca_ce_recovered
-    of = f"of the {stake:.2f} that mean ablation costs"
-    if stake < AT_STAKE:
-        recovered = math.nan, math.nan, math.nan
-        of = f"mean ablation costs {stake:.2f}, below {AT_STAKE}: a share of that says nothing"
+    pca = f"PCA {found.pca_rank}"
+    of = said_of("mean ablation", found.ce_delta_mean_ablation, found.ce_delta_mean_ablation_se)
     return [
         Figure("L0", found.l0, meaning="active features per token", digits=1),
         Figure("FVU", found.fvu, control=found.pca_fvu, control_name=pca, meaning="variance unexplained", best="low"),
         Figure("dCE", found.ce_delta, found.ce_delta_se, found.pca_ce_delta, pca,
                f"nats/token, clean {found.ce_clean:.2f}", "low"),
-        Figure("CE recovered", *recovered, pca, of, best="high"),
+        Figure("CE recovered", found.ce_recovered, math.nan, found.pca_ce_recovered, pca, of, best="high"),
     ]  # fmt: skip
 
 
@@ -130,9 +126,8 @@ def _absorption(given: Inputs) -> list[Figure]:
     return [f for f in found if f.measure in ("absorption", "probe F1", "k=1 F1")]
 
 
-AT_STAKE = 0.1  # nats/token that mean ablation costs, for the share of it that is recovered to mean something
 DENSE = 0.1  # of tokens: a feature that fires on more of them is called dense
-VERSIONS = {"reconstruction": 2}  # of what a section finds, 1 where none: a higher one does not read what was kept
+VERSIONS = {"reconstruction": 3}  # of what a section finds, 1 where none: a higher one does not read what was kept
 SECTIONS: dict[str, Callable[[Inputs], list[Figure]]] = {
     "reconstruction": _reconstruction,
     "by position": _by_position,
