@@ -29,6 +29,20 @@ def _pair(data: Tensor | Batch, coder: SparseCoder) -> tuple[Tensor, Tensor]:
     return coder._rows(batch.x)[0].to(coder.b_dec.device), target.to(coder.b_dec.device)
 
 
+def _normalised(coder: SparseCoder, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """(x, target) as the coder's weights see them, behind its ``input_norm``."""
+    rows, mean, size = coder._enter(x)
+    return (rows, target) if size is None or coder.transcodes else (rows, (target - mean) / size)
+
+
+def _unexplained(coder: SparseCoder, x: Tensor, target: Tensor, batch: Batch) -> tuple[Tensor, Codes]:
+    """(the target less what the coder makes without a code, the codes as ``strengths``): then strengths·directions is
+    what features reconstruct, whatever the norms of decoder rows and the ``input_norm``."""
+    codes = coder.sparse_codes(batch.x.to(x.device))
+    silent = coder.silent(x.reshape(-1, *coder.in_shape), batch.tokens).reshape(target.shape)
+    return target - silent, coder.strengths(codes, x.reshape(-1, *coder.in_shape))
+
+
 @torch.no_grad()
 def inform(coder: SparseCoder, data: Tensor | Batch, share: float = 0.8, seed: int = 0) -> None:
     """Informed initialisation, in place: features start as data points.
@@ -41,6 +55,7 @@ def inform(coder: SparseCoder, data: Tensor | Batch, share: float = 0.8, seed: i
         raise ValueError(f"share must lie in [0, 1], got {share}")
     x, target = _pair(data, coder)
     generator = torch.Generator().manual_seed(seed)
+    x, target = _normalised(coder, x, target)
     order = torch.randperm(len(x), generator=generator)
     rows = order[torch.arange(coder.d_sae) % len(x)]
 
@@ -75,8 +90,10 @@ def resample(coder: SparseCoder, data: Tensor | Batch, dead: Bool[Tensor, " d_sa
     weight = (error / error.max().clamp_min(1e-12)).pow(2).cpu() + 1e-12
     again = len(features) > len(x)
     rows = torch.multinomial(weight, len(features), replacement=again, generator=generator).to(x.device)
+    x, target = _normalised(coder, x, target)
     alive = ~dead.to(x.device)
-    length = coder.W_enc[:, alive].norm(dim=0).mean() if bool(alive.any()) else x.new_ones(())
+    norms = coder.W_dec.detach().norm(dim=1)[alive]  # codes times these have the unit that new features' codes will have
+    length = (coder.W_enc[:, alive].norm(dim=0) * norms).mean() if bool(alive.any()) else x.new_ones(())
     centre = coder.b_dec if coder.pre_bias else x.mean(0)
     coder.set_features(
         features, target[rows] - coder.b_dec, REVIVED * length * F.normalize(x[rows] - centre, dim=1)
@@ -84,7 +101,7 @@ def resample(coder: SparseCoder, data: Tensor | Batch, dead: Bool[Tensor, " d_sa
     for name in coder.code_units:
         value = coder.get_parameter_or_buffer(name)
         if value.shape[:1] == (coder.d_sae,) and bool(alive.any()):
-            value[features] = value[alive].mean(0)
+            value[features] = (value[alive] * norms.view(-1, *[1] * (value.dim() - 1))).mean(0)
     return len(features)
 
 
@@ -107,22 +124,20 @@ def unsuppress(coder: SparseCoder, data: Tensor | Batch, steps: int = 60) -> Spa
         raise ValueError(f"{type(coder).__name__} ties its decoder to other weights, so its rows cannot be rescaled")
     x, target = _pair(data, coder)
     batch = _batch(data)
-    codes = coder.sparse_codes(batch.x.to(x.device))
-    silent = codes._replace(values=torch.zeros_like(codes.values))
-    wanted = target - coder._write(silent, x, batch.tokens)
+    wanted, codes = _unexplained(coder, x, target, batch)
+    directions = coder.directions()
 
     def apply(s: Tensor) -> Tensor:
-        return sparse.decode(codes._replace(values=codes.values * s[codes.features]), coder.W_dec)
+        return sparse.decode(codes._replace(values=codes.values * s[codes.features]), directions)
 
     def transposed(r: Tensor) -> Tensor:
-        inner = sparse.inner_products(r, coder.W_dec, codes.features, codes.offsets) * codes.values
+        inner = sparse.inner_products(r, directions, codes.features, codes.offsets) * codes.values
         return torch.zeros_like(coder.f_scale).index_add_(0, codes.features, inner)
 
-    norms = coder.W_dec.pow(2).sum(1)
-    diagonal = torch.zeros_like(norms).index_add_(0, codes.features, codes.values.pow(2)) * norms
+    diagonal = torch.zeros_like(coder.f_scale).index_add_(0, codes.features, codes.values.pow(2))
     live = diagonal > 0
     ridge = 1e-3 * diagonal[live].mean() if bool(live.any()) else 1.0  # rare features stay near 1
-    scale = torch.ones_like(norms)
+    scale = torch.ones_like(diagonal)
     residual = transposed(wanted - apply(scale))
     step = direction = residual / (diagonal + ridge)
     size = residual @ step
@@ -153,12 +168,10 @@ def optimise_codes(coder: SparseCoder, data: Tensor | Batch, k: int | None = Non
     if k is not None and not 1 <= k <= coder.d_sae:
         raise ValueError(f"k must be an integer from 1 to d_sae={coder.d_sae}, got {k!r}")
     batch = _batch(data)
-    codes = coder.sparse_codes(batch.x.to(x.device))
-    silent = codes._replace(values=torch.zeros_like(codes.values))
-    wanted = target - coder._write(silent, x, batch.tokens)
-    W_dec = coder.W_dec.detach()
+    wanted, codes = _unexplained(coder, x, target, batch)
+    W_dec = coder.directions()
     if k is not None:
-        return _pursue(wanted, W_dec, k)
+        return _in_code_units(coder, _pursue(wanted, W_dec, k), x)
     counts = codes.offsets.diff()
     values = torch.zeros_like(codes.values)
     width = max(1, int(counts.max()))
@@ -168,7 +181,14 @@ def optimise_codes(coder: SparseCoder, data: Tensor | Batch, k: int | None = Non
         place = torch.where(real, codes.offsets[rows, None] + slot, 0)
         atoms = W_dec[codes.features[place]] * real[..., None]
         values[place[real]] = _nonnegative(wanted[rows], atoms, torch.where(real, codes.values[place], 0.0))[real]
-    return codes._replace(values=values)
+    return _in_code_units(coder, codes._replace(values=values), x)
+
+
+def _in_code_units(coder: SparseCoder, strengths: Codes, x: Tensor) -> Codes:
+    """Codes of ``strengths``; 0 where a feature has no direction."""
+    ones = strengths._replace(values=torch.ones_like(strengths.values))
+    one = coder.strengths(ones, x.reshape(-1, *coder.in_shape)).values
+    return strengths._replace(values=torch.where(one > 0, strengths.values / one, 0.0))
 
 
 def _nonnegative(
@@ -212,13 +232,24 @@ def realign(coder: SparseCoder, data: Tensor | Batch, rank: int | None = None, r
        matrix nearest to VᵀU (Procrustes); D' = D·U·Rᵀ·Vᵀ.
     2. Refit: min ‖target − b − f·D‖² + λ‖D − D'‖², with the codes that the encoder gives, b the mean that this leaves.
 
+    Both take rows of D at unit norm and f as ``SparseCoder.strengths``, so that the answer does not depend on the unit
+    of codes; each row gets its norm back.
+
     Args: data: activations of the new distribution. rank: directions that are rotated; None: those with 99 % of the new
     variance. ridge: λ in units of the mean Σf² of a live feature.
     """
     if not isinstance(coder.W_dec, torch.nn.Parameter) or coder.tied:
         raise ValueError(f"{type(coder).__name__} ties its decoder to other weights, so it cannot be refitted alone")
-    _, target = _pair(data, coder)
-    centred = target - target.mean(0)
+    x, target = _pair(data, coder)
+    wanted, codes = _unexplained(coder, x, target, _batch(data))
+    size = coder.sizes(x.reshape(-1, *coder.in_shape)).reshape(-1, 1)
+    wanted = wanted + size * coder.b_dec  # which is fitted anew, as a coefficient of the rows' sizes (1, mostly)
+
+    def without_bias(t: Tensor) -> tuple[Tensor, Tensor]:
+        bias = (size * t).sum(0) / size.square().sum()
+        return t - size * bias, bias
+
+    centred, mean_y = without_bias(wanted)
     variance, V = torch.linalg.eigh((centred.T @ centred).double())
     if rank is None:
         share = variance.flip(0).cumsum(0) / variance.sum()
@@ -226,21 +257,21 @@ def realign(coder: SparseCoder, data: Tensor | Batch, rank: int | None = None, r
     if not 1 <= rank <= coder.d_out:
         raise ValueError(f"rank must be an integer from 1 to d_out={coder.d_out}, got {rank!r}")
     V = V[:, -rank:].float()
-    D = coder.W_dec.detach()
+    D, norms = coder.directions(), coder.W_dec.detach().norm(dim=1)
     U = torch.linalg.svd(D, full_matrices=False).Vh[:rank].T
     left, _, right = torch.linalg.svd(V.T @ U)
     rotated = D @ U @ (left @ right).T @ V.T
 
-    f = coder.sparse_codes(_batch(data).x.to(target.device)).dense()
-    mean_f, mean_y = f.mean(0), target.mean(0)
-    gram = (f - mean_f).T @ (f - mean_f)
+    f, mean_f = without_bias(codes.dense())
+    gram = f.T @ f
     power = gram.diagonal()
     weight = ridge * power[power > 0].mean() if bool((power > 0).any()) else torch.ones(())
     gram.diagonal().add_(weight)
-    pull = (f - mean_f).T @ centred + weight * rotated
+    pull = f.T @ centred + weight * rotated
+    fitted = torch.linalg.solve(gram.double(), pull.double()).float()
     result = copy.deepcopy(coder)
-    result.W_dec.copy_(torch.linalg.solve(gram.double(), pull.double()).float())
-    bias = mean_y - mean_f @ result.W_dec
+    result.W_dec.copy_(fitted * norms[:, None])
+    bias = mean_y - mean_f @ fitted
     if result.pre_bias:  # the encoder goes on subtracting the old one
         result.b_enc.add_((bias - coder.b_dec) @ result.W_enc)
     result.b_dec.copy_(bias)

@@ -1,10 +1,11 @@
 """SparseCoder: read (x -> pre), act (pre -> codes), write (codes -> x_hat). One class for training and inference."""
 
 import hashlib
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 
 from sae_lab.saes import losses, portable, sparse
 from sae_lab.types import Batch, Codes, Output, Site, TokenMask, check_feature
+
+log = logging.getLogger(__name__)
 
 AUX_WEIGHT = 1 / 32  # Gao et al. 2024
 EVERY = slice(None)  # all features, where act is asked for some
@@ -91,6 +94,16 @@ class SparseCoder(nn.Module):
         if self.transcodes:
             directions = nn.functional.normalize(torch.randn(self.d_sae, self.d_out, generator=generator), dim=1)
         self.W_dec = nn.Parameter(directions)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Weights stay float32, whatever they are cast to: a coder computes in float32, and ``.half()`` only rounds."""
+        super()._apply(fn, recurse)
+        other = [t for t in (*self.parameters(), *self.buffers()) if t.is_floating_point() and t.dtype != torch.float32]
+        for tensor in other:
+            dtype, tensor.data = tensor.dtype, tensor.data.float()
+        if other:
+            log.warning("a coder computes in float32: its weights, cast to %s, are kept as float32", dtype)
+        return self
 
     # ---- what a family names
 
@@ -172,11 +185,8 @@ class SparseCoder(nn.Module):
         tokens: the ids, "*batch", for families that ask for them.
         """
         rows, lead = self._rows(x)
-        rows, mean, size = self._enter(rows)
-        pre, codes = self._codes(rows)
-        x_hat = self._write(codes, rows, None if tokens is None else tokens.reshape(-1))
-        if size is not None and not self.transcodes:  # a transcoder's target was never normalised
-            x_hat = x_hat * size + mean
+        pre, codes = self._codes(self._enter(rows)[0])
+        x_hat = self._leave(codes, rows, tokens)
         return Output(x_hat.reshape(*lead, *self.out_shape), codes, pre)
 
     def encode(self, x: Float[Tensor, "..."], tokens: Tensor | None = None) -> Float[Tensor, "*batch d_sae"]:
@@ -203,6 +213,44 @@ class SparseCoder(nn.Module):
             raise ValueError(f"f's last axis must be d_sae={self.d_sae}, got shape {tuple(f.shape)}")
         x_hat = self._write(f.reshape(-1, self.d_sae).float(), None, None if tokens is None else tokens.reshape(-1))
         return x_hat.reshape(*f.shape[:-1], *self.out_shape)
+
+    def directions(self) -> Float[Tensor, "d_sae d_out"]:
+        """Rows of W_dec at unit norm; a row of zeros stays one."""
+        return nn.functional.normalize(self.W_dec.detach().float(), dim=1)
+
+    def sizes(self, x: Float[Tensor, "..."]) -> Float[Tensor, "*batch 1"]:
+        """What f·W_dec of each row of x is multiplied by: 1, but where x_hat is brought back from an ``input_norm``."""
+        rows, lead = self._rows(x)
+        size = None if self.transcodes else self._enter(rows)[2]
+        return (torch.ones_like(rows[:, :1]) if size is None else size).reshape(*lead, 1)
+
+    @overload
+    def strengths(self, codes: Codes, x: Tensor) -> Codes: ...
+    @overload
+    def strengths(self, codes: Tensor, x: Tensor) -> Tensor: ...
+    @torch.no_grad()
+    def strengths(self, codes: Codes | Tensor, x: Float[Tensor, "..."]) -> Codes | Tensor:
+        """How long what each feature writes is, in units of x_hat: f_i·‖W_dec[i]‖, times the row's size. codes: of rows
+        x, dense "*batch d_sae" or sparse.
+
+            x_hat = strengths·directions + silent(x)
+
+        Codes have a unit of their own: with W_dec[i]·c and f_i/c, or an ``input_norm``, the same function has other
+        ones. What must not depend on that is made of strengths.
+        """
+        norms, sizes = self.W_dec.detach().float().norm(dim=1), self.sizes(x)
+        if isinstance(codes, Codes):
+            rows = codes.rows
+            return codes._replace(values=codes.values * norms[codes.features] * sizes.flatten()[rows])
+        return codes * norms * sizes
+
+    @torch.no_grad()
+    def silent(self, x: Float[Tensor, "..."], tokens: Tensor | None = None) -> Float[Tensor, "..."]:
+        """x_hat of rows x if no feature fired: b_dec, and what a skip, a lookup or an ``input_norm`` adds."""
+        rows, lead = self._rows(x)
+        nothing = torch.zeros(0, device=rows.device)
+        none = Codes(nothing, nothing.long(), torch.zeros(len(rows) + 1, dtype=torch.long, device=rows.device), self.d_sae)
+        return self._leave(none, rows, tokens).reshape(*lead, *self.out_shape)
 
     def eval_act(self) -> tuple[Callable[..., Tensor], dict[str, Any]]:
         """(a function of ``saes.portable``, its own tensors): what ``act`` does in eval mode. A family that names none
@@ -241,9 +289,7 @@ class SparseCoder(nn.Module):
         self, change: Float[Tensor, "batch some"], features: Sequence[int] | slice, x: Float[Tensor, "batch d_in"]
     ) -> Float[Tensor, "batch d_out"]:
         """What x_hat of rows x changes by when the codes of some features do."""
-        write = change @ self.W_dec[features]
-        size = self._enter(x)[2]
-        return write if size is None or self.transcodes else write * size
+        return change @ self.W_dec[features] * self.sizes(x)
 
     def read_bias(self) -> Float[Tensor, " d_sae"]:
         """b in pre = x·W_enc + b."""
@@ -294,6 +340,12 @@ class SparseCoder(nn.Module):
         """x_hat of rows of codes. x: the rows they are of; None leaves out what a skip adds."""
         x_hat = weighted_sum(codes, self.W_dec) + self.b_dec
         return x_hat + x @ self.W_skip if self.W_skip is not None and x is not None else x_hat
+
+    def _leave(self, codes: Codes | Tensor, x: Tensor, tokens: Tensor | None) -> Tensor:
+        """x_hat of float rows x and their codes, brought back to what x was before ``_enter``."""
+        rows, mean, size = self._enter(x)
+        x_hat = self._write(codes, rows, None if tokens is None else tokens.reshape(-1))
+        return x_hat if size is None or self.transcodes else x_hat * size + mean  # a transcoder's target was never so
 
     def _rows(self, x: Tensor) -> tuple[Tensor, torch.Size]:
         """(x as float rows, its leading axes). ValueError for a width that is not the coder's."""
@@ -399,7 +451,11 @@ class SparseCoder(nn.Module):
         self.W_dec[features] = directions.to(self.W_dec)
         if not self.tied:
             self.W_enc[:, features] = reads.to(self.W_enc).T
+        before = self.W_dec.detach().clone()
         self.project()
+        others = torch.ones(self.d_sae, dtype=torch.bool, device=self.W_dec.device)
+        others[features] = False
+        self.W_dec[others] = before[others]  # which need not have unit norm
 
     # ---- what it knows, saving
 
