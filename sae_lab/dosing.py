@@ -125,7 +125,7 @@ def dose_response(
         progress: is called with (measurements done, of how many) before each; what it raises ends the work.
 
     Raises ValueError for a target of more than one token, strengths that do not begin at 0 or fall, an empty list, a
-    direction of no length, and what ``sl.Steer`` refuses.
+    direction of no length, a coder with an ``input_norm``, and what ``sl.Steer`` refuses.
     """
     prompts, text, strengths = list(prompts), list(text), [float(s) for s in strengths]
     targets = (target,) if isinstance(target, str) else tuple(target)
@@ -133,6 +133,12 @@ def dose_response(
         raise ValueError("dose_response needs at least one prompt, one target, one other text and one seed")
     if not strengths or strengths[0] != 0 or any(b <= a for a, b in pairwise(strengths)):
         raise ValueError(f"strengths begin at 0, where nothing is changed, and rise, got {strengths}")
+    if coder.input_norm != "none" and not coder.transcodes:
+        raise ValueError(
+            f"dose_response adds one vector at every token, and this coder writes in the size of each token's own "
+            f"activation (input_norm={coder.input_norm!r}): take a coder with input_norm='none', or compare sl.Steer "
+            "with sl.Steer"
+        )
     ids = _single_tokens(lm, targets)
     Steer(coder, feature).writes(lm, lm.tokenize(prompts[0]))  # refuses what it must, before anything runs
     write = (coder.f_scale[feature] * coder.W_dec[feature]).detach().cpu()

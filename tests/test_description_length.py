@@ -47,14 +47,14 @@ def test_gaussian_bits_by_hand():
 
 
 def test_bits_by_hand():
-    # Two features on orthogonal rows of norms 1 and 2. The first fires in half the rows, with values of variance 4, the
-    # second in all of them, with variance .25, which its norm makes 1. v = 1: ½·½·log₂ 4 + 0 bits; errors ½·1 and 1.
+    # Two features on orthogonal directions. The first fires in half the rows, with values of variance 4, the second in
+    # all of them, with variance 1. v = 1: ½·½·log₂ 4 + 0 bits; errors ½·1 and 1.
     counts = torch.tensor([50.0, 100.0]).double()
     sums = torch.tensor([50 * 3.0, 100 * 2.0]).double()
-    squares = torch.tensor([50 * (4 + 9.0), 100 * (0.25 + 4)]).double()
+    squares = torch.tensor([50 * (4 + 9.0), 100 * (1 + 4.0)]).double()
     zero = torch.zeros(2).double()
     stats = _Sums(torch.tensor(100.0), counts, sums, squares, zero, torch.diag(zero))
-    bits = bits_at(stats, torch.eye(2), torch.tensor([1.0, 2.0]), distortion=0.5, v=1.0)
+    bits = bits_at(stats, torch.eye(2), distortion=0.5, v=1.0)
     assert bits.which == pytest.approx(1)
     assert bits.values == pytest.approx(0.5)
     assert bits.residual == pytest.approx(0.5 * math.log2(0.5 / 0.25) + 0.5 * math.log2(1 / 0.25))
@@ -103,7 +103,7 @@ def test_pca_of_any_rank_costs_what_the_dense_code_does():
             torch.tensor(float(len(x))), torch.full((rank,), float(len(x))).double(), f.sum(0), (f**2).sum(0),
             error.sum(0), error.T @ error,
         )  # fmt: skip
-        bits = bits_at(stats, rows.float(), torch.ones(rank), 0.1 * float(variances.sum()), level)
+        bits = bits_at(stats, rows.float(), 0.1 * float(variances.sum()), level)
         assert bits.which == 0 and bits.total == pytest.approx(dense, rel=1e-4)
 
 

@@ -79,6 +79,9 @@ def attribution(
 ) -> Attribution:
     """Attribution patching: (z_source - z)·(W_dec·dm/dx), one backward pass for all features at all positions.
 
+    What patching a feature adds is what ``sl.Patch`` adds: with an ``input_norm`` the new code is written in the size
+    of the prompt's own activation.
+
     With ``steps`` > 1 the gradient is the mean over so many points between the two runs' activations (integrated
     gradients, as Marks et al. 2024, arXiv:2403.19647, use them); the error term, x - x_hat, is a node of its own.
 
@@ -107,7 +110,8 @@ def attribution(
     with torch.no_grad():
         z, z_given = coder.encode(x), coder.encode(given)
         wrong = (given - coder(given, theirs.ids).x_hat) - (x - coder(x, batch.ids).x_hat)
-        effects = (z_given - z) * (gradient @ coder.W_dec.T) * keep.unsqueeze(-1)
+        changes = coder.strengths(z_given - z, x)
+        effects = changes * (gradient @ coder.directions().T) * keep.unsqueeze(-1)
         error = (wrong * gradient).sum(-1) * keep
     n = len(batch.ids)
     active = (((z > 0) | (z_given > 0)) & keep.unsqueeze(-1)).any(0)
@@ -115,8 +119,9 @@ def attribution(
     truth: dict[tuple[int, int], float] = {}
     if check:
         nodes = _nodes_to_check(found, active, check) + [(p, -1) for p in range(1, x.shape[1])]
-        changes = {(p, f): wrong[:, p] if f < 0 else (z_given - z)[:, p, f, None] * coder.W_dec[f] for p, f in nodes}
-        truth = true_effects(lm, batch, site, keep, changes, metric, float(base))
+        rows = coder.directions()
+        added = {(p, f): wrong[:, p] if f < 0 else changes[:, p, f, None] * rows[f] for p, f in nodes}
+        truth = true_effects(lm, batch, site, keep, added, metric, float(base))
     return Attribution(found, error.sum(0) / n, truth, float(base), float(source), steps)
 
 

@@ -168,7 +168,8 @@ def patched_directions(
 
     Patching a set S takes the sources' coefficients of S and leaves all others, at the same positions for all methods:
 
-        features            x + Σ_S (f_source - f)_i·W_dec_i        (the coder's error stays as in the prompt)
+        features            x + Σ_S (f_source - f)_i·W_dec_i        (the coder's error stays as in the prompt; with an
+                                                                    input_norm in the size of the prompt's own x)
         features and error  the same, and the error as in the source: all features together give the source's x
         a basis U           x + Σ_S ((x_source - x)·u_i) u_i        all directions together give the source's x
 
@@ -272,12 +273,9 @@ def _methods(
 ) -> dict[str, _Method]:
     keep, difference = runs.keep.unsqueeze(-1), (runs.given - runs.x)
     f, given = coder.encode(runs.x), coder.encode(runs.given)
-    rest = difference - (coder(runs.given).x_hat - coder(runs.x).x_hat)
-    changes, W_dec = (given - f) * keep, coder.W_dec.detach()
-    found = {
-        "features": _Method(W_dec, changes),
-        "features and error": _Method(W_dec, changes, rest * keep),
-    }
+    changes, rows = coder.strengths(given - f, runs.x) * keep, coder.directions()
+    rest = difference * keep - changes @ rows
+    found = {"features": _Method(rows, changes), "features and error": _Method(rows, changes, rest)}
     d = coder.d_in
     random = torch.linalg.qr(torch.randn(d, d, generator=torch.Generator().manual_seed(seed + 1)))[0].T
     seen = difference[ranking][runs.keep[ranking]]

@@ -92,13 +92,14 @@ def effects_of(
     is added at every token that counts; the coder's error stays. A later feature j's change c_j is the mean over those
     tokens of its code's change, and
 
-        z_j = (c_j - mean_g c_gj) / max(sd_g c_gj, s0)
+        z_j = (c_j - mean_g c_gj) / max(sd_g c_gj, s0_j)
 
-    over controls g. s0, the median of the non-zero standard deviations over the same coder's features, keeps a feature
-    that no control moved from an infinite score. Controls: "features": ablating others that
-    are active on these prompts and whose part has a norm (root of its sum of squares over tokens) within a factor of
-    two of the feature's, or the nearest where these are too few; when steering, the same change along other active
-    features' directions. "directions": at every token a change of the same norm in a random direction.
+    over controls g. s0_j, the median of the non-zero standard deviations over the same coder's features (of codes times
+    the norms of their decoder rows, over j's own norm), keeps a feature that no control moved from an infinite score.
+    Controls: "features": ablating others that are active on these prompts and whose part has a norm (root of its sum of
+    squares over tokens) within a factor of two of the feature's, or the nearest where these are too few; when steering,
+    the same change along other active features' directions. "directions": at every token a change of the same norm in a
+    random direction.
 
     Args:
         coder: an SAE, or a transcoder (it is changed where it writes). later: coders that read sites computed later.
@@ -122,7 +123,8 @@ def effects_of(
         chosen, others = _controls(coder, feature, x[coder.site], keep, change, strength, against, controls, seed)
         before = {s: _mean(c.encode(x[s]), keep)[0] for s, c in by_site.items()}
         found = _changes(lm, batch, at, torch.stack([change, *others]), by_site, keep, before)
-    return _scored(found, before, feature, at, strength, against, chosen)
+    norms = {s: c.W_dec.detach().norm(dim=1).cpu() for s, c in by_site.items()}
+    return _scored(found, norms, before, feature, at, strength, against, chosen)
 
 
 def _later(lm: LM, at: Site, later: Sequence[SparseCoder]) -> dict[Site, SparseCoder]:
@@ -175,9 +177,9 @@ def _controls(
         drawn = torch.randn(count, change.shape[-1], generator=generator).to(change)
         return (), [norms * one / one.norm() for one in drawn]
     z = coder.encode(x) * keep.unsqueeze(-1).to(x)
-    sizes = (z.square().sum((0, 1)).sqrt() * coder.W_dec.norm(dim=1)).cpu()
+    sizes = coder.strengths(z, x).square().sum((0, 1)).sqrt().cpu()
     sizes[feature] = 0.0
-    active = sizes.nonzero().flatten()
+    active = sizes.argsort(descending=True)[: int(sizes.count_nonzero())]  # a draw goes by size, not by number
     if len(active) < count:
         raise ValueError(
             f"{count} controls need as many other features active on the prompts, there are {len(active)}: pass more "
@@ -185,7 +187,7 @@ def _controls(
         )
     if strength is not None:
         chosen = active[torch.randperm(len(active), generator=generator)[:count]].tolist()
-        units = torch.nn.functional.normalize(coder.W_dec[chosen], dim=1) * (1 if strength > 0 else -1)
+        units = coder.directions()[chosen] * (1 if strength > 0 else -1)
         return tuple(chosen), [norms * unit for unit in units]
     far = (sizes[active] / change.norm().cpu()).log().abs()
     near = active[far < torch.tensor(2.0).log()]
@@ -218,8 +220,10 @@ def _changes(
     return {s: torch.cat(parts).cpu() for s, parts in found.items()}
 
 
-def _z(change: Tensor, controls: Tensor) -> Tensor:
-    """z-scores among the controls' changes, the standard deviation being at least its median over moved features."""
+def _z(change: Tensor, controls: Tensor, norms: Tensor) -> Tensor:
+    """z-scores among the controls' changes, the standard deviation being at least its median over moved features. Of
+    codes times the norms of decoder rows: features of one coder then compare, whatever the unit of their codes."""
+    change, controls = change * norms, controls * norms
     sd = controls.std(0)
     moved = sd[sd > 0]
     if not len(moved):
@@ -228,15 +232,15 @@ def _z(change: Tensor, controls: Tensor) -> Tensor:
 
 
 def _scored(
-    found: dict[Site, Tensor], before: dict[Site, Tensor], feature: int, at: Site, strength: float | None,
-    against: str, chosen: tuple[int, ...],
+    found: dict[Site, Tensor], norms: dict[Site, Tensor], before: dict[Site, Tensor], feature: int, at: Site,
+    strength: float | None, against: str, chosen: tuple[int, ...],
 ) -> DownstreamEffects:  # fmt: skip
-    z = {s: _z(one[0], one[1:]) for s, one in found.items()}
+    z = {s: _z(one[0], one[1:], norms[s]) for s, one in found.items()}
     count = len(next(iter(found.values()))) - 1
     chance = []
     for g in range(1, count + 1):
         rest = [i for i in range(1, count + 1) if i != g]
-        chance.append(_extent([_z(one[g], one[rest]) for one in found.values()]))
+        chance.append(_extent([_z(one[g], one[rest], norms[s]) for s, one in found.items()]))
     beyond, largest = _extent(list(z.values()))
     return DownstreamEffects(
         feature, at, strength, {s: one[0] for s, one in found.items()}, z, {s: b.cpu() for s, b in before.items()},

@@ -78,7 +78,8 @@ def invariant_edges(
     A takes a direction to where the downstream coder reads: W_O for an upstream coder at attn_z; for a downstream one
     at mlp_in the gain of the MLP's norm (1+w for Gemma), centred where that norm centres. What a norm divides by, s
     (``norm_scale``), differs from token to token and is left out: s = 1 where the downstream coder reads the stream
-    itself. This is the direct path: attention and MLPs between are no part of it.
+    itself. This is the direct path: attention and MLPs between are no part of it. An edge is in units of the downstream
+    code over the upstream one.
 
     Args:
         upstream: an SAE or transcoder whose output is part of the residual stream, or at attn_z.
@@ -110,7 +111,7 @@ def check_edges(
 ) -> EdgeCheck:  # fmt: skip
     """Edges against the model: one upstream feature is taken out (f·W_dec of it subtracted) wherever it fires.
 
-    features: downstream; None: the 32 with the largest |edge|.
+    features: downstream; None: the 32 with the largest |edge| times the norm of their decoder rows.
 
     Raises ValueError as ``invariant_edges``; where the upstream feature fires at no token of the prompts (position 0
     and what its mask leaves out do not count).
@@ -118,7 +119,8 @@ def check_edges(
     writes, reads = _ends(lm, upstream, downstream)
     feature, batch = check_feature(feature, upstream.d_sae), lm.tokenize(prompts)
     edge = invariant_edges(lm, upstream, downstream, [feature])[0]
-    chosen = edge.abs().topk(min(32, len(edge))).indices.tolist() if features is None else list(features)
+    sizes = edge.abs() * downstream.W_dec.norm(dim=1).cpu()  # whatever the unit of a downstream code
+    chosen = sizes.topk(min(32, len(edge))).indices.tolist() if features is None else list(features)
     chosen = [check_feature(f, downstream.d_sae) for f in chosen]
     before = _norm(lm, reads)[1] if reads.kind == "mlp_in" else reads
     between = _between(lm, writes, reads)

@@ -131,6 +131,8 @@ def absorption(
     times the words in the same time). They ask which feature matters most for the model's answer, we whose share of the
     projection is large.
 
+    f are ``SparseCoder.strengths`` throughout, W_dec rows at unit norm.
+
     ``convention="saebench"`` (Karvonen et al. 2025, arXiv:2503.09532): P = x·p and what features bring is f·cosine,
     nothing subtracted; main features entirely silent, and the largest of all must be the one that absorbs;
     ``fraction`` is their absorption fraction; letters from F1 .6. Main features are found as above, theirs by an L1
@@ -151,7 +153,7 @@ def absorption(
     shuffled = letters.copy()
     for n in range(3):  # as many of each letter in every part
         shuffled[part == n] = draw.permutation(letters[part == n])
-    W_dec = sae.W_dec.detach().float().cpu().numpy()
+    W_dec = sae.directions().cpu().numpy()
     found: list[Letter] = []
     cases: list[Case] = []
     chance = []
@@ -196,8 +198,8 @@ def judge(
     f: np.ndarray, x: np.ndarray, W_dec: np.ndarray, p: np.ndarray, main: Sequence[int], f_base: np.ndarray,
     x_base: np.ndarray, convention: str = "sae_lab", silent: np.ndarray | None = None,
 ) -> Judged:  # fmt: skip
-    """The criteria of ``absorption`` for codes ``words d_sae`` and activations ``words d`` of words of one letter, p
-    its probe's unit direction, f_base and x_base means over words of others. silent: where that is known already."""
+    """The criteria of ``absorption`` for strengths ``words d_sae`` and activations ``words d`` of words of one letter,
+    p its probe's unit direction, f_base and x_base means over words of others. silent: where that is known already."""
     main = list(main)
     cosine = W_dec @ p / np.linalg.norm(W_dec, axis=1).clip(1e-8)
     if convention == "saebench":
@@ -258,7 +260,7 @@ def _words(lm: LM, words: int, seed: int) -> tuple[list[int], list[str]]:
 
 @torch.no_grad()
 def _read(sae: SparseCoder, lm: LM, ids: list[int], before: str) -> tuple[np.ndarray, Any, np.ndarray]:
-    """(x "words d", codes "words d_sae", sparse, of words that the mask keeps; which those are)."""
+    """(x "words d", strengths "words d_sae", sparse, of words that the mask keeps; which those are)."""
     from scipy import sparse
     from tqdm.auto import tqdm
 
@@ -274,7 +276,7 @@ def _read(sae: SparseCoder, lm: LM, ids: list[int], before: str) -> tuple[np.nda
             x = lm.run(batch, [site], logits=False)[0][site][:, -1].cpu()
             keep = mask.keep(batch.ids[:, -1], batch.positions[:, -1], {site: x})
             x = x[keep].float()
-            found = sae.sparse_codes(x.to(sae.W_dec.device))
+            found = sae.strengths(sae.sparse_codes(x.to(sae.W_dec.device)), x.to(sae.W_dec.device))
             parts = [t.cpu().numpy() for t in (found.values, found.features, found.offsets)]
             codes.append(sparse.csr_matrix(tuple(parts), shape=(len(x), sae.d_sae)))
             xs.append(x)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sae_lab.evals.contexts import clustered_error
+from sae_lab.evals.description_length import by_content
 from sae_lab.evals.result import Figure, Result, number
 from sae_lab.lm.model import LM
 from sae_lab.saes.base import SparseCoder
@@ -301,11 +302,12 @@ class _Data(NamedTuple):
 
 
 def _encode(coder: SparseCoder, x: Tensor) -> Codes:
-    """Codes in eval mode of all rows."""
+    """Codes in eval mode of all rows, as ``SparseCoder.strengths``."""
     was_training, device = coder.training, coder.W_dec.device
     coder.eval()
     try:
-        return _joined([coder.sparse_codes(rows.to(device)) for rows in x.split(_CODED_AT_ONCE)], coder.d_sae)
+        parts = [rows.to(device) for rows in x.split(_CODED_AT_ONCE)]
+        return _joined([coder.strengths(coder.sparse_codes(rows), rows) for rows in parts], coder.d_sae)
     finally:
         coder.train(was_training)
 
@@ -361,6 +363,8 @@ def _shuffled(data: _Data, move: np.ndarray, seed: int) -> _Data:
 def _score(codes: Codes, data: _Data) -> BoardScores:
     """Choose classifiers on one half, measure them on the other. Tables are ``features levels properties``."""
     train, y = data.train, data.labels.astype(np.float32)
+    order = by_content(codes)  # so that of equal classifiers one is chosen whatever its feature's number
+    codes = codes._replace(features=order.argsort()[codes.features])
     onehot, level, alive = _levels(codes, train)
     hits = _at_least((onehot[train].T @ y[train]).reshape(codes.d_sae, LEVELS, -1))
     firings = _at_least(np.asarray(onehot[train].sum(0)).reshape(codes.d_sae, LEVELS, 1))
@@ -383,10 +387,10 @@ def _score(codes: Codes, data: _Data) -> BoardScores:
         reconstruction=float(boards.mean()),
         reconstruction_se=clustered_error(torch.from_numpy(boards), torch.from_numpy(data.game[~train])),
         precise=count,
-        best=best,
+        best=order.numpy()[best],
         threshold=least / LEVELS,
         f1=f1,
-        auroc_best=auroc_best,
+        auroc_best=order.numpy()[auroc_best],
         auroc=aurocs,
     )
 

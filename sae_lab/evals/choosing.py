@@ -164,10 +164,12 @@ def c_dec(W_dec: Tensor) -> float:
 
 @torch.no_grad()
 def s_n(coder: SparseCoder, x: Tensor, n: int, origin: Tensor | None = None) -> float:
-    """The (n·B)-th largest projection of B rows x − origin (None: b_dec) on unit decoder rows, counted from 0."""
-    rows = torch.nn.functional.normalize(coder.W_dec.detach().float(), dim=1)
-    origin = coder.b_dec.flatten() if origin is None else origin.to(rows.device)
-    z = ((x.to(rows.device).flatten(1) - origin) @ rows.T).flatten()
+    """The (n·B)-th largest projection of B rows x − origin (None: b_dec, or what stands for it behind an
+    ``input_norm``) on unit decoder rows, counted from 0."""
+    rows = coder.directions()
+    x = x.to(rows.device)
+    origin = coder.silent(x).flatten(1) if origin is None else origin.to(rows.device)
+    z = ((x.flatten(1) - origin) @ rows.T).flatten()
     return float(z.kthvalue(len(z) - n * len(x)).values)
 
 

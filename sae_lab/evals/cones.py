@@ -139,7 +139,7 @@ def cones(
     if concepts is None:
         assert rows is not None
         concepts = _mean_differences(rows.x.flatten(1), truth)
-    W = normalize(coder.W_dec.detach().float().cpu().flatten(1), dim=1)
+    W = coder.directions().cpu()
     c = _concepts(concepts, W)
     if truth is not None and truth.shape[1] != len(c):
         raise ValueError(f"labels must have one column for each of the {len(c)} concepts, got {truth.shape[1]}")
@@ -150,9 +150,7 @@ def cones(
     held = _held_out(W @ basis, c @ basis, sizes)
     own = other = [float("nan")] * len(sizes)
     if rows is not None:
-        codes, _ = run_coder(coder, rows)
-        norms = coder.W_dec.detach().float().cpu().flatten(1).norm(dim=1)
-        f = codes._replace(values=codes.values * norms[codes.features])
+        f, _ = run_coder(coder, rows)
         truth = rows.x.flatten(1) @ c.T if truth is None else truth
         own, other = _correlations(f, truth.double(), features, weights)
     return Cones(

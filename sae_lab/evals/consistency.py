@@ -215,6 +215,7 @@ def _pair(
 ) -> Pair:  # fmt: skip
     """Every measure of one match."""
     at_b = (matched.permutation >= 0).nonzero().flatten()
+    at_b = at_b[matched.cosines[at_b].argsort(descending=True, stable=True)]  # shuffled by rank, not by number
     at_a = matched.permutation[at_b]
     other = _derange(len(at_a), seed)
     unit_a, unit_b = (torch.nn.functional.normalize(_directions(one), dim=1) for one in (a, b))

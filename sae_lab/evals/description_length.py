@@ -67,16 +67,16 @@ def sample(x: Tensor | Store, tokens: int, coder: SparseCoder) -> Sample:
 
 @torch.no_grad()
 def run_coder(coder: SparseCoder, rows: Sample) -> tuple[Codes, Tensor]:
-    """(codes that are not 0, x_hat) of all rows, on the CPU."""
+    """(codes that are not 0, as ``SparseCoder.strengths``; x_hat) of all rows, on the CPU."""
     device = coder.W_dec.device
     tokens = [None] * len(rows.x) if rows.tokens is None else rows.tokens.split(_CHUNK)
     parts, x_hats = [], []
     for x, ids in zip(rows.x.split(_CHUNK), tokens, strict=False):
         out = coder(x.to(device), None if ids is None else ids.to(device))
-        parts.append(_nonzero(out.codes))
+        parts.append(coder.strengths(_nonzero(out.codes), x.to(device)))
         x_hats.append(out.x_hat.cpu())
-    counts = torch.cat([torch.zeros(1, dtype=torch.long), *(p.offsets.diff() for p in parts)])
-    values, features = (torch.cat([getattr(p, name) for p in parts]) for name in ("values", "features"))
+    counts = torch.cat([torch.zeros(1, dtype=torch.long), *(p.offsets.diff().cpu() for p in parts)])
+    values, features = (torch.cat([getattr(p, name).cpu() for p in parts]) for name in ("values", "features"))
     return Codes(values, features, counts.cumsum(0), coder.d_sae), torch.cat(x_hats)
 
 
@@ -85,7 +85,14 @@ def _nonzero(codes: Codes | Tensor) -> Codes:
         codes = sparse.where(codes, codes != 0)
     on = codes.values != 0
     before = torch.cat([on.new_zeros(1, dtype=torch.long), on.long().cumsum(0)])
-    return Codes(codes.values[on].cpu(), codes.features[on].cpu(), before[codes.offsets].cpu(), codes.d_sae)
+    return Codes(codes.values[on], codes.features[on], before[codes.offsets], codes.d_sae)
+
+
+def by_content(codes: Codes) -> Int[Tensor, " d_sae"]:
+    """The features in the order of how much they write in all, the most first. What is drawn in this order does not
+    depend on the features' numbers."""
+    total = torch.zeros(codes.d_sae, dtype=torch.float64).index_add(0, codes.features, codes.values.double().abs())
+    return total.argsort(descending=True, stable=True)
 
 
 def jackknife(left_out: Iterable[float]) -> float:
@@ -217,11 +224,11 @@ def description_length(
         values   = Σᵢ πᵢ·max(0, ½·log₂(σᵢ²/v))
         residual = R(cov(x − x̂) + Σᵢ πᵢ·min(σᵢ², v)·dᵢdᵢᵀ; D),  R(C; D) = Σⱼ max(0, ½·log₂(λⱼ/θ)), Σⱼ min(λⱼ, θ) = D
 
-    Feature i fires in a share πᵢ of rows, where its value (times the norm of its decoder row, dᵢ the unit row) has
-    variance σᵢ². A value sent at distortion v leaves an error of min(σᵢ², v), which is part of the residual; v is the
-    power of √2 (times D/d) that makes the sum least. D = rho·E‖x − x̄‖². λ: eigenvalues of C. Every number costs what
-    it would if it were Gaussian (reverse water-filling), an upper bound; probabilities, means, variances and the
-    dictionary are known to both sides and not charged, which favours wide coders.
+    Feature i fires in a share πᵢ of rows, where its value (``SparseCoder.strengths``: in units of x, dᵢ the unit
+    decoder row) has variance σᵢ². A value sent at distortion v leaves an error of min(σᵢ², v), which is part of the
+    residual; v is the power of √2 (times D/d) that makes the sum least. D = rho·E‖x − x̄‖². λ: eigenvalues of C. Every
+    number costs what it would if it were Gaussian (reverse water-filling), an upper bound; probabilities, means,
+    variances and the dictionary are known to both sides and not charged, which favours wide coders.
 
     Controls: ``dense``, R(cov(x); D), is what a coder of all zeros costs, and PCA of any rank with dense codes. A coder
     whose codes are as dense as x pays for its values as often as it fires.
@@ -254,15 +261,14 @@ def description_length(
         codes, x_hat = run_coder(coder, rows)
         error = flat - x_hat.flatten(1)
         parts = _sums(codes, error, folds)
-        unit = torch.nn.functional.normalize(coder.W_dec.detach().float().cpu().flatten(1), dim=1)
-        norms = coder.W_dec.detach().float().cpu().flatten(1).norm(dim=1)
+        unit = coder.directions().cpu()
         steps = total / flat.shape[1] * 2.0 ** torch.arange(0, 2 * math.log2(flat.shape[1]) + 2).div(2)
-        tried = [(bits_at(parts[-1], unit, norms, total, float(v)), float(v)) for v in steps]
+        tried = [(bits_at(parts[-1], unit, total, float(v)), float(v)) for v in steps]
         best, v = min(tried, key=lambda one: one[0].total)
         measured.append(
             (coder, len(codes.values) / len(flat), float(error.pow(2).sum()) / len(flat) / variance, best, v)
         )
-        left = [bits_at(parts[-1].less(parts[g]), unit, norms, rho * _trace_without(raw, g), v).total for g in groups]
+        left = [bits_at(parts[-1].less(parts[g]), unit, rho * _trace_without(raw, g), v).total for g in groups]
         without.append(left if len(groups) > 1 else [best.total])
     least = min(range(len(coders)), key=lambda i: measured[i][3].total)
     _, l0, fvu, bits, precision = zip(*measured, strict=True)
@@ -332,11 +338,11 @@ def _trace_without(raw: dict[int, _Sums], fold: int) -> float:
     return float(_covariance(raw[-1].less(raw[fold])).trace())
 
 
-def bits_at(sums: _Sums, unit: Tensor, norms: Tensor, distortion: float, v: float) -> Bits:
-    """Bits per token with every value sent at distortion v. unit, norms: of the decoder's rows."""
+def bits_at(sums: _Sums, unit: Tensor, distortion: float, v: float) -> Bits:
+    """Bits per token with every value sent at distortion v. unit: the decoder's rows, which the values are along."""
     share = sums.counts / sums.rows
     some = sums.counts.clamp_min(1)
-    spread = (sums.squares / some - (sums.sums / some) ** 2).clamp_min(0) * norms.double() ** 2
+    spread = (sums.squares / some - (sums.sums / some) ** 2).clamp_min(0)
     live = share > 0
     noise = (share * spread.clamp_max(v))[live].float()
     rows = unit[live]

@@ -142,9 +142,10 @@ def probing(
     """Probe texts' pooled codes with k features, and the same texts' activations without a coder.
 
     A text's code is the mean, the maximum or the last of its tokens' codes (``pooling``; tokens that the mask leaves
-    out do not count). Features are ranked on the training texts by |mean₁ − mean₀|/deviation; a logistic regression on
-    the first k, inputs standardised on train, with the L2 penalty of least log loss on validation, gives accuracy and
-    AUROC on test texts ("chosen": k too was chosen on validation). Split 60/20/20, both classes equal: chance is .5.
+    out do not count), as ``SparseCoder.strengths``. Features are ranked on the training texts by |mean₁ −
+    mean₀|/deviation; a logistic regression on the first k, inputs standardised on train, with the L2 penalty of least
+    log loss on validation, gives accuracy and AUROC on test texts ("chosen": k too was chosen on validation). Split
+    60/20/20, both classes equal: chance is .5.
 
     Beside it, chosen and fitted the same way: k coordinates of x (``neurons``); k of the first 64 principal components
     of the training texts' x (``pca``); all of x (``dense``); and everything again with shuffled labels, which must give
@@ -237,13 +238,14 @@ def pooled(
 
 
 def _codes(sae: SparseCoder, x: Tensor, text: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """(text·d_sae + feature, value) of every active feature of every token."""
+    """(text·d_sae + feature, strength) of every active feature of every token."""
     was_training = sae.training
     sae.eval()
     places, values = [np.zeros(0, np.int64)], [np.zeros(0)]
     try:
         for rows, owner in zip(x.split(_ROWS), text.split(_ROWS), strict=True):
-            codes = sae.sparse_codes(rows.float().to(sae.W_dec.device))
+            rows = rows.float().to(sae.W_dec.device)
+            codes = sae.strengths(sae.sparse_codes(rows), rows)
             places.append((owner[codes.rows.cpu()] * sae.d_sae + codes.features.cpu()).numpy())
             values.append(codes.values.cpu().double().numpy())
     finally:

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from sae_lab.evals.choosing import _name
-from sae_lab.evals.description_length import jackknife, run_coder, sample
+from sae_lab.evals.description_length import by_content, jackknife, run_coder, sample
 from sae_lab.evals.result import Figure, Result
 from sae_lab.saes import sparse
 from sae_lab.saes.base import SparseCoder
@@ -92,7 +92,8 @@ def stitching(
         e = x − x̂_small,  inserted_j = E‖e − g_j·d_j‖² − E‖e‖² = E[g_j²]·‖d_j‖² − 2·E[g_j·(e·d_j)]
         swapped_j = E‖e + f_i·c_i − g_j·d_j‖² − E‖e‖²,  i the nearest small feature
 
-    f, c: codes and decoder rows of the small coder; g, d: of the large. A feature is novel where no small decoder row
+    f, c: codes and decoder rows of the small coder; g, d: of the large (rows at unit norm, and codes as
+    ``SparseCoder.strengths``). A feature is novel where no small decoder row
     has a cosine of ``threshold`` with it: the small coder lacks it, and with it the error falls. Else it is a
     reconstruction feature, which the small one has under another name: inserted beside it the error rises, in the
     place of it less so. One feature at a time, all of them from sums over active places: no pass per feature.
@@ -110,7 +111,7 @@ def stitching(
     f, small_hat = run_coder(small, rows)
     g, large_hat = run_coder(large, rows)
     error = (rows.x - small_hat).flatten(1)
-    c, d = (one.W_dec.detach().float().cpu().flatten(1) for one in (small, large))
+    c, d = (one.directions().cpu() for one in (small, large))
     cosines, nearest = _nearest(c, d)
     fired = torch.bincount(g.features, minlength=large.d_sae) > 0
     if not bool(fired.any()):
@@ -121,8 +122,10 @@ def stitching(
     put = _inserted(g, error, d, folds)
     generator = torch.Generator().manual_seed(seed)
     other = torch.randperm(len(error), generator=generator)
-    random = normalize(torch.randn(d.shape, generator=generator), dim=1) * d.norm(dim=1, keepdim=True)
-    taken = torch.randint(small.d_sae, (large.d_sae,), generator=generator)
+    order = by_content(g)
+    random, taken = torch.empty_like(d), torch.empty_like(nearest)
+    random[order] = normalize(torch.randn(d.shape, generator=generator), dim=1)
+    taken[order] = by_content(f)[torch.randint(small.d_sae, (large.d_sae,), generator=generator)]
     swap, swap_random = (put.sum(0) / len(error) + _removed(f, g, error, c, d, i) for i in (nearest, taken))
     inserted = put.sum(0) / len(error)
     rounding = 1e-6 * float(rows.x.flatten(1).pow(2).sum(1).mean())  # a feature swapped for itself changes nothing
@@ -157,11 +160,8 @@ def _check(small: SparseCoder, large: SparseCoder, threshold: float) -> None:
     for coder in (small, large):
         if coder.training:
             raise ValueError(f"this eval needs coders in eval mode, got {_name(coder)} in training: call sae.eval()")
-        if coder.transcodes or coder.input_norm != "none":
-            raise ValueError(
-                f"stitching needs coders that reconstruct x as it is, {_name(coder)} does not: "
-                + ("it transcodes" if coder.transcodes else f"it normalises x (input_norm={coder.input_norm!r})")
-            )
+        if coder.transcodes:
+            raise ValueError(f"stitching needs coders that reconstruct what they read, {_name(coder)} does not")
     if small.in_shape != large.in_shape:
         raise ValueError(
             f"both coders must read the same activations, got widths {small.in_shape} and {large.in_shape}"

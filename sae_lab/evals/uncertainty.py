@@ -208,7 +208,8 @@ def uncertainty(
             "give easier or harder ones, or more"
         )
     uncertain = entropy > _of_groups(entropy, group, np.median)
-    live = np.flatnonzero((codes > 0).sum(0) >= LEAST)
+    order = np.argsort(-codes.sum(0), kind="stable")  # ties and draws then go by rank, not by number
+    live = order[(codes > 0).sum(0)[order] >= LEAST]
     if len(live) < 3:
         raise ValueError(
             f"{len(live)} features fire on {LEAST} questions or more, three are needed: give more questions"
@@ -266,8 +267,8 @@ def _tokenized(lm: LM, prompts: Sequence[str], answers: Sequence[str]) -> tuple[
 def _answered(
     lm: LM, coder: SparseCoder | None, rows: list[list[int]], starts: list[int], edits: Sequence[Ablate] = ()
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(whether the answer is right, the next token's entropy in nats, codes at the prompt's last token) of each
-    question; without a coder no codes."""
+    """(whether the answer is right, the next token's entropy in nats, strengths at the prompt's last token) of each
+    question; without a coder no strengths."""
     correct, entropy = np.zeros(len(rows), bool), np.zeros(len(rows))
     codes = np.zeros((len(rows), coder.d_sae if coder is not None else 0), np.float32)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # of like length: little padding
@@ -287,7 +288,9 @@ def _answered(
             row, position = found.keep.nonzero(as_tuple=True)
             token, features = found.codes.rows, found.codes.features
             here = (position == last[row])[token]
-            codes[np.array(part)[row[token[here]]], features[here]] = found.codes.values[here]
+            x = acts[coder.site][found.keep.to(acts[coder.site].device)]
+            strengths = coder.strengths(found.codes, x).values
+            codes[np.array(part)[row[token[here]]], features[here]] = strengths[here]
     return correct, entropy, codes
 
 
@@ -416,7 +419,8 @@ def _suppressed(
     """Accuracy on one half with features ablated that were found on the other, and with random ones."""
     found = _half(correct, random)
     firings = (codes[found] > 0).sum(0)
-    live = np.flatnonzero(firings >= LEAST)
+    order = np.argsort(-codes[found].sum(0), kind="stable")
+    live = order[firings[order] >= LEAST]
     both = association(codes[found][:, live], uncertain[found], ~correct[found], group[found]).min(0)
     chosen = live[np.argsort(-both, kind="stable")[:most]]
     chosen = chosen[both[np.argsort(-both, kind="stable")[:most]] > 0]
@@ -430,7 +434,7 @@ def _suppressed(
         right, *_ = _answered(lm, None, [rows[i] for i in test], [starts[i] for i in test], [edit])
         return right.astype(float) - correct[test]
 
-    others = np.setdiff1d(live, chosen)
+    others = live[~np.isin(live, chosen)]
     draws = [change(_alike(chosen, others, firings, random)) for _ in range(DRAWS)] if len(others) else []
     own = change(chosen)
     return none | {
@@ -444,7 +448,7 @@ def _alike(chosen: np.ndarray, others: np.ndarray, firings: np.ndarray, random: 
     """For each chosen feature one of the ten others that fire about as often, each taken once."""
     taken: list[int] = []
     for feature in chosen:
-        free = np.setdiff1d(others, taken)
+        free = others[~np.isin(others, taken)]
         if not len(free):
             break
         near = free[np.argsort(np.abs(firings[free] - firings[feature]), kind="stable")[:10]]

@@ -102,8 +102,8 @@ class Corpus:
             raise ValueError(f'the parts of the documents are "explain" and "judge", got {part!r}')
         feature = check_feature(feature, self.index.d_sae)
         side = PARTS.index(part)
-        random = np.random.default_rng([self.seed, feature, side])
         rows, values = self.index.activations(feature)
+        random = np.random.default_rng([self.seed, len(rows), *rows[:1].tolist(), side])  # whatever its number
         here = self._part[rows] == side
         chosen = self._firing(rows[here], values[here], firing, strongest, random)
         shown = [self._passage(feature, row, "fires", random, quantile) for row, quantile in chosen]

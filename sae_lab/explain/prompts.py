@@ -261,8 +261,8 @@ def evolve_prompts(
         raise ValueError(f"feature {silent[0]} never fires in the source: choose live features, or a longer source")
     rows = []
     for feature in features:
-        rng = np.random.default_rng([seed, feature])
         examples = corpus[feature]
+        rng = np.random.default_rng([seed, *examples[0].ids])  # by what it fires on, not by its number
         weight = FLUENCY * examples[0].value if ce_weight is None else float(ce_weight)
         pool = np.array(sorted({i for example in examples for i in example.ids} - set(lm.mask().special_ids)))
         search = _Search(sae, lm, feature, weight, pool, rng)

@@ -238,7 +238,8 @@ class _Run:
 
     def _others(self, explained: list[int]) -> dict[int, int]:
         """Whose explanation is each one's control: the next in a random order."""
-        order = np.random.default_rng([self.seed, 1]).permutation(sorted(explained)).tolist()
+        by_text = sorted(explained, key=lambda i: (self.texts[i], i))  # drawn by what is said, not by number
+        order = np.random.default_rng([self.seed, 1]).permutation(by_text).tolist()
         if len(order) == 1:
             return {order[0]: -1}
         return dict(zip(order, [*order[1:], *order[:1]], strict=True))

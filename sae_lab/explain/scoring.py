@@ -76,7 +76,7 @@ def score(
         raise ValueError(f"measures are {', '.join(MEASURES)}, got {unknown[0]!r}")
     if judge is None:
         _rule(explanation)
-    random = np.random.default_rng([seed, passages.feature])
+    random = np.random.default_rng([seed, *(p.document for p in passages.firing)])  # whatever its number
     found = Score()
     if "detection" in measures:
         found = _plus(found, detection(explanation, passages, judge, random))

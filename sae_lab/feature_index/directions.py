@@ -16,12 +16,12 @@ RANDOM = 256  # random directions, the control of the lens
 
 @torch.no_grad()
 def lens(coder: SparseCoder, lm: LM, site: Site) -> dict[str, np.ndarray]:
-    """Promoted and suppressed tokens of every direction, and its sharpness: the logits' kurtosis, with that of random
-    directions beside it. Empty where the site is not written to the residual stream."""
+    """Promoted and suppressed tokens of every unit direction, and its sharpness: the logits' kurtosis, with that of
+    random directions beside it. Empty where the site is not written to the residual stream."""
     if lm.lens(coder.W_dec[:1], site, of=extremes) is None:
         return {}
     rows = chunks.rows_at_a_time(4 * lm.vocab_size)
-    found = [lm.lens(chunk, site, of=extremes) for chunk in coder.W_dec.split(rows)]
+    found = [lm.lens(chunk, site, of=extremes) for chunk in coder.directions().split(rows)]
     random = torch.randn(RANDOM, coder.W_dec.shape[1], generator=torch.Generator().manual_seed(0)).to(coder.W_dec)
     control = [lm.lens(part, site, of=kurtosis) for part in random.split(rows)]
     tables = {f"lens_{name}": torch.cat([part[name] for part in found]).numpy() for name in found[0]}
@@ -53,7 +53,7 @@ def kurtosis(logits):
 @torch.no_grad()
 def neighbours(coder: SparseCoder) -> dict[str, np.ndarray]:
     """The nearest decoder rows by cosine."""
-    rows = torch.nn.functional.normalize(coder.W_dec, dim=1)
+    rows = coder.directions()
     n = min(NEIGHBOURS, coder.d_sae - 1)
     cosines, ids = [], []
     size = chunks.rows_at_a_time(4 * coder.d_sae)

@@ -20,6 +20,7 @@ from sae_lab.store import Store, memory_map
 from sae_lab.types import Site, check_feature
 
 VERSION = 2
+SIZED = 4096  # rows that the mean size of what a normalising coder writes is taken over
 BEFORE, AFTER = 24, 12  # tokens shown around an activation
 READABLE_DENSITY = (5e-4, 1e-2)  # rarer features have too few contexts to judge, denser ones are rarely about one thing
 
@@ -140,9 +141,18 @@ class FeatureIndex:
 
     @cached_property
     def norm(self) -> np.ndarray:
-        """Length of what each feature writes at its f_scale: f_scale·‖W_dec‖, in units of the activations."""
-        coder = self._at_hand("norm")
-        return (coder.f_scale * coder.W_dec.detach().flatten(1).norm(dim=1)).cpu().numpy()
+        """Length of what each feature writes at its f_scale: f_scale·‖W_dec‖, in units of the activations; with an
+        ``input_norm`` times the mean size of the store's first rows."""
+        coder, size = self._at_hand("norm"), 1.0
+        if coder.input_norm != "none" and not coder.transcodes:
+            if "coder" in self.store.identity:
+                raise ValueError(
+                    f"norm needs activations, for this coder writes in their size (input_norm={coder.input_norm!r}), "
+                    "and the store holds codes: index a store of activations"
+                )
+            first = self.store.rows(np.arange(min(SIZED, self.tokens_seen)), self.store.site.key)
+            size = float(coder.sizes(first.to(coder.W_dec.device)).mean())
+        return (size * coder.f_scale * coder.W_dec.detach().norm(dim=1)).cpu().numpy()
 
     def _column(self, name: str) -> np.ndarray:
         return self.counts if name == "count" else getattr(self, name)

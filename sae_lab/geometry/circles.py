@@ -136,10 +136,10 @@ def circular(
 ) -> Circular:
     """Whether words with a circular order lie in that order around a plane of what some features reconstruct.
 
-    y_tw = Σ_{i∈features} f_i(x_tw) W_dec[i], x_tw the activation at the last token of word w in template t. Principal
-    components of y over even templates; in each plane of two of them the angles of the words' means. The plane is
-    chosen on even templates, the order measured on odd ones. Correlation = max over both ways round of
-    |mean_w exp(i(r_w ∓ 2πw/n))|, r_w the rank of word w's angle times 2π/n.
+    y_tw = Σ_{i∈features} f_i(x_tw) W_dec[i] (times the size that an ``input_norm`` is undone by), x_tw the activation
+    at the last token of word w in template t. Principal components of y over even templates; in each plane of two of
+    them the angles of the words' means. The plane is chosen on even templates, the order measured on odd ones.
+    Correlation = max over both ways round of |mean_w exp(i(r_w ∓ 2πw/n))|, r_w the rank of word w's angle times 2π/n.
 
     p is taken over all (n−1)! orders of the words (10,000 random ones beyond 8 words), each with the best of all
     planes. It has to be: words differ little between templates, so a plane that was chosen because it orders them by
@@ -166,7 +166,7 @@ def circular(
     else:
         chosen = torch.tensor(sorted({check_feature(i, coder.d_sae) for i in features}), dtype=torch.long)
     rng = np.random.default_rng(seed)
-    W_dec = coder.W_dec.detach().flatten(1).float().cpu()
+    W_dec = coder.directions().cpu()
     y = codes[..., chosen] @ W_dec[chosen]
     if len(y[::2].flatten(0, 1).unique(dim=0)) <= components:
         raise ValueError(
@@ -174,9 +174,10 @@ def circular(
         )
     orders = _orders(len(words), rng)
     own, raw = _order(y, components, orders), _order(x, components, orders)
-    others = (fires > 0).any(0)
-    others[chosen] = False
-    drawn = _draws(codes, W_dec, others.nonzero()[:, 0], len(chosen), draws, components, rng)
+    others = codes[::2].double().sum((0, 1)) * (fires > 0).any(0)
+    others[chosen] = 0.0
+    ranked = others.argsort(descending=True)[: int(others.count_nonzero())]  # drawn by rank, not by number
+    drawn = _draws(codes, W_dec, ranked, len(chosen), draws, components, rng)
     means = [float(np.mean(v)) if drawn else math.nan for v in ([o.adjacent for o in drawn],
              [o.correlation for o in drawn], [o.correlation >= own.correlation - 1e-9 for o in drawn])]  # fmt: skip
     n = len(own.each)
@@ -232,7 +233,7 @@ def _templates(words: tuple[str, ...], templates: Sequence[str] | None) -> tuple
 def _read(
     coder: SparseCoder, lm: LM, words: tuple[str, ...], templates: tuple[str, ...]
 ) -> tuple[Float[Tensor, "templates words d"], Float[Tensor, "templates words d_sae"], Float[Tensor, " d_sae"]]:
-    """(activations at the words, codes there, share of the even templates' other tokens on which each fires)."""
+    """(activations at the words, strengths there, share of the even templates' other tokens on which each fires)."""
     site, mask = coder.site, coder.mask or lm.mask()
     was_training = coder.training
     coder.eval()
@@ -248,7 +249,8 @@ def _read(
                 left = words[int((~keep[here]).nonzero()[0])]
                 raise ValueError(f"the coder's mask leaves out {left!r} in {template!r} ({mask}): try another template")
             xs.append(x[here])
-            codes.append(coder.encode(xs[-1].to(coder.W_dec.device)).float().cpu())
+            read = xs[-1].to(coder.W_dec.device)
+            codes.append(coder.strengths(coder.encode(read), read).float().cpu())
             keep[here] = False
             if number % 2 == 0 and keep.any():
                 other = coder.encode(x[keep].to(coder.W_dec.device)).float().cpu()

@@ -92,7 +92,7 @@ def resample(coder: SparseCoder, data: Tensor | Batch, dead: Bool[Tensor, " d_sa
     rows = torch.multinomial(weight, len(features), replacement=again, generator=generator).to(x.device)
     x, target = _normalised(coder, x, target)
     alive = ~dead.to(x.device)
-    norms = coder.W_dec.detach().norm(dim=1)[alive]  # codes times these have the unit that new features' codes will have
+    norms = coder.W_dec.detach().norm(dim=1)[alive]  # codes times these have the unit of new features' codes
     length = (coder.W_enc[:, alive].norm(dim=0) * norms).mean() if bool(alive.any()) else x.new_ones(())
     centre = coder.b_dec if coder.pre_bias else x.mean(0)
     coder.set_features(

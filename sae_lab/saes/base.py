@@ -238,7 +238,8 @@ class SparseCoder(nn.Module):
         Codes have a unit of their own: with W_dec[i]·c and f_i/c, or an ``input_norm``, the same function has other
         ones. What must not depend on that is made of strengths.
         """
-        norms, sizes = self.W_dec.detach().float().norm(dim=1), self.sizes(x)
+        device = codes.values.device if isinstance(codes, Codes) else codes.device  # read codes are on the CPU
+        norms, sizes = (t.to(device) for t in (self.W_dec.detach().float().norm(dim=1), self.sizes(x)))
         if isinstance(codes, Codes):
             rows = codes.rows
             return codes._replace(values=codes.values * norms[codes.features] * sizes.flatten()[rows])
@@ -249,7 +250,7 @@ class SparseCoder(nn.Module):
         """x_hat of rows x if no feature fired: b_dec, and what a skip, a lookup or an ``input_norm`` adds."""
         rows, lead = self._rows(x)
         nothing = torch.zeros(0, device=rows.device)
-        none = Codes(nothing, nothing.long(), torch.zeros(len(rows) + 1, dtype=torch.long, device=rows.device), self.d_sae)
+        none = Codes(nothing, nothing.long(), nothing.new_zeros(len(rows) + 1).long(), self.d_sae)
         return self._leave(none, rows, tokens).reshape(*lead, *self.out_shape)
 
     def eval_act(self) -> tuple[Callable[..., Tensor], dict[str, Any]]:
@@ -479,8 +480,10 @@ class SparseCoder(nn.Module):
         return check_feature(feature, self.d_sae)
 
     def fingerprint(self) -> str:
-        """A hash of family, config and all weights."""
+        """A hash of family, config and all weights, and of what is done to x where that is not the family's own way."""
         digest = hashlib.sha256(repr((type(self).__name__, sorted(self.config.items()))).encode())
+        if self.input_norm != "none" or self.pre_bias == self.transcodes:
+            digest.update(repr((self.input_norm, self.pre_bias)).encode())
         for name, tensor in sorted(self.state_dict().items()):
             digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()[:16]
