@@ -624,7 +624,7 @@ class Training:
         self.control.close()
         self.whole.load_state_dict(done.state_dict())
         self.whole.reads, self.whole.writes, self.whole.meta = done.reads, done.writes, done.meta
-        self.whole.in_raw_units = True
+        self.whole.path, self.whole.in_raw_units = done.path, True
         return Run(self.whole.eval(), self.config, header["history"], self.path, header["changes"])
 
 

@@ -474,6 +474,7 @@ def test_a_finished_run_is_opened(finished, data):
         run = sl.train(sae, data, config(), path=path, callbacks=[events.append])
         assert same(sae, weights) and run.history == history and run.coder is sae and not sae.training
         assert sae.meta["train_tokens"] == 1920 and "Run(BatchTopK, 1,920 tokens" in repr(run)
+        assert sae.path == str(path.resolve()), "as before the restart, so that its edits can be written down"
     assert not events and {f.name: f.read_bytes() for f in path.iterdir()} == before
 
 

@@ -7,6 +7,7 @@ half-way leaves the old coder or the new one. ``load`` is also the door to the f
 
 import json
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,10 @@ from sae_lab.types import Site
 log = logging.getLogger(__name__)
 
 FORMAT, VERSION = "sae_lab coder", 1
+_SAID = {
+    "model": "a model's name", "centred": "True or False",
+    "scale": "a number above 0, by which activations were multiplied",
+}  # fmt: skip
 SHIPPED = Path(__file__).parent.parent / "data" / "saes"  # made by benchmarks/train_shipped.py
 
 
@@ -93,27 +98,43 @@ def _require_free(folder: Path, format: str) -> None:
         )
 
 
-def load(path: str | Path, id: str | None = None, check: Any = None) -> SparseCoder:
+def load(
+    path: str | Path, id: str | None = None, check: Any = None, *, model: str | None = None,
+    reads: Site | str | None = None, writes: Site | str | None = None, centred: bool | None = None,
+    scale: float | None = None, k: int | None = None,
+) -> SparseCoder:  # fmt: skip
     """Read a coder, in eval mode.
 
     path: a coder that comes with the library, "smollm2-135m/resid_post-8" (its ``sae.meta["card"]`` says what it was
-    trained on and how good it is); a folder of ``sae.save``, of SAELens, sparsify, dictionary_learning, Gemma Scope or
-    Llama Scope (the files tell which); a release's name, such as "gemma-scope-2b-pt-res-canonical"; or a hub
-    repository, "user/name". id: the coder in it, "layer_20/width_16k/canonical"; a folder inside for the others. check:
-    activations (a tensor, or a store) on which FVU and L0 are measured; warns where they are absurd or contradict what
-    the checkpoint states, see ``sae.meta["check"]``.
+    trained on and how good it is); a folder of ``sae.save``, of SAELens, sparsify, dictionary_learning, Gemma Scope,
+    Llama Scope or circuit-tracer, or its file of weights (what is in the files tells which); a release's name, such as
+    "gemma-scope-2b-pt-res-canonical"; or a hub repository, "user/name". id: the coder in it,
+    "layer_20/width_16k/canonical"; a folder or file inside for the others. check: activations (a tensor, or a store) on
+    which FVU and L0 are measured; warns where they are absurd or contradict what the checkpoint states, see
+    ``sae.meta["check"]``.
+
+    What another library's files do not say, the caller can; an error says which of these is needed. It goes before what
+    the files say. model: the hub's name of the model it was trained on. reads, writes: places, as ``sl.Site`` or as
+    the other library names them ("blocks.20.ln2.hook_normalized"); writes only for a transcoder. centred: whether it
+    was trained on a stream with mean 0 (TransformerLens's ``center_writing_weights``). scale: the number by which its
+    training multiplied activations. k: of a TopK.
 
     Codes are those of the library it comes from, computed from transformers' activations at ``sae.reads``. What the
     files do not say is marked: ``sae.meta["model"]`` "unknown", ``sae.mask`` None, ``f_scale`` 0 and
     ``sae.meta["f_scale"]`` "unknown" until ``check`` or ``sae.calibrate`` fits it.
 
-    Raises ValueError for an unknown name, id, format, class or family (with what is known), a newer format, and weights
-    that are damaged, missing, of the wrong shape, or not finite. Code inside a file is never run.
+    Raises ValueError for an unknown name, id, format, class or family (with what is known), a newer format, files that
+    leave open what the coder is, crosscoders and cross-layer transcoders of other libraries, and weights that are
+    damaged, missing, of the wrong shape, or not finite. Code inside a file is never run.
     """
-    coder = _find(path, id)
-    coder.path = str(path) if path in shipped() else str(Path(path).expanduser().resolve())
-    if id is not None or (not Path(coder.path).exists() and path not in shipped()):
-        coder.path = None  # a release: its name and id are in meta
+    for name, value, kind in (("model", model, str), ("centred", centred, bool), ("scale", scale, int | float)):
+        if value is not None and (not isinstance(value, kind) or (name == "scale" and isinstance(value, bool))):
+            raise ValueError(f"{name} must be {_SAID[name]}, got {value!r}")
+    if scale is not None and not 0 < scale < float("inf"):
+        raise ValueError(f"scale must be {_SAID['scale']}, got {scale!r}")
+    said = {"model": model, "reads": reads, "writes": writes, "centred": centred, "scale": scale, "k": k}
+    said = {name: value for name, value in said.items() if value is not None}
+    coder, coder.path = _find(path, id, {**said, "said": set(said)} if said else {})
     if check is not None:
         from sae_lab.saes.check import check as measure
 
@@ -121,17 +142,26 @@ def load(path: str | Path, id: str | None = None, check: Any = None) -> SparseCo
     return coder
 
 
-def _find(path: str | Path, id: str | None) -> SparseCoder:
+def _find(path: str | Path, id: str | None, said: dict[str, Any]) -> tuple[SparseCoder, str | None]:
+    """(the coder, where it lies; None for a release, whose name and id are in meta)"""
     from sae_lab.saes import exchange
 
     folder = Path(path).expanduser()
-    here = folder / id if id is not None else folder
-    single = here.is_file() and here.suffix in (".pt", ".pth")
-    if not here.is_dir() and not single:
-        return _read_ours(SHIPPED / path) if path in shipped() and id is None else _published(path, id)
-    if single and here.name == "ae.pt":  # dictionary_learning's: its config lies beside
-        here = here.parent
-    return exchange.read(here) or _read_ours(here)
+    here = Path(exchange.named((folder / id if id is not None else folder).as_posix(), os.path.isfile))
+    if here.is_file():
+        home = exchange.home(here.as_posix(), os.path.isfile)
+        here = here if home is None else Path(home or "/" if here.is_absolute() else home or ".")
+    if here.exists():
+        return _read(here, said), str(here.resolve())
+    if path in shipped() and id is None:
+        return _read_ours(SHIPPED / path, said), str(path)
+    return _published(path, id, said), None
+
+
+def _read(here: Path, facts: dict[str, Any]) -> SparseCoder:
+    from sae_lab.saes import exchange
+
+    return exchange.read(here, facts) or _read_ours(here, facts)
 
 
 def shipped() -> list[str]:
@@ -139,9 +169,9 @@ def shipped() -> list[str]:
     return sorted("/".join(file.parts[-3:-1]) for file in SHIPPED.glob("*/*/config.json"))
 
 
-def _published(path: str | Path, id: str | None) -> SparseCoder:
+def _published(path: str | Path, id: str | None, said: dict[str, Any]) -> SparseCoder:
     """From the hub; ValueError for a path or name that is nothing."""
-    from sae_lab.saes import exchange, releases
+    from sae_lab.saes import releases
 
     found = releases.locate(path, id) if isinstance(path, str) and not Path(path).is_dir() else None
     if found is None:
@@ -154,19 +184,27 @@ def _published(path: str | Path, id: str | None) -> SparseCoder:
             known += f"or one that comes with the library: {', '.join(shipped())}"
         asked = f"{str(path)!r}{f' with id {id!r}' if id else ''}"
         raise ValueError(f"no coder at {asked}: pass a folder that sae.save wrote or that {known}")
-    fetched = releases.fetch(found)
-    return exchange.read(fetched, found.facts) or _read_ours(fetched)
+    return _read(releases.fetch(found), {**found.facts, **said})
 
 
 def _ids(folder: Path) -> list[str]:
-    """Folders in a folder, for messages."""
-    return sorted(f.name for f in folder.iterdir() if f.is_dir())[:8] if folder.is_dir() else []
+    """What could be loaded from a folder, for messages."""
+    from sae_lab.saes import exchange
+
+    names = []
+    for root, folders, files in os.walk(folder):
+        below = Path(root).relative_to(folder)
+        folders[:] = folders[:200] if len(below.parts) < 4 and len(names) < 2_000 else []
+        names += [(below / file).as_posix() for file in files]
+    return exchange.coders_in(names)[:8]
 
 
-def _read_ours(folder: Path) -> SparseCoder:
+def _read_ours(folder: Path, said: dict[str, Any]) -> SparseCoder:
     file = folder / "config.json"
-    if not file.is_file() and (inside := _ids(folder)):
+    if not (folder / "sae.safetensors").is_file() and (inside := _ids(folder)):
         raise ValueError(f"no coder in {folder}: it has no config.json (sae.save writes one); pass id=, {inside}")
+    if file.is_file() and (names := sorted(said.get("said", ()))):
+        raise ValueError(f"{folder} was written by sae_lab, which notes that: leave out {', '.join(names)}")
     config = _read_config(file)
     weights, inside = _read_weights(folder / "sae.safetensors")
     if inside is not None and inside != config:

@@ -15,28 +15,31 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from sae_lab.saes.exchange import FILES, format_of
+from sae_lab.saes.exchange import FILES, OURS, coders_in, format_of, home, named
 
 
 @dataclass(frozen=True)
 class Release:
-    """repo: on the hub. format: of ``exchange.FILES``, or "file". ids: a table id -> path, or a rule (pattern of ids,
+    """repo: on the hub. format: of ``exchange.FILES``, or "file". ids: a table id -> path, or rules (pattern of ids,
     template of paths, an example). facts: what readers are told; of one id where the key is the id."""
 
     repo: str
     format: str
-    ids: Mapping[str, str] | tuple[str, str, str]
+    ids: Mapping[str, str] | tuple[str, str, str] | list[tuple[str, str, str]]
     facts: Mapping[str, Any] = field(default_factory=dict)
 
     def path(self, id: str) -> str | None:
         """The path of an id in the repository, None for an unknown id."""
         if isinstance(self.ids, Mapping):
             return self.ids.get(id)
-        match = re.fullmatch(self.ids[0], id)
-        return match.expand(self.ids[1]) if match else None
+        found = (match.expand(path) for pattern, path, _ in self._rules() if (match := re.fullmatch(pattern, id)))
+        return next(found, None)
+
+    def _rules(self) -> list[tuple[str, str, str]]:
+        return self.ids if isinstance(self.ids, list) else [self.ids] if isinstance(self.ids, tuple) else []
 
     def known(self) -> list[str]:
-        return list(self.ids) if isinstance(self.ids, Mapping) else [self.ids[2]]
+        return list(self.ids) if isinstance(self.ids, Mapping) else [example for _, _, example in self._rules()]
 
 
 # Gemma Scope 1: of each layer's coders the one with L0 nearest 100 is called canonical. By release and width: the L0 of
@@ -152,6 +155,15 @@ def _scopes() -> dict[str, Release]:
             "resid_post_layer_11_trainer_1",
         )
         found[f"{model}-andyrdt"] = Release(f"andyrdt/saes-{model}", "dictionary_learning", rule)
+    rules = [
+        (rf"l(\d+)r_{id}", rf"{folder}/L\1R", f"l15r_{id}") for id, folder in (
+            ("800m_slimpajama", "800M-Slimpajama-0-OpenR1-Math-220k"),
+            ("400m_slimpajama_400m_openr1_math", "400M-Slimpajama-400M-OpenR1-Math-220k"),
+            ("800m_openr1_math", "0-Slimpajama-800M-OpenR1-Math-220k"),
+        )
+    ]  # fmt: skip
+    model = "deepseek-ai/DeepSeek-R1-Distill-Llama-8B"
+    found["llama_scope_r1_distill"] = Release("fnlp/Llama-Scope-R1-Distill", "lm_saes", rules, {"model": model})
     stem = "DeepSeek-R1-Distill-Llama-8B-SAE-l19"
     found["deepseek-r1-distill-llama-8b-qresearch"] = Release(
         f"qresearch/{stem}", "file", {"blocks.19.hook_resid_post": f"{stem}.pt"}
@@ -160,10 +172,11 @@ def _scopes() -> dict[str, Release]:
 
 
 def _saelens() -> dict[str, Release]:
-    """Releases in SAELens's own format. ``centred``: its table says so, the files do not."""
+    """Releases in SAELens's own format. ``centred``: as its table says, for the files of most do not."""
 
     def blocks(repo: str, hook: str, path: str, **facts: Any) -> Release:
         some = re.sub(r"[()]|\|.*", "", hook).replace(r"\d+", "768")
+        facts = {"centred": False, **facts}
         return Release(repo, "saelens", (rf"blocks\.(\d+)\.{hook}", path, f"blocks.8.{some}"), facts)
 
     found = {
@@ -194,7 +207,7 @@ def _saelens() -> dict[str, Release]:
             "jbloom/Gemma-2b-Residual-Stream-SAEs", "saelens",
             {f"blocks.{n}.hook_resid_post": f"gemma_2b_blocks.{n}.hook_resid_post_16384{more}"
              for n, more in ((0, "_anthropic"), (6, "_anthropic_fast_lr"), (10, ""), (12, ""), (17, ""))},
-            {"blocks.12.hook_resid_post": {"scale": 0.21381938399317255}},
+            {"centred": False, "blocks.12.hook_resid_post": {"scale": 0.21381938399317255}},
         ),
     }  # fmt: skip
     for what in ("sce", "scefr", "scl", "sle", "slefr", "sll"):
@@ -210,7 +223,7 @@ def _saelens() -> dict[str, Release]:
         repo = f"ctigges/pythia-70m-deduped__{part}-sm_processed"
         ids = {f"blocks.{n}.{hook}": f"{n}-{part}-sm" for n in range(6)}
         ids |= {"blocks.0.hook_resid_pre": "e-res-sm"} if part == "res" else {}
-        found[f"pythia-70m-deduped-{part}-sm"] = Release(repo, "saelens", ids)
+        found[f"pythia-70m-deduped-{part}-sm"] = Release(repo, "saelens", ids, {"centred": False})
     for model, l0, folder in (("gemma-2-2b", 40, "standard/"), ("gemma-2-9b", 60, ""), ("gemma-3-1b", 40, "")):
         repo = f"chanind/{model}-batch-topk-matryoshka-saes-w-32k-l0-{l0}"
         path = rf"{folder}blocks.\1.hook_resid_post"
@@ -221,7 +234,81 @@ def _saelens() -> dict[str, Release]:
     return found
 
 
-RELEASES: dict[str, Release] = {**_saelens(), **_gemma_scope(), **_gemma_scope_2(), **_scopes()}
+def _dictionary_learning() -> dict[str, Release]:
+    """SAEBench's and its forerunner's. Steps of training lie in a folder beside the finished coders'."""
+    found = {}
+
+    def add(name: str, repo: str, folder: str, some: str, steps: bool = False) -> None:
+        hook, some = r"blocks\.(\d+)\.hook_resid_post__", f"blocks.{some.replace(' ', '.hook_resid_post__')}"
+        rules = [(hook + r"(trainer_\d+)", rf"{folder}/resid_post_layer_\1/\2", some)]
+        if steps:
+            path = rf"{folder}/resid_post_layer_\1_checkpoints/\2"
+            rules.append((hook + r"(trainer_\d+_step_\d+)", path, f"{some}_step_0"))
+        found[name] = Release(repo, "dictionary_learning", rules)
+
+    for kind in ("topk", "vanilla"):
+        for width in (12, 14, 16):
+            folder = f"gemma-2-2b_{kind}_width-2pow{width}_date-1109"
+            repo = f"canrager/saebench_gemma-2-2b_width-2pow{width}_date-1109"
+            add(f"sae_bench_{folder}", repo, folder, "12 trainer_0", steps=width < 16)
+    for folder in ("gated_ctx128_0730", "panneal_ctx128_0730", "standard_ctx128_0712", "topk_ctx128_0730"):
+        some = {"panneal_ctx128_0730": 16, "standard_ctx128_0712": 10}.get(folder, 0)
+        folder = f"pythia70m_sweep_{folder}"
+        add(f"sae_bench_{folder}", "canrager/lm_sae", folder, f"3 trainer_{some}")
+    for width, date, maker, folder in (
+        (12, "0108", "adamkarvonen", "MatryoshkaBatchTopK_gemma-2-2b__0108"),
+        (14, "0107", "canrager", "gemma-2-2b_matryoshka_batch_top_k_width-2pow14_date-0107"),
+        (16, "0107", "canrager", "gemma-2-2b_matryoshka_batch_top_k_width-2pow16_date-0107"),
+    ):
+        name = f"saebench_gemma-2-2b_width-2pow{width}_date-{date}"
+        add(name, f"{maker}/{name}", folder, "12 trainer_0")
+    return found
+
+
+def _transcoders() -> dict[str, Release]:
+    """Sets of circuit-tracer, one file a layer. They read the MLP's input after the norm, with its gain."""
+    found = {}
+    for size in ("4b", "8b", "14b", "14b-lowl0", "1.7b-lowl0", "0.6b-lowl0"):
+        size, _, low = size.partition("-")
+        name = f"mwhanna/qwen3-{size}-transcoders{'-' if low else ''}{low}"
+        facts = {"model": f"Qwen/Qwen3-{size.upper()}", "hooks": ("mlp.hook_in", "hook_mlp_out")}
+        rule = (r"(layer_\d+)", r"\1.safetensors", "layer_12")
+        found[name.replace("/", "-")] = Release(name, "file", rule, facts)
+    return found
+
+
+# gpt2-small-hook-z: a file's name holds the layer's penalty, width, threshold of death and version.
+_HOOK_Z = (
+    ("1.80e+00", 24576, "1.00e-06", 9), ("8.00e-01", 24576, "1.00e-06", 5), ("1.00e+00", 24576, "1.00e-06", 4),
+    ("9.00e-01", 24576, "1.00e-06", 9), ("1.10e+00", 24576, "1.00e-06", 7), ("1.00e+00", 49152, "1.00e-06", 9),
+    ("1.10e+00", 24576, "1.00e-06", 9), ("1.10e+00", 49152, "1.00e-06", 9), ("1.30e+00", 24576, "1.00e-05", 6),
+    ("1.20e+00", 24576, "1.00e-06", 9), ("1.30e+00", 24576, "1.00e-05", 9), ("3.00e+00", 24576, "3.16e-06", 9),
+)  # fmt: skip
+
+
+def _hook_z() -> dict[str, Release]:
+    ids, facts = {}, {}
+    for layer, (penalty, width, dead, version) in enumerate(_HOOK_Z):
+        id = f"blocks.{layer}.hook_z"
+        facts[id] = {"hook_point": f"blocks.{layer}.attn.hook_z"}
+        ids[id] = (
+            f"gpt2-small_L{layer}_Hcat_z_lr1.20e-03_l1{penalty}_ds{width}_bs4096_dc{dead}_rsanthropic_rie25000_nr4_"
+            f"v{version}.pt"
+        )
+    return {"gpt2-small-hook-z-kk": Release("ckkissane/attn-saes-gpt2-small-all-layers", "file", ids, facts)}
+
+
+RELEASES: dict[str, Release] = {
+    **_saelens(), **_gemma_scope(), **_gemma_scope_2(), **_scopes(), **_dictionary_learning(), **_transcoders(),
+    **_hook_z(),
+}  # fmt: skip
+_TEMPORAL = "temporal SAEs, whose codes of a token come from the tokens before it too"
+_CLT = "a cross-layer transcoder (CLT), whose features write at several layers; SAELens adds its decoders up"
+# Releases of SAELens's directory, and their repositories, that are no coders of one place and one token.
+NOT_HERE = {
+    "temporal-sae-gemma-2-2b": _TEMPORAL, "temporal-sae-llama-3.1-8b": _TEMPORAL, "canrager/temporalSAEs": _TEMPORAL,
+    "mntss-gemma-2-2b-2.5m-clt-as-per-layer": _CLT, "mntss/clt-gemma-2-2b-2.5M": _CLT,
+}  # fmt: skip
 
 
 class Found(NamedTuple):
@@ -238,13 +325,17 @@ def locate(name: str, id: str | None) -> Found | None:
 
     Raises ValueError for an id that the release does not have, with near ones.
     """
+    if name in NOT_HERE:
+        raise ValueError(f"{name!r} holds {NOT_HERE[name]}: sl.load takes coders that read one place and write at one")
     if name not in RELEASES:
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
             return None
         path = (id or "").strip("/")
         same = [r for r in RELEASES.values() if r.repo == name]  # what is known of the repository holds here too
         known = {key: value for r in same for key, value in r.facts.items() if not isinstance(value, dict)}
-        return Found(name, path, None, {**known, "path": f"{name}/{path}", "hook": path.rsplit("/", 1)[-1]})
+        here = {"path": f"{name}/{path}", "hook": path.rsplit("/", 1)[-1], "listed": bool(same)}
+        own = next((r.facts.get(i, {}) for r in same for i in _table(r) if r.path(i) == path), {})
+        return Found(name, path, None, {**known, **own, **here})
     release = RELEASES[name]
     path = None if id is None else release.path(id)
     if id is None or path is None:
@@ -254,8 +345,12 @@ def locate(name: str, id: str | None) -> Found | None:
             f"{', '.join(map(repr, near))}"
         )
     facts = {key: value for key, value in release.facts.items() if not isinstance(value, dict)}
-    facts |= release.facts.get(id, {}) | {"path": f"{release.repo}/{path}"}
+    facts |= release.facts.get(id, {}) | {"path": f"{release.repo}/{path}", "listed": True}
     return Found(release.repo, path, release.format, facts)
+
+
+def _table(release: Release) -> Mapping[str, str]:
+    return release.ids if isinstance(release.ids, Mapping) else {}
 
 
 def near(name: str) -> str:
@@ -269,19 +364,41 @@ def near(name: str) -> str:
 
 def fetch(found: Found) -> Path:
     """Download what one coder needs, nothing else, and return its folder (or file) in the hub's cache."""
-    if found.format == "file" or (found.format is None and found.path.endswith((".pt", ".pth"))):
+    if found.format == "file":
         return _download(found.repo, found.path)
     if found.format is None:
-        names = _listing(found)
-        kind = format_of(names)
-        needed = FILES[kind][0] if kind else ("config.json", "sae.safetensors")
-        beside = FILES[kind][1] if kind else ()
-    else:
-        names, (needed, beside, _) = None, FILES[found.format]
+        return _fetch_seen(found, _files(found))
+    needed, beside, _ = FILES[found.format]
     files = [_download(found.repo, _join(found.path, name)) for name in needed]
     for name in beside:
-        if names is None or name in names or name.startswith(".."):
-            _download_if_there(found.repo, _join(found.path, name))
+        _download_if_there(found.repo, _join(found.path, name))
+    return files[0].parent
+
+
+def _fetch_seen(found: Found, names: set[str]) -> Path:
+    """The same where only the repository's listing tells what lies there."""
+    path = named(found.path, names.__contains__)
+    folder = home(path, names.__contains__) if path in names else path
+    if folder is None:  # a file that stands for itself, and what may say more about it
+        above = str(PurePosixPath(path).parent)
+        about = ("config.yaml", "config.json", f"{PurePosixPath(path).stem}_cfg.json", "../config.json")
+        for name in names & {_join("" if above == "." else above, name) for name in about}:
+            _download(found.repo, name)
+        return _download(found.repo, path)
+    below = {f.removeprefix(folder + "/" if folder else "") for f in names if f.startswith(folder and folder + "/")}
+    kind = format_of(below)
+    if kind is None and not set(OURS) <= below:
+        known = coders_in(names)
+        likely = difflib.get_close_matches(found.path, known, n=5, cutoff=0.3) or known[:5]
+        raise ValueError(
+            f"{found.repo} has no coder at {found.path or 'its top'!r}: pass id=, "
+            + (f"one of {len(known)}, such as {', '.join(map(repr, likely))}" if known else "but it seems to hold none")
+        )
+    needed, beside = FILES[kind][:2] if kind else (OURS, ())
+    files = [_download(found.repo, _join(folder, name)) for name in needed]
+    for name in beside:
+        if name in below or (name.startswith("..") and _join(folder, name) in names):
+            _download(found.repo, _join(folder, name))
     return files[0].parent
 
 
@@ -291,23 +408,12 @@ def _join(folder: str, name: str) -> str:
     return f"{folder}/{name}" if folder else name
 
 
-def _listing(found: Found) -> set[str]:
-    """Names below the folder. ValueError where no coder lies there, with the folders that hold one."""
+def _files(found: Found) -> set[str]:
+    """The repository's files."""
     from huggingface_hub import HfApi
 
     with _Hub(found):
-        files = HfApi().list_repo_files(found.repo)
-    below = {f.removeprefix(found.path + "/" if found.path else "") for f in files if f.startswith(found.path)}
-    if format_of(below) or {"config.json", "sae.safetensors"} <= below:
-        return below
-    heads = {needed[0] for needed, _, _ in FILES.values()}
-    folders = sorted({f.rsplit("/", 1)[0] for f in files if "/" in f and f.rsplit("/", 1)[1] in heads})
-    folders += sorted(f for f in files if f.endswith((".pt", ".pth")) and not f.endswith("ae.pt"))
-    likely = difflib.get_close_matches(found.path, folders, n=5, cutoff=0.3) or folders[:5]
-    raise ValueError(
-        f"{found.repo} has no coder at {found.path or 'its top'!r}: pass id=, "
-        + (f"one of {len(folders)}, such as {', '.join(map(repr, likely))}" if folders else "but it seems to hold none")
-    )
+        return set(HfApi().list_repo_files(found.repo))
 
 
 def _download(repo: str, file: str) -> Path:

@@ -134,10 +134,21 @@ def test_we_load_what_saelens_trains(sae_lens, tmp_path, architecture, options):
         assert ours.prefixes == (5, 20, 40)
 
 
-def test_a_scale_that_no_file_says_is_unknown(sae_lens, tmp_path, caplog):
-    lens(sae_lens, "standard", normalize_activations="expected_average_only_in").save_model(tmp_path)
-    ours = sl.load(tmp_path)
-    assert ours.meta["scale"] == "unknown" and "until you call sae.fold" in caplog.text
+def test_a_scale_that_no_file_says_is_asked_for(sae_lens, tmp_path):
+    """With any scale codes would look like codes."""
+    theirs = lens(sae_lens, "standard", normalize_activations="expected_average_only_in")
+    theirs.save_model(tmp_path)
+    with pytest.raises(ValueError, match=r"by a factor that its files do not say: pass scale=, √d_in"):
+        sl.load(tmp_path)
+    ours = sl.load(tmp_path, scale=0.7)
+    theirs.fold_activation_norm_scaling_factor(0.7)
+    close(ours.encode(X), theirs.encode(X))
+    close(ours(X).x_hat, theirs(X))
+    with pytest.raises(ValueError, match=r"scale must be a number above 0, by which activ.* got -1"):
+        sl.load(tmp_path, scale=-1)
+    lens(sae_lens, "standard").save_model(tmp_path / "raw")
+    with pytest.raises(ValueError, match="its files say what scale would: leave that out"):
+        sl.load(tmp_path / "raw", scale=0.7)
 
 
 OLD = {
@@ -161,10 +172,49 @@ def test_saelens_before_version_6(sae_lens, tmp_path, more, tensors):
     weights = {n: t.detach() for n, t in lens(sae_lens, "standard").state_dict().items()}
     (tmp_path / "cfg.json").write_text(json.dumps({**OLD, **more}))
     save_file(weights | tensors, tmp_path / "sae_weights.safetensors")
-    theirs, ours = sae_lens.SAE.load_from_disk(tmp_path), sl.load(tmp_path)
+    theirs, ours = sae_lens.SAE.load_from_disk(tmp_path), sl.load(tmp_path, centred=False)
     close(ours.encode(X), theirs.encode(X))
     close(ours(X).x_hat, theirs(X))
     assert ours.reads == (Site("resid_post", 1),) and ours.meta["model"] == "gpt2"
+
+
+# gpt2-small-res-jb's config has what SAELens's trainer of that time wrote, and nothing of the model's processing.
+RES_JB = {
+    **OLD, "hook_point": "blocks.8.hook_resid_pre", "hook_point_layer": 8, "dataset_path": "Skylion007/openwebtext",
+    "l1_coefficient": 8e-05, "lr": 0.0004, "b_dec_init_method": "geometric_median", "expansion_factor": 32, "seed": 42,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", ["gpt2-small-res-jb/blocks.8.hook_resid_pre", "my-sae"])
+def test_whether_the_stream_was_centred(sae_lens, tmp_path, path):
+    """Configs until September 2024 do not say, and both were usual: with the wrong one codes are others. No folder's
+    name decides it."""
+    folder = tmp_path / path
+    lens(sae_lens, "standard").save_model(folder)
+    theirs = sae_lens.SAE.load_from_disk(folder)
+    (folder / "cfg.json").write_text(json.dumps(RES_JB))
+    with pytest.raises(ValueError, match=r"does not say whether the stream of gpt2-small was centred: pass centred=Tr"):
+        sl.load(folder)
+    centred, raw = sl.load(folder, centred=True), sl.load(folder, centred=False)
+    x = X - X.mean(1, keepdim=True)
+    close(centred.encode(X), theirs.encode(x))
+    close(centred(X).x_hat, theirs(x))
+    close(raw.encode(X), theirs.encode(X))
+    with pytest.raises(AssertionError, match="relative error"):  # the control
+        close(raw.encode(X), centred.encode(X), 0.01)
+    assert centred.site == Site("resid_pre", 8) and centred.meta["centred"] and "centred" not in raw.meta
+    for same in (
+        {"model_name": "gemma-2b"},  # no LayerNorm: nothing to centre
+        {"hook_point": "blocks.8.attn.hook_z"},  # not of the stream
+        {"normalize_activations": "layer_norm"},  # centres by itself
+        {"model_from_pretrained_kwargs": {}}, {"model_from_pretrained_kwargs": {"center_writing_weights": False}},
+    ):  # fmt: skip
+        (folder / "cfg.json").write_text(json.dumps({**RES_JB, **same}))
+        assert "centred" not in sl.load(folder).meta
+    (folder / "cfg.json").write_text(
+        json.dumps({**RES_JB, "model_from_pretrained_kwargs": {"center_writing_weights": True}})
+    )
+    close(sl.load(folder).encode(X), centred.encode(X))
 
 
 def test_a_finetuned_scale_goes_into_the_decoder(sae_lens, tmp_path):
@@ -176,7 +226,7 @@ def test_a_finetuned_scale_goes_into_the_decoder(sae_lens, tmp_path):
     with pytest.raises(ValueError, match="a scaling_factor that its config does not switch on"):
         sl.load(tmp_path)
     (tmp_path / "cfg.json").write_text(json.dumps({**OLD, "finetuning_scaling_factor": True}))
-    ours = sl.load(tmp_path)
+    ours = sl.load(tmp_path, centred=False)
     close(ours.encode(X), theirs.encode(X))
     close(ours(X).x_hat, theirs.decode(theirs.encode(X) * scaling))
 
@@ -635,7 +685,7 @@ def test_dictionary_learning_named_wrongly(dl, tmp_path):
     with pytest.raises(ValueError, match=r"a GatedAutoEncoder has the tensors .*got .*'bias'"):
         sl.load(tmp_path)
     torch.save({"a": torch.zeros(2)}, tmp_path / "odd.pt")
-    with pytest.raises(ValueError, match=r"which no single-file format here has; supported: Goodfire"):
+    with pytest.raises(ValueError, match=r"which no format of one file here has; supported: Goodfire"):
         sl.load(tmp_path / "odd.pt")
 
 

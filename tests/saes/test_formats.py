@@ -171,10 +171,21 @@ def test_configs_that_name_no_coder(saved, change, words):
         sl.load(saved)
 
 
+def test_a_file_of_a_coder_finds_its_folder(saved, monkeypatch):
+    """Its own path is what a file dialogue gives."""
+    monkeypatch.chdir(saved)
+    for path in (saved / "sae.safetensors", saved / "config.json", "sae.safetensors", "./config.json"):
+        coder = sl.load(path)
+        assert coder.fingerprint() == sl.load(saved).fingerprint() and coder.path == str(saved.resolve())
+    coder = sl.load(saved.parent, id=saved.name)
+    assert coder.path == str(saved.resolve()), "so that edits with it can be written down"
+    with pytest.raises(ValueError, match="was written by sae_lab, which notes that: leave out k, reads"):
+        sl.load(saved, k=3, reads="resid_post-1")
+
+
 def test_no_coder_there(saved, tmp_path):
-    for path in (tmp_path / "nothing", saved / "config.json"):
-        with pytest.raises(ValueError, match=r"no coder at .*: pass a folder that sae.save wrote"):
-            sl.load(path)
+    with pytest.raises(ValueError, match=r"no coder at .*: pass a folder that sae.save wrote"):
+        sl.load(tmp_path / "nothing")
     with pytest.raises(ValueError, match=r"no coder in .*: it has no config.json \(sae.save writes one\)"):
         sl.load(tmp_path)
     (saved / "sae.safetensors").unlink()

@@ -23,7 +23,7 @@ import sae_lab as sl
 from sae_lab.saes import releases
 from sae_lab.types import Site
 from tests.saes.conftest import D_IN, D_SAE, normal
-from tests.saes.test_exchange import OLD, X, close, jump_tensors, sparse_coder
+from tests.saes.test_exchange import OLD, X, close, fill, jump_tensors, sparse_coder
 
 COMMIT = "a" * 40
 
@@ -156,14 +156,34 @@ def test_our_table_is_that_of_saelens(sae_lens):
         theirs = directory[name]
         assert theirs.repo_id == release.repo
         assert {i: release.path(i) for i in theirs.saes_map} == theirs.saes_map, name
-        scales = {i: release.facts[i]["scale"] for i in theirs.saes_map if i in release.facts}
+        scales = {i: s for i in theirs.saes_map if (s := release.facts.get(i, {}).get("scale"))}
         assert release.format != "saelens" or scales == theirs.norm_scaling_factor, name
         kwargs = (theirs.config_overrides or {}).get("model_from_pretrained_kwargs", {})
         assert bool(release.facts.get("centred")) == kwargs.get("center_writing_weights", False), name
         assert all(release.path(i) for i in release.known()), name
         ids += len(theirs.saes_map)
-    assert len(releases.RELEASES) > 140 and ids > 12_000
-    assert len([n for n in directory if n not in releases.RELEASES]) < 30
+    listed = sum(len(theirs.saes_map) for theirs in directory.values())
+    assert (ids, listed) == (13_828, 13_857), "99.8 % are loaded by name"
+    for name in directory.keys() - releases.RELEASES.keys():  # and the rest are refused by it
+        for asked in (name, directory[name].repo_id):
+            with pytest.raises(ValueError, match=r"(temporal SAEs|cross-layer transcoder).*: sl.load takes coders t"):
+                sl.load(asked, next(iter(directory[name].saes_map)))
+
+
+# How SAELens reads a release, and how we do. Its own format has no name there.
+CONVERSIONS = {
+    None: "saelens", "gemma_2": "gemma_scope", "gemma_2_transcoder": "gemma_scope", "gemma_3": "gemma_scope_2",
+    "llama_scope": "llama_scope", "llama_scope_r1_distill": "lm_saes", "dictionary_learning_1": "dictionary_learning",
+    "deepseek_r1": "file", "qwen_scope": "file", "goodfire": "file", "mwhanna_transcoder": "file",
+    "connor_rob_hook_z": "file",
+}  # fmt: skip
+
+
+def test_every_release_is_read_as_saelens_reads_it(sae_lens):
+    """Each of these formats is compared with SAELens's own reading of the same files below, or in test_exchange."""
+    directory = sae_lens.loading.pretrained_saes_directory.get_pretrained_saes_directory()
+    for name, release in releases.RELEASES.items():
+        assert CONVERSIONS[directory[name].conversion_func] == release.format, name
 
 
 def test_gemma_scope_canonical(hub, sae_lens):
@@ -255,6 +275,12 @@ def test_qwen_scope_and_goodfire(hub, sae_lens):
     assert ours.meta["expected"] == {"l0": 91.0}
     assert set(asked) == {"layer3.sae.pt", "layer4.sae.pt", f"{stem}.pth"}
 
+    put(root, "Qwen/SAE-Res-Qwen3-1.7B-Base-W32K-L0_50", "", {"layer10.sae.pt": {}})
+    with pytest.raises(ValueError, match=r"has no coder at 'its top': pass id=, one of 3, such as 'layer3.sae.pt', "):
+        sl.load("Qwen/SAE-Res-Qwen3-1.7B-Base-W32K-L0_50")
+    same = sl.load("Qwen/SAE-Res-Qwen3-1.7B-Base-W32K-L0_50", "layer4")
+    assert same.site == Site("resid_post", 4) and same.k == 50
+
 
 def test_gpt2_small_res_jb(hub, sae_lens):
     """Its files do not say that the stream was centred; the release, and so its repository, is known to be."""
@@ -295,6 +321,145 @@ def test_other_releases_in_saelens_format(hub, sae_lens):
     ours = sl.load("mistral-7b-res-wg", "blocks.8.hook_resid_pre")
     agree(ours, sae_lens.SAE.from_pretrained("mistral-7b-res-wg", "blocks.8.hook_resid_pre"))
     assert ours.input_norm == "length"
+
+
+@pytest.mark.parametrize(
+    ("release", "id", "name"),
+    [
+        ("sae_bench_gemma-2-2b_topk_width-2pow12_date-1109", "blocks.12.hook_resid_post__trainer_0", "AutoEncoderTopK"),
+        ("sae_bench_gemma-2-2b_topk_width-2pow14_date-1109", "blocks.12.hook_resid_post__trainer_0_step_146",
+         "AutoEncoderTopK"),
+        ("sae_bench_gemma-2-2b_vanilla_width-2pow12_date-1109", "blocks.5.hook_resid_post__trainer_2", "AutoEncoder"),
+        ("sae_bench_pythia70m_sweep_gated_ctx128_0730", "blocks.3.hook_resid_post__trainer_4", "GatedAutoEncoder"),
+        ("saebench_gemma-2-2b_width-2pow16_date-0107", "blocks.12.hook_resid_post__trainer_0",
+         "MatryoshkaBatchTopKSAE"),
+    ],
+)  # fmt: skip
+def test_dictionary_learning_releases(hub, sae_lens, release, id, name):
+    """SAEBench's and its forerunner's, finished and in the middle of training."""
+    pytest.importorskip("dictionary_learning")
+    from dictionary_learning import dictionary
+    from dictionary_learning.trainers import matryoshka_batch_top_k, top_k
+
+    made = {
+        "AutoEncoderTopK": lambda: top_k.AutoEncoderTopK(D_IN, D_SAE, 4),
+        "MatryoshkaBatchTopKSAE": lambda: matryoshka_batch_top_k.MatryoshkaBatchTopKSAE(D_IN, D_SAE, 4, [5, 15, 20]),
+    }
+    theirs = fill(made.get(name, lambda: getattr(dictionary, name)(D_IN, D_SAE))())
+    with torch.no_grad():
+        if name == "AutoEncoder":  # of other norms than 1, its own loader and SAELens's do not agree
+            theirs.decoder.weight /= theirs.decoder.weight.norm(dim=0)
+        if name.startswith("Matryoshka"):
+            theirs.threshold.fill_(0.4)
+    tensors = dict(theirs.state_dict())
+    if name == "AutoEncoderTopK":  # in 2024 neither was in the file
+        del tensors["k"], tensors["threshold"]
+    layer = int(id.split(".")[1])
+    trainer = {"dict_class": name, "layer": layer, "lm_name": "google/gemma-2-2b", "k": 4, "activation_dim": D_IN,
+               "dict_size": D_SAE, "submodule_name": f"resid_post_layer_{layer}"}  # fmt: skip
+    found = releases.locate(release, id)
+    put(hub[0], found.repo, found.path, {"ae.pt": tensors}, config={"trainer": trainer, "buffer": {"ctx_len": 128}})
+    ours = sl.load(release, id)
+    agree(ours, sae_lens.SAE.from_pretrained(release, id))
+    assert ours.site == Site("resid_post", layer) and ours.meta["model"] == "google/gemma-2-2b"
+
+
+@pytest.mark.parametrize("norm", [1.1955922842025757, 20.0])
+def test_llama_scope_r1_distill(hub, sae_lens, norm):
+    """The mean norm stands beside the weights. SAELens has its factor in its directory."""
+    root, asked = hub
+    t, hook = plain(), "blocks.0.hook_resid_post"
+    w_dec = t["W_dec"] / t["W_dec"].norm(dim=1, keepdim=True)  # as its authors publish them
+    weights = {
+        "encoder.weight": t["W_enc"].T, "encoder.bias": t["b_enc"], "decoder.weight": w_dec.T,
+        "decoder.bias": t["b_dec"], "log_jumprelu_threshold": jump_tensors()["threshold"].log(),
+        f"dataset_average_activation_norm.{hook}": torch.tensor(norm),
+    }  # fmt: skip
+    said = {"sae_type": "sae", "hook_point_in": hook, "hook_point_out": hook, "d_model": D_IN, "expansion_factor": 2.5,
+            "act_fn": "jumprelu", "norm_activation": "dataset-wise", "sparsity_include_decoder_norm": True}  # fmt: skip
+    folder = "800M-Slimpajama-0-OpenR1-Math-220k/L0R"
+    put(root, "fnlp/Llama-Scope-R1-Distill", folder, {"sae_weights.safetensors": weights}, config=said)
+    ours = sl.load("llama_scope_r1_distill", "l0r_800m_slimpajama")
+    assert sorted(asked) == [f"{folder}/config.json", f"{folder}/sae_weights.safetensors"]
+    theirs = sae_lens.SAE.from_pretrained(
+        "llama_scope_r1_distill", "l0r_800m_slimpajama",
+        converter=sized(sae_lens, "llama_scope_r1_distill_sae_huggingface_loader"),
+    )  # fmt: skip
+    listed = sae_lens.loading.pretrained_saes_directory.get_norm_scaling_factor(
+        "llama_scope_r1_distill", "l0r_800m_slimpajama"
+    )
+    s = D_IN**0.5 / norm
+    assert norm == 20 or listed == pytest.approx(4096**0.5 / norm), "a factor of the directory is what its file says"
+    theirs.fold_activation_norm_scaling_factor(s / listed)
+    agree(ours, theirs)
+    assert ours.site == Site("resid_post", 0)
+    assert ours.meta["model"] == "deepseek-ai/DeepSeek-R1-Distill-Llama-8B"
+
+    weights["decoder.weight"] = t["W_dec"].T  # of other norms, what is compared with the threshold counts them in
+    put(root, "me/other", "", {"sae_weights.safetensors": weights}, config=said)
+    other = sl.load(root / "me/other", model="meta-llama/Llama-3.1-8B")
+    pre = s * X @ t["W_enc"] + t["b_enc"]
+    codes = pre * (pre * t["W_dec"].norm(dim=1) > jump_tensors()["threshold"])
+    close(other.encode(X), codes)
+    close(other(X).x_hat, (codes @ t["W_dec"] + t["b_dec"]) / s)
+    with pytest.raises(AssertionError):  # the control
+        close(pre * (pre > jump_tensors()["threshold"]), codes, 0.01)
+    del weights[f"dataset_average_activation_norm.{hook}"]
+    put(root, "me/other", "", {"sae_weights.safetensors": weights}, config=said)
+    with pytest.raises(ValueError, match="by a factor that its files do not say: pass scale="):
+        sl.load(root / "me/other")
+    close(sl.load(root / "me/other", scale=s).encode(X), codes)
+    for more, words in (({"act_fn": "topk"}, "act_fn 'topk'"), ({"sae_type": "crosscoder"}, "holds a crosscoder"),
+                        ({"sae_type": "clt"}, "holds a cross-layer transcoder")):  # fmt: skip
+        put(root, "me/other", "", config={**said, **more})
+        with pytest.raises(ValueError, match=words):
+            sl.load(root / "me/other")
+
+
+def test_transcoders_of_mwhanna(hub, sae_lens):
+    root, asked = hub
+    t = {"W_enc": normal(D_SAE, D_IN, seed=1) / 4, "W_dec": normal(D_SAE, D_IN, seed=2), "b_enc": normal(D_SAE, seed=3),
+         "b_dec": normal(D_IN, seed=4)}  # fmt: skip
+    for repo in ("mwhanna/qwen3-4b-transcoders", "someone/transcoders"):
+        put(root, repo, "", {"layer_7.safetensors": t})
+        (root / repo / "config.yaml").write_text(
+            "model_name: Qwen/Qwen3-4B\nmodel_kind: transcoder_set\nfeature_input_hook: mlp.hook_in\n"
+            "feature_output_hook: mlp.hook_out\n"
+        )
+        (root / repo / "wandb-config.yaml").write_text(
+            f"d_model: {{value: {D_IN}}}\nd_feature: {{value: {D_SAE}}}\nbatch_size: {{value: 64}}\n"
+        )
+    ours = sl.load("mwhanna-qwen3-4b-transcoders", "layer_7")
+    assert asked == ["layer_7.safetensors"], "the release knows the rest"
+    theirs = sae_lens.SAE.from_pretrained("mwhanna-qwen3-4b-transcoders", "layer_7")
+    agree(ours, theirs)
+    hooks = (theirs.cfg.metadata.hook_name, theirs.cfg.metadata.hook_name_out)
+    assert hooks == ("blocks.7.mlp.hook_in", "blocks.7.hook_mlp_out")
+    assert (ours.reads[0], ours.writes[0]) == (Site("mlp_in", 7), Site("mlp_out", 7))
+    assert ours.meta["model"] == "Qwen/Qwen3-4B" == theirs.cfg.metadata.model_name
+    for id in ("layer_7", "layer_7.safetensors"):  # a set that no directory lists: its config.yaml tells
+        other = sl.load("someone/transcoders", id)
+        assert other.reads == ours.reads and other.writes == ours.writes and other.meta["model"] == "Qwen/Qwen3-4B"
+        close(other.encode(X), ours.encode(X))
+    with pytest.raises(ValueError, match=r"has no coder at 'layer_8': pass id=, one of 1, such as 'layer_7.safet"):
+        sl.load("someone/transcoders", "layer_8")
+
+
+def test_gpt2_small_hook_z(hub, sae_lens):
+    root, asked = hub
+    repo, path, *_ = releases.locate("gpt2-small-hook-z-kk", "blocks.5.hook_z")
+    put(root, repo, "", {path: plain()})
+    about = {"act_size": D_IN, "dict_size": D_SAE, "act_name": "blocks.5.attn.hook_z"}
+    put(root, repo, "", **{path.removesuffix(".pt") + "_cfg": about})
+    ours = sl.load("gpt2-small-hook-z-kk", "blocks.5.hook_z")
+    assert asked == [path]
+    theirs = sae_lens.SAE.from_pretrained("gpt2-small-hook-z-kk", "blocks.5.hook_z")
+    z = X.reshape(32, 4, D_IN // 4)
+    close(ours.encode(X), theirs.encode(z))
+    close(ours(X).x_hat, theirs(z).flatten(1))
+    assert ours.site == Site("attn_z", 5) and ours.meta["model"] == "gpt2"
+    for same in (sl.load(repo, path), sl.load(root / repo / path)):
+        assert same.site == ours.site and same.fingerprint() == ours.fingerprint()
 
 
 # ---------------------------------------------------------------------------------------------- any repository

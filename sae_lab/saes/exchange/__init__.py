@@ -1,7 +1,8 @@
 """Exchange with the other libraries: which format a folder has, how it is read, and how ours are written.
 
-Reading: SAELens (6 and before), sparsify, dictionary_learning, Gemma Scope 1 and 2, Llama Scope, Goodfire, Qwen Scope.
-Writing: SAELens 6, sparsify, dictionary_learning. What a format cannot hold is refused, with what it can.
+Reading: SAELens (6 and before), sparsify, dictionary_learning, Gemma Scope 1 and 2, Llama Scope, Language-Model-SAEs,
+circuit-tracer, Goodfire, Qwen Scope. Writing: SAELens 6, sparsify, dictionary_learning. What a format cannot hold is
+refused, with what it can; so is what files do not say and the caller does not either (``sl.load(path, reads=...)``).
 
 Codes are those of the other library, computed from the activations that transformers gives at ``sae.reads``. Two things
 differ there from TransformerLens, where many of these coders were trained, and are folded into the encoder:
@@ -13,17 +14,18 @@ differ there from TransformerLens, where many of these coders were trained, and 
   autoencoder reads ``mlp_in`` and needs ``fold_gain`` first.
 """
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from sae_lab import cache
 from sae_lab.saes.base import SparseCoder
-from sae_lab.saes.exchange import dictionary_learning, gemma_scope, saelens, scopes, sparsify
+from sae_lab.saes.exchange import dictionary_learning, gemma_scope, lm_saes, saelens, scopes, sparsify
 from sae_lab.saes.exchange.checkpoint import Checkpoint, fold_gain
 from sae_lab.saes.exchange.parts import Parts
 
-__all__ = ["FILES", "WRITES", "fold_gain", "format_of", "read", "save"]
+__all__ = ["FILES", "OURS", "WRITES", "coders_in", "fold_gain", "format_of", "home", "named", "read", "save"]
 
 Reader = Callable[[Path, dict[str, Any]], Checkpoint]
 
@@ -35,7 +37,10 @@ FILES: dict[str, tuple[tuple[str, ...], tuple[str, ...], Reader]] = {
     "gemma_scope": (("params.npz",), (), gemma_scope.read_1),
     "gemma_scope_2": (("params.safetensors",), ("config.json",), gemma_scope.read_2),
     "llama_scope": (("hyperparams.json", "checkpoints/final.safetensors"), (), scopes.read_llama_scope),
+    "lm_saes": (("config.json", "sae_weights.safetensors"), (), lm_saes.read),
 }
+OURS = ("config.json", "sae.safetensors")
+_WEIGHTS = (".safetensors", ".pt", ".pth", ".npz")
 WRITES = {"saelens": "sae_weights.safetensors", "sparsify": "sae.safetensors", "dictionary_learning": "ae.pt"}
 
 
@@ -44,10 +49,48 @@ def format_of(names: set[str]) -> str | None:
     return next((name for name, (files, _, _) in FILES.items() if set(files) <= names), None)
 
 
-def read(path: Path, facts: dict[str, Any] | None = None) -> SparseCoder | None:
-    """The coder in a folder or ``.pt`` file of another library; None where nothing there is known.
+def home(file: str, there: Callable[[str], bool]) -> str | None:
+    """The folder of the coder whose config or weights a file is; None for a file that stands for itself."""
+    likely = []
+    for files, beside in (*((files, beside) for files, beside, _ in FILES.values()), (OURS, ())):
+        for name in (*files, *beside):
+            if file == name or file.endswith("/" + name):
+                folder = file[: -len(name)].rstrip("/")
+                if all(there(f"{folder}/{n}" if folder or file.startswith("/") else n) for n in files):
+                    return folder
+                likely += [folder] if name in files else []
+    return likely[0] if likely else None
 
-    facts: what a release knows that its files do not say.
+
+def named(id: str, there: Callable[[str], bool]) -> str:
+    """The file of an id without its ending ("layer3" for "layer3.sae.pt"); the id itself where there is none."""
+    endings = ("", *_WEIGHTS, ".sae.pt")
+    return next((id + ending for ending in endings if there(id + ending)), id)
+
+
+def coders_in(names: Iterable[str]) -> list[str]:
+    """Below a folder with these files: the folders that hold a coder, and files that may be one by themselves."""
+    names = set(names)
+    folders = {home(name, names.__contains__) for name in names if name.endswith(_WEIGHTS)} - {None}
+    whole = {f for f in folders if f and any({f"{f}/{n}" for n in files} <= names for files in _sets())}
+    loose = {n for n in names if n.endswith(_WEIGHTS) and home(n, names.__contains__) is None}
+    loose -= {n for n in loose if any(n.startswith(f + "/") for f in whole)}
+    return sorted(whole, key=_by_number) + sorted(loose, key=_by_number)
+
+
+def _sets() -> list[tuple[str, ...]]:
+    return [*(files for files, _, _ in FILES.values()), OURS]  # what tells a format, and ours
+
+
+def _by_number(name: str) -> list[Any]:
+    """Sorts layer2 before layer10."""
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", name)]
+
+
+def read(path: Path, facts: dict[str, Any] | None = None) -> SparseCoder | None:
+    """The coder in a folder or a file of another library; None where nothing there is known.
+
+    facts: what a release, or the caller, knows that its files do not say.
     """
     facts = facts or {}
     if path.is_file():
@@ -57,13 +100,21 @@ def read(path: Path, facts: dict[str, Any] | None = None) -> SparseCoder | None:
     if found is None and (cut := {"cfg.json", "sae_weights.safetensors", "hyperparams.json"} & present):
         wants = sorted({f for files, _, _ in FILES.values() if cut & set(files) for f in files} - present)
         raise ValueError(f"{path} has {', '.join(sorted(cut))}, but not what belongs to it: {' or '.join(wants)}")
+    if found is None and not (path / OURS[1]).is_file():
+        loose = sorted((f for f in path.iterdir() if f.suffix in _WEIGHTS), key=lambda f: _by_number(f.name))
+        if len(loose) == 1 and not any(f.is_dir() for f in path.iterdir()):
+            return _checked("single-file", scopes.read_file, loose[0], facts)
+        if loose:  # one of many files of one coder is told by its tensors; else one of them must be named
+            scopes.refuse_parts(loose)
     return _checked(found, FILES[found][2], path, facts) if found else None
 
 
 def _checked(format: str, reader: Reader, path: Path, facts: dict[str, Any]) -> SparseCoder:
     """The coder. What a reader trips over in a config of other types than its format writes is the file's fault."""
     try:
-        return reader(path, facts).build()
+        found = reader(path, facts)
+        found.say(facts)
+        return found.build()
     except (KeyError, TypeError, AttributeError, IndexError, RuntimeError, ZeroDivisionError) as err:
         raise ValueError(
             f"{path} is no whole {format} checkpoint: its config or tensors are not what that format has "

@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,11 +10,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae_lab.saes.base import SparseCoder
-from sae_lab.saes.exchange.places import Place, hub_id
+from sae_lab.saes.exchange.files import refuse_layered
+from sae_lab.saes.exchange.places import Place, hub_id, told
 from sae_lab.types import Site
 
 log = logging.getLogger(__name__)
 
+SAID = {"model", "reads", "writes", "centred", "scale", "k"}  # what ``sl.load`` can be told
 NEEDS = {
     "L1": ("b_enc",),
     "TopK": ("b_enc",),
@@ -30,7 +33,7 @@ class Checkpoint:
 
     format, where: for messages. family, config: the class it becomes, and its keyword arguments beside the widths.
     reads, writes: places; writes None: an autoencoder. expected: figures the checkpoint states ("l0", "fvu").
-    ours: what ``sae.save(format=...)`` noted beside, for the way back.
+    ours: what ``sae.save(format=...)`` noted beside, for the way back. used: what of the caller's facts it needed.
     """
 
     format: str
@@ -47,6 +50,25 @@ class Checkpoint:
     meta: dict[str, Any] = field(default_factory=dict)
     expected: dict[str, float] = field(default_factory=dict)
     ours: dict[str, Any] | None = None
+    used: set[str] = field(default_factory=set)
+
+    def say(self, facts: dict[str, Any]) -> None:
+        """What the caller knows goes before what the files say: ``model``, ``reads``, ``writes``, ``centred``."""
+        if self.ours is not None and (wrong := sorted(SAID & {n for n, v in facts.items() if v is not None})):
+            raise ValueError(f"{self.where} was written by sae_lab, which notes that: leave out {', '.join(wrong)}")
+        if surplus := sorted({"scale", "k"} & set(facts.get("said", ())) - self.used):
+            raise ValueError(f"{self.where}: its files say what {', '.join(surplus)} would: leave that out")
+        self.model = facts.get("model") or self.model
+        centred = facts.get("centred")
+        if facts.get("reads") is not None:
+            self.reads = told(facts["reads"], self.model, bool(centred))
+        elif centred is not None and self.reads is not None:
+            self.reads = told(self.reads, self.model, centred)
+        if facts.get("writes") is not None:
+            self.writes = told(facts["writes"], self.model, bool(centred))
+            self.transcodes = self.reads is None or self.writes.site != self.reads.site
+        elif centred is not None and self.writes is not None:
+            self.writes = told(self.writes, self.model, centred)
 
     def scale(self, into: float, out: float) -> None:
         """Make weights trained on ``into``·x (and ``out``·target) serve x itself. Codes stay as they were."""
@@ -92,6 +114,7 @@ class Checkpoint:
         t, needed = self.tensors, ("W_enc", "W_dec", "b_dec", *NEEDS[self.family])
         if missing := [name for name in needed if name not in t]:
             raise ValueError(f"{self.where}: a {self.format} {self.family} needs {needed}; missing: {missing}")
+        refuse_layered(Path(self.where), t)
         if t["W_enc"].dim() != 2 or t["W_dec"].dim() != 2:
             raise ValueError(f"{self.where}: encoder and decoder must be matrices, got {self._shapes()}")
         d_in, d_sae = t["W_enc"].shape

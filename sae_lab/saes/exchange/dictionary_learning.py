@@ -1,4 +1,5 @@
-"""dictionary_learning: ``ae.pt`` (a pickled state_dict, read with weights_only) and ``config.json``."""
+"""dictionary_learning: ``ae.pt`` (a pickled state_dict, read with weights_only) and ``config.json``; of a run that goes
+on, ``checkpoints/ae_1000.pt`` below that config, in the units of raw activations too."""
 
 import json
 import logging
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sae_lab.saes.exchange.checkpoint import Checkpoint
-from sae_lab.saes.exchange.files import read_json, read_torch, tensors_only
+from sae_lab.saes.exchange.files import read_json, read_torch, refuse_layered, tensors_only
 from sae_lab.saes.exchange.places import Place, place
 from sae_lab.types import Site
 
@@ -27,7 +28,7 @@ CLASSES = {
         "Gated", {"encoder.weight", "decoder.weight", "decoder_bias", "r_mag", "gate_bias", "mag_bias"}, set(), True,
     ),
     "AutoEncoderTopK": ("TopK", _LINEAR | {"b_dec"}, {"k", "threshold"}, True),
-    "BatchTopKSAE": ("BatchTopK", _LINEAR | {"b_dec", "threshold"}, {"k"}, True),
+    "BatchTopKSAE": ("BatchTopK", _LINEAR | {"b_dec"}, {"k", "threshold"}, True),
     "MatryoshkaBatchTopKSAE": ("Matryoshka", _PLAIN | {"group_sizes"}, {"k"}, True),
     "JumpReluAutoEncoder": ("JumpReLU", _PLAIN, set(), False),
 }  # fmt: skip
@@ -35,26 +36,35 @@ _RENAMED = {
     "encoder.bias": "b_enc", "bias": "b_dec", "decoder.bias": "b_dec", "decoder_bias": "b_dec", "gate_bias": "b_enc",
     "mag_bias": "b_mag",
 }  # fmt: skip
+_FORMER = {"MatroyshkaBatchTopKSAE": "MatryoshkaBatchTopKSAE"}  # until January 2025
 _SUBMODULE = re.compile(r"(resid_pre|resid_post|mlp_out|attn_out)(?:_layer)?_(\d+)")
 
 
-def read(folder: Path, facts: dict[str, Any]) -> Checkpoint:
-    config = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
-    trainer = config.get("trainer", {})
-    content, scale = read_torch(folder / WEIGHTS), None
-    if "ae" in content and "step" in content:  # a backup of unfinished training stands in the same file name
+def read(path: Path, facts: dict[str, Any]) -> Checkpoint:
+    """path: the folder, or a checkpoint's own file in or below it."""
+    file = path if path.is_file() else path / WEIGHTS
+    content, scale = read_torch(file), None
+    config = config_of(file)
+    if is_backup(content):  # of unfinished training, under the same file name; its biases are in other units
+        config = config or {"trainer": content.get("config") or {}}
         content, scale = content["ae"], content.get("norm_factor")
-    tensors = {name: t.float() for name, t in tensors_only(content, folder / WEIGHTS).items()}
-    name = _class(trainer.get("dict_class"), tensors.keys(), folder)
+    trainer, folder = config.get("trainer", {}), file.parent
+    refuse_layered(file, content, trainer)
+    tensors = {name: t.float() for name, t in tensors_only(content, file).items()}
+    name = _class(trainer.get("dict_class"), tensors.keys(), file)
     family, _, _, pre_bias = CLASSES[name]
-    found = Checkpoint("dictionary_learning", str(folder), family, {}, pre_bias)
+    found = Checkpoint("dictionary_learning", str(path), family, {}, pre_bias)
     k, groups = tensors.pop("k", None), tensors.pop("group_sizes", None)
     found.tensors = {_RENAMED.get(n, n): t for n, t in tensors.items()}
     for theirs, ours in (("encoder.weight", "W_enc"), ("decoder.weight", "W_dec")):
         if theirs in found.tensors:
             found.tensors[ours] = found.tensors.pop(theirs).T
     if k is not None or family in ("TopK", "BatchTopK", "Matryoshka"):
-        found.config["k"] = found.checked_k(trainer.get("k") if k is None else float(k))
+        known = trainer.get("k") if k is None else float(k)
+        if known is None:
+            known = facts.get("k")
+            found.used.add("k")
+        found.config["k"] = found.checked_k(known)
         found.expected["l0"] = float(found.config["k"])
     if groups is not None:
         found.config["prefixes"] = [int(n) for n in groups.cumsum(0)]
@@ -69,32 +79,52 @@ def read(folder: Path, facts: dict[str, Any]) -> Checkpoint:
     return found
 
 
-def _class(named: Any, names: Any, folder: Path) -> str:
+def is_backup(content: dict[str, Any]) -> bool:
+    """Whether this is the state of a training that goes on."""
+    return isinstance(content.get("ae"), dict) and "step" in content
+
+
+def fits(content: dict[str, Any]) -> bool:
+    """Whether these tensors are those of one of its classes."""
+    names = content.get("ae", {}).keys() if is_backup(content) else content.keys()
+    return any(needs <= names <= needs | may for _, needs, may, _ in CLASSES.values())
+
+
+def config_of(file: Path) -> dict[str, Any]:
+    """The run's config: beside the weights, or above the folder of a checkpoint."""
+    beside = [file.parent / CONFIG] + ([file.parent.parent / CONFIG] if file.parent.name == "checkpoints" else [])
+    return next((read_json(config) for config in beside if config.is_file()), {})
+
+
+def _class(named: Any, names: Any, file: Path) -> str:
+    folder, named = file.parent, _FORMER.get(named, named)
     if named is not None and named not in CLASSES:
         raise ValueError(f"{folder} holds a dictionary_learning {named!r}; supported: {', '.join(CLASSES)}")
-    fits = [c for c, (_, needs, may, _) in CLASSES.items() if needs <= set(names) <= needs | may]
-    if named is not None and named not in fits:
+    fitting = [c for c, (_, needs, may, _) in CLASSES.items() if needs <= set(names) <= needs | may]
+    if named is not None and named not in fitting:
         _, needs, may, _ = CLASSES[named]
         raise ValueError(
-            f"{folder / WEIGHTS}: a {named} has the tensors {sorted(needs)}{f' and {sorted(may)}' if may else ''}, "
+            f"{file}: a {named} has the tensors {sorted(needs)}{f' and {sorted(may)}' if may else ''}, "
             f"got {sorted(names)}"
         )
-    if named is None and len(fits) != 1:
+    if named is None and len(fitting) != 1:
         raise ValueError(
             f"{folder} has no {CONFIG} that names its class, and its tensors {sorted(names)} fit "
-            f"{' and '.join(fits) or 'none'}: write {CONFIG} with "
+            f"{' and '.join(fitting) or 'none'}: write {CONFIG} with "
             '{"trainer": {"dict_class": ...}}, one of ' + ", ".join(CLASSES)
         )
-    return named or fits[0]
+    return named or fitting[0]
 
 
 def _threshold(found: Checkpoint) -> None:
-    """TopK stores one and ignores it; a negative one was never fitted."""
+    """TopK stores one and ignores it; a negative one, and none (until December 2024), was never fitted."""
     if found.family == "TopK":
         found.tensors.pop("threshold", None)
-    elif found.family != "JumpReLU" and "threshold" in found.tensors and bool((found.tensors["threshold"] < 0).any()):
-        found.tensors["threshold"] = torch.full_like(found.tensors["threshold"], float("nan"))
-        log.warning("%s has no fitted threshold: call sae.calibrate([activations]) before you use it", found.where)
+    elif found.family in ("BatchTopK", "Matryoshka"):
+        fitted = found.tensors.get("threshold")
+        if fitted is None or bool((fitted < 0).any()):
+            found.tensors["threshold"] = torch.tensor(float("nan"))
+            log.warning("%s has no fitted threshold: call sae.calibrate([activations]) before you use it", found.where)
 
 
 def _unscale(found: Checkpoint, factor: float) -> None:
@@ -109,6 +139,8 @@ def _where(found: Checkpoint, config: dict[str, Any], folder: Path, facts: dict[
     found.ours = config.get("sae_lab")
     if isinstance(buffer.get("ctx_len"), int):
         found.meta["context"] = buffer["ctx_len"]
+    if buffer.get("io") == "in_and_out" and facts.get("writes") is None and found.ours is None:
+        raise ValueError(f"{found.where} was trained from a module's input to its output: pass reads= and writes=")
     layer, named = trainer.get("layer"), trainer.get("submodule_name")
     match = _SUBMODULE.search(str(named or "")) or next(
         (m for part in reversed(folder.parts) if (m := _SUBMODULE.fullmatch(part.removesuffix("_checkpoints")))), None

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -70,3 +71,62 @@ def tensors_only(content: dict[str, Any], file: Path) -> dict[str, Tensor]:
     if wrong := sorted(str(name) for name, value in content.items() if not isinstance(value, Tensor)):
         raise ValueError(f"{file} must hold only tensors; others: {', '.join(wrong[:6])}")
     return content
+
+
+def read_yaml(file: Path) -> dict[str, Any]:
+    """A mapping of plain values in YAML. ValueError where there is none."""
+    import yaml
+
+    try:
+        content = yaml.safe_load(file.read_bytes())
+    except FileNotFoundError:
+        raise ValueError(f"{file.parent} has no {file.name}") from None
+    except (yaml.YAMLError, ValueError) as err:
+        raise ValueError(f"{file} is no YAML ({str(err).splitlines()[0]}): download it again") from err
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} must hold a mapping, got a {type(content).__name__}")
+    return content
+
+
+def read_weights(file: Path) -> dict[str, Any]:
+    """What a file of weights holds, by its ending."""
+    if file.suffix == ".npz":
+        return dict(read_npz(file))
+    return dict(read_safetensors(file)) if file.suffix == ".safetensors" else read_torch(file)
+
+
+def peek(file: Path) -> dict[str, Any]:
+    """The same, of safetensors only names and shapes."""
+    if file.suffix != ".safetensors":
+        return read_weights(file)
+    try:
+        with safe_open(file, framework="pt") as f:
+            return {n: torch.empty(f.get_slice(n).get_shape(), device="meta") for n in f.keys()}  # noqa: SIM118
+    except SafetensorError as err:
+        raise ValueError(f"{file} is no whole safetensors file ({err}); it was not read as anything else") from err
+
+
+_CROSSCODER = "a crosscoder, which reads several layers or models at once"
+_CLT = "a cross-layer transcoder (CLT), whose features write at several layers"
+
+
+def refuse_layered(where: Path, content: dict[str, Any], config: dict[str, Any] | None = None) -> None:
+    """ValueError for a crosscoder or a cross-layer transcoder, told by its config or by its tensors' axes."""
+    keys = ("dict_class", "sae_type", "model_kind", "architecture")
+    named = [str(value) for key in keys if (value := (config or {}).get(key))]
+    named = [re.sub(r"[\W_]", "", name).lower() for name in named]
+    axes = {name: value.dim() for name, value in content.items() if isinstance(value, Tensor)}
+
+    def deep(pattern: str) -> bool:
+        return any(dim > 2 and re.fullmatch(pattern, name, re.I) for name, dim in axes.items())
+
+    many = any(re.fullmatch(r"W_(?:enc|dec|decs|D)[._]\d+|.*decoders\.\d+->\d+.*", name) for name in axes)
+    kind = None
+    if many or any("crosslayer" in name or "clt" in name for name in named):
+        kind = _CLT
+    elif deep(r"w_e(nc)?|encoder\.weight") or any("crosscoder" in name for name in named):
+        kind = _CROSSCODER
+    elif deep(r"w_d(ec)?|decoder\.weight"):
+        kind = _CLT
+    if kind:
+        raise ValueError(f"{where} holds {kind}: sl.load takes coders that read one place and write at one")

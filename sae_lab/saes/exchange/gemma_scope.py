@@ -1,20 +1,23 @@
 """Gemma Scope 1 (``params.npz``) and 2 (``params.safetensors``, ``config.json``): JumpReLU, b_dec never subtracted.
 
-Version 1 states model, site and width in the names of repository and folders only. Its MLP coders read what the MLP
-adds to the stream, after the post-norm; its attention coders read all heads' z side by side; its transcoders read the
-MLP's input without the norm's gain. Version 2 names modules of transformers.
+Version 1 states model, site and width in the names of repository and folders only, so that a file that lies elsewhere
+does not say whether it is an autoencoder or a transcoder: the caller must. Its MLP coders read what the MLP adds to the
+stream, after the post-norm; its attention coders read all heads' z side by side; its transcoders read the MLP's input
+without the norm's gain. Version 2 names modules of transformers.
 """
 
 import re
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from sae_lab.saes.exchange.checkpoint import Checkpoint
-from sae_lab.saes.exchange.files import read_json, read_npz, read_safetensors
-from sae_lab.saes.exchange.places import place
+from sae_lab.saes.exchange.files import read_json, read_npz, read_safetensors, refuse_layered
+from sae_lab.saes.exchange.places import place, told
 
 ARCHIVE, WEIGHTS = "params.npz", "params.safetensors"
-_NAMES = {"W_enc", "W_dec", "b_enc", "b_dec", "threshold"}
+NAMES = {"W_enc", "W_dec", "b_enc", "b_dec", "threshold"}
 _HOOKS = {"res": "hook_resid_post", "mlp": "hook_mlp_out", "att": "attn.hook_z", "transcoders": "ln2.hook_normalized"}
 _FOLDERS = {
     "resid_post": ("output", None),
@@ -24,30 +27,49 @@ _FOLDERS = {
 }
 
 
-def read_1(folder: Path, facts: dict[str, Any]) -> Checkpoint:
-    t = {("W_" + n[2:] if n.startswith("w_") else n): v for n, v in read_npz(folder / ARCHIVE).items()}
-    if (missing := _NAMES - t.keys()) or (surplus := t.keys() - _NAMES - {"scaling_factor"}):
+def read_1(path: Path, facts: dict[str, Any]) -> Checkpoint:
+    """path: the folder, or an archive of any name."""
+    file = path if path.is_file() else path / ARCHIVE
+    t = {("W_" + n[2:] if n.startswith("w_") else n): v.float() for n, v in read_npz(file).items()}
+    refuse_layered(file, t)
+    if (missing := NAMES - t.keys()) or (surplus := t.keys() - NAMES - {"scaling_factor"}):
         wrong = sorted(missing or surplus)
-        raise ValueError(f"{folder / ARCHIVE}: Gemma Scope has {sorted(_NAMES)}; missing or surplus: {wrong}")
-    t.pop("scaling_factor", None)
-    found = Checkpoint("Gemma Scope", str(folder), "JumpReLU", {n: v.float() for n, v in t.items()}, pre_bias=False)
-    path = facts.get("path") or folder.as_posix()
-    release = re.search(r"gemma-scope-(2b|9b|27b)-(pt|it)-(res|mlp|att|transcoders)", path)
-    if release is None:
-        return found
-    size, kind, what = release.groups()
-    found.model = f"google/gemma-2-{size}{'-it' if kind == 'it' else ''}"
-    found.transcodes = what == "transcoders"
-    if l0 := re.search(r"average_l0_(\d+)", path):
+        raise ValueError(f"{file}: Gemma Scope has {sorted(NAMES)}; missing or surplus: {wrong}")
+    if not bool((t.pop("scaling_factor", torch.ones(())) == 1).all()):
+        raise ValueError(f"{file} has a scaling_factor that is not 1, which Gemma Scope's coders do not have")
+    found = Checkpoint("Gemma Scope", str(path), "JumpReLU", t, pre_bias=False)
+    where = facts.get("path") or path.as_posix()
+    release = re.search(r"gemma-scope-(2b|9b|27b)-(pt|it)-(res|mlp|att|transcoders)", where)
+    layer = re.search(r"layer_(\d+)", where)
+    embedding = re.search(r"(?:^|/)embedding/", where)
+    if l0 := re.search(r"average_l0_(\d+)", where):
         found.expected["l0"] = float(l0[1])
-    if "/embedding/" in path or path.startswith("embedding/"):
+    found.meta["context"] = 1024
+    if release:
+        size, kind, what = release.groups()
+        found.model = f"google/gemma-2-{size}{'-it' if kind == 'it' else ''}"
+        if layer:
+            found.transcodes = what == "transcoders"
+            found.reads = place(f"blocks.{layer[1]}.{_HOOKS[what]}", found.model)
+            found.writes = place(f"blocks.{layer[1]}.hook_mlp_out", found.model) if found.transcodes else None
+    found.model = facts.get("model") or found.model
+    said = told(facts["reads"], found.model, False).site if facts.get("reads") is not None else None
+    if embedding or (said and said.kind == "embed"):
         found.reads = place("hook_embed", found.model)
         # Trained on rows of the embedding matrix; the model's embedding is √d_in times as large.
-        found.scale(found.tensors["b_dec"].shape[0] ** -0.5, found.tensors["b_dec"].shape[0] ** -0.5)
-    elif layer := re.search(r"layer_(\d+)", path):
-        found.reads = place(f"blocks.{layer[1]}.{_HOOKS[what]}", found.model)
-        found.writes = place(f"blocks.{layer[1]}.hook_mlp_out", found.model) if found.transcodes else None
-    found.meta["context"] = 1024
+        found.scale(t["b_dec"].shape[0] ** -0.5, t["b_dec"].shape[0] ** -0.5)
+    if said and said.kind == "mlp_in":
+        raise ValueError(
+            f"{file}: Gemma Scope's transcoders read the MLP's input without the norm's gain: pass "
+            f"reads='blocks.{said.layer}.ln2.hook_normalized'"
+        )
+    if found.model is None or (found.reads is None and said is None):
+        raise ValueError(
+            f"{file} does not say where its coder reads, nor whether it is a transcoder: pass model= "
+            "('google/gemma-2-2b') and reads= ('blocks.20.hook_resid_post'); for a transcoder "
+            "reads='blocks.20.ln2.hook_normalized' and writes='blocks.20.hook_mlp_out'; or keep it below folders with "
+            "the hub's names (gemma-scope-2b-pt-transcoders/layer_20/…)"
+        )
     return found
 
 
@@ -58,10 +80,9 @@ def read_2(folder: Path, facts: dict[str, Any]) -> Checkpoint:
         raise ValueError(f"{folder}: architecture {cfg['architecture']!r} of Gemma Scope 2; supported: 'jump_relu'")
     names = {"w_enc": "W_enc", "w_dec": "W_dec", "affine_skip_connection": "W_skip"}
     t = {names.get(n, n): v for n, v in read_safetensors(folder / WEIGHTS).items()}
-    if wrong := sorted((t.keys() ^ _NAMES) - {"W_skip"}):
-        raise ValueError(f"{folder / WEIGHTS}: Gemma Scope 2 has {sorted(_NAMES)}; missing or surplus: {wrong}")
-    if t["W_dec"].dim() == 3:
-        raise ValueError(f"{folder} is a cross-layer transcoder, which writes at many layers and is not supported")
+    refuse_layered(folder, t, cfg)
+    if wrong := sorted((t.keys() ^ NAMES) - {"W_skip"}):
+        raise ValueError(f"{folder / WEIGHTS}: Gemma Scope 2 has {sorted(NAMES)}; missing or surplus: {wrong}")
     found = Checkpoint("Gemma Scope 2", str(folder), "JumpReLU", {n: v.float() for n, v in t.items()}, pre_bias=False)
     found.model = facts.get("model") or _model(cfg.get("model_name"))
     into, out = cfg.get("hf_hook_point_in"), cfg.get("hf_hook_point_out")
@@ -69,6 +90,11 @@ def read_2(folder: Path, facts: dict[str, Any]) -> Checkpoint:
     layer = re.search(r"layer_(\d+)", path)
     if into is None and kind and layer:  # some folders have no config.json
         into, out = (part and f"model.layers.{layer[1]}.{part}" for part in _FOLDERS[kind])
+    if into is None and facts.get("reads") is None:
+        raise ValueError(
+            f"{folder} has no config.json that says where its coder reads, nor the folders' names of the hub: pass "
+            "reads=, and writes= for a transcoder (one of layer 7 reads 'mlp_in-7' and writes 'mlp_out-7')"
+        )
     found.transcodes = out is not None and out != into
     found.reads = place(into, found.model or "gemma-3")
     found.writes = place(out, found.model or "gemma-3") if found.transcodes else None

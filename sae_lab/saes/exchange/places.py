@@ -71,9 +71,27 @@ def place(name: str | None, model: str | None, *, head: int | None = None, centr
         found = Place(Site("embed"), name)
     else:
         found = Place(_module(name, model), name)
-    writes_stream = found.site is not None and found.site.kind not in ("attn_z", "mlp_in", "module")
-    # TransformerLens centres only models with LayerNorm; an unknown model is taken at its config's word.
-    return found._replace(centred=centred and writes_stream and not found.norm and norm_of(model) != "rms")
+    return found._replace(centred=centred and can_be_centred(found, model))
+
+
+def can_be_centred(spot: Place, model: str | None) -> bool:
+    """Whether TransformerLens's ``center_writing_weights`` changes what is there. It centres only models with
+    LayerNorm; an unknown model is taken at its config's word."""
+    writes_stream = spot.site is not None and spot.site.kind not in ("attn_z", "mlp_in", "module")
+    return writes_stream and not spot.norm and norm_of(model) != "rms"
+
+
+def told(spot: Site | str | Place, model: str | None, centred: bool) -> Place:
+    """The place that a caller names: a site of ours, or another library's name. ValueError for no place."""
+    if isinstance(spot, Place):
+        found = spot
+    elif isinstance(spot, str) and not re.fullmatch(r"\w+-\d+(-head\d+)?", spot):  # that is a site's key
+        found = place(spot, model)
+    else:
+        found = Place(Site.of(spot), repr(spot))
+    if found is None or found.site is None:
+        raise ValueError(f"{spot!r} names no place: write sl.Site('resid_post', 8), or 'blocks.8.hook_resid_post'")
+    return found._replace(centred=centred and can_be_centred(found, model))
 
 
 def _lens(name: str, layer: int, hook: str, model: str | None, head: int | None) -> Place:
@@ -83,6 +101,8 @@ def _lens(name: str, layer: int, hook: str, model: str | None, head: int | None)
         norm = norm_of(model)
         return Place(Site(stream, layer) if norm else Site("mlp_in", layer), name, norm, no_gain=norm is None)
     kinds = {"hook_mlp_in": stream, "mlp.hook_in": "mlp_in", "hook_in": "resid_pre", "hook_out": "resid_post"}
+    if hook == "mlp.hook_out":  # the module's output: before a post-norm, where there is one
+        return Place(_module(f"layers.{layer}.mlp", model), name)
     if hook in kinds:
         return Place(Site(kinds[hook], layer), name)
     try:

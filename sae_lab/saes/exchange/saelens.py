@@ -3,10 +3,14 @@
 What its loader does that its files do not say, and is done here too: pre-6 configs subtract b_dec unless they say
 otherwise; TopK with ``rescale_acts_by_decoder_norm`` picks by pre-activation times decoder norm (folded, exactly);
 ``expected_average_only_in`` means that x was scaled by a factor that the files of an unfinished run hold beside.
+
+Until September 2024 (version 3) it trained on TransformerLens's processed models, where the stream of a model with
+LayerNorm is centred, and its configs say nothing of it; coders converted to its format say nothing either.
 """
 
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +18,8 @@ import torch
 from torch import Tensor
 
 from sae_lab.saes.exchange.checkpoint import Checkpoint
-from sae_lab.saes.exchange.files import read_json, read_safetensors
-from sae_lab.saes.exchange.places import place
+from sae_lab.saes.exchange.files import read_json, read_safetensors, refuse_layered
+from sae_lab.saes.exchange.places import can_be_centred, place
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +37,7 @@ def read(folder: Path, facts: dict[str, Any]) -> Checkpoint:
     """facts (of a release) go before what the config says: ``model``, ``centred``, ``normalize``, ``scale``."""
     cfg = read_json(folder / CONFIG)
     about = {**cfg, **(cfg.get("metadata") or {})}  # version 6 keeps these apart
+    refuse_layered(folder, {}, cfg)
     architecture = _architecture(cfg, folder)
     tensors = _tensors(folder, cfg, architecture)
     found = Checkpoint("SAELens", str(folder), FAMILY[architecture], tensors, pre_bias=False)
@@ -43,8 +48,8 @@ def read(folder: Path, facts: dict[str, Any]) -> Checkpoint:
     if rescaled:
         found.scale_codes(found.tensors["W_dec"].norm(dim=1).clamp_min(1e-8))
     _options(found, cfg)
-    _where(found, about, facts)
     found.ours = about.get("sae_lab")
+    _where(found, about, facts)
     _expected(found, cfg, about, folder)
     return found
 
@@ -65,6 +70,7 @@ def _architecture(cfg: dict[str, Any], folder: Path) -> str:
 
 def _tensors(folder: Path, cfg: dict[str, Any], architecture: str) -> dict[str, Tensor]:
     t = {name: tensor.float() for name, tensor in read_safetensors(folder / WEIGHTS).items()}
+    refuse_layered(folder, t, cfg)
     for theirs, ours in (("b_gate", "b_enc"), ("topk_threshold", "threshold")):
         if theirs in t:
             t[ours] = t.pop(theirs)
@@ -112,29 +118,37 @@ def _normalisation(found: Checkpoint, cfg: dict[str, Any], folder: Path, facts: 
         raise ValueError(f"{folder}: a skip on raw x beside normalisation by {named!r} is not supported")
     if named != "expected_average_only_in":
         return
+    if found.transcodes:
+        raise ValueError(f"{folder}: a transcoder normalised by {named!r} is not supported")
     beside = folder / "activation_scaler.json"
+    found.used.add("scale")
     scale = facts.get("scale") or (read_json(beside).get("scaling_factor") if beside.is_file() else None)
     if scale:
         found.scale(scale, scale)
         if rescaled and "threshold" in found.tensors:  # it is in units of pre-activation times decoder norm
             found.tensors["threshold"] = found.tensors["threshold"] / scale
         return
-    found.meta["scale"] = "unknown"
+    if not facts.get("listed"):
+        raise ValueError(
+            f"{folder}: its activations were scaled to norm √d_in by a factor that its files do not say: pass scale=, "
+            "√d_in / the mean norm of the training activations (1 where it was folded into the weights)"
+        )
+    found.meta["scale"] = "unknown"  # SAELens's directory names no factor, and SAELens applies none
     log.warning(
-        "%s was trained on activations scaled to norm √d_in by a factor that its files do not say: its codes are "
-        "wrong until you call sae.fold(√d_in / mean norm of the training activations)", folder,
-    )  # fmt: skip
+        "%s was trained on activations scaled to norm √d_in by a factor that neither its files nor SAELens's directory "
+        "say: unless it was folded into the weights, call sae.fold(√d_in / mean norm of the training activations)",
+        folder,
+    )
 
 
 def _where(found: Checkpoint, about: dict[str, Any], facts: dict[str, Any]) -> None:
     found.model = facts.get("model") or about.get("model_name")
-    processing = about.get("model_from_pretrained_kwargs") or {}
-    centred = bool(facts.get("centred", processing.get("center_writing_weights", False)))
     name = about.get("hook_name") or about.get("hook_point")
     head = about.get("hook_head_index", about.get("hook_point_head_index"))
-    found.reads = place(name, found.model, head=head, centred=centred)
+    found.reads = place(name, found.model, head=head)
     if found.transcodes:
-        found.writes = place(about.get("hook_name_out"), found.model, centred=centred)
+        found.writes = place(about.get("hook_name_out"), found.model, head=about.get("hook_head_index_out"))
+    found.say({"centred": _centred(found, about, facts)})
     if isinstance(about.get("context_size"), int):
         found.meta["context"] = about["context_size"]
     if isinstance(about.get("exclude_special_tokens"), list):
@@ -144,6 +158,25 @@ def _where(found: Checkpoint, about: dict[str, Any], facts: dict[str, Any]) -> N
         }  # fmt: skip
     if "prepend_bos" in about:
         found.meta["prepend_bos"] = about["prepend_bos"]
+
+
+def _centred(found: Checkpoint, about: dict[str, Any], facts: dict[str, Any]) -> bool | None:
+    """Whether the model that it was trained on had centred streams. ValueError where nothing says so and it matters."""
+    if found.ours is not None:
+        return None
+    if facts.get("centred") is not None:
+        return facts["centred"]
+    if "model_from_pretrained_kwargs" in about:
+        return bool((about["model_from_pretrained_kwargs"] or {}).get("center_writing_weights", False))
+    if re.match(r"[6-9]|\d\d", str(about.get("sae_lens_version"))) or found.input_norm == "layer":
+        return False  # version 6 trains on unprocessed models; layer_norm centres by itself
+    if found.reads is None or not can_be_centred(found.reads, found.model):
+        return False
+    raise ValueError(
+        f"{found.where}: {CONFIG} does not say whether the stream of {found.model or 'the model'} was centred: pass "
+        "centred=True (SAELens trained so until September 2024; as gpt2-small-res-jb), or centred=False (a coder that "
+        "another library trained, in SAELens's format)"
+    )
 
 
 def _expected(found: Checkpoint, cfg: dict[str, Any], about: dict[str, Any], folder: Path) -> None:

@@ -1,5 +1,6 @@
-"""Formats of single releases: Llama Scope (``hyperparams.json``); Goodfire, Qwen Scope and gpt2-small-hook-z (one
-``.pt`` file each)."""
+"""Formats of single releases: Llama Scope (``hyperparams.json``); and coders that are one file each: Goodfire, Qwen
+Scope and gpt2-small-hook-z (``.pt``), circuit-tracer's transcoders (``layer_5.safetensors``, beside ``config.yaml``).
+"""
 
 import re
 from pathlib import Path
@@ -8,12 +9,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sae_lab.saes.exchange import dictionary_learning, gemma_scope
 from sae_lab.saes.exchange.checkpoint import Checkpoint
-from sae_lab.saes.exchange.files import read_json, read_safetensors, read_torch, tensors_only
+from sae_lab.saes.exchange.files import (
+    peek,
+    read_json,
+    read_safetensors,
+    read_weights,
+    read_yaml,
+    refuse_layered,
+    tensors_only,
+)
 from sae_lab.saes.exchange.places import place
 
 LLAMA_CONFIG, LLAMA_WEIGHTS = "hyperparams.json", "checkpoints/final.safetensors"
 _LINEAR = ("encoder.weight", "encoder.bias", "decoder.weight", "decoder.bias")
+_PLAIN, _THRESHOLD = {"W_enc", "W_dec", "b_enc", "b_dec"}, "activation_function.threshold"
+TRACER_CONFIG = "config.yaml"
 
 
 def read_llama_scope(folder: Path, facts: dict[str, Any]) -> Checkpoint:
@@ -44,20 +56,40 @@ def read_llama_scope(folder: Path, facts: dict[str, Any]) -> Checkpoint:
 
 
 def read_file(file: Path, facts: dict[str, Any]) -> Checkpoint:
-    """One ``.pt`` file; its tensors' names tell which. Codes of the first two are ReLU, without a pre-bias."""
-    tensors = tensors_only(read_torch(file), file)
-    names = tensors.keys()
-    if names == {n.replace("coder.", "coder_linear.") for n in _LINEAR}:
-        return _goodfire({n.replace("_linear", ""): t for n, t in tensors.items()}, file, facts)
-    if names == set(_LINEAR):
-        return _goodfire(tensors, file, facts)
-    if names == {"W_enc", "W_dec", "b_enc", "b_dec"}:
-        config = file.with_name(file.stem + "_cfg.json")
-        return _hook_z(tensors, file, read_json(config)) if config.is_file() else _qwen(tensors, file, facts)
+    """One file of weights; its tensors' names and axes tell which."""
+    content = read_weights(file)
+    refuse_layered(file, content)
+    if file.suffix == ".npz" and {*content, *(n.replace("w_", "W_") for n in content)} >= gemma_scope.NAMES:
+        return gemma_scope.read_1(file, facts)
+    goodfire = {n.replace("_linear", ""): t for n, t in content.items()}
+    if goodfire.keys() == set(_LINEAR) and (content.keys() != set(_LINEAR) or not dictionary_learning.config_of(file)):
+        return _goodfire(tensors_only(goodfire, file), file, facts)
+    if dictionary_learning.fits(content):
+        return dictionary_learning.read(file, facts)
+    if content.keys() - {"W_skip", _THRESHOLD} == _PLAIN:
+        tensors = tensors_only(content, file)
+        turned = tensors["W_enc"].shape[:1] == tensors["b_enc"].shape
+        if file.suffix == ".safetensors":
+            return _tracer(tensors, file, facts)
+        if content.keys() == _PLAIN:
+            return _qwen(tensors, file, facts) if turned else _hook_z(tensors, file, facts)
     raise ValueError(
-        f"{file} holds the tensors {sorted(names)}, which no single-file format here has; supported: Goodfire, "
-        "Qwen Scope, gpt2-small-hook-z. For dictionary_learning pass the folder with ae.pt and config.json"
+        f"{file} holds the tensors {sorted(map(str, content))}, which no format of one file here has; supported: "
+        "Goodfire, Qwen Scope, gpt2-small-hook-z, circuit-tracer, Gemma Scope, dictionary_learning. For other formats "
+        "pass the folder, with its config"
     )
+
+
+def refuse_parts(files: list[Path]) -> None:
+    """ValueError where files beside each other are one crosscoder or cross-layer transcoder."""
+    several = [f for f in files if re.fullmatch(r"params_layer_\d+", f.stem)]
+    if several:
+        raise ValueError(
+            f"{files[0].parent} holds a crosscoder or a cross-layer transcoder (CLT), whose files for each layer "
+            "belong together: sl.load takes coders that read one place and write at one"
+        )
+    if len({re.sub(r"\d+", "", f.stem) for f in files}) <= 2:  # a set: encoders and decoders, say
+        refuse_layered(files[0].parent, peek(files[0]))
 
 
 def _linear(tensors: dict[str, Tensor], file: Path) -> dict[str, Tensor]:
@@ -81,25 +113,59 @@ def _goodfire(tensors: dict[str, Tensor], file: Path, facts: dict[str, Any]) -> 
 
 def _qwen(tensors: dict[str, Tensor], file: Path, facts: dict[str, Any]) -> Checkpoint:
     """TopK; W_enc is stored "d_sae d_in" and W_dec "d_in d_sae". k stands in the repository's name only."""
-    path = facts.get("path") or file.as_posix()
-    k = re.search(r"L0_(\d+)", path)
+    path = facts.get("path") or file.absolute().as_posix()
+    named = re.search(r"L0_(\d+)", path)
+    k = facts.get("k") or (int(named[1]) if named else None)
     if k is None:
         raise ValueError(
-            f"{file}: a Qwen Scope coder's k stands only in its repository's name (…-L0_50): load it by release or "
-            "repository, or keep it in a folder of that name"
+            f"{file}: a Qwen Scope coder's k stands only in its repository's name (…-L0_50): pass k=, load it by "
+            "release or repository, or keep it in a folder of that name"
         )
     t = {n: v.float().T if n.startswith("W_") else v.float() for n, v in tensors.items()}
     found = Checkpoint("Qwen Scope", str(file), "TopK", t, pre_bias=False)
-    found.config["k"], found.expected["l0"] = found.checked_k(int(k[1])), float(k[1])
+    found.used.add("k")
+    found.config["k"], found.expected["l0"] = found.checked_k(k), float(k)
     named, layer = re.search(r"SAE-Res-(.+)-W\d+K", path), re.search(r"layer(\d+)", file.name)
     found.model = f"Qwen/{named[1]}" if named else facts.get("model")
     found.reads = place(f"model.layers.{layer[1]}", found.model) if layer else None
     return found
 
 
-def _hook_z(tensors: dict[str, Tensor], file: Path, cfg: dict[str, Any]) -> Checkpoint:
+def _hook_z(tensors: dict[str, Tensor], file: Path, facts: dict[str, Any]) -> Checkpoint:
+    """ReLU with a pre-bias on all heads' z side by side. What it read stands in ``…_cfg.json`` beside."""
+    config = file.with_name(file.stem + "_cfg.json")
+    hook = facts.get("hook_point") or (read_json(config).get("act_name") if config.is_file() else None)
+    if hook is None and facts.get("reads") is None:
+        raise ValueError(f"{file}: what it reads stands only in {config.name}, which is missing: pass reads=")
     t = {n: v.float() for n, v in tensors.items()}
     found = Checkpoint("hook_z", str(file), "L1", t, pre_bias=True, model="gpt2")
-    found.reads = place(cfg.get("act_name"), "gpt2")
+    found.reads = place(hook, "gpt2")
     found.meta["context"] = 128
+    return found
+
+
+def _tracer(tensors: dict[str, Tensor], file: Path, facts: dict[str, Any]) -> Checkpoint:
+    """A transcoder of circuit-tracer: ReLU, or JumpReLU where it has a threshold; W_enc stored "d_sae d_in"."""
+    config, layer = file.with_name(TRACER_CONFIG), re.fullmatch(r"layer_(\d+)", file.stem)
+    said = {} if "hooks" in facts or not config.is_file() else read_yaml(config)
+    hooks = facts.get("hooks") or (said.get("feature_input_hook"), said.get("feature_output_hook"))
+    if (layer is None or None in hooks) and (facts.get("reads") is None or facts.get("writes") is None):
+        raise ValueError(
+            f"{file}: where a transcoder of circuit-tracer reads and writes stands in {TRACER_CONFIG} beside it, its "
+            "layer in its name (layer_5.safetensors): pass reads= and writes= ('blocks.5.mlp.hook_in', "
+            "'blocks.5.hook_mlp_out')"
+        )
+    t = {n: v.float() for n, v in tensors.items()}
+    t["W_enc"] = t["W_enc"].T
+    if "W_skip" in t:
+        t["W_skip"] = t["W_skip"].T
+    if _THRESHOLD in t:
+        t["threshold"] = t.pop(_THRESHOLD)
+        if bool((t["threshold"] < 0).any()):
+            raise ValueError(f"{file}: a threshold below 0 lets codes be negative, which coders here cannot have")
+    family = "JumpReLU" if "threshold" in t else "L1"
+    found = Checkpoint("circuit-tracer", str(file), family, t, pre_bias=False, transcodes=True)
+    found.model = facts.get("model") or said.get("model_name")
+    if layer and None not in hooks:
+        found.reads, found.writes = (place(f"blocks.{layer[1]}.{hook}", found.model) for hook in hooks)
     return found

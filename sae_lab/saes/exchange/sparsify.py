@@ -1,14 +1,19 @@
 """EleutherAI's sparsify: ``<hookpoint>/cfg.json`` and ``sae.safetensors``, one folder per hookpoint, and above them the
-run's ``config.json``. A hookpoint is a module's path inside the base model; a transcoder reads that module's input."""
+run's ``config.json``. A hookpoint is a module's path inside the base model; a transcoder reads that module's input.
+
+From November 2024 to February 2025 "transcode" stood in the run's config.json only, and transcoders subtracted b_dec
+from x as autoencoders do. Where that file is missing, the decoder tells: only autoencoders had theirs normalised.
+"""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from sae_lab.saes.exchange.checkpoint import Checkpoint
-from sae_lab.saes.exchange.files import read_json, read_safetensors
+from sae_lab.saes.exchange.files import read_json, read_safetensors, refuse_layered
 from sae_lab.saes.exchange.places import place
 
 CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
@@ -18,7 +23,10 @@ def read(folder: Path, facts: dict[str, Any]) -> Checkpoint:
     cfg = read_json(folder / CONFIG)
     if (activation := cfg.get("activation", "topk")) != "topk":
         raise ValueError(f"{folder} uses sparsify's activation {activation!r}; supported: 'topk'")
+    if cfg.get("signed"):
+        raise ValueError(f"{folder} takes the k largest by size and keeps their signs (signed): that is not supported")
     t = {name: tensor.float() for name, tensor in read_safetensors(folder / WEIGHTS).items()}
+    refuse_layered(folder, t, {"sae_type": "clt"} if (cfg.get("n_targets") or 0) > 1 else {})
     names = {"encoder.weight", "encoder.bias", "W_dec", "b_dec"} | ({"W_skip"} if cfg.get("skip_connection") else set())
     if wrong := sorted(t.keys() ^ names):
         raise ValueError(f"{folder / WEIGHTS} must hold {sorted(names)}; missing or surplus: {wrong}")
@@ -29,26 +37,52 @@ def read(folder: Path, facts: dict[str, Any]) -> Checkpoint:
     said = (d_in, cfg.get("num_latents") or (d_in or 0) * cfg.get("expansion_factor", 0))
     if tuple(tensors["W_enc"].shape) != said:
         raise ValueError(f"{folder}: the encoder is {tuple(tensors['W_enc'].shape)}, its config says {said}")
-    transcodes = bool(cfg.get("transcode"))
-    found = Checkpoint("sparsify", str(folder), "TopK", tensors, pre_bias=not transcodes, transcodes=transcodes)
+    run, hookpoint = _run(folder)
+    transcodes = _transcodes(cfg, run, tensors, folder, facts)
+    pre_bias = not cfg.get("transcode")
+    found = Checkpoint("sparsify", str(folder), "TopK", tensors, pre_bias=pre_bias, transcodes=transcodes)
     if "W_skip" in tensors and not transcodes:
         raise ValueError(f"{folder}: a skip on an autoencoder lets it copy its input; only transcoders have one here")
     found.config["k"] = found.checked_k(cfg.get("k"))
     found.config |= {"multi": 4} if cfg.get("multi_topk") else {}
     found.expected["l0"] = float(found.config["k"])
-    _where(found, cfg, folder, facts)
+    _where(found, cfg, run, facts.get("hook") or hookpoint, facts)
     return found
 
 
-def _where(found: Checkpoint, cfg: dict[str, Any], folder: Path, facts: dict[str, Any]) -> None:
-    run = read_json(folder.parent / "config.json") if (folder.parent / "config.json").is_file() else {}
+def _run(folder: Path) -> tuple[dict[str, Any], str]:
+    """(the run's config, the hookpoint). A run of several seeds has a folder for each inside the hookpoint's."""
+    seed = re.fullmatch(r"seed\d+", folder.name) is not None
+    folder = folder.parent if seed else folder
+    file = folder.parent / "config.json"
+    return (read_json(file) if file.is_file() else {}), folder.name
+
+
+def _transcodes(
+    cfg: dict[str, Any], run: dict[str, Any], t: dict[str, Tensor], folder: Path, facts: dict[str, Any]
+) -> bool:
+    """Whether it predicts a module's output from its input. ValueError where nothing tells."""
+    if "transcode" in cfg or "transcode" in run or "W_skip" in t:
+        return bool(cfg.get("transcode", run.get("transcode", True)))
+    if facts.get("writes") is not None:
+        return facts["writes"] != facts.get("reads")
+    if cfg.get("normalize_decoder"):  # a step of training moves rows by far less than this
+        return not bool((t["W_dec"].norm(dim=1) - 1).abs().median() < 0.05)
+    if "skip_connection" not in cfg:  # of before there were transcoders
+        return False
+    raise ValueError(
+        f"{folder}: only its run's config.json says whether it is a transcoder: put that file above the folder, or "
+        "pass reads= and writes= (a transcoder reads 'mlp_in-5' and writes 'mlp_out-5', say)"
+    )
+
+
+def _where(found: Checkpoint, cfg: dict[str, Any], run: dict[str, Any], hookpoint: str, facts: dict[str, Any]) -> None:
     found.model = facts.get("model") or run.get("model")
     found.ours = cfg.get("sae_lab")
     if isinstance(run.get("ctx_len"), int):
         found.meta["context"] = run["ctx_len"]
     if run.get("exclude_tokens"):
         found.meta["mask"] = {"special_ids": run["exclude_tokens"], "skip_first": False, "max_norm": {}}
-    hookpoint = facts.get("hook") or folder.name
     out = place(hookpoint, found.model)
     if out is None or out.site is None or not found.transcodes:
         found.reads = out if out and out.site else None
