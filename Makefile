@@ -10,7 +10,7 @@ REMOTE := notebooks/07_remote.ipynb
 FIRST := notebooks/00_quickstart.ipynb notebooks/11_explain.ipynb
 NBVAL := $(BIN)/python -m pytest --nbval --nbval-current-env --nbval-cell-timeout=900 -p no:cacheprovider -o addopts=""
 
-.PHONY: demo lab test lint bench readme zoo report methods widgets clean
+.PHONY: demo lab test lint bench readme zoo report methods models widgets clean
 
 .venv/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -60,6 +60,10 @@ zoo: .venv/.ready
 
 report: .venv/.ready
 	$(BIN)/python benchmarks/report.py --readme
+
+# Every causal LM architecture of the installed transformers against plain hooks, into docs/models.md.
+models: .venv/.ready
+	$(BIN)/python benchmarks/models.py
 
 methods: .venv/.ready
 	$(BIN)/python benchmarks/methods.py

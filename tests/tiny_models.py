@@ -39,7 +39,7 @@ COMMON: dict[str, Any] = {
     "n_group": 2, "topk_group": 1, "n_shared_experts": 1, "first_k_dense_replace": 1,
     # latent attention
     "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": D_HEAD,
-    "index_n_heads": 2, "index_head_dim": 8, "index_topk": 6,
+    "index_n_heads": 16, "index_head_dim": 8, "index_topk": 6,  # so many that no two tokens tie at 0
     # linear attention and state spaces
     "linear_num_value_heads": HEADS, "linear_num_key_heads": 2, "linear_key_head_dim": D_HEAD,
     "linear_value_head_dim": D_HEAD, "mamba_n_heads": HEADS, "mamba_d_head": 2 * D // HEADS, "mamba_d_state": 8,
