@@ -279,19 +279,11 @@ class _Part(SparseCoder):
         residual = (batch.target - out.x_hat).detach().flatten(1)
         return {"auxk": AUX_WEIGHT * losses.mse(fitted, residual)}
 
-    def fit_threshold(self, blocks: Iterable[Tensor]) -> None:
-        """As BatchTopK's: the least chosen pre-activation is the least of all ranks'."""
-        if not isinstance(self, BatchTopK):
-            return
-        self.train()
-        total, rows = torch.zeros_like(self.threshold), 0
-        for x in blocks:
-            codes = self.codes(x)
-            assert isinstance(codes, Codes)
-            least = F.pad(codes.values, (0, 1), value=torch.inf).min()  # this rank may have no chosen one
-            total += self.ranks.gather(least).min() * len(x)
-            rows += len(x)
-        self.threshold.copy_((total / rows).clamp_min(0))
+    def _of_all_features(self, values: Tensor) -> Tensor:
+        """BatchTopK's threshold: every rank knows the largest of its own features."""
+        most = int(self.ranks.gather(torch.tensor(len(values), device=values.device)).max())
+        everyone = self.ranks.gather(F.pad(values, (0, most - len(values)))).flatten()
+        return everyone[everyone > 0]
 
     def calibrate(self, blocks: Iterable[Tensor], unseen: Tensor | None = None) -> dict[str, int | float]:
         facts = super().calibrate(blocks, unseen)

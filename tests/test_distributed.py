@@ -39,7 +39,7 @@ FAMILIES = {
     "Ordered": {"k": 4},
     "PAnneal": {"sparsity": 0.5},
     "SkipTranscoder": {"k": 4, "d_out": Y},
-    "Crosscoder": {"k": 4, "layers": 2},
+    "Crosscoder": {"k": 4, "layers": 2, "selection": "decoder_norms"},
 }
 BATCH = ["TopK", "BatchTopK", "L1", "Matryoshka", "Ordered", "SkipTranscoder", "Crosscoder"]
 FEATURES = ["TopK", "BatchTopK", "L1", "JumpReLU", "SkipTranscoder"]

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sae_lab.saes import portable
+from sae_lab.saes import losses, portable
 from sae_lab.saes.l1 import check_weight
 from sae_lab.saes.topk import TopK
 from sae_lab.types import Batch, Codes, Output
@@ -15,7 +15,9 @@ class Switch(TopK):
     """p = softmax((x − b_router)·W_router); the token goes to expert e = argmax p, one of ``experts`` equal parts of
     the dictionary; f = p_e · relu(the k largest pre of that part). Encoding costs d_in·d_sae/experts per token.
 
-    Loss: mse + balance · d_in · experts · Σ_e share_e · mean p_e (1 where the experts share alike) + AuxK.
+    Loss: mse + balance · d_in · experts · Σ_e share_e · mean p_e (1 where the experts share alike) + AuxK. AuxK is our
+    addition: the authors' code trains without it. b_router starts where b_dec does, at the geometric median of the
+    first batch, as theirs; from there on each is trained by itself.
 
     Args: experts: must divide d_sae. balance: weight of the balance, per dimension of x.
     """
@@ -43,6 +45,13 @@ class Switch(TopK):
             raise ValueError(
                 f"k={value} is more than the {size} features of one expert: take fewer experts or a smaller k"
             )
+
+    @torch.no_grad()
+    def begin(self, batch: Batch) -> None:
+        """b_router, which is taken from x, at the geometric median of x, unless it is set."""
+        super().begin(batch)
+        if not bool(self.b_router.any()):
+            self.b_router.copy_(losses.geometric_median(batch.x.flatten(1)))
 
     def route(self, x: Tensor) -> Tensor:
         """p, "batch experts"."""

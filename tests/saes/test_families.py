@@ -7,8 +7,9 @@ import torch
 
 import sae_lab as sl
 from sae_lab.saes import FAMILIES, losses
+from sae_lab.saes.batchtopk import widest_gap
 from sae_lab.types import Batch
-from tests.saes.conftest import make, normal
+from tests.saes.conftest import make, normal, tokens_for
 
 ALIVE = torch.zeros(3, dtype=torch.bool)
 
@@ -308,17 +309,62 @@ def test_batchtopk():
     assert torch.equal(coder(X).f, torch.tensor([[2.5, 0.0, 0.0], [0.0, 3.0, 0.0]]))
     loud = torch.stack([X[0], torch.tensor([-2.0, 9.0])])  # pre of the second row: (-2.5, 9, 5)
     assert torch.equal(coder(loud).f, torch.tensor([[0.0, 0.0, 0.0], [0.0, 9.0, 5.0]]))
-    # Threshold: the smallest code chosen in each block, 2.5 and 5, averaged over as many rows.
+    # Threshold: of both blocks' codes 9, 5, 3, 2.5, 2.5, 2 ... the four largest. The fourth is the fifth's equal: they
+    # fall together, and the threshold lies between them and 3.
     coder.calibrate([X, loud])
-    assert coder.threshold.item() == pytest.approx(3.75)
+    assert coder.threshold.item() == pytest.approx(2.75)
     assert torch.equal(coder.encode(loud), torch.tensor([[0.0, 0.0, 0.0], [0.0, 9.0, 5.0]]))
-    assert torch.equal(coder.encode(X), torch.zeros(2, 3)), "2.5 and 3 are below 3.75"
+    assert torch.equal(coder.encode(X), torch.tensor([[0.0, 0.0, 0.0], [0.0, 3.0, 0.0]]))
+    # Of the second block alone 9 and 5, and halfway from 5 to 2.5; however the rows are cut.
+    for blocks in ([loud], [loud[:1], loud[1:]], [loud[1:], loud[:1]]):
+        coder.calibrate(blocks)
+        assert coder.threshold.item() == pytest.approx(3.75)
+
+
+def test_the_widest_gap():
+    values = torch.tensor([0.5, 4.0, 1.0, 3.5, 2.0, 1.9])  # in order .5, 1, 1.9, 2, 3.5, 4
+    for n, spare, middle in (
+        (1, 0, 3.75), (2, 0, 2.75), (3, 0, 1.95), (5, 0, 0.75),
+        (3, 1, 2.75),  # between 2 and 3.5 rather than 1.9 and 2
+        (4, 1, 1.45), (3, 9, 2.75), (2, 1, 2.75),
+        (6, 0, 0.0), (7, 0, 0.0), (7, 2, 0.0),  # all stay on
+    ):  # fmt: skip
+        assert float(widest_gap(values, n, spare)) == pytest.approx(middle), (n, spare)
+    assert float(widest_gap(torch.tensor([2.0, 3.0, 2.0, 2.0]), 2, 0)) == 2.5, "equal codes fall together"
+    assert float(widest_gap(torch.tensor([2.0, 2.0, 2.0]), 2, 0)) == 2.0, "and so do all"
+
+
+@pytest.mark.parametrize("family", ["BatchTopK", "Crosscoder", "Transcoder", "Matryoshka"])
+def test_other_rounding_turns_no_code_on_or_off(family):
+    """The sums in another order, one by one and in float64, and of few rows, whose codes lie further apart, with
+    activations and weights of float16: the same codes stand above the threshold. The control is a threshold at the
+    least code chosen, where the paper puts it."""
+    coder, x = make(family), tokens_for(family, 4096, seed=1)
+    coder.calibrate(x.split(1000))
+    weights, bias, rows = coder.W_enc.detach(), coder.read_bias().detach(), x.flatten(1)
+    here = coder.codes(x).dense() > 0
+    assert int(here.sum()) == pytest.approx(4 * 4096, rel=1e-3)
+    order = torch.randperm(16, generator=torch.Generator().manual_seed(0))
+    others = {
+        "order": rows[:, order] @ weights[order] + bias,
+        "one by one": sum(rows[:, i : i + 1] * weights[i] for i in range(16)) + bias,
+        "float64": rows.double() @ weights.double() + bias.double(),
+    }
+    for name, pre in others.items():
+        assert torch.equal(pre > coder.threshold, here), name
+    least = (rows @ weights + bias)[here].min()
+    assert any(bool((pre > least).ne(here).any()) for pre in others.values()), "the control"
+    few = x[:12]
+    coder.calibrate([few])
+    in_half = few.flatten(1).half().float() @ weights.half().float() + bias.half().float()
+    assert torch.equal(in_half > coder.threshold, coder.codes(few).dense() > 0)
+    assert not torch.equal(in_half, few.flatten(1) @ weights + bias), "it does round otherwise"
 
 
 def test_batchtopk_fits_its_threshold_on_what_training_never_saw():
     coder = by_hand(sl.BatchTopK, k=1)
     coder.calibrate([X], unseen=torch.tensor([[11.0, 0.0], [21.0, 0.0]]))  # pre: (10, 0, 9), (20, 0, 19)
-    assert coder.threshold.item() == 19.0
+    assert coder.threshold.item() == 14.5  # halfway from 19 to 10
     assert coder.f_scale.tolist() == [0.0, 0.0, 0.0], "scales come from the training rows, on which nothing fires now"
 
 
@@ -401,6 +447,18 @@ def test_switch():
     assert terms["mse"].item() == pytest.approx(3.0625) and terms["balance"].item() == pytest.approx(1.0)
     # All to the first, with mean probabilities 3/4 and 1/4: 2·(1·3/4)
     assert terms_of(coder, x[:1])["balance"].item() == pytest.approx(1.5)
+
+
+def test_the_router_of_a_switch_starts_at_the_geometric_median():
+    """Of x, of which it is taken: three of these points lie at (4, 4). What is set stays."""
+    x, y = torch.tensor([[4.0, 4.0]] * 3 + [[9.0, -5.0]]), torch.tensor([[1.0, 2.0, 3.0]] * 4)
+    for coder, target in ((sl.Switch(2, 4, k=1, experts=2), x), (sl.Switch(2, 4, k=1, experts=2, d_out=3), y)):
+        coder.begin(Batch(x, target))
+        assert torch.allclose(coder.b_router, torch.tensor([4.0, 4.0]), atol=1e-3)
+        assert torch.allclose(coder.b_dec, target[0], atol=1e-3)
+    coder = switching()
+    coder.begin(Batch(x, x))
+    assert coder.b_router.tolist() == [1.0, 7.0]
 
 
 def test_tokenized():

@@ -66,6 +66,68 @@ def test_crosscoder():
     assert close(coder.decoder_norms, [[0.6, 0.8], [0.6, 0.8]])
 
 
+def two_features():
+    """Two layers of one dimension: the first feature writes 1 to the first layer, the second .6 and .8 to both."""
+    coder = sl.Crosscoder(1, 2, layers=2, k=1, selection="decoder_norms", norm_penalty=0.5)
+    with torch.no_grad():
+        coder.W_enc.copy_(torch.eye(2))
+        coder.W_dec.copy_(torch.tensor([[1.0, 0.0], [0.6, 0.8]]))
+    return coder
+
+
+def test_crosscoder_by_the_sum_of_decoder_norms():
+    # pre is x; times the norms (5, 5.6) and (4.5, 5.6): 5.6 twice, where the codes alone say 5 and 4.5
+    coder, x = two_features(), torch.tensor([[[5.0], [4.0]], [[4.5], [4.0]]])
+    assert torch.equal(coder(x).f, torch.tensor([[0.0, 4.0], [0.0, 4.0]]))
+    plain = sl.Crosscoder(1, 2, layers=2, k=1)
+    plain.load_state_dict({n: coder.state_dict()[n] for n in plain.state_dict() if n != "threshold"}, strict=False)
+    assert torch.equal(plain(x).f, torch.tensor([[5.0, 0.0], [4.5, 0.0]])), "the control"
+    # The penalty: of both rows 4·1.4, half of it.
+    terms = coder.loss(Batch(x, x), progress=1.0, dead=ALIVE[:2])
+    assert terms["sparsity"].item() == pytest.approx(0.5 * 4 * 1.4)
+    assert "sparsity" not in plain.loss(Batch(x, x), progress=1.0, dead=ALIVE[:2])
+    terms["sparsity"].backward()
+    # d/dW of .5·mean f·(|w1| + |w2|) = .5·4·sign, of the second feature alone
+    assert close(coder.W_dec.grad, [[0.0, 0.0], [2.0, 2.0]])
+    # The threshold lies halfway between 5.6 and 5, and is a number a feature: 5.3 and 5.3/1.4.
+    coder.calibrate([x])
+    assert close(coder.threshold, [5.3, 5.3 / 1.4])
+    assert torch.equal(coder.encode(x), torch.tensor([[0.0, 4.0], [0.0, 4.0]]))
+
+
+def test_the_penalty_alone_is_that_of_lindsey_et_al():
+    """With k = d_sae all codes above 0 are on: ‖x − x̂‖² + λ·Σ_i f_i·Σ_l ‖W_dec[i, l]‖ of a plain ReLU; and zero blocks
+    of W_dec have a gradient of 0."""
+    coder = make("Crosscoder", k=40, norm_penalty=0.3, causal=True)
+    x = tokens_for("Crosscoder", 24, seed=9)
+    terms = coder.loss(Batch(x, x), progress=1.0, dead=torch.zeros(40, dtype=torch.bool))
+    f = ((x.flatten(1) - coder.b_dec) @ coder.W_enc + coder.b_enc).relu()
+    norms = coder.decoder_norms.sum(1)
+    assert terms["sparsity"].item() == pytest.approx(0.3 * (f * norms).sum(1).mean().item(), rel=1e-5)
+    error = f @ coder.W_dec + coder.b_dec - x.flatten(1)
+    assert terms["mse"].item() == pytest.approx(error.pow(2).sum(1).mean().item())
+    sum(terms.values()).backward()
+    assert (coder.decoder_norms == 0).any() and bool(coder.W_dec.grad.isfinite().all())
+
+
+def test_a_crosscoder_by_norms_is_saved_and_loaded(tmp_path):
+    coder = make("Crosscoder", selection="decoder_norms", norm_penalty=0.25)
+    x = tokens_for("Crosscoder", 512, seed=8)
+    coder.calibrate([x])
+    coder.fold(torch.tensor([4.0, 0.1]))
+    again = sl.load(coder.save(tmp_path / "coder"))
+    assert again.config == coder.config and again.selection == "decoder_norms" and again.norm_penalty == 0.25
+    assert all(torch.equal(t, again.state_dict()[n]) for n, t in coder.state_dict().items())
+    small = x / torch.tensor([4.0, 0.1])[:, None]
+    assert torch.equal(again.encode(small), coder.encode(small)) and bool((again.encode(small) > 0).any())
+    assert not torch.equal(again.train().encode(small), again.eval().encode(small))
+    with torch.no_grad():
+        again.threshold.fill_(0)
+    again.calibrate([small])  # in raw units it finds what training's units gave
+    assert near(again.threshold, coder.threshold)
+    assert "selection" not in make("Crosscoder").config, "coders of before have no such words"
+
+
 def test_causal_crosscoder():
     """Of 3 layers and 6 features, features 0 and 1 read layer 0 and write to all, 2 and 3 read layer 1 and write to 1
     and 2, 4 and 5 read and write layer 2."""
@@ -112,11 +174,11 @@ def test_fold_of_a_transcoder(name, mode):
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
-@pytest.mark.parametrize("causal", [False, True])
-def test_fold_of_a_crosscoder_with_a_scale_per_layer(causal, mode):
+@pytest.mark.parametrize("how", [{"causal": False}, {"causal": True}, {"selection": "decoder_norms"}])
+def test_fold_of_a_crosscoder_with_a_scale_per_layer(how, mode):
     """Codes have one unit, of the layers' mean: the same features, and each layer in its own units."""
     scales, x = torch.tensor([4.0, 0.1]), tokens_for("Crosscoder", 64, seed=11)
-    coder = make("Crosscoder", causal=causal)
+    coder = make("Crosscoder", **how)
     coder.calibrate([scales[:, None] * tokens_for("Crosscoder", 512, seed=8)])
     coder.train(mode == "train")
     before = coder(scales[:, None] * x)
@@ -288,6 +350,8 @@ def test_all_prefixes_cost_what_is_active():
 # ---- refused
 
 REFUSED = [
+    ("Crosscoder", {"selection": "norms"}, "selection must be one of codes, decoder_norms, got 'norms'"),
+    ("Crosscoder", {"norm_penalty": -1.0}, "norm_penalty must be a number of at least 0, got -1.0"),
     *[(name, {"sparsity": -1.0}, "sparsity must be a number of at least 0, got -1.0")
       for name in ("L1", "Tied", "SqrtL1", "PAnneal", "Hoyer", "SmoothL0", "ProLU", "Gated", "JumpReLU")],
     *[(name, {"drop": -0.5}, "drop must be a number of at least 0, got -0.5")
