@@ -100,11 +100,13 @@ def check(name: str, parts: tuple[str, ...] = ()) -> Result:
 
 class Checker:
     def __init__(self, result: Result, module: Any):
-        self.result, self.module, self.tokenizer = result, module, tokenizer()
+        self.result, self.module, self.tokenizer, self.by_rule = result, module, tokenizer(), ""
 
     # ---- asking
 
     def found(self, kind: str, what: str, text: str) -> None:
+        if kind == "UNFAIR" and self.by_rule:
+            kind, text = "refused", f"{text} [{self.by_rule}]"
         self.result.findings.append(Finding(kind, what, " ".join(str(text).split())[:400]))
 
     def ask(self, what: str, fn: Callable[[], Any]) -> Any:
@@ -142,12 +144,11 @@ class Checker:
         ids = torch.tensor([[1] + self.tokenizer(PROMPT)["input_ids"]])
         self.plain = plain = Plain(self.module, ids)
         self.result.attention = any(layer.matrices for layer in plain.layers)
-        rule = self.rule()
+        self.by_rule = self.rule()
         lm = self.ask("LM", lambda: sl.LM(self.module, tokenizer=self.tokenizer, prefix=1, device="cpu"))
         if isinstance(lm, Refused):
             self.result.whole = lm
-            if not rule:
-                self.found("UNFAIR", "LM", lm)
+            self.found("UNFAIR", "LM", lm)
         if lm is None or isinstance(lm, Refused):
             return
         self.lm = lm
@@ -341,7 +342,9 @@ class Checker:
         return [(e.point, adds(by)) for e in self.outermost(layer, into)] if into else None
 
     def outermost(self, layer: Layer, events: list[Event]) -> list[Event]:
-        """Of the modules that read a tensor, those that are in no other of them, and have no part in attention."""
+        """Of the modules that read a tensor, those that are in no other of them, have no part in attention, and take it
+        as their first argument: the stream itself goes as another one into some that add to it."""
+        events = [e for e in events if e.point.slot[0] == 1 or e.point.slot == (0, 0)]
         paths = [e.point.path for e in events]
         about = [p for p in paths for a in layer.attends if f"{p}.".startswith(f"{a}.") or f"{a}.".startswith(f"{p}.")]
         return [e for e in events if e.point.path not in about and not any(
@@ -466,7 +469,7 @@ class Checker:
                  and self.plain._leaf(e.point.path)
                  and type(self.plain.modules[e.point.path]) not in (torch.nn.Dropout, torch.nn.Identity)}  # fmt: skip
         by = torch.randn(self.plain.layers[0].pre.shape[-1], generator=torch.Generator().manual_seed(5))
-        edits: Edits = [(point, lambda _, x=x: x) for point, x in known.items()]
+        edits: Edits = [(point, lambda _, x=x: x.clone()) for point, x in known.items()]  # some add in place
         edits.append((self.layers[n].end, adds(by)))
         _, events, _ = run(self.module, self.plain.ids, edits, record=True)
         end = self.plain.layers[-1].end
@@ -487,7 +490,7 @@ class Checker:
         stream = self.plain.layers[-1].post[0, -1]
         vectors = carry * got.values[:, None] * coder.W_dec.detach()[got.features]
         want = self.plain.lens(vectors)
-        if norm:
+        if norm and self.plain.divides(norm):
             part = self.plain.modules[norm]
             centres = same(part(stream[None] + 3.0), part(stream[None]), 1e-3)
             rms = lambda x: (x - x.mean(-1, keepdim=True) * centres).square().mean(-1).sqrt()  # noqa: E731

@@ -442,6 +442,12 @@ class Plain:
         return all(_along(c * (norm(c * x) - zero).flatten(), plain, 1e-4) for c in (3.0, -1.0))
 
     @torch.no_grad()
+    def divides(self, path: str) -> bool:
+        """Whether it divides by the size of what it gets, as a norm does, and a linear map does not."""
+        norm, x = self.modules[path], self.layers[-1].post[0]
+        return same(norm(3 * x), norm(x), 1e-2)
+
+    @torch.no_grad()
     def lens(self, x: Tensor) -> Tensor | None:
         """Logits of directions in the stream, each in a unit of its own: head(norm(x)) - head(norm(0)). None where the
         head does not read the stream through a norm alone."""

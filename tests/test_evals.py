@@ -606,3 +606,28 @@ def test_a_tokenized_coder_edits_what_is_generated(tiny_lm, tokenized):
     assert text.endswith(tiny_lm.tokenizer.decode(ids[-4:]))
     clean = tiny_lm.generate(prompt, max_new_tokens=4)
     assert text != clean
+
+
+@pytest.mark.parametrize("name", ["llama", "bloom", "falcon:serial", "gpt_bigcode", "zamba2"])
+def test_reconstruction_where_a_model_fixes_its_batch_early(name):
+    """All but the first make masks or the like for the batch of the embeddings. Costs are those of one row alone."""
+    from tiny_models import build, tokenizer
+
+    lm = sl.LM(build(name), tokenizer=tokenizer(), prefix=1, device="cpu")
+    coder = at(sl.TopK(lm.width(SITE), 64, k=8))
+    texts = ["The river rose in March, and the ice went out.", "No one saw the boats before the bridge gave way."]
+    result = sl.evals.reconstruction(coder, lm, texts, tokens=40, context=16)
+
+    def loss(write):
+        each = []
+        for context in spread_contexts(lm, texts, 40, 16):
+            batch = pad([context.ids])
+            each.append(lm.run(batch, writes=write, logits=token_losses)[1][0, 1:])
+        return float(torch.cat(each).mean())
+
+    def zero(x, tokens):
+        return torch.where(tokens.positions[..., None] == 0, x, torch.zeros_like(x))
+
+    assert result.ce_clean == pytest.approx(loss([]), abs=1e-5)
+    cost = loss([Write(SITE, zero)]) - loss([])
+    assert abs(cost) > 0.01 and result.ce_delta_zero_ablation == pytest.approx(cost, abs=1e-4)

@@ -321,11 +321,13 @@ def _losses(
 
     One context at a time, all variants in one pass: what lies before the site runs once, for a batch of one, and the
     write makes it a batch of five. Where that cannot be (the stream in mid-block is changed in place; a head's
-    neighbours are as many as they were; masks are made for the embeddings' batch), it is five from the start.
+    neighbours are as many as they were; masks are made for the embeddings' batch; the model refuses, as BLOOM does), it
+    is five from the start.
     """
     from tqdm.auto import tqdm
 
     from_the_start = site.kind in ("resid_mid", "embed", "module") or site.head is not None
+    from_the_start = from_the_start or not _may_grow(lm, site, contexts[0])
     collected, documents = [], []
     lengths = [len(c.ids) for c in contexts]
     parts = zip(contexts, kept.split(lengths), x_hat.split(lengths), strict=True)
@@ -339,6 +341,25 @@ def _losses(
         collected.append(lm.run(given, writes=[Write(site, write)], logits=losses)[1][:, 1:])
         documents += context.documents[1:]
     return torch.cat(collected, dim=1), torch.tensor(documents)
+
+
+def _may_grow(lm: LM, site: Site, context: Context) -> bool:
+    """Whether a write may make one row five: tried on a few tokens, where all five must then cost the same."""
+    batch = pad([context.ids[:4]])
+    five = TokenBatch(batch.ids.expand(5, -1), batch.mask.expand(5, -1), batch.positions.expand(5, -1))
+    try:
+        losses = lm.run(
+            batch, writes=[Write(site, five_of_one)], logits=partial(losses_of_each, ids=five.ids, mask=five.mask)
+        )[1][:, 1:]
+    except Exception:  # in whatever words the model puts it
+        return False
+    return losses.shape[0] == 5 and bool(torch.allclose(losses, losses[:1].expand_as(losses), rtol=1e-2))
+
+
+@no_type_check
+def five_of_one(x, tokens):
+    """The first row five times."""
+    return x[:1].expand(5, -1, -1).clone()
 
 
 @no_type_check
