@@ -29,7 +29,7 @@ from sae_lab.feature_index.labels import Labels
 from sae_lab.feature_index.summaries import readability, strongest_first, summarise
 from sae_lab.harvesting import harvest
 from sae_lab.lm.model import LM
-from sae_lab.lm.text import Context, Text, from_documents
+from sae_lab.lm.text import Context, Text, as_text
 from sae_lab.lm.tokens import pad
 from sae_lab.saes.base import CALIBRATION_ROWS, SPARSE_BELOW, SparseCoder
 from sae_lab.saes.topk import TopK
@@ -251,7 +251,7 @@ def _harvest(
     lm: LM, sites: Site | str | Iterable[Site | str], text: Text | Sequence[str], tokens: int,
     path: str | Path | None, context: int, pack: bool, mask: TokenMask | None, coder: SparseCoder | None,
 ) -> Estimate:  # fmt: skip
-    text = text if isinstance(text, Text) else from_documents([text] if isinstance(text, str) else text)
+    text = as_text(text)
     wanted = as_sites(sites)
     head = _Head(text, lm, wanted)
     with tempfile.TemporaryDirectory() as scratch, _peak() as peak, _no_bars():

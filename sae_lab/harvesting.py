@@ -20,7 +20,7 @@ from torch import Tensor
 from sae_lab import cache
 from sae_lab.lm.model import LM
 from sae_lab.lm.passes import packed
-from sae_lab.lm.text import Context, Text, from_documents
+from sae_lab.lm.text import Context, Text, as_text
 from sae_lab.lm.tokens import pad
 from sae_lab.reading import counting, sparse_rows
 from sae_lab.saes.base import SparseCoder
@@ -68,7 +68,7 @@ def harvest(
     """
     if tokens < 1 or context < 2:
         raise ValueError(f"harvest needs tokens >= 1 and context >= 2, got tokens={tokens}, context={context}")
-    text = text if isinstance(text, Text) else from_documents([text] if isinstance(text, str) else text)
+    text = as_text(text)
     wanted = as_sites(sites)
     if coder is not None:
         if wanted != [coder.site]:

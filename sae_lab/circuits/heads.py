@@ -112,7 +112,7 @@ def head_attribution(
         parts = seen.pattern[0, :, position] * (seen.v[0] * reads[:, None]).sum(-1)
         bias = coder.b_enc[feature] - (coder.b_dec @ coder.W_enc[:, feature] if coder.pre_bias else 0.0)
         written = coder.W_dec[feature].view(seen.z.shape[2:]).square().sum(-1)
-    tokens = [t.label for t in lm.token_strings(batch.ids[0].tolist(), prefixed=isinstance(prompt, str))]
+    tokens = [t.label for t in lm.token_strings(batch.ids[0].tolist(), prefixed=int(batch.ids[0, 0]) == lm.prefix_id)]
     return HeadAttribution(
         parts.cpu(), (written / written.sum()).cpu(), float(pre[position]), float(bias), float(f[position]), feature,
         position, tokens,

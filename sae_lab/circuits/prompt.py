@@ -61,8 +61,7 @@ class PromptReading:
         if not is_single(prompt):
             raise ValueError("this reads one prompt, got several: call it for each")
         self.lm, self.coders, self.batch = lm, list(coders), lm.tokenize(prompt)
-        prefixed = isinstance(prompt, str) and lm.prefix_id is not None
-        self.tokens: list[Token] = lm.token_strings(self.batch.ids[0].tolist(), prefixed)
+        self.tokens: list[Token] = lm.tokens(prompt)
         for coder in self.coders:
             check_coder(lm, coder)
         self._codes: dict[int, Coded] = {}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sae_lab.lm.model import LM
-from sae_lab.lm.text import Context, Text, from_documents
+from sae_lab.lm.text import Context, Text, as_text
 
 MOST_DOCUMENTS = 64
 
@@ -18,8 +18,7 @@ def spread_contexts(lm: LM, text: Text | Sequence[str], tokens: int, length: int
 
     ValueError when the text has no context of two tokens.
     """
-    if not isinstance(text, Text):
-        text = from_documents([text] if isinstance(text, str) else text)
+    text = as_text(text)
     by_document: dict[int, list[Context]] = {}
     for context in text.contexts(lm.tokenizer, lm.prefix_id, length):
         number = context.documents[0]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sae_lab.evals.result import Figure, Result
 from sae_lab.lm.model import LM
-from sae_lab.lm.text import Text, from_documents
+from sae_lab.lm.text import Text, as_text
 from sae_lab.lm.tokens import pad
 from sae_lab.reading import read_codes
 from sae_lab.saes.base import SparseCoder
@@ -178,7 +178,7 @@ def _of_store(coder: SparseCoder, store: Store, tokens: int) -> Pieces:
 
 
 def _of_text(coder: SparseCoder, lm: LM, data: Text | Sequence[str], tokens: int, length: int) -> Pieces:
-    text = data if isinstance(data, Text) else from_documents([data] if isinstance(data, str) else data)
+    text = as_text(data)
     seen, group = 0, []
     for context in text.contexts(lm.tokenizer, lm.prefix_id, length):
         group.append(context.ids)

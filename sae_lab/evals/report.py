@@ -14,7 +14,7 @@ from sae_lab import cache
 from sae_lab.evals.result import Figure, Result
 from sae_lab.evals.sections import SECTIONS, VERSIONS, Inputs
 from sae_lab.lm.model import LM
-from sae_lab.lm.text import Text, from_documents, load_text
+from sae_lab.lm.text import Text, load_text
 from sae_lab.saes.base import SparseCoder
 
 log = logging.getLogger(__name__)
@@ -127,7 +127,7 @@ def report(
     named = _names(coders)
     chosen = _chosen(evals)
     lm = lm if lm is not None else LM()
-    text = text if isinstance(text, Text) else load_text() if text is None else from_documents(list(text))
+    text = load_text([text] if isinstance(text, str) else text)
     for name, coder in named.items():
         _check(name, coder, lm)
     settings = {"tokens": tokens, "lm_tokens": lm_tokens, "seed": seed}

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sae_lab.lm.model import LM
+from sae_lab.lm.tokens import label
 
-_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # in files written by 0.1
 
 
 class Labels:
@@ -20,11 +21,7 @@ class Labels:
     @classmethod
     def decode(cls, lm: LM) -> "Labels":
         """Decode the vocabulary."""
-        every = range(len(lm.tokenizer))
-        alone = _decode(lm, [[i] for i in every])
-        plain = next((i for i in every if alone[i].isascii() and alone[i].strip().isalpha()), 0)
-        behind = _decode(lm, [[plain, i] for i in every])
-        return cls(lm, alone, [text[len(alone[plain]) :] for text in behind])
+        return cls(lm, [label(lm.tokenizer, i) for i in range(len(lm.tokenizer))], lm.vocabulary[: len(lm.tokenizer)])
 
     @classmethod
     def read(cls, lm: LM, file: Path) -> "Labels":
@@ -46,7 +43,3 @@ class Labels:
             if not any(_REPLACEMENT in label for label in found):
                 return found
         return [t.label for t in self._lm.token_strings(ids, prefixed)]  # characters that several tokens share
-
-
-def _decode(lm: LM, parts: list[list[int]]) -> list[str]:
-    return lm.tokenizer.batch_decode(parts, clean_up_tokenization_spaces=False)

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae_lab.lm.tokens import Token
+from sae_lab.lm.tokens import Token, label
 
 SHOWN = 8  # tokens whose chance to come next changed most
 
@@ -87,7 +87,7 @@ def compared(
     before, after = _of_the_tokens(p, ids), _of_the_tokens(q, ids)
     change = (q[-1].exp() - p[-1].exp()).abs()
     shown = change.topk(min(SHOWN, len(change))).indices.tolist()
-    following = [(tokenizer.decode([i]), float(p[-1, i]), float(q[-1, i])) for i in shown]
+    following = [(label(tokenizer, i), float(p[-1, i]), float(q[-1, i])) for i in shown]
     perplexity, edited_perplexity = (float(torch.exp(-logprob.nanmean())) for logprob in (before, after))
     return Comparison(tokens, kl, before, after, features, perplexity, edited_perplexity, following)
 

@@ -161,35 +161,44 @@ class LM:
     def tokenize(self, prompts: Prompts) -> TokenBatch:
         """Prompts (str, list of str, token ids, or chat messages) as right-padded token ids.
 
-        Text gets the prefix token at position 0; token ids and chats stand as they are (a chat's template begins it).
+        Text gets the prefix token at position 0, unless it begins with it written out; token ids and chats stand as
+        they are (a chat's template begins it).
         """
         batch = tokens.tokenize(self.tokenizer, prompts, self.prefix_id)
         if (longest := batch.ids.shape[1]) > self.max_length:
             raise ValueError(
                 f"a prompt has {longest} tokens and this model reads at most {self.max_length}: split or shorten it"
             )
-        vocab = self.vocab_size
-        low, high = int(batch.ids.min()), int(batch.ids.max())
-        if not 0 <= low <= high < vocab:
-            raise ValueError(f"token ids must lie in 0..{vocab - 1}, got {low}..{high}")
+        self._require_known(batch.ids)
         return batch
+
+    def _require_known(self, ids: Int[Tensor, "*tokens"]) -> None:
+        """ValueError for ids that the model has no embedding of: a GPU would only say so by ending the kernel."""
+        vocab, low, high = self.vocab_size, int(ids.min()), int(ids.max())
+        if not 0 <= low <= high < vocab:
+            raise ValueError(
+                f"token ids must lie in 0..{vocab - 1}, got {low}..{high} ({tokens.label(self.tokenizer, high)!r}): "
+                "the tokenizer is another model's or has more tokens; take this model's own, or give the model room "
+                "with model.resize_token_embeddings(len(tokenizer))"
+            )
 
     def tokens(self, prompt: Prompts) -> list[Token]:
         """One prompt's tokens, one a position: strings that join to the text, with ``.id``, ``.start``, ``.end``.
 
         A token that holds only part of a character's bytes is "" (the one that completes it holds the character), and
-        so is the prefix; ``.label`` is what to show for either.
+        so is the prefix; ``.label`` is what to show for either. (The text as the tokenizer keeps it: some write it in
+        small letters, or put <unk> in the place of what they do not know.)
         """
         ids = self.tokenize(prompt).ids
         if not tokens.is_single(prompt):
             raise ValueError(f"lm.tokens takes one prompt, got a list of {len(ids)}: call it for each")
-        ids = ids[0].tolist()
-        return self.token_strings(ids, prefixed=isinstance(prompt, str) and self.prefix_id is not None)
+        return self.token_strings(ids[0].tolist(), tokens.prefixed(self.tokenizer, prompt, self.prefix_id))
 
     @cached_property
     def vocabulary(self) -> list[str]:
-        """The text of every token id by itself, also of ids that only the model knows."""
-        return self.tokenizer.batch_decode([[i] for i in range(max(self.vocab_size, len(self.tokenizer)))])
+        """The text of every token id within a text, also of ids that only the model knows; of part of a character its
+        bytes, like ⟨E2 80⟩."""
+        return tokens.vocabulary(self.tokenizer, max(self.vocab_size, len(self.tokenizer)))
 
     def token_strings(self, ids: Sequence[int], prefixed: bool = False) -> list[Token]:
         """Token ids as ``Token`` strings; ``prefixed`` says that the first one is no part of the text."""
@@ -218,6 +227,7 @@ class LM:
         import nnsight
 
         reads, writes = list(reads), list(writes)
+        self._require_known(batch.ids)
         scattered = self._server is not None and after is None
         keep = passes.real if self._server else passes.whole
         steps = self._steps(reads, writes, after or keep)
@@ -269,6 +279,7 @@ class LM:
         """The gradient of ``metric(logits, tokens)``, summed, by the activations at a site, where x stands there."""
         import nnsight
 
+        self._require_known(batch.ids)
         point, in_place = self._sites.point(site), site.kind == "resid_mid"
         inputs = {"input_ids": batch.ids.to(self.device), "use_cache": False}
         nn, tokens, x, found = self._nn, batch.plain(), x.detach(), cast(Tensor, None)

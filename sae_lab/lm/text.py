@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.util
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -9,7 +10,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from sae_lab.arguments import check_text
 from sae_lab.lm import tokens as tok
+
+log = logging.getLogger(__name__)
 
 WIKIPEDIA = Path(__file__).parent.parent / "data" / "wikipedia-2016-sample.parquet"
 HELD_OUT_EVERY = 10  # one document in ten is held out
@@ -62,6 +66,9 @@ class Text:
         """Documents; TypeError for a stream, whose length nobody knows."""
         return len(self._data)
 
+    def __bool__(self) -> bool:
+        return not hasattr(self._data, "select") or len(self) > 0
+
     def __iter__(self) -> Iterator[str]:
         for row in self._data:
             yield self._document(row)
@@ -93,8 +100,10 @@ class Text:
         return Text(part, self._column, self.name + label, f"{self.fingerprint}{label}", self._held_out)
 
     def __repr__(self) -> str:
-        documents = f"{len(self._data)} documents" if hasattr(self._data, "__len__") else "stream"
-        return f"Text({self.name!r}, {documents}, {'with' if self._held_out else 'no'} held_out)"
+        documents = f"{len(self._data)} documents" if hasattr(self._data, "select") else "stream"
+        held = self._held_out
+        many = "no" if held is None else len(held) if hasattr(held._data, "select") else "with"
+        return f"Text({self.name!r}, {documents}, {many} held_out)"
 
     def contexts(self, tokenizer: Any, prefix: int | None, length: int, pack: bool = False) -> Iterator[Context]:
         """Token contexts of at most ``length``, each begun by the prefix token.
@@ -106,7 +115,7 @@ class Text:
         if room < 1:
             raise ValueError(f"a context needs room for a token besides the prefix, got length={length}")
         lead = [prefix] if prefix is not None else []
-        documents = self._tokenized(tokenizer)
+        documents = (ids[len(lead) :] if lead and ids[:1] == lead else ids for ids in self._tokenized(tokenizer))
         return _packed(documents, lead, room) if pack else _separate(documents, lead, room)
 
     def passes(
@@ -187,24 +196,34 @@ def _alike(contexts: list[Context], tokens: int) -> list[list[Context]]:
 
 
 def load_text(
-    source: str | Path | Sequence[str] | None = None, *, column: str = "text", split: str = "train", **kwargs: Any
-) -> Text:
-    """Documents from anywhere, through ``datasets``; every tenth is held out.
+    source: "str | Path | Sequence[str] | Text | Any" = None, *, column: str = "text", split: str = "train",
+    **kwargs: Any,
+) -> Text:  # fmt: skip
+    """Documents from anywhere, through ``datasets``; every tenth is held out: ``text.held_out``.
 
     Args:
         source: None, the bundled Wikipedia sample (96 articles, about 545k tokens); "mix", that and web, news,
-            essays, reviews, stories, abstracts and a little code (needs the package sae-probes); a list of str; a
-            file or folder of .txt (one document a file), .json/.jsonl, .parquet or .csv; else a hub dataset id,
-            streamed.
-        column: the column that holds the text. split: of a hub dataset.
+            essays, reviews, stories, abstracts and a little code (needs the package sae-probes); a list of str (to
+            read all of it, give the list itself to what reads: ``sl.harvest(lm, site, documents)``); a file or folder
+            of .txt (one document a file), .json/.jsonl, .parquet or .csv; a loaded dataset of ``datasets``; else a hub
+            dataset id, streamed.
+        column: the column that holds the text. split: of a hub dataset or a ``DatasetDict``.
         **kwargs: to ``datasets.load_dataset``.
     """
     from datasets import load_dataset
 
     if source is None:
         return from_documents(_wikipedia(), "wikipedia-2016-sample")
-    if isinstance(source, list | tuple):
-        return from_documents(source)
+    if isinstance(source, Text):
+        return source
+    if not isinstance(source, str | Path):
+        text = _from_memory(source, column, split)
+        if text._held_out is not None and hasattr(text._data, "select"):
+            log.warning(
+                "load_text holds out %d of %d documents (text.held_out): to read all of them, pass the list itself",
+                len(text.held_out), len(text) + len(text.held_out),
+            )  # fmt: skip
+        return text
     if source == "mix":
         return from_documents(_mix(), "mix")
     if not str(source).strip():
@@ -215,33 +234,81 @@ def load_text(
     if path.suffix in _READERS or len(path.parts) > 2:
         raise ValueError(f"no file at {path}: pass an existing file or folder, a hub dataset id, or a list of str")
     try:
-        data = load_dataset(str(source), split=split, streaming=True, **kwargs)
+        data = load_dataset(str(source), split=split, streaming=True, **((_CSV if source == "csv" else {}) | kwargs))
     except OSError as err:  # out of reach, or not found
         raise ValueError(f"{str(source)!r} is no file here and no hub dataset in reach: {err}") from err
     _check_column(data.column_names, column, str(source))
     return _split(data, column, str(source), _digest(repr((source, split, column, sorted(kwargs.items()))).encode()))
 
 
-def from_documents(documents: Iterable[Any], name: str = "list") -> Text:
-    """A Text of documents in memory. ValueError when there is none, one is no str, or all are empty."""
+def as_text(source: Any) -> Text:
+    """What a function that only reads is given as text: a ``Text`` as it is, one document, a list of documents or a
+    loaded dataset whole, with nothing held out. ValueError for anything else."""
+    if isinstance(source, Text):
+        return source
+    return _from_memory([source] if isinstance(source, str) else source, "text", "train", whole=True)
+
+
+def _from_memory(source: Any, column: str, split: str, whole: bool = False) -> Text:
+    """A Text of a list of str (or pandas' column, or numpy's array), or of a loaded dataset."""
+    from datasets import Dataset, IterableDataset
+
+    if hasattr(source, "tolist"):
+        source = source.tolist()
+    if isinstance(source, list | tuple):
+        return from_documents(source, whole=whole)
+    kind = type(source).__name__
+    if isinstance(source, dict) and kind.endswith("DatasetDict"):
+        if split not in source:
+            splits = ", ".join(map(str, source))
+            raise ValueError(f"this {kind} has no split {split!r}: pass sl.load_text(data, split=...), one of {splits}")
+        source = source[split]
+    if not isinstance(source, Dataset | IterableDataset):
+        raise ValueError(
+            f"text is a list of str, a datasets.Dataset or what sl.load_text made of a file, got {kind}: pass its "
+            "documents as a list of str"
+        )
+    head = [row[column] for row in islice(source, _HEAD) if column in row]
+    columns = source.column_names or list(next(iter(source), {}))  # None: a stream that does not know
+    if not columns or (isinstance(source, Dataset) and not len(source)):
+        raise ValueError(f"this {kind} is empty: it needs at least one document")
+    _check_column(columns, column, f"this {kind}")
+    known = source._fingerprint if isinstance(source, Dataset) else repr(head)
+    name, digest = getattr(source.info, "dataset_name", None) or "dataset", _digest(f"{column} {known}".encode())
+    return Text(source, column, name, digest) if whole else _split(source, column, name, digest)
+
+
+def from_documents(documents: Iterable[Any], name: str = "list", whole: bool = False) -> Text:
+    """A Text of documents in memory, split unless ``whole``. ValueError when there is none, one is no str or holds half
+    a surrogate pair, or all are empty."""
     from datasets import Dataset
 
     documents = list(documents)
     if bad := [i for i, d in enumerate(documents) if not isinstance(d, str)]:
         raise ValueError(f"every document must be a str; document {bad[0]} is {type(documents[bad[0]]).__name__}")
     if not any(d.strip() for d in documents):
-        raise ValueError("the text is empty: pass at least one document with a word in it")
+        raise ValueError(
+            f"{'the text' if name == 'list' else name} is empty: pass at least one document with a word in it"
+        )
     digest = hashlib.sha256()
-    for document in documents:
-        digest.update(len(document).to_bytes(8, "little") + document.encode("utf-8", "surrogatepass"))
-    return _split(Dataset.from_dict({"text": documents}), "text", name, digest.hexdigest()[:16])
+    for number, document in enumerate(documents):
+        check_text(document, f"document {number}")
+        digest.update(len(document).to_bytes(8, "little") + document.encode())
+    data, fingerprint = Dataset.from_dict({"text": documents}), digest.hexdigest()[:16]
+    if whole:  # other documents than the part that load_text leaves to train on
+        return Text(data, "text", name, f"{fingerprint}-whole" if len(documents) > 1 else fingerprint)
+    return _split(data, "text", name, fingerprint)
 
 
+_HEAD = 100  # documents of a stream that tell it from another
 _READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
+# pandas, which reads them, takes words like NA, null and None for missing; only an empty cell is.
+_CSV: dict[str, Any] = {"keep_default_na": False, "na_values": [""]}
 
 
 def _from_files(path: Path, column: str, kwargs: dict[str, Any]) -> Text:
     from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
 
     files = sorted(f for f in path.rglob("*") if f.suffix in _READERS) if path.is_dir() else [path]
     kinds = {_READERS.get(f.suffix) for f in files}
@@ -249,10 +316,37 @@ def _from_files(path: Path, column: str, kwargs: dict[str, Any]) -> Text:
         found = sorted({f.suffix for f in files})
         raise ValueError(f"{path} must hold files of one kind out of {', '.join(_READERS)}; found {found}")
     if kinds == {"text"}:
-        return from_documents([f.read_text(encoding="utf-8") for f in files], path.name)
-    data: Any = load_dataset(str(kinds.pop()), data_files=[str(f) for f in files], split="train", **kwargs)
+        return from_documents([_read(f) for f in files], path.name)
+    kind, files = str(kinds.pop()), [f for f in files if _holds_rows(f)]
+    if not files:
+        raise ValueError(f"{path} is empty: it needs at least one document")
+    kwargs = (_CSV if kind == "csv" else {}) | kwargs
+    try:
+        data: Any = load_dataset(kind, data_files=[str(f) for f in files], split="train", **kwargs)
+    except (DatasetsError, ValueError) as err:
+        if "corresponds to no data" in str(err):
+            raise ValueError(f"{path} is empty: it needs at least one document") from None
+        raise ValueError(f"{path} cannot be read as {kind}: {err.__cause__ or err}") from err
     _check_column(data.column_names, column, str(path))
     return _split(data, column, path.name, _digest(data._fingerprint.encode()))
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8-sig")  # a mark at its start is no text
+    except UnicodeDecodeError as err:
+        raise ValueError(f"{file} must be UTF-8 text ({err}): read it yourself, and pass a list of str") from None
+
+
+def _holds_rows(file: Path) -> bool:
+    if file.suffix != ".parquet" or not file.stat().st_size:
+        return file.stat().st_size > 0
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.read_metadata(file).num_rows > 0
+    except pyarrow.ArrowInvalid as err:
+        raise ValueError(f"{file} cannot be read as parquet: {err}") from err
 
 
 def _check_column(columns: list[str] | None, column: str, where: str) -> None:
@@ -267,8 +361,8 @@ def _digest(data: bytes) -> str:
 def _split(data: Any, column: str, name: str, fingerprint: str) -> Text:
     """Every tenth document is held out; of fewer than ten, the last; of one, none."""
     if hasattr(data, "select"):
-        if len(data) == 0:
-            raise ValueError(f"{name} is empty: no documents")
+        if not any(document.strip() for document in Text(data, column, name, fingerprint)):
+            raise ValueError(f"{name} is empty: it needs at least one document with a word in it")
         if len(data) == 1:
             return Text(data, column, name, fingerprint)
         every = min(HELD_OUT_EVERY, len(data))

@@ -3,18 +3,23 @@
 import re
 from collections.abc import Sequence
 from functools import lru_cache
-from itertools import zip_longest
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from sae_lab.arguments import check_text
 from sae_lab.types import TokenBatch
 
 Chat = Sequence[dict[str, str]]
-Prompts = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | Tensor | Chat | Sequence[Chat] | TokenBatch
+Prompts = (
+    str | Sequence[str] | Sequence[int | np.integer] | Sequence[Sequence[int]] | Tensor | np.ndarray | dict[str, str] | Chat
+    | Sequence[Chat] | TokenBatch
+)  # fmt: skip
 
-_MARK = "\ue000"  # a private-use character, which no template or text holds
+_MARKS = 0xF0000  # private-use characters, which no template holds: the n-th marks what message n holds
+_KEPT = (r"\s", r"\s|<[^<>]*>|\[[^\[\]]*\]")  # what stays readable to a template that strips, or that looks for tags
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -45,13 +50,13 @@ def prefix_id(tokenizer: Any, prefix: str | int | None) -> int | None:
     raise ValueError(f"prefix must be 'auto', None, or a token id in 0..{len(tokenizer) - 1}, got {prefix!r}")
 
 
-def is_single(prompts: Prompts) -> bool:
+def is_single(prompts: Any) -> bool:
     """Whether this is one prompt rather than a list of them."""
-    if isinstance(prompts, str):
-        return True
+    if isinstance(prompts, str | dict | TokenBatch):
+        return not isinstance(prompts, TokenBatch)
     if isinstance(prompts, Tensor):
         return prompts.dim() == 1
-    return not isinstance(prompts, TokenBatch) and isinstance(prompts[0], int | dict)
+    return isinstance(next(iter(prompts), None), int | np.integer | dict)
 
 
 def tokenize(tokenizer: Any, prompts: Prompts, prefix: int | None) -> TokenBatch:
@@ -61,11 +66,10 @@ def tokenize(tokenizer: Any, prompts: Prompts, prefix: int | None) -> TokenBatch
     many = _as_list(prompts)
     roles = None
     if all(isinstance(p, str) for p in many):
-        ids = encode_texts(tokenizer, many)
-        rows = [([prefix] if prefix is not None else []) + row for row in ids]
+        rows = [begun(ids, prefix) for ids in encode_texts(tokenizer, many)]
     elif all(isinstance(p, list | tuple) and p and isinstance(p[0], dict) for p in many):
         rows, roles = map(list, zip(*(_chat(tokenizer, chat) for chat in many), strict=True))
-    elif all(isinstance(p, list | tuple) and all(isinstance(i, int) for i in p) for p in many):
+    elif all(isinstance(p, list | tuple) and all(type(i) is int for i in p) for p in many):
         rows = [list(p) for p in many]
     else:
         raise ValueError("prompts must be a str, token ids, chat messages ({'role', 'content'}), or a list of one kind")
@@ -74,11 +78,25 @@ def tokenize(tokenizer: Any, prompts: Prompts, prefix: int | None) -> TokenBatch
     return pad(rows, roles)
 
 
+def begun(ids: list[int], prefix: int | None) -> list[int]:
+    """A text's ids behind the prefix token, which a text may have written out itself: once is enough."""
+    return ids if prefix is None or ids[:1] == [prefix] else [prefix, *ids]
+
+
+def prefixed(tokenizer: Any, prompt: Prompts, prefix: int | None) -> bool:
+    """Whether the first token of one prompt is a prefix that is no part of its text."""
+    return isinstance(prompt, str) and prefix is not None and encode_texts(tokenizer, [prompt])[0][:1] != [prefix]
+
+
 def _as_list(prompts: Any) -> list[Any]:
-    if isinstance(prompts, Tensor):
-        if prompts.dim() not in (1, 2) or prompts.is_floating_point():
-            raise ValueError(f"token ids must be an integer tensor (pos) or (batch, pos), got {tuple(prompts.shape)}")
-        prompts = prompts.tolist()
+    no_ids = isinstance(prompts, Tensor) and (prompts.is_floating_point() or prompts.dtype == torch.bool)
+    if no_ids or (isinstance(prompts, Tensor) and prompts.dim() not in (1, 2)):
+        raise ValueError(
+            f"token ids must be an integer tensor (pos) or (batch, pos), got {tuple(prompts.shape)} {prompts.dtype}"
+        )
+    prompts = _plain(prompts)
+    if isinstance(prompts, dict) and "role" in prompts:
+        prompts = [prompts]  # a chat of one message
     if not isinstance(prompts, str | list | tuple):
         raise ValueError(
             f"prompts must be a str, token ids, chat messages or a list of them, got {type(prompts).__name__}"
@@ -88,8 +106,20 @@ def _as_list(prompts: Any) -> list[Any]:
     return [prompts] if is_single(prompts) else list(prompts)
 
 
+def _plain(prompts: Any) -> Any:
+    """Tensors, arrays, pandas' columns and numpy's numbers, also in lists, as lists and numbers of Python."""
+    if hasattr(prompts, "tolist"):
+        return prompts.tolist()
+    return [_plain(p) for p in prompts] if isinstance(prompts, list | tuple) else prompts
+
+
 def encode_texts(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    """Token ids of each text, without any special token added. verbose=False: long documents are cut up later."""
+    """Token ids of each text, without any special token added. verbose=False: long documents are cut up later.
+
+    ValueError for a text with half a surrogate pair, which no tokenizer reads.
+    """
+    for number, text in enumerate(texts):
+        check_text(text, f"text {number}" if len(texts) > 1 else "a text")
     return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
 
 
@@ -102,46 +132,121 @@ def pad(rows: list[list[int]], roles: list[list[str]] | None = None) -> TokenBat
     return TokenBatch(ids, positions < lengths[:, None], positions, roles)
 
 
-def _chat(tokenizer: Any, messages: Chat) -> tuple[list[int], list[str]]:
+def _chat(tokenizer: Any, messages: Sequence[Any]) -> tuple[list[int], list[str]]:
     """Ids of a chat in the model's template, and each token's role ("template" for what the template adds).
 
     A chat that does not end with the assistant's words ends with the template's opening of its answer.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError("this model's tokenizer has no chat template: pass plain text instead of messages")
-    if bad := [m for m in messages if not all(isinstance(m.get(key), str) for key in ("role", "content"))]:
-        raise ValueError(f"a chat message is {{'role': str, 'content': str}}, got {bad[0]!r}")
-
-    def render(contents: list[str]) -> str:
-        chat = [{**m, "content": c} for m, c in zip(messages, contents, strict=True)]
-        answer = messages[-1]["role"] != "assistant"
-        return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=answer)
-
-    contents = [m["content"] for m in messages]
-    text = render(contents)
-    # Where the contents stand, from a rendering with marks in their places: "You" may well stand in the template too.
-    marked = re.split(f"{_MARK}(\\d+){_MARK}", render([f"{_MARK}{i}{_MARK}" for i in range(len(messages))]))
-    literals, order = marked[::2], [int(i) for i in marked[1::2]]
-    filled = [contents, [c.strip() for c in contents]]  # some templates strip what they are given
-    found = next((f for f in filled if order == list(range(len(f))) and text == _weave(literals, f)), None)
-    if found is None:
+    for m in messages:
+        if not isinstance(m, dict) or not all(isinstance(m.get(key), str) for key in ("role", "content")):
+            raise ValueError(f"a chat message is {{'role': str, 'content': str}}, got {m!r}")
+        check_text(m["content"], "a chat message")
+    text = _render(tokenizer, messages)
+    owners = _owners(tokenizer, messages, text)
+    if not getattr(tokenizer, "is_fast", False):
         raise ValueError(
-            "this chat template changes its messages, so their tokens cannot be told apart: pass plain text"
+            f"a {type(tokenizer).__name__} does not tell where its tokens stand in a chat: pass plain text, or a fast "
+            "tokenizer"
         )
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    roles = ["template"] * len(encoded["input_ids"])
-    end = 0
-    for message, literal, content in zip(messages, literals, found, strict=False):
-        start = end + len(literal)
-        end = start + len(content)
-        for i, (a, b) in enumerate(encoded["offset_mapping"]):
-            if a < end and b > start:
-                roles[i] = message["role"]
+    roles = []
+    for start, end in encoded["offset_mapping"]:
+        own = [n for n in owners[start:end] if n is not None]
+        roles.append(messages[own[-1]]["role"] if own else "template")
     return encoded["input_ids"], roles
 
 
-def _weave(literals: list[str], contents: list[str]) -> str:
-    return "".join(a + b for a, b in zip_longest(literals, contents, fillvalue=""))
+def _render(tokenizer: Any, messages: Chat, contents: dict[int, str] | None = None) -> str:
+    """A chat as its template writes it, with other contents in some messages. ValueError where it refuses the chat."""
+    chat = [{**m, "content": (contents or {}).get(i, m["content"])} for i, m in enumerate(messages)]
+    answer = bool(messages) and messages[-1]["role"] != "assistant"
+    try:
+        return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=answer)
+    except ImportError:
+        raise
+    except Exception as err:  # a template is a program: it raises what it likes
+        raise ValueError(
+            f"this model's chat template refuses this chat ({err}): change its roles or their order, or pass plain text"
+        ) from err
+
+
+def _owners(tokenizer: Any, messages: Chat, text: str) -> list[int | None]:
+    """For each character of a rendered chat the number of the message it comes from, None for the template's own.
+
+    From a second rendering, in which each character of message n is replaced by the n-th private-use character: so
+    words of a message are told from the same words in the template, wherever the template puts them and whatever it
+    leaves out. White space stays, so that what strips it does so here too; so do tags where the template reads them.
+    """
+    contents = [m["content"] for m in messages]
+    for kept in _KEPT:
+        marks = {i: _marked(c, chr(_MARKS + i), kept) for i, c in enumerate(contents)}
+        try:
+            owners = _aligned(_render(tokenizer, messages, marks), text, contents)
+        except ValueError:  # it refuses what it cannot read
+            continue
+        if owners is not None:
+            break
+    else:
+        raise ValueError(
+            "this chat template changes its messages, so their tokens cannot be told apart: pass plain text"
+        )
+    for i, content in enumerate(contents):
+        if i in owners:
+            _widen(tokenizer, messages, text, owners, i)
+        elif content.strip() and len(messages) > 1 and _drops(tokenizer, messages, text, i):
+            raise ValueError(
+                f"this chat template leaves out message {i}, of role {messages[i]['role']!r}: take a role it knows, or "
+                "pass plain text"
+            )
+    return owners
+
+
+def _marked(content: str, mark: str, kept: str) -> str:
+    return "".join(part if i % 2 else mark * len(part) for i, part in enumerate(re.split(f"((?:{kept})+)", content)))
+
+
+def _aligned(marked: str, text: str, contents: list[str]) -> list[int | None] | None:
+    """The owner of each character; None unless the two differ in marks alone and those stand for the messages' words
+    in their order."""
+    if len(marked) != len(text):
+        return None
+    owners = [n if 0 <= (n := ord(c) - _MARKS) < len(contents) else None for c in marked]
+    if any(n is None and c != t for n, c, t in zip(owners, marked, text, strict=True)):
+        return None
+    left = [iter(c) for c in contents]
+    if not all(n is None or t in left[n] for n, t in zip(owners, text, strict=True)):
+        return None
+    return owners
+
+
+def _widen(tokenizer: Any, messages: Chat, text: str, owners: list[int | None], i: int) -> None:
+    """Give message i what stands unmarked between its marks, and at their ends what is its own."""
+    content = messages[i]["content"]
+    places = [p for p, n in enumerate(owners) if n == i]
+    start, end = places[0], places[-1] + 1
+    last = content.rindex(text[end - 1]) + 1
+    first = last
+    for place in reversed(places):  # the last words that read so: what templates leave out are first words (thoughts)
+        first = content.rindex(text[place], 0, first)
+    # White space at an end is the message's where the text is another without it; else the template strips it.
+    low, high = len(content) - len(content.lstrip()), len(content.rstrip())
+    low = low if low and _render(tokenizer, messages, {i: content[low:]}) == text else 0
+    high = high if high < len(content) and _render(tokenizer, messages, {i: content[:high]}) == text else len(content)
+    if text[:start].endswith(content[low:first]):  # all of the beginning, or else it is the template's own
+        start -= len(content[low:first])
+    if text[end:].startswith(content[last:high]):
+        end += len(content[last:high])
+    owners[start:end] = [i if n is None else n for n in owners[start:end]]
+
+
+def _drops(tokenizer: Any, messages: Chat, text: str, i: int) -> bool:
+    """Whether the chat reads the same without message i."""
+    try:
+        return _render(tokenizer, [*messages[:i], *messages[i + 1 :]]) == text
+    except ValueError:
+        return False
 
 
 def spans(tokenizer: Any, ids: Sequence[int], prefixed: bool) -> list[Token]:
@@ -150,42 +255,75 @@ def spans(tokenizer: Any, ids: Sequence[int], prefixed: bool) -> list[Token]:
     Decodes a short window twice per token (with and without it): works for byte-level and SentencePiece alike. An
     unfinished character decodes to U+FFFD; it waits for the token that completes it.
     """
-
-    def decode(part: Sequence[int]) -> str:
-        return tokenizer.decode(part, clean_up_tokenization_spaces=False) if len(part) else ""
-
     out: list[Token] = []
     position = 0
     window, done = 0, 0  # ids[window:done] is decoded context, ids[done:i] an unfinished character
     first = 1 if prefixed else 0
     for i, token_id in enumerate(ids):
         if i < first:
-            out.append(Token("", token_id, 0, decode([token_id])))
+            out.append(Token("", token_id, 0, label(tokenizer, token_id)))
             window = done = i + 1
             continue
-        piece = decode(ids[window : i + 1])[len(decode(ids[window:done])) :]
+        piece = _decode(tokenizer, ids[window : i + 1])[len(_decode(tokenizer, ids[window:done])) :]
         if piece.endswith(_REPLACEMENT) and i + 1 < len(ids) and i - done < 4:  # a character has at most 4 bytes
-            out.append(Token("", token_id, position, _bytes_label(tokenizer, token_id)))
+            out.append(Token("", token_id, position, label(tokenizer, token_id)))
             continue
-        out.append(Token(piece, token_id, position, _bytes_label(tokenizer, token_id) if i > done else None))
+        whole = i == done and piece and _REPLACEMENT not in piece
+        out.append(Token(piece, token_id, position, None if whole else label(tokenizer, token_id, piece)))
         position += len(piece)
         window, done = done, i + 1
     return out
 
 
-def label(tokenizer: Any, token_id: int) -> str:
-    """What to show for a token that stands by itself: its text, or its bytes where it is part of a character."""
-    text = tokenizer.decode([token_id], clean_up_tokenization_spaces=False)
-    return _bytes_label(tokenizer, token_id) if _REPLACEMENT in text else text
+def label(tokenizer: Any, token_id: int, text: str | None = None) -> str:
+    """What to show for a token: its text, its bytes where it holds part of a character, like ⟨E2 80⟩, and the
+    vocabulary's own spelling where it decodes to nothing.
+
+    text: what it adds to the tokens before it; None, it stands by itself.
+    """
+    raw = _raw(tokenizer, token_id)
+    if raw is None:  # a model may have more ids than its tokenizer
+        return f"⟨id {token_id}⟩"
+    alone = _decode(tokenizer, [token_id])
+    if _REPLACEMENT in alone:
+        return _bytes_label(raw)
+    return (alone if text is None else text.lstrip(_REPLACEMENT)) or str(raw)
 
 
-def _bytes_label(tokenizer: Any, token_id: int) -> str:
-    """What to show for part of a character: its bytes, like ⟨E2 80⟩, where the tokenizer is byte-level."""
-    raw = tokenizer.convert_ids_to_tokens(token_id)
+def vocabulary(tokenizer: Any, size: int) -> list[str]:
+    """The label of each id below ``size`` as it stands within a text: some tokenizers drop a space at the start."""
+    plain = next(iter(encode_texts(tokenizer, ["a"])[0]), None)
+    before = [] if plain is None else [plain]
+    start = len(_decode(tokenizer, before))
+    known = [i for i in range(size) if _raw(tokenizer, i) is not None]
+    texts = tokenizer.batch_decode([[*before, i] for i in known], clean_up_tokenization_spaces=False)
+    found = {i: text[start:] for i, text in zip(known, texts, strict=True)}
+    return [t if (t := found.get(i)) and _REPLACEMENT not in t else label(tokenizer, i) for i in range(size)]
+
+
+def _decode(tokenizer: Any, ids: Sequence[int]) -> str:
+    known = [i for i in ids if _raw(tokenizer, i) is not None]
+    return tokenizer.decode(known, clean_up_tokenization_spaces=False) if known else ""
+
+
+def _raw(tokenizer: Any, token_id: int) -> str | bytes | None:
+    """A token as the vocabulary spells it; None for an id that the tokenizer does not know."""
+    try:
+        return tokenizer.convert_ids_to_tokens(token_id)
+    except (IndexError, KeyError, ValueError, OverflowError):
+        return None
+
+
+def _bytes_label(raw: str | bytes) -> str:
+    """The bytes of a token as the vocabulary spells it: SentencePiece's <0xE2>, or byte-level BPE's stand-ins."""
     table = _byte_alphabet()
-    if all(c in table for c in raw):
-        return "⟨" + " ".join(f"{table[c]:02X}" for c in raw) + "⟩"
-    return raw.replace("<0x", "⟨").replace(">", "⟩")  # SentencePiece's byte tokens
+    if isinstance(raw, str) and re.fullmatch(r"(<0x[0-9A-Fa-f]{2}>)+", raw):
+        found = bytes.fromhex(re.sub(r"<0x|>", "", raw))
+    elif isinstance(raw, str) and all(c in table for c in raw):
+        found = bytes(table[c] for c in raw)
+    else:
+        found = raw if isinstance(raw, bytes) else raw.encode("utf-8", "surrogatepass")
+    return "⟨" + " ".join(f"{byte:02X}" for byte in found) + "⟩"
 
 
 @lru_cache

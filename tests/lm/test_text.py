@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 import sae_lab as sl
-from sae_lab.lm.text import Text
+from sae_lab.lm.text import Text, as_text
 
 DOCUMENTS = [f"Document {i} tells of the number {i}." for i in range(25)]
 
@@ -28,7 +28,7 @@ def test_the_bundled_sample():
     text = sl.load_text()
     assert (len(text), len(text.held_out)) == (87, 9)
     assert not set(text) & set(text.held_out)
-    assert repr(text) == "Text('wikipedia-2016-sample', 87 documents, with held_out)"
+    assert repr(text) == "Text('wikipedia-2016-sample', 87 documents, 9 held_out)"
     assert sum(map(len, text)) > 2e6
 
 
@@ -147,6 +147,120 @@ def test_missing_values_are_empty_documents(tmp_path):
     assert list(sl.load_text(file)) == ["a", ""]
 
 
+WORDS = ["NA", "null", "None", "nan", "N/A", "", "text"]
+
+
+@pytest.mark.parametrize("kind", [".csv", ".parquet", ".jsonl"])
+def test_words_that_name_a_missing_value_are_text(tmp_path, kind):
+    text = sl.load_text(write(tmp_path / f"words{kind}", WORDS))
+    assert [*text, *text.held_out] == WORDS
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("e.jsonl", b""), ("blank.jsonl", b"\n\n"), ("list.json", b"[]"), ("e.csv", b""), ("head.csv", b"text\n"),
+        ("e.parquet", b""), ("e.txt", b""), ("gaps.csv", b'text,n\n,1\n"  ",2\n'), ("null.jsonl", b'{"text": null}'),
+    ],
+)  # fmt: skip
+def test_an_empty_file_is_named(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{name} (is empty: |holds NoneType).*"):
+        sl.load_text(tmp_path / name)
+    if name == "e.csv":
+        write(tmp_path / "whole.csv", DOCUMENTS[:2])
+        assert list(sl.load_text(tmp_path)) == DOCUMENTS[:1], "an empty file among others is none of the documents"
+
+
+def test_a_table_of_no_rows(tmp_path):
+    pd.DataFrame({"text": []}).to_parquet(tmp_path / "zero.parquet")
+    with pytest.raises(ValueError, match="zero.parquet is empty: it needs at least one document"):
+        sl.load_text(tmp_path / "zero.parquet")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.jsonl", b'{"text": "x', "a.jsonl cannot be read as json: "),
+        ("a.jsonl", b'{"text": "x \\ud83d"}', "a.jsonl cannot be read as json: .*surrogate"),
+        ("a.parquet", b"no", "a.parquet cannot be read as parquet: "),
+        ("a.csv", b"text\ncaf\xe9\n", "a.csv cannot be read as csv: 'utf-8' codec can't decode"),
+        ("a.txt", b"caf\xe9", "a.txt must be UTF-8 text .*: read it yourself, and pass a list of str"),
+    ],
+)
+def test_damaged_files_are_named(tmp_path, name, content, words):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=words) as caught:
+        sl.load_text(tmp_path / name)
+    assert not isinstance(caught.value, UnicodeError)
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfa word")
+    assert list(sl.load_text(tmp_path / "a.txt")) == ["a word"]
+
+
+# ---- what is loaded already
+
+
+def test_a_loaded_dataset():
+    from datasets import Dataset, DatasetDict, IterableDataset
+
+    data = Dataset.from_dict({"text": DOCUMENTS, "n": range(25)})
+    text = sl.load_text(data)
+    assert list(text.held_out) == [DOCUMENTS[9], DOCUMENTS[19]] and list(text) == list(sl.load_text(DOCUMENTS))
+    assert text.fingerprint == sl.load_text(Dataset.from_dict({"text": DOCUMENTS, "n": range(25)})).fingerprint
+    assert text.fingerprint != sl.load_text(data.select(range(24))).fingerprint
+    assert list(as_text(data)) == DOCUMENTS, "what only reads takes all"
+    streamed = sl.load_text(IterableDataset.from_generator(rows))
+    assert list(streamed) == list(text) and streamed and repr(streamed).endswith("stream, with held_out)")
+    both = DatasetDict(train=data, test=data.select([3]))
+    assert list(sl.load_text(both)) == list(text) and list(sl.load_text(both, split="test")) == DOCUMENTS[3:4]
+    with pytest.raises(ValueError, match=r"this DatasetDict has no split 'val': pass .*one of train, test"):
+        sl.load_text(both, split="val")
+    with pytest.raises(ValueError, match="this Dataset has no column 'body': pass column= one of text, n"):
+        sl.load_text(data, column="body")
+    with pytest.raises(ValueError, match="the column 'n' of dataset holds int, not text"):
+        sl.load_text(data, column="n")
+    with pytest.raises(ValueError, match="this Dataset is empty: it needs at least one document"):
+        sl.load_text(data.select([]))
+
+
+def rows():
+    yield from ({"text": document} for document in DOCUMENTS)
+
+
+def test_columns_of_pandas_and_numpy():
+    for source in (pd.Series(DOCUMENTS), np.array(DOCUMENTS)):
+        assert list(sl.load_text(source)) == list(sl.load_text(DOCUMENTS))
+
+
+@pytest.mark.parametrize("source", [(d for d in DOCUMENTS), {"a", "b"}, pd.DataFrame({"text": ["a"]}), 5, {"text": "a"}])
+def test_other_things_are_no_text(source):
+    for read in (sl.load_text, as_text):
+        with pytest.raises(ValueError, match=rf"got {type(source).__name__}: pass its documents as a list of str"):
+            read(source)
+
+
+# ---- what only reads takes all of a list, what splits says so
+
+
+def test_lists_are_read_whole(tiny_lm, tmp_path, caplog):
+    documents = [f"alpha beta gamma delta number {i}" for i in range(20)]
+    assert list(as_text(documents)) == documents and list(as_text("one")) == ["one"]
+    assert as_text(documents).fingerprint != sl.load_text(documents).fingerprint, "other documents"
+    assert as_text(sl.load_text(documents)).held_out
+    store = sl.harvest(tiny_lm, "resid_post-0", documents, tokens=1000, path=tmp_path, context=16)
+    assert store.rows(np.arange(len(store)), "document").unique().tolist() == list(range(20))
+    caplog.clear()
+    text = sl.load_text(documents)
+    assert "load_text holds out 2 of 20 documents (text.held_out): to read all of them" in caplog.text
+    assert repr(text) == "Text('list', 18 documents, 2 held_out)"
+    caplog.clear()
+    sl.load_text(["one"])
+    assert not caplog.text
+
+
 def test_files_that_are_refused(tmp_path, no_hub):
     with pytest.raises(ValueError, match=r"no file at .*nothing.parquet: pass an existing file or folder"):
         sl.load_text(tmp_path / "nothing.parquet")
@@ -167,6 +281,7 @@ def test_files_that_are_refused(tmp_path, no_hub):
         ([], "the text is empty: pass at least one document"),
         (["", "  \n"], "the text is empty"),
         (["a", 5], "every document must be a str; document 1 is int"),
+        (["a", "x\ud83d"], r"document 1 holds half a surrogate pair at character 1 .*: repair it with text.encode"),
         ("", "load_text got an empty name"),
     ],
 )

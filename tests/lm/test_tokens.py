@@ -1,11 +1,17 @@
 """Chats with role masks, and token strings that map back to characters."""
 
+import json
 import random
+from copy import deepcopy
 
+import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 import sae_lab as sl
+from sae_lab.lm import tokens as tok
 from sae_lab.lm.tokens import Token
 
 TRICKY = {
@@ -61,6 +67,141 @@ def test_a_cut_character_at_the_end(tiny_lm):
     tokens = tiny_lm.tokens(ids)
     assert len(tokens) == len(ids)
     assert "".join(tokens) == tiny_lm.tokenizer.decode(ids)
+
+
+@pytest.fixture(scope="module")
+def sentencepiece():
+    """As Llama 2's tokenizer.json: a space is put before the text and taken off again, unknown characters are bytes."""
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
+    trained = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    trained.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
+    trainer = trainers.BpeTrainer(vocab_size=900, special_tokens=special, show_progress=False, limit_alphabet=80)
+    trained.train_from_iterator([d[:4000] for d in sl.load_text()[:8]], trainer)
+    written = json.loads(trained.to_str()) | {"pre_tokenizer": None}
+    written["added_tokens"] = written["added_tokens"][:3]  # bytes are tokens like others
+    made = Tokenizer.from_str(json.dumps(written))
+    made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    made.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+@pytest.fixture(scope="module")
+def wordpiece():
+    made = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    made.pre_tokenizer, made.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()
+    trainer = trainers.WordPieceTrainer(vocab_size=600, special_tokens=["[UNK]", "[CLS]", "[SEP]"], show_progress=False)
+    made.train_from_iterator([d[:4000] for d in sl.load_text()[:8]], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=made, unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]")
+
+
+@pytest.fixture(scope="module")
+def spm_lm(make_module, sentencepiece):
+    return sl.LM(make_module("llama", len(sentencepiece)), tokenizer=sentencepiece)
+
+
+def test_bytes_of_sentencepiece(spm_lm):
+    for text in ("🦖 dino", "café “q” при", "日本 and"):
+        tokens = spm_lm.tokens(text)
+        assert "".join(tokens) == text
+        shown = "".join(t.label for t in tokens).replace("⟩⟨", " ")
+        for char in "🦖é“при日":
+            hexes = " ".join(f"{byte:02X}" for byte in char.encode())
+            assert (char not in text) or char in shown or hexes in shown
+    assert [t.label for t in spm_lm.tokens("🦖")[1:]] == ["▁", "⟨F0⟩", "⟨9F⟩", "⟨A6⟩", "⟨96⟩"]
+
+
+def test_a_tokenizer_without_a_prefix(make_module, wordpiece):
+    lm = sl.LM(make_module("llama", len(wordpiece)), tokenizer=wordpiece)
+    assert lm.prefix_id is None
+    tokens = lm.tokens("the of [SEP] ☃ the")
+    assert [t.label for t in tokens] == ["the", " of", " [SEP]", " [UNK]", " the"]
+    assert lm.vocabulary[wordpiece.convert_tokens_to_ids("of")] == " of"
+
+
+@pytest.mark.parametrize("text", ["ab🦖", "日本語 is 🙂"])
+def test_no_label_is_the_replacement_character(tiny_lm, spm_lm, text):
+    for lm in (tiny_lm, spm_lm):
+        ids = lm.tokenize(text).ids[0].tolist()
+        for start in range(len(ids)):
+            for end in range(start + 1, len(ids) + 1):
+                labels = [t.label for t in lm.token_strings(ids[start:end])]
+                assert all(labels) and not any("\ufffd" in label for label in labels)
+
+
+def test_what_follows_a_broken_character_is_itself(tiny_lm):
+    half = tiny_lm.tokenize("🦖").ids[0].tolist()[1:-1]
+    after = tiny_lm.tokenizer("a", add_special_tokens=False)["input_ids"]
+    assert [t.label for t in tiny_lm.token_strings(half + after)][-1] == "a"
+    assert [t.label for t in tiny_lm.tokens("x\ufffdb")][-1] == "b"
+
+
+def test_the_vocabulary(spm_lm, tiny_lm, sentencepiece, make_module, tokenizer):
+    assert not any("\ufffd" in text for text in tiny_lm.vocabulary)
+    ids = {text: i for i, text in enumerate(spm_lm.vocabulary)}
+    assert ids[" the"] == sentencepiece.convert_tokens_to_ids("▁the"), "the space is part of it"
+    assert spm_lm.vocabulary[sentencepiece.convert_tokens_to_ids("<0xF0>")] == "⟨F0⟩"
+    wide = sl.LM(make_module("llama", len(tokenizer) + 3), tokenizer=tokenizer)
+    assert len(wide.vocabulary) == wide.vocab_size == len(tokenizer) + 3
+    assert wide.vocabulary[-1] == f"⟨id {len(tokenizer) + 2}⟩" == wide.tokens([5, len(tokenizer) + 2])[1].label
+    assert wide.vocabulary[:-3] == tiny_lm.vocabulary
+
+
+def test_a_prefix_that_the_text_writes_out(tiny_lm, small_text):
+    chat = tiny_lm.tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
+    ids = tiny_lm.tokenizer(chat, add_special_tokens=False)["input_ids"]
+    assert ids[0] == tiny_lm.prefix_id
+    assert tiny_lm.tokenize(chat).ids[0].tolist() == ids
+    assert "".join(tiny_lm.tokens(chat)) == chat
+    assert tiny_lm.tokens(chat)[0].label == "<|im_start|>"
+    assert tiny_lm.tokenize(["a", chat]).ids[0, :2].tolist() == [1, ids_of(tiny_lm, "a")[0]]
+    [first, *_] = sl.load_text([chat]).contexts(tiny_lm.tokenizer, tiny_lm.prefix_id, 128)
+    assert first.ids == ids
+    twice = "<|im_start|><|im_start|>a"
+    assert tiny_lm.tokenize(twice).ids[0].tolist() == ids_of(tiny_lm, twice), "as written"
+
+
+# The type checker of the test run objects to what is no prompt before this can; its own words count.
+unchecked = getattr(tok.tokenize, "__wrapped__", tok.tokenize)
+
+
+def ids_of(lm, text):
+    return lm.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def test_half_a_surrogate_pair_is_refused(tiny_lm):
+    bad = json.loads('"half an emoji: \\ud83d, and on"')
+    for prompt in (bad, ["fine", bad], [{"role": "user", "content": bad}]):
+        with pytest.raises(ValueError, match=r"half a surrogate pair at character 15 .*repair it with text\.encode"):
+            tiny_lm.tokenize(prompt)
+    repaired = bad.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    assert "".join(tiny_lm.tokens(repaired)) == bad.replace("\ud83d", "\ufffd")
+    assert "".join(tiny_lm.tokens(json.loads('"\\ud83d\\ude42"'))) == "🙂", "a whole pair is a character"
+
+
+def test_ids_that_the_model_lacks(make_module, tokenizer, tmp_path):
+    more = deepcopy(tokenizer)
+    more.add_special_tokens({"pad_token": "[PAD]"})
+    lm = sl.LM(make_module("llama", len(tokenizer)), tokenizer=more)
+    words = r"token ids must lie in 0\.\.49151, got .*49152 \('\[PAD\]'\): the tokenizer is another model's"
+    with pytest.raises(ValueError, match=words):
+        lm.logits("hello [PAD] world")
+    with pytest.raises(ValueError, match=words):
+        sl.harvest(lm, "resid_post-0", ["hello [PAD] world " * 9] * 2, tokens=20, path=tmp_path, context=16)
+    with pytest.raises(ValueError, match="got -1..5"):
+        lm.logits([5, -1])
+
+
+def test_ids_in_other_containers(tiny_lm):
+    want = tiny_lm.tokenize([5, 6]).ids
+    for ids in (np.array([5, 6]), [np.int64(5), np.int64(6)], (5, 6), torch.tensor([5, 6])):
+        assert torch.equal(tiny_lm.tokenize(ids).ids, want)
+        assert tok.is_single(ids)
+    assert tiny_lm.tokenize(np.array([[5, 6], [7, 8]])).ids.tolist() == [[5, 6], [7, 8]]
+    for wrong in ([True, False], torch.tensor([True, False]), torch.tensor([0.5, 1.0]), [5, "a"], [5.0, 6.0]):
+        with pytest.raises(ValueError, match="prompts must be a str, token ids|token ids must be an integer tensor"):
+            unchecked(tiny_lm.tokenizer, wrong, 1)
 
 
 def test_token_ids_keep_their_specials(tiny_lm):
@@ -130,24 +271,102 @@ def test_roles_of_the_bundled_model(lm):
     assert text_of(lm, batch, "user") == "You What is 2+2? "
 
 
-def test_a_template_that_strips_its_messages(make_module, tokenizer):
-    from copy import deepcopy
+@pytest.fixture
+def templated(make_module, tokenizer):
+    """templated(template): a model with this chat template."""
 
-    stripping = deepcopy(tokenizer)
-    stripping.chat_template = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] | trim }}{% endfor %}"
-    lm = sl.LM(make_module("llama", len(tokenizer)), tokenizer=stripping)
+    def make(template):
+        other = deepcopy(tokenizer)
+        other.chat_template = template
+        return sl.LM(make_module("llama", len(tokenizer)), tokenizer=other)
+
+    return make
+
+
+def check_chat(lm, chat, **said):
+    """The ids are the template's, and each role's tokens read so."""
+    answer = chat[-1]["role"] != "assistant"
+    text = lm.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=answer)
+    batch = lm.tokenize(chat)
+    assert batch.ids[0].tolist() == ids_of(lm, text)
+    assert {role: text_of(lm, batch, role) for role in said} == said
+
+
+def test_a_template_that_strips_its_messages(templated):
+    lm = templated("{% for m in messages %}[{{ m['role'] }}]{{ m['content'] | trim }}{% endfor %}")
     assert text_of(lm, lm.tokenize(CHAT), "user") == "YouWhat is 2+2?"
-    stripping.chat_template = "{% for m in messages %}{{ m['content'] | upper }}{% endfor %}"
     with pytest.raises(ValueError, match=r"this chat template changes its messages.*pass plain text"):
-        lm.tokenize(CHAT)
-    stripping.chat_template = None
+        templated("{% for m in messages %}{{ m['content'] | upper }}{% endfor %}").tokenize(CHAT)
     with pytest.raises(ValueError, match="no chat template: pass plain text instead of messages"):
-        lm.tokenize(CHAT)
+        templated(None).tokenize(CHAT)
+
+
+# As Gemma 3: the system's words stand in the user's turn, as they are; the turn's own are stripped.
+MIXED = """{% if messages[0]['role'] == 'system' %}{% set pre = messages[0]['content'] + '\n\n' %}
+{%- set rest = messages[1:] %}{% else %}{% set pre = '' %}{% set rest = messages %}{% endif %}
+{%- for m in rest %}{{ '<turn>' + m['role'] + '\n' + (pre if loop.first else '') }}{{ m['content'] | trim }}
+{{- '<end>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<turn>model\n' }}{% endif %}"""
+
+
+@pytest.mark.parametrize("system", ["Be kind.", "Be kind.\n", "\nBe kind."])
+@pytest.mark.parametrize("user", ["Hi there", "Hi there\n", "\n Hi", "user"])
+def test_a_template_that_strips_some_of_its_messages(templated, system, user):
+    lm = templated(MIXED)
+    chat = [{"role": "system", "content": system}, {"role": "user", "content": user}]
+    check_chat(lm, chat)
+    batch = lm.tokenize(chat)  # a token may hold the ends of two messages
+    assert text_of(lm, batch, "system").strip() == system.strip()
+    assert text_of(lm, batch, "user").strip() == user.strip()
+
+
+# As Qwen 3: thoughts of earlier turns are left out, those of the last are written anew.
+THINKING = """{% set ns = namespace(last=-1) %}{% for m in messages %}{% if m.role == 'user' %}
+{%- set ns.last = loop.index0 %}{% endif %}{% endfor %}{% for m in messages %}{% if m.role != 'assistant' %}
+{{- '<|im_start|>' + m.role + '\n' + m.content }}{% else %}{% set c = m.content %}{% set r = '' %}
+{%- if '</think>' in c %}{% set r = c.split('</think>')[0].split('<think>')[-1].strip('\n') %}
+{%- set c = c.split('</think>')[-1].lstrip('\n') %}{% endif %}{% if loop.index0 > ns.last %}
+{{- '<|im_start|>assistant\n<think>\n' + r + '\n</think>\n\n' + c }}{% else %}
+{{- '<|im_start|>assistant\n' + c }}{% endif %}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"""
+
+
+def test_a_template_that_writes_thoughts_anew(templated):
+    lm = templated(THINKING)
+    thought = {"role": "assistant", "content": "<think>\nadd\n4\n</think>\n\n4"}
+    asked = {"role": "user", "content": "2+2?"}
+    check_chat(lm, [asked, {"role": "assistant", "content": "4"}], user="2+2?", assistant="4")
+    check_chat(lm, [asked, thought], user="2+2?", assistant=thought["content"])
+    check_chat(lm, [asked, thought, asked], user="2+2?2+2?", assistant="4")
+    silent = {"role": "assistant", "content": "<think>\nadd\n</think>"}
+    check_chat(lm, [asked, silent, asked], user="2+2?2+2?", assistant="")
+
+
+def test_a_template_that_moves_a_message(templated):
+    lm = templated("{% for m in messages[1:] %}[{{ m['content'] }}]{% endfor %}{{ messages[0]['content'] }}")
+    check_chat(lm, [{"role": "system", "content": "kind"}, {"role": "user", "content": "Hi"}], system="kind", user="Hi")
+
+
+def test_a_chat_that_its_template_refuses(templated):
+    chat = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]
+    words = "{{ '[' + m['role'] + ']' + m['content'] }}"
+    no_system = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    lm = templated(no_system + "{% for m in messages %}" + words + "{% endfor %}")
+    with pytest.raises(ValueError, match=r"chat template refuses this chat \(System role not supported\): change its"):
+        lm.generate(chat)
+    check_chat(lm, chat[1:], user="Hi")
+    with pytest.raises(ValueError, match=r"chat template refuses this chat .*change its roles"):
+        templated("{{ messages[0].parts[0].text }}").tokenize(chat)
+    some = templated("{% for m in messages %}{% if m['role'] == 'user' %}" + words + "{% endif %}{% endfor %}")
+    with pytest.raises(ValueError, match="leaves out message 0, of role 'system': take a role it knows"):
+        some.tokenize(chat)
 
 
 def test_messages_without_text(tiny_lm):
     with pytest.raises(ValueError, match=r"a chat message is \{'role': str, 'content': str\}, got \{'role': 'user'\}"):
         tiny_lm.tokenize([{"role": "user"}])
+    for mixed in ([CHAT[0], "and you?"], [CHAT, "plain"], ["plain", CHAT[0]], [CHAT[0], 5], [[5, 6], "plain"]):
+        with pytest.raises(ValueError, match=r"a chat message is|prompts must be a str, token ids"):
+            unchecked(tiny_lm.tokenizer, mixed, 1)
+    assert torch.equal(tiny_lm.tokenize(CHAT[1]).ids, tiny_lm.tokenize([CHAT[1]]).ids), "one message is a chat"
 
 
 def test_text_has_no_roles(tiny_lm):
