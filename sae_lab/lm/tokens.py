@@ -14,8 +14,8 @@ from sae_lab.types import TokenBatch
 
 Chat = Sequence[dict[str, str]]
 Prompts = (
-    str | Sequence[str] | Sequence[int | np.integer] | Sequence[Sequence[int]] | Tensor | np.ndarray | dict[str, str] | Chat
-    | Sequence[Chat] | TokenBatch
+    str | Sequence[str] | Sequence[int | np.integer] | Sequence[Sequence[int]] | Tensor | np.ndarray | dict[str, str]
+    | Chat | Sequence[Chat] | TokenBatch
 )  # fmt: skip
 
 _MARKS = 0xF0000  # private-use characters, which no template holds: the n-th marks what message n holds

@@ -174,7 +174,7 @@ def test_an_empty_file_is_named(tmp_path, name, content):
 
 def test_a_table_of_no_rows(tmp_path):
     pd.DataFrame({"text": []}).to_parquet(tmp_path / "zero.parquet")
-    with pytest.raises(ValueError, match="zero.parquet is empty: it needs at least one document"):
+    with pytest.raises(ValueError, match=r"zero\.parquet is empty: it needs at least one document"):
         sl.load_text(tmp_path / "zero.parquet")
 
 
@@ -235,7 +235,7 @@ def test_columns_of_pandas_and_numpy():
         assert list(sl.load_text(source)) == list(sl.load_text(DOCUMENTS))
 
 
-@pytest.mark.parametrize("source", [(d for d in DOCUMENTS), {"a", "b"}, pd.DataFrame({"text": ["a"]}), 5, {"text": "a"}])
+@pytest.mark.parametrize("source", [(d for d in "ab"), {"a", "b"}, pd.DataFrame({"text": ["a"]}), 5, {"text": "a"}])
 def test_other_things_are_no_text(source):
     for read in (sl.load_text, as_text):
         with pytest.raises(ValueError, match=rf"got {type(source).__name__}: pass its documents as a list of str"):

@@ -189,7 +189,7 @@ def test_ids_that_the_model_lacks(make_module, tokenizer, tmp_path):
         lm.logits("hello [PAD] world")
     with pytest.raises(ValueError, match=words):
         sl.harvest(lm, "resid_post-0", ["hello [PAD] world " * 9] * 2, tokens=20, path=tmp_path, context=16)
-    with pytest.raises(ValueError, match="got -1..5"):
+    with pytest.raises(ValueError, match=r"got -1\.\.5"):
         lm.logits([5, -1])
 
 
@@ -200,7 +200,7 @@ def test_ids_in_other_containers(tiny_lm):
         assert tok.is_single(ids)
     assert tiny_lm.tokenize(np.array([[5, 6], [7, 8]])).ids.tolist() == [[5, 6], [7, 8]]
     for wrong in ([True, False], torch.tensor([True, False]), torch.tensor([0.5, 1.0]), [5, "a"], [5.0, 6.0]):
-        with pytest.raises(ValueError, match="prompts must be a str, token ids|token ids must be an integer tensor"):
+        with pytest.raises(ValueError, match=r"prompts must be a str, token ids|token ids must be an integer tensor"):
             unchecked(tiny_lm.tokenizer, wrong, 1)
 
 
