@@ -55,6 +55,18 @@ def notes(result: Result) -> str:
     return "; ".join(f"{what} refused" for what in refused)
 
 
+def lines(result: Result, all_: bool) -> list[str]:
+    """What was found, one line for the same thing at several layers."""
+    found: dict[tuple[str, str, str], list[str]] = {}
+    for f in result.findings:
+        layer = re.search(r"(?<=-)\d+|(?<= at )\d+", f.what)
+        text = re.sub(r"layer \d+", "layer …", re.sub(r"layer=\d+", "layer=…", f.text))
+        key = f.kind, re.sub(r"-\d+|at \d+", "", f.what), re.sub(r"off by \S+", "off", text)
+        found.setdefault(key, []).append(layer[0] if layer else "")
+    shown = [(*key, ",".join(filter(None, layers))) for key, layers in found.items() if key[0] in BAD or all_]
+    return [f"    {kind:8} {what} [{layers}]: {text}" for kind, what, text, layers in shown]
+
+
 def as_json(result: Result) -> dict:
     return {
         "name": result.name, "verdict": result.verdict, "attention": result.attention, "layers": result.layers,
@@ -111,9 +123,8 @@ def main() -> int:
         result = check(name)
         results.append(result)
         print(f"{name:34} {result.verdict:9} {time.perf_counter() - start:5.1f} s  {notes(result)}", flush=True)
-        for found in result.findings:
-            if found.kind in BAD or args.only:
-                print(f"    {found.kind:8} {found.what}: {found.text}", flush=True)
+        for line in lines(result, all_=bool(args.only)):
+            print(line, flush=True)
     seconds = time.perf_counter() - begin
     print(dict(Counter(result.verdict for result in results)), f"{seconds:.0f} s")
     if not args.only:

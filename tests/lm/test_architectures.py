@@ -1,7 +1,11 @@
-"""Tiny models of every architecture: right in everything, by plain PyTorch hooks."""
+"""Tiny models of the most used architectures: right in everything, by plain PyTorch hooks (``make models``: all)."""
 
+import pytest
 import torch
+from checking_models import check
 from tiny_models import NAMES, UNBUILT, VOCAB, build, tokenizer
+
+import sae_lab as sl
 
 
 def test_every_architecture_has_a_tiny_model():
@@ -14,3 +18,38 @@ def test_every_architecture_has_a_tiny_model():
             logits = module(input_ids=torch.arange(12)[None]).logits
         assert logits.shape == (1, 12, VOCAB)
     assert tokenizer().decode(tokenizer()("à la carte")["input_ids"]) == "à la carte"
+
+
+def louder(read):
+    def wrong(self, prompts, at, edits=()):
+        reading = read(self, prompts, at, edits)
+        for site, x in reading.items():
+            x *= 1.01 if site.kind == "attn_out" else 1
+        return reading
+
+    return wrong
+
+
+def one_early(generate):
+    return lambda self, *args, max_new_tokens=8, **kwargs: generate(self, *args, max_new_tokens=max_new_tokens - 1)
+
+
+def uncentred(lens):
+    return lambda self, x, at: lens(self, x + 1, at)
+
+
+def unclear(generate):
+    def wrong(self, *args, **kwargs):
+        raise IndexError("list index out of range")
+
+    return wrong
+
+
+@pytest.mark.parametrize(
+    ("method", "planted", "verdict", "part"),
+    [("read", louder, "WRONG", "reads"), ("generate", one_early, "WRONG", "generation"),
+     ("lens", uncentred, "WRONG", "lens"), ("generate", unclear, "UNCLEAR", "generation")],
+)  # fmt: skip
+def test_a_planted_fault_is_found(monkeypatch, method, planted, verdict, part):
+    monkeypatch.setattr(sl.LM, method, planted(getattr(sl.LM, method)))
+    assert check("llama", (part,)).verdict == verdict
