@@ -1,5 +1,6 @@
 """sl.dose_response: what steering a feature buys and costs, beside controls that need no coder."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice, pairwise
@@ -99,9 +100,9 @@ def dose_response(
     lm: LM,
     coder: SparseCoder,
     feature: int,
-    prompts: Sequence[str],
+    prompts: str | Sequence[str],
     target: str | Sequence[str],
-    text: Sequence[str],
+    text: str | Sequence[str],
     *,
     strengths: Sequence[float] = STRENGTHS,
     examples: tuple[Sequence[str], Sequence[str]] | None = None,
@@ -115,8 +116,9 @@ def dose_response(
                          examples=(texts_of_war, texts_of_peace), ask="Speak of war. ")
 
     Controls: random directions of the same norm; the difference in means of labelled examples at the coder's site, of
-    the same norm (``examples``: positive and negative texts); and a prompt that asks for the same (``ask``, put before
-    the prompts and before the text). A feature that loses to one of them has lost: compare with ``.at_cost``.
+    the same norm (``examples``: positive and negative texts, of their tokens that the coder's mask counts); and a
+    prompt that asks for the same (``ask``, put before the prompts and before the text). A feature that loses to one of
+    them has lost: compare with ``.at_cost``.
 
     Args:
         target: a token, or several that count together; each must be one token of this model.
@@ -124,15 +126,16 @@ def dose_response(
         seeds: of random directions.
         progress: is called with (measurements done, of how many) before each; what it raises ends the work.
 
-    Raises ValueError for a target of more than one token, strengths that do not begin at 0 or fall, an empty list, a
-    direction of no length, a coder with an ``input_norm``, and what ``sl.Steer`` refuses.
+    Raises ValueError for a target of more than one token, strengths that do not begin at 0, fall or are not finite, an
+    empty list, another text too short to have a loss, an example without a token that counts, a direction of no length,
+    a coder with an ``input_norm``, and what ``sl.Steer`` refuses.
     """
-    prompts, text, strengths = list(prompts), list(text), [float(s) for s in strengths]
-    targets = (target,) if isinstance(target, str) else tuple(target)
+    prompts, targets, text = _texts(prompts), tuple(_texts(target)), _texts(text)
+    strengths = [float(s) for s in strengths]
     if not prompts or not text or not targets or seeds < 1:
         raise ValueError("dose_response needs at least one prompt, one target, one other text and one seed")
-    if not strengths or strengths[0] != 0 or any(b <= a for a, b in pairwise(strengths)):
-        raise ValueError(f"strengths begin at 0, where nothing is changed, and rise, got {strengths}")
+    if not strengths or strengths[0] != 0 or not all(a < b < math.inf for a, b in pairwise(strengths)):
+        raise ValueError(f"strengths begin at 0, where nothing is changed, and rise, all finite, got {strengths}")
     if coder.input_norm != "none" and not coder.transcodes:
         raise ValueError(
             f"dose_response adds one vector at every token, and this coder writes in the size of each token's own "
@@ -160,6 +163,11 @@ def dose_response(
     return DoseResponse(rows, coder.feature(feature), targets)
 
 
+def _texts(given: str | Sequence[str]) -> list[str]:
+    """One text, or several, as a list."""
+    return [given] if isinstance(given, str) else list(given)
+
+
 def _directions(
     lm: LM, coder: SparseCoder, write: Tensor, examples: Any, seeds: int
 ) -> dict[str, list[Float[Tensor, " d"]]]:
@@ -167,7 +175,7 @@ def _directions(
     random = torch.randn(seeds, len(write), generator=torch.Generator().manual_seed(0))
     found = {FEATURE: [write], RANDOM: list(random)}
     if examples is not None:
-        positive, negative = (_mean_activation(lm, coder, list(side)) for side in examples)
+        positive, negative = (_mean_activation(lm, coder, _texts(side)) for side in examples)
         found[MEANS] = [positive - negative]
     for method, directions in found.items():
         if any(float(d.norm()) == 0 for d in directions):
@@ -180,11 +188,14 @@ def _mean_activation(lm: LM, coder: SparseCoder, texts: list[str]) -> Float[Tens
     if not texts:
         raise ValueError("examples are positive and negative texts, at least one of each")
     site = coder.writes[0] if coder.writes else coder.site
-    mask = coder.mask or lm.mask()
+    mask, sites = coder.mask or lm.mask(), list(dict.fromkeys((*coder.reads, site)))
     means = []
     for one in texts:
-        reading = lm.read(one, site)
-        keep = mask.keep(reading.ids, reading.batch.positions) & reading.mask
+        reading = lm.read(one, sites)
+        acts = {s: reading[s].cpu() for s in sites}
+        keep = mask.keep(reading.ids, reading.batch.positions, acts) & reading.mask
+        if not keep.any():
+            raise ValueError(f"the mask leaves out every token of the example {one!r} ({mask}): give a longer text")
         means.append(reading[site][keep].mean(0).cpu())
     return torch.stack(means).mean(0)
 
@@ -230,7 +241,13 @@ class _Measure:
         batch = self.lm.tokenize(self.text)
         rows = [ids[mask].tolist()[first:] for ids, mask in zip(batch.ids, batch.mask, strict=True)]
         losses = self.lm.loss(pad([before + row for row in rows]), edits=edits, per_token=True)
-        return losses[:, len(before) + 1 :].nanmean(1)
+        found = losses[:, len(before) + 1 :].nanmean(1)
+        if bool((short := found.isnan()).any()):
+            raise ValueError(
+                f"another text needs two tokens at least, of which the second has a loss, got "
+                f"{self.text[int(short.nonzero()[0])]!r}: give a longer one"
+            )
+        return found
 
 
 def _row(results: list[tuple[Tensor, Tensor]], clean: tuple[Tensor, Tensor]) -> dict[str, float]:

@@ -293,7 +293,8 @@ class _Harvest:
         if self.manifest["mask"] is None:
             base = self.mask or self.lm.mask()
             usual = base.keep(ids, positions)
-            medians = {s: float(x[usual].norm(dim=-1).median()) if usual.any() else 1.0 for s, x in acts.items()}
+            usual = usual if bool(usual.any()) else torch.ones_like(usual)  # those of later shards may count
+            medians = {s: float(x[usual].norm(dim=-1).median()) for s, x in acts.items()}
             limits = {s.key: MAX_NORM * m for s, m in medians.items()}
             mask = self.mask or TokenMask(base.special_ids, base.skip_first, limits)
             self.manifest["mask"] = mask.to_dict()

@@ -104,6 +104,12 @@ class Store:
         self.writes = tuple(writes) or self.reads
         self._starts = np.cumsum([0] + [s["rows"] for s in self.manifest["shards"]])
         self._rows = int(self._starts[-1]) if rows is None else min(rows, int(self._starts[-1]))
+        if self._rows == 0 and self.manifest["shards"]:
+            raise ValueError(
+                f"no token is left in the store {self.path}: its mask leaves out every one of "
+                f"{sum(s['excluded'] for s in self.manifest['shards']):,} ({self.mask}): harvest longer documents, or "
+                "give another mask="
+            )
         if self._rows == 0:
             raise ValueError(f"the store {self.path} holds no whole shard yet: call harvest again with the same path")
 

@@ -7,7 +7,7 @@ import torch
 
 import sae_lab as sl
 from sae_lab import dosing
-from sae_lab.types import Site
+from sae_lab.types import Site, TokenMask
 from tests.test_edit import LONGER, OTHER, PROMPT, firing, make
 
 SITE = Site("resid_post", 1)
@@ -151,9 +151,41 @@ def test_its_picture(result):
     assert drawn.tolist() == table[table.method == "feature"].log_odds.tolist()
 
 
+def test_one_text_may_be_a_str(tiny_lm, sae):
+    feature = firing(tiny_lm, sae)[0]
+    one, several = (
+        sl.dose_response(tiny_lm, sae, feature, prompts, " the", text, strengths=[0.0, 1.0], seeds=1, examples=examples)
+        for prompts, text, examples in (
+            (PROMPT, OTHER, (PROMPT, LONGER)), ([PROMPT], [OTHER], ([PROMPT], [LONGER])),
+        )
+    )  # fmt: skip
+    assert one.to_pandas().equals(several.to_pandas()) and len(one.rows) == 6
+
+
+def test_the_difference_in_means_leaves_out_what_the_mask_does(tiny_lm):
+    """Tokens of a large norm too, at the site that is read as at the one that is written."""
+    before, after = Site("resid_post", 0), Site("resid_pre", 1)  # the same activations
+    x = tiny_lm.read(PROMPT, before)[before][0]
+    limit = float(x.norm(dim=-1)[1:].median())
+    kept = (x.norm(dim=-1) <= limit) & (torch.arange(len(x)) > 0)
+    assert 1 <= int(kept.sum()) < len(x) - 1
+    for site in (before, after):
+        mask = TokenMask((), True, {site.key: limit})
+        coder = make(tiny_lm, before, mask=mask)
+        coder.writes = (after,)
+        found = dosing._mean_activation(tiny_lm, coder, [PROMPT])
+        assert torch.allclose(found, x[kept].mean(0), atol=1e-6) and not torch.allclose(found, x[1:].mean(0), atol=1e-3)
+    with pytest.raises(ValueError, match=r"leaves out every token of the example 'The ship.*give a longer text"):
+        dosing._mean_activation(tiny_lm, make(tiny_lm, before, mask=TokenMask((), True, {before.key: 0.0})), [PROMPT])
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
+        ({"strengths": [0.0, math.nan]}, r"rise, all finite, got \[0.0, nan\]"),
+        ({"strengths": [0.0, 1.0, math.inf]}, "rise, all finite"),
+        ({"strengths": [math.nan, 1.0]}, "strengths begin at 0"),
+        ({"text": [OTHER, " a"]}, "another text needs two tokens at least, .* got ' a': give a longer one"),
         ({"target": " riverboats and"}, r"a target is one token, ' riverboats and' is \d+"),
         ({"strengths": [1.0, 2.0]}, r"strengths begin at 0.*got \[1.0, 2.0\]"),
         ({"strengths": [0.0, 2.0, 1.0]}, "strengths begin at 0"),

@@ -19,6 +19,7 @@ import torch
 
 import sae_lab as sl
 from sae_lab import harvesting
+from sae_lab.harvesting import _Harvest
 from sae_lab.store import ReadAhead, Rows, Store, permute
 from sae_lab.types import Batch, Site, TokenMask
 
@@ -745,3 +746,32 @@ def test_what_goes_wrong_in_the_other_thread_is_raised():
     with pytest.raises(ValueError, match="no more"):
         next(several)
     assert list(harvesting.ahead(range(4))) == [0, 1, 2, 3] and list(harvesting.ahead([])) == []
+
+
+def test_a_text_of_which_no_token_counts(make_tiny, tmp_path):
+    """Words that stand alone, each at position 0: the store says so, today and when it is opened again."""
+    lm = make_tiny("llama", prefix=None)
+    words = r"no token is left in the store .*: its mask leaves out every one of \d+ \(.*position 0.*\): harvest longer"
+    for _ in range(2):
+        with pytest.raises(ValueError, match=words):
+            sl.harvest(lm, "resid_post-0", ["a"] * 40, tokens=50, path=tmp_path / "alone", context=16)
+    with pytest.raises(ValueError, match=words):
+        sl.Store(tmp_path / "alone")
+    # By another mask they count.
+    store = sl.harvest(
+        lm, "resid_post-0", ["a"] * 40, tokens=40, path=tmp_path / "all", context=16, mask=TokenMask((), False)
+    )
+    assert len(store) >= 36  # of a list, one in ten is held out
+
+
+def test_a_first_shard_of_which_no_token_counts(make_tiny, tmp_path):
+    """The norm limit is then that of all its tokens, not a number of its own, by which later ones would be left out."""
+    lm, site = make_tiny("llama"), Site("resid_post", 0)
+    x = lm.read("The ship went down the river", site)[site][0]
+    some = _Harvest(lm, [site], sl.load_text(["a"]), tmp_path, {}, TokenMask((), True, {}))
+    for mask in (None, some.mask):
+        some.mask, some.manifest = mask, {"mask": None, "scales": {}}
+        found = some._fix_mask({site: x}, torch.full((len(x),), 500), torch.zeros(len(x), dtype=torch.long))
+        limits = {} if mask else {site.key: pytest.approx(4 * float(x.norm(dim=-1).median()))}
+        usual = float(x.norm(dim=-1).median()) / 48**0.5
+        assert found.max_norm == limits and 0.5 < usual / some.manifest["scales"][site.key] < 2

@@ -16,7 +16,7 @@ from sae_lab.explain import explainers
 from sae_lab.explain.asking import Asker, name_of
 from sae_lab.explain.contexts import Corpus
 from sae_lab.explain.explainers import RuleExplainer, explainer_prompt, read_explanation
-from sae_lab.explain.scoring import MEASURES, Explanation, Score, score
+from sae_lab.explain.scoring import MEASURES, Explanation, Score, check_negatives, score
 from sae_lab.feature_index import FeatureIndex
 from sae_lab.feature_index.notes import Said
 from sae_lab.types import check_feature
@@ -143,6 +143,7 @@ def explain(
     deadline: float = 60.0,
     retries: int = 2,
     resume: bool = True,
+    negatives: str = "firing",
 ) -> ExplainedFeatures:
     """Explain features and score the explanations on documents the explainer never saw (arXiv:2410.13928).
 
@@ -158,6 +159,8 @@ def explain(
             more, counted, and the run goes on. The rule explainer is not timed.
         resume: go on where an earlier call stopped, of the same explainer and judge (told apart by their ``name`` or
             that of the function) and seed; what failed is tried again. False: begin anew.
+        negatives: in which passages fuzzing marks wrong tokens: "firing", or "silent", the default of EleutherAI's
+            delphi (see ``sl.explain.score``).
 
     Raises ValueError for features that the coder does not have, free text without a judge, a store of one document.
     """
@@ -171,7 +174,8 @@ def explain(
         raise ValueError(f"measures are {', '.join(MEASURES)}, got {unknown[0]!r}")
     if not measures:
         raise ValueError(f"no measure given: name at least one of {', '.join(MEASURES)}")
-    run = _Run(index, explainer, judge, tuple(measures), seed, deadline, retries, resume)
+    check_negatives(negatives)
+    run = _Run(index, explainer, judge, tuple(measures), seed, deadline, retries, resume, negatives)
     return run(_chosen(index, features, seed))
 
 
@@ -194,9 +198,9 @@ class _Run:
 
     def __init__(
         self, index: FeatureIndex, explainer: Any, judge: Any, measures: tuple[str, ...], seed: int, deadline: float,
-        retries: int, resume: bool,
+        retries: int, resume: bool, negatives: str,
     ):  # fmt: skip
-        self.index, self.seed, self.measures = index, seed, measures
+        self.index, self.seed, self.measures, self.negatives = index, seed, measures, negatives
         self.corpus = Corpus(index, seed)
         rules = isinstance(explainer, RuleExplainer)
         self.rules: RuleExplainer | None = explainer if rules else None
@@ -205,7 +209,8 @@ class _Run:
         self.explained_by = name_of(explainer)
         self.judged_by = "its own rule" if judge is None else name_of(judge)
         settings = repr(self.rules) if self.rules else self.explained_by
-        identity = json.dumps([VERSION, settings, self.judged_by, measures, seed, explainers.SHOWN, JUDGED])
+        how = [] if negatives == "firing" else [negatives]
+        identity = json.dumps([VERSION, settings, self.judged_by, measures, seed, explainers.SHOWN, JUDGED, *how])
         self.file = index.path / f"explain-{hashlib.sha256(identity.encode()).hexdigest()[:12]}.jsonl"
         if not resume:
             self.file.unlink(missing_ok=True)
@@ -286,7 +291,7 @@ class _Run:
         return row
 
     def _judged(self, text: str, passages: Any) -> Score:
-        return score(Explanation(text), passages, self.judge, self.measures, self.seed)
+        return score(Explanation(text), passages, self.judge, self.measures, self.seed, self.negatives)
 
     def _append(self, record: Mapping[str, Any]) -> None:
         with open(self.file, "a", encoding="utf-8") as file:

@@ -17,6 +17,7 @@ from sae_lab.explain.contexts import Passage, Passages
 from sae_lab.explain.explainers import Rule, marked
 
 MEASURES = ("detection", "fuzzing", "simulation")
+NEGATIVES = ("firing", "silent")  # the passages in which fuzzing marks wrong tokens
 AT_ONCE = {"detection": 10, "fuzzing": 10, "simulation": 5}  # passages in a question
 SCALE = 10  # a judge's strongest activation
 
@@ -62,18 +63,29 @@ def score(
     judge: Asker | None = None,
     measures: Sequence[str] = MEASURES,
     seed: int = 0,
+    negatives: str = "firing",
 ) -> Score:
     """Score an explanation on passages that its explainer did not see; judge None: by the explanation's own rule.
 
     Detection: is the feature active anywhere in this passage? Balanced accuracy = (share of firing passages called
-    firing + share of silent passages called silent) / 2. Fuzzing: of firing passages half are marked at the tokens on
-    which the feature fires, half at as many silent ones; is the mark right? Balanced accuracy. Simulation: Pearson
-    correlation of predicted and true activations over all tokens of all passages; 0 for a constant prediction.
+    firing + share of silent passages called silent) / 2. Fuzzing: some tokens of each passage are marked; are they those
+    on which the feature fires? Balanced accuracy. Simulation: Pearson correlation of predicted and true activations
+    over all tokens of all passages; 0 for a constant prediction.
 
-    ValueError for free text without a judge, and for an unknown measure.
+    Args:
+        negatives: what fuzzing marks wrongly. "firing": half of the firing passages are marked at the tokens on which
+            the feature fires, half at as many silent ones, so that only the mark can tell them apart. This is not the
+            default of EleutherAI's delphi (it is close to its ``fuzz_type="active"``). "silent" is that default: all
+            firing passages are marked where the feature fires, and silent passages at random tokens, as many as fire
+            in a firing one on average, rounded up. A judge may then go by the passage and never look at the mark, as
+            in detection. (delphi marks as right only tokens of .3 of an example's largest activation or more, and among
+            the wrong ones always the place at which its passages fire; here it is all that fire, and any place.)
+
+    ValueError for free text without a judge, and for an unknown measure or kind of negatives.
     """
     if unknown := [m for m in measures if m not in MEASURES]:
         raise ValueError(f"measures are {', '.join(MEASURES)}, got {unknown[0]!r}")
+    check_negatives(negatives)
     if judge is None:
         _rule(explanation)
     random = np.random.default_rng([seed, *(p.document for p in passages.firing)])  # whatever its number
@@ -81,10 +93,15 @@ def score(
     if "detection" in measures:
         found = _plus(found, detection(explanation, passages, judge, random))
     if "fuzzing" in measures:
-        found = _plus(found, fuzzing(explanation, passages, judge, random))
+        found = _plus(found, fuzzing(explanation, passages, judge, random, negatives))
     if "simulation" in measures:
         found = _plus(found, simulation(explanation, passages, judge, random))
     return found
+
+
+def check_negatives(negatives: str) -> None:
+    if negatives not in NEGATIVES:
+        raise ValueError(f"negatives are {' or '.join(map(repr, NEGATIVES))} passages, got {negatives!r}")
 
 
 def _plus(a: Score, b: Score) -> Score:
@@ -140,9 +157,21 @@ def detection(explanation: Explanation, passages: Passages, judge: Asker | None,
     return Score(detection=balanced(truth[known], yes[known]), by_kind=by_kind, unanswered=int((~known).sum()))
 
 
-def fuzzing(explanation: Explanation, passages: Passages, judge: Asker | None, random: np.random.Generator) -> Score:
-    shown = [_marks(p, number % 2 == 0, random) for number, p in enumerate(passages.firing)]
-    usable = [(p, at, number % 2 == 0) for number, (p, at) in enumerate(shown) if len(at)]
+def fuzzing(
+    explanation: Explanation, passages: Passages, judge: Asker | None, random: np.random.Generator,
+    negatives: str = "firing",
+) -> Score:  # fmt: skip
+    fires = [np.flatnonzero(p.fires) for p in passages.firing]
+    if negatives == "silent":
+        usual = math.ceil(np.mean([len(at) for at in fires])) if fires else 0
+        shown = [(p, at, True) for p, at in zip(passages.firing, fires, strict=True)]
+        shown += [(p, _silent_tokens(p, min(usual, int(p.known.sum())), random), False) for p in passages.silent]
+    else:
+        shown = [
+            (p, at if number % 2 == 0 else _silent_tokens(p, len(at), random), number % 2 == 0)
+            for number, (p, at) in enumerate(zip(passages.firing, fires, strict=True))
+        ]
+    usable = [one for one in shown if len(one[1])]
     usable = [usable[i] for i in random.permutation(len(usable))]
     truth = np.array([right for _, _, right in usable], bool)
     if judge is None:
@@ -155,15 +184,10 @@ def fuzzing(explanation: Explanation, passages: Passages, judge: Asker | None, r
     return Score(fuzzing=balanced(truth[known], yes[known]), unanswered=int((~known).sum()))
 
 
-def _marks(passage: Passage, right: bool, random: np.random.Generator) -> tuple[Passage, np.ndarray]:
-    """The tokens to mark: those that fire, or as many silent ones (none where there are too few)."""
-    fires = np.flatnonzero(passage.fires)
-    if right:
-        return passage, fires
+def _silent_tokens(passage: Passage, n: int, random: np.random.Generator) -> np.ndarray:
+    """So many tokens on which the feature is silent, none where there are too few."""
     silent = np.flatnonzero(passage.known & ~passage.fires)
-    return passage, np.sort(random.choice(silent, len(fires), replace=False)) if len(silent) >= len(fires) else fires[
-        :0
-    ]
+    return np.sort(random.choice(silent, n, replace=False)) if len(silent) >= n else silent[:0]
 
 
 def simulation(explanation: Explanation, passages: Passages, judge: Asker | None, random: np.random.Generator) -> Score:

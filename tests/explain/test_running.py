@@ -190,6 +190,8 @@ def test_what_is_refused(token_index):
         explain(token_index, 13)
     with pytest.raises(ValueError, match="no feature to explain"):
         explain(token_index, [])
+    with pytest.raises(ValueError, match="negatives are 'firing' or 'silent' passages, got 'random'"):
+        explain(token_index, [9], negatives="random")
     with pytest.raises(ValueError, match="measures are detection, fuzzing, simulation, got 'x'"):
         explain(token_index, [0], measures=["x"])
     explain(token_index, [0])

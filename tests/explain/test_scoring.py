@@ -10,7 +10,7 @@ import pytest
 from sae_lab.explain.asking import Asker
 from sae_lab.explain.contexts import Corpus, Passage, Passages
 from sae_lab.explain.explainers import Condition, Rule
-from sae_lab.explain.scoring import Explanation, balanced, pearson, read_activations, read_flags, score
+from sae_lab.explain.scoring import NEGATIVES, Explanation, balanced, pearson, read_activations, read_flags, score
 
 
 def passage(tokens, values, kind):
@@ -107,6 +107,46 @@ def test_a_judge_that_always_says_yes_scores_chance(passages):
 
     found = score(Explanation("anything"), passages, Asker(yes), ["detection", "fuzzing"])
     assert (found.detection, found.fuzzing) == (0.5, 0.5) and math.isnan(found.simulation)
+
+
+def test_fuzzing_with_silent_passages_as_delphi_does():
+    """Firing passages are all marked where they fire, on 1 and on 2 tokens, so that 1.5, rounded up, are marked in each
+    silent one: both of the first, and the one that is known of the second."""
+    firing = [passage([" a", " b", " c"], [2, 0, 0], "fires"), passage([" c", " d", " b"], [1, 1, 0], "fires")]
+    silent = [passage([" x", " y"], [0, 0], "random"), passage([" x", " y"], [math.nan, 0], "random")]
+    shown = {}
+
+    def judge(prompt):
+        listed = prompt.split("FEATURE")[1].split("\n\n")[1].splitlines()
+        shown.update({line.split(". ", 1)[1]: line for line in listed})
+        return str([int("y" not in line) for line in listed])
+
+    def asked(negatives):
+        shown.clear()
+        passages = Passages(0, firing, silent, 2.0)
+        return score(Explanation("a"), passages, Asker(judge), ["fuzzing"], negatives=negatives).fuzzing
+
+    assert asked("silent") == 1
+    assert set(shown) == {"<< a>> b c", "<< c>><< d>> b", "<< x>><< y>>", " x<< y>>"}
+    # The control: the second firing passage has one silent token, fewer than fire, and is left out.
+    assert math.isnan(asked("firing")) and set(shown) == {"<< a>> b c"}
+
+
+def test_silent_passages_do_not_ask_for_the_mark(passages):
+    """A judge that never looks at the mark, only whether the word is there: right on silent passages, chance on firing
+    ones."""
+
+    def blind(prompt):
+        listed = re.findall(r"^\d+\. (.*?)$", prompt, re.M)
+        return str([int("ship" in text) for text in listed])
+
+    found = {n: score(Explanation("ships"), passages, Asker(blind), ["fuzzing"], negatives=n) for n in NEGATIVES}
+    assert found["silent"].fuzzing == 1 and found["firing"].fuzzing == 0.5
+    judge = scripted(" ship")
+    looks = {n: score(Explanation("s"), passages, Asker(judge), ["fuzzing"], negatives=n) for n in NEGATIVES}
+    assert looks["silent"].fuzzing == looks["firing"].fuzzing == 1
+    with pytest.raises(ValueError, match="negatives are 'firing' or 'silent' passages, got 'hard'"):
+        score(Explanation("ships"), passages, Asker(blind), ["fuzzing"], negatives="hard")
 
 
 def test_what_is_not_answered_does_not_count(passages):
