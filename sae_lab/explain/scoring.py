@@ -68,9 +68,9 @@ def score(
     """Score an explanation on passages that its explainer did not see; judge None: by the explanation's own rule.
 
     Detection: is the feature active anywhere in this passage? Balanced accuracy = (share of firing passages called
-    firing + share of silent passages called silent) / 2. Fuzzing: some tokens of each passage are marked; are they those
-    on which the feature fires? Balanced accuracy. Simulation: Pearson correlation of predicted and true activations
-    over all tokens of all passages; 0 for a constant prediction.
+    firing + share of silent passages called silent) / 2. Fuzzing: some tokens of each passage are marked; are those the
+    ones on which the feature fires? Balanced accuracy. Simulation: Pearson correlation of predicted and true
+    activations over all tokens of all passages; 0 for a constant prediction.
 
     Args:
         negatives: what fuzzing marks wrongly. "firing": half of the firing passages are marked at the tokens on which
