@@ -91,6 +91,7 @@ def test_pooling_by_hand():
     coder = sl.L1(2, 3).eval()
     with torch.no_grad():
         coder.W_enc.copy_(torch.tensor([[1.0, 0, 0], [0, 1, 0]]))
+        coder.W_dec.copy_(torch.tensor([[1.0, 0], [0, 1], [0, 1]]))  # of norm 1, so that strengths are codes
     mask = TokenMask(special_ids=(5,))
     means, codes, labels, keep = pooled(coder, one, SITE, mask, "mean")
     assert means.tolist() == [[2, 0], [pytest.approx(4 / 3), pytest.approx(2 / 3)]]

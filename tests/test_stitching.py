@@ -115,7 +115,7 @@ def test_the_table(two_sizes):
         ({"threshold": 2.0}, "threshold is a cosine from -1 to 1, got 2.0"),
         ({"small": sl.TopK(6, 8, k=2)}, "eval mode, got TopK.* in training"),
         ({"large": sl.TopK(6, 8, k=2)}, "eval mode, got TopK.* in training"),
-        ({"large": sl.TopK(6, 8, k=2, d_out=6).eval()}, "it transcodes"),
+        ({"large": sl.TopK(6, 8, k=2, d_out=6).eval()}, "reconstruct what they read, TopK.* does not"),
         ({"large": sl.TopK(7, 8, k=2).eval()}, "both coders must read the same activations, got widths"),
         ({"x": torch.ones(9, 5)}, "x's last axis must be d_in=6"),
         ({"tokens": 1}, "tokens must be an integer of at least 2"),

@@ -222,7 +222,8 @@ def _both_signs(x: Tensor) -> Codes:
 
 def _random_directions(x: Tensor, fired: Tensor, generator: torch.Generator) -> Codes:
     """Codes of random directions: each fires, with what it exceeds its threshold by, on as many rows as a feature."""
-    chosen = fired[torch.randperm(len(fired), generator=generator)[:RANDOM_FEATURES]]
+    drawn = torch.randperm(len(fired), generator=generator)[:RANDOM_FEATURES]
+    chosen = fired.sort().values[drawn]  # in whatever order features stand
     directions = normalize(torch.randn(x.shape[1], len(chosen), generator=generator), dim=0)
     rows, values, features = [], [], []
     centred = x - x.mean(0)

@@ -317,12 +317,13 @@ def association(
 ) -> Float[np.ndarray, "two features"]:
     """t of b and of c in f ~ b·uncertain + c·incorrect, all less their group's mean: each with the other held fixed."""
     x = np.stack([uncertain, incorrect], 1).astype(float)
+    rounding = 1e-12 * np.square(f, dtype=float).mean(0) + 1e-30  # the variance of one that does not vary
     x, f = x - _of_groups(x, group), f - _of_groups(f, group)
     inverse = np.linalg.pinv(x.T @ x)
     slopes = inverse @ x.T @ f
     freedom = len(f) - 2 - len(np.unique(group))
     variance = (f - x @ slopes).var(0) * len(f) / max(1, freedom)
-    return slopes / np.sqrt(np.maximum(np.diag(inverse)[:, None] * variance, 1e-30))
+    return slopes / np.sqrt(np.maximum(np.diag(inverse)[:, None] * variance, rounding))
 
 
 def _classes(t: np.ndarray, threshold: float) -> np.ndarray:
