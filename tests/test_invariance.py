@@ -262,7 +262,7 @@ _edited("Ablate")(
     lambda s, i, j: [
         sl.Ablate(s.coder, list(range(D_SAE))), sl.Ablate(s.coder, [i, j], to="mean", reference=TEXTS),
         sl.Ablate(s.coder, [i, j], to="resample", reference=TEXTS),
-    ]  # fmt: skip
+    ]
 )
 _edited("Patch")(
     lambda s, i, j: [sl.Patch(s.coder, SOURCES), sl.Patch(s.coder, SOURCES, feature=i, error="patch"),
@@ -845,7 +845,7 @@ def test_the_same_function_gives_the_same_figures(name, kind, lab, plain, tmp_pa
     if kind in LEFT_OUT[name] or is_the_same(spelled.coder, known):  # "half" stands for what was saved in float16
         return
     if kind in REFUSED[name]:
-        with pytest.raises(ValueError, match="input_norm|normalise"):
+        with pytest.raises(ValueError, match=r"input_norm|normalise"):
             CASES[name](spelled, lab)
         return
     found = differences(plain(name, coder), CASES[name](spelled, lab), ROUNDING.get(kind, 2e-4))
