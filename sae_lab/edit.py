@@ -4,8 +4,9 @@ An edit turns codes z into z' for some features. With ``error="keep"`` (SAELens:
 (z' - z) only, never two decodes, so that what the coder cannot explain stays, and an edit that changes no code leaves
 logits bit-equal. With ``error="drop"`` the activation becomes the reconstruction from z'.
 
-Classes here hold what the user asked for and check it. What the model then does are the functions of ``rules``, bound
-to a few tensors (``edit.writes``), so that an edit runs in any nnsight trace, also on a server without this library:
+Classes here hold what the user asked for and check it; ``grouping`` says what a list of them does together. What the
+model then does are the functions of ``rules``, bound to a few tensors (``edit.writes``), so that an edit runs in any
+nnsight trace, also on a server without this library:
 
     steer = sl.Steer(sae, 7).inside(lm, prompt)
     with model.trace(lm.tokenize(prompt).ids, remote=True):
@@ -35,22 +36,41 @@ if TYPE_CHECKING:
 Positions = int | slice | Sequence[int] | str | Callable[[str], bool] | None
 Numbers = int | slice | Sequence[int] | None
 Prompts = str | Sequence[str]
+SHOWN = 60  # tokens in an error
 DRAWS = 1 << 14  # of resampled codes; tokens take them by row and position, so that a token's draw is its own
 
 
 Rule = Callable[..., Tensor]  # (z "tokens features", rows, positions) -> z', see ``rules``
-Change = Callable[..., Tensor]  # (x "tokens d_out", read "tokens d_in", ids, rows, positions) -> x'
+Change = Callable[..., Tensor]  # (x "tokens d_out", read "tokens d_in", ids, rows, positions, at) -> x'
 
 
 @dataclass(frozen=True, repr=False)
 class Edit:
-    """Base of all edits.
+    """Base of all edits: ``lm.generate(prompt, edits=[sl.Steer(sae, 7), sl.Ablate(sae, 9)])``, and so in ``lm.logits``,
+    ``lm.loss``, ``lm.read``, ``lm.stream`` and ``lm.compare``.
+
+    What a list means:
+
+    - Edits of one coder at one site are a group. They act on the codes of the activation that reaches the site, one
+      after the other in the order of the list, and what has become of the codes is written once. So ``[Clamp(a),
+      Clamp(b)]`` is ``Clamp([a, b])``, in either order, and the second edit of a feature starts from what the first has
+      made of it. All of a group keep what the coder does not reconstruct, or all drop it.
+    - An edit of another coder at that site ends the group, and so does one of the activation itself (``Project``):
+      edits behind it are a new group, which encodes what then stands there. (A transcoder reads elsewhere, so its codes
+      go on from where its edits before have left them.)
+    - Each acts at its own site. Edits at other sites stand anywhere in the list: what an earlier site makes, a later
+      one reads.
+    - No edit decides which tokens count for another. Special ids and positions count alike always; where the coder's
+      mask has a largest norm, it is held against the activation before the first edit at the site. Where an edit at an
+      earlier site has changed that too, against that of one pass over the prompts without edits; a new token then
+      counts unless it is special.
 
     Args:
         coder: knows its sites and token mask. A transcoder's edit reads where it reads and acts where it writes.
         positions: where it acts: None, everywhere; an int, a slice or a list of absolute positions (0 is the prefix
-            token; stable under padding and generation); a str, the tokens that read so; or a function of a token's
-            text that says which. Padding and the tokens that the coder's mask leaves out are never edited.
+            token; stable under padding and generation); a str, the tokens that read so (" fox": ``lm.vocabulary`` has
+            the texts); or a function of a token's text that says which. Padding and the tokens that the coder's mask
+            leaves out are never edited.
         rows: prompts of the batch; None, all.
         steps: of generation: 0 is the pass over the prompt, n the pass over the n-th new token; None, all.
         error: "keep" or "drop" what the coder does not reconstruct.
@@ -63,6 +83,7 @@ class Edit:
     error: str = field(default="keep", kw_only=True)
 
     ERRORS = ("keep", "drop")
+    ON_CODES = True  # whether it changes codes (``rule``), or the activation itself (``change``)
     IN_F_SCALE = False  # whether its setting is measured in f_scale, which the features must then have
 
     def __post_init__(self):
@@ -103,32 +124,54 @@ class Edit:
         return self.coder.writes[0] if self.coder.writes else self.read_site
 
     def writes(self, lm: "LM", batch: TokenBatch, new: int = 0) -> list[Write]:
-        """What the model must do to these prompts, and to at most so many new tokens.
+        """What the model must do to these prompts, and to at most so many new tokens, where this is the only edit.
 
         ValueError when a site has another width, a feature has no scale, or the edit names a place that is not there.
         """
-        reads, writes = self.read_site, self.write_site
-        self._check_coder(lm, reads, writes)
-        self._check_places(batch, new)
-        fn = partial(rules.edited, place=self._place(lm), change=self.change(lm, batch))
-        return [Write(writes, fn, () if reads == writes else (reads,))]
+        return self.together([self], lm, batch, new)
 
-    def inside(self, lm: "LM", prompts: Prompts) -> Callable[..., Tensor]:
+    @staticmethod
+    def together(edits: Sequence[Any], lm: "LM", batch: TokenBatch, new: int = 0) -> list[Write]:
+        """What the model must do for a list of edits. ValueError for what one of them refuses, and for edits that
+        exclude each other."""
+        from sae_lab import grouping
+
+        return grouping.together(edits, lm, batch, new)
+
+    def inside(self, lm: "LM", prompts: Prompts, *more: "Edit") -> Callable[..., Tensor]:
         """The edit as a function, for a raw nnsight trace of these prompts' token ids (``lm.tokenize(prompts).ids``),
-        here or on a server: (x "batch pos d" where it writes; for a transcoder also x where it reads) -> x'."""
+        here or on a server: (x "batch pos d" where it writes; for a transcoder also x where it reads) -> x'.
+
+        more: edits of the same coder, which then are one group with this one; functions made one by one encode one
+        after the other. Where the coder's mask has a largest norm, one pass over the prompts finds which tokens count.
+        """
+        from sae_lab import grouping
         from sae_lab.lm import remote
 
-        [write] = self.writes(lm, batch := lm.tokenize(prompts))
+        batch = lm.tokenize(prompts)
+        writes = grouping.together([self, *more], lm, batch, alone=False)
+        if len(writes) > 1:
+            raise ValueError(
+                "inside makes one function, of edits of one coder at one site; these are several groups: call it for "
+                "each, and call the functions in that order"
+            )
         remote.register_travelling()
-        return partial(rules.inside, tokens=batch.plain(), **write.fn.keywords)  # type: ignore[attr-defined]
+        return partial(rules.inside, tokens=batch.plain(), edit=writes[0].fn)
 
-    def change(self, lm: "LM", batch: TokenBatch) -> Change:
-        """What becomes of the tokens it touches: their codes by ``rule``."""
+    def check(self, lm: "LM", batch: TokenBatch, new: int = 0) -> None:
+        """ValueError where it cannot act on these prompts and so many new tokens."""
+        self._check_coder(lm, self.read_site, self.write_site)
+        self._check_places(lm, batch, new)
         if self.IN_F_SCALE:
             _require_scale(self, self._scale)
-        drop = self.error == "drop"
-        plan = self.coder.portable(self.features, whole=drop)
-        return partial(rules.coded, plan=plan, drop=drop, rule=self.rule(lm, batch))
+
+    def error_of_another_run(self, lm: "LM") -> dict[str, Tensor] | None:
+        """The error that it puts in the coder's place, see ``rules.coded``; None: it puts none."""
+        return None
+
+    def change(self) -> Change:
+        """x' from x, of an edit that makes no codes: a function of ``rules`` with its settings bound."""
+        raise NotImplementedError
 
     @property
     def _scale(self) -> Float[Tensor, " features"]:
@@ -145,8 +188,8 @@ class Edit:
         if coder.training:
             raise ValueError("an edit needs the coder in eval mode, where a token's codes are its own: call sae.eval()")
 
-    def _check_places(self, batch: TokenBatch, new: int) -> None:
-        """Rows and positions that are named one by one must be there."""
+    def _check_places(self, lm: "LM", batch: TokenBatch, new: int) -> None:
+        """Rows and positions that are named, one by one or by their text, must be there."""
         rows = batch.row_numbers.tolist()
         if missing := [r for r in _listed(self.rows) if r not in rows]:
             raise ValueError(f"rows={self.rows} names prompt {missing[0]}, and there are {len(rows)}, from 0 on")
@@ -158,17 +201,35 @@ class Edit:
                     + (f" ({new} new tokens counted)" if new else "")
                     + ": count from the prefix token (0), or name the prompts that are long enough with rows="
                 )
+        if (wanted := self._wanted(lm)) is not None:
+            self._check_text(lm, batch, wanted, new)
 
-    def _place(self, lm: "LM") -> dict[str, Any]:
-        """What says which tokens it touches, see ``rules.touched``."""
-        mask = self.coder.mask or lm.mask()
-        by_text = isinstance(self.positions, str) or callable(self.positions)
-        return {
-            "special": list(mask.special_ids), "skip_first": mask.skip_first,
-            "limit": mask.max_norm.get(self.read_site.key), "rows": self.rows, "steps": self.steps,
-            "positions": None if by_text else self.positions,
-            "wanted": _wanted(lm, self.positions) if by_text else None,
-        }  # fmt: skip
+    def _check_text(self, lm: "LM", batch: TokenBatch, wanted: Tensor, new: int) -> None:
+        """Some token must read as ``positions`` says: of these prompts, or one of all tokens that may come."""
+        ours = rules.among(batch.row_numbers, self.rows)
+        ids = batch.ids[ours][batch.mask[ours]]
+        if not len(ids) or bool(wanted[ids].any()) or (new and bool(wanted.any())):
+            return
+        shown = [lm.vocabulary[i] for i in ids.tolist()]
+        listing = ", ".join(map(repr, shown[:SHOWN])) + (f" and {len(shown) - SHOWN} more" if shown[SHOWN:] else "")
+        raise ValueError(
+            f"no token of {'this model' if new else 'these prompts'} reads as positions={self.positions!r} says; those "
+            f"of the prompts read {listing}: give such a text, space and all, or positions by number"
+        )
+
+    def place(self, lm: "LM") -> dict[str, Any]:
+        """The tokens that it names, see ``rules.named``."""
+        wanted = self._wanted(lm)
+        positions = self.positions if wanted is None else None
+        return {"rows": self.rows, "steps": self.steps, "positions": positions, "wanted": wanted}
+
+    def _wanted(self, lm: "LM") -> Tensor | None:
+        """For each token id, whether it is meant, where positions are named by what stands there."""
+        where = self.positions
+        if not isinstance(where, str) and not callable(where):
+            return None
+        wanted = where if callable(where) else where.__eq__
+        return torch.tensor([bool(wanted(text)) for text in lm.vocabulary])
 
     def measured(self, x: Float[Tensor, "batch pos d_in"]) -> dict[str, Float[Tensor, "batch pos"]]:
         """The codes of its features, by name, in activations at the site it reads; of Splice and Project, none."""
@@ -351,6 +412,15 @@ class Patch(Edit):
         codes, keep = self._source(lm, batch)
         return partial(rules.of_another_run, codes=codes, keep=keep)
 
+    def error_of_another_run(self, lm: "LM") -> dict[str, Tensor] | None:
+        if self.error != "patch":
+            return None
+        reading = lm.read(self.source, list(dict.fromkeys([self.read_site, self.write_site])))
+        read, target = reading[self.read_site], reading[self.write_site]
+        with torch.no_grad():
+            wrong = target - self.coder(read, reading.ids).x_hat
+        return {"wrong": wrong.cpu(), "there": _codes_of(self, lm, self.source)[1]}
+
     def _source(self, lm: "LM", batch: TokenBatch) -> tuple[Tensor, Tensor]:
         """(codes "rows pos features", which of its tokens count) of the other run."""
         codes, keep, other = _codes_of(self, lm, self.source)
@@ -375,20 +445,6 @@ class Patch(Edit):
                 )
         return codes, keep
 
-    def change(self, lm: "LM", batch: TokenBatch) -> Change:
-        codes_only = super().change(lm, batch)
-        if self.error != "patch":
-            return codes_only
-        coder = self.coder
-        reading = lm.read(self.source, list(dict.fromkeys([self.read_site, self.write_site])))
-        read, target = reading[self.read_site], reading[self.write_site]
-        with torch.no_grad():
-            wrong = target - coder(read, reading.ids).x_hat
-        keep = _codes_of(self, lm, self.source)[1]
-        return partial(
-            rules.with_their_error, plan=coder.portable(), wrong=wrong.cpu(), keep=keep, codes_only=codes_only
-        )
-
 
 @dataclass(frozen=True, repr=False)
 class Splice(Edit):
@@ -411,12 +467,13 @@ class Project(Edit):
     feature: int | Sequence[int]
 
     ERRORS = ("keep",)  # no codes are made, so no error is
+    ON_CODES = False
 
     @property
     def features(self) -> list[int]:
         return _features(self.coder, self.feature)
 
-    def change(self, lm: "LM", batch: TokenBatch) -> Change:
+    def change(self) -> Change:
         basis = torch.linalg.qr(self.coder.W_dec[self.features].detach().T.double())[0].float()  # d_out x directions
         return partial(rules.projected, basis=basis)
 
@@ -426,8 +483,9 @@ class Push(Edit):
     """x' = x + vector, where the coder writes: what steering is measured against."""
 
     vector: Float[Tensor, " d_out"]
+    ON_CODES = False
 
-    def change(self, lm: "LM", batch: TokenBatch) -> Change:
+    def change(self) -> Change:
         return partial(rules.pushed, vector=self.vector)
 
     def measured(self, x: Tensor) -> dict[str, Tensor]:
@@ -470,12 +528,6 @@ def _require_scale(edit: Edit, scale: Tensor) -> None:
             f"feature {silent[0]} never fired on training text, so it has no scale to measure strength in: choose a "
             f"live feature, or set sae.f_scale[{silent[0]}] yourself"
         )
-
-
-def _wanted(lm: "LM", positions: Any) -> Tensor:
-    """For each token id, whether it is meant where positions are named by what stands there."""
-    wanted = (lambda text: text == positions) if isinstance(positions, str) else positions
-    return torch.tensor([bool(wanted(text)) for text in lm.vocabulary])
 
 
 def _listed(chosen: Any) -> list[int]:

@@ -1,9 +1,9 @@
 """What edits do, as functions of torch alone, so that they run in any trace: here, or on a server without this library.
 
-``edited`` is what a ``Write`` calls. It finds the tokens an edit touches (``place``), and gives their activations to a
-*change*; the change of most edits is ``coded``, which gives their codes to a *rule*. Changes and rules are told each
-token's row among the user's prompts and its absolute position. All settings are keywords, bound with functools.partial.
-See ``saes.portable`` on ``no_type_check``.
+``edited`` is what a ``Write`` calls, for one edit or for several that act together (``grouping``). It finds the tokens
+they touch, and gives their activations to a *change*; the change of most edits is ``coded``, which gives their codes to
+each edit's *rule*. Changes and rules are told each token's row among the user's prompts and its absolute position. All
+settings are keywords, bound with functools.partial. See ``saes.portable`` on ``no_type_check``.
 """
 
 from typing import no_type_check
@@ -30,76 +30,126 @@ def among(numbers, chosen):
 
 
 @no_type_check
-def touched(x, tokens, place):
-    """The tokens an edit acts on, "batch pos". place: the coder's token mask ("special", "skip_first", "limit"), the
-    user's "rows", "positions", "steps", and "wanted", a bool for each token id, or None."""
-    keep = tokens.mask & among(tokens.row_numbers, place["rows"])[:, None]
-    if not bool(among(torch.tensor(tokens.step), place["steps"])):
-        return torch.zeros_like(keep)
-    keep = keep & counting_tokens(tokens.ids, tokens.positions, place["special"], place["skip_first"])
-    if place["limit"] is not None:
-        keep = keep & (x.float().norm(dim=-1) <= place["limit"]).to(keep.device)
+def named(tokens, place):
+    """The tokens that an edit names, "batch pos". place: the user's "rows", "positions", "steps", and "wanted", a bool
+    for each token id, or None."""
+    rows = among(tokens.row_numbers, place["rows"])[:, None] & among(torch.tensor(tokens.step), place["steps"])
     if place["wanted"] is None:
-        return keep & among(tokens.positions, place["positions"])
-    return keep & place["wanted"][tokens.ids]
+        return rows & among(tokens.positions, place["positions"])
+    return rows & place["wanted"][tokens.ids]
 
 
 @no_type_check
-def edited(x, tokens, *read, place, change):
-    """x with the touched tokens changed. read: the activations at the site that codes are of, where it is another."""
-    source = read[0] if read else x
-    keep = touched(source, tokens, place)
+def counting(x, tokens, mask):
+    """The tokens that count, "batch pos". mask: the coder's "special", "skip_first" and "limit"; "loud": which tokens
+    of the prompts have a larger norm without edits, "prompts pos" (new tokens have none), or None: x tells."""
+    keep = tokens.mask & counting_tokens(tokens.ids, tokens.positions, mask["special"], mask["skip_first"])
+    if mask["limit"] is None:
+        return keep
+    if mask["loud"] is None:
+        return keep & (x.float().norm(dim=-1) <= mask["limit"]).to(keep.device)
+    row, position, known = in_source(mask["loud"], tokens.row_numbers[:, None], tokens.positions)
+    return keep & ~(known & mask["loud"][row, position])
+
+
+@no_type_check
+def norms(x, tokens):
+    """The norm of each token, "batch pos"."""
+    return x.float().norm(dim=-1).cpu()
+
+
+@no_type_check
+def edited(x, tokens, *read, mask, places, done, elsewhere, change):
+    """x with the tokens changed that a group of edits touches.
+
+    read: with ``elsewhere`` the activations that codes are of, at another site; then with mask["before"] those that say
+    which tokens count. places: of each edit; the first ``done`` of them have been written.
+    """
+    at = [named(tokens, place) for place in places]
+    if not any(bool(here.any()) for here in at[done:]):
+        return x
+    source = read[0] if elsewhere else x
+    counts = counting(read[-1] if mask["before"] else source, tokens, mask)
+    at = [here & counts for here in at]
+    keep = torch.stack(at[done:]).any(0)
     if not bool(keep.any()):
         return x
     rows = tokens.row_numbers[keep.nonzero()[:, 0]]
     ids, positions = tokens.ids[keep], tokens.positions[keep]
     there = keep.to(x.device)
     out = x.clone()
-    out[there] = change(x[there], source[there], ids, rows, positions).to(x)
+    out[there] = change(x[there], source[there], ids, rows, positions, [here[keep] for here in at]).to(x)
     return out
 
 
 @no_type_check
-def inside(x, *read, tokens, place, change):
+def inside(x, *read, tokens, edit):
     """``edited`` for a trace of one's own: the tokens are bound, activations come as they stand there."""
-    return edited(x, tokens, *read, place=place, change=change)
+    return edit(x, tokens, *read)
 
 
-# ---- changes: (x "tokens d_out", read "tokens d_in", ids, rows, positions) -> x'
+# ---- changes: (x "tokens d_out", read "tokens d_in", ids, rows, positions, which tokens each edit touches) -> x'
 
 
 @no_type_check
-def coded(x, read, ids, rows, positions, *, plan, drop, rule):
-    """x + W_dec·(z' - z), or with ``drop`` the reconstruction from z'; z' of the plan's features by the rule."""
+def coded(x, read, ids, rows, positions, at, *, plan, drop, done, parts):
+    """x + W_dec·(z' - z), or with ``drop`` the reconstruction from z'.
+
+    parts: of each edit its "columns" of z, its "rule", and its "error": None, or {"wrong", "there"}: the error of
+    another run, "rows pos d_out", and which tokens have one. Of a coder that reads elsewhere, whose codes do not show
+    what has been written, the first ``done`` parts are what earlier groups have made of them.
+    """
     with torch.no_grad():
         at_home(plan, x.device)
         read = read.float()
         codes = encode(plan, read)
-        base, z = decode(plan, codes, read, ids) if drop else x.float(), some(plan, codes)
-        return base + write_of(plan, rule(z, rows, positions) - z, read)
+        z = some(plan, codes)
+        was = ruled(z, at[:done], rows, positions, parts[:done])
+        new = ruled(was, at[done:], rows, positions, parts[done:])
+        if drop:
+            return decode(plan, codes, read, ids) + write_of(plan, new - z, read)
+        out = x.float() + write_of(plan, new - was, read)
+        if all(part["error"] is None for part in parts[done:]):
+            return out
+        ours = x.float() - decode(plan, codes, read, ids) - write_of(plan, was - z, read)
+        return out + errors(ours, at[done:], rows, positions, parts[done:]) - ours
 
 
 @no_type_check
-def with_their_error(x, read, ids, rows, positions, *, plan, wrong, keep, codes_only):
-    """What ``codes_only`` makes, and the error of the source's run in the place of x's."""
-    with torch.no_grad():
-        at_home(plan, x.device)
-        row, position, there = in_source(keep, rows, positions)
-        read = read.float()
-        ours = x - decode(plan, encode(plan, read), read, ids).to(x)
-        theirs = wrong[row, position].to(x)
-        return codes_only(x, read, ids, rows, positions) + (theirs - ours) * there[:, None].to(x)
+def ruled(z, at, rows, positions, parts):
+    """What the rules make of codes, one after the other."""
+    new = z.clone()
+    for here, part in zip(at, parts, strict=True):
+        on = here.to(z.device)
+        some_rows = new[on]
+        some_rows[:, part["columns"]] = part["rule"](some_rows[:, part["columns"]], rows[here], positions[here])
+        new[on] = some_rows
+    return new
 
 
 @no_type_check
-def projected(x, read, ids, rows, positions, *, basis):
+def errors(ours, at, rows, positions, parts):
+    """The coder's error with that of other runs in its place."""
+    new = ours.clone()
+    for here, part in zip(at, parts, strict=True):
+        if part["error"] is not None:
+            wrong, there = part["error"]["wrong"], part["error"]["there"]
+            row, position, known = in_source(there, rows[here], positions[here])
+            known &= there[row, position]
+            on = here.to(new.device)
+            new[on] = torch.where(known[:, None].to(new.device), wrong[row, position].to(new), new[on])
+    return new
+
+
+@no_type_check
+def projected(x, read, ids, rows, positions, at, *, basis):
     """x less its part in the span of orthonormal columns, "d_out directions"."""
     q, x = basis.to(x.device), x.float()
     return x - (x @ q) @ q.T
 
 
 @no_type_check
-def pushed(x, read, ids, rows, positions, *, vector):
+def pushed(x, read, ids, rows, positions, at, *, vector):
     """x + vector."""
     return x + vector.to(x)
 
@@ -136,13 +186,13 @@ def drawn(z, rows, positions, *, seen, draws):
 @no_type_check
 def of_another_run(z, rows, positions, *, codes, keep):
     """codes "rows pos features" where keep says that a token which counts stands there, else z."""
-    row, position, there = in_source(keep, rows, positions)
+    row, position, known = in_source(keep, rows, positions)
+    there = known & keep[row, position]
     return torch.where(there[:, None].to(z.device), codes[row, position].to(z), z)
 
 
 @no_type_check
-def in_source(keep, rows, positions):
-    """Of each token: its row and position in another run, and whether a token that counts stands there."""
-    row = torch.zeros_like(rows) if len(keep) == 1 else rows
-    position = positions.clamp_max(keep.shape[1] - 1)
-    return row, position, (positions < keep.shape[1]) & keep[row, position]
+def in_source(table, rows, positions):
+    """Of each token: its row and position in another run's "rows pos" (one row serves all), and whether that has it."""
+    row = torch.zeros_like(rows) if len(table) == 1 else rows
+    return row, positions.clamp_max(table.shape[1] - 1), positions < table.shape[1]

@@ -298,12 +298,14 @@ class Write(NamedTuple):
 
     x is ``batch pos d``; tokens (``TokenBatch.plain()``) tells ids, mask, positions, row_numbers and step. fn must be
     pure; on a server, only a function whose source needs torch alone runs, see ``saes.portable``.
-    reads: earlier sites whose activations fn gets too.
+    reads: earlier sites whose activations fn gets too. before: sites, this one or earlier ones, whose activations it
+    gets after those, as they were before the first write there.
     """
 
     site: Site
     fn: Callable[..., Tensor]
     reads: tuple[Site, ...] = ()
+    before: tuple[Site, ...] = ()
 
 
 def as_sites(sites: "Site | str | Iterable[Site | str]") -> list[Site]:

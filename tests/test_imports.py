@@ -17,7 +17,7 @@ FLOORS = [
     {"worlds", "saes", "lm"},
     {"store", "reading"},
     {"harvesting"},
-    {"training", "control", "watching", "checkpoint", "distributed", "edit", "matching", "rules"},
+    {"training", "control", "watching", "checkpoint", "distributed", "edit", "grouping", "matching", "rules"},
     {"evals", "circuits", "feature_index", "sweeping", "estimating", "finding", "dosing", "explain", "geometry"},
     {"widgets", "plots"},
 ]

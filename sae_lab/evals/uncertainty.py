@@ -276,7 +276,7 @@ def _answered(
         part = order[first : first + PASS_ROWS]
         batch, last = pad([rows[i] for i in part]), torch.tensor([starts[i] - 1 for i in part])
         sites = [coder.site] if coder is not None else []
-        writes = [w for edit in edits for w in edit.writes(lm, batch)]
+        writes = Ablate.together(edits, lm, batch)
         of_logits: Any = partial(greedy_and_entropy, last=last)
         acts, said = lm.run(batch, sites, writes, logits=of_logits)
         right = (said["greedy"][:, :-1] == batch.ids[:, 1:]) | ~batch.mask[:, 1:]

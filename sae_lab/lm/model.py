@@ -255,22 +255,26 @@ class LM:
 
     def _steps(self, reads: Iterable[Site], writes: Iterable[Write], after: Any) -> list[tuple[Any, ...]]:
         """What ``passes.through`` does, in the order in which the model computes sites. Two sites can share one place
-        (all heads, one head): first its writes, in the order given, then its reads."""
+        (all heads, one head): first what stands there before any write, then its writes, in the order given, then its
+        reads."""
         reads, writes = list(dict.fromkeys(reads)), list(writes)
         self._require_before(writes)
         if self._server:
             _require_travelling(writes)
         only_needed = [s for s in dict.fromkeys(s for w in writes for s in w.reads) if s not in reads]
-        steps: list[tuple[int, bool, tuple[Any, ...]]] = []
+        steps: list[tuple[int, int, tuple[Any, ...]]] = []
+        for s in dict.fromkeys(s for w in writes for s in w.before):
+            steps.append((self._sites.when(s), 0, (f"before {s.key}", self._sites.point(s), None)))
         for w in writes:
             # The stream in mid-block has been kept for the skip connection before the norm sees it.
-            names, in_place = tuple(s.key for s in w.reads), w.site.kind == "resid_mid"
+            in_place = w.site.kind == "resid_mid"
+            names = (*(s.key for s in w.reads), *(f"before {s.key}" for s in w.before))
             step = (w.site.key, self._sites.point(w.site), w.fn, names, in_place)
-            steps.append((self._sites.when(w.site), False, step))
+            steps.append((self._sites.when(w.site), 1, step))
         for s in [*reads, *only_needed]:
             smaller = after[s] if isinstance(after, Mapping) and s in after else after
             step = (s.key, self._sites.point(s), None if s in only_needed else smaller)
-            steps.append((self._sites.when(s), True, step))
+            steps.append((self._sites.when(s), 2, step))
         return [step for _, _, step in sorted(steps, key=lambda s: s[:2])]
 
     def gradient(
@@ -480,7 +484,7 @@ class LM:
         features' own activations, perplexity."""
         if not tokens.is_single(prompt):
             raise ValueError("lm.compare takes one prompt, got several: call it for each")
-        edits = list(edits)
+        edits = listed_edits(edits)
         batch = self.tokenize(prompt)
         reads = list(dict.fromkeys(edit.read_site for edit in edits))
         before, clean = self.run(batch, reads)
@@ -493,7 +497,12 @@ class LM:
         return compared(self.tokens(prompt), batch.ids[0], clean[0], edited[0], measured, self.tokenizer)
 
     def _writes(self, edits: Iterable[Any], batch: TokenBatch, new: int = 0) -> list[Write]:
+        """What a list of edits does. What several do together, they say themselves."""
+        edits = listed_edits(edits)
+        together = next((edit.together for edit in edits if hasattr(edit, "together")), None)
         with self._server.aside() if self._server else nullcontext():  # an edit may read the model itself
+            if together is not None:
+                return together(edits, self, batch, new)
             return [w for edit in edits for w in edit.writes(self, batch, new)]
 
     def submit(self, method: str, *args: Any, job: str | None = None, **kwargs: Any) -> Any:
@@ -586,6 +595,14 @@ def _through_norm(norm: Any, x: Tensor) -> Tensor:
     # An RMS norm's answer to ones is its gain, however the class keeps it (Gemma's is 1+w).
     weight = next(norm.parameters(), x)
     return x * norm(torch.ones(1, 1, x.shape[-1], dtype=weight.dtype, device=weight.device)).flatten().float()
+
+
+def listed_edits(edits: Any) -> list[Any]:
+    """Edits as a list; one by itself is one. ValueError for what is no edit."""
+    edits = list(edits) if isinstance(edits, Iterable) else [edits]
+    if wrong := [edit for edit in edits if isinstance(edit, type) or not hasattr(edit, "writes")]:
+        raise ValueError(f"edits is a list of edits, such as edits=[sl.Steer(sae, 7)], got {wrong[0]!r} in it")
+    return edits
 
 
 def _padded(x: Tensor, batch: TokenBatch) -> Tensor:

@@ -278,7 +278,11 @@ class SteeringSliders(Panel):
         if len(after) > LONGEST:
             return {"note": f"a text of more than {LONGEST:,} tokens is not compared"}
         ours = [f"{self._coder.site.key} #{f}" for row in self.sliders for f in row["features"]]
-        return compared_view(self._lm.compare(prompt + steered, edits), before, prompt, ours)
+        try:
+            comparison = self._lm.compare(prompt + steered, edits)
+        except ValueError as err:  # an edit may name a token that was to come, and has not
+            return {"note": f"not compared: {err}"}
+        return compared_view(comparison, before, prompt, ours)
 
     # ---- dose and response
 

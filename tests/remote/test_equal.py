@@ -1,5 +1,7 @@
 """Every call on a real server against the same call here."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -40,12 +42,33 @@ def edits_of(coder):
 
 @pytest.mark.parametrize("name", ["topk", "batchtopk", "gated", "switch"])
 def test_edits(name, far, near, coders):
-    """Each kind of edit on one family, all together on the others."""
+    """Each kind of edit on one family; on the others together those that keep the error, and those that drop it."""
     edits = edits_of(coders[name])
-    for few in [[e] for e in edits] if name == "topk" else [edits]:
+    together = [[e for e in edits if (e.error == "drop") == drop] for drop in (False, True)]
+    for few in [[e] for e in edits] if name == "topk" else together:
         clean, here = near.logits(BASE), near.logits(BASE, edits=few)
         assert not torch.equal(clean, here), few
         same(far.logits(BASE, edits=few), here)
+
+
+def test_edits_of_several_coders_and_sites(far, near, coders):
+    """Groups, and which tokens count: by what stands there before the first edit, or by a pass without edits."""
+    early = sl.TopK(coders["topk"].d_in, 96, k=8, seed=3)
+    early.reads = early.writes = (sl.Site("resid_post", 0),)
+    early.f_scale.fill_(1.0)
+    norms = near.read(PROMPTS, SITE)[SITE].norm(dim=-1)[:, 1:]
+    mask = sl.TokenMask((), True, {SITE.key: 1.2 * float(norms.max())})
+    limited = [copy.deepcopy(coders[name]) for name in ("topk", "gated")]
+    for coder in limited:
+        coder.meta = {"mask": mask.to_dict()}
+    topk, gated = limited
+    one_site = [sl.Steer(topk, 3, 60.0), sl.Clamp(topk, [4, 3], value=2.0, positions=slice(3, None)),
+                sl.Steer(gated, 5, strength=2.0), sl.Scale(topk, range(40), 2.0)]  # fmt: skip
+    for edits in (one_site, [sl.Steer(early.eval(), 7, 80.0), *one_site[1:]]):
+        here = near.logits(BASE, edits=edits)
+        assert not torch.equal(here, near.logits(BASE, edits=edits[:2]))
+        same(far.logits(BASE, edits=edits), here)
+        assert far.generate(PROMPTS, edits, max_new_tokens=5) == near.generate(PROMPTS, edits, max_new_tokens=5)
 
 
 def test_edits_in_a_raw_trace_on_the_server(server, far, near, coders):
