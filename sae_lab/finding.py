@@ -199,6 +199,8 @@ def _encode(
         parts.append((text[token], position[token], codes.features.numpy(), codes.values.numpy()))
     text, position, feature, value = (np.concatenate(column) for column in zip(*parts, strict=True))
     kept_text, kept_position = (np.concatenate(column) for column in zip(*kept, strict=True))
+    if not len(kept_text):
+        raise ValueError(f"the mask leaves out every token of these texts ({mask}): give longer ones")
     density = np.bincount(feature, minlength=coder.d_sae) / max(1, len(kept_text))
     if pooling == "token":
         example_of = {place: i for i, place in enumerate(zip(kept_text.tolist(), kept_position.tolist(), strict=True))}

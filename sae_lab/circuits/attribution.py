@@ -101,6 +101,8 @@ def attribution(
     keep = mask.keep(batch.ids, batch.positions, {site: x.cpu()}) & mask.keep(
         theirs.ids, theirs.positions, {site: given.cpu()}
     )
+    if not keep.any():
+        raise ValueError(f"the mask leaves out every token of these prompts ({mask}): give others")
     base, source = measured(lm, batch, metric).mean(), measured(lm, theirs, metric).mean()
     gradient = torch.zeros_like(x)
     for step in range(steps):

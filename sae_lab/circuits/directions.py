@@ -263,6 +263,8 @@ def _both_runs(
     keep = mask.keep(batch.ids, batch.positions, {site: x.cpu()})
     keep &= mask.keep(theirs.ids, theirs.positions, {site: read[site].cpu()})
     keep[:, 0] = False
+    if not keep.any():
+        raise ValueError(f"the mask leaves out every token of these prompts ({mask}): give others")
     if positions is not None:
         keep &= torch.isin(torch.arange(length), torch.tensor(list(positions)))
     return _Runs(batch, x, read[site], keep.to(x.device), logits[:, -1].float().log_softmax(-1))

@@ -102,11 +102,16 @@ def in_order(lm: LM, coders: Sequence[SparseCoder]) -> dict[Site, SparseCoder]:
 def kept(
     lm: LM, coders: Mapping[Site, SparseCoder], batch: TokenBatch, acts: Mapping[Site, Tensor]
 ) -> Bool[Tensor, "batch pos"]:
-    """The real tokens that no coder's mask leaves out, at no site: one rule for all."""
+    """The real tokens that no coder's mask leaves out, at no site: one rule for all. ValueError where none is left."""
     masks: list[TokenMask] = [coder.mask or lm.mask() for coder in coders.values()]
     keep = batch.mask.clone()
     for mask in masks:
         keep &= mask.keep(batch.ids, batch.positions, {s: x.cpu() for s, x in acts.items()})
+    if not keep.any():
+        raise ValueError(
+            f"the coders' masks leave out every token of these prompts ({'; '.join(dict.fromkeys(map(str, masks)))}): "
+            "give others"
+        )
     return keep
 
 

@@ -174,8 +174,8 @@ class _Pair:
     def __post_init__(self) -> None:
         if not (math.isfinite(self.base) and math.isfinite(self.source)):
             raise ValueError(f"a metric is finite, this one is {self.base} for prompts and {self.source} for sources")
-        if self.base == self.source:
-            raise ValueError(
+        if abs(self.base - self.source) < 1e-6 * max(abs(self.base), abs(self.source)) or self.base == self.source:
+            raise ValueError(  # a difference of rounding is none
                 f"the metric is {self.base:.4g} for the prompts and for the sources too, so a patch has nothing to "
                 "bring over: take sources that the model answers otherwise, or another metric"
             )

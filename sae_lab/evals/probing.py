@@ -174,6 +174,8 @@ def probing(
     scores, names, texts, tested, real, kept = [], [], [], [], 0, 0
     for one in read:
         x, codes, labels, keep = pooled(sae, one, site, mask, pooling)
+        if not keep.any():
+            raise ValueError(f"{one.name}: the mask leaves out every token ({mask}): give longer texts")
         _enough(one.name, labels, max(k))
         # Every dataset has its own split and shuffles: shared ones would make their errors alike, and ± too small.
         key = [seed, *one.name.encode()]
