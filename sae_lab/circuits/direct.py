@@ -24,7 +24,7 @@ class DirectEffects:
     For every target  effects.sum(0) + others + error + bias + rest = logits,  up to rounding.
 
     Attributes:
-        features, values: " n": the listed features and their activations. scaled: these in units of ``f_scale``, NaN
+        features, values: " n": the listed features and their codes. scaled: these in units of ``f_scale``, NaN
             where it is not known. active: how many features are.
         effects: "n targets". promoted: of each feature, the tokens that it promotes most, with their effects.
         others: " targets", of active features that are not listed. error: of what the coder does not reconstruct.

@@ -90,7 +90,8 @@ class FeatureIndex:
     """All features of a coder over a store. Made and opened by ``sl.index_features``.
 
     ``index[i]`` opens a feature; ``index.search("Paris")`` finds features by token; ``index.order("density")`` sorts
-    them; ``density``, ``mean``, ``max``, ``counts``, ``norm`` are arrays over features; ``notes`` are what you wrote on
+    them (``mean`` and ``max`` are in units of codes);
+    ``density``, ``mean``, ``max``, ``counts``, ``norm`` are arrays over features; ``notes`` are what you wrote on
     them. With the model and the coder at hand (``lm``, ``coder``) it also scores new text.
     """
 
