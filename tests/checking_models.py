@@ -33,6 +33,7 @@ TEXTS = [
     "The river rose in March, and the ice went out with it.", "No one saw the boats before the bridge gave way.",
     "They rebuilt it in stone, and paid for it with a toll.", "On market days the queue went back to the mill.",
 ]  # fmt: skip
+PARTS = ("reads", "edits", "gradients", "generation", "rows", "lens", "direct", "evals")
 NEW = 8  # tokens to generate
 CLOSE = 1e-4  # of the largest logit: two ways to compute the same in float32
 
@@ -78,7 +79,7 @@ class Add:
 
 
 def check(name: str, parts: tuple[str, ...] = ()) -> Result:
-    """All checks of one model, or only these: "reads", "edits", "generation", "rows", "lens", "direct", "evals"."""
+    """All checks of one model, or only some of PARTS."""
     result = Result(name)
     if name in UNBUILT:
         result.whole = UNBUILT[name]
@@ -161,7 +162,7 @@ class Checker(WayOut):
             self.found("WRONG", "LM", "accepted, but a token's logits depend on later tokens")
             return
         self.offered()
-        for name in ("reads", "edits", "generation", "rows", "lens", "direct", "evals"):
+        for name in PARTS:
             if not parts or name in parts:
                 try:
                     getattr(self, name)()
@@ -349,6 +350,29 @@ class Checker(WayOut):
         return [e for e in events if e.point.path not in about and not any(
             e.point.path.startswith(f"{p}.") for p in paths)]  # fmt: skip
 
+    def gradients(self) -> None:
+        """The gradient of one logit by what stands at a site, beside autograd's by what is added there."""
+        tokens = self.plain.ids.shape[1]
+        batch = self.lm.tokenize(PROMPT)
+        for (kind, n), x in self.acts.items():
+            if n is not None and n != self.some[0]:
+                continue
+            by = torch.zeros(1, tokens, x.shape[-1], requires_grad=True)
+            plain = self.plainly(kind, self.layers.get(n) if n is not None else None, x, by)
+            if not plain:
+                continue
+            try:
+                run(self.module, self.plain.ids, plain, grad=True)[0][0, -1, 7].backward()
+            except Exception:  # Reformer's blocks have gradients in training only
+                return
+            self.module.zero_grad(set_to_none=True)
+            site, metric = Site(kind, n), lambda logits, tokens: logits[:, -1, 7]
+            got = self.ask(f"gradient {site.key}", lambda s=site, x=x, m=metric: self.lm.gradient(batch, s, m, x))
+            if isinstance(got, Refused):  # of what is read as a difference of two tensors
+                self.found("refused", f"gradient {site.key}", got)
+            elif got is not None and by.grad is not None:
+                self.equal(f"gradient {site.key}", got, by.grad, 1e-3)
+
     # ---- generation, rows
 
     def generation(self) -> None:
@@ -358,7 +382,13 @@ class Checker(WayOut):
             x = self.acts["resid_post", 1]
             by = 2 * x.std() * torch.randn(x.shape[-1], generator=torch.Generator().manual_seed(6))
             cases.append(("generate with an edit", [Add(site, by)], [(self.layers[1].end, adds(by))]))
-        texts = []
+        for kind in ("attn_z", "mlp_out"):
+            n = max((n for n in self.layers if (kind, n) in self.acts), default=None)
+            if n is not None:
+                x = self.acts[kind, n]
+                by = x.std() * torch.randn(x.shape[-1], generator=torch.Generator().manual_seed(6))
+                plain = self.plainly(kind, self.layers[n], x, by)
+                cases.append((f"generate with an edit at {kind}", [Add(Site(kind, n), by)], plain or []))
         for what, edits, plain in cases:
             said, sure = self.plain.greedy(NEW, plain)
             if not sure:
@@ -371,7 +401,10 @@ class Checker(WayOut):
             want = self.tokenizer.decode(self.plain.ids[0].tolist() + said, skip_special_tokens=True)
             if got is not None and got != want:
                 self.found("WRONG", what, f"{got[len(PROMPT) :]!r}, the argmax without a cache {want[len(PROMPT) :]!r}")
-            texts.append(want)
+        alone = [self.ask("generate", lambda row=row: self.lm.generate(row, max_new_tokens=4)) for row in ROWS]
+        together = self.ask("generate of several", lambda: self.lm.generate(ROWS, max_new_tokens=4))
+        if isinstance(together, list) and together != alone:
+            self.found("WRONG", "generate of several", f"{together}, alone {alone}")
 
     def rows(self) -> None:
         together = self.must("rows", lambda: self.lm.logits(ROWS))

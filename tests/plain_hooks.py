@@ -64,7 +64,9 @@ def at(value: Any, slot: tuple) -> Tensor:
 Edits = list[tuple[Point, Callable[[Tensor], Tensor]]]
 
 
-def run(module: nn.Module, ids: Tensor, edits: Edits = (), record: bool = False) -> tuple[Tensor, list[Event], dict]:
+def run(
+    module: nn.Module, ids: Tensor, edits: Edits = (), record: bool = False, grad: bool = False
+) -> tuple[Tensor, list[Event], dict]:
     """Logits without a cache, with some tensors changed on the way; and, if asked, every tensor, and when each module
     began and ended: path -> [(begin, end), ...]."""
     events: list[Event] = []
@@ -111,7 +113,7 @@ def run(module: nn.Module, ids: Tensor, edits: Edits = (), record: bool = False)
             hooks += [part.register_forward_pre_hook(before(path), with_kwargs=True)]
             hooks += [part.register_forward_hook(after(path))]
     try:
-        with torch.no_grad():
+        with torch.set_grad_enabled(grad):
             logits = module(input_ids=ids, use_cache=False).logits.float()
     finally:
         for hook in hooks:
@@ -124,4 +126,5 @@ def same(a: Tensor, b: Tensor, limit: float = SAME) -> bool:
 
 
 def adds(by: Tensor) -> Callable[[Tensor], Tensor]:
-    return lambda x: x + by.to(x)
+    """Adds a vector at every token, or what is as large as the tensor."""
+    return lambda x: x + (by.reshape(x.shape) if by.numel() == x.numel() else by).to(x)

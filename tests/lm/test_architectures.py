@@ -34,6 +34,17 @@ def one_early(generate):
     return lambda self, *args, max_new_tokens=8, **kwargs: generate(self, *args, max_new_tokens=max_new_tokens - 1)
 
 
+def steeper(gradient):
+    return lambda self, *args: 1.01 * gradient(self, *args)
+
+
+def half(logits):
+    def wrong(self, prompts, edits=()):
+        return (logits(self, prompts, edits) + logits(self, prompts)) / 2
+
+    return wrong
+
+
 def uncentred(lens):
     return lambda self, x, at: lens(self, x + 1, at)
 
@@ -48,7 +59,8 @@ def unclear(generate):
 @pytest.mark.parametrize(
     ("method", "planted", "verdict", "part"),
     [("read", louder, "WRONG", "reads"), ("generate", one_early, "WRONG", "generation"),
-     ("lens", uncentred, "WRONG", "lens"), ("generate", unclear, "UNCLEAR", "generation")],
+     ("lens", uncentred, "WRONG", "lens"), ("gradient", steeper, "WRONG", "gradients"),
+     ("logits", half, "WRONG", "edits"), ("generate", unclear, "UNCLEAR", "generation")],
 )  # fmt: skip
 def test_a_planted_fault_is_found(monkeypatch, method, planted, verdict, part):
     monkeypatch.setattr(sl.LM, method, planted(getattr(sl.LM, method)))
