@@ -181,6 +181,9 @@ class Checker(WayOut):
             return "encoder-decoder"
         if set(getattr(config, "sub_configs", {})) - {"attn_config", "ffn_config"}:
             return "multimodal"
+        blocks = self.plain.modules[self.plain.layers[0].path.rpartition(".")[0]] if self.plain.layers else []
+        if len(blocks) > len(self.plain.layers):
+            return "multimodal"  # blocks that do not run from text alone
         return self.plain.why
 
     # ---- what is offered
@@ -219,8 +222,10 @@ class Checker(WayOut):
             return [e.tensor for e in self.plain._at(path, "output")][:1]
         if layer is None:
             return []
-        if kind in ("attn_out", "attn_z") and (not layer.matrices or len(layer.matrices) > 1):
-            return []  # no softmax attention, or several
+        if kind in ("attn_out", "attn_z") and not layer.matrices:
+            return []  # no softmax attention
+        if not kind.startswith("resid_p") and len(layer.matrices) > 1:
+            return []  # several
         return {
             "resid_pre": [layer.pre], "resid_post": [layer.post], "resid_mid": layer.middles,
             "attn_out": [part.added for part in layer.attention], "mlp_out": [part.added for part in layer.mlp],

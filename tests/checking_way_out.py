@@ -92,7 +92,7 @@ class WayOut:
             coder = self.coder_at(site)
             carry = self.carry(n) if n != last else 1.0
             why = fair or ("" if carry == 1.0 else "later blocks change what the stream carries")
-            why = why or ("not of the stream" if kind == "attn_z" else "")
+            why = why or ("not of the stream" if kind == "attn_z" or not self.layers[n].shape else "")
             what = f"direct effects {site.key}"
             got = self.must(what, lambda c=coder: sl.circuits.direct_effects(self.lm, c, self.prompt, n=3), why)
             if got is None:
@@ -153,4 +153,4 @@ class WayOut:
         own = self.plain.modules[head](self.plain.modules[norm](stream) if norm else stream)[0, -1].float()
         own, logits = own - own.mean(), self.plain.logits[0, -1] - self.plain.logits[0, -1].mean()
         c = float(own @ logits / own.square().sum())
-        return c if float((c * own - logits).norm()) < 1e-3 * float(logits.norm()) else None
+        return c if float((c * own - logits).norm()) < 1e-4 * float(logits.norm()) else None

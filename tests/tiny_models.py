@@ -141,7 +141,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "llama:tied": {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True},
     "gemma3n_text:shared keys": {"num_kv_shared_layers": 2},
     "gemma4_text:experts": {"enable_moe_block": True, "top_k_experts": 2, "hidden_size_per_layer_input": 0},
-    "xlnet:one way": {"attn_type": "uni"},
     "bert:decoder": {"is_decoder": True},
 }
 # Those that transformers does not run from text alone, or not without a package that is not here.
