@@ -33,7 +33,7 @@ def among(numbers, chosen):
 def named(tokens, place):
     """The tokens that an edit names, "batch pos". place: the user's "rows", "positions", "steps", and "wanted", a bool
     for each token id, or None."""
-    rows = among(tokens.row_numbers, place["rows"])[:, None] & among(torch.tensor(tokens.step), place["steps"])
+    rows = among(tokens.row_numbers, place["rows"])[:, None] & among(torch.as_tensor(tokens.step), place["steps"])
     if place["wanted"] is None:
         return rows & among(tokens.positions, place["positions"])
     return rows & place["wanted"][tokens.ids]

@@ -57,9 +57,10 @@ class Site:
     layer: int | None
     head: int | None
     path: str | None
+    spelling: str | None = field(default=None, repr=False, compare=False)  # as it was named, where that was no kind
 
     def __init__(self, kind: str, layer: int | None = None, head: int | None = None):
-        path = None
+        path, spelling = None, kind if kind not in KINDS else None
         if kind not in KINDS:
             kind, layer, head, path = _parse(kind, layer, head)
         if kind in LAYER_KINDS and layer is None:
@@ -70,7 +71,7 @@ class Site:
             raise ValueError(f"a site's layer counts from 0, got {layer}: the first block's output is layer=0")
         if head is not None and (kind != "attn_z" or head < 0):
             raise ValueError(f"head={head} needs kind 'attn_z' and counts from 0, got kind {kind!r}")
-        for name, value in (("kind", kind), ("layer", layer), ("head", head), ("path", path)):
+        for name, value in (("kind", kind), ("layer", layer), ("head", head), ("path", path), ("spelling", spelling)):
             object.__setattr__(self, name, value)
 
     @property
@@ -141,7 +142,8 @@ class TokenBatch:
 
     ids: ``batch pos``. mask: ``batch pos``, True at real tokens. positions: ``batch pos``, absolute. roles: for chat
     prompts one list of role names per row ("template" for what the chat template adds), else None. rows: each row's
-    number among the user's prompts, where these are only some of them. step: which pass of a generation this is.
+    number among the user's prompts, where these are only some of them. step: which pass of a generation this is; where
+    one pass does the work of several, a number for each position.
     """
 
     ids: Int[Tensor, "batch pos"]
@@ -149,7 +151,7 @@ class TokenBatch:
     positions: Int[Tensor, "batch pos"]
     roles: list[list[str]] | None = None
     rows: Int[Tensor, " batch"] | None = None
-    step: int = 0
+    step: int | Int[Tensor, " pos"] = 0
 
     @property
     def row_numbers(self) -> Int[Tensor, " batch"]:

@@ -138,7 +138,6 @@ def direct_effects(
         raise ValueError(f"by must be 'activation' or 'effect', got {by!r}")
     reading = prompt if isinstance(prompt, PromptReading) else read_prompt(lm, coder, prompt)
     way = reading.way_out()
-    _check_additive(lm, site)
     position = reading.position(len(reading) - 1 if position is None else position)
     if not bool(reading.codes(coder).keep[0, position]):
         raise ValueError(f"the coder's mask leaves out token {position}, so no feature is active there: take another")
@@ -151,11 +150,19 @@ def direct_effects(
     shown, hidden = order[:n], order[len(order) if n is None else n :]
     fixed = (way.shift @ W + (0.0 if way.bias is None else way.bias[targets] - way.bias.mean())).cpu()
     scale = coder.f_scale[features].cpu()[shown]
+    logits = (way.normed[position] @ W).cpu() + fixed - (way.shift @ W).cpu()
+    parts = effects.sum(0).cpu() + sum((v @ W)[0].cpu() for v in (vectors.error, vectors.bias, vectors.rest)) + fixed
+    off = float((parts - logits).abs().max() / way.normed[position].norm().cpu().clamp_min(1e-6))
+    if not off < (1e-2 if lm._module.dtype == torch.float32 else 0.1) * float(W.norm(dim=0).max()):
+        raise ValueError(
+            f"the effects of all parts of the stream do not add up to this model's logits (off by {off:.2g}): direct "
+            "effects are not known for it"
+        )
     return DirectEffects(
         features[shown], values[shown], torch.where(scale > 0, values[shown] / scale, float("nan")),
         effects[shown].cpu(), _promoted(lm, way, vectors.features[shown], promoted), effects[hidden].sum(0).cpu(),
         (vectors.error @ W)[0].cpu(), (vectors.bias @ W)[0].cpu(), (vectors.rest @ W)[0].cpu() + fixed,
-        (way.normed[position] @ W).cpu() + fixed - (way.shift @ W).cpu(), targets,
+        logits, targets,
         [label(lm.tokenizer, t) for t in targets], len(features), position, site, reading.tokens,
         f"This model caps its logits at ±{way.cap:g}: effects are on the logits before the cap." if way.cap else "",
     )  # fmt: skip
@@ -217,13 +224,3 @@ def _promoted(lm: LM, way: WayOut, x: Float[Tensor, "n d"], count: int) -> list[
     names = {i: label(lm.tokenizer, i) for i in set(best.indices.flatten().tolist())}
     pairs = zip(best.indices.tolist(), values.tolist(), strict=True)
     return [[(names[i], v) for i, v in zip(ids, row, strict=True)] for ids, row in pairs]
-
-
-def _check_additive(lm: LM, site: Site) -> None:
-    """What a block writes must go into the stream as it is."""
-    factor = getattr(lm._module.config.get_text_config(), "residual_multiplier", 1.0)
-    if factor != 1.0 and site.kind in ("attn_z", "attn_out", "mlp_out"):
-        raise ValueError(
-            f"this model scales what its blocks add (by {factor}), so direct effects of a coder at {site} are not "
-            "known for it: take a coder of the residual stream"
-        )

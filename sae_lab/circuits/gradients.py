@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sae_lab.circuits.metric import require_here
 from sae_lab.lm.model import LM
-from sae_lab.lm.passes import read, write
+from sae_lab.lm.passes import put, read, value_of
 from sae_lab.types import Site, TokenBatch
 
 Values = Callable[[dict[Site, Tensor], Tensor], Sequence[Tensor]]
@@ -29,12 +29,16 @@ def gradients(lm: LM, batch: TokenBatch, at: Sequence[Site], values: Values) -> 
     with lm._lock, torch.enable_grad(), lm._nn.trace(inputs):
         acts, probes = {}, {}
         for s in order:
-            point = lm._sites.point(s)
-            here: Any = read(lm._nn, point)
+            place = lm._sites.place(s)
+            if place.less:
+                raise ValueError(f"{s} is a difference of two tensors in this model: nothing has a gradient by it")
+            there: Any = read(lm._nn, place, batch.ids.shape[1])
+            here = value_of(there, place, {})
             # A leaf of zeros added to the activation has the activation's gradient and cuts nothing off.
             probes[s] = torch.zeros_like(here, requires_grad=True)
-            there = here + probes[s]
-            write(lm._nn, point, there, s.kind == "resid_mid")
+            here = here + probes[s]
+            put(lm._nn, place, there, value_of(there, place, {}), here)
+            there = here
             acts[s] = there.float()
         wanted = values(acts, lm._nn.output.logits.float())
         leaves = [probes[s] for s in order]

@@ -7,9 +7,11 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from sae_lab.circuits.metric import require_here
+from sae_lab.circuits.prompt import norm_divisor
+from sae_lab.lm import passes
 from sae_lab.lm.model import LM
 from sae_lab.lm.tokens import Prompts
 from sae_lab.saes.base import SparseCoder
@@ -139,8 +141,9 @@ def check_edges(
     if reads.kind == "mlp_in":
         norm = _norm(lm, reads)[0]
         scale = _scale(norm, base[before])
-        normed = norm(fixed.to(lm._module.dtype)).float() - _shift(norm)
-        fixed = normed * (_scale(norm, fixed) / scale).unsqueeze(-1) + _shift(norm)
+        shift = _shift(norm, fixed.shape[-1], fixed.device)
+        normed = passes.called(norm, fixed.flatten(0, 1)).to(fixed).unflatten(0, fixed.shape[:2]) - shift
+        fixed = normed * (_scale(norm, fixed) / scale).unsqueeze(-1) + shift
     places, W_enc = f > 0, downstream.W_enc[:, chosen].to(f)
     frozen, moved = (((x - base[reads])[places] @ W_enc).cpu().numpy() for x in (fixed, free))
     predicted = -(f / scale)[places].unsqueeze(-1).cpu() * edge[chosen]
@@ -168,19 +171,16 @@ def _ends(lm: LM, upstream: SparseCoder, downstream: SparseCoder) -> tuple[Site,
 
 def _arriving(lm: LM, directions: Tensor, writes: Site, reads: Site) -> Float[Tensor, "n d"]:
     """Directions as the downstream coder meets them, but for the norm's division."""
-    x = directions.to(lm.device).float()
+    x = directions.float().cpu()
     if writes.kind == "attn_z":
-        output: Any = lm._sites.modules[str(lm._sites.w_o[writes.layer or 0])]
-        weight = output.weight.T if isinstance(output, nn.Linear) else output.weight  # GPT-2 stores d_in first
-        if lm._sites.after_attention(writes.layer or 0) is not None:
+        block = lm._sites.layers[writes.layer or 0]
+        if block.after_attention is not None or block.w_o_factor is None:
             raise ValueError("this model norms what attention adds: take a coder at attn_out in place of attn_z")
-        columns = lm._sites.point(writes)[2]
-        x = x @ (weight if columns is None else weight[columns[0] : columns[1]]).float()
-    if reads.kind != "mlp_in":
-        return x
-    norm = _norm(lm, reads)[0]
-    x = x - x.mean(-1, keepdim=True) if isinstance(norm, nn.LayerNorm) else x
-    return x * _gain(norm, x.shape[-1])
+        whole = Site("attn_z", writes.layer)
+        w_o = block.w_o, lm.width(whole), lm._sites.point(writes)[2]
+        x = block.w_o_factor * passes.before_head(lm._module, x, w_o, [])
+    x = passes.past(_norm(lm, reads)[0], x) if reads.kind == "mlp_in" else x
+    return x.to(lm.device)
 
 
 def _norm(lm: LM, site: Site) -> tuple[Any, Site]:
@@ -188,29 +188,20 @@ def _norm(lm: LM, site: Site) -> tuple[Any, Site]:
     if site.kind != "mlp_in":
         raise ValueError(f"the norm before an MLP goes with a site at mlp_in, got {site}")
     before = Site("resid_mid", site.layer)
-    path = lm._sites.point(before)[0]
-    norm = lm._sites.modules[path]
-    if path.endswith(".mlp"):
+    lm.width(before)  # ValueError where the model has no such place
+    path = lm._sites.layers[site.layer or 0].before_mlp
+    if path is None:
         raise ValueError(f"this model has no norm before its MLP: set the coder to read {before}")
-    return norm, before
+    return lm._sites.modules[path], before
 
 
-def _gain(norm: Any, d: int) -> Float[Tensor, " d"]:
-    """An RMS norm's answer to ones is its gain, however the class keeps it (Gemma's is 1+w)."""
-    weight = next(norm.parameters())
-    if isinstance(norm, nn.LayerNorm):
-        return weight.float()
-    return norm(torch.ones(1, 1, d, dtype=weight.dtype, device=weight.device)).flatten().float()
-
-
-def _shift(norm: Any) -> Tensor | float:
-    return norm.bias.float() if getattr(norm, "bias", None) is not None else 0.0
+def _shift(norm: Any, d: int, device: Any) -> Float[Tensor, " d"]:
+    """What a norm adds: its answer to 0."""
+    return passes.called(norm, torch.zeros(1, d))[0].to(device)
 
 
 def _scale(norm: Any, x: Float[Tensor, "batch pos d"]) -> Float[Tensor, "batch pos"]:
-    x = x - x.mean(-1, keepdim=True) if isinstance(norm, nn.LayerNorm) else x
-    eps = next(getattr(norm, name) for name in ("eps", "variance_epsilon") if hasattr(norm, name))
-    return (x.square().mean(-1) + eps).sqrt()
+    return norm_divisor(norm, x.flatten(0, 1)).unflatten(0, x.shape[:2])
 
 
 def _between(lm: LM, writes: Site, reads: Site) -> list[Site]:

@@ -4,13 +4,14 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae_lab.circuits.metric import require_here
+from sae_lab.lm import passes
 from sae_lab.lm.model import LM
 from sae_lab.lm.tokens import Prompts, Token, is_single
 from sae_lab.reading import Coded, coded, read_codes
@@ -18,7 +19,7 @@ from sae_lab.saes.base import SparseCoder
 from sae_lab.types import Site, TokenBatch
 
 AT_A_TIME = 128  # positions whose logits are made together
-_KNOWN: WeakSet[LM] = WeakSet()  # models whose way out was checked
+_KNOWN: WeakKeyDictionary[LM, float] = WeakKeyDictionary()  # models whose way out was checked: its factor
 
 
 @dataclass(frozen=True)
@@ -198,20 +199,31 @@ def _read_to_the_end(lm: LM, batch: TokenBatch, coders: Sequence[SparseCoder]) -
         maps = {s: lm._before_head(torch.eye(lm.width(s), device=lm.device), s) for s in dict.fromkeys([last, *writes])}
         scale = _divisor(acts[last] @ maps[last], normed - shift)
         extra = {s: _scale_behind_w_o(lm, s, acts[p]) for s, p in projected.items() if p}
-    head: Any = lm._module.get_output_embeddings()
-    bias = getattr(head, "bias", None)
+    W_U, bias = _unembedding(lm)
     return WayOut(
-        acts[last], normed, scale, shift, head.weight.detach(), head.weight.detach().float().mean(0),
-        None if bias is None else bias.detach().float(), _cap(lm),
+        acts[last], normed, scale, shift, W_U, W_U.float().mean(0), bias, _cap(lm),
         {s: (m, scale * extra.get(s, 1.0)) for s, m in maps.items()}, acts,
     )  # fmt: skip
 
 
+def _unembedding(lm: LM) -> tuple[Tensor, Tensor | None]:
+    """(W_U "vocab d", bias), times what the model multiplies its logits by."""
+    head: Any = lm._module.get_output_embeddings()
+    weight, factor = getattr(head, "weight", None), _KNOWN[lm]
+    if not isinstance(weight, Tensor) or not weight.is_floating_point():  # 8-bit weights: what the module does counts
+        width = lm._sites.width(Site("resid_post", lm.n_layers - 1))
+        weight = passes.linear(head, torch.eye(width)).T.to(lm.device)
+    bias = passes.called(head, torch.zeros(1, weight.shape[1]))[0].to(weight.device)
+    weight = weight.detach() if factor == 1.0 else factor * weight.detach().float()
+    return weight, factor * bias if bool(bias.any()) else None
+
+
 def _normed(lm: LM, x: Float[Tensor, "pos d"]) -> tuple[Tensor, Tensor]:
     """(what the final norm makes of x, what it adds: its answer to 0)."""
-    norm: Any = lm._sites.modules[str(lm._sites.final_norm)]
-    x = torch.cat([x, torch.zeros_like(x[:1])])[None].to(next(norm.parameters()).dtype)
-    out = norm(x)[0].float()
+    out = torch.cat([x, torch.zeros_like(x[:1])])
+    for path in lm._sites.way_out or ():
+        out = passes.called(lm._sites.modules[path], out)
+    out = out.to(x.device)
     return out[:-1], out[-1]
 
 
@@ -228,11 +240,15 @@ def _projected(lm: LM, site: Site) -> Site | None:
 
 
 def _scale_behind_w_o(lm: LM, site: Site, x: Float[Tensor, "pos d"]) -> Float[Tensor, " pos"]:
-    """What the norm behind W_O divides by. (Norms of this place have no bias.)"""
-    norm: Any = lm._sites.modules[str(lm._sites.after_attention(site.layer or 0))]
-    weight = next(norm.parameters())
-    out = norm(x[None].to(weight.dtype))[0].float()
-    return _divisor(x * norm(torch.ones_like(x[:1])[None].to(weight.dtype))[0].float(), out)
+    """What the norm behind W_O divides by."""
+    norm = lm._sites.modules[str(lm._sites.after_attention(site.layer or 0))]
+    return norm_divisor(norm, x)
+
+
+def norm_divisor(norm: Any, x: Float[Tensor, "pos d"]) -> Float[Tensor, " pos"]:
+    """What a norm divides these activations by, whatever its class."""
+    shift = passes.called(norm, torch.zeros_like(x[:1]))
+    return _divisor(passes.past(norm, x), passes.called(norm, x) - shift).to(x.device)
 
 
 def _cap(lm: LM) -> float | None:
@@ -240,22 +256,31 @@ def _cap(lm: LM) -> float | None:
 
 
 def _check_way_out(lm: LM) -> None:
-    """Once for a model: whether norm and head are all that makes its logits."""
+    """Once for a model: whether norm and head, and one factor, are all that makes its logits."""
     if lm in _KNOWN:
         return
+    if not lm._has_a_way_out:
+        raise ValueError(
+            "this model makes its logits from the last layer by more than norms and linear maps: direct effects in "
+            "logits are not known for it"
+        )
     last = Site("resid_post", lm.n_layers - 1)
-    acts, logits = lm.run(lm.tokenize([0]), [last])
-    head: Any = lm._module.get_output_embeddings()
-    found = head(_normed(lm, acts[last][0])[0].to(head.weight.dtype)).float()
-    cap = _cap(lm)
-    found = found if cap is None else cap * (found / cap).tanh()
-    off = float((found - logits[0].float()).abs().max() / logits.abs().max().float().clamp_min(1e-12))
+    acts, logits = lm.run(lm.tokenize([[1, 2, 3, 0]]), [last])
+    logits = logits[0].float().cpu()
+    found = passes.called(lm._module.get_output_embeddings(), _normed(lm, acts[last][0])[0])
+    cap, factor = _cap(lm), 1.0
+    if cap is not None:
+        found = cap * (found / cap).tanh()
+    else:
+        fitted = float((found * logits).sum() / found.square().sum())
+        factor = 1.0 if abs(fitted - 1) < 1e-3 else fitted  # Cohere and Granite multiply their logits
+    off = float((factor * found - logits).abs().max() / logits.abs().max().clamp_min(1e-12))
     if off > 0.02:
         raise ValueError(
-            f"this model makes its logits in another way than by its final norm and W_U (off by {off:.0%}; some scale "
-            "them): direct effects in logits are not known for it"
+            f"this model makes its logits in another way than by its final norm and W_U (off by {off:.0%}): direct "
+            "effects in logits are not known for it"
         )
-    _KNOWN.add(lm)
+    _KNOWN[lm] = factor
 
 
 def _losses(way: WayOut, ids: Int[Tensor, " pos"]) -> Float[Tensor, " pos"]:

@@ -1,6 +1,7 @@
 """LM: a causal language model, here or on an NDIF server, read and changed through nnsight traces."""
 
 import hashlib
+import inspect
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from sae_lab.lm import bundled, loading, passes, tokens
 from sae_lab.lm import site as sites
 from sae_lab.lm.comparing import Comparison, compared
+from sae_lab.lm.continuing import Continuing
 from sae_lab.lm.passes import pick, through, token_losses
 from sae_lab.lm.tokens import Prompts, Token
 from sae_lab.types import Site, TokenBatch, TokenMask, Write, as_sites
@@ -86,6 +88,7 @@ class LM:
             self._nn, self.tokenizer, self.id = loading.outline(model, tokenizer, device, dtype, kwargs)
         else:
             module, self.tokenizer, self.id = loading.load(model, tokenizer, device, dtype, kwargs)
+            sites.require_decoder(module)
             self._nn = TransformersModel(module, task="text-generation", tokenizer=self.tokenizer)
         self.prefix_id = tokens.prefix_id(self.tokenizer, prefix)
         module = self._nn._module
@@ -218,8 +221,8 @@ class LM:
         """One trace over a token batch: activations at ``reads`` (after the writes there) and, if asked, logits.
 
         Without ``logits`` the model stops at its deepest site. Right padding needs no attention mask: a causal model's
-        real tokens never see what stands behind them. With ``past`` (a transformers cache) the batch holds only the
-        new tokens and only the last position's logits come back.
+        real tokens never see what stands behind them. With ``past`` (a ``continuing.State``) the batch holds only the
+        new tokens, and often only the last position's logits come back.
 
         What is not wanted whole can be made smaller where the model runs: ``logits`` and ``after`` may be functions
         (x "batch pos d", tokens) -> what comes back in its place (``after`` also one for each site).
@@ -233,10 +236,7 @@ class LM:
         steps = self._steps(reads, writes, after or keep)
         finish: Any = logits if callable(logits) else keep if logits else None
         inputs: dict[str, Any] = {"input_ids": batch.ids.to(self.device)}
-        if past is None:
-            inputs["use_cache"] = False
-        else:
-            inputs |= {"past_key_values": past, "use_cache": True, "logits_to_keep": 1}
+        inputs |= {"use_cache": False} if past is None else past.inputs(batch.positions.to(self.device))
         nn, tokens, found = self._nn, batch.plain(), cast(dict[str, Any], {})
         backend = self._server.request(nn) if self._server else None
         with self._lock, torch.no_grad(), nn.trace(inputs, backend=backend) as tracer:
@@ -246,6 +246,8 @@ class LM:
                 tracer.stop()
             else:
                 found[""] = finish(nn.output.logits, tokens)
+                if past is not None:
+                    past.keep(nn.output)
         if backend is not None:
             found = backend.saved()["found"]
         acts, out = {s: found[s.key] for s in reads}, found.get("")
@@ -261,19 +263,21 @@ class LM:
         self._require_before(writes)
         if self._server:
             _require_travelling(writes)
-        only_needed = [s for s in dict.fromkeys(s for w in writes for s in w.reads) if s not in reads]
+        sites = [*reads, *(s for w in writes for s in (w.site, *w.before))]
+        places = {s: self._sites.place(s) for s in sites}
+        needed = [s for w in writes for s in w.reads] + [Site.of(p.less) for p in places.values() if p.less]
+        only_needed = [s for s in dict.fromkeys(needed) if s not in reads]
+        places |= {s: self._sites.place(s) for s in only_needed}
         steps: list[tuple[int, int, tuple[Any, ...]]] = []
         for s in dict.fromkeys(s for w in writes for s in w.before):
-            steps.append((self._sites.when(s), 0, (f"before {s.key}", self._sites.point(s), None)))
+            steps.append((self._sites.when(s), 0, (f"before {s.key}", tuple(places[s]), None)))
         for w in writes:
-            # The stream in mid-block has been kept for the skip connection before the norm sees it.
-            in_place = w.site.kind == "resid_mid"
             names = (*(s.key for s in w.reads), *(f"before {s.key}" for s in w.before))
-            step = (w.site.key, self._sites.point(w.site), w.fn, names, in_place)
+            step = (w.site.key, tuple(places[w.site]), w.fn, names)
             steps.append((self._sites.when(w.site), 1, step))
         for s in [*reads, *only_needed]:
             smaller = after[s] if isinstance(after, Mapping) and s in after else after
-            step = (s.key, self._sites.point(s), None if s in only_needed else smaller)
+            step = (s.key, tuple(places[s]), None if s in only_needed else smaller)
             steps.append((self._sites.when(s), 2, step))
         return [step for _, _, step in sorted(steps, key=lambda s: s[:2])]
 
@@ -284,16 +288,18 @@ class LM:
         import nnsight
 
         self._require_known(batch.ids)
-        point, in_place = self._sites.point(site), site.kind == "resid_mid"
+        place = tuple(self._sites.place(site))
+        if place[4]:
+            raise ValueError(f"{site} is a difference of two tensors in this model: nothing has a gradient by it")
         inputs = {"input_ids": batch.ids.to(self.device), "use_cache": False}
         nn, tokens, x, found = self._nn, batch.plain(), x.detach(), cast(Tensor, None)
         backend = self._server.request(nn) if self._server else None
-        read, write, slope = passes.read, passes.write, passes.slope
+        read, value_of, put, slope = passes.read, passes.value_of, passes.put, passes.slope
         with self._lock, torch.enable_grad(), nn.trace(inputs, backend=backend):
-            here = read(nn, point)
+            here = read(nn, place, tokens.ids.shape[1])
             there = x.to(here).requires_grad_(True)
             # A copy, for the stream in mid-block is written in place, and a leaf that wants its gradient may not be.
-            write(nn, point, there.clone(), in_place)
+            put(nn, place, here, value_of(here, place, {}), there.clone())
             found = nnsight.save(slope(nn.output.logits, tokens, there, metric))
         return found if backend is None else backend.saved()["found"]
 
@@ -417,6 +423,11 @@ class LM:
         import nnsight
         from transformers import DynamicCache
 
+        if "past_key_values" not in inspect.signature(self._module.forward).parameters:
+            raise ValueError(
+                f"{self.id} keeps its state in no key-value cache, and only such a state is carried on a server: "
+                "generate with the model on this machine, LM(...) without remote="
+            )
         nn, steps, config = self._nn, self._steps((), writes, None), self._module.config
         ends, limit = sorted(_end_ids(self._module, self.tokenizer)), self.max_length
         state = None if generator is None else generator.get_state()
@@ -458,26 +469,33 @@ class LM:
         self, ids: Tensor, rows: Tensor, writes: list[Write], new: int, temperature: float,
         generator: torch.Generator | None,
     ) -> Iterator[list[int | None]]:  # fmt: skip
-        """The next token of each row, again and again, with a key-value cache; None for a row that has met the model's
-        end token. rows: the numbers of these rows among the user's prompts."""
-        from transformers import DynamicCache
-
-        past = DynamicCache(config=self._module.config)
+        """The next token of each row, again and again; None for a row that has met the model's end token. rows: the
+        numbers of these rows among the user's prompts."""
         ends = _end_ids(self._module, self.tokenizer)
         done = torch.zeros(len(ids), dtype=torch.bool)
-        step = ids
+        with self._lock:
+            past = self._continuing.state()
+        steps = torch.zeros(ids.shape[1], dtype=torch.long)  # in which pass each token was, or would have been, read
+        begin = 0  # of the tokens that the model has not seen
         for number in range(min(new, self.max_length - ids.shape[1])):
-            start = past.get_seq_length()
-            positions = torch.arange(start, start + step.shape[1]).expand_as(step)
-            real = torch.ones_like(step, dtype=torch.bool)
-            part = TokenBatch(step, real, positions, rows=rows, step=number)
-            _, out = self.run(part, writes=writes, past=past)
-            assert out is not None
-            step = pick(out[:, -1].float().cpu(), temperature, generator)
-            done |= torch.tensor([token in ends for token in step.flatten().tolist()])
+            part = ids[:, begin:]
+            positions = torch.arange(begin, ids.shape[1]).expand_as(part)
+            step = number if past is not None else steps
+            real = torch.ones_like(part, dtype=torch.bool)
+            batch = TokenBatch(part, real, positions, rows=rows, step=step)
+            _, out = self.run(batch, writes=writes, past=past, logits=passes.last)
+            token = pick(out, temperature, generator)
+            done |= torch.tensor([t in ends for t in token.flatten().tolist()])
             if bool(done.all()):
                 return
-            yield [None if end else token for token, end in zip(step.flatten().tolist(), done.tolist(), strict=True)]
+            yield [None if end else t for t, end in zip(token.flatten().tolist(), done.tolist(), strict=True)]
+            begin = 0 if past is None else ids.shape[1]
+            ids = torch.cat([ids, token.to(ids)], dim=1)
+            steps = torch.cat([steps, torch.tensor([number + 1])])
+
+    @cached_property
+    def _continuing(self) -> Continuing:
+        return Continuing.of(self._module, self.device)
 
     def compare(self, prompt: Prompts, edits: Iterable[Any]) -> Comparison:
         """One prompt without and with the edits, token by token: KL of the next token, log-probabilities, the edited
@@ -545,33 +563,57 @@ class LM:
         of: what to make of the logits where the model is (they are many), None: they come back themselves.
         """
         site = Site.of(at)
-        if site.kind in ("mlp_in", "module"):
+        way = self._way(site)
+        if way is None:
             return None
+        x = directions.detach().float().cpu()
         if self._server:
-            return self._lens_there(directions.detach().float().cpu(), site, of)
-        x = self._before_head(directions.to(self.device, torch.float32), site)
-        logits = (x @ self._module.get_output_embeddings().weight.float().T).detach().cpu()
-        return logits if of is None else of(logits)
+            return self._there(passes.lens, x=x, of=of, **way)
+        with self._lock, torch.no_grad():
+            return passes.lens(self._module, x=x, of=of, **way)
+
+    def _way(self, site: Site) -> dict[str, Any] | None:
+        """The modules between a site and the logits, later layers aside, as ``passes.lens`` takes them; None where the
+        site's directions are not written to the residual stream, or the way from there to the head is another."""
+        at = self._sites
+        if site.kind in ("mlp_in", "module") or not self._has_a_way_out:
+            return None
+        at.place(site)  # ValueError where the model has none
+        way, w_o = list(at.way_out or []), None
+        if site.kind == "attn_z":
+            layer = site.layer or 0
+            if at.layers[layer].w_o_factor is None:
+                return None
+            w_o = at.w_o[layer], at.width(Site("attn_z", layer)), at.point(site)[2]
+            way = [p for p in [at.after_attention(layer)] if p] + way
+        return {"w_o": w_o, "way": way, "head": at.path_of(self._module.get_output_embeddings())}
+
+    @cached_property
+    def _has_a_way_out(self) -> bool:
+        """Whether nothing but norms and linear maps lies between the last layer and the logits."""
+        way = self._sites.way_out
+        if way is None or self._server:
+            return way is not None
+        width = self._sites.width(Site("resid_post", self.n_layers - 1))
+        try:
+            with self._lock, torch.no_grad():
+                passes.before_head(self._module, torch.ones(1, width), None, way)
+        except ValueError:
+            return False
+        return True
 
     def _before_head(self, x: Float[Tensor, "n d"], site: Site) -> Float[Tensor, "n d_model"]:
-        """Directions written at a site as they stand in front of W_U, but for the norms' divisions."""
-        modules = self._sites.modules
-        if site.kind == "attn_z":
-            output: Any = modules[str(self._sites.w_o[site.layer or 0])]
-            w_o = output.weight.T if isinstance(output, nn.Linear) else output.weight  # GPT-2 stores d_in first
-            columns = self._sites.point(site)[2]
-            x = x @ (w_o if columns is None else w_o[columns[0] : columns[1]]).float()
-            x = _through_norm(modules.get(str(self._sites.after_attention(site.layer or 0))), x)
-        return _through_norm(modules.get(str(self._sites.final_norm)), x)
-
-    def _lens_there(self, x: Tensor, site: Site, of: Callable[[Tensor], Any] | None) -> Any:
-        at, norms, w_o = self._sites, [self._sites.final_norm], None
-        if site.kind == "attn_z":
-            w_o = at.w_o[site.layer or 0], at.width(Site("attn_z", site.layer)), at.point(site)[2]
-            norms.insert(0, at.after_attention(site.layer or 0))
-        way = [(path, isinstance(at.modules[path], nn.LayerNorm)) for path in norms if path]
-        head = at.path_of(self._module.get_output_embeddings())
-        return self._there(passes.lens, x=x, w_o=w_o, way=way, head=head, of=of)
+        """Directions written at a site as they stand in front of W_U, but for the norms' divisions. ValueError where
+        they do not get there."""
+        way = self._way(site)
+        if way is None:
+            raise ValueError(
+                f"what is written at {site} gets to this model's logits by more than norms and linear maps: direct "
+                "effects are not known for it"
+            )
+        factor = self._sites.layers[site.layer or 0].w_o_factor if site.kind == "attn_z" else None
+        x = passes.before_head(self._module, x.float(), way["w_o"], way["way"]).to(self.device)
+        return x if factor is None else factor * x
 
     def _there(self, fn: Callable[..., Any], **settings: Any) -> Any:
         """fn(root envoy, **settings) where the model is: modules may be called there."""
@@ -583,18 +625,6 @@ class LM:
             found = nnsight.save(fn(nn, **settings))
             tracer.stop()
         return found if backend is None else backend.saved()["found"]
-
-
-def _through_norm(norm: Any, x: Tensor) -> Tensor:
-    """Directions as a norm passes them on, up to its division: centred where it centres, times its gain."""
-    if norm is None:
-        return x
-    if isinstance(norm, nn.LayerNorm):
-        x = x - x.mean(-1, keepdim=True)
-        return x if norm.weight is None else x * norm.weight.float()
-    # An RMS norm's answer to ones is its gain, however the class keeps it (Gemma's is 1+w).
-    weight = next(norm.parameters(), x)
-    return x * norm(torch.ones(1, 1, x.shape[-1], dtype=weight.dtype, device=weight.device)).flatten().float()
 
 
 def listed_edits(edits: Any) -> list[Any]:

@@ -9,42 +9,62 @@ from typing import no_type_check
 
 import torch
 
-# A point is (path of a module, "input" or "output", columns of the last axis as (start, stop), or None for all).
+# A place is (path of a module, "input" or "output", columns of the last axis as (start, stop), or None for all,
+# factor, less, in place): the value of its site is the factor times what stands there, less the value of the site
+# named ``less``.
 
 
 @no_type_check
 def first_tensor(value):
-    """A module's main value: itself, or the first tensor of the tuple it comes in."""
+    """A module's main value: itself, or the first tensor of the tuple, list or mapping it comes in."""
+    if isinstance(value, dict):
+        value = list(value.values())
     if isinstance(value, (tuple, list)):
         return next((v for v in value if isinstance(v, torch.Tensor)), None)
     return value if isinstance(value, torch.Tensor) else None
 
 
 @no_type_check
+def with_first(value, new):
+    """The same tuple, list or mapping with another first tensor."""
+    if isinstance(value, torch.Tensor):
+        return new
+    if isinstance(value, dict):
+        name = next(name for name, v in value.items() if isinstance(v, torch.Tensor))
+        return type(value)(**{**value, name: new})
+    at = next(i for i, v in enumerate(value) if isinstance(v, torch.Tensor))
+    parts = [*value[:at], new, *value[at + 1 :]]
+    return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+
+
+@no_type_check
 def envoy_at(root, path):
-    """nnsight's envoy of the module at ``path``."""
+    """nnsight's envoy of the module at ``path``, or the module itself in a model that is no envoy."""
     for name in path.split("."):
         root = root[int(name)] if name.isdigit() else getattr(root, name)
     return root
 
 
 @no_type_check
-def read(root, point):
-    """The value at a point."""
-    path, end, columns = point
+def read(root, place, length):
+    """What stands at a place, "batch pos d"; length: tokens of a row. (Some models, OPT among them, make one axis of
+    rows and tokens.)"""
+    path, end, columns = place[:3]
     envoy = envoy_at(root, path)
     value = first_tensor(envoy.input if end == "input" else envoy.output)
+    value = value.unflatten(0, (-1, length)) if value.dim() == 2 else value
     return value if columns is None else value[..., columns[0] : columns[1]]
 
 
 @no_type_check
-def write(root, point, new, in_place):
-    """Replace the value at a point, keeping the rest of its tuple or of its heads."""
-    path, end, columns = point
+def write(root, place, new):
+    """Put something else there, keeping the rest of its tuple or of its heads."""
+    path, end, columns, _, _, in_place = place
     envoy = envoy_at(root, path)
     whole = envoy.input if end == "input" else envoy.output
     old = first_tensor(whole)
     new = new.to(old.dtype)
+    new = new.flatten(0, 1) if old.dim() == 2 else new
     if in_place:
         old[..., slice(None) if columns is None else slice(columns[0], columns[1])] = new
         return
@@ -53,25 +73,45 @@ def write(root, point, new, in_place):
     if end == "input":
         envoy.input = new
     else:
-        envoy.output = (new, *whole[1:]) if isinstance(whole, tuple) else new
+        envoy.output = with_first(whole, new)
+
+
+@no_type_check
+def value_of(x, place, held):
+    """The value of a site from what stands at its place."""
+    x = x if place[3] == 1.0 else place[3] * x
+    return x if place[4] is None else x - held[place[4]].to(x)
+
+
+@no_type_check
+def put(root, place, there, value, new):
+    """Give a site a new value, where its place holds ``there``. A value that is no tensor of the model changes what
+    stands there by its own change, so that no change leaves it as it is, to the bit."""
+    if place[3] == 1.0 and place[4] is None:
+        write(root, place, new)
+    else:
+        write(root, place, there + ((new.to(value) - value) / place[3]).to(there))
 
 
 @no_type_check
 def through(root, steps, tokens, found):
     """Reads and writes in the order in which the model computes their sites.
 
-    steps: (name, point, after) for a read, after(x, tokens) being what is found under that name, or None where only a
-    write needs it; (name, point, fn, reads, in_place) for a write, fn(x, tokens, *activations at reads).
+    steps: (name, place, after) for a read, after(x, tokens) being what is found under that name, or None where only
+    another step needs it; (name, place, fn, reads) for a write, fn(x, tokens, *activations at reads).
     """
-    copies, held = any(len(step) > 3 for step in steps), {}
+    held = {}
     for step in steps:
-        x = read(root, step[1])
+        place = step[1]
+        there = read(root, place, tokens.ids.shape[1])
+        x = value_of(there, place, held)
         if len(step) > 3:
-            _, point, fn, reads, in_place = step
-            write(root, point, fn(x, tokens, *[held[name] for name in reads]), in_place)
+            _, _, fn, reads = step
+            put(root, place, there, x, fn(x, tokens, *[held[name] for name in reads]))
         else:
             name, _, after = step
-            held[name] = x.float().clone() if copies else x.float()
+            # A copy: models change tensors in place, Falcon what its MLP gave.
+            held[name] = x.to(torch.float32, copy=True)
             if after is not None:
                 found[name] = after(held[name], tokens)
 
@@ -89,6 +129,12 @@ def whole(x, tokens):
 def real(x, tokens):
     """The rows of real tokens, "tokens d", without padding."""
     return x[tokens.mask.to(x.device)]
+
+
+@no_type_check
+def last(x, tokens):
+    """The last position, "batch d" float32 on the CPU."""
+    return x[:, -1].float().cpu()
 
 
 @no_type_check
@@ -154,30 +200,55 @@ def embedded(root, ids, path, size):
 @no_type_check
 def lens(root, x, w_o, way, head, of):
     """Logits of directions x, or what ``of`` makes of them. w_o: (path, whole width, columns of x in it), or None. way:
-    the norms on it, as (path, whether it centres)."""
+    paths of the modules on it, norms or linear maps."""
+    logits = linear(envoy_at(root, head), before_head(root, x, w_o, way))
+    return logits if of is None else of(logits)
+
+
+@no_type_check
+def before_head(root, x, w_o, way):
+    """Directions as they stand in front of W_U, but for the norms' divisions."""
     if w_o is not None:
         path, width, columns = w_o
         full = torch.zeros(len(x), width)
-        full[:, slice(None) if columns is None else slice(columns[0], columns[1])] = x
+        full[:, slice(None) if columns is None else slice(columns[0], columns[1])] = x.cpu()
         x = linear(envoy_at(root, path), full)
-    for path, centres in way:
-        x = (x - x.mean(-1, keepdim=True) if centres else x) * gain(envoy_at(root, path), x.shape[-1], centres)
-    logits = linear(envoy_at(root, head), x)
-    return logits if of is None else of(logits)
+    for path in way:
+        x = past(envoy_at(root, path), x)
+    return x
+
+
+@no_type_check
+def called(module, x):
+    """A module's answers to rows, in float32 on the CPU. (It takes them on its own device, in its own precision.)"""
+    weight = getattr(module, "weight", None)
+    if isinstance(weight, torch.Tensor):
+        x = x.to(weight if weight.is_floating_point() else weight.device)
+    return first_tensor(module(x.unsqueeze(0)))[0].float().cpu()
 
 
 @no_type_check
 def linear(module, x):
     """What a linear module does to directions: without its bias."""
-    return (module(x) - module(torch.zeros_like(x[:1]))).float().cpu()
+    bias = called(module, torch.zeros_like(x[:1]))
+    return called(module, x) - bias if bool(bias.any()) else called(module, x)
 
 
 @no_type_check
-def gain(norm, width, centres):
-    """A norm's gain, however its class keeps it (Gemma's is 1+w): from its answer to one vector and to zero."""
-    probe = 1.0 - 2.0 * (torch.arange(width) % 2)
-    passed = probe - probe.mean() if centres else probe
-    passed = passed / passed.square().mean().sqrt()
-    rows = torch.stack([probe, torch.zeros(width)]).unsqueeze(0)
-    answers = norm(rows)[0].float().cpu()
-    return (answers[0] - answers[1]) / passed
+def past(module, x):
+    """Directions as a module passes them on: a linear map as it is; of a norm its gain, and its centring where it
+    centres, but not its division. Both are known by what they answer, whatever their class (Gemma's gain is 1+w)."""
+    width = x.shape[-1]
+    i = torch.arange(width)
+    probe = (1.0 - 2.0 * (i % 2)) * (1.0 + (0.618 * i) % 1.0)  # of both signs, and no entry is small
+    answers = called(module, torch.stack([probe, 2 * probe, probe + 3.0, torch.zeros(width)]))
+    once, twice, moved = answers[:3] - answers[3]
+    if bool((twice - 2 * once).norm() < 0.02 * once.norm()):
+        return linear(module, x)
+    if answers.shape[-1] != width or bool((twice - once).norm() > 0.02 * once.norm()):
+        raise ValueError("a module between the last layer and the head is neither a norm nor linear")
+    centres = bool((moved - once).norm() < 0.02 * once.norm())
+    flat = probe - probe.mean() if centres else probe
+    gain = once / (flat / flat.square().mean().sqrt())
+    x = x.float().cpu()
+    return (x - x.mean(-1, keepdim=True) if centres else x) * gain

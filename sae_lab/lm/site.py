@@ -1,157 +1,579 @@
-"""Where sites lie in a model: the only code that knows module paths, tuples and which end of a module to read."""
+"""Where sites lie in a model: the only code that knows module paths and which end of a module to read.
 
-from typing import Any
+Nothing here goes by the names of modules. ``observing.watch`` runs the model once over a short text and tells what each
+block adds to the residual stream, and out of what; a kind of site is offered at a layer where its identity holds:
+
+    resid_pre + attn_out = resid_mid, resid_mid + mlp_out = resid_post      (one after the other)
+    resid_pre + attn_out + mlp_out = resid_post                             (side by side: no resid_mid)
+    resid_post of a layer = resid_pre of the next
+    W_O(attn_z), behind the block's own norm and multiplier = what attention adds
+"""
+
+import re
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from sae_lab.lm.observing import ROWS, TOKENS, Flow, Form, Seen, frozen, less, times, watch
 from sae_lab.lm.passes import first_tensor
 from sae_lab.types import KINDS, LAYER_KINDS, Site
 
-_BLOCKS = (
-    "model.layers", "model.language_model.layers", "language_model.model.layers", "transformer.h", "gpt_neox.layers",
-)  # fmt: skip
-_EMBED = ("embed_tokens", "wte", "embed_in")
-_FINAL_NORM = ("norm", "ln_f", "final_layer_norm")
-_ATTENTION = ("self_attn", "attn", "attention")
-_W_O = ("o_proj", "c_proj", "dense", "out_proj")
-
-
 Point = tuple[str, str, tuple[int, int] | None]  # module path, "input" or "output", columns (a head's), or all
+# How far the sum of parts may be from the whole: a share of the update, and so many roundings of the whole.
+TOLERANCE, ROUNDING = 0.01, 8
+
+
+class Place(NamedTuple):
+    """How a site is read and written: ``factor`` times the value at a point, less the value at another site."""
+
+    path: str
+    end: str
+    columns: tuple[int, int] | None = None
+    factor: float = 1.0
+    less: str | None = None  # key of an earlier site
+    in_place: bool = False  # the stream in mid-block: kept for the skip connection before the norm sees it
+
+
+@dataclass
+class Block:
+    """One layer: where its kinds lie, and why the others have no place here."""
+
+    path: str
+    places: dict[str, Place] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
+    w_o: str | None = None
+    after_attention: str | None = None  # the norm between W_O and the stream
+    w_o_factor: float | None = None  # of what W_O, or that norm, gives, in the stream after the block; None: not in it
+    before_mlp: str | None = None  # the norm between resid_mid and mlp_in
+    heads: int | None = None
 
 
 class SiteMap:
-    """Sites of one causal LM: finds modules by the names that model families use, and their order by running it.
-
-    A pass over one token records every module's inputs and outputs as they happen, so that order and width of any
-    site are what the model does, not what its class is called.
-    """
+    """Sites of one causal LM, found by one pass over a short text."""
 
     def __init__(self, model: nn.Module):
         self.model: Any = model
         self.modules = dict(model.named_modules())
-        self.blocks = next((p for p in _BLOCKS if p in self.modules), None)
-        self.n_layers = len(self.modules[self.blocks]) if self.blocks else 0  # type: ignore[arg-type]
-        self._events = self._record()
-        self.kinds = self._available_kinds()
+        lists = _lists(self.modules)
+        self._flow, out = watch(model, {f"{path}.{i}" for path, n in lists.items() for i in range(n)})
+        self._seen = self._flow.seen
+        _require_causal(out)
+        self.blocks = self._chain(lists)
+        self.n_layers = lists[self.blocks] if self.blocks else 0
+        self.layers = [_Reader(self, i).block() for i in range(self.n_layers)]
+        self._embed = self._place_of_embeddings()
+        found = {kind for block in self.layers for kind in block.places} | ({"embed"} if self._embed else set())
+        self.kinds = [k for k in KINDS if k in found]
+        self.way_out = self._way_out()
+        self._flow.forget()
 
-    def _record(self) -> dict[tuple[str, str], tuple[int, int]]:
-        """(path, end) -> (when, width), from one pass over a single token."""
-        events: dict[tuple[str, str], tuple[int, int]] = {}
+    # ---- what it is
 
-        def note(path: str, end: str, value: Any) -> None:
-            value = first_tensor(value)
-            if value is not None and value.dim() >= 2 and (path, end) not in events:
-                events[path, end] = (len(events), value.shape[-1])
+    def _chain(self, lists: dict[str, int]) -> str | None:
+        """The longest list of modules that hand the stream on, each called once and in order."""
+        chains = [path for path, n in lists.items() if self._hands_on(path, n)]
+        return max(chains, key=lambda path: (lists[path], -path.count(".")), default=None)
 
-        hooks = []
-        for path, module in self.modules.items():
-            hooks += [
-                module.register_forward_pre_hook(
-                    lambda _, args, kwargs, p=path: note(p, "input", (*args, *kwargs.values())), with_kwargs=True
-                ),
-                module.register_forward_hook(lambda _, args, out, p=path: note(p, "output", out)),
-            ]
-        try:
-            with torch.no_grad():
-                device = next(self.model.parameters()).device
-                self.model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device))
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return events
+    def _hands_on(self, path: str, n: int) -> bool:
+        ends = [(self._seen.get((f"{path}.{i}", "input")), self._seen.get((f"{path}.{i}", "output"))) for i in range(n)]
+        if any(a is None or b is None or a.calls > 1 or a.shape != b.shape for a, b in ends):
+            return False
+        streams: Any = ends
+        return len(streams[0][0].shape) >= 3 and all(
+            b.when < c.when and b.shape == c.shape for (_, b), (c, _) in pairwise(streams)
+        )
 
-    def _child(self, parent: str, names: tuple[str, ...]) -> str | None:
-        return next((f"{parent}.{n}" for n in names if f"{parent}.{n}" in self.modules), None)
-
-    @property
-    def w_o(self) -> list[str | None]:
-        """Each block's attention output projection (its input is attn_z)."""
-        found = []
-        for layer in range(self.n_layers):
-            attention = self._child(f"{self.blocks}.{layer}", _ATTENTION)
-            found.append(self._child(attention, _W_O) if attention else None)
-        return found
-
-    @property
-    def final_norm(self) -> str | None:
-        return self._child(self.blocks.rsplit(".", 1)[0], _FINAL_NORM) if self.blocks else None
-
-    def after_attention(self, layer: int) -> str | None:
-        """The norm between W_O and the residual stream, where a model has one (Gemma, OLMo 2)."""
-        block = f"{self.blocks}.{layer}"
-        return f"{block}.post_attention_layernorm" if self._post_norms(block) else None
+    def _place_of_embeddings(self) -> Place | None:
+        module = self.model.get_input_embeddings()
+        path = self.path_of(module) if module is not None else None
+        seen = self._seen.get((path, "output")) if path else None
+        return Place(str(path), "output") if seen and len(seen.shape) == 3 else None
 
     def path_of(self, module: nn.Module) -> str:
         """The path of one of the model's modules."""
         return next(path for path, m in self.modules.items() if m is module)
 
-    def _post_norms(self, block: str) -> bool:
-        """Whether sub-layers' outputs are normed before they are added to the stream."""
-        return f"{block}.post_feedforward_layernorm" in self.modules
+    @property
+    def w_o(self) -> list[str | None]:
+        """Each block's attention output projection (its input is attn_z)."""
+        return [block.w_o for block in self.layers]
 
-    def _point(self, kind: str, layer: int | None) -> tuple[str, str] | None:
-        """(path, end) of a kind, or None where this architecture has no such place."""
-        if not self.blocks:
+    def after_attention(self, layer: int) -> str | None:
+        """The norm between W_O and the residual stream, where a model has one (Gemma, OLMo 2)."""
+        return self.layers[layer].after_attention
+
+    @property
+    def final_norm(self) -> str | None:
+        """The module whose output the head reads, where it is not the last block."""
+        return self.way_out[-1] if self.way_out else None
+
+    def _way_out(self) -> list[str] | None:
+        """Paths of the modules between the last block and the head, in order; None where there are others than those
+        that read one tensor each."""
+        head = self.model.get_output_embeddings()
+        read = self._seen.get((self.path_of(head), "input")) if head is not None else None
+        last = self._seen.get((f"{self.blocks}.{self.n_layers - 1}", "output")) if self.blocks else None
+        if read is None or last is None:
             return None
-        if kind == "embed":
-            path = self._child(self.blocks.rsplit(".", 1)[0], _EMBED)
-            return (path, "output") if path else None
-        block = f"{self.blocks}.{layer}"
-        attention = self._child(block, _ATTENTION)
-        # Gemma 2 and 3, OLMo 2 norm a sub-layer's output before they add it: attn_out and mlp_out mean what is added.
-        post = self._post_norms(block)
-        parallel = bool(getattr(self.model.config, "use_parallel_residual", False))
-        # What the stream meets in mid-block: the MLP's norm, or where there is none (OLMo 2) the MLP itself.
-        mid = self._child(block, ("pre_feedforward_layernorm", "mlp") if post else ("post_attention_layernorm", "ln_2"))
-        table: dict[str, tuple[str | None, str]] = {
-            "resid_pre": (block, "input"),
-            "attn_z": (self._child(attention, _W_O) if attention else None, "input"),
-            "attn_out": (f"{block}.post_attention_layernorm" if post else attention, "output"),
-            "resid_mid": (None if parallel else mid, "input"),  # attention and MLP in parallel: no middle
-            "mlp_in": (self._child(block, ("mlp",)), "input"),
-            "mlp_out": (self._child(block, ("post_feedforward_layernorm",) if post else ("mlp",)), "output"),
-            "resid_post": (block, "output"),
-        }
-        path, end = table[kind]
-        return (path, end) if path else None
+        way, form = [], read.form
+        while times(form, last.form) is None:
+            makers = [
+                (s.when, p) for (p, end), s in self._flow.last.items()
+                if end == "output" and s.when > last.when and times(s.form, form) is not None
+                and (p, "input") in self._flow.last
+            ]  # fmt: skip
+            if len(way) > 8 or not makers:
+                return None
+            path = min(makers)[1]  # the innermost ends first
+            way.insert(0, path)
+            form = self._flow.last[path, "input"].form
+        return way
 
-    def _available_kinds(self) -> list[str]:
-        points = {k: self._point(k, 0 if k in LAYER_KINDS else None) for k in KINDS}
-        return [k for k, point in points.items() if point in self._events]
+    # ---- questions
+
+    def place(self, site: Site) -> Place:
+        """How a site is read and written. ValueError with what exists when this model has no such layer, kind, head or
+        module."""
+        if site.kind == "module":
+            return Place(self._module(str(site.path)), "output")
+        if site.kind == "embed":
+            if self._embed is None:
+                raise ValueError(f"this model has no 'embed' site; it has {self._have()}")
+            return self._embed
+        self._require_own_path(site)
+        if not self.layers:
+            raise ValueError(
+                f"this model has no {site}: no list of modules that hand one tensor on, its residual stream, was found "
+                f"in it; name a module's path, e.g. Site({next(iter(self._paths()), 'a.module')!r})"
+            )
+        layer = site.layer or 0
+        if layer >= self.n_layers:
+            raise ValueError(f"{site} is out of range: this model has layers 0 to {self.n_layers - 1}")
+        block = self.layers[layer]
+        if site.kind not in block.places:
+            why = block.missing.get(site.kind, "")
+            here = [k for k in KINDS if k in block.places]
+            if site.kind not in self.kinds:
+                raise ValueError(
+                    f"this model has no {site.kind!r} sites; it has {self._have()}, or a module's path"
+                    + (f" ({why})" if why else "")
+                )
+            raise ValueError(
+                f"layer {layer} of this model has no {site.kind!r} site: {why}; it has {', '.join(here)}, or a "
+                "module's path"
+            )
+        place = block.places[site.kind]
+        return place if site.head is None else place._replace(columns=self._columns(site, place.path))
 
     def point(self, site: Site) -> Point:
-        """Where a site lies. ValueError with what exists when this model has no such layer, kind, head or module."""
-        if site.kind == "module":
-            if (site.path, "output") not in self._events:
-                near = [p for p, end in self._events if end == "output" and str(site.path).rsplit(".", 1)[-1] in p][:5]
-                raise ValueError(
-                    f"this model has no module {site.path!r} with a tensor output; "
-                    f"{'similar: ' + ', '.join(near) if near else 'kinds: ' + ', '.join(self.kinds)}"
-                )
-            return str(site.path), "output", None
-        if site.layer is not None and site.layer >= max(self.n_layers, 1):
-            raise ValueError(f"{site} is out of range: this model has layers 0 to {self.n_layers - 1}")
-        if site.kind not in self.kinds:
-            have = ", ".join(self.kinds)
-            raise ValueError(f"this model has no {site.kind!r} sites; it has {have}, or a module's path")
-        path, end = self._point(site.kind, site.layer)  # type: ignore[misc]
-        return path, end, self._columns(site, path)
+        """Where a site lies: path, end, columns."""
+        return self.place(site)[:3]
 
-    def _columns(self, site: Site, path: str) -> tuple[int, int] | None:
-        if site.head is None:
-            return None
-        n_heads = self.model.config.get_text_config().num_attention_heads
-        if site.head >= n_heads:
+    def _have(self) -> str:
+        return ", ".join(self.kinds) or "none that is known by kind"
+
+    def _paths(self) -> list[str]:
+        return [p for p, end in self._seen if end == "output" and p]
+
+    def _module(self, path: str) -> str:
+        seen = self._seen.get((path, "output"))
+        if seen is None:
+            near = [p for p in self._paths() if path.rsplit(".", 1)[-1] in p][:5]
+            raise ValueError(
+                f"this model has no module {path!r} with a tensor output; "
+                f"{'similar: ' + ', '.join(near) if near else 'kinds: ' + ', '.join(self.kinds)}"
+            )
+        if seen.calls > 1:
+            raise ValueError(
+                f"module {path!r} runs {seen.calls} times in one pass, so that its output is no one place: take a "
+                "module that runs once"
+            )
+        if tuple(seen.shape[:-1]) not in ((ROWS, TOKENS), (ROWS * TOKENS,)):
+            raise ValueError(
+                f"a site has one vector for each token (batch pos d), and the output of module {path!r} has the shape "
+                f"{seen.shape} for {ROWS} texts of {TOKENS} tokens: take another module"
+            )
+        return path
+
+    def _require_own_path(self, site: Site) -> None:
+        """A path that is this model's must not be taken for the usual name of a layer that lies elsewhere."""
+        path = site.spelling
+        if path and path in self.modules and self.blocks and not path.startswith(f"{self.blocks}."):
+            raise ValueError(
+                f"{path!r} is a module of this model but no part of its layers, which are {self.blocks}.0 to "
+                f"{self.n_layers - 1}: name a layer's site, or a module inside {path!r}"
+            )
+
+    def _columns(self, site: Site, path: str) -> tuple[int, int]:
+        n_heads = self.layers[site.layer or 0].heads
+        width = self._seen[path, "input"].shape[-1]
+        if not n_heads or width % n_heads:
+            raise ValueError(f"{site} has no head of its own: the model does not tell how many heads it has")
+        if (site.head or 0) >= n_heads:
             raise ValueError(f"{site} is out of range: this model has heads 0 to {n_heads - 1}")
-        d_head = self._events[path, "input"][1] // n_heads
-        return site.head * d_head, (site.head + 1) * d_head
+        d_head, head = width // n_heads, site.head or 0
+        return head * d_head, (head + 1) * d_head
 
     def width(self, site: Site) -> int:
         path, end, columns = self.point(site)
-        return self._events[path, end][1] if columns is None else columns[1] - columns[0]
+        return self._seen[path, end].shape[-1] if columns is None else columns[1] - columns[0]
 
     def when(self, site: Site) -> int:
         """Sites happen in the order of this number."""
         path, end, _ = self.point(site)
-        return self._events[path, end][0]
+        return self._seen[path, end].when
+
+
+class _Reader:
+    """Reads one block out of the flow."""
+
+    def __init__(self, sites: SiteMap, layer: int):
+        self.sites, self.layer = sites, layer
+        self.flow: Flow = sites._flow
+        self.path = f"{sites.blocks}.{layer}"
+        self.enter, self.leave = sites._seen[self.path, "input"], sites._seen[self.path, "output"]
+        [self.stream] = self.enter.form  # the atom it got here
+        self.points = {
+            end: seen for end, seen in sites._seen.items()
+            if end[0].startswith(self.path + ".") and seen.calls == 1 and self.enter.when < seen.when < self.leave.when
+        }  # fmt: skip
+        self.found = Block(self.path)
+
+    def block(self) -> Block:
+        block, shape = self.found, self.enter.shape
+        if len(shape) != 3:
+            why = (
+                f"its blocks hand on a tensor of {len(shape)} axes, not one residual stream (batch pos d): take a "
+                "module's path inside a block"
+            )
+            block.missing = dict.fromkeys(LAYER_KINDS, why)
+            return block
+        self._ends()
+        self._inside()
+        self._check()
+        for kind in LAYER_KINDS:
+            if kind not in block.places:
+                block.missing.setdefault(kind, "no tensor of the block is that")
+        return block
+
+    # ---- the block's own ends
+
+    def _ends(self) -> None:
+        block = self.found
+        block.places["resid_post"] = Place(self.path, "output")
+        before = self.sites._seen.get((f"{self.sites.blocks}.{self.layer - 1}", "output"))
+        if before is None or self._same(before, self.enter):
+            block.places["resid_pre"] = Place(self.path, "input")
+        else:
+            block.missing["resid_pre"] = (
+                f"the model changes the stream between layers {self.layer - 1} and {self.layer}; read resid_post of "
+                f"layer {self.layer - 1}"
+            )
+
+    def _same(self, before: Seen, after: Seen) -> bool:
+        if before.form == after.handed or (before.storage == after.storage and before.shape == after.shape):
+            return True
+        return before.sketch is not None and after.sketch is not None and torch.equal(before.sketch, after.sketch)
+
+    # ---- what its sub-layers add
+
+    def _inside(self) -> None:
+        stream, out = {self.stream: 1.0}, self.leave.form
+        added = less(out, stream) if out.get(self.stream) == 1.0 else None
+        mid = self._middle(out)
+        if mid is not None:
+            self._serial(mid, out)
+        elif added is not None:
+            self._side_by_side(added)
+        else:
+            self._say_of_sub_layers("the block does not hand its stream on by adding to it (it norms or scales it)")
+        self._heads()
+        if "mlp_in" not in self.found.places and self.found.w_o and "mlp_in" not in self.found.missing:
+            done = self.points[self.found.w_o, "output"].when
+            self._mlp_in(self._made_of(out, {}), {}, done)
+
+    def _middle(self, out: Form) -> Form | None:
+        """The form of the stream between attention and MLP: what a module reads or returns, to which the MLP's output,
+        and nothing else, is then added."""
+        forms = {frozen(s.form): s.form for s in self.points.values() if self._is_stream(s)}
+        best: tuple[float, Form] | None = None
+        for form in forms.values():
+            rest = less(out, form)
+            if form == {self.stream: 1.0} or not rest or not set(form) <= set(out):
+                continue
+            if form.get(self.stream) != 1.0 and (self.stream in out or set(rest) & set(form)):
+                continue
+            own = self._made_of(rest, form)
+            behind = self._made_of(form, {})
+            reads = self.flow.made_of(rest, {self.stream} - set(form)) & set(form)
+            if self.flow.mixes(own) or not behind or not reads:
+                continue
+            size = sum(abs(v) for v in form.values())
+            if best is None or size < best[0]:
+                best = (size, form)
+        return best[1] if best else None
+
+    def _serial(self, mid: Form, out: Form) -> None:
+        block = self.found
+        where = self._stream_place(mid)
+        if where is None:
+            self._say_of_sub_layers("no module reads the stream between attention and MLP")
+            return
+        mlp = self._adds(less(out, mid))
+        attention = less(mid, {self.stream: 1.0}) if mid.get(self.stream) == 1.0 else None
+        kind = self._kind(self._made_of(mid, {}))
+        block.places["resid_mid"] = where
+        if mlp is not None:
+            block.places["mlp_out"] = mlp
+        else:
+            block.missing["mlp_out"] = "what is added after the MLP is no one module's output"
+        self._mlp_in(self._made_of(less(out, mid), mid), mid)
+        if kind != "attention":
+            block.missing["attn_out"] = f"it has no attention here, but {kind}"
+        elif attention is not None:
+            place = self._adds(attention)
+            if place is not None:
+                block.places["attn_out"] = place
+            else:
+                block.missing["attn_out"] = "what is added before the MLP is not attention's output alone"
+        elif mlp is not None:
+            # The skip connection is changed too (MiniMax norms it), so that what attention makes of the stream is a
+            # difference, and no tensor.
+            block.places["attn_out"] = where._replace(less=Site("resid_pre", self.layer).key)
+        if mlp is None and "attn_out" in block.places and self._one_step(less(out, mid)):
+            # Several modules of the MLP add side by side (routed experts and a shared one).
+            block.places["mlp_out"] = Place(self.path, "output", less=Site("resid_mid", self.layer).key)
+            block.missing.pop("mlp_out")
+
+    def _one_step(self, added: Form) -> bool:
+        """Whether no part of a sum is made of another."""
+        return all(not (self._made_of({a: 1.0}, {}) - {a}) & set(added) for a in added)
+
+    def _check(self) -> None:
+        """The identities, by value: what the forms say must be what the numbers do."""
+        x = {kind: self._value(place) for kind, place in self.found.places.items() if kind in LAYER_KINDS}
+        for parts, whole in (
+            (("resid_pre", "attn_out"), "resid_mid"),
+            (("resid_mid", "mlp_out"), "resid_post"),
+            (("resid_pre", "attn_out", "mlp_out"), "resid_post"),
+        ):
+            values: list[Any] = [x.get(kind) for kind in (*parts, whole)]
+            if any(v is None for v in values) or (len(parts) == 3 and "resid_mid" in x):
+                continue
+            *given, total = values
+            update = torch.stack(given[1:]).sum(0)
+            eps = torch.finfo(self.enter.dtype).eps
+            off = (given[0] + update - total).norm(dim=-1)
+            if bool((off > TOLERANCE * update.norm(dim=-1) + ROUNDING * eps * total.norm(dim=-1)).any()):
+                for kind in parts[1:]:
+                    self.found.places.pop(kind, None)
+                    self.found.missing[kind] = f"{' + '.join(parts)} is not {whole} in numbers"
+
+    def _value(self, place: Place) -> Any:
+        seen = self.sites._seen[place.path, place.end]
+        if seen.sketch is None or place.less:
+            return None
+        return place.factor * seen.sketch
+
+    def _side_by_side(self, added: Form) -> None:
+        block = self.found
+        parts = {a: self._made_of({a: 1.0}, {b: 1.0 for b in added if b != a}) for a in added}
+        mixing = {a: v for a, v in added.items() if self.flow.mixes(parts[a])}
+        still = {a: v for a, v in added.items() if a not in mixing}
+        why = "attention and MLP read the same stream and are added together: there is no middle"
+        block.missing["resid_mid"] = why if mixing and still else "the block has one sub-layer"
+        if still:
+            place = self._adds(still)
+            if place is not None:
+                block.places["mlp_out"] = place
+            else:
+                block.missing["mlp_out"] = "what the MLP adds is no one module's output"
+            self._mlp_in(set().union(*(parts[a] for a in still)), {self.stream: 1.0})
+        else:
+            block.missing["mlp_out"] = block.missing["mlp_in"] = "the block has no MLP"
+        kind = self._kind(set().union(*(parts[a] for a in mixing))) if mixing else "no attention"
+        place = self._adds(mixing) if mixing and kind == "attention" else None
+        if place is not None:
+            block.places["attn_out"] = place
+        else:
+            block.missing["attn_out"] = f"it has {kind}" if kind != "attention" else "attention does not add alone"
+
+    def _say_of_sub_layers(self, why: str) -> None:
+        for kind in ("attn_out", "resid_mid", "mlp_out"):
+            self.found.missing[kind] = why
+
+    def _kind(self, atoms: set[int]) -> str:
+        """What a sub-layer is that takes values from token to token."""
+        if self.flow.attends(atoms) or self._named(atoms, ("attn", "attention")):
+            return "attention"
+        return "a mixer of tokens without attention" if self.flow.mixes(atoms) else "no attention"
+
+    def _named(self, atoms: set[int], names: tuple[str, ...]) -> bool:
+        """Whether modules with weights of their own on the way are called so: for linear attention, and for kernels
+        whose operations cannot be watched."""
+        return any(n in path[len(self.path) :].lower() for path in self._working(atoms) for n in names)
+
+    def _made_of(self, form: Form, stop: Form) -> set[int]:
+        """All of the block's atoms that went into a form, up to and without ``stop`` and the stream."""
+        return self.flow.made_of(form, {**stop, self.stream: 1.0})
+
+    # ---- points
+
+    def _is_stream(self, seen: Seen) -> bool:
+        return self._is_wide(seen) and seen.shape[-1] == self.enter.shape[-1]
+
+    def _adds(self, form: Form) -> Place | None:
+        """The module whose output, times one number, is this part of the stream."""
+        found = [
+            (factor != 1.0, path.count("."), -seen.when, path, factor)
+            for (path, end), seen in self.points.items()
+            if end == "output" and self._is_stream(seen) and (factor := times(seen.form, form)) is not None
+        ]
+        return Place(min(found)[3], "output", None, min(found)[4]) if found else None
+
+    def _stream_place(self, form: Form) -> Place | None:
+        """Where the stream of this form stands so that a change of it reaches the skip connection too: in front of a
+        module that reads the same memory as the skip connection, or behind one that returns it."""
+        inputs, outputs = [], []
+        for (path, end), seen in self.points.items():
+            factor = times(seen.form, form) if self._is_stream(seen) else None
+            if factor is None:
+                continue
+            if end == "input" and factor == 1.0 and (frozen(seen.form), seen.storage) in self.flow.operands:
+                inputs.append((path.count("."), seen.when, path))
+            if end == "output":
+                outputs.append((factor != 1.0, path.count("."), seen.when, path, factor))
+        if inputs:
+            return Place(min(inputs)[2], "input", in_place=True)
+        return Place(min(outputs)[3], "output", None, min(outputs)[4]) if outputs else None
+
+    def _working(self, atoms: set[int]) -> dict[str, int]:
+        """Modules with a matrix of their own, or inside, that make one of these atoms: path -> when they begin."""
+        found = {}
+        for (path, end), seen in self.points.items():
+            made = end == "output" and set(seen.form) & atoms and (path, "input") in self.points
+            if made and self._has_matrix(path):
+                found[path] = self.points[path, "input"].when
+        return found
+
+    def _has_matrix(self, path: str) -> bool:
+        """Whether a module has weights of two axes or more, of its own or inside; a quantised one keeps them packed."""
+        module = self.sites.modules[path]
+        packed = (not isinstance(getattr(m, "weight", None), torch.Tensor | type(None)) for m in module.modules())
+        return any(p.dim() > 1 for p in module.parameters()) or any(packed)
+
+    def _mlp_in(self, atoms: set[int], before: Form, begin: int = 0) -> None:
+        """What the MLP, some of whose atoms these are, reads after its norm."""
+        makers = {p: when for p, when in self._working(atoms).items() if when > begin}
+        top = [p for p in makers if not any(p.startswith(q + ".") for q in makers)]
+        for path in sorted(top, key=lambda p: makers[p]):
+            path = self._past_its_norm(path, makers, before)
+            form = self.points[path, "input"].form
+            for end in [(path, "input"), *self.points]:
+                if self._is_wide(self.points[end]) and self.points[end].form == form:
+                    self.found.places["mlp_in"] = Place(*end)
+                    norms = [p for (p, e), s in self.points.items() if e == "output" and s.form == form]
+                    norms = [p for p in norms if p in {q for q, e in self.points if e == "input"}]
+                    self.found.before_mlp = next((p for p in norms if self.points[p, "input"].form == before), None)
+                    return
+        self.found.missing["mlp_in"] = "no tensor (batch pos d) goes into its MLP"
+
+    def _past_its_norm(self, path: str, makers: dict[str, int], before: Form) -> str:
+        """The module itself, or the first inside it that reads the stream no more, where a norm stands inside."""
+        inside = sorted((when, p) for p, when in makers.items() if p.startswith(path + "."))
+        own = self.points[path, "input"].form
+        if inside and times(own, before) is not None and self.points[inside[0][1], "input"].form != own:
+            return inside[0][1]
+        return path
+
+    def _is_wide(self, seen: Seen) -> bool:
+        return tuple(seen.shape[:-1]) in ((ROWS, TOKENS), (ROWS * TOKENS,))
+
+    # ---- heads
+
+    def _heads(self) -> None:
+        """attn_z: what W_O reads, the module with a matrix between attention's softmax and the stream."""
+        block, flow = self.found, self.flow
+        inside = {a for a in self._made_of(self.leave.form, {})}
+        soft = {a for a in inside if flow.atoms[a].softmax and flow._over_scores(a, inside)}
+        block.missing["attn_z"] = "it has no softmax attention here"
+        for (path, end), seen in sorted(self.points.items(), key=lambda kv: kv[1].when):
+            module = self.sites.modules[path]
+            if end != "input" or next(module.children(), None) is not None or (path, "output") not in self.points:
+                continue
+            out = self.points[path, "output"]
+            if not self._has_matrix(path) or not self._is_stream(out):
+                continue
+            if not soft & self._made_of(seen.form, {}):
+                continue
+            after = self._to_the_stream(out.form)
+            if after is None:
+                block.missing["attn_z"] = "what attention's heads make reaches the stream by more than W_O and a norm"
+            elif not self._is_wide(seen):
+                block.missing["attn_z"] = f"W_O reads a tensor of {len(seen.shape)} axes here"
+            else:
+                block.w_o, block.after_attention, block.w_o_factor = path, *after
+                block.heads = getattr(self.sites.model.config.get_text_config(), "num_attention_heads", None)
+                block.places["attn_z"] = Place(path, "input")
+                block.missing.pop("attn_z")
+            return
+
+    def _to_the_stream(self, form: Form) -> tuple[str | None, float | None] | None:
+        """(the norm between W_O, whose output this is, and a sum that the block makes, or None; by what factor it goes
+        into the stream). None where there is no such sum."""
+        sums = [s.form for s in self.points.values() if self._is_stream(s)] + [self.leave.form]
+        sums = [f for f in sums if len(f) > 1]
+
+        def added(part: Form) -> bool:
+            return any(set(part) < set(f) for f in sums)
+
+        def factor(part: Form) -> float | None:
+            out = self.leave.form
+            inside = {a: out[a] for a in part if a in out}
+            return times(part, inside) if out.get(self.stream) == 1.0 else None
+
+        if added(form):
+            return None, factor(form)
+        for (path, end), seen in self.points.items():
+            if end == "input" and times(seen.form, form) is not None and (path, "output") in self.points:
+                normed = self.points[path, "output"].form
+                if not self._has_matrix(path) and added(normed):
+                    return path, factor(normed)
+        return None
+
+
+# ---------------------------------------------------------------------------------------------- what is refused
+
+
+def require_decoder(model: Any) -> None:
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"sae_lab reads causal language models (decoders), and a {type(model).__name__} is an encoder-decoder: "
+            "load a decoder-only model"
+        )
+
+
+def _require_causal(out: Any) -> None:
+    """Rows of the watched text differ in their last token: nothing before it may show that."""
+    logits = out.logits if hasattr(out, "logits") else first_tensor(out)
+    if logits is None or logits.is_meta or logits.dim() != 3 or logits.shape[1] != TOKENS:
+        return
+    a, b = logits[0, :-1].float(), logits[1, :-1].float()
+    off = float((a - b).abs().max() / a.abs().max().clamp_min(1e-12))
+    if off > 1e-3 if logits.dtype == torch.float32 else off > 0.05:
+        raise ValueError(
+            f"sae_lab reads causal language models, and in this one a later token changes the logits of earlier ones "
+            f"(by {off:.0%}), as in an encoder: load a decoder (for BERT and its kin, is_decoder=True)"
+        )
+
+
+def _lists(modules: dict[str, nn.Module]) -> dict[str, int]:
+    """Lists of modules that lie in no other list: path -> how many."""
+    return {
+        path: len(module)
+        for path, module in modules.items()
+        if isinstance(module, nn.ModuleList | nn.Sequential) and len(module) and not re.search(r"(^|\.)\d+(\.|$)", path)
+    }
