@@ -190,6 +190,8 @@ def reaches_the_stream(site: Site) -> bool:
 def _read_to_the_end(lm: LM, batch: TokenBatch, coders: Sequence[SparseCoder]) -> WayOut:
     last = Site("resid_post", lm.n_layers - 1)
     writes = [s for s in dict.fromkeys(written(c) for c in coders) if reaches_the_stream(s)]
+    for s in writes:
+        _require_handed_on(lm, s)
     projected = {s: _projected(lm, s) for s in writes}
     sites = dict.fromkeys([last, *(c.site for c in coders), *writes, *(p for p in projected.values() if p)])
     acts = {s: x[0] for s, x in lm.run(batch, list(sites), logits=False)[0].items()}
@@ -251,6 +253,18 @@ def norm_divisor(norm: Any, x: Float[Tensor, "pos d"]) -> Float[Tensor, " pos"]:
     return _divisor(passes.past(norm, x), passes.called(norm, x) - shift).to(x.device)
 
 
+def _require_handed_on(lm: LM, site: Site) -> None:
+    """What is added to the stream must arrive at its end as it is."""
+    first = 0 if site.layer is None else site.layer + (site.kind == "resid_post")
+    for number, block in enumerate(lm._sites.layers[first:], first):
+        if not block.hands_on:
+            raise ValueError(
+                f"layer {number} of this model norms or scales the residual stream itself, so that what is written at "
+                f"{site} does not arrive at the logits as it is: direct effects are known from "
+                f"{Site('resid_post', number)} on at the earliest"
+            )
+
+
 def _cap(lm: LM) -> float | None:
     return getattr(lm._module.config.get_text_config(), "final_logit_softcapping", None)
 
@@ -268,12 +282,14 @@ def _check_way_out(lm: LM) -> None:
     acts, logits = lm.run(lm.tokenize([[1, 2, 3, 0]]), [last])
     logits = logits[0].float().cpu()
     found = passes.called(lm._module.get_output_embeddings(), _normed(lm, acts[last][0])[0])
-    cap, factor = _cap(lm), 1.0
-    if cap is not None:
-        found = cap * (found / cap).tanh()
-    else:
-        fitted = float((found * logits).sum() / found.square().sum())
-        factor = 1.0 if abs(fitted - 1) < 1e-3 else fitted  # Cohere and Granite multiply their logits
+    cap, factor = _cap(lm), lm._sites.logit_factor
+    if factor is None and cap is not None:
+        found, factor = cap * (found / cap).tanh(), 1.0
+    if factor is None:
+        raise ValueError(
+            "this model bends its logits behind the head (caps them, say) in a way that its config does not tell: "
+            "direct effects in logits are not known for it"
+        )
     off = float((factor * found - logits).abs().max() / logits.abs().max().clamp_min(1e-12))
     if off > 0.02:
         raise ValueError(

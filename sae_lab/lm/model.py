@@ -125,7 +125,8 @@ class LM:
     @property
     def max_length(self) -> int:
         """The longest prompt in tokens, prefix included."""
-        return getattr(self._module.config.get_text_config(), "max_position_embeddings", 2**31)
+        longest = getattr(self._module.config.get_text_config(), "max_position_embeddings", None)
+        return longest if isinstance(longest, int) and longest > 0 else 2**31  # XLNet's -1 means no limit
 
     @property
     def vocab_size(self) -> int:
@@ -146,7 +147,7 @@ class LM:
         if self._server:
             return hashlib.sha256(self._nn.to_model_key().encode()).hexdigest()[:16]
         digest = hashlib.sha256()
-        for name, p in self._module.state_dict().items():
+        for name, p in _weights(self._module.state_dict()):
             flat = p.detach().contiguous().reshape(-1).view(torch.uint8)
             flat = flat.clone() if flat.storage_offset() % 4 else flat  # int32 needs its alignment
             whole, rest = flat[: len(flat) // 4 * 4].view(torch.int32), flat[len(flat) // 4 * 4 :]
@@ -583,7 +584,7 @@ class LM:
         if site.kind == "attn_z":
             layer = site.layer or 0
             if at.layers[layer].w_o_factor is None:
-                return None
+                return None  # its output meets the stream, but through a norm of both
             w_o = at.w_o[layer], at.width(Site("attn_z", layer)), at.point(site)[2]
             way = [p for p in [at.after_attention(layer)] if p] + way
         return {"w_o": w_o, "way": way, "head": at.path_of(self._module.get_output_embeddings())}
@@ -633,6 +634,13 @@ def listed_edits(edits: Any) -> list[Any]:
     if wrong := [edit for edit in edits if isinstance(edit, type) or not hasattr(edit, "writes")]:
         raise ValueError(f"edits is a list of edits, such as edits=[sl.Steer(sae, 7)], got {wrong[0]!r} in it")
     return edits
+def _weights(values: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """Named tensors of a state; a quantised module keeps its own in tuples, and quantised tensors hold integers."""
+    for name, value in values.items():
+        if isinstance(value, Tensor):
+            yield name, value.int_repr() if value.is_quantized else value
+        elif isinstance(value, list | tuple):
+            yield from _weights({f"{name}.{i}": v for i, v in enumerate(value)})
 
 
 def _padded(x: Tensor, batch: TokenBatch) -> Tensor:

@@ -28,17 +28,18 @@ _SAME = {
     "view", "_unsafe_view", "_reshape_alias", "unsqueeze", "squeeze", "alias", "detach", "clone", "_to_copy", "expand",
     "slice", "lift_fresh", "contiguous", "native_dropout", "select", "split", "copy_",
 }  # fmt: skip
-_PRODUCTS = {"bmm", "mm", "matmul", "baddbmm", "addbmm", "dot", "mv"}
+_PRODUCTS = {"bmm", "mm", "addmm", "matmul", "baddbmm", "addbmm", "dot", "mv"}
 _ALONG_TIME = {"convolution", "cumsum", "constant_pad_nd", "roll", "flip", "_conv_depthwise2d", "cumprod"}
 
 
 @dataclass(frozen=True)
 class Atom:
-    """A tensor that is no sum of others. parents: the atoms it was made of. softmax, scores, mixes: whether it is a
-    softmax; the product of two activations; made by what can take one token's values to another."""
+    """A tensor that is no sum of others. parents: the atoms it was made of. softmax, product, scores, mixes: whether it
+    is a softmax; a product of matrices; one of two activations; made by what can take one token's values to another."""
 
     parents: tuple[int, ...] = ()
     softmax: bool = False
+    product: bool = False
     scores: bool = False
     mixes: bool = False
     live: bool = False  # depends on the text
@@ -55,6 +56,7 @@ class Seen:
     dtype: torch.dtype
     sketch: Tensor | None = None  # of the first row, "pos SKETCH"
     calls: int = 1
+    streams: int = 1  # tensors of this shape that came together
     handed: Form = field(default_factory=dict)  # at a list's member: the stream's form before it got an atom of its own
 
 
@@ -71,6 +73,7 @@ class Flow(TorchDispatchMode):
         self._alive: list[Tensor] = []  # so that no id is given twice
         self._weights = {id(t) for t in (*model.parameters(), *model.buffers())}
         self._directions: dict[int, Tensor] = {}
+        self.logits: Form = {}
         self._blind = self._clock = 0
 
     # ---- forms
@@ -127,6 +130,7 @@ class Flow(TorchDispatchMode):
         return Atom(
             parents=tuple({a for f in forms for a in f}),
             softmax="softmax" in name or attention,
+            product=attention or name in _PRODUCTS,
             scores=attention or (name in _PRODUCTS and len(live) > 1),
             mixes=numbers and (attention or name in _ALONG_TIME or (name in _PRODUCTS and len(live) > 1)),
             live=bool(live),
@@ -171,7 +175,9 @@ class Flow(TorchDispatchMode):
             first = (path, end) not in self.seen
             handed = self.fresh(t) if first and own and t.is_floating_point() else {}
             form, sketch = dict(self.form(t)), self._sketched(t)
-            seen = Seen(self._clock, tuple(t.shape), form, storage(t), t.dtype, sketch, handed=handed)
+            many = value if isinstance(value, list | tuple) else ()
+            streams = sum(isinstance(v, Tensor) and v.shape == t.shape and v.is_floating_point() for v in many)
+            seen = Seen(self._clock, tuple(t.shape), form, storage(t), t.dtype, sketch, 1, max(1, streams), handed)
             self._clock += 1
         finally:
             self._blind -= 1
@@ -209,16 +215,24 @@ class Flow(TorchDispatchMode):
 
     def attends(self, atoms: set[int]) -> bool:
         """Whether a softmax over products of activations is among them: attention."""
-        return any(self._over_scores(a, atoms) for a in atoms if self.atoms[a].softmax)
+        return any(self.atoms[a].softmax and self.over_scores(a) for a in atoms)
 
-    def _over_scores(self, softmax: int, atoms: set[int]) -> bool:
-        return self.atoms[softmax].scores or any(
-            self.atoms[a].scores for a in self.made_of(self.atoms[softmax].parents, set()) & atoms
-        )
+    def over_scores(self, softmax: int) -> bool:
+        """Whether what a softmax reads is made of a product of activations, without other products between (a router's
+        softmax reads a product with weights)."""
+        todo, known = [softmax], set()
+        while todo:
+            a = self.atoms[todo.pop()]
+            if a.scores:
+                return True
+            todo += [] if a.product else [p for p in a.parents if p not in known]
+            known.update(a.parents)
+        return False
 
-    def mixes(self, atoms: set[int]) -> bool:
-        """Whether one token's values can reach another among them, as far as can be seen."""
-        return any(self.atoms[a].mixes for a in atoms)
+    def mixes(self, atoms: set[int], strongly: bool = False) -> bool:
+        """Whether one token's values can reach another among them, as far as can be seen. strongly: by more than a
+        short convolution or a shift, which some MLPs have."""
+        return any(self.atoms[a].scores if strongly else self.atoms[a].mixes for a in atoms)
 
 
 def watch(model: Any, members: set[str]) -> tuple[Flow, Any]:
@@ -243,6 +257,8 @@ def watch(model: Any, members: set[str]) -> tuple[Flow, Any]:
         with torch.no_grad(), flow:
             flow.begin(ids)
             out = model(input_ids=ids, use_cache=False)
+            logits = out.logits if hasattr(out, "logits") else first_tensor(out)
+            flow.logits = {} if logits is None else dict(flow.form(logits))
     finally:
         for hook in hooks:
             hook.remove()

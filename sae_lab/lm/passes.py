@@ -41,7 +41,9 @@ def with_first(value, new):
 def envoy_at(root, path):
     """nnsight's envoy of the module at ``path``, or the module itself in a model that is no envoy."""
     for name in path.split("."):
-        root = root[int(name)] if name.isdigit() else getattr(root, name)
+        # nnsight serves "output", "input" and the like on every envoy, and moves a module of that name (BERT's).
+        moved = vars(root).get("E_" + name)
+        root = moved if moved is not None else root[int(name)] if name.isdigit() else getattr(root, name)
     return root
 
 

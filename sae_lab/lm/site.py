@@ -46,7 +46,8 @@ class Block:
     missing: dict[str, str] = field(default_factory=dict)
     w_o: str | None = None
     after_attention: str | None = None  # the norm between W_O and the stream
-    w_o_factor: float | None = None  # of what W_O, or that norm, gives, in the stream after the block; None: not in it
+    w_o_factor: float | None = None  # of what W_O, or that norm, gives, where it is added to the stream; None: nowhere
+    hands_on: bool = False  # whether the stream before, as it is, is a part of the stream after
     before_mlp: str | None = None  # the norm between resid_mid and mlp_in
     heads: int | None = None
 
@@ -68,6 +69,10 @@ class SiteMap:
         found = {kind for block in self.layers for kind in block.places} | ({"embed"} if self._embed else set())
         self.kinds = [k for k in KINDS if k in found]
         self.way_out = self._way_out()
+        head = model.get_output_embeddings()  # type: ignore[operator]
+        made = self._seen.get((self.path_of(head), "output")) if head is not None else None
+        # What the model multiplies its logits by (Cohere, Granite); None: it does more to them than that.
+        self.logit_factor = times(made.form, self._flow.logits) if made is not None else None
         self._flow.forget()
 
     # ---- what it is
@@ -211,7 +216,8 @@ class SiteMap:
         n_heads = self.layers[site.layer or 0].heads
         width = self._seen[path, "input"].shape[-1]
         if not n_heads or width % n_heads:
-            raise ValueError(f"{site} has no head of its own: the model does not tell how many heads it has")
+            raise ValueError(f"{site} cannot be told from its neighbours: the model does not say how many heads "
+                "this layer has; take all of them, without head=")
         if (site.head or 0) >= n_heads:
             raise ValueError(f"{site} is out of range: this model has heads 0 to {n_heads - 1}")
         d_head, head = width // n_heads, site.head or 0
@@ -243,16 +249,25 @@ class _Reader:
         self.found = Block(self.path)
 
     def block(self) -> Block:
-        block, shape = self.found, self.enter.shape
-        if len(shape) != 3:
-            why = (
-                f"its blocks hand on a tensor of {len(shape)} axes, not one residual stream (batch pos d): take a "
-                "module's path inside a block"
-            )
+        block, (rows, tokens, *rest) = self.found, self.enter.shape
+        config = self.sites.model.config.get_text_config()
+        why, d = None, getattr(config, "hidden_size", rest[-1])
+        if len(rest) != 1:
+            why = f"its blocks hand on a tensor of {2 + len(rest)} axes"
+        elif min(self.enter.streams, self.leave.streams) > 1:
+            why = f"its blocks hand on {self.leave.streams} streams"
+        elif (rows, tokens) != (ROWS, TOKENS):
+            why = f"its blocks read {tokens} vectors for {TOKENS} tokens"
+        if why is not None:
+            why += ", not one residual stream (batch pos d): take a module's path inside a block"
             block.missing = dict.fromkeys(LAYER_KINDS, why)
             return block
         self._ends()
-        self._inside()
+        if isinstance(d, int) and rest[0] > d and rest[0] % d == 0:
+            self._say_of_sub_layers(f"the stream is {rest[0] // d} streams of width {d} side by side")
+            block.missing["mlp_in"] = block.missing["attn_z"] = block.missing["mlp_out"]
+        else:
+            self._inside()
         self._check()
         for kind in LAYER_KINDS:
             if kind not in block.places:
@@ -263,6 +278,9 @@ class _Reader:
 
     def _ends(self) -> None:
         block = self.found
+        after = self.sites._seen.get((f"{self.sites.blocks}.{self.layer + 1}", "input"))
+        whole = self.leave.form.get(self.stream) == 1.0
+        block.hands_on = whole and (after is None or self._same(self.leave, after))
         block.places["resid_post"] = Place(self.path, "output")
         before = self.sites._seen.get((f"{self.sites.blocks}.{self.layer - 1}", "output"))
         if before is None or self._same(before, self.enter):
@@ -298,6 +316,9 @@ class _Reader:
     def _middle(self, out: Form) -> Form | None:
         """The form of the stream between attention and MLP: what a module reads or returns, to which the MLP's output,
         and nothing else, is then added."""
+        return self._between(out, strongly=False) or self._between(out, strongly=True)
+
+    def _between(self, out: Form, strongly: bool) -> Form | None:
         forms = {frozen(s.form): s.form for s in self.points.values() if self._is_stream(s)}
         best: tuple[float, Form] | None = None
         for form in forms.values():
@@ -309,7 +330,9 @@ class _Reader:
             own = self._made_of(rest, form)
             behind = self._made_of(form, {})
             reads = self.flow.made_of(rest, {self.stream} - set(form)) & set(form)
-            if self.flow.mixes(own) or not behind or not reads:
+            if self.flow.mixes(own, strongly) or not behind or not reads:
+                continue
+            if strongly and not (self._kind(behind) == "attention" and len(rest) == 1):
                 continue
             size = sum(abs(v) for v in form.values())
             if best is None or size < best[0]:
@@ -319,8 +342,14 @@ class _Reader:
     def _serial(self, mid: Form, out: Form) -> None:
         block = self.found
         where = self._stream_place(mid)
+        before = less(mid, {self.stream: 1.0})
         if where is None:
             self._say_of_sub_layers("no module reads the stream between attention and MLP")
+            return
+        parts = self._parts(before)
+        if self.stream in mid and any(not self.flow.mixes(part) for part in parts.values()):
+            self._say_of_sub_layers("the block has more than one attention and one MLP")
+            block.missing["mlp_in"] = block.missing["mlp_out"]
             return
         mlp = self._adds(less(out, mid))
         attention = less(mid, {self.stream: 1.0}) if mid.get(self.stream) == 1.0 else None
@@ -339,7 +368,7 @@ class _Reader:
                 block.places["attn_out"] = place
             else:
                 block.missing["attn_out"] = "what is added before the MLP is not attention's output alone"
-        elif mlp is not None:
+        elif mlp is not None and len(mid) == 1:
             # The skip connection is changed too (MiniMax norms it), so that what attention makes of the stream is a
             # difference, and no tensor.
             block.places["attn_out"] = where._replace(less=Site("resid_pre", self.layer).key)
@@ -347,6 +376,10 @@ class _Reader:
             # Several modules of the MLP add side by side (routed experts and a shared one).
             block.places["mlp_out"] = Place(self.path, "output", less=Site("resid_mid", self.layer).key)
             block.missing.pop("mlp_out")
+
+    def _parts(self, added: Form) -> dict[int, set[int]]:
+        """Each part of a sum: all that went into it, other parts aside."""
+        return {a: self._made_of({a: 1.0}, {b: 1.0 for b in added if b != a}) for a in added}
 
     def _one_step(self, added: Form) -> bool:
         """Whether no part of a sum is made of another."""
@@ -380,7 +413,7 @@ class _Reader:
 
     def _side_by_side(self, added: Form) -> None:
         block = self.found
-        parts = {a: self._made_of({a: 1.0}, {b: 1.0 for b in added if b != a}) for a in added}
+        parts = self._parts(added)
         mixing = {a: v for a, v in added.items() if self.flow.mixes(parts[a])}
         still = {a: v for a, v in added.items() if a not in mixing}
         why = "attention and MLP read the same stream and are added together: there is no middle"
@@ -467,19 +500,30 @@ class _Reader:
 
     def _mlp_in(self, atoms: set[int], before: Form, begin: int = 0) -> None:
         """What the MLP, some of whose atoms these are, reads after its norm."""
+        block, ins = self.found, {p: s for (p, end), s in self.points.items() if end == "input"}
         makers = {p: when for p, when in self._working(atoms).items() if when > begin}
-        top = [p for p in makers if not any(p.startswith(q + ".") for q in makers)]
-        for path in sorted(top, key=lambda p: makers[p]):
-            path = self._past_its_norm(path, makers, before)
-            form = self.points[path, "input"].form
-            for end in [(path, "input"), *self.points]:
-                if self._is_wide(self.points[end]) and self.points[end].form == form:
-                    self.found.places["mlp_in"] = Place(*end)
-                    norms = [p for (p, e), s in self.points.items() if e == "output" and s.form == form]
-                    norms = [p for p in norms if p in {q for q, e in self.points if e == "input"}]
-                    self.found.before_mlp = next((p for p in norms if self.points[p, "input"].form == before), None)
-                    return
-        self.found.missing["mlp_in"] = "no tensor (batch pos d) goes into its MLP"
+        makers = {p: when for p, when in makers.items() if not self._is_gated_norm(p, makers, before)}
+        top = sorted((p for p in makers if not any(p.startswith(q + ".") for q in makers)), key=lambda p: makers[p])
+        if not top:
+            block.missing["mlp_in"] = "no tensor (batch pos d) goes into its MLP"
+            return
+        first = self._past_its_norm(top[0], makers, before)
+        form = ins[first].form
+        norms = [p for (p, end), s in self.points.items() if end == "output" and s.form == form and p in ins]
+        block.before_mlp = next((p for p in norms if ins[p].form == before), None)
+        readers = [p for p in top if ins[p].form == form]
+        if len(readers) > 1 and (block.before_mlp is None or "resid_mid" not in block.places):
+            block.missing["mlp_in"] = f"several modules read it ({', '.join(p.split('.')[-1] for p in readers)})"
+            return
+        own = (block.before_mlp, "output") if len(readers) > 1 else (first, "input")
+        seen = next(end for end in [own, *self.points] if self.points[end].form == form)
+        block.places["mlp_in"] = Place(*seen)
+
+    def _is_gated_norm(self, path: str, makers: dict[str, int], before: Form) -> bool:
+        """Whether a module with a matrix is only a norm: it reads the stream, and another, later one what it gives."""
+        out = self.points[path, "output"]
+        later = [p for p in makers if makers[p] > out.when and self.points[p, "input"].form == out.form]
+        return bool(later) and self._is_stream(out) and self.points[path, "input"].form == before
 
     def _past_its_norm(self, path: str, makers: dict[str, int], before: Form) -> str:
         """The module itself, or the first inside it that reads the stream no more, where a norm stands inside."""
@@ -495,11 +539,14 @@ class _Reader:
     # ---- heads
 
     def _heads(self) -> None:
-        """attn_z: what W_O reads, the module with a matrix between attention's softmax and the stream."""
+        """attn_z: what W_O reads, the first module with a matrix behind attention's mixing of tokens."""
         block, flow = self.found, self.flow
-        inside = {a for a in self._made_of(self.leave.form, {})}
-        soft = {a for a in inside if flow.atoms[a].softmax and flow._over_scores(a, inside)}
-        block.missing["attn_z"] = "it has no softmax attention here"
+        inside = self._made_of(self.leave.form, {})
+        sources = {a for a in inside if flow.atoms[a].softmax and flow.over_scores(a)}
+        soft = bool(sources)
+        if not soft and self._named(inside, ("attn", "attention")):  # linear attention
+            sources = {a for a in inside if flow.atoms[a].scores}
+        block.missing["attn_z"] = "it has no attention here"
         for (path, end), seen in sorted(self.points.items(), key=lambda kv: kv[1].when):
             module = self.sites.modules[path]
             if end != "input" or next(module.children(), None) is not None or (path, "output") not in self.points:
@@ -507,7 +554,7 @@ class _Reader:
             out = self.points[path, "output"]
             if not self._has_matrix(path) or not self._is_stream(out):
                 continue
-            if not soft & self._made_of(seen.form, {}):
+            if not sources & self._made_of(seen.form, {}):
                 continue
             after = self._to_the_stream(out.form)
             if after is None:
@@ -516,7 +563,8 @@ class _Reader:
                 block.missing["attn_z"] = f"W_O reads a tensor of {len(seen.shape)} axes here"
             else:
                 block.w_o, block.after_attention, block.w_o_factor = path, *after
-                block.heads = getattr(self.sites.model.config.get_text_config(), "num_attention_heads", None)
+                config = self.sites.model.config.get_text_config()
+                block.heads = getattr(config, "num_attention_heads", None) if soft else None
                 block.places["attn_z"] = Place(path, "input")
                 block.missing.pop("attn_z")
             return
@@ -524,16 +572,15 @@ class _Reader:
     def _to_the_stream(self, form: Form) -> tuple[str | None, float | None] | None:
         """(the norm between W_O, whose output this is, and a sum that the block makes, or None; by what factor it goes
         into the stream). None where there is no such sum."""
-        sums = [s.form for s in self.points.values() if self._is_stream(s)] + [self.leave.form]
+        sums = [self.leave.form, *(s.form for s in self.points.values() if self._is_stream(s))]
         sums = [f for f in sums if len(f) > 1]
 
         def added(part: Form) -> bool:
             return any(set(part) < set(f) for f in sums)
 
         def factor(part: Form) -> float | None:
-            out = self.leave.form
-            inside = {a: out[a] for a in part if a in out}
-            return times(part, inside) if out.get(self.stream) == 1.0 else None
+            found = [{a: f[a] for a in part} for f in sums if f.get(self.stream) == 1.0 and set(part) < set(f)]
+            return times(part, found[0]) if found else None
 
         if added(form):
             return None, factor(form)
