@@ -215,9 +215,10 @@ def _unembedding(lm: LM) -> tuple[Tensor, Tensor | None]:
     if not isinstance(weight, Tensor) or not weight.is_floating_point():  # 8-bit weights: what the module does counts
         width = lm._sites.width(Site("resid_post", lm.n_layers - 1))
         weight = passes.linear(head, torch.eye(width)).T.to(lm.device)
-    bias = passes.called(head, torch.zeros(1, weight.shape[1]))[0].to(weight.device)
+    bias = factor * passes.called(head, torch.zeros(1, weight.shape[1]))[0].to(weight.device)
+    factor *= lm._sites.head_factor
     weight = weight.detach() if factor == 1.0 else factor * weight.detach().float()
-    return weight, factor * bias if bool(bias.any()) else None
+    return weight, bias if bool(bias.any()) else None
 
 
 def _normed(lm: LM, x: Float[Tensor, "pos d"]) -> tuple[Tensor, Tensor]:
@@ -255,18 +256,21 @@ def norm_divisor(norm: Any, x: Float[Tensor, "pos d"]) -> Float[Tensor, " pos"]:
 
 def _require_handed_on(lm: LM, site: Site) -> None:
     """What is added to the stream must arrive at its end as it is."""
-    first = 0 if site.layer is None else site.layer + (site.kind == "resid_post")
+    first = 0 if site.layer is None else site.layer
     for number, block in enumerate(lm._sites.layers[first:], first):
-        if not block.hands_on:
+        own = number == site.layer
+        late = own and (site.kind == "resid_post" or (site.kind in ("resid_mid", "mlp_out") and "mlp_out" in block.places))
+        if not (block.hands_on and (block.adds or late)):
             raise ValueError(
                 f"layer {number} of this model norms or scales the residual stream itself, so that what is written at "
-                f"{site} does not arrive at the logits as it is: direct effects are known from "
-                f"{Site('resid_post', number)} on at the earliest"
+                f"{site} does not arrive at the logits as it is: direct effects are not known before layer {number + 1}"
             )
 
 
 def _cap(lm: LM) -> float | None:
-    return getattr(lm._module.config.get_text_config(), "final_logit_softcapping", None)
+    config = lm._module.config.get_text_config()
+    names = ("final_logit_softcapping", "output_logit_soft_cap", "logits_soft_cap")  # Gemma 2, xLSTM, RecurrentGemma
+    return next((cap for name in names if (cap := getattr(config, name, None))), None)
 
 
 def _check_way_out(lm: LM) -> None:
@@ -281,7 +285,8 @@ def _check_way_out(lm: LM) -> None:
     last = Site("resid_post", lm.n_layers - 1)
     acts, logits = lm.run(lm.tokenize([[1, 2, 3, 0]]), [last])
     logits = logits[0].float().cpu()
-    found = passes.called(lm._module.get_output_embeddings(), _normed(lm, acts[last][0])[0])
+    normed = lm._sites.head_factor * _normed(lm, acts[last][0])[0]
+    found = passes.called(lm._module.get_output_embeddings(), normed)
     cap, factor = _cap(lm), lm._sites.logit_factor
     if factor is None and cap is not None:
         found, factor = cap * (found / cap).tanh(), 1.0

@@ -47,7 +47,8 @@ class Block:
     w_o: str | None = None
     after_attention: str | None = None  # the norm between W_O and the stream
     w_o_factor: float | None = None  # of what W_O, or that norm, gives, where it is added to the stream; None: nowhere
-    hands_on: bool = False  # whether the stream before, as it is, is a part of the stream after
+    adds: bool = False  # whether the stream before, as it is, is a part of the stream after
+    hands_on: bool = False  # whether the next block gets the stream after as it is
     before_mlp: str | None = None  # the norm between resid_mid and mlp_in
     heads: int | None = None
 
@@ -64,10 +65,16 @@ class SiteMap:
         _require_causal(out)
         self.blocks = self._chain(lists)
         self.n_layers = lists[self.blocks] if self.blocks else 0
+        if self.blocks and self._seen[f"{self.blocks}.0", "input"].shape[:2] == (TOKENS, ROWS):
+            raise ValueError(
+                f"sae_lab reads models whose activations have the axes (batch pos d), and those of a "
+                f"{type(model).__name__} have (pos batch d): load another model"
+            )
         self.layers = [_Reader(self, i).block() for i in range(self.n_layers)]
         self._embed = self._place_of_embeddings()
         found = {kind for block in self.layers for kind in block.places} | ({"embed"} if self._embed else set())
         self.kinds = [k for k in KINDS if k in found]
+        self.head_factor = 1.0  # what the head reads is so many times the last norm's output
         self.way_out = self._way_out()
         head = model.get_output_embeddings()  # type: ignore[operator]
         made = self._seen.get((self.path_of(head), "output")) if head is not None else None
@@ -95,7 +102,7 @@ class SiteMap:
         module = self.model.get_input_embeddings()
         path = self.path_of(module) if module is not None else None
         seen = self._seen.get((path, "output")) if path else None
-        return Place(str(path), "output") if seen and len(seen.shape) == 3 else None
+        return Place(str(path), "output") if seen and seen.shape[:-1] == (ROWS, TOKENS) else None
 
     def path_of(self, module: nn.Module) -> str:
         """The path of one of the model's modules."""
@@ -124,7 +131,7 @@ class SiteMap:
         if read is None or last is None:
             return None
         way, form = [], read.form
-        while times(form, last.form) is None:
+        while (factor := times(last.form, form)) is None:
             makers = [
                 (s.when, p) for (p, end), s in self._flow.last.items()
                 if end == "output" and s.when > last.when and times(s.form, form) is not None
@@ -133,8 +140,12 @@ class SiteMap:
             if len(way) > 8 or not makers:
                 return None
             path = min(makers)[1]  # the innermost ends first
+            if not way:
+                self.head_factor = times(self._flow.last[path, "output"].form, form) or 1.0
             way.insert(0, path)
             form = self._flow.last[path, "input"].form
+        if not way:
+            self.head_factor = factor
         return way
 
     # ---- questions
@@ -279,8 +290,8 @@ class _Reader:
     def _ends(self) -> None:
         block = self.found
         after = self.sites._seen.get((f"{self.sites.blocks}.{self.layer + 1}", "input"))
-        whole = self.leave.form.get(self.stream) == 1.0
-        block.hands_on = whole and (after is None or self._same(self.leave, after))
+        block.adds = self.leave.form.get(self.stream) == 1.0
+        block.hands_on = after is None or self._same(self.leave, after)
         block.places["resid_post"] = Place(self.path, "output")
         before = self.sites._seen.get((f"{self.sites.blocks}.{self.layer - 1}", "output"))
         if before is None or self._same(before, self.enter):
@@ -332,7 +343,7 @@ class _Reader:
             reads = self.flow.made_of(rest, {self.stream} - set(form)) & set(form)
             if self.flow.mixes(own, strongly) or not behind or not reads:
                 continue
-            if strongly and not (self._kind(behind) == "attention" and len(rest) == 1):
+            if strongly and not (self._kind(behind) == "attention" and self._adds(rest)):
                 continue
             size = sum(abs(v) for v in form.values())
             if best is None or size < best[0]:
@@ -502,15 +513,16 @@ class _Reader:
         """What the MLP, some of whose atoms these are, reads after its norm."""
         block, ins = self.found, {p: s for (p, end), s in self.points.items() if end == "input"}
         makers = {p: when for p, when in self._working(atoms).items() if when > begin}
-        makers = {p: when for p, when in makers.items() if not self._is_gated_norm(p, makers, before)}
+        norms = [p for p in makers if self._is_gated_norm(p, makers, before)]
+        makers = {p: when for p, when in makers.items() if not any(f"{p}.".startswith(f"{q}.") for q in norms)}
         top = sorted((p for p in makers if not any(p.startswith(q + ".") for q in makers)), key=lambda p: makers[p])
         if not top:
             block.missing["mlp_in"] = "no tensor (batch pos d) goes into its MLP"
             return
         first = self._past_its_norm(top[0], makers, before)
         form = ins[first].form
-        norms = [p for (p, end), s in self.points.items() if end == "output" and s.form == form and p in ins]
-        block.before_mlp = next((p for p in norms if ins[p].form == before), None)
+        giving = [p for (p, end), s in self.points.items() if end == "output" and s.form == form and p in ins]
+        block.before_mlp = next((p for p in giving if ins[p].form == before), None)
         readers = [p for p in top if ins[p].form == form]
         if len(readers) > 1 and (block.before_mlp is None or "resid_mid" not in block.places):
             block.missing["mlp_in"] = f"several modules read it ({', '.join(p.split('.')[-1] for p in readers)})"
@@ -610,10 +622,10 @@ def _require_causal(out: Any) -> None:
         return
     a, b = logits[0, :-1].float(), logits[1, :-1].float()
     off = float((a - b).abs().max() / a.abs().max().clamp_min(1e-12))
-    if off > 1e-3 if logits.dtype == torch.float32 else off > 0.05:
+    if off > (1e-4 if logits.dtype == torch.float32 else 0.05):
         raise ValueError(
             f"sae_lab reads causal language models, and in this one a later token changes the logits of earlier ones "
-            f"(by {off:.0%}), as in an encoder: load a decoder (for BERT and its kin, is_decoder=True)"
+            f"(by {off:.2%}), as in an encoder: load a decoder (for BERT and its kin, is_decoder=True)"
         )
 
 
