@@ -176,19 +176,26 @@ def test_a_capped_models_effects_are_before_the_cap(make_module, tokenizer):
     assert torch.allclose(read_prompt(lm, [], PROMPT).losses(), truth, atol=1e-3, equal_nan=True)
 
 
-def test_a_model_that_scales_its_logits_is_refused(make_module, tokenizer):
+@pytest.mark.parametrize(("change", "known"), [(lambda x: 3 * x, True), (lambda x: x + 0.1 * x**3, False)])
+def test_what_a_model_makes_of_its_logits(change, known, make_module, tokenizer):
+    """A factor (Granite's, Cohere's) is a part of the effects; what bends logits is refused."""
     import transformers as tf
 
-    class Scaling(tf.LlamaForCausalLM):
+    class Changing(tf.LlamaForCausalLM):
         def forward(self, *args, **kwargs):
             out = super().forward(*args, **kwargs)
-            out.logits = 3 * out.logits
+            out.logits = change(out.logits)
             return out
 
-    module = Scaling(make_module("llama", len(tokenizer)).config).eval()
+    module = Changing(make_module("llama", len(tokenizer)).config).eval()
     lm = sl.LM(module, tokenizer=tokenizer)
-    with pytest.raises(ValueError, match="in another way than by its final norm"):
-        direct_effects(lm, coder_at(lm, Site("resid_post", 1)), PROMPT, 3)
+    coder = coder_at(lm, Site("resid_post", 1))
+    if known:
+        found, own = direct_effects(lm, coder, PROMPT, 3, on=[5, 6]), lm.logits(PROMPT)[0, 3]
+        assert close(found.logits, (own - own.mean())[[5, 6]], own)
+    else:
+        with pytest.raises(ValueError, match="bends its logits behind the head"):
+            direct_effects(lm, coder, PROMPT, 3)
 
 
 @pytest.mark.parametrize(

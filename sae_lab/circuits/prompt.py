@@ -259,7 +259,7 @@ def _require_handed_on(lm: LM, site: Site) -> None:
     first = 0 if site.layer is None else site.layer
     for number, block in enumerate(lm._sites.layers[first:], first):
         own = number == site.layer
-        late = own and (site.kind == "resid_post" or (site.kind in ("resid_mid", "mlp_out") and "mlp_out" in block.places))
+        late = own and site.kind in ("resid_post", *(("resid_mid", "mlp_out") if "mlp_out" in block.places else ()))
         if not (block.hands_on and (block.adds or late)):
             raise ValueError(
                 f"layer {number} of this model norms or scales the residual stream itself, so that what is written at "

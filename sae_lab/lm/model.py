@@ -634,6 +634,8 @@ def listed_edits(edits: Any) -> list[Any]:
     if wrong := [edit for edit in edits if isinstance(edit, type) or not hasattr(edit, "writes")]:
         raise ValueError(f"edits is a list of edits, such as edits=[sl.Steer(sae, 7)], got {wrong[0]!r} in it")
     return edits
+
+
 def _weights(values: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
     """Named tensors of a state; a quantised module keeps its own in tuples, and quantised tensors hold integers."""
     for name, value in values.items():

@@ -132,7 +132,7 @@ class Flow(TorchDispatchMode):
         return Atom(
             parents=tuple({a for f in forms for a in f}),
             softmax="softmax" in name or attention,
-            product=attention or name in _PRODUCTS,
+            product=attention or name in _PRODUCTS or "linear" in name,
             scores=attention or (name in _PRODUCTS and len(live) > 1),
             mixes=numbers and (attention or name in _ALONG_TIME or (name in _PRODUCTS and len(live) > 1)),
             live=bool(live),

@@ -553,15 +553,15 @@ class _Reader:
     def _heads(self) -> None:
         """attn_z: what W_O reads, the first module with a matrix behind attention's mixing of tokens."""
         block, flow = self.found, self.flow
-        inside = self._made_of(self.leave.form, {})
-        sources = {a for a in inside if flow.atoms[a].softmax and flow.over_scores(a)}
+        made = self._made_of(self.leave.form, {})
+        sources = {a for a in made if flow.atoms[a].softmax and flow.over_scores(a)}
         soft = bool(sources)
-        if not soft and self._named(inside, ("attn", "attention")):  # linear attention
-            sources = {a for a in inside if flow.atoms[a].scores}
+        if not soft and self._named(made, ("attn", "attention")):  # linear attention
+            sources = {a for a in made if flow.atoms[a].scores}
         block.missing["attn_z"] = "it has no attention here"
         for (path, end), seen in sorted(self.points.items(), key=lambda kv: kv[1].when):
-            module = self.sites.modules[path]
-            if end != "input" or next(module.children(), None) is not None or (path, "output") not in self.points:
+            inside = any(other.startswith(path + ".") for other, _ in self.points)
+            if end != "input" or inside or (path, "output") not in self.points:
                 continue
             out = self.points[path, "output"]
             if not self._has_matrix(path) or not self._is_stream(out):
