@@ -164,7 +164,7 @@ class Parts:
         whole = [e for e in takes if e.tensor.numel() == layer.pre.numel()]
         new = [e for e in whole if not _known(e.tensor.reshape(layer.pre.shape), layer)]
         layer.mlp_in += new or whole
-        for middle in layer.middles if not whole else []:  # no module is the whole MLP: what a norm makes of the middle
+        for middle in layer.middles:  # also where no module is the whole MLP: what a norm makes of the middle
             for e, x in flat:
                 if e.point.end == "input" and self.leaf(e.point.path) and same(x, middle):
                     out = e.point.path, "output", e.point.call
