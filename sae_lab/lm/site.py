@@ -358,7 +358,7 @@ class _Reader:
             self._say_of_sub_layers("no module reads the stream between attention and MLP")
             return
         parts = self._parts(before)
-        if self.stream in mid and any(not self.flow.mixes(part) for part in parts.values()):
+        if self.stream in mid and any(part and not self.flow.mixes(part) for part in parts.values()):
             self._say_of_sub_layers("the block has more than one attention and one MLP")
             block.missing["mlp_in"] = block.missing["mlp_out"]
             return
