@@ -1,5 +1,5 @@
 """make models: a tiny random model of every text architecture that the installed transformers maps to a causal LM, each
-checked against plain PyTorch hooks (tests/checking_models.py says how). One thread, about five minutes.
+checked against plain PyTorch hooks (tests/checking_models.py says how). One thread, about seven minutes.
 
     python benchmarks/models.py --only llama gpt2     # some of them, with all that was found; writes nothing
 
@@ -50,9 +50,8 @@ def notes(result: Result) -> str:
     """Why it is refused, or what of it is: refusals by kind are seen in the kinds' columns."""
     if result.whole:
         return sentence(result.whole)
-    refused = {re.sub(r"[-0-9]+$", "", f.what): f.text for f in result.findings
-               if f.kind == "refused" and not f.what.startswith("read ")}  # fmt: skip
-    return "; ".join(f"{what} refused" for what in refused)
+    refused = [f.what for f in result.findings if f.kind == "refused" and not f.what.startswith("read ")]
+    return f"refused: {', '.join(refused)}" if refused else ""
 
 
 def lines(result: Result, all_: bool) -> list[str]:
@@ -70,15 +69,18 @@ def lines(result: Result, all_: bool) -> list[str]:
 def as_json(result: Result) -> dict:
     return {
         "name": result.name, "verdict": result.verdict, "attention": result.attention, "layers": result.layers,
-        "kinds": result.kinds, "whole": result.whole, "findings": [f._asdict() for f in result.findings],
+        "kinds": result.kinds, "whole": result.whole, "found": [line.strip() for line in lines(result, all_=True)],
     }  # fmt: skip
 
 
 def table(results: list[Result], seconds: float) -> str:
     count = Counter(result.verdict for result in results if ":" not in result.name)
     variants = Counter(result.verdict for result in results if ":" in result.name)
+    right = [r for r in results if ":" not in r.name and r.verdict == "right"]
+    streams = [r for r in right if r.layers and all(where(r, kind) == "all" for kind in ("resid_pre", "resid_post"))]
+    whole = [r for r in right if all(where(r, kind) == "all" for kind in KINDS)]
     seen = [r for r in results if ":" not in r.name and r.attention and r.verdict != "refused"]
-    lines = [
+    rows = [
         "# Models",
         "",
         f"Made by `make models`: a tiny random model of each of the {sum(count.values())} architectures that "
@@ -88,7 +90,8 @@ def table(results: list[Result], seconds: float) -> str:
         "batch of unequal rows, the lens, direct effects, reconstruction, a harvest. Weights are random, with gains, "
         "biases and multipliers away from 0 and 1; float32 on a CPU.",
         "",
-        f"Right in everything: {count['right']} architectures ({variants['right']} variants). Refused by a rule: "
+        f"Right in everything that is offered: {count['right']} architectures ({variants['right']} variants); "
+        f"{len(streams)} of them have the residual stream at every layer, {len(whole)} every kind. Refused by a rule: "
         f"{count['refused']} ({variants['refused']}). Not built here: {count['unbuilt']}. Wrong: "
         f"{count['WRONG'] + variants['WRONG']}. Unclear: {count['UNCLEAR'] + variants['UNCLEAR']}. Refused though "
         f"plain hooks find it: {count['UNFAIR'] + variants['UNFAIR']}. Decoders with softmax attention among those "
@@ -104,8 +107,8 @@ def table(results: list[Result], seconds: float) -> str:
     for r in results:
         verdict = {"unbuilt": "not built"}.get(r.verdict, r.verdict)
         kinds = ["" if r.whole else where(r, kind) for kind in KINDS]
-        lines.append(f"| {r.name} | {verdict} | {' | '.join(kinds)} | {notes(r)} |")
-    return "\n".join(lines) + "\n"
+        rows.append(f"| {r.name} | {verdict} | {' | '.join(kinds)} | {notes(r)} |")
+    return "\n".join(rows) + "\n"
 
 
 def main() -> int:

@@ -7,6 +7,12 @@ from tiny_models import NAMES, UNBUILT, VOCAB, build, tokenizer
 
 import sae_lab as sl
 
+MOST_USED = [
+    "bloom", "cohere", "deepseek_v3", "falcon", "gemma", "gemma2", "gemma3_text", "glm4", "gpt2", "gpt_neo", "gpt_neox",
+    "gpt_oss", "gptj", "granite", "jamba", "llama", "mamba2", "mistral", "mixtral", "mpt", "olmo2", "opt", "phi",
+    "qwen2", "qwen3_next",
+]  # fmt: skip
+
 
 def test_every_architecture_has_a_tiny_model():
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as known
@@ -18,6 +24,20 @@ def test_every_architecture_has_a_tiny_model():
             logits = module(input_ids=torch.arange(12)[None]).logits
         assert logits.shape == (1, 12, VOCAB)
     assert tokenizer().decode(tokenizer()("à la carte")["input_ids"]) == "à la carte"
+
+
+@pytest.mark.parametrize("name", MOST_USED)
+def test_an_architecture_is_right_in_everything(name):
+    result = check(name)
+    assert result.verdict == "right", [f for f in result.findings if f.kind != "refused"]
+    assert {"embed", "resid_pre", "resid_post"} <= set(result.kinds)
+    if result.attention:
+        assert {"attn_z", "attn_out"} <= set(result.kinds)
+
+
+def test_encoders_are_refused():
+    result = check("bert")
+    assert result.verdict == "refused" and "causal" in result.whole
 
 
 def louder(read):
