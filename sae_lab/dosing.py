@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sae_lab.arguments import as_annotated
 from sae_lab.edit import Push, Steer
 from sae_lab.feature_index.directions import extremes
 from sae_lab.lm.model import LM
@@ -96,6 +97,7 @@ def _first_crossing(points: list[tuple[float, float]], cost: float) -> float:
     return float("nan")
 
 
+@as_annotated
 def dose_response(
     lm: LM,
     coder: SparseCoder,

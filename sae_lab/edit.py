@@ -25,10 +25,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae_lab import rules
+from sae_lab.arguments import check_fields
 from sae_lab.reading import some_codes
 from sae_lab.saes import formats
 from sae_lab.saes.base import SparseCoder
-from sae_lab.types import Site, TokenBatch, Write
+from sae_lab.types import Editing, Site, TokenBatch, Write
 
 if TYPE_CHECKING:
     from sae_lab.lm.model import LM
@@ -87,6 +88,7 @@ class Edit:
     IN_F_SCALE = False  # whether its setting is measured in f_scale, which the features must then have
 
     def __post_init__(self):
+        check_fields(self)
         if self.error not in self.ERRORS:
             raise ValueError(f"error must be {' or '.join(map(repr, self.ERRORS))}, got {self.error!r}")
         if not isinstance(self.positions, str) and not callable(self.positions):

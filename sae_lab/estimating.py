@@ -10,7 +10,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from sae_lab import cache, harvesting
+from sae_lab.arguments import as_annotated
 from sae_lab.feature_index import build, chunks, directions
 from sae_lab.feature_index.build import index_features
 from sae_lab.feature_index.cofiring import DENSE_BYTES, cofiring
@@ -29,7 +30,7 @@ from sae_lab.feature_index.labels import Labels
 from sae_lab.feature_index.summaries import readability, strongest_first, summarise
 from sae_lab.harvesting import harvest
 from sae_lab.lm.model import LM
-from sae_lab.lm.text import Context, Text, as_text
+from sae_lab.lm.text import Context, Documents, Text, as_text
 from sae_lab.lm.tokens import pad
 from sae_lab.saes.base import CALIBRATION_ROWS, SPARSE_BELOW, SparseCoder
 from sae_lab.saes.topk import TopK
@@ -89,6 +90,7 @@ def _size(size: int) -> str:
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{_figure(size / 1e6)} MB"
 
 
+@as_annotated
 def estimate(what: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Estimate:
     """Minutes, disk and memory of a call of ``sl.harvest``, ``sl.train`` or ``sl.index_features``, before it is made.
 
@@ -248,7 +250,7 @@ def _tokens(contexts: list[Context]) -> int:
 
 
 def _harvest(
-    lm: LM, sites: Site | str | Iterable[Site | str], text: Text | Sequence[str], tokens: int,
+    lm: LM, sites: Site | str | Iterable[Site | str], text: Documents, tokens: int,
     path: str | Path | None, context: int, pack: bool, mask: TokenMask | None, coder: SparseCoder | None,
 ) -> Estimate:  # fmt: skip
     text = as_text(text)

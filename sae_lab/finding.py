@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from numpy import ndarray
 
+from sae_lab.arguments import as_annotated
 from sae_lab.lm.model import LM
 from sae_lab.reading import read_codes
 from sae_lab.saes.base import SparseCoder
@@ -76,6 +77,7 @@ class _Examples(NamedTuple):
     density: ndarray  # of each feature of the coder
 
 
+@as_annotated
 def find_features(
     lm: LM,
     coder: SparseCoder,

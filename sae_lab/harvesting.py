@@ -4,7 +4,7 @@ import json
 import logging
 import platform
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -18,9 +18,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sae_lab import cache
+from sae_lab.arguments import as_annotated
 from sae_lab.lm.model import LM
 from sae_lab.lm.passes import packed
-from sae_lab.lm.text import Context, Text, as_text
+from sae_lab.lm.text import Context, Documents, Text, as_text
 from sae_lab.lm.tokens import pad
 from sae_lab.reading import counting, sparse_rows
 from sae_lab.saes.base import SparseCoder
@@ -36,10 +37,11 @@ SHARD_TOKENS = 4096
 ORDER = 2  # which contexts stand in which shard: another number for another rule
 
 
+@as_annotated
 def harvest(
     lm: LM,
     sites: Site | str | Iterable[Site | str],
-    text: Text | Sequence[str],
+    text: Documents,
     tokens: int = 100_000,
     *,
     path: str | Path | None = None,

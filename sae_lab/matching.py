@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sae_lab.arguments import as_annotated
 from sae_lab.saes.base import SparseCoder
 from sae_lab.worlds import World
 
@@ -82,6 +83,7 @@ class Match:
         return f"<table><tr><th></th><th>match</th><th>random</th><th></th></tr>{cells}</table><p>{self._footer()}</p>"
 
 
+@as_annotated
 def match(
     a: SparseCoder | World | Tensor, b: SparseCoder | World | Tensor, *, threshold: float = 0.9, live: bool = False,
     hungarian: bool | None = None,

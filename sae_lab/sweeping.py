@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sae_lab.arguments import as_annotated
 from sae_lab.distributed import ranks_started
 from sae_lab.evals.reconstruction import reconstruction
 from sae_lab.lm.model import LM
-from sae_lab.lm.text import Text
+from sae_lab.lm.text import Documents
 from sae_lab.matching import match
 from sae_lab.saes import FAMILIES, SparseCoder, losses
 from sae_lab.saes.sparse import Memory
@@ -69,6 +70,7 @@ class Sweep:
         return self.to_pandas().to_html(index=False, float_format=lambda v: f"{v:.3f}", na_rep="", border=0)
 
 
+@as_annotated
 def sweep(
     grid: Grid | Sequence[SparseCoder],
     data: Store | Tensor | Batch | World,
@@ -77,7 +79,7 @@ def sweep(
     d_sae: int | None = None,
     seeds: Iterable[int] = (0,),
     lm: LM | None = None,
-    text: Text | Sequence[str] | None = None,
+    text: Documents | None = None,
     path: str | Path | None = None,
     callbacks: Iterable[Callable[[Event], Any]] = (),
 ) -> Sweep:

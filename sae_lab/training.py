@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sae_lab import cache, checkpoint
+from sae_lab.arguments import as_annotated, check_fields
 from sae_lab.checkpoint import CHECKPOINT as CHECKPOINT
 from sae_lab.control import Change, Control, check_lr
 from sae_lab.distributed import ALONE, Ranks, joined
@@ -57,6 +58,7 @@ class TrainConfig:
     shard: Shard = "batch"
 
     def __post_init__(self):
+        check_fields(self)
         if (self.tokens is None) == (self.steps is None):
             raise ValueError(f"give tokens or steps, one of them: got tokens={self.tokens}, steps={self.steps}")
         for name in ("tokens", "steps", "batch_size", "dead_after", "log_every", "checkpoint_every"):
@@ -149,6 +151,7 @@ class Run:
         )
 
 
+@as_annotated
 def train(
     coder: SparseCoder,
     data: Store | Tensor | Batch,
@@ -190,6 +193,7 @@ def train(
         return Training(coder, rows, config, folder, tuple(callbacks), ranks, changes=changes).run()
 
 
+@as_annotated
 def meta_sae(coder: SparseCoder, d_sae: int, k: int, config: TrainConfig, *, seed: int = 0) -> Run:
     """A BatchTopK trained on the decoder rows of another coder, each row a token: are its features made of fewer parts?
     (Bussmann et al. 2024, "Showing SAE Latents Are Not Atomic Using Meta-SAEs"). Rows that never fired are left out.

@@ -310,6 +310,12 @@ class Write(NamedTuple):
     before: tuple[Site, ...] = ()
 
 
+class Editing:
+    """What ``edits=`` takes one of, or a list: it says by ``writes(lm, batch, new)`` what the model must do."""
+
+    IN_WORDS = "edits (sl.Steer, sl.Clamp...)"
+
+
 def as_sites(sites: "Site | str | Iterable[Site | str]") -> list[Site]:
     """One site or several, in any spelling, as a list without repeats. ValueError when there is none."""
     many = [sites] if isinstance(sites, Site | str) else list(sites)

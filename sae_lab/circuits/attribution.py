@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sae_lab.arguments import as_annotated
 from sae_lab.circuits.metric import ROWS, Metric, copied, measured, paired, shifted
 from sae_lab.lm.model import LM
 from sae_lab.saes.base import SparseCoder
@@ -67,6 +68,7 @@ class Attribution:
         )
 
 
+@as_annotated
 def attribution(
     lm: LM,
     coder: SparseCoder,

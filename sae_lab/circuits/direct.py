@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sae_lab.arguments import as_annotated
 from sae_lab.circuits.prompt import PromptReading, WayOut, reaches_the_stream, read_prompt, written
 from sae_lab.lm.model import LM
 from sae_lab.lm.tokens import Prompts, Token, label
@@ -89,6 +90,7 @@ class _Vectors(NamedTuple):
     rest: Float[Tensor, "1 d"]
 
 
+@as_annotated
 @torch.no_grad()
 def direct_effects(
     lm: LM,

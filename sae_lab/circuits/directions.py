@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sae_lab.arguments import as_annotated
 from sae_lab.circuits.metric import ROWS, of_metric, paired, plus
 from sae_lab.lm.model import LM
 from sae_lab.saes.base import SparseCoder
@@ -150,6 +151,7 @@ class _Method:
         return added if self.rest is None else added + self.rest[rows]
 
 
+@as_annotated
 def patched_directions(
     lm: LM,
     coder: SparseCoder,
@@ -216,6 +218,7 @@ def patched_directions(
     return DirectionCurves(kl, edit, counts, there, coder.site, len(ranking))
 
 
+@as_annotated
 @torch.no_grad()
 def principal_axes(x: Float[Tensor, "tokens d"], uncentred: bool = False) -> Float[Tensor, "n d"]:
     """The axes of PCA as orthonormal rows, those of most variance first; an axis without variance is none.

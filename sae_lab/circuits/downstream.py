@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sae_lab.arguments import as_annotated
 from sae_lab.circuits.metric import ROWS, copied, plus
 from sae_lab.circuits.nodes import kept
 from sae_lab.lm.model import LM
@@ -73,6 +74,7 @@ class DownstreamEffects:
         )
 
 
+@as_annotated
 def effects_of(
     lm: LM,
     coder: SparseCoder,

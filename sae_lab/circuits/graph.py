@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from sae_lab.arguments import as_annotated
 from sae_lab.circuits.attribution import correlations
 from sae_lab.circuits.edges import Edge, edge_effects
 from sae_lab.circuits.faithfulness import Faithfulness, faithfulness
@@ -73,6 +74,7 @@ class FeatureCircuit:
         )
 
 
+@as_annotated
 def feature_circuit(
     lm: LM,
     coders: Sequence[SparseCoder],

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sae_lab.arguments import as_annotated
 from sae_lab.circuits.metric import require_here
 from sae_lab.lm.model import LM
 from sae_lab.saes.base import SparseCoder
@@ -79,6 +80,7 @@ class HeadAttribution:
         )
 
 
+@as_annotated
 def head_attribution(
     lm: LM, coder: SparseCoder, feature: int, prompt: str | Sequence[Any], position: int | None = None
 ) -> HeadAttribution:
@@ -126,6 +128,7 @@ def _check_coder(coder: SparseCoder) -> None:
         raise ValueError("head_attribution takes an SAE that reads activations as they are: input_norm 'none'")
 
 
+@as_annotated
 @torch.no_grad()
 def attention(lm: LM, batch: TokenBatch | str | Sequence[str], layer: int) -> Attention:
     """What one layer's heads attended to and what they took there; z is the model's own.
@@ -186,6 +189,7 @@ def _keeping(model: Any, layer: int, kept: dict[str, Tensor]) -> Iterator[None]:
         del ALL_ATTENTION_FUNCTIONS[CAPTURE]
 
 
+@as_annotated
 @torch.no_grad()
 def head_shares(
     lm: LM, coder: SparseCoder, prompts: str | Sequence[str] | Sequence[Sequence[int]]

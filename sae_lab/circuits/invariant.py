@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sae_lab.arguments import as_annotated
 from sae_lab.circuits.metric import require_here
 from sae_lab.circuits.prompt import norm_divisor
 from sae_lab.lm import passes
@@ -69,6 +70,7 @@ class EdgeCheck:
         )
 
 
+@as_annotated
 @torch.no_grad()
 def invariant_edges(
     lm: LM, upstream: SparseCoder, downstream: SparseCoder, features: Sequence[int] | None = None
@@ -95,6 +97,7 @@ def invariant_edges(
     return (_arriving(lm, upstream.W_dec[list(chosen)], writes, reads) @ downstream.W_enc.to(lm.device)).cpu()
 
 
+@as_annotated
 @torch.no_grad()
 def norm_scale(lm: LM, site: Site | str, prompts: Prompts) -> Float[Tensor, "batch pos"]:
     """What the norm before the MLP divides by: √(mean square + ε), of the centred stream where it centres.
@@ -106,6 +109,7 @@ def norm_scale(lm: LM, site: Site | str, prompts: Prompts) -> Float[Tensor, "bat
     return _scale(norm, lm.run(lm.tokenize(prompts), [before], logits=False)[0][before])
 
 
+@as_annotated
 @torch.no_grad()
 def check_edges(
     lm: LM, upstream: SparseCoder, downstream: SparseCoder, feature: int, prompts: Prompts,

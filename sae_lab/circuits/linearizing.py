@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sae_lab.arguments import as_annotated
 from sae_lab.circuits.gradients import gradients
 from sae_lab.circuits.nodes import kept
 from sae_lab.lm.model import LM
@@ -60,6 +61,7 @@ class PulledBack:
         )
 
 
+@as_annotated
 def pull_back(
     lm: LM,
     coder: SparseCoder,

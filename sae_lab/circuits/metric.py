@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sae_lab.arguments import as_annotated
 from sae_lab.lm.model import LM
 from sae_lab.types import TokenBatch, Write
 
@@ -16,6 +17,7 @@ ROWS = 32  # prompts, or copies of them, that go through the model together
 Metric = Callable[[Tensor, TokenBatch], Tensor]  # (logits "batch pos vocab", tokens) -> a number for each row
 
 
+@as_annotated
 def logit_difference(lm: LM, right: Sequence[str] | str, wrong: Sequence[str] | str) -> Metric:
     """The metric of most circuit work: at each prompt's last token, logit of the right answer less that of the wrong.
 
@@ -26,6 +28,7 @@ def logit_difference(lm: LM, right: Sequence[str] | str, wrong: Sequence[str] | 
     return partial(difference, right=ids[0], wrong=ids[1])
 
 
+@as_annotated
 def log_probability(lm: LM, answer: Sequence[str] | str) -> Metric:
     """log p(answer) after each prompt's last token, nats.
 
@@ -34,6 +37,7 @@ def log_probability(lm: LM, answer: Sequence[str] | str) -> Metric:
     return partial(log_chance, answer=_answers(lm, answer))
 
 
+@as_annotated
 def kl_from(lm: LM, sources: Sequence[str] | str) -> Metric:
     """KL(source ‖ prompt) of the next token after each prompt's last one, nats: 0 where a prompt predicts what its
     source does. It asks for no answer, and counts every change of the prediction.
@@ -146,6 +150,7 @@ def paired(lm: LM, prompts: Sequence[str], sources: Sequence[str]) -> tuple[Toke
     return lm.tokenize(prompts), lm.tokenize(sources)
 
 
+@as_annotated
 def aligned_tokens(lm: LM, prompt: str, source: str) -> list[tuple[str | None, str | None]]:
     """Both texts' tokens side by side: equal ones in one pair, None where the other side has one more (difflib)."""
     ours, theirs = lm.tokens(prompt), lm.tokens(source)

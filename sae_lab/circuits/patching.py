@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sae_lab.arguments import as_annotated
 from sae_lab.circuits.gradients import gradients
 from sae_lab.circuits.metric import ROWS, Metric, copied, measured, numbers, of_metric, paired, placed, require_here
 from sae_lab.lm.model import LM
@@ -59,6 +60,7 @@ class PatchGrid:
         return f"metric {self.base:.3f} → {self.source:.3f} with the sources; {what}:\n{table}"
 
 
+@as_annotated
 def patching(
     lm: LM,
     prompts: Sequence[str],
@@ -92,6 +94,7 @@ def patching(
     return PatchGrid(values, pair.base, pair.source, tuple(kinds), layers, positions, pair.tokens(positions))
 
 
+@as_annotated
 def patched_cells(
     lm: LM, prompts: Sequence[str], sources: Sequence[str], metric: Metric, cells: Iterable[Cell]
 ) -> Iterator[dict[Cell, float]]:
@@ -105,6 +108,7 @@ def patched_cells(
     return _patched(pair, cells)
 
 
+@as_annotated
 def patching_estimate(
     lm: LM,
     prompts: Sequence[str],

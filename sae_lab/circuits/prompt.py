@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sae_lab.arguments import as_annotated
 from sae_lab.circuits.metric import require_here
 from sae_lab.lm import passes
 from sae_lab.lm.model import LM
@@ -150,6 +151,7 @@ class PromptReading:
             return self._losses
 
 
+@as_annotated
 def read_prompt(lm: LM, coders: Sequence[SparseCoder] | SparseCoder, prompt: Prompts) -> PromptReading:
     """Read one prompt (a text, token ids, or chat messages), so that what is asked about its tokens costs no pass of
     its own.

@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 import torch
 
+from sae_lab.arguments import as_annotated
 from sae_lab.evals.result import Figure, Result, mean_and_error
 from sae_lab.lm.model import LM
 from sae_lab.lm.tokens import encode_texts, pad
@@ -106,6 +107,7 @@ class Absorption(Result):
         return pd.DataFrame(self.letters)
 
 
+@as_annotated
 def absorption(
     sae: SparseCoder,
     lm: LM,

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sae_lab.arguments import as_annotated
 from sae_lab.evals.contexts import clustered_error
 from sae_lab.evals.description_length import by_content
 from sae_lab.evals.result import Figure, Result, number
@@ -160,6 +161,7 @@ def _with_error(value: float, error: float) -> str:
     return number(value) if math.isnan(error) else f"{number(value)} ± {number(error)}"
 
 
+@as_annotated
 @torch.no_grad()
 def board_games(
     coder: SparseCoder, lm: LM, games: Games, *, untrained: tuple[SparseCoder, LM] | None = None, seed: int = 0
@@ -229,6 +231,7 @@ def othello_gpt() -> LM:
     return LM(str(OTHELLO_GPT))
 
 
+@as_annotated
 def untrained_twin(lm: LM, seed: int = 0) -> LM:
     """A model of the same architecture and tokenizer with random weights: what it shows, no training has put there."""
     module: Any = lm._module

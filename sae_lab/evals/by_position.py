@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sae_lab.arguments import as_annotated
 from sae_lab.evals.contexts import clustered_error, spread_contexts
 from sae_lab.evals.reconstruction import (
     Measured,
@@ -22,7 +23,7 @@ from sae_lab.evals.reconstruction import (
 )
 from sae_lab.evals.result import Figure, Result, number
 from sae_lab.lm.model import LM
-from sae_lab.lm.text import Text
+from sae_lab.lm.text import Documents
 from sae_lab.saes.base import SparseCoder
 from sae_lab.types import Site
 
@@ -114,10 +115,11 @@ class ByPosition(Result):
         )
 
 
+@as_annotated
 def by_position(
     coder: SparseCoder,
     lm: LM,
-    text: Text | Sequence[str],
+    text: Documents,
     tokens: int = 16_384,
     context: int | None = None,
     edges: Sequence[int] | None = None,
@@ -268,6 +270,7 @@ class Hill(Result):
         return f"{len(self.l0)} coders of L0 {self.l0[0]:.1f} to {self.l0[-1]:.1f}; ± of the least squares fit"
 
 
+@as_annotated
 def hill(results: Sequence[Reconstruction | tuple[Any, Any]]) -> Hill:
     """A Hill curve through several coders: lost = sⁿ/(sⁿ + hⁿ), s = 1/L0, lost = 1 − CE recovered (mean ablation).
 

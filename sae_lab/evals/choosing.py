@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sae_lab.arguments import as_annotated
 from sae_lab.saes.base import SparseCoder
 from sae_lab.store import Rows, Store
 
@@ -94,6 +95,7 @@ class L0Choice:
         return f"<table><tr>{head.replace('td>', 'th>')}</tr>{cells}</table><p>{self._footer()}</p>"
 
 
+@as_annotated
 @torch.no_grad()
 def choose_l0(
     coders: Iterable[SparseCoder], x: Tensor | Store, *, n: int | None = None, tokens: int = 16_384

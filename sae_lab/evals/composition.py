@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from sae_lab.arguments import as_annotated
 from sae_lab.evals.result import Figure, Result
 from sae_lab.saes.base import SparseCoder
 from sae_lab.worlds import World
@@ -50,6 +51,7 @@ class Composition(Result):
         return f"{self.rows} live rows, {self.dead} dead; ± binomial"
 
 
+@as_annotated
 @torch.no_grad()
 def composition(sae: SparseCoder, world: World) -> Composition:
     """What share of a coder's live decoder rows is a sum of two true directions rather than one?

@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from sae_lab.arguments import as_annotated
 from sae_lab.evals.choosing import _name
 from sae_lab.evals.description_length import run_coder, sample
 from sae_lab.evals.result import Figure, Result, number
@@ -98,6 +99,7 @@ class Cones(Result):
         return text if self.interior else text + "; the most stands at an end of the sizes tried"
 
 
+@as_annotated
 @torch.no_grad()
 def cones(
     coder: SparseCoder, concepts: Tensor | None = None, x: Tensor | Store | None = None, *,

@@ -10,11 +10,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sae_lab.arguments import as_annotated
 from sae_lab.evals.description_length import jackknife, run_coder, sample
 from sae_lab.evals.reconstruction import Reconstruction, reconstruction
 from sae_lab.evals.result import Figure, Result, number
 from sae_lab.lm.model import LM
-from sae_lab.lm.text import Text
+from sae_lab.lm.text import Documents
 from sae_lab.matching import Match, match
 from sae_lab.saes.base import SparseCoder
 from sae_lab.store import Store
@@ -131,6 +132,7 @@ class Consistency(Result):
         return text + f"; {self.rows:,} rows of {self.documents:,} documents"
 
 
+@as_annotated
 @torch.no_grad()
 def consistency(
     *coders: SparseCoder | World | Tensor, x: Tensor | Store | Sequence[Tensor | Store] | None = None,
@@ -355,9 +357,10 @@ class Transfer(Result):
         return f"at home: {self.at_home._footer()}\nelsewhere: {self.elsewhere._footer()}"
 
 
+@as_annotated
 def transfer(
-    coder: SparseCoder, lm: LM, text: Text | Sequence[str], *, other_lm: LM | None = None,
-    other_text: Text | Sequence[str] | None = None, tokens: int = 8_192,
+    coder: SparseCoder, lm: LM, text: Documents, *, other_lm: LM | None = None,
+    other_text: Documents | None = None, tokens: int = 8_192,
 ) -> Transfer:  # fmt: skip
     """What the same coder loses on another model (base and chat), or on other text: ``evals.reconstruction`` of both.
 

@@ -1,6 +1,5 @@
 """Evaluation text: contexts spread over documents, so that a standard error clustered by document means something."""
 
-from collections.abc import Sequence
 from itertools import islice
 
 import numpy as np
@@ -8,12 +7,12 @@ import torch
 from torch import Tensor
 
 from sae_lab.lm.model import LM
-from sae_lab.lm.text import Context, Text, as_text
+from sae_lab.lm.text import Context, Documents, as_text
 
 MOST_DOCUMENTS = 64
 
 
-def spread_contexts(lm: LM, text: Text | Sequence[str], tokens: int, length: int) -> list[Context]:
+def spread_contexts(lm: LM, text: Documents, tokens: int, length: int) -> list[Context]:
     """Contexts of about ``tokens`` tokens in all, evenly spread over the first 64 documents and within each.
 
     ValueError when the text has no context of two tokens.

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sae_lab.arguments import as_annotated
 from sae_lab.evals.choosing import _evenly, _name
 from sae_lab.evals.result import Figure, Result, number
 from sae_lab.saes import sparse
@@ -214,6 +215,7 @@ class _Sums(NamedTuple):
         return _Sums(*(a - b for a, b in zip(self, other, strict=True)))
 
 
+@as_annotated
 @torch.no_grad()
 def description_length(
     coders: SparseCoder | Iterable[SparseCoder], x: Tensor | Store, *, rho: float = 0.1, tokens: int = 16_384

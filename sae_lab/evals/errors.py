@@ -11,12 +11,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sae_lab.arguments import as_annotated
 from sae_lab.evals.by_position import ratio_error
 from sae_lab.evals.contexts import clustered_error, spread_contexts
 from sae_lab.evals.reconstruction import Measured, read_and_reconstruct
 from sae_lab.evals.result import Figure, Result
 from sae_lab.lm.model import LM
-from sae_lab.lm.text import Text
+from sae_lab.lm.text import Documents
 from sae_lab.lm.tokens import pad
 from sae_lab.saes.base import SparseCoder
 from sae_lab.types import Site, TokenBatch, Write
@@ -117,11 +118,12 @@ class Errors(Result):
         return zip(self.alphas, self.curve, self.curve_noise, strict=True)
 
 
+@as_annotated
 @torch.no_grad()
 def pathological_errors(
     coder: SparseCoder,
     lm: LM,
-    text: Text | Sequence[str],
+    text: Documents,
     tokens: int = 8_192,
     context: int | None = None,
     alphas: Sequence[float] = (0.25, 0.5, 0.75),

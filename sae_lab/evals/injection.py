@@ -9,11 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sae_lab.arguments import as_annotated
 from sae_lab.evals.contexts import spread_contexts
 from sae_lab.evals.result import Figure, Result
 from sae_lab.feature_index import FeatureIndex
 from sae_lab.lm.model import LM
-from sae_lab.lm.text import Text
+from sae_lab.lm.text import Documents
 from sae_lab.lm.tokens import label, pad
 from sae_lab.reading import read_codes
 from sae_lab.saes.base import SparseCoder
@@ -94,13 +95,14 @@ class Injection(Result):
         return "\n".join([head, *lines])
 
 
+@as_annotated
 @torch.no_grad()
 def token_injection(
     coder: SparseCoder,
     lm: LM,
     index: FeatureIndex,
     features: Sequence[int],
-    text: Text | Sequence[str],
+    text: Documents,
     tokens: int = 3,
     texts: int = 20,
     length: int = 32,

@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from sae_lab.arguments import as_annotated
 from sae_lab.evals.description_length import Sample, jackknife, run_coder, sample
 from sae_lab.evals.result import Figure, Result
 from sae_lab.saes import sparse
@@ -70,6 +71,7 @@ class Monosemanticity(Result):
         )
 
 
+@as_annotated
 @torch.no_grad()
 def monosemanticity(
     coder: SparseCoder, x: Tensor | Store, embeddings: Tensor | Store | None = None, *, tokens: int = 16_384,

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sae_lab.arguments import as_annotated
 from sae_lab.evals.result import Figure, Result, mean_and_error
 from sae_lab.matching import match
 from sae_lab.saes.base import SparseCoder
@@ -51,6 +52,7 @@ class PlantedAbsorption(Result):
         )
 
 
+@as_annotated
 @torch.no_grad()
 def planted_absorption(sae: SparseCoder, world: World, rows: int = 20_000) -> PlantedAbsorption:
     """Absorption where parents and children are known: ``sl.worlds.planted(hierarchy=...)``.

@@ -1,6 +1,6 @@
 """Features that say where in the context a token stands."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -8,9 +8,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sae_lab.arguments import as_annotated
 from sae_lab.evals.result import Figure, Result
 from sae_lab.lm.model import LM
-from sae_lab.lm.text import Text, as_text
+from sae_lab.lm.text import Documents, as_text
 from sae_lab.lm.tokens import pad
 from sae_lab.reading import read_codes
 from sae_lab.saes.base import SparseCoder
@@ -75,11 +76,12 @@ class Positional(Result):
         return table.sort_values(by="r2", ascending=False, ignore_index=True)  # type: ignore[call-overload]
 
 
+@as_annotated
 @torch.no_grad()
 def positional(
     coder: SparseCoder,
     lm: LM,
-    data: Store | Text | Sequence[str],
+    data: Store | Documents,
     tokens: int = 100_000,
     bins: int = 32,
     context: int | None = None,
@@ -177,7 +179,7 @@ def _of_store(coder: SparseCoder, store: Store, tokens: int) -> Pieces:
         yield coder.sparse_codes(x.to(coder.W_dec.device)), store.rows(rows, "position").numpy()
 
 
-def _of_text(coder: SparseCoder, lm: LM, data: Text | Sequence[str], tokens: int, length: int) -> Pieces:
+def _of_text(coder: SparseCoder, lm: LM, data: Documents, tokens: int, length: int) -> Pieces:
     text = as_text(data)
     seen, group = 0, []
     for context in text.contexts(lm.tokenizer, lm.prefix_id, length):

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sae_lab.arguments import as_annotated
 from sae_lab.lm.model import LM
 from sae_lab.lm.tokens import encode_texts, pad
 from sae_lab.types import Site, TokenMask, as_sites
@@ -84,6 +85,7 @@ def available_sets() -> list[str]:
     return sorted((n for n in names if _number(n) not in SKIPPED), key=lambda n: (_number(n), n))
 
 
+@as_annotated
 def probe_set(name: str) -> ProbeSet:
     """One set of the installed ``sae-probes`` package, by its file's name. ValueError for one that it does not hold."""
     import pandas as pd
@@ -157,6 +159,7 @@ class ProbeData:
         return f"ProbeData({len(self.sets)} sets at {self.site}, {size:.0f} MB: {names})"
 
 
+@as_annotated
 def read_probe_sets(
     lm: LM, site: Site | str, data: Any = None, *, examples: int = 400, tokens: int = 64, seed: int = 0
 ) -> ProbeData:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sae_lab.arguments import as_annotated
 from sae_lab.evals.probe_sets import ProbeData, ReadSet, as_probe_sets, read_sets
 from sae_lab.evals.result import Figure, Result, mean_and_error, number
 from sae_lab.lm.model import LM
@@ -126,6 +127,7 @@ class Probing(Result):
         return pd.DataFrame(self.scores)
 
 
+@as_annotated
 def probing(
     sae: SparseCoder,
     lm: LM,

@@ -1,7 +1,6 @@
 """How much of the activations, and of the model's behaviour, a coder keeps."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
 from types import SimpleNamespace
@@ -11,10 +10,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sae_lab.arguments import as_annotated
 from sae_lab.evals.contexts import clustered_error, spread_contexts
 from sae_lab.evals.result import number
 from sae_lab.lm.model import LM, token_losses
-from sae_lab.lm.text import Context, Text
+from sae_lab.lm.text import Context, Documents
 from sae_lab.lm.tokens import pad
 from sae_lab.saes.base import SparseCoder
 from sae_lab.types import Codes, Site, TokenBatch, TokenMask, Write
@@ -115,10 +115,11 @@ class Reconstruction:
         return f"<table>{head}{cells}</table><p>{self._footer()}</p>"
 
 
+@as_annotated
 def reconstruction(
     coder: SparseCoder,
     lm: LM,
-    text: Text | Sequence[str],
+    text: Documents,
     tokens: int = 8_192,
     context: int | None = None,
     site: Site | str | None = None,

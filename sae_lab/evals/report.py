@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from sae_lab import cache
+from sae_lab.arguments import as_annotated
 from sae_lab.evals.result import Figure, Result
 from sae_lab.evals.sections import SECTIONS, VERSIONS, Inputs
 from sae_lab.lm.model import LM
-from sae_lab.lm.text import Text, load_text
+from sae_lab.lm.text import Documents, load_text
 from sae_lab.saes.base import SparseCoder
 
 log = logging.getLogger(__name__)
@@ -98,10 +99,11 @@ def _cell(figure: Figure | None) -> str:
     return figure.text + control
 
 
+@as_annotated
 def report(
     coders: SparseCoder | Sequence[SparseCoder] | Mapping[str, SparseCoder],
     lm: LM | None = None,
-    text: Text | Sequence[str] | None = None,
+    text: Documents | None = None,
     *,
     evals: Iterable[str] | None = None,
     tokens: int = 200_000,

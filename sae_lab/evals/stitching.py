@@ -7,6 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from sae_lab.arguments import as_annotated
 from sae_lab.evals.choosing import _name
 from sae_lab.evals.description_length import by_content, jackknife, run_coder, sample
 from sae_lab.evals.result import Figure, Result
@@ -82,6 +83,7 @@ class Stitching(Result):
         )
 
 
+@as_annotated
 @torch.no_grad()
 def stitching(
     small: SparseCoder, large: SparseCoder, x: Tensor | Store, *, threshold: float = 0.7, tokens: int = 16_384,

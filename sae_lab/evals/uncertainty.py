@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from sae_lab.arguments import as_annotated
 from sae_lab.edit import Ablate
 from sae_lab.evals.result import Figure, Result
 from sae_lab.lm.model import LM
@@ -53,6 +54,7 @@ class Question(NamedTuple):
     kind: str
 
 
+@as_annotated
 def synthetic_qa(seed: int = 0, n: int = 240) -> list[Question]:
     """Questions made by rule, as many of each kind: sums and products of numbers of one or two digits, capitals,
     opposites. Each has three solved examples of its kind in front, drawn anew. ValueError for fewer than four."""
@@ -157,6 +159,7 @@ class Uncertainty(Result):
 # ---------------------------------------------------------------------------------------------- the eval
 
 
+@as_annotated
 @torch.no_grad()
 def uncertainty(
     coder: SparseCoder,

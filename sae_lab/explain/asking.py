@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 from urllib.parse import urlsplit
 
+from sae_lab.arguments import as_annotated
 from sae_lab.lm.model import LM
 
 log = logging.getLogger(__name__)
@@ -186,6 +187,7 @@ def http_errors() -> type[Exception]:
     return HTTPException
 
 
+@as_annotated
 def openai_compatible(
     base_url: str, model: str, key_from: str | Callable[[], str] | None = "OPENAI_API_KEY", *, timeout: float = 60.0,
     **settings: Any,
@@ -231,6 +233,7 @@ class LocalChat:
         return "".join(self.lm.stream(chat, max_new_tokens=self.new_tokens))
 
 
+@as_annotated
 def local_chat(lm: LM | str | None = None, max_new_tokens: int = 200) -> LocalChat:
     """A chat model on this machine, as an explainer or judge: an LM, a hub id or folder, None the bundled one.
 

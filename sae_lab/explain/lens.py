@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sae_lab.arguments import as_annotated
 from sae_lab.evals.result import Figure, Result, mean_and_error
 from sae_lab.explain.prompts import Source, check_coder, check_features, top_examples
 from sae_lab.feature_index.directions import kurtosis
@@ -23,6 +24,7 @@ ROWS = 64  # of logits held at once
 RANDOM = 256  # random directions, the control
 
 
+@as_annotated
 def token_features(
     sae: SparseCoder, lm: LM, source: Source, features: Sequence[int] | None = None, share: float = 0.8, n: int = 10
 ) -> dict[int, str]:
@@ -120,6 +122,7 @@ class LensShape(Result):
         return f"{len(self.features)} features, lens from {self.site}; ± over features"
 
 
+@as_annotated
 @torch.no_grad()
 def lens_shape(
     sae: SparseCoder, lm: LM, features: Sequence[int] | None = None, words: Mapping[int, str] | None = None, *,

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from sae_lab.arguments import as_annotated
 from sae_lab.evals.contexts import spread_contexts
 from sae_lab.evals.result import Figure, Result
 from sae_lab.feature_index.index import FeatureIndex
@@ -219,6 +220,7 @@ class EvolvedPrompts(Result):
         return "\n".join([f"{head} a search; ± over features", *lines])
 
 
+@as_annotated
 def evolve_prompts(
     sae: SparseCoder,
     lm: LM,

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from sae_lab.arguments import as_annotated
 from sae_lab.evals.result import Figure, Result, mean_and_error
 from sae_lab.explain import explainers
 from sae_lab.explain.asking import Asker, name_of
@@ -132,6 +133,7 @@ def _or_low(value: float) -> float:
     return -1.0 if math.isnan(value) else value
 
 
+@as_annotated
 def explain(
     index: FeatureIndex,
     features: Sequence[int] | np.ndarray | int = 40,

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from sae_lab.arguments import as_annotated
 from sae_lab.evals.result import Figure, Result
 from sae_lab.explain.prompts import Example, Source, check_coder, random_examples, strongest_activations, top_examples
 from sae_lab.explain.scoring import pearson
@@ -109,6 +110,7 @@ class Sage(Result):
         return "\n".join([head, *lines, f"  single pass: {self.single_pass or 'none'}"])
 
 
+@as_annotated
 def sage_explain(
     sae: SparseCoder,
     lm: LM,

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from sae_lab.arguments import as_annotated
 from sae_lab.explain.asking import Asker
 from sae_lab.explain.contexts import Passage, Passages
 from sae_lab.explain.explainers import Rule, marked
@@ -57,6 +58,7 @@ class Score:
     unanswered: int = 0
 
 
+@as_annotated
 def score(
     explanation: Explanation,
     passages: Passages,

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sae_lab.arguments import as_annotated
 from sae_lab.evals.result import Figure, Result
 from sae_lab.explain.lens import check_k, rate
 from sae_lab.explain.prompts import check_coder, check_features, codes_of
@@ -79,6 +80,7 @@ class TokenLists(Result):
         return "\n".join([f"{len(self.tokens):,} tokens, each alone {where}; {self.left_out:.1%} masked", *lines])
 
 
+@as_annotated
 def token_list(
     sae: SparseCoder, lm: LM, features: Sequence[int], words: Mapping[int, str] | None = None, *,
     tokens: Sequence[int] | None = None, context: str = "", k: int = 5,

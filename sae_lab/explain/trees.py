@@ -7,6 +7,7 @@ from typing import NamedTuple, no_type_check
 import torch
 from torch import Tensor
 
+from sae_lab.arguments import as_annotated
 from sae_lab.evals.result import Figure, Result
 from sae_lab.explain.prompts import check_coder
 from sae_lab.explain.selfexplain import (
@@ -77,6 +78,7 @@ class DefinitionTree(Result):
         return "\n".join([f"feature {self.feature}: {self.prompt}...", *lines(self.branches, 1)])
 
 
+@as_annotated
 def definition_tree(
     sae: SparseCoder, lm: LM, feature: int, *, width: int = 3, depth: int = 3, prompt: str = MEANING,
     placeholder: str = "X", at: Site | str | None = None, scales: Sequence[float] = SCALES, seed: int = 0,

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from sae_lab import cache
+from sae_lab.arguments import as_annotated
 from sae_lab.feature_index.cofiring import cofiring
 from sae_lab.feature_index.directions import lens, neighbours
 from sae_lab.feature_index.index import VERSION, FeatureIndex
@@ -33,6 +34,7 @@ PRE_BYTES = 256 << 20  # pre-activations that are made together: a block of a wi
 READ_BYTES = 128 << 20  # a store's activations stay in memory as long as it is open: it is opened anew after so many
 
 
+@as_annotated
 def index_features(coder: SparseCoder, lm: LM, store: Store, path: str | Path | None = None) -> FeatureIndex:
     """An index of all features of a coder over a store: density, mean and max, contexts, co-firing, lens, neighbours.
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sae_lab.arguments import as_annotated
 from sae_lab.lm.model import LM
 from sae_lab.lm.tokens import Prompts, Token
 from sae_lab.reading import read_codes
@@ -75,6 +76,7 @@ class FeatureTable:
         return f"<table><tr><th>token</th><th style='text-align:left'>feature (activation)</th></tr>{cells}</table>"
 
 
+@as_annotated
 def features(lm: LM, coder: SparseCoder, prompts: Prompts | Sequence[str]) -> FeatureTable:
     """The features active at each token of the prompts, as a token x feature table.
 

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sae_lab.arguments import as_annotated
 from sae_lab.evals.result import Figure, Result
 from sae_lab.lm.model import LM
 from sae_lab.saes.base import SparseCoder
@@ -122,6 +123,7 @@ class Circular(Result):
         )
 
 
+@as_annotated
 @torch.no_grad()
 def circular(
     coder: SparseCoder,

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sae_lab.arguments import as_annotated
 from sae_lab.evals.result import Figure, Result
 from sae_lab.saes.base import SparseCoder
 from sae_lab.types import Codes
@@ -86,6 +87,7 @@ class Clusters(Result):
         return f"{self.rows:,} features{silent} by {self.by}; {size}; {said}"
 
 
+@as_annotated
 def clusters(
     what: SparseCoder | Tensor | Codes,
     min_cluster_size: int = 5,

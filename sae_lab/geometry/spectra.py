@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sae_lab.arguments import as_annotated
 from sae_lab.evals.result import Figure, Result
 from sae_lab.geometry.clustering import feature_rows
 from sae_lab.types import Codes
@@ -62,6 +63,7 @@ class Patterns(Result):
         )
 
 
+@as_annotated
 def patterns(
     activations: Codes | Float[Tensor, "rows d_sae"],
     contexts: Int[Tensor, " tokens"] | None = None,

@@ -12,13 +12,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from sae_lab.arguments import as_annotated
 from sae_lab.lm import bundled, loading, passes, tokens
 from sae_lab.lm import site as sites
 from sae_lab.lm.comparing import Comparison, compared
 from sae_lab.lm.continuing import Continuing
 from sae_lab.lm.passes import pick, through, token_losses
 from sae_lab.lm.tokens import Prompts, Token
-from sae_lab.types import Site, TokenBatch, TokenMask, Write, as_sites
+from sae_lab.types import Editing, Site, TokenBatch, TokenMask, Write, as_sites
 
 
 class Reading(dict[Site, Tensor]):
@@ -61,6 +62,7 @@ class LM:
     wrong there.
     """
 
+    @as_annotated
     def __init__(
         self,
         model: str | nn.Module | None = None,
@@ -133,6 +135,7 @@ class LM:
         """How many token ids the model knows."""
         return self._module.config.get_text_config().vocab_size
 
+    @as_annotated
     def width(self, site: Site | str) -> int:
         """The width d of the activations at a site."""
         return self._sites.width(Site.of(site))
@@ -162,6 +165,7 @@ class LM:
 
     # ---- text
 
+    @as_annotated
     def tokenize(self, prompts: Prompts) -> TokenBatch:
         """Prompts (str, list of str, token ids, or chat messages) as right-padded token ids.
 
@@ -186,6 +190,7 @@ class LM:
                 "with model.resize_token_embeddings(len(tokenizer))"
             )
 
+    @as_annotated
     def tokens(self, prompt: Prompts) -> list[Token]:
         """One prompt's tokens, one a position: strings that join to the text, with ``.id``, ``.start``, ``.end``.
 
@@ -204,6 +209,7 @@ class LM:
         bytes, like ⟨E2 80⟩."""
         return tokens.vocabulary(self.tokenizer, max(self.vocab_size, len(self.tokenizer)))
 
+    @as_annotated
     def token_strings(self, ids: Sequence[int], prefixed: bool = False) -> list[Token]:
         """Token ids as ``Token`` strings; ``prefixed`` says that the first one is no part of the text."""
         return tokens.spans(self.tokenizer, ids, prefixed)
@@ -314,21 +320,24 @@ class LM:
                         "coder's reads and writes to the sites it was trained on"
                     )
 
-    def read(self, prompts: Prompts, at: Site | str | Iterable[Site | str], edits: Iterable[Any] = ()) -> Reading:
+    @as_annotated
+    def read(self, prompts: Prompts, at: Site | str | Iterable[Site | str], edits: Iterable[Editing] = ()) -> Reading:
         """Activations ``{site: (batch, pos, d) float32}``, right-padded, with ``.mask``; zeros at padding."""
         batch = self.tokenize(prompts)
         acts, _ = self.run(batch, as_sites(at), self._writes(edits, batch), logits=False)
         pad = ~batch.mask.unsqueeze(-1)
         return Reading({s: x.masked_fill(pad.to(x.device), 0.0) for s, x in acts.items()}, batch)
 
-    def logits(self, prompts: Prompts, edits: Iterable[Any] = ()) -> Float[Tensor, "batch pos vocab"]:
+    @as_annotated
+    def logits(self, prompts: Prompts, edits: Iterable[Editing] = ()) -> Float[Tensor, "batch pos vocab"]:
         """Next-token logits, float32, right-padded (rows end where ``lm.tokenize(prompts).mask`` does)."""
         batch = self.tokenize(prompts)
         _, out = self.run(batch, writes=self._writes(edits, batch))
         assert out is not None
         return out.float()
 
-    def loss(self, prompts: Prompts, edits: Iterable[Any] = (), per_token: bool = False) -> Tensor:
+    @as_annotated
+    def loss(self, prompts: Prompts, edits: Iterable[Editing] = (), per_token: bool = False) -> Tensor:
         """Cross-entropy of the next token in nats/token: the mean, or with ``per_token`` a tensor ``batch pos``.
 
         ``per_token[b, p]`` is the loss of token p given the ones before it: NaN at position 0 and at padding.
@@ -339,10 +348,11 @@ class LM:
             raise ValueError("a loss needs at least two tokens (one given, one predicted); this text has one")
         return losses if per_token else losses.nanmean()
 
+    @as_annotated
     def generate(
         self,
         prompts: Prompts,
-        edits: Iterable[Any] = (),
+        edits: Iterable[Editing] = (),
         max_new_tokens: int = 40,
         temperature: float = 0.0,
         seed: int | None = None,
@@ -360,10 +370,11 @@ class LM:
         texts = [self.tokenizer.decode(row, skip_special_tokens=True) for row in ids]
         return texts[0] if tokens.is_single(prompts) else texts
 
+    @as_annotated
     def stream(
         self,
         prompt: Prompts,
-        edits: Iterable[Any] = (),
+        edits: Iterable[Editing] = (),
         max_new_tokens: int = 40,
         temperature: float = 0.0,
         seed: int | None = None,
@@ -391,7 +402,7 @@ class LM:
             yield rest
 
     def _ready_to_generate(
-        self, prompts: Prompts, edits: Iterable[Any], new: int, temperature: float, seed: int | None
+        self, prompts: Prompts, edits: Iterable[Editing], new: int, temperature: float, seed: int | None
     ) -> tuple[TokenBatch, list[Write], torch.Generator | None]:
         if new < 1 or not temperature >= 0:
             raise ValueError(f"generate needs max_new_tokens >= 1 and temperature >= 0, got {new} and {temperature}")
@@ -498,19 +509,20 @@ class LM:
     def _continuing(self) -> Continuing:
         return Continuing.of(self._module, self.device)
 
-    def compare(self, prompt: Prompts, edits: Iterable[Any]) -> Comparison:
+    @as_annotated
+    def compare(self, prompt: Prompts, edits: Iterable[Editing]) -> Comparison:
         """One prompt without and with the edits, token by token: KL of the next token, log-probabilities, the edited
         features' own activations, perplexity."""
         if not tokens.is_single(prompt):
             raise ValueError("lm.compare takes one prompt, got several: call it for each")
-        edits = listed_edits(edits)
+        found = listed_edits(edits)
         batch = self.tokenize(prompt)
-        reads = list(dict.fromkeys(edit.read_site for edit in edits))
+        reads = list(dict.fromkeys(edit.read_site for edit in found))
         before, clean = self.run(batch, reads)
-        after, edited = self.run(batch, reads, self._writes(edits, batch))
+        after, edited = self.run(batch, reads, self._writes(found, batch))
         assert clean is not None and edited is not None
         measured: dict[str, tuple[Tensor, Tensor]] = {}
-        for edit in edits:
+        for edit in found:
             was, now = edit.measured(before[edit.read_site]), edit.measured(after[edit.read_site])
             measured |= {name: (codes[0], now[name][0]) for name, codes in was.items()}
         return compared(self.tokens(prompt), batch.ids[0], clean[0], edited[0], measured, self.tokenizer)
@@ -543,6 +555,7 @@ class LM:
 
     # ---- the way in and out
 
+    @as_annotated
     @torch.no_grad()
     def embedding(self, ids: Int[Tensor, " n"]) -> Float[Tensor, "n d"]:
         """Input embeddings of token ids, float32 on the CPU, centred on the mean over the vocabulary."""

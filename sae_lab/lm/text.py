@@ -6,11 +6,11 @@ import logging
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
-from sae_lab.arguments import check_text
+from sae_lab.arguments import as_annotated, check_text
 from sae_lab.lm import tokens as tok
 
 log = logging.getLogger(__name__)
@@ -32,6 +32,13 @@ _MIX = {
     "101_disease_class": 1_000_000,  # medical abstracts
     "158_code_C": 140_000, "159_code_Python": 140_000, "160_code_HTML": 140_000,
 }  # fmt: skip
+
+
+@runtime_checkable
+class Dataset(Protocol):
+    """A loaded dataset of ``datasets``, known by its columns, since importing that package takes a while."""
+
+    column_names: Any
 
 
 class Context(NamedTuple):
@@ -195,8 +202,9 @@ def _alike(contexts: list[Context], tokens: int) -> list[list[Context]]:
     return groups
 
 
+@as_annotated
 def load_text(
-    source: "str | Path | Sequence[str] | Text | Any" = None, *, column: str = "text", split: str = "train",
+    source: Any = None, *, column: str = "text", split: str = "train",
     **kwargs: Any,
 ) -> Text:  # fmt: skip
     """Documents from anywhere, through ``datasets``; every tenth is held out: ``text.held_out``.
@@ -239,6 +247,9 @@ def load_text(
         raise ValueError(f"{str(source)!r} is no file here and no hub dataset in reach: {err}") from err
     _check_column(data.column_names, column, str(source))
     return _split(data, column, str(source), _digest(repr((source, split, column, sorted(kwargs.items()))).encode()))
+
+
+Documents = Text | Sequence[str] | Dataset  # what functions that only read take as text
 
 
 def as_text(source: Any) -> Text:

@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from sae_lab.arguments import as_annotated
 from sae_lab.saes import losses, sparse
 from sae_lab.saes.base import SparseCoder
 from sae_lab.types import Batch, Codes
@@ -43,6 +44,7 @@ def _unexplained(coder: SparseCoder, x: Tensor, target: Tensor, batch: Batch) ->
     return target - silent, coder.strengths(codes, x.reshape(-1, *coder.in_shape))
 
 
+@as_annotated
 @torch.no_grad()
 def inform(coder: SparseCoder, data: Tensor | Batch, share: float = 0.8, seed: int = 0) -> None:
     """Informed initialisation, in place: features start as data points.
@@ -69,6 +71,7 @@ def inform(coder: SparseCoder, data: Tensor | Batch, share: float = 0.8, seed: i
     coder.set_features(everyone, blend(target) if coder.transcodes else read, read)
 
 
+@as_annotated
 @torch.no_grad()
 def resample(coder: SparseCoder, data: Tensor | Batch, dead: Bool[Tensor, " d_sae"], seed: int = 0) -> int:
     """Revive dead features, in place: each takes the direction of a badly reconstructed token (Bricken et al. 2023,
@@ -110,6 +113,7 @@ def _reconstruct(coder: SparseCoder, data: Tensor | Batch) -> Tensor:
     return coder(batch.x.to(coder.b_dec.device), batch.tokens).x_hat.reshape(len(batch.x), -1)
 
 
+@as_annotated
 @torch.no_grad()
 def unsuppress(coder: SparseCoder, data: Tensor | Batch, steps: int = 60) -> SparseCoder:
     """A copy whose features are as strong as they ought to be: W_dec[i]·s_i, s the least-squares answer for the codes
@@ -156,6 +160,7 @@ def unsuppress(coder: SparseCoder, data: Tensor | Batch, steps: int = 60) -> Spa
     return result
 
 
+@as_annotated
 @torch.no_grad()
 def optimise_codes(coder: SparseCoder, data: Tensor | Batch, k: int | None = None) -> Codes:
     """Inference-time optimisation: the best codes for a fixed dictionary (Nanda et al. 2024, "GDM Mech Interp Update").
@@ -224,6 +229,7 @@ def _pursue(y: Tensor, W_dec: Tensor, k: int) -> Codes:
     return Codes(values.flatten(), features.flatten(), offsets, len(W_dec))
 
 
+@as_annotated
 @torch.no_grad()
 def realign(coder: SparseCoder, data: Tensor | Batch, rank: int | None = None, ridge: float = 0.03) -> SparseCoder:
     """A copy whose decoder suits another distribution, the encoder as it was (GAE, "Geometry-aware realignment").

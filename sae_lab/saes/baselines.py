@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sae_lab.arguments import as_annotated
 from sae_lab.saes.base import SparseCoder
 from sae_lab.saes.l1 import L1
 from sae_lab.saes.topk import TopK
@@ -17,6 +18,7 @@ from sae_lab.saes.topk import TopK
 NAMES = ("mean", "identity", "PCA", "random")
 
 
+@as_annotated
 @torch.no_grad()
 def baselines(
     sae: SparseCoder, x: Float[Tensor, "rows d_in"], names: Iterable[str] = NAMES, seed: int = 0

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from sae_lab import cache
+from sae_lab.arguments import as_annotated
 from sae_lab.saes.base import SparseCoder
 from sae_lab.types import Site
 
@@ -98,6 +99,7 @@ def _require_free(folder: Path, format: str) -> None:
         )
 
 
+@as_annotated
 def load(
     path: str | Path, id: str | None = None, check: Any = None, *, model: str | None = None,
     reads: Site | str | None = None, writes: Site | str | None = None, centred: bool | None = None,

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from jaxtyping import Bool, Int, Int8, Shaped, UInt64
 
+from sae_lab.arguments import as_annotated
+
 # A range of seeds of its own, as every world has (see ``worlds.planted``).
 TAG = 0x4F5448454C4C4F
 SIZES = (4, 6, 8)
@@ -90,6 +92,7 @@ def square_name(square: int, size: int) -> str:
     return f"{chr(ord('a') + square % size)}{square // size + 1}"
 
 
+@as_annotated
 def othello(size: int = 6, games: int = 1000, seed: int = 0) -> Games:
     """Games in which every move is drawn uniformly from the legal ones.
 
@@ -213,6 +216,7 @@ def _check_size(size: int) -> None:
 # ---------------------------------------------------------------------------------------------- what is true of boards
 
 
+@as_annotated
 def board_properties(games: Games) -> tuple[Shaped[np.ndarray, "games length properties"], list[str]]:
     """(labels, names): for every square "mine", "theirs", "empty" and "legal" (a move may go there).
 

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sae_lab.arguments import as_annotated
 from sae_lab.types import Codes
 
 Law = Literal["uniform", "zipf"]
@@ -74,6 +75,7 @@ class World:
         return f"World({', '.join(parts)}; {len(self.x):,} samples, L0 {self.l0:.2f}, seed {s['seed']})"
 
 
+@as_annotated
 def planted(
     n: int = 128, d: int = 64, l0: float = 4.0, *, law: str = "uniform", correlation: float = 0.0, group: int = 2,
     hierarchy: int = 0, noise: float = 0.0, samples: int = 200_000, exponent: float = 1.2, seed: int = 0,
@@ -127,6 +129,7 @@ def planted(
     return World(x, codes, dictionary, labels, len(codes.values) / samples, settings)
 
 
+@as_annotated
 def product(values: tuple[int, ...] = (8, 8), d: int = 64, *, samples: int = 200_000, seed: int = 0) -> World:
     """Things with attributes, such as coloured shapes: in each row every attribute has one of its values, all equally
     likely and independent of the other attributes. x = Σ_a f_a·d_(a, v_a), sizes f and directions as in ``planted``.
