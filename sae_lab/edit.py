@@ -29,7 +29,7 @@ from sae_lab.arguments import check_fields
 from sae_lab.reading import some_codes
 from sae_lab.saes import formats
 from sae_lab.saes.base import SparseCoder
-from sae_lab.types import Editing, Site, TokenBatch, Write
+from sae_lab.types import Site, TokenBatch, Write
 
 if TYPE_CHECKING:
     from sae_lab.lm.model import LM

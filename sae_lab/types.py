@@ -7,10 +7,11 @@ Legend of axes, the same everywhere: ``batch`` prompts or rows, ``pos`` token po
 import math
 import operator
 import re
+from abc import ABC
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -310,10 +311,18 @@ class Write(NamedTuple):
     before: tuple[Site, ...] = ()
 
 
-class Editing:
+class Editing(ABC):  # noqa: B024 (known by what it has, not by its ancestors)
     """What ``edits=`` takes one of, or a list: it says by ``writes(lm, batch, new)`` what the model must do."""
 
     IN_WORDS = "edits (sl.Steer, sl.Clamp...)"
+
+    @classmethod
+    def __subclasshook__(cls, other: type) -> bool:
+        return callable(getattr(other, "writes", None))  # a coder's ``writes`` are sites, and of each its own
+
+
+# Type checkers see no ancestors here, so to them it is any list.
+Edits = Iterable[Any] if TYPE_CHECKING else Iterable[Editing]
 
 
 def as_sites(sites: "Site | str | Iterable[Site | str]") -> list[Site]:

@@ -17,7 +17,7 @@ from sae_lab.evals.result import Figure, Result
 from sae_lab.explain.prompts import check_coder, check_features
 from sae_lab.lm.model import LM
 from sae_lab.saes.base import SparseCoder
-from sae_lab.types import Editing, Site, TokenBatch, Write
+from sae_lab.types import Site, TokenBatch, Write
 
 MEANING = 'The meaning of the word "X" is "'
 REPEAT = "cat -> cat; 135 -> 135; hello -> hello; X ->"  # the few-shot prompt of Patchscopes for a token's identity
@@ -26,7 +26,7 @@ NORM_OF = "The history of the city begins with the old market by the river, wher
 
 
 @dataclass(frozen=True)
-class Implant(Editing):
+class Implant:
     """An edit: other activations in the place of one token, one vector for each row. For ``lm.generate(edits=...)``.
 
     site: where; position: of which token (0 is the prefix); vectors: "rows d".

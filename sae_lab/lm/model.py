@@ -19,7 +19,7 @@ from sae_lab.lm.comparing import Comparison, compared
 from sae_lab.lm.continuing import Continuing
 from sae_lab.lm.passes import pick, through, token_losses
 from sae_lab.lm.tokens import Prompts, Token
-from sae_lab.types import Editing, Site, TokenBatch, TokenMask, Write, as_sites
+from sae_lab.types import Edits, Site, TokenBatch, TokenMask, Write, as_sites
 
 
 class Reading(dict[Site, Tensor]):
@@ -321,7 +321,7 @@ class LM:
                     )
 
     @as_annotated
-    def read(self, prompts: Prompts, at: Site | str | Iterable[Site | str], edits: Iterable[Editing] = ()) -> Reading:
+    def read(self, prompts: Prompts, at: Site | str | Iterable[Site | str], edits: Edits = ()) -> Reading:
         """Activations ``{site: (batch, pos, d) float32}``, right-padded, with ``.mask``; zeros at padding."""
         batch = self.tokenize(prompts)
         acts, _ = self.run(batch, as_sites(at), self._writes(edits, batch), logits=False)
@@ -329,7 +329,7 @@ class LM:
         return Reading({s: x.masked_fill(pad.to(x.device), 0.0) for s, x in acts.items()}, batch)
 
     @as_annotated
-    def logits(self, prompts: Prompts, edits: Iterable[Editing] = ()) -> Float[Tensor, "batch pos vocab"]:
+    def logits(self, prompts: Prompts, edits: Edits = ()) -> Float[Tensor, "batch pos vocab"]:
         """Next-token logits, float32, right-padded (rows end where ``lm.tokenize(prompts).mask`` does)."""
         batch = self.tokenize(prompts)
         _, out = self.run(batch, writes=self._writes(edits, batch))
@@ -337,7 +337,7 @@ class LM:
         return out.float()
 
     @as_annotated
-    def loss(self, prompts: Prompts, edits: Iterable[Editing] = (), per_token: bool = False) -> Tensor:
+    def loss(self, prompts: Prompts, edits: Edits = (), per_token: bool = False) -> Tensor:
         """Cross-entropy of the next token in nats/token: the mean, or with ``per_token`` a tensor ``batch pos``.
 
         ``per_token[b, p]`` is the loss of token p given the ones before it: NaN at position 0 and at padding.
@@ -352,7 +352,7 @@ class LM:
     def generate(
         self,
         prompts: Prompts,
-        edits: Iterable[Editing] = (),
+        edits: Edits = (),
         max_new_tokens: int = 40,
         temperature: float = 0.0,
         seed: int | None = None,
@@ -374,7 +374,7 @@ class LM:
     def stream(
         self,
         prompt: Prompts,
-        edits: Iterable[Editing] = (),
+        edits: Edits = (),
         max_new_tokens: int = 40,
         temperature: float = 0.0,
         seed: int | None = None,
@@ -402,7 +402,7 @@ class LM:
             yield rest
 
     def _ready_to_generate(
-        self, prompts: Prompts, edits: Iterable[Editing], new: int, temperature: float, seed: int | None
+        self, prompts: Prompts, edits: Edits, new: int, temperature: float, seed: int | None
     ) -> tuple[TokenBatch, list[Write], torch.Generator | None]:
         if new < 1 or not temperature >= 0:
             raise ValueError(f"generate needs max_new_tokens >= 1 and temperature >= 0, got {new} and {temperature}")
@@ -510,7 +510,7 @@ class LM:
         return Continuing.of(self._module, self.device)
 
     @as_annotated
-    def compare(self, prompt: Prompts, edits: Iterable[Editing]) -> Comparison:
+    def compare(self, prompt: Prompts, edits: Edits) -> Comparison:
         """One prompt without and with the edits, token by token: KL of the next token, log-probabilities, the edited
         features' own activations, perplexity."""
         if not tokens.is_single(prompt):
