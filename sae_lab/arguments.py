@@ -16,7 +16,7 @@ import operator
 import re
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from functools import lru_cache, wraps
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
@@ -30,6 +30,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 REPAIR = 'text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")'
 _NO = object()  # "this value is not of that kind"
 _MANY = (list, tuple, Sequence, Iterable)
+_SAID: dict[Any, str] = {}
 _PLAIN = (str, int, float, bool, type(None))
 
 
@@ -94,8 +95,15 @@ def fit(value: Any, hint: Any) -> Any:
     return _NO
 
 
+def say(hint: Any, in_words: str) -> None:
+    """How ``words`` puts a long union."""
+    _SAID[hint] = in_words
+
+
 def words(hint: Any) -> str:
     """An annotation in words."""
+    if isinstance(hint, Hashable) and hint in _SAID:
+        return _SAID[hint]
     said = list(dict.fromkeys(_words(kind) for kind in _kinds(hint)))
     return " or ".join(([", ".join(said[:-1])] if said[:-1] else []) + said[-1:])
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sae_lab.arguments import check_text
+from sae_lab.arguments import check_text, say
 from sae_lab.types import TokenBatch
 
 Chat = Sequence[dict[str, str]]
@@ -17,6 +17,8 @@ Prompts = (
     str | Sequence[str] | Sequence[int | np.integer] | Sequence[Sequence[int]] | Tensor | np.ndarray | dict[str, str]
     | Chat | Sequence[Chat] | TokenBatch
 )  # fmt: skip
+_KINDS = "a str, token ids, chat messages ({'role', 'content'}), or a list of one kind"
+say(Prompts, _KINDS)
 
 _MARKS = 0xF0000  # private-use characters, which no template holds: the n-th marks what message n holds
 _KEPT = (r"\s", r"\s|<[^<>]*>|\[[^\[\]]*\]")  # what stays readable to a template that strips, or that looks for tags
@@ -72,7 +74,7 @@ def tokenize(tokenizer: Any, prompts: Prompts, prefix: int | None) -> TokenBatch
     elif all(isinstance(p, list | tuple) and all(type(i) is int for i in p) for p in many):
         rows = [list(p) for p in many]
     else:
-        raise ValueError("prompts must be a str, token ids, chat messages ({'role', 'content'}), or a list of one kind")
+        raise ValueError(f"prompts must be {_KINDS}, got a mixture")
     if empty := [i for i, row in enumerate(rows) if not row]:
         raise ValueError(f"prompt {empty[0]} has no tokens: pass some text, or a prefix token (LM(prefix=...))")
     return pad(rows, roles)
