@@ -321,8 +321,10 @@ class Editing(ABC):  # noqa: B024 (known by what it has, not by its ancestors)
         return callable(getattr(other, "writes", None))  # a coder's ``writes`` are sites, and of each its own
 
 
-# Type checkers see no ancestors here, so to them it is any list.
-Edits = Iterable[Any] if TYPE_CHECKING else Iterable[Editing]
+if TYPE_CHECKING:
+    Edits = Iterable[Any]  # type checkers see no ancestors, so to them it is any list
+else:
+    Edits = Iterable[Editing]
 
 
 def as_sites(sites: "Site | str | Iterable[Site | str]") -> list[Site]:

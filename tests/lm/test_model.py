@@ -138,7 +138,8 @@ def test_generation_ends_at_the_models_end_token(lm):
 
 @pytest.mark.parametrize("bad", [{"max_new_tokens": 0}, {"temperature": -1.0}, {"temperature": float("nan")}])
 def test_generate_refuses(tiny_lm, bad):
-    with pytest.raises(ValueError, match=r"max_new_tokens >= 1 and temperature >= 0, got|temperature must be a number, got nan"):
+    words = r"max_new_tokens >= 1 and temperature >= 0, got|temperature must be a number, got nan"
+    with pytest.raises(ValueError, match=words):
         tiny_lm.generate(SENTENCE, **bad)
 
 
