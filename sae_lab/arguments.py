@@ -61,7 +61,7 @@ def check_fields(made: Any) -> None:
     for f in fields(made):
         value = fit(getattr(made, f.name), f.type)
         if value is _NO:
-            said = f"{f.name} must be {words(f.type)}, got {_got(getattr(made, f.name))}"
+            said = f"{f.name} must be {words(f.type)}, got {_got(getattr(made, f.name), f.type)}"
             raise ValueError(f"{type(made).__name__}: {said}")
         object.__setattr__(made, f.name, value)
 
@@ -191,7 +191,7 @@ def _refusal(fn: Any, signature: inspect.Signature, hints: dict[str, Any], given
     swapped = f": {name} and {fits[0]} are swapped" if fits else ""
     called = fn.__qualname__.removesuffix(".__init__")
     takes = f"{called}({', '.join(names[:4])}{', ...' if len(signature.parameters) > 4 else ''})"
-    return f"{takes}: {name} must be {words(hints[name])}, got {_got(value)}{swapped}"
+    return f"{takes}: {name} must be {words(hints[name])}, got {_got(value, hints[name])}{swapped}"
 
 
 def _words(kind: Any) -> str:
@@ -220,11 +220,12 @@ def _article(name: str) -> str:
     return f"{'an' if name[:1] in 'AEIOUaeiou' or name[:2] in ('LM', 'SA') else 'a'} {name}"
 
 
-def _got(value: Any) -> str:
+def _got(value: Any, hint: Any = Any) -> str:
     if isinstance(value, _PLAIN):
         said = repr(value)
         return said if len(said) < 80 else said[:76] + "..."
     if isinstance(value, list | tuple) and value:
-        odd = next((v for v in value if not isinstance(v, str)), value[0])
+        items = [get_args(kind)[0] for kind in _kinds(hint) if get_origin(kind) in _MANY and get_args(kind)]
+        odd = next((v for v in value if all(fit(v, item) is _NO for item in items)), value[0])
         return f"a {type(value).__name__} with {_got(odd)}"
     return _article(type(value).__name__)
