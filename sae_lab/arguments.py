@@ -81,15 +81,18 @@ def check_text(text: str, what: str) -> None:
 # ---- values and kinds
 
 
-def fit(value: Any, hint: Any) -> Any:
-    """The value as the annotation means it: itself, or what it can be read as; ``_NO`` where it is of another kind."""
+def fit(value: Any, hint: Any, lone: bool = True) -> Any:
+    """The value as the annotation means it: itself, or what it can be read as; ``_NO`` where it is of another kind.
+
+    lone: whether one item may stand for a list of one.
+    """
     kinds = _kinds(hint)
     for kind in kinds:
         found = _as_it_is(value, kind)
         if found is not _NO:
             return found
     for kind in kinds:
-        found = _read_as(value, kind, kinds)
+        found = _read_as(value, kind, kinds, lone)
         if found is not _NO:
             return found
     return _NO
@@ -144,13 +147,13 @@ def _each(values: Any, item: tuple[Any, ...]) -> Any:
     """A list, each item made what it must be. What can be read once only stays as it is."""
     if not isinstance(values, list | tuple) or len(item) != 1 or item[0] is Any:
         return values
-    made = [fit(v, item[0]) for v in values]
+    made = [fit(v, item[0], lone=False) for v in values]
     if any(m is _NO for m in made):
         return _NO
     return values if all(m is v for m, v in zip(made, values, strict=True)) else made
 
 
-def _read_as(value: Any, kind: Any, kinds: tuple[Any, ...]) -> Any:
+def _read_as(value: Any, kind: Any, kinds: tuple[Any, ...], lone: bool) -> Any:
     if (kind is int or kind is float) and _is_scalar(value):
         return _number(value, kind)
     if isinstance(value, np.ndarray) and (kind is Tensor or getattr(kind, "array_type", None) is Tensor):
@@ -160,9 +163,9 @@ def _read_as(value: Any, kind: Any, kinds: tuple[Any, ...]) -> Any:
         return _NO
     if hasattr(value, "tolist") and not _is_scalar(value):
         return _as_it_is(value.tolist(), kind)
-    if _is_scalar(value) and any(k is str or get_args(k) == (str,) for k in kinds):
+    if not lone or _is_scalar(value) and any(k is str or get_args(k) == (str,) for k in kinds):
         return _NO  # where words are meant, a number is hardly one token
-    one = fit(value, item[0])
+    one = fit(value, item[0], lone=False)
     return _NO if one is _NO else [one]
 
 
@@ -226,6 +229,6 @@ def _got(value: Any, hint: Any = Any) -> str:
         return said if len(said) < 80 else said[:76] + "..."
     if isinstance(value, list | tuple) and value:
         items = [get_args(kind)[0] for kind in _kinds(hint) if get_origin(kind) in _MANY and get_args(kind)]
-        odd = next((v for v in value if all(fit(v, item) is _NO for item in items)), value[0])
+        odd = next((v for v in value if all(fit(v, item, lone=False) is _NO for item in items)), value[0])
         return f"a {type(value).__name__} with {_got(odd)}"
     return _article(type(value).__name__)

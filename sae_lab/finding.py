@@ -82,7 +82,7 @@ def find_features(
     lm: LM,
     coder: SparseCoder,
     texts: Sequence[str],
-    against: Sequence[str] | Sequence[int] | Sequence[Sequence[int]],
+    against: Sequence[str] | Sequence[int | bool] | Sequence[Sequence[int | bool]],
     *,
     pooling: Pooling = "max",
     held_out: float = 0.5,

@@ -77,6 +77,7 @@ def test_what_is_read_once_is_not_read():
         (Callable[[int], int], "f", "value must be a function, got 'f'"),
         (Mapping[str, int], ["a"], "value must be a Mapping, got a list with 'a'"),
         (str, None, "value must be a str, got None"),
+        (Sequence[Sequence[int]], [[0, 1], 1], "value must be a list of list of whole numbers, got a list with 1"),
         (Float[Tensor, " n"], [1.0], r"value must be a Tensor \(n\), got a list with 1.0"),
     ],
 )

@@ -170,7 +170,7 @@ def test_a_feature_of_the_shipped_coder(lm):
         ((SHIPS, []), {}, "one of them is empty"),
         ((SHIPS, [1, 0]), {}, "a label, or a list of them, for each text: 12 and 2"),
         ((SHIPS, [2] * 12), {}, "a label is 0 or 1"),
-        ((SHIPS[:2], [[0, 1], 1]), {"pooling": "token"}, "not both"),
+        ((SHIPS[:2], [[0, 1], 1]), {"pooling": "token"}, "against must be a list of .*, got a list with"),
         ((SHIPS[:2], [[0, 1], [1]]), {"pooling": "token"}, r"a text has \d+ tokens and 2 labels"),
         ((SHIPS[:2], [[0, 1], [1]]), {}, "labels of tokens need pooling='token'"),
         ((SHIPS[:2], CROWS[:2]), {}, "each class needs two examples among those ranked on, got 1 positive and 1"),

@@ -167,7 +167,7 @@ def test_it_is_fast_and_prints():
     [
         ({"l0": 25}, "l0 must be above 0 and at most n=24, the number of features, got 25"),
         ({"l0": 0}, "l0 must be above 0"),
-        ({"l0": float("nan")}, "l0 must be above 0"),
+        ({"l0": float("nan")}, "l0 must be a number, got nan"),
         ({"law": "pareto"}, "unknown law 'pareto'; known: uniform, zipf"),
         ({"law": "zipf", "l0": 13}, "l0 must be at most 12 here .* 50% of rows .* got 13: lower l0 or raise n"),
         ({"hierarchy": 1, "l0": 19}, "l0 must be at most 18 here .*a child in 1 of 2 of its parent's"),

@@ -54,7 +54,7 @@ def world(make_module, tokenizer):
     return lm, coder.eval(), documents()
 
 
-def documents(n=60, seed=0):
+def documents(n=64, seed=0):
     rng, texts = np.random.default_rng(seed), []
     for i in range(n):
         words = rng.choice(PLENTY, 24).tolist()
