@@ -163,7 +163,7 @@ def _read_as(value: Any, kind: Any, kinds: tuple[Any, ...], lone: bool) -> Any:
         return _NO
     if hasattr(value, "tolist") and not _is_scalar(value):
         return _as_it_is(value.tolist(), kind)
-    if not lone or _is_scalar(value) and any(k is str or get_args(k) == (str,) for k in kinds):
+    if not lone or (_is_scalar(value) and any(k is str or get_args(k) == (str,) for k in kinds)):
         return _NO  # where words are meant, a number is hardly one token
     one = fit(value, item[0], lone=False)
     return _NO if one is _NO else [one]
