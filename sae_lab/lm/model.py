@@ -97,6 +97,7 @@ class LM:
         self._module: Any = module.eval()
         self._lock = threading.RLock()
         self._sites = sites.SiteMap(module)
+        self._checked: set[str] = set()  # kinds of site whose sums were seen to hold on the server
 
     # ---- what it is
 
@@ -238,6 +239,8 @@ class LM:
 
         reads, writes = list(reads), list(writes)
         self._require_known(batch.ids)
+        if self._server:
+            self._check_there([*reads, *(w.site for w in writes)])
         scattered = self._server is not None and after is None
         keep = passes.real if self._server else passes.whole
         steps = self._steps(reads, writes, after or keep)
@@ -287,6 +290,26 @@ class LM:
             step = (s.key, tuple(places[s]), None if s in only_needed else smaller)
             steps.append((self._sites.when(s), 2, step))
         return [step for _, _, step in sorted(steps, key=lambda s: s[:2])]
+
+    def _check_there(self, at: Iterable[Site]) -> None:
+        """On a server: when what a sub-layer adds is first used, one request tells whether the sums hold there."""
+        for site in at:
+            if site.kind not in ("attn_out", "resid_mid", "mlp_out") or site.kind in self._checked:
+                continue
+            self._checked.add(site.kind)
+            here = [Site(k, site.layer) for k in sites.SUMMED if k in self._sites.layers[site.layer or 0].places]
+            short = self.tokenize(((torch.arange(8)[None] * 7919 + 11) % self.vocab_size).tolist())
+            with self._server.aside():
+                found = self.run(short, here, logits=False)[0]
+            x = {s.kind: values[0].float() for s, values in found.items()}
+            halves = all(bool((v.bfloat16().float() == v).all()) for v in x.values())  # as the server computes
+            for parts, whole in sites.broken_sums(x, torch.bfloat16 if halves else torch.float32):
+                if site.kind in parts[1:] or site.kind == whole:
+                    self._checked.discard(site.kind)
+                    raise ValueError(
+                        f"on this server {' + '.join(parts)} of layer {site.layer} is not {whole}, so that {site} is "
+                        "not what its name says: name a module's path"
+                    )
 
     def gradient(
         self, batch: TokenBatch, site: Site, metric: Callable[..., Tensor], x: Float[Tensor, "batch pos d"]

@@ -10,12 +10,13 @@ block adds to the residual stream, and out of what; a kind of site is offered at
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sae_lab.lm.observing import ROWS, TOKENS, Flow, Form, Seen, frozen, less, times, watch
 from sae_lab.lm.passes import first_tensor
@@ -24,6 +25,12 @@ from sae_lab.types import KINDS, LAYER_KINDS, Site
 Point = tuple[str, str, tuple[int, int] | None]  # module path, "input" or "output", columns (a head's), or all
 # How far the sum of parts may be from the whole: a share of the update, and so many roundings of the whole.
 TOLERANCE, ROUNDING = 0.01, 8
+SUMS = (
+    (("resid_pre", "attn_out"), "resid_mid"),
+    (("resid_mid", "mlp_out"), "resid_post"),
+    (("resid_pre", "attn_out", "mlp_out"), "resid_post"),
+)
+SUMMED = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
 
 
 class Place(NamedTuple):
@@ -399,22 +406,10 @@ class _Reader:
     def _check(self) -> None:
         """The identities, by value: what the forms say must be what the numbers do."""
         x = {kind: self._value(place) for kind, place in self.found.places.items() if kind in LAYER_KINDS}
-        for parts, whole in (
-            (("resid_pre", "attn_out"), "resid_mid"),
-            (("resid_mid", "mlp_out"), "resid_post"),
-            (("resid_pre", "attn_out", "mlp_out"), "resid_post"),
-        ):
-            values: list[Any] = [x.get(kind) for kind in (*parts, whole)]
-            if any(v is None for v in values) or (len(parts) == 3 and "resid_mid" in x):
-                continue
-            *given, total = values
-            update = torch.stack(given[1:]).sum(0)
-            eps = torch.finfo(self.enter.dtype).eps
-            off = (given[0] + update - total).norm(dim=-1)
-            if bool((off > TOLERANCE * update.norm(dim=-1) + ROUNDING * eps * total.norm(dim=-1)).any()):
-                for kind in parts[1:]:
-                    self.found.places.pop(kind, None)
-                    self.found.missing[kind] = f"{' + '.join(parts)} is not {whole} in numbers"
+        for parts, whole in broken_sums({k: v for k, v in x.items() if v is not None}, self.enter.dtype):
+            for kind in parts[1:]:
+                self.found.places.pop(kind, None)
+                self.found.missing[kind] = f"{' + '.join(parts)} is not {whole} in numbers"
 
     def _value(self, place: Place) -> Any:
         seen = self.sites._seen[place.path, place.end]
@@ -602,6 +597,20 @@ class _Reader:
                 if not self._has_matrix(path) and added(normed):
                     return path, factor(normed)
         return None
+
+
+def broken_sums(x: Mapping[str, Tensor], dtype: torch.dtype) -> list[tuple[tuple[str, ...], str]]:
+    """Which sums of a block do not hold, as (parts, whole). x: by kind, what stands there, one row a token."""
+    broken = []
+    for parts, whole in SUMS:
+        if not all(kind in x for kind in (*parts, whole)) or (len(parts) == 3 and "resid_mid" in x):
+            continue
+        update = torch.stack([x[kind] for kind in parts[1:]]).sum(0)
+        off = (x[parts[0]] + update - x[whole]).norm(dim=-1)
+        allowed = TOLERANCE * update.norm(dim=-1) + ROUNDING * torch.finfo(dtype).eps * x[whole].norm(dim=-1)
+        if bool((off > allowed).any()):
+            broken.append((parts, whole))
+    return broken
 
 
 # ---------------------------------------------------------------------------------------------- what is refused
