@@ -310,9 +310,11 @@ class _Reader:
             )
 
     def _same(self, before: Seen, after: Seen) -> bool:
-        if before.form == after.handed or (before.storage == after.storage and before.shape == after.shape):
+        if before.form == after.handed:
             return True
-        return before.sketch is not None and after.sketch is not None and torch.equal(before.sketch, after.sketch)
+        if before.sketch is None or after.sketch is None:
+            return before.storage == after.storage and before.shape == after.shape
+        return torch.equal(before.sketch, after.sketch)
 
     # ---- what its sub-layers add
 
