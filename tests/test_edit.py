@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import sae_lab as sl
+from sae_lab.lm.generation import continued
 from sae_lab.types import Site, TokenMask
 from tests.conftest import ARCHITECTURES
 
@@ -269,7 +270,7 @@ def test_greedy_generation_is_the_argmax_on_the_whole_text(name, tiny):
     for edits in cases:
         batch = lm.tokenize(PROMPT)
         writes = lm._writes(edits, batch, new)
-        ids = prompt + [t for [t] in lm._continue(batch.ids, torch.arange(1), writes, new, 0.0, None)]
+        ids = prompt + [t for _, [t] in continued(lm, batch, writes, new, 0.0, None)]
         assert len(ids) == len(prompt) + new
         logits = lm.logits([ids[:-1]], edits=edits)[0]
         assert not near(logits, lm.logits([ids[:-1]])[0], 1e-3), "the edits do something"
@@ -429,7 +430,7 @@ def test_ablating_to_the_mean_and_to_draws(tiny_lm, sae, live):
     edit = sl.Ablate(sae, features, to="resample", reference=reference)
     batch, new = tiny_lm.tokenize(PROMPT), 6
     writes = tiny_lm._writes([edit], batch, new)
-    ids = batch.ids[0].tolist() + [t for [t] in tiny_lm._continue(batch.ids, torch.arange(1), writes, new, 0.0, None)]
+    ids = batch.ids[0].tolist() + [t for _, [t] in continued(tiny_lm, batch, writes, new, 0.0, None)]
     whole = tiny_lm.logits([ids[:-1]], edits=[edit])[0]  # a token's draw is its own, in one pass or in many
     assert whole[batch.ids.shape[1] - 1 :].argmax(-1).tolist() == ids[batch.ids.shape[1] :]
 

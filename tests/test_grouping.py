@@ -7,6 +7,7 @@ import torch
 import sae_lab as sl
 from sae_lab.dosing import Push
 from sae_lab.explain.selfexplain import Implant
+from sae_lab.lm.generation import continued
 from sae_lab.lm.model import listed_edits
 from sae_lab.types import Site, TokenMask
 from tests.test_edit import LONGER, OTHER, PROMPT, ROUNDING, SITE, firing, make, near, transcoder
@@ -316,7 +317,7 @@ def test_generation_does_the_same_with_its_cache(tiny_lm):
     for name, edits in lists.items():
         writes = tiny_lm._writes(edits, batch, new)
         ids = batch.ids.tolist()
-        for tokens in tiny_lm._continue(batch.ids, torch.arange(2), writes, new, 0.0, None):
+        for _, tokens in continued(tiny_lm, batch, writes, new, 0.0, None):
             for row, token in zip(ids, tokens, strict=True):
                 row.append(token)
         assert [len(row) for row in ids] == [length + new] * 2

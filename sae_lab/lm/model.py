@@ -1,7 +1,6 @@
 """LM: a causal language model, here or on an NDIF server, read and changed through nnsight traces."""
 
 import hashlib
-import inspect
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -13,11 +12,12 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sae_lab.arguments import as_annotated
-from sae_lab.lm import bundled, loading, passes, tokens
+from sae_lab.lm import bundled, generation, loading, passes, tokens
 from sae_lab.lm import site as sites
+from sae_lab.lm.block import SUMMED, broken_sums
 from sae_lab.lm.comparing import Comparison, compared
 from sae_lab.lm.continuing import Continuing
-from sae_lab.lm.passes import pick, through, token_losses
+from sae_lab.lm.passes import through, token_losses
 from sae_lab.lm.tokens import Prompts, Token
 from sae_lab.types import Edits, Site, TokenBatch, TokenMask, Write, as_sites
 
@@ -297,13 +297,13 @@ class LM:
             if site.kind not in ("attn_out", "resid_mid", "mlp_out") or site.kind in self._checked:
                 continue
             self._checked.add(site.kind)
-            here = [Site(k, site.layer) for k in sites.SUMMED if k in self._sites.layers[site.layer or 0].places]
+            here = [Site(k, site.layer) for k in SUMMED if k in self._sites.layers[site.layer or 0].places]
             short = self.tokenize(((torch.arange(8)[None] * 7919 + 11) % self.vocab_size).tolist())
             with self._server.aside():
                 found = self.run(short, here, logits=False)[0]
             x = {s.kind: values[0].float() for s, values in found.items()}
             halves = all(bool((v.bfloat16().float() == v).all()) for v in x.values())  # as the server computes
-            for parts, whole in sites.broken_sums(x, torch.bfloat16 if halves else torch.float32):
+            for parts, whole in broken_sums(x, torch.bfloat16 if halves else torch.float32):
                 if site.kind in parts[1:] or site.kind == whole:
                     self._checked.discard(site.kind)
                     raise ValueError(
@@ -387,7 +387,7 @@ class LM:
         """
         batch, writes, generator = self._ready_to_generate(prompts, edits, max_new_tokens, temperature, seed)
         ids = [row[:n] for row, n in zip(batch.ids.tolist(), batch.mask.sum(1).tolist(), strict=True)]
-        for rows, new in self._continued(batch, writes, max_new_tokens, temperature, generator):
+        for rows, new in generation.continued(self, batch, writes, max_new_tokens, temperature, generator):
             for row, token in zip(rows, new, strict=True):
                 ids[row] += [] if token is None else [token]
         texts = [self.tokenizer.decode(row, skip_special_tokens=True) for row in ids]
@@ -409,20 +409,7 @@ class LM:
         if not tokens.is_single(prompt):
             raise ValueError("lm.stream takes one prompt, got several: call it for each, or lm.generate for all")
         batch, writes, generator = self._ready_to_generate(prompt, edits, max_new_tokens, temperature, seed)
-        return self._pieces(batch, writes, max_new_tokens, temperature, generator)
-
-    def _pieces(self, batch: TokenBatch, writes: list[Write], new: int, temperature: float, generator: Any):
-        ids = batch.ids[0].tolist()
-        said = self.tokenizer.decode(ids, skip_special_tokens=True)
-        for _, [token] in self._continued(batch, writes, new, temperature, generator, stream=True):
-            if token is not None:
-                ids.append(token)
-            text = self.tokenizer.decode(ids, skip_special_tokens=True)
-            whole = text if token is None else text.rstrip("\ufffd")  # which stands for bytes that wait for the rest
-            yield whole[len(said) :]
-            said = said if len(whole) < len(said) else whole
-        if rest := self.tokenizer.decode(ids, skip_special_tokens=True)[len(said) :]:
-            yield rest
+        return generation.pieces(self, batch, writes, max_new_tokens, temperature, generator)
 
     def _ready_to_generate(
         self, prompts: Prompts, edits: Edits, new: int, temperature: float, seed: int | None
@@ -432,101 +419,6 @@ class LM:
         batch = self.tokenize(prompts)
         generator = torch.Generator().manual_seed(seed) if seed is not None else None
         return batch, self._writes(edits, batch, new), generator
-
-    def _continued(
-        self, batch: TokenBatch, writes: list[Write], new: int, temperature: float, generator: Any, stream: bool = False
-    ) -> Iterator[tuple[list[int], list[int | None]]]:
-        """(rows, the next token of each), again and again; rows of one length after those of another."""
-        lengths = batch.mask.sum(1)
-        groups = [(lengths == n).nonzero().flatten() for n in lengths.unique()]
-        parts = [(rows, batch.ids[rows, : int(lengths[rows[0]])]) for rows in groups]
-        if self._server:
-            yield from self._continue_there(parts, writes, new, temperature, generator, stream)
-            return
-        for rows, ids in parts:
-            for tokens_ in self._continue(ids, rows, writes, new, temperature, generator):
-                yield rows.tolist(), tokens_
-
-    def _continue_there(
-        self, parts: list[tuple[Tensor, Tensor]], writes: list[Write], new: int, temperature: float, generator: Any,
-        stream: bool,
-    ) -> Iterator[tuple[list[int], list[int | None]]]:  # fmt: skip
-        """The same on a server: one request makes all tokens. To stream them, the block prints each as it comes. (Names
-        in the block must not be those of this module's globals, which would be sent with it.)"""
-        from types import SimpleNamespace as Tokens
-
-        import nnsight
-        from transformers import DynamicCache
-
-        if "past_key_values" not in inspect.signature(self._module.forward).parameters:
-            raise ValueError(
-                f"{self.id} keeps its state in no key-value cache, and only such a state is carried on a server: "
-                "generate with the model on this machine, LM(...) without remote="
-            )
-        nn, steps, config = self._nn, self._steps((), writes, None), self._module.config
-        ends, limit = sorted(_end_ids(self._module, self.tokenizer)), self.max_length
-        state = None if generator is None else generator.get_state()
-        said, through, pick = [], passes.through, passes.pick
-        backend = self._server.request(nn, listen=stream)
-        with self._lock, torch.no_grad(), nn.session(backend=backend):
-            said = nnsight.save([])
-            generator = None if state is None else torch.Generator()
-            if generator is not None:
-                generator.set_state(state)
-            for rows, ids in parts:
-                past, start = DynamicCache(config=config), 0
-                done = torch.zeros(len(ids), dtype=torch.bool)
-                for number in range(min(new, limit - ids.shape[1])):
-                    positions = torch.arange(start, start + ids.shape[1]).expand_as(ids)
-                    real, start = torch.ones_like(ids, dtype=torch.bool), start + ids.shape[1]
-                    here = Tokens(ids=ids, mask=real, positions=positions, row_numbers=rows, step=number)
-                    inputs = {"input_ids": ids, "past_key_values": past, "use_cache": True, "logits_to_keep": 1}
-                    with nn.trace(inputs):
-                        through(nn, steps, here, {})
-                        scores = nnsight.save(nn.output.logits[:, -1].float().cpu())
-                    ids = pick(scores, temperature, generator)
-                    done |= torch.tensor([token in ends for token in ids.flatten().tolist()])
-                    if bool(done.all()):
-                        break
-                    token_ids = [-1 if end else t for t, end in zip(ids.flatten().tolist(), done.tolist(), strict=True)]
-                    said.append((rows.tolist(), token_ids))
-                    if stream:
-                        print("next", *token_ids, flush=True)
-        if stream:
-            lines = (line.split() for line in backend.lines())
-            said = (([0], [int(t) for t in line[1:]]) for line in lines if line[:1] == ["next"])
-        else:
-            said = backend.saved()["said"]
-        for rows, token_ids in said:
-            yield rows, [None if t < 0 else t for t in token_ids]
-
-    def _continue(
-        self, ids: Tensor, rows: Tensor, writes: list[Write], new: int, temperature: float,
-        generator: torch.Generator | None,
-    ) -> Iterator[list[int | None]]:  # fmt: skip
-        """The next token of each row, again and again; None for a row that has met the model's end token. rows: the
-        numbers of these rows among the user's prompts."""
-        ends = _end_ids(self._module, self.tokenizer)
-        done = torch.zeros(len(ids), dtype=torch.bool)
-        with self._lock:
-            past = self._continuing.state()
-        steps = torch.zeros(ids.shape[1], dtype=torch.long)  # in which pass each token was, or would have been, read
-        begin = 0  # of the tokens that the model has not seen
-        for number in range(min(new, self.max_length - ids.shape[1])):
-            part = ids[:, begin:]
-            positions = torch.arange(begin, ids.shape[1]).expand_as(part)
-            step = number if past is not None else steps
-            real = torch.ones_like(part, dtype=torch.bool)
-            batch = TokenBatch(part, real, positions, rows=rows, step=step)
-            _, out = self.run(batch, writes=writes, past=past, logits=passes.last)
-            token = pick(out, temperature, generator)
-            done |= torch.tensor([t in ends for t in token.flatten().tolist()])
-            if bool(done.all()):
-                return
-            yield [None if end else t for t, end in zip(token.flatten().tolist(), done.tolist(), strict=True)]
-            begin = 0 if past is None else ids.shape[1]
-            ids = torch.cat([ids, token.to(ids)], dim=1)
-            steps = torch.cat([steps, torch.tensor([number + 1])])
 
     @cached_property
     def _continuing(self) -> Continuing:
@@ -698,9 +590,3 @@ def _require_travelling(writes: Iterable[Write]) -> None:
                 f"a {type(coder).__name__} does not say how its codes are made without this library, so no edit with "
                 "it runs on a server: give the family eval_act, see sae_lab.saes.portable"
             )
-
-
-def _end_ids(module: nn.Module, tokenizer: Any) -> set[int]:
-    ends = getattr(getattr(module, "generation_config", None), "eos_token_id", None)
-    ends = tokenizer.eos_token_id if ends is None else ends
-    return {e for e in (ends if isinstance(ends, list) else [ends]) if e is not None}

@@ -1,0 +1,421 @@
+"""One block of a model: which kinds of site it has, where they lie, and why it has no others.
+
+Read off one watched pass (``observing.watch``): a tensor's form says of which tensors it is the sum, times what. So
+what a block adds to the stream is found behind norms and multipliers, whatever its modules are called.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sae_lab.lm.observing import ROWS, TOKENS, Flow, Form, Seen, frozen, less, times
+from sae_lab.types import LAYER_KINDS, Site
+
+# How far the sum of parts may be from the whole: a share of the update, and so many roundings of the whole.
+TOLERANCE, ROUNDING = 0.01, 8
+SUMS = (
+    (("resid_pre", "attn_out"), "resid_mid"),
+    (("resid_mid", "mlp_out"), "resid_post"),
+    (("resid_pre", "attn_out", "mlp_out"), "resid_post"),
+)
+SUMMED = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
+
+
+class Place(NamedTuple):
+    """How a site is read and written: ``factor`` times the value at a point, less the value at another site."""
+
+    path: str
+    end: str
+    columns: tuple[int, int] | None = None
+    factor: float = 1.0
+    less: str | None = None  # key of an earlier site
+    in_place: bool = False  # the stream in mid-block: kept for the skip connection before the norm sees it
+
+
+@dataclass
+class Block:
+    """One layer: where its kinds lie, and why the others have no place here."""
+
+    path: str
+    places: dict[str, Place] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
+    w_o: str | None = None
+    after_attention: str | None = None  # the norm between W_O and the stream
+    w_o_factor: float | None = None  # of what W_O, or that norm, gives, where it is added to the stream; None: nowhere
+    adds: bool = False  # whether the stream before, as it is, is a part of the stream after
+    hands_on: bool = False  # whether the next block gets the stream after as it is
+    before_mlp: str | None = None  # the norm between resid_mid and mlp_in
+    heads: int | None = None
+
+
+def read_block(model: Any, flow: Flow, path: str, layer: int) -> Block:
+    """The block at ``path.format(layer)``, out of a watched pass of the model."""
+    return _Reader(model, flow, path, layer).block()
+
+
+def broken_sums(x: Mapping[str, Tensor], dtype: torch.dtype) -> list[tuple[tuple[str, ...], str]]:
+    """Which sums of a block do not hold, as (parts, whole). x: by kind, what stands there, one row a token."""
+    broken = []
+    for parts, whole in SUMS:
+        if not all(kind in x for kind in (*parts, whole)) or (len(parts) == 3 and "resid_mid" in x):
+            continue
+        update = torch.stack([x[kind] for kind in parts[1:]]).sum(0)
+        off = (x[parts[0]] + update - x[whole]).norm(dim=-1)
+        allowed = TOLERANCE * update.norm(dim=-1) + ROUNDING * torch.finfo(dtype).eps * x[whole].norm(dim=-1)
+        if bool((off > allowed).any()):
+            broken.append((parts, whole))
+    return broken
+
+
+class _Reader:
+    """Reads one block out of the flow. path: of any block, with {} for its number."""
+
+    def __init__(self, model: Any, flow: Flow, path: str, layer: int):
+        self.model, self.flow, self.layer = model, flow, layer
+        self.path, seen = path.format(layer), flow.seen
+        self.enter, self.leave = seen[self.path, "input"], seen[self.path, "output"]
+        self.before = seen.get((path.format(layer - 1), "output"))
+        self.after = seen.get((path.format(layer + 1), "input"))
+        [self.stream] = self.enter.form  # the atom it got here
+        self.points = {
+            end: point for end, point in seen.items()
+            if end[0].startswith(f"{self.path}.") and point.calls == 1
+            and self.enter.when < point.when < self.leave.when
+        }  # fmt: skip
+        self.found = Block(self.path)
+
+    def block(self) -> Block:
+        block, (rows, tokens, *rest) = self.found, self.enter.shape
+        config = self.model.config.get_text_config()
+        why, d = None, getattr(config, "hidden_size", rest[-1])
+        if len(rest) != 1:
+            why = f"its blocks hand on a tensor of {2 + len(rest)} axes"
+        elif min(self.enter.streams, self.leave.streams) > 1:
+            why = f"its blocks hand on {self.leave.streams} streams"
+        elif (rows, tokens) != (ROWS, TOKENS):
+            why = f"its blocks read {tokens} vectors for {TOKENS} tokens"
+        if why is not None:
+            why += ", not one residual stream (batch pos d): take a module's path inside a block"
+            block.missing = dict.fromkeys(LAYER_KINDS, why)
+            return block
+        self._ends()
+        if isinstance(d, int) and rest[0] > d and rest[0] % d == 0:
+            self._say_of_sub_layers(f"the stream is {rest[0] // d} streams of width {d} side by side")
+            block.missing["mlp_in"] = block.missing["attn_z"] = block.missing["mlp_out"]
+        else:
+            self._inside()
+        self._check()
+        for kind in LAYER_KINDS:
+            if kind not in block.places:
+                block.missing.setdefault(kind, "no tensor of the block is that")
+        return block
+
+    # ---- the block's own ends
+
+    def _ends(self) -> None:
+        block = self.found
+        before, after = self.before, self.after
+        block.adds = self.leave.form.get(self.stream) == 1.0
+        block.hands_on = after is None or self._same(self.leave, after)
+        block.places["resid_post"] = Place(self.path, "output")
+        if before is None or self._same(before, self.enter):
+            block.places["resid_pre"] = Place(self.path, "input")
+        else:
+            block.missing["resid_pre"] = (
+                f"the model changes the stream between layers {self.layer - 1} and {self.layer}; read resid_post of "
+                f"layer {self.layer - 1}"
+            )
+
+    def _same(self, before: Seen, after: Seen) -> bool:
+        if before.form == after.handed:
+            return True
+        if before.sketch is None or after.sketch is None:
+            return before.storage == after.storage and before.shape == after.shape
+        return torch.equal(before.sketch, after.sketch)
+
+    # ---- what its sub-layers add
+
+    def _inside(self) -> None:
+        stream, out = {self.stream: 1.0}, self.leave.form
+        added = less(out, stream) if out.get(self.stream) == 1.0 else None
+        mid = self._middle(out)
+        if mid is not None:
+            self._serial(mid, out)
+        elif added is not None:
+            self._side_by_side(added)
+        else:
+            self._say_of_sub_layers("the block does not hand its stream on by adding to it (it norms or scales it)")
+        self._heads()
+        if "mlp_in" not in self.found.places and self.found.w_o and "mlp_in" not in self.found.missing:
+            done = self.points[self.found.w_o, "output"].when
+            self._mlp_in(self._made_of(out, {}), {}, done)
+
+    def _middle(self, out: Form) -> Form | None:
+        """The form of the stream between attention and MLP: what a module reads or returns, to which the MLP's output,
+        and nothing else, is then added."""
+        return self._between(out, strongly=False) or self._between(out, strongly=True)
+
+    def _between(self, out: Form, strongly: bool) -> Form | None:
+        forms = {frozen(s.form): s.form for s in self.points.values() if self._is_stream(s)}
+        best: tuple[float, Form] | None = None
+        for form in forms.values():
+            rest = less(out, form)
+            if form == {self.stream: 1.0} or not rest or not set(form) <= set(out):
+                continue
+            if form.get(self.stream) != 1.0 and (self.stream in out or set(rest) & set(form)):
+                continue
+            own = self._made_of(rest, form)
+            behind = self._made_of(form, {})
+            reads = self.flow.made_of(rest, {self.stream} - set(form)) & set(form)
+            if self.flow.mixes(own, strongly) or not behind or not reads:
+                continue
+            if strongly and not (self._kind(behind) == "attention" and self._adds(rest)):
+                continue
+            size = sum(abs(v) for v in form.values())
+            if best is None or size < best[0]:
+                best = (size, form)
+        return best[1] if best else None
+
+    def _serial(self, mid: Form, out: Form) -> None:
+        block = self.found
+        where = self._stream_place(mid)
+        before = less(mid, {self.stream: 1.0})
+        if where is None:
+            self._say_of_sub_layers("no module reads the stream between attention and MLP")
+            return
+        parts = self._parts(before)
+        if self.stream in mid and any(part and not self.flow.mixes(part) for part in parts.values()):
+            self._say_of_sub_layers("the block has more than one attention and one MLP")
+            block.missing["mlp_in"] = block.missing["mlp_out"]
+            return
+        mlp = self._adds(less(out, mid))
+        attention = less(mid, {self.stream: 1.0}) if mid.get(self.stream) == 1.0 else None
+        kind = self._kind(self._made_of(mid, {}))
+        block.places["resid_mid"] = where
+        if mlp is not None:
+            block.places["mlp_out"] = mlp
+        else:
+            block.missing["mlp_out"] = "what is added after the MLP is no one module's output"
+        self._mlp_in(self._made_of(less(out, mid), mid), mid)
+        if kind != "attention":
+            block.missing["attn_out"] = f"it has no attention here, but {kind}"
+        elif attention is not None:
+            place = self._adds(attention)
+            if place is not None:
+                block.places["attn_out"] = place
+            else:
+                block.missing["attn_out"] = "what is added before the MLP is not attention's output alone"
+        elif mlp is not None and len(mid) == 1:
+            # The skip connection is changed too (MiniMax norms it), so that what attention makes of the stream is a
+            # difference, and no tensor.
+            block.places["attn_out"] = where._replace(less=Site("resid_pre", self.layer).key)
+        if mlp is None and "attn_out" in block.places and self._one_step(less(out, mid)):
+            # Several modules of the MLP add side by side (routed experts and a shared one).
+            block.places["mlp_out"] = Place(self.path, "output", less=Site("resid_mid", self.layer).key)
+            block.missing.pop("mlp_out")
+
+    def _parts(self, added: Form) -> dict[int, set[int]]:
+        """Each part of a sum: all that went into it, other parts aside."""
+        return {a: self._made_of({a: 1.0}, {b: 1.0 for b in added if b != a}) for a in added}
+
+    def _one_step(self, added: Form) -> bool:
+        """Whether no part of a sum is made of another."""
+        return all(not (self._made_of({a: 1.0}, {}) - {a}) & set(added) for a in added)
+
+    def _check(self) -> None:
+        """The identities, by value: what the forms say must be what the numbers do."""
+        x = {kind: self._value(place) for kind, place in self.found.places.items() if kind in LAYER_KINDS}
+        for parts, whole in broken_sums({k: v for k, v in x.items() if v is not None}, self.enter.dtype):
+            for kind in parts[1:]:
+                self.found.places.pop(kind, None)
+                self.found.missing[kind] = f"{' + '.join(parts)} is not {whole} in numbers"
+
+    def _value(self, place: Place) -> Any:
+        seen = self.flow.seen[place.path, place.end]
+        if seen.sketch is None or place.less:
+            return None
+        return place.factor * seen.sketch
+
+    def _side_by_side(self, added: Form) -> None:
+        block = self.found
+        parts = self._parts(added)
+        mixing = {a: v for a, v in added.items() if self.flow.mixes(parts[a])}
+        still = {a: v for a, v in added.items() if a not in mixing}
+        why = "attention and MLP read the same stream and are added together: there is no middle"
+        block.missing["resid_mid"] = why if mixing and still else "the block has one sub-layer"
+        if still:
+            place = self._adds(still)
+            if place is not None:
+                block.places["mlp_out"] = place
+            else:
+                block.missing["mlp_out"] = "what the MLP adds is no one module's output"
+            self._mlp_in(set().union(*(parts[a] for a in still)), {self.stream: 1.0})
+        else:
+            block.missing["mlp_out"] = block.missing["mlp_in"] = "the block has no MLP"
+        kind = self._kind(set().union(*(parts[a] for a in mixing))) if mixing else "no attention"
+        place = self._adds(mixing) if mixing and kind == "attention" else None
+        if place is not None:
+            block.places["attn_out"] = place
+        else:
+            block.missing["attn_out"] = f"it has {kind}" if kind != "attention" else "attention does not add alone"
+
+    def _say_of_sub_layers(self, why: str) -> None:
+        for kind in ("attn_out", "resid_mid", "mlp_out"):
+            self.found.missing[kind] = why
+
+    def _kind(self, atoms: set[int]) -> str:
+        """What a sub-layer is that takes values from token to token."""
+        if self.flow.attends(atoms) or self._named(atoms, ("attn", "attention")):
+            return "attention"
+        return "a mixer of tokens without attention" if self.flow.mixes(atoms) else "no attention"
+
+    def _named(self, atoms: set[int], names: tuple[str, ...]) -> bool:
+        """Whether modules with weights of their own on the way are called so: for linear attention, and for kernels
+        whose operations cannot be watched."""
+        return any(n in path[len(self.path) :].lower() for path in self._working(atoms) for n in names)
+
+    def _made_of(self, form: Form, stop: Form) -> set[int]:
+        """All of the block's atoms that went into a form, up to and without ``stop`` and the stream."""
+        return self.flow.made_of(form, {**stop, self.stream: 1.0})
+
+    # ---- points
+
+    def _is_stream(self, seen: Seen) -> bool:
+        return self._is_wide(seen) and seen.shape[-1] == self.enter.shape[-1]
+
+    def _adds(self, form: Form) -> Place | None:
+        """The module whose output, times one number, is this part of the stream."""
+        found = [
+            (factor != 1.0, path.count("."), -seen.when, path, factor)
+            for (path, end), seen in self.points.items()
+            if end == "output" and self._is_stream(seen) and (factor := times(seen.form, form)) is not None
+        ]
+        return Place(min(found)[3], "output", None, min(found)[4]) if found else None
+
+    def _stream_place(self, form: Form) -> Place | None:
+        """Where the stream of this form stands so that a change of it reaches the skip connection too: in front of a
+        module that reads the same memory as the skip connection, or behind one that returns it."""
+        inputs, outputs = [], []
+        for (path, end), seen in self.points.items():
+            factor = times(seen.form, form) if self._is_stream(seen) else None
+            if factor is None:
+                continue
+            if end == "input" and factor == 1.0 and (frozen(seen.form), seen.storage) in self.flow.operands:
+                inputs.append((path.count("."), seen.when, path))
+            if end == "output":
+                outputs.append((factor != 1.0, path.count("."), seen.when, path, factor))
+        if inputs:
+            return Place(min(inputs)[2], "input", in_place=True)
+        return Place(min(outputs)[3], "output", None, min(outputs)[4]) if outputs else None
+
+    def _working(self, atoms: set[int]) -> dict[str, int]:
+        """Modules with a matrix of their own, or inside, that make one of these atoms: path -> when they begin."""
+        found = {}
+        for (path, end), seen in self.points.items():
+            made = end == "output" and set(seen.form) & atoms and (path, "input") in self.points
+            if made and self._has_matrix(path):
+                found[path] = self.points[path, "input"].when
+        return found
+
+    def _has_matrix(self, path: str) -> bool:
+        """Whether a module has weights of two axes or more, of its own or inside; a quantised one keeps them packed."""
+        module = self.model.get_submodule(path)
+        packed = (not isinstance(getattr(m, "weight", None), torch.Tensor | type(None)) for m in module.modules())
+        return any(p.dim() > 1 for p in module.parameters()) or any(packed)
+
+    def _mlp_in(self, atoms: set[int], before: Form, begin: int = 0) -> None:
+        """What the MLP, some of whose atoms these are, reads after its norm."""
+        block, ins = self.found, {p: s for (p, end), s in self.points.items() if end == "input"}
+        makers = {p: when for p, when in self._working(atoms).items() if when > begin}
+        norms = [p for p in makers if self._is_gated_norm(p, makers, before)]
+        makers = {p: when for p, when in makers.items() if not any(f"{p}.".startswith(f"{q}.") for q in norms)}
+        top = sorted((p for p in makers if not any(p.startswith(q + ".") for q in makers)), key=lambda p: makers[p])
+        if not top:
+            block.missing["mlp_in"] = "no tensor (batch pos d) goes into its MLP"
+            return
+        first = self._past_its_norm(top[0], makers, before)
+        form = ins[first].form
+        giving = [p for (p, end), s in self.points.items() if end == "output" and s.form == form and p in ins]
+        block.before_mlp = next((p for p in giving if ins[p].form == before), None)
+        readers = [p for p in top if ins[p].form == form]
+        if len(readers) > 1 and (block.before_mlp is None or "resid_mid" not in block.places):
+            block.missing["mlp_in"] = f"several modules read it ({', '.join(p.split('.')[-1] for p in readers)})"
+            return
+        own = (block.before_mlp, "output") if len(readers) > 1 else (first, "input")
+        seen = next(end for end in [own, *self.points] if self.points[end].form == form)
+        block.places["mlp_in"] = Place(*seen)
+
+    def _is_gated_norm(self, path: str, makers: dict[str, int], before: Form) -> bool:
+        """Whether a module with a matrix is only a norm: it reads the stream, and another, later one what it gives."""
+        out = self.points[path, "output"]
+        later = [p for p in makers if makers[p] > out.when and self.points[p, "input"].form == out.form]
+        return bool(later) and self._is_stream(out) and self.points[path, "input"].form == before
+
+    def _past_its_norm(self, path: str, makers: dict[str, int], before: Form) -> str:
+        """The module itself, or the first inside it that reads the stream no more, where a norm stands inside."""
+        inside = sorted((when, p) for p, when in makers.items() if p.startswith(path + "."))
+        own = self.points[path, "input"].form
+        if inside and times(own, before) is not None and self.points[inside[0][1], "input"].form != own:
+            return inside[0][1]
+        return path
+
+    def _is_wide(self, seen: Seen) -> bool:
+        return tuple(seen.shape[:-1]) in ((ROWS, TOKENS), (ROWS * TOKENS,))
+
+    # ---- heads
+
+    def _heads(self) -> None:
+        """attn_z: what W_O reads, the first module with a matrix behind attention's mixing of tokens."""
+        block, flow = self.found, self.flow
+        made = self._made_of(self.leave.form, {})
+        sources = {a for a in made if flow.atoms[a].softmax and flow.over_scores(a)}
+        soft = bool(sources)
+        if not soft and self._named(made, ("attn", "attention")):  # linear attention
+            sources = {a for a in made if flow.atoms[a].scores}
+        block.missing["attn_z"] = "it has no attention here"
+        for (path, end), seen in sorted(self.points.items(), key=lambda kv: kv[1].when):
+            inside = any(other.startswith(path + ".") for other, _ in self.points)
+            if end != "input" or inside or (path, "output") not in self.points:
+                continue
+            out = self.points[path, "output"]
+            if not self._has_matrix(path) or not self._is_stream(out):
+                continue
+            if not sources & self._made_of(seen.form, {}):
+                continue
+            after = self._to_the_stream(out.form)
+            if after is None:
+                block.missing["attn_z"] = "what attention's heads make reaches the stream by more than W_O and a norm"
+            elif not self._is_wide(seen):
+                block.missing["attn_z"] = f"W_O reads a tensor of {len(seen.shape)} axes here"
+            else:
+                block.w_o, block.after_attention, block.w_o_factor = path, *after
+                config = self.model.config.get_text_config()
+                block.heads = getattr(config, "num_attention_heads", None) if soft else None
+                block.places["attn_z"] = Place(path, "input")
+                block.missing.pop("attn_z")
+            return
+
+    def _to_the_stream(self, form: Form) -> tuple[str | None, float | None] | None:
+        """(the norm between W_O, whose output this is, and a sum that the block makes, or None; by what factor it goes
+        into the stream). None where there is no such sum."""
+        sums = [self.leave.form, *(s.form for s in self.points.values() if self._is_stream(s))]
+        sums = [f for f in sums if len(f) > 1]
+
+        def added(part: Form) -> bool:
+            return any(set(part) < set(f) for f in sums)
+
+        def factor(part: Form) -> float | None:
+            found = [{a: f[a] for a in part} for f in sums if f.get(self.stream) == 1.0 and set(part) < set(f)]
+            return times(part, found[0]) if found else None
+
+        if added(form):
+            return None, factor(form)
+        for (path, end), seen in self.points.items():
+            if end == "input" and times(seen.form, form) is not None and (path, "output") in self.points:
+                normed = self.points[path, "output"].form
+                if not self._has_matrix(path) and added(normed):
+                    return path, factor(normed)
+        return None
