@@ -10,7 +10,7 @@ REMOTE := notebooks/07_remote.ipynb
 FIRST := notebooks/00_quickstart.ipynb notebooks/11_explain.ipynb
 NBVAL := $(BIN)/python -m pytest --nbval --nbval-current-env --nbval-cell-timeout=900 -p no:cacheprovider -o addopts=""
 
-.PHONY: demo lab test lint bench readme zoo report methods models widgets clean
+.PHONY: demo lab test lint bench readme zoo report methods models endurance widgets clean
 
 .venv/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -64,6 +64,10 @@ report: .venv/.ready
 # Every causal LM architecture of the installed transformers against plain hooks, into docs/models.md.
 models: .venv/.ready
 	$(BIN)/python benchmarks/models.py
+
+# Kills, full disks, damaged and hostile files, bad arguments, a hostile server, into docs/endurance.md. FULL=--full: all.
+endurance: .venv/.ready
+	$(BIN)/python benchmarks/endurance.py $(FULL)
 
 methods: .venv/.ready
 	$(BIN)/python benchmarks/methods.py
