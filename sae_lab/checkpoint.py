@@ -2,23 +2,23 @@
 
 import hashlib
 import json
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sae_lab import cache
+from sae_lab import cache, files
 from sae_lab.saes import formats
 from sae_lab.saes.base import SparseCoder
 
 CHECKPOINT = "checkpoint.safetensors"
+EARLIER = "checkpoint-before.safetensors"  # the one before it, for the day that it is damaged
 RUN = "run.json"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -70,42 +70,60 @@ def unpack(path: Path, tensors: dict[str, Tensor], coder: SparseCoder, adam: Ada
     try:
         coder.load_state_dict({n.removeprefix("coder."): t for n, t in tensors.items() if n.startswith("coder.")})
         idle.copy_(tensors["idle"])
+        for name, held in adam.held.items():
+            if f"adam.step.{name}" in tensors:
+                state = {key: tensors[f"adam.{key}.{name}"].to(held.device) for key in ("step", *_MOMENTS)}
+                if wrong := [key for key in _MOMENTS if state[key].shape != adam.parameters[name].shape]:
+                    raise KeyError(f"{' and '.join(wrong)} of {name} have another shape than {name}")
+                adam.state[held] = state | {key: adam.as_held(name, state[key]).contiguous() for key in _MOMENTS}
     except (RuntimeError, KeyError) as err:
-        raise ValueError(f"{path}/{CHECKPOINT} is damaged ({err}): delete it to start over") from err
-    for name, held in adam.held.items():
-        if f"adam.step.{name}" in tensors:
-            state = {key: tensors[f"adam.{key}.{name}"].to(held.device) for key in ("step", *_MOMENTS)}
-            adam.state[held] = state | {key: adam.as_held(name, state[key]).contiguous() for key in _MOMENTS}
+        raise ValueError(f"{path}/{CHECKPOINT} is damaged ({err}). {_remedy(path)}") from err
 
 
 def write(path: Path, header: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """One file, replaced in one piece."""
+    """One file, replaced in one piece; the one that it replaces is kept until the next."""
+    (path / EARLIER).unlink(missing_ok=True)
     with cache.atomic(path / CHECKPOINT) as temporary:
-        save_file(
-            {n: t.detach().cpu().contiguous() for n, t in tensors.items()}, temporary, {"run": json.dumps(header)}
-        )
+        whole = {n: t.detach().cpu().contiguous() for n, t in tensors.items()}
+        files.write_tensors(whole, temporary, {"run": json.dumps(header)})
+        if (path / CHECKPOINT).exists():
+            os.replace(path / CHECKPOINT, path / EARLIER)
 
 
 def read(
     path: Path, identity: dict[str, Any], take: Callable[[str, Tensor], Tensor]
 ) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
     """(header, tensors) of the checkpoint of this run, or None. ``take(name, tensor)``: what is wanted of each."""
-    file = path / CHECKPOINT
-    if not file.exists():
+    file = next((path / name for name in (CHECKPOINT, EARLIER) if (path / name).exists()), None)
+    if file is None:
         return None
     try:
-        with safe_open(file, framework="pt") as f:
-            header = json.loads(f.metadata()["run"])
-            tensors = {name: take(name, f.get_tensor(name)) for name in f.keys()}  # noqa: SIM118
+        header, tensors = _read(file, take)
         for key in (*identity, "step", "scale", "history", "left_weights"):
             header[key]
-        header.setdefault("changes", [])
-    except (SafetensorError, ValueError, KeyError, TypeError) as err:
+    except (ValueError, KeyError, TypeError) as err:
         raise ValueError(
-            f"{file} is no checkpoint of sae_lab ({err}); it was not read as anything else. Delete it to start over"
+            f"{file} is no checkpoint of sae_lab ({err}); it was not read as anything else. {_remedy(path, file)}"
         ) from err
     _require_same(path, identity, header)
     return header, tensors
+
+
+def _read(file: Path, take: Callable[[str, Tensor], Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    tensors, notes = files.read_tensors(file, take, "MOST_RUN")
+    header = files.parse_json(notes["run"], nan=True)
+    if not isinstance(header, dict):
+        raise ValueError(f"its run is a {type(header).__name__}")
+    return {"changes": [], **header}, tensors
+
+
+def _remedy(path: Path, file: Path | None = None) -> str:
+    """What to do about a checkpoint that cannot be read."""
+    if file != path / EARLIER:
+        with suppress(OSError, ValueError, LookupError, AttributeError):
+            header, _ = _read(path / EARLIER, lambda _, t: t)
+            return f"Delete it, and the same call goes on from the one before, of step {header['step']} ({EARLIER})"
+    return "Delete it to start over"
 
 
 @contextmanager
@@ -133,8 +151,9 @@ def finish(path: Path, coder: SparseCoder, header: dict[str, Any]) -> None:
     coder.save(path)
     left = {"left_weights": fingerprint(coder), "left_config": coder.config}
     with cache.atomic(path / RUN) as temporary:
-        temporary.write_text(json.dumps(header | left))
-    (path / CHECKPOINT).unlink(missing_ok=True)
+        files.write_json(temporary, header | left)
+    for name in (CHECKPOINT, EARLIER):
+        (path / name).unlink(missing_ok=True)
 
 
 def finished(path: Path, identity: dict[str, Any]) -> tuple[SparseCoder, dict[str, Any]] | None:
@@ -143,7 +162,7 @@ def finished(path: Path, identity: dict[str, Any]) -> tuple[SparseCoder, dict[st
     if not file.exists():
         return None
     try:
-        header = json.loads(file.read_bytes())
+        header = files.read_json(file, nan=True, most="MOST_RUN")
         _, left = header["history"], header["left_weights"]
         header.setdefault("changes", [])
     except (ValueError, KeyError, TypeError) as err:

@@ -214,7 +214,17 @@ class TokenMask:
 
     @classmethod
     def from_dict(cls, d: Mapping[str, Any]) -> "TokenMask":
-        return cls(tuple(d["special_ids"]), d["skip_first"], dict(d["max_norm"]))
+        """What ``to_dict`` gave. ValueError for anything else, as a file that others wrote may hold."""
+        ids, first, norms = (d.get(key) for key in ("special_ids", "skip_first", "max_norm"))
+        if not isinstance(ids, list | tuple) or not all(type(i) is int and 0 <= i < 1 << 63 for i in ids):
+            raise ValueError(f"a mask's special_ids must be token ids from 0 on, got {str(ids)[:60]}")
+        if not isinstance(first, bool):
+            raise ValueError(f"a mask's skip_first must be true or false, got {str(first)[:60]!r}")
+        if not isinstance(norms, Mapping) or not all(
+            isinstance(site, str) and type(limit) in (int, float) and limit > 0 for site, limit in norms.items()
+        ):
+            raise ValueError(f"a mask's max_norm must give sites numbers above 0, got {str(norms)[:60]}")
+        return cls(tuple(ids), first, dict(norms))
 
     def __str__(self) -> str:
         rules = [f"{len(self.special_ids)} special ids"] if self.special_ids else []

@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from sae_lab import cache
+from sae_lab import cache, files
 from sae_lab.arguments import as_annotated
 from sae_lab.saes.base import SparseCoder
+from sae_lab.saes.meta import check_meta
 from sae_lab.types import Site
 
 log = logging.getLogger(__name__)
@@ -62,7 +61,7 @@ def save(
     text = json.dumps(config, indent=2)
     tensors = {name: _written(name, t, dtype) for name, t in coder.state_dict().items()}
     with cache.atomic(folder / "sae.safetensors") as temporary:
-        save_file(tensors, temporary, metadata={"config": text})
+        files.write_tensors(tensors, temporary, {"config": text})
     with cache.atomic(folder / "config.json") as temporary:
         temporary.write_text(text)
     coder.path = str(folder.resolve())
@@ -194,10 +193,10 @@ def _ids(folder: Path) -> list[str]:
     from sae_lab.saes import exchange
 
     names = []
-    for root, folders, files in os.walk(folder):
+    for root, folders, inside in os.walk(folder):
         below = Path(root).relative_to(folder)
         folders[:] = folders[:200] if len(below.parts) < 4 and len(names) < 2_000 else []
-        names += [(below / file).as_posix() for file in files]
+        names += [(below / file).as_posix() for file in inside]
     return exchange.coders_in(names)[:8]
 
 
@@ -222,24 +221,12 @@ def build(config: dict[str, Any], weights: dict[str, torch.Tensor], where: Path)
     family = FAMILIES.get(config["family"])
     if family is None:
         raise ValueError(f"{where} holds a coder of family {config['family']!r}; known here: {', '.join(FAMILIES)}")
-    said = (config["config"].get("d_in", 0) * config["config"].get("layers", 1), config["config"].get("d_sae"))
-    if "W_enc" in weights and tuple(weights["W_enc"].shape) != said:  # before any memory is taken for such a coder
-        raise ValueError(f"{where}: W_enc has shape {tuple(weights['W_enc'].shape)}, its config says {said}")
     try:
-        coder = family(**config["config"])
-    except TypeError as err:
+        with torch.device("meta"):  # shapes, and no memory: a config can name a coder of any size
+            coder = family(**config["config"])
+    except (TypeError, ValueError, RuntimeError, ArithmeticError, LookupError, AttributeError) as err:
         raise ValueError(f"{where}/config.json has a config that {config['family']} does not take ({err})") from err
-    expected = coder.state_dict()
-    if missing := sorted(expected.keys() ^ weights.keys()):
-        raise ValueError(f"{where}/sae.safetensors must hold {sorted(expected)}; missing or surplus: {missing}")
-    for name, tensor in weights.items():
-        if tensor.shape != expected[name].shape:
-            raise ValueError(
-                f"{where}: {name} has shape {tuple(tensor.shape)}, its config says {tuple(expected[name].shape)}"
-            )
-        if name != "threshold" and not bool(tensor.isfinite().all()):
-            raise ValueError(f"{where}: {name} holds NaN or Inf; this coder's training failed or the file is damaged")
-    coder.load_state_dict(weights)
+    assign(coder, weights, where, f"{where}/sae.safetensors")
     coder.pre_bias = config.get("pre_bias", coder.pre_bias)  # files of before 0.2 have neither
     coder.input_norm = config.get("input_norm", coder.input_norm)
     coder.reads = tuple(Site.of(s) for s in config["reads"])
@@ -249,9 +236,28 @@ def build(config: dict[str, Any], weights: dict[str, torch.Tensor], where: Path)
     return coder.eval()
 
 
+def assign(coder: SparseCoder, weights: dict[str, torch.Tensor], where: Path | str, file: Path | str) -> None:
+    """Give a coder that was built without memory these weights, every tensor checked. ValueError else."""
+    expected = coder.state_dict()
+    if missing := sorted(expected.keys() ^ weights.keys()):
+        raise ValueError(f"{file} must hold {sorted(expected)}; missing or surplus: {missing}")
+    for name, shaped in expected.items():
+        tensor = weights[name]
+        if tensor.shape != shaped.shape:
+            raise ValueError(f"{where}: {name} has shape {tuple(tensor.shape)}, its config says {tuple(shaped.shape)}")
+        if not tensor.is_floating_point():
+            raise ValueError(f"{where}: {name} holds {str(tensor.dtype).removeprefix('torch.')}, not floats")
+        if name != "threshold" and not bool(tensor.isfinite().all()):
+            raise ValueError(f"{where}: {name} holds NaN or Inf; this coder's training failed or the file is damaged")
+    held = {name: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype) for name, t in expected.items()}
+    for name, tensor in weights.items():
+        held[name].copy_(tensor)
+    coder.load_state_dict(held, assign=True)
+
+
 def _read_config(file: Path) -> dict[str, Any]:
     try:
-        return _checked(json.loads(file.read_bytes()))
+        return _checked(files.read_json(file))
     except FileNotFoundError:
         raise ValueError(f"no coder in {file.parent}: it has no config.json (sae.save writes one)") from None
     except (ValueError, KeyError, TypeError) as err:
@@ -266,6 +272,9 @@ def _checked(config: dict[str, Any]) -> dict[str, Any]:
     for key, kind in (("family", str), ("config", dict), ("reads", list), ("writes", list), ("meta", dict)):
         if not isinstance(config[key], kind):
             raise ValueError(f"its {key!r} is {type(config[key]).__name__}, not {kind.__name__}")
+    if wrong := [s for s in [*config["reads"], *config["writes"]] if not isinstance(s, str)]:
+        raise ValueError(f"its sites must be named by text, got {wrong[0]!r:.60}")
+    check_meta(config["meta"])
     if not isinstance(config.get("pre_bias", True), bool):
         raise ValueError(f"its 'pre_bias' is {config['pre_bias']!r}, not true or false")
     if config.get("input_norm", "none") not in ("none", "layer", "length"):
@@ -275,10 +284,10 @@ def _checked(config: dict[str, Any]) -> dict[str, Any]:
 
 def _read_weights(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any] | None]:
     try:
-        with safe_open(file, framework="pt") as f:
-            inside = (f.metadata() or {}).get("config")
-            return {name: f.get_tensor(name) for name in f.keys()}, inside and _checked(json.loads(inside))  # noqa: SIM118
+        tensors, notes = files.read_tensors(file)
+        inside = notes.get("config")
+        return tensors, None if inside is None else _checked(files.parse_json(inside))
     except FileNotFoundError:
         raise ValueError(f"no coder in {file.parent}: it has no sae.safetensors") from None
-    except (SafetensorError, ValueError, KeyError, TypeError) as err:
+    except (ValueError, KeyError, TypeError) as err:
         raise ValueError(f"{file} is no whole safetensors file ({err}); it was not read as anything else") from err

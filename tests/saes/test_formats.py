@@ -219,7 +219,7 @@ def test_saving_over_an_old_one(saved):
 
 
 def test_a_save_that_fails_keeps_the_old_one(saved, monkeypatch):
-    from sae_lab.saes import formats
+    from sae_lab import files
 
     before = sl.load(saved).fingerprint()
 
@@ -227,7 +227,7 @@ def test_a_save_that_fails_keeps_the_old_one(saved, monkeypatch):
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(formats, "save_file", half)
+    monkeypatch.setattr(files, "save_file", half)
     with pytest.raises(OSError, match="No space left"):
         make("BatchTopK", seed=5).save(saved)
     assert sl.load(saved).fingerprint() == before

@@ -1,0 +1,343 @@
+"""Files read as data, or refused. Checksums, and the limits of every reader, stand here.
+
+What this library writes carries checksums: JSON objects one of their content, safetensors files one of their header and
+one of each block of BLOCK bytes behind it. Files without (of others, and of before) are read all the same.
+"""
+
+import json
+import zlib
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from mmap import ACCESS_READ, mmap
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+BLOCK = 1 << 17  # bytes that share a checksum: read at a stroke, and not much more than the rows that are asked for
+# Limits. Each stands in the message of what it refuses, by the name under which it can be raised.
+MOST_JSON = 32 << 20  # bytes: Python's objects take up to 25 times as much memory
+MOST_DEPTH = 64  # lists and objects within each other
+MOST_DIGITS = 300  # of a whole number: a float ends there
+MOST_HEADER = 25 << 20  # bytes of names, shapes and notes before a safetensors file's tensors
+MOST_RUN = 100_000_000  # of a checkpoint's, which holds the run's history; safetensors writes no longer ones
+MOST_UNPACKED = 256 << 20  # bytes of an archive, beyond 4 times its size: weights do not pack smaller
+MOST_LINES = 1 << 30  # bytes of a file of lines, unpacked
+MOST_LINE = 1 << 20  # bytes of a line
+_DTYPES = {
+    "BOOL": np.bool_, "U8": np.uint8, "I8": np.int8, "F16": np.float16, "BF16": np.uint16, "I16": np.int16,
+    "F32": np.float32, "I32": np.int32, "U32": np.uint32, "F64": np.float64, "I64": np.int64, "U64": np.uint64,
+}  # fmt: skip
+_SEAL = "checksum"
+
+
+def limited(name: str) -> str:
+    """How a message names a limit of this module."""
+    return f"{globals()[name]:,} (sae_lab.files.{name}; set it higher if you trust the file)"
+
+
+# ---------------------------------------------------------------------------------------------- bytes and JSON
+
+
+def read_bytes(file: Path, most: str = "MOST_JSON") -> bytes:
+    """A file's bytes. FileNotFoundError where there is none; ValueError for a folder, a pipe or a device, and for more
+    than the limit of this name."""
+    if not file.exists():
+        raise FileNotFoundError(f"there is no {file}")
+    if not file.is_file():
+        raise ValueError(f"{file} is no plain file but a folder, a pipe or a device")
+    try:
+        with open(file, "rb") as f:
+            data = f.read(globals()[most] + 1)
+    except OSError as err:
+        raise ValueError(f"{file} cannot be read ({err.strerror})") from err
+    if len(data) > globals()[most]:
+        raise ValueError(f"{file} has more bytes than {limited(most)}")
+    return data
+
+
+def parse_json(data: bytes | str, nan: bool = False) -> Any:
+    """JSON within the limits. ValueError else; NaN and Infinity, which are no JSON, only where they are asked for."""
+    try:
+        content = json.loads(data, parse_int=_whole, parse_constant=None if nan else _no_number)
+    except RecursionError:
+        raise ValueError(f"its lists and objects lie deeper than {limited('MOST_DEPTH')}") from None
+    layer, depth = [content], 0
+    while layer := [one for one in layer if isinstance(one, dict | list)]:
+        if (depth := depth + 1) > MOST_DEPTH:
+            raise ValueError(f"its lists and objects lie deeper than {limited('MOST_DEPTH')}")
+        layer = [inner for one in layer for inner in (one.values() if isinstance(one, dict) else one)]
+    return content
+
+
+def _whole(digits: str) -> int:
+    if len(digits) > MOST_DIGITS:
+        raise ValueError(f"a whole number has more digits than {limited('MOST_DIGITS')}")
+    return int(digits)
+
+
+def _no_number(name: str) -> Any:
+    raise ValueError(f"it holds {name}, which is no number")
+
+
+def read_json(file: Path, nan: bool = False, most: str = "MOST_JSON") -> dict[str, Any]:
+    """A JSON object, its checksum compared and taken off. FileNotFoundError, and ValueError for all else."""
+    content = parse_json(read_bytes(file, most), nan)
+    if not isinstance(content, dict):
+        raise ValueError(f"it must hold a JSON object, got a {type(content).__name__}")
+    return unsealed(content)
+
+
+def write_json(file: Path, content: Mapping[str, Any], indent: int | None = None) -> None:
+    file.write_text(json.dumps(sealed(content), indent=indent), encoding="utf-8")
+
+
+def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """A JSON object with its checksum, as the last entry."""
+    return {**content, _SEAL: _checksum(json.loads(json.dumps(content)))}
+
+
+def unsealed(content: dict[str, Any]) -> dict[str, Any]:
+    """The object without its checksum. ValueError where it is another's."""
+    if _SEAL not in content:
+        return content
+    rest = {key: value for key, value in content.items() if key != _SEAL}
+    if content[_SEAL] != _checksum(rest):
+        raise ValueError(
+            f"its content is not what was written: it is damaged; or, if you changed it yourself, take its line "
+            f'"{_SEAL}" out'
+        )
+    return rest
+
+
+def _checksum(content: Any) -> str:
+    return f"{zlib.crc32(json.dumps(content, sort_keys=True).encode()):08x}"
+
+
+# ---------------------------------------------------------------------------------------------- tensors
+
+
+def write_tensors(tensors: Mapping[str, Tensor], file: Path, notes: Mapping[str, str] | None = None) -> None:
+    """A safetensors file with checksums among its notes; the same tensors and notes give the same bytes."""
+    none = "0" * 8 * -(-sum(t.nbytes for t in tensors.values()) // BLOCK)
+    save_file(dict(tensors), file, {**(notes or {}), "blocks": none, _SEAL: "0" * 8})
+    with open(file, "r+b") as f:
+        length = int.from_bytes(f.read(8), "little")
+        header = json.loads(f.read(length))
+        header["__metadata__"] |= {"blocks": blocks_of(f)}
+        header["__metadata__"] |= {_SEAL: _checksum(_unsealed_header(header))}
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))  # the library's order is a random one
+        raw = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        assert len(raw) <= length, "JSON is written as the library writes it"
+        f.seek(8)
+        f.write(raw.ljust(length))
+
+
+def _unsealed_header(header: dict[str, Any]) -> dict[str, Any]:
+    notes = header.get("__metadata__", {})
+    return {**header, "__metadata__": {key: value for key, value in notes.items() if key != _SEAL}}
+
+
+def blocks_of(file: Path | IO[bytes]) -> str:
+    """The checksum of each block of a file, from where it stands."""
+    if isinstance(file, Path):
+        with open(file, "rb") as f:
+            return blocks_of(f)
+    return "".join(f"{zlib.crc32(part):08x}" for part in iter(lambda: file.read(BLOCK), b""))
+
+
+def read_header(file: Path, most: str = "MOST_HEADER") -> tuple[dict[str, Any], dict[str, str], int]:
+    """(its tensors' dtypes, shapes and places, its notes, where its tensors begin) of a safetensors file.
+
+    Raises FileNotFoundError, and ValueError for what is no such file, or is not the one that was written.
+    """
+    if not file.exists():
+        raise FileNotFoundError(f"there is no {file}")
+    if not file.is_file():
+        raise ValueError(f"{file} is no plain file but a folder, a pipe or a device")
+    size = file.stat().st_size
+    with open(file, "rb") as f:
+        length = int.from_bytes(f.read(8), "little")
+        if not 0 < length <= size - 8:
+            raise ValueError(f"its header would have {length:,} bytes, and the file has {size:,}")
+        if length > globals()[most]:
+            raise ValueError(f"its header has {length:,} bytes, more than {limited(most)}")
+        header = parse_json(f.read(length), nan=True)
+    notes = header.get("__metadata__", {}) if isinstance(header, dict) else None
+    if not isinstance(notes, dict) or not all(isinstance(text, str) for text in notes.values()):
+        raise ValueError("its header is not what a safetensors file has")
+    if _SEAL in notes and notes[_SEAL] != _checksum(_unsealed_header(header)):
+        raise ValueError("its header is not what was written: it is damaged")
+    for name, info in header.items():
+        if name != "__metadata__":
+            _check_place(name, info, size - 8 - length)
+    return {name: info for name, info in header.items() if name != "__metadata__"}, notes, 8 + length
+
+
+def _check_place(name: str, info: Any, size: int) -> None:
+    """ValueError unless a tensor's place holds its shape and lies in the file."""
+    try:
+        (start, end), shape = info["data_offsets"], info["shape"]
+        whole = all(type(n) is int and n >= 0 for n in (start, end, *shape)) and start <= end <= size
+        known = _DTYPES.get(info["dtype"])
+    except (KeyError, TypeError, ValueError) as err:
+        raise ValueError(f"its header says no type, shape and place of {name!r}") from err
+    if not whole or (known is not None and end - start != np.dtype(known).itemsize * _count(shape)):
+        raise ValueError(f"its header gives {name!r} a place that does not hold the shape {shape}, or is not there")
+
+
+def _count(shape: list[int]) -> int:
+    count = 1
+    for n in shape:
+        count *= n
+    return count
+
+
+def read_tensors(
+    file: Path, take: Callable[[str, Tensor], Tensor] = lambda _, t: t, most: str = "MOST_HEADER"
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(tensors by name, notes) of a safetensors file, all its bytes checked. ``take(name, tensor)``: what is wanted of
+    each. FileNotFoundError, and ValueError for what is no such file, or is not the one that was written."""
+    _, notes, start = read_header(file, most)
+    if "blocks" in notes:
+        with open(file, "rb") as f:
+            f.seek(start)
+            check_blocks(f, notes["blocks"])
+    try:
+        with safe_open(file, framework="pt") as f:
+            return {name: take(name, f.get_tensor(name)) for name in f.keys()}, notes  # noqa: SIM118
+    except SafetensorError as err:
+        raise ValueError(str(err)) from err
+
+
+def check_blocks(data: IO[bytes], blocks: str) -> None:
+    """ValueError unless these bytes have these checksums."""
+    found = blocks_of(data)
+    for at in range(0, max(len(found), len(blocks)), 8):
+        if found[at : at + 8] != blocks[at : at + 8]:
+            raise ValueError(_damaged(at // 8))
+
+
+def _damaged(block: int) -> str:
+    return f"it is damaged: its content is not what was written, from byte {block * BLOCK:,} on"
+
+
+# ---------------------------------------------------------------------------------------------- tables
+
+
+class Blocks:
+    """A file's bytes, memory-mapped; each block is compared with its checksum when it is first read.
+
+    blocks: checksums of what lies behind byte ``start``, "" for a file that has none. remedy: ends a refusal.
+    """
+
+    def __init__(self, file: Path, start: int, blocks: str, remedy: str):
+        self.file, self.start, self.remedy = file, start, remedy
+        with open(file, "rb") as f:
+            self.bytes = memoryview(mmap(f.fileno(), 0, access=ACCESS_READ))
+        self._wanted = blocks
+        about = file.stat()
+        self._seen = _seen(str(file), about.st_ino, about.st_mtime_ns, about.st_size, blocks)
+        if blocks and len(blocks) != 8 * -(-(about.st_size - start) // BLOCK):
+            raise ValueError(f"{file} is damaged (its length is not what was written): {remedy}")
+
+    @property
+    def checked(self) -> bool:
+        return not self._wanted or bool(self._seen.all())
+
+    def check(self, first: int, last: int) -> None:
+        """ValueError unless bytes first to last - 1 behind ``start`` are those that were written."""
+        if not self.checked:
+            self.check_each(np.arange(first // BLOCK, -(-last // BLOCK)))
+
+    def check_each(self, blocks: np.ndarray) -> None:
+        """The same of blocks by their numbers."""
+        for block in blocks[~self._seen[blocks]].tolist():
+            at = self.start + block * BLOCK
+            if f"{zlib.crc32(self.bytes[at : at + BLOCK]):08x}" != self._wanted[8 * block : 8 * block + 8]:
+                raise ValueError(f"{self.file} is damaged ({_damaged(block)}): {self.remedy}")
+            self._seen[block] = True
+
+
+@lru_cache(maxsize=1 << 16)
+def _seen(file: str, inode: int, changed: int, size: int, blocks: str) -> np.ndarray:
+    """Which blocks of a file, as it is now, were found whole: all who open it share this."""
+    return np.zeros(len(blocks) // 8, bool)
+
+
+class Table:
+    """An array in a file. What is read of it, row by row, is checked first; ``np.asarray(table)`` is all of it."""
+
+    def __init__(self, blocks: Blocks, begin: int, dtype: Any, shape: tuple[int, ...]):
+        self._blocks, self._begin = blocks, begin - blocks.start
+        self._array = np.ndarray(shape, dtype, blocks.bytes, begin)
+        self._width = self._array.nbytes // max(1, *shape[:1], 1)  # of a row
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self._array.shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self._array.dtype
+
+    def __len__(self) -> int:
+        return len(self._array)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        self._blocks.check(self._begin, self._begin + self._array.nbytes)
+        return self._array.astype(dtype or self.dtype, copy=bool(copy))
+
+    def __getitem__(self, rows: Any) -> Any:
+        """Rows by number, slice or array of numbers; of a tuple the first says which."""
+        if not self._blocks.checked:
+            self._check(rows[0] if isinstance(rows, tuple) else rows)
+        return self._array[rows]
+
+    def _check(self, rows: Any) -> None:
+        if isinstance(rows, slice):
+            first, last, _ = rows.indices(len(self))
+            if first < last:
+                self._blocks.check(self._begin + first * self._width, self._begin + last * self._width)
+            return
+        rows = np.asarray(rows, np.int64).reshape(-1)
+        first = self._begin + np.where(rows < 0, rows + len(self), rows) * self._width
+        if self._width <= BLOCK:
+            self._blocks.check_each(np.unique(np.concatenate([first, first + self._width - 1]) // BLOCK))
+        else:
+            for at in first.tolist():
+                self._blocks.check(at, at + self._width)
+
+
+def map_tensors(file: Path, remedy: str) -> dict[str, Table]:
+    """A safetensors file's tensors without reading them (bfloat16 as its raw bits). ValueError with the remedy."""
+    try:
+        header, notes, start = read_header(file)
+        blocks = Blocks(file, start, notes.get("blocks", ""), remedy)
+        return {
+            name: Table(blocks, start + info["data_offsets"][0], _DTYPES[info["dtype"]], tuple(info["shape"]))
+            for name, info in header.items()
+        }
+    except (OSError, KeyError, ValueError) as err:
+        if str(err).endswith(remedy):
+            raise
+        raise ValueError(f"{file} is damaged ({err}): {remedy}") from err
+
+
+def map_npy(file: Path, blocks: str, remedy: str) -> Table:
+    """An array that numpy saved, without reading it; ``blocks``: as ``blocks_of`` gave them."""
+    try:
+        if not file.is_file():
+            raise FileNotFoundError("there is no such file")
+        of = Blocks(file, 0, blocks, remedy)
+        if blocks:
+            of.check(0, 1)
+        array = np.load(file, mmap_mode="r", allow_pickle=False)
+        return Table(of, array.offset, array.dtype, array.shape)
+    except (OSError, ValueError, EOFError, SyntaxError) as err:
+        if str(err).endswith(remedy):
+            raise
+        raise ValueError(f"{file} is damaged ({err}): {remedy}") from err
