@@ -17,6 +17,7 @@ from sae_lab.feature_index.directions import extremes
 from sae_lab.lm.model import LM
 from sae_lab.lm.text import load_text
 from sae_lab.lm.tokens import pad
+from sae_lab.results import Shown, frame_rows
 from sae_lab.saes.base import SparseCoder
 
 STRENGTHS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
@@ -24,7 +25,7 @@ FEATURE, RANDOM, MEANS, PROMPT = "feature", "random direction", "difference in m
 
 
 @dataclass(frozen=True, repr=False)
-class DoseResponse:
+class DoseResponse(Shown):
     """Result of ``sl.dose_response``: one row for each method and strength.
 
     Columns of ``to_pandas()``: method; strength; norm of what is added to every token; log_odds (nats) of the target as
@@ -55,15 +56,12 @@ class DoseResponse:
             found[method] = _first_crossing(points, cost)
         return found
 
-    def __repr__(self) -> str:
-        table = self.to_pandas().to_string(index=False, float_format="{:.3f}".format)  # type: ignore[arg-type]
-        return f"{table}\n{self._caption()}"
+    _align, _gap = ">", " "
 
-    def _repr_html_(self) -> str:
-        table = self.to_pandas().to_html(index=False, float_format=lambda v: f"{v:.3f}", border=0)
-        return f"{table}<p>{self._caption()}</p>"
+    def _rows(self) -> list[tuple[str, ...]]:
+        return frame_rows(self.to_pandas())
 
-    def _caption(self) -> str:
+    def _footer(self) -> str:
         reached = max(r["cost"] for r in self.rows if r["method"] == FEATURE)
         even = ", ".join(f"{m} {v:.2f}" for m, v in self.at_cost(reached / 2).items())
         return (

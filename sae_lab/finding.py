@@ -11,6 +11,7 @@ from numpy import ndarray
 from sae_lab.arguments import as_annotated
 from sae_lab.lm.model import LM
 from sae_lab.reading import read_codes
+from sae_lab.results import Shown, frame_rows
 from sae_lab.saes.base import SparseCoder
 
 Pooling = Literal["max", "mean", "last", "token"]
@@ -21,7 +22,7 @@ CELLS = 1 << 22  # numbers of permutations held at once
 
 
 @dataclass(frozen=True, repr=False)
-class FoundFeatures:
+class FoundFeatures(Shown):
     """Result of ``sl.find_features``, the most telling feature first. ``.best`` is its number.
 
     Columns of ``to_pandas()``: feature; auroc: chance that the feature is stronger at a positive example than at a
@@ -53,17 +54,15 @@ class FoundFeatures:
 
         return pd.DataFrame(self.table)
 
-    def _caption(self) -> str:
+    _align, _gap = ">", " "
+
+    def _rows(self) -> list[tuple[str, ...]]:
+        return frame_rows(self.top(10).to_pandas(), ".3g")
+
+    def _footer(self) -> str:
         what = "tokens" if self.pooling == "token" else f"texts, pooled by {self.pooling}"
-        return f"{self.positives} positive and {self.negatives} negative {what}; {self.mask}"
-
-    def __repr__(self) -> str:
-        table = self.top(10).to_pandas().to_string(index=False, float_format="{:.3g}".format)  # type: ignore[arg-type]
-        return f"{table}\n{len(self.table['feature'])} features; {self._caption()}"
-
-    def _repr_html_(self) -> str:
-        table = self.top(10).to_pandas().to_html(index=False, float_format=lambda v: f"{v:.3g}", border=0)
-        return f"{table}<p>{len(self.table['feature'])} features; {self._caption()}</p>"
+        count = f"{len(self.table['feature'])} features"
+        return f"{count}; {self.positives} positive and {self.negatives} negative {what}; {self.mask}"
 
 
 class _Examples(NamedTuple):

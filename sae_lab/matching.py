@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae_lab.arguments import as_annotated
+from sae_lab.results import Shown
 from sae_lab.saes.base import SparseCoder
 from sae_lab.worlds import World
 
@@ -19,7 +20,7 @@ _MEASURES = ("a_to_b", "b_to_a", "mcc", "recall", "orderedness")
 
 
 @dataclass(frozen=True, repr=False)
-class Match:
+class Match(Shown):
     """Result of ``sl.match(a, b)``. Cosines are signed: a direction and its opposite do not match.
 
     Attributes:
@@ -54,33 +55,23 @@ class Match:
         both = {"match": self} | ({"random rows": self.control} if self.control else {})
         return pd.DataFrame({name: {m: getattr(one, m) for m in _MEASURES} for name, one in both.items()}).T
 
-    def _table(self) -> list[tuple[str, str, str, str]]:
-        """(measure, value, of random rows, what it means)."""
+    _align = "<>><"
+
+    def _rows(self) -> list[tuple[str, str, str, str]]:
         means = (
             "MMCS: mean over a of the best cosine in b", "MMCS: mean over b of the best cosine in a",
             "mean cosine of one-to-one pairs", f"b's rows with a cosine above {self.threshold:g} in a",
             "Spearman of the pairs' row numbers",
         )  # fmt: skip
         values = [[_number(getattr(one, m)) for m in _MEASURES] if one else [""] * 5 for one in (self, self.control)]
-        return list(zip(("a to b", "b to a", "MCC", "recall", "orderedness"), *values, means, strict=True))
+        rows = zip(("a to b", "b to a", "MCC", "recall", "orderedness"), *values, means, strict=True)
+        return [("", "match", "random", ""), *rows]
 
     def _footer(self) -> str:
         text = f"a: {self.rows[0]:,} rows, b: {self.rows[1]:,} rows"
         text += f"; left out: {self.left_out[0]:,} of a, {self.left_out[1]:,} of b" if any(self.left_out) else ""
         missing = self.rows[1] > 0 and bool((self.permutation < 0).all())
         return text + (f"; no pairs above {MOST_ROWS:,} rows: match(..., hungarian=True)" if missing else "")
-
-    def __repr__(self) -> str:
-        head = ("", "match", "random", "")
-        lines = [f"{a:12} {b:>7} {c:>7}  {d}".rstrip() for a, b, c, d in (head, *self._table())]
-        return "\n".join([*lines, self._footer()])
-
-    def _repr_html_(self) -> str:
-        cells = "".join(
-            f"<tr><th style='text-align:left'>{a}</th><td>{b}</td><td>{c}</td><td style='text-align:left'>{d}</td></tr>"
-            for a, b, c, d in self._table()
-        )
-        return f"<table><tr><th></th><th>match</th><th>random</th><th></th></tr>{cells}</table><p>{self._footer()}</p>"
 
 
 @as_annotated

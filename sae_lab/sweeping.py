@@ -15,6 +15,7 @@ from sae_lab.evals.reconstruction import reconstruction
 from sae_lab.lm.model import LM
 from sae_lab.lm.text import Documents
 from sae_lab.matching import match
+from sae_lab.results import Shown, frame_rows
 from sae_lab.saes import FAMILIES, SparseCoder, losses
 from sae_lab.saes.sparse import Memory
 from sae_lab.store import ReadAhead, Rows, Store
@@ -28,7 +29,7 @@ Grid = Mapping[str, Mapping[str, Any]]
 
 
 @dataclass(frozen=True, repr=False)
-class Sweep:
+class Sweep(Shown):
     """Result of ``sl.sweep``: the coders, their runs, and one row of figures for each. ``sl.plot`` draws FVU, and ΔCE
     where it was measured, against L0.
 
@@ -62,12 +63,13 @@ class Sweep:
         sign = -1 if by.startswith(("mmcs", "ce_recovered")) else 1
         return self.coders[min(chosen, key=lambda i: sign * self.rows[i][by])]
 
-    def __repr__(self) -> str:
-        table = self.to_pandas().to_string(index=False, float_format="{:.3f}".format, na_rep="")  # type: ignore[arg-type]
-        return f"{table}\nl0 and fvu on {self.tokens:,} tokens that no training step saw"
+    _align, _gap = ">", " "
 
-    def _repr_html_(self) -> str:
-        return self.to_pandas().to_html(index=False, float_format=lambda v: f"{v:.3f}", na_rep="", border=0)
+    def _rows(self) -> list[tuple[str, ...]]:
+        return frame_rows(self.to_pandas(), empty="")
+
+    def _footer(self) -> str:
+        return f"l0 and fvu on {self.tokens:,} tokens that no training step saw"
 
 
 @as_annotated

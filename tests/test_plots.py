@@ -12,9 +12,9 @@ from matplotlib.figure import Figure
 import sae_lab as sl
 from sae_lab.circuits import Edge, FeatureCircuit, Node, PatchGrid
 from sae_lab.evals.report import Report
-from sae_lab.evals.result import Figure as EvalFigure
-from sae_lab.evals.result import Result
 from sae_lab.plots.style import NEGATIVE, POSITIVE
+from sae_lab.results import Figure as EvalFigure
+from sae_lab.results import Result
 from sae_lab.sweeping import Sweep
 from sae_lab.types import Site
 

@@ -7,7 +7,7 @@ import torch
 
 import sae_lab as sl
 from sae_lab.evals.report import SECTIONS
-from sae_lab.evals.result import Figure, Result, number
+from sae_lab.results import Figure, Result, number
 from sae_lab.types import Site
 
 SITE = Site("resid_post", 1)

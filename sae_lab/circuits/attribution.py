@@ -13,6 +13,7 @@ from torch import Tensor
 from sae_lab.arguments import as_annotated
 from sae_lab.circuits.metric import ROWS, Metric, copied, measured, paired, shifted
 from sae_lab.lm.model import LM
+from sae_lab.results import frame_text
 from sae_lab.saes.base import SparseCoder
 from sae_lab.types import Site, TokenBatch, Write
 
@@ -64,7 +65,7 @@ class Attribution:
         how = "gradient" if self.steps == 1 else f"integrated gradients, {self.steps} steps"
         return (
             f"metric {self.base:.3f} → {self.source:.3f} with the sources; {how}:\n"
-            + best.to_string(index=False, float_format="{:.4f}".format)  # type: ignore[arg-type]
+            + frame_text(best, ".4f")
         )
 
 

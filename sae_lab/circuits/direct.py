@@ -12,6 +12,7 @@ from sae_lab.arguments import as_annotated
 from sae_lab.circuits.prompt import PromptReading, WayOut, reaches_the_stream, read_prompt, written
 from sae_lab.lm.model import LM
 from sae_lab.lm.tokens import Prompts, Token, label
+from sae_lab.results import frame_text
 from sae_lab.saes.base import SparseCoder
 from sae_lab.types import Site
 
@@ -73,7 +74,7 @@ class DirectEffects:
     def __repr__(self) -> str:
         sums = {name: ", ".join(f"{v:+.2f}" for v in part) for name, part in self.parts().items()}
         total = f"{sums.pop('logit')} = " + ", ".join(f"{name} {part}" for name, part in sums.items())
-        listing = self.to_pandas().to_string(index=False, float_format="{:.3f}".format)  # type: ignore[arg-type]
+        listing = frame_text(self.to_pandas())
         return (
             f"{self.site.key} at {self.tokens[self.position].label!r} (position {self.position}), {self.active} active "
             f"features; logits, centred over the vocabulary, of {', '.join(map(repr, self.names))}: {total}\n{listing}"

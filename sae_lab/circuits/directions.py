@@ -13,6 +13,7 @@ from torch import Tensor
 from sae_lab.arguments import as_annotated
 from sae_lab.circuits.metric import ROWS, of_metric, paired, plus
 from sae_lab.lm.model import LM
+from sae_lab.results import frame_text
 from sae_lab.saes.base import SparseCoder
 from sae_lab.types import Site, TokenBatch, Write
 
@@ -103,11 +104,11 @@ class DirectionCurves:
         return pd.DataFrame(rows)
 
     def __repr__(self) -> str:
-        table = self.to_pandas().pivot(index="n", columns="method", values="kl")[list(self.kl)]
+        table = self.to_pandas().pivot(index="n", columns="method", values="kl")[list(self.kl)].reset_index()
         count = len(next(iter(self.kl.values())))
         return (
             f"KL(source ‖ patched), nats, at {self.site}; {count} prompts, ranked on {self.ranked} others:\n"
-            + table.to_string(float_format="{:.3f}".format)  # type: ignore[arg-type]
+            + frame_text(table)
         )
 
 

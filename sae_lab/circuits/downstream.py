@@ -12,6 +12,7 @@ from sae_lab.arguments import as_annotated
 from sae_lab.circuits.metric import ROWS, copied, plus
 from sae_lab.circuits.nodes import kept
 from sae_lab.lm.model import LM
+from sae_lab.results import frame_text
 from sae_lab.saes.base import SparseCoder
 from sae_lab.types import Site, TokenBatch, Write
 
@@ -66,7 +67,7 @@ class DownstreamEffects:
         what = "ablated" if self.strength is None else f"steered by {self.strength:g}"
         beaten = sum(one >= self.largest for one in self.largest_controls)
         typical = sorted(self.beyond_controls)[len(self.beyond_controls) // 2]
-        best = self.to_pandas().head(8).to_string(index=False, float_format="{:.4f}".format)  # type: ignore[arg-type]
+        best = frame_text(self.to_pandas().head(8), ".4f")
         return (
             f"feature {self.feature} of {self.site.key} {what}: {self.beyond} later features with |z| > {FAR:g} (the "
             f"controls, {len(self.beyond_controls)} {self.against}: median {typical}), the largest {self.largest:.1f} "

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sae_lab.circuits.metric import Metric, measured
 from sae_lab.circuits.nodes import ERROR, Node, Scene
+from sae_lab.results import frame_text
 from sae_lab.saes.base import SparseCoder
 from sae_lab.types import Site, Write
 
@@ -53,7 +54,7 @@ class Faithfulness:
         return pd.DataFrame(rows, columns=["nodes", "circuit", "no_errors", "random", "random_sd"])
 
     def __repr__(self) -> str:
-        table = self.to_pandas().to_string(index=False, float_format="{:.3f}".format)  # type: ignore[arg-type]
+        table = frame_text(self.to_pandas())
         return (
             f"faithfulness: metric {self.full:.3f} of the model = 1, {self.empty:.3f} with all at its mean = 0; "
             f"all errors without a feature: {self.all_errors:.3f}\n{table}"

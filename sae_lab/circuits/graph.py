@@ -10,6 +10,7 @@ from sae_lab.circuits.faithfulness import Faithfulness, faithfulness
 from sae_lab.circuits.metric import Metric, measured, paired
 from sae_lab.circuits.nodes import Node, Scene, checked, in_order, kept, mean_parts, node_effects, parts_of, ranked
 from sae_lab.lm.model import LM
+from sae_lab.results import frame_text
 from sae_lab.saes.base import SparseCoder
 from sae_lab.types import Site
 
@@ -67,7 +68,7 @@ class FeatureCircuit:
 
     def __repr__(self) -> str:
         how = "gradient" if self.steps == 1 else f"integrated gradients, {self.steps} steps"
-        best = self.to_pandas().head(8).to_string(index=False, float_format="{:.4f}".format)  # type: ignore[arg-type]
+        best = frame_text(self.to_pandas().head(8), ".4f")
         return (
             f"{len(self.nodes)} nodes, {len(self.edges)} edges; metric {self.base:.3f}, {self.source:.3f} with the "
             f"sources; effects of replacing a node by its {self.baseline}, {how}; the strongest:\n{best}"

@@ -12,6 +12,7 @@ from torch import Tensor
 from sae_lab.arguments import as_annotated
 from sae_lab.circuits.metric import require_here
 from sae_lab.lm.model import LM
+from sae_lab.results import frame_text
 from sae_lab.saes.base import SparseCoder
 from sae_lab.types import Site, TokenBatch, check_feature
 
@@ -76,7 +77,7 @@ class HeadAttribution:
         return (
             f"feature {self.feature} at {self.tokens[self.position]!r} (position {self.position}): activation "
             f"{self.activation:.3f}, pre {self.pre:.3f} of which bias {self.bias:.3f}\nshares of heads: {shares}\n"
-            + table.to_string(index=False, float_format="{:.3f}".format)  # type: ignore[arg-type]
+            + frame_text(table)
         )
 
 

@@ -15,6 +15,7 @@ from sae_lab.circuits.prompt import norm_divisor
 from sae_lab.lm import passes
 from sae_lab.lm.model import LM
 from sae_lab.lm.tokens import Prompts
+from sae_lab.results import frame_text
 from sae_lab.saes.base import SparseCoder
 from sae_lab.types import Site, Write, check_feature
 
@@ -66,7 +67,7 @@ class EdgeCheck:
         return (
             f"feature {self.feature} taken out at {len(self.predicted)} tokens: predicted and frozen differ by at most "
             f"{self.error:.1e} of the largest; free: slope {self.slope:.3f}, correlation {self.correlation:.3f}\n"
-            + table.to_string(index=False, float_format="{:.4f}".format)  # type: ignore[arg-type]
+            + frame_text(table, ".4f")
         )
 
 

@@ -12,6 +12,7 @@ from sae_lab.arguments import as_annotated
 from sae_lab.circuits.gradients import gradients
 from sae_lab.circuits.nodes import kept
 from sae_lab.lm.model import LM
+from sae_lab.results import frame_text
 from sae_lab.saes.base import SparseCoder
 from sae_lab.types import Site, TokenBatch, Write
 
@@ -54,7 +55,7 @@ class PulledBack:
         return pd.DataFrame(dict(zip(names, columns, strict=True)))
 
     def __repr__(self) -> str:
-        table = self.to_pandas().to_string(index=False, float_format="{:.3f}".format)  # type: ignore[arg-type]
+        table = frame_text(self.to_pandas())
         return (
             f"feature {self.feature} of {self.site.key} pulled back to {self.at.key}: predicted against true change of "
             f"its pre-activation, {self.changes} changes:\n{table}"

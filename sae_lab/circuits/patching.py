@@ -13,6 +13,7 @@ from sae_lab.arguments import as_annotated
 from sae_lab.circuits.gradients import gradients
 from sae_lab.circuits.metric import ROWS, Metric, copied, measured, numbers, of_metric, paired, placed, require_here
 from sae_lab.lm.model import LM
+from sae_lab.results import frame_text
 from sae_lab.types import Site, TokenBatch, Write
 
 TOKENS = 512  # of copies that go through the model together: their logits are many
@@ -55,7 +56,7 @@ class PatchGrid:
 
     def __repr__(self) -> str:
         best = self.to_pandas().sort_values("effect", ascending=False).head(8)
-        table = best.to_string(index=False, float_format="{:.3f}".format)  # type: ignore[arg-type]
+        table = frame_text(best)
         what = "the strongest patches, estimated by gradient" if self.estimated else "the strongest patches"
         return f"metric {self.base:.3f} → {self.source:.3f} with the sources; {what}:\n{table}"
 

@@ -17,10 +17,10 @@ from sae_lab.evals.probe_sets import DEFAULT_SETS, ProbeData, ProbeSet, availabl
 from sae_lab.evals.probing import Probing, probing
 from sae_lab.evals.reconstruction import Reconstruction, reconstruction
 from sae_lab.evals.report import Report, report
-from sae_lab.evals.result import Figure, Result
 from sae_lab.evals.sections import SECTIONS
 from sae_lab.evals.stitching import Stitching, stitching
 from sae_lab.evals.uncertainty import Question, Uncertainty, synthetic_qa, uncertainty
+from sae_lab.results import Figure, Result
 
 __all__ = [
     "DEFAULT_SETS", "SECTIONS", "Absorption", "BoardGames", "BoardScores", "ByPosition", "Composition", "Cones",

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from sae_lab.arguments import as_annotated
-from sae_lab.evals.result import Figure, Result, mean_and_error
 from sae_lab.lm.model import LM
 from sae_lab.lm.tokens import encode_texts, pad
+from sae_lab.results import Figure, Result, mean_and_error
 from sae_lab.saes.base import SparseCoder
 
 Convention = Literal["sae_lab", "saebench"]

@@ -15,8 +15,8 @@ from torch import Tensor
 from sae_lab.arguments import as_annotated
 from sae_lab.evals.contexts import clustered_error
 from sae_lab.evals.description_length import by_content
-from sae_lab.evals.result import Figure, Result, number
 from sae_lab.lm.model import LM
+from sae_lab.results import Figure, Result, number
 from sae_lab.saes.base import SparseCoder
 from sae_lab.types import Codes, Site, TokenBatch, TokenMask
 from sae_lab.worlds.othello import Games, board_properties, square_name

@@ -21,9 +21,9 @@ from sae_lab.evals.reconstruction import (
     read_and_reconstruct,
     recovered,
 )
-from sae_lab.evals.result import Figure, Result, number
 from sae_lab.lm.model import LM
 from sae_lab.lm.text import Documents
+from sae_lab.results import Figure, Result, number
 from sae_lab.saes.base import SparseCoder
 from sae_lab.types import Site
 

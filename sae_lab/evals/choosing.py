@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sae_lab.arguments import as_annotated
+from sae_lab.results import Shown
 from sae_lab.saes.base import SparseCoder
 from sae_lab.store import Rows, Store
 
@@ -18,7 +19,7 @@ _COLUMNS = ("l0", "fvu", "c_dec", "s_n", "s_n_centred")
 
 
 @dataclass(frozen=True, repr=False)
-class L0Choice:
+class L0Choice(Shown):
     """Result of ``sl.evals.choose_l0``: one entry per coder, in ascending order of L0.
 
     Attributes:
@@ -68,31 +69,21 @@ class L0Choice:
 
         return pd.DataFrame({"name": self.names} | {c: getattr(self, c) for c in _COLUMNS})
 
-    def _table(self) -> list[tuple[str, ...]]:
+    _align = "<>>>>><"
+
+    def _rows(self) -> list[tuple[str, ...]]:
         columns = (self.names, self.l0, self.fvu, self.c_dec, self.s_n, self.s_n_centred)
         rows = enumerate(zip(*columns, strict=True))
-        return [
+        found = [
             (name, f"{l0:.2f}", f"{fvu:.4f}", f"{c:.4f}", f"{s:.4f}", f"{m:.4f}", "< least" * (i == self.best_index))
             for i, (name, l0, fvu, c, s, m) in rows
         ]
+        return [("", "L0", "FVU", "c_dec", "s_n", "centred", ""), *found]
 
     def _footer(self) -> str:
         text = f"random rows: c_dec {self.c_dec_random:.4f}; n = {self.n}; {self.rows:,} rows"
         text += f" ({self.projected:,} for s_n)" if self.projected < self.rows else ""
         return text + ("; the least c_dec is at an end of the L0s tried: train beyond it" if self.at_edge else "")
-
-    def _rows(self) -> list[tuple[str, ...]]:
-        return [("", "L0", "FVU", "c_dec", "s_n", "centred", ""), *self._table()]
-
-    def __repr__(self) -> str:
-        width = max(map(len, self.names))
-        lines = [f"{name:{width}} " + "".join(f"{v:>8} " for v in values) for name, *values in self._rows()]
-        return "\n".join([*map(str.rstrip, lines), self._footer()])
-
-    def _repr_html_(self) -> str:
-        head, *body = ["".join(f"<td>{cell.replace('<', '&lt;')}</td>" for cell in row) for row in self._rows()]
-        cells = "".join(f"<tr>{row}</tr>" for row in body)
-        return f"<table><tr>{head.replace('td>', 'th>')}</tr>{cells}</table><p>{self._footer()}</p>"
 
 
 @as_annotated

@@ -12,7 +12,7 @@ from torch.nn.functional import normalize
 from sae_lab.arguments import as_annotated
 from sae_lab.evals.choosing import _name
 from sae_lab.evals.description_length import run_coder, sample
-from sae_lab.evals.result import Figure, Result, number
+from sae_lab.results import Figure, Result, number
 from sae_lab.saes.base import SparseCoder
 from sae_lab.store import Store
 from sae_lab.types import Codes

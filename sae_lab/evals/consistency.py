@@ -13,10 +13,10 @@ from torch import Tensor
 from sae_lab.arguments import as_annotated
 from sae_lab.evals.description_length import jackknife, run_coder, sample
 from sae_lab.evals.reconstruction import Reconstruction, reconstruction
-from sae_lab.evals.result import Figure, Result, number
 from sae_lab.lm.model import LM
 from sae_lab.lm.text import Documents
 from sae_lab.matching import Match, match
+from sae_lab.results import Figure, Result, number
 from sae_lab.saes.base import SparseCoder
 from sae_lab.store import Store
 from sae_lab.types import Codes

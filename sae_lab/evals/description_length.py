@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sae_lab.arguments import as_annotated
 from sae_lab.evals.choosing import _evenly, _name
-from sae_lab.evals.result import Figure, Result, number
+from sae_lab.results import Figure, Result, number
 from sae_lab.saes import sparse
 from sae_lab.saes.base import SparseCoder
 from sae_lab.store import Rows, Store

@@ -15,10 +15,10 @@ from sae_lab.arguments import as_annotated
 from sae_lab.evals.by_position import ratio_error
 from sae_lab.evals.contexts import clustered_error, spread_contexts
 from sae_lab.evals.reconstruction import Measured, read_and_reconstruct
-from sae_lab.evals.result import Figure, Result
 from sae_lab.lm.model import LM
 from sae_lab.lm.text import Documents
 from sae_lab.lm.tokens import pad
+from sae_lab.results import Figure, Result
 from sae_lab.saes.base import SparseCoder
 from sae_lab.types import Site, TokenBatch, Write
 

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from sae_lab.arguments import as_annotated
 from sae_lab.evals.contexts import spread_contexts
-from sae_lab.evals.result import Figure, Result
 from sae_lab.feature_index import FeatureIndex
 from sae_lab.lm.model import LM
 from sae_lab.lm.text import Documents
 from sae_lab.lm.tokens import label, pad
 from sae_lab.reading import read_codes
+from sae_lab.results import Figure, Result
 from sae_lab.saes.base import SparseCoder
 
 ENOUGH = 0.5  # share of texts in which a feature must activate to count as activated by its tokens

@@ -9,7 +9,7 @@ from torch.nn.functional import normalize
 
 from sae_lab.arguments import as_annotated
 from sae_lab.evals.description_length import Sample, jackknife, run_coder, sample
-from sae_lab.evals.result import Figure, Result
+from sae_lab.results import Figure, Result
 from sae_lab.saes import sparse
 from sae_lab.saes.base import SparseCoder
 from sae_lab.store import Store

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from sae_lab.arguments import as_annotated
-from sae_lab.evals.result import Figure, Result, mean_and_error
 from sae_lab.matching import match
+from sae_lab.results import Figure, Result, mean_and_error
 from sae_lab.saes.base import SparseCoder
 from sae_lab.types import rows_of
 from sae_lab.worlds import World

@@ -9,11 +9,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae_lab.arguments import as_annotated
-from sae_lab.evals.result import Figure, Result
 from sae_lab.lm.model import LM
 from sae_lab.lm.text import Documents, as_text
 from sae_lab.lm.tokens import pad
 from sae_lab.reading import read_codes
+from sae_lab.results import Figure, Result
 from sae_lab.saes.base import SparseCoder
 from sae_lab.store import Store
 from sae_lab.types import Codes

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from sae_lab.arguments import as_annotated
 from sae_lab.evals.contexts import clustered_error, spread_contexts
-from sae_lab.evals.result import number
 from sae_lab.lm.model import LM, token_losses
 from sae_lab.lm.text import Context, Documents
 from sae_lab.lm.tokens import pad
+from sae_lab.results import Shown, number
 from sae_lab.saes.base import SparseCoder
 from sae_lab.types import Codes, Site, TokenBatch, TokenMask, Write
 
@@ -23,8 +23,8 @@ AT_STAKE = 0.1  # nats/token that an ablation must cost, and
 SURE = 3  # how many of its standard errors, for a share of that cost to mean something
 
 
-@dataclass(frozen=True)
-class Reconstruction:
+@dataclass(frozen=True, repr=False)
+class Reconstruction(Shown):
     """Result of ``sl.evals.reconstruction``; see DEFINITIONS in its rows.
 
     Losses are nats/token; ``ce_recovered`` is 1 for the identity and 0 for mean ablation; NaN where the ablation costs
@@ -76,10 +76,12 @@ class Reconstruction:
 
         return pd.DataFrame([{f.name: getattr(self, f.name) for f in fields(self) if not f.name.startswith("token_")}])
 
+    _align = "<>><"
+
     def _rows(self) -> list[tuple[str, str, str, str]]:
-        """(measure, this coder, PCA of rank k, what it means)."""
         k = self.pca_rank
         return [
+            ("", "coder", f"PCA {k}", ""),
             ("L0", f"{self.l0:.2f}", str(k), "active features per token, eval mode"),
             ("FVU", f"{self.fvu:.3f}", f"{self.pca_fvu:.3f}", "variance unexplained, kept tokens"),
             ("FVU, all tokens", f"{self.fvu_all_tokens:.3f}", "", "with the tokens that the mask leaves out"),
@@ -98,21 +100,6 @@ class Reconstruction:
             f"{self.tokens:,} tokens of {self.documents} documents; ± clustered by document; {self.excluded:.1%} of "
             f"tokens {self.mask}; PCA fitted on these very tokens"
         )
-
-    def __str__(self) -> str:
-        head = ("", "coder", f"PCA {self.pca_rank}", "")
-        lines = [f"{a:20} {b:>16} {c:>9}  {d}".rstrip() for a, b, c, d in (head, *self._rows())]
-        return "\n".join([*lines, self._footer()])
-
-    __repr__ = __str__
-
-    def _repr_html_(self) -> str:
-        cells = "".join(
-            f"<tr><th style='text-align:left'>{a}</th><td>{b}</td><td>{c}</td><td style='text-align:left'>{d}</td></tr>"
-            for a, b, c, d in self._rows()
-        )
-        head = f"<tr><th></th><th>coder</th><th>PCA {self.pca_rank}</th><th></th></tr>"
-        return f"<table>{head}{cells}</table><p>{self._footer()}</p>"
 
 
 @as_annotated

@@ -12,10 +12,10 @@ from typing import Any
 
 from sae_lab import cache
 from sae_lab.arguments import as_annotated
-from sae_lab.evals.result import Figure, Result
 from sae_lab.evals.sections import SECTIONS, VERSIONS, Inputs
 from sae_lab.lm.model import LM
 from sae_lab.lm.text import Documents, load_text
+from sae_lab.results import Figure, Result
 from sae_lab.saes.base import SparseCoder
 
 log = logging.getLogger(__name__)

@@ -14,10 +14,10 @@ from sae_lab.evals.positional import positional
 from sae_lab.evals.probe_sets import read_probe_sets
 from sae_lab.evals.probing import probing
 from sae_lab.evals.reconstruction import reconstruction, said_of
-from sae_lab.evals.result import Figure
 from sae_lab.harvesting import harvest
 from sae_lab.lm.model import LM
 from sae_lab.lm.text import Text
+from sae_lab.results import Figure
 from sae_lab.saes.base import SparseCoder
 from sae_lab.store import Store
 from sae_lab.types import Site

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from sae_lab.arguments import as_annotated
 from sae_lab.edit import Ablate
-from sae_lab.evals.result import Figure, Result
 from sae_lab.lm.model import LM
 from sae_lab.lm.tokens import pad
 from sae_lab.reading import coded
+from sae_lab.results import Figure, Result
 from sae_lab.saes.base import SparseCoder
 
 PASS_ROWS = 16  # questions that go through the model together

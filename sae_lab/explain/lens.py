@@ -12,11 +12,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae_lab.arguments import as_annotated
-from sae_lab.evals.result import Figure, Result, mean_and_error
 from sae_lab.explain.prompts import Source, check_coder, check_features, top_examples
 from sae_lab.feature_index.directions import kurtosis
 from sae_lab.feature_index.index import FeatureIndex
 from sae_lab.lm.model import LM
+from sae_lab.results import Figure, Result, mean_and_error
 from sae_lab.saes.base import SparseCoder
 from sae_lab.types import Site
 

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from sae_lab.arguments import as_annotated
-from sae_lab.evals.result import Figure, Result, mean_and_error
 from sae_lab.explain import explainers
 from sae_lab.explain.asking import Asker, name_of
 from sae_lab.explain.contexts import Corpus
@@ -20,6 +19,7 @@ from sae_lab.explain.explainers import RuleExplainer, explainer_prompt, read_exp
 from sae_lab.explain.scoring import MEASURES, Explanation, Score, check_negatives, score
 from sae_lab.feature_index import FeatureIndex
 from sae_lab.feature_index.notes import Said
+from sae_lab.results import Figure, Result, mean_and_error
 from sae_lab.types import check_feature
 
 log = logging.getLogger(__name__)

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sae_lab.arguments import as_annotated
-from sae_lab.evals.result import Figure, Result
 from sae_lab.explain.prompts import Example, Source, check_coder, random_examples, strongest_activations, top_examples
 from sae_lab.explain.scoring import pearson
 from sae_lab.lm.model import LM
+from sae_lab.results import Figure, Result
 from sae_lab.saes.base import SparseCoder
 
 Agent = Callable[[str], str]

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from sae_lab.arguments import as_annotated
-from sae_lab.evals.result import Figure, Result
 from sae_lab.explain.lens import check_k, rate
 from sae_lab.explain.prompts import check_coder, check_features, codes_of
 from sae_lab.lm.model import LM
+from sae_lab.results import Figure, Result
 from sae_lab.saes.base import SparseCoder
 
 

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from sae_lab.arguments import as_annotated
-from sae_lab.evals.result import Figure, Result
 from sae_lab.explain.prompts import check_coder
 from sae_lab.explain.selfexplain import (
     MEANING,
@@ -20,6 +19,7 @@ from sae_lab.explain.selfexplain import (
     typical_norm,
 )
 from sae_lab.lm.model import LM
+from sae_lab.results import Figure, Result
 from sae_lab.saes.base import SparseCoder
 from sae_lab.types import Site
 

@@ -1,6 +1,5 @@
 """sl.features: which features are active at each token of a prompt. Needs a coder and a model, no index."""
 
-import html
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,6 +10,7 @@ from sae_lab.arguments import as_annotated
 from sae_lab.lm.model import LM
 from sae_lab.lm.tokens import Prompts, Token
 from sae_lab.reading import read_codes
+from sae_lab.results import Html, html_table, tag
 from sae_lab.saes.base import SparseCoder
 
 
@@ -67,13 +67,9 @@ class FeatureTable:
     def __repr__(self) -> str:
         return "\n".join(f"{token!r:>16}  {found}" for token, found in self._rows())
 
-    def _repr_html_(self) -> str:
-        cells = "".join(
-            f"<tr><td style='text-align:right'><code>{html.escape(token)}</code></td>"
-            f"<td style='text-align:left'>{html.escape(found)}</td></tr>"
-            for token, found in self._rows()
-        )
-        return f"<table><tr><th>token</th><th style='text-align:left'>feature (activation)</th></tr>{cells}</table>"
+    def _repr_html_(self) -> Html:
+        rows = [(tag("code", token), found) for token, found in self._rows()]
+        return html_table([("token", "feature (activation)"), *rows], align="><")
 
 
 @as_annotated

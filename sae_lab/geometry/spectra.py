@@ -9,8 +9,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae_lab.arguments import as_annotated
-from sae_lab.evals.result import Figure, Result
 from sae_lab.geometry.clustering import feature_rows
+from sae_lab.results import Figure, Result
 from sae_lab.types import Codes
 
 

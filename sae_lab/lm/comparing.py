@@ -9,12 +9,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae_lab.lm.tokens import Token, label
+from sae_lab.results import Shown, frame_rows
 
 SHOWN = 8  # tokens whose chance to come next changed most
 
 
 @dataclass(frozen=True, repr=False)
-class Comparison:
+class Comparison(Shown):
     """Result of ``lm.compare``; prints as a table.
 
     Attributes:
@@ -60,21 +61,17 @@ class Comparison:
             found |= {f"{name} with edits": with_, f"{name} without": without}
         return found
 
-    def _summary(self) -> str:
+    _align, _gap = ">", " "
+
+    def _rows(self) -> list[tuple[str, ...]]:
+        return frame_rows(self.to_pandas())
+
+    def _footer(self) -> str:
         changes = ", ".join(f"{t!r} {a:.2f} → {b:.2f}" for t, a, b in self.next)
         return (
             f"perplexity {self.perplexity:.2f} → {self.perplexity_edited:.2f}; "
             f"mean KL {float(self.kl.mean()):.4f} nats; next token, log-probability: {changes}"
         )
-
-    def __repr__(self) -> str:
-        return self.to_pandas().to_string(index=False, float_format="{:.3f}".format) + "\n" + self._summary()  # type: ignore[arg-type]
-
-    def _repr_html_(self) -> str:
-        from html import escape
-
-        table = self.to_pandas().to_html(index=False, float_format=lambda v: f"{v:.3f}", border=0)
-        return f"{table}<p>{escape(self._summary())}</p>"
 
 
 def compared(

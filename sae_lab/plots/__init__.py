@@ -7,9 +7,9 @@ from sae_lab.circuits import Attribution, FeatureCircuit, PatchGrid
 from sae_lab.dosing import DoseResponse
 from sae_lab.evals.by_position import ByPosition, Hill
 from sae_lab.evals.choosing import L0Choice
-from sae_lab.evals.result import Result as Measured
 from sae_lab.feature_index import FeatureIndex, FeatureView
 from sae_lab.geometry import Circular, Clusters, Patterns
+from sae_lab.results import Result as Measured
 from sae_lab.sweeping import Sweep
 from sae_lab.training import Run
 

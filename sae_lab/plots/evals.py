@@ -8,8 +8,8 @@ from matplotlib.figure import Figure as Drawing
 
 from sae_lab.evals.by_position import ByPosition, Hill
 from sae_lab.evals.report import Report
-from sae_lab.evals.result import Figure, Result
 from sae_lab.plots.style import COLOURS, GREY, MARKERS, look, stacked, subplots
+from sae_lab.results import Figure, Result
 
 MOST = 30  # measures in one picture
 Row = tuple[str, list[tuple[str, Figure]]]

@@ -1,0 +1,79 @@
+"""Tables of results: what came from data is shown as text, and nothing of it is HTML or moves a terminal's cursor."""
+
+import unicodedata
+from dataclasses import dataclass
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+import sae_lab
+from sae_lab.results import Html, Shown, frame_text, html_table, joined, tag, text_table, visible
+
+PACKAGE = Path(sae_lab.__file__).parent
+EVIL = "<img src=x onerror=alert(1)> & \"'\x1b[2J\u202e"
+
+
+@dataclass(frozen=True, repr=False)
+class Told(Shown):
+    name: str
+
+    def _rows(self):
+        return [("", self.name), (self.name, "1.5")]
+
+    def _footer(self):
+        return f"of {self.name}\nin two lines"
+
+
+def elements(page):
+    found = []
+    parser = HTMLParser()
+    parser.handle_starttag = lambda name, attributes: found.append((name, attributes))
+    parser.feed(page)
+    return found
+
+
+def test_what_is_not_seen_is_marked():
+    assert visible("a\nb\tc\rd\u00a0e") == "a↵b⇥c␍d⍽e"
+    assert visible("\x00\x1b[2J\u202egpj\ud800\U000e0041") == "U+0000U+001B[2JU+202EgpjU+D800U+E0041"
+    seen = "Zürich, Ελλάδα, שלום, 東京, नमस्ते, 🙂"
+    assert visible(seen) == seen
+
+
+@pytest.mark.parametrize("kind", ["Cc", "Cf", "Zl", "Zp", "Cs"])
+def test_every_character_that_unicode_calls_unseen_is_marked(kind):
+    unseen = [c for c in map(chr, range(0x110000)) if unicodedata.category(c) == kind]
+    # Unicode also calls signs around a number format characters, and those that join hieroglyphs: they are drawn.
+    drawn = {unicodedata.name(c).split()[0] for c in unseen if visible(c) == c}
+    assert drawn <= {"ARABIC", "SYRIAC", "KAITHI", "EGYPTIAN"}
+
+
+def test_html_is_made_by_tag_alone():
+    assert tag("b", EVIL, title=EVIL).count("<") == 2
+    assert elements(tag("p", tag("i", "<b>"), "<b>", class_=1))[0][0] == "p"
+    assert joined(["<", tag("i"), ">"], "&") == "&lt;&amp;<i></i>&amp;&gt;"
+    # Put together in another way it is text again, which is escaped.
+    assert joined([f"{tag('i')}"]) == "&lt;i&gt;&lt;/i&gt;"
+
+
+def test_a_result_shows_data_as_text():
+    told = Told(EVIL)
+    page = told._repr_html_()
+    assert isinstance(page, Html)
+    assert {name for name, _ in elements(page)} == {"table", "tr", "th", "td", "p", "br"}
+    assert {key for _, attributes in elements(page) for key, _ in attributes} == {"style"}
+    assert visible(page) == page and "U+001B[2JU+202E" in page
+    assert visible(repr(told)).replace("↵", "\n") == repr(told)
+
+
+def test_a_frame_is_printed_as_pandas_does():
+    frame = pd.DataFrame({"token": ["a", " bc"], "kl": [0.1, float("nan")], "n": [1, 20]})
+    theirs = frame.to_string(index=False, float_format="{:.3f}".format)
+    assert [line.split() for line in frame_text(frame).splitlines()] == [line.split() for line in theirs.splitlines()]
+
+
+def test_columns_stand_under_each_other():
+    rows = [("", "value"), ("a", "1"), ("long", "100")]
+    assert text_table(rows, "footer", "<>") == "      value\na         1\nlong    100\nfooter"
+    assert html_table(rows, "", "<>").count("text-align:right") == 3
