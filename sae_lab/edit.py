@@ -26,7 +26,7 @@ from torch import Tensor
 
 from sae_lab import rules
 from sae_lab.arguments import check_fields
-from sae_lab.reading import some_codes
+from sae_lab.reading import some_codes, some_form
 from sae_lab.saes import formats
 from sae_lab.saes.base import SparseCoder
 from sae_lab.types import Site, TokenBatch, Write
@@ -509,7 +509,7 @@ def _codes_of(edit: Edit, lm: "LM", prompts: Prompts) -> tuple[Tensor, Tensor, T
     plan = coder.portable(edit.features, whole=False)
     after = partial(some_codes, plan=plan, limit=mask.max_norm.get(site.key))
     with torch.no_grad():
-        found = lm.run(batch, [site], logits=False, after=after)[0][site]
+        found = lm.run(batch, [site], logits=False, after=after, **some_form(batch, len(edit.features)))[0][site]
     codes = found["codes"].new_zeros(*batch.mask.shape, len(edit.features))
     codes[batch.mask] = found["codes"]
     keep = mask.keep(batch.ids, batch.positions) & batch.mask

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sae_lab import rules
@@ -45,7 +45,8 @@ def together(edits: Sequence[Any], lm: "LM", batch: TokenBatch, new: int = 0, al
     limited = [g for g in groups if g.edits and _limit(g, lm) is not None]
     unseen = [g for g in limited if not alone or _changed_before(g, groups, lm)]
     sites = list(dict.fromkeys(g.first.read_site for g in unseen))
-    norms = lm.run(batch, sites, logits=False, after=rules.norms)[0] if unseen else {}
+    form = Float[Tensor, " ".join(map(str, batch.ids.shape))]
+    norms = lm.run(batch, sites, logits=False, after=rules.norms, form=form)[0] if unseen else {}
     return [g.write or _write(g, groups, norms if g in unseen else None, lm, batch) for g in groups]
 
 

@@ -13,17 +13,19 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from jaxtyping import Bool, Float
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from sae_lab import cache
 from sae_lab.arguments import as_annotated
+from sae_lab.lm import forms
 from sae_lab.lm.model import LM
 from sae_lab.lm.passes import packed
 from sae_lab.lm.text import Context, Documents, Text, as_text
 from sae_lab.lm.tokens import pad
-from sae_lab.reading import counting, sparse_rows
+from sae_lab.reading import counting, sparse_form, sparse_rows
 from sae_lab.saes.base import SparseCoder
 from sae_lab.store import VERSION, Store, read_manifest
 from sae_lab.types import Site, TokenBatch, TokenMask, as_sites
@@ -264,7 +266,10 @@ class _Harvest:
             s: partial(packed, limit=mask.max_norm.get(s.key, float("inf")), scale=scales[s.key], **common)
             for s in self.sites
         }
-        found = [self.lm.run(batch, self.sites, logits=False, after=after)[0] for batch in batches]
+        found = [
+            self.lm.run(batch, self.sites, logits=False, after=after, form=self._packed_form(batch))[0]
+            for batch in batches
+        ]
         keeps = {s: torch.cat([part[s]["keep"] for part in found]) for s in self.sites}
         kept = torch.stack(list(keeps.values())).all(0)  # what is left out at one site is left out at all
         tensors = {}
@@ -277,13 +282,27 @@ class _Harvest:
             tensors[s.key] = full if x is not None else self._pack(s, full)
         return kept, tensors
 
+    def _packed_form(self, batch: TokenBatch) -> dict[Site, Any]:
+        """What ``packed`` makes at each site."""
+        keep = Bool[Tensor, f"{int(batch.mask.sum())}"]
+
+        def rows(found: Any, width: int) -> bool:
+            return forms.has(found, {"keep": keep, "x": Float[Tensor, f"kept {width}"]}) and len(found["x"]) == int(
+                found["keep"].sum()
+            )
+
+        return {s: partial(rows, width=self.lm.width(s)) for s in self.sites}
+
     def _read_codes(self, batches: list[TokenBatch], coder: SparseCoder) -> tuple[Tensor, dict[str, Tensor]]:
         """(which tokens count, their codes), made where the model is."""
         [site], mask = self.sites, coder.mask or self.lm.mask()
         if self.manifest["mask"] is None:
             self.manifest["mask"] = mask.to_dict()
         after = partial(sparse_rows, **counting(coder, mask, site))
-        found = [self.lm.run(batch, [site], logits=False, after=after)[0][site] for batch in batches]
+        found = [
+            self.lm.run(batch, [site], logits=False, after=after, **sparse_form(batch, coder))[0][site]
+            for batch in batches
+        ]
         names = ("values", "features", "counts")
         codes = {name: torch.cat([part[name] for part in found]).contiguous() for name in names}
         return torch.cat([part["keep"] for part in found]), codes

@@ -4,9 +4,10 @@ from functools import partial
 from typing import Any, NamedTuple, no_type_check
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from sae_lab.lm import forms
 from sae_lab.lm.model import LM
 from sae_lab.lm.passes import counting_tokens
 from sae_lab.saes.base import SparseCoder
@@ -27,7 +28,8 @@ def read_codes(lm: LM, coder: SparseCoder, batch: TokenBatch, site: Site | None 
     """Codes of the tokens that the coder's mask keeps, in eval mode, at the coder's site."""
     site, mask = site or coder.site, coder.mask or lm.mask()
     if lm.remote:
-        found = lm.run(batch, [site], logits=False, after=partial(sparse_rows, **counting(coder, mask, site)))[0][site]
+        after = partial(sparse_rows, **counting(coder, mask, site))
+        found = lm.run(batch, [site], logits=False, after=after, **sparse_form(batch, coder))[0][site]
         keep = torch.zeros_like(batch.mask)
         keep[batch.mask] = found["keep"]
         return Coded(codes_from(found, coder.d_sae), keep)
@@ -61,6 +63,31 @@ def codes_from(found: dict[str, Tensor], d_sae: int) -> Codes:
     """What ``sparse_rows`` found as ``Codes``."""
     offsets = torch.cat([torch.zeros(1, dtype=torch.long), found["counts"].long().cumsum(0)])
     return Codes(found["values"], found["features"].long(), offsets, d_sae)
+
+
+def sparse_form(batch: TokenBatch, coder: SparseCoder) -> dict[str, Any]:
+    """What ``sparse_rows`` makes, as ``lm.run`` takes it: the form, and the bytes, of which no code can have more."""
+    many, d_sae = int(batch.mask.sum()), coder.d_sae
+    parts = {
+        "values": Float[Tensor, "codes"], "features": Int[Tensor, "codes"], "counts": Int[Tensor, "kept"],
+        "keep": Bool[Tensor, f"{many}"],
+    }  # fmt: skip
+
+    def sparse_codes(found: Any) -> bool:
+        if not forms.has(found, parts):
+            return False
+        counts, features = found["counts"], found["features"]
+        fits = len(counts) == int(found["keep"].sum()) and int(counts.sum()) == len(features)
+        return fits and bool((counts >= 0).all()) and bool(((features >= 0) & (features < d_sae)).all())
+
+    return {"form": sparse_codes, "expected": many * d_sae}  # 8 bytes a code: answers.SLACK makes it as many as can be
+
+
+def some_form(batch: TokenBatch, features: int) -> dict[str, Any]:
+    """The same of ``some_codes``."""
+    many = int(batch.mask.sum())
+    form = {"codes": Float[Tensor, f"{many} {features}"], "loud": Bool[Tensor, f"{many}"]}
+    return {"form": form, "expected": 4 * many * features}
 
 
 @no_type_check

@@ -312,7 +312,8 @@ def _divergences(lm: LM, site: Site, runs: _Runs, edits: Sequence[Tensor]) -> Fl
         some = runs.part(rows[part])
         added = torch.cat(list(edits))[part]
         metric = partial(of_metric, metric=partial(divergence_at_end, log_p=some.log_p))
-        found.append(lm.run(some.batch, writes=[Write(site, partial(plus, by=added))], logits=metric)[1])
+        form = Float[Tensor, f"{len(part)}"]
+        found.append(lm.run(some.batch, writes=[Write(site, partial(plus, by=added))], logits=metric, form=form)[1])
     return torch.cat(found).view(len(edits), n).T.numpy()
 
 

@@ -45,7 +45,8 @@ def kl_from(lm: LM, sources: Sequence[str] | str) -> Metric:
     Args: sources: one for each row of the prompts.
     """
     sources = [sources] if isinstance(sources, str) else list(sources)
-    return partial(kl_to, given=lm.run(lm.tokenize(sources), logits=final_log_chances)[1].cpu())
+    form = Float[Tensor, f"{len(sources)} {lm.vocab_size}"]
+    return partial(kl_to, given=lm.run(lm.tokenize(sources), logits=final_log_chances, form=form)[1].cpu())
 
 
 @no_type_check

@@ -228,7 +228,8 @@ def _kl_of(lm: LM, site: Site, ids: list[int], new: Tensor, kept: Tensor) -> Ten
     if from_the_start:  # where a write cannot make the batch larger, see reconstruction
         batch = TokenBatch(batch.ids.expand(many, -1), batch.mask.expand(many, -1), batch.positions.expand(many, -1))
     write = Write(site, partial(beside, new=new, keep=kept))
-    return lm.run(batch, writes=[write], logits=kl_from_first)[1]
+    form = Float[Tensor, f"{len(new)} {batch.ids.shape[1]}"]
+    return lm.run(batch, writes=[write], logits=kl_from_first, form=form)[1]
 
 
 @no_type_check

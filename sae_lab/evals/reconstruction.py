@@ -326,7 +326,8 @@ def _losses(
         write = partial(variants, x_hat=own, keep=keep, mean=measured["mean"], basis=measured["basis"])
         losses = partial(losses_of_each, ids=five.ids, mask=five.mask)
         given = five if from_the_start else batch
-        collected.append(lm.run(given, writes=[Write(site, write)], logits=losses)[1][:, 1:])
+        form = Float[Tensor, f"5 {len(context.ids)}"]
+        collected.append(lm.run(given, writes=[Write(site, write)], logits=losses, form=form)[1][:, 1:])
         documents += context.documents[1:]
     return torch.cat(collected, dim=1), torch.tensor(documents)
 

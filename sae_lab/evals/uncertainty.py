@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, no_type_check
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sae_lab.arguments import as_annotated
@@ -281,7 +281,8 @@ def _answered(
         sites = [coder.site] if coder is not None else []
         writes = Ablate.together(edits, lm, batch)
         of_logits: Any = partial(greedy_and_entropy, last=last)
-        acts, said = lm.run(batch, sites, writes, logits=of_logits)
+        form = {"greedy": Int[Tensor, " ".join(map(str, batch.ids.shape))], "entropy": Float[Tensor, f"{len(part)}"]}
+        acts, said = lm.run(batch, sites, writes, logits=of_logits, form=form)
         right = (said["greedy"][:, :-1] == batch.ids[:, 1:]) | ~batch.mask[:, 1:]
         before = torch.arange(right.shape[1]) < last[:, None]  # what the prompt itself says is not asked
         correct[part] = (right | before).all(1).numpy()

@@ -17,7 +17,7 @@ from sae_lab.feature_index.index import FeatureIndex
 from sae_lab.lm.model import LM, token_losses
 from sae_lab.lm.text import Text
 from sae_lab.lm.tokens import Prompts
-from sae_lab.reading import some_codes
+from sae_lab.reading import some_codes, some_form
 from sae_lab.results import Figure, Result
 from sae_lab.saes.base import SparseCoder
 from sae_lab.types import TokenBatch
@@ -72,7 +72,7 @@ def codes_of(
     for start in range(0, len(batch.ids), rows):
         real = batch.mask[start : start + rows]
         part = TokenBatch(batch.ids[start : start + rows], real, batch.positions[start : start + rows])
-        found = lm.run(part, [site], logits=False, after=after)[0][site]
+        found = lm.run(part, [site], logits=False, after=after, **some_form(part, len(features)))[0][site]
         keep = mask.keep(part.ids, part.positions)[real] & ~found["loud"]
         codes[start : start + rows][real] = found["codes"] * keep[:, None]
         kept[start : start + rows][real] = keep
@@ -359,7 +359,8 @@ class _Search:
 
     def losses(self, prompts: list[tuple[int, ...]]) -> list[float]:
         batch = self.lm.tokenize([[*self.prefix, *ids] for ids in prompts])
-        return self.lm.run(batch, logits=token_losses)[1].nanmean(1).tolist()
+        form = Float[Tensor, " ".join(map(str, batch.ids.shape))]
+        return self.lm.run(batch, logits=token_losses, form=form)[1].nanmean(1).tolist()
 
     def ce(self, candidate: Candidate) -> float:
         return self.losses([candidate.ids])[0] if math.isnan(candidate.ce) else candidate.ce

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, no_type_check
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from sae_lab.arguments import as_annotated
@@ -125,7 +126,8 @@ def _grow(
     for level in range(depth):
         batch = lm.tokenize(ways)
         writes = Implant(at, position, vector.expand(len(ways), -1)).writes(lm, batch)
-        probabilities = lm.run(batch, writes=writes, logits=next_probabilities)[1].cpu()
+        form = Float[Tensor, f"{len(ways)} {lm.vocab_size}"]
+        probabilities = lm.run(batch, writes=writes, logits=next_probabilities, form=form)[1].cpu()
         first = probabilities[0] if not level else first
         top = probabilities.topk(width, dim=-1)
         levels.append((top.values.tolist(), top.indices.tolist()))

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from sae_lab.lm.model import LM
-from sae_lab.reading import some_codes
+from sae_lab.reading import some_codes, some_form
 from sae_lab.saes.base import SparseCoder
 
 
@@ -44,7 +44,7 @@ def score(lm: LM, coder: SparseCoder, feature: int, text: str) -> Scored:
     plan = coder.portable([coder.feature(feature)], whole=False)
     with torch.no_grad():
         after = partial(some_codes, plan=plan, limit=mask.max_norm.get(site.key))
-        found = lm.run(batch, [site], logits=False, after=after)[0][site]
+        found = lm.run(batch, [site], logits=False, after=after, **some_form(batch, 1))[0][site]
     keep = (mask.keep(batch.ids, batch.positions) & batch.mask)[batch.mask] & ~found["loud"]
     codes = found["codes"][:, 0].tolist()
     values = [round(v, 4) if k else None for v, k in zip(codes, keep.tolist(), strict=True)]

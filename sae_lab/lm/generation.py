@@ -6,6 +6,7 @@ model carries (``continuing``), or with the whole text where the state cannot be
 
 import inspect
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -53,7 +54,9 @@ def _continued_there(
     ends, limit = sorted(_end_ids(lm._module, lm.tokenizer)), lm.max_length
     state = None if generator is None else generator.get_state()
     said, through, pick = [], passes.through, passes.pick
-    backend = lm._server.request(nn, listen=stream)
+    most = sum(len(rows) for rows, _ in parts)
+    form = partial(_is_said, parts=parts, new=new, vocab=lm.vocab_size)
+    backend = lm._server.request(nn, form, 4 * most * (16 * new + lm.vocab_size), listen=stream)
     with lm._lock, torch.no_grad(), nn.session(backend=backend):
         said = nnsight.save([])
         generator = None if state is None else torch.Generator()
@@ -80,11 +83,33 @@ def _continued_there(
                     print("next", *token_ids, flush=True)
     if stream:
         lines = (line.split() for line in backend.lines())
-        said = (([0], [int(t) for t in line[1:]]) for line in lines if line[:1] == ["next"])
+        said = (([0], _one_token(line[1:], lm.vocab_size)) for line in lines if line[:1] == ["next"])
     else:
-        said = backend.saved()["said"]
+        said = backend.saved("said")
     for rows, token_ids in said:
         yield rows, [None if t < 0 else t for t in token_ids]
+
+
+def _one_token(words: list[str], vocab: int) -> list[int]:
+    """The token that a line of the block's says."""
+    from sae_lab.lm.remote import NDIFError
+
+    if len(words) != 1 or not words[0].removeprefix("-").isdecimal() or not -1 <= int(words[0][:12]) < vocab:
+        raise NDIFError("the server said a next token that is none of this model's: make the call again, or here")
+    return [int(words[0])]
+
+
+def _is_said(said: Any, parts: list[tuple[Tensor, Tensor]], new: int, vocab: int) -> bool:
+    """Whether this is what the block above has said: of one part after the other its rows and as many tokens."""
+    allowed = [rows.tolist() for rows, _ in parts for _ in range(new)]
+    if not isinstance(said, list) or not all(isinstance(part, tuple) and len(part) == 2 for part in said):
+        return False
+    ways = iter(allowed)
+    return all(
+        rows in ways and isinstance(ids, list) and len(ids) == len(rows)
+        and all(type(t) is int and -1 <= t < vocab for t in ids)
+        for rows, ids in said
+    )  # fmt: skip
 
 
 def _continued_here(

@@ -225,6 +225,8 @@ class LM:
         logits: bool | Callable[..., Tensor] = True,
         past: Any = None,
         after: Callable[..., Any] | Mapping[Site, Callable[..., Any]] | None = None,
+        form: Any = None,
+        expected: int = 0,
     ) -> tuple[dict[Site, Any], Any]:
         """One trace over a token batch: activations at ``reads`` (after the writes there) and, if asked, logits.
 
@@ -234,6 +236,10 @@ class LM:
 
         What is not wanted whole can be made smaller where the model runs: ``logits`` and ``after`` may be functions
         (x "batch pos d", tokens) -> what comes back in its place (``after`` also one for each site).
+
+        form: what such a function makes, of ``logits`` or else of ``after`` (then also one for each site), so that a
+        server's answer can be checked (``answers.checked``); expected: bytes of it, where they are more than what it
+        is made from.
         """
         import nnsight
 
@@ -248,7 +254,7 @@ class LM:
         inputs: dict[str, Any] = {"input_ids": batch.ids.to(self.device)}
         inputs |= {"use_cache": False} if past is None else past.inputs(batch.positions.to(self.device))
         nn, tokens, found = self._nn, batch.plain(), cast(dict[str, Any], {})
-        backend = self._server.request(nn) if self._server else None
+        backend = self._request(batch, reads, logits, after, form, expected) if self._server else None
         with self._lock, torch.no_grad(), nn.trace(inputs, backend=backend) as tracer:
             found = nnsight.save({})
             through(nn, steps, tokens, found)
@@ -259,11 +265,24 @@ class LM:
                 if past is not None:
                     past.keep(nn.output)
         if backend is not None:
-            found = backend.saved()["found"]
+            found = backend.saved("found")
         acts, out = {s: found[s.key] for s in reads}, found.get("")
         if scattered:
             acts = {s: _padded(x, batch) for s, x in acts.items()}
         return acts, _padded(out, batch) if self._server and logits is True else out
+
+    def _request(self, batch: TokenBatch, reads: list[Site], logits: Any, after: Any, form: Any, expected: int) -> Any:
+        """The request of a pass, with the form and the size of what it saves."""
+        many, made = int(batch.mask.sum()), None if callable(logits) else form
+        forms: dict[str, Any] = {}
+        for s in reads:
+            forms[s.key] = made[s] if isinstance(made, Mapping) and s in made else made
+            if after is None:
+                forms[s.key] = Float[Tensor, f"{many} {self.width(s)}"]
+        if logits:
+            forms[""] = form if callable(logits) else Float[Tensor, f"{many} {self.vocab_size}"]
+        whole = sum(self.width(s) for s in reads) + (self.vocab_size if logits else 0)
+        return self._server.request(self._nn, forms, max(4 * batch.ids.numel() * whole, expected))
 
     def _steps(self, reads: Iterable[Site], writes: Iterable[Write], after: Any) -> list[tuple[Any, ...]]:
         """What ``passes.through`` does, in the order in which the model computes sites. Two sites can share one place
@@ -323,7 +342,8 @@ class LM:
             raise ValueError(f"{site} is a difference of two tensors in this model: nothing has a gradient by it")
         inputs = {"input_ids": batch.ids.to(self.device), "use_cache": False}
         nn, tokens, x, found = self._nn, batch.plain(), x.detach(), cast(Tensor, None)
-        backend = self._server.request(nn) if self._server else None
+        form = Float[Tensor, " ".join(map(str, x.shape))]
+        backend = self._server.request(nn, form, 4 * x.numel()) if self._server else None
         read, value_of, put, slope = passes.read, passes.value_of, passes.put, passes.slope
         with self._lock, torch.enable_grad(), nn.trace(inputs, backend=backend):
             here = read(nn, place, tokens.ids.shape[1])
@@ -331,7 +351,7 @@ class LM:
             # A copy, for the stream in mid-block is written in place, and a leaf that wants its gradient may not be.
             put(nn, place, here, value_of(here, place, {}), there.clone())
             found = nnsight.save(slope(nn.output.logits, tokens, there, metric))
-        return found if backend is None else backend.saved()["found"]
+        return found if backend is None else backend.saved("found")
 
     def _require_before(self, writes: list[Write]) -> None:
         """What a write reads must have happened."""
@@ -366,7 +386,8 @@ class LM:
         ``per_token[b, p]`` is the loss of token p given the ones before it: NaN at position 0 and at padding.
         """
         batch = self.tokenize(prompts)
-        _, losses = self.run(batch, writes=self._writes(edits, batch), logits=token_losses)
+        form = Float[Tensor, " ".join(map(str, batch.ids.shape))]
+        _, losses = self.run(batch, writes=self._writes(edits, batch), logits=token_losses, form=form)
         if not per_token and bool(losses.isnan().all()):
             raise ValueError("a loss needs at least two tokens (one given, one predicted); this text has one")
         return losses if per_token else losses.nanmean()
@@ -476,7 +497,9 @@ class LM:
         """Input embeddings of token ids, float32 on the CPU, centred on the mean over the vocabulary."""
         if self._server:
             path = self._sites.path_of(self._module.get_input_embeddings())
-            return self._there(passes.embedded, ids=ids, path=path, size=self.vocab_size)
+            d = self.width("embed")
+            form = Float[Tensor, f"{len(ids)} {d}"]
+            return self._there(passes.embedded, form, 4 * len(ids) * d, ids=ids, path=path, size=self.vocab_size)
         table = self._module.get_input_embeddings().weight.float()
         return (table[ids.to(table.device)] - table.mean(0)).cpu()
 
@@ -497,7 +520,8 @@ class LM:
             return None
         x = directions.detach().float().cpu()
         if self._server:
-            return self._there(passes.lens, x=x, of=of, **way)
+            form = Float[Tensor, f"{len(x)} {self.vocab_size}"] if of is None else None
+            return self._there(passes.lens, form, 4 * len(x) * self.vocab_size, x=x, of=of, **way)
         with self._lock, torch.no_grad():
             return passes.lens(self._module, x=x, of=of, **way)
 
@@ -544,16 +568,16 @@ class LM:
         x = passes.before_head(self._module, x.float(), way["w_o"], way["way"]).to(self.device)
         return x if factor is None else factor * x
 
-    def _there(self, fn: Callable[..., Any], **settings: Any) -> Any:
-        """fn(root envoy, **settings) where the model is: modules may be called there."""
+    def _there(self, fn: Callable[..., Any], form: Any, expected: int, **settings: Any) -> Any:
+        """fn(root envoy, **settings) on the server, where modules may be called; form, expected: of its value."""
         import nnsight
 
         nn, ids, found = self._nn, torch.zeros(1, 1, dtype=torch.long, device=self.device), None
-        backend = self._server.request(nn) if self._server else None
+        backend = self._server.request(nn, form, expected)
         with self._lock, torch.no_grad(), nn.trace({"input_ids": ids, "use_cache": False}, backend=backend) as tracer:
-            found = nnsight.save(fn(nn, **settings))
+            found = nnsight.save(fn(nn, **settings))  # noqa: F841 (the name under which it comes back)
             tracer.stop()
-        return found if backend is None else backend.saved()["found"]
+        return backend.saved("found")
 
 
 def listed_edits(edits: Any) -> list[Any]:

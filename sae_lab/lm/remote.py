@@ -1,28 +1,33 @@
 """Running on an NDIF server: one request at a time, with a deadline, errors that say what to do, and no pickles.
 
 nnsight sends a traced block (its source, and what it names) and gives back what the block saved. Here that is done so
-that a call can wait, or be waited for (``Job``), or be taken up again after the kernel died. Results are loaded with
-``weights_only=True``: tensors and plain data, so that no server can run code here.
+that a call can wait, or be waited for (``Job``), or be taken up again after the kernel died. ``answers`` reads what
+comes: tensors and plain data, so that no server can run code here, hold a call or fill the memory.
 """
 
-import io
-import json
+import itertools
 import logging
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cached_property, partial
+from importlib.metadata import version
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
+import httpx
+import websocket
 from nnsight.intervention.backends.display import StatusDisplay
-from nnsight.intervention.backends.remote import RemoteBackend, RemoteError
+from nnsight.intervention.backends.remote import RemoteBackend
 from nnsight.ndif import register
 from nnsight.schema.config import CONFIG
 from nnsight.schema.request import RequestModel
 from nnsight.schema.response import ResponseModel, Status
+
+from sae_lab.lm import answers, forms
 
 log = logging.getLogger(__name__)
 
@@ -89,11 +94,19 @@ class Server:
     def __repr__(self) -> str:
         return f"Server({self.host!r}, deadline={self.deadline:g})"
 
-    def request(self, model: Any, listen: bool = False) -> "Request":
-        """One request, for ``trace(backend=)`` or ``session(backend=)``; with ``listen`` one whose prints are heard."""
+    def request(self, model: Any, form: Any, expected: int, listen: bool = False) -> "Request":
+        """One request, for ``trace(backend=)`` or ``session(backend=)``; with ``listen`` one whose prints are heard.
+
+        form: of what it saves, see ``answers.checked``. expected: bytes of that.
+        """
         register_travelling()
-        job = getattr(self._present, "job", None)
-        return Request(self, model.to_model_key(), model._remoteable_get_env(), listen, job)
+        job, most = getattr(self._present, "job", None), answers.TALK + answers.SLACK * expected
+        return Request(self, model.to_model_key(), model._remoteable_get_env(), form, most, listen, job)
+
+    @cached_property
+    def trusted(self) -> Any:
+        """The certificates that are trusted: reading them takes a while."""
+        return httpx.create_ssl_context()
 
     @contextmanager
     def aside(self) -> Iterator[None]:
@@ -105,8 +118,8 @@ class Server:
             self._present.job = job
 
     def scrub(self, text: str) -> str:
-        """A message without the key."""
-        return text.replace(self._key, "<your key>") if self._key else text
+        """What a server said, as an error may repeat it: without the key."""
+        return answers.scrubbed(text, self._key)
 
 
 class Job:
@@ -172,16 +185,21 @@ class Request(RemoteBackend):
 
     By default the server keeps the status where it can be asked for, so that a dead connection loses nothing. To hear
     what a block prints a websocket is needed; if that breaks, so does the request.
+
+    form: of what the block saves, see ``answers.checked``; most: bytes that it may have.
     """
 
-    def __init__(self, server: Server, model_key: str, env: dict[str, Any], listen: bool, job: Job | None):
+    def __init__(
+        self, server: Server, model_key: str, env: dict[str, Any], form: Any, most: int, listen: bool, job: Job | None
+    ):
         sent = job.id if job else None
         super().__init__(model_key, server.host, server._key or None, env, blocking=False, job_id=sent)
         self.api_key = server._key  # RemoteBackend would take one from the environment for none
         self.display = StatusDisplay(enabled=False)
-        self.server, self.listen, self.job = server, listen, job
+        self.server, self.form, self.most, self.listen, self.job = server, form, most, listen, job
         self.ends = time.monotonic() + server.deadline
         self.known_by = time.monotonic() + KNOWN if sent else self.ends  # a job of before has a status already
+        self.client = httpx.Client(verify=server.trusted)
         self.socket: Any = None
 
     def __call__(self, tracer: Any = None) -> None:
@@ -196,84 +214,108 @@ class Request(RemoteBackend):
             ) from err
         request = RequestModel(model_key=self.model_key, compress=self.compress, env=self.env)
         if self.listen:
-            request.session_id = self._subscribe()
-        response = self._safely(lambda: self._post(request, blob), sending=True)
+            request.session_id = self._ask(self._subscribe)
+        response = self._ask(partial(self._send, request, blob), sending=True)
         self.job_id = response.id
         self.server.sent += len(blob)
         self._note(response)
 
-    def saved(self) -> dict[str, Any]:
-        """What the block saved, by name, when it is done."""
+    def saved(self, name: str) -> Any:
+        """What the block saved under this name, when it is done."""
         pause = POLL[0]
-        while True:
-            response = self._safely(self._status)
-            if response is None and time.monotonic() > self.known_by:
-                raise NDIFError(
-                    f"{self.host} knows no job {self.job_id}: its id may be misspelled, or its result no longer kept; "
-                    "make the call without job="
-                )
-            if response is not None and self._note(response):
-                return self._safely(partial(self.download_result, response.data)) or {}
-            self._check_time()
-            time.sleep(pause)
-            pause = min(1.5 * pause, POLL[1])
+        try:
+            while True:
+                response = self._ask(self._status)
+                if response is None and time.monotonic() > self.known_by:
+                    raise NDIFError(
+                        f"{self.host} knows no job {self.job_id}: its id may be misspelled, or its result no longer "
+                        "kept; make the call without job="
+                    )
+                if response is not None and self._note(response):
+                    return self._ask(partial(self._result, response.data, name))
+                time.sleep(max(0.0, min(pause, self._left())))
+                pause = min(1.5 * pause, POLL[1])
+        finally:
+            self._stop()
+
+    # ---- questions, each within the time that is left; see ``answers``
+
+    def _send(self, request: RequestModel, blob: bytes) -> ResponseModel:
+        headers = {
+            "ndif-timestamp": repr(time.time()), "nnsight-version": version("nnsight"), "python-version": sys.version,
+        }  # fmt: skip
+        fields, files = {"data": request.metadata()}, {"blob": ("request", blob, "application/octet-stream")}
+        with self._open("POST", f"{self.host}/request", headers | self._keys(), data=fields, files=files) as answer:
+            return answers.status(answers.read(answer, answers.TALK, self._left), None, self.server.scrub)
 
     def _status(self) -> ResponseModel | None:
-        import httpx
+        where = f"{self.host}/response/{quote(str(self.job_id), safe='')}"
+        with self._open("GET", where, self._keys()) as answer:
+            if answer.status_code == 404:
+                return None  # no status yet
+            return answers.status(answers.read(answer, answers.TALK, self._left), self.job_id, self.server.scrub)
 
-        headers = {"ndif-api-key": self.api_key} if self.api_key else None
-        answer = httpx.get(f"{self.host}/response/{self.job_id}", headers=headers, timeout=self._left())
-        if answer.status_code == 404:
-            return None  # no status yet
-        answer.raise_for_status()
-        return ResponseModel.model_validate_json(answer.text)
+    def _result(self, where: str, name: str) -> Any:
+        with self._open("GET", where, {}) as answer:  # from its store: no key goes there
+            content = answers.read(answer, self.most, self._left)
+        found = answers.loaded(content, self.most, self.compress)
+        if not isinstance(found, dict) or name not in found:
+            raise answers.NoAnswer(f"its result is not what was asked for: {name}, got {forms.said(found)}")
+        self.server.received += len(content)
+        return answers.checked(found[name], self.form)
+
+    def _open(self, method: str, where: str, headers: dict[str, str], **what: Any) -> Any:
+        headers = headers | {"Accept-Encoding": "identity"}
+        return self.client.stream(method, where, headers=headers, timeout=max(0.1, self._left()), **what)
+
+    def _keys(self) -> dict[str, str]:
+        return {"ndif-api-key": self.api_key} if self.api_key else {}
 
     def _subscribe(self) -> str:
-        import websocket
-
-        header = {"ndif-api-key": self.api_key} if self.api_key else None
-        where = f"{self.ws_host}/subscribe"
-        self.socket = self._safely(lambda: websocket.create_connection(where, header=header, timeout=self._left()))
-        return json.loads(self.socket.recv())["session_id"]
+        self.socket = answers.Socket(answers.TALK + self.most, self._left)
+        # A redirect would take the key along.
+        where, left = f"{self.ws_host}/subscribe", max(0.1, self._left())
+        self.socket.connect(where, header=self._keys(), timeout=left, redirect_limit=0)
+        return answers.session_id(self.socket.recv(), self.server.scrub)
 
     def lines(self) -> Iterator[str]:
         """What the block prints, line by line as it does."""
-        import websocket
-
         try:
             while True:
-                self._check_time()
-                self.socket.settimeout(min(1.0, self._left()))
-                try:
-                    message = self.socket.recv()
-                except websocket.WebSocketTimeoutException:
-                    continue
-                except (OSError, websocket.WebSocketException) as err:
-                    raise NDIFError(
-                        f"{self.host} broke the connection in mid-job: the same call can be made again"
-                    ) from err
-                if isinstance(message, bytes):  # a pickle of the result, and the end; all of it has been printed
+                response = self._ask(self._message)
+                if response is None:  # a pickle of the result, and the end; all of it has been printed
                     return
-                response = ResponseModel.model_validate_json(message)
                 if response.status == Status.LOG:
                     yield from response.description.splitlines()
                 elif self._note(response):
                     return
         finally:
-            self.socket.close()
+            self._stop()
+
+    def _message(self) -> ResponseModel | None:
+        self.socket.settimeout(max(0.1, self._left()))
+        try:
+            message = self.socket.recv()
+        except (OSError, websocket.WebSocketException):
+            raise answers.NoAnswer("it broke the connection in mid-job: the same call can be made again") from None
+        return answers.status(message, self.job_id, self.server.scrub) if isinstance(message, str) else None
 
     def _left(self) -> float:
-        return max(0.1, self.ends - time.monotonic())
+        """Seconds until the deadline; none when the user has cancelled."""
+        cancelled = self.job is not None and self.job.cancelled.is_set()
+        return 0.0 if cancelled else self.ends - time.monotonic()
 
-    def _check_time(self) -> None:
+    def _check_time(self, last: str = "") -> None:
         if self.job is not None and self.job.cancelled.is_set():
             self.job.status = "CANCELLED"
             raise NDIFError(f"job {self.job_id} was cancelled")
-        if time.monotonic() > self.ends:
+        if self._left() <= 0:
+            what = f"job {self.job_id}" if self.job_id else "a request"
+            again = f"; lm.submit(..., job={self.job_id!r}) still gets its result" if self.job_id else ""
             raise NDIFTimeout(
-                f"job {self.job_id} on {self.host} was not done after {self.server.deadline:g} s (its status: "
-                f"{self.status.value if self.status else 'unknown'}): pass LM(..., deadline=) more seconds, or fewer "
-                f"prompts; lm.submit(..., job={self.job_id!r}) still gets its result"
+                f"{what} on {self.host} was not done after {self.server.deadline:g} s (its status: "
+                f"{self.status.value if self.status else 'unknown'}{last and f'; the last failure: {last}'}): pass "
+                f"LM(..., deadline=) more seconds, or fewer prompts{again}"
             )
 
     def _note(self, response: ResponseModel) -> bool:
@@ -285,45 +327,33 @@ class Request(RemoteBackend):
             self.job._sent.set()
         log.debug("job %s: %s", self.job_id, response.status.value)
         if response.status == Status.ERROR:
-            raise NDIFError(explained(self.server.scrub(response.description), self.host)) from None
+            raise NDIFError(explained(response.description[-answers.TOLD :], self.host))
         return response.status == Status.COMPLETED
 
-    def _safely(self, call: Callable[[], Any], sending: bool = False) -> Any:
-        """The call's value; its failures as ours, none of which holds the key. What no server has taken, and questions
-        for a status, are repeated while there is time; a request that may have been taken is not."""
-        import httpx
-        import websocket
-
-        for attempt in range(1, 10**9):
-            self._check_time()
-            try:
-                return call()
-            except RemoteError as err:
-                cause, text = err.__cause__, self.server.scrub(str(err))
-                unsent = isinstance(cause, httpx.ConnectError | httpx.ConnectTimeout)
-            except (httpx.HTTPError, OSError, websocket.WebSocketException) as err:
-                cause, text, unsent = err, self.server.scrub(str(err)), True
-            answered = isinstance(cause, httpx.HTTPStatusError)
-            busy = answered and cause.response.status_code in (502, 503, 504)  # type: ignore[union-attr]
-            again = busy or (unsent and not answered)
-            patience = RETRIES if self.job_id is None else 10**9  # a job that runs is worth the whole deadline
+    def _ask(self, question: Callable[[], Any], sending: bool = False) -> Any:
+        """The answer; a failure as ours, which holds no other exception and no key. What no server has taken, and
+        questions for a status, are repeated while there is time; a request that may have been taken is not."""
+        patience = RETRIES if self.job_id is None else sys.maxsize  # a job that runs is worth the whole deadline
+        last = ""
+        for attempt in itertools.count(1):
+            self._check_time(last)
+            answer, failure = answers.within(self._left, question, self._stop, self.server.scrub)
+            if failure is None:
+                return answer
+            last = failure.text
+            self._check_time(last)
             pause = min(PAUSE * attempt, 2.0)
-            late = self.job_id is None and time.monotonic() + pause > self.ends
+            again = failure.again and (failure.unsent or not sending)
+            late = self.job_id is None and pause > self._left()
             if not again or attempt >= patience or late:
-                raise NDIFError(explained(text, self.host, sending and not (unsent or answered))) from None
-            time.sleep(pause)
+                raise NDIFError(explained(last, self.host, sending and failure.again and not failure.unsent))
+            time.sleep(min(pause, max(0.0, self._left())))
 
-    # ---- results, without pickles
-
-    def finalize(self, content: bytes) -> Any:
-        import torch
-
-        self.server.received += len(content)
-        if self.compress:
-            import zstandard
-
-            content = zstandard.ZstdDecompressor().decompress(content)
-        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    def _stop(self) -> None:
+        """Break what is under way."""
+        self.client.close()
+        if self.socket is not None:
+            self.socket.shutdown()
 
 
 # What NDIF and nnsight say -> what it means for the user

@@ -1,0 +1,247 @@
+"""What a server answers: read within a time and a size, and looked at before anything uses it.
+
+A server may be broken, or another than one thinks, or hostile. So each question runs on a thread that its caller leaves
+when the time is over; no answer is held that is larger than it may be, packed or unpacked; and what a request saved has
+the names and the shapes that were asked for, or it is no answer (``NoAnswer``).
+"""
+
+import io
+import pickletools
+import re
+import threading
+import zipfile
+from collections.abc import Callable
+from typing import Any, NamedTuple
+from urllib.parse import quote
+
+import httpx
+import torch
+import websocket
+
+from sae_lab.lm import forms
+
+TALK = 1 << 20  # bytes of an answer that is no result: a status holds a traceback, at most
+TOLD = 4000  # characters of what a server said that an error repeats
+SLACK = 10  # a result has at most so many times the bytes that were asked for: names, padding, a wider dtype
+WAKE = 0.1  # seconds between two looks at the clock
+_LOADED = re.compile(r"torch\._utils _rebuild_(tensor_v2|parameter)|torch \w+Storage|collections OrderedDict")
+_ID = re.compile(r"[A-Za-z0-9_.:-]{1,200}")
+
+
+class NoAnswer(Exception):
+    """What came is no answer of an NDIF server. ``busy``: it may be one in a while."""
+
+    def __init__(self, text: str, busy: bool = False):
+        super().__init__(text)
+        self.busy = busy
+
+
+class Failure(NamedTuple):
+    """Why a question has no answer. unsent: no server has taken it; again: asking once more may help."""
+
+    text: str
+    unsent: bool = False
+    again: bool = False
+
+
+def within(
+    left: Callable[[], float], call: Callable[[], Any], stop: Callable[[], Any], scrub: Callable[[str], str]
+) -> tuple[Any, Failure | None]:
+    """(the value of a call, None) or (None, why there is none), at the latest when no time is left. Then ``stop``
+    breaks the connection, so that the thread on which the call runs ends too.
+
+    No exception leaves that thread: those of libraries hold the headers that were sent, and the key among them. The
+    text of a failure is scrubbed there too, since a debugger shows the variables of a frame.
+    """
+    found: list[Any] = []
+    failed: list[Failure] = []
+    ended = threading.Event()
+
+    def work() -> None:
+        try:
+            found.append(call())
+        except BaseException as err:  # whatever a library makes of what it was sent
+            failed.append(_failure(err, scrub))
+        finally:
+            ended.set()
+
+    threading.Thread(target=work, name="sae_lab asks a server", daemon=True).start()
+    try:
+        while not ended.is_set() and (rest := left()) > 0:
+            ended.wait(min(rest, WAKE))
+    except BaseException:  # the user's interrupt
+        stop()
+        raise
+    if not ended.is_set():
+        stop()
+        return None, Failure("no answer in time")
+    return (found[0], None) if found else (None, failed[0])
+
+
+def _failure(err: BaseException, scrub: Callable[[str], str]) -> Failure:
+    text = scrub(f"{type(err).__name__}: {err}" if not isinstance(err, NoAnswer) else str(err))[:TOLD]
+    if isinstance(err, NoAnswer):
+        return Failure(text, err.busy, err.busy)
+    unsent = isinstance(err, httpx.ConnectError | httpx.ConnectTimeout | ConnectionRefusedError)
+    broken = isinstance(err, httpx.TransportError | OSError | websocket.WebSocketException)
+    refused = isinstance(err, httpx.UnsupportedProtocol | websocket.WebSocketBadStatusException)
+    return Failure(text, unsent, broken and not refused)
+
+
+# ---- over HTTP
+
+
+def read(answer: httpx.Response, most: int, left: Callable[[], float]) -> bytes:
+    """The body of an answer with status 200, of at most so many bytes. NoAnswer for any other."""
+    if answer.status_code != 200:
+        told = _body(answer, TALK, left)
+        if answer.is_redirect:
+            raise NoAnswer("it sends us to another address: name the server by that address")
+        raise NoAnswer(
+            f"it answered with status {answer.status_code}: {_detail(told)}", answer.status_code in (502, 503, 504)
+        )
+    return _body(answer, most, left)
+
+
+def _body(answer: httpx.Response, most: int, left: Callable[[], float]) -> bytes:
+    if answer.headers.get("content-encoding", "identity") != "identity":
+        raise NoAnswer("it packed its answer, which was not asked for")  # and which could be small for one without end
+    body = bytearray()
+    for part in answer.iter_raw():
+        body += part
+        if len(body) > most:
+            raise NoAnswer(f"its answer has more than the {most:,} bytes that it may have")
+        if left() <= 0:
+            raise NoAnswer("its answer did not end in time")
+    return bytes(body)
+
+
+def _detail(body: bytes) -> str:
+    """What FastAPI says of an error, or the beginning of what came."""
+    import json
+
+    try:
+        return str(json.loads(body)["detail"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return body[:2000].decode(errors="replace")
+
+
+def status(text: str | bytes, id: str | None, scrub: Callable[[str], str]) -> Any:
+    """nnsight's ResponseModel of one status, of this job, scrubbed. NoAnswer for anything else."""
+    from nnsight.schema.response import ResponseModel, Status
+    from pydantic import ValidationError
+
+    try:
+        found = ResponseModel.model_validate_json(text)
+    except (ValidationError, ValueError):
+        head = text[:2000].decode(errors="replace") if isinstance(text, bytes) else text[:2000]
+        raise NoAnswer(f"this is no status of a job: {head or 'nothing'}") from None
+    if not _is_name(found.id, scrub) or (id is not None and found.id != id):
+        raise NoAnswer(f"it speaks of a job {found.id[:200]!r}, which is none of ours")
+    if found.status != Status.COMPLETED:
+        return ResponseModel(id=found.id, status=found.status, description=scrub(found.description))
+    if not isinstance(found.data, str) or scrub(found.data) != found.data:
+        raise NoAnswer("it does not say where the result is")
+    return ResponseModel(id=found.id, status=found.status, data=found.data)
+
+
+def _is_name(text: Any, scrub: Callable[[str], str]) -> bool:
+    """Whether this may be the name of a job or a session, which addresses and messages hold."""
+    return isinstance(text, str) and _ID.fullmatch(text) is not None and scrub(text) == text
+
+
+def session_id(message: Any, scrub: Callable[[str], str]) -> str:
+    """The name of a session, which a websocket says first."""
+    import json
+
+    try:
+        found = json.loads(message)["session_id"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        found = None
+    if not _is_name(found, scrub):
+        raise NoAnswer("it did not begin with the name of a session")
+    return str(found)
+
+
+class Socket(websocket.WebSocket):
+    """A websocket that takes so many bytes in all, while there is time."""
+
+    def __init__(self, most: int, left: Callable[[], float]):
+        super().__init__()
+        self._most, self._left = most, left
+
+    def _recv(self, bufsize: int) -> bytes:
+        if self._left() <= 0:
+            raise websocket.WebSocketTimeoutException("its message did not end in time")
+        part = super()._recv(bufsize)
+        self._most -= len(part)
+        if self._most < 0:
+            raise NoAnswer("it says more than it may have to say")
+        return part
+
+
+# ---- results
+
+
+def loaded(content: bytes, most: int, packed: bool) -> Any:
+    """What a request saved: tensors and plain data, of at most so many bytes. NoAnswer for anything else.
+
+    ``weights_only=True`` runs no code; before it, that no record is larger unpacked than it is here, and that nothing
+    is called but what makes a tensor of a record: the rest of what it lets through can ask for memory without end.
+    """
+    if packed:
+        import zstandard
+
+        if zstandard.frame_content_size(content) > most:
+            raise NoAnswer(f"its result has more than the {most:,} bytes that it may have")
+        content = zstandard.ZstdDecompressor().decompress(content, max_output_size=most)
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        records = archive.infolist()
+        if sum(r.file_size for r in records) > min(most, len(content)) or any(r.compress_type for r in records):
+            raise NoAnswer("its result is larger than what came of it")
+        names = [r.filename for r in records if r.filename.endswith("/data.pkl")]
+        if len(names) != 1:
+            raise NoAnswer("its result is none of torch")
+        plan = archive.read(names[0])
+    for op, argument, _ in pickletools.genops(plan):
+        if op.name == "GLOBAL" and not _LOADED.fullmatch(str(argument)):
+            raise NoAnswer(f"its result is more than tensors, numbers and text: it names {argument}")
+    found = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    _require_plain(found, most, set())
+    return found
+
+
+def _require_plain(value: Any, most: int, seen: set[int]) -> None:
+    """NoAnswer for what is no plain data, and for a tensor that is larger than its storage may be."""
+    if id(value) in seen:
+        return
+    seen.add(id(value))
+    if isinstance(value, torch.Tensor):
+        if value.layout != torch.strided or value.device.type != "cpu" or value.numel() * value.element_size() > most:
+            raise NoAnswer(f"its result holds a tensor {tuple(value.shape)}, which is none that was asked for")
+    elif isinstance(value, dict):
+        for name, part in value.items():
+            _require_plain(name, most, seen)
+            _require_plain(part, most, seen)
+    elif isinstance(value, list | tuple | set):
+        for part in value:
+            _require_plain(part, most, seen)
+    elif not isinstance(value, str | bytes | int | float | complex | None):
+        raise NoAnswer(f"its result holds a {type(value).__name__}")
+
+
+def checked(found: Any, form: Any) -> Any:
+    """A value that has the form, see ``forms.has``."""
+    if not forms.has(found, form):
+        raise NoAnswer(f"its result is not what was asked for: {forms.said(form)}, got {forms.said(found)}")
+    return found
+
+
+# ---- words
+
+
+def scrubbed(text: str, key: str) -> str:
+    """What a server said, without the key, however it is spelled, and without what moves a cursor."""
+    for secret in {key, quote(key, safe="")} - {""}:
+        text = re.sub(re.escape(secret), "<your key>", text, flags=re.IGNORECASE)
+    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
