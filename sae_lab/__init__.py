@@ -25,6 +25,7 @@ _HOME = {
     "estimate": "estimating",
     "train": "training", "meta_sae": "training", "TrainConfig": "training", "Run": "training",
     "features": "feature_index", "index_features": "feature_index", "FeatureIndex": "feature_index",
+    "notes": "feature_index.notes",
     "Edit": "edit", "Steer": "edit", "Clamp": "edit", "Scale": "edit", "Ablate": "edit", "Patch": "edit",
     "Splice": "edit", "Project": "edit",
     "find_features": "finding", "dose_response": "dosing",
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
     from sae_lab.feature_index import FeatureIndex as FeatureIndex
     from sae_lab.feature_index import features as features
     from sae_lab.feature_index import index_features as index_features
+    from sae_lab.feature_index.notes import notes as notes
     from sae_lab.finding import find_features as find_features
     from sae_lab.harvesting import harvest as harvest
     from sae_lab.lm.model import LM as LM

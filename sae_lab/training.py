@@ -252,6 +252,7 @@ class Training:
             "coder": {"family": type(coder).__name__, **coder.config},
             "initial_weights": checkpoint.fingerprint(coder),
         }
+        self.trained_from = coder.id if coder.meta else None  # what was said of its features goes on from there
         self.step = 0
         self.history: list[Metrics] = []
         self.scale: Tensor  # activations are multiplied by it: a number, or one per layer
@@ -400,6 +401,8 @@ class Training:
             meta |= {key: rows.identity[key] for key in ("model", "model_fingerprint", "prefix_id", "text", "context")}
             meta["mask"] = rows.mask.to_dict()
             meta["excluded"] = rows.excluded
+        if self.trained_from is not None:
+            meta["trained_from"] = self.trained_from
         coder.meta = meta
 
     def keep(self) -> None:

@@ -57,6 +57,14 @@ def cache_folder(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
+def data_folder(tmp_path_factory, monkeypatch):
+    """A folder of each test's own for notes: they follow a coder, and many tests share one."""
+    folder = tmp_path_factory.mktemp("data")
+    monkeypatch.setenv("SAE_LAB_DATA", str(folder))
+    return folder
+
+
+@pytest.fixture(autouse=True)
 def threads(request):
     """All threads for the bundled model, else one: small work is not worth sharing, and bit-equal runs need the same
     number of threads."""

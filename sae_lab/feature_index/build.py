@@ -122,6 +122,7 @@ def _build(coder: SparseCoder, lm: LM, store: Store, folder: Path, identity: dic
     with cache.atomic(folder / "stats.safetensors") as temporary:
         save_file({name: np.ascontiguousarray(table) for name, table in tables.items()}, temporary)
     facts = identity | {"version": VERSION, "d_sae": coder.d_sae, "site": store.site.key, "rows": len(store)}
+    facts["notes"] = coder.id
     with cache.atomic(folder / "index.json") as temporary:
         temporary.write_text(json.dumps(facts, indent=1))
     for left in [*folder.glob("block-*.safetensors"), folder / "building.json"]:

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from sae_lab import noting
 from sae_lab.feature_index import live, query
 from sae_lab.feature_index.labels import Labels
-from sae_lab.feature_index.neuronpedia import read_labels
-from sae_lab.feature_index.notes import Explanations, Note, Notes
+from sae_lab.feature_index.notes import Note, Notes
 from sae_lab.feature_index.summaries import BINS, QUANTILE_CONTEXTS, QUARTERS, TOP_CONTEXTS
 from sae_lab.lm.model import LM
 from sae_lab.saes.base import SparseCoder
@@ -97,11 +97,14 @@ class FeatureIndex:
 
     def __init__(self, path: Path, store: Store, lm: LM, coder: SparseCoder | None = None):
         self.path, self.store, self.lm, self.coder = Path(path), store, lm, coder
-        self.notes = Notes(self.path / "notes.json")
-        self.explanations = Explanations(self.path / "explanations.json")
         facts = json.loads((self.path / "index.json").read_text())
         self.d_sae: int = facts["d_sae"]
         self.site = Site.of(facts["site"])
+        named = facts.get("notes", facts["coder"])  # of before notes followed the coder: by its weights
+        log = noting.of(coder) if coder is not None else noting.by_id(named)
+        self.notes = Notes(log, self.d_sae, lm.id, self.site.layer)
+        self.notes.bring_over(self.path)
+        self.explanations = self.notes.explanations
         self.tokens_seen: int = facts["rows"]
         stats = memory_map(self.path / "stats.safetensors")
         self._stats = stats
@@ -227,24 +230,13 @@ class FeatureIndex:
     # ---- what you write on them
 
     def annotate(self, feature: int, label: str | None = None, text: str | None = None) -> Note:
-        """Put a label or a note on a feature; it is kept beside the index. None leaves a part as it was."""
-        return self.notes.write(self._check(feature), label, text)
+        """Put a label or a note on a feature; it follows the coder (``sl.notes``). None leaves a part as it was."""
+        return self.notes.write(feature, label, text)
 
     def load_labels(self, source: str | Path, model: str | None = None, layer: str | None = None) -> int:
-        """Read explanations that Neuronpedia exports and keep them beside the index; your own notes stay as they are.
-
-        Args:
-            source: a .jsonl or .jsonl.gz file, a folder of them, the http(s) address of either, or a data set of the
-                hub ("owner/name", "owner/name/folder"). An address of a folder is read as its batch-0.jsonl.gz and on.
-            model, layer: whose labels, in Neuronpedia's names ("gpt2-small", "8-res-jb"), where the source holds
-                several, or where it names this index's model in another way.
-
-        Returns the number of features that have labels now. ValueError for labels of another model or layer, for
-        features that this coder does not have, and for a source that cannot be read; then nothing is kept.
-        """
-        said = read_labels(source, self.d_sae, self.lm.id, self.site.layer, model, layer)
-        self.explanations.write(said)
-        return len(said)
+        """Read explanations that Neuronpedia exports, or what ``notes.save`` wrote; see ``sl.notes(sae).load``. Your
+        own notes stay as they are. Returns the number of features that have labels now."""
+        return self.notes.load(source, model, layer)
 
     # ---- beyond the store
 

@@ -12,9 +12,11 @@ from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from sae_lab.feature_index.notes import Said
+from sae_lab.noting import SAID
 
 SUFFIXES = (".jsonl", ".jsonl.gz")
 MOST_BYTES = 1 << 30  # of one file, unpacked
+OURS = "sae_lab"  # the type of what this library wrote in their format: whoever said it stands before
 TIMEOUT = 60  # seconds without a byte
 _SAME = {"gpt2": "gpt2small", "gpt2small": "gpt2small"}
 
@@ -39,7 +41,7 @@ def read_labels(
         raise ValueError(f"{_shown(source)} holds no explanations: give a .jsonl or .jsonl.gz that Neuronpedia exports")
     records = _of(records, "model", model)
     records = _of(records, "layer", layer)
-    if model is None and any(not _same_model(r.model, model_id) for r in records if r.model):
+    if model is None and model_id and any(not _same_model(r.model, model_id) for r in records if r.model):
         wrong = next(r for r in records if r.model and not _same_model(r.model, model_id))
         raise ValueError(
             f"{wrong.where}: labels of the model {wrong.model!r}, and the index is of {model_id!r}: load that coder's "
@@ -120,8 +122,21 @@ def _record(line: bytes, where: str) -> Record:
     except (ValueError, LookupError, TypeError) as err:
         raise ValueError(f"{where} is no explanation of Neuronpedia (index and description): {err!r}") from err
     made = [str(fields[key]) for key in ("explanationModelName", "typeName") if fields.get(key)]
-    source = ", ".join(["neuronpedia", *made])
+    source = made[0] if made[1:] == [OURS] else ", ".join(["neuronpedia", *made])
     return Record(feature, text.strip(), source, str(fields.get("modelId", "")), str(fields.get("layer", "")), where)
+
+
+def lines(feature: int, fields: dict[str, Any], model: str, layer: str) -> Iterator[bytes]:
+    """What is said of a feature (see ``sae_lab.noting``) as lines of this format."""
+    for field, value in fields.items():
+        source = field.removeprefix(SAID)
+        made = source.split(", ")[1:] if source.startswith("neuronpedia, ") else []
+        names = made if len(made) == 2 else [source, OURS]
+        for text in [value] if isinstance(value, str) else [one["text"] for one in value]:
+            record = {"modelId": model, "layer": layer, "index": str(feature), "description": text}
+            record |= {"explanationModelName": names[0], "typeName": names[1]}
+            if text:
+                yield json.dumps(record, ensure_ascii=False).encode() + b"\n"
 
 
 # ---------------------------------------------------------------------------------------------- files

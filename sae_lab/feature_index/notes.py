@@ -1,12 +1,20 @@
-"""Labels and notes that a person writes on features, and what others say they are, in files beside the index."""
+"""Labels and notes that a person writes on a coder's features, and what others say they are: ``sl.notes(sae)``."""
 
+import gzip
 import json
 import math
-from collections.abc import Mapping
+import zlib
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from sae_lab import cache
+from sae_lab import cache, noting
+from sae_lab.arguments import as_annotated, check_text
+from sae_lab.noting import SAID
+from sae_lab.saes.base import SparseCoder
+from sae_lab.types import check_feature
+
+UNKNOWN_TIME = 1.0  # of what was written before notes had times: whatever was said since counts
 
 
 class Note(NamedTuple):
@@ -14,55 +22,6 @@ class Note(NamedTuple):
 
     label: str = ""
     text: str = ""
-
-
-class Notes:
-    """``notes.json`` of an index: {feature: Note}. Each change is on disk, whole, before ``write`` returns."""
-
-    def __init__(self, file: Path):
-        self._file = file
-        self._notes: dict[int, Note] = {}
-        if not file.exists():
-            return
-        try:
-            self._notes = {int(k): Note(**v) for k, v in json.loads(file.read_text(encoding="utf-8")).items()}
-        except (ValueError, TypeError, AttributeError) as err:
-            raise ValueError(
-                f"{file} holds no notes of sae_lab ({err}): mend it, or move it away and the index opens without"
-            ) from err
-
-    def __getitem__(self, feature: int) -> Note:
-        return self._notes.get(int(feature), Note())
-
-    def __len__(self) -> int:
-        return len(self._notes)
-
-    def __iter__(self):
-        return iter(sorted(self._notes))
-
-    def write(self, feature: int, label: str | None = None, text: str | None = None) -> Note:
-        """Set a feature's label or text, None: as it was; both empty takes the note away."""
-        old = self[feature]
-        note = Note(old.label if label is None else label.strip(), old.text if text is None else text)
-        if note == Note():
-            self._notes.pop(int(feature), None)
-        else:
-            self._notes[int(feature)] = note
-        content = {str(k): note._asdict() for k, note in sorted(self._notes.items())}
-        with cache.atomic(self._file) as temporary:
-            temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
-        return note
-
-    def find(self, text: str) -> list[int]:
-        """Features whose label or text contains this, case ignored."""
-        needle = text.strip().lower()
-        return [i for i in self if needle in f"{self._notes[i].label}\n{self._notes[i].text}".lower()]
-
-    def to_pandas(self):
-        """One row a feature: feature, label, text."""
-        import pandas as pd
-
-        return pd.DataFrame([{"feature": i, **self[i]._asdict()} for i in self], columns=["feature", "label", "text"])
 
 
 class Said(NamedTuple):
@@ -73,53 +32,235 @@ class Said(NamedTuple):
     scores: dict[str, float] = {}  # noqa: RUF012 (never written to)
 
 
-class Explanations:
-    """``explanations.json`` of an index: {feature: what others say of it}. Your own labels stand in ``Notes`` alone."""
+@as_annotated
+def notes(coder: SparseCoder) -> "Notes":
+    """What you and others say of a coder's features; the same for all its stores and indexes.
 
-    def __init__(self, file: Path):
-        self._file = file
-        self._said: dict[int, list[Said]] = {}
+    It lies in your data folder (``SAE_LAB_DATA`` moves that), under the coder's id, ``sae.id``; ``sl.cache.clear()``
+    leaves it. ``sae.save`` puts a copy beside the coder, and ``sl.load`` brings that in where it is newer.
+    """
+    model = coder.meta.get("model")
+    layer = coder.reads[0].layer if len(coder.reads) == 1 else None
+    return Notes(noting.of(coder), coder.d_sae, model if isinstance(model, str) and model != "unknown" else "", layer)
+
+
+class Notes:
+    """Notes on features: ``notes[7].label``, ``notes.write(7, "months")``, ``for feature in notes``.
+
+    Each change is on disk before ``write`` returns. Several panels, kernels and machines may write: of a label's
+    values the latest counts, a text's likewise. ``explanations``: what others say. ``file``: where all of it lies.
+    """
+
+    def __init__(self, log: noting.Log, d_sae: int, model: str = "", layer: int | None = None):
+        self.d_sae, self.model, self.layer = d_sae, model, layer
+        self.explanations = Explanations(log, d_sae)
+        self._log = log
+
+    @property
+    def file(self) -> Path:
+        return self._log.file
+
+    @property
+    def listeners(self) -> list[Any]:
+        """Functions that are called with a set of features after each change of theirs in this process."""
+        return self._log.listeners
+
+    def __getitem__(self, feature: int) -> Note:
+        return _note(self._log.fields(int(feature)))
+
+    def _all(self) -> dict[int, Note]:
+        found = {i: _note(fields) for i, fields in self._log.all().items() if i < self.d_sae}
+        return {i: note for i, note in found.items() if note != Note()}
+
+    def __len__(self) -> int:
+        return len(self._all())
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._all())
+
+    def __repr__(self) -> str:
+        return f"Notes(on {len(self)} features, in {self.file})"
+
+    @as_annotated
+    def write(
+        self, feature: Any, label: str | None = None, text: str | None = None, seen: dict[str, str] | None = None
+    ) -> Note:
+        """Set a feature's label or text, None: as it was; both empty takes the note away. Returns the note as it is.
+
+        seen: the label and the text that a screen showed when these were typed. What it still shows is no change, and
+        what was written elsewhere since counts as newer.
+        """
+        fields = {"label": None if label is None else label.strip(), "text": text}
+        fields = {name: value for name, value in fields.items() if value is not None}
+        for name, value in fields.items():
+            check_text(value, name)
+        feature = check_feature(feature, self.d_sae)
+        self._log.write({feature: fields}, seen)
+        return self[feature]
+
+    def find(self, text: str) -> list[int]:
+        """Features whose label or text contains this, case ignored."""
+        needle = text.strip().lower()
+        return [i for i, note in self._all().items() if needle in "\n".join(note).lower()]
+
+    def to_pandas(self):
+        """One row a feature: feature, label, text."""
+        import pandas as pd
+
+        rows = [{"feature": i, **note._asdict()} for i, note in self._all().items()]
+        return pd.DataFrame(rows, columns=["feature", "label", "text"])
+
+    # ---- in other files
+
+    @as_annotated
+    def save(
+        self, path: str | Path, format: Literal["lines", "neuronpedia"] = "lines", model: str | None = None,
+        layer: str | None = None,
+    ) -> Path:  # fmt: skip
+        """Write all of it into one file, gzipped where its name ends in ".gz". Returns the path.
+
+        format: "lines", one JSON object a line with feature, what is said and when; or "neuronpedia", its format of
+        explanations, in which a label and a text of yours are lines of their own. model, layer: as Neuronpedia names
+        them ("gpt2-small", "8-res-jb"); None: the coder's model and the number of its layer.
+        """
+        from sae_lab.feature_index import neuronpedia
+
+        changes = [change for change in self._log.changes() if change.feature < self.d_sae]
+        if format == "neuronpedia":
+            named = (model or self.model.split("/")[-1], layer or ("" if self.layer is None else str(self.layer)))
+            lines = [line for change in changes for line in neuronpedia.lines(change.feature, change.fields, *named)]
+        else:
+            lines = [change.line for change in changes]
+        path, data = Path(path), b"".join(lines)
+        cache.make_folder(path.parent)
+        with cache.atomic(path) as temporary:
+            temporary.write_bytes(gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
+        return path
+
+    @as_annotated
+    def load(self, source: str | Path, model: str | None = None, layer: str | None = None) -> int:
+        """Bring in what ``save`` wrote, or explanations that Neuronpedia exports. Returns of how many features it is.
+
+        What is newer here stays. A line of your own without a time counts where nothing stands yet.
+
+        Args:
+            source: a .jsonl or .jsonl.gz file, a folder of them, the http(s) address of either, or a data set of the
+                hub ("owner/name", "owner/name/folder"). An address of a folder is read as its batch-0.jsonl.gz and on.
+            model, layer: whose labels, in Neuronpedia's names ("gpt2-small", "8-res-jb"), where the source holds
+                several, or where it names this coder's model in another way.
+
+        ValueError for labels of another model or layer, for features that this coder does not have, and for a source
+        that cannot be read; then nothing is kept.
+        """
+        from sae_lab.feature_index import neuronpedia
+
+        if (data := _own_lines(Path(source).expanduser())) is not None:
+            changes, damaged = noting.parsed(data, UNKNOWN_TIME)
+            if damaged or (wrong := [c for c in changes if c.feature >= self.d_sae]):
+                line = damaged[0] if damaged else wrong[0].line
+                raise ValueError(
+                    f"{source} holds a line that is no note on a feature from 0 to {self.d_sae - 1}: {line[:120]!r}; "
+                    "mend it or take it out"
+                )
+            self._log.add(changes)
+            return len({change.feature for change in changes})
+        said = neuronpedia.read_labels(source, self.d_sae, self.model, self.layer, model, layer)
+        own = {i: {s.source: s.text for s in several if s.source in Note._fields} for i, several in said.items()}
+        self._log.write(own, at=UNKNOWN_TIME)
+        others = {i: [s for s in several if s.source not in Note._fields] for i, several in said.items()}
+        self.explanations.write(others)
+        return len(said)
+
+    def bring_over(self, folder: Path) -> None:
+        """What lies in the folder of an index that was made before notes followed the coder. The files stay as they
+        are. ValueError for one that is damaged."""
+        self._bring_over(folder / "notes.json", lambda note: Note(**note)._asdict())
+        self._bring_over(folder / "explanations.json", lambda said: _by_source([Said(**one) for one in said]))
+
+    def _bring_over(self, file: Path, fields: Callable[[Any], dict[str, Any]]) -> None:
         if not file.exists():
             return
         try:
-            content = json.loads(file.read_text(encoding="utf-8"))
-            self._said = {int(feature): [Said(**said) for said in several] for feature, several in content.items()}
-        except (ValueError, TypeError, AttributeError) as err:
+            there = json.loads(file.read_bytes())
+            found = {check_feature(int(i), self.d_sae): fields(value) for i, value in there.items()}
+            if noting.parsed(b"".join(noting.line(i, of, UNKNOWN_TIME) for i, of in found.items()))[1]:
+                raise ValueError("a label is no text")
+        except (ValueError, TypeError, AttributeError, RecursionError) as err:
             raise ValueError(
-                f"{file} holds no explanations of sae_lab ({err}): mend it, or move it away and the index opens without"
+                f"{file} holds no {file.stem} of sae_lab ({err}): mend it, or move it away and the index opens without"
             ) from err
+        self._log.write(found, at=UNKNOWN_TIME)
+
+
+def _own_lines(file: Path) -> bytes | None:
+    """The lines of a file that ``Notes.save`` wrote; None where it holds something else."""
+    if not file.is_file():
+        return None
+    with open(file, "rb") as f:
+        opened = gzip.open if f.read(2) == b"\x1f\x8b" else open
+    try:
+        with opened(file, "rb") as f:
+            first = f.readline(noting.MOST_BYTES)
+            if b'"feature"' not in first or b'"description"' in first:
+                return None
+            data = first + f.read(noting.MOST_BYTES)
+    except (OSError, EOFError, zlib.error):
+        return None  # who reads Neuronpedia's files says what is wrong with it
+    if len(data) > noting.MOST_BYTES:
+        raise ValueError(f"{file} unpacks to more than {noting.MOST_BYTES >> 20} MB: split it")
+    return data
+
+
+class Explanations:
+    """What others say of features, the latest first: ``explanations[7]``. Your own labels stand in ``Notes`` alone."""
+
+    def __init__(self, log: noting.Log, d_sae: int):
+        self._log, self._d_sae = log, d_sae
 
     def __getitem__(self, feature: int) -> list[Said]:
-        return list(self._said.get(int(feature), []))
+        return _said(self._log.fields(int(feature)))
+
+    def _all(self) -> dict[int, list[Said]]:
+        found = {i: _said(fields) for i, fields in self._log.all().items() if i < self._d_sae}
+        return {i: said for i, said in found.items() if said}
 
     def __len__(self) -> int:
-        return len(self._said)
+        return len(self._all())
 
-    def __iter__(self):
-        return iter(sorted(self._said))
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._all())
 
     def label(self, feature: int) -> str:
         """The first of its texts, "" where nobody said anything."""
         return next((said.text for said in self[feature]), "")
 
     def write(self, said: Mapping[int, list[Said]]) -> None:
-        """Put these first; what the same source said before of the same feature goes. All are on disk, whole, before
-        this returns."""
-        for feature, several in said.items():
-            sources = {one.source for one in several}
-            kept = [one for one in self[feature] if one.source not in sources]
-            self._said[int(feature)] = [*several, *kept]
-        content = {
-            str(feature): [one._asdict() | {"scores": _plain(one.scores)} for one in several]
-            for feature, several in sorted(self._said.items())
-        }
-        with cache.atomic(self._file) as temporary:
-            temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
+        """Put these first; what the same source said before of the same feature goes. All are on disk before this
+        returns."""
+        self._log.write({check_feature(i, self._d_sae): _by_source(several) for i, several in said.items()})
 
     def find(self, text: str) -> list[int]:
         """Features of which somebody says this, case ignored."""
         needle = text.strip().lower()
-        return [i for i in self if any(needle in one.text.lower() for one in self._said[i])]
+        return [i for i, several in self._all().items() if any(needle in said.text.lower() for said in several)]
+
+
+def _note(fields: Mapping[str, Any]) -> Note:
+    return Note(fields.get("label", ""), fields.get("text", ""))
+
+
+def _said(fields: Mapping[str, Any]) -> list[Said]:
+    """The latest first."""
+    several = [(field.removeprefix(SAID), said) for field, said in fields.items() if field.startswith(SAID)]
+    return [Said(one["text"], source, one["scores"]) for source, said in reversed(several) for one in said]
+
+
+def _by_source(said: list[Said]) -> dict[str, Any]:
+    """As fields of the log, the last first: it gives the latest first."""
+    fields: dict[str, Any] = {}
+    for one in said:
+        fields.setdefault(SAID + one.source, []).append({"text": one.text, "scores": _plain(one.scores)})
+    return dict(reversed(fields.items()))
 
 
 def _plain(scores: Mapping[str, float]) -> dict[str, float]:

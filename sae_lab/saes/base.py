@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from sae_lab import noting
 from sae_lab.saes import losses, portable, sparse
 from sae_lab.types import Batch, Codes, Output, Site, TokenMask, check_feature
 
@@ -20,6 +21,7 @@ AUX_WEIGHT = 1 / 32  # Gao et al. 2024
 EVERY = slice(None)  # all features, where act is asked for some
 SPARSE_BELOW = 0.1  # share of features on, up to which sparse gradients are cheaper than dense ones
 CALIBRATION_ROWS = 4096  # encoded at a time
+HASHED_ROWS = 4096
 QUANTILE = 0.999  # f_scale: this quantile of a feature's activations where it fires
 
 
@@ -478,6 +480,19 @@ class SparseCoder(nn.Module):
     def feature(self, feature: Any) -> int:
         """The feature's number, checked."""
         return check_feature(feature, self.d_sae)
+
+    @property
+    def id(self) -> str:
+        """What ``sl.notes`` knows it by, and everything that is kept of a coder whatever is fitted or rounded later.
+
+        Made once, of the shape and the encoder's rows in float16, and kept in ``meta``; copies have the same.
+        """
+        if not noting.is_id(self.meta.get("id")):
+            digest = hashlib.sha256(repr(tuple(self.W_enc.shape)).encode())
+            for rows in self.W_enc.detach().T.split(HASHED_ROWS):
+                digest.update(rows.cpu().half().contiguous().numpy().tobytes())
+            self.meta["id"] = digest.hexdigest()[:16]
+        return self.meta["id"]
 
     def fingerprint(self) -> str:
         """A hash of family, config and all weights, and of what is done to x where that is not the family's own way."""

@@ -13,7 +13,11 @@ from typing import Any
 
 import torch
 
+<<<<<<< HEAD
 from sae_lab import cache, files
+=======
+from sae_lab import cache, noting
+>>>>>>> 591cac4 (Notes follow the coder: sl.notes, in the user's data folder, merged by field and time, copied beside a saved coder)
 from sae_lab.arguments import as_annotated
 from sae_lab.saes.base import SparseCoder
 from sae_lab.saes.meta import check_meta
@@ -42,8 +46,11 @@ def save(
     _require_free(Path(path), format)
     if dtype != torch.float32 and format != "sae_lab":
         raise ValueError(f"only the format 'sae_lab' is written in {dtype}: leave dtype= out for {format!r}")
+    coder.id  # noqa: B018 (made now, it goes into the file)
     if format in exchange.WRITES:
-        return exchange.save(coder, Path(path), format)
+        folder = exchange.save(coder, Path(path), format)
+        noting.save_beside(coder, folder)
+        return folder
     if format != "sae_lab":
         raise ValueError(f"unknown format {format!r}; supported: sae_lab, {', '.join(exchange.WRITES)}")
     folder = cache.make_folder(Path(path))
@@ -65,6 +72,7 @@ def save(
     with cache.atomic(folder / "config.json") as temporary:
         temporary.write_text(text)
     coder.path = str(folder.resolve())
+    noting.save_beside(coder, folder)
     return folder
 
 
@@ -136,6 +144,8 @@ def load(
     said = {"model": model, "reads": reads, "writes": writes, "centred": centred, "scale": scale, "k": k}
     said = {name: value for name, value in said.items() if value is not None}
     coder, coder.path = _find(path, id, {**said, "said": set(said)} if said else {})
+    if coder.path is not None:
+        noting.bring_in(coder, Path(coder.path))
     if check is not None:
         from sae_lab.saes.check import check as measure
 

@@ -137,12 +137,11 @@ def test_names_of_models():
 def test_beside_the_index(token_index, tmp_path):
     """Kept, found and shown; what the user wrote is as it was; HTML is text; loading again adds nothing."""
     token_index.annotate(3, "mine", "a note")
-    notes = (token_index.path / "notes.json").read_bytes()
     file = write(tmp_path / "x.jsonl", line(0, "articles"), line(3, ATTACK))
     for _ in range(2):
         assert token_index.load_labels(file, model="tiny", layer="1-res") == 2
     again = FeatureIndex(token_index.path, token_index.store, token_index.lm, token_index.coder)
-    assert (again.path / "notes.json").read_bytes() == notes and again.notes[3].label == "mine"
+    assert again.notes[3] == ("mine", "a note")
     assert len(again.explanations) == 2 and [s.text for s in again.explanations[3]] == [ATTACK]
     assert again.find("label:articles") == [0] and again.find("label:mine") == [3]
     panel = FeatureInspector(again, feature=3)
@@ -156,7 +155,7 @@ def test_beside_the_index(token_index, tmp_path):
 def test_nothing_is_kept_of_what_does_not_fit(token_index, tmp_path):
     with pytest.raises(ValueError, match="a label of feature 99"):
         token_index.load_labels(write(tmp_path / "x.jsonl", line(0, "a"), line(99, "b")), model="tiny")
-    assert len(token_index.explanations) == 0 and not (token_index.path / "explanations.json").exists()
+    assert len(token_index.explanations) == 0 and not token_index.notes.file.exists()
 
 
 def test_a_damaged_file_of_explanations(token_index):

@@ -1,0 +1,366 @@
+"""What is said of a coder's features: one file a coder, in the user's data folder. ``SAE_LAB_DATA`` moves that folder.
+
+A file is a log, one change a line; a field is "label" or "text" (a person's), or "said:" and who says it:
+
+    {"feature": 812, "label": "months", "time": 1764451234.5, "crc": "0b8a1f6c"}
+
+A line is appended under a lock and on disk before ``Log.write`` returns. Of a field's values the latest counts (of two
+of one time that which sorts last): so two logs are merged by putting the lines of both together, in any order, and
+nothing that was ever said is overwritten.
+"""
+
+import json
+import logging
+import math
+import os
+import re
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
+from zlib import crc32
+
+from filelock import FileLock
+
+from sae_lab import cache
+from sae_lab.arguments import check_text
+
+log = logging.getLogger(__name__)
+
+SAID = "said:"
+WAIT = 60  # seconds for another process to finish writing
+MOST_BYTES = 1 << 28  # of a file that is brought in: a million features with a sentence each
+_ID = re.compile(r"[0-9a-f]{16,64}")
+_BEGIN = b'{"feature": '
+_SUMMED = re.compile(rb'(\{.*), "crc": "([0-9a-f]{8})"\}', re.DOTALL)
+_UNREADABLE = (ValueError, TypeError, KeyError, AttributeError, RecursionError)  # what a damaged line raises
+
+
+def root() -> Path:
+    """The user's data folder: ``$SAE_LAB_DATA``, else ``$XDG_DATA_HOME/sae_lab``, else the platform's."""
+    if explicit := os.environ.get("SAE_LAB_DATA"):
+        return Path(explicit).expanduser()
+    platform = "Library/Application Support" if sys.platform == "darwin" else ".local/share"
+    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / platform) / "sae_lab"
+
+
+def is_id(value: Any) -> bool:
+    """Whether this can be a coder's id; it names a file, and comes from a config that anyone may have written."""
+    return isinstance(value, str) and _ID.fullmatch(value) is not None
+
+
+class Change(NamedTuple):
+    """One line: a feature's new values by field, the time in seconds, and the line's bytes."""
+
+    feature: int
+    fields: dict[str, Any]
+    time: float
+    line: bytes
+
+
+class Log:
+    """What is said of one coder's features. ``listeners`` hear which features changed after each write here."""
+
+    def __init__(self, file: Path):
+        self.file = file
+        self.listeners: list[Callable[[set[int]], Any]] = []
+        self._lock = threading.RLock()
+        self._between = FileLock(file.with_name(f".{file.name}.lock"), timeout=WAIT)
+        self._untold: set[int] = set()
+        self._forget()
+
+    def _forget(self) -> None:
+        self._stamp: tuple[int, ...] = ()
+        self._end = 0  # of the last whole line that was read
+        self._now: dict[int, dict[str, tuple[float, Any]]] = {}  # feature: field: (time, value)
+
+    # ---- reading
+
+    def fields(self, feature: int) -> dict[str, Any]:
+        """What is said of a feature now, by field, the oldest first; a field that was emptied is not there."""
+        self.refresh()
+        with self._lock:
+            return self._values(feature)
+
+    def all(self) -> dict[int, dict[str, Any]]:
+        """The same of every feature of which anything is said."""
+        self.refresh()
+        with self._lock:
+            return {feature: fields for feature in sorted(self._now) if (fields := self._values(feature))}
+
+    def _values(self, feature: int) -> dict[str, Any]:
+        found = sorted(self._now.get(feature, {}).items(), key=lambda item: item[1][0])
+        return {field: value for field, (_, value) in found if value}
+
+    def changes(self) -> list[Change]:
+        """The latest values, as few lines as they fit in."""
+        self.refresh()
+        with self._lock:
+            lines: dict[tuple[int, float], dict[str, Any]] = {}
+            for feature, fields in sorted(self._now.items()):
+                for field, (at, value) in fields.items():
+                    lines.setdefault((feature, at), {})[field] = value
+            return [Change(i, fields, at, line(i, fields, at)) for (i, at), fields in lines.items()]
+
+    def refresh(self) -> None:
+        """Read what was written since, here or by another process. Damaged lines are said and kept aside."""
+        with self._lock:
+            try:
+                if _stamp(self.file.stat()) == self._stamp:
+                    return
+                with open(self.file, "rb") as f:
+                    stamp = _stamp(os.fstat(f.fileno()))
+                    if stamp[:1] != self._stamp[:1] or stamp[1] <= self._end:  # another file, or changed by hand
+                        self._forget()
+                    f.seek(self._end)
+                    data = f.read()
+            except FileNotFoundError:
+                self._forget()
+                return
+            except OSError as err:
+                raise ValueError(
+                    f"cannot read {self.file} ({err}): mend that, or set SAE_LAB_DATA to a folder of yours"
+                ) from err
+            good, bad = parsed(data)
+            for change in good:
+                self._take(change)
+            self._stamp, self._end = stamp, self._end + data.rfind(b"\n") + 1
+            if bad:
+                self._set_aside(bad)
+
+    def _take(self, change: Change) -> None:
+        here = self._now.setdefault(change.feature, {})
+        for field, value in change.fields.items():
+            if field not in here or _order(change.time, value) > _order(*here[field]):
+                here[field] = (change.time, value)
+                self._untold.add(change.feature)
+
+    def _set_aside(self, bad: list[bytes]) -> None:
+        shown = ", ".join(repr(one[:60]) for one in bad[:3])
+        try:
+            with self._alone():
+                data = self.file.read_bytes()
+                aside = self.file.with_name(f"{self.file.name}.damaged-{crc32(data):08x}")
+                for file, content in ((aside, data), (self.file, b"".join(c.line for c in parsed(data)[0]))):
+                    with cache.atomic(file) as temporary:
+                        temporary.write_bytes(content)
+        except (OSError, ValueError) as err:  # a folder that cannot be written to
+            log.warning("%s: %d damaged lines are left out (%s); it stays so (%s)", self.file, len(bad), shown, err)
+            return
+        log.warning("%s: %d damaged lines are left out (%s); the whole file is kept as %s", self.file, len(bad), shown,
+                    aside)  # fmt: skip
+        self._forget()
+        self.refresh()
+
+    # ---- writing
+
+    def write(
+        self, changes: Mapping[int, Mapping[str, Any]], seen: Mapping[str, Any] | None = None, at: float | None = None
+    ) -> None:
+        """Set fields of features, {feature: {field: value}}. All are on disk before this returns.
+
+        seen: what a screen showed while this was typed. A field that is still the same is no change; one that has
+        another value by now was changed after what the screen showed: that stays, and this goes into the log before it.
+        at: when these were said, if not now; they then count where nothing was said since.
+        """
+        with self._lock, self._alone():
+            self.refresh()
+            lines = [
+                line(feature, {field: value}, said_at)
+                for feature, fields in changes.items()
+                for field, value in fields.items()
+                if (said_at := self._time(feature, field, value, seen, at)) is not None
+            ]
+            self._append(lines)
+        self.tell()
+
+    def _time(
+        self, feature: int, field: str, value: Any, seen: Mapping[str, Any] | None, at: float | None
+    ) -> float | None:
+        """When this value was said; None where it says nothing new."""
+        before, here = self._now.get(feature, {}).get(field, (-math.inf, None))
+        if (value or None) == (here or None) or (seen is not None and value == seen.get(field)):
+            return None
+        if at is not None:
+            return at if at > before else None
+        if seen is not None and seen.get(field, here) != (here or ""):
+            return math.nextafter(before, 0.0)
+        return max(time.time(), math.nextafter(before, math.inf))  # clocks tie, and go back
+
+    def add(self, changes: Iterable[Change]) -> None:
+        """Put the lines of another log of the same coder among these. What is newer here stays."""
+        with self._lock, self._alone():
+            self.refresh()
+            mine = set(self.file.read_bytes().splitlines(True)) if self.file.exists() else set()
+            self._append(one for one in dict.fromkeys(change.line for change in changes) if one not in mine)
+        self.tell()
+
+    def merge(self, file: Path) -> None:
+        """``add`` what is in a file."""
+        with open(file, "rb") as f:
+            data = f.read(MOST_BYTES + 1)
+        if len(data) > MOST_BYTES:
+            raise ValueError(f"{file} is larger than {MOST_BYTES >> 20} MB: it is not brought in")
+        changes, damaged = parsed(data)
+        if damaged:
+            log.warning("%s: %d damaged lines are left out (%r)", file, len(damaged), damaged[0][:60])
+        self.add(changes)
+
+    def _append(self, lines: Iterable[bytes]) -> None:
+        """Under both locks, after a refresh."""
+        data = b"".join(lines)
+        if not data:
+            return
+        try:
+            with open(self.file, "a+b", buffering=0) as f:
+                f.seek(self._end)
+                if parsed(tail := f.read())[0]:  # a line that somebody typed without an end
+                    data = b"\n" + data
+                elif tail:  # half a line: its writer was killed
+                    f.truncate(self._end)
+                size = f.seek(0, os.SEEK_END)
+                try:
+                    if f.write(data) != len(data):
+                        raise OSError("the disk took only a part")
+                    os.fsync(f.fileno())
+                except BaseException:
+                    with suppress(OSError):
+                        f.truncate(size)
+                    raise
+        except OSError as err:
+            raise ValueError(
+                f"cannot write {self.file} ({err}), and nothing of it was kept: make room, or set SAE_LAB_DATA to a "
+                "folder of yours elsewhere"
+            ) from err
+        self.refresh()
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """No other process writes within."""
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            self._between.acquire()
+        except OSError as err:
+            raise ValueError(
+                f"cannot write to the folder {self.file.parent} ({err}): set SAE_LAB_DATA to a folder of yours"
+            ) from err
+        try:
+            yield
+        finally:
+            self._between.release()
+
+    def tell(self) -> None:
+        """Listeners hear of what changed. Holds no lock of its own, for they take theirs."""
+        with self._lock:
+            changed, self._untold = self._untold, set()
+        for listener in list(self.listeners) if changed else ():
+            try:
+                listener(changed)
+            except Exception:  # of a panel, say: what was written is written
+                log.exception("what is shown of features %s may be old", sorted(changed)[:9])
+
+
+def _stamp(found: os.stat_result) -> tuple[int, ...]:
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _order(at: float, value: Any) -> tuple[float, str]:
+    return at, json.dumps(value, sort_keys=True)
+
+
+def line(feature: int, fields: Mapping[str, Any], at: float) -> bytes:
+    """One line of a log."""
+    text = json.dumps({"feature": feature, **fields, "time": at}, ensure_ascii=False)[:-1].encode()
+    return text + b', "crc": "%08x"}\n' % crc32(text)
+
+
+def parsed(data: bytes, at: float | None = None) -> tuple[list[Change], list[bytes]]:
+    """(the changes in these lines, the lines that are damaged). Half a last line is neither: it is on its way, or its
+    writer was killed. at: the time of lines that have none."""
+    good, bad = [], []
+    *lines, last = data.split(b"\n")
+    for one in (*lines, last):
+        if one.strip():
+            try:
+                good.append(_parsed(one, at))
+            except _UNREADABLE:
+                bad.append(one)
+    if bad and bad[-1] is last and last[: len(_BEGIN)] == _BEGIN[: len(last)]:
+        bad.pop()
+    return good, bad
+
+
+def _parsed(text: bytes, at: float | None) -> Change:
+    """ValueError and its kin for a line that is damaged."""
+    if (summed := _SUMMED.fullmatch(text)) and crc32(summed[1]) != int(summed[2], 16):
+        raise ValueError("the checksum does not fit")
+    record = json.loads(text)
+    feature, at = record["feature"], float(record.get("time", at))
+    if isinstance(feature, bool) or not isinstance(feature, int) or feature < 0 or not 0 <= at < 1e15:
+        raise ValueError("no feature, or no time")
+    fields = {f: _checked(f, value) for f, value in record.items() if f in ("label", "text") or f.startswith(SAID)}
+    return Change(feature, fields, at, text + b"\n" if summed else line(feature, fields, at))
+
+
+def _checked(field: str, value: Any) -> Any:
+    """A field's value. ValueError and its kin where it has another type."""
+    check_text(field, "a source")
+    if not field.startswith(SAID):
+        check_text(value, field)
+        return value
+    for one in value:
+        check_text(one["text"], "an explanation")
+        if not all(math.isfinite(score) for score in one["scores"].values()):
+            raise ValueError("a score is no number")
+    return [{"text": one["text"], "scores": one["scores"]} for one in value]
+
+
+# ---------------------------------------------------------------------------------------------- of a coder
+
+
+_LOGS: WeakValueDictionary[str, Log] = WeakValueDictionary()  # one of a file, so that all who have it open hear
+
+
+def by_id(id: str) -> Log:
+    """The log of the coder with this id."""
+    if not is_id(id):
+        raise ValueError(f"a coder's id is 16 to 64 hexadecimal digits, got {id!r}: the file that names it is damaged")
+    file = root() / "notes" / f"{id}.jsonl"
+    return _LOGS.setdefault(str(file), Log(file))
+
+
+def of(coder: Any) -> Log:
+    """A coder's log. One that was trained on from another coder begins with what was said of that."""
+    found, before = by_id(coder.id), coder.meta.get("trained_from")
+    if is_id(before) and not found.file.exists() and (file := by_id(before).file).exists():
+        found.merge(file)
+    return found
+
+
+def beside(coder: Any, folder: Path) -> Path:
+    """The copy that ``sae.save`` puts beside a coder."""
+    return folder / f"notes-{coder.id}.jsonl"
+
+
+def save_beside(coder: Any, folder: Path) -> None:
+    """Copy what is said of a coder into its folder; what the copy there has and this one has not stays."""
+    if (here := of(coder)).file.exists():
+        _add(Log(beside(coder, folder)), here.file)
+
+
+def bring_in(coder: Any, folder: Path) -> None:
+    """Take over the copy beside a coder that is loaded."""
+    if any(folder.glob("notes-*.jsonl")) and (file := beside(coder, folder)).is_file():
+        _add(of(coder), file)
+
+
+def _add(to: Log, file: Path) -> None:
+    """Where it cannot be it is said; the coder is saved or loaded all the same."""
+    try:
+        to.merge(file)
+    except (OSError, ValueError) as err:
+        log.warning("the notes in %s did not go into %s: %s", file, to.file, err)
