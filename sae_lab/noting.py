@@ -26,18 +26,17 @@ from zlib import crc32
 
 from filelock import FileLock
 
-from sae_lab import cache
+from sae_lab import cache, files
 from sae_lab.arguments import check_text
 
 log = logging.getLogger(__name__)
 
 SAID = "said:"
 WAIT = 60  # seconds for another process to finish writing
-MOST_BYTES = 1 << 28  # of a file that is brought in: a million features with a sentence each
 _ID = re.compile(r"[0-9a-f]{16,64}")
 _BEGIN = b'{"feature": '
 _SUMMED = re.compile(rb'(\{.*), "crc": "([0-9a-f]{8})"\}', re.DOTALL)
-_UNREADABLE = (ValueError, TypeError, KeyError, AttributeError, RecursionError)  # what a damaged line raises
+_UNREADABLE = (ValueError, TypeError, KeyError, AttributeError)  # what a damaged line raises
 
 
 def root() -> Path:
@@ -201,11 +200,7 @@ class Log:
 
     def merge(self, file: Path) -> None:
         """``add`` what is in a file."""
-        with open(file, "rb") as f:
-            data = f.read(MOST_BYTES + 1)
-        if len(data) > MOST_BYTES:
-            raise ValueError(f"{file} is larger than {MOST_BYTES >> 20} MB: it is not brought in")
-        changes, damaged = parsed(data)
+        changes, damaged = parsed(files.read_bytes(file, "MOST_UNPACKED"))
         if damaged:
             log.warning("%s: %d damaged lines are left out (%r)", file, len(damaged), damaged[0][:60])
         self.add(changes)
@@ -298,7 +293,7 @@ def _parsed(text: bytes, at: float | None) -> Change:
     """ValueError and its kin for a line that is damaged."""
     if (summed := _SUMMED.fullmatch(text)) and crc32(summed[1]) != int(summed[2], 16):
         raise ValueError("the checksum does not fit")
-    record = json.loads(text)
+    record = files.parse_json(text)
     feature, at = record["feature"], float(record.get("time", at))
     if isinstance(feature, bool) or not isinstance(feature, int) or feature < 0 or not 0 <= at < 1e15:
         raise ValueError("no feature, or no time")

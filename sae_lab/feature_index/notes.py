@@ -1,14 +1,13 @@
 """Labels and notes that a person writes on a coder's features, and what others say they are: ``sl.notes(sae)``."""
 
 import gzip
-import json
 import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from sae_lab import cache, noting
+from sae_lab import cache, files, noting
 from sae_lab.arguments import as_annotated, check_text
 from sae_lab.noting import SAID
 from sae_lab.saes.base import SparseCoder
@@ -181,11 +180,11 @@ class Notes:
         if not file.exists():
             return
         try:
-            there = json.loads(file.read_bytes())
+            there = files.parse_json(files.read_bytes(file, "MOST_UNPACKED"))
             found = {check_feature(int(i), self.d_sae): fields(value) for i, value in there.items()}
             if noting.parsed(b"".join(noting.line(i, of, UNKNOWN_TIME) for i, of in found.items()))[1]:
                 raise ValueError("a label is no text")
-        except (ValueError, TypeError, AttributeError, RecursionError) as err:
+        except (ValueError, TypeError, AttributeError) as err:
             raise ValueError(
                 f"{file} holds no {file.stem} of sae_lab ({err}): mend it, or move it away and the index opens without"
             ) from err
@@ -200,14 +199,14 @@ def _own_lines(file: Path) -> bytes | None:
         opened = gzip.open if f.read(2) == b"\x1f\x8b" else open
     try:
         with opened(file, "rb") as f:
-            first = f.readline(noting.MOST_BYTES)
+            first = f.readline(files.MOST_UNPACKED)
             if b'"feature"' not in first or b'"description"' in first:
                 return None
-            data = first + f.read(noting.MOST_BYTES)
+            data = first + f.read(files.MOST_UNPACKED)
     except (OSError, EOFError, zlib.error):
         return None  # who reads Neuronpedia's files says what is wrong with it
-    if len(data) > noting.MOST_BYTES:
-        raise ValueError(f"{file} unpacks to more than {noting.MOST_BYTES >> 20} MB: split it")
+    if len(data) > files.MOST_UNPACKED:
+        raise ValueError(f"{file} unpacks to more than {files.MOST_UNPACKED >> 20} MB: split it")
     return data
 
 

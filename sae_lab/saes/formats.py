@@ -13,11 +13,7 @@ from typing import Any
 
 import torch
 
-<<<<<<< HEAD
-from sae_lab import cache, files
-=======
-from sae_lab import cache, noting
->>>>>>> 591cac4 (Notes follow the coder: sl.notes, in the user's data folder, merged by field and time, copied beside a saved coder)
+from sae_lab import cache, files, noting
 from sae_lab.arguments import as_annotated
 from sae_lab.saes.base import SparseCoder
 from sae_lab.saes.meta import check_meta

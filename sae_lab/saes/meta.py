@@ -10,7 +10,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "prefix_id": (int, type(None)), "context": (int,), "dead_tokens": _NUMBER, "train_tokens": _NUMBER,
     "dead": _NUMBER, "excluded": _NUMBER, "centred": (bool,), "needs_gain": (bool,), "train": (dict,),
     "changes": (list,), "card": (dict,), "check": (dict,), "source": (dict,), "expected": (dict,), "id": (str,),
-    "mask": (dict, type(None)),
+    "mask": (dict, type(None)), "trained_from": (str,),
 }  # fmt: skip
 
 
