@@ -4,6 +4,7 @@ Text of a checkpoint, a tokenizer or a document becomes HTML here and nowhere el
 """
 
 import html as _html
+import json
 import math
 import re
 from collections.abc import Iterable, Sequence
@@ -21,6 +22,7 @@ HIDDEN = (
     "0000-001F 007F-00A0 00AD 034F 061C 115F-1160 17B4-17B5 180B-180F 200B-200F 2028-202E 2060-206F 3164 D800-DFFF "
     "FE00-FE0F FEFF FFA0 FFF0-FFFB 1BCA0-1BCA3 1D173-1D17A E0000-E0FFF"
 )
+_NOT_IN_SCRIPT = re.compile("[<>&\u2028\u2029\ud800-\udfff]")
 GLYPHS = {"\n": "↵", "\t": "⇥", "\r": "␍", "\u00a0": "⍽"}
 _HIDDEN = re.compile("[" + re.sub("[0-9A-F]+", lambda m: f"\\U{m[0]:0>8}", HIDDEN).replace(" ", "") + "]")
 
@@ -54,19 +56,28 @@ def tag(name: str, *children: object, **attributes: object) -> Html:
     return Html(f"<{name}{given}>{joined(children)}</{name}>")
 
 
+def in_script(value: Any) -> str:
+    """A value as JSON in which no tag and no comment can begin or end, and no half of a surrogate pair stands."""
+    data = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return _NOT_IN_SCRIPT.sub(lambda found: f"\\u{ord(found[0]):04x}", data)
+
+
 # ---- tables
 
 _SIDES = {"<": "left", ">": "right"}
 
 
-def html_table(rows: Sequence[Sequence[object]], footer: str = "", align: str = "<") -> Html:
+def html_table(
+    rows: Sequence[Sequence[object]], footer: str = "", align: str = "<", wraps: bool = False
+) -> Html:
     """Rows as a table, the first its head, and lines below. align: "<" or ">" a column, its last for all that follow.
 
-    Only the last column, which has words, may break into lines: sides are said for each cell, since Jupyter aligns all
-    to the right.
+    Unless it ``wraps``, only the last column, which has words, may break into lines. Sides are said for each cell:
+    Jupyter aligns all to the right.
     """
     sides = [_SIDES[side] for side in align.ljust(len(rows[0]), align[-1])]
-    styles = [f"text-align:{side};white-space:nowrap" for side in sides[:-1]] + [f"text-align:{sides[-1]}"]
+    one_line = "" if wraps else ";white-space:nowrap"
+    styles = [f"text-align:{side}{one_line}" for side in sides[:-1]] + [f"text-align:{sides[-1]}"]
     lines = [
         tag("tr", *(tag("td" if i else "th", cell, style=style) for cell, style in zip(row, styles, strict=True)))
         for i, row in enumerate(rows)

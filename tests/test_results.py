@@ -1,5 +1,6 @@
 """Tables of results: what came from data is shown as text, and nothing of it is HTML or moves a terminal's cursor."""
 
+import ast
 import unicodedata
 from dataclasses import dataclass
 from html.parser import HTMLParser
@@ -77,3 +78,21 @@ def test_columns_stand_under_each_other():
     rows = [("", "value"), ("a", "1"), ("long", "100")]
     assert text_table(rows, "footer", "<>") == "      value\na         1\nlong    100\nfooter"
     assert html_table(rows, "", "<>").count("text-align:right") == 3
+
+
+def test_whatever_shows_itself_in_a_notebook_is_made_in_results():
+    """``-> Html`` is checked by beartype whenever a test calls it, and only ``results`` makes an ``Html``."""
+    shown, made = [], []
+    for file in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            place = f"{file.relative_to(PACKAGE)}:{getattr(node, 'lineno', 0)}"
+            if isinstance(node, ast.FunctionDef) and node.name in ("_repr_html_", "_html"):
+                shown.append((place, node.returns and ast.unparse(node.returns)))
+            name = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+            if name.endswith(("Html", "escape", "to_string", "to_html")) and name != "re.escape":
+                made.append((place, name))
+    assert len(shown) > 8
+    assert [place for place, returned in shown if returned != "Html"] == []
+    # CircuitsVis' own page, whose arguments ``in_script`` writes; what a user exports.
+    elsewhere = {(place.partition(":")[0], name) for place, name in made if not place.startswith("results.py")}
+    assert elsewhere == {("widgets/attention.py", "Html"), ("widgets/inspector.py", "super().to_html")}

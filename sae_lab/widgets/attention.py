@@ -4,6 +4,7 @@ from typing import Any
 
 from sae_lab import circuits
 from sae_lab.lm.model import LM
+from sae_lab.results import Html, in_script, tag, visible
 
 DIGITS = 4  # of a pattern's numbers: an eye needs no more
 
@@ -17,20 +18,18 @@ def attention_heads(lm: LM, prompt: str, layer: int) -> Any:
     from circuitsvis.utils.render import RenderedHTML, render_local
 
     class Local(RenderedHTML):
-        def _repr_html_(self) -> str:
+        def _repr_html_(self) -> Html:
             # It draws dark on nothing, and knows no dark theme: a white page under it keeps it legible.
-            return f'<div style="background:#fff;color:#111;color-scheme:light;padding:8px">{self.local_src}</div>'
+            style = "background:#fff;color:#111;color-scheme:light;padding:8px"
+            return tag("div", Html(self.local_src), style=style)
 
         def __repr__(self) -> str:
             return f"attention of layer {layer}, {len(names)} heads, {len(labels)} tokens"
 
     pattern = circuits.attention(lm, prompt, layer).pattern[0]
-    labels = [token.label for token in lm.tokens(prompt)]
+    labels = [visible(token.label) for token in lm.tokens(prompt)]
     names = [f"L{layer}H{head}" for head in range(len(pattern))]
     rounded = [[[round(x, DIGITS) for x in row] for row in head] for head in pattern.cpu().tolist()]
-    source = render_local("AttentionHeads", attention=rounded, tokens=labels, attentionHeadNames=names)
-    # The labels stand in a script: no tag may begin there.
-    bundle, call, props = source.rpartition("CircuitsVis.render(")
-    props, end, _ = props.rpartition("</script>")
-    local = bundle + call + props.replace("<", "\\u003c") + end
+    before, _, after = render_local("AttentionHeads").rpartition("{}")  # where its arguments stand
+    local = before + in_script({"attention": rounded, "tokens": labels, "attentionHeadNames": names}) + after
     return Local(local, local)

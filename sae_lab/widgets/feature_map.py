@@ -3,20 +3,20 @@
 import base64
 import contextlib
 from collections.abc import Sequence
-from html import escape
 from typing import Any
 
 import numpy as np
 import torch
 import traitlets
 
+from sae_lab.results import Html, tag
 from sae_lab.types import check_feature
 
 from .coding import name_of
 from .inspector import FeatureError
 from .panel import STATIC, Panel, quick
 from .session import Session
-from .static_html import table
+from .static_html import block, table
 
 TOKENS = 5  # of a label
 FROZEN_LABELS = 2_000  # in a page without a kernel
@@ -114,12 +114,12 @@ class FeatureMap(Panel):
             return f"{name}  # nothing is selected"
         return f"{name}[{self.feature}]" if hasattr(self._source, "top_tokens") else f"{name}.W_dec[{self.feature}]"
 
-    def _html(self) -> str:
-        text = f"<p>Map of {len(self._on):,} features{'; ' + escape(self.note) if self.note else ''}.</p>"
+    def _html(self) -> Html:
         own = self._groups[self._on]
         numbers = [int(g) for g in np.unique(own) if g >= 0][:GROUPS_LISTED]
-        rows = [[str(g), f"{int((own == g).sum()):,}", escape(self._members(g))] for g in numbers]
-        return f"<div>{text}{table(['group', 'features', 'first of them'], rows) if rows else ''}</div>"
+        rows = [[str(g), f"{int((own == g).sum()):,}", self._members(g)] for g in numbers]
+        text = f"Map of {len(self._on):,} features{'; ' + self.note if self.note else ''}."
+        return block(tag("p", text), table(["group", "features", "first of them"], rows))
 
     def _members(self, group: int) -> str:
         first = np.flatnonzero(self._groups == group)[:4]

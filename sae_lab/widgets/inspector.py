@@ -10,6 +10,7 @@ import numpy as np
 import traitlets
 
 from sae_lab.edit import Ablate, Steer
+from sae_lab.results import Html
 
 from .coding import coder_line, lm_line, name_of
 from .panel import STATIC, Job, Panel, beside, quick
@@ -308,7 +309,7 @@ class FeatureInspector(Panel):
     def __repr__(self) -> str:
         return f"FeatureInspector(feature={self.feature}, d_sae={self._index.d_sae})"
 
-    def _html(self) -> str:
+    def _html(self) -> Html:
         return feature_html(self.view, self.note)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sae_lab import checkpoint
 from sae_lab.control import Change, Control
+from sae_lab.results import Html
 from sae_lab.saes.base import SparseCoder
 from sae_lab.store import Rows, Store
 from sae_lab.training import Event, Run, TrainConfig, train
@@ -358,7 +359,7 @@ class TrainingMonitor(Panel):
         with self._lock:
             return {"status": self._status(), "curves": self._copy()}
 
-    def _html(self) -> str:
+    def _html(self) -> Html:
         with self._lock:
             return html_of(self._status(), self._copy(), self.changes)
 

@@ -2,11 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
-from html import escape
 from typing import TYPE_CHECKING, Any
 
 from sae_lab import checkpoint
 from sae_lab.control import Change
+from sae_lab.results import Html, tag
 from sae_lab.saes import FAMILIES
 from sae_lab.saes.base import SparseCoder
 from sae_lab.store import Store
@@ -14,7 +14,7 @@ from sae_lab.training import Run, TrainConfig
 from sae_lab.watching import MEASURES
 
 from .coding import name_of
-from .static_html import table
+from .static_html import block, table
 
 if TYPE_CHECKING:
     from .monitor import Watched
@@ -26,20 +26,17 @@ NAMES = {"loss": "loss", "fvu": "FVU", "l0": "L0", "dead": "dead", "threshold": 
 # ---- without scripts
 
 
-def html_of(status: Mapping[str, Any], curves: Mapping[str, Any], changes: Sequence[Mapping[str, Any]]) -> str:
+def html_of(status: Mapping[str, Any], curves: Mapping[str, Any], changes: Sequence[Mapping[str, Any]]) -> Html:
     """The state, the last figures of each coder, and what was changed."""
     steps = f": step {status['step']:,} of {status['steps']:,}, {status['tokens']:,} tokens" if status["steps"] else ""
-    parts = [f"<p><b>Training</b> {escape(status['state'])}{steps}</p>"]
-    if status["why"]:
-        parts.append(f"<p>{escape(status['why'])}</p>")
-    rows = [[escape(label), *(_last(line[name], name) for name in MEASURES)] for label, line in curves.items()]
-    if rows:
-        parts.append(table(["coder", *(NAMES[name] for name in MEASURES)], rows))
-    if changes:
-        cells = [[escape(c["coder"]), f"{c['step']:,}", escape(c["what"]), f"{c['old']:.4g}", f"{c['new']:.4g}"]
-                 for c in changes]  # fmt: skip
-        parts.append(table(["coder", "step", "changed", "from", "to"], cells))
-    return "<div>\n" + "\n".join(parts) + "\n</div>"
+    rows = [[label, *(_last(line[name], name) for name in MEASURES)] for label, line in curves.items()]
+    changed = [[c["coder"], f"{c['step']:,}", c["what"], f"{c['old']:.4g}", f"{c['new']:.4g}"] for c in changes]
+    return block(
+        tag("p", tag("b", "Training"), f" {status['state']}{steps}"),
+        tag("p", status["why"]) if status["why"] else None,
+        table(["coder", *(NAMES[name] for name in MEASURES)], rows),
+        table(["coder", "step", "changed", "from", "to"], changed),
+    )
 
 
 def _last(values: Sequence[float | None], name: str) -> str:

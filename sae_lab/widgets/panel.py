@@ -11,6 +11,8 @@ import anywidget
 import torch
 import traitlets
 
+from sae_lab.results import Html
+
 from .standalone import page
 from .static_html import Snapshot
 
@@ -77,7 +79,7 @@ class Panel(anywidget.AnyWidget):
 
     # ---- what a subclass says
 
-    def _html(self) -> str:
+    def _html(self) -> Html:
         """What it shows, as HTML without scripts that reads without style sheets."""
         raise NotImplementedError
 

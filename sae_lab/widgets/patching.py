@@ -9,6 +9,7 @@ import traitlets
 from sae_lab.circuits.attribution import require_sae
 from sae_lab.circuits.patching import KINDS, Cell
 from sae_lab.lm.model import LM
+from sae_lab.results import Html, tag
 from sae_lab.saes.base import SparseCoder
 from sae_lab.types import Site
 
@@ -17,7 +18,7 @@ from .measures import Measure
 from .panel import STATIC, Job, Panel, beside, quick
 from .patching_run import PatchRun
 from .session import Session
-from .static_html import table, visible
+from .static_html import block, dotted, table
 
 TOP_FEATURES = 12
 
@@ -261,21 +262,21 @@ class PatchingGrid(Panel):
 
     # ---- how it shows itself
 
-    def _html(self) -> str:
+    def _html(self) -> Html:
         grid, run, i = self._on.estimate, self._on, self._kinds.index(self.kind)
-        head = ["layer", *(visible(a) if a == b else f"{visible(a)} ← {visible(b)}" for a, b in grid.tokens)]
+        head = ["layer", *(dotted(a) if a == b else f"{dotted(a)} ← {dotted(b)}" for a, b in grid.tokens)]
         rows = []
         for j in reversed(range(len(grid.layers))):  # the last layer on top
             true = [run.true.get((self.kind, grid.layers[j], p)) for p in grid.positions]
             estimates = grid.values[i, j].tolist()
-            cells = [f"~{e:.2f}" if t is None else f"<b>{t:.2f}</b>" for e, t in zip(estimates, true, strict=True)]
+            cells = [f"~{e:.2f}" if t is None else tag("b", f"{t:.2f}") for e, t in zip(estimates, true, strict=True)]
             rows.append([str(grid.layers[j]), *cells])
-        words = (
-            f"<p>{visible(self.kind)}: share of the change of {visible(run.measure.name)}, {grid.base:.3g} → "
-            f"{grid.source:.3g}, that one patch brings; <b>bold</b>: patched in truth, ~: estimated by gradient.</p>"
-        )
-        texts = table(["prompt", "source"], [[visible(run.prompt), visible(run.source)]])
-        return f"<div>\n{texts}\n{words}\n{table(head, rows)}\n</div>"
+        words = tag(
+            "p", f"{self.kind}: share of the change of {run.measure.name}, {grid.base:.3g} → {grid.source:.3g}, that "
+            "one patch brings; ", tag("b", "bold"), ": patched in truth, ~: estimated by gradient.",
+        )  # fmt: skip
+        texts = table(["prompt", "source"], [[dotted(run.prompt), dotted(run.source)]])
+        return block(texts, words, table(head, rows))
 
     def __repr__(self) -> str:
         grid = self._on.estimate

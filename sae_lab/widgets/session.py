@@ -9,11 +9,12 @@ import traitlets
 
 from sae_lab import cache
 from sae_lab.edit import Edit
+from sae_lab.results import Html, tag
 from sae_lab.saes.base import SparseCoder
 
 from .coding import coder_line, expression, name_of
 from .panel import STATIC, Panel, quick
-from .static_html import table, visible
+from .static_html import code, table
 
 VERSION = 1
 
@@ -144,9 +145,9 @@ class EditStack(Panel):
         lines += ["edits = [", *(f"    {expression(edit, names[id(edit.coder)])}," for edit in active), "]"]
         return "\n".join(lines)
 
-    def _html(self) -> str:
-        rows = [["on" if row["on"] else "off", f"<code>{visible(row['code'])}</code>"] for row in self.rows]
-        return table(["edit", "code"], rows) if rows else "<p>No edits.</p>"
+    def _html(self) -> Html:
+        rows = [["on" if row["on"] else "off", code(row["code"])] for row in self.rows]
+        return table(["edit", "code"], rows) or tag("p", "No edits.")
 
     def __repr__(self) -> str:
         return f"EditStack({len(self)} of {len(self._entries)} on)"

@@ -1,9 +1,9 @@
 """A widget as one HTML file: the same bundle over a model that is no kernel's."""
 
 import base64
-import json
-from html import escape
 from typing import Any
+
+from sae_lab.results import Html, escaped, in_script
 
 _PAGE = """<!doctype html>
 <html lang="en">
@@ -28,9 +28,7 @@ widget.freeze(document.getElementById("panel"), JSON.parse(document.getElementBy
 """
 
 
-def page(title: str, esm: str, css: str, state: dict[str, Any], fallback: str) -> str:
-    """The file. fallback: HTML for a reader without scripts. State goes in as JSON in which no tag can begin or end."""
-    data = json.dumps(state, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    data = data.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
-    source = base64.b64encode(esm.encode()).decode()
-    return _PAGE.format(title=escape(title), css=css.replace("</", "<\\/"), fallback=fallback, state=data, esm=source)
+def page(title: str, esm: str, css: str, state: dict[str, Any], fallback: Html) -> str:
+    """The file. fallback: for a reader without scripts."""
+    style, source = css.replace("</", "<\\/"), base64.b64encode(esm.encode()).decode()
+    return _PAGE.format(title=escaped(title), css=style, fallback=fallback, state=in_script(state), esm=source)

@@ -14,6 +14,7 @@ import traitlets
 from sae_lab.dosing import dose_response, neutral_texts, promoted
 from sae_lab.edit import Steer
 from sae_lab.lm.model import LM
+from sae_lab.results import Html
 from sae_lab.saes.base import SparseCoder
 
 from . import presets
@@ -382,7 +383,7 @@ class SteeringSliders(Panel):
             ]
         )  # fmt: skip
 
-    def _html(self) -> str:
+    def _html(self) -> Html:
         how = "greedy" if self.temperature == 0 else f"temperature {self.temperature:g}, seed {self.seed}"
         note = f"{how}, at most {self.max_new_tokens} new tokens"
         if self.shown != self.version:

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from html import escape
 from typing import Any
 
 from torch import Tensor
@@ -12,9 +11,10 @@ from sae_lab.dosing import DoseResponse
 from sae_lab.edit import Edit, Steer
 from sae_lab.lm.comparing import Comparison, differing
 from sae_lab.lm.tokens import Token
+from sae_lab.results import Html, joined, tag
 from sae_lab.saes.base import SparseCoder
 
-from .static_html import table, visible
+from .static_html import block, code, dotted, figure, table
 
 FEATURES = 12  # whose activations are shown: an edit may change all of them
 
@@ -98,75 +98,67 @@ def _plain_numbers(values: Iterable[float]) -> list[float | None]:
 def steering_html(
     sliders: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]], texts: tuple[str, str],
     comparison: dict[str, Any], dose: dict[str, Any], note: str,
-) -> str:  # fmt: skip
+) -> Html:  # fmt: skip
     """Sliders, the two texts and the numbers, as script-free HTML."""
     rows = [
         [
             "on" if row["on"] else "off",
-            escape(", ".join(map(str, row["features"]))) + (f" ({escape(row['more'])})" if row["more"] else ""),
+            ", ".join(map(str, row["features"])) + (f" ({row['more']})" if row["more"] else ""),
             f"{row['strength']:g}",
             ", ".join(f"{row['strength'] * scale:.3g}" for scale in row["scales"]),
         ]
         for row in sliders
     ]
-    parts = ["<div>", "<p><b>Steering</b></p>"]
-    parts.append(table(["", "feature", "strength (f_scale)", "added"], rows) if rows else "<p>No sliders.</p>")
-    if others:
-        parts.append(table(["", "other edits"], [["on" if r["on"] else "off", _code(r["code"])] for r in others]))
     strips = (comparison.get("baseline"), comparison.get("steered"))
     cells = [_text(whole, tokens) for whole, tokens in zip(texts, strips, strict=True)]
-    parts += [table(["baseline", "steered (marked: not in the other)"], [cells]), f"<p>{escape(note)}</p>"]
+    parts = [
+        tag("p", tag("b", "Steering")),
+        table(["", "feature", "strength (f_scale)", "added"], rows) or tag("p", "No sliders."),
+        table(["", "other edits"], [["on" if r["on"] else "off", code(r["code"])] for r in others]),
+        table(["baseline", "steered (marked: not in the other)"], [cells]),
+        tag("p", note),
+    ]
     if "measures" in comparison:
-        parts += [f"<p>{_in_words(comparison)}</p>", _measures(comparison)]
+        parts += [tag("p", _in_words(comparison)), _measures(comparison)]
     elif comparison:
-        parts.append(f"<p>{escape(comparison['note'])}</p>")
-    if dose:
-        parts.append(_dose(dose))
-    return "\n".join([*parts, "</div>"])
+        parts.append(tag("p", comparison["note"]))
+    return block(*parts, *(_dose(dose) if dose else []))
 
 
 def _in_words(comparison: dict[str, Any]) -> str:
-    without, with_, kl = map(_number, [*comparison["perplexity"], comparison["mean_kl"]])
+    without, with_, kl = map(figure, [*comparison["perplexity"], comparison["mean_kl"]])
     return f"The steered text: perplexity {without} without the edits, {with_} with them; mean KL {kl} nats."
 
 
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3g}"
-
-
-def _code(source: str) -> str:
-    return f"<code>{visible(source)}</code>"
-
-
-def _text(whole: str, tokens: Sequence[dict[str, Any]] | None) -> str:
+def _text(whole: str, tokens: Sequence[dict[str, Any]] | None) -> object:
     if not tokens:
-        return visible(whole)
+        return dotted(whole)
     pieces = []
     for number, token in enumerate(tokens):
         if number == 0 and not whole.startswith(token["text"]):
             continue  # the prefix token
-        text = visible(token["text"])
-        pieces.append(f"<mark>{text}</mark>" if token["mark"] == "new" else text)
-    return "".join(pieces)
+        text = dotted(token["text"])
+        pieces.append(tag("mark", text) if token["mark"] == "new" else text)
+    return joined(pieces)
 
 
-def _measures(comparison: dict[str, Any]) -> str:
+def _measures(comparison: dict[str, Any]) -> Html | None:
     """Token by token, the new ones."""
     measures = comparison["measures"]
     rows = [
-        [visible(token["text"]), *(_number(m["values"][i]) for m in measures)]
+        [dotted(token["text"]), *(figure(m["values"][i]) for m in measures)]
         for i, token in enumerate(comparison["steered"])
         if token["mark"] != "prompt"
     ]
-    return table(["token", *(escape(m["name"]) for m in measures)], rows)
+    return table(["token", *(m["name"] for m in measures)], rows)
 
 
-def _dose(dose: dict[str, Any]) -> str:
-    head = ["strength", *(f"{escape(s['name'])}: {what}" for s in dose["series"] for what in ("log-odds", "cost"))]
+def _dose(dose: dict[str, Any]) -> list[Html | None]:
+    head = ["strength", *(f"{s['name']}: {what}" for s in dose["series"] for what in ("log-odds", "cost"))]
     strengths = dose["series"][0]["strength"]
     rows = [
-        [f"{x:g}", *(_number(s[key][i]) for s in dose["series"] for key in ("log_odds", "cost"))]
+        [f"{x:g}", *(figure(s[key][i]) for s in dose["series"] for key in ("log_odds", "cost"))]
         for i, x in enumerate(strengths)
     ]
-    target = ", ".join(f"<code>{visible(t)}</code>" for t in dose["target"])
-    return f"<p>Dose response of feature {dose['feature']}, target {target}</p>\n" + table(head, rows)
+    target = joined(map(code, dose["target"]), ", ")
+    return [tag("p", f"Dose response of feature {dose['feature']}, target ", target), table(head, rows)]

@@ -9,6 +9,7 @@ from sae_lab.circuits.prompt import PromptReading, check_coder, reaches_the_stre
 from sae_lab.edit import Ablate, Edit, Steer
 from sae_lab.lm.model import LM
 from sae_lab.lm.tokens import Chat
+from sae_lab.results import Html
 from sae_lab.saes.base import SparseCoder
 
 from .coding import expression, header, name_of
@@ -279,7 +280,7 @@ class TokenFeatures(TokenTraits):
             pages = pages_of(self._reading, self._coder, self.token or 0, self.target, self._n, self.detail)
             return pages | {"losses": self.losses or (along(self._reading) if self._reading.is_through else [])}
 
-    def _html(self) -> str:
+    def _html(self) -> Html:
         return html_of(self.text, self.detail, self.fires if self.strip == "feature" else None, self.feature)
 
     def __repr__(self) -> str:

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from sae_lab.circuits.direct import direct_effects
 from sae_lab.circuits.prompt import PromptReading
+from sae_lab.results import Html, joined, tag
 from sae_lab.saes.base import SparseCoder
 
-from .static_html import table, visible
+from .static_html import block, code, figure, marked, table
 
 PROMOTED = 4  # tokens named for each feature
 PAGE_TOKENS, PAGE_FEATURES = 128, 20  # whose features a page without a kernel keeps: it stays small
@@ -92,56 +93,45 @@ def pages_of(
 
 def html_of(
     text: Mapping[str, Any], detail: Mapping[str, Any], fires: Sequence[float | None] | None, feature: int | None
-) -> str:
+) -> Html:
     """The text, marked where features are active (where the chosen one is), and the chosen token's features."""
     if not text:
-        return "<div><p>No text yet.</p></div>"
+        return block(tag("p", "No text yet."))
     values = text["strongest"] if fires is None else fires
     what = "strongest activation" if fires is None else f"activation of feature {feature}"
     at = detail.get("position", 0)
     start = max(0, min(at - STATIC_TOKENS // 2, len(values) - STATIC_TOKENS))
     pairs = list(zip(text["labels"], values, strict=True))[start : start + STATIC_TOKENS]
-    marked = "".join(_mark(label, value, start + i == at) for i, (label, value) in enumerate(pairs))
-    more = ("… " if start else "", " …" if start + STATIC_TOKENS < len(values) else "")
-    lines = [f"<p><b>{visible(text['site'])}</b>, marked: {what}</p>", f'<p dir="auto">{more[0]}{marked}{more[1]}</p>']
-    return "\n".join(["<div>", *lines, *_detail_html(detail), "</div>"])
+    shown = (marked(label, value, start + i == at) for i, (label, value) in enumerate(pairs))
+    before, after = "… " if start else "", " …" if start + STATIC_TOKENS < len(values) else ""
+    lines = [tag("p", tag("b", text["site"]), f", marked: {what}"), tag("p", before, *shown, after, dir="auto")]
+    return block(*lines, *_detail_html(detail))
 
 
-def _mark(label: str, value: float | None, chosen: bool) -> str:
-    text = visible(label)
-    space, word = (" ", text[1:]) if text.startswith(" ") else ("", text)
-    word = f"<b>[{word}]</b>" if chosen else word
-    if value is None:
-        return f'{space}<i title="excluded by the token mask">{word}</i>'
-    return f'{space}<mark title="{value:.3g}">{word}</mark>' if value > 0 else space + word
-
-
-def _detail_html(detail: Mapping[str, Any]) -> list[str]:
+def _detail_html(detail: Mapping[str, Any]) -> list[Html | None]:
     if not detail:
         return []
-    lines = [f"<p>Token {detail['position']} <code>{visible(detail['label'])}</code>, {_count(detail)}</p>"]
+    lines: list[Html | None] = [tag("p", f"Token {detail['position']} ", code(detail["label"]), f", {_count(detail)}")]
     if detail["note"]:
-        lines.append(f"<p>{visible(detail['note'])}</p>")
+        lines.append(tag("p", detail["note"]))
     if not detail["rows"]:
         return lines
-    head = ["feature", "activation", "× f_scale"]
-    rows = [[str(r["feature"]), _number(r["value"]), _number(r["scaled"])] for r in detail["rows"][:STATIC_FEATURES]]
+    head: list[object] = ["feature", "activation", "× f_scale"]
+    rows: list[list[object]] = [
+        [r["feature"], figure(r["value"]), figure(r["scaled"])] for r in detail["rows"][:STATIC_FEATURES]
+    ]
     if detail["effects"]:
-        head += [f"direct effect on <code>{visible(detail['target'])}</code> (logits)", "promotes"]
+        head += [joined(["direct effect on ", code(detail["target"]), " (logits)"]), "promotes"]
         for row, r in zip(rows, detail["rows"], strict=False):
-            words = ", ".join(f"<code>{visible(name)}</code> {value:+.2f}" for name, value in r["promoted"])
-            row += [f"{r['effect']:+.3g}", words]
+            words = (joined([code(name), f" {value:+.2f}"]) for name, value in r["promoted"])
+            row += [f"{r['effect']:+.3g}", joined(words, ", ")]
     lines.append(table(head, rows))
     if detail["effects"]:
         parts = detail["parts"]
         named = ", ".join(f"{name} {parts[name]:+.2f}" for name in ("features", "error", "bias", "rest"))
-        lines.append(f"<p>Its logit, centred: {parts['logit']:+.2f} = {named}</p>")
+        lines.append(tag("p", f"Its logit, centred: {parts['logit']:+.2f} = {named}"))
     return lines
 
 
 def _count(detail: Mapping[str, Any]) -> str:
     return "left out" if detail["active"] is None else f"{detail['active']} active features"
-
-
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3g}"
