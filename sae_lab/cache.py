@@ -1,14 +1,32 @@
-"""Where sae_lab keeps what it made: converted models, stores, indexes, figures of evals. ``SAE_LAB_CACHE`` moves it."""
+"""Where sae_lab keeps what it made, and how it writes all of its files.
 
+Converted models, stores, indexes and figures of evals lie in the cache; ``SAE_LAB_CACHE`` moves it. Every file is
+written whole in a folder beside and then renamed (``atomic``, ``together``), has the mode that the umask says, and on a
+full disk ends in one sentence (``told``). Only one process at a time writes into a folder (``sole_writer``).
+"""
+
+import errno
+import glob
+import logging
 import os
+import re
+import secrets
 import shutil
-import tempfile
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import numpy as np
+from filelock import FileLock, Timeout
+
+log = logging.getLogger(__name__)
 
 KINDS = ("models", "stores", "indexes", "evals")
+LOCK = ".lock"  # in a folder that is being written into; it goes when that is done
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a full disk, a quota, a limit on the size of files
+NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP)  # from file systems without locks
 
 
 class Entry(NamedTuple):
@@ -32,9 +50,17 @@ def list() -> "List":  # users read sl.cache.list()
     found = []
     for kind in KINDS:
         for path in sorted((root() / kind).glob("*")):
-            size = sum(f.stat().st_size for f in [path, *path.rglob("*")] if f.is_file())
+            size = sum(_size(f) for f in [path, *path.rglob("*")])
             found.append(Entry(kind, path.name, path, round(size / 1e6, 1)))
     return List(sorted(found, key=lambda e: -e.megabytes))
+
+
+def _size(path: Path) -> int:
+    """0 of a folder, and of a file that another process has taken away by now."""
+    try:
+        return path.stat().st_size if path.is_file() else 0
+    except FileNotFoundError:
+        return 0
 
 
 class List(tuple[Entry, ...]):
@@ -49,14 +75,19 @@ class List(tuple[Entry, ...]):
 def clear(kind: str | None = None) -> float:
     """Delete the cache, or one kind of it ("models", "stores", "indexes", "evals"). Returns the megabytes freed.
 
-    What was saved under a path of your own is never touched.
+    What was saved under a path of your own is never touched, nor what is being written just now.
     """
     if kind is not None and kind not in KINDS:
         raise ValueError(f"unknown kind of cache {kind!r}; kinds: {', '.join(KINDS)}")
-    entries = [e for e in list() if kind in (None, e.kind)]
-    for entry in entries:
-        shutil.rmtree(entry.path) if entry.path.is_dir() else entry.path.unlink()
-    return sum((e.megabytes for e in entries), 0.0)
+    freed = 0.0
+    for entry in [e for e in list() if kind in (None, e.kind)]:
+        if not entry.path.is_dir():
+            entry.path.unlink(missing_ok=True)
+        elif not _removed(entry.path, unsure=True):
+            log.warning("%s is being written: it stays", entry.path)
+            continue
+        freed += entry.megabytes
+    return freed
 
 
 def make_folder(path: Path) -> Path:
@@ -72,19 +103,210 @@ def make_folder(path: Path) -> Path:
     return path
 
 
-@contextmanager
-def atomic(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path`` that takes its place when the block ends well, and vanishes when it fails.
+# ---------------------------------------------------------------------------------------------- writing
 
-    Readers see the whole old file or the whole new one, also after a SIGKILL.
+
+@contextmanager
+def atomic(path: Path, kept: str = "") -> Iterator[Path]:
+    """A temporary path that takes the place of ``path`` when the block ends well, and vanishes when it fails.
+
+    Readers see the whole old file or the whole new one, also after a SIGKILL. kept: see ``told``.
     """
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    os.close(handle)
-    temporary = Path(name)
-    try:
+    path = path.resolve() if path.is_symlink() else path  # the link stays
+    with told(path, kept), _beside(path) as temporary:
         yield temporary
-        with open(temporary, "rb") as f:
-            os.fsync(f.fileno())  # the rename must not reach the disk before the bytes do
+        _settle(temporary)
         os.replace(temporary, path)
+
+
+@contextmanager
+def together(folder: Path, valid: str | None = None, kept: str = "") -> Iterator[Path]:
+    """A temporary folder whose files all come into ``folder`` when the block ends well, and vanish when it fails.
+
+    A new folder appears whole. In one that is there, other files stay, and files are replaced one by one. valid: the
+    file without which the others are nothing: it is taken away before they are replaced, and put there last, so that
+    new and old files never pass for one whole. None: each of the files is right beside the others' old versions.
+    """
+    there = folder.exists()
+    make_folder(folder if there else folder.parent)
+    # Within a folder that is there, which may be a file system of its own.
+    with told(folder, kept), _beside(folder / (valid or folder.name) if there else folder) as temporary:
+        temporary.mkdir()
+        yield temporary
+        _settle(temporary)
+        if not there:
+            try:
+                temporary.rename(folder)
+                return
+            except OSError:
+                if not folder.exists():  # else another process was first
+                    raise
+        with sole_writer(folder):
+            if valid is not None:
+                (folder / valid).unlink(missing_ok=True)
+            for file in sorted(temporary.iterdir(), key=lambda f: (f.name == valid, f.name)):
+                os.replace(file, folder / file.name)
+
+
+@contextmanager
+def told(path: Path, kept: str = "") -> Iterator[None]:
+    """Says in one sentence when there is no room for ``path``. kept: what is still there, and how to go on; the
+    outermost of several blocks knows best."""
+    try:
+        yield
+    except Exception as err:
+        if (number := _number(err)) not in NO_ROOM or (isinstance(err, NoRoom) and not kept):
+            raise
+        kept = kept or "what stood there before is unchanged: make room on that disk, or give another path"
+        raise NoRoom(number, f"could not write {path} ({os.strerror(number)}); {kept}") from err
+
+
+class NoRoom(OSError):
+    """A full disk, a quota, or a limit on the size of files, with what is kept and how to go on."""
+
+
+def _number(err: Exception) -> int:
+    """The system's number of an error, which safetensors, written in Rust, has in its text; 0 where there is none."""
+    if isinstance(err, OSError):
+        return err.errno or 0
+    found = re.search(r"\(os error (\d+)\)", str(err))
+    return int(found[1]) if found else 0
+
+
+@contextmanager
+def _beside(path: Path) -> Iterator[Path]:
+    """A path of the same name in a folder of this call's own beside; what killed writers of that path left goes."""
+    if not any(folder == path.parent.resolve() for *_, folder in _held):  # there it is done already
+        remove_leftovers(make_folder(path.parent), path.name)
+    lock = scratch = None
+    try:
+        while scratch is None or lock is None:  # a process that looks for leftovers takes what is not locked yet
+            scratch = path.parent / f".{path.name}.{secrets.token_hex(4)}.tmp"
+            scratch.mkdir()
+            lock = _locked(scratch)
+        yield scratch / path.name
     finally:
-        temporary.unlink(missing_ok=True)
+        if scratch is not None:
+            shutil.rmtree(scratch, ignore_errors=True)
+        if lock is not None:
+            lock.release()
+
+
+def _settle(temporary: Path) -> None:
+    """What was written gets the mode that the umask says, whatever wrote it, and reaches the disk before its name."""
+    mode = temporary.parent.stat().st_mode & 0o666
+    for file in [temporary, *temporary.rglob("*")]:
+        if file.is_file():
+            with open(file, "rb") as f:
+                os.fsync(f.fileno())
+            file.chmod(mode)
+
+
+def mapped(file: Path, dtype: Any, length: int) -> np.memmap:
+    """A new array of zeros in a .npy file, mapped for writing.
+
+    The disk gives its blocks first: where a page of a map finds none, the system ends the process (SIGBUS).
+    """
+    with open(file, "wb") as f:
+        facts = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": (length,)}
+        np.lib.format.write_array_header_1_0(f, facts)
+        start = f.tell()
+        _allocate(f, start + length * np.dtype(dtype).itemsize)
+    return np.memmap(file, dtype, "r+", start, (length,))
+
+
+def _allocate(f: Any, end: int) -> None:
+    """Blocks for all of a file; as zeros where the system cannot do it at once (macOS), or the file system refuses."""
+    f.flush()
+    if hasattr(os, "posix_fallocate"):
+        try:
+            return os.posix_fallocate(f.fileno(), 0, end)
+        except OSError as err:
+            if err.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+                raise
+    zeros = bytes(1 << 20)
+    while (left := end - f.tell()) > 0:
+        f.write(zeros[:left])
+
+
+# ---------------------------------------------------------------------------------------------- one at a time
+
+
+_held: set[tuple[int, int, Path]] = set()  # (process, thread, folder) of every folder that is locked here
+
+
+@contextmanager
+def sole_writer(folder: Path) -> Iterator[None]:
+    """Only one thread of one process at a time is in such a block for a folder, which is made; others wait.
+
+    What killed writers left there is removed first. A lock ends with its process, however that ends.
+    """
+    make_folder(folder)
+    mine = (os.getpid(), threading.get_ident(), folder.resolve())
+    if mine in _held:
+        yield
+        return
+    with told(folder):
+        lock = _locked(folder)
+    if lock is None:
+        log.warning("another process or thread is writing into %s: waiting until it is done", folder)
+        lock = FileLock(folder / LOCK)
+        lock.acquire()
+    _held.add(mine)
+    try:
+        remove_leftovers(folder)
+        yield
+    finally:
+        _held.discard(mine)
+        (folder / LOCK).unlink(missing_ok=True)  # while it is held: who waits for it looks again
+        lock.release()
+
+
+def _locked(folder: Path) -> FileLock | None:
+    """The lock of a folder, None where somebody has it. A file system without locks gives one that does nothing."""
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except (Timeout, FileNotFoundError):
+        return None
+    except OSError as err:
+        if err.errno not in NO_LOCKS:
+            raise
+    return lock
+
+
+def _removed(folder: Path, unsure: bool) -> bool:
+    """Whether a folder was removed: not while somebody writes into it. unsure: also where no lock can tell that."""
+    lock = _locked(folder)
+    if lock is None or not (lock.is_locked or unsure):
+        return False
+    try:
+        shutil.rmtree(folder)
+    finally:
+        lock.release()
+    return True
+
+
+def tidy(folder: Path) -> None:
+    """What killed writers left in a folder that is whole otherwise goes, unless somebody is writing there."""
+    if not ((folder / LOCK).exists() or any(folder.glob(".*.tmp"))):
+        return
+    with suppress(OSError):  # another user's
+        if (lock := _locked(folder)) is not None:
+            remove_leftovers(folder)
+            (folder / LOCK).unlink(missing_ok=True)
+            lock.release()
+
+
+def remove_leftovers(folder: Path, name: str | None = None) -> None:
+    """Remove what killed writers of a file, or of any file in a folder of ours, left there."""
+    for left in folder.glob(".*.tmp" if name is None else f".{glob.escape(name)}.*.tmp"):
+        with suppress(OSError):  # another user's
+            if left.is_dir():
+                _removed(left, unsure=False)
+            else:  # of earlier versions
+                left.unlink()
+    if name is None:
+        for left in folder.glob(".tmp" + 6 * "[A-Za-z0-9]"):  # safetensors' own, which it writes beside the file
+            with suppress(OSError):
+                left.unlink()

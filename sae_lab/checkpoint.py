@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sae_lab import cache, files
+from sae_lab.files import write_tensors as save_file
 from sae_lab.saes import formats
 from sae_lab.saes.base import SparseCoder
 
@@ -80,12 +81,13 @@ def unpack(path: Path, tensors: dict[str, Tensor], coder: SparseCoder, adam: Ada
         raise ValueError(f"{path}/{CHECKPOINT} is damaged ({err}). {_remedy(path)}") from err
 
 
-def write(path: Path, header: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """One file, replaced in one piece; the one that it replaces is kept until the next."""
+def write(path: Path, header: dict[str, Any], tensors: Mapping[str, Tensor], kept: str) -> None:
+    """One file, replaced in one piece; the one that it replaces is kept until the next. kept: for the error where it
+    finds no room."""
     (path / EARLIER).unlink(missing_ok=True)
-    with cache.atomic(path / CHECKPOINT) as temporary:
+    with cache.atomic(path / CHECKPOINT, kept) as temporary:
         whole = {n: t.detach().cpu().contiguous() for n, t in tensors.items()}
-        files.write_tensors(whole, temporary, {"run": json.dumps(header)})
+        save_file(whole, temporary, {"run": json.dumps(header)})
         if (path / CHECKPOINT).exists():
             os.replace(path / CHECKPOINT, path / EARLIER)
 
@@ -148,10 +150,17 @@ def whole_step() -> Iterator[None]:
 
 def finish(path: Path, coder: SparseCoder, header: dict[str, Any]) -> None:
     """Save the coder and its history; the checkpoint has served its turn."""
-    coder.save(path)
     left = {"left_weights": fingerprint(coder), "left_config": coder.config}
-    with cache.atomic(path / RUN) as temporary:
-        files.write_json(temporary, header | left)
+    kept = "the coder in memory is trained: save it elsewhere, or make room and make the same call with a new coder"
+    with cache.told(path, kept):
+        coder.save(path)
+        with cache.atomic(path / RUN) as temporary:
+            files.write_json(temporary, header | left)
+    remove_checkpoints(path)
+
+
+def remove_checkpoints(path: Path) -> None:
+    """Those of a finished run."""
     for name in (CHECKPOINT, EARLIER):
         (path / name).unlink(missing_ok=True)
 

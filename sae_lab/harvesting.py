@@ -14,7 +14,6 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -120,19 +119,30 @@ class _Harvest:
     coder: SparseCoder | None = None
 
     def run(self, tokens: int) -> Store:
+        """The store: as it is where nothing is missing, else with what is, made while no other process writes there."""
+        self.manifest = self._open()
+        if (store := self._made(tokens)) is not None:
+            cache.tidy(self.folder)
+            return store
+        with cache.sole_writer(self.folder):
+            before, self.manifest = self.manifest, self._open()
+            if self.manifest != before and (store := self._made(tokens)) is not None:  # another process made it
+                return store
+            return self._make(tokens)
+
+    def _made(self, tokens: int) -> Store | None:
+        self.good = [_is_whole(self.folder, shard) for shard in self.manifest["shards"]]
+        have = sum(s["rows"] for s in self.manifest["shards"])
+        return self._result(tokens) if all(self.good) and (have >= tokens or self.manifest["complete"]) else None
+
+    def _make(self, tokens: int) -> Store:
         from tqdm.auto import tqdm
 
-        self.manifest = self._open()
-        good = [_is_whole(self.folder, shard) for shard in self.manifest["shards"]]
+        good = self.good
         for shard, ok in zip(self.manifest["shards"], good, strict=True):
             if not ok:
                 log.warning("shard %s of %s is damaged and is harvested again", shard["file"], self.folder)
         last_bad = max((i for i, ok in enumerate(good) if not ok), default=-1)
-        have = sum(s["rows"] for s in self.manifest["shards"])
-        if all(good) and (have >= tokens or self.manifest["complete"]):
-            return self._result(tokens)
-        for leftover in self.folder.glob(".*.tmp"):  # of a run that was killed
-            leftover.unlink(missing_ok=True)
         done = 0
         bar = tqdm(total=tokens, unit="tok", desc="harvest " + "+".join(s.key for s in self.sites), dynamic_ncols=True)
         with bar, ThreadPoolExecutor(1, "sae_lab writes") as writer:
@@ -203,7 +213,7 @@ class _Harvest:
     def _write(self, number: int, tensors: dict[str, Tensor], excluded: int) -> None:
         """A shard on disk, and then in the manifest. In a thread, while the model reads the next one."""
         name = f"{number:06d}.safetensors"
-        try:
+        with cache.told(self.folder / name, self._kept(number)):
             with cache.atomic(self.folder / name) as temporary:
                 save_file(tensors, temporary)
                 crc, size = _crc(temporary), temporary.stat().st_size
@@ -213,13 +223,12 @@ class _Harvest:
             }  # fmt: skip
             self.manifest["shards"][number : number + 1] = [entry]
             self._save_manifest()
-        except (OSError, SafetensorError) as err:
-            rows = sum(s["rows"] for s in self.manifest["shards"][:number])
-            raise OSError(
-                f"could not write shard {name} ({getattr(err, 'strerror', None) or err}). "
-                f"The store {self.folder} holds {rows} whole tokens: make room "
-                f"and call harvest again to go on, or open it with sl.Store({str(self.folder)!r})"
-            ) from err
+
+    def _kept(self, number: int) -> str:
+        """What a full disk leaves, when shard ``number`` finds no room."""
+        rows = sum(s["rows"] for s in self.manifest["shards"][:number])
+        opened = f", or open it with sl.Store({str(self.folder)!r})" if rows else ""
+        return f"the store there holds {rows} whole tokens: make room and call harvest again to go on{opened}"
 
     def _read(self, passes: list[list[Context]]) -> tuple[dict[str, Tensor], int]:
         """The tensors of one shard, in the contexts' order, and how many of its tokens the mask leaves out."""

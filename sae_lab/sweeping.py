@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sae_lab import cache
 from sae_lab.arguments import as_annotated
 from sae_lab.distributed import ranks_started
 from sae_lab.evals.reconstruction import reconstruction
@@ -119,7 +121,11 @@ def sweep(
         folder = None if path is None else Path(path) / name
         rows_of_it = _shared(trainings, coder, at)
         trainings.append(Training(coder, rows_of_it, config, folder, callbacks, label=labels[number]))
-    runs = _run(trainings)
+    with ExitStack() as alone:
+        for t in trainings:
+            if t.path is not None:
+                alone.enter_context(cache.sole_writer(t.path))
+        runs = _run(trainings)
     rows, tokens, unseen = [], 0, _Once()
     for training, run, row in zip(trainings, runs, varied, strict=True):
         batch = unseen(training.rows, lambda t=training: t.rows.unseen(MEASURED))

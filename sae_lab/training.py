@@ -4,7 +4,7 @@ import json
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -190,7 +190,11 @@ def train(
     rows = rows_for(coder, data)
     with joined(coder, config.shard) as ranks:
         folder = Path(path) if path is not None else None
-        return Training(coder, rows, config, folder, tuple(callbacks), ranks, changes=changes).run()
+        if folder is not None:
+            cache.make_folder(folder)
+        with cache.sole_writer(folder) if folder is not None and ranks.first else nullcontext():
+            ranks.wait()  # until the first has the folder for itself
+            return Training(coder, rows, config, folder, tuple(callbacks), ranks, changes=changes).run()
 
 
 @as_annotated
@@ -253,7 +257,7 @@ class Training:
             "initial_weights": checkpoint.fingerprint(coder),
         }
         self.trained_from = coder.id if coder.meta else None  # what was said of its features goes on from there
-        self.step = 0
+        self.step = self.kept = 0  # kept: the step of the checkpoint on disk
         self.history: list[Metrics] = []
         self.scale: Tensor  # activations are multiplied by it: a number, or one per layer
         self.target_scale: Tensor | None  # None: the target is x
@@ -301,15 +305,13 @@ class Training:
         first: gives ``first_batch`` where it was read before."""
         ranks, finished, found = self.ranks, None, None
         if self.path is not None:
-            cache.make_folder(self.path)
             finished = self.finished()
             found = None if finished else self._read_checkpoint()
         self._require_same_everywhere(begun=found[0]["step"] if found else "finished" if finished else 0)
         if finished:
+            if ranks.first:
+                checkpoint.remove_checkpoints(finished.path)  # of a run that was killed just before it did
             return finished
-        if self.path is not None and ranks.first:
-            for leftover in self.path.glob(".*.tmp"):  # of a run that was killed
-                leftover.unlink(missing_ok=True)
         if found is not None:
             header, _ = found
             self.control.restore(header["changes"], header["step"])
@@ -599,7 +601,9 @@ class Training:
         header["changes"] = self.control.changes
         if left and self.coder is self.whole:  # it is about to be folded; recognise it when it comes back
             header["left_weights"], header["left_config"] = self._folded_fingerprint(), self.coder.config
-        checkpoint.write(self.path, header, tensors)
+        far = f"the run is kept up to step {self.kept}" if self.kept else "nothing of this run is kept yet"
+        checkpoint.write(self.path, header, tensors, f"{far}: make room there, and make the same call with a new coder")
+        self.kept = self.step
 
     def _folded_fingerprint(self) -> str:
         keep = {n: t.clone() for n, t in self.coder.state_dict().items()}
@@ -615,7 +619,8 @@ class Training:
     def _restore(self, header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         assert self.path is not None
         device = self.coder.W_dec.device
-        self.step, self.history = header["step"], header["history"]
+        self.step = self.kept = header["step"]
+        self.history = header["history"]
         scale, target_scale = header["scale"]
         self.scale = torch.tensor(scale, device=device)
         self.target_scale = None if target_scale is None else torch.tensor(target_scale, device=device)

@@ -8,6 +8,7 @@ what fires with it, its logit lens and its nearest neighbours, all for some feat
 import json
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -46,12 +47,16 @@ def index_features(coder: SparseCoder, lm: LM, store: Store, path: str | Path | 
     _check(coder, lm, store)
     identity = {"coder": coder.fingerprint(), "store": store.fingerprint, "store_path": str(store.path.resolve())}
     folder = Path(path) if path is not None else cache.root() / "indexes" / f"{identity['coder']}-{identity['store']}"
-    cache.make_folder(folder)
-    if not _is_done(folder, identity):
+    if _is_done(folder, identity):
+        _tidy(folder)
+    else:
         was_training = coder.training
         coder.eval()
+        kept = "the blocks that are done are kept: make room there and call index_features again to go on"
         try:
-            _build(coder, lm, store, folder, identity)
+            with cache.sole_writer(folder), cache.told(folder, kept):
+                if not _is_done(folder, identity):  # else another process made it
+                    _build(coder, lm, store, folder, identity)
         finally:
             coder.train(was_training)
     return FeatureIndex(folder, store, lm, coder)
@@ -99,8 +104,6 @@ def _is_done(folder: Path, identity: dict[str, Any]) -> bool:
 def _build(coder: SparseCoder, lm: LM, store: Store, folder: Path, identity: dict[str, Any]) -> None:
     from tqdm.auto import tqdm
 
-    for leftover in folder.glob(".*.tmp"):  # of a build that was killed
-        leftover.unlink(missing_ok=True)
     with cache.atomic(folder / "building.json") as temporary:
         temporary.write_text(json.dumps(identity))
     with tqdm(total=len(store), unit="tok", desc="index", dynamic_ncols=True) as bar:
@@ -125,8 +128,15 @@ def _build(coder: SparseCoder, lm: LM, store: Store, folder: Path, identity: dic
     facts["notes"] = coder.id
     with cache.atomic(folder / "index.json") as temporary:
         temporary.write_text(json.dumps(facts, indent=1))
-    for left in [*folder.glob("block-*.safetensors"), folder / "building.json"]:
-        left.unlink(missing_ok=True)
+    _tidy(folder)
+
+
+def _tidy(folder: Path) -> None:
+    """Remove what a whole index no longer needs, also after a kill just before."""
+    with suppress(OSError):  # another user's
+        for left in [*folder.glob("block-*.safetensors"), folder / "building.json"]:
+            left.unlink(missing_ok=True)
+    cache.tidy(folder)
 
 
 def _encode(coder: SparseCoder, store: Store, folder: Path, done: Callable[[int], Any]) -> np.ndarray:
@@ -177,18 +187,18 @@ def _block(coder: SparseCoder, store: Store, folder: Path, number: int) -> dict[
 
 def _place(folder: Path, blocks: int, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """All codes by feature: ``rows.npy`` and ``values.npy``, each feature's part in the order of rows."""
-    total = int(offsets[-1])
-    rows = np.lib.format.open_memmap(folder / "rows.npy", "w+", np.int32, (max(total, 1),))
-    values = np.lib.format.open_memmap(folder / "values.npy", "w+", np.float32, (max(total, 1),))
+    total = max(int(offsets[-1]), 1)
     cursor = offsets[:-1].copy()
-    for number in range(blocks):
-        block = load_file(folder / f"block-{number:06d}.safetensors")
-        features = block["features"].astype(np.int64)
-        counts = np.bincount(features, minlength=len(cursor))
-        within = np.arange(len(features)) - np.repeat(counts.cumsum() - counts, counts)
-        at = cursor[features] + within
-        rows[at], values[at] = block["rows"], block["values"]
-        cursor += counts
-    rows.flush()
-    values.flush()
+    with cache.atomic(folder / "rows.npy") as row_file, cache.atomic(folder / "values.npy") as value_file:
+        rows, values = cache.mapped(row_file, np.int32, total), cache.mapped(value_file, np.float32, total)
+        for number in range(blocks):
+            block = load_file(folder / f"block-{number:06d}.safetensors")
+            features = block["features"].astype(np.int64)
+            counts = np.bincount(features, minlength=len(cursor))
+            within = np.arange(len(features)) - np.repeat(counts.cumsum() - counts, counts)
+            at = cursor[features] + within
+            rows[at], values[at] = block["rows"], block["values"]
+            cursor += counts
+        rows.flush()
+        values.flush()
     return rows, values

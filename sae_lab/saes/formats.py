@@ -15,6 +15,7 @@ import torch
 
 from sae_lab import cache, files, noting
 from sae_lab.arguments import as_annotated
+from sae_lab.files import write_tensors as save_file
 from sae_lab.saes.base import SparseCoder
 from sae_lab.saes.meta import check_meta
 from sae_lab.types import Site
@@ -49,7 +50,7 @@ def save(
         return folder
     if format != "sae_lab":
         raise ValueError(f"unknown format {format!r}; supported: sae_lab, {', '.join(exchange.WRITES)}")
-    folder = cache.make_folder(Path(path))
+    folder = Path(path)
     config = {
         "format": FORMAT,
         "version": VERSION,
@@ -63,10 +64,9 @@ def save(
     }
     text = json.dumps(config, indent=2)
     tensors = {name: _written(name, t, dtype) for name, t in coder.state_dict().items()}
-    with cache.atomic(folder / "sae.safetensors") as temporary:
-        files.write_tensors(tensors, temporary, {"config": text})
-    with cache.atomic(folder / "config.json") as temporary:
-        temporary.write_text(text)
+    with cache.together(folder) as temporary:
+        save_file(tensors, temporary / "sae.safetensors", {"config": text})
+        (temporary / "config.json").write_text(text)
     coder.path = str(folder.resolve())
     noting.save_beside(coder, folder)
     return folder

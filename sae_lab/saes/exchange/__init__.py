@@ -14,6 +14,7 @@ differ there from TransformerLens, where many of these coders were trained, and 
   autoencoder reads ``mlp_in`` and needs ``fold_gain`` first.
 """
 
+import io
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -126,20 +127,16 @@ def save(coder: SparseCoder, path: Path, format: str) -> Path:
     """Write a coder in another library's format. ValueError for what that format cannot hold; f_scale is not kept."""
     from safetensors.torch import save_file
 
-    parts, new = Parts(coder), not path.exists()
-    folder = cache.make_folder(path)
+    parts = Parts(coder)
     writer = {"saelens": saelens, "sparsify": sparsify, "dictionary_learning": dictionary_learning}[format].write
-    try:
+    with cache.together(path, valid=WRITES[format]) as folder:
         tensors = parts.contiguous(writer(parts, folder))
-    except ValueError:  # refused: leave nothing behind
-        if new and not any(folder.iterdir()):
-            folder.rmdir()
-        raise
-    with cache.atomic(folder / WRITES[format]) as temporary:
         if format == "dictionary_learning":
             import torch
 
-            torch.save(tensors, temporary)
+            content = io.BytesIO()  # written by torch itself, a full disk would be an error without a reason
+            torch.save(tensors, content)
+            (folder / WRITES[format]).write_bytes(content.getbuffer())
         else:
-            save_file(tensors, temporary)
-    return folder
+            save_file(tensors, folder / WRITES[format])
+    return path
