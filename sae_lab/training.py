@@ -308,9 +308,9 @@ class Training:
             finished = self.finished()
             found = None if finished else self._read_checkpoint()
         self._require_same_everywhere(begun=found[0]["step"] if found else "finished" if finished else 0)
-        if finished:
+        if finished and self.path is not None:
             if ranks.first:
-                checkpoint.remove_checkpoints(finished.path)  # of a run that was killed just before it did
+                checkpoint.remove_checkpoints(self.path)  # of a run that was killed just before it did
             return finished
         if found is not None:
             header, _ = found
