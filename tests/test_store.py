@@ -46,7 +46,7 @@ def harvest(tiny_lm, small_text):
 
 
 def files(folder):
-    return {f.name: f.read_bytes() for f in sorted(folder.iterdir())}
+    return {f.name: f.read_bytes() for f in sorted(folder.iterdir()) if f.is_file()}
 
 
 def everything(store, key):
