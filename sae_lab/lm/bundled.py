@@ -49,7 +49,7 @@ def _convert(source: Path, target: Path) -> None:
     cache.make_folder(target.parent)
     scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=".converting-"))
     try:
-        where: dict[str, Any] = {"gguf_file": source.name}
+        where: dict[str, Any] = {"gguf_file": source.name, "trust_remote_code": False}
         AutoTokenizer.from_pretrained(source.parent, **where).save_pretrained(scratch)
         model: Any = AutoModelForCausalLM.from_pretrained(source.parent, **where)
         # The weights are plain float32 now; these leftovers make save_pretrained refuse.

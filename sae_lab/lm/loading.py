@@ -29,6 +29,26 @@ def _quiet_if(quiet: bool) -> Iterator[None]:
         logging.enable_progress_bar()
 
 
+@contextmanager
+def no_code(source: Any, kwargs: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Arguments with which transformers and datasets neither run a folder's own code nor ask whether to. ValueError for
+    what cannot be loaded without, and for who asks for it."""
+    if kwargs.get("trust_remote_code"):
+        raise ValueError(f"trust_remote_code is never on in sae_lab: load {str(source)!r} yourself, and pass that")
+    try:
+        yield kwargs | {"trust_remote_code": False}
+    except (ValueError, ImportError) as err:
+        # What they name where there is code to run; a config may also ask for a compiled one (a kernel) of the hub.
+        named = ("trust_remote_code",) if "attn_implementation" in kwargs else ("trust_remote_code", "kernels")
+        if not any(word in str(err) for word in named):
+            raise
+        raise ValueError(
+            f"sae_lab runs no code that comes with a model or a dataset, and {str(source)!r} cannot be loaded without "
+            "its own: read that code, load it yourself with trust_remote_code=True, and pass the loaded object, "
+            "LM(model, tokenizer=...) or load_text(dataset)"
+        ) from err
+
+
 def outline(model: str | nn.Module | None, tokenizer: Any, device: Any, dtype: Any, kwargs: dict[str, Any]):
     """(nnsight's model without weights, tokenizer, id) of a model that runs on a server."""
     from nnsight import TransformersModel
@@ -36,15 +56,16 @@ def outline(model: str | nn.Module | None, tokenizer: Any, device: Any, dtype: A
 
     if isinstance(model, nn.Module) or (model is not None and Path(model).expanduser().exists()):
         raise ValueError("a server knows models by their hub id: pass it, LM('org/name', remote=True)")
-    if unknown := set(kwargs) - {"revision"}:
+    if unknown := set(kwargs) - {"revision", "trust_remote_code"}:
         raise ValueError(f"with remote= the server has loaded the model: it takes no {', '.join(sorted(unknown))}")
     if device != "auto" or dtype is not None:
         raise ValueError("with remote= device and dtype are the server's: leave them out")
     name = model or bundled.HUB_ID
     source = bundled.folder() if model in (None, bundled.HUB_ID) else name
     try:
-        tokenizer = tokenizer or AutoTokenizer.from_pretrained(source, **kwargs)
-        empty = TransformersModel(source, task="text-generation", tokenizer=tokenizer, **kwargs)
+        with no_code(name, kwargs) as kwargs:
+            tokenizer = tokenizer or AutoTokenizer.from_pretrained(source, **kwargs)
+            empty = TransformersModel(source, task="text-generation", tokenizer=tokenizer, **kwargs)
     except OSError as err:
         raise ValueError(f"no model {name!r} on the hub, or no way to it: its config is needed here ({err})") from err
     empty.repo_id = name
@@ -90,8 +111,8 @@ def load(model: str | nn.Module | None, tokenizer: Any, device: Any, dtype: Any,
     if dtype is None:
         dtype = torch.float32 if str(device) == "cpu" else "auto"
     try:
-        tokenizer = tokenizer or AutoTokenizer.from_pretrained(source)
-        with _quiet_if(model is None):
+        with no_code(source, kwargs) as kwargs, _quiet_if(model is None):
+            tokenizer = tokenizer or AutoTokenizer.from_pretrained(source, trust_remote_code=False)
             module = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **kwargs)
     except OSError as err:
         if model is not None:

@@ -91,7 +91,9 @@ class LM:
         else:
             module, self.tokenizer, self.id = loading.load(model, tokenizer, device, dtype, kwargs)
             sites.require_decoder(module)
-            self._nn = TransformersModel(module, task="text-generation", tokenizer=self.tokenizer)
+            self._nn = TransformersModel(
+                module, task="text-generation", tokenizer=self.tokenizer, trust_remote_code=False
+            )
         self.prefix_id = tokens.prefix_id(self.tokenizer, prefix)
         module = self._nn._module
         self._module: Any = module.eval()

@@ -12,6 +12,7 @@ import numpy as np
 
 from sae_lab.arguments import as_annotated, check_text
 from sae_lab.lm import tokens as tok
+from sae_lab.lm.loading import no_code
 
 log = logging.getLogger(__name__)
 
@@ -242,7 +243,8 @@ def load_text(
     if path.suffix in _READERS or len(path.parts) > 2:
         raise ValueError(f"no file at {path}: pass an existing file or folder, a hub dataset id, or a list of str")
     try:
-        data = load_dataset(str(source), split=split, streaming=True, **((_CSV if source == "csv" else {}) | kwargs))
+        with no_code(source, (_CSV if source == "csv" else {}) | kwargs) as settings:
+            data = load_dataset(str(source), split=split, streaming=True, **settings)
     except OSError as err:  # out of reach, or not found
         raise ValueError(f"{str(source)!r} is no file here and no hub dataset in reach: {err}") from err
     _check_column(data.column_names, column, str(source))
@@ -333,7 +335,8 @@ def _from_files(path: Path, column: str, kwargs: dict[str, Any]) -> Text:
         raise ValueError(f"{path} is empty: it needs at least one document")
     kwargs = (_CSV if kind == "csv" else {}) | kwargs
     try:
-        data: Any = load_dataset(kind, data_files=[str(f) for f in files], split="train", **kwargs)
+        with no_code(path, kwargs) as kwargs:
+            data: Any = load_dataset(kind, data_files=[str(f) for f in files], split="train", **kwargs)
     except (DatasetsError, ValueError) as err:
         if "corresponds to no data" in str(err):
             raise ValueError(f"{path} is empty: it needs at least one document") from None
