@@ -158,13 +158,13 @@ class Log:
     # ---- writing
 
     def write(
-        self, changes: Mapping[int, Mapping[str, Any]], seen: Mapping[str, Any] | None = None, at: float | None = None
-    ) -> None:
+        self, changes: Mapping[int, Mapping[str, Any]], seen: Mapping[str, Any] | None = None,
+        at: Mapping[str, float] | None = None,
+    ) -> None:  # fmt: skip
         """Set fields of features, {feature: {field: value}}. All are on disk before this returns.
 
-        seen: what a screen showed while this was typed. A field that is still the same is no change; one that has
-        another value by now was changed after what the screen showed: that stays, and this goes into the log before it.
-        at: when these were said, if not now; they then count where nothing was said since.
+        seen: what a screen showed, by field, when these were typed there, and at: when that was. A value that it still
+        shows is no change; one that was typed before another writer's, of which it did not know, does not count.
         """
         with self._lock, self._alone():
             self.refresh()
@@ -172,23 +172,23 @@ class Log:
                 line(feature, {field: value}, said_at)
                 for feature, fields in changes.items()
                 for field, value in fields.items()
-                if (said_at := self._time(feature, field, value, seen, at)) is not None
+                if (said_at := self._time(feature, field, value, seen, at or {})) is not None
             ]
             self._append(lines)
         self.tell()
 
     def _time(
-        self, feature: int, field: str, value: Any, seen: Mapping[str, Any] | None, at: float | None
+        self, feature: int, field: str, value: Any, seen: Mapping[str, Any] | None, at: Mapping[str, float]
     ) -> float | None:
-        """When this value was said; None where it says nothing new."""
+        """When this value was said; None where it is no change."""
         before, here = self._now.get(feature, {}).get(field, (-math.inf, None))
         if (value or None) == (here or None) or (seen is not None and value == seen.get(field)):
             return None
-        if at is not None:
-            return at if at > before else None
+        now = time.time()
+        said_at = min(now, at.get(field, now))
         if seen is not None and seen.get(field, here) != (here or ""):
-            return math.nextafter(before, 0.0)
-        return max(time.time(), math.nextafter(before, math.inf))  # clocks tie, and go back
+            return said_at
+        return max(said_at, math.nextafter(before, math.inf))  # clocks tie, and go back
 
     def add(self, changes: Iterable[Change]) -> None:
         """Put the lines of another log of the same coder among these. What is newer here stays."""

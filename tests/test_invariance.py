@@ -735,7 +735,7 @@ WITHOUT_FIGURES = {
     "evals.BoardGames": "a result", "evals.DescriptionLength": "a result", "evals.L0Choice": "a result",
     "FeatureIndex.bytes": "the size of files",
     "FeatureIndex.token_labels": "of token ids", "FeatureIndex.annotate": "it keeps what it is told",
-    "FeatureIndex.load_labels": "it keeps what a file says",
+    "FeatureIndex.load_labels": "it keeps what a file says", "notes": "it keeps what it is told",
 }  # fmt: skip
 KNOWN = ("SparseCoder", "FeatureIndex", "PromptReading")  # what an annotation names where a coder goes in
 NAMED = ("coder", "coders", "sae", "saes", "upstream", "downstream")  # or a parameter without one

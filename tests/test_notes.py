@@ -186,13 +186,18 @@ def test_logs_are_merged_in_any_order(tmp_path):
 
 def test_a_screen_that_showed_an_older_value_overwrites_nothing(sae):
     notes = sl.notes(sae)
+    before = time.time()
     notes.write(3, "from Python")
-    assert notes.write(3, "typed before", "", seen={"label": "", "text": ""}) == ("from Python", "")
+    shown, early = {"label": "", "text": ""}, {"label": before}
+    assert notes.write(3, "typed before", "", seen=shown, typed=early) == ("from Python", "")
     assert "typed before" in notes.file.read_text()  # it is not lost
-    assert notes.write(3, "from Python", "typed", seen={"label": "from Python", "text": ""})[1] == "typed"
-    notes.write(3, "newer")
-    assert notes.write(3, "from Python", "other", seen={"label": "from Python", "text": "typed"}) == ("newer", "other")
-    assert notes.write(3, "typed after", "other", seen={"label": "newer", "text": "other"})[0] == "typed after"
+    assert notes.write(3, "", "typed", seen=shown, typed=early) == ("from Python", "typed")
+    assert notes.write(3, "typed after", seen=shown, typed={"label": time.time()})[0] == "typed after"
+    shown = {"label": "typed after", "text": "typed"}
+    for typed in (early, {"label": before + 1e9}, None):  # it showed what is there: whatever its clock says
+        shown["label"] = notes.write(3, f"{typed}", seen=shown, typed=typed)[0]
+        assert shown["label"] == f"{typed}" == reopened(notes)[3].label
+    assert notes.write(3, "x")[0] == "x"  # and no time of a screen's lies ahead
 
 
 # ---- several processes, and kills

@@ -82,19 +82,20 @@ class Notes:
 
     @as_annotated
     def write(
-        self, feature: Any, label: str | None = None, text: str | None = None, seen: dict[str, str] | None = None
-    ) -> Note:
+        self, feature: Any, label: str | None = None, text: str | None = None, *, seen: dict[str, str] | None = None,
+        typed: dict[str, float] | None = None,
+    ) -> Note:  # fmt: skip
         """Set a feature's label or text, None: as it was; both empty takes the note away. Returns the note as it is.
 
-        seen: the label and the text that a screen showed when these were typed. What it still shows is no change, and
-        what was written elsewhere since counts as newer.
+        seen, typed: the label and the text that a screen showed while these were typed there, and the time of that, in
+        seconds. What it still shows is no change, and what another wrote after that time stays.
         """
-        fields = {"label": None if label is None else label.strip(), "text": text}
-        fields = {name: value for name, value in fields.items() if value is not None}
+        given = {"label": None if label is None else label.strip(), "text": text}
+        fields = {name: value for name, value in given.items() if value is not None}
         for name, value in fields.items():
             check_text(value, name)
         feature = check_feature(feature, self.d_sae)
-        self._log.write({feature: fields}, seen)
+        self._log.write({feature: fields}, seen, typed)
         return self[feature]
 
     def find(self, text: str) -> list[int]:
@@ -165,7 +166,7 @@ class Notes:
             return len({change.feature for change in changes})
         said = neuronpedia.read_labels(source, self.d_sae, self.model, self.layer, model, layer)
         own = {i: {s.source: s.text for s in several if s.source in Note._fields} for i, several in said.items()}
-        self._log.write(own, at=UNKNOWN_TIME)
+        self._log.add(noting.parsed(_of_unknown_time(own))[0])
         others = {i: [s for s in several if s.source not in Note._fields] for i, several in said.items()}
         self.explanations.write(others)
         return len(said)
@@ -182,13 +183,18 @@ class Notes:
         try:
             there = files.parse_json(files.read_bytes(file, "MOST_UNPACKED"))
             found = {check_feature(int(i), self.d_sae): fields(value) for i, value in there.items()}
-            if noting.parsed(b"".join(noting.line(i, of, UNKNOWN_TIME) for i, of in found.items()))[1]:
-                raise ValueError("a label is no text")
+            changes, damaged = noting.parsed(_of_unknown_time(found))
+            if damaged:
+                raise ValueError(f"it has {damaged[0][:80]!r}")
         except (ValueError, TypeError, AttributeError) as err:
             raise ValueError(
                 f"{file} holds no {file.stem} of sae_lab ({err}): mend it, or move it away and the index opens without"
             ) from err
-        self._log.write(found, at=UNKNOWN_TIME)
+        self._log.add(changes)
+
+
+def _of_unknown_time(found: Mapping[int, Mapping[str, Any]]) -> bytes:
+    return b"".join(noting.line(i, fields, UNKNOWN_TIME) for i, fields in found.items() if fields)
 
 
 def _own_lines(file: Path) -> bytes | None:

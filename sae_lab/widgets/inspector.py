@@ -116,6 +116,7 @@ class FeatureInspector(Panel):
 
     def __init__(self, index: Index, feature: SupportsIndex | None = None, *, session: Session | None = None) -> None:
         self._index = index  # before any trait: the validation of `feature` reads it
+        self._heard: list[Any] = getattr(index.notes, "listeners", [])
         self.session = session or Session()
         self._tried = ""  # the text that was scored last
         self._site = site.key if (site := getattr(index, "site", None)) is not None else ""
@@ -135,6 +136,7 @@ class FeatureInspector(Panel):
         self.observe(self._on_search, ["query", "sort"])
         self.observe(self._on_pinned, "pinned")
         selected.observe(self._on_selected, ["feature", "site"])
+        self._heard.append(self._on_notes)
 
     # ---- what follows what
 
@@ -153,6 +155,18 @@ class FeatureInspector(Panel):
         selected = self.session.selection
         if selected.site == self._site and selected.feature is not None:
             self.feature = selected.feature
+
+    def _on_notes(self, features: set[int]) -> None:
+        """Somebody wrote on these: this panel, another one, or Python."""
+        with self._lock, self.hold_sync():
+            if self.feature in features:
+                self.note = self._index.notes[self.feature]._asdict()
+                if (said := getattr(self._index, "explanations", None)) is not None:
+                    self.view = self.view | {"explanations": [one._asdict() for one in said[self.feature]]}
+            self.results = [
+                row | {"label": self._label(row["feature"])} if row["feature"] in features else row
+                for row in self.results
+            ]
 
     def _on_search(self, _change: object) -> None:
         with self._lock:
@@ -206,13 +220,14 @@ class FeatureInspector(Panel):
             "density": float(self._index.density[feature]),
             "max": float(self._index.max[feature]),
             "tokens": list(self._index.top_tokens(feature, TOKENS_PER_RESULT)),
-            "label": self._index.notes[feature].label or self._said(feature),
+            "label": self._label(feature),
         }
 
-    def _said(self, feature: int) -> str:
-        """The first explanation somebody else gave of a feature, which stands where you wrote no label."""
+    def _label(self, feature: int) -> str:
+        """Your label, or the first explanation somebody else gave."""
         explanations = getattr(self._index, "explanations", None)
-        return explanations.label(feature)[:LABEL_LETTERS] if explanations is not None else ""
+        said = explanations.label(feature)[:LABEL_LETTERS] if explanations is not None else ""
+        return self._index.notes[feature].label or said
 
     # ---- from the screen
 
@@ -234,18 +249,19 @@ class FeatureInspector(Panel):
         return [vars(context) for context in index.weakest(self.feature)]
 
     @quick
-    def write_note(self, label: str, text: str, feature: int | None = None) -> None:
-        """Put a label and a note on a feature, None: the open one; they are kept beside the index."""
+    def write_note(
+        self, label: str, text: str, feature: int | None = None, was: Any = None, typed: Any = None
+    ) -> dict[str, str]:
+        """Put a label and a note on a feature, None: the open one. They follow the coder (``sl.notes``). was, typed:
+        what the screen showed of both while they were typed, and when that was. Returns the note as it is now."""
         index: Any = self._index
         feature = self.feature if feature is None else _checked(feature, index.d_sae)
-        note = index.annotate(feature, label, text)
-        with self._lock:
-            if feature == self.feature:
-                self.note = note._asdict()
-            self.results = [
-                row | {"label": note.label or self._said(feature)} if row["feature"] == feature else row
-                for row in self.results
-            ]
+        if was is None:
+            note = index.annotate(feature, label, text)
+        else:
+            note = index.notes.write(feature, label, text, seen=was, typed=typed)
+        self._on_notes({feature})  # a value that did not count is put right
+        return note._asdict()
 
     @quick
     def add_edit(self, kind: str) -> str:
@@ -304,6 +320,7 @@ class FeatureInspector(Panel):
         if "session" in self.__dict__:  # an __init__ that raised has none
             with contextlib.suppress(ValueError):  # it was closed before
                 self.session.selection.unobserve(self._on_selected, ["feature", "site"])
+                self._heard.remove(self._on_notes)
         super().close()
 
     def __repr__(self) -> str:

@@ -1,12 +1,16 @@
 """FeatureInspector on a real index: trying texts, notes, comparisons, conditions, edits, code, pages."""
 
 import json
+import shutil
+import time
 
 import numpy as np
 import pytest
 import torch
 
 import sae_lab as sl
+from sae_lab import noting
+from sae_lab.feature_index.notes import Said
 from sae_lab.widgets import FeatureInspector, Session
 
 
@@ -51,12 +55,12 @@ def test_the_weakest_contexts(panel, real_index, screen):
     assert np.allclose(values, np.sort(all_values)[: len(values)], atol=1e-4)
 
 
-def test_notes_are_kept_beside_the_index(panel, real_index, lab, screen):
+def test_notes_follow_the_coder(panel, real_index, lab, screen):
     view = screen(panel)
-    assert view.call("write_note", label="  rivers ", text="<b>see</b> also 3")[0] == "done"
-    assert panel.note == {"label": "rivers", "text": "<b>see</b> also 3"}
+    kind, note = view.call("write_note", label="  rivers ", text="<b>see</b> also 3")
+    assert kind == "done" and panel.note == note == {"label": "rivers", "text": "<b>see</b> also 3"}
     again = sl.index_features(lab.sae, lab.lm, lab.store, path=real_index.path)
-    assert again.notes[panel.feature].label == "rivers"
+    assert again.notes[panel.feature].label == "rivers" == sl.notes(lab.sae)[panel.feature].label
     assert again.find("label:RIVER") == [panel.feature]
     assert "<b>see</b>" not in panel.snapshot()._repr_html_()
     panel.query = "label:river"
@@ -66,6 +70,61 @@ def test_notes_are_kept_beside_the_index(panel, real_index, lab, screen):
     assert len(sl.index_features(lab.sae, lab.lm, lab.store, path=real_index.path).notes) == 0
     panel.write_note("x", "", feature=other)  # not the open one
     assert panel.note["label"] == "" and real_index.notes[other].label == "x"
+
+
+def test_more_tokens_and_a_cleared_cache_leave_the_notes(lab, real_index, small_text, tmp_path):
+    real_index.annotate(3, "rivers")
+    more = sl.harvest(lab.lm, lab.sae.site, small_text, 1800, context=48, path=tmp_path / "more")
+    assert sl.index_features(lab.sae, lab.lm, more, path=tmp_path / "other").notes[3].label == "rivers"
+    shutil.rmtree(real_index.path)
+    again = sl.index_features(sl.load(lab.folder / "sae"), lab.lm, more, path=tmp_path / "other")
+    assert again.notes[3].label == "rivers"
+
+
+def test_what_python_and_others_write_is_shown_at_once(real_index, lab, screen):
+    first, second = FeatureInspector(real_index), FeatureInspector(real_index)
+    feature = first.feature
+    real_index.annotate(feature, "from Python")
+    for panel in (first, second):
+        assert panel.note == {"label": "from Python", "text": ""}
+        assert {r["feature"]: r["label"] for r in panel.results}[feature] == "from Python"
+    screen(first).call("write_note", label="from Python", text="typed", was={"label": "from Python", "text": ""})
+    assert second.note == {"label": "from Python", "text": "typed"}
+    real_index.explanations.write({feature: [Said("rivers", "an explainer")]})
+    assert [s["text"] for s in second.view["explanations"]] == ["rivers"]
+    second.close()
+    sl.notes(lab.sae).write(feature, "later")
+    assert first.note["label"] == "later" and second.note["label"] == "from Python"
+
+
+def test_an_older_value_of_the_screen_overwrites_nothing(panel, real_index, screen):
+    """The page says what it showed and when it was typed: what was written in between stays, and is put on the page."""
+    view, before = screen(panel), time.time()
+    real_index.annotate(panel.feature, "from Python")
+    was, typed = {"label": "", "text": ""}, {"label": before, "text": time.time() + 9}
+    kind, note = view.call("write_note", label="typed before", text="", was=was, typed=typed)
+    assert kind == "done" and note == panel.note == {"label": "from Python", "text": ""}
+    assert "typed before" in real_index.notes.file.read_text()  # nor is that one lost
+    view.call("write_note", label="", text="a text", was=was, typed=typed)
+    assert panel.note == {"label": "from Python", "text": "a text"}
+    was, typed = {"label": "from Python", "text": "a text"}, {"label": before, "text": before}
+    view.call("write_note", label="typed after", text="a text", was=was, typed=typed)  # whatever the page's clock says
+    assert panel.note["label"] == "typed after"
+    kind, message = view.call("write_note", label="x", text="", was=7)
+    assert kind == "error" and "seen must be" in message
+
+
+def test_two_kernels_merge_by_field_and_time(panel, real_index, screen):
+    """What another kernel wrote comes with what is done next; what was typed after it counts."""
+    other, feature = noting.Log(real_index.notes.file), panel.feature
+    shown, then = dict(panel.note), time.time()
+    other.write({feature: {"label": "theirs", "text": "theirs"}})
+    view = screen(panel)
+    view.call("write_note", label="mine", text="", was=shown, typed={"label": time.time(), "text": then})
+    assert panel.note == {"label": "mine", "text": "theirs"}
+    other.write({feature: {"label": "theirs again"}})
+    panel.query = "label:again"
+    assert [row["feature"] for row in panel.results] == [feature]
 
 
 def test_damaged_notes_are_refused_and_stay(real_index, lab):

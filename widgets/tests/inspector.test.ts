@@ -368,6 +368,41 @@ describe("notes", () => {
     expect(model.sent[0]).toMatchObject({ method: "write_note", args: { feature: 812, label: ATTACK, text: "" } });
   });
 
+  it("follow Python field by field, and say what was shown while typing", async () => {
+    vi.useFakeTimers({ now: 5_000 });
+    mount();
+    const label = one(".saelab-note-label") as HTMLInputElement;
+    const text = one(".saelab-note textarea") as HTMLTextAreaElement;
+    type(label, "cats", "input");
+    model.fromPython("note", { label: "from Python", text: "and this" });
+    expect([label.value, text.value]).toEqual(["cats", "and this"]);
+    vi.advanceTimersByTime(700);
+    expect(model.sent[0]).toMatchObject({
+      method: "write_note",
+      args: { label: "cats", text: "and this", was: { label: "pets", text: "and this" }, typed: { label: 5 } },
+    });
+    model.reply("write_note", { label: "from Python", text: "and this" });
+    await vi.advanceTimersByTimeAsync(0);
+    expect(label.value).toBe("from Python");
+    expect(one(".saelab-note small").textContent).toContain("you had typed “cats”");
+    type(label, "dogs", "input");
+    vi.advanceTimersByTime(700);
+    expect(model.sent[1]!.args).toMatchObject({ label: "dogs", was: { label: "from Python" } });
+    model.reply("write_note", { label: "dogs", text: "and this" });
+    await vi.advanceTimersByTimeAsync(0);
+    expect(one(".saelab-note small").textContent).toBe("saved");
+  });
+
+  it("send nothing where nothing differs from what Python has", () => {
+    vi.useFakeTimers();
+    mount();
+    const label = one(".saelab-note-label") as HTMLInputElement;
+    type(label, "cats", "input");
+    type(label, "pets", "input");
+    vi.advanceTimersByTime(700);
+    expect(model.sent).toEqual([]);
+  });
+
   it("are saved before another feature opens, and when the view goes", () => {
     vi.useFakeTimers();
     mount();

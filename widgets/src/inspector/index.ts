@@ -10,7 +10,7 @@ import { noteEditor } from "./note";
 import { type Pane, pane } from "./pane";
 import { results } from "./results";
 import { trial } from "./trial";
-import type { PairView, Sort, State } from "./types";
+import type { Note, PairView, Sort, State } from "./types";
 
 const inspector = widget<State>((model, el, signal) => {
   const frame = panel(model, el, "inspector", "Feature inspector", signal);
@@ -39,7 +39,7 @@ const inspector = widget<State>((model, el, signal) => {
 
   let mode: Mode = "stacked";
   let here: Pane | undefined;
-  const note = noteEditor((feature, { label, text }) => call("write_note", { feature, label, text }), signal);
+  const note = noteEditor((note) => call<Note>("write_note", { ...note }), signal);
   const typed = trial(call, (value) => here?.tried(value), (value) => here?.hover(value), signal);
 
   let shown = new AbortController(); // ends the listeners of the feature on show
