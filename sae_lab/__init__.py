@@ -96,8 +96,10 @@ def __getattr__(name: str) -> Any:
         value = getattr(import_module(f"sae_lab.{_HOME[name]}"), name)
     elif name in _MODULES:
         value = import_module(f"sae_lab.{name}")
-    elif name.startswith("_") or name not in _names():  # tools ask modules for dunder names: no reason to load torch
+    elif name.startswith("_"):  # tools ask modules for dunder names: no reason to load torch
         raise AttributeError(f"module 'sae_lab' has no attribute {name!r}; see dir(sae_lab)")
+    elif name not in (known := _names()):
+        return import_module("sae_lab.arguments").no_attribute("sae_lab", known)(name)
     else:
         value = import_module("sae_lab.saes").FAMILIES[name]
     globals()[name] = value

@@ -1,23 +1,25 @@
 """What callers pass, made what the annotation says or refused in one sentence: rule, value, remedy.
 
-``@as_annotated`` stands on public functions, ``check_fields`` in ``__post_init__`` of dataclasses. Both go by
+``@as_annotated`` stands on public functions, and on classes, whose constructor and public methods it serves. It goes by
 annotations:
 
 - One item where a list of such items is meant is a list of one: a str, an edit, a coder.
-- Numbers of numpy and torch are numbers, their arrays lists or tensors, and 1e6 is an int. A bool is no number, nor is
-  NaN.
+- Numbers of numpy and torch are numbers, their arrays lists or tensors, lists of numbers tensors, and 1e6 is an int. A
+  bool is no number, nor is NaN.
+- A tensor has the numbers and the count of axes that jaxtyping's annotation names; floats hold no NaN or Inf.
 - What is of another kind is refused, and where two arguments stand in each other's place, it says which.
 
 What an argument may be beyond its kind (``k`` at most ``d_sae``) is for the function to say.
 """
 
+import difflib
 import inspect
 import operator
 import re
 import types
 import typing
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import is_dataclass
 from functools import lru_cache, wraps
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
@@ -31,39 +33,69 @@ REPAIR = 'text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")'
 _NO = object()  # "this value is not of that kind"
 _MANY = (list, tuple, Sequence, Iterable)
 _SAID: dict[Any, str] = {}
-_PLAIN = (str, int, float, bool, type(None))
+_PLAIN = (str, bytes, int, float, bool, type(None))
+_QUOTED = {"str": str, "int": int, "float": float, "bool": bool, "None": None, "Any": Any}
 
 
 def as_annotated(fn: F) -> F:
-    """A public function whose arguments are first made what their annotations say. ValueError where they cannot be."""
+    """A public function whose arguments are first made what their annotations say. ValueError where they cannot be;
+    TypeError for a name that no argument has, with a near one. Of a class: its constructor and public methods."""
+    if isinstance(fn, type):
+        for name, member in list(vars(fn).items()):
+            method = getattr(member, "__func__", member)
+            public = name in ("__init__", "__getitem__") or not name.startswith("_")
+            if public and inspect.isfunction(method) and not hasattr(method, "as_annotated"):
+                made = as_annotated(method)
+                setattr(fn, name, made if method is member else type(member)(made))  # type: ignore[call-arg]
+        return typing.cast(F, fn)
     signature = inspect.signature(fn)
-    named = [p for p in signature.parameters.values() if p.annotation is not p.empty and p.kind is not p.VAR_KEYWORD]
-    hints = {p.name: p.annotation for p in named}
+    signature = signature.replace(parameters=[q for p in signature.parameters.values() for q in _spelt_out(p)])
+    hints = {p.name: p.annotation for p in signature.parameters.values()
+             if p.annotation is not p.empty and p.kind is not p.VAR_KEYWORD}  # fmt: skip
     several = {p.name for p in signature.parameters.values() if p.kind is p.VAR_POSITIONAL}
 
     @wraps(fn)
     def call(*args: Any, **kwargs: Any) -> Any:
-        bound = signature.bind(*args, **kwargs)  # a TypeError names what is missing or unknown
+        try:
+            bound = signature.bind(*args, **kwargs)
+        except TypeError as err:  # names what is missing or unknown
+            unknown = re.search("unexpected keyword argument '(.*)'", str(err))
+            meant = near(unknown[1], signature.parameters) if unknown else ""
+            raise TypeError(f"{_takes(fn, signature)}: {err}{meant}") from None
         for name, value in bound.arguments.items():
             hint = hints.get(name, Any)
             made = [fit(v, hint) for v in value] if name in several else [fit(value, hint)]
             if any(m is _NO for m in made):
-                raise ValueError(_refusal(fn, signature, hints, bound.arguments, name))
+                raise ValueError(_refusal(fn, signature, hints, bound.arguments, name)) from None
             bound.arguments[name] = tuple(made) if name in several else made[0]
         return fn(*bound.args, **bound.kwargs)
 
+    call.__signature__ = signature  # type: ignore[attr-defined]
     call.as_annotated = True  # type: ignore[attr-defined]
     return typing.cast(F, call)
 
 
-def check_fields(made: Any) -> None:
-    """The same for the fields of a dataclass, in its ``__post_init__``."""
-    for f in fields(made):
-        value = fit(getattr(made, f.name), f.type)
-        if value is _NO:
-            said = f"{f.name} must be {words(f.type)}, got {_got(getattr(made, f.name), f.type)}"
-            raise ValueError(f"{type(made).__name__}: {said}")
-        object.__setattr__(made, f.name, value)
+def _spelt_out(p: inspect.Parameter) -> list[inspect.Parameter]:
+    """The arguments that ``**more: Unpack[...]`` stands for, one by one."""
+    if p.kind is not p.VAR_KEYWORD or get_origin(p.annotation) is not typing.Unpack:
+        return [p]
+    named = typing.get_type_hints(get_args(p.annotation)[0])
+    return [inspect.Parameter(n, p.KEYWORD_ONLY, default=None, annotation=hint) for n, hint in named.items()]
+
+
+def near(name: str, known: Iterable[str]) -> str:
+    """What may be meant by a name that is none, for the end of a message."""
+    found = difflib.get_close_matches(name, list(known), n=3, cutoff=0.6)
+    return f"; did you mean {' or '.join(found)}?" if found else ""
+
+
+def no_attribute(module: str, names: Iterable[str]) -> Callable[[str], Any]:
+    """A module's ``__getattr__``: AttributeError with a near name."""
+
+    def missing(name: str) -> Any:
+        raise AttributeError(f"module {module!r} has no attribute {name!r}{near(name, names)}")
+
+    return missing
 
 
 def check_text(text: str, what: str) -> None:
@@ -113,7 +145,9 @@ def words(hint: Any) -> str:
 
 @lru_cache(maxsize=4096)
 def _kinds(hint: Any) -> tuple[Any, ...]:
-    """What a union is one of."""
+    """What a union is one of. A quoted name stays one, where it is no plain kind."""
+    if isinstance(hint, str):
+        return tuple(_QUOTED.get(part, part) for part in hint.split(" | "))
     if get_origin(hint) in (Union, types.UnionType):
         return tuple(kind for part in get_args(hint) for kind in _kinds(part))
     return (hint,)
@@ -126,6 +160,8 @@ def _as_it_is(value: Any, kind: Any) -> Any:
     if kind is int or kind is float:
         number = type(value) is int or (kind is float and type(value) is float)
         return value if number and value == value else _NO  # NaN is not itself
+    if isinstance(kind, str):
+        return value if "[" in kind or any(kind == c.__name__ for c in type(value).__mro__) else _NO
     if origin is Literal:
         return value if isinstance(value, type(get_args(kind)[0])) else _NO
     if origin is Callable or kind is Callable:
@@ -134,9 +170,11 @@ def _as_it_is(value: Any, kind: Any) -> Any:
         lists = isinstance(value, origin) and not isinstance(value, str | bytes | Mapping | Tensor | np.ndarray)
         return _each(value, get_args(kind)) if lists else _NO
     if origin is tuple:
-        return value if isinstance(value, tuple | list) else _NO
-    if (array := getattr(kind, "array_type", None)) is not None:  # jaxtyping's
-        return value if isinstance(value, array) else _NO
+        items = get_args(kind)
+        found = _each(value, items[:1]) if items[1:] == (...,) and isinstance(value, tuple | list) else value
+        return found if isinstance(found, tuple | list) else _NO
+    if kind is Tensor or hasattr(kind, "array_type"):
+        return _array(value, kind) if isinstance(value, getattr(kind, "array_type", Tensor)) else _NO
     kind = origin or kind
     if kind is Any or not isinstance(kind, type):
         return value  # nor what is not known here
@@ -153,11 +191,28 @@ def _each(values: Any, item: tuple[Any, ...]) -> Any:
     return values if all(m is v for m, v in zip(made, values, strict=True)) else made
 
 
+def _array(value: Any, kind: Any) -> Any:
+    """A tensor or array whose numbers and axes are the annotation's (jaxtyping's, or any)."""
+    named, axes = getattr(kind, "dtypes", ()), getattr(kind, "dim_str", "...").split()
+    if isinstance(named, tuple) and named and str(value.dtype).removeprefix("torch.") not in named:
+        return _NO
+    if value.ndim != len(axes) and not any(a[0] in "*." for a in axes):
+        return _NO
+    if not isinstance(value, Tensor):
+        return value
+    return _NO if value.is_complex() or ("float32" in named and not is_finite(value)) else value
+
+
+def is_finite(x: Tensor) -> bool:
+    """Whether it holds no NaN or Inf. Its extremes tell, without a copy."""
+    return x.is_meta or not x.numel() or bool(torch.stack(torch.aminmax(x.detach())).isfinite().all())
+
+
 def _read_as(value: Any, kind: Any, kinds: tuple[Any, ...], lone: bool) -> Any:
     if (kind is int or kind is float) and _is_scalar(value):
         return _number(value, kind)
-    if isinstance(value, np.ndarray) and (kind is Tensor or getattr(kind, "array_type", None) is Tensor):
-        return torch.as_tensor(value) if value.dtype.kind in "biuf" else _NO
+    if kind is Tensor or kind is np.ndarray or hasattr(kind, "array_type"):
+        return _as_array(value, kind)
     origin, item = get_origin(kind), get_args(kind)
     if origin not in _MANY or origin is tuple or len(item) != 1 or item[0] is Any:
         return _NO
@@ -167,6 +222,21 @@ def _read_as(value: Any, kind: Any, kinds: tuple[Any, ...], lone: bool) -> Any:
         return _NO  # where words are meant, a number is hardly one token
     one = fit(value, item[0], lone=False)
     return _NO if one is _NO else [one]
+
+
+def _as_array(value: Any, kind: Any) -> Any:
+    """An array, or a list of numbers, as the tensor (or array) that is meant; a list's numbers as those that are."""
+    try:
+        array = np.asarray(value if isinstance(value, np.ndarray | list | tuple) else _NO)
+    except (ValueError, TypeError, OverflowError):  # lists of several lengths
+        return _NO
+    if array.dtype.kind not in "biuf" or not array.size:
+        return _NO
+    if isinstance(value, list | tuple) and (array.dtype == np.float64 or "float32" in getattr(kind, "dtypes", ())):
+        array = _NO if array.dtype == bool else array.astype(np.float32)
+    if array is _NO or getattr(kind, "array_type", kind) is np.ndarray:
+        return array if array is _NO or kind is np.ndarray else _array(array, kind)
+    return _array(torch.as_tensor(array), kind)
 
 
 def _is_scalar(value: Any) -> bool:
@@ -186,21 +256,40 @@ def _number(value: Any, kind: type) -> Any:
 # ---- in words
 
 
-def _refusal(fn: Any, signature: inspect.Signature, hints: dict[str, Any], given: Mapping[str, Any], name: str) -> str:
+def _takes(fn: Any, signature: inspect.Signature) -> str:
     in_order = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    names = [p.name for p in signature.parameters.values() if p.kind in in_order and p.name != "self"]
+    names = [p.name for p in signature.parameters.values() if p.kind in in_order and p.name not in ("self", "cls")]
+    more = ", ..." if len(signature.parameters) > 4 else ""
+    return f"{fn.__qualname__.removesuffix('.__init__')}({', '.join(names[:4])}{more})"
+
+
+def _refusal(fn: Any, signature: inspect.Signature, hints: dict[str, Any], given: Mapping[str, Any], name: str) -> str:
     value, wrong = given[name], [o for o in given if o != name and fit(given[o], hints.get(o, Any)) is _NO]
     fits = [o for o in wrong if fit(value, hints[o]) is not _NO and fit(given[o], hints[name]) is not _NO]
-    swapped = f": {name} and {fits[0]} are swapped" if fits else ""
-    called = fn.__qualname__.removesuffix(".__init__")
-    takes = f"{called}({', '.join(names[:4])}{', ...' if len(signature.parameters) > 4 else ''})"
-    return f"{takes}: {name} must be {words(hints[name])}, got {_got(value, hints[name])}{swapped}"
+    remedy = f"{name} and {fits[0]} are swapped" if fits else _remedy(value, hints[name])
+    said = f"{_takes(fn, signature)}: {name} must be {words(hints[name])}, got {_got(value, hints[name])}"
+    return f"{said}: {remedy}" if remedy else said
+
+
+def _remedy(value: Any, hint: Any) -> str:
+    """What to write, where that is known."""
+    kinds = _kinds(hint)
+    if isinstance(value, str) and any(k in (int, float) for k in kinds) and re.fullmatch(r"-?\d+\.?\d*", value):
+        return f"write {value}, without quotes"
+    if isinstance(value, Mapping) and (made := [k for k in kinds if isinstance(k, type) and is_dataclass(k)]):
+        return f"write sl.{made[0].__name__}(**it)"
+    floats = any("float32" in str(getattr(kind, "dtypes", "")) for kind in kinds)
+    if floats and isinstance(value, Tensor) and not value.is_floating_point():
+        return "these look like token ids; x.float() makes them floats"
+    return getattr(type(value), "INSTEAD", "")
 
 
 def _words(kind: Any) -> str:
     origin, item = get_origin(kind), get_args(kind)
     if kind is None or kind is type(None):
         return "None"
+    if isinstance(kind, str):
+        return _article(kind)
     if kind in (int, float, bool):
         return {int: "a whole number", float: "a number", bool: "True or False"}[kind]
     if origin is Literal:
@@ -210,7 +299,7 @@ def _words(kind: Any) -> str:
     if origin in _MANY:
         return "a list" if not item or item[0] is Any else f"a list of {_plural(item[0])}"
     if getattr(kind, "array_type", None) is not None:
-        return f"{_article(kind.array_type.__name__)} ({kind.dim_str})"
+        return f"{_article(kind.array_type.__name__)} of {kind.__name__.split('[')[0].lower()}s ({kind.dim_str})"
     return getattr(kind, "IN_WORDS", None) or _article(getattr(origin or kind, "__name__", str(kind)))
 
 
@@ -231,4 +320,8 @@ def _got(value: Any, hint: Any = Any) -> str:
         items = [get_args(kind)[0] for kind in _kinds(hint) if get_origin(kind) in _MANY and get_args(kind)]
         odd = next((v for v in value if all(fit(v, item, lone=False) is _NO for item in items)), value[0])
         return f"a {type(value).__name__} with {_got(odd)}"
+    if isinstance(value, Tensor | np.ndarray):
+        bad = isinstance(value, Tensor) and value.is_floating_point() and not is_finite(value)
+        said = f"{str(value.dtype).removeprefix('torch.')}, shape {tuple(value.shape)}{', with NaN or Inf' * bad}"
+        return f"{_article(type(value).__name__)} ({said})"
     return _article(type(value).__name__)

@@ -13,8 +13,10 @@ import re
 import secrets
 import shutil
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -310,3 +312,25 @@ def remove_leftovers(folder: Path, name: str | None = None) -> None:
         for left in folder.glob(".tmp" + 6 * "[A-Za-z0-9]"):  # safetensors' own, which it writes beside the file
             with suppress(OSError):
                 left.unlink()
+
+
+# ---------------------------------------------------------------------------------------------- the hub
+
+
+def hub_answers() -> bool:
+    """Whether the model hub can be reached: asked once, for 5 s, and again a minute later. Its own client asks five
+    times for each file, with pauses."""
+    from huggingface_hub import constants
+
+    return not constants.HF_HUB_OFFLINE and _asked(constants.ENDPOINT, int(time.monotonic() / 60))
+
+
+@lru_cache(maxsize=1)
+def _asked(endpoint: str, minute: int) -> bool:
+    from huggingface_hub.utils import get_session
+
+    try:
+        get_session().head(endpoint, timeout=5)
+    except Exception:  # its kind depends on the HTTP library of the hub's version; all mean: no answer
+        return False
+    return True

@@ -25,7 +25,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae_lab import rules
-from sae_lab.arguments import check_fields
+from sae_lab.arguments import as_annotated
 from sae_lab.reading import some_codes, some_form
 from sae_lab.saes import formats
 from sae_lab.saes.base import SparseCoder
@@ -45,6 +45,7 @@ Rule = Callable[..., Tensor]  # (z "tokens features", rows, positions) -> z', se
 Change = Callable[..., Tensor]  # (x "tokens d_out", read "tokens d_in", ids, rows, positions, at) -> x'
 
 
+@as_annotated
 @dataclass(frozen=True, repr=False)
 class Edit:
     """Base of all edits: ``lm.generate(prompt, edits=[sl.Steer(sae, 7), sl.Ablate(sae, 9)])``, and so in ``lm.logits``,
@@ -88,7 +89,6 @@ class Edit:
     IN_F_SCALE = False  # whether its setting is measured in f_scale, which the features must then have
 
     def __post_init__(self):
-        check_fields(self)
         if self.error not in self.ERRORS:
             raise ValueError(f"error must be {' or '.join(map(repr, self.ERRORS))}, got {self.error!r}")
         if not isinstance(self.positions, str) and not callable(self.positions):
@@ -289,6 +289,7 @@ class Edit:
         return kind(coder, **settings)
 
 
+@as_annotated
 @dataclass(frozen=True, repr=False)
 class FeatureEdit(Edit):
     """Base of those that change the codes of one feature or several."""
@@ -305,6 +306,7 @@ class FeatureEdit(Edit):
         return _features(self.coder, self.feature)
 
 
+@as_annotated
 @dataclass(frozen=True, repr=False)
 class Steer(FeatureEdit):
     """z' = z + strength·f_scale: push along a feature's direction. Strength 1 adds the activation that the feature's
@@ -321,6 +323,7 @@ class Steer(FeatureEdit):
         return partial(rules.added, amount=self.strength * self._scale)
 
 
+@as_annotated
 @dataclass(frozen=True, repr=False)
 class Clamp(FeatureEdit):
     """z' = value·f_scale: hold a feature at a level, whatever the text says."""
@@ -336,6 +339,7 @@ class Clamp(FeatureEdit):
         return partial(rules.held, value=self.value * self._scale)
 
 
+@as_annotated
 @dataclass(frozen=True, repr=False)
 class Scale(FeatureEdit):
     """z' = factor·z: a feature louder or softer where it fires."""
@@ -350,6 +354,7 @@ class Scale(FeatureEdit):
         return partial(rules.multiplied, factor=self.factor)
 
 
+@as_annotated
 @dataclass(frozen=True, repr=False)
 class Ablate(FeatureEdit):
     """Take a feature out: z' = 0; with ``to="mean"`` its mean, with ``to="resample"`` its codes at tokens drawn from
@@ -385,6 +390,7 @@ class Ablate(FeatureEdit):
         return partial(rules.drawn, seen=seen, draws=draws)
 
 
+@as_annotated
 @dataclass(frozen=True, repr=False)
 class Patch(Edit):
     """z' = the codes of another run at the same row and position (activation patching through a coder).
@@ -448,6 +454,7 @@ class Patch(Edit):
         return codes, keep
 
 
+@as_annotated
 @dataclass(frozen=True, repr=False)
 class Splice(Edit):
     """z' = z: the coder's reconstruction in the place of the activation (with ``error="keep"`` nothing changes)."""
@@ -461,6 +468,7 @@ class Splice(Edit):
         return {}
 
 
+@as_annotated
 @dataclass(frozen=True, repr=False)
 class Project(Edit):
     """x' = x less its part along the directions of some features: whatever is written there is gone, by whichever
@@ -480,6 +488,7 @@ class Project(Edit):
         return partial(rules.projected, basis=basis)
 
 
+@as_annotated
 @dataclass(frozen=True, repr=False)
 class Push(Edit):
     """x' = x + vector, where the coder writes: what steering is measured against."""

@@ -35,7 +35,7 @@ from sae_lab.lm.tokens import pad
 from sae_lab.saes.base import CALIBRATION_ROWS, SPARSE_BELOW, SparseCoder
 from sae_lab.saes.topk import TopK
 from sae_lab.store import Rows, Store
-from sae_lab.training import CALIBRATION_TOKENS, CHECKPOINT, TrainConfig, Training, rows_for, train
+from sae_lab.training import CALIBRATION_TOKENS, CHECKPOINT, TrainConfig, Training, one_pass, rows_for, train
 from sae_lab.types import Batch, Site, TokenMask, as_sites
 
 PROBE_SECONDS = 5  # passes and steps are tried about so long, but one pass and three steps at least
@@ -320,10 +320,11 @@ class _Files(NamedTuple):
 
 
 def _train(
-    coder: SparseCoder, data: Store | Tensor | Batch, config: TrainConfig, path: str | Path | None, callbacks: Any,
-    changes: Any,
+    coder: SparseCoder, data: Store | Tensor | Batch, config: TrainConfig | None, path: str | Path | None,
+    callbacks: Any, changes: Any,
 ) -> Estimate:  # fmt: skip
     rows = rows_for(coder, data)
+    config = config or one_pass(rows)
     fresh, coder = coder, copy.deepcopy(coder)
     begun = _steps_done(coder, rows, config, Path(path), changes) if path is not None else 0
     if begun is None:

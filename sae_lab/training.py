@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sae_lab import cache, checkpoint
-from sae_lab.arguments import as_annotated, check_fields
+from sae_lab.arguments import as_annotated
 from sae_lab.checkpoint import CHECKPOINT as CHECKPOINT
 from sae_lab.control import Change, Control, check_lr
 from sae_lab.distributed import ALONE, Ranks, joined
@@ -33,6 +33,7 @@ Metrics = dict[str, int | float]
 Shard = Literal["batch", "features"]
 
 
+@as_annotated
 @dataclass(frozen=True)
 class TrainConfig:
     """How to train. Give ``tokens`` or ``steps``.
@@ -58,7 +59,6 @@ class TrainConfig:
     shard: Shard = "batch"
 
     def __post_init__(self):
-        check_fields(self)
         if (self.tokens is None) == (self.steps is None):
             raise ValueError(f"give tokens or steps, one of them: got tokens={self.tokens}, steps={self.steps}")
         for name in ("tokens", "steps", "batch_size", "dead_after", "log_every", "checkpoint_every"):
@@ -155,13 +155,13 @@ class Run:
 def train(
     coder: SparseCoder,
     data: Store | Tensor | Batch,
-    config: TrainConfig,
+    config: TrainConfig | None = None,
     *,
     path: str | Path | None = None,
     callbacks: Iterable[Callable[[Event], Any]] = (),
     changes: Iterable[Mapping[str, Any]] = (),
 ) -> Run:
-    """Train a coder in place; returns a ``Run``, the coder in eval mode.
+    """Train a coder in place; returns a ``Run``, the coder in eval mode. Without a config: one pass over the data.
 
     data: a store (a transcoder reads the first of its two sites and writes the second, a crosscoder takes all), a
     (tokens, d_in) or (tokens, layers, d_in) tensor, or a ``Batch`` of all tokens with target or token ids.
@@ -188,6 +188,7 @@ def train(
     last good weights).
     """
     rows = rows_for(coder, data)
+    config = config or one_pass(rows)
     with joined(coder, config.shard) as ranks:
         folder = Path(path) if path is not None else None
         if folder is not None:
@@ -208,6 +209,11 @@ def meta_sae(coder: SparseCoder, d_sae: int, k: int, config: TrainConfig, *, see
     live = coder.f_scale > 0
     meta = BatchTopK(coder.d_out, d_sae, k, seed=seed).to(rows.device)
     return train(meta, rows[live] if bool(live.any()) else rows, config)
+
+
+def one_pass(rows: Store | Rows) -> TrainConfig:
+    """What is trained without a config."""
+    return TrainConfig(tokens=rows.training_rows, batch_size=min(TrainConfig.batch_size, rows.training_rows))
 
 
 def rows_for(coder: SparseCoder, data: Store | Tensor | Batch) -> Store | Rows:
@@ -445,7 +451,7 @@ class Training:
             coder.scratch.rewind()
         progress = coder.progress = self.step / config.total_steps
         with ranks.choosing(coder):
-            out = coder(batch.x, batch.tokens)
+            out = coder.output(batch.x, batch.tokens)
             terms = coder.terms(batch, out, progress=progress, dead=self.idle > config.dead_after)
         loss = torch.stack(list(terms.values()))
         loss.sum().backward()
@@ -569,7 +575,8 @@ class Training:
         from tqdm.auto import tqdm
 
         total = self.config.total_steps
-        name = f"train {type(self.coder).__name__}"
+        passes = total * self.config.batch_size / self.rows.training_rows
+        name = f"train {type(self.coder).__name__}, {passes:.2g} {'pass' if round(passes, 1) == 1 else 'passes'}"
         quiet = not self.ranks.first or any(getattr(c, "shows_progress", False) for c in self.callbacks)
         with tqdm(total=total, initial=self.step, desc=name, dynamic_ncols=True, disable=quiet) as bar:
 
@@ -642,7 +649,13 @@ class Training:
 
 def _scale(x: Tensor) -> Tensor:
     """What brings activations to a mean norm of √d: a number, or one for each layer of (tokens, layers, d)."""
-    return math.sqrt(x.shape[-1]) / x.norm(dim=-1).mean(0).clamp_min(1e-12)
+    norm = x.norm(dim=-1).mean(0)
+    if not bool((norm > 0).all()):
+        raise ValueError(
+            "data must hold activations that are not all 0, got zeros only (at a layer, where there are several): "
+            "check what made them, or harvest again"
+        )
+    return math.sqrt(x.shape[-1]) / norm.clamp_min(1e-12)
 
 
 def _fired(out: Output, d_sae: int) -> Tensor:

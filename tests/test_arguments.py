@@ -72,13 +72,21 @@ def test_what_is_read_once_is_not_read():
         (bool, 1, "value must be True or False, got 1"),
         (Sequence[float], [0.5, NAN], "value must be a list of numbers, got a list with nan"),
         (Sequence[int], [1, True], "value must be a list of whole numbers, got a list with True"),
-        (Sequence[str], [b"a"], "value must be a list of str, got a list with a bytes"),
+        (Sequence[str], [b"a"], "value must be a list of str, got a list with b'a'"),
         (Sequence[str] | Sequence[int], 5, "value must be a list of str or a list of whole numbers, got 5"),
         (Callable[[int], int], "f", "value must be a function, got 'f'"),
         (Mapping[str, int], ["a"], "value must be a Mapping, got a list with 'a'"),
         (str, None, "value must be a str, got None"),
         (Sequence[Sequence[int]], [[0, 1], 1], "value must be a list of list of whole numbers, got a list with 1"),
-        (Float[Tensor, " n"], [1.0], r"value must be a Tensor \(n\), got a list with 1.0"),
+        (Float[Tensor, " n"], ["a"], r"value must be a Tensor of floats \(n\), got a list with 'a'"),
+        (Float[Tensor, " n"], torch.ones(2, 2), r".* \(n\), got a Tensor \(float32, shape \(2, 2\)\)$"),
+        (Float[Tensor, " n"], torch.tensor([1.0, NAN]), r".* got a Tensor \(float32, shape \(2,\), with NaN or Inf\)$"),
+        (Float[Tensor, " n"], torch.tensor([1, 2]), r".* got a Tensor \(int64, shape \(2,\)\): these look like token"),
+        (Float[Tensor, " n"], torch.ones(2) * 1j, r".* got a Tensor \(complex64"),
+        (Float[Tensor, "n d"], [[1.0], [1.0, 2.0]], r".* got a list with a list with 1.0"),
+        ("Site | str", 5, "value must be a Site or a str, got 5"),
+        (int, "12", "value must be a whole number, got '12': write 12, without quotes"),
+        (sl.TrainConfig, {"steps": 1}, r"value must be a TrainConfig, got a dict: write sl.TrainConfig\(\*\*it\)"),
     ],
 )
 def test_what_is_refused(kind, value, words):
@@ -132,16 +140,79 @@ def test_the_main_calls(tiny_lm, coder, tmp_path):
         (lambda: sl.train(coder, "a store", sl.TrainConfig(steps=1)), "data must be a Store, a Tensor or a Batch"),
         (lambda: sl.index_features(coder, tiny_lm, str(tmp_path)), "store must be a Store, got '"),
         (lambda: sl.load(None), "path must be a str or a Path, got None"),
-        (lambda: sl.TrainConfig(steps=True), "TrainConfig: steps must be a whole number or None, got True"),
-        (lambda: sl.TrainConfig(steps=1, lr=NAN), "TrainConfig: lr must be a number or None, got nan"),
-        (lambda: sl.Steer(coder, True), "Steer: feature must be a whole number or a list of whole numbers, got True"),
-        (lambda: sl.Steer(coder, feature, NAN), "Steer: strength must be a number, got nan"),
-        (lambda: sl.Clamp(coder, feature, True), "Clamp: value must be a number, got True"),
+        (lambda: sl.TrainConfig(steps=True), r"TrainConfig\(.*: steps must be a whole number or None, got True"),
+        (lambda: sl.TrainConfig(steps=1, lr=NAN), r"TrainConfig\(.*: lr must be a number or None, got nan"),
+        (lambda: sl.Steer(coder, True), "feature must be a whole number or a list of whole numbers, got True"),
+        (lambda: sl.Steer(coder, feature, NAN), r"Steer\(.*: strength must be a number, got nan"),
+        (lambda: sl.Clamp(coder, feature, True), r"Clamp\(.*: value must be a number, got True"),
         (lambda: sl.evals.reconstruction(coder, tiny_lm, "a b", tokens=NAN), "tokens must be a whole number, got nan"),
     ]
     for call, words in refused:
         with pytest.raises(ValueError, match=words):
             call()
+
+
+def test_a_coder_takes_numbers_and_says_what_it_refuses(tiny_lm, coder):
+    site, x = coder.site, torch.randn(3, 48)
+    f = coder.encode(x).detach()
+    assert torch.equal(coder.encode(x.numpy()), f) and torch.equal(coder.encode(x.tolist()), f)
+    assert torch.equal(coder.decode(f.numpy()), coder.decode(f)) and torch.equal(coder(x.numpy()).x_hat, coder(x).x_hat)
+    reading = tiny_lm.read("a b", site)
+    refused = [
+        (reading, r"x must be a Tensor of floats \(...\), got a Reading: take a site's activations, reading\[site\]"),
+        (x.long(), r"got a Tensor \(int64, shape \(3, 48\)\): these look like token ids; x.float\(\) makes "),
+        (x * NAN, "with NaN or Inf"), (x / 0, "with NaN or Inf"), (x * 1j, "got a Tensor .complex64"),
+        (tiny_lm, "got an LM"), ("x", "got 'x'"), ([], "got a list"), ([[1.0], [1.0, 2.0]], "got a list with a list"),
+        (x[:, 1:], "x's last axis must be d_in=48 .*, got shape .3, 47."),
+    ]  # fmt: skip
+    for value, words in refused:
+        for call in (coder, coder.encode, coder.sparse_codes):
+            with pytest.raises(ValueError, match=words):
+                call(value)
+    for scale in (0, -1.0, NAN, "2", torch.tensor([1.0, NAN])):
+        with pytest.raises(ValueError, match="scale must be"):
+            coder.fold(scale)
+
+
+def test_a_fresh_coder_refuses_too():
+    fresh = sl.JumpReLU(4, 8)
+    with pytest.raises(ValueError, match="with NaN or Inf"):
+        fresh.encode(torch.full((2, 4), NAN))
+    for arguments, words in (
+        ({"d_sae": "8"}, r"JumpReLU\(d_in, d_sae, .*: d_sae must be a whole number, got '8': write 8, without quotes"),
+        ({"seed": True}, "seed must be a whole number, got True"), ({"skip": 1}, "skip must be True or False, got 1"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=words):
+            sl.JumpReLU(**{"d_in": 4, "d_sae": 8, **arguments})
+
+
+def test_names_that_are_none():
+    for room, name, meant in (
+        (sl, "harvst", "harvest"), (sl.evals, "reconstuction", "reconstruction"),
+        (sl.circuits, "attributon", "attribution"),
+        (sl.explain, "explan", "explain"), (sl.saes, "TopKK", "TopK"), (sl.worlds, "plantd", "planted"),
+        (sl.geometry, "cluster", "clusters"),
+    ):  # fmt: skip
+        with pytest.raises(AttributeError, match=f"has no attribute '{name}'; did you mean .*{meant}"):
+            getattr(room, name)
+    assert not hasattr(sl, "__wrapped__") and not hasattr(sl.evals, "nothing_like_it_at_all")
+    for call in (
+        lambda: sl.TrainConfig(step=5), lambda: sl.TopK(4, 8, d_outt=4), lambda: sl.train(coder=1, data=2, confg=3),
+    ):  # fmt: skip
+        with pytest.raises(TypeError, match=r"unexpected keyword argument '.*'; did you mean (steps|d_out|config)"):
+            call()
+
+
+def test_training_without_a_config_is_one_pass():
+    rows = torch.randn(9000, 16)
+    run = sl.train(sl.TopK(16, 32, k=4), rows)
+    assert run.config.tokens < len(rows) <= run.history[-1]["tokens"] + 4096, "some rows are reserved for thresholds"
+    assert run.history[-1]["tokens"] - run.config.tokens < run.config.batch_size
+    few = sl.train(sl.TopK(16, 32, k=4), rows[:300])
+    assert few.history[-1]["passes"] == 1 and few.config.batch_size == 300
+    assert sl.estimate(sl.train, sl.TopK(16, 32, k=4), rows).minutes > 0
+    with pytest.raises(ValueError, match="data must hold activations that are not all 0, got zeros only"):
+        sl.train(sl.TopK(16, 32, k=4), torch.zeros(300, 16))
 
 
 def test_training_data_of_numpy():
@@ -161,7 +232,7 @@ def test_every_public_function_checks():
         names = room.__all__ if hasattr(room, "__all__") else dir(room)
         for name in names:
             one = getattr(room, name)
-            ours = inspect.isfunction(one) and one.__module__.startswith("sae_lab.")
+            ours = name[0] != "_" and inspect.isfunction(one) and one.__module__.startswith("sae_lab.")
             if ours and name not in NO_ARGUMENTS and not hasattr(one, "as_annotated"):
                 missing.add(name)
     assert not missing

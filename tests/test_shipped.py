@@ -1,6 +1,8 @@
 """The coders that come with the library: they load by name, belong to the bundled model, and are as good as their cards
 say."""
 
+import time
+
 import pytest
 import torch
 
@@ -60,3 +62,8 @@ def test_a_shipped_coder_serves_a_prompt(lm):
 def test_unknown_names_tell_what_there_is():
     with pytest.raises(ValueError, match=r"one that comes with the library: smollm2-135m/attn_z-8, smollm2-135m/"):
         sl.load("/nowhere/resid_post-9")
+    begun = time.monotonic()
+    for name in ("smollm2-135m/resid_post-9", "smolm2-135m/resid_post-8"):
+        with pytest.raises(ValueError, match=r"names like it: smollm2-135m/resid_post-8, "):
+            sl.load(name)
+    assert time.monotonic() - begun < 2, "no hub is asked for what is hardly a repository's name"

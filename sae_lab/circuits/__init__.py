@@ -1,5 +1,6 @@
 """Which parts of a model make it answer as it does: patching, its estimates by gradient, circuits, heads, edges."""
 
+from sae_lab.arguments import no_attribute
 from sae_lab.circuits.attribution import Attribution, attribution
 from sae_lab.circuits.direct import DirectEffects, direct_effects
 from sae_lab.circuits.directions import AreaDifference, DirectionCurves, patched_directions, principal_axes
@@ -23,3 +24,5 @@ __all__ = [
     "logit_difference", "norm_scale", "patched_cells", "patched_directions", "patching", "patching_estimate",
     "principal_axes", "pull_back", "read_prompt",
 ]  # fmt: skip
+
+__getattr__ = no_attribute(__name__, __all__)

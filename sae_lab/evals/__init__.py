@@ -1,5 +1,6 @@
 """What is measured. Every result has named fields, prints as a table, and has ``.to_pandas()``."""
 
+from sae_lab.arguments import no_attribute
 from sae_lab.evals.absorption import Absorption, absorption
 from sae_lab.evals.board_games import BoardGames, BoardScores, board_games, othello_gpt, untrained_twin
 from sae_lab.evals.by_position import ByPosition, Hill, by_position, hill
@@ -32,3 +33,5 @@ __all__ = [
     "probing", "read_probe_sets", "reconstruction", "report", "stitching", "synthetic_qa", "token_injection",
     "transfer", "uncertainty", "untrained_twin",
 ]  # fmt: skip
+
+__getattr__ = no_attribute(__name__, __all__)

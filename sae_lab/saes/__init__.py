@@ -1,6 +1,7 @@
 """Sparse coders: torch only, never a language model. One short file per family, and one line here, which is all that
 ``sl.Family``, ``sl.load`` and the tests of every family's contract need."""
 
+from sae_lab.arguments import no_attribute as _no_attribute
 from sae_lab.saes.adapt import inform as inform
 from sae_lab.saes.adapt import optimise_codes as optimise_codes
 from sae_lab.saes.adapt import realign as realign
@@ -36,3 +37,5 @@ FAMILIES: dict[str, type[SparseCoder]] = {
     for name, value in list(globals().items())
     if isinstance(value, type) and issubclass(value, SparseCoder) and value is not SparseCoder
 }
+
+__getattr__ = _no_attribute(__name__, [name for name in globals() if not name.startswith("_")])

@@ -5,13 +5,14 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, Literal, TypedDict, overload
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from sae_lab import noting
+from sae_lab.arguments import as_annotated
 from sae_lab.saes import losses, portable, sparse
 from sae_lab.types import Batch, Codes, Output, Site, TokenMask, check_feature
 
@@ -23,6 +24,13 @@ SPARSE_BELOW = 0.1  # share of features on, up to which sparse gradients are che
 CALIBRATION_ROWS = 4096  # encoded at a time
 HASHED_ROWS = 4096
 QUANTILE = 0.999  # f_scale: this quantile of a feature's activations where it fires
+
+
+class Wiring(TypedDict, total=False):
+    """What every family takes: see ``SparseCoder``."""
+
+    d_out: int | None
+    skip: bool
 
 
 class SparseCoder(nn.Module):
@@ -54,6 +62,13 @@ class SparseCoder(nn.Module):
     code_units: tuple[str, ...] = ("b_enc",)  # parameters and buffers that scale as the codes do, for fold
     out_units: tuple[str, ...] = ("b_dec",)  # those that scale as x_hat does
     sparsity_name: str | None = None  # the argument that says how sparse codes are, and that may change in training
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """What a family takes is checked as what its base takes."""
+        super().__init_subclass__(**kwargs)
+        for name, method in list(vars(cls).items()):
+            if name == "__init__" or hasattr(getattr(SparseCoder, name, None), "as_annotated"):
+                setattr(cls, name, as_annotated(method))
 
     def __init__(
         self, d_in: int, d_sae: int, config: dict[str, Any], *, seed: int = 0, d_out: int | None = None,
@@ -131,6 +146,7 @@ class SparseCoder(nn.Module):
     def fit_threshold(self, blocks: Iterable[Tensor]) -> None:
         """Fit what eval mode needs beyond the weights, on training activations. Most families need nothing."""
 
+    @as_annotated
     @torch.no_grad()
     def fold(self, scale: float | Tensor, target_scale: float | Tensor | None = None) -> None:
         """Make weights trained on ``scale·x`` (and ``target_scale·target``; None: the same) serve x itself.
@@ -156,6 +172,8 @@ class SparseCoder(nn.Module):
 
     def _per_column(self, scale: float | Tensor, shape: tuple[int, ...]) -> Tensor:
         column = torch.as_tensor(scale, dtype=torch.float32, device=self.b_dec.device)
+        if not bool(((column > 0) & column.isfinite()).all()):
+            raise ValueError(f"scale must be positive and finite, got {scale}: activations are multiplied by it")
         return column.reshape(*column.shape, *[1] * (len(shape) - column.dim())).expand(shape).reshape(-1)
 
     def get_parameter_or_buffer(self, name: str) -> Tensor:
@@ -181,26 +199,34 @@ class SparseCoder(nn.Module):
 
     # ---- running
 
+    @as_annotated
     def forward(self, x: Float[Tensor, "..."], tokens: Tensor | None = None) -> Output:
         """x "*batch d_in" -> Output(x_hat, codes, pre), in float32, for any leading axes.
 
         tokens: the ids, "*batch", for families that ask for them.
         """
+        return self.output(x, tokens)
+
+    def output(self, x: Tensor, tokens: Tensor | None = None) -> Output:
+        """``forward`` for the training loop, which has its own check of the data: one look a step at the device."""
         rows, lead = self._rows(x)
         pre, codes = self._codes(self._enter(rows)[0])
         x_hat = self._leave(codes, rows, tokens)
         return Output(x_hat.reshape(*lead, *self.out_shape), codes, pre)
 
+    @as_annotated
     def encode(self, x: Float[Tensor, "..."], tokens: Tensor | None = None) -> Float[Tensor, "*batch d_sae"]:
         """The dense codes f of x, ``batch d_sae``."""
         codes = self.codes(x)
         dense = codes.dense() if isinstance(codes, Codes) else codes
         return dense.reshape(*x.shape[: x.dim() - len(self.in_shape)], self.d_sae)
 
+    @as_annotated
     def codes(self, x: Float[Tensor, "..."]) -> Codes | Tensor:
         """The codes of x's rows as the family makes them: sparse ``Codes``, or dense."""
         return self._codes(self._enter(self._rows(x)[0])[0])[1]
 
+    @as_annotated
     def sparse_codes(self, x: Float[Tensor, "..."]) -> Codes:
         """The codes of x's rows as sparse ``Codes``, whatever the family; only positive ones, no gradients."""
         with torch.no_grad():
@@ -209,6 +235,7 @@ class SparseCoder(nn.Module):
                 return codes
             return sparse.above(codes.dense() if isinstance(codes, Codes) else codes, 0.0)
 
+    @as_annotated
     def decode(self, f: Float[Tensor, "*batch d_sae"], tokens: Tensor | None = None) -> Float[Tensor, "..."]:
         """x_hat = f·W_dec + b_dec for dense codes; what a skip adds, and an ``input_norm``, need x: see forward."""
         if f.dim() < 1 or f.shape[-1] != self.d_sae:
@@ -220,6 +247,7 @@ class SparseCoder(nn.Module):
         """Rows of W_dec at unit norm; a row of zeros stays one."""
         return nn.functional.normalize(self.W_dec.detach().float(), dim=1)
 
+    @as_annotated
     def sizes(self, x: Float[Tensor, "..."]) -> Float[Tensor, "*batch 1"]:
         """What f·W_dec of each row of x is multiplied by: 1, but where x_hat is brought back from an ``input_norm``."""
         rows, lead = self._rows(x)
@@ -230,6 +258,7 @@ class SparseCoder(nn.Module):
     def strengths(self, codes: Codes, x: Tensor) -> Codes: ...
     @overload
     def strengths(self, codes: Tensor, x: Tensor) -> Tensor: ...
+    @as_annotated
     @torch.no_grad()
     def strengths(self, codes: Codes | Tensor, x: Float[Tensor, "..."]) -> Codes | Tensor:
         """How long what each feature writes is, in units of x_hat: f_i·‖W_dec[i]‖, times the row's size. codes: of rows
@@ -247,6 +276,7 @@ class SparseCoder(nn.Module):
             return codes._replace(values=codes.values * norms[codes.features] * sizes.flatten()[rows])
         return codes * norms * sizes
 
+    @as_annotated
     @torch.no_grad()
     def silent(self, x: Float[Tensor, "..."], tokens: Tensor | None = None) -> Float[Tensor, "..."]:
         """x_hat of rows x if no feature fired: b_dec, and what a skip, a lookup or an ``input_norm`` adds."""
@@ -379,6 +409,7 @@ class SparseCoder(nn.Module):
             "the learning rate, or train another family"
         )
 
+    @as_annotated
     def set_sparsity(self, value: float) -> None:
         """Another k, or weight of the penalty, as if it were built with it: ``config`` says so too."""
         self.check_sparsity(value)
@@ -394,7 +425,7 @@ class SparseCoder(nn.Module):
     def loss(self, batch: Batch, *, progress: float, dead: Tensor) -> dict[str, Tensor]:
         """Named scalars whose sum is the objective. ``dead``: bool per feature, the ones AuxK revives."""
         self.progress = progress
-        return self.terms(batch, self(batch.x, batch.tokens), progress=progress, dead=dead)
+        return self.terms(batch, self.output(batch.x, batch.tokens), progress=progress, dead=dead)
 
     def auxk(self, batch: Batch, out: Output, dead: Tensor, k: int) -> dict[str, Tensor]:
         """AuxK: the k strongest dead features fit the residual, so that they get a gradient (Gao et al. 2024,
@@ -413,6 +444,7 @@ class SparseCoder(nn.Module):
         """After each step: decoder rows to unit norm."""
         self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True).clamp_min(1e-8))
 
+    @as_annotated
     @torch.no_grad()
     def calibrate(self, blocks: Iterable[Tensor], unseen: Tensor | None = None) -> dict[str, int | float]:
         """Fit ``f_scale`` on training activations and count dead features, final weights; fit the threshold on
@@ -446,6 +478,7 @@ class SparseCoder(nn.Module):
         finally:
             self.scratch = before
 
+    @as_annotated
     @torch.no_grad()
     def set_features(
         self, features: Int[Tensor, " some"], directions: Float[Tensor, "some d_out"], reads: Float[Tensor, "some d_in"]
@@ -503,6 +536,7 @@ class SparseCoder(nn.Module):
             digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()[:16]
 
+    @as_annotated
     def save(self, path: str | Path, format: str = "sae_lab", dtype: torch.dtype = torch.float32) -> Path:
         """Write the coder into the folder ``path``, atomically; ``sl.load`` reads it. In the format "sae_lab"
         (``config.json`` and ``sae.safetensors``), or that of a peer: "saelens", "sparsify", "dictionary_learning".

@@ -1,13 +1,14 @@
 """BatchTopK: k active features per token on average over the batch (Bussmann et al. 2024, arXiv:2412.06410)."""
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Unpack
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from sae_lab.saes import portable, sparse
+from sae_lab.saes.base import Wiring
 from sae_lab.saes.topk import TopK
 from sae_lab.types import Codes
 
@@ -28,7 +29,7 @@ class BatchTopK(TopK):
 
     def __init__(
         self, d_in: int, d_sae: int, k: int = 32, k_aux: int | None = None, seed: int = 0, multi: int = 1,
-        **wiring: Any,
+        **wiring: Unpack[Wiring],
     ):  # fmt: skip
         super().__init__(d_in, d_sae, k, k_aux, seed, multi, **wiring)
         self.register_buffer("threshold", torch.tensor(float("nan")))

@@ -8,6 +8,7 @@ half-way leaves the old coder or the new one. ``load`` is also the door to the f
 import json
 import logging
 import os
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -180,17 +181,20 @@ def _published(path: str | Path, id: str | None, said: dict[str, Any]) -> Sparse
     """From the hub; ValueError for a path or name that is nothing."""
     from sae_lab.saes import releases
 
-    found = releases.locate(path, id) if isinstance(path, str) and not Path(path).is_dir() else None
+    ours = shipped()  # a name as theirs is hardly a repository's: the hub is not asked
+    like = get_close_matches(str(path), ours, cutoff=0.8) or [n for n in ours if Path(n).parent == Path(path).parent]
+    named = isinstance(path, str) and not like and not Path(path).is_dir()
+    found = releases.locate(path, id) if named else None  # type: ignore[arg-type]
     if found is None:
         inside = _ids(Path(path))
         if inside:
-            known = f"holds one (ids here: {', '.join(inside)})"
+            known = f"that holds one (ids here: {', '.join(inside)})"
         else:
-            near = releases.near(str(path))
-            known = f"another library did, a hub repository 'user/name', a release's name ({near}), "
-            known += f"or one that comes with the library: {', '.join(shipped())}"
+            like = like or releases.near(str(path))
+            known = "another library did, a hub repository 'user/name', a release's name, or one that comes with the "
+            known += f"library; names like it: {', '.join(like)}" if like else f"library: {', '.join(ours)}"
         asked = f"{str(path)!r}{f' with id {id!r}' if id else ''}"
-        raise ValueError(f"no coder at {asked}: pass a folder that sae.save wrote or that {known}")
+        raise ValueError(f"no coder at {asked}: pass a folder that sae.save wrote or {known}")
     return _read(releases.fetch(found), {**found.facts, **said})
 
 

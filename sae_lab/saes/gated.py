@@ -1,13 +1,13 @@
 """Gated: one path decides which features are on, another how strongly (Rajamanoharan et al. 2024, arXiv:2404.16014)."""
 
-from typing import Any
+from typing import Unpack
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from sae_lab.saes import losses, portable
-from sae_lab.saes.base import EVERY, SparseCoder, weighted_sum
+from sae_lab.saes.base import EVERY, SparseCoder, Wiring, weighted_sum
 from sae_lab.saes.l1 import WARM_UP, check_weight
 from sae_lab.types import Batch, Codes, Output
 
@@ -23,7 +23,7 @@ class Gated(SparseCoder):
     sparsity_name = "sparsity"
     code_units = ("b_enc", "b_mag")
 
-    def __init__(self, d_in: int, d_sae: int, sparsity: float = 5.0, seed: int = 0, **wiring: Any):
+    def __init__(self, d_in: int, d_sae: int, sparsity: float = 5.0, seed: int = 0, **wiring: Unpack[Wiring]):
         super().__init__(d_in, d_sae, {"sparsity": sparsity}, seed=seed, **wiring)
         check_weight("sparsity", sparsity)
         self.sparsity = sparsity

@@ -1,13 +1,13 @@
 """JumpReLU: a threshold of its own for each feature (Rajamanoharan et al. 2024, arXiv:2407.14435)."""
 
-from typing import Any
+from typing import Unpack
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from sae_lab.saes import portable
-from sae_lab.saes.base import EVERY, SparseCoder
+from sae_lab.saes.base import EVERY, SparseCoder, Wiring
 from sae_lab.saes.l1 import WARM_UP, check_weight
 from sae_lab.types import Batch, Codes, Output
 
@@ -29,7 +29,7 @@ class JumpReLU(SparseCoder):
 
     def __init__(
         self, d_in: int, d_sae: int, sparsity: float = 1.0, bandwidth: float = 0.5, start: float = 0.1, seed: int = 0,
-        **wiring: Any,
+        **wiring: Unpack[Wiring],
     ):  # fmt: skip
         config = {"sparsity": sparsity, "bandwidth": bandwidth, "start": start}
         super().__init__(d_in, d_sae, config, seed=seed, **wiring)

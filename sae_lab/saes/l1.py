@@ -1,13 +1,13 @@
 """L1 and Tied: the classic sparse autoencoders (Bricken et al. 2023; Cunningham et al. 2023, arXiv:2309.08600)."""
 
-from typing import Any
+from typing import Unpack
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from sae_lab.saes import losses, portable
-from sae_lab.saes.base import EVERY, SparseCoder
+from sae_lab.saes.base import EVERY, SparseCoder, Wiring
 from sae_lab.types import Batch, Codes, Output
 
 WARM_UP = 0.05  # of training, over which the sparsity weight rises from 0: without it many features die at once
@@ -27,7 +27,7 @@ class L1(SparseCoder):
     code_units = ("b_enc", "floor")
 
     def __init__(
-        self, d_in: int, d_sae: int, sparsity: float = 5.0, drop: float = 0.0, seed: int = 0, **wiring: Any
+        self, d_in: int, d_sae: int, sparsity: float = 5.0, drop: float = 0.0, seed: int = 0, **wiring: Unpack[Wiring]
     ):
         super().__init__(d_in, d_sae, {"sparsity": sparsity, "drop": drop}, seed=seed, **wiring)
         check_weight("sparsity", sparsity)

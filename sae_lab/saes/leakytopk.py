@@ -1,13 +1,14 @@
 """LeakyTopK: features outside the top k pass a little (Quaisley 2024, "Alternative sparsity methods for SAEs with
 OthelloGPT"; the size of the leak is not given there)."""
 
-from typing import Any
+from typing import Unpack
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from sae_lab.saes import sparse
+from sae_lab.saes.base import Wiring
 from sae_lab.saes.topk import TopK
 from sae_lab.types import Codes
 
@@ -20,7 +21,7 @@ class LeakyTopK(TopK):
 
     def __init__(
         self, d_in: int, d_sae: int, k: int = 32, leak: float = 0.1, k_aux: int | None = None, seed: int = 0,
-        **wiring: Any,
+        **wiring: Unpack[Wiring],
     ):  # fmt: skip
         super().__init__(d_in, d_sae, k, k_aux, seed, **wiring)
         self.config["leak"] = leak

@@ -1,12 +1,13 @@
 """Matryoshka: the first features must do alone (Bussmann et al. 2025, arXiv:2503.17547)."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
 from sae_lab.saes import losses
+from sae_lab.saes.base import Wiring
 from sae_lab.saes.batchtopk import BatchTopK
 from sae_lab.types import Batch, Codes, Output
 
@@ -34,7 +35,7 @@ class Matryoshka(BatchTopK):
 
     def __init__(
         self, d_in: int, d_sae: int, k: int = 32, prefixes: Sequence[int] | None = None, k_aux: int | None = None,
-        seed: int = 0, **wiring: Any,
+        seed: int = 0, **wiring: Unpack[Wiring],
     ):  # fmt: skip
         super().__init__(d_in, d_sae, k, k_aux, seed, **wiring)
         if prefixes is None:

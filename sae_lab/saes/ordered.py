@@ -1,12 +1,13 @@
 """Ordered: every prefix of the dictionary must do alone (OSAE: "Enforcing Orderedness in SAEs to Improve Feature
 Consistency", 2025)."""
 
-from typing import Any
+from typing import Unpack
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sae_lab.saes.base import Wiring
 from sae_lab.saes.batchtopk import BatchTopK
 from sae_lab.saes.matryoshka import prefix_terms
 from sae_lab.types import Batch, Codes, Output
@@ -24,7 +25,7 @@ class Ordered(BatchTopK):
 
     def __init__(
         self, d_in: int, d_sae: int, k: int = 32, k_start: int | None = None, k_aux: int | None = None, seed: int = 0,
-        **wiring: Any,
+        **wiring: Unpack[Wiring],
     ):  # fmt: skip
         super().__init__(d_in, d_sae, k, k_aux, seed, **wiring)
         self.config["k_start"] = k_start

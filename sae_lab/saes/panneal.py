@@ -1,12 +1,13 @@
 """PAnneal: an L_p penalty whose p falls from 1 (Karvonen et al. 2024, arXiv:2408.00113)."""
 
-from typing import Any
+from typing import Unpack
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from sae_lab.saes import losses
+from sae_lab.saes.base import Wiring
 from sae_lab.saes.l1 import L1, check_weight
 from sae_lab.types import Batch, Codes
 
@@ -22,7 +23,7 @@ class PAnneal(L1):
 
     def __init__(
         self, d_in: int, d_sae: int, sparsity: float = 5.0, p_end: float = 0.2, drop: float = 0.0, seed: int = 0,
-        **wiring: Any,
+        **wiring: Unpack[Wiring],
     ):  # fmt: skip
         super().__init__(d_in, d_sae, sparsity, drop, seed, **wiring)
         self.config["p_end"] = p_end

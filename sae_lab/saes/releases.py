@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
+from sae_lab import cache
 from sae_lab.saes.exchange import FILES, OURS, coders_in, format_of, home, named
 
 
@@ -353,10 +354,9 @@ def _table(release: Release) -> Mapping[str, str]:
     return release.ids if isinstance(release.ids, Mapping) else {}
 
 
-def near(name: str) -> str:
-    """Releases with a name like this one, for messages."""
-    found = difflib.get_close_matches(name, RELEASES, n=5, cutoff=0.4)
-    return f"releases with a name like it: {', '.join(found)}" if found else f"releases: {', '.join(RELEASES)[:400]}…"
+def near(name: str) -> list[str]:
+    """Releases and their repositories with a name like this one."""
+    return difflib.get_close_matches(name, {*RELEASES, *(r.repo for r in RELEASES.values())}, cutoff=0.5)
 
 
 # ---------------------------------------------------------------------------------------------- the hub
@@ -413,6 +413,8 @@ def _files(found: Found) -> set[str]:
     from huggingface_hub import HfApi
 
     with _Hub(found):
+        if not cache.hub_answers():
+            raise ConnectionError
         return set(HfApi().list_repo_files(found.repo))
 
 
@@ -422,7 +424,7 @@ def _download(repo: str, file: str) -> Path:
 
     with _Hub(Found(repo, file, None, {})):
         try:
-            return Path(hf_hub_download(repo, file))
+            return Path(hf_hub_download(repo, file, local_files_only=not cache.hub_answers()))
         except LocalEntryNotFoundError:
             raise
         except EntryNotFoundError as err:
@@ -435,7 +437,7 @@ def _download_if_there(repo: str, file: str) -> None:
     from huggingface_hub.errors import EntryNotFoundError
 
     with contextlib.suppress(EntryNotFoundError):
-        hf_hub_download(repo, file)
+        hf_hub_download(repo, file, local_files_only=not cache.hub_answers())
 
 
 class _Hub:
@@ -443,6 +445,8 @@ class _Hub:
 
     def __init__(self, found: Found):
         self.what = f"{found.repo}{'/' + found.path if found.path else ''}"
+        like = near(found.repo)
+        self.like = f"; names like it: {', '.join(like)}" if like and found.repo not in like else ""
 
     def __enter__(self) -> None:
         return None
@@ -453,11 +457,12 @@ class _Hub:
         if isinstance(err, errors.GatedRepoError):
             raise ValueError(f"{self.what} asks you to accept its terms on the hub, and to log in") from err
         if isinstance(err, errors.RepositoryNotFoundError):
-            raise ValueError(f"the hub has no repository for {self.what} (or it is private: log in)") from err
+            private = "(or it is private: log in)"
+            raise ValueError(f"the hub has no repository for {self.what} {private}{self.like}") from err
         # The client's versions talk through different libraries, whose errors have no common base.
         transport = type(err).__module__.split(".")[0] in ("httpx", "httpx2", "httpcore", "requests", "urllib3")
         if transport or isinstance(err, errors.LocalEntryNotFoundError | errors.HfHubHTTPError | OSError):
             raise ValueError(
                 f"the hub could not be asked for {self.what} ({type(err).__name__}), and it is not in the local cache: "
-                "check the network and HF_ENDPOINT, or download the folder and pass its path"
+                f"check the network and HF_ENDPOINT, or download the folder and pass its path{self.like}"
             ) from err

@@ -1,12 +1,13 @@
 """SmoothL0: a differentiable count of active features (Mohimani et al. 2008, arXiv:0809.2508; tried on SAEs by Quaisley
 2024 in a form of his own)."""
 
-from typing import Any
+from typing import Unpack
 
 from jaxtyping import Float
 from torch import Tensor
 
 from sae_lab.saes import losses
+from sae_lab.saes.base import Wiring
 from sae_lab.saes.l1 import L1, check_weight
 from sae_lab.types import Codes
 
@@ -19,7 +20,7 @@ class SmoothL0(L1):
 
     def __init__(
         self, d_in: int, d_sae: int, sparsity: float = 1.0, width: float = 0.3, drop: float = 0.0, seed: int = 0,
-        **wiring: Any,
+        **wiring: Unpack[Wiring],
     ):  # fmt: skip
         super().__init__(d_in, d_sae, sparsity, drop, seed, **wiring)
         self.config["width"] = width

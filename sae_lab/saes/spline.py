@@ -1,13 +1,14 @@
 """Spline: each feature bends its own pre-activation (the KAN-SAE of an unpublished note; splines of Liu et al. 2024,
 arXiv:2404.19756)."""
 
-from typing import Any
+from typing import Unpack
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from sae_lab.saes import portable, sparse
+from sae_lab.saes.base import Wiring
 from sae_lab.saes.topk import TopK
 from sae_lab.types import Codes
 
@@ -23,7 +24,7 @@ class Spline(TopK):
 
     def __init__(
         self, d_in: int, d_sae: int, k: int = 32, knots: int = 8, span: float = 4.0, k_aux: int | None = None,
-        seed: int = 0, **wiring: Any,
+        seed: int = 0, **wiring: Unpack[Wiring],
     ):  # fmt: skip
         super().__init__(d_in, d_sae, k, k_aux, seed, **wiring)
         if not isinstance(knots, int) or knots < 2 or not 0 < span < float("inf"):

@@ -1,11 +1,12 @@
 """Switch: a router sends each token to one of several experts (Mudide et al. 2024, arXiv:2410.08201)."""
 
-from typing import Any
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
 
 from sae_lab.saes import losses, portable
+from sae_lab.saes.base import Wiring
 from sae_lab.saes.l1 import check_weight
 from sae_lab.saes.topk import TopK
 from sae_lab.types import Batch, Codes, Output
@@ -26,7 +27,7 @@ class Switch(TopK):
 
     def __init__(
         self, d_in: int, d_sae: int, k: int = 32, experts: int = 8, balance: float = 0.03, k_aux: int | None = None,
-        seed: int = 0, **wiring: Any,
+        seed: int = 0, **wiring: Unpack[Wiring],
     ):  # fmt: skip
         super().__init__(d_in, d_sae, k, k_aux, seed, **wiring)
         if not isinstance(experts, int) or experts < 1 or d_sae % experts:

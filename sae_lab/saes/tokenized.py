@@ -1,10 +1,11 @@
 """Tokenized: what follows from the token alone is looked up (Dooms & Wilhelm 2024, "Tokenized SAEs")."""
 
-from typing import Any
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
 
+from sae_lab.saes.base import Wiring
 from sae_lab.saes.batchtopk import BatchTopK
 from sae_lab.types import Batch, Codes
 
@@ -21,8 +22,9 @@ class Tokenized(BatchTopK):
     out_units = ("b_dec", "lookup")
 
     def __init__(
-        self, d_in: int, d_sae: int, vocab: int, k: int = 32, k_aux: int | None = None, seed: int = 0, **wiring: Any
-    ):
+        self, d_in: int, d_sae: int, vocab: int, k: int = 32, k_aux: int | None = None, seed: int = 0,
+        **wiring: Unpack[Wiring],
+    ):  # fmt: skip
         super().__init__(d_in, d_sae, k, k_aux, seed, **wiring)
         if not isinstance(vocab, int) or vocab < 1:
             raise ValueError(f"vocab must be a positive integer, got {vocab!r}: pass len(lm.tokenizer)")

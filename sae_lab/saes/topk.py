@@ -1,12 +1,12 @@
 """TopK: the k largest pre-activations of each token (Gao et al. 2024, arXiv:2406.04093)."""
 
-from typing import Any
+from typing import Unpack
 
 from jaxtyping import Float
 from torch import Tensor
 
 from sae_lab.saes import losses, portable, sparse
-from sae_lab.saes.base import SparseCoder
+from sae_lab.saes.base import SparseCoder, Wiring
 from sae_lab.types import Batch, Codes, Output
 
 MULTI_WEIGHT = 1 / 8  # Gao et al., their Multi-TopK
@@ -29,7 +29,7 @@ class TopK(SparseCoder):
 
     def __init__(
         self, d_in: int, d_sae: int, k: int = 32, k_aux: int | None = None, seed: int = 0, multi: int = 1,
-        **wiring: Any,
+        **wiring: Unpack[Wiring],
     ):  # fmt: skip
         config = {"k": k, "k_aux": k_aux} | ({"multi": multi} if multi != 1 else {})
         super().__init__(d_in, d_sae, config, seed=seed, **wiring)

@@ -1,5 +1,7 @@
 """Notebook widgets: panels that read and set plain Python objects."""
 
+from sae_lab.arguments import no_attribute
+
 from .feature_map import FeatureMap
 from .inspector import FeatureInspector
 from .monitor import TrainingMonitor
@@ -13,3 +15,5 @@ __all__ = [
     "EditStack", "FeatureInspector", "FeatureMap", "PatchingGrid", "Selection", "Session", "Snapshot",
     "SteeringSliders", "TokenFeatures", "TrainingMonitor",
 ]  # fmt: skip
+
+__getattr__ = no_attribute(__name__, __all__)
