@@ -85,7 +85,15 @@ class _Reader:
             if end[0].startswith(f"{self.path}.") and point.calls == 1
             and self.enter.when < point.when < self.leave.when
         }  # fmt: skip
+        for path in [p for p, end in self.points if end == "output" and self._is_all_of_it(p)]:
+            self.points.pop((path, "input"))
+            self.points.pop((path, "output"))
         self.found = Block(self.path)
+
+    def _is_all_of_it(self, path: str) -> bool:
+        """Whether a module in the block does all that the block does (one that torch.compile has wrapped)."""
+        came = self.points.get((path, "input"))
+        return came is not None and (came.form, self.points[path, "output"].form) == (self.enter.form, self.leave.form)
 
     def block(self) -> Block:
         block, (rows, tokens, *rest) = self.found, self.enter.shape
@@ -385,6 +393,8 @@ class _Reader:
                 continue
             if not sources & self._made_of(seen.form, {}):
                 continue
+            path = self._with_adapters(path)
+            out = self.points[path, "output"]
             after = self._to_the_stream(out.form)
             if after is None:
                 block.missing["attn_z"] = "what attention's heads make reaches the stream by more than W_O and a norm"
@@ -398,6 +408,17 @@ class _Reader:
                 block.missing.pop("attn_z")
             return
 
+    def _with_adapters(self, path: str) -> str:
+        """The outermost module around a linear one that reads the same and only adds to what it gives (LoRA's)."""
+        read, gives = self.points[path, "input"].form, set(self.points[path, "output"].form)
+        for around in sorted((p for p, end in self.points if end == "output" and path.startswith(f"{p}.")), key=len):
+            came, out = self.points.get((around, "input")), self.points[around, "output"].form
+            if came is None or came.form != read or not gives <= set(out):
+                continue
+            if not self.flow.made_of(set(out) - gives, read) & {self.stream, *gives}:
+                return around
+        return path
+
     def _to_the_stream(self, form: Form) -> tuple[str | None, float | None] | None:
         """(the norm between W_O, whose output this is, and a sum that the block makes, or None; by what factor it goes
         into the stream). None where there is no such sum."""
@@ -408,8 +429,10 @@ class _Reader:
             return any(set(part) < set(f) for f in sums)
 
         def factor(part: Form) -> float | None:
-            found = [{a: f[a] for a in part} for f in sums if f.get(self.stream) == 1.0 and set(part) < set(f)]
-            return times(part, found[0]) if found else None
+            form = min((f for f in sums if f.get(self.stream) == 1.0 and set(part) < set(f)), key=len, default=None)
+            if form is None or set(part) & self._made_of({a: 1.0 for a in form if a not in part}, {}):
+                return None  # something else that is added there is made of it (an adapter behind W_O)
+            return times(part, {a: form[a] for a in part})
 
         if added(form):
             return None, factor(form)

@@ -101,6 +101,11 @@ def load(model: str | nn.Module | None, tokenizer: Any, device: Any, dtype: Any,
             raise ValueError(
                 "LM(module) needs its tokenizer: sl.LM(module, tokenizer=AutoTokenizer.from_pretrained(id))"
             )
+        if all(p.is_meta for p in model.parameters()):
+            raise ValueError(
+                "this model has no weights (all of it is on the meta device): load them with from_pretrained, or name "
+                "the model by its hub id, LM('org/name')"
+            )
         return (model if device == "auto" else model.to(device)), tokenizer, name
     source = bundled.folder() if model is None else str(model)
     if Path(source).expanduser().exists():

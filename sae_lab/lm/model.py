@@ -535,7 +535,9 @@ class LM:
         at = self._sites
         if site.kind in ("mlp_in", "module") or not self._has_a_way_out:
             return None
-        at.place(site)  # ValueError where the model has none
+        width = at.width(site)  # ValueError where the model has none
+        if site.kind == "embed" and width != at.width(Site("resid_post", 0)):
+            return None  # a map to the stream's width lies between (OPT 350m)
         way, w_o = list(at.way_out or []), None
         if site.kind == "attn_z":
             layer = site.layer or 0

@@ -261,6 +261,14 @@ def watch(model: Any, members: set[str]) -> tuple[Flow, Any]:
             out = model(input_ids=ids, use_cache=False)
             logits = out.logits if hasattr(out, "logits") else first_tensor(out)
             flow.logits = {} if logits is None else dict(flow.form(logits))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as err:  # the model's own, of any kind
+        raise ValueError(
+            f"sae_lab finds a model's sites by watching one pass over a short text, and this model does not run so "
+            f"({type(err).__name__}: {str(err).splitlines()[0] if str(err) else ''}): where it, or its attention, is "
+            "compiled (flex_attention), load it with attn_implementation='sdpa'; else try model(input_ids=...) itself"
+        ) from err
     finally:
         for hook in hooks:
             hook.remove()

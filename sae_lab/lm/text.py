@@ -3,7 +3,9 @@
 import hashlib
 import importlib.util
 import logging
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -240,10 +242,11 @@ def load_text(
     path = Path(str(source)).expanduser()
     if path.exists():
         return _from_files(path, column, kwargs)
-    if path.suffix in _READERS or len(path.parts) > 2:
+    if path.suffix.lower() in _READERS or len(path.parts) > 2:
         raise ValueError(f"no file at {path}: pass an existing file or folder, a hub dataset id, or a list of str")
     try:
-        with no_code(source, (_CSV if source == "csv" else {}) | kwargs) as settings:
+        own = _as_written(column) if source == "csv" else {}
+        with no_code(source, own | kwargs) as settings:
             data = load_dataset(str(source), split=split, streaming=True, **settings)
     except OSError as err:  # out of reach, or not found
         raise ValueError(f"{str(source)!r} is no file here and no hub dataset in reach: {err}") from err
@@ -281,6 +284,8 @@ def _from_memory(source: Any, column: str, split: str, whole: bool = False) -> T
             f"text is a list of str, a datasets.Dataset or what sl.load_text made of a file, got {kind}: pass its "
             "documents as a list of str"
         )
+    if isinstance(source, Dataset) and source.format["type"] == "pandas":  # its rows are tables
+        source = source.with_format(None)
     head = [row[column] for row in islice(source, _HEAD) if column in row]
     columns = source.column_names or list(next(iter(source), {}))  # None: a stream that does not know
     if not columns or (isinstance(source, Dataset) and not len(source)):
@@ -315,16 +320,31 @@ def from_documents(documents: Iterable[Any], name: str = "list", whole: bool = F
 
 _HEAD = 100  # documents of a stream that tell it from another
 _READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
-# pandas, which reads them, takes words like NA, null and None for missing; only an empty cell is.
-_CSV: dict[str, Any] = {"keep_default_na": False, "na_values": [""]}
+
+
+@contextmanager
+def _no_cell_dropped() -> Iterator[None]:
+    """pandas only warns where rows have more cells than the header, and drops them."""
+    from pandas.errors import ParserWarning
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ParserWarning)
+        yield
+
+
+def _as_written(column: str) -> dict[str, Any]:
+    """How pandas reads a .csv: a text as it stands there, where it would make numbers of 007 and take words like NA,
+    null and None for missing; in other columns only an empty cell is. No column is one of names, which it would make of
+    the first where rows have more cells than the header."""
+    return {"converters": {column: str}, "keep_default_na": False, "na_values": [""], "index_col": False}
 
 
 def _from_files(path: Path, column: str, kwargs: dict[str, Any]) -> Text:
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 
-    files = sorted(f for f in path.rglob("*") if f.suffix in _READERS) if path.is_dir() else [path]
-    kinds = {_READERS.get(f.suffix) for f in files}
+    files = sorted(f for f in path.rglob("*") if f.suffix.lower() in _READERS) if path.is_dir() else [path]
+    kinds = {_READERS.get(f.suffix.lower()) for f in files}
     if len(kinds) != 1 or None in kinds:
         found = sorted({f.suffix for f in files})
         raise ValueError(f"{path} must hold files of one kind out of {', '.join(_READERS)}; found {found}")
@@ -333,9 +353,9 @@ def _from_files(path: Path, column: str, kwargs: dict[str, Any]) -> Text:
     kind, files = str(kinds.pop()), [f for f in files if _holds_rows(f)]
     if not files:
         raise ValueError(f"{path} is empty: it needs at least one document")
-    kwargs = (_CSV if kind == "csv" else {}) | kwargs
+    kwargs = (_as_written(column) if kind == "csv" else {}) | kwargs
     try:
-        with no_code(path, kwargs) as kwargs:
+        with no_code(path, kwargs) as kwargs, _no_cell_dropped():
             data: Any = load_dataset(kind, data_files=[str(f) for f in files], split="train", **kwargs)
     except (DatasetsError, ValueError) as err:
         if "corresponds to no data" in str(err):
@@ -353,7 +373,7 @@ def _read(file: Path) -> str:
 
 
 def _holds_rows(file: Path) -> bool:
-    if file.suffix != ".parquet" or not file.stat().st_size:
+    if file.suffix.lower() != ".parquet" or not file.stat().st_size:
         return file.stat().st_size > 0
     import pyarrow.parquet
 

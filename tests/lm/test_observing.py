@@ -136,3 +136,85 @@ def test_a_path_is_not_taken_for_another_layer(make_module, tokenizer):
     assert torch.equal(*read(lm, Site("model.layers.1"), Site("resid_post", 1)))
     with pytest.raises(ValueError, match=r"'layers.0' is a module of this model but no part of its layers"):
         lm.read(PROMPT, Site("layers.0"))
+
+
+class Whole(torch.nn.Module):
+    """A block in a module that does the same, as torch.compile puts it."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args, **kwargs):
+        return self.inner(*args, **kwargs)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_block_in_a_wrapper_has_the_same_sites(name, build):
+    plain, module = build(name), tiny_models.build(name)
+    blocks = module.get_submodule(plain._sites.blocks)
+    for i, block in enumerate(blocks):
+        blocks[i] = Whole(block)
+    lm = sl.LM(module, tokenizer=tiny_models.tokenizer())
+    sites = [Site(kind, 1) for kind in plain.kinds if kind != "embed"]
+    assert lm.kinds == plain.kinds
+    assert all(torch.equal(a, b) for a, b in zip(read(lm, *sites), read(plain, *sites), strict=True))
+
+
+class Adapted(torch.nn.Module):
+    """A linear module with an adapter beside it, which reads the same (LoRA), or one behind it."""
+
+    def __init__(self, base, behind=False):
+        super().__init__()
+        out, width = base.weight.shape
+        self.base, self.behind = base, behind
+        self.down = torch.nn.Linear(out if behind else width, 2, bias=False)
+        self.up = torch.nn.Linear(2, out, bias=False)
+
+    def forward(self, x):
+        y = self.base(x)
+        return y + 2.0 * self.up(self.down(y if self.behind else x).relu() if self.behind else self.down(x))
+
+
+def adapted(module, behind=False):
+    torch.manual_seed(0)
+    for path, part in list(module.named_modules()):
+        if isinstance(part, torch.nn.Linear) and ".layers." in path:
+            module.set_submodule(path, Adapted(part, behind))
+    return sl.LM(module.eval(), tokenizer=tiny_models.tokenizer())
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "opt:350m", "minimax"])
+def test_adapters_beside_linear_modules(name):
+    """The same model as with the adapters' products in the weights: an edit at attn_z goes into both."""
+    lm, merged = adapted(tiny_models.build(name)), tiny_models.build(name)
+    with torch.no_grad():
+        for path, part in lm._module.named_modules():
+            if isinstance(part, Adapted):
+                merged.get_submodule(path).weight += 2.0 * part.up.weight @ part.down.weight
+    plain = sl.LM(merged, tokenizer=tiny_models.tokenizer())
+    assert lm.kinds == plain.kinds
+    for kind in lm.kinds:
+        site = Site(kind, None if kind == "embed" else 1)
+        [a], [b] = read(lm, site), read(plain, site)
+        assert close(a, b), kind
+        by = b.std() * torch.randn(b.shape[-1], generator=torch.Generator().manual_seed(1))
+        assert close(moved(lm, site, by), moved(plain, site, by)), kind
+        a, b = lm.lens(by[None], site), plain.lens(by[None], site)
+        assert (a is None) == (b is None) and (b is None or close(a, b, 1e-3)), kind
+
+
+def test_an_adapter_behind_w_o_has_no_lens_of_heads():
+    """What attention adds is then more than W_O makes of attn_z."""
+    lm = adapted(tiny_models.build("llama"), behind=True)
+    assert "attn_z" in lm.kinds and lm.lens(torch.ones(1, 48), Site("attn_z", 1)) is None
+    assert lm.lens(torch.ones(1, 48), Site("resid_post", 1)) is not None
+
+
+def test_a_model_without_weights_or_that_does_not_run_is_refused():
+    with pytest.raises(ValueError, match=r"this model has no weights .*: load them with from_pretrained"):
+        sl.LM(tiny_models.build("llama").to("meta"), tokenizer=tiny_models.tokenizer())
+    module = tiny_models.build("llama")
+    module.model.norm = torch.nn.LayerNorm(5)
+    with pytest.raises(ValueError, match=r"and this model does not run so \(RuntimeError: "):
+        sl.LM(module, tokenizer=tiny_models.tokenizer())

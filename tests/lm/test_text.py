@@ -137,8 +137,11 @@ def test_another_column(tmp_path):
     assert list(sl.load_text(file, column="review")) == ["good"]
     with pytest.raises(ValueError, match=r"has no column 'text': pass column= one of review, stars"):
         sl.load_text(file)
-    with pytest.raises(ValueError, match=r"the column 'stars' of reviews.csv holds int, not text: pass column="):
-        list(sl.load_text(file, column="stars"))
+    assert list(sl.load_text(file, column="stars")) == ["5"], "a cell of a .csv is text, whatever it says"
+    table = tmp_path / "reviews.parquet"
+    pd.read_csv(file).to_parquet(table)
+    with pytest.raises(ValueError, match=r"the column 'stars' of reviews.parquet holds int, not text: pass column="):
+        list(sl.load_text(table, column="stars"))
 
 
 def test_missing_values_are_empty_documents(tmp_path):
@@ -154,6 +157,22 @@ WORDS = ["NA", "null", "None", "nan", "N/A", "", "text"]
 def test_words_that_name_a_missing_value_are_text(tmp_path, kind):
     text = sl.load_text(write(tmp_path / f"words{kind}", WORDS))
     assert [*text, *text.held_out] == WORDS
+
+
+@pytest.mark.parametrize("words", [["007", "1.50", "2"], ["True", "false"], ["2020-01-01", "1e5"]])
+def test_numbers_in_a_csv_are_text(tmp_path, words):
+    text = sl.load_text(write(tmp_path / "words.csv", words).rename(tmp_path / "WORDS.CSV"))
+    assert [*text, *text.held_out] == words
+
+
+@pytest.mark.parametrize("rows", ["hello, world,1\nok,2", "ok,2\nhello, world,1"])
+def test_a_row_of_too_many_cells_is_refused(tmp_path, rows):
+    """pandas makes names of rows of the first column, or drops the last cell."""
+    (tmp_path / "a.csv").write_text(f"text,label\n{rows}\n")
+    with pytest.raises(ValueError, match=r"a\.csv cannot be read as csv: .*(Length of header|Expected 2 fields)"):
+        sl.load_text(tmp_path / "a.csv")
+    (tmp_path / "b.csv").write_text("text,label\nhello,1,\nok,2,\n")  # each line ends in a comma
+    assert list(sl.load_text(tmp_path / "b.csv")) == ["hello"]
 
 
 @pytest.mark.parametrize(
