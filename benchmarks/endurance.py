@@ -23,7 +23,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 JSON, TABLE = ROOT / "benchmarks" / "results" / "endurance.json", ROOT / "docs" / "endurance.md"
-BATTERIES = ("kills", "full_disk", "damage", "hostile", "scripts", "bad_arguments", "ndif")
+BATTERIES = ("kills", "full_disk", "damage", "hostile", "scripts", "bad_arguments", "ndif", "notes")
 QUIET = {"TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
 # Of bad arguments, this share may be refused by an error that is not a sentence of ours; every other count must be 0.
 UNCLEAR = {"bad_arguments": 0.02}

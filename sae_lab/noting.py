@@ -215,7 +215,8 @@ class Log:
                 f.seek(self._end)
                 if parsed(tail := f.read())[0]:  # a line that somebody typed without an end
                     data = b"\n" + data
-                elif tail:  # half a line: its writer was killed
+                elif tail:  # its writer was killed before it was whole
+                    log.warning("%s: half a last line is left out (%r)", self.file, tail[:60])
                     f.truncate(self._end)
                 size = f.seek(0, os.SEEK_END)
                 try:
@@ -240,12 +241,15 @@ class Log:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             self._between.acquire()
         except OSError as err:
-            raise ValueError(
-                f"cannot write to the folder {self.file.parent} ({err}): set SAE_LAB_DATA to a folder of yours"
-            ) from err
+            if err.errno not in cache.NO_LOCKS:
+                raise ValueError(
+                    f"cannot write to the folder {self.file.parent} ({err}): set SAE_LAB_DATA to a folder of yours"
+                ) from err
         try:
             yield
         finally:
+            if self._between.lock_counter == 1:
+                Path(self._between.lock_file).unlink(missing_ok=True)  # while it is held: who waits looks again
             self._between.release()
 
     def tell(self) -> None:
