@@ -412,8 +412,8 @@ def _files(training: Training, folder: Path, config: TrainConfig, steps: int) ->
     checkpoint = (folder / CHECKPOINT).stat().st_size + history
     kept = sum(file.stat().st_size for file in (folder / "coder").iterdir()) + history
     times = steps // config.checkpoint_every + 1
-    # A checkpoint is whole before it takes the place of the one before, and goes when the coder is saved.
-    return _Files(times * checkpointing + saving, checkpoint + max(kept, checkpoint if times > 1 else 0), kept)
+    # The last two checkpoints are kept, and go when the coder is saved.
+    return _Files(times * checkpointing + saving, min(times, 2) * checkpoint + kept, kept)
 
 
 @torch.no_grad()

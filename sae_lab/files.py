@@ -8,9 +8,10 @@ import json
 import zlib
 from collections.abc import Callable, Mapping
 from functools import lru_cache
+from io import BufferedIOBase
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -141,7 +142,7 @@ def _unsealed_header(header: dict[str, Any]) -> dict[str, Any]:
     return {**header, "__metadata__": {key: value for key, value in notes.items() if key != _SEAL}}
 
 
-def blocks_of(file: Path | IO[bytes]) -> str:
+def blocks_of(file: Path | BufferedIOBase) -> str:
     """The checksum of each block of a file, from where it stands."""
     if isinstance(file, Path):
         with open(file, "rb") as f:
@@ -213,7 +214,7 @@ def read_tensors(
         raise ValueError(str(err)) from err
 
 
-def check_blocks(data: IO[bytes], blocks: str) -> None:
+def check_blocks(data: BufferedIOBase, blocks: str) -> None:
     """ValueError unless these bytes have these checksums."""
     found = blocks_of(data)
     for at in range(0, max(len(found), len(blocks)), 8):

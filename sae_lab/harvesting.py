@@ -14,10 +14,9 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
-from safetensors.torch import save_file
 from torch import Tensor
 
-from sae_lab import cache
+from sae_lab import cache, files
 from sae_lab.arguments import as_annotated
 from sae_lab.lm import forms
 from sae_lab.lm.model import LM
@@ -215,7 +214,7 @@ class _Harvest:
         name = f"{number:06d}.safetensors"
         with cache.told(self.folder / name, self._kept(number)):
             with cache.atomic(self.folder / name) as temporary:
-                save_file(tensors, temporary)
+                files.write_tensors(tensors, temporary)
                 crc, size = _crc(temporary), temporary.stat().st_size
             entry = {
                 "file": name, "rows": len(tensors["token"]), "contexts": len(tensors["lengths"]), "excluded": excluded,
@@ -353,7 +352,7 @@ class _Harvest:
 
     def _save_manifest(self) -> None:
         with cache.atomic(self.folder / "manifest.json") as temporary:
-            temporary.write_text(json.dumps(self.manifest, indent=1))
+            files.write_json(temporary, self.manifest, indent=1)
 
     def _result(self, tokens: int) -> Store:
         store = Store(self.folder, rows=tokens)

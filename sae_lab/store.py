@@ -6,7 +6,7 @@ and position.
 """
 
 import json
-import os
+import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,12 +18,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sae_lab import files
 from sae_lab.types import Batch, Codes, Site, TokenMask
 
 VERSION = 1
 RESERVE_EVERY = 5  # one document in five is kept from training: thresholds are fitted there
 _MANIFEST = {"identity", "mask", "scales", "complete", "shards"}
-_NUMPY = {"F16": np.float16, "BF16": np.uint16, "F32": np.float32, "I64": np.int64, "I32": np.int32}
+_SHARD = {"file": str, "rows": int, "contexts": int, "excluded": int, "bytes": int, "crc32": int}
+_REMEDY = "call sl.harvest again with the same path to remake it"
 
 
 class Runs:
@@ -192,15 +194,18 @@ class Store:
 
     # ---- rows
 
-    def _tensor(self, shard: int, key: str) -> np.ndarray:
-        """A memory-mapped tensor of a shard (bfloat16 as its raw bits). ValueError where codes stand in its place."""
+    def _tensor(self, shard: int, key: str) -> files.Table:
+        """A tensor of a shard (bfloat16 as its raw bits). ValueError where codes stand in its place, or nothing."""
         maps = self._maps[shard]
-        if key not in maps and "coder" in self.identity:
+        if key in maps:
+            return maps[key]
+        if "coder" in self.identity and key in self.identity["sites"]:
             raise ValueError(
                 f"{self.path} holds the codes of coder {self.identity['coder']}, not activations: index it with that "
                 "coder, or harvest without coder="
             )
-        return maps[key]
+        file = self.path / self.manifest["shards"][shard]["file"]
+        raise ValueError(f"{file} is no shard of this store (it has no {key!r}): {_REMEDY}")
 
     def codes(self, first: int, last: int, d_sae: int) -> Codes:
         """Codes of rows first to last - 1, of a store of codes."""
@@ -216,8 +221,8 @@ class Store:
         return Codes(values, features.long(), offsets, d_sae)
 
     @cached_property
-    def _maps(self) -> list[dict[str, np.ndarray]]:
-        return [memory_map(self.path / s["file"]) for s in self.manifest["shards"]]
+    def _maps(self) -> list[dict[str, files.Table]]:
+        return [_map(self.path / s["file"], s) for s in self.manifest["shards"]]
 
     def rows(self, rows: np.ndarray, key: str) -> Tensor:
         """Any rows of one tensor ("token", "document", "position", or a site's key), in the order asked for.
@@ -419,40 +424,44 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"{folder} is no store (no manifest.json): make one with sl.harvest(..., path={str(folder)!r})"
         )
     try:
-        manifest = json.loads(file.read_text())
+        manifest = files.read_json(file, most="MOST_RUN")
         if manifest["format"] != "sae_lab store" or manifest["version"] > VERSION:
             raise ValueError(f"format {manifest['format']!r} version {manifest['version']}")
         if missing := _MANIFEST - manifest.keys():
             raise ValueError(f"without {', '.join(sorted(missing))}")
-    except (ValueError, KeyError, TypeError) as err:
+        _check(manifest)
+    except (ValueError, KeyError, TypeError, AttributeError) as err:
         raise ValueError(
             f"{file} is no manifest this version reads ({err}): delete the folder and harvest again"
         ) from err
     return manifest
 
 
-def memory_map(file: Path) -> dict[str, np.ndarray]:
-    """A safetensors file's tensors without reading them (an 8-byte length, a JSON header, then the bytes)."""
-    try:
-        size = os.path.getsize(file)
-        with open(file, "rb") as f:
-            length = int.from_bytes(f.read(8), "little")
-            header = json.loads(f.read(length)) if 0 < length < size else {}
-        maps = {}
-        for name, info in header.items():
-            if name == "__metadata__":
-                continue
-            start, end = info["data_offsets"]
-            dtype = np.dtype(_NUMPY[info["dtype"]])
-            shape = tuple(info["shape"])
-            if 8 + length + end > size or end - start != dtype.itemsize * int(np.prod(shape)):
-                raise ValueError("tensor runs past the end of the file")
-            empty = 0 in shape  # a memory map cannot be empty
-            maps[name] = np.zeros(shape, dtype) if empty else np.memmap(file, dtype, "r", 8 + length + start, shape)
-        if not maps:
-            raise ValueError("no tensors")
-        return maps
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as err:
-        raise ValueError(
-            f"shard {file} is damaged ({err}): call sl.harvest again with the same path to remake it"
-        ) from err
+def _check(manifest: dict[str, Any]) -> None:
+    """ValueError where a part is of another type than ``harvest`` writes."""
+    for shard in manifest["shards"]:
+        for key, kind in _SHARD.items():
+            if type(shard[key]) is not kind or (kind is int and not 0 <= shard[key] < 1 << 40):
+                raise ValueError(f"a shard's {key!r} is {shard[key]!r:.60}")
+        if not re.fullmatch(r"[\w-]+\.safetensors", shard["file"]):  # it lies in this folder
+            raise ValueError(f"a shard's file is {shard['file']!r:.60}, which is no name of a shard")
+    if not isinstance(manifest["identity"]["sites"], list) or not manifest["identity"]["sites"]:
+        raise ValueError("its identity names no sites")
+    for key, scale in manifest["scales"].items():
+        if type(scale) not in (int, float) or not 0 < scale < float("inf"):
+            raise ValueError(f"the scale of {key} is {scale!r:.60}")
+    if manifest["mask"] is not None:
+        TokenMask.from_dict(manifest["mask"])
+
+
+def _map(file: Path, shard: dict[str, Any]) -> dict[str, files.Table]:
+    """A shard's tensors. ValueError where they are not as many as the manifest says."""
+    tables = files.map_tensors(file, _REMEDY)
+    for key, table in tables.items():
+        many = {"ids": shard["contexts"], "lengths": shard["contexts"]}.get(key, shard["rows"])
+        if key not in ("values", "features") and table.shape[:1] != (many,):
+            raise ValueError(
+                f"{file} is no shard of this store ({key!r} has shape {table.shape}, the manifest says {many}): "
+                + _REMEDY
+            )
+    return tables

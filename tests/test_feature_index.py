@@ -254,7 +254,7 @@ def naive_choice(values, contexts, leads):
 @pytest.mark.parametrize("codes", [chunks.CODES, 50])  # all features at once, and few of them or one
 def test_summaries_are_the_naive_ones(codes, index, dense, store, monkeypatch):
     monkeypatch.setattr(chunks, "CODES", codes)
-    found = summaries.summarise(store, index._offsets, index._rows, index._values)
+    found = summaries.summarise(store, index._offsets, np.asarray(index._rows), np.asarray(index._values))
     rows = np.arange(ROWS)
     token, position, contexts = (
         store.rows(rows, "token").numpy(), store.rows(rows, "position").numpy(), store.contexts(rows)
@@ -477,9 +477,10 @@ def test_size_on_disk(index):
 def test_an_index_of_an_older_version_is_made_anew(index, sae, tiny_module_lm, store, tmp_path):
     path = tmp_path / "i"
     shutil.copytree(index.path, path)
-    facts = json.loads((path / "index.json").read_text())
-    (path / "index.json").write_text(json.dumps(facts | {"version": 1}))
-    (path / "labels.json").unlink()  # it had none
+    facts = json.loads((path / "index.json").read_text()) | {"version": 1}
+    del facts["checksum"], facts["blocks"]  # it had none of these
+    (path / "index.json").write_text(json.dumps(facts))
+    (path / "labels.json").unlink()
     assert files(sl.index_features(sae, tiny_module_lm, store, path=path).path) == files(index.path)
 
 
@@ -634,7 +635,7 @@ def test_no_permission(sae, tiny_module_lm, store, tmp_path):
 def test_hostile_index(name, content, sae, tiny_module_lm, store, tmp_path):
     (tmp_path / "i").mkdir()
     (tmp_path / "i" / name).write_bytes(content)
-    with pytest.raises(ValueError, match=rf"{name} is no index of sae_lab .*: delete the folder and index again"):
+    with pytest.raises(ValueError, match=rf"{name} is no index of sae_lab .*: index again with .*rebuild=True"):
         sl.index_features(sae, tiny_module_lm, store, path=tmp_path / "i")
 
 

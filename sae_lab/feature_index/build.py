@@ -5,7 +5,6 @@ was). Pass 2 places them feature by feature into two memory-mapped arrays. Then 
 what fires with it, its logit lens and its nearest neighbours, all for some features at a time.
 """
 
-import json
 import logging
 from collections.abc import Callable
 from contextlib import suppress
@@ -14,14 +13,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
 
-from sae_lab import cache
+from sae_lab import cache, files
 from sae_lab.arguments import as_annotated
 from sae_lab.feature_index.cofiring import cofiring
 from sae_lab.feature_index.directions import lens, neighbours
-from sae_lab.feature_index.index import VERSION, FeatureIndex
+from sae_lab.feature_index.index import VERSION, FeatureIndex, read_facts
 from sae_lab.feature_index.labels import Labels
 from sae_lab.feature_index.summaries import readability, summarise
 from sae_lab.lm.model import LM
@@ -30,24 +27,30 @@ from sae_lab.store import Store
 
 log = logging.getLogger(__name__)
 
+CHECKED = ("rows.npy", "values.npy", "labels.json")  # their checksums stand in index.json
+FILES = ("index.json", "stats.safetensors", *CHECKED)
 BLOCK = 8192  # rows of a file
 PRE_BYTES = 256 << 20  # pre-activations that are made together: a block of a wide coder comes in parts
 READ_BYTES = 128 << 20  # a store's activations stay in memory as long as it is open: it is opened anew after so many
 
 
 @as_annotated
-def index_features(coder: SparseCoder, lm: LM, store: Store, path: str | Path | None = None) -> FeatureIndex:
+def index_features(
+    coder: SparseCoder, lm: LM, store: Store, path: str | Path | None = None, rebuild: bool = False
+) -> FeatureIndex:
     """An index of all features of a coder over a store: density, mean and max, contexts, co-firing, lens, neighbours.
 
     Written to ``path`` (None: a folder in the cache named by coder and store); called again it opens what is there, and
-    an interrupted build goes on.
+    an interrupted build goes on. rebuild: make it again in any case, as when a file of it is damaged; labels and notes
+    stay.
 
-    Raises ValueError when the store comes from another model, site or width, or ``path`` holds another index.
+    Raises ValueError when the store comes from another model, site or width, ``path`` holds another index, or a file of
+    the index is damaged.
     """
     _check(coder, lm, store)
     identity = {"coder": coder.fingerprint(), "store": store.fingerprint, "store_path": str(store.path.resolve())}
     folder = Path(path) if path is not None else cache.root() / "indexes" / f"{identity['coder']}-{identity['store']}"
-    if _is_done(folder, identity):
+    if _is_done(folder, identity, rebuild):
         _tidy(folder)
     else:
         was_training = coder.training
@@ -55,6 +58,9 @@ def index_features(coder: SparseCoder, lm: LM, store: Store, path: str | Path | 
         kept = "the blocks that are done are kept: make room there and call index_features again to go on"
         try:
             with cache.sole_writer(folder), cache.told(folder, kept):
+                if rebuild:
+                    for name in (*FILES, "building.json", *(f.name for f in folder.glob("block-*.safetensors"))):
+                        (folder / name).unlink(missing_ok=True)
                 if not _is_done(folder, identity):  # else another process made it
                     _build(coder, lm, store, folder, identity)
         finally:
@@ -80,24 +86,24 @@ def _check(coder: SparseCoder, lm: LM, store: Store) -> None:
         raise ValueError(f"the coder reads d_in={coder.d_in}, the store holds width {store.width}: wrong site or coder")
 
 
-def _is_done(folder: Path, identity: dict[str, Any]) -> bool:
-    """Whether the folder holds this very index. ValueError when it holds another."""
+def _is_done(folder: Path, identity: dict[str, Any], rebuild: bool = False) -> bool:
+    """Whether the folder holds this very index, and it is not to be made again. ValueError when it holds another."""
     for name in ("index.json", "building.json"):
         file = folder / name
         if not file.exists():
             continue
         try:
-            there = json.loads(file.read_bytes())
-            if not {"coder", "store"} <= set(there):
-                raise KeyError("it names no coder and store")
-        except (ValueError, KeyError, TypeError) as err:
-            raise ValueError(f"{file} is no index of sae_lab ({err}): delete the folder and index again") from err
+            there = read_facts(file)
+        except ValueError:
+            if rebuild:
+                continue
+            raise
         differences = [f"{k}: {there.get(k)} there, {v} now" for k, v in identity.items() if there.get(k) != v]
         if {d.split(":")[0] for d in differences} - {"store_path"}:  # a store may be moved
             raise ValueError(
                 f"{folder} holds another index; it differs in {'; '.join(differences)}: pass another path="
             )
-        return name == "index.json" and there.get("version") == VERSION
+        return name == "index.json" and there.get("version") == VERSION and not rebuild
     return False
 
 
@@ -105,7 +111,7 @@ def _build(coder: SparseCoder, lm: LM, store: Store, folder: Path, identity: dic
     from tqdm.auto import tqdm
 
     with cache.atomic(folder / "building.json") as temporary:
-        temporary.write_text(json.dumps(identity))
+        files.write_json(temporary, identity)
     with tqdm(total=len(store), unit="tok", desc="index", dynamic_ncols=True) as bar:
         counts = _encode(coder, store, folder, bar.update)
         bar.set_description("index: contexts")
@@ -123,11 +129,11 @@ def _build(coder: SparseCoder, lm: LM, store: Store, folder: Path, identity: dic
     with cache.atomic(folder / "labels.json") as temporary:
         labels.write(temporary)
     with cache.atomic(folder / "stats.safetensors") as temporary:
-        save_file({name: np.ascontiguousarray(table) for name, table in tables.items()}, temporary)
+        files.write_tensors({n: torch.from_numpy(np.ascontiguousarray(t)) for n, t in tables.items()}, temporary)
     facts = identity | {"version": VERSION, "d_sae": coder.d_sae, "site": store.site.key, "rows": len(store)}
-    facts["notes"] = coder.id
+    facts |= {"notes": coder.id, "blocks": {name: files.blocks_of(folder / name) for name in CHECKED}}
     with cache.atomic(folder / "index.json") as temporary:
-        temporary.write_text(json.dumps(facts, indent=1))
+        files.write_json(temporary, facts, indent=1)
     _tidy(folder)
 
 
@@ -159,10 +165,9 @@ def _rows_at_once(coder: SparseCoder) -> int:
 def _block(coder: SparseCoder, store: Store, folder: Path, number: int) -> dict[str, np.ndarray]:
     """Codes of one block of rows, sorted by feature, then row; from its file if that is whole."""
     file = folder / f"block-{number:06d}.safetensors"
-    try:
-        return load_file(file)
-    except (FileNotFoundError, SafetensorError):
-        pass
+    with suppress(FileNotFoundError, ValueError, KeyError):  # a damaged one is made again
+        found, _ = files.read_tensors(file)
+        return {name: found[name].numpy() for name in ("features", "rows", "values")}
     features, rows, values = [], [], []
     last, size = min((number + 1) * BLOCK, len(store)), _rows_at_once(coder)
     for start in range(number * BLOCK, last, size):
@@ -175,14 +180,10 @@ def _block(coder: SparseCoder, store: Store, folder: Path, number: int) -> dict[
         rows.append(codes.rows.int().cpu() + start)
         values.append(codes.values.cpu())
     by_feature, order = torch.cat(features).sort(stable=True)
-    block = {
-        "features": by_feature.numpy(),
-        "rows": torch.cat(rows)[order].numpy(),
-        "values": torch.cat(values)[order].numpy(),
-    }
+    block = {"features": by_feature, "rows": torch.cat(rows)[order], "values": torch.cat(values)[order]}
     with cache.atomic(file) as temporary:
-        save_file(block, temporary)
-    return block
+        files.write_tensors(block, temporary)
+    return {name: t.numpy() for name, t in block.items()}
 
 
 def _place(folder: Path, blocks: int, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -192,12 +193,12 @@ def _place(folder: Path, blocks: int, offsets: np.ndarray) -> tuple[np.ndarray, 
     with cache.atomic(folder / "rows.npy") as row_file, cache.atomic(folder / "values.npy") as value_file:
         rows, values = cache.mapped(row_file, np.int32, total), cache.mapped(value_file, np.float32, total)
         for number in range(blocks):
-            block = load_file(folder / f"block-{number:06d}.safetensors")
-            features = block["features"].astype(np.int64)
+            block, _ = files.read_tensors(folder / f"block-{number:06d}.safetensors")
+            features = block["features"].numpy().astype(np.int64)
             counts = np.bincount(features, minlength=len(cursor))
             within = np.arange(len(features)) - np.repeat(counts.cumsum() - counts, counts)
             at = cursor[features] + within
-            rows[at], values[at] = block["rows"], block["values"]
+            rows[at], values[at] = block["rows"].numpy(), block["values"].numpy()
             cursor += counts
         rows.flush()
         values.flush()

@@ -1,6 +1,5 @@
 """FeatureIndex: everything about every feature, opened in milliseconds from memory-mapped files."""
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -9,18 +8,23 @@ from typing import Any
 
 import numpy as np
 
-from sae_lab import noting
+from sae_lab import files, noting
 from sae_lab.feature_index import live, query
 from sae_lab.feature_index.labels import Labels
 from sae_lab.feature_index.notes import Note, Notes
 from sae_lab.feature_index.summaries import BINS, QUANTILE_CONTEXTS, QUARTERS, TOP_CONTEXTS
 from sae_lab.lm.model import LM
 from sae_lab.saes.base import SparseCoder
-from sae_lab.store import Store, memory_map
+from sae_lab.store import Store
 from sae_lab.types import Site, check_feature
 
 VERSION = 2
+TABLES = (
+    "offsets", "f_scale", "mean", "max", "histogram", "top_tokens", "shown", "readability", "cofiring",
+    "cofiring_counts", "neighbours", "cosines",
+)  # fmt: skip
 SIZED = 4096  # rows that the mean size of what a normalising coder writes is taken over
+REMEDY = "index again with sl.index_features(coder, lm, store, ..., rebuild=True); labels and notes stay"
 BEFORE, AFTER = 24, 12  # tokens shown around an activation
 READABLE_DENSITY = (5e-4, 1e-2)  # rarer features have too few contexts to judge, denser ones are rarely about one thing
 
@@ -86,6 +90,32 @@ class FeatureView:
     __repr__ = __str__
 
 
+def read_facts(file: Path) -> dict[str, Any]:
+    """What ``index.json`` says, or ``building.json`` of one that is being made. ValueError with the remedy."""
+    try:
+        facts = files.read_json(file)
+        whole = {"site": str, "d_sae": int, "rows": int} if file.name == "index.json" else {}
+        for key, kind in {"coder": str, "store": str, **whole}.items():
+            if type(facts[key]) is not kind or (kind is int and not 0 < facts[key] < 1 << 40):
+                raise ValueError(f"its {key!r} is {facts[key]!r:.60}")
+        blocks = facts.get("blocks", {})
+        if not isinstance(blocks, dict) or not all(isinstance(text, str) for text in blocks.values()):
+            raise ValueError("its checksums are no text")
+        return facts
+    except (ValueError, KeyError, TypeError) as err:
+        raise ValueError(f"{file} is no index of sae_lab ({err}): {REMEDY}") from err
+
+
+def read_tables(folder: Path, d_sae: int) -> dict[str, files.Table]:
+    """An index's tables, one row a feature. ValueError with the remedy."""
+    tables = files.map_tensors(folder / "stats.safetensors", REMEDY)
+    for name in TABLES:
+        shape = tables[name].shape if name in tables else ()
+        if shape[:1] != (d_sae + (name == "offsets"),):
+            raise ValueError(f"{folder}/stats.safetensors is no table of {d_sae} features ({name}: {shape}): {REMEDY}")
+    return tables
+
+
 class FeatureIndex:
     """All features of a coder over a store. Made and opened by ``sl.index_features``.
 
@@ -97,7 +127,7 @@ class FeatureIndex:
 
     def __init__(self, path: Path, store: Store, lm: LM, coder: SparseCoder | None = None):
         self.path, self.store, self.lm, self.coder = Path(path), store, lm, coder
-        facts = json.loads((self.path / "index.json").read_text())
+        facts = read_facts(self.path / "index.json")
         self.d_sae: int = facts["d_sae"]
         self.site = Site.of(facts["site"])
         named = facts.get("notes", facts["coder"])  # of before notes followed the coder: by its weights
@@ -106,16 +136,17 @@ class FeatureIndex:
         self.notes.bring_over(self.path)
         self.explanations = self.notes.explanations
         self.tokens_seen: int = facts["rows"]
-        stats = memory_map(self.path / "stats.safetensors")
-        self._stats = stats
-        self._rows = np.load(self.path / "rows.npy", mmap_mode="r", allow_pickle=False)
-        self._values = np.load(self.path / "values.npy", mmap_mode="r", allow_pickle=False)
-        self._offsets = stats["offsets"]
+        blocks = facts.get("blocks", {})
+        self._stats = stats = read_tables(self.path, self.d_sae)
+        self._rows, self._values = (
+            files.map_npy(self.path / name, blocks.get(name, ""), REMEDY) for name in ("rows.npy", "values.npy")
+        )
+        self._offsets = np.asarray(stats["offsets"])
         self.counts = np.diff(self._offsets)
         self.density = self.counts / self.tokens_seen
-        self.mean, self.max = stats["mean"], stats["max"]
+        self.mean, self.max = np.asarray(stats["mean"]), np.asarray(stats["max"])
         # Here rather than when the first feature is opened: the labels, and the headers of the store's files.
-        self._labels = Labels.read(lm, self.path / "labels.json")
+        self._labels = Labels.read(lm, self.path / "labels.json", blocks.get("labels.json", ""), REMEDY)
         self.store.contexts(np.zeros(1, np.int64))
 
     def __len__(self) -> int:
@@ -194,7 +225,7 @@ class FeatureIndex:
         """How readable each feature looks; those of middling density come first."""
         low, high = READABLE_DENSITY
         middling = (self.density >= low) & (self.density <= high)
-        return self._stats["readability"] + middling
+        return np.asarray(self._stats["readability"]) + middling
 
     def search(self, text: str, limit: int = 50) -> list[int]:
         """Features among whose top tokens one contains ``text`` (case ignored), the most decided first."""
@@ -205,7 +236,7 @@ class FeatureIndex:
         for i, label in enumerate(self._labels.lower):
             if needle in label:
                 weight[i] = 2 if label.strip() == needle else 1
-        top = self._stats["top_tokens"]
+        top = np.asarray(self._stats["top_tokens"])
         score = weight[top] @ (1 / (1 + np.arange(top.shape[1])))
         order = np.argsort(-score, kind="stable")
         return order[score[order] > 0][:limit].tolist()
@@ -315,7 +346,7 @@ class FeatureIndex:
 
     @cached_property
     def _noise(self) -> float:
-        return float(np.quantile(self._stats["lens_random"], 0.99))
+        return float(np.quantile(np.asarray(self._stats["lens_random"]), 0.99))
 
     def _groups(self, shown: np.ndarray, rows: np.ndarray, values: np.ndarray) -> list[dict[str, Any]]:
         """Top contexts, then a few from each quarter of the activations; no stretch of text twice."""

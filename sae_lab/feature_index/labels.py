@@ -1,9 +1,11 @@
 """What to show for token ids: the whole vocabulary decoded once, so that neither a search nor an opening decodes."""
 
+import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from sae_lab import files
 from sae_lab.lm.model import LM
 from sae_lab.lm.tokens import label
 
@@ -24,8 +26,19 @@ class Labels:
         return cls(lm, [label(lm.tokenizer, i) for i in range(len(lm.tokenizer))], lm.vocabulary[: len(lm.tokenizer)])
 
     @classmethod
-    def read(cls, lm: LM, file: Path) -> "Labels":
-        return cls(lm, **json.loads(file.read_text()))
+    def read(cls, lm: LM, file: Path, blocks: str, remedy: str) -> "Labels":
+        """blocks: the file's checksums, "" where it has none. ValueError with the remedy."""
+        try:
+            data = files.read_bytes(file, "MOST_RUN")
+            if blocks:
+                files.check_blocks(io.BytesIO(data), blocks)
+            found = files.parse_json(data)
+            lists = [found[key] for key in ("alone", "within")]
+            if not all(isinstance(labels, list) and all(isinstance(t, str) for t in labels) for labels in lists):
+                raise ValueError("its labels are no text")
+            return cls(lm, *lists)
+        except (OSError, ValueError, KeyError, TypeError) as err:
+            raise ValueError(f"{file} is damaged ({err}): {remedy}") from err
 
     def write(self, file: Path) -> None:
         file.write_text(json.dumps({"alone": self.alone, "within": self.within}))
