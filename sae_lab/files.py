@@ -4,16 +4,19 @@ What this library writes carries checksums: JSON objects one of their content, s
 one of each block of BLOCK bytes behind it. Files without (of others, and of before) are read all the same.
 """
 
+import gzip
 import json
+import mmap
+import zipfile
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache
-from io import BufferedIOBase
-from mmap import ACCESS_READ, mmap
+from io import BufferedIOBase, BufferedReader
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -25,8 +28,9 @@ MOST_DEPTH = 64  # lists and objects within each other
 MOST_DIGITS = 300  # of a whole number: a float ends there
 MOST_HEADER = 25 << 20  # bytes of names, shapes and notes before a safetensors file's tensors
 MOST_RUN = 100_000_000  # of a checkpoint's, which holds the run's history; safetensors writes no longer ones
-MOST_UNPACKED = 256 << 20  # bytes of an archive, beyond 4 times its size: weights do not pack smaller
-MOST_LINES = 1 << 30  # bytes of a file of lines, unpacked
+MOST_UNPACKED = 256 << 20  # bytes of an archive or pickle, beyond 4 times its size: weights do not pack smaller
+MOST_PARTS = 1_000_000  # values within each other of a pickle or YAML, which can name one value many times
+MOST_LINES = 512 << 20  # bytes of lines, unpacked, all files and gzip members together
 MOST_LINE = 1 << 20  # bytes of a line
 _DTYPES = {
     "BOOL": np.bool_, "U8": np.uint8, "I8": np.int8, "F16": np.float16, "BF16": np.uint16, "I16": np.int16,
@@ -46,10 +50,7 @@ def limited(name: str) -> str:
 def read_bytes(file: Path, most: str = "MOST_JSON") -> bytes:
     """A file's bytes. FileNotFoundError where there is none; ValueError for a folder, a pipe or a device, and for more
     than the limit of this name."""
-    if not file.exists():
-        raise FileNotFoundError(f"there is no {file}")
-    if not file.is_file():
-        raise ValueError(f"{file} is no plain file but a folder, a pipe or a device")
+    _size(file)
     try:
         with open(file, "rb") as f:
             data = f.read(globals()[most] + 1)
@@ -155,11 +156,7 @@ def read_header(file: Path, most: str = "MOST_HEADER") -> tuple[dict[str, Any], 
 
     Raises FileNotFoundError, and ValueError for what is no such file, or is not the one that was written.
     """
-    if not file.exists():
-        raise FileNotFoundError(f"there is no {file}")
-    if not file.is_file():
-        raise ValueError(f"{file} is no plain file but a folder, a pipe or a device")
-    size = file.stat().st_size
+    size = _size(file)
     with open(file, "rb") as f:
         length = int.from_bytes(f.read(8), "little")
         if not 0 < length <= size - 8:
@@ -226,6 +223,135 @@ def _damaged(block: int) -> str:
     return f"it is damaged: its content is not what was written, from byte {block * BLOCK:,} on"
 
 
+# ---------------------------------------------------------------------------------------------- others' formats
+
+
+def read_npz(file: Path) -> dict[str, Tensor]:
+    """Arrays of a numpy archive, unpacked within the limit. FileNotFoundError, and ValueError for all else."""
+    try:
+        check_archive(file)
+        with np.load(file, allow_pickle=False) as archive:
+            return {name: torch.from_numpy(archive[name]) for name in archive.files}
+    except FileNotFoundError:
+        raise
+    except Exception as err:  # numpy reads headers as Python: hostile ones can raise anything
+        raise ValueError(str(err) or type(err).__name__) from err
+
+
+def read_torch(file: Path) -> Any:
+    """What ``torch.save`` wrote, as long as it is tensors and plain values. FileNotFoundError, and ValueError for all
+    else."""
+    check_archive(file)
+    with open(file, "rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        # Torch lets a pickle make one of any size; weights need none.
+        if zipfile.is_zipfile(file):
+            with zipfile.ZipFile(file) as archive:
+                named = any(b"bytearray" in archive.read(i) for i in archive.infolist() if i.filename.endswith(".pkl"))
+        else:
+            named = data.find(b"bytearray") >= 0
+    if named:
+        raise ValueError("it asks for a bytearray, which is no tensor")
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as err:  # hostile bytes can raise anything
+        reason = str(err).splitlines()[0].split(". ")[0] if str(err) else type(err).__name__  # less torch's advice
+        raise ValueError(reason) from err
+    check_plain(content, 4 * file.stat().st_size + MOST_UNPACKED)
+    return content
+
+
+def check_archive(file: Path) -> None:
+    """ValueError for a zip archive that says it unpacks to more than the limit; none gives more than it says."""
+    size = _size(file)
+    if not zipfile.is_zipfile(file):
+        return
+    try:
+        with zipfile.ZipFile(file) as archive:
+            whole = sum(part.file_size for part in archive.infolist())
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError, OSError) as err:
+        raise ValueError(f"it is no whole archive ({err})") from err
+    if whole > 4 * size + MOST_UNPACKED:
+        raise ValueError(
+            f"it has {size:,} bytes and unpacks to {whole:,}, more than 4 times that and {limited('MOST_UNPACKED')}"
+        )
+
+
+def check_plain(content: Any, most_bytes: int = 0) -> None:
+    """ValueError for more values than the limit, deeper than the limit, or tensors that are not plain ones of at most
+    so many bytes in all."""
+    layer, parts, size = [content], 0, 0
+    for depth in range(MOST_DEPTH + 2):
+        if not layer:
+            return
+        parts += len(layer)
+        if parts > MOST_PARTS:
+            raise ValueError(f"it holds more values than {limited('MOST_PARTS')}")
+        if depth > MOST_DEPTH:
+            raise ValueError(f"its lists and objects lie deeper than {limited('MOST_DEPTH')}")
+        for one in layer:
+            if isinstance(one, Tensor):
+                if one.layout != torch.strided or one.device.type != "cpu" or one.is_quantized or one.is_complex():
+                    raise ValueError(f"it holds a tensor of another kind ({one.dtype}, {one.layout}, {one.device})")
+                size += one.numel() * one.element_size()
+            elif isinstance(one, int) and abs(one) >= 10**MOST_DIGITS:
+                raise ValueError(f"a whole number has more digits than {limited('MOST_DIGITS')}")
+        if size > most_bytes:
+            raise ValueError(f"its tensors would take more than {size:,} bytes, which do not lie in the file")
+        nested: list[Any] = []
+        for one in layer:
+            if isinstance(one, dict):
+                nested += [*one.keys(), *one.values()]
+            elif isinstance(one, list | tuple | set):
+                nested += one
+            if len(nested) > MOST_PARTS:
+                break
+        layer = nested
+
+
+def read_yaml(file: Path) -> Any:
+    """Plain values in YAML. FileNotFoundError, and ValueError for all else."""
+    import yaml
+
+    data = read_bytes(file)
+    try:
+        content = yaml.safe_load(data)
+    except (yaml.YAMLError, ValueError, RecursionError, LookupError, TypeError, AttributeError) as err:
+        raise ValueError(str(err).splitlines()[0] if str(err) else type(err).__name__) from err
+    check_plain(content)
+    return content
+
+
+def read_lines(sources: Iterable[tuple[str, BufferedIOBase]]) -> Iterator[tuple[str, int, bytes]]:
+    """(name, number, line) of files of lines, unpacked where they are gzip. ValueError for what is no whole gzip file,
+    and for more than the limits, all files and gzip members together."""
+    seen = 0
+    for name, stream in sources:
+        with BufferedReader(stream) as plain:  # type: ignore[type-var]
+            packed = plain.peek(2)[:2] == b"\x1f\x8b"
+            lines = gzip.GzipFile(fileobj=plain) if packed else plain
+            for number in range(1, 1 << 62):
+                try:
+                    line = lines.readline(MOST_LINE + 1)
+                except (EOFError, gzip.BadGzipFile, zlib.error) as err:
+                    raise ValueError(f"{name} is no whole gzip file ({err}): fetch it again") from err
+                if len(line) > MOST_LINE:
+                    raise ValueError(f"{name}, line {number} has more bytes than {limited('MOST_LINE')}")
+                if (seen := seen + len(line)) > MOST_LINES:
+                    raise ValueError(f"{name} unpacks to more bytes than {limited('MOST_LINES')}: split it")
+                if not line:
+                    break
+                yield name, number, line
+
+
+def _size(file: Path) -> int:
+    """A plain file's length. FileNotFoundError where there is none; ValueError for a folder, a pipe or a device."""
+    if not file.exists():
+        raise FileNotFoundError(f"there is no {file}")
+    if not file.is_file():
+        raise ValueError(f"{file} is no plain file but a folder, a pipe or a device")
+    return file.stat().st_size
+
+
 # ---------------------------------------------------------------------------------------------- tables
 
 
@@ -238,7 +364,7 @@ class Blocks:
     def __init__(self, file: Path, start: int, blocks: str, remedy: str):
         self.file, self.start, self.remedy = file, start, remedy
         with open(file, "rb") as f:
-            self.bytes = memoryview(mmap(f.fileno(), 0, access=ACCESS_READ))
+            self.bytes = memoryview(mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ))
         self._wanted = blocks
         about = file.stat()
         self._seen = _seen(str(file), about.st_ino, about.st_mtime_ns, about.st_size, blocks)

@@ -1,21 +1,23 @@
 """Explanations that Neuronpedia exports: lines of JSON, often gzipped, one explanation of one feature a line."""
 
-import json
 import re
+import sys
 import urllib.error
 import urllib.request
-import zlib
 from collections.abc import Iterator
+from io import BufferedIOBase, BytesIO
 from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
+from sae_lab import files
 from sae_lab.feature_index.notes import Said
 from sae_lab.noting import SAID
 
 SUFFIXES = (".jsonl", ".jsonl.gz")
-MOST_BYTES = 1 << 30  # of one file, unpacked
+MOST_LABELS = 1_000_000  # of one source: each takes some 300 bytes of memory and its text
+MOST_NAMES = 1_000  # of models and of layers, for messages
 OURS = "sae_lab"  # the type of what this library wrote in their format: whoever said it stands before
 TIMEOUT = 60  # seconds without a byte
 _SAME = {"gpt2": "gpt2small", "gpt2small": "gpt2small"}
@@ -36,49 +38,66 @@ def read_labels(
     source: str | Path, d_sae: int, model_id: str, site_layer: int | None, model: str | None, layer: str | None
 ) -> dict[int, list[Said]]:
     """All explanations of a source by feature; see ``FeatureIndex.load_labels``. ValueError where one does not fit."""
-    records = [record for name, data in _files(source) for record in _records(name, data)]
-    if not records:
+    found: dict[int, dict[tuple[str, str], Said]] = {}
+    names: dict[str, set[str]] = {"model": set(), "layer": set()}
+    complaint, kept = "", 0
+    for record in map(_record, files.read_lines(_files(source))):
+        if record is None or not _wanted(record, names, {"model": model, "layer": layer}):
+            continue
+        complaint = complaint or _complaint(record, d_sae, model_id, site_layer, model, layer)
+        said = found.setdefault(record.feature, {})
+        if complaint or (record.text, record.source) in said:
+            continue
+        said[record.text, record.source] = Said(record.text, record.source)
+        if (kept := kept + 1) > MOST_LABELS:
+            raise ValueError(f"{record.where}: more than {MOST_LABELS:,} explanations in all: load them in parts")
+    if not names["model"]:
         raise ValueError(f"{_shown(source)} holds no explanations: give a .jsonl or .jsonl.gz that Neuronpedia exports")
-    records = _of(records, "model", model)
-    records = _of(records, "layer", layer)
-    if model is None and model_id and any(not _same_model(r.model, model_id) for r in records if r.model):
-        wrong = next(r for r in records if r.model and not _same_model(r.model, model_id))
-        raise ValueError(
-            f"{wrong.where}: labels of the model {wrong.model!r}, and the index is of {model_id!r}: load that coder's "
-            f"labels, or say model={wrong.model!r} if it is the same model by another name"
+    for what, wanted in (("model", model), ("layer", layer)):
+        there = sorted(names[what])
+        if wanted is None and len(there) > 1:
+            raise ValueError(
+                f"the labels are of several {what}s ({', '.join(there[:6])}): say which, {what}={there[0]!r}"
+            )
+        if wanted is not None and wanted not in there:
+            raise ValueError(f"no labels of {what} {wanted!r} there: the source has {', '.join(map(repr, there[:6]))}")
+    if complaint:
+        raise ValueError(complaint)
+    return {feature: list(said.values()) for feature, said in found.items()}
+
+
+def _wanted(record: Record, names: dict[str, set[str]], wanted: dict[str, str | None]) -> bool:
+    """Whether it is of the model and the layer that are asked for. ``names`` gathers those that there are."""
+    for what, name in wanted.items():
+        value = getattr(record, what)
+        if len(names[what]) < MOST_NAMES or value == name:
+            names[what].add(value)
+        if name is not None and value != name:
+            return False
+    return True
+
+
+def _complaint(
+    record: Record, d_sae: int, model_id: str, site_layer: int | None, model: str | None, layer: str | None
+) -> str:
+    """Why a label is not of this index; "" where it may be."""
+    if model is None and model_id and record.model and not _same_model(record.model, model_id):
+        return (
+            f"{record.where}: labels of the model {record.model!r}, and the index is of {model_id!r}: load that "
+            f"coder's labels, or say model={record.model!r} if it is the same model by another name"
         )
-    for record in records:
-        number = re.match(r"\d+", record.layer)
-        if layer is None and number and site_layer is not None and int(number[0]) != site_layer:
-            raise ValueError(
-                f"{record.where}: labels of layer {record.layer!r}, and the index is of layer {site_layer}: load that "
-                f"coder's labels, or say layer={record.layer!r}"
-            )
-        if not 0 <= record.feature < d_sae:
-            raise ValueError(
-                f"{record.where}: a label of feature {record.feature}, and this coder has 0 to {d_sae - 1}: these are "
-                "labels of another coder"
-            )
-    found: dict[int, list[Said]] = {}
-    for record in records:
-        said = Said(record.text, record.source)
-        if said not in found.setdefault(record.feature, []):
-            found[record.feature].append(said)
-    return found
-
-
-def _of(records: list[Record], what: str, wanted: str | None) -> list[Record]:
-    """The records of one model or layer. ValueError where there are several and none is asked for, or not this one."""
-    names = sorted({getattr(record, what) for record in records})
-    if wanted is None:
-        if len(names) > 1:
-            raise ValueError(
-                f"the labels are of several {what}s ({', '.join(names[:6])}): say which, {what}={names[0]!r}"
-            )
-        return records
-    if wanted not in names:
-        raise ValueError(f"no labels of {what} {wanted!r} there: the source has {', '.join(map(repr, names[:6]))}")
-    return [record for record in records if getattr(record, what) == wanted]
+    number = re.match(r"\d{1,9}", record.layer)
+    if layer is None and number and site_layer is not None and int(number[0]) != site_layer:
+        return (
+            f"{record.where}: labels of layer {record.layer!r}, and the index is of layer {site_layer}: load that "
+            f"coder's labels, or say layer={record.layer!r}"
+        )
+    if not 0 <= record.feature < d_sae:
+        return (
+            f"{record.where}: a label of feature {record.feature}, and this coder has 0 to {d_sae - 1}: these are "
+            "labels of another coder"
+        )
+    return ""
 
 
 def _same_model(theirs: str, ours: str) -> bool:
@@ -90,40 +109,24 @@ def _same_model(theirs: str, ours: str) -> bool:
 # ---------------------------------------------------------------------------------------------- lines
 
 
-def _records(name: str, data: bytes) -> Iterator[Record]:
-    for number, line in enumerate(_unpacked(name, data).split(b"\n"), 1):
-        if line.strip():
-            yield _record(line, f"{name}, line {number}")
-
-
-def _unpacked(name: str, data: bytes) -> bytes:
-    if not data.startswith(b"\x1f\x8b"):
-        return data
-    unpacker = zlib.decompressobj(wbits=31)
+def _record(line: tuple[str, int, bytes]) -> Record | None:
+    """A line's explanation; None for an empty one. ValueError for what is none."""
+    name, number, content = line
+    if not content.strip():
+        return None
+    where = f"{name}, line {number}"
     try:
-        text = unpacker.decompress(data, MOST_BYTES)
-    except zlib.error as err:
-        raise ValueError(f"{name} is no whole gzip file ({err}): fetch it again") from err
-    if unpacker.unconsumed_tail:
-        raise ValueError(f"{name} unpacks to more than {MOST_BYTES >> 20} MB: split it")
-    if not unpacker.eof:
-        raise ValueError(f"{name} is no whole gzip file (it ends early): fetch it again")
-    if unpacker.unused_data:  # several gzip files in one
-        return text + _unpacked(name, unpacker.unused_data)
-    return text
-
-
-def _record(line: bytes, where: str) -> Record:
-    try:
-        fields: Any = json.loads(line)
-        feature, text = int(fields["index"]), fields["description"]
-        if not isinstance(text, str):
-            raise TypeError(f"description is {type(text).__name__}")
-    except (ValueError, LookupError, TypeError) as err:
-        raise ValueError(f"{where} is no explanation of Neuronpedia (index and description): {err!r}") from err
-    made = [str(fields[key]) for key in ("explanationModelName", "typeName") if fields.get(key)]
-    source = made[0] if made[1:] == [OURS] else ", ".join(["neuronpedia", *made])
-    return Record(feature, text.strip(), source, str(fields.get("modelId", "")), str(fields.get("layer", "")), where)
+        fields: Any = files.parse_json(content)
+        feature, text = fields["index"], fields["description"]
+        if not isinstance(text, str) or isinstance(feature, bool) or not isinstance(feature, int | str):
+            raise TypeError(f"index is {type(feature).__name__}, description is {type(text).__name__}")
+        made = [str(fields[key])[:200] for key in ("explanationModelName", "typeName") if fields.get(key)]
+        model, layer = (str(fields.get(key, ""))[:200] for key in ("modelId", "layer"))
+        source = sys.intern(made[0] if made[1:] == [OURS] else ", ".join(["neuronpedia", *made]))
+        f"{text}{source}{model}{layer}".encode()  # half a surrogate pair is no text
+        return Record(int(feature), text.strip(), source, sys.intern(model), sys.intern(layer), where)
+    except (ValueError, LookupError, TypeError, AttributeError) as err:
+        raise ValueError(f"{where} is no explanation of Neuronpedia (index and description): {err!r:.300}") from err
 
 
 def lines(feature: int, fields: dict[str, Any], model: str, layer: str) -> Iterator[bytes]:
@@ -142,15 +145,16 @@ def lines(feature: int, fields: dict[str, Any], model: str, layer: str) -> Itera
 # ---------------------------------------------------------------------------------------------- files
 
 
-def _files(source: str | Path) -> Iterator[tuple[str, bytes]]:
-    """(name, bytes) of every file of a source. ValueError for a source that is none."""
+def _files(source: str | Path) -> Iterator[tuple[str, BufferedIOBase]]:
+    """(name, stream) of every file of a source. ValueError for a source that is none."""
     address = str(source)
     if re.match(r"https?://", address):
         yield from _fetched(address)
         return
     path = Path(source).expanduser()
     if path.is_file():
-        yield path.name, path.read_bytes()
+        with open(path, "rb") as f:
+            yield path.name, f
     elif path.is_dir():
         yield from _folder(path)
     elif not address.endswith(SUFFIXES) and re.fullmatch(r"[\w.-]+/[\w.-]+(/[\w./-]+)?", address):
@@ -162,15 +166,16 @@ def _files(source: str | Path) -> Iterator[tuple[str, bytes]]:
         )
 
 
-def _folder(path: Path) -> Iterator[tuple[str, bytes]]:
-    files = [file for file in sorted(path.rglob("*.jsonl*")) if file.name.endswith(SUFFIXES)]
-    if not files:
+def _folder(path: Path) -> Iterator[tuple[str, BufferedIOBase]]:
+    found = [file for file in sorted(path.rglob("*.jsonl*")) if file.name.endswith(SUFFIXES) and file.is_file()]
+    if not found:
         raise ValueError(f"{path} holds no {' or '.join(SUFFIXES)} files: give the folder of Neuronpedia's batches")
-    for file in files:
-        yield file.name, file.read_bytes()
+    for file in found:
+        with open(file, "rb") as f:
+            yield file.name, f
 
 
-def _from_hub(source: str) -> Iterator[tuple[str, bytes]]:
+def _from_hub(source: str) -> Iterator[tuple[str, BufferedIOBase]]:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -187,15 +192,15 @@ def _from_hub(source: str) -> Iterator[tuple[str, bytes]]:
     yield from _folder(Path(folder) / within if (Path(folder) / within).is_dir() else Path(folder))
 
 
-def _fetched(address: str) -> Iterator[tuple[str, bytes]]:
+def _fetched(address: str) -> Iterator[tuple[str, BufferedIOBase]]:
     """One file, or batch-0.jsonl.gz, batch-1.jsonl.gz, ... below an address, until there is no more."""
     if urlsplit(address).path.endswith(SUFFIXES):
-        yield _name(address), _get(address)
+        yield _name(address), BytesIO(_get(address))
         return
     for number in count():
         batch = f"{address.rstrip('/')}/batch-{number}.jsonl.gz"
         try:
-            yield _name(batch), _get(batch)
+            yield _name(batch), BytesIO(_get(batch))
         except FileNotFoundError as err:
             if number == 0:
                 raise ValueError(f"there is no {_shown(batch)}: give the address of a .jsonl.gz file or of a folder "
@@ -207,15 +212,15 @@ def _get(address: str) -> bytes:
     """FileNotFoundError where the server has no such file, ValueError where it cannot be read."""
     try:
         with urllib.request.urlopen(address, timeout=TIMEOUT) as reply:
-            data = reply.read(MOST_BYTES + 1)
+            data = reply.read(files.MOST_LINES + 1)
     except urllib.error.HTTPError as err:
         if err.code in (403, 404):  # object stores say 403 of what is not there
             raise FileNotFoundError(_shown(address)) from None
         raise ValueError(f"{_shown(address)} cannot be read: HTTP {err.code} {err.reason}") from None
     except OSError as err:
         raise ValueError(f"{_shown(address)} cannot be read ({err}): check the address and the network") from None
-    if len(data) > MOST_BYTES:
-        raise ValueError(f"{_shown(address)} is larger than {MOST_BYTES >> 20} MB: fetch it and split it")
+    if len(data) > files.MOST_LINES:
+        raise ValueError(f"{_shown(address)} has more bytes than {files.limited('MOST_LINES')}: fetch it and split it")
     return data
 
 

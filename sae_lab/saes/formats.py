@@ -246,11 +246,11 @@ def build(config: dict[str, Any], weights: dict[str, torch.Tensor], where: Path)
     return coder.eval()
 
 
-def assign(coder: SparseCoder, weights: dict[str, torch.Tensor], where: Path | str, file: Path | str) -> None:
+def assign(coder: SparseCoder, weights: dict[str, torch.Tensor], where: Path | str, file: str = "") -> None:
     """Give a coder that was built without memory these weights, every tensor checked. ValueError else."""
     expected = coder.state_dict()
     if missing := sorted(expected.keys() ^ weights.keys()):
-        raise ValueError(f"{file} must hold {sorted(expected)}; missing or surplus: {missing}")
+        raise ValueError(f"{file or where} must hold {sorted(expected)}; missing or surplus: {missing}")
     for name, shaped in expected.items():
         tensor = weights[name]
         if tensor.shape != shaped.shape:

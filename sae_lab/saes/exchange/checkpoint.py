@@ -12,6 +12,8 @@ from torch import Tensor
 from sae_lab.saes.base import SparseCoder
 from sae_lab.saes.exchange.files import refuse_layered
 from sae_lab.saes.exchange.places import Place, hub_id, told
+from sae_lab.saes.formats import assign
+from sae_lab.saes.meta import check_meta
 from sae_lab.types import Site
 
 log = logging.getLogger(__name__)
@@ -102,9 +104,11 @@ class Checkpoint:
         d_in, d_sae, d_out = self._check()
         self._read_from_here(d_in)
         wiring = {"d_out": d_out, "skip": "W_skip" in self.tensors} if self.transcodes else {}
-        coder = FAMILIES[self.family](d_in, d_sae, **self.config, **wiring)
+        with torch.device("meta"):  # its shapes: the memory is that of the file's tensors
+            coder = FAMILIES[self.family](d_in, d_sae, **self.config, **wiring)
         coder.pre_bias, coder.input_norm = self.pre_bias, self.input_norm  # type: ignore[assignment]
-        coder.load_state_dict(coder.state_dict() | self.tensors)
+        zero = {n: torch.zeros(t.shape, dtype=t.dtype) for n, t in coder.state_dict().items() if n not in self.tensors}
+        assign(coder, zero | self.tensors, self.where)
         self._tell(coder)
         return coder.eval()
 
@@ -186,6 +190,7 @@ class Checkpoint:
         if self.ours is not None:
             coder.reads, coder.writes = (tuple(Site.of(s) for s in self.ours.get(k, ())) for k in ("reads", "writes"))
             coder.meta = {**self.ours.get("meta", {}), "f_scale": "unknown", "expected": self.expected}
+            check_meta(coder.meta)
             return
         writes = self.writes or self.reads
         coder.reads = (self.reads.site,) if self.reads and self.reads.site else ()
@@ -194,6 +199,7 @@ class Checkpoint:
         coder.meta["source"] = {"format": self.format, "path": self.where}
         if self.expected:
             coder.meta["expected"] = self.expected
+        check_meta(coder.meta)
         if self.reads is None:
             return
         coder.meta["source"]["reads"] = self.reads.name
