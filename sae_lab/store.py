@@ -457,6 +457,8 @@ def _check(manifest: dict[str, Any]) -> None:
 def _map(file: Path, shard: dict[str, Any]) -> dict[str, files.Table]:
     """A shard's tensors. ValueError where they are not as many as the manifest says."""
     tables = files.map_tensors(file, _REMEDY)
+    if missing := sorted({"ids", "lengths", "token", "document", "position", "context"} - tables.keys()):
+        raise ValueError(f"{file} is damaged (it has no {missing}): {_REMEDY}")
     for key, table in tables.items():
         many = {"ids": shard["contexts"], "lengths": shard["contexts"]}.get(key, shard["rows"])
         if key not in ("values", "features") and table.shape[:1] != (many,):

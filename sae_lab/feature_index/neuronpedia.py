@@ -1,5 +1,6 @@
 """Explanations that Neuronpedia exports: lines of JSON, often gzipped, one explanation of one feature a line."""
 
+import json
 import re
 import sys
 import urllib.error
