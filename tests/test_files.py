@@ -54,7 +54,7 @@ def test_any_flipped_bit_is_seen(written):
 def test_a_table_is_checked_where_it_is_read(written):
     places = files.read_header(written)[0]
     flip(written, written.stat().st_size - 1)  # in the last row of the last tensor
-    *_, first, last = sorted(places, key=lambda name: places[name]["data_offsets"])
+    first, last = "n", max(places, key=lambda name: places[name]["data_offsets"])
     tables = files.map_tensors(written, "make it again")
     assert (tables[first][:9] == TENSORS[first].numpy()[:9]).all(), "what is whole can be read"
     assert (tables[last][np.array([0])] == TENSORS[last].numpy()[:1]).all()
