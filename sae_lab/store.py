@@ -188,7 +188,7 @@ class Store:
         path = self.path.resolve()
         where = f"~/{path.relative_to(Path.home())}" if path.is_relative_to(Path.home()) else str(self.path)
         return (
-            f"Store({len(self):,} tokens of {self.identity['text']!r}, {self.identity['model']}, "
+            f"Store({len(self):,} tokens of {self.identity['text']!r}, {visible(self.identity['model'])}, "
             f"{', '.join(map(repr, self.sites))}, {self.excluded:.1%} left out, {where!r})"
         )
 

@@ -17,6 +17,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from sae_lab.results import visible
+
 # ---------------------------------------------------------------------------------------------- sites
 
 LAYER_KINDS = ("resid_pre", "attn_z", "attn_out", "resid_mid", "mlp_in", "mlp_out", "resid_post")
@@ -129,7 +131,7 @@ def _parse(name: str, layer: int | None, head: int | None):
     if match := _BLOCK_PATH.match(name):
         kind = {None: "resid_post", "mlp": "mlp_out"}.get(match[2], "attn_out")
         return kind, int(match[1]), head, None
-    if "." not in name:
+    if "." not in name or not re.fullmatch(r"[\w.-]+", name):  # it becomes a file's name, and is shown
         raise ValueError(f"unknown site {name!r}; {listing}")
     return "module", None, head, name
 
@@ -229,7 +231,7 @@ class TokenMask:
     def __str__(self) -> str:
         rules = [f"{len(self.special_ids)} special ids"] if self.special_ids else []
         rules += ["position 0"] if self.skip_first else []
-        rules += [f"norm > {limit:.4g} at {site}" for site, limit in self.max_norm.items()]
+        rules += [f"norm > {limit:.4g} at {visible(site)}" for site, limit in self.max_norm.items()]
         return "left out: " + (", ".join(rules) or "nothing")
 
 

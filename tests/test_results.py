@@ -1,6 +1,8 @@
 """Tables of results: what came from data is shown as text, and nothing of it is HTML or moves a terminal's cursor."""
 
 import ast
+import json
+import re
 import unicodedata
 from dataclasses import dataclass
 from html.parser import HTMLParser
@@ -10,8 +12,9 @@ import pandas as pd
 import pytest
 
 import sae_lab
-from sae_lab.results import Html, Shown, frame_text, html_table, joined, tag, text_table, visible
+from sae_lab.results import GLYPHS, HIDDEN, Html, Shown, frame_text, html_table, joined, tag, text_table, visible
 
+SOURCES = Path(__file__).parent.parent / "widgets" / "src"
 PACKAGE = Path(sae_lab.__file__).parent
 EVIL = "<img src=x onerror=alert(1)> & \"'\x1b[2J\u202e"
 
@@ -89,10 +92,32 @@ def test_whatever_shows_itself_in_a_notebook_is_made_in_results():
             if isinstance(node, ast.FunctionDef) and node.name in ("_repr_html_", "_html"):
                 shown.append((place, node.returns and ast.unparse(node.returns)))
             name = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
-            if name.endswith(("Html", "escape", "to_string", "to_html")) and name != "re.escape":
+            if re.fullmatch(r"(html\.)?escape|(.*\.)?(Html|to_string|to_html)", name):
                 made.append((place, name))
     assert len(shown) > 8
     assert [place for place, returned in shown if returned != "Html"] == []
     # CircuitsVis' own page, whose arguments ``in_script`` writes; what a user exports.
     elsewhere = {(place.partition(":")[0], name) for place, name in made if not place.startswith("results.py")}
     assert elsewhere == {("widgets/attention.py", "Html"), ("widgets/inspector.py", "super().to_html")}
+
+
+def test_the_widgets_mark_the_same_characters():
+    theirs = (SOURCES / "shared/visible.ts").read_text()
+    lists = re.findall(r'"([0-9A-F]{4}[0-9A-F -]+)"', theirs)
+    assert "".join(lists) == HIDDEN
+    glyphs = json.loads("{" + re.search(r"GLYPHS.*= \{(.*)\}", theirs)[1] + "}")
+    assert glyphs == GLYPHS
+
+
+def test_the_widgets_put_text_into_a_page_by_one_file():
+    """``dom.ts`` marks what is not seen. Where a page or a link is made: CircuitsVis in a box without an origin, and a
+    download."""
+    sources = {str(file.relative_to(SOURCES)): file.read_text() for file in SOURCES.rglob("*.ts")}
+    ways = r"\.(textContent|innerText) =[^=]|(inner|outer|Adjacent)HTML|document\.write|DOMParser|\beval\(|new Function"
+    assert [name for name, text in sources.items() if re.search(ways, text)] == ["shared/dom.ts"]
+    links = r"srcdoc|\bhref\b|window\.open|location\b|javascript:"
+    assert sorted(name for name, text in sources.items() if re.search(links, text)) == [
+        "patching/attention.ts", "patching/exporting.ts",
+    ]  # fmt: skip
+    assert 'sandbox: "allow-scripts",' in sources["patching/attention.ts"]
+    assert "default-src 'none'" in sources["patching/attention.ts"].replace("\\", "")

@@ -14,6 +14,7 @@ from sae_lab.feature_index.labels import Labels
 from sae_lab.feature_index.notes import Note, Notes
 from sae_lab.feature_index.summaries import BINS, QUANTILE_CONTEXTS, QUARTERS, TOP_CONTEXTS
 from sae_lab.lm.model import LM
+from sae_lab.results import visible
 from sae_lab.saes.base import SparseCoder
 from sae_lab.store import Store
 from sae_lab.types import Site, check_feature
@@ -84,7 +85,7 @@ class FeatureView:
         head = f"feature {self.feature}: fires on {self.density:.3%} of tokens, max {self.max:.2f}"
         words = f"promotes {' '.join(repr(t) for t, _ in self.promoted[:6])}" if self.promoted else ""
         others = f"fires with {', '.join(f'{i} ({j:.2f})' for i, j, _ in self.cofiring[:6])}" if self.cofiring else ""
-        said = [f"explained: {one['text']} ({one['source']})" for one in self.explanations[:2]]
+        said = [visible(f"explained: {one['text']} ({one['source']})") for one in self.explanations[:2]]
         return "\n".join([head, *said, words, others, *(str(c) for c in self.top[:6])])
 
     __repr__ = __str__

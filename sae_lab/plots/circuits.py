@@ -10,7 +10,7 @@ from matplotlib.lines import Line2D
 
 from sae_lab.circuits import Attribution, Edge, FeatureCircuit, Node, PatchGrid
 from sae_lab.circuits.nodes import ERROR
-from sae_lab.plots.style import COLOURS, GREY, NEGATIVE, POSITIVE, subplots
+from sae_lab.plots.style import COLOURS, GREY, NEGATIVE, POSITIVE, plain, subplots
 from sae_lab.types import KINDS, Site
 
 NODES, EDGES = 30, 60  # at most so many are drawn, the strongest
@@ -24,7 +24,7 @@ def patches(grid: PatchGrid) -> Figure:
     figure, axes = subplots(len(grid.kinds), height=4.2, width=max(2.6, min(3.6, 0.9 + 0.24 * len(grid.positions))))
     values = grid.values.numpy()
     most = float(np.nanmax(np.abs(values), initial=0.0)) or 1.0
-    labels = [a if a == b else f"{a} ← {b}" for a, b in grid.tokens]
+    labels = [plain(a if a == b else f"{a} ← {b}") for a, b in grid.tokens]
     image = None
     for axis, kind, shown in zip(axes, grid.kinds, values, strict=True):
         image = axis.imshow(shown, origin="lower", aspect="auto", cmap="RdBu_r", vmin=-most, vmax=most)
@@ -33,7 +33,7 @@ def patches(grid: PatchGrid) -> Figure:
         axis.set_xticks(range(len(labels)), labels, rotation=90, fontsize=7)
         marks = range(0, len(grid.layers), max(1, len(grid.layers) // 8))
         axis.set_yticks(list(marks), [str(grid.layers[i]) for i in marks], fontsize=7)
-        axis.set(title=kind)
+        axis.set(title=plain(kind))
         axis.spines[["top", "right"]].set_visible(True)
     axes[0].set_ylabel("layer")
     assert image is not None
@@ -77,9 +77,9 @@ def graph(circuit: FeatureCircuit) -> Figure:
     figure, (axis,) = subplots(1, height=1.3 + 0.95 * len(sites), width=max(4.2, 1.6 + SIDE * width))
     _draw_edges(axis, edges, places)
     _draw_nodes(axis, circuit, nodes, places)
-    tokens = [f"{circuit.tokens[p].strip() or repr(circuit.tokens[p])}\n{p}" for p in positions]
+    tokens = [f"{plain(circuit.tokens[p].strip() or repr(circuit.tokens[p]))}\n{p}" for p in positions]
     axis.set_xticks(ticks, tokens)
-    axis.set_yticks(range(len(sites)), [site.key for site in sites])
+    axis.set_yticks(range(len(sites)), [plain(site.key) for site in sites])
     axis.set(xlim=(-0.8, width - 0.2), ylim=(-0.55, len(sites) - 0.35))
     axis.tick_params(length=0)
     axis.spines[["left", "bottom"]].set_visible(False)

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure as Drawing
 
 from sae_lab.evals.by_position import ByPosition, Hill
 from sae_lab.evals.report import Report
-from sae_lab.plots.style import COLOURS, GREY, MARKERS, look, stacked, subplots
+from sae_lab.plots.style import COLOURS, GREY, MARKERS, look, plain, stacked, subplots
 from sae_lab.results import Figure, Result
 
 MOST = 30  # measures in one picture
@@ -37,11 +37,11 @@ def measures(result: Result) -> Drawing:
         axis.set(yticks=[], ylim=(-len(names) + 0.4, 0.6))
         axis.spines["left"].set_visible(False)
         axis.tick_params(axis="x", labelsize=6, pad=1)
-        axis.set_ylabel(measure, rotation=0, ha="right", va="center", fontsize=8)
+        axis.set_ylabel(plain(measure), rotation=0, ha="right", va="center", fontsize=8)
     if len(names) > 1:
         looks = [(look(i)["color"], MARKERS[i % len(MARKERS)]) for i in range(len(names))]
         marks = [axes[0].plot([], [], color=color, marker=marker, linestyle="none")[0] for color, marker in looks]
-        figure.legend(marks, names, loc="outside lower center", ncols=min(5, len(names)))
+        figure.legend(marks, [plain(name) for name in names], loc="outside lower center", ncols=min(5, len(names)))
     return figure
 
 

@@ -5,7 +5,7 @@ from matplotlib.figure import Figure
 
 from sae_lab.dosing import PROMPT, DoseResponse
 from sae_lab.feature_index import FeatureIndex, FeatureView
-from sae_lab.plots.style import COLOURS, GREY, legend_beside, look, subplots
+from sae_lab.plots.style import COLOURS, GREY, legend_beside, look, plain, subplots
 
 BINS = 48
 
@@ -29,7 +29,7 @@ def density(index: FeatureIndex) -> Figure:
         )  # fmt: skip
     powers = range(int(np.ceil(floor)), 1)
     axis.set_xticks(list(powers), [f"$10^{{{p}}}$" if p else "1" for p in powers])
-    title = f"{index.site.key}: {dead:,} of {index.d_sae:,} features dead ({dead / index.d_sae:.1%})"
+    title = f"{plain(index.site.key)}: {dead:,} of {index.d_sae:,} features dead ({dead / index.d_sae:.1%})"
     axis.set(xlabel=f"density (share of {index.tokens_seen:,} tokens)", ylabel="features", title=title)
     return figure
 

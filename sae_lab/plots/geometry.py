@@ -4,7 +4,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from sae_lab.geometry import Circular, Clusters, Patterns
-from sae_lab.plots.style import COLOURS, GREY, MARKERS, subplots
+from sae_lab.plots.style import COLOURS, GREY, MARKERS, plain, subplots
 
 NAMED = 7  # clusters that get a colour and a marker of their own
 
@@ -17,7 +17,7 @@ def clusters(result: Clusters) -> Figure:
     for number in range(min(NAMED, result.tight)):
         own = points[labels == number]
         axis.scatter(*own.T, s=14, color=COLOURS[number], marker=MARKERS[number], linewidths=0, label=str(number))
-    axis.set(xticks=[], yticks=[], title=f"{result.rows:,} features by {result.by} ({result.layout})")
+    axis.set(xticks=[], yticks=[], title=plain(f"{result.rows:,} features by {result.by} ({result.layout})"))
     tight.plot(np.arange(1, result.n + 1), result.cosines.numpy(), color=COLOURS[0], label="found")
     for number, control in enumerate(result.controls):
         if control.clusters:
@@ -39,7 +39,7 @@ def circular(result: Circular) -> Figure:
         axis.plot([*x, x[0]], [*y, y[0]], color=GREY, linewidth=0.8, zorder=0)
         axis.plot(x, y, "o", color=COLOURS[0])
         for name, across, up in zip(result.names, x, y, strict=True):
-            axis.annotate(name, (across, up), xytext=(4, 3), textcoords="offset points", fontsize=8)
+            axis.annotate(plain(name), (across, up), xytext=(4, 3), textcoords="offset points", fontsize=8)
         axis.margins(0.15)
         axis.set(xticks=[], yticks=[], title=title, aspect="equal")
     return figure

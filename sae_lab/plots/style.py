@@ -9,6 +9,8 @@ from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from sae_lab.results import visible
+
 # Okabe and Ito's colours, which people with any colour vision tell apart; dark enough on white, most of them first.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "osD^vP*Xd"
@@ -34,6 +36,7 @@ STYLE: dict[Any, Any] = {
     "savefig.facecolor": "white",
     "savefig.dpi": 200,
     "svg.fonttype": "none",  # text stays text
+    "text.usetex": False,
     "svg.hashsalt": "sae_lab",  # ids are the same every time
     "pdf.fonttype": 42,
 }
@@ -49,6 +52,12 @@ class Picture(Figure):
             settings["metadata"] = {_DATES[kind]: None} | (settings.get("metadata") or {})
         with matplotlib.rc_context(STYLE):
             super().savefig(fname, **settings)
+
+
+def plain(text: str) -> str:
+    """A token, a name or a site as matplotlib draws it: no $ begins a formula, and a legend leaves none out."""
+    shown = visible(text).replace("$", r"\$")
+    return f" {shown}" if shown.startswith("_") else shown
 
 
 def look(number: int) -> dict[str, Any]:

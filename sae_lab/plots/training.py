@@ -5,7 +5,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from sae_lab.evals.choosing import L0Choice
-from sae_lab.plots.style import COLOURS, GREY, legend_beside, look, subplots
+from sae_lab.plots.style import COLOURS, GREY, legend_beside, look, plain, subplots
 from sae_lab.sweeping import MEASURES, Sweep
 from sae_lab.training import Run
 
@@ -36,7 +36,7 @@ def sweep(result: Sweep) -> Figure:
     for axis, name in zip(axes, shown, strict=True):
         lines = points.sort_values("l0").groupby([c for c in ("family", "site") if c in points], sort=False)
         for number, (names, part) in enumerate(lines):
-            axis.plot(part["l0"], part[name], label=", ".join(names), **look(number))
+            axis.plot(part["l0"], part[name], label=plain(", ".join(names)), **look(number))
         axis.set(xlabel=L0, title=measures[name])
     legend_beside(axes[-1])
     return figure

@@ -9,7 +9,7 @@ import traitlets
 from sae_lab.circuits.attribution import require_sae
 from sae_lab.circuits.patching import KINDS, Cell
 from sae_lab.lm.model import LM
-from sae_lab.results import Html, tag
+from sae_lab.results import Html, tag, visible
 from sae_lab.saes.base import SparseCoder
 from sae_lab.types import Site
 
@@ -281,7 +281,7 @@ class PatchingGrid(Panel):
     def __repr__(self) -> str:
         grid = self._on.estimate
         size = f"{len(grid.kinds)} kinds × {len(grid.layers)} layers × {len(grid.positions)} positions"
-        return f"PatchingGrid({self._on.measure.name}, {size}, {len(self._on.true)} patched)"
+        return f"PatchingGrid({visible(self._on.measure.name)}, {size}, {len(self._on.true)} patched)"
 
 
 def _by_site(coder: SparseCoder | Sequence[SparseCoder] | None, kinds: Sequence[str], lm: LM) -> dict[str, SparseCoder]:

@@ -1,6 +1,8 @@
 import { describe, expect, it } from "vitest";
+import { h, setText } from "../src/shared/dom";
 import { integer, number, percent } from "../src/shared/format";
 import { tokenChip, tokenLabel, tokenNodes } from "../src/shared/tokens";
+import { visible } from "../src/shared/visible";
 
 const text = (nodes: Node[]) => nodes.map((node) => node.textContent).join("");
 
@@ -40,4 +42,24 @@ describe("tokens", () => {
   });
 
   it("labels stay on one line", () => expect(tokenLabel(" a\n")).toBe("“·a↵”"));
+});
+
+describe("what is not seen", () => {
+  const evil = "<img src=x onerror=alert(1)>\x00\x1b[2J\u202egpj\ud800\u{E0041}";
+  const marked = "<img src=x onerror=alert(1)>U+0000U+001B[2JU+202EgpjU+D800U+E0041";
+
+  it("has a mark in text, and in what is read aloud or on hovering", () => {
+    const made = h("b", { title: `${evil}\n`, "aria-label": evil, "data-text": evil }, evil, "a\tb\nc");
+    expect(made.textContent).toBe(`${marked}a\tb\nc`); // lines of code stay lines
+    expect(made.children.length).toBe(0);
+    expect([made.title, made.getAttribute("aria-label"), made.dataset.text]).toEqual([`${marked}↵`, marked, evil]);
+    setText(made, evil);
+    expect(made.textContent).toBe(marked);
+    expect(tokenLabel(evil)).toBe(`“${marked}”`);
+  });
+
+  it("is known by one list, and letters of any script are not in it", () => {
+    expect(visible("a\nb\tc\rd\u00a0e")).toBe("a↵b⇥c␍d⍽e");
+    expect(visible("Zürich, Ελλάδα, שלום, 東京, नमस्ते, 🙂")).toBe("Zürich, Ελλάδα, שלום, 東京, नमस्ते, 🙂");
+  });
 });

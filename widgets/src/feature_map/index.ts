@@ -1,5 +1,5 @@
 // FeatureMap: one point a feature; a click, or the arrows and Enter, select it for the whole session.
-import { h } from "../shared/dom";
+import { h, setText } from "../shared/dom";
 import { integer } from "../shared/format";
 import { freezer } from "../shared/frozen";
 import { onChange, send } from "../shared/model";
@@ -40,7 +40,7 @@ const map = widget<State>((model, el, signal) => {
   };
   const mark = () => drawn.mark(here, point());
   const say = (text: string) => {
-    said.textContent = text;
+    setText(said, text);
   };
   const at = (index: number) => {
     if (index === here) return;
@@ -93,7 +93,7 @@ const map = widget<State>((model, el, signal) => {
   const show = () => {
     cloud = new Cloud(model);
     here = -2; // none that there is: the words are said anew
-    count.textContent = `${integer(cloud.length)} features${model.get("note") ? `; ${model.get("note")}` : ""}`;
+    setText(count, `${integer(cloud.length)} features${model.get("note") ? `; ${model.get("note")}` : ""}`);
     drawn.show(cloud);
     at(-1);
     frame.ready(true);

@@ -1,5 +1,5 @@
 // The bar on top: which feature, a search by token, and the order of the list.
-import { h } from "../shared/dom";
+import { h, setText } from "../shared/dom";
 import { integer } from "../shared/format";
 import type { Sort } from "./types";
 
@@ -98,7 +98,7 @@ export function controls(actions: ControlActions, signal: AbortSignal): Controls
       id.max = String(d_sae - 1);
       previous.disabled = feature <= 0;
       next.disabled = feature >= d_sae - 1;
-      total.textContent = `of ${integer(d_sae)}`;
+      setText(total, `of ${integer(d_sae)}`);
     },
     showSearch(query, by) {
       // A late answer must not take away what the user typed meanwhile.

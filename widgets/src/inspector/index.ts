@@ -1,5 +1,5 @@
 // FeatureInspector: a search, a list of features, and one feature in detail.
-import { h } from "../shared/dom";
+import { h, setText } from "../shared/dom";
 import { type FrozenModel, freezer } from "../shared/frozen";
 import { onChange, send } from "../shared/model";
 import { panel, widget } from "../shared/panel";
@@ -67,7 +67,7 @@ const inspector = widget<State>((model, el, signal) => {
         mode,
         open,
         pin: () => send(model, { pinned: model.get("pinned") === view.feature ? null : view.feature }),
-        edit: (kind) => void call<string>("add_edit", { kind }).then((text) => (says.textContent = text)),
+        edit: (kind) => void call<string>("add_edit", { kind }).then((text) => setText(says, text)),
         setMode: (next) => (mode = next),
         call,
         trial: typed.element,

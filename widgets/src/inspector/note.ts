@@ -1,5 +1,5 @@
 // What you wrote on the feature: a label and a text. They follow the coder, and others may write them at the same time.
-import { h } from "../shared/dom";
+import { h, setText } from "../shared/dom";
 import type { Note } from "./types";
 
 type Name = keyof Note;
@@ -50,13 +50,13 @@ export function noteEditor(write: (note: Typed) => Promise<Note>, signal: AbortS
     for (const one of fields) one.typed = 0;
     if (!changed.length) return;
     for (const one of changed) one.known = now[one.name];
-    says.textContent = "saving…";
+    setText(says, "saving…");
     void write({ feature: of, ...now, was, typed }).then((note) => {
       if (of !== feature) return;
       const lost = changed.filter(({ name }) => note[name] !== now[name]);
       for (const one of lost) put(one, note[one.name]);
       const yours = lost.map(({ name }) => `“${now[name]}”`).join(", ");
-      says.textContent = lost.length ? `changed elsewhere in the meantime; you had typed ${yours}` : "saved";
+      setText(says, lost.length ? `changed elsewhere in the meantime; you had typed ${yours}` : "saved");
     });
   };
   for (const one of fields) {
@@ -75,7 +75,7 @@ export function noteEditor(write: (note: Typed) => Promise<Note>, signal: AbortS
       if (number !== feature) {
         if (feature >= 0) save();
         feature = number;
-        says.textContent = "";
+        setText(says, "");
       }
       for (const one of fields) put(one, note[one.name]);
     },

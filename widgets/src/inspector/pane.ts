@@ -1,5 +1,5 @@
 // One feature: everything right of the list. Rebuilt whenever Python sends another view.
-import { h } from "../shared/dom";
+import { h, setText } from "../shared/dom";
 import { integer, number, percent } from "../shared/format";
 import { type Bins, histogram } from "../shared/histogram";
 import type { Call } from "../shared/rpc";
@@ -51,7 +51,7 @@ export function pane(options: PaneOptions, signal: AbortSignal): Pane {
   const readout = h("small", { class: "saelab-readout" }, alive ? HINT : "");
   const hover = (at: Hovered | null) => {
     plot.mark(at?.value ?? null);
-    readout.textContent = at === null ? HINT : describe(at, view.max);
+    setText(readout, at === null ? HINT : describe(at, view.max));
   };
   const parts = [
     heading(view, options.live ? "" : options.note.label, ...actions(options, signal)),

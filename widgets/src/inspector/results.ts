@@ -1,5 +1,5 @@
 // The list of features: the answer to the search, or the first of all live features.
-import { h } from "../shared/dom";
+import { h, setText } from "../shared/dom";
 import { number, percent } from "../shared/format";
 import { makeTabStop, rovingFocus } from "../shared/keyboard";
 import { tokenChip, tokenLabel } from "../shared/tokens";
@@ -41,7 +41,7 @@ export function results(open: (feature: number) => void, signal: AbortSignal): R
   return {
     element: h("section", { class: "saelab-side", "aria-label": "Feature list", "data-needs": "model" }, note, list),
     show(rows, text) {
-      note.textContent = text;
+      setText(note, text);
       list.replaceChildren(...rows.map(option));
       list.scrollTop = 0;
       mark();

@@ -1,5 +1,5 @@
 // A text of one's own: how strongly the open feature fires on it, while one types.
-import { h } from "../shared/dom";
+import { h, setText } from "../shared/dom";
 import { number } from "../shared/format";
 import { latest, type Call } from "../shared/rpc";
 import { tokenStrip } from "../shared/strip";
@@ -39,12 +39,12 @@ export function trial(call: Call, found: (value: number | null) => void, hover: 
     if (text.value === "") {
       next(() => undefined); // what runs is no longer wanted
       strip.element.hidden = true;
-      says.textContent = "";
+      setText(says, "");
       found(null);
       return;
     }
     next((signal) => {
-      says.textContent = "scoring…";
+      setText(says, "scoring…");
       const asked = performance.now();
       void call<Scored>("score", { text: text.value }, { signal }).then((scored) => {
         if (scored.feature !== open) return;
@@ -52,7 +52,7 @@ export function trial(call: Call, found: (value: number | null) => void, hover: 
         const largest = Math.max(0, ...values.map((v) => v ?? 0));
         strip.show(scored.tokens.map((token, i) => ({ text: token, value: values[i] ?? null })));
         strip.element.hidden = false;
-        says.textContent = `largest ${number(largest)}, ${max > 0 ? `${Math.round((100 * largest) / max)} % of the maximum on the store` : "it never fired on the store"}`;
+        setText(says, `largest ${number(largest)}, ${max > 0 ? `${Math.round((100 * largest) / max)} % of the maximum on the store` : "it never fired on the store"}`);
         element.dataset.scoreMs = (performance.now() - asked).toFixed(0);
         found(largest);
       });

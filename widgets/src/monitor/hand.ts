@@ -1,5 +1,5 @@
 // The hand on a training: start, pause, stop and save, another learning rate or sparsity.
-import { h } from "../shared/dom";
+import { h, setText } from "../shared/dom";
 import { number } from "../shared/format";
 import type { Line, Training } from "./types";
 
@@ -62,7 +62,7 @@ export function hand(actions: HandActions, signal: AbortSignal): Hand {
     const some = mine();
     const names = [...new Set(some.map((line) => line.sparsity_name))];
     sparsityLabel.hidden = names.length !== 1 || names[0] === null;
-    name.textContent = names[0] ?? "";
+    setText(name, names[0] ?? "");
     sparsity.setAttribute("aria-label", names[0] ?? "sparsity");
     put(lr, some.map((line) => line.lr));
     put(sparsity, some.map((line) => line.sparsity));
@@ -112,7 +112,7 @@ export function hand(actions: HandActions, signal: AbortSignal): Hand {
       held = state === "paused" || state === "pausing";
       start.hidden = !canStart || GOING.includes(state);
       pause.hidden = stop.hidden = form.hidden = !GOING.includes(state);
-      pause.textContent = held ? "▶ Resume" : "❚❚ Pause";
+      setText(pause, held ? "▶ Resume" : "❚❚ Pause");
       pause.title = held ? "Go on" : "Hold after the step under way";
       pause.disabled = stop.disabled = apply.disabled = !OPEN.includes(state);
       if (all.map((line) => line.label).join("\n") !== before) {

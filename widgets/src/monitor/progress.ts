@@ -1,5 +1,5 @@
 // How far a training is: a state, a bar, and what the speed says.
-import { h } from "../shared/dom";
+import { h, setText } from "../shared/dom";
 import { integer, number } from "../shared/format";
 import type { Status, Training } from "./types";
 
@@ -33,16 +33,16 @@ export function progress(): Progress {
     element: h("div", { class: "saelab-monitor-progress" }, bar, figures, why, note),
     show(status) {
       const words = `${SHAPES[status.state]} ${WORDS[status.state] ?? status.state}`;
-      if (badge.textContent !== words) badge.textContent = words; // a screen reader says each state once
+      if (badge.textContent !== words) setText(badge, words); // a screen reader says each state once
       badge.dataset.state = status.state;
       bar.setAttribute("aria-valuemax", String(Math.max(1, status.steps)));
       bar.setAttribute("aria-valuenow", String(status.step));
       bar.setAttribute("aria-valuetext", `step ${integer(status.step)} of ${integer(status.steps)}`);
       fill.style.width = `${status.steps ? Math.min(100, (100 * status.step) / status.steps) : 0}%`;
       figures.replaceChildren(...facts(status).map(([value, unit]) => h("span", {}, h("b", {}, value), ` ${unit}`)));
-      why.textContent = status.why;
+      setText(why, status.why);
       why.hidden = status.why === "";
-      note.textContent = status.note;
+      setText(note, status.note);
       note.hidden = status.note === "";
     },
   };

@@ -1,5 +1,5 @@
 // Attention patterns as CircuitsVis draws them: its page comes from Python when asked for, and runs in a box of its own.
-import { h } from "../shared/dom";
+import { h, setText } from "../shared/dom";
 
 /** The page, or why there is none. */
 export interface AttentionAnswer {
@@ -36,7 +36,7 @@ export function frame(signal: AbortSignal): AttentionFrame {
     hide,
     async show(name, answer) {
       wanted = name;
-      title.textContent = `${name} `;
+      setText(title, `${name} `);
       element.hidden = false;
       element.setAttribute("aria-label", name);
       box.replaceChildren(h("p", { class: "saelab-dim", role: "status" }, "…"));

@@ -1,6 +1,6 @@
 // PatchingGrid: layers by positions, estimates at once, patches on a click.
 import type { AnyModel } from "@anywidget/types";
-import { h } from "../shared/dom";
+import { h, setText } from "../shared/dom";
 import { number } from "../shared/format";
 import { freezer } from "../shared/frozen";
 import { type At, type Block, heatGrid } from "../shared/heat";
@@ -192,7 +192,7 @@ function draw(model: AnyModel<State>, el: HTMLElement, signal: AbortSignal): voi
   const showView = () => {
     const view = model.get("view");
     const words = `share of the change of ${view.metric}, from ${number(view.base)} (prompt) to ${number(view.goal)} (source)`;
-    summary.textContent = words;
+    setText(summary, words);
     kinds.replaceChildren(...view.kinds.map((kind) => h("button", { type: "button", "data-kind": kind, "aria-pressed": "false" }, kind)));
     fields.show(view);
     showSides(view.sides);

@@ -1,5 +1,5 @@
 // Below the grid: what a cell says, the colours' key, and patches of a block with their progress.
-import { h } from "../shared/dom";
+import { h, setText } from "../shared/dom";
 import { number } from "../shared/format";
 
 export interface Toolbar {
@@ -36,20 +36,20 @@ export function toolbar(actions: { patch(): void; stop(): void }, signal: AbortS
   );
   return {
     element: h("div", { class: "saelab-patching-tools" }, readout, h("div", { class: "saelab-bar-row" }, key, patch, running)),
-    say: (words) => (readout.textContent = words || HINT),
+    say: (words) => setText(readout, words || HINT),
     block(cells) {
       patch.disabled = !cells;
-      patch.textContent = cells === null ? "Patch block" : cells ? `Patch block (${cells})` : "Block is patched";
+      setText(patch, cells === null ? "Patch block" : cells ? `Patch block (${cells})` : "Block is patched");
     },
     scale(scale) {
-      low.textContent = number(-scale);
-      high.textContent = `+${number(scale)}`;
+      setText(low, number(-scale));
+      setText(high, `+${number(scale)}`);
     },
     progress([done, of]) {
       running.hidden = !of;
       bar.max = of || 1;
       bar.value = done ?? 0;
-      count.textContent = of ? `${done} of ${of}` : "";
+      setText(count, of ? `${done} of ${of}` : "");
     },
   };
 }

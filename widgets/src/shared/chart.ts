@@ -1,6 +1,7 @@
 // Lines over a shared x axis, as inline SVG: large as a chart with axes, small as a sparkline.
-import { h, svg } from "./dom";
+import { h, svg, setText } from "./dom";
 import { integer, number } from "./format";
+import { visible } from "./visible";
 
 export interface Series {
   name: string;
@@ -93,7 +94,7 @@ export function lineChart(options: ChartOptions, signal: AbortSignal): Chart {
     at = x;
     cursor.setAttribute("visibility", x === null ? "hidden" : "visible");
     if (x === null) {
-      readout.textContent = "";
+      setText(readout, "");
       return;
     }
     cursor.setAttribute("x1", px(x).toFixed(1));
@@ -102,7 +103,7 @@ export function lineChart(options: ChartOptions, signal: AbortSignal): Chart {
       const value = s.y[s.x.indexOf(x)];
       return value === undefined || value === null ? "" : `${shown.length > 1 ? `${s.name} ` : ""}${number(value)}`;
     });
-    readout.textContent = `${options.x} ${xText(x)}: ${values.filter(Boolean).join(", ")}`;
+    setText(readout, `${options.x} ${xText(x)}: ${values.filter(Boolean).join(", ")}`);
   };
   const nearest = (event: PointerEvent | MouseEvent): number | null => {
     const box = picture.getBoundingClientRect();
@@ -162,11 +163,13 @@ export function lineChart(options: ChartOptions, signal: AbortSignal): Chart {
       const y0 = options.zero ? Math.min(0, ...ys) : Math.min(...ys);
       range = { x0: xs[0] ?? 0, x1: xs.at(-1) ?? 1, y0: ys.length ? y0 : 0, y1: ys.length ? Math.max(...ys) : 1 };
       lines.replaceChildren(...series.map((s, i) => path(s, i, px, py)));
-      [left.textContent, right.textContent] = [xText(range.x0), xText(range.x1)];
-      [low.textContent, high.textContent] = [number(range.y0), number(range.y1)];
+      setText(left, xText(range.x0));
+      setText(right, xText(range.x1));
+      setText(low, number(range.y0));
+      setText(high, number(range.y1));
       legend.hidden = series.length < 2;
       legend.replaceChildren(...series.map((s, i) => key(s.name, i)));
-      picture.setAttribute("aria-label", describe(options.label, series));
+      picture.setAttribute("aria-label", visible(describe(options.label, series)));
       placeMark();
       placeNotes();
       say(at !== null && xs.includes(at) ? at : null);

@@ -1,4 +1,5 @@
-// Element builders. Text always goes in as text: markup in a token is shown, never run.
+// Element builders. Text always goes in as text: markup in a token is shown, never run, and what is not seen is marked.
+import { readable, visible } from "./visible";
 
 type Attributes = Record<string, string | number | boolean | null | undefined>;
 type Child = Node | string | null | undefined;
@@ -26,10 +27,17 @@ export function svg<K extends keyof SVGElementTagNameMap>(
 function fill<E extends Element>(element: E, attributes: Attributes, children: Child[]): E {
   for (const [name, value] of Object.entries(attributes)) {
     if (value === false || value === null || value === undefined) continue;
-    element.setAttribute(name, value === true ? "" : String(value));
+    element.setAttribute(name, value === true ? "" : READ.test(name) ? visible(String(value)) : String(value));
   }
   for (const child of children) {
-    if (child !== null && child !== undefined) element.append(child);
+    if (child !== null && child !== undefined) element.append(typeof child === "string" ? readable(child) : child);
   }
   return element;
+}
+
+const READ = /^(title|placeholder|aria-)/; // attributes that a person reads, or hears
+
+/** Put a text in place of what an element holds. */
+export function setText(element: Element, text: string): void {
+  element.textContent = readable(text);
 }

@@ -1,6 +1,6 @@
 // The frame of every widget: theme, keys, complaints, whether Python is there, and "copy as code".
 import type { AnyModel, RenderProps } from "@anywidget/types";
-import { h } from "./dom";
+import { h, setText } from "./dom";
 import { guardKeys } from "./keyboard";
 import { onChange } from "./model";
 import { type Call, caller } from "./rpc";
@@ -41,7 +41,7 @@ export function panel<T extends { error: string } & Record<string, unknown>>(
   const root = h("div", { class: `saelab saelab-${name}`, role: "region", "aria-label": label }, lost, alert, code);
 
   const complain = (message: string) => {
-    alert.textContent = message;
+    setText(alert, message);
     alert.hidden = message === "";
   };
   let state: Connection = "frozen" in model ? "frozen" : "live";

@@ -1,12 +1,10 @@
 // Tokens as text: white space made visible, activation shown by colour AND by the weight of an underline.
 import { h } from "./dom";
 import { number } from "./format";
+import { HIDDEN_CLASS, markOf } from "./visible";
 
-const GLYPHS: Record<string, string> = { " ": "·", "\n": "↵", "\t": "⇥", "\r": "␍", "\u00a0": "⍽" };
-// Controls, zero-width and direction marks draw nothing or reorder text: they are named. Of the spaces, only
-// those that an eye would miss: a single one between letters is seen.
-const HIDDEN = "[\\u0000-\\u001f\\u007f-\\u00a0\\u00ad\\u200b-\\u200f\\u2028-\\u202e\\u2060-\\u2069\\ufeff]";
-const UNSEEN = new RegExp(`(^ +| {2,}| +$|${HIDDEN})`);
+// Of the spaces, only those that an eye would miss: a single one between letters is seen.
+const UNSEEN = new RegExp(`(^ +| {2,}| +$|${HIDDEN_CLASS})`, "u");
 
 const CHIP_LETTERS = 32;
 
@@ -56,7 +54,7 @@ function glyph(text: string): HTMLElement {
 }
 
 function glyphOf(character: string): string {
-  return GLYPHS[character] ?? `U+${character.charCodeAt(0).toString(16).toUpperCase().padStart(4, "0")}`;
+  return character === " " ? "·" : markOf(character);
 }
 
 /** What a token's value means in words; null is a token the mask leaves out. */

@@ -1,5 +1,5 @@
 // The bar on top: prompt, settings of generation, run and stop.
-import { h } from "../shared/dom";
+import { h, setText } from "../shared/dom";
 import type { State } from "./types";
 
 export interface Bar {
@@ -86,7 +86,7 @@ export function bar(actions: BarActions, codeButton: HTMLElement, signal: AbortS
     element,
     show(state) {
       running = state.running;
-      button.textContent = running ? "Stop" : "Run";
+      setText(button, running ? "Stop" : "Run");
       button.dataset.running = String(running);
       auto.checked = state.autorun;
       // A late answer must not take away what is typed meanwhile.

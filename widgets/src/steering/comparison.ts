@@ -1,5 +1,5 @@
 // The steered text token by token: what the edits change there.
-import { h } from "../shared/dom";
+import { h, setText } from "../shared/dom";
 import { number } from "../shared/format";
 import { type StripOptions, tokenStrip } from "../shared/strip";
 import { tokenChip, tokenLabel } from "../shared/tokens";
@@ -27,10 +27,10 @@ export function comparison(choose: (position: number) => void, signal: AbortSign
     const at = position ?? chosen;
     const token = at === null ? undefined : shown.steered?.[at];
     if (at === null || !token) {
-      readout.textContent = HINT;
+      setText(readout, HINT);
       return;
     }
-    readout.textContent = `${tokenLabel(token.text)} ${inWords(shown.measures ?? [], at)}`;
+    setText(readout, `${tokenLabel(token.text)} ${inWords(shown.measures ?? [], at)}`);
   };
   const options: StripOptions = {
     label: "Steered text, token by token",
@@ -80,13 +80,13 @@ export function comparison(choose: (position: number) => void, signal: AbortSign
       shown = comparison;
       chosen = null;
       element.hidden = !comparison.measures;
-      note.textContent = comparison.note ?? "";
+      setText(note, comparison.note ?? "");
       note.hidden = !comparison.note;
       const names = (comparison.measures ?? []).map((m) => m.name);
       const before = select.value;
       select.replaceChildren(...names.map((name) => h("option", { value: name, selected: name === before }, name)));
       const [without, with_] = comparison.perplexity ?? [];
-      summary.textContent = `perplexity ${number(without)} → ${number(with_)} with the edits · mean KL ${number(comparison.mean_kl)} nats`;
+      setText(summary, `perplexity ${number(without)} → ${number(with_)} with the edits · mean KL ${number(comparison.mean_kl)} nats`);
       const changes = (comparison.next ?? []).slice(0, NEXT).map(([token, a, b]) => h("span", {}, tokenChip(token), ` ${number(a)} → ${number(b)}`));
       next.replaceChildren(h("small", {}, "next token, log-probability "), ...changes);
       draw();

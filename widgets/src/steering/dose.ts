@@ -1,6 +1,6 @@
 // Dose and response of one feature, on demand: what it buys and what it costs, beside random directions.
 import { lineChart } from "../shared/chart";
-import { h } from "../shared/dom";
+import { h, setText } from "../shared/dom";
 import { tokenLabel } from "../shared/tokens";
 import type { Dose } from "./types";
 
@@ -57,16 +57,16 @@ export function dose(actions: DoseActions, signal: AbortSignal): DoseView {
       response.show(series.map((s) => ({ name: s.name, x: s.strength, y: s.log_odds })));
       cost.show(series.map((s) => ({ name: s.name, x: s.strength, y: s.cost })));
       const names = (dose.target ?? []).map(tokenLabel).join(" or ");
-      says.textContent = `Feature ${dose.feature} alone: the next token after ${tokenLabel(dose.prompt ?? "")} is ${names}.`;
+      setText(says, `Feature ${dose.feature} alone: the next token after ${tokenLabel(dose.prompt ?? "")} is ${names}.`);
       target.value = tokens.join("|");
     },
     progress(done, total) {
-      status.textContent = `measurement ${done + 1} of ${total}`;
+      setText(status, `measurement ${done + 1} of ${total}`);
     },
     busy(yes) {
       measuring = yes;
-      button.textContent = yes ? "Stop measuring" : "Dose response";
-      if (!yes) status.textContent = "";
+      setText(button, yes ? "Stop measuring" : "Dose response");
+      if (!yes) setText(status, "");
     },
     mark(strength) {
       response.mark(strength);

@@ -1,5 +1,5 @@
 // SteeringSliders: features on sliders, the text with and without them, and what the edits change in it.
-import { h } from "../shared/dom";
+import { h, setText } from "../shared/dom";
 import { editList } from "../shared/editlist";
 import { freezer } from "../shared/frozen";
 import { onChange, send } from "../shared/model";
@@ -106,7 +106,7 @@ const steering = widget<State>((model, el, signal) => {
     });
     const greedy = model.get("temperature") === 0;
     const sampled = `temperature ${model.get("temperature")}, seed ${model.get("seed")}`;
-    how.textContent = `${greedy ? "greedy" : sampled}, at most ${model.get("max_new_tokens")} new tokens`;
+    setText(how, `${greedy ? "greedy" : sampled}, at most ${model.get("max_new_tokens")} new tokens`);
   };
   const showSliders = () => {
     rows.show(model.get("sliders"), model.get("selected"), model.get("d_sae"));

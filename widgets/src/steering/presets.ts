@@ -1,5 +1,5 @@
 // Presets by name, in the kernel's working folder.
-import { h } from "../shared/dom";
+import { h, setText } from "../shared/dom";
 
 export interface PresetActions {
   save(name: string): Promise<string>;
@@ -18,8 +18,8 @@ export function presets(actions: PresetActions, signal: AbortSignal): HTMLElemen
   const button = (label: string, act: (name: string) => Promise<string>) => {
     const made = h("button", { type: "button" }, label);
     const run = async () => {
-      status.textContent = "";
-      status.textContent = await act(name.value);
+      setText(status, "");
+      setText(status, await act(name.value));
     };
     made.addEventListener("click", () => void run(), { signal });
     return made;

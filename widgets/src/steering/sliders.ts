@@ -1,5 +1,5 @@
 // One slider a feature, in units of f_scale.
-import { h } from "../shared/dom";
+import { h, setText } from "../shared/dom";
 import { number } from "../shared/format";
 import type { SliderRow } from "./types";
 
@@ -87,7 +87,7 @@ export function sliders(actions: SliderActions, signal: AbortSignal): Sliders {
       }
       const there = rows.some((row) => row.features.length === 1 && row.features[0] === selected);
       addSelected.hidden = selected === null || there;
-      addSelected.textContent = `Add selected (${selected})`;
+      setText(addSelected, `Add selected (${selected})`);
     },
   };
 }
@@ -113,9 +113,8 @@ function slider(first: SliderRow, actions: SliderActions, signal: AbortSignal): 
 
   const draw = (strength: number) => {
     const absolute = row.scales.map((scale) => number(strength * scale)).join(", ");
-    amount.textContent = row.scales.every((scale) => scale > 0)
-      ? `${row.on ? "" : "off · "}${number(strength)} × ${row.scales.map(number).join(", ")} = ${absolute}`
-      : "no f_scale: it never fired";
+    const product = `${row.on ? "" : "off · "}${number(strength)} × ${row.scales.map(number).join(", ")} = ${absolute}`;
+    setText(amount, row.scales.every((scale) => scale > 0) ? product : "no f_scale: it never fired");
     range.setAttribute("aria-valuetext", `${number(strength)} f_scale, ${absolute}`);
   };
   const ask = (strength: number) => {
@@ -157,7 +156,7 @@ function slider(first: SliderRow, actions: SliderActions, signal: AbortSignal): 
     show(next, selected) {
       row = next;
       box.checked = row.on;
-      more.textContent = row.more;
+      setText(more, row.more);
       more.hidden = row.more === "";
       box.closest("li")?.setAttribute("data-on", String(row.on));
       title.setAttribute("aria-pressed", String(selected));

@@ -1,6 +1,7 @@
 // Baseline and steered text, side by side: plain while they come, then token by token with their differences.
-import { h } from "../shared/dom";
+import { h, setText } from "../shared/dom";
 import { type StripToken, tokenStrip } from "../shared/strip";
+import { readable } from "../shared/visible";
 import type { Comparison, Side, TextToken } from "./types";
 
 export interface Texts {
@@ -46,7 +47,7 @@ function column(name: string, signal: AbortSignal) {
       prompt = of;
       pieces = 0;
       text = null;
-      count.textContent = "";
+      setText(count, "");
     },
     hear(piece: string) {
       if (!text) {
@@ -56,24 +57,24 @@ function column(name: string, signal: AbortSignal) {
         strip.element.hidden = true;
       }
       element.dataset.stale = "false";
-      text.append(piece);
+      text.append(readable(piece));
       pieces++;
-      count.textContent = `${pieces} tokens…`;
+      setText(count, `${pieces} tokens…`);
     },
     show(whole: string, tokens: TextToken[] | undefined) {
       text = null;
       live.hidden = tokens !== undefined;
       strip.element.hidden = tokens === undefined;
       if (!tokens) {
-        live.replaceChildren(whole);
-        count.textContent = "";
+        setText(live, whole);
+        setText(count, "");
         return;
       }
       const first = whole.startsWith(tokens[0]?.text ?? "") ? 0 : 1; // the prefix token is no part of the text
       strip.show(tokens.slice(first).map(plain));
       const news = tokens.filter((token) => token.mark !== "prompt");
       const differ = news.filter((token) => token.mark === "new").length;
-      count.textContent = `${news.length} tokens${differ ? `, ${differ} not in the other text` : ""}`;
+      setText(count, `${news.length} tokens${differ ? `, ${differ} not in the other text` : ""}`);
     },
   };
 }

@@ -1,5 +1,5 @@
 // The chosen token: its active features, what each does to the next token, and what they add up to.
-import { h } from "../shared/dom";
+import { h, setText } from "../shared/dom";
 import { integer, number } from "../shared/format";
 import { makeTabStop, rovingFocus } from "../shared/keyboard";
 import { tokenChip, tokenLabel } from "../shared/tokens";
@@ -59,7 +59,7 @@ export function detailBox(wish: (what: Wish) => void, signal: AbortSignal): Deta
       table.hidden = !detail || detail.rows.length === 0;
       head.replaceChildren();
       note.hidden = !detail?.note;
-      note.textContent = detail?.note ?? "";
+      setText(note, detail?.note ?? "");
       sum.replaceChildren(...(detail?.parts ? parts(detail) : []));
       if (!detail) return;
       head.append(

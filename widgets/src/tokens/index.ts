@@ -1,5 +1,5 @@
 // TokenFeatures: a prompt as a strip of tokens, and the features of the chosen one.
-import { h } from "../shared/dom";
+import { h, setText } from "../shared/dom";
 import { integer, number } from "../shared/format";
 import { type FrozenModel, freezer } from "../shared/frozen";
 import { onChange } from "../shared/model";
@@ -76,7 +76,7 @@ const it = widget<State>((model, el, signal) => {
     const button = h("button", { type: "button", "data-needs": "kernel", title }, name === "steer" ? "Steer" : "Ablate");
     const add = async () => {
       frame.complain("");
-      done.textContent = await frame.call<string>(name);
+      setText(done, await frame.call<string>(name));
     };
     button.addEventListener("click", () => void add(), { signal });
     return button;
@@ -102,11 +102,11 @@ const it = widget<State>((model, el, signal) => {
     const { labels } = model.get("text") as Text;
     const along = labels ? values() : [];
     if (position !== null && labels?.[position] !== undefined) {
-      readout.textContent = `${position}: ${tokenLabel(labels[position])} ${noteOf(along[position], model.get("strip"))}`;
+      setText(readout, `${position}: ${tokenLabel(labels[position])} ${noteOf(along[position], model.get("strip"))}`);
       return;
     }
     const largest = Math.max(0, ...along.map((value) => value ?? 0));
-    readout.textContent = largest > 0 ? `${integer(along.length)} tokens, largest ${number(largest)}` : "";
+    setText(readout, largest > 0 ? `${integer(along.length)} tokens, largest ${number(largest)}` : "");
   };
   const showText = () => {
     const text = model.get("text") as Text;
@@ -121,7 +121,7 @@ const it = widget<State>((model, el, signal) => {
     strip.show(labels.map((label, i): StripToken => cell(label, along[i], by)));
     isolate(strip.element);
     choose();
-    site.textContent = `${text.site ?? model.get("coders").find(({ name }) => name === model.get("coder"))?.site ?? ""}`;
+    setText(site, `${text.site ?? model.get("coders").find(({ name }) => name === model.get("coder"))?.site ?? ""}`);
     readOut(null);
   };
   const shownDetail = () => {
@@ -141,7 +141,7 @@ const it = widget<State>((model, el, signal) => {
     chosen.hidden = feature === null;
     detail.select(feature);
     meaning.querySelector<HTMLOptionElement>('[value="feature"]')!.disabled = feature === null;
-    done.textContent = "";
+    setText(done, "");
     if (feature === null) return;
     const here = fires[model.get("token") ?? -1];
     const most = Math.max(0, ...fires.map((value) => value ?? 0));

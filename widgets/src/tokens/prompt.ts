@@ -1,5 +1,5 @@
 // The prompt as it is typed: one text area, or one for each message of a chat.
-import { h } from "../shared/dom";
+import { h, setText } from "../shared/dom";
 import { integer } from "../shared/format";
 import type { Message, Prompt } from "./types";
 
@@ -45,7 +45,7 @@ export function promptBox(actions: PromptActions, signal: AbortSignal): PromptBo
     "input",
     () => {
       if (length() <= LIVE_CHARACTERS) read(true);
-      else status.textContent = `${integer(length())} characters: press Run`;
+      else setText(status, `${integer(length())} characters: press Run`);
     },
     { signal },
   );
@@ -82,7 +82,7 @@ export function promptBox(actions: PromptActions, signal: AbortSignal): PromptBo
       fields.replaceChildren(...messages.map((message) => field(message, roles !== null)));
     },
     say(message) {
-      status.textContent = message;
+      setText(status, message);
     },
   };
 }
