@@ -203,6 +203,12 @@ class Edit:
                     + (f" ({new} new tokens counted)" if new else "")
                     + ": count from the prefix token (0), or name the prompts that are long enough with rows="
                 )
+        lengths = (batch.mask.sum(1)[rules.among(batch.row_numbers, self.rows)] + new).tolist()
+        if isinstance(self.positions, slice) and lengths and not range(max(lengths))[self.positions]:
+            raise ValueError(
+                f"positions={self.positions} holds no position of these prompts, the longest of which ends at "
+                f"{max(lengths) - 1}: count from the prefix token (0)"
+            )
         if (wanted := self._wanted(lm)) is not None:
             self._check_text(lm, batch, wanted, new)
 

@@ -671,6 +671,10 @@ def test_compare(tiny_lm, sae, live):
     [
         (lambda s: sl.Steer(s, 3, positions=50), r"position 50 is beyond prompt 0, whose last is 9: count from"),
         (lambda s: sl.Ablate(s, 3, positions=[2, 10]), "position 10 is beyond prompt 0"),
+        (
+            lambda s: sl.Ablate(s, 3, positions=slice(40, 60)),
+            r"positions=slice\(40, 60, None\) holds no position of .* longest of which ends at 9: count",
+        ),
         (lambda s: sl.Ablate(s, 3, rows=2), "rows=2 names prompt 2, and there are 1"),
         (lambda s: sl.Patch(s, LONGER), r"prompt 0 has 10 tokens and its source \d+: .* equal token lengths"),
         (
