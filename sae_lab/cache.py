@@ -160,7 +160,8 @@ def told(path: Path, kept: str = "") -> Iterator[None]:
         if (number := _number(err)) not in NO_ROOM or (isinstance(err, NoRoom) and not kept):
             raise
         kept = kept or "what stood there before is unchanged: make room on that disk, or give another path"
-        raise NoRoom(number, f"could not write {path} ({os.strerror(number)}); {kept}") from err
+        cause = err.__cause__ if isinstance(err, NoRoom) else err
+        raise NoRoom(number, f"could not write {path} ({os.strerror(number)}); {kept}") from cause
 
 
 class NoRoom(OSError):

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from sae_lab import cache
 from sae_lab.arguments import as_annotated
 from sae_lab.explain import explainers
 from sae_lab.explain.asking import Asker, name_of
@@ -296,7 +297,8 @@ class _Run:
         return score(Explanation(text), passages, self.judge, self.measures, self.seed, self.negatives)
 
     def _append(self, record: Mapping[str, Any]) -> None:
-        with open(self.file, "a", encoding="utf-8") as file:
+        kept = "what was found is kept: make room there and call explain again to go on"
+        with cache.told(self.file, kept), open(self.file, "a", encoding="utf-8") as file:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
     def _show(self, rows: Mapping[int, ScoredExplanation]) -> None:

@@ -5,9 +5,6 @@ The package holds a GGUF file (Q4_1), which takes about 40 s to read; the conver
 
 import importlib.util
 import logging
-import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +43,8 @@ def _convert(source: Path, target: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     log.info("converting the bundled model once (about a minute): %s", target)
-    cache.make_folder(target.parent)
-    scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=".converting-"))
-    try:
+    kept = "nothing is kept: make room, or set SAE_LAB_CACHE to a folder on another disk"
+    with cache.together(target, valid="config.json", kept=kept) as scratch:
         where: dict[str, Any] = {"gguf_file": source.name, "trust_remote_code": False}
         AutoTokenizer.from_pretrained(source.parent, **where).save_pretrained(scratch)
         model: Any = AutoModelForCausalLM.from_pretrained(source.parent, **where)
@@ -59,10 +55,3 @@ def _convert(source: Path, target: Path) -> None:
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
         model.save_pretrained(scratch)
-        try:
-            os.rename(scratch, target)
-        except OSError:  # another process was first
-            if not (target / "config.json").exists():
-                raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)

@@ -9,6 +9,7 @@ from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from sae_lab import cache
 from sae_lab.results import visible
 
 # Okabe and Ito's colours, which people with any colour vision tell apart; dark enough on white, most of them first.
@@ -51,7 +52,14 @@ class Picture(Figure):
         if kind in _DATES:
             settings["metadata"] = {_DATES[kind]: None} | (settings.get("metadata") or {})
         with matplotlib.rc_context(STYLE):
-            super().savefig(fname, **settings)
+            if not isinstance(fname, str | Path):
+                super().savefig(fname, **settings)
+                return
+            file = Path(fname)
+            if not kind:  # as matplotlib does it
+                file = file.with_name(f"{file.name.rstrip('.')}.{matplotlib.rcParams['savefig.format']}")
+            with cache.atomic(file) as temporary:
+                super().savefig(temporary, **settings)
 
 
 def plain(text: str) -> str:

@@ -11,6 +11,7 @@ import anywidget
 import torch
 import traitlets
 
+from sae_lab import cache
 from sae_lab.results import Html
 
 from .standalone import page
@@ -105,7 +106,8 @@ class Panel(anywidget.AnyWidget):
         ours = set(self.traits(sync=True)) - set(anywidget.AnyWidget.class_traits(sync=True))
         names = sorted(n for n in ours if not n.startswith("_"))
         state = {n: getattr(self, n) for n in names} | self._frozen()
-        path.write_text(page(repr(self), esm, css, state, self._html()), encoding="utf-8")
+        with cache.atomic(path) as temporary:
+            temporary.write_text(page(repr(self), esm, css, state, self._html()), encoding="utf-8")
         return path
 
     @quick
