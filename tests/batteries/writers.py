@@ -70,7 +70,8 @@ class Writers:
             num_key_value_heads=2, max_position_embeddings=128, pad_token_id=None, bos_token_id=None,
             eos_token_id=None,
         )  # fmt: skip
-        self.lm = sl.LM(tf.LlamaForCausalLM(config).eval(), tokenizer=tokens, device="cpu")
+        self.module = tf.LlamaForCausalLM(config).eval()
+        self.lm = sl.LM(self.module, tokenizer=tokens, device="cpu")
         self.x = torch.randn(2000, 32, generator=torch.Generator().manual_seed(1))
         self.made = folder
         for name, make in (("store", self.harvest), ("coder", self._coder), ("index", self.index)):
