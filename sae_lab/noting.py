@@ -14,6 +14,7 @@ import logging
 import math
 import os
 import re
+import shutil
 import sys
 import threading
 import time
@@ -36,7 +37,7 @@ WAIT = 60  # seconds for another process to finish writing
 _ID = re.compile(r"[0-9a-f]{16,64}")
 _BEGIN = b'{"feature": '
 _SUMMED = re.compile(rb'(\{.*), "crc": "([0-9a-f]{8})"\}', re.DOTALL)
-_UNREADABLE = (ValueError, TypeError, KeyError, AttributeError)  # what a damaged line raises
+_UNREADABLE = (ValueError, TypeError, KeyError, AttributeError, RecursionError)  # what a damaged line raises
 
 
 def root() -> Path:
@@ -92,8 +93,8 @@ class Log:
             return {feature: fields for feature in sorted(self._now) if (fields := self._values(feature))}
 
     def _values(self, feature: int) -> dict[str, Any]:
-        found = sorted(self._now.get(feature, {}).items(), key=lambda item: item[1][0])
-        return {field: value for field, (_, value) in found if value}
+        found = self._now.get(feature, {})
+        return {field: found[field][1] for field in sorted(found, key=lambda f: found[f][0]) if found[field][1]}
 
     def changes(self) -> list[Change]:
         """The latest values, as few lines as they fit in."""
@@ -134,7 +135,7 @@ class Log:
     def _take(self, change: Change) -> None:
         here = self._now.setdefault(change.feature, {})
         for field, value in change.fields.items():
-            if field not in here or _order(change.time, value) > _order(*here[field]):
+            if field not in here or _later(change.time, value, *here[field]):
                 here[field] = (change.time, value)
                 self._untold.add(change.feature)
 
@@ -190,20 +191,21 @@ class Log:
             return said_at
         return max(said_at, math.nextafter(before, math.inf))  # clocks tie, and go back
 
-    def add(self, changes: Iterable[Change]) -> None:
-        """Put the lines of another log of the same coder among these. What is newer here stays."""
+    def add(self, data: bytes) -> list[bytes]:
+        """Put the lines of another log of the same coder among these; what is newer here stays. Returns those that are
+        damaged, which do not come in."""
         with self._lock, self._alone():
             self.refresh()
-            mine = set(self.file.read_bytes().splitlines(True)) if self.file.exists() else set()
-            self._append(one for one in dict.fromkeys(change.line for change in changes) if one not in mine)
+            mine = set(self.file.read_bytes().split(b"\n")) if self.file.exists() else set()
+            changes, damaged = parsed(b"\n".join(one for one in dict.fromkeys(data.split(b"\n")) if one not in mine))
+            self._append(change.line for change in changes if change.line[:-1] not in mine)
         self.tell()
+        return damaged
 
     def merge(self, file: Path) -> None:
         """``add`` what is in a file."""
-        changes, damaged = parsed(files.read_bytes(file, "MOST_UNPACKED"))
-        if damaged:
+        if damaged := self.add(files.read_bytes(file, "MOST_UNPACKED")):
             log.warning("%s: %d damaged lines are left out (%r)", file, len(damaged), damaged[0][:60])
-        self.add(changes)
 
     def _append(self, lines: Iterable[bytes]) -> None:
         """Under both locks, after a refresh."""
@@ -267,8 +269,8 @@ def _stamp(found: os.stat_result) -> tuple[int, ...]:
     return found.st_ino, found.st_size, found.st_mtime_ns
 
 
-def _order(at: float, value: Any) -> tuple[float, str]:
-    return at, json.dumps(value, sort_keys=True)
+def _later(at: float, value: Any, before: float, here: Any) -> bool:
+    return at > before or (at == before and json.dumps(value) > json.dumps(here))
 
 
 def line(feature: int, fields: Mapping[str, Any], at: float) -> bytes:
@@ -297,7 +299,9 @@ def _parsed(text: bytes, at: float | None) -> Change:
     """ValueError and its kin for a line that is damaged."""
     if (summed := _SUMMED.fullmatch(text)) and crc32(summed[1]) != int(summed[2], 16):
         raise ValueError("the checksum does not fit")
-    record = files.parse_json(text)
+    record = json.loads(text)
+    if b"\\u" in text:  # only so can half a surrogate pair come in
+        check_text(json.dumps(record, ensure_ascii=False), "a line")
     feature, at = record["feature"], float(record.get("time", at))
     if isinstance(feature, bool) or not isinstance(feature, int) or feature < 0 or not 0 <= at < 1e15:
         raise ValueError("no feature, or no time")
@@ -307,15 +311,11 @@ def _parsed(text: bytes, at: float | None) -> Change:
 
 def _checked(field: str, value: Any) -> Any:
     """A field's value. ValueError and its kin where it has another type."""
-    check_text(field, "a source")
-    if not field.startswith(SAID):
-        check_text(value, field)
-        return value
-    for one in value:
-        check_text(one["text"], "an explanation")
-        if not all(math.isfinite(score) for score in one["scores"].values()):
-            raise ValueError("a score is no number")
-    return [{"text": one["text"], "scores": one["scores"]} for one in value]
+    said = value if field.startswith(SAID) else [{"text": value, "scores": {}}]
+    for one in said:
+        if not isinstance(one["text"], str) or not all(map(math.isfinite, one["scores"].values())):
+            raise ValueError(f"{field} is of another type")
+    return value if said is not value else [{"text": one["text"], "scores": one["scores"]} for one in said]
 
 
 # ---------------------------------------------------------------------------------------------- of a coder
@@ -348,18 +348,26 @@ def beside(coder: Any, folder: Path) -> Path:
 def save_beside(coder: Any, folder: Path) -> None:
     """Copy what is said of a coder into its folder; what the copy there has and this one has not stays."""
     if (here := of(coder)).file.exists():
-        _add(Log(beside(coder, folder)), here.file)
+        copy = beside(coder, folder)
+        with _all_the_same(here.file, copy):
+            if copy.exists():
+                return Log(copy).merge(here.file)
+            with cache.atomic(copy) as temporary:
+                shutil.copyfile(here.file, temporary)
 
 
 def bring_in(coder: Any, folder: Path) -> None:
     """Take over the copy beside a coder that is loaded."""
     if any(folder.glob("notes-*.jsonl")) and (file := beside(coder, folder)).is_file():
-        _add(of(coder), file)
+        with _all_the_same(file, (here := by_id(coder.id)).file):
+            of(coder)
+            here.merge(file)
 
 
-def _add(to: Log, file: Path) -> None:
-    """Where it cannot be it is said; the coder is saved or loaded all the same."""
+@contextmanager
+def _all_the_same(file: Path, to: Path) -> Iterator[None]:
+    """Where notes cannot be copied it is said; the coder is saved or loaded all the same."""
     try:
-        to.merge(file)
+        yield
     except (OSError, ValueError) as err:
-        log.warning("the notes in %s did not go into %s: %s", file, to.file, err)
+        log.warning("the notes in %s did not go into %s: %s", file, to, err)

@@ -162,11 +162,11 @@ class Notes:
                     f"{source} holds a line that is no note on a feature from 0 to {self.d_sae - 1}: {line[:120]!r}; "
                     "mend it or take it out"
                 )
-            self._log.add(changes)
+            self._log.add(b"".join(change.line for change in changes))
             return len({change.feature for change in changes})
         said = neuronpedia.read_labels(source, self.d_sae, self.model, self.layer, model, layer)
         own = {i: {s.source: s.text for s in several if s.source in Note._fields} for i, several in said.items()}
-        self._log.add(noting.parsed(_of_unknown_time(own))[0])
+        self._log.add(_of_unknown_time(own))
         others = {i: [s for s in several if s.source not in Note._fields] for i, several in said.items()}
         self.explanations.write(others)
         return len(said)
@@ -183,14 +183,14 @@ class Notes:
         try:
             there = files.parse_json(files.read_bytes(file, "MOST_UNPACKED"))
             found = {check_feature(int(i), self.d_sae): fields(value) for i, value in there.items()}
-            changes, damaged = noting.parsed(_of_unknown_time(found))
-            if damaged:
+            lines = _of_unknown_time(found)
+            if damaged := noting.parsed(lines)[1]:
                 raise ValueError(f"it has {damaged[0][:80]!r}")
         except (ValueError, TypeError, AttributeError) as err:
             raise ValueError(
                 f"{file} holds no {file.stem} of sae_lab ({err}): mend it, or move it away and the index opens without"
             ) from err
-        self._log.add(changes)
+        self._log.add(lines)
 
 
 def _of_unknown_time(found: Mapping[int, Mapping[str, Any]]) -> bytes:
