@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 
 import sae_lab as sl
 from sae_lab import estimating, harvesting
@@ -285,7 +286,7 @@ def test_a_slow_model_is_probed_with_one_pass(tiny_lm, small_text, small_shards,
 
 
 def test_a_stream_is_estimated_too(tiny_lm, small_text):
-    stream = Text(small_text._data.to_iterable_dataset(), "text", "stream", "0")
+    stream = Text(Dataset.from_dict({"text": list(small_text)}).to_iterable_dataset(), "text", "stream", "0")
     said = sl.estimate(sl.harvest, tiny_lm, A, stream, 10**6, **HARVEST)
     assert said.parts["tokens to harvest"] >= 10**6  # nobody knows where it ends
 

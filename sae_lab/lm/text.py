@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 
 WIKIPEDIA = Path(__file__).parent.parent / "data" / "wikipedia-2016-sample.parquet"
 HELD_OUT_EVERY = 10  # one document in ten is held out
+LONG, PART = 1 << 20, 1 << 16  # characters from which a document is read in parts, and of a part
 
 # "mix": the bundled Wikipedia and, from the installed package `sae-probes`, up to so many characters of each of these.
 # Code (the last three) stays under 5 % of the characters: of the files in _POSITIVES only the examples of what their
@@ -51,11 +52,62 @@ class Context(NamedTuple):
     documents: list[int]
 
 
+class File(NamedTuple):
+    """A text file that is too large to be held. stamp: its size and time, which tell whether it is still the same."""
+
+    path: Path
+    stamp: tuple[int, int]
+
+    @classmethod
+    def of(cls, path: Path) -> "File":
+        return cls(path, (path.stat().st_size, path.stat().st_mtime_ns))
+
+    def parts(self) -> Iterator[str]:
+        """Its text, some at a time. ValueError for what is no UTF-8, or has changed."""
+        if File.of(self.path) != self:
+            raise ValueError(f"{self.path} has changed since it was loaded: call load_text again")
+        try:
+            with open(self.path, encoding="utf-8-sig") as file:  # a mark at its start is no text
+                while part := file.read(PART):
+                    yield part
+        except UnicodeDecodeError as err:
+            raise ValueError(
+                f"{self.path} must be UTF-8 text ({err}): read it yourself, and pass a list of str"
+            ) from None
+
+
+class Held:
+    """Documents in memory, or files of one document each, as a dataset of one column: none is copied."""
+
+    column_names = ("text",)
+
+    def __init__(self, documents: list[str | File]):
+        self._documents = documents
+
+    def __len__(self) -> int:
+        return len(self._documents)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return ({"text": document} for document in self._documents)
+
+    def __getitem__(self, at: int) -> dict[str, Any]:
+        return {"text": self._documents[at]}
+
+    def select(self, rows: Sequence[int] | np.ndarray) -> "Held":
+        return Held([self._documents[i] for i in rows])
+
+
+def _parts(document: "str | File") -> Iterator[str]:
+    if isinstance(document, File):
+        return document.parts()
+    return (document[start : start + PART] for start in range(0, len(document), PART))
+
+
 class Text:
     """Documents (str), iterable and sliceable, with a held-out part. Made by ``load_text``.
 
     Args:
-        data: a ``datasets.Dataset`` or ``IterableDataset``.
+        data: a ``datasets.Dataset`` or ``IterableDataset``, or ``Held``.
         column: its column of text.
         name: for people; fingerprint: changes when the documents do.
     """
@@ -85,6 +137,8 @@ class Text:
 
     def _document(self, row: dict[str, Any]) -> str:
         document = row[self._column]
+        if isinstance(document, File):
+            return "".join(document.parts())
         if document is not None and not isinstance(document, str):
             raise ValueError(
                 f"the column {self._column!r} of {self.name} holds {type(document).__name__}, not text: pass column="
@@ -125,7 +179,7 @@ class Text:
         if room < 1:
             raise ValueError(f"a context needs room for a token besides the prefix, got length={length}")
         lead = [prefix] if prefix is not None else []
-        documents = (ids[len(lead) :] if lead and ids[:1] == lead else ids for ids in self._tokenized(tokenizer))
+        documents = (_after(parts, lead) for parts in self._tokenized(tokenizer))
         return _packed(documents, lead, room) if pack else _separate(documents, lead, room)
 
     def passes(
@@ -142,47 +196,84 @@ class Text:
             for i in random.permutation(len(groups)):
                 yield groups[i]
 
-    def _tokenized(self, tokenizer: Any, at_once: int = 16) -> Iterator[list[int]]:
-        documents = iter(self)
-        while part := list(islice(documents, at_once)):
-            yield from tok.encode_texts(tokenizer, part)
+    def _tokenized(self, tokenizer: Any, at_once: int = 16) -> Iterator[Iterable[list[int]]]:
+        """The ids of each document, those of a long one in parts."""
+        waiting: list[str] = []
+        for row in self._data:
+            document = row[self._column]
+            if isinstance(document, File) or (isinstance(document, str) and len(document) > LONG):
+                yield from ([ids] for ids in tok.encode_texts(tokenizer, waiting)) if waiting else ()
+                waiting = []
+                yield tok.encode_parts(tokenizer, _parts(document))
+                continue
+            waiting.append(self._document(row))
+            if len(waiting) == at_once:
+                yield from ([ids] for ids in tok.encode_texts(tokenizer, waiting))
+                waiting = []
+        if waiting:
+            yield from ([ids] for ids in tok.encode_texts(tokenizer, waiting))
 
 
-def _separate(documents: Iterable[list[int]], lead: list[int], room: int) -> Iterator[Context]:
-    for number, ids in enumerate(documents):
-        for start in range(0, len(ids), room):
-            part = lead + ids[start : start + room]
-            yield Context(part, [number] * len(part))
+def _after(parts: Iterable[list[int]], lead: list[int]) -> Iterator[list[int]]:
+    """What follows the prefix, where a text begins with it written out."""
+    parts = iter(parts)
+    for ids in parts:
+        yield ids[len(lead) :] if lead and ids[:1] == lead else ids
+        break
+    yield from parts
 
 
-def _packed(documents: Iterable[list[int]], lead: list[int], room: int) -> Iterator[Context]:
+def _separate(documents: Iterable[Iterable[list[int]]], lead: list[int], room: int) -> Iterator[Context]:
+    for number, parts in enumerate(documents):
+        rest: list[int] = []
+        for ids in parts:
+            ids = rest + ids
+            whole = len(ids) - len(ids) % room
+            rest = ids[whole:]
+            yield from (_context(lead + ids[start : start + room], number) for start in range(0, whole, room))
+        if rest:
+            yield _context(lead + rest, number)
+
+
+def _context(ids: list[int], number: int) -> Context:
+    return Context(ids, [number] * len(ids))
+
+
+def _packed(documents: Iterable[Iterable[list[int]]], lead: list[int], room: int) -> Iterator[Context]:
     waiting: list[int] = []
     owners: list[int] = []
-    for number, ids in enumerate(documents):
-        if not ids:
-            continue
-        ids = lead + ids if waiting else ids
-        waiting, owners = waiting + ids, owners + [number] * len(ids)
-        while len(waiting) >= room:
-            yield Context(lead + waiting[:room], owners[: len(lead)] + owners[:room])
-            waiting, owners = waiting[room:], owners[room:]
+    for number, parts in enumerate(documents):
+        begun = False
+        for ids in parts:
+            if not ids:
+                continue
+            ids = lead + ids if waiting and not begun else ids
+            begun = True
+            waiting, owners = waiting + ids, owners + [number] * len(ids)
+            while len(waiting) >= room:
+                yield Context(lead + waiting[:room], owners[: len(lead)] + owners[:room])
+                waiting, owners = waiting[room:], owners[room:]
     if waiting:
         yield Context(lead + waiting, owners[: len(lead)] + owners)
 
 
 WINDOW_DOCUMENTS, WINDOW_CONTEXTS = 100, 1000  # the least that is mixed: topics and, for like lengths, contexts
+WINDOW_TOKENS = 600_000  # the most, however few documents that are
 PASS_COST = 32  # what a pass takes however short it is, in tokens: passes get smaller only where it saves more padding
 PASS_CONTEXTS = 128  # at most in a pass
 
 
 def _windows(contexts: Iterable[Context]) -> Iterator[list[Context]]:
     waiting: list[Context] = []
+    tokens = 0
     for context in contexts:
         documents = context.documents[0] - waiting[0].documents[0] if waiting else 0
-        if len(waiting) >= WINDOW_CONTEXTS and documents >= WINDOW_DOCUMENTS:
+        enough = len(waiting) >= WINDOW_CONTEXTS and documents >= WINDOW_DOCUMENTS
+        if enough or tokens >= WINDOW_TOKENS:
             yield waiting
-            waiting = []
+            waiting, tokens = [], 0
         waiting.append(context)
+        tokens += len(context.ids)
     if waiting:
         yield waiting
 
@@ -299,20 +390,22 @@ def _from_memory(source: Any, column: str, split: str, whole: bool = False) -> T
 def from_documents(documents: Iterable[Any], name: str = "list", whole: bool = False) -> Text:
     """A Text of documents in memory, split unless ``whole``. ValueError when there is none, one is no str or holds half
     a surrogate pair, or all are empty."""
-    from datasets import Dataset
-
     documents = list(documents)
-    if bad := [i for i, d in enumerate(documents) if not isinstance(d, str)]:
+    if bad := [i for i, d in enumerate(documents) if not isinstance(d, str | File)]:
         raise ValueError(f"every document must be a str; document {bad[0]} is {type(documents[bad[0]]).__name__}")
-    if not any(d.strip() for d in documents):
+    if not any(part.strip() for d in documents for part in _parts(d)):
         raise ValueError(
             f"{'the text' if name == 'list' else name} is empty: pass at least one document with a word in it"
         )
     digest = hashlib.sha256()
     for number, document in enumerate(documents):
-        check_text(document, f"document {number}")
-        digest.update(len(document).to_bytes(8, "little") + document.encode())
-    data, fingerprint = Dataset.from_dict({"text": documents}), digest.hexdigest()[:16]
+        digest.update(sum(map(len, _parts(document))).to_bytes(8, "little"))
+        for part in _parts(document):  # never a copy of all
+            try:
+                digest.update(part.encode())
+            except UnicodeEncodeError:
+                check_text("".join(_parts(document)), f"document {number}")
+    data, fingerprint = Held(documents), digest.hexdigest()[:16]
     if whole:  # other documents than the part that load_text leaves to train on
         return Text(data, "text", name, f"{fingerprint}-whole" if len(documents) > 1 else fingerprint)
     return _split(data, "text", name, fingerprint)
@@ -365,11 +458,9 @@ def _from_files(path: Path, column: str, kwargs: dict[str, Any]) -> Text:
     return _split(data, column, path.name, _digest(data._fingerprint.encode()))
 
 
-def _read(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8-sig")  # a mark at its start is no text
-    except UnicodeDecodeError as err:
-        raise ValueError(f"{file} must be UTF-8 text ({err}): read it yourself, and pass a list of str") from None
+def _read(path: Path) -> str | File:
+    file = File.of(path)
+    return file if file.stamp[0] > 8 * LONG else "".join(file.parts())
 
 
 def _holds_rows(file: Path) -> bool:
@@ -395,7 +486,7 @@ def _digest(data: bytes) -> str:
 def _split(data: Any, column: str, name: str, fingerprint: str) -> Text:
     """Every tenth document is held out; of fewer than ten, the last; of one, none."""
     if hasattr(data, "select"):
-        if not any(document.strip() for document in Text(data, column, name, fingerprint)):
+        if not isinstance(data, Held) and not any(d.strip() for d in Text(data, column, name, fingerprint)):
             raise ValueError(f"{name} is empty: it needs at least one document with a word in it")
         if len(data) == 1:
             return Text(data, column, name, fingerprint)

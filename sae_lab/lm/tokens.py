@@ -1,7 +1,8 @@
 """Prompts to token ids and back: prefixes, padding, chat roles, and strings that map to characters."""
 
 import re
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -23,6 +24,7 @@ say(Prompts, _KINDS)
 _MARKS = 0xF0000  # private-use characters, which no template holds: the n-th marks what message n holds
 _KEPT = (r"\s", r"\s|<[^<>]*>|\[[^\[\]]*\]")  # what stays readable to a template that strips, or that looks for tags
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+PIECE, MARGIN, TRIES = 1 << 17, 512, 8  # characters of a long text encoded at a time, and around a cut; cuts tried
 
 
 class Token(str):
@@ -123,6 +125,97 @@ def encode_texts(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     for number, text in enumerate(texts):
         check_text(text, f"text {number}" if len(texts) > 1 else "a text")
     return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def encode_parts(tokenizer: Any, parts: Iterable[str]) -> Iterator[list[int]]:
+    """The same ids as ``encode_texts`` gives for all of a text, which comes in parts: as much of it is encoded at a
+    time as needs be.
+
+    A cut lies where it cannot matter (``_cut``); where there is no such place, a longer piece is taken.
+    """
+    parts = iter(parts)
+    if not getattr(tokenizer, "is_fast", False):  # it does not tell where its tokens stand
+        yield encode_texts(tokenizer, ["".join(parts)])[0]
+        return
+    text, begin, size = "", 0, PIECE  # text: from a little before the last cut on, which is at ``begin``
+    while True:
+        waiting = [text]
+        missing = begin + size + MARGIN - len(text)
+        while missing >= 0 and (part := next(parts, None)) is not None:
+            waiting.append(part)
+            missing -= len(part)
+        text = "".join(waiting)
+        piece = text[: begin + size + MARGIN]
+        ids, starts, ends = _encode(tokenizer, piece)
+        first = bisect_left(starts, begin) if begin else 0
+        if len(piece) == len(text):
+            yield ids[first:]
+            return
+        cut = _cut(tokenizer, piece, ids, starts, ends, begin + size)
+        if cut is None:
+            size *= 2
+            continue
+        yield ids[first:cut]
+        text, begin, size = text[starts[cut] - MARGIN :], MARGIN, PIECE
+
+
+def _encode(tokenizer: Any, text: str) -> tuple[list[int], list[int], list[int]]:
+    """Ids, and where each token starts and ends."""
+    check_text(text, "a text")
+    found = tokenizer(text, add_special_tokens=False, verbose=False, return_offsets_mapping=True)
+    places = found["offset_mapping"]
+    return found["input_ids"], [start for start, _ in places], [end for _, end in places]
+
+
+def _cut(
+    tokenizer: Any, text: str, ids: list[int], starts: list[int], ends: list[int], before: int
+) -> int | None:  # fmt: skip
+    """The last token before a place of the text in front of which it can be cut; None where there is none.
+
+    No entry of the vocabulary holds the two characters that the cut parts: what stands on one side then makes no token
+    with the other, and says nothing about how that is divided. (Words that are looked up whole are cut at white space
+    alone.) And a stretch around the cut, encoded by itself, has the same tokens there: so neither where a piece starts
+    nor where it ends reaches that far.
+    """
+    apart, tries = _parter(tokenizer), 0
+    for i in range(bisect_left(starts, before) - 1, bisect_left(starts, before // 2), -1):
+        at = starts[i]
+        if at < MARGIN or starts[i - 1] == at or ends[i - 1] > at:
+            continue
+        if not apart(text, ids[i - 1], ids[i], ends[i - 1], at):
+            continue
+        there = _encode(tokenizer, text[at - MARGIN : at + MARGIN])
+        if _around(there, MARGIN, 0) == _around((ids, starts, ends), at, at - MARGIN):
+            return i
+        tries += 1
+        if tries == TRIES:
+            return None
+    return None
+
+
+def _around(encoded: tuple[list[int], list[int], list[int]], at: int, less: int) -> list[tuple[int, int, int]]:
+    """The tokens that start near a place, with where they stand, counted from ``less`` on."""
+    ids, starts, ends = encoded
+    low, high = bisect_left(starts, at - MARGIN // 2), bisect_left(starts, at + MARGIN // 2)
+    return [(ids[i], starts[i] - less, ends[i] - less) for i in range(low, high)]
+
+
+@lru_cache(4)
+def _parter(tokenizer: Any) -> Any:
+    """(text, id, next id, where the one ends, where the next starts) -> whether nothing joins the two."""
+    kind = type(tokenizer.backend_tokenizer.model).__name__
+    spanned = {entry[i : i + 2] for entry in tokenizer.get_vocab() for i in range(len(entry) - 1)}
+
+    def parts(text: str, one: int, next_: int, end: int, start: int) -> bool:
+        if kind not in ("BPE", "Unigram"):
+            return end < start or text[start].isspace() or text[start - 1].isspace()
+        raw, after = tokenizer.convert_ids_to_tokens([one, next_])
+        if tokenizer.unk_token in (raw, after):  # unknown ones may be told as one
+            return False
+        lone = any(re.fullmatch(r"<0x[0-9A-F]{2}>", r) for r in (raw, after))  # a byte of what the vocabulary has not
+        return lone or raw[-1:] + after[:1] not in spanned
+
+    return parts
 
 
 def pad(rows: list[list[int]], roles: list[list[str]] | None = None) -> TokenBatch:

@@ -378,3 +378,59 @@ def test_padding_is_on_the_right(tiny_lm):
     batch = tiny_lm.tokenize(["a b c", "a"])
     assert batch.mask.tolist() == [[True] * 4, [True] * 2 + [False] * 2]
     assert torch.equal(batch.positions, torch.arange(4).expand(2, 4))
+
+def _made(model, trainer, texts, normalizer=None, before=None):
+    made = Tokenizer(model)
+    if normalizer:
+        made.normalizer = normalizer
+    if before:
+        made.pre_tokenizer = before
+    made.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>")
+
+
+@pytest.fixture(scope="module")
+def kinds(lm):
+    """Tokenizers of four kinds: byte-level BPE; Unigram behind Metaspace; BPE of the whole text at once, with bytes for
+    what it does not know (as Llama's); WordPiece."""
+    texts = [document[:20_000] for document in sl.load_text()[:30]] + ["海は広いな大きいな。月がのぼるし日が沈む。" * 20]
+    fallback = [f"<0x{i:02X}>" for i in range(256)]
+    return {
+        "byte-level BPE": lm.tokenizer,
+        "Unigram": _made(
+            models.Unigram(), trainers.UnigramTrainer(vocab_size=1500, unk_token="<unk>", special_tokens=["<unk>"]),
+            texts, before=pre_tokenizers.Metaspace(),
+        ),
+        "BPE with bytes": _made(
+            models.BPE(unk_token="<unk>", byte_fallback=True),
+            trainers.BpeTrainer(vocab_size=1500, special_tokens=["<unk>", *fallback], max_token_length=12),
+            [word for text in texts for word in text[:5000].split(" ")],
+            normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]),
+        ),
+        "WordPiece": _made(
+            models.WordPiece(unk_token="<unk>"), trainers.WordPieceTrainer(vocab_size=1500, special_tokens=["<unk>"]),
+            texts, normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer(),
+        ),
+    }  # fmt: skip
+
+
+LONG_TEXTS = {
+    "prose": lambda: "\n\n".join(sl.load_text()[:6])[:60_000],
+    "no spaces": lambda: "".join(random.Random(0).choices("海は広いな大きいな月がのぼるし日が沈む。、鯨", k=12_000)),
+    "one letter": lambda: "a word " * 300 + "a" * 7_003 + " and words after it" * 600,
+    "white space": lambda: "words   here\n\n\n" * 900 + " " * 5_001 + "\t\n" * 900 + "and more. " * 900,
+    "numbers": lambda: "x = " + "".join(random.Random(1).choices("0123456789", k=9_001)) + ", then 12345. " * 700,
+    "signs": lambda: "".join(random.Random(2).choices("ab1 .,\n\t'é🙂<>|\u0301", k=20_000)),
+}
+
+
+@pytest.mark.parametrize("name", LONG_TEXTS)
+@pytest.mark.parametrize("kind", ["byte-level BPE", "Unigram", "BPE with bytes", "WordPiece"])
+def test_a_long_text_in_pieces_has_the_ids_of_the_whole(kinds, kind, name, monkeypatch):
+    monkeypatch.setattr(tok, "PIECE", 1500)
+    monkeypatch.setattr(tok, "MARGIN", 200)
+    tokenizer, text = kinds[kind], LONG_TEXTS[name]()
+    pieces = list(tok.encode_parts(tokenizer, (text[i : i + 700] for i in range(0, len(text), 700))))
+    assert sum(pieces, []) == tok.encode_texts(tokenizer, [text])[0]
+    if name == "prose":  # the control: it was cut
+        assert len(pieces) > 20
