@@ -236,8 +236,11 @@ class Edit:
         where = self.positions
         if not isinstance(where, str) and not callable(where):
             return None
-        wanted = where if callable(where) else where.__eq__
-        return torch.tensor([bool(wanted(text)) for text in lm.vocabulary])
+        if callable(where):
+            return torch.tensor([bool(where(text)) for text in lm.vocabulary])
+        wanted = torch.zeros(len(lm.vocabulary), dtype=torch.bool)
+        wanted[lm._reading.get(where, [])] = True
+        return wanted
 
     def measured(self, x: Float[Tensor, "batch pos d_in"]) -> dict[str, Float[Tensor, "batch pos"]]:
         """The codes of its features, by name, in activations at the site it reads; of Splice and Project, none."""

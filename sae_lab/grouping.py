@@ -75,10 +75,12 @@ def _joins(edit: Edit, group: Group) -> bool:
 
 def _same(a: Edit, b: Edit) -> bool:
     """Whether two edits are of one coder, which may have been loaded twice."""
+    if a.coder is b.coder:
+        return True
     facts = [
         (type(e.coder), e.read_site, e.write_site, e.coder.config, e.coder.input_norm, e.coder.mask) for e in (a, b)
     ]
-    return a.coder is b.coder or (facts[0] == facts[1] and a.coder.fingerprint() == b.coder.fingerprint())
+    return facts[0] == facts[1] and a.coder.fingerprint() == b.coder.fingerprint()
 
 
 def _require_one_error(edit: Edit, first: Edit) -> None:

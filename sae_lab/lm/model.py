@@ -21,6 +21,8 @@ from sae_lab.lm.passes import through, token_losses
 from sae_lab.lm.tokens import Prompts, Token
 from sae_lab.types import Edits, Site, TokenBatch, TokenMask, Write, as_sites
 
+LOGITS_BYTES = 1 << 30  # of logits made at a time by lm.logits and lm.loss
+
 
 class Reading(dict[Site, Tensor]):
     """Activations by site, each ``batch pos d`` float32, with the token batch they belong to.
@@ -214,6 +216,14 @@ class LM:
         bytes, like ⟨E2 80⟩."""
         return tokens.vocabulary(self.tokenizer, max(self.vocab_size, len(self.tokenizer)))
 
+    @cached_property
+    def _reading(self) -> dict[str, list[int]]:
+        """The token ids of each text of the vocabulary."""
+        found: dict[str, list[int]] = {}
+        for id, text in enumerate(self.vocabulary):
+            found.setdefault(text, []).append(id)
+        return found
+
     @as_annotated
     def token_strings(self, ids: Sequence[int], prefixed: bool = False) -> list[Token]:
         """Token ids as ``Token`` strings; ``prefixed`` says that the first one is no part of the text."""
@@ -379,9 +389,7 @@ class LM:
     def logits(self, prompts: Prompts, edits: Edits = ()) -> Float[Tensor, "batch pos vocab"]:
         """Next-token logits, float32, right-padded (rows end where ``lm.tokenize(prompts).mask`` does)."""
         batch = self.tokenize(prompts)
-        _, out = self.run(batch, writes=self._writes(edits, batch))
-        assert out is not None
-        return out.float()
+        return self._in_parts(batch, self._writes(edits, batch), True, None).float()
 
     @as_annotated
     def loss(self, prompts: Prompts, edits: Edits = (), per_token: bool = False) -> Tensor:
@@ -391,10 +399,24 @@ class LM:
         """
         batch = self.tokenize(prompts)
         form = Float[Tensor, " ".join(map(str, batch.ids.shape))]
-        _, losses = self.run(batch, writes=self._writes(edits, batch), logits=token_losses, form=form)
+        losses = self._in_parts(batch, self._writes(edits, batch), token_losses, form)
         if not per_token and bool(losses.isnan().all()):
             raise ValueError("a loss needs at least two tokens (one given, one predicted); this text has one")
         return losses if per_token else losses.nanmean()
+
+    def _in_parts(self, batch: TokenBatch, writes: list[Write], logits: Any, form: Any) -> Tensor:
+        """The logits, or what a function makes of them, of so many rows at a time as ``LOGITS_BYTES`` has room for. (On
+        a server a call is one request, and the memory is the server's.)"""
+        rows = max(1, LOGITS_BYTES // (4 * batch.ids.shape[1] * self.vocab_size))
+        if self._server or rows >= len(batch.ids):
+            return self.run(batch, writes=writes, logits=logits, form=form)[1]
+        found: Any = None
+        for at in torch.arange(len(batch.ids)).split(rows):
+            part = TokenBatch(batch.ids[at], batch.mask[at], batch.positions[at], rows=batch.row_numbers[at])
+            out = self.run(part, writes=writes, logits=logits)[1]
+            found = out.new_empty(len(batch.ids), *out.shape[1:]) if found is None else found
+            found[at] = out
+        return found
 
     @as_annotated
     def generate(

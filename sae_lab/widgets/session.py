@@ -2,6 +2,8 @@
 
 import json
 import pathlib
+import threading
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -17,6 +19,7 @@ from .panel import STATIC, Panel, quick
 from .static_html import code, table
 
 VERSION = 1
+TOGETHER = 0.1  # seconds within which changes of a stack go to the screen as one
 
 
 class Selection(traitlets.HasTraits):
@@ -66,11 +69,13 @@ class EditStack(Panel):
     _esm = STATIC / "edits.js"
     _css = STATIC / "edits.css"
 
-    rows = traitlets.List(traitlets.Dict(), help="the edits, as the screen shows them").tag(sync=True)
+    # Of anything: to look at each row again whenever one is added would take seconds for a thousand.
+    rows = traitlets.List(help="the edits, as the screen shows them").tag(sync=True)
 
     def __init__(self, edits: Iterable[Edit] = ()) -> None:
         self._entries: dict[int, tuple[Edit, bool]] = {}
         self._next = 0
+        self._sent, self._waiting = 0.0, False
         super().__init__()
         for edit in edits:
             self.add(edit)
@@ -84,7 +89,7 @@ class EditStack(Panel):
         with self._lock:
             key, self._next = self._next, self._next + 1
             self._entries[key] = (edit, on)
-            self._show()
+            self.rows = [*self.rows, self._row(key)]
         return key
 
     def replace(self, key: int, edit: Edit) -> None:
@@ -115,10 +120,27 @@ class EditStack(Panel):
         return self._entries[key]
 
     def _show(self) -> None:
-        self.rows = [
-            {"key": key, "on": on, "label": repr(edit), "code": expression(edit, name_of(edit.coder, "sae"))}
-            for key, (edit, on) in self._entries.items()
-        ]
+        self.rows = [self._row(key) for key in self._entries]
+
+    def send_state(self, key: Any = None) -> None:
+        """Many edits in a row are shown together: to send all rows for each of a thousand takes seconds."""
+        now = time.monotonic()
+        if key != "rows" or now - self._sent > TOGETHER:
+            self._sent = now
+            super().send_state(key)
+        elif not self._waiting:
+            self._waiting = True
+            timer = threading.Timer(TOGETHER, self._send_rows)
+            timer.daemon = True
+            timer.start()
+
+    def _send_rows(self) -> None:
+        self._waiting = False
+        super().send_state("rows")
+
+    def _row(self, key: int) -> dict[str, Any]:
+        edit, on = self._entries[key]
+        return {"key": key, "on": on, "label": repr(edit), "code": expression(edit, name_of(edit.coder, "sae"))}
 
     # ---- from the screen too
 
