@@ -6,6 +6,7 @@ from typing import Any
 
 import traitlets
 
+from sae_lab.checkpoint import whole_step
 from sae_lab.circuits.attribution import require_sae
 from sae_lab.circuits.patching import KINDS, Cell
 from sae_lab.lm.model import LM
@@ -169,8 +170,8 @@ class PatchingGrid(Panel):
             for other in list(self._jobs.values()):  # patches of prompts that are gone
                 if other is not job:
                     other.cancel()
-            self._on = run
-            with self.hold_sync():
+            with whole_step(), self.hold_sync():  # what is shown is what there is, also after Ctrl-C
+                self._on = run
                 self.error, self.truth, self.features = "", [], {}
                 self.view = run.view(self._coders)
                 if self.cell and not run.has(self.kind, *self.cell):
@@ -193,7 +194,9 @@ class PatchingGrid(Panel):
                 if job is not None:
                     job.check()
         finally:
-            with self._lock:
+            with whole_step(), self._lock:
+                if run is self._on:
+                    self.truth = run.truth()  # also of a pass that Ctrl-C has ended just behind
                 self._waiting.pop(mine, None)
                 self._show_progress()
 
