@@ -242,13 +242,21 @@ def read_torch(file: Path) -> Any:
     """What ``torch.save`` wrote, as long as it is tensors and plain values. FileNotFoundError, and ValueError for all
     else."""
     check_archive(file)
+    if not file.stat().st_size:
+        raise ValueError("it is empty")
     with open(file, "rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        # Torch lets a pickle make one of any size; weights need none.
+        # Torch compares no checksums, and lets a pickle make a bytearray of any size; weights need none.
+        named = data.find(b"bytearray") >= 0
         if zipfile.is_zipfile(file):
-            with zipfile.ZipFile(file) as archive:
-                named = any(b"bytearray" in archive.read(i) for i in archive.infolist() if i.filename.endswith(".pkl"))
-        else:
-            named = data.find(b"bytearray") >= 0
+            try:
+                with zipfile.ZipFile(file) as archive:
+                    damaged = archive.testzip()
+                    pickles = [part for part in archive.infolist() if part.filename.endswith("pkl")]
+                    named = named or any(b"bytearray" in archive.read(part) for part in pickles)
+            except Exception as err:  # hostile bytes can raise anything
+                raise ValueError(f"it is no whole archive ({err})") from err
+            if damaged is not None:
+                raise ValueError(f"its part {damaged!r} is damaged: its content is not what was written")
     if named:
         raise ValueError("it asks for a bytearray, which is no tensor")
     try:

@@ -45,13 +45,15 @@ def read_labels(
     for record in map(_record, files.read_lines(_files(source))):
         if record is None or not _wanted(record, names, {"model": model, "layer": layer}):
             continue
-        complaint = complaint or _complaint(record, d_sae, model_id, site_layer, model, layer)
-        said = found.setdefault(record.feature, {})
-        if complaint or (record.text, record.source) in said:
-            continue
-        said[record.text, record.source] = Said(record.text, record.source)
         if (kept := kept + 1) > MOST_LABELS:
-            raise ValueError(f"{record.where}: more than {MOST_LABELS:,} explanations in all: load them in parts")
+            raise ValueError(
+                f"{record.where}: more than {MOST_LABELS:,} explanations in all (sae_lab.feature_index.neuronpedia."
+                "MOST_LABELS; set it higher if you trust the source)"
+            )
+        complaint = complaint or _complaint(record, d_sae, model_id, site_layer, model, layer)
+        if not complaint:
+            said = found.setdefault(record.feature, {})
+            said.setdefault((record.text, record.source), Said(record.text, record.source))
     if not names["model"]:
         raise ValueError(f"{_shown(source)} holds no explanations: give a .jsonl or .jsonl.gz that Neuronpedia exports")
     for what, wanted in (("model", model), ("layer", layer)):

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from sae_lab import cache
+from sae_lab.files import write_tensors
 from sae_lab.saes.base import SparseCoder
 from sae_lab.saes.exchange import dictionary_learning, gemma_scope, lm_saes, saelens, scopes, sparsify
 from sae_lab.saes.exchange.checkpoint import Checkpoint, fold_gain
@@ -125,8 +126,6 @@ def _checked(format: str, reader: Reader, path: Path, facts: dict[str, Any]) -> 
 
 def save(coder: SparseCoder, path: Path, format: str) -> Path:
     """Write a coder in another library's format. ValueError for what that format cannot hold; f_scale is not kept."""
-    from safetensors.torch import save_file
-
     parts = Parts(coder)
     writer = {"saelens": saelens, "sparsify": sparsify, "dictionary_learning": dictionary_learning}[format].write
     with cache.together(path, valid=WRITES[format]) as folder:
@@ -138,5 +137,5 @@ def save(coder: SparseCoder, path: Path, format: str) -> Path:
             torch.save(tensors, content)
             (folder / WRITES[format]).write_bytes(content.getbuffer())
         else:
-            save_file(tensors, folder / WRITES[format])
+            write_tensors(tensors, folder / WRITES[format])
     return path
