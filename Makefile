@@ -8,7 +8,8 @@ PEER := dictionary-learning==0.1.0
 REMOTE := notebooks/07_remote.ipynb
 # These make the harvest and the index that others open: alone, then the others two at a time.
 FIRST := notebooks/00_quickstart.ipynb notebooks/11_explain.ipynb
-NBVAL := $(BIN)/python -m pytest --nbval --nbval-current-env --nbval-cell-timeout=900 -p no:cacheprovider -o addopts=""
+# Notes that a notebook writes go to a folder of their own, not among the user's.
+NBVAL := SAE_LAB_DATA=$$(mktemp -d) $(BIN)/python -m pytest --nbval --nbval-current-env --nbval-cell-timeout=900 -p no:cacheprovider -o addopts=""
 
 .PHONY: demo lab test lint bench readme zoo report methods models endurance widgets clean
 
