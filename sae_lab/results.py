@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from sae_lab.arguments import as_annotated
+
 # ---- text
 
 # What draws nothing, moves a terminal's cursor or turns the direction of reading, in code points; half a surrogate
@@ -117,6 +119,9 @@ class Shown:
     """Base of what prints as a table. A subclass gives its rows, the first of them the head, and a footer."""
 
     _align, _gap = "<", "  "
+
+    def __init_subclass__(cls) -> None:
+        as_annotated(cls)
 
     def _rows(self) -> list[tuple[str, ...]]:
         raise NotImplementedError

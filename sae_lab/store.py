@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from sae_lab import files
+from sae_lab.arguments import as_annotated
 from sae_lab.types import Batch, Codes, Site, TokenMask
 
 VERSION = 1
@@ -87,6 +88,7 @@ def permute(index: np.ndarray, n: int, key: int) -> np.ndarray:
     return out.astype(np.int64)
 
 
+@as_annotated
 class Store:
     """Activations on disk. ``Store(path)`` opens what ``harvest`` made; ``rows`` limits it to the first so many.
 

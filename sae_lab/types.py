@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from sae_lab.arguments import as_annotated
 from sae_lab.results import visible
 
 # ---------------------------------------------------------------------------------------------- sites
@@ -38,6 +39,7 @@ _BLOCK_PATH = re.compile(
 )
 
 
+@as_annotated
 @dataclass(frozen=True, init=False)
 class Site:
     """A place in a language model where activations are read or written.

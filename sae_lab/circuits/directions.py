@@ -34,6 +34,7 @@ class AreaDifference(NamedTuple):
         return f"{self.value:+.3f} nats (95 %: {self.low:+.3f} to {self.high:+.3f}; {self.prompts} prompts)"
 
 
+@as_annotated
 @dataclass(frozen=True, repr=False)
 class DirectionCurves:
     """Result of ``circuits.patched_directions``.

@@ -53,6 +53,7 @@ class WayOut:
         return found if self.bias is None else found + self.bias
 
 
+@as_annotated
 class PromptReading:
     """A prompt read once, see ``circuits.read_prompt``.
 

@@ -33,6 +33,7 @@ _TOKENS = 1024  # read at once: more is no faster
 _HALF = 6e4  # the largest number that half precision has room for
 
 
+@as_annotated
 @dataclass(frozen=True, repr=False)
 class ProbeSet:
     """Texts with a yes or no each. ``labels``: True at ``positive``; of several classes the commonest, against all

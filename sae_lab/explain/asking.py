@@ -29,6 +29,7 @@ class Answer(Generic[T]):
     failure: str = ""
 
 
+@as_annotated
 @dataclass
 class Asker:
     """Asks ``fn`` with a deadline in seconds, again after a failure (``retries`` times), and counts what failed.

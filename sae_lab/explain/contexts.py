@@ -6,6 +6,7 @@ from functools import cached_property
 
 import numpy as np
 
+from sae_lab.arguments import as_annotated
 from sae_lab.feature_index import FeatureIndex
 from sae_lab.types import check_feature
 
@@ -65,6 +66,7 @@ class Passages:
         return [*self.firing, *self.silent]
 
 
+@as_annotated
 class Corpus:
     """An index's store in two parts by document: "explain", three documents of four, to make explanations from, and
     "judge" to judge them on.

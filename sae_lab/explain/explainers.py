@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from sae_lab.arguments import as_annotated
 from sae_lab.explain.contexts import Passage, Passages
 
 Explainer = Callable[[str], str]
@@ -34,6 +35,7 @@ class Condition(NamedTuple):
     strength: float
 
 
+@as_annotated
 @dataclass(frozen=True)
 class Rule:
     """What a feature fires on, as conditions on a token and those before it. ``Rule.read(rule.text)`` is the rule."""
@@ -95,6 +97,7 @@ def facts(tokens: Sequence[str], at: int) -> set[tuple[str, tuple[str, ...]]]:
     return found | {("near", (t,)) for t in tokens[max(0, at - NEAR) : at]}
 
 
+@as_annotated
 @dataclass(frozen=True)
 class RuleExplainer:
     """An explainer that counts: it looks for conditions on a token and those before it (``PHRASES``).

@@ -23,6 +23,7 @@ AT_ONCE = {"detection": 10, "fuzzing": 10, "simulation": 5}  # passages in a que
 SCALE = 10  # a judge's strongest activation
 
 
+@as_annotated
 @dataclass(frozen=True)
 class Explanation:
     """What somebody says a feature fires on. source: who says so."""

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from sae_lab import files, noting
+from sae_lab.arguments import as_annotated
 from sae_lab.feature_index import live, query
 from sae_lab.feature_index.labels import Labels
 from sae_lab.feature_index.notes import Note, Notes
@@ -117,6 +118,7 @@ def read_tables(folder: Path, d_sae: int) -> dict[str, files.Table]:
     return tables
 
 
+@as_annotated
 class FeatureIndex:
     """All features of a coder over a store. Made and opened by ``sl.index_features``.
 

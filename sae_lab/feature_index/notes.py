@@ -43,6 +43,7 @@ def notes(coder: SparseCoder) -> "Notes":
     return Notes(noting.of(coder), coder.d_sae, model if isinstance(model, str) and model != "unknown" else "", layer)
 
 
+@as_annotated
 class Notes:
     """Notes on features: ``notes[7].label``, ``notes.write(7, "months")``, ``for feature in notes``.
 

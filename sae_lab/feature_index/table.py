@@ -14,6 +14,7 @@ from sae_lab.results import Html, html_table, tag
 from sae_lab.saes.base import SparseCoder
 
 
+@as_annotated
 @dataclass(frozen=True)
 class FeatureTable:
     """Active features, one entry each, strongest first within a token.

@@ -231,6 +231,7 @@ class LM:
 
     # ---- running
 
+    @as_annotated
     def run(
         self,
         batch: TokenBatch,
@@ -344,6 +345,7 @@ class LM:
                         "not what its name says: name a module's path"
                     )
 
+    @as_annotated
     def gradient(
         self, batch: TokenBatch, site: Site, metric: Callable[..., Tensor], x: Float[Tensor, "batch pos d"]
     ) -> Float[Tensor, "batch pos d"]:
@@ -498,6 +500,7 @@ class LM:
                 return together(edits, self, batch, new)
             return [w for edit in edits for w in edit.writes(self, batch, new)]
 
+    @as_annotated
     def submit(self, method: str, *args: Any, job: str | None = None, **kwargs: Any) -> Any:
         """Start a call on the server and go on: ``job = lm.submit("logits", prompts)``, then ``job.status`` and
         ``job.result()``.
@@ -529,6 +532,7 @@ class LM:
         table = self._module.get_input_embeddings().weight.float()
         return (table[ids.to(table.device)] - table.mean(0)).cpu()
 
+    @as_annotated
     def lens(
         self, directions: Float[Tensor, "n d"], at: Site | str, of: Callable[[Tensor], Any] | None = None
     ) -> Any:

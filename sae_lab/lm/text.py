@@ -103,6 +103,7 @@ def _parts(document: "str | File") -> Iterator[str]:
     return (document[start : start + PART] for start in range(0, len(document), PART))
 
 
+@as_annotated
 class Text:
     """Documents (str), iterable and sliceable, with a held-out part. Made by ``load_text``.
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from sae_lab.arguments import as_annotated
 from sae_lab.circuits import Attribution, FeatureCircuit, PatchGrid
 from sae_lab.dosing import DoseResponse
 from sae_lab.evals.by_position import ByPosition, Hill
@@ -23,6 +24,7 @@ Result = (
 )  # fmt: skip
 
 
+@as_annotated
 def plot(result: Result) -> "Figure":
     """Draw a result: a ``Run`` (its training curves), a ``FeatureIndex`` (how often features fire), a ``FeatureView``
     (its activations), a ``Sweep`` (its Pareto fronts), a ``DoseResponse`` (what steering buys and costs), a

@@ -4,7 +4,7 @@ import contextlib
 import operator
 import pathlib
 from collections.abc import Iterable, Mapping
-from typing import Any, Protocol, SupportsIndex, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import traitlets
@@ -114,7 +114,7 @@ class FeatureInspector(Panel):
     overview = traitlets.Dict(help="histogram of log10 density over live features").tag(sync=True)
     live = traitlets.Bool(help="whether model and coder are at hand, to try a text and to edit").tag(sync=True)
 
-    def __init__(self, index: Index, feature: SupportsIndex | None = None, *, session: Session | None = None) -> None:
+    def __init__(self, index: Index, feature: int | None = None, *, session: Session | None = None) -> None:
         self._index = index  # before any trait: the validation of `feature` reads it
         self._heard: list[Any] = getattr(index.notes, "listeners", [])
         self.session = session or Session()

@@ -12,6 +12,7 @@ import torch
 import traitlets
 
 from sae_lab import cache
+from sae_lab.arguments import as_annotated
 from sae_lab.results import Html
 
 from .standalone import page
@@ -71,6 +72,10 @@ class Panel(anywidget.AnyWidget):
 
     error = traitlets.Unicode("", help="why the last action failed").tag(sync=True)
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        as_annotated(cls)
+
     def __init__(self, **state: Any) -> None:
         self._jobs: dict[int, Job] = {}
         # A click may be handled on another thread than the running cell.
@@ -98,6 +103,7 @@ class Panel(anywidget.AnyWidget):
         """What is on show, as plain HTML: it stays when the kernel is gone."""
         return Snapshot(self._html(), repr(self))
 
+    @as_annotated
     def to_html(self, path: str | pathlib.Path) -> pathlib.Path:
         """What is on show as one file that needs no kernel and no network: hovering and sorting work in it, what would
         ask the model is left out. Returns the path."""

@@ -10,6 +10,7 @@ from typing import Any
 import traitlets
 
 from sae_lab import cache
+from sae_lab.arguments import as_annotated
 from sae_lab.edit import Edit
 from sae_lab.results import Html, tag
 from sae_lab.saes.base import SparseCoder
@@ -183,6 +184,7 @@ def _names(coders: Mapping[int, SparseCoder]) -> dict[int, str]:
     return found
 
 
+@as_annotated
 class Session:
     """What the widgets of a notebook share.
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from sae_lab.arguments import as_annotated
 from sae_lab.results import Html, html_table, joined, tag, visible
 
 # A saved notebook carries this beside every displayed panel: show enough to read, not everything.
@@ -12,6 +13,7 @@ TOKENS_EACH_SIDE = 20
 LENS_TOKENS = 8
 
 
+@as_annotated
 class Snapshot:
     """What a widget showed: text and HTML, no JavaScript, no link to a kernel."""
 

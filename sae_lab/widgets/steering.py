@@ -6,7 +6,7 @@ import pathlib
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from typing import Any, SupportsIndex
+from typing import Any
 
 import torch
 import traitlets
@@ -30,7 +30,7 @@ SEEDS = 2  # random directions beside it
 BASELINES = 16  # texts kept
 LONGEST = 1024  # tokens that are compared: logits of all of them are held at once
 
-Strengths = SupportsIndex | Iterable[SupportsIndex] | Mapping[SupportsIndex, float] | None
+Strengths = int | Iterable[int] | Mapping[int, float] | None
 
 
 class SettingError(traitlets.TraitError, ValueError):
@@ -173,13 +173,13 @@ class SteeringSliders(Panel):
         rows = (slider_row(*entry) for entry in self._entries())
         return next((row["key"] for row in rows if row["features"] == [feature] and not row["more"]), None)
 
-    def _steer(self, feature: SupportsIndex, strength: float) -> Steer:
+    def _steer(self, feature: int, strength: float) -> Steer:
         """A slider's edit, refused here where the model would refuse it."""
         edit = Steer(self._coder, self._coder.feature(feature), strength=float(strength))
         edit.writes(self._lm, self._lm.tokenize([[0]]))
         return edit
 
-    def add(self, feature: SupportsIndex, strength: float = 1.0) -> int:
+    def add(self, feature: int, strength: float = 1.0) -> int:
         """A slider for a feature; the one that is there takes the strength. Returns its key in ``session.edits``."""
         edit = self._steer(feature, strength)
         if (key := self._find(edit.features[0])) is None:

@@ -26,6 +26,7 @@ _CHUNK = 16_384  # games played at once
 Bits = UInt64[np.ndarray, "*n"]
 
 
+@as_annotated
 @dataclass(frozen=True, repr=False)
 class Games:
     """Games of Othello. Entry [g, t] tells of game g just after its move number t, and stands for nothing behind the
@@ -87,6 +88,7 @@ class Games:
         return " ".join(square_name(int(s), self.size) for s in self.moves[game, : self.lengths[game]])
 
 
+@as_annotated
 def square_name(square: int, size: int) -> str:
     """A square as players write it: column letter and row number, ``a1`` the top left."""
     return f"{chr(ord('a') + square % size)}{square // size + 1}"
