@@ -65,7 +65,8 @@ def as_annotated(fn: F) -> F:
         for name, value in bound.arguments.items():
             hint = hints.get(name, Any)
             made = [fit(v, hint) for v in value] if name in several else [fit(value, hint)]
-            if any(m is _NO for m in made):
+            negative = name == "seed" and type(made[0]) is int and made[0] < 0
+            if negative or any(m is _NO for m in made):
                 raise ValueError(_refusal(fn, signature, hints, bound.arguments, name)) from None
             bound.arguments[name] = tuple(made) if name in several else made[0]
         return fn(*bound.args, **bound.kwargs)
@@ -173,6 +174,8 @@ def _as_it_is(value: Any, kind: Any) -> Any:
         items = get_args(kind)
         found = _each(value, items[:1]) if items[1:] == (...,) and isinstance(value, tuple | list) else value
         return found if isinstance(found, tuple | list) else _NO
+    if origin in (dict, Mapping) and get_args(kind)[1] in (int, float, str) and isinstance(value, Mapping):
+        return value if all(fit(v, get_args(kind)[1]) is not _NO for v in value.values()) else _NO
     if kind is Tensor or hasattr(kind, "array_type"):
         return _array(value, kind) if isinstance(value, getattr(kind, "array_type", Tensor)) else _NO
     kind = origin or kind
@@ -193,14 +196,19 @@ def _each(values: Any, item: tuple[Any, ...]) -> Any:
 
 def _array(value: Any, kind: Any) -> Any:
     """A tensor or array whose numbers and axes are the annotation's (jaxtyping's, or any)."""
-    named, axes = getattr(kind, "dtypes", ()), getattr(kind, "dim_str", "...").split()
-    if isinstance(named, tuple) and named and str(value.dtype).removeprefix("torch.") not in named:
+    named, axes = _dtypes(kind), getattr(kind, "dim_str", "...").split()
+    if named and str(value.dtype).removeprefix("torch.") not in named:
         return _NO
     if value.ndim != len(axes) and not any(a[0] in "*." for a in axes):
         return _NO
     if not isinstance(value, Tensor):
         return value
     return _NO if value.is_complex() or ("float32" in named and not is_finite(value)) else value
+
+
+def _dtypes(kind: Any) -> tuple[str, ...]:
+    """The names of jaxtyping's dtypes; () for any."""
+    return named if isinstance(named := getattr(kind, "dtypes", ()), tuple) else ()
 
 
 def is_finite(x: Tensor) -> bool:
@@ -232,7 +240,7 @@ def _as_array(value: Any, kind: Any) -> Any:
         return _NO
     if array.dtype.kind not in "biuf" or not array.size:
         return _NO
-    if isinstance(value, list | tuple) and (array.dtype == np.float64 or "float32" in getattr(kind, "dtypes", ())):
+    if isinstance(value, list | tuple) and (array.dtype == np.float64 or "float32" in _dtypes(kind)):
         array = _NO if array.dtype == bool else array.astype(np.float32)
     if array is _NO or getattr(kind, "array_type", kind) is np.ndarray:
         return array if array is _NO or kind is np.ndarray else _array(array, kind)
@@ -266,6 +274,8 @@ def _takes(fn: Any, signature: inspect.Signature) -> str:
 def _refusal(fn: Any, signature: inspect.Signature, hints: dict[str, Any], given: Mapping[str, Any], name: str) -> str:
     value, wrong = given[name], [o for o in given if o != name and fit(given[o], hints.get(o, Any)) is _NO]
     fits = [o for o in wrong if fit(value, hints[o]) is not _NO and fit(given[o], hints[name]) is not _NO]
+    if name == "seed" and fit(value, hints[name]) is not _NO:
+        return f"{_takes(fn, signature)}: seed must be at least 0, got {value}"
     remedy = f"{name} and {fits[0]} are swapped" if fits else _remedy(value, hints[name])
     said = f"{_takes(fn, signature)}: {name} must be {words(hints[name])}, got {_got(value, hints[name])}"
     return f"{said}: {remedy}" if remedy else said
@@ -278,7 +288,7 @@ def _remedy(value: Any, hint: Any) -> str:
         return f"write {value}, without quotes"
     if isinstance(value, Mapping) and (made := [k for k in kinds if isinstance(k, type) and is_dataclass(k)]):
         return f"write sl.{made[0].__name__}(**it)"
-    floats = any("float32" in str(getattr(kind, "dtypes", "")) for kind in kinds)
+    floats = any("float32" in _dtypes(kind) for kind in kinds)
     if floats and isinstance(value, Tensor) and not value.is_floating_point():
         return "these look like token ids; x.float() makes them floats"
     return getattr(type(value), "INSTEAD", "")

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from sae_lab.arguments import as_annotated
@@ -178,6 +178,7 @@ class TokenBatch:
         return torch.tensor([[r == role for r in row] + [False] * (width - len(row)) for row in self.roles])
 
 
+@as_annotated
 @dataclass(frozen=True)
 class TokenMask:
     """Which tokens count: one rule for harvest, training, evals, index and edits.
@@ -240,13 +241,14 @@ class TokenMask:
 # ---------------------------------------------------------------------------------------------- coders' data
 
 
+@as_annotated
 @dataclass
 class Batch:
     """What a training step sees. ``target is x`` for an SAE, another tensor for a transcoder; a crosscoder's have an
     axis of layers after the batch."""
 
-    x: Float[Tensor, "batch *d_in"]
-    target: Float[Tensor, "batch *d_out"]
+    x: Shaped[Tensor, "batch *d_in"]  # floats: what reads all of them has its own look at each batch
+    target: Shaped[Tensor, "batch *d_out"]
     tokens: Int[Tensor, " batch"] | None = None
     positions: Int[Tensor, " batch"] | None = None
 

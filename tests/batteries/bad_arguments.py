@@ -26,7 +26,8 @@ TITLE = "Bad arguments"
 SECONDS = 5  # for a call that takes milliseconds, where it refuses
 LONGEST = 300  # characters of a refusal
 # What the library makes, and no caller.
-MADE_HERE = {"Run", "Sweep", "FeatureIndex", "SparseCoder", "Games", "World", "Control", "Figure", "Report"}
+MADE_HERE = {"Run", "Sweep", "FeatureIndex", "SparseCoder", "Games", "World", "Control", "Figure", "Report", "Notes",
+             "Snapshot"}  # fmt: skip
 # Methods that training, panels and traces call, no caller.
 INSIDE = re.compile(
     r"SparseCoder\.(act|auxk|begin|loss|terms|reach|reusing|training_threshold|check_sparsity|get_parameter_or_buffer|"
@@ -72,13 +73,16 @@ def public() -> Iterator[tuple[str, Callable[..., Any], type | None]]:
 
 
 def _of_class(cls: type, at_the_top: bool) -> Iterator[tuple[str, Callable[..., Any], type | None]]:
+    from sae_lab.saes import SparseCoder
+
+    family = issubclass(cls, SparseCoder) and cls is not SparseCoder  # what a family adds serves training
     result = dataclasses.is_dataclass(cls) and not at_the_top  # the library makes results
     if cls.__name__ not in MADE_HERE and not result and not issubclass(cls, tuple) and "__init__" in vars(cls):
         yield cls.__name__, cls, None
     for name, member in vars(cls).items():
         method = getattr(member, "__func__", member)
         known = f"{cls.__name__}.{name}"
-        mine = (name[0] != "_" or name == "__getitem__") and inspect.isfunction(method)
+        mine = not family and (name[0] != "_" or name == "__getitem__") and inspect.isfunction(method)
         beside = getattr(method, "_from_screen", None) == "beside"  # gets a job, from the screen
         if mine and not beside and not INSIDE.fullmatch(known) and _is_first(cls, name):
             yield known, getattr(cls, name), cls
@@ -103,7 +107,7 @@ class Things:
         self.tokenizer = tiny_models.tokenizer()
         self.module = tiny_models.build("llama")
         self.lm = sl.LM(self.module, tokenizer=self.tokenizer, device="cpu")
-        self.text = sl.load_text(["The quick brown fox jumps over the lazy dog. " * 3, "Pack my box with jugs. " * 5] * 8)
+        self.text = sl.load_text(["The quick brown fox jumps over the lazy dog. " * 3, "Pack my box. " * 5] * 8)
         self.site = sl.Site("resid_post", 1)
         self.store = sl.harvest(self.lm, self.site, self.text, tokens=600, path=folder / "store", context=64)
         self.config = sl.TrainConfig(steps=5, batch_size=64)
@@ -117,25 +121,34 @@ class Things:
         self.stack = self.session.edits
         self.world = sl.worlds.planted(16, 8, 2.0, samples=500)
         self.games = sl.worlds.othello(games=5)
+        self.batch = self.lm.tokenize("a fox")
+        self.found = sl.evals.reconstruction(self.coder, self.lm, self.text, tokens=100, context=32)
+        self.explanation = sl.explain.Explanation("foxes")
+        self.corpus = sl.explain.Corpus(self.index)
+        self.passages = self.corpus.passages(self.edit.feature, "explain", 2, 2)
         self.sweep = sl.sweep([sl.TopK(48, 64, k=4)], self.store, self.config)
         self.folder = folder / "new"
         self.own = {type(t).__name__: t for t in vars(self).values()}
         self.by_name = {
             "model": self.module, "coder": self.coder, "sae": self.coder, "small": self.coder, "large": self.coder,
-            "a": self.coder, "b": self.coder, "data": self.store, "d_in": 8, "d_sae": 16, "layers": 2, "k": 2,
+            "a": self.coder, "b": self.coder, "data": self.store, "d_in": 8, "d_sae": 64, "layers": 2, "k": 2,
             "vocab": 16, "kind": "resid_post", "site": self.site, "sites": self.site, "path": self.folder,
             "text": self.text, "texts": ["a fox", "a dog"], "against": ["a cat", "a cow"], "prompt": "a fox",
             "prompts": ["a fox"], "source": "a dog", "answers": [" a", " b"], "x": self.x, "f": torch.zeros(2, 64),
             "codes": torch.zeros(8, 64), "scale": 2.0, "blocks": [self.x], "grid": [self.coder], "what": len,
             "directions": torch.randn(2, 48), "ids": [5, 6], "features": [1, 2], "feature": 1, "index": self.index,
             "metric": lambda x, tokens: x.sum(), "line": "fox", "html": "<p>", "name": "a", "points": np.zeros((64, 2)),
-            "results": [(1.0, 2.0), (2.0, 1.0)], "words": ["a", "b"],
+            "results": [(1.0, 2.0), (2.0, 1.0)], "words": ["a", "b"], "part": "explain",
+            "tokenizer": self.tokenizer, "labels": [0, 1], "position": 1, "rows": slice(0, 2), "edit": self.edit,
+            "activations": self.x.abs(), "other": "plain",
         }  # fmt: skip
 
     def right(self, p: inspect.Parameter) -> Any:
         """An argument of the right kind; ``Things`` itself where none is known."""
-        if p.name in self.by_name and accepts(p.annotation) & {kind_of(self.by_name[p.name]), "anything"}:
-            return self.by_name[p.name]
+        own = self.by_name.get(p.name, Things)
+        protocols = [q for q in parts(p.annotation) if getattr(q, "_is_protocol", False)]
+        if accepts(p.annotation) & {kind_of(own), "anything"} or isinstance(own, tuple(protocols)):
+            return own
         for part in parts(p.annotation):
             named = part if isinstance(part, str) else getattr(get_origin(part) or part, "__name__", "")
             if named in self.own:
@@ -219,8 +232,8 @@ def kind_of(value: Any) -> str:
     return "function" if inspect.isroutine(value) else type(value).__name__
 
 
-def wrong(p: inspect.Parameter, things: Things) -> Iterator[tuple[str, Any]]:
-    """(what it is, the value) of values that this argument cannot be."""
+def wrong(p: inspect.Parameter, things: Things, ranges: bool) -> Iterator[tuple[str, Any]]:
+    """(what it is, the value) of values that this argument cannot be. ranges: also those of the right kind."""
     known = accepts(p.annotation)
     if "anything" in known:
         return
@@ -236,7 +249,7 @@ def wrong(p: inspect.Parameter, things: Things) -> Iterator[tuple[str, Any]]:
             yield name, value
     if "number" in known:
         yield "nan", nan
-        if "fraction" not in known:
+        if "fraction" not in known and ranges:
             yield "-10**9", -(10**9)
     floats = [q for q in parts(p.annotation) if "float32" in str(getattr(q, "dtypes", ""))]
     if floats:
@@ -258,21 +271,21 @@ def tries(things: Things) -> tuple[dict[str, list[Try]], list[str]]:
         params = [p for p in signature.parameters.values() if p.name not in ("self", "cls")]
         params = [p for p in params if p.kind is not p.VAR_KEYWORD]
         bound = inspect.ismethod(fn)
-        own: list[Any] = []
+        own: list[Any] = []  # self; None is enough for what is refused before it is used
         if cls is not None and "self" in signature.parameters and not bound:
             own = [next((t for t in things.own.values() if isinstance(t, cls)), None)]
         needed = {p.name: things.right(p) for p in params if p.default is p.empty and p.kind is not p.VAR_POSITIONAL}
         missing += [f"{name}: nothing is known to give for {n}" for n, value in needed.items() if value is Things]
         mine = found.setdefault(name, [])
         for i, p in enumerate(params):
-            values = list(wrong(p, things))
+            values = list(wrong(p, things, own != [None]))
             if p.default is p.empty and i + 1 < len(params) and params[i + 1].name in needed and p.name in needed:
                 other = needed[params[i + 1].name]
                 if not accepts(p.annotation) & {kind_of(other), "anything"}:
                     values.append((f"what is {params[i + 1].name}", other))
             for what, value in values:
                 if p.kind is p.VAR_POSITIONAL:
-                    call = lambda fn=fn, own=own, value=value, needed=needed: fn(*own, value, **needed)  # noqa: E731
+                    call = lambda fn=fn, own=own, value=value, needed=needed: fn(*own, *needed.values(), value)  # noqa: E731
                 else:
                     given = {**needed, p.name: value}
                     by_place = [q.name for q in params if q.kind is q.POSITIONAL_ONLY and q.name in given]
@@ -312,7 +325,7 @@ def outcome(one: Try) -> tuple[str, str]:
         ours = tb is not None and tb.tb_frame.f_code.co_filename.startswith(str(Path(sae_lab.__file__).parent))
         text = str(err)
         clear = isinstance(err, ValueError | TypeError) and ours and len(text) <= LONGEST and "\n" not in text
-        clear = clear and re.search(rf"\b{re.escape(one.argument)}\b", text) is not None
+        clear = clear and re.search(rf"\b{one.argument.removesuffix('s')}s?\b", text) is not None
         return ("clear" if clear else "unclear"), f"{type(err).__name__}: {text}"
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
