@@ -14,14 +14,13 @@ What an argument may be beyond its kind (``k`` at most ``d_sae``) is for the fun
 
 import difflib
 import inspect
-import operator
 import re
 import types
 import typing
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import is_dataclass
 from functools import lru_cache, wraps
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import numpy as np
 import torch
@@ -29,6 +28,7 @@ from torch import Tensor
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+Count = Annotated[int, "at least 0"]
 REPAIR = 'text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")'
 _NO = object()  # "this value is not of that kind"
 _MANY = (list, tuple, Sequence, Iterable)
@@ -50,14 +50,19 @@ def as_annotated(fn: F) -> F:
         return typing.cast(F, fn)
     signature = inspect.signature(fn)
     signature = signature.replace(parameters=[q for p in signature.parameters.values() for q in _spelt_out(p)])
-    hints = {p.name: p.annotation for p in signature.parameters.values()
-             if p.annotation is not p.empty and p.kind is not p.VAR_KEYWORD}  # fmt: skip
+    named = [p for p in signature.parameters.values() if p.annotation is not p.empty and p.kind is not p.VAR_KEYWORD]
+    counts = {int: Count, int | None: Count | None}  # a seed is one everywhere
+    hints = {p.name: counts.get(p.annotation, p.annotation) if p.name == "seed" else p.annotation for p in named}
+    more = next((p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD), "")
     several = {p.name for p in signature.parameters.values() if p.kind is p.VAR_POSITIONAL}
 
     @wraps(fn)
     def call(*args: Any, **kwargs: Any) -> Any:
         try:
             bound = signature.bind(*args, **kwargs)
+            for other in bound.arguments.get(more, ()):
+                if near(other, hints, 0.8):
+                    raise TypeError(f"got an unexpected keyword argument '{other}'")
         except TypeError as err:  # names what is missing or unknown
             unknown = re.search("unexpected keyword argument '(.*)'", str(err))
             meant = near(unknown[1], signature.parameters) if unknown else ""
@@ -65,8 +70,7 @@ def as_annotated(fn: F) -> F:
         for name, value in bound.arguments.items():
             hint = hints.get(name, Any)
             made = [fit(v, hint) for v in value] if name in several else [fit(value, hint)]
-            negative = name == "seed" and type(made[0]) is int and made[0] < 0
-            if negative or any(m is _NO for m in made):
+            if any(m is _NO for m in made):
                 raise ValueError(_refusal(fn, signature, hints, bound.arguments, name)) from None
             bound.arguments[name] = tuple(made) if name in several else made[0]
         return fn(*bound.args, **bound.kwargs)
@@ -84,9 +88,9 @@ def _spelt_out(p: inspect.Parameter) -> list[inspect.Parameter]:
     return [inspect.Parameter(n, p.KEYWORD_ONLY, default=None, annotation=hint) for n, hint in named.items()]
 
 
-def near(name: str, known: Iterable[str]) -> str:
+def near(name: str, known: Iterable[str], alike: float = 0.6) -> str:
     """What may be meant by a name that is none, for the end of a message."""
-    found = difflib.get_close_matches(name, list(known), n=3, cutoff=0.6)
+    found = difflib.get_close_matches(name, list(known), n=3, cutoff=alike)
     return f"; did you mean {' or '.join(found)}?" if found else ""
 
 
@@ -161,6 +165,8 @@ def _as_it_is(value: Any, kind: Any) -> Any:
     if kind is int or kind is float:
         number = type(value) is int or (kind is float and type(value) is float)
         return value if number and value == value else _NO  # NaN is not itself
+    if kind is Count:
+        return value if type(value) is int and value >= 0 else _NO
     if isinstance(kind, str):
         return value if "[" in kind or any(kind == c.__name__ for c in type(value).__mro__) else _NO
     if origin is Literal:
@@ -217,7 +223,7 @@ def is_finite(x: Tensor) -> bool:
 
 
 def _read_as(value: Any, kind: Any, kinds: tuple[Any, ...], lone: bool) -> Any:
-    if (kind is int or kind is float) and _is_scalar(value):
+    if kind in (int, float, Count) and _is_scalar(value):
         return _number(value, kind)
     if kind is Tensor or kind is np.ndarray or hasattr(kind, "array_type"):
         return _as_array(value, kind)
@@ -258,7 +264,8 @@ def _number(value: Any, kind: type) -> Any:
         return _NO
     if kind is float:
         return plain
-    return operator.index(int(plain)) if not isinstance(plain, float) or plain.is_integer() else _NO
+    whole = not isinstance(plain, float) or plain.is_integer()
+    return int(plain) if whole and (kind is int or plain >= 0) else _NO
 
 
 # ---- in words
@@ -274,8 +281,6 @@ def _takes(fn: Any, signature: inspect.Signature) -> str:
 def _refusal(fn: Any, signature: inspect.Signature, hints: dict[str, Any], given: Mapping[str, Any], name: str) -> str:
     value, wrong = given[name], [o for o in given if o != name and fit(given[o], hints.get(o, Any)) is _NO]
     fits = [o for o in wrong if fit(value, hints[o]) is not _NO and fit(given[o], hints[name]) is not _NO]
-    if name == "seed" and fit(value, hints[name]) is not _NO:
-        return f"{_takes(fn, signature)}: seed must be at least 0, got {value}"
     remedy = f"{name} and {fits[0]} are swapped" if fits else _remedy(value, hints[name])
     said = f"{_takes(fn, signature)}: {name} must be {words(hints[name])}, got {_got(value, hints[name])}"
     return f"{said}: {remedy}" if remedy else said
@@ -298,8 +303,8 @@ def _words(kind: Any) -> str:
     origin, item = get_origin(kind), get_args(kind)
     if kind is None or kind is type(None):
         return "None"
-    if isinstance(kind, str):
-        return _article(kind)
+    if isinstance(kind, str) or kind is Count:
+        return "a whole number of at least 0" if kind is Count else _article(kind)
     if kind in (int, float, bool):
         return {int: "a whole number", float: "a number", bool: "True or False"}[kind]
     if origin is Literal:

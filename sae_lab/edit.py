@@ -488,6 +488,11 @@ class Project(Edit):
     ERRORS = ("keep",)  # no codes are made, so no error is
     ON_CODES = False
 
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.features:
+            raise ValueError("an edit needs at least one feature")
+
     @property
     def features(self) -> list[int]:
         return _features(self.coder, self.feature)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from sae_lab import files
-from sae_lab.arguments import as_annotated
+from sae_lab.arguments import Count, as_annotated
 from sae_lab.types import Batch, Codes, Site, TokenMask
 
 VERSION = 1
@@ -209,7 +209,7 @@ class Store:
         file = self.path / self.manifest["shards"][shard]["file"]
         raise ValueError(f"{file} is no shard of this store (it has no {key!r}): {_REMEDY}")
 
-    def codes(self, first: int, last: int, d_sae: int) -> Codes:
+    def codes(self, first: Count, last: Count, d_sae: Count) -> Codes:
         """Codes of rows first to last - 1, of a store of codes."""
         parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
         for shard in range(*(np.searchsorted(self._starts, [first, last - 1], side="right") - [1, 0])):
@@ -256,7 +256,7 @@ class Store:
             return torch.from_numpy(out)
         return torch.from_numpy(out).long()
 
-    def batch(self, step: int, batch_size: int, seed: int = 0) -> Batch:
+    def batch(self, step: Count, batch_size: Count, seed: int = 0) -> Batch:
         """Batch number ``step`` of an endless shuffled stream: every pass sees each training row once, in an order of
         its own (about one row in five is reserved, see ``split_runs``).
 
@@ -286,18 +286,18 @@ class Store:
         """How many rows training sees in a pass; the others are reserved for fitting thresholds."""
         return len(self._split[0])
 
-    def reserved(self, most: int) -> Tensor | None:
+    def reserved(self, most: Count) -> Tensor | None:
         """Activations that no batch holds, at most so many; None where the store is too small to reserve any."""
         rows = self._split[1]
         return self._acts(rows[np.arange(min(most, len(rows)))], self.reads or (self.site,)) if len(rows) else None
 
-    def unseen(self, most: int) -> Batch:
+    def unseen(self, most: Count) -> Batch:
         """At most so many rows that no batch holds; of a store too small to reserve any, its last ones."""
         reserved = self._split[1]
         last = np.arange(max(0, len(self) - most), len(self))
         return self._batch(reserved[np.arange(min(most, len(reserved)))] if len(reserved) else last)
 
-    def blocks(self, size: int = 8192) -> Iterator[tuple[np.ndarray, Tensor]]:
+    def blocks(self, size: Count = 8192) -> Iterator[tuple[np.ndarray, Tensor]]:
         """(rows, activations) in the order of the text, each row once."""
         for start in range(0, len(self), size):
             rows = np.arange(start, min(start + size, len(self)))
@@ -314,13 +314,13 @@ class Store:
         shards = np.searchsorted(self._starts, rows, side="right") - 1
         return self.rows(rows, "context").numpy() + self._context_starts[shards]
 
-    def context_ids(self, context: int) -> np.ndarray:
+    def context_ids(self, context: Count) -> np.ndarray:
         """A context's token ids, prefix included."""
         shard = int(np.searchsorted(self._context_starts, context, side="right") - 1)
         local = context - self._context_starts[shard]
         return self._tensor(shard, "ids")[local, : self._tensor(shard, "lengths")[local]]
 
-    def context_rows(self, context: int) -> tuple[np.ndarray, np.ndarray]:
+    def context_rows(self, context: Count) -> tuple[np.ndarray, np.ndarray]:
         """(rows, positions) of a context's kept tokens."""
         shard = int(np.searchsorted(self._context_starts, context, side="right") - 1)
         local = context - self._context_starts[shard]

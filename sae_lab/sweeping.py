@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sae_lab import cache
-from sae_lab.arguments import as_annotated
+from sae_lab.arguments import Count, as_annotated
 from sae_lab.distributed import ranks_started
 from sae_lab.evals.reconstruction import reconstruction
 from sae_lab.lm.model import LM
@@ -80,8 +80,8 @@ def sweep(
     data: Store | Tensor | Batch | World,
     config: TrainConfig,
     *,
-    d_sae: int | None = None,
-    seeds: Iterable[int] = (0,),
+    d_sae: Count | None = None,
+    seeds: Iterable[Count] = (0,),
     lm: LM | None = None,
     text: Documents | None = None,
     path: str | Path | None = None,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sae_lab import cache, checkpoint
-from sae_lab.arguments import as_annotated
+from sae_lab.arguments import Count, as_annotated
 from sae_lab.checkpoint import CHECKPOINT as CHECKPOINT
 from sae_lab.control import Change, Control, check_lr
 from sae_lab.distributed import ALONE, Ranks, joined
@@ -80,11 +80,11 @@ class TrainConfig:
     def total_steps(self) -> int:
         return self.steps if self.steps is not None else -(-int(self.tokens or 0) // self.batch_size)
 
-    def peak(self, d_sae: int) -> float:
+    def peak(self, d_sae: Count) -> float:
         """The largest learning rate."""
         return self.lr if self.lr is not None else 2e-3 * math.sqrt(4608 / d_sae)
 
-    def lr_at(self, step: int, d_sae: int, peak: float | None = None) -> float:
+    def lr_at(self, step: Count, d_sae: Count, peak: float | None = None) -> float:
         """The learning rate of a step: a trapezoid. peak: another than the config's."""
         peak = self.peak(d_sae) if peak is None else peak
         rise = (step + 1) / max(1, round(self.warmup * self.total_steps))

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae_lab.arguments import as_annotated
+from sae_lab.arguments import Count, as_annotated
 from sae_lab.circuits.prompt import PromptReading, WayOut, reaches_the_stream, read_prompt, written
 from sae_lab.lm.model import LM
 from sae_lab.lm.tokens import Prompts, Token, label
@@ -100,9 +100,9 @@ def direct_effects(
     position: int | None = None,
     *,
     on: str | int | Sequence[str | int] | None = None,
-    n: int | None = 20,
+    n: Count | None = 20,
     by: str = "activation",
-    promoted: int = 5,
+    promoted: Count = 5,
 ) -> DirectEffects:
     """Direct effects of the features active at a token on the logits of what comes next:
 

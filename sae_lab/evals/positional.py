@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae_lab.arguments import as_annotated
+from sae_lab.arguments import Count, as_annotated
 from sae_lab.lm.model import LM
 from sae_lab.lm.text import Documents, as_text
 from sae_lab.lm.tokens import pad
@@ -84,8 +84,8 @@ def positional(
     data: Store | Documents,
     tokens: int = 100_000,
     bins: int = 32,
-    context: int | None = None,
-    min_firings: int = 30,
+    context: Count | None = None,
+    min_firings: Count = 30,
     seed: int = 0,
 ) -> Positional:
     """Share of the variance of each feature's activation that a token's position explains.

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sae_lab import cache
-from sae_lab.arguments import as_annotated
+from sae_lab.arguments import Count, as_annotated
 from sae_lab.evals.sections import SECTIONS, VERSIONS, Inputs
 from sae_lab.lm.model import LM
 from sae_lab.lm.text import Documents, load_text
@@ -106,8 +106,8 @@ def report(
     text: Documents | None = None,
     *,
     evals: Iterable[str] | None = None,
-    tokens: int = 200_000,
-    lm_tokens: int = 8_192,
+    tokens: Count = 200_000,
+    lm_tokens: Count = 8_192,
     seed: int = 0,
 ) -> Report:
     """Measure coders with every eval that applies to them, and print one table with the controls beside the values.

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 from urllib.parse import urlsplit
 
-from sae_lab.arguments import as_annotated
+from sae_lab.arguments import Count, as_annotated
 from sae_lab.lm.model import LM
 
 log = logging.getLogger(__name__)
@@ -235,7 +235,7 @@ class LocalChat:
 
 
 @as_annotated
-def local_chat(lm: LM | str | None = None, max_new_tokens: int = 200) -> LocalChat:
+def local_chat(lm: LM | str | None = None, max_new_tokens: Count = 200) -> LocalChat:
     """A chat model on this machine, as an explainer or judge: an LM, a hub id or folder, None the bundled one.
 
     Its chat template is applied, and its answer is greedy. The bundled model is far too small to explain or to judge:

@@ -6,7 +6,7 @@ from functools import cached_property
 
 import numpy as np
 
-from sae_lab.arguments import as_annotated
+from sae_lab.arguments import Count, as_annotated
 from sae_lab.feature_index import FeatureIndex
 from sae_lab.types import check_feature
 
@@ -94,7 +94,7 @@ class Corpus:
     def _token(self) -> np.ndarray:
         return self.index.store.rows(np.arange(self.index.tokens_seen), "token").numpy()
 
-    def passages(self, feature: int, part: str, firing: int, silent: int, strongest: bool = False) -> Passages:
+    def passages(self, feature: int, part: str, firing: Count, silent: Count, strongest: bool = False) -> Passages:
         """So many passages of a feature from one part, "explain" or "judge", or as many as there are.
 
         Firing ones come from all quantiles of its activations alike (``strongest``: half of them are the strongest),

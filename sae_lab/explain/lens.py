@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae_lab.arguments import as_annotated
+from sae_lab.arguments import Count, as_annotated
 from sae_lab.explain.prompts import Source, check_coder, check_features, top_examples
 from sae_lab.feature_index.directions import kurtosis
 from sae_lab.feature_index.index import FeatureIndex
@@ -26,7 +26,7 @@ RANDOM = 256  # random directions, the control
 
 @as_annotated
 def token_features(
-    sae: SparseCoder, lm: LM, source: Source, features: Sequence[int] | None = None, share: float = 0.8, n: int = 10
+    sae: SparseCoder, lm: LM, source: Source, features: Sequence[int] | None = None, share: float = 0.8, n: Count = 10
 ) -> dict[int, str]:
     """Features whose n top contexts peak on one token in at least ``share`` of cases, and that token (case kept,
     without spaces at its ends). Those with fewer than n/2 contexts, and tokens without a letter, are left out.

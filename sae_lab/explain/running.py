@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from sae_lab import cache
-from sae_lab.arguments import as_annotated
+from sae_lab.arguments import Count, as_annotated
 from sae_lab.explain import explainers
 from sae_lab.explain.asking import Asker, name_of
 from sae_lab.explain.contexts import Corpus
@@ -144,7 +144,7 @@ def explain(
     measures: Sequence[str] = MEASURES,
     seed: int = 0,
     deadline: float = 60.0,
-    retries: int = 2,
+    retries: Count = 2,
     resume: bool = True,
     negatives: str = "firing",
 ) -> ExplainedFeatures:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from sae_lab import files, noting
-from sae_lab.arguments import as_annotated
+from sae_lab.arguments import Count, as_annotated
 from sae_lab.feature_index import live, query
 from sae_lab.feature_index.labels import Labels
 from sae_lab.feature_index.notes import Note, Notes
@@ -195,7 +195,7 @@ class FeatureIndex:
     def _column(self, name: str) -> np.ndarray:
         return self.counts if name == "count" else getattr(self, name)
 
-    def find(self, line: str, limit: int = 50) -> list[int]:
+    def find(self, line: str, limit: Count = 50) -> list[int]:
         """Live features by a line such as ``war density>0.1% norm<20 label:weapons``: text among their top tokens,
         limits on density, norm, max, mean and count, text among your notes and among explanations; all must hold.
         Without tokens the most readable come first. ValueError for a limit that is no number."""
@@ -216,7 +216,7 @@ class FeatureIndex:
         counts, edges = np.histogram(live, bins=BINS, range=(float(np.floor(live.min(initial=-1.0))), 0.0))
         return {"counts": counts.tolist(), "edges": edges.tolist()}
 
-    def best(self, n: int = 1) -> int | list[int]:
+    def best(self, n: Count = 1) -> int | list[int]:
         """Live, readable features, the most readable first: an int for n=1."""
         found = self.order("best")[:n].tolist()
         if not found:
@@ -230,7 +230,7 @@ class FeatureIndex:
         middling = (self.density >= low) & (self.density <= high)
         return np.asarray(self._stats["readability"]) + middling
 
-    def search(self, text: str, limit: int = 50) -> list[int]:
+    def search(self, text: str, limit: Count = 50) -> list[int]:
         """Features among whose top tokens one contains ``text`` (case ignored), the most decided first."""
         needle = text.strip().lower()
         if not needle:
@@ -244,12 +244,12 @@ class FeatureIndex:
         order = np.argsort(-score, kind="stable")
         return order[score[order] > 0][:limit].tolist()
 
-    def top_tokens(self, feature: int, n: int = 5) -> list[str]:
+    def top_tokens(self, feature: int, n: Count = 5) -> list[str]:
         """The tokens a feature fires on most."""
         ids = self._stats["top_tokens"][self._check(feature)]
         return [self._labels[int(i)] for i in ids[:n] if i >= 0]
 
-    def token_labels(self, ids: Sequence[int] | np.ndarray) -> list[str]:
+    def token_labels(self, ids: Sequence[Count] | np.ndarray) -> list[str]:
         """What to show for token ids that stand together."""
         return self._labels.of(np.asarray(ids).tolist())
 
@@ -278,12 +278,12 @@ class FeatureIndex:
         """A feature's activation at each token of a new text: one pass to the coder's site."""
         return live.score(self.lm, self._at_hand("scoring a text"), self._check(feature), text)
 
-    def compare(self, a: int, b: int) -> live.Pair:
+    def compare(self, a: Count, b: Count) -> live.Pair:
         """Two features: cosine of their decoder rows, and on how many tokens of the store both fire."""
         rows = [self.activations(i)[0] for i in (a, b)]
         return live.pair(self._at_hand("comparing features"), self._check(a), self._check(b), *rows)
 
-    def weakest(self, feature: int, n: int = TOP_CONTEXTS) -> list[Context]:
+    def weakest(self, feature: int, n: Count = TOP_CONTEXTS) -> list[Context]:
         """The contexts of a feature's n smallest activations, the smallest first."""
         rows, values = self.activations(feature)
         n = min(n, len(values))

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae_lab.arguments import as_annotated
+from sae_lab.arguments import Count, as_annotated
 from sae_lab.lm.model import LM
 from sae_lab.results import Figure, Result
 from sae_lab.saes.base import SparseCoder
@@ -133,7 +133,7 @@ def circular(
     *,
     features: Iterable[int] | None = None,
     components: int = 3,
-    draws: int = 50,
+    draws: Count = 50,
     seed: int = 0,
 ) -> Circular:
     """Whether words with a circular order lie in that order around a plane of what some features reconstruct.

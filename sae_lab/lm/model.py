@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from sae_lab.arguments import as_annotated
+from sae_lab.arguments import Count, as_annotated
 from sae_lab.lm import bundled, generation, loading, passes, tokens
 from sae_lab.lm import site as sites
 from sae_lab.lm.block import SUMMED, broken_sums
@@ -225,7 +225,7 @@ class LM:
         return found
 
     @as_annotated
-    def token_strings(self, ids: Sequence[int], prefixed: bool = False) -> list[Token]:
+    def token_strings(self, ids: Sequence[Count], prefixed: bool = False) -> list[Token]:
         """Token ids as ``Token`` strings; ``prefixed`` says that the first one is no part of the text."""
         return tokens.spans(self.tokenizer, ids, prefixed)
 

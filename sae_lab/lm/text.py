@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
-from sae_lab.arguments import as_annotated, check_text
+from sae_lab.arguments import Count, as_annotated, check_text
 from sae_lab.lm import tokens as tok
 from sae_lab.lm.loading import no_code
 
@@ -170,7 +170,7 @@ class Text:
         many = "no" if held is None else len(held) if hasattr(held._data, "select") else "with"
         return f"Text({self.name!r}, {documents}, {many} held_out)"
 
-    def contexts(self, tokenizer: Any, prefix: int | None, length: int, pack: bool = False) -> Iterator[Context]:
+    def contexts(self, tokenizer: Any, prefix: int | None, length: Count, pack: bool = False) -> Iterator[Context]:
         """Token contexts of at most ``length``, each begun by the prefix token.
 
         A document's last context may be shorter; no context holds two documents unless ``pack``, where contexts are
@@ -184,7 +184,7 @@ class Text:
         return _packed(documents, lead, room) if pack else _separate(documents, lead, room)
 
     def passes(
-        self, tokenizer: Any, prefix: int | None, length: int, pack: bool = False, tokens: int = 1408
+        self, tokenizer: Any, prefix: int | None, length: Count, pack: bool = False, tokens: Count = 1408
     ) -> Iterator[list[Context]]:
         """The same contexts in groups that a model reads at once: of like length, so that next to nothing of what it
         computes is padding, and of at most ``tokens`` tokens or one context.

@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from sae_lab.arguments import as_annotated
+from sae_lab.arguments import Count, as_annotated
 from sae_lab.saes import losses, sparse
 from sae_lab.saes.base import SparseCoder
 from sae_lab.types import Batch, Codes
@@ -115,7 +115,7 @@ def _reconstruct(coder: SparseCoder, data: Tensor | Batch) -> Tensor:
 
 @as_annotated
 @torch.no_grad()
-def unsuppress(coder: SparseCoder, data: Tensor | Batch, steps: int = 60) -> SparseCoder:
+def unsuppress(coder: SparseCoder, data: Tensor | Batch, steps: Count = 60) -> SparseCoder:
     """A copy whose features are as strong as they ought to be: W_dec[i]·s_i, s the least-squares answer for the codes
     as they are. Which features fire, and L0, stay the same; rows of W_dec are no longer of unit norm.
 

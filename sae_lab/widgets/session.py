@@ -10,7 +10,7 @@ from typing import Any
 import traitlets
 
 from sae_lab import cache
-from sae_lab.arguments import as_annotated
+from sae_lab.arguments import Count, as_annotated
 from sae_lab.edit import Edit
 from sae_lab.results import Html, tag
 from sae_lab.saes.base import SparseCoder
@@ -93,7 +93,7 @@ class EditStack(Panel):
             self.rows = [*self.rows, self._row(key)]
         return key
 
-    def replace(self, key: int, edit: Edit) -> None:
+    def replace(self, key: Count, edit: Edit) -> None:
         """Another edit in the place of one, on or off as it was."""
         with self._lock:
             self._entries[key] = (edit, self._entry(key)[1])
@@ -146,14 +146,14 @@ class EditStack(Panel):
     # ---- from the screen too
 
     @quick
-    def switch(self, key: int, on: bool) -> None:
+    def switch(self, key: Count, on: bool) -> None:
         """Switch an edit on or off."""
         with self._lock:
             self._entries[key] = (self._entry(key)[0], bool(on))
             self._show()
 
     @quick
-    def remove(self, key: int) -> None:
+    def remove(self, key: Count) -> None:
         with self._lock:
             self._entry(key)
             del self._entries[key]

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from jaxtyping import Bool, Int, Int8, Shaped, UInt64
 
-from sae_lab.arguments import as_annotated
+from sae_lab.arguments import Count, as_annotated
 
 # A range of seeds of its own, as every world has (see ``worlds.planted``).
 TAG = 0x4F5448454C4C4F
@@ -83,13 +83,13 @@ class Games:
         """Where the player to move may go, after each move."""
         return unpack(self.legal, self.size**2)
 
-    def text(self, game: int) -> str:
+    def text(self, game: Count) -> str:
         """One game's moves by their names: ``d2 c2 b2 ...``."""
         return " ".join(square_name(int(s), self.size) for s in self.moves[game, : self.lengths[game]])
 
 
 @as_annotated
-def square_name(square: int, size: int) -> str:
+def square_name(square: Count, size: Count) -> str:
     """A square as players write it: column letter and row number, ``a1`` the top left."""
     return f"{chr(ord('a') + square % size)}{square // size + 1}"
 

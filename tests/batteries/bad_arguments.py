@@ -232,8 +232,9 @@ def kind_of(value: Any) -> str:
     return "function" if inspect.isroutine(value) else type(value).__name__
 
 
-def wrong(p: inspect.Parameter, things: Things, ranges: bool) -> Iterator[tuple[str, Any]]:
-    """(what it is, the value) of values that this argument cannot be. ranges: also those of the right kind."""
+def wrong(p: inspect.Parameter, things: Things, ranges: bool, method: bool) -> Iterator[tuple[str, Any]]:
+    """(what it is, the value) of values that this argument cannot be. ranges: also those of the right kind.
+    method: whether it is a coder's, which has a width."""
     known = accepts(p.annotation)
     if "anything" in known:
         return
@@ -258,7 +259,7 @@ def wrong(p: inspect.Parameter, things: Things, ranges: bool) -> Iterator[tuple[
         yield "complex activations", things.x * 1j
         yield "whole numbers for activations", things.x.long()
         yield "an empty list", []
-        if p.name in ("x", "f", "codes"):
+        if p.name in ("x", "f", "codes") and method:
             yield "a wrong width", torch.randn(8, 31)
 
 
@@ -275,10 +276,11 @@ def tries(things: Things) -> tuple[dict[str, list[Try]], list[str]]:
         if cls is not None and "self" in signature.parameters and not bound:
             own = [next((t for t in things.own.values() if isinstance(t, cls)), None)]
         needed = {p.name: things.right(p) for p in params if p.default is p.empty and p.kind is not p.VAR_POSITIONAL}
+        needed |= {"model": things.module, "tokenizer": things.tokenizer} if name == "LM" else {}
         missing += [f"{name}: nothing is known to give for {n}" for n, value in needed.items() if value is Things]
         mine = found.setdefault(name, [])
         for i, p in enumerate(params):
-            values = list(wrong(p, things, own != [None]))
+            values = list(wrong(p, things, own != [None], cls is not None))
             if p.default is p.empty and i + 1 < len(params) and params[i + 1].name in needed and p.name in needed:
                 other = needed[params[i + 1].name]
                 if not accepts(p.annotation) & {kind_of(other), "anything"}:
