@@ -258,7 +258,7 @@ def _is_scalar(value: Any) -> bool:
     return (array and value.ndim == 0) or isinstance(value, int | float)
 
 
-def _number(value: Any, kind: type) -> Any:
+def _number(value: Any, kind: Any) -> Any:
     plain = value.item() if hasattr(value, "item") else value
     if isinstance(plain, bool) or not isinstance(plain, int | float) or plain != plain:
         return _NO
