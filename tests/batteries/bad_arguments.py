@@ -167,6 +167,8 @@ def parts(hint: Any) -> list[Any]:
     """What a union is one of; a quoted one is read by its names."""
     if isinstance(hint, str):
         return hint.split(" | ")
+    if get_origin(hint) is typing.Annotated:
+        return [get_args(hint)[0]]
     if get_origin(hint) in (typing.Union, types.UnionType):
         return [part for one in get_args(hint) for part in parts(one)]
     return [hint]
