@@ -51,7 +51,7 @@ def as_annotated(fn: F) -> F:
     signature = inspect.signature(fn)
     signature = signature.replace(parameters=[q for p in signature.parameters.values() for q in _spelt_out(p)])
     named = [p for p in signature.parameters.values() if p.annotation is not p.empty and p.kind is not p.VAR_KEYWORD]
-    counts = {int: Count, int | None: Count | None}  # a seed is one everywhere
+    counts = {int: Count, int | None: Union[Count, None]}  # noqa: UP007 (a seed is one everywhere)
     hints = {p.name: counts.get(p.annotation, p.annotation) if p.name == "seed" else p.annotation for p in named}
     more = next((p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD), "")
     several = {p.name for p in signature.parameters.values() if p.kind is p.VAR_POSITIONAL}

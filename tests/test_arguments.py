@@ -180,7 +180,8 @@ def test_a_fresh_coder_refuses_too():
         fresh.encode(torch.full((2, 4), NAN))
     for arguments, words in (
         ({"d_sae": "8"}, r"JumpReLU\(d_in, d_sae, .*: d_sae must be a whole number, got '8': write 8, without quotes"),
-        ({"seed": True}, "seed must be a whole number, got True"), ({"skip": 1}, "skip must be True or False, got 1"),
+        ({"seed": True}, "seed must be a whole number of at least 0, got True"),
+        ({"skip": 1}, "skip must be True or False, got 1"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=words):
             sl.JumpReLU(**{"d_in": 4, "d_sae": 8, **arguments})
