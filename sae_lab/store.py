@@ -20,6 +20,7 @@ from torch import Tensor
 
 from sae_lab import files
 from sae_lab.arguments import Count, as_annotated
+from sae_lab.results import visible
 from sae_lab.types import Batch, Codes, Site, TokenMask
 
 VERSION = 1
