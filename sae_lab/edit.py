@@ -204,7 +204,8 @@ class Edit:
                     + ": count from the prefix token (0), or name the prompts that are long enough with rows="
                 )
         lengths = (batch.mask.sum(1)[rules.among(batch.row_numbers, self.rows)] + new).tolist()
-        if isinstance(self.positions, slice) and lengths and not range(max(lengths))[self.positions]:
+        part = self.positions if isinstance(self.positions, slice) else None
+        if part and part.stop is not None and lengths and not range(max(lengths))[part]:  # open: "from there on"
             raise ValueError(
                 f"positions={self.positions} holds no position of these prompts, the longest of which ends at "
                 f"{max(lengths) - 1}: count from the prefix token (0)"
