@@ -451,11 +451,11 @@ def _mapped(rows: Store | Rows) -> int:
 # ---------------------------------------------------------------------------------------------- index
 
 
-def _index(coder: SparseCoder, lm: LM, store: Store, path: str | Path | None) -> Estimate:
+def _index(coder: SparseCoder, lm: LM, store: Store, path: str | Path | None, rebuild: bool = False) -> Estimate:
     _, once = _timed(build._check, coder, lm, store)
     identity = {"coder": coder.fingerprint(), "store": store.fingerprint}
     folder = Path(path) if path is not None else cache.root() / "indexes" / "-".join(identity.values())
-    if build._is_done(folder, identity):
+    if build._is_done(folder, identity, rebuild):
         return _nothing("index_features", f"{folder} holds it")
     coder = copy.deepcopy(coder).eval()
     first = Store(store.path, min(len(store), build.BLOCK), store.site)
@@ -480,7 +480,8 @@ def _index(coder: SparseCoder, lm: LM, store: Store, path: str | Path | None) ->
         words = (Path(scratch) / "labels.json").stat().st_size
 
     d_sae, blocks = coder.d_sae, len(store) / len(first)
-    left = max(0.0, blocks - len(list(folder.glob("block-*.safetensors"))))
+    done = [] if rebuild else list(folder.glob("block-*.safetensors"))
+    left = max(0.0, blocks - len(done))
     live = int((counts > 0).sum())
     alive = live if blocks == 1 else d_sae  # more text wakes more of them
     pairs = float((np.bincount(block["rows"]).astype(float) ** 2).sum()) * blocks

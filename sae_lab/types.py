@@ -226,9 +226,9 @@ class TokenMask:
         if not isinstance(first, bool):
             raise ValueError(f"a mask's skip_first must be true or false, got {str(first)[:60]!r}")
         if not isinstance(norms, Mapping) or not all(
-            isinstance(site, str) and type(limit) in (int, float) and limit > 0 for site, limit in norms.items()
+            isinstance(site, str) and type(limit) in (int, float) and limit >= 0 for site, limit in norms.items()
         ):
-            raise ValueError(f"a mask's max_norm must give sites numbers above 0, got {str(norms)[:60]}")
+            raise ValueError(f"a mask's max_norm must give sites numbers from 0 on, got {str(norms)[:60]}")
         return cls(tuple(ids), first, dict(norms))
 
     def __str__(self) -> str:
