@@ -99,7 +99,7 @@ def __getattr__(name: str) -> Any:
     elif name.startswith("_"):  # tools ask modules for dunder names: no reason to load torch
         raise AttributeError(f"module 'sae_lab' has no attribute {name!r}; see dir(sae_lab)")
     elif name not in (known := _names()):
-        return import_module("sae_lab.arguments").no_attribute("sae_lab", known)(name)
+        return import_module("sae_lab.spelling").no_attribute("sae_lab", known)(name)
     else:
         value = import_module("sae_lab.saes").FAMILIES[name]
     globals()[name] = value

@@ -1,7 +1,6 @@
 """What callers pass, made what the annotation says or refused in one sentence: rule, value, remedy.
 
-``@as_annotated`` stands on public functions, and on classes, whose constructor and public methods it serves. It goes by
-annotations:
+``@as_annotated`` stands on public functions and classes, and goes by annotations:
 
 - One item where a list of such items is meant is a list of one: a str, an edit, a coder.
 - Numbers of numpy and torch are numbers, their arrays lists or tensors, lists of numbers tensors, and 1e6 is an int. A
@@ -12,7 +11,6 @@ annotations:
 What an argument may be beyond its kind (``k`` at most ``d_sae``) is for the function to say.
 """
 
-import difflib
 import inspect
 import re
 import types
@@ -26,14 +24,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sae_lab.spelling import near
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 Count = Annotated[int, "at least 0"]
-REPAIR = 'text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")'
 _NO = object()  # "this value is not of that kind"
 _MANY = (list, tuple, Sequence, Iterable)
-_SAID: dict[Any, str] = {}
-_PLAIN = (str, bytes, int, float, bool, type(None))
+SAID: dict[Any, str] = {}  # how ``words`` puts a long union
+_SIMPLE = {None: "None", type(None): "None", int: "a whole number", float: "a number", bool: "True or False",
+           Count: "a whole number of at least 0"}  # fmt: skip
 _QUOTED = {"str": str, "int": int, "float": float, "bool": bool, "None": None, "Any": Any}
 
 
@@ -88,33 +88,6 @@ def _spelt_out(p: inspect.Parameter) -> list[inspect.Parameter]:
     return [inspect.Parameter(n, p.KEYWORD_ONLY, default=None, annotation=hint) for n, hint in named.items()]
 
 
-def near(name: str, known: Iterable[str], alike: float = 0.6) -> str:
-    """What may be meant by a name that is none, for the end of a message."""
-    found = difflib.get_close_matches(name, list(known), n=3, cutoff=alike)
-    return f"; did you mean {' or '.join(found)}?" if found else ""
-
-
-def no_attribute(module: str, names: Iterable[str]) -> Callable[[str], Any]:
-    """A module's ``__getattr__``: AttributeError with a near name."""
-
-    def missing(name: str) -> Any:
-        raise AttributeError(f"module {module!r} has no attribute {name!r}{near(name, names)}")
-
-    return missing
-
-
-def check_text(text: str, what: str) -> None:
-    """ValueError for half a surrogate pair: no tokenizer, file or page takes one. (Cut emoji and damaged JSON hold
-    them.)"""
-    try:
-        text.encode()
-    except UnicodeEncodeError as err:
-        raise ValueError(
-            f"{what} holds half a surrogate pair at character {err.start} ({text[err.start]!a}), which is no "
-            f"character: repair it with {REPAIR}"
-        ) from None
-
-
 # ---- values and kinds
 
 
@@ -124,26 +97,17 @@ def fit(value: Any, hint: Any, lone: bool = True) -> Any:
     lone: whether one item may stand for a list of one.
     """
     kinds = _kinds(hint)
-    for kind in kinds:
-        found = _as_it_is(value, kind)
-        if found is not _NO:
-            return found
-    for kind in kinds:
-        found = _read_as(value, kind, kinds, lone)
-        if found is not _NO:
-            return found
+    for way in (_as_it_is, _read_as):
+        for kind in kinds:
+            if (found := way(value, kind, kinds, lone)) is not _NO:
+                return found
     return _NO
-
-
-def say(hint: Any, in_words: str) -> None:
-    """How ``words`` puts a long union."""
-    _SAID[hint] = in_words
 
 
 def words(hint: Any) -> str:
     """An annotation in words."""
-    if isinstance(hint, Hashable) and hint in _SAID:
-        return _SAID[hint]
+    if isinstance(hint, Hashable) and hint in SAID:
+        return SAID[hint]
     said = list(dict.fromkeys(_words(kind) for kind in _kinds(hint)))
     return " or ".join(([", ".join(said[:-1])] if said[:-1] else []) + said[-1:])
 
@@ -158,15 +122,13 @@ def _kinds(hint: Any) -> tuple[Any, ...]:
     return (hint,)
 
 
-def _as_it_is(value: Any, kind: Any) -> Any:
+def _as_it_is(value: Any, kind: Any, *_: Any) -> Any:
     origin = get_origin(kind)
     if kind is None or kind is type(None):
         return value if value is None else _NO
-    if kind is int or kind is float:
+    if kind in (int, float, Count):
         number = type(value) is int or (kind is float and type(value) is float)
-        return value if number and value == value else _NO  # NaN is not itself
-    if kind is Count:
-        return value if type(value) is int and value >= 0 else _NO
+        return value if number and value == value and (kind is not Count or value >= 0) else _NO  # NaN is not itself
     if isinstance(kind, str):
         return value if "[" in kind or any(kind == c.__name__ for c in type(value).__mro__) else _NO
     if origin is Literal:
@@ -207,9 +169,8 @@ def _array(value: Any, kind: Any) -> Any:
         return _NO
     if value.ndim != len(axes) and not any(a[0] in "*." for a in axes):
         return _NO
-    if not isinstance(value, Tensor):
-        return value
-    return _NO if value.is_complex() or ("float32" in named and not is_finite(value)) else value
+    tensor = isinstance(value, Tensor)
+    return _NO if tensor and (value.is_complex() or ("float32" in named and not is_finite(value))) else value
 
 
 def _dtypes(kind: Any) -> tuple[str, ...]:
@@ -247,15 +208,16 @@ def _as_array(value: Any, kind: Any) -> Any:
     if array.dtype.kind not in "biuf" or not array.size:
         return _NO
     if isinstance(value, list | tuple) and (array.dtype == np.float64 or "float32" in _dtypes(kind)):
-        array = _NO if array.dtype == bool else array.astype(np.float32)
-    if array is _NO or getattr(kind, "array_type", kind) is np.ndarray:
-        return array if array is _NO or kind is np.ndarray else _array(array, kind)
-    return _array(torch.as_tensor(array), kind)
+        if array.dtype == bool:
+            return _NO
+        array = array.astype(np.float32)
+    if kind is np.ndarray:
+        return array
+    return _array(array if getattr(kind, "array_type", Tensor) is np.ndarray else torch.as_tensor(array), kind)
 
 
 def _is_scalar(value: Any) -> bool:
-    array = isinstance(value, Tensor | np.ndarray | np.generic)
-    return (array and value.ndim == 0) or isinstance(value, int | float)
+    return isinstance(value, int | float) or (isinstance(value, Tensor | np.ndarray | np.generic) and value.ndim == 0)
 
 
 def _number(value: Any, kind: Any) -> Any:
@@ -272,10 +234,9 @@ def _number(value: Any, kind: Any) -> Any:
 
 
 def _takes(fn: Any, signature: inspect.Signature) -> str:
-    in_order = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    names = [p.name for p in signature.parameters.values() if p.kind in in_order and p.name not in ("self", "cls")]
-    more = ", ..." if len(signature.parameters) > 4 else ""
-    return f"{fn.__qualname__.removesuffix('.__init__')}({', '.join(names[:4])}{more})"
+    parameters = signature.parameters
+    names = [n for n, p in parameters.items() if p.kind <= p.POSITIONAL_OR_KEYWORD and n not in ("self", "cls")][:4]
+    return f"{fn.__qualname__.removesuffix('.__init__')}({', '.join(names)}{', ...' * (len(parameters) > 4)})"
 
 
 def _refusal(fn: Any, signature: inspect.Signature, hints: dict[str, Any], given: Mapping[str, Any], name: str) -> str:
@@ -301,12 +262,10 @@ def _remedy(value: Any, hint: Any) -> str:
 
 def _words(kind: Any) -> str:
     origin, item = get_origin(kind), get_args(kind)
-    if kind is None or kind is type(None):
-        return "None"
-    if isinstance(kind, str) or kind is Count:
-        return "a whole number of at least 0" if kind is Count else _article(kind)
-    if kind in (int, float, bool):
-        return {int: "a whole number", float: "a number", bool: "True or False"}[kind]
+    if kind in _SIMPLE:
+        return _SIMPLE[kind]
+    if isinstance(kind, str):
+        return _article(kind)
     if origin is Literal:
         return " or ".join(map(repr, item))
     if origin is Callable or kind is Callable:
@@ -328,9 +287,8 @@ def _article(name: str) -> str:
 
 
 def _got(value: Any, hint: Any = Any) -> str:
-    if isinstance(value, _PLAIN):
-        said = repr(value)
-        return said if len(said) < 80 else said[:76] + "..."
+    if isinstance(value, str | bytes | int | float | None):
+        return said if len(said := repr(value)) < 80 else said[:76] + "..."
     if isinstance(value, list | tuple) and value:
         items = [get_args(kind)[0] for kind in _kinds(hint) if get_origin(kind) in _MANY and get_args(kind)]
         odd = next((v for v in value if all(fit(v, item, lone=False) is _NO for item in items)), value[0])

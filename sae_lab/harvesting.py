@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 MAX_NORM = 4.0  # in medians: attention sinks and massive activations lie above (the bundled model's at 6 medians)
 FORWARD_TOKENS = 1408  # per forward pass at most: eleven contexts of 128, and a shard is three such passes
 SHARD_TOKENS = 4096
-ORDER = 2  # which contexts stand in which shard: another number for another rule
+ORDER = 3  # which contexts stand in which shard: another number for another rule
 
 
 @as_annotated

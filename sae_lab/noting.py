@@ -28,7 +28,7 @@ from zlib import crc32
 from filelock import FileLock
 
 from sae_lab import cache, files
-from sae_lab.arguments import check_text
+from sae_lab.spelling import check_text
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 import sae_lab as sl
-from sae_lab.arguments import as_annotated, check_text
+from sae_lab.arguments import as_annotated
+from sae_lab.spelling import check_text
 
 NAN = math.nan
 

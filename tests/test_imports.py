@@ -13,7 +13,7 @@ PACKAGE = Path(sae_lab.__file__).parent
 
 # From the bottom up. An import may point to any lower floor, or along its own, but never up.
 FLOORS = [
-    {"types", "cache", "arguments", "files", "results", "noting"},
+    {"types", "cache", "arguments", "spelling", "files", "results", "noting"},
     {"worlds", "saes", "lm"},
     {"store", "reading"},
     {"harvesting"},

@@ -1,6 +1,5 @@
 """Which parts of a model make it answer as it does: patching, its estimates by gradient, circuits, heads, edges."""
 
-from sae_lab.arguments import no_attribute
 from sae_lab.circuits.attribution import Attribution, attribution
 from sae_lab.circuits.direct import DirectEffects, direct_effects
 from sae_lab.circuits.directions import AreaDifference, DirectionCurves, patched_directions, principal_axes
@@ -15,6 +14,7 @@ from sae_lab.circuits.metric import Metric, aligned_tokens, kl_from, log_probabi
 from sae_lab.circuits.nodes import Node
 from sae_lab.circuits.patching import PatchGrid, patched_cells, patching, patching_estimate
 from sae_lab.circuits.prompt import PromptReading, read_prompt
+from sae_lab.spelling import no_attribute
 
 __all__ = [
     "AreaDifference", "Attention", "Attribution", "DirectEffects", "DirectionCurves", "DownstreamEffects", "Edge",

@@ -1,6 +1,5 @@
 """What is measured. Every result has named fields, prints as a table, and has ``.to_pandas()``."""
 
-from sae_lab.arguments import no_attribute
 from sae_lab.evals.absorption import Absorption, absorption
 from sae_lab.evals.board_games import BoardGames, BoardScores, board_games, othello_gpt, untrained_twin
 from sae_lab.evals.by_position import ByPosition, Hill, by_position, hill
@@ -22,6 +21,7 @@ from sae_lab.evals.sections import SECTIONS
 from sae_lab.evals.stitching import Stitching, stitching
 from sae_lab.evals.uncertainty import Question, Uncertainty, synthetic_qa, uncertainty
 from sae_lab.results import Figure, Result
+from sae_lab.spelling import no_attribute
 
 __all__ = [
     "DEFAULT_SETS", "SECTIONS", "Absorption", "BoardGames", "BoardScores", "ByPosition", "Composition", "Cones",

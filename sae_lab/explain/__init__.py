@@ -4,7 +4,6 @@
     sl.explain.sage_explain(sae, lm, index, 812, agent=sl.explain.ScriptedAgent())
 """
 
-from sae_lab.arguments import no_attribute
 from sae_lab.explain.asking import Asker, local_chat, openai_compatible
 from sae_lab.explain.contexts import Corpus, Passage, Passages
 from sae_lab.explain.explainers import Condition, Rule, RuleExplainer
@@ -17,6 +16,7 @@ from sae_lab.explain.scripted import ScriptedAgent
 from sae_lab.explain.selfexplain import Implant, SelfExplanations, self_explain
 from sae_lab.explain.token_lists import TokenLists, token_list
 from sae_lab.explain.trees import DefinitionTree, definition_tree
+from sae_lab.spelling import no_attribute
 
 __all__ = [
     "Asker", "Condition", "Corpus", "DefinitionTree", "EvolvedPrompts", "ExplainedFeatures", "Explanation",

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from sae_lab import cache, files, noting
-from sae_lab.arguments import as_annotated, check_text
+from sae_lab.arguments import as_annotated
 from sae_lab.noting import SAID
 from sae_lab.saes.base import SparseCoder
+from sae_lab.spelling import check_text
 from sae_lab.types import check_feature
 
 UNKNOWN_TIME = 1.0  # of what was written before notes had times: whatever was said since counts

@@ -12,9 +12,10 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
-from sae_lab.arguments import Count, as_annotated, check_text
+from sae_lab.arguments import Count, as_annotated
 from sae_lab.lm import tokens as tok
 from sae_lab.lm.loading import no_code
+from sae_lab.spelling import check_text
 
 log = logging.getLogger(__name__)
 

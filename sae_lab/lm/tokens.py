@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sae_lab.arguments import check_text, say
+from sae_lab.arguments import SAID
+from sae_lab.spelling import check_text
 from sae_lab.types import TokenBatch
 
 Chat = Sequence[dict[str, str]]
@@ -19,7 +20,7 @@ Prompts = (
     | Chat | Sequence[Chat] | TokenBatch
 )  # fmt: skip
 _KINDS = "a str, token ids, chat messages ({'role', 'content'}), or a list of one kind"
-say(Prompts, _KINDS)
+SAID[Prompts] = _KINDS
 
 _MARKS = 0xF0000  # private-use characters, which no template holds: the n-th marks what message n holds
 _KEPT = (r"\s", r"\s|<[^<>]*>|\[[^\[\]]*\]")  # what stays readable to a template that strips, or that looks for tags

@@ -1,7 +1,6 @@
 """Sparse coders: torch only, never a language model. One short file per family, and one line here, which is all that
 ``sl.Family``, ``sl.load`` and the tests of every family's contract need."""
 
-from sae_lab.arguments import no_attribute as _no_attribute
 from sae_lab.saes.adapt import inform as inform
 from sae_lab.saes.adapt import optimise_codes as optimise_codes
 from sae_lab.saes.adapt import realign as realign
@@ -31,6 +30,7 @@ from sae_lab.saes.topk import TopK as TopK
 from sae_lab.saes.transcoder import SkipTranscoder as SkipTranscoder
 from sae_lab.saes.transcoder import Transcoder as Transcoder
 from sae_lab.saes.vq import VQ as VQ
+from sae_lab.spelling import no_attribute as _no_attribute
 
 FAMILIES: dict[str, type[SparseCoder]] = {
     name: value

@@ -1,6 +1,6 @@
 """Notebook widgets: panels that read and set plain Python objects."""
 
-from sae_lab.arguments import no_attribute
+from sae_lab.spelling import no_attribute
 
 from .feature_map import FeatureMap
 from .inspector import FeatureInspector

@@ -3,7 +3,7 @@
 This room imports neither coders nor language models: a world knows nothing of what is tried on it.
 """
 
-from sae_lab.arguments import no_attribute
+from sae_lab.spelling import no_attribute
 from sae_lab.worlds.othello import Games, board_properties, othello, square_name
 from sae_lab.worlds.planted import LAWS, MAX_PROBABILITY, World, planted, product
 
