@@ -412,6 +412,7 @@ class Training:
         if self.trained_from is not None:
             meta["trained_from"] = self.trained_from
         coder.meta = meta
+        coder.id  # noqa: B018 (made now, on every rank alike)
 
     def keep(self) -> None:
         """A checkpoint of what is done so far, where there is a path."""
