@@ -166,7 +166,7 @@ def test_tokens_or_steps():
         ({"steps": 5, "dead_after": 0}, "dead_after must be a positive integer"),
         ({"steps": 5, "log_every": 0}, "log_every must be a positive integer"),
         ({"steps": 5, "checkpoint_every": 0}, "checkpoint_every must be a positive integer"),
-        ({"steps": 5, "seed": -1}, "seed must be an integer of at least 0, got -1"),
+        ({"steps": 5, "seed": -1}, "seed must be a whole number of at least 0, got -1"),
         *(({"steps": 5, "lr": lr}, f"lr must be a positive number .*got {lr}; None chooses one by d_sae")
           for lr in (-1e-3, 0.0, float("inf"))),
         ({"steps": 5, "lr": float("nan")}, "lr must be a number or None, got nan"),
