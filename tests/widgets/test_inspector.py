@@ -179,8 +179,8 @@ def test_a_snapshot_stays_as_it_was(panel):
 
 
 def test_white_space_is_visible_in_the_static_form():
-    visible = sae_lab.widgets.static_html.visible
-    assert (visible("\n"), visible("  "), visible(" cat")) == ("↵", "··", " cat")
+    dotted = sae_lab.widgets.static_html.dotted
+    assert (dotted("\n"), dotted("  "), dotted(" cat")) == ("↵", "··", " cat")
 
 
 @pytest.mark.parametrize("name", ["inspector.js", "inspector.css"])
