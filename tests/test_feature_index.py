@@ -449,7 +449,7 @@ def test_labels_of_the_bundled_model():
 def test_out_of_range(index):
     for feature in (-1, 96, True):
         for call in (index.__getitem__, index.activations, index.top_tokens):
-            with pytest.raises(ValueError, match=rf"feature must be (an int from 0 to 95|a whole number), got {feature}"):
+            with pytest.raises(ValueError, match=rf"feature must be .*(0 to 95|whole number), got {feature}"):
                 call(feature)
 
 

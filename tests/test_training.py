@@ -551,7 +551,7 @@ def test_checkpoints_that_are_not_whole(data, tmp_path):
     for tensors, meta, words in [
         (whole, "[]", "is no checkpoint of sae_lab"),
         (whole, "{}", "is no checkpoint of sae_lab"),
-        ({n: t for n, t in whole.items() if n != "idle"}, json.dumps(run), "is damaged .*Delete it to start over"),
+        ({n: t for n, t in whole.items() if n != "idle"}, json.dumps(run), "is damaged .*Delete it, and the same call"),
         ({n: t for n, t in whole.items() if n != "coder.W_enc"}, json.dumps(run), "is damaged .*W_enc"),
         (whole | {"coder.W_enc": torch.zeros(3)}, json.dumps(run), "is damaged .*W_enc"),
     ]:

@@ -3,12 +3,14 @@
 import random
 from functools import partial
 
+import pytest
 from batteries import scripts
 from playwright.sync_api import expect
 
 from .lab import chromium
 
 
+@pytest.mark.browser
 def test_nothing_that_data_brings_runs(tmp_path):
     for _name, shown in scripts.surfaces(partial(scripts.hostile, random.Random(1)), tmp_path):
         shown()
