@@ -67,10 +67,11 @@ def page(results: dict[str, dict[str, Any]]) -> str:
     few = [name for name in BATTERIES if name in results and not results[name]["full"]]
     return f"""# Endurance
 
-Made by `make endurance FULL=--full`{f"; with a part of the tries: {', '.join(few)}" if few else ""}. What is done to the
-library, how often, and how often it then lost something, said nothing or said something unclear: each battery counts
-what must be 0, and of bad arguments at most 2 % may be refused in words that are not ours (`unclear`). Tiny random
-models; {platform.system()}, Python {platform.python_version()}; seconds of wall time beside other work.
+Made by `make endurance FULL=--full`{f"; with a part of the tries: {', '.join(few)}" if few else ""}.
+What is done to the library, how often, and how often it then lost something, said nothing or said something unclear:
+each battery counts what must be 0, and of bad arguments at most 2 % may be refused in words that are not ours
+(`unclear`). Tiny random models; {platform.system()}, Python {platform.python_version()}; seconds of wall time beside
+other work.
 
 | What | Tries | Faults | Seconds |
 |---|--:|---|--:|
