@@ -36,7 +36,7 @@ class WayOut:
         want = self.plain.lens(x)
         last = max(self.layers)
         for kind, n in (("resid_post", last), ("resid_post", 0), ("attn_out", 0), ("mlp_out", 0), ("embed", None)):
-            if (kind, n) in self.acts:
+            if (kind, n) in self.acts and self.acts[kind, n].shape[-1] == d:  # OPT-350m's embeddings are narrower
                 self.one_lens(Site(kind, n), x, want)
         for n in self.some:
             if ("attn_z", n) in self.acts and (way := self.through_w_o(self.layers[n])) is not None:
