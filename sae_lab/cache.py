@@ -255,6 +255,8 @@ def sole_writer(folder: Path) -> Iterator[None]:
         log.warning("another process or thread is writing into %s: waiting until it is done", folder)
         lock = FileLock(folder / LOCK)
         lock.acquire()
+    if not lock.is_locked:
+        log.warning("the file system of %s has no locks: let one process at a time write there", folder)
     _held.add(mine)
     try:
         remove_leftovers(folder)

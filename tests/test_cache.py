@@ -253,3 +253,14 @@ def test_the_cache_is_cleared_of_all_but_what_is_being_written(root, tmp_path, h
     with caplog.at_level(logging.WARNING):
         assert cache.clear() == 1.0
     assert "is being written: it stays" in caplog.text and os.listdir(root / "stores") == ["s"]
+
+
+def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, caplog):
+    def refused(*_):
+        raise OSError(errno.ENOLCK, "no locks available")
+
+    monkeypatch.setattr("fcntl.flock", refused)
+    with cache.sole_writer(tmp_path / "folder"):
+        (tmp_path / "folder" / "file").write_text("x")
+    assert "has no locks: let one process at a time write there" in caplog.text
+    assert os.listdir(tmp_path / "folder") == ["file"]

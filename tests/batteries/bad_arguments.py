@@ -22,7 +22,7 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin
 import numpy as np
 import torch
 
-TITLE = "Bad arguments"
+TITLE = "bad arguments"
 SECONDS = 5  # for a call that takes milliseconds, where it refuses
 LONGEST = 300  # characters of a refusal
 # What the library makes, and no caller.
