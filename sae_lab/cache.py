@@ -125,9 +125,9 @@ def atomic(path: Path, kept: str = "") -> Iterator[Path]:
 def together(folder: Path, valid: str | None = None, kept: str = "") -> Iterator[Path]:
     """A temporary folder whose files all come into ``folder`` when the block ends well, and vanish when it fails.
 
-    A new folder appears whole. In one that is there, other files stay, and files are replaced one by one. valid: the
-    file without which the others are nothing: it is taken away before they are replaced, and put there last, so that
-    new and old files never pass for one whole. None: each of the files is right beside the others' old versions.
+    A new folder appears whole. In a folder that exists, other files stay and files are replaced one by one. valid: the
+    file without which nothing loads; it is removed first and put back last, so that a mixture of new and old files
+    never loads. None: a new file may stand beside old versions of the others.
     """
     there = folder.exists()
     make_folder(folder if there else folder.parent)
@@ -152,8 +152,8 @@ def together(folder: Path, valid: str | None = None, kept: str = "") -> Iterator
 
 @contextmanager
 def told(path: Path, kept: str = "") -> Iterator[None]:
-    """Says in one sentence when there is no room for ``path``. kept: what is still there, and how to go on; the
-    outermost of several blocks knows best."""
+    """Says in one sentence when there is no room for ``path``. kept: what is still there, and how to go on; of
+    nested blocks the outermost says it."""
     try:
         yield
     except Exception as err:
@@ -179,11 +179,11 @@ def _number(err: Exception) -> int:
 @contextmanager
 def _beside(path: Path) -> Iterator[Path]:
     """A path of the same name in a folder of this call's own beside; what killed writers of that path left goes."""
-    if not any(folder == path.parent.resolve() for *_, folder in _held):  # there it is done already
+    if not any(folder == path.parent.resolve() for *_, folder in _held):  # sole_writer has done it there
         remove_leftovers(make_folder(path.parent), path.name)
     lock = scratch = None
     try:
-        while scratch is None or lock is None:  # a process that looks for leftovers takes what is not locked yet
+        while scratch is None or lock is None:  # another process may take it for a leftover until it is locked
             scratch = path.parent / f".{path.name}.{secrets.token_hex(4)}.tmp"
             scratch.mkdir()
             lock = _locked(scratch)
@@ -281,7 +281,8 @@ def _locked(folder: Path) -> FileLock | None:
 
 
 def _removed(folder: Path, unsure: bool) -> bool:
-    """Whether a folder was removed: not while somebody writes into it. unsure: also where no lock can tell that."""
+    """Remove a folder unless somebody writes into it, and return whether that was done. unsure: remove it too where
+    the file system has no locks."""
     lock = _locked(folder)
     if lock is None or not (lock.is_locked or unsure):
         return False

@@ -1,7 +1,8 @@
 """Files read as data, or refused. Checksums, and the limits of every reader, stand here.
 
 What this library writes carries checksums: JSON objects one of their content, safetensors files one of their header and
-one of each block of BLOCK bytes behind it. Files without (of others, and of before) are read all the same.
+one of each block of BLOCK bytes behind it. Files without checksums (of other libraries, or of
+earlier versions) are read too.
 """
 
 import gzip
@@ -25,9 +26,9 @@ BLOCK = 1 << 17  # bytes that share a checksum: read at a stroke, and not much m
 # Limits. Each stands in the message of what it refuses, by the name under which it can be raised.
 MOST_JSON = 32 << 20  # bytes: Python's objects take up to 25 times as much memory
 MOST_DEPTH = 64  # lists and objects within each other
-MOST_DIGITS = 300  # of a whole number: a float ends there
+MOST_DIGITS = 300  # of a whole number; no float is larger
 MOST_HEADER = 25 << 20  # bytes of names, shapes and notes before a safetensors file's tensors
-MOST_RUN = 100_000_000  # of a checkpoint's, which holds the run's history; safetensors writes no longer ones
+MOST_RUN = 100_000_000  # the same of a checkpoint, which holds the run's history; safetensors writes no longer header
 MOST_UNPACKED = 256 << 20  # bytes of an archive or pickle, beyond 4 times its size: weights do not pack smaller
 MOST_PARTS = 1_000_000  # values within each other of a pickle or YAML, which can name one value many times
 MOST_LINES = 512 << 20  # bytes of lines, unpacked, all files and gzip members together
@@ -154,7 +155,7 @@ def blocks_of(file: Path | BufferedIOBase) -> str:
 def read_header(file: Path, most: str = "MOST_HEADER") -> tuple[dict[str, Any], dict[str, str], int]:
     """(its tensors' dtypes, shapes and places, its notes, where its tensors begin) of a safetensors file.
 
-    Raises FileNotFoundError, and ValueError for what is no such file, or is not the one that was written.
+    Raises FileNotFoundError, and ValueError for a file of another kind or with a header that was changed.
     """
     size = _size(file)
     with open(file, "rb") as f:
@@ -184,7 +185,7 @@ def _check_place(name: str, info: Any, size: int) -> None:
     except (KeyError, TypeError, ValueError) as err:
         raise ValueError(f"its header says no type, shape and place of {name!r}") from err
     if not whole or (known is not None and end - start != np.dtype(known).itemsize * _count(shape)):
-        raise ValueError(f"its header gives {name!r} a place that does not hold the shape {shape}, or is not there")
+        raise ValueError(f"its header gives {name!r} a place outside the file, or of another length than {shape} needs")
 
 
 def _count(shape: list[int]) -> int:
@@ -198,7 +199,7 @@ def read_tensors(
     file: Path, take: Callable[[str, Tensor], Tensor] = lambda _, t: t, most: str = "MOST_HEADER"
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """(tensors by name, notes) of a safetensors file, all its bytes checked. ``take(name, tensor)``: what is wanted of
-    each. FileNotFoundError, and ValueError for what is no such file, or is not the one that was written."""
+    each. FileNotFoundError, and ValueError for a file of another kind or one that was changed."""
     _, notes, start = read_header(file, most)
     if "blocks" in notes:
         with open(file, "rb") as f:
@@ -269,7 +270,7 @@ def read_torch(file: Path) -> Any:
 
 
 def check_archive(file: Path) -> None:
-    """ValueError for a zip archive that says it unpacks to more than the limit; none gives more than it says."""
+    """ValueError for a zip archive whose table of contents adds up to more than the limit; no reader unpacks more."""
     size = _size(file)
     if not zipfile.is_zipfile(file):
         return
@@ -285,8 +286,8 @@ def check_archive(file: Path) -> None:
 
 
 def check_plain(content: Any, most_bytes: int = 0) -> None:
-    """ValueError for more values than the limit, deeper than the limit, or tensors that are not plain ones of at most
-    so many bytes in all."""
+    """ValueError for more values or deeper ones than the limits, and for tensors that are not plain or take more than
+    ``most_bytes`` together."""
     layer, parts, size = [content], 0, 0
     for depth in range(MOST_DEPTH + 2):
         if not layer:
@@ -399,7 +400,7 @@ class Blocks:
 
 @lru_cache(maxsize=1 << 16)
 def _seen(file: str, inode: int, changed: int, size: int, blocks: str) -> np.ndarray:
-    """Which blocks of a file, as it is now, were found whole: all who open it share this."""
+    """Which blocks of a file have been checked. All who open the same file share this."""
     return np.zeros(len(blocks) // 8, bool)
 
 

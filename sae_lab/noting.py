@@ -4,9 +4,9 @@ A file is a log, one change a line; a field is "label" or "text" (a person's), o
 
     {"feature": 812, "label": "months", "time": 1764451234.5, "crc": "0b8a1f6c"}
 
-A line is appended under a lock and on disk before ``Log.write`` returns. Of a field's values the latest counts (of two
-of one time that which sorts last): so two logs are merged by putting the lines of both together, in any order, and
-nothing that was ever said is overwritten.
+A line is appended under a lock and on disk before ``Log.write`` returns. Of a field's values the latest counts (of
+two with the same time, the one that sorts last). So two logs are merged by putting their lines together in any order,
+and no line is ever overwritten.
 """
 
 import json
@@ -97,7 +97,7 @@ class Log:
         return {field: found[field][1] for field in sorted(found, key=lambda f: found[f][0]) if found[field][1]}
 
     def changes(self) -> list[Change]:
-        """The latest values, as few lines as they fit in."""
+        """The latest values, in as few lines as possible."""
         self.refresh()
         with self._lock:
             lines: dict[tuple[int, float], dict[str, Any]] = {}
@@ -164,8 +164,8 @@ class Log:
     ) -> None:  # fmt: skip
         """Set fields of features, {feature: {field: value}}. All are on disk before this returns.
 
-        seen: what a screen showed, by field, when these were typed there, and at: when that was. A value that it still
-        shows is no change; one that was typed before another writer's, of which it did not know, does not count.
+        seen: what the screen showed, by field, while these were typed; at: the time when they were. A value equal to
+        what was shown is no change. A value typed before another writer's newer one does not count.
         """
         with self._lock, self._alone():
             self.refresh()
@@ -346,10 +346,10 @@ def beside(coder: Any, folder: Path) -> Path:
 
 
 def save_beside(coder: Any, folder: Path) -> None:
-    """Copy what is said of a coder into its folder; what the copy there has and this one has not stays."""
+    """Copy what is said of a coder into its folder. Lines that only the copy there has stay in it."""
     if (here := of(coder)).file.exists():
         copy = beside(coder, folder)
-        with _all_the_same(here.file, copy):
+        with _or_warn(here.file, copy):
             if copy.exists():
                 return Log(copy).merge(here.file)
             with cache.atomic(copy) as temporary:
@@ -359,14 +359,14 @@ def save_beside(coder: Any, folder: Path) -> None:
 def bring_in(coder: Any, folder: Path) -> None:
     """Take over the copy beside a coder that is loaded."""
     if any(folder.glob("notes-*.jsonl")) and (file := beside(coder, folder)).is_file():
-        with _all_the_same(file, (here := by_id(coder.id)).file):
+        with _or_warn(file, (here := by_id(coder.id)).file):
             of(coder)
             here.merge(file)
 
 
 @contextmanager
-def _all_the_same(file: Path, to: Path) -> Iterator[None]:
-    """Where notes cannot be copied it is said; the coder is saved or loaded all the same."""
+def _or_warn(file: Path, to: Path) -> Iterator[None]:
+    """Warn where notes cannot be copied; the coder is saved or loaded anyway."""
     try:
         yield
     except (OSError, ValueError) as err:

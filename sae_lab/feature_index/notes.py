@@ -14,7 +14,7 @@ from sae_lab.saes.base import SparseCoder
 from sae_lab.spelling import check_text
 from sae_lab.types import check_feature
 
-UNKNOWN_TIME = 1.0  # of what was written before notes had times: whatever was said since counts
+UNKNOWN_TIME = 1.0  # of lines without a time: everything that has one is newer
 
 
 class Note(NamedTuple):
@@ -63,7 +63,7 @@ class Notes:
 
     @property
     def listeners(self) -> list[Any]:
-        """Functions that are called with a set of features after each change of theirs in this process."""
+        """Functions that are called after each change in this process, with the set of changed features."""
         return self._log.listeners
 
     def __getitem__(self, feature: int) -> Note:
@@ -87,10 +87,10 @@ class Notes:
         self, feature: Any, label: str | None = None, text: str | None = None, *, seen: dict[str, str] | None = None,
         typed: dict[str, float] | None = None,
     ) -> Note:  # fmt: skip
-        """Set a feature's label or text, None: as it was; both empty takes the note away. Returns the note as it is.
+        """Set a feature's label or text (None leaves it as it is; "" removes it). Returns the note as it then is.
 
-        seen, typed: the label and the text that a screen showed while these were typed there, and the time of that, in
-        seconds. What it still shows is no change, and what another wrote after that time stays.
+        seen, typed: for screens: what was shown by field while these were typed, and when they were, in seconds. A
+        value equal to what was shown is no change, and what another writer wrote after that time stays.
         """
         given = {"label": None if label is None else label.strip(), "text": text}
         fields = {name: value for name, value in given.items() if value is not None}
@@ -141,9 +141,9 @@ class Notes:
 
     @as_annotated
     def load(self, source: str | Path, model: str | None = None, layer: str | None = None) -> int:
-        """Bring in what ``save`` wrote, or explanations that Neuronpedia exports. Returns of how many features it is.
+        """Bring in what ``save`` wrote, or explanations that Neuronpedia exports. Returns the number of features.
 
-        What is newer here stays. A line of your own without a time counts where nothing stands yet.
+        What is newer here stays. A line without a time counts only where nothing is written yet.
 
         Args:
             source: a .jsonl or .jsonl.gz file, a folder of them, the http(s) address of either, or a data set of the
@@ -242,8 +242,8 @@ class Explanations:
         return next((said.text for said in self[feature]), "")
 
     def write(self, said: Mapping[int, list[Said]]) -> None:
-        """Put these first; what the same source said before of the same feature goes. All are on disk before this
-        returns."""
+        """Put these first, in place of what the same source said of the same feature before. They are on disk before
+        this returns."""
         self._log.write({check_feature(i, self._d_sae): _by_source(several) for i, several in said.items()})
 
     def find(self, text: str) -> list[int]:

@@ -1,11 +1,12 @@
 """What a server answers: read within a time and a size, and looked at before anything uses it.
 
-A server may be broken, or another than one thinks, or hostile. So each question runs on a thread that its caller leaves
-when the time is over; no answer is held that is larger than it may be, packed or unpacked; and what a request saved has
-the names and the shapes that were asked for, or it is no answer (``NoAnswer``).
+A server may be broken or hostile, or no NDIF server at all. So each question runs on a thread that its caller leaves
+when the time is over; an answer that is larger than allowed, packed or unpacked, is dropped; and a result must have the
+names and shapes that were asked for (``NoAnswer`` otherwise).
 """
 
 import io
+import json
 import pickletools
 import re
 import threading
@@ -18,18 +19,19 @@ import httpx
 import torch
 import websocket
 
+from sae_lab import files
 from sae_lab.lm import forms
 
-TALK = 1 << 20  # bytes of an answer that is no result: a status holds a traceback, at most
+TALK = 1 << 20  # bytes of any other answer than a result: the longest is a status with a traceback
 TOLD = 4000  # characters of what a server said that an error repeats
-SLACK = 10  # a result has at most so many times the bytes that were asked for: names, padding, a wider dtype
+SLACK = 10  # a result may have this many times the bytes that were asked for: names, padding, a wider dtype
 WAKE = 0.1  # seconds between two looks at the clock
 _LOADED = re.compile(r"torch\._utils _rebuild_(tensor_v2|parameter)|torch \w+Storage|collections OrderedDict")
 _ID = re.compile(r"[A-Za-z0-9_.:-]{1,200}")
 
 
 class NoAnswer(Exception):
-    """What came is no answer of an NDIF server. ``busy``: it may be one in a while."""
+    """What came is no answer of an NDIF server. ``busy``: the server may answer later."""
 
     def __init__(self, text: str, busy: bool = False):
         super().__init__(text)
@@ -47,8 +49,8 @@ class Failure(NamedTuple):
 def within(
     left: Callable[[], float], call: Callable[[], Any], stop: Callable[[], Any], scrub: Callable[[str], str]
 ) -> tuple[Any, Failure | None]:
-    """(the value of a call, None) or (None, why there is none), at the latest when no time is left. Then ``stop``
-    breaks the connection, so that the thread on which the call runs ends too.
+    """(the call's value, None), or (None, why it failed); returns when no time is left, at the latest. ``stop`` then
+    breaks the connection, so that the call's thread ends too.
 
     No exception leaves that thread: those of libraries hold the headers that were sent, and the key among them. The
     text of a failure is scrubbed there too, since a debugger shows the variables of a frame.
@@ -92,7 +94,7 @@ def _failure(err: BaseException, scrub: Callable[[str], str]) -> Failure:
 
 
 def read(answer: httpx.Response, most: int, left: Callable[[], float]) -> bytes:
-    """The body of an answer with status 200, of at most so many bytes. NoAnswer for any other."""
+    """The body of an answer with status 200 and at most ``most`` bytes. NoAnswer for any other."""
     if answer.status_code != 200:
         told = _body(answer, TALK, left)
         if answer.is_redirect:
@@ -118,8 +120,6 @@ def _body(answer: httpx.Response, most: int, left: Callable[[], float]) -> bytes
 
 def _detail(body: bytes) -> str:
     """What FastAPI says of an error, or the beginning of what came."""
-    import json
-
     try:
         return str(json.loads(body)["detail"])
     except (ValueError, KeyError, TypeError, RecursionError):
@@ -151,9 +151,7 @@ def _is_name(text: Any, scrub: Callable[[str], str]) -> bool:
 
 
 def session_id(message: Any, scrub: Callable[[str], str]) -> str:
-    """The name of a session, which a websocket says first."""
-    import json
-
+    """The name of a session, which is the first message on a websocket."""
     try:
         found = json.loads(message)["session_id"]
     except (ValueError, KeyError, TypeError, RecursionError):
@@ -164,7 +162,7 @@ def session_id(message: Any, scrub: Callable[[str], str]) -> str:
 
 
 class Socket(websocket.WebSocket):
-    """A websocket that takes so many bytes in all, while there is time."""
+    """A websocket that takes ``most`` bytes in all, as long as there is time."""
 
     def __init__(self, most: int, left: Callable[[], float]):
         super().__init__()
@@ -176,7 +174,7 @@ class Socket(websocket.WebSocket):
         part = super()._recv(bufsize)
         self._most -= len(part)
         if self._most < 0:
-            raise NoAnswer("it says more than it may have to say")
+            raise NoAnswer("it sends more than any job's messages need")
         return part
 
 
@@ -184,10 +182,10 @@ class Socket(websocket.WebSocket):
 
 
 def loaded(content: bytes, most: int, packed: bool) -> Any:
-    """What a request saved: tensors and plain data, of at most so many bytes. NoAnswer for anything else.
+    """What a request saved: tensors and plain data, of at most ``most`` bytes. NoAnswer for anything else.
 
-    ``weights_only=True`` runs no code; before it, that no record is larger unpacked than it is here, and that nothing
-    is called but what makes a tensor of a record: the rest of what it lets through can ask for memory without end.
+    ``weights_only=True`` runs no code, but some of the calls that it allows can take any amount of memory. So the
+    pickle is read first: it may call nothing except what makes a tensor of a record, and no record may be compressed.
     """
     if packed:
         import zstandard
@@ -198,36 +196,20 @@ def loaded(content: bytes, most: int, packed: bool) -> Any:
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         records = archive.infolist()
         if sum(r.file_size for r in records) > min(most, len(content)) or any(r.compress_type for r in records):
-            raise NoAnswer("its result is larger than what came of it")
+            raise NoAnswer("its result unpacks to more than was sent")
         names = [r.filename for r in records if r.filename.endswith("/data.pkl")]
         if len(names) != 1:
-            raise NoAnswer("its result is none of torch")
+            raise NoAnswer("its result was not written by torch")
         plan = archive.read(names[0])
     for op, argument, _ in pickletools.genops(plan):
         if op.name == "GLOBAL" and not _LOADED.fullmatch(str(argument)):
             raise NoAnswer(f"its result is more than tensors, numbers and text: it names {argument}")
     found = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    _require_plain(found, most, set())
+    try:
+        files.check_plain(found, most)
+    except ValueError as err:
+        raise NoAnswer(f"its result is not what was asked for: {err}") from None
     return found
-
-
-def _require_plain(value: Any, most: int, seen: set[int]) -> None:
-    """NoAnswer for what is no plain data, and for a tensor that is larger than its storage may be."""
-    if id(value) in seen:
-        return
-    seen.add(id(value))
-    if isinstance(value, torch.Tensor):
-        if value.layout != torch.strided or value.device.type != "cpu" or value.numel() * value.element_size() > most:
-            raise NoAnswer(f"its result holds a tensor {tuple(value.shape)}, which is none that was asked for")
-    elif isinstance(value, dict):
-        for name, part in value.items():
-            _require_plain(name, most, seen)
-            _require_plain(part, most, seen)
-    elif isinstance(value, list | tuple | set):
-        for part in value:
-            _require_plain(part, most, seen)
-    elif not isinstance(value, str | bytes | int | float | complex | None):
-        raise NoAnswer(f"its result holds a {type(value).__name__}")
 
 
 def checked(found: Any, form: Any) -> Any:

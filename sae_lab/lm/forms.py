@@ -1,4 +1,4 @@
-"""Forms: what a result must look like before it is used, where it comes from a server."""
+"""Forms: what a server's result must look like before it is used."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -33,7 +33,7 @@ def _quiet_if(quiet: bool) -> Iterator[None]:
 @contextmanager
 def no_code(source: Any, kwargs: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Arguments with which transformers and datasets neither run a folder's own code nor ask whether to. ValueError for
-    what cannot be loaded without, and for who asks for it."""
+    a source that needs its own code, and for ``trust_remote_code=True``."""
     if kwargs.get("trust_remote_code"):
         raise ValueError(f"trust_remote_code is never on in sae_lab: load {str(source)!r} yourself, and pass that")
     try:

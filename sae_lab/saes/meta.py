@@ -15,7 +15,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
 
 
 def check_meta(meta: dict[str, Any]) -> None:
-    """ValueError where an entry that this library reads is of another type; what it does not know may be anything."""
+    """ValueError where an entry that this library reads has another type. Entries it does not know may be anything."""
     for name, kinds in _TYPES.items():
         if name not in meta:
             continue
