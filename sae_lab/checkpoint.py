@@ -19,7 +19,7 @@ from sae_lab.saes import formats
 from sae_lab.saes.base import SparseCoder
 
 CHECKPOINT = "checkpoint.safetensors"
-EARLIER = "checkpoint-before.safetensors"  # the one before it, for the day that it is damaged
+EARLIER = "checkpoint-before.safetensors"  # the checkpoint before, in case the last one is damaged
 RUN = "run.json"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 

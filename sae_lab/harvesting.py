@@ -118,7 +118,7 @@ class _Harvest:
     coder: SparseCoder | None = None
 
     def run(self, tokens: int) -> Store:
-        """The store: as it is where nothing is missing, else with what is, made while no other process writes there."""
+        """The store. What is missing is made first, while no other process writes there."""
         self.manifest = self._open()
         if (store := self._made(tokens)) is not None:
             cache.tidy(self.folder)

@@ -1,7 +1,8 @@
 """One block of a model: which kinds of site it has, where they lie, and why it has no others.
 
-Read off one watched pass (``observing.watch``): a tensor's form says of which tensors it is the sum, times what. So
-what a block adds to the stream is found behind norms and multipliers, whatever its modules are called.
+Read off one watched pass (``observing.watch``): a tensor's form says which tensors it is a sum of, and
+with which factors. So what a block adds to the stream is found behind norms and multipliers, whatever its modules are
+called.
 """
 
 from collections.abc import Mapping

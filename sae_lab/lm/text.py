@@ -260,7 +260,7 @@ def _packed(documents: Iterable[Iterable[list[int]]], lead: list[int], room: int
 
 
 WINDOW_DOCUMENTS, WINDOW_CONTEXTS = 100, 1000  # the least that is mixed: topics and, for like lengths, contexts
-WINDOW_TOKENS = 600_000  # the most, however few documents that are
+WINDOW_TOKENS = 600_000  # the most tokens in a window, even if they are few documents
 PASS_COST = 32  # what a pass takes however short it is, in tokens: passes get smaller only where it saves more padding
 PASS_CONTEXTS = 128  # at most in a pass
 
