@@ -182,7 +182,7 @@ def test_it_is_fast_and_prints():
         ({"hierarchy": -1}, "hierarchy must be an integer of at least 0"),
         ({"n": 0}, "n must be an integer of at least 1, got 0"),
         ({"samples": 0}, "samples must be an integer of at least 1"),
-        ({"seed": -1}, "seed must be an integer of at least 0"),
+        ({"seed": -1}, "seed must be a whole number of at least 0"),
     ],
 )
 def test_worlds_that_cannot_be(settings, words):
