@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 import sae_lab as sl
-from sae_lab.estimating import _peak
+from sae_lab.training.estimating import _peak
 
 RESULTS = Path(__file__).parent / "results" / "estimates.json"
 SITE = sl.Site("resid_post", 8)

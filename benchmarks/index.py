@@ -35,9 +35,9 @@ from safetensors.torch import save_file
 from steps import processor, write_readme
 
 import sae_lab as sl
+from sae_lab.activations.harvesting import _crc
+from sae_lab.activations.store import memory_map
 from sae_lab.feature_index.labels import Labels
-from sae_lab.harvesting import _crc
-from sae_lab.store import memory_map
 
 RESULTS = Path(__file__).parent / "results" / "index.json"
 TOKENS, FEATURES = 1_000_000, [16_384, 102_400]

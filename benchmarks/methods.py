@@ -23,7 +23,7 @@ from sklearn.datasets import load_digits
 
 import sae_lab as sl
 from sae_lab.lm.text import mix_sources
-from sae_lab.saes import sparse
+from sae_lab.saes import kernels
 
 RESULTS = Path(__file__).parent / "results" / "methods.json"
 ROWS: dict[str, Callable[[], dict[str, Any]]] = {}
@@ -141,7 +141,7 @@ def absorption() -> dict[str, Any]:
     for seed in (0, 1):
         world = sl.worlds.planted(40, 40, 2, hierarchy=1, samples=50_000, seed=seed)
         codes = world.codes._replace(values=torch.ones_like(world.codes.values))
-        equal = dataclasses.replace(world, codes=codes, x=sparse.decode(codes, world.dictionary))
+        equal = dataclasses.replace(world, codes=codes, x=kernels.decode(codes, world.dictionary))
         for sizes, data in {"sizes .5 to 1.5": world, "equal sizes": equal}.items():
             for name, make in families.items():
                 coder = trained(make(), data.x, steps=1500, batch_size=1024, lr=3e-3)

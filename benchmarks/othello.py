@@ -21,7 +21,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from sae_lab.worlds.othello import Games, othello, square_name
+from sae_lab.worlds.boards import Games, othello, square_name
 
 SIZE, START = 6, "<start>"
 CHUNK = 16_384  # games made at once
@@ -193,7 +193,7 @@ CODERS = {
 def coders(a: argparse.Namespace) -> None:
     """Train coders on the shipped model (and the same on an untrained twin), and measure what they know of boards."""
     import sae_lab as sl
-    from sae_lab.evals.board_games import board_games, othello_gpt, untrained_twin
+    from sae_lab.evals.games import board_games, othello_gpt, untrained_twin
 
     lm, site = othello_gpt(), sl.Site("resid_post", layer=a.layer)
     seen, test = othello(SIZE, games=a.games, seed=2), othello(SIZE, games=600, seed=1)

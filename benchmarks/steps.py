@@ -28,8 +28,8 @@ import torch
 from torch import Tensor
 
 import sae_lab as sl
-from sae_lab.store import Rows
-from sae_lab.training import Training
+from sae_lab.activations.store import Rows
+from sae_lab.training.loop import Training
 
 BATCH, D, BATCHES, LR = 4096, 576, 4, 1e-3
 RESULTS = Path(__file__).parent / "results" / "steps.json"

@@ -17,8 +17,8 @@ from unittest.mock import patch
 from steps import processor, write_readme
 
 import sae_lab as sl
-from sae_lab.store import Store
-from sae_lab.training import Training
+from sae_lab.activations.store import Store
+from sae_lab.training.loop import Training
 
 KS = (8, 16, 24, 32, 48, 64, 96, 128)
 WIDTH = 4608

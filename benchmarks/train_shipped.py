@@ -19,9 +19,9 @@ import steps
 import torch
 
 import sae_lab as sl
-from sae_lab.evals.reconstruction import AT_STAKE, SURE, too_little
+from sae_lab.activations.reconstructing import AT_STAKE, SURE, too_little
 from sae_lab.lm.text import mix_sources
-from sae_lab.saes.formats import shipped
+from sae_lab.saes.io.ours import shipped
 
 ROOT = Path(__file__).resolve().parent.parent
 WORK, PACKAGE = ROOT / "runs" / "shipped", ROOT / "sae_lab" / "data" / "saes"

@@ -17,23 +17,23 @@ _HOME = {
     "LM": "lm.model",
     "load_text": "lm.text", "Text": "lm.text",
     "Site": "types", "TokenMask": "types", "Batch": "types",
-    "harvest": "harvesting", "Store": "store",
+    "harvest": "activations.harvesting", "Store": "activations.store",
     "SparseCoder": "saes",
-    "load": "saes.formats",
-    "sweep": "sweeping", "Sweep": "sweeping",
-    "match": "matching",
-    "estimate": "estimating",
-    "train": "training", "meta_sae": "training", "TrainConfig": "training", "Run": "training",
+    "load": "saes.io.opening",
+    "train": "training.loop", "meta_sae": "training.loop", "TrainConfig": "training.loop", "Run": "training.loop",
+    "sweep": "training.sweeping", "Sweep": "training.sweeping",
+    "estimate": "training.estimating",
     "features": "feature_index", "index_features": "feature_index", "FeatureIndex": "feature_index",
-    "notes": "feature_index.notes",
-    "Edit": "edit", "Steer": "edit", "Clamp": "edit", "Scale": "edit", "Ablate": "edit", "Patch": "edit",
-    "Splice": "edit", "Project": "edit",
-    "find_features": "finding", "dose_response": "dosing",
+    "notes": "feature_index.annotations", "match": "feature_index.matching",
+    "find_features": "feature_index.finding", "dose_response": "feature_index.dosing",
+    "Edit": "edits.edit", "Steer": "edits.edit", "Clamp": "edits.edit", "Scale": "edits.edit", "Ablate": "edits.edit",
+    "Patch": "edits.edit", "Splice": "edits.edit", "Project": "edits.edit",
     "FeatureInspector": "widgets", "TokenFeatures": "widgets", "SteeringSliders": "widgets", "PatchingGrid": "widgets",
     "TrainingMonitor": "widgets", "FeatureMap": "widgets", "Session": "widgets",
     "plot": "plots",
 }  # fmt: skip
-_MODULES = ("cache", "circuits", "evals", "explain", "geometry", "saes", "worlds")
+_MODULES = {name: name for name in ("cache", "circuits", "evals", "explain", "geometry", "saes", "worlds")}
+_MODULES["checkpoint"] = "training.checkpoint"
 
 if TYPE_CHECKING:
     from sae_lab import cache as cache
@@ -43,36 +43,37 @@ if TYPE_CHECKING:
     from sae_lab import geometry as geometry
     from sae_lab import saes as saes
     from sae_lab import worlds as worlds
-    from sae_lab.dosing import dose_response as dose_response
-    from sae_lab.edit import Ablate as Ablate
-    from sae_lab.edit import Clamp as Clamp
-    from sae_lab.edit import Edit as Edit
-    from sae_lab.edit import Patch as Patch
-    from sae_lab.edit import Project as Project
-    from sae_lab.edit import Scale as Scale
-    from sae_lab.edit import Splice as Splice
-    from sae_lab.edit import Steer as Steer
-    from sae_lab.estimating import estimate as estimate
+    from sae_lab.activations.harvesting import harvest as harvest
+    from sae_lab.activations.store import Store as Store
+    from sae_lab.edits.edit import Ablate as Ablate
+    from sae_lab.edits.edit import Clamp as Clamp
+    from sae_lab.edits.edit import Edit as Edit
+    from sae_lab.edits.edit import Patch as Patch
+    from sae_lab.edits.edit import Project as Project
+    from sae_lab.edits.edit import Scale as Scale
+    from sae_lab.edits.edit import Splice as Splice
+    from sae_lab.edits.edit import Steer as Steer
     from sae_lab.feature_index import FeatureIndex as FeatureIndex
     from sae_lab.feature_index import features as features
     from sae_lab.feature_index import index_features as index_features
-    from sae_lab.feature_index.notes import notes as notes
-    from sae_lab.finding import find_features as find_features
-    from sae_lab.harvesting import harvest as harvest
+    from sae_lab.feature_index.annotations import notes as notes
+    from sae_lab.feature_index.dosing import dose_response as dose_response
+    from sae_lab.feature_index.finding import find_features as find_features
+    from sae_lab.feature_index.matching import match as match
     from sae_lab.lm.model import LM as LM
     from sae_lab.lm.text import Text as Text
     from sae_lab.lm.text import load_text as load_text
-    from sae_lab.matching import match as match
     from sae_lab.plots import plot as plot
     from sae_lab.saes import *  # noqa: F403 (the families)
-    from sae_lab.saes.formats import load as load
-    from sae_lab.store import Store as Store
-    from sae_lab.sweeping import Sweep as Sweep
-    from sae_lab.sweeping import sweep as sweep
-    from sae_lab.training import Run as Run
-    from sae_lab.training import TrainConfig as TrainConfig
-    from sae_lab.training import meta_sae as meta_sae
-    from sae_lab.training import train as train
+    from sae_lab.saes.io.opening import load as load
+    from sae_lab.training import checkpoint as checkpoint
+    from sae_lab.training.estimating import estimate as estimate
+    from sae_lab.training.loop import Run as Run
+    from sae_lab.training.loop import TrainConfig as TrainConfig
+    from sae_lab.training.loop import meta_sae as meta_sae
+    from sae_lab.training.loop import train as train
+    from sae_lab.training.sweeping import Sweep as Sweep
+    from sae_lab.training.sweeping import sweep as sweep
     from sae_lab.types import Batch as Batch
     from sae_lab.types import Site as Site
     from sae_lab.types import TokenMask as TokenMask
@@ -95,7 +96,7 @@ def __getattr__(name: str) -> Any:
     elif name in _HOME:
         value = getattr(import_module(f"sae_lab.{_HOME[name]}"), name)
     elif name in _MODULES:
-        value = import_module(f"sae_lab.{name}")
+        value = import_module(f"sae_lab.{_MODULES[name]}")
     elif name.startswith("_"):  # tools ask modules for dunder names: no reason to load torch
         raise AttributeError(f"module 'sae_lab' has no attribute {name!r}; see dir(sae_lab)")
     elif name not in (known := _names()):

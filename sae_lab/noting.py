@@ -40,6 +40,14 @@ _SUMMED = re.compile(rb'(\{.*), "crc": "([0-9a-f]{8})"\}', re.DOTALL)
 _UNREADABLE = (ValueError, TypeError, KeyError, AttributeError, RecursionError)  # what a damaged line raises
 
 
+class Said(NamedTuple):
+    """What somebody (``source``: an explainer, or a site's labels) says of a feature, with its scores if it has any."""
+
+    text: str
+    source: str = ""
+    scores: dict[str, float] = {}  # noqa: RUF012 (never written to)
+
+
 def root() -> Path:
     """The user's data folder: ``$SAE_LAB_DATA``, else ``$XDG_DATA_HOME/sae_lab``, else the platform's."""
     if explicit := os.environ.get("SAE_LAB_DATA"):

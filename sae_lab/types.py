@@ -262,7 +262,7 @@ def rows_of(offsets: Int[Tensor, " rows_plus_one"]) -> Int[Tensor, " active"]:
 class Codes(NamedTuple):
     """Sparse codes by row (compressed rows): row b is active on ``features[offsets[b]:offsets[b+1]]``.
 
-    by_feature: the same places in the order of features, which the kernels of ``saes.sparse`` make and share.
+    by_feature: the same places in the order of features, which the kernels of ``saes.kernels`` make and share.
     """
 
     values: Float[Tensor, " active"]

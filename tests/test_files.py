@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 import sae_lab as sl
 from sae_lab import files
-from sae_lab.checkpoint import CHECKPOINT, EARLIER
+from sae_lab.training.checkpoint import CHECKPOINT, EARLIER
 
 
 def flip(file, at, bit=3):

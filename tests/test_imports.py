@@ -1,8 +1,10 @@
-"""The house: imports point down only, and `import sae_lab` is light."""
+"""The house: imports point down only, without circles, the core knows no method, and `import sae_lab` is light."""
 
 import ast
 import subprocess
 import sys
+from graphlib import CycleError, TopologicalSorter
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -11,103 +13,119 @@ import sae_lab
 
 PACKAGE = Path(sae_lab.__file__).parent
 
-# From the bottom up. An import may point to any lower floor, or along its own, but never up.
-FLOORS = [
-    {"types", "cache", "arguments", "spelling", "files", "results", "noting"},
-    {"worlds", "saes", "lm"},
-    {"store", "reading"},
-    {"harvesting"},
-    {"training", "control", "watching", "checkpoint", "distributed", "edit", "grouping", "matching", "rules"},
-    {"evals", "circuits", "feature_index", "sweeping", "estimating", "finding", "dosing", "explain", "geometry"},
-    {"widgets", "plots"},
+# From the bottom up. A room imports from lower floors only; modules of a room from each other, without circles.
+CORE = [
+    {"types", "cache", "arguments", "spelling", "files", "results", "noting", "stats"},
+    {"saes", "lm"},
+    {"activations"},
+    {"edits"},
+    {"feature_index"},
+    {"training"},
 ]
-# These rooms share a floor and a wall: what knows language models knows no coders, and the other way round.
-APART = [{"saes", "lm"}, {"worlds", "lm"}, {"worlds", "saes"}]
+METHODS = [{"worlds"}, {"evals", "circuits", "explain", "geometry"}]
+FACES = [{"plots", "widgets"}]
+FLOORS = [*CORE, *METHODS, *FACES]
+GROUND = CORE[0]  # single modules: they import from each other
 HEAVY = ["transformers", "nnsight", "datasets", "matplotlib", "ipywidgets", "anywidget", "IPython", "circuitsvis",
          "pandas", "scipy", "sklearn"]  # fmt: skip
 
 
-def imported(source, module, is_package, rooms):
-    """Rooms of sae_lab that a module imports, also in functions and under TYPE_CHECKING. ``?x`` is what is no room."""
-    package = module.split(".") if is_package else module.split(".")[:-1]
-    found = set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-            found |= {
-                n.split(".")[1] if "." in n else "?the package itself" for n in names if n.split(".")[0] == "sae_lab"
-            }
-        elif isinstance(node, ast.ImportFrom):
-            base = (package[: len(package) - node.level + 1] if node.level else []) + (node.module or "").split(".")
-            base = [part for part in base if part]
-            if base[:1] != ["sae_lab"]:
-                continue
-            if len(base) > 1:
-                found.add(base[1])
-            else:  # from sae_lab import x: a room, or a name of the package's own (__version__)
-                names = {alias.name for alias in node.names}
-                found |= {n if n in rooms else f"?{n}" for n in names if not n.startswith("__")}
+def modules():
+    """{module: (its file, whether it is a package)}. The package itself is left out: its door opens every room."""
+    found = {}
+    for file in sorted(PACKAGE.rglob("*.py")):
+        parts = file.relative_to(PACKAGE.parent).with_suffix("").parts
+        package = parts[-1] == "__init__"
+        found[".".join(parts[:-1] if package else parts)] = (file, package)
+    del found["sae_lab"]
     return found
 
 
-def faults(room, others):
-    """What is wrong with these imports in this room."""
+def imported(source, module, package, known):
+    """Modules of sae_lab that a module imports, also in functions and under TYPE_CHECKING. ``?x``: x is no module."""
+    home = module.split(".") if package else module.split(".")[:-1]
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names if alias.name.split(".")[0] == "sae_lab"]
+            found |= {name if name in known else f"?{name}" for name in names}
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join([*(home[: len(home) - node.level + 1] if node.level else []), *filter(None, [node.module])])
+            if base.split(".")[0] != "sae_lab":
+                continue
+            for name in (alias.name for alias in node.names if not alias.name.startswith("__")):
+                inside = f"{base}.{name}"
+                found.add(inside if inside in known else base if base in known else f"?{inside}")
+    return found - {module}
+
+
+def room(module):
+    return module.split(".")[1]
+
+
+def faults(module, others):
+    """What is wrong with these imports of a module."""
     floor = {name: number for number, names in enumerate(FLOORS) for name in names}
     wrong = []
-    for other in sorted(others - {room}):
-        if other not in floor:
-            wrong.append(f"{room} imports {other.lstrip('?')!r} from sae_lab: import from the room that defines it")
-        elif floor[other] > floor[room]:
-            wrong.append(f"{room} imports {other}, which is above it")
-        elif {room, other} in APART:
-            wrong.append(f"{room} and {other} never import each other")
+    for other in sorted(others):
+        if other.startswith("?"):
+            wrong.append(f"{module} imports {other[1:]}: import from the module that defines it")
+        elif room(other) == room(module) or {room(other), room(module)} <= GROUND:
+            continue
+        elif floor[room(other)] >= floor[room(module)]:
+            wrong.append(f"{module} imports {other}, which is not below it")
     return wrong
 
 
-def modules():
-    for file in sorted(PACKAGE.rglob("*.py")):
-        parts = file.relative_to(PACKAGE).with_suffix("").parts
-        if parts != ("__init__",):  # the package's own front door opens every room
-            yield file, parts
-
-
 def test_every_room_has_its_floor():
-    rooms = {parts[0] for _, parts in modules()}
+    rooms = {room(module) for module in modules()}
     assert rooms - set().union(*FLOORS) == set(), "a new room needs its floor in FLOORS"
-    assert {"types", "lm", "store"} <= rooms
+    assert {"types", "lm", "activations"} <= rooms
 
 
-def test_imports_point_down():
-    rooms = set().union(*FLOORS)
-    wrong = []
-    for file, parts in modules():
-        is_package = parts[-1] == "__init__"
-        module = ".".join(["sae_lab", *parts[: -1 if is_package else None]])
-        wrong += [f"{module}: {f}" for f in faults(parts[0], imported(file.read_text(), module, is_package, rooms))]
+def test_imports_point_down_and_have_no_circle():
+    known = modules()
+    graph = {m: imported(file.read_text(), m, package, known) for m, (file, package) in known.items()}
+    wrong = [fault for module, others in graph.items() for fault in faults(module, others)]
     assert not wrong, "\n".join(wrong)
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as err:
+        pytest.fail(f"a circle of imports: {' -> '.join(reversed(err.args[1]))}")
+
+
+def test_no_module_bears_the_name_of_a_public_function():
+    """``sae_lab.evals.x`` would then be the module or the function, as it happens."""
+    packages = ["sae_lab", *(m for m, (_, package) in modules().items() if package)]
+    for package in packages:
+        opened = import_module(package)
+        inside = {m.rpartition(".")[2] for m in modules() if m.rpartition(".")[0] == package}
+        functions = {n for n in [*sae_lab.__all__, *dir(opened)] if callable(getattr(opened, n, None))}
+        functions |= {n for n in sae_lab.__all__ if callable(getattr(sae_lab, n))}
+        assert inside & functions == set(), package
 
 
 @pytest.mark.parametrize(
     ("source", "module", "words"),
     [
-        ("from sae_lab.store import harvest", "sae_lab.lm.model", "lm imports store, which is above it"),
-        ("from ..store import harvest", "sae_lab.lm.model", "lm imports store, which is above it"),
-        ("from .. import store", "sae_lab.lm.model", "lm imports store, which is above it"),
-        ("from sae_lab import plots", "sae_lab.training", "training imports plots, which is above it"),
-        ("import sae_lab.training as t", "sae_lab.cache", "cache imports training, which is above it"),
-        ("def f():\n    from sae_lab.evals import x", "sae_lab.training", "training imports evals, which is above it"),
-        ("from ..lm import LM", "sae_lab.saes.base", "saes and lm never import each other"),
-        ("from sae_lab.saes import TopK", "sae_lab.lm.model", "lm and saes never import each other"),
-        ("import sae_lab", "sae_lab.store", "imports 'the package itself'"),
-        ("from sae_lab import LM", "sae_lab.store", "imports 'LM' from sae_lab: import from the room"),
-        ("from sae_lab import __version__, cache", "sae_lab.store", None),
-        ("from .tokens import pad\nfrom ..types import Site", "sae_lab.lm.model", None),
-        ("from sae_lab.store import Store\nimport torch, saes", "sae_lab.evals.probing", None),
+        ("from sae_lab.activations.store import x", "lm.model", "imports sae_lab.activations.store, which is not"),
+        ("from ..activations.store import x", "lm.model", "imports sae_lab.activations.store, which is not below"),
+        ("from .. import activations", "lm.model", "imports sae_lab.activations, which is not below it"),
+        ("from sae_lab import plots", "training.loop", "imports sae_lab.plots, which is not below it"),
+        ("import sae_lab.training.loop as t", "cache", "imports sae_lab.training.loop, which is not below it"),
+        ("def f():\n    from sae_lab.evals import x", "training.loop", "imports sae_lab.evals, which is not below it"),
+        ("if T:\n    from sae_lab.circuits import x", "evals.probes", "imports sae_lab.circuits, which is not below"),
+        ("from ..lm import LM", "saes.base", "imports sae_lab.lm, which is not below it"),
+        ("from sae_lab.saes import TopK", "lm.model", "imports sae_lab.saes, which is not below it"),
+        ("import sae_lab", "activations.store", "imports sae_lab: import from the module that defines it"),
+        ("from sae_lab import LM", "activations.store", "imports sae_lab.LM: import from the module"),
+        ("from sae_lab import __version__, cache", "activations.store", None),
+        ("from .tokens import pad\nfrom ..types import Site", "lm.model", None),
+        ("from sae_lab.activations.store import Store\nimport torch, saes", "evals.probes", None),
     ],
 )
 def test_the_walker_finds_what_it_looks_for(source, module, words):
-    rooms = set().union(*FLOORS)
-    found = faults(module.split(".")[1], imported(source, module, False, rooms))
+    found = faults(f"sae_lab.{module}", imported(source, f"sae_lab.{module}", False, modules()))
     assert (len(found) == 1 and words in found[0]) if words else found == []
 
 

@@ -98,7 +98,7 @@ def test_whatever_shows_itself_in_a_notebook_is_made_in_results():
     assert [place for place, returned in shown if returned != "Html"] == []
     # CircuitsVis' own page, whose arguments ``in_script`` writes; what a user exports.
     elsewhere = {(place.partition(":")[0], name) for place, name in made if not place.startswith("results.py")}
-    assert elsewhere == {("widgets/attention.py", "Html"), ("widgets/inspector.py", "super().to_html")}
+    assert elsewhere == {("widgets/attention_view.py", "Html"), ("widgets/inspector.py", "super().to_html")}
 
 
 def test_the_widgets_mark_the_same_characters():

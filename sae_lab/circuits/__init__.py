@@ -1,6 +1,6 @@
 """Which parts of a model make it answer as it does: patching, its estimates by gradient, circuits, heads, edges."""
 
-from sae_lab.circuits.attribution import Attribution, attribution
+from sae_lab.circuits.attributing import Attribution, attribution
 from sae_lab.circuits.direct import DirectEffects, direct_effects
 from sae_lab.circuits.directions import AreaDifference, DirectionCurves, patched_directions, principal_axes
 from sae_lab.circuits.downstream import DownstreamEffects, effects_of
@@ -12,7 +12,7 @@ from sae_lab.circuits.invariant import EdgeCheck, check_edges, invariant_edges, 
 from sae_lab.circuits.linearizing import PulledBack, pull_back
 from sae_lab.circuits.metric import Metric, aligned_tokens, kl_from, log_probability, logit_difference
 from sae_lab.circuits.nodes import Node
-from sae_lab.circuits.patching import PatchGrid, patched_cells, patching, patching_estimate
+from sae_lab.circuits.patching_effects import PatchGrid, patched_cells, patching, patching_estimate
 from sae_lab.circuits.prompt import PromptReading, read_prompt
 from sae_lab.spelling import no_attribute
 

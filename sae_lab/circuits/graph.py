@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sae_lab.arguments import as_annotated
-from sae_lab.circuits.attribution import correlations
+from sae_lab.circuits.attributing import correlations
 from sae_lab.circuits.edges import Edge, edge_effects
 from sae_lab.circuits.faithfulness import Faithfulness, faithfulness
 from sae_lab.circuits.metric import Metric, measured, paired

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from sae_lab.circuits.attribution import true_effects
+from sae_lab.circuits.attributing import true_effects
 from sae_lab.circuits.gradients import gradients
 from sae_lab.circuits.metric import Metric, numbers
 from sae_lab.lm.model import LM

@@ -10,12 +10,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sae_lab.activations.reading import Coded, coded, read_codes
 from sae_lab.arguments import as_annotated
 from sae_lab.circuits.metric import require_here
 from sae_lab.lm import passes
 from sae_lab.lm.model import LM
 from sae_lab.lm.tokens import Prompts, Token, is_single
-from sae_lab.reading import Coded, coded, read_codes
 from sae_lab.saes.base import SparseCoder
 from sae_lab.types import Site, TokenBatch
 

@@ -7,10 +7,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sae_lab.activations.store import Rows, Store
 from sae_lab.arguments import as_annotated
 from sae_lab.results import Shown
 from sae_lab.saes.base import SparseCoder
-from sae_lab.store import Rows, Store
 
 _TAG = 0x434F4E54524F4C  # the control's own range of seeds: no coder starts from these rows
 _CHUNK = 2048
@@ -102,11 +102,12 @@ def choose_l0(
     d_sae/2); it prefers c_dec, and where that is flat the elbow on the side of low L0 (``best`` is the least value).
     Rows of W_dec are brought to unit norm; a row of zeros has cosine 0 with all.
 
-    On planted worlds (tests/test_choosing.py): averaged over seeds, c_dec is least at the true L0 where features are
-    correlated and fewer than dimensions; one seed alone can miss it by 30 %. Where they outnumber the dimensions c_dec
-    falls with L0 throughout. s_n as defined is *largest* just below the true L0, for every n tried: x has a mean, which
-    b_dec takes up except in a coder that is right. ``s_n_centred``, ours, subtracts the rows' mean instead: least at
-    0.6 to 1.3 times the true L0 for n of 1.2 to 1.8 times it, where it is flat; it says nothing with n = d_sae/2.
+    On planted worlds (tests/evals/test_choosing.py): averaged over seeds, c_dec is least at the true L0 where features
+    are correlated and fewer than dimensions; one seed alone can miss it by 30 %. With more features than dimensions
+    c_dec falls with L0 throughout. s_n as defined is *largest* just below the true L0, for every n tried: x has a
+    mean, which b_dec takes up except in a coder that is right. ``s_n_centred``, ours, subtracts the rows' mean instead:
+    least at 0.6 to 1.3 times the true L0 for n of 1.2 to 1.8 times it, where it is flat; it says nothing with n =
+    d_sae/2.
 
     Args:
         coders: trained, in eval mode, of equal d_in and d_sae, and reading what they reconstruct; two at least.

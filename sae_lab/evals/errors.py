@@ -11,10 +11,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sae_lab.activations.contexts import clustered_error, spread_contexts
+from sae_lab.activations.reconstructing import Measured, read_and_reconstruct
 from sae_lab.arguments import as_annotated
-from sae_lab.evals.by_position import ratio_error
-from sae_lab.evals.contexts import clustered_error, spread_contexts
-from sae_lab.evals.reconstruction import Measured, read_and_reconstruct
+from sae_lab.evals.positions import ratio_error
 from sae_lab.lm.model import LM
 from sae_lab.lm.text import Documents
 from sae_lab.lm.tokens import pad

@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sae_lab.activations.contexts import spread_contexts
+from sae_lab.activations.reading import read_codes
 from sae_lab.arguments import as_annotated
-from sae_lab.evals.contexts import spread_contexts
 from sae_lab.feature_index import FeatureIndex
 from sae_lab.lm.model import LM
 from sae_lab.lm.text import Documents
 from sae_lab.lm.tokens import label, pad
-from sae_lab.reading import read_codes
 from sae_lab.results import Figure, Result
 from sae_lab.saes.base import SparseCoder
 

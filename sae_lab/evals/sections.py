@@ -5,21 +5,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from sae_lab.evals.absorption import absorption
-from sae_lab.evals.by_position import by_position
-from sae_lab.evals.description_length import description_length
+from sae_lab.activations.harvesting import harvest
+from sae_lab.activations.reconstructing import reconstruction, said_of
+from sae_lab.activations.store import Store
+from sae_lab.evals.absorbing import absorption
+from sae_lab.evals.codelength import description_length
 from sae_lab.evals.errors import pathological_errors
-from sae_lab.evals.monosemanticity import monosemanticity
-from sae_lab.evals.positional import positional
+from sae_lab.evals.monosemantic import monosemanticity
+from sae_lab.evals.position_features import positional
+from sae_lab.evals.positions import by_position
 from sae_lab.evals.probe_sets import read_probe_sets
-from sae_lab.evals.probing import probing
-from sae_lab.evals.reconstruction import reconstruction, said_of
-from sae_lab.harvesting import harvest
+from sae_lab.evals.probes import probing
 from sae_lab.lm.model import LM
 from sae_lab.lm.text import Text
 from sae_lab.results import Figure
 from sae_lab.saes.base import SparseCoder
-from sae_lab.store import Store
 from sae_lab.types import Site
 
 

@@ -11,13 +11,13 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from sae_lab.activations.contexts import spread_contexts
+from sae_lab.activations.reading import some_codes, some_form
 from sae_lab.arguments import as_annotated
-from sae_lab.evals.contexts import spread_contexts
 from sae_lab.feature_index.index import FeatureIndex
 from sae_lab.lm.model import LM, token_losses
 from sae_lab.lm.text import Text
 from sae_lab.lm.tokens import Prompts
-from sae_lab.reading import some_codes, some_form
 from sae_lab.results import Figure, Result
 from sae_lab.saes.base import SparseCoder
 from sae_lab.types import TokenBatch

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from sae_lab import cache, files
+from sae_lab.activations.store import Store
 from sae_lab.arguments import as_annotated
 from sae_lab.feature_index.cofiring import cofiring
 from sae_lab.feature_index.directions import lens, neighbours
@@ -23,7 +24,6 @@ from sae_lab.feature_index.labels import Labels
 from sae_lab.feature_index.summaries import readability, summarise
 from sae_lab.lm.model import LM
 from sae_lab.saes.base import SparseCoder
-from sae_lab.store import Store
 
 log = logging.getLogger(__name__)
 

@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 
 from sae_lab import files, noting
+from sae_lab.activations.store import Store
 from sae_lab.arguments import Count, as_annotated
 from sae_lab.feature_index import live, query
+from sae_lab.feature_index.annotations import Note, Notes
 from sae_lab.feature_index.labels import Labels
-from sae_lab.feature_index.notes import Note, Notes
 from sae_lab.feature_index.summaries import BINS, QUANTILE_CONTEXTS, QUARTERS, TOP_CONTEXTS
 from sae_lab.lm.model import LM
 from sae_lab.results import visible
 from sae_lab.saes.base import SparseCoder
-from sae_lab.store import Store
 from sae_lab.types import Site, check_feature
 
 VERSION = 2

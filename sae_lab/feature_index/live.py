@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from sae_lab.activations.reading import some_codes, some_form
 from sae_lab.lm.model import LM
-from sae_lab.reading import some_codes, some_form
 from sae_lab.saes.base import SparseCoder
 
 

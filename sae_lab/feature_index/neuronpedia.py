@@ -13,8 +13,7 @@ from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from sae_lab import files
-from sae_lab.feature_index.notes import Said
-from sae_lab.noting import SAID
+from sae_lab.noting import SAID, Said
 
 SUFFIXES = (".jsonl", ".jsonl.gz")
 MOST_LABELS = 1_000_000  # of one source: each takes some 300 bytes of memory and its text

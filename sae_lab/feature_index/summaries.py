@@ -3,10 +3,10 @@
 import numpy as np
 import torch
 
+from sae_lab.activations.store import Store
 from sae_lab.feature_index import chunks
 from sae_lab.feature_index.labels import Labels
 from sae_lab.lm.model import LM
-from sae_lab.store import Store
 
 TOP_TOKENS = 8
 STRONGEST = 64  # activations whose tokens name a feature

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sae_lab.activations.reading import read_codes
 from sae_lab.arguments import as_annotated
 from sae_lab.lm.model import LM
 from sae_lab.lm.tokens import Prompts, Token
-from sae_lab.reading import read_codes
 from sae_lab.results import Html, html_table, tag
 from sae_lab.saes.base import SparseCoder
 

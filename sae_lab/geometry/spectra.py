@@ -81,7 +81,7 @@ def patterns(
 
     A shuffle also undoes that some contexts are loud or long, so a pattern may be that and nothing more. And it spreads
     the noise of features evenly: where the contexts of a pattern are the noisiest too, one planted pattern can count
-    as up to four (tests/test_geometry.py). Read the rank as what is worth looking at.
+    as up to four (tests/geometry/test_geometry.py). Read the rank as what is worth looking at.
 
     Args:
         activations: codes of tokens. contexts: of each token the number of its context (a document, a prompt); None:

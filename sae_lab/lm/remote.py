@@ -34,9 +34,10 @@ log = logging.getLogger(__name__)
 HOSTED = "https://api.ndif.us"
 # Modules whose functions go as source. Named, not imported: they stand above this one, or may not be known here.
 TRAVELLING = (
-    "sae_lab.lm.passes", "sae_lab.saes.portable", "sae_lab.rules", "sae_lab.reading", "sae_lab.circuits.metric",
-    "sae_lab.circuits.directions", "sae_lab.evals.errors", "sae_lab.evals.reconstruction", "sae_lab.evals.uncertainty",
-    "sae_lab.explain.lens", "sae_lab.explain.selfexplain", "sae_lab.explain.trees", "sae_lab.feature_index.directions",
+    "sae_lab.lm.passes", "sae_lab.saes.portable", "sae_lab.edits.rules", "sae_lab.activations.reading",
+    "sae_lab.activations.reconstructing", "sae_lab.feature_index.directions", "sae_lab.circuits.metric",
+    "sae_lab.circuits.directions", "sae_lab.evals.errors", "sae_lab.evals.hesitation", "sae_lab.explain.lens",
+    "sae_lab.explain.selfexplain", "sae_lab.explain.trees",
 )  # fmt: skip
 RETRIES, PAUSE = 3, 0.5  # of what is safe to repeat: a request that no server has taken, and asking for a status
 KNOWN = 3.0  # seconds after which a job that was sent before, and that the server does not know, is lost

@@ -5,14 +5,14 @@ from typing import TYPE_CHECKING, Any
 
 from sae_lab.arguments import as_annotated
 from sae_lab.circuits import Attribution, FeatureCircuit, PatchGrid
-from sae_lab.dosing import DoseResponse
-from sae_lab.evals.by_position import ByPosition, Hill
 from sae_lab.evals.choosing import L0Choice
+from sae_lab.evals.positions import ByPosition, Hill
 from sae_lab.feature_index import FeatureIndex, FeatureView
+from sae_lab.feature_index.dosing import DoseResponse
 from sae_lab.geometry import Circular, Clusters, Patterns
 from sae_lab.results import Result as Measured
-from sae_lab.sweeping import Sweep
-from sae_lab.training import Run
+from sae_lab.training.loop import Run
+from sae_lab.training.sweeping import Sweep
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -39,12 +39,12 @@ def plot(result: Result) -> "Figure":
     """
     import matplotlib
 
-    from sae_lab.plots import circuits, evals, features, geometry, training
+    from sae_lab.plots import circuits, evals, geometry, index, training
     from sae_lab.plots.style import STYLE
 
     drawers: dict[type, Callable[[Any], Figure]] = {
-        Run: training.run, FeatureIndex: features.density, FeatureView: features.feature, Sweep: training.sweep,
-        L0Choice: training.l0_choice, DoseResponse: features.doses, PatchGrid: circuits.patches,
+        Run: training.run, FeatureIndex: index.density, FeatureView: index.feature, Sweep: training.sweep,
+        L0Choice: training.l0_choice, DoseResponse: index.doses, PatchGrid: circuits.patches,
         Attribution: circuits.attribution, FeatureCircuit: circuits.graph, Clusters: geometry.clusters,
         Circular: geometry.circular, Patterns: geometry.patterns, ByPosition: evals.by_position, Hill: evals.hill,
         Measured: evals.measures,

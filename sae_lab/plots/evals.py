@@ -6,8 +6,8 @@ from itertools import pairwise
 import numpy as np
 from matplotlib.figure import Figure as Drawing
 
-from sae_lab.evals.by_position import ByPosition, Hill
-from sae_lab.evals.report import Report
+from sae_lab.evals.positions import ByPosition, Hill
+from sae_lab.evals.reporting import Report
 from sae_lab.plots.style import COLOURS, GREY, MARKERS, look, plain, stacked, subplots
 from sae_lab.results import Figure, Result
 

@@ -6,8 +6,8 @@ from matplotlib.figure import Figure
 
 from sae_lab.evals.choosing import L0Choice
 from sae_lab.plots.style import COLOURS, GREY, legend_beside, look, plain, subplots
-from sae_lab.sweeping import MEASURES, Sweep
-from sae_lab.training import Run
+from sae_lab.training.loop import Run
+from sae_lab.training.sweeping import MEASURES, Sweep
 
 L0 = "L0 (active features per token)"
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sae_lab.arguments import Count, as_annotated
-from sae_lab.saes import losses, sparse
+from sae_lab.saes import kernels, losses
 from sae_lab.saes.base import SparseCoder
 from sae_lab.types import Batch, Codes
 
@@ -132,10 +132,10 @@ def unsuppress(coder: SparseCoder, data: Tensor | Batch, steps: Count = 60) -> S
     directions = coder.directions()
 
     def apply(s: Tensor) -> Tensor:
-        return sparse.decode(codes._replace(values=codes.values * s[codes.features]), directions)
+        return kernels.decode(codes._replace(values=codes.values * s[codes.features]), directions)
 
     def transposed(r: Tensor) -> Tensor:
-        inner = sparse.inner_products(r, directions, codes.features, codes.offsets) * codes.values
+        inner = kernels.inner_products(r, directions, codes.features, codes.offsets) * codes.values
         return torch.zeros_like(coder.f_scale).index_add_(0, codes.features, inner)
 
     diagonal = torch.zeros_like(coder.f_scale).index_add_(0, codes.features, codes.values.pow(2))

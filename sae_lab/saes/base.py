@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sae_lab import noting
 from sae_lab.arguments import as_annotated
-from sae_lab.saes import losses, portable, sparse
+from sae_lab.saes import kernels, losses, portable, writing
 from sae_lab.types import Batch, Codes, Output, Site, TokenMask, check_feature
 
 log = logging.getLogger(__name__)
@@ -99,7 +99,7 @@ class SparseCoder(nn.Module):
         self.meta: dict[str, Any] = {}
         self.path: str | None = None  # what it was loaded from or last saved to: a folder, or a name that sl.load knows
         self.in_raw_units = False  # training scales activations; afterwards the weights serve raw ones
-        self.scratch: sparse.Memory | None = None  # training's
+        self.scratch: kernels.Memory | None = None  # training's
         self.progress = 1.0  # of training, 0 to 1: what warms up or anneals in act reads it
 
     def _make_weights(self, generator: torch.Generator) -> None:
@@ -233,7 +233,7 @@ class SparseCoder(nn.Module):
             codes = self.codes(x)
             if isinstance(codes, Codes) and bool((codes.values > 0).all()):
                 return codes
-            return sparse.above(codes.dense() if isinstance(codes, Codes) else codes, 0.0)
+            return kernels.above(codes.dense() if isinstance(codes, Codes) else codes, 0.0)
 
     @as_annotated
     def decode(self, f: Float[Tensor, "*batch d_sae"], tokens: Tensor | None = None) -> Float[Tensor, "..."]:
@@ -357,9 +357,9 @@ class SparseCoder(nn.Module):
         if not few:
             if torch.is_grad_enabled():
                 bias = self.b_dec if self.pre_bias else None
-                pre = sparse.with_gradients(pre, x, self.W_enc, self.b_enc, bias, self.scratch)
+                pre = kernels.with_gradients(pre, x, self.W_enc, self.b_enc, bias, self.scratch)
             return pre, self.act(pre)
-        codes = self._encode_at(sparse.where(pre, reach), x)
+        codes = self._encode_at(kernels.where(pre, reach), x)
         return pre, codes._replace(values=self.act(codes.values, codes.features))  # type: ignore[call-arg]
 
     def _encode_at(self, codes: Codes, x: Tensor) -> Codes:
@@ -367,7 +367,7 @@ class SparseCoder(nn.Module):
         if not torch.is_grad_enabled():
             return codes
         bias = self.b_dec if self.pre_bias else None
-        return sparse.encode_at(codes, x, self.W_enc, self.b_enc, bias, self.scratch)
+        return kernels.encode_at(codes, x, self.W_enc, self.b_enc, bias, self.scratch)
 
     def _write(self, codes: Codes | Tensor, x: Tensor | None, tokens: Tensor | None) -> Tensor:
         """x_hat of rows of codes. x: the rows they are of; None leaves out what a skip adds."""
@@ -433,9 +433,9 @@ class SparseCoder(nn.Module):
         asleep = dead.nonzero().flatten()
         if not len(asleep):
             return {}
-        codes = sparse.top_among(out.pre, asleep, min(k, len(asleep)))
+        codes = kernels.top_among(out.pre, asleep, min(k, len(asleep)))
         codes = self._encode_at(codes, self._rows(batch.x)[0])
-        fitted = sparse.decode(codes._replace(values=codes.values.relu()), self.W_dec)
+        fitted = kernels.decode(codes._replace(values=codes.values.relu()), self.W_dec)
         residual = (batch.target - out.x_hat).detach().flatten(1)
         return {"auxk": AUX_WEIGHT * losses.mse(fitted, residual)}
 
@@ -472,7 +472,7 @@ class SparseCoder(nn.Module):
     @contextmanager
     def reusing(self, rows: int) -> Iterator[None]:
         """Within, what runs without gradients on at most so many rows puts pre where the one before put it."""
-        before, self.scratch = self.scratch, sparse.Memory(rows, self.d_sae, self.W_dec.device)
+        before, self.scratch = self.scratch, kernels.Memory(rows, self.d_sae, self.W_dec.device)
         try:
             yield
         finally:
@@ -546,9 +546,7 @@ class SparseCoder(nn.Module):
         Raises ValueError for an unknown format, for a family that the format cannot hold, and for a dtype that is no
         float or cannot hold the weights.
         """
-        from sae_lab.saes import formats
-
-        return formats.save(self, path, format, dtype)
+        return writing.save(self, path, format, dtype)
 
     def extra_repr(self) -> str:
         at = f", at {', '.join(map(repr, self.reads))}" if self.reads else ""
@@ -557,4 +555,4 @@ class SparseCoder(nn.Module):
 
 def weighted_sum(codes: Codes | Tensor, directions: Tensor) -> Tensor:
     """codes·directions."""
-    return sparse.decode(codes, directions) if isinstance(codes, Codes) else codes @ directions
+    return kernels.decode(codes, directions) if isinstance(codes, Codes) else codes @ directions

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae_lab.saes import sparse
+from sae_lab.saes import kernels
 from sae_lab.types import Codes
 
 LEAST = 1e-3  # codes below (of norm √d_in in all) get no gradient from roots, whose slope at 0 is infinite
@@ -84,7 +84,7 @@ class _FewPrefixes(torch.autograd.Function):
             mine = ((codes.features >= start) & (codes.features < end)).nonzero().flatten()
             offsets = torch.searchsorted(rows[mine], torch.arange(batch + 1, device=rows.device))
             group = Codes(values[mine], codes.features[mine] - start, offsets, end - start)
-            residual = residual + sparse.weighted_rows(group.values, group.features, offsets, W_dec[start:end])
+            residual = residual + kernels.weighted_rows(group.values, group.features, offsets, W_dec[start:end])
             total += weight * residual.pow(2).sum()
             residuals.append((weight, residual))
             groups.append((start, end, mine, group))
@@ -101,8 +101,8 @@ class _FewPrefixes(torch.autograd.Function):
         grad_W = torch.zeros_like(W_dec)  # of features behind the last prefix it stays 0
         for (start, end, mine, group), (weight, residual) in zip(groups[::-1], residuals[::-1], strict=True):
             pull.addcmul_(residual, 2 * weight / len(pull) * g)
-            active[mine] = sparse.inner_products(pull, W_dec[start:end], group.features, group.offsets)
-            sparse.ByFeature(group).sum(group.values, pull, out=grad_W[start:end])
+            active[mine] = kernels.inner_products(pull, W_dec[start:end], group.features, group.offsets)
+            kernels.ByFeature(group).sum(group.values, pull, out=grad_W[start:end])
         return active, grad_W, -pull, None, None
 
 

@@ -1,15 +1,15 @@
 """Notebook widgets: panels that read and set plain Python objects."""
 
 from sae_lab.spelling import no_attribute
+from sae_lab.widgets.grid import PatchingGrid
+from sae_lab.widgets.tokens import TokenFeatures
 
 from .feature_map import FeatureMap
 from .inspector import FeatureInspector
 from .monitor import TrainingMonitor
-from .patching import PatchingGrid
 from .session import EditStack, Selection, Session
 from .static_html import Snapshot
 from .steering import SteeringSliders
-from .token_features import TokenFeatures
 
 __all__ = [
     "EditStack", "FeatureInspector", "FeatureMap", "PatchingGrid", "Selection", "Session", "Snapshot",

@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from sae_lab.edit import Edit
+from sae_lab.edits.edit import Edit
 from sae_lab.lm import bundled
 from sae_lab.lm.model import LM
 from sae_lab.saes.base import SparseCoder

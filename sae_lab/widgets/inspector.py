@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import traitlets
 
-from sae_lab.edit import Ablate, Steer
+from sae_lab.edits.edit import Ablate, Steer
 from sae_lab.results import Html
 
 from .coding import coder_line, lm_line, name_of

@@ -5,7 +5,6 @@ import sys
 import threading
 import time
 from collections import deque
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +12,16 @@ import torch
 import traitlets
 from torch import Tensor
 
-from sae_lab import checkpoint
-from sae_lab.control import Change, Control
+from sae_lab.activations.store import Store
 from sae_lab.results import Html
 from sae_lab.saes.base import SparseCoder
-from sae_lab.store import Rows, Store
-from sae_lab.training import Event, Run, TrainConfig, train
+from sae_lab.training import checkpoint
+from sae_lab.training.control import Change
+from sae_lab.training.loop import Event, Run, TrainConfig, train
+from sae_lab.training.watching import Curves
 from sae_lab.types import Batch
-from sae_lab.watching import Curves
 
-from .monitor_views import arguments_before, code_of, html_of
+from .monitor_views import Watched, arguments_before, code_of, html_of
 from .panel import STATIC, Panel, quick
 from .session import Session
 
@@ -31,23 +30,6 @@ log = logging.getLogger(__name__)
 PERIOD = 0.5  # seconds between two messages to the screen
 RATE_OVER = 20  # messages that the speed is measured over
 OVER = ("done", "stopped", "interrupted", "failed")
-
-
-@dataclass
-class Watched:
-    """One training as the monitor knows it; ``arguments``: the coder's, as they were at first."""
-
-    label: str
-    family: str
-    arguments: dict[str, Any]
-    path_of_coder: str | None
-    control: Control
-    config: TrainConfig
-    data: Store | Rows
-    path: Path | None
-    step: int = 0
-    sent: int = 0  # points that the screen has
-    over: bool = False
 
 
 class TrainingMonitor(Panel):

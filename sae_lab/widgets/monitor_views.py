@@ -1,26 +1,41 @@
 """What a TrainingMonitor says without scripts, and as code."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
 
-from sae_lab import checkpoint
-from sae_lab.control import Change
+from sae_lab.activations.store import Rows, Store
 from sae_lab.results import Html, tag
 from sae_lab.saes import FAMILIES
 from sae_lab.saes.base import SparseCoder
-from sae_lab.store import Store
-from sae_lab.training import Run, TrainConfig
-from sae_lab.watching import MEASURES
+from sae_lab.training import checkpoint
+from sae_lab.training.control import Change, Control
+from sae_lab.training.loop import Run, TrainConfig
+from sae_lab.training.watching import MEASURES
 
 from .coding import name_of
 from .static_html import block, table
 
-if TYPE_CHECKING:
-    from .monitor import Watched
-
 NAMES = {"loss": "loss", "fvu": "FVU", "l0": "L0", "dead": "dead", "threshold": "threshold",
          "cosine": "decoder cosine", "lr": "learning rate"}  # fmt: skip
+
+
+@dataclass
+class Watched:
+    """One training as the monitor knows it; ``arguments``: the coder's, as they were at first."""
+
+    label: str
+    family: str
+    arguments: dict[str, Any]
+    path_of_coder: str | None
+    control: Control
+    config: TrainConfig
+    data: Store | Rows
+    path: Path | None
+    step: int = 0
+    sent: int = 0  # points that the screen has
+    over: bool = False
 
 
 # ---- without scripts
@@ -49,7 +64,7 @@ def _last(values: Sequence[float | None], name: str) -> str:
 # ---- as code
 
 
-def code_of(watched: "list[Watched]", opened: Run | None, task: tuple[Any, ...], initial: str) -> str:
+def code_of(watched: list[Watched], opened: Run | None, task: tuple[Any, ...], initial: str) -> str:
     """One ``sl.train`` for each coder. watched: the trainings; opened: a run found finished; task: what ``start``
     trains; initial: the fingerprint of its coder's first weights."""
     coder, data, config, path = task

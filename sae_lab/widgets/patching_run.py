@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sae_lab import circuits
-from sae_lab.circuits.patching import KINDS, Cell
+from sae_lab.circuits.patching_effects import KINDS, Cell
 from sae_lab.lm.model import LM
 from sae_lab.saes.base import SparseCoder
 

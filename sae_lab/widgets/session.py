@@ -11,7 +11,7 @@ import traitlets
 
 from sae_lab import cache
 from sae_lab.arguments import Count, as_annotated
-from sae_lab.edit import Edit
+from sae_lab.edits.edit import Edit
 from sae_lab.results import Html, tag
 from sae_lab.saes.base import SparseCoder
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 import traitlets
 
-from sae_lab.dosing import dose_response, neutral_texts, promoted
-from sae_lab.edit import Steer
+from sae_lab.edits.edit import Steer
+from sae_lab.feature_index.dosing import dose_response, neutral_texts, promoted
 from sae_lab.lm.model import LM
 from sae_lab.results import Html
 from sae_lab.saes.base import SparseCoder

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from sae_lab.dosing import DoseResponse
-from sae_lab.edit import Edit, Steer
+from sae_lab.edits.edit import Edit, Steer
+from sae_lab.feature_index.dosing import DoseResponse
 from sae_lab.lm.comparing import Comparison, differing
 from sae_lab.lm.tokens import Token
 from sae_lab.results import Html, joined, tag

@@ -4,8 +4,8 @@ This room imports neither coders nor language models: a world knows nothing of w
 """
 
 from sae_lab.spelling import no_attribute
-from sae_lab.worlds.othello import Games, board_properties, othello, square_name
-from sae_lab.worlds.planted import LAWS, MAX_PROBABILITY, World, planted, product
+from sae_lab.worlds.boards import Games, board_properties, othello, square_name
+from sae_lab.worlds.dictionaries import LAWS, MAX_PROBABILITY, World, planted, product
 
 __all__ = [
     "LAWS", "MAX_PROBABILITY", "Games", "World", "board_properties", "othello", "planted", "product", "square_name",

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 import sae_lab as sl
 from sae_lab.saes import FAMILIES
-from sae_lab.saes.exchange.places import place
+from sae_lab.saes.io.places import place
 from sae_lab.types import Site
 from tests.saes.conftest import D_IN, D_SAE, make, normal
 

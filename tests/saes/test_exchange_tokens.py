@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import sae_lab as sl
-from sae_lab.saes.exchange import fold_gain
+from sae_lab.saes.io.peers import fold_gain
 from tests.conftest import D_HEAD, HEADS, LAYERS, D
 from tests.saes.conftest import normal
 from tests.saes.test_exchange import close, fill

@@ -7,7 +7,7 @@ import torch
 
 import sae_lab as sl
 from sae_lab.saes import FAMILIES, losses
-from sae_lab.saes.batchtopk import widest_gap
+from sae_lab.saes.families.batchtopk import widest_gap
 from sae_lab.types import Batch
 from tests.saes.conftest import make, normal, tokens_for
 

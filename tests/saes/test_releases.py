@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 
 import sae_lab as sl
-from sae_lab.saes import releases
+from sae_lab.saes.io import releases
 from sae_lab.types import Site
 from tests.saes.conftest import D_IN, D_SAE, normal
 from tests.saes.test_exchange import OLD, X, close, fill, jump_tensors, sparse_coder

@@ -10,7 +10,7 @@ import torch
 
 import sae_lab as sl
 from sae_lab import noting
-from sae_lab.feature_index.notes import Said
+from sae_lab.noting import Said
 from sae_lab.widgets import FeatureInspector, Session
 
 

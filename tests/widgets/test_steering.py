@@ -11,7 +11,7 @@ import torch
 
 import sae_lab as sl
 from sae_lab.widgets import Session, SteeringSliders
-from tests.test_edit import OTHER, PROMPT, firing, make
+from tests.edits.test_edit import OTHER, PROMPT, firing, make
 
 ATTACK = "<img src=x onerror=alert(1)>"
 

@@ -1,4 +1,4 @@
-// What Python sends; see sae_lab/widgets/token_features.py and token_views.py.
+// What Python sends; see sae_lab/widgets/tokens.py and token_views.py.
 
 export type Message = { role: string; content: string };
 export type Prompt = string | Message[];

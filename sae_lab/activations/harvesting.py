@@ -1,0 +1,399 @@
+"""harvest(): one pass of a language model writes a store, shard by shard, and goes on where it was interrupted."""
+
+import json
+import logging
+import platform
+import zlib
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from sae_lab import cache, files
+from sae_lab.activations.reading import counting, sparse_form, sparse_rows
+from sae_lab.activations.store import VERSION, Store, read_manifest
+from sae_lab.arguments import as_annotated
+from sae_lab.lm import forms
+from sae_lab.lm.model import LM
+from sae_lab.lm.passes import packed
+from sae_lab.lm.text import Context, Documents, Text, as_text
+from sae_lab.lm.tokens import pad
+from sae_lab.saes.base import SparseCoder
+from sae_lab.types import Site, TokenBatch, TokenMask, as_sites
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+MAX_NORM = 4.0  # in medians: attention sinks and massive activations lie above (the bundled model's at 6 medians)
+FORWARD_TOKENS = 1408  # per forward pass at most: eleven contexts of 128, and a shard is three such passes
+SHARD_TOKENS = 4096
+ORDER = 3  # which contexts stand in which shard: another number for another rule
+
+
+@as_annotated
+def harvest(
+    lm: LM,
+    sites: Site | str | Iterable[Site | str],
+    text: Documents,
+    tokens: int = 100_000,
+    *,
+    path: str | Path | None = None,
+    context: int = 128,
+    pack: bool = False,
+    mask: TokenMask | None = None,
+    coder: SparseCoder | None = None,
+) -> Store:
+    """Read ``tokens`` kept activations at the sites into a store on disk, or open the one that is there.
+
+    One pass serves all sites and stops at the deepest. Killed at any moment and called again, it goes on from the last
+    whole shard; asked for more tokens, it adds to what is there; a damaged shard is made again.
+
+    Args:
+        path: a folder; None is one in the cache, named by model, sites, text and settings.
+        context: tokens the model sees at once, prefix included.
+        pack: let contexts span documents.
+        mask: which tokens count; None is ``lm.mask()`` and a norm of at most 4 medians of the first shard.
+        coder: keep its codes in place of activations, by its own mask. They are smaller, and all that a server then
+            sends; such a store can be indexed (``sl.index_features``) with that coder, and not trained on.
+
+    Of a model on a server the tokens that count are chosen there, and their activations come in half precision.
+
+    Raises ValueError when the folder holds a store of another model, site or text (the difference is named), the text
+    is empty or shorter than a context, or activations are not finite.
+    """
+    if tokens < 1 or context < 2:
+        raise ValueError(f"harvest needs tokens >= 1 and context >= 2, got tokens={tokens}, context={context}")
+    text = as_text(text)
+    wanted = as_sites(sites)
+    if coder is not None:
+        if wanted != [coder.site]:
+            raise ValueError(f"a store of codes has the site its coder reads, {coder.site!r}, got {wanted}")
+        if mask is not None:
+            raise ValueError("a store of codes is made by the coder's own mask: leave mask= out")
+        mask = coder.mask or lm.mask()
+    for site in wanted:
+        lm.width(site)  # an unknown site is refused before anything is written
+    if context > lm.max_length:
+        raise ValueError(f"context={context} is longer than the {lm.max_length} tokens this model reads")
+    identity = {
+        "model": lm.id,
+        "model_fingerprint": lm.fingerprint(),
+        "prefix_id": lm.prefix_id,
+        "sites": [s.key for s in wanted],
+        "text": text.name,
+        "text_fingerprint": text.fingerprint,
+        "context": context,
+        "pack": pack,
+        "order": ORDER,
+        "mask": "default" if mask is None else mask.to_dict(),
+    }
+    if coder is not None:
+        identity["coder"] = coder.fingerprint()
+    folder = Path(path).expanduser() if path is not None else _default_path(identity)
+    return _Harvest(lm, wanted, text, folder, identity, mask, coder).run(tokens)
+
+
+def _default_path(identity: dict[str, Any]) -> Path:
+    digest = f"{zlib.crc32(json.dumps(identity, sort_keys=True).encode()):08x}-{identity['text_fingerprint'][:8]}"
+    return cache.root() / "stores" / f"{'+'.join(identity['sites'])[:60]}-{digest}"
+
+
+@dataclass
+class _Harvest:
+    """One call of harvest(): what is there, what is missing, and the loop that makes it."""
+
+    lm: LM
+    sites: list[Site]
+    text: Text
+    folder: Path
+    identity: dict[str, Any]
+    mask: TokenMask | None
+    coder: SparseCoder | None = None
+
+    def run(self, tokens: int) -> Store:
+        """The store. What is missing is made first, while no other process writes there."""
+        self.manifest = self._open()
+        if (store := self._made(tokens)) is not None:
+            cache.tidy(self.folder)
+            return store
+        with cache.sole_writer(self.folder):
+            before, self.manifest = self.manifest, self._open()
+            if self.manifest != before and (store := self._made(tokens)) is not None:  # another process made it
+                return store
+            return self._make(tokens)
+
+    def _made(self, tokens: int) -> Store | None:
+        self.good = [_is_whole(self.folder, shard) for shard in self.manifest["shards"]]
+        have = sum(s["rows"] for s in self.manifest["shards"])
+        return self._result(tokens) if all(self.good) and (have >= tokens or self.manifest["complete"]) else None
+
+    def _make(self, tokens: int) -> Store:
+        from tqdm.auto import tqdm
+
+        good = self.good
+        for shard, ok in zip(self.manifest["shards"], good, strict=True):
+            if not ok:
+                log.warning("shard %s of %s is damaged and is harvested again", shard["file"], self.folder)
+        last_bad = max((i for i, ok in enumerate(good) if not ok), default=-1)
+        done = 0
+        bar = tqdm(total=tokens, unit="tok", desc="harvest " + "+".join(s.key for s in self.sites), dynamic_ncols=True)
+        with bar, ThreadPoolExecutor(1, "sae_lab writes") as writer:
+            writing: Future[None] | None = None
+            for number, passes in enumerate(ahead(self._shards())):
+                if number >= len(good) or not good[number]:
+                    tensors, excluded = self._read(passes)
+                    if writing is not None:
+                        writing.result()  # its errors are ours
+                    writing = writer.submit(self._write, number, tensors, excluded)
+                    rows = len(tensors["token"])
+                else:
+                    rows = self.manifest["shards"][number]["rows"]
+                bar.update(max(0, min(rows, tokens - done)))
+                done += rows
+                if done >= tokens and number >= last_bad:
+                    break
+            else:
+                self.manifest["complete"] = True
+            if writing is not None:
+                writing.result()
+            self._save_manifest()
+        return self._result(tokens)
+
+    def _open(self) -> dict[str, Any]:
+        file = self.folder / "manifest.json"
+        if not file.exists():
+            cache.make_folder(self.folder)
+            return {
+                "format": "sae_lab store", "version": VERSION, "identity": self.identity, "mask": None, "scales": {},
+                "complete": False, "shards": [], "made_with": _versions(),
+            }  # fmt: skip
+        manifest = read_manifest(self.folder)
+        differences = [
+            f"{key}: {manifest['identity'].get(key)!r} there, {value!r} now"
+            for key, value in self.identity.items()
+            if manifest["identity"].get(key) != value
+        ]
+        if differences:
+            raise ValueError(
+                f"{self.folder} holds another harvest; it differs in {'; '.join(differences)}. "
+                f"Pass another path=, or delete that folder"
+            )
+        return manifest
+
+    def _shards(self) -> Iterator[list[list[Context]]]:
+        """Passes of contexts in groups of about SHARD_TOKENS tokens: the same groups on every run."""
+        length, group, count, seen = self.identity["context"], [], 0, 0
+        tokenizer, prefix, pack = self.lm.tokenizer, self.lm.prefix_id, self.identity["pack"]
+        for contexts in self.text.passes(tokenizer, prefix, length, pack, FORWARD_TOKENS):
+            group.append(contexts)
+            tokens = sum(len(c.ids) for c in contexts)
+            count += tokens
+            seen += tokens
+            if count >= max(SHARD_TOKENS, length):
+                yield group
+                group, count = [], 0
+        if seen < length:
+            if seen == 0:
+                raise ValueError(f"the text {self.text.name!r} is empty: pass at least one document with a word in it")
+            raise ValueError(
+                f"the text holds {seen} tokens, less than one context of {length}: "
+                f"pass more text, or context={max(seen, 2)}"
+            )
+        if group:
+            yield group
+
+    def _write(self, number: int, tensors: dict[str, Tensor], excluded: int) -> None:
+        """A shard on disk, and then in the manifest. In a thread, while the model reads the next one."""
+        name = f"{number:06d}.safetensors"
+        with cache.told(self.folder / name, self._kept(number)):
+            with cache.atomic(self.folder / name) as temporary:
+                files.write_tensors(tensors, temporary)
+                crc, size = _crc(temporary), temporary.stat().st_size
+            entry = {
+                "file": name, "rows": len(tensors["token"]), "contexts": len(tensors["lengths"]), "excluded": excluded,
+                "crc32": crc, "bytes": size,
+            }  # fmt: skip
+            self.manifest["shards"][number : number + 1] = [entry]
+            self._save_manifest()
+
+    def _kept(self, number: int) -> str:
+        """What a full disk leaves, when shard ``number`` finds no room."""
+        rows = sum(s["rows"] for s in self.manifest["shards"][:number])
+        opened = f", or open it with sl.Store({str(self.folder)!r})" if rows else ""
+        return f"the store there holds {rows} whole tokens: make room and call harvest again to go on{opened}"
+
+    def _read(self, passes: list[list[Context]]) -> tuple[dict[str, Tensor], int]:
+        """The tensors of one shard, in the contexts' order, and how many of its tokens the mask leaves out."""
+        contexts = [c for group in passes for c in group]
+        lengths = torch.tensor([len(c.ids) for c in contexts])
+        ids = torch.tensor([i for c in contexts for i in c.ids])
+        positions = torch.cat([torch.arange(int(n)) for n in lengths])
+        documents = torch.tensor([d for c in contexts for d in c.documents])
+        batches = [pad([c.ids for c in group]) for group in passes]
+        if self.coder is not None:
+            kept, found = self._read_codes(batches, self.coder)
+        elif self.lm.remote and self.manifest["mask"] is not None:
+            kept, found = self._read_packed(batches)
+        else:
+            kept, found = self._read_whole(batches, ids, positions)
+        context = torch.repeat_interleave(torch.arange(len(contexts)), lengths)
+        tensors = {
+            "ids": pad([c.ids for c in contexts]).ids.int(),
+            "lengths": lengths.int(),
+            "token": ids[kept].int(),
+            "document": documents[kept].int(),
+            "position": positions[kept].int(),
+            "context": context[kept].int(),
+        }
+        return tensors | found, int((~kept).sum())
+
+    def _read_whole(
+        self, batches: list[TokenBatch], ids: Tensor, positions: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """(which tokens count, their activations)."""
+        read: dict[Site, list[Tensor]] = {s: [] for s in self.sites}
+        for batch in batches:
+            for s, x in self.lm.run(batch, self.sites, logits=False)[0].items():
+                read[s].append(x[batch.mask.to(x.device)].cpu())
+        acts = {s: torch.cat(parts) for s, parts in read.items()}
+        kept = self._fix_mask(acts, ids, positions).keep(ids, positions, acts)
+        return kept, {s.key: self._pack(s, x[kept]) for s, x in acts.items()}
+
+    def _read_packed(self, batches: list[TokenBatch]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The same, chosen and packed where the model is."""
+        mask, scales = TokenMask.from_dict(self.manifest["mask"]), self.manifest["scales"]
+        common = {"special": list(mask.special_ids), "skip_first": mask.skip_first}
+        after = {
+            s: partial(packed, limit=mask.max_norm.get(s.key, float("inf")), scale=scales[s.key], **common)
+            for s in self.sites
+        }
+        found = [
+            self.lm.run(batch, self.sites, logits=False, after=after, form=self._packed_form(batch))[0]
+            for batch in batches
+        ]
+        keeps = {s: torch.cat([part[s]["keep"] for part in found]) for s in self.sites}
+        kept = torch.stack(list(keeps.values())).all(0)  # what is left out at one site is left out at all
+        tensors = {}
+        for s in self.sites:
+            parts = [part[s]["x"] for part in found]
+            x = torch.cat(parts) if all(p.dtype == torch.half for p in parts) else None
+            full = x if x is not None else torch.cat([_unpacked(p, scales[s.key]) for p in parts])
+            full = full[kept[keeps[s]]]
+            self._require_finite(s, full)
+            tensors[s.key] = full if x is not None else self._pack(s, full)
+        return kept, tensors
+
+    def _packed_form(self, batch: TokenBatch) -> dict[Site, Any]:
+        """What ``packed`` makes at each site."""
+        keep = Bool[Tensor, f"{int(batch.mask.sum())}"]
+
+        def rows(found: Any, width: int) -> bool:
+            return forms.has(found, {"keep": keep, "x": Float[Tensor, f"kept {width}"]}) and len(found["x"]) == int(
+                found["keep"].sum()
+            )
+
+        return {s: partial(rows, width=self.lm.width(s)) for s in self.sites}
+
+    def _read_codes(self, batches: list[TokenBatch], coder: SparseCoder) -> tuple[Tensor, dict[str, Tensor]]:
+        """(which tokens count, their codes), made where the model is."""
+        [site], mask = self.sites, coder.mask or self.lm.mask()
+        if self.manifest["mask"] is None:
+            self.manifest["mask"] = mask.to_dict()
+        after = partial(sparse_rows, **counting(coder, mask, site))
+        found = [
+            self.lm.run(batch, [site], logits=False, after=after, **sparse_form(batch, coder))[0][site]
+            for batch in batches
+        ]
+        names = ("values", "features", "counts")
+        codes = {name: torch.cat([part[name] for part in found]).contiguous() for name in names}
+        return torch.cat([part["keep"] for part in found]), codes
+
+    def _fix_mask(self, acts: dict[Site, Tensor], ids: Tensor, positions: Tensor) -> TokenMask:
+        """The store's mask and scales: decided on the first shard, then kept."""
+        for site, x in acts.items():
+            self._require_finite(site, x, ids, positions)
+        if self.manifest["mask"] is None:
+            base = self.mask or self.lm.mask()
+            usual = base.keep(ids, positions)
+            usual = usual if bool(usual.any()) else torch.ones_like(usual)  # those of later shards may count
+            medians = {s: float(x[usual].norm(dim=-1).median()) for s, x in acts.items()}
+            limits = {s.key: MAX_NORM * m for s, m in medians.items()}
+            mask = self.mask or TokenMask(base.special_ids, base.skip_first, limits)
+            self.manifest["mask"] = mask.to_dict()
+            # A power of two changes no digit; values come out near 1, far from float16's limits.
+            self.manifest["scales"] = {
+                s.key: 2.0 ** round(np.log2(max(m, 1e-30) / self.lm.width(s) ** 0.5)) for s, m in medians.items()
+            }
+        return TokenMask.from_dict(self.manifest["mask"])
+
+    @staticmethod
+    def _require_finite(site: Site, x: Tensor, ids: Any = None, positions: Any = None) -> None:
+        bad = ~x.isfinite().all(-1)
+        if bool(bad.any()):
+            row = int(bad.nonzero()[0])
+            where = "" if ids is None else f" (token id {int(ids[row])} at position {int(positions[row])})"
+            raise ValueError(
+                f"activations at {site} are not finite{where}: load the model in float32, or check its weights"
+            )
+
+    def _pack(self, site: Site, x: Tensor) -> Tensor:
+        scaled = x / self.manifest["scales"][site.key]
+        if len(x) and float(scaled.abs().max()) > 6e4:  # float16 ends at 65504
+            log.warning("activations at %s overflow float16: this shard is kept in bfloat16 (3 digits)", site)
+            return scaled.bfloat16()
+        return scaled.half()
+
+    def _save_manifest(self) -> None:
+        with cache.atomic(self.folder / "manifest.json") as temporary:
+            files.write_json(temporary, self.manifest, indent=1)
+
+    def _result(self, tokens: int) -> Store:
+        store = Store(self.folder, rows=tokens)
+        if len(store) < tokens:
+            log.warning("asked for %d tokens, the text has %d", tokens, len(store))
+        return store
+
+
+def ahead(items: Iterable[T]) -> Iterator[T]:
+    """The same items; a thread makes the next one while the present one is worked on."""
+    iterator, end = iter(items), object()
+    with ThreadPoolExecutor(1, "sae_lab reads ahead") as thread:
+        waiting: Future[Any] = thread.submit(next, iterator, end)
+        while (item := waiting.result()) is not end:
+            waiting = thread.submit(next, iterator, end)
+            yield item
+
+
+def _unpacked(x: Tensor, scale: float) -> Tensor:
+    return x.float() * scale if x.dtype == torch.half else x
+
+
+def _is_whole(folder: Path, shard: dict[str, Any]) -> bool:
+    file = folder / shard["file"]
+    return file.exists() and file.stat().st_size == shard["bytes"] and _crc(file) == shard["crc32"]
+
+
+def _crc(file: Path) -> int:
+    value = 0
+    with open(file, "rb") as f:
+        while part := f.read(1 << 24):
+            value = zlib.crc32(part, value)
+    return value
+
+
+def _versions() -> dict[str, Any]:
+    import transformers
+
+    from sae_lab import __version__
+
+    return {
+        "sae_lab": __version__, "torch": torch.__version__, "transformers": transformers.__version__,
+        "python": platform.python_version(), "threads": torch.get_num_threads(),
+    }  # fmt: skip

@@ -1,0 +1,374 @@
+"""How much of the activations, and of the model's behaviour, a coder keeps."""
+
+import math
+from dataclasses import dataclass, field, fields
+from functools import partial
+from types import SimpleNamespace
+from typing import Any, NamedTuple, no_type_check
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sae_lab.activations.contexts import clustered_error, spread_contexts
+from sae_lab.arguments import as_annotated
+from sae_lab.lm.model import LM, token_losses
+from sae_lab.lm.text import Context, Documents
+from sae_lab.lm.tokens import pad
+from sae_lab.results import Shown, number
+from sae_lab.saes.base import SparseCoder
+from sae_lab.types import Codes, Site, TokenBatch, TokenMask, Write
+
+AT_STAKE = 0.1  # nats/token that an ablation must cost, and
+SURE = 3  # how many of its standard errors, for a share of that cost to mean something
+
+
+@dataclass(frozen=True, repr=False)
+class Reconstruction(Shown):
+    """Result of ``sl.evals.reconstruction``; see DEFINITIONS in its rows.
+
+    Losses are nats/token; ``ce_recovered`` is 1 for the identity and 0 for mean ablation; NaN where the ablation costs
+    too little for a share of it to mean something (see ``recovered``).
+    """
+
+    l0: float
+    fvu: float
+    fvu_all_tokens: float
+    dead: float
+    dead_tokens: int
+    ce_clean: float
+    ce_delta: float
+    ce_delta_se: float
+    ce_recovered: float
+    ce_recovered_zero: float
+    ce_delta_mean_ablation: float
+    ce_delta_mean_ablation_se: float
+    ce_delta_zero_ablation: float
+    ce_delta_zero_ablation_se: float
+    pca_rank: int
+    pca_fvu: float
+    pca_ce_delta: float
+    pca_ce_recovered: float
+    tokens: int
+    documents: int
+    excluded: float
+    mask: str
+    token_deltas: Tensor = field(repr=False, compare=False)  # ΔCE of each predicted token, and
+    token_documents: Tensor = field(repr=False, compare=False)  # the document it stands in
+
+    def minus(self, other: "Reconstruction") -> tuple[float, float]:
+        """(ΔCE of this less that of another coder's, standard error): paired by token, clustered by document.
+
+        ValueError where they were not measured on the same tokens.
+        """
+        if not torch.equal(self.token_documents, other.token_documents):
+            raise ValueError("these two were not measured on the same tokens: give both evals the same text and tokens")
+        difference = self.token_deltas - other.token_deltas
+        return float(difference.mean()), clustered_error(difference, self.token_documents)
+
+    @property
+    def explained_variance(self) -> float:
+        return 1 - self.fvu
+
+    def to_pandas(self):
+        """One row, one column a field."""
+        import pandas as pd
+
+        return pd.DataFrame([{f.name: getattr(self, f.name) for f in fields(self) if not f.name.startswith("token_")}])
+
+    _align = "<>><"
+
+    def _rows(self) -> list[tuple[str, str, str, str]]:
+        k = self.pca_rank
+        return [
+            ("", "coder", f"PCA {k}", ""),
+            ("L0", f"{self.l0:.2f}", str(k), "active features per token, eval mode"),
+            ("FVU", f"{self.fvu:.3f}", f"{self.pca_fvu:.3f}", "variance unexplained, kept tokens"),
+            ("FVU, all tokens", f"{self.fvu_all_tokens:.3f}", "", "with the tokens that the mask leaves out"),
+            ("dCE", f"{self.ce_delta:.3f} ± {self.ce_delta_se:.3f}", f"{self.pca_ce_delta:.3f}",
+             f"spliced - clean ({self.ce_clean:.3f}), nats/token"),
+            ("CE recovered, mean", number(self.ce_recovered), number(self.pca_ce_recovered),
+             said_of("mean ablation", self.ce_delta_mean_ablation, self.ce_delta_mean_ablation_se)),
+            ("CE recovered, zero", number(self.ce_recovered_zero), "",
+             said_of("zero ablation", self.ce_delta_zero_ablation, self.ce_delta_zero_ablation_se)),
+            ("dead", "unknown" if math.isnan(self.dead) else f"{self.dead:.2%}", "",
+             f"fire on none of {self.dead_tokens:,} training tokens"),
+        ]  # fmt: skip
+
+    def _footer(self) -> str:
+        return (
+            f"{self.tokens:,} tokens of {self.documents} documents; ± clustered by document; {self.excluded:.1%} of "
+            f"tokens {self.mask}; PCA fitted on these very tokens"
+        )
+
+
+@as_annotated
+def reconstruction(
+    coder: SparseCoder,
+    lm: LM,
+    text: Documents,
+    tokens: int = 8_192,
+    context: int | None = None,
+    site: Site | str | None = None,
+) -> Reconstruction:
+    """Splice the coder into the model on held-out text and measure what is lost.
+
+    FVU = Σ‖y−ŷ‖²/Σ‖y−ȳ‖² over kept tokens, y what the coder reconstructs. ΔCE = CE(spliced) − CE(clean), over every
+    predicted token, with the tokens that the mask leaves out passing unchanged. CE recovered = 1 − ΔCE/ΔCE(ablated);
+    none is given where ablation costs less than .1 nats or less than three of its standard errors.
+    Controls: mean and zero ablation, and PCA of rank k of y fitted on these same activations (which favours PCA).
+
+    Args:
+        text: held-out documents, e.g. ``text.held_out``. tokens: how many to read.
+        context: tokens the model sees at once; None is what the coder was trained with, else 128.
+        site: of a crosscoder, which layer's reconstruction is spliced in and measured; None is the last.
+    """
+    _splice_site(coder, lm, site)
+    context = int(coder.meta.get("context") or 128) if context is None else context
+    if tokens < 1:
+        raise ValueError(f"tokens must be positive, got {tokens}")
+    if not 2 <= context <= lm.max_length:
+        raise ValueError(f"context must lie between 2 and the {lm.max_length} tokens this model reads, got {context}")
+    read = read_and_reconstruct(coder, lm, spread_contexts(lm, text, tokens, context), site)
+    measured = _measure(coder, read.y, read.y_hat, read.active, read.kept)
+    losses, documents = _losses(lm, read.site, read.contexts, read.kept, read.y_hat, measured)
+    clean, spliced, mean, zero, pca = losses.double()
+    d_coder, d_mean, d_zero, d_pca = (float((v - clean).mean()) for v in (spliced, mean, zero, pca))
+    mean_se, zero_se = (clustered_error(v - clean, documents) for v in (mean, zero))
+    return Reconstruction(
+        l0=measured["l0"],
+        fvu=measured["fvu"],
+        fvu_all_tokens=measured["fvu_all"],
+        dead=_known(coder.meta.get("dead")),
+        dead_tokens=coder.meta.get("dead_tokens") or 0,
+        ce_clean=float(clean.mean()),
+        ce_delta=d_coder,
+        ce_delta_se=clustered_error(spliced - clean, documents),
+        ce_recovered=recovered(d_coder, d_mean, mean_se),
+        ce_recovered_zero=recovered(d_coder, d_zero, zero_se),
+        ce_delta_mean_ablation=d_mean,
+        ce_delta_mean_ablation_se=mean_se,
+        ce_delta_zero_ablation=d_zero,
+        ce_delta_zero_ablation_se=zero_se,
+        pca_rank=measured["rank"],
+        pca_fvu=measured["pca_fvu"],
+        pca_ce_delta=d_pca,
+        pca_ce_recovered=recovered(d_pca, d_mean, mean_se),
+        tokens=len(read.kept),
+        documents=len(documents.unique()),
+        excluded=float((~read.kept).float().mean()),
+        mask=read.mask,
+        token_deltas=spliced - clean,
+        token_documents=documents,
+    )
+
+
+class Measured(NamedTuple):
+    """Texts and what a coder makes of them; rows are the tokens of all contexts, one after another."""
+
+    site: Site  # where the reconstruction goes in
+    contexts: list[Context]
+    y: Tensor  # what is reconstructed there, "tokens d_out"
+    y_hat: Tensor
+    active: Tensor  # features on, of each token
+    kept: Tensor
+    mask: str
+
+    @property
+    def positions(self) -> Tensor:
+        return torch.cat([torch.arange(len(c.ids)) for c in self.contexts])
+
+    @property
+    def documents(self) -> Tensor:
+        return torch.tensor([d for c in self.contexts for d in c.documents])
+
+
+def read_and_reconstruct(
+    coder: SparseCoder, lm: LM, contexts: list[Context], site: Site | str | None = None
+) -> Measured:
+    """One pass to the coder's site, and its reconstruction there, in eval mode. ValueError where no token is kept."""
+    at, layer = _splice_site(coder, lm, site)
+    mask = coder.mask or lm.mask()
+    was_training = coder.training
+    coder.eval()
+    try:
+        acts, ids, kept = _read(lm, [*coder.reads, at], contexts, mask)
+        if not kept.any():
+            raise ValueError(f"the coder's mask leaves out every token ({mask}): evaluate with another mask or text")
+        if coder.meta.get("centred"):  # it knows nothing of the mean coordinate, nor do the norms that read the stream
+            acts[at] = acts[at] - acts[at].mean(-1, keepdim=True)
+        x = [acts[s] for s in coder.reads]
+        x_hat, active = _reconstruct(coder, x[0] if len(x) == 1 else torch.stack(x, 1), ids)
+    finally:
+        coder.train(was_training)
+    return Measured(at, contexts, acts[at], x_hat if layer is None else x_hat[:, layer], active, kept, str(mask))
+
+
+def too_little(ablated: float, error: float) -> str:
+    """Why a share of what an ablation costs (nats/token ± its standard error) would say nothing, "" where it says
+    something. An error of NaN, as of a single document, rules nothing out."""
+    if not ablated >= AT_STAKE:
+        return f"below {AT_STAKE}"
+    return f"below {SURE} of its standard errors ({error:.2f})" if ablated < SURE * error else ""
+
+
+def recovered(cost: float, ablated: float, error: float) -> float:
+    """1 − cost/ablated, the share of an ablation's cost that a coder does not lose; NaN where the ablation costs less
+    than .1 nats or less than three of its standard errors (``error``). Every eval that gives this share gets it
+    here."""
+    return math.nan if too_little(ablated, error) else 1 - cost / ablated
+
+
+def said_of(ablation: str, cost: float, error: float) -> str:
+    """What an ablation costs, and that no share of it is given where that is too little."""
+    why = too_little(cost, error)
+    return f"{ablation} costs {cost:.2f}" + (f", {why}: a share of that says nothing" if why else "")
+
+
+def _known(value: Any) -> float:
+    return float("nan") if value is None else float(value)
+
+
+def _splice_site(coder: SparseCoder, lm: LM, site: Site | str | None) -> tuple[Site, int | None]:
+    """(where the reconstruction goes in, its place among a crosscoder's layers)."""
+    _ = coder.reads or coder.site  # a coder that knows no site is told so
+    writes = coder.writes or coder.reads
+    widths = [(s, coder.in_shape[-1]) for s in coder.reads] + [(s, coder.out_shape[-1]) for s in writes]
+    for s, width in widths:
+        if lm.width(s) != width:
+            raise ValueError(
+                f"the coder reads d_in={width}, {lm} has width {lm.width(s)} at {s}: wrong model or site"
+                if s in coder.reads
+                else f"the coder writes d_out={width}, {lm} has width {lm.width(s)} at {s}: wrong model or site"
+            )
+    at = Site.of(site) if site is not None else writes[-1]
+    if at not in writes:
+        raise ValueError(f"this coder writes {', '.join(map(repr, writes))}, got site={at}")
+    return at, writes.index(at) if len(coder.out_shape) > 1 else None
+
+
+def _read(
+    lm: LM, sites: list[Site], contexts: list[Context], mask: TokenMask
+) -> tuple[dict[Site, Tensor], Tensor, Tensor]:
+    """All activations ``tokens d`` of each site, the token ids, and which of them are kept."""
+    xs: dict[Site, list[Tensor]] = {s: [] for s in sites}
+    ids, keeps = [], []
+    # Alone, as each is spliced later: other shapes round otherwise, and the identity must cost 0. On a server that
+    # would be eight times the requests.
+    at_once = 8 if lm.remote else 1
+    for start in range(0, len(contexts), at_once):
+        batch = pad([c.ids for c in contexts[start : start + at_once]])
+        acts, _ = lm.run(batch, list(xs), logits=False)
+        acts = {s: x.cpu() for s, x in acts.items()}
+        for s, x in acts.items():
+            xs[s].append(x[batch.mask])
+        ids.append(batch.ids[batch.mask])
+        keeps.append(mask.keep(batch.ids, batch.positions, acts)[batch.mask])
+    return {s: torch.cat(x) for s, x in xs.items()}, torch.cat(ids), torch.cat(keeps)
+
+
+@torch.no_grad()
+def _reconstruct(coder: SparseCoder, x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """(x_hat, how many features are active) of every token."""
+    device = coder.W_dec.device
+    x_hats, active = [], []
+    for rows, tokens in zip(x.split(4096), ids.split(4096), strict=True):
+        out = coder(rows.to(device), tokens.to(device))
+        on = (out.codes.values > 0).float() if isinstance(out.codes, Codes) else (out.codes > 0).float().sum(1)
+        if isinstance(out.codes, Codes):
+            on = torch.zeros(len(rows), device=device).index_add_(0, out.codes.rows, on)
+        x_hats.append(out.x_hat.cpu())
+        active.append(on.cpu())
+    return torch.cat(x_hats), torch.cat(active)
+
+
+def _measure(coder: SparseCoder, y: Tensor, y_hat: Tensor, active: Tensor, kept: Tensor) -> dict[str, Any]:
+    """What needs only activations: L0, FVU, and PCA of rank k."""
+    error = (y - y_hat).pow(2).sum(-1).double()
+    yk = y[kept].double()
+    mean = yk.mean(0)
+    variance = (yk - mean).pow(2).sum()
+    l0 = float(active[kept].mean())
+    rank = min(coder.config.get("k") or max(1, round(l0)), y.shape[1])
+    eigenvalues, vectors = torch.linalg.eigh((yk - mean).T @ (yk - mean))
+    return {
+        "l0": l0,
+        "fvu": float(error[kept].sum() / variance),
+        "fvu_all": float(error.sum() / (y.double() - y.double().mean(0)).pow(2).sum()),
+        "rank": rank,
+        "pca_fvu": float(eigenvalues[:-rank].sum() / eigenvalues.sum()) if rank < y.shape[1] else 0.0,
+        "mean": mean.float(),
+        "basis": vectors[:, -rank:].float(),
+    }
+
+
+def _losses(
+    lm: LM, site: Site, contexts: list[Context], kept: Tensor, x_hat: Tensor, measured: dict[str, Any]
+) -> tuple[Float[Tensor, "variants predicted"], Tensor]:
+    """Loss per predicted token when the site is clean, spliced, mean-ablated, zeroed, cut to PCA; and its document.
+
+    One context at a time, all variants in one pass: what lies before the site runs once, for a batch of one, and the
+    write makes it a batch of five. Where that cannot be (the stream in mid-block is changed in place; a head's
+    neighbours are as many as they were; masks are made for the embeddings' batch; the model refuses, as BLOOM does), it
+    is five from the start.
+    """
+    from tqdm.auto import tqdm
+
+    from_the_start = site.kind in ("resid_mid", "embed", "module") or site.head is not None
+    from_the_start = from_the_start or not _may_grow(lm, site, contexts[0])
+    collected, documents = [], []
+    lengths = [len(c.ids) for c in contexts]
+    parts = zip(contexts, kept.split(lengths), x_hat.split(lengths), strict=True)
+    for context, keep, own in tqdm(parts, "evaluate", len(contexts), unit="context", dynamic_ncols=True):
+        batch = pad([context.ids])
+        five = TokenBatch(batch.ids.expand(5, -1), batch.mask.expand(5, -1), batch.positions.expand(5, -1))
+
+        write = partial(variants, x_hat=own, keep=keep, mean=measured["mean"], basis=measured["basis"])
+        losses = partial(losses_of_each, ids=five.ids, mask=five.mask)
+        given = five if from_the_start else batch
+        form = Float[Tensor, f"5 {len(context.ids)}"]
+        collected.append(lm.run(given, writes=[Write(site, write)], logits=losses, form=form)[1][:, 1:])
+        documents += context.documents[1:]
+    return torch.cat(collected, dim=1), torch.tensor(documents)
+
+
+def _may_grow(lm: LM, site: Site, context: Context) -> bool:
+    """Whether a write may make one row five: tried on a few tokens, where all five must then cost the same."""
+    batch = pad([context.ids[:4]])
+    five = TokenBatch(batch.ids.expand(5, -1), batch.mask.expand(5, -1), batch.positions.expand(5, -1))
+    try:
+        losses = lm.run(
+            batch, writes=[Write(site, five_of_one)], logits=partial(losses_of_each, ids=five.ids, mask=five.mask)
+        )[1][:, 1:]
+    except Exception:  # in whatever words the model puts it
+        return False
+    return losses.shape[0] == 5 and bool(torch.allclose(losses, losses[:1].expand_as(losses), rtol=1e-2))
+
+
+@no_type_check
+def five_of_one(x, tokens):
+    """The first row five times."""
+    return x[:1].expand(5, -1, -1).clone()
+
+
+@no_type_check
+def variants(x, tokens, x_hat, keep, mean, basis):
+    """Of one text's x: itself, its reconstruction, the mean, zero, and its PCA, in one batch; left-out tokens stay as
+    they are. A function of torch alone, see ``saes.portable``."""
+    mean, basis, keep, x_hat = mean.to(x.device), basis.to(x.device), keep.to(x.device), x_hat[None].to(x.device)
+    x = x[:1]
+    rows = x.float()
+    new = torch.cat([
+        rows,
+        x_hat,
+        mean.expand_as(rows),
+        torch.zeros_like(rows),
+        (rows - mean) @ basis @ basis.T + mean,
+    ]).to(x.dtype)  # fmt: skip
+    return torch.where(keep.unsqueeze(-1), new, x)
+
+
+@no_type_check
+def losses_of_each(logits, tokens, ids, mask):
+    """Losses of the tokens that went in once, in each of the variants that came out."""
+    return token_losses(logits, SimpleNamespace(ids=ids, mask=mask))

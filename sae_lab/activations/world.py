@@ -1,0 +1,56 @@
+"""Rows whose truth is known: what ``sae_lab.worlds`` makes, and what matching and sweeps are measured on."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+from sae_lab.types import Codes
+
+
+@dataclass(frozen=True, repr=False)
+class World:
+    """Data with its truth: ``x = codes · dictionary (+ noise)``. Unpacks as ``x, codes, dictionary, labels``.
+
+    Attributes:
+        x: activations, ``samples d``, float32. Rows are independent of each other.
+        codes: the true codes, sparse (``codes.dense()`` or ``f``: ``samples n``).
+        dictionary: the true directions, ``n d``, unit rows, in descending order of ``labels["probability"]``.
+        labels: facts about every feature, each of length n: "probability" (with which it fires), "parent" (the feature
+            without which it never fires; -1: none), "group" (number of the group it fires together with; -1: none); of
+            ``product`` also "attribute".
+        l0: features active per row, the mean over these very samples.
+        settings: what ``planted`` or ``product`` was called with.
+    """
+
+    x: Float[Tensor, "samples d"]
+    codes: Codes
+    dictionary: Float[Tensor, "n d"]
+    labels: dict[str, Tensor]
+    l0: float
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def f(self) -> Float[Tensor, "samples n"]:
+        """The true codes as a dense matrix."""
+        return self.codes.dense()
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self.x, self.codes, self.dictionary, self.labels))
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __repr__(self) -> str:
+        s = self.settings
+        if "values" in s:
+            attributes = " × ".join(map(str, s["values"]))
+            return f"World(attributes {attributes} in {s['d']} dimensions; {len(self.x):,} samples, seed {s['seed']})"
+        parts = [f"{len(self.dictionary)} features in {self.x.shape[1]} dimensions", f"{s['law']} law"]
+        parts += [f"exponent {s['exponent']}"] if s["law"] == "zipf" else []
+        parts += [f"groups of {s['group']} at correlation {s['correlation']}"] if s["correlation"] else []
+        parts += [f"{s['hierarchy']} children per parent"] if s["hierarchy"] else []
+        parts += [f"noise {s['noise']}"] if s["noise"] else []
+        return f"World({', '.join(parts)}; {len(self.x):,} samples, L0 {self.l0:.2f}, seed {s['seed']})"

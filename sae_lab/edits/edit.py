@@ -1,0 +1,580 @@
+"""Edits: change a model through a coder's codes, wherever the model runs: ``lm.logits``, ``lm.loss``, ``lm.generate``.
+
+An edit turns codes z into z' for some features. With ``error="keep"`` (SAELens: use_error_term) it adds W_dec of
+(z' - z) only, never two decodes, so that what the coder cannot explain stays, and an edit that changes no code leaves
+logits bit-equal. With ``error="drop"`` the activation becomes the reconstruction from z'.
+
+Classes here hold what the user asked for and check it; ``grouping`` says what a list of them does together. What the
+model then does are the functions of ``rules``, bound to a few tensors (``edit.writes``), so that an edit runs in any
+nnsight trace, also on a server without this library:
+
+    steer = sl.Steer(sae, 7).inside(lm, prompt)
+    with model.trace(lm.tokenize(prompt).ids, remote=True):
+        model.model.layers[8].output = steer(model.model.layers[8].output)
+"""
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, fields
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sae_lab.activations.reading import some_codes, some_form
+from sae_lab.arguments import as_annotated
+from sae_lab.edits import grouping, rules
+from sae_lab.saes.base import SparseCoder
+from sae_lab.saes.io import opening
+from sae_lab.types import Site, TokenBatch, Write
+
+if TYPE_CHECKING:
+    from sae_lab.lm.model import LM
+
+Positions = int | slice | Sequence[int] | str | Callable[[str], bool] | None
+Numbers = int | slice | Sequence[int] | None
+Prompts = str | Sequence[str]
+SHOWN = 60  # tokens in an error
+DRAWS = 1 << 14  # of resampled codes; tokens take them by row and position, so that a token's draw is its own
+
+
+Rule = Callable[..., Tensor]  # (z "tokens features", rows, positions) -> z', see ``rules``
+Change = Callable[..., Tensor]  # (x "tokens d_out", read "tokens d_in", ids, rows, positions, at) -> x'
+
+
+@as_annotated
+@dataclass(frozen=True, repr=False)
+class Edit:
+    """Base of all edits: ``lm.generate(prompt, edits=[sl.Steer(sae, 7), sl.Ablate(sae, 9)])``, and so in ``lm.logits``,
+    ``lm.loss``, ``lm.read``, ``lm.stream`` and ``lm.compare``.
+
+    What a list means:
+
+    - Edits of one coder at one site are a group. They act on the codes of the activation that reaches the site, one
+      after the other in the order of the list, and what has become of the codes is written once. So ``[Clamp(a),
+      Clamp(b)]`` is ``Clamp([a, b])``, in either order, and the second edit of a feature starts from what the first has
+      made of it. All of a group keep what the coder does not reconstruct, or all drop it.
+    - An edit of another coder at that site ends the group, and so does one of the activation itself (``Project``):
+      edits behind it are a new group, which encodes what then stands there. (A transcoder reads elsewhere, so its codes
+      go on from where its edits before have left them.)
+    - Each acts at its own site. Edits at other sites stand anywhere in the list: what an earlier site makes, a later
+      one reads.
+    - No edit decides which tokens count for another. Special ids and positions count alike always; where the coder's
+      mask has a largest norm, it is held against the activation before the first edit at the site. Where an edit at an
+      earlier site has changed that too, against that of one pass over the prompts without edits; a new token then
+      counts unless it is special.
+
+    Args:
+        coder: knows its sites and token mask. A transcoder's edit reads where it reads and acts where it writes.
+        positions: where it acts: None, everywhere; an int, a slice or a list of absolute positions (0 is the prefix
+            token; stable under padding and generation); a str, the tokens that read so (" fox": ``lm.vocabulary`` has
+            the texts); or a function of a token's text that says which. Padding and the tokens that the coder's mask
+            leaves out are never edited.
+        rows: prompts of the batch; None, all.
+        steps: of generation: 0 is the pass over the prompt, n the pass over the n-th new token; None, all.
+        error: "keep" or "drop" what the coder does not reconstruct.
+    """
+
+    coder: SparseCoder
+    positions: Positions = field(default=None, kw_only=True)
+    rows: Numbers = field(default=None, kw_only=True)
+    steps: Numbers = field(default=None, kw_only=True)
+    error: str = field(default="keep", kw_only=True)
+
+    ERRORS = ("keep", "drop")
+    ON_CODES = True  # whether it changes codes (``rule``), or the activation itself (``change``)
+    IN_F_SCALE = False  # whether its setting is measured in f_scale, which the features must then have
+
+    def __post_init__(self):
+        if self.error not in self.ERRORS:
+            raise ValueError(f"error must be {' or '.join(map(repr, self.ERRORS))}, got {self.error!r}")
+        if not isinstance(self.positions, str) and not callable(self.positions):
+            _check_numbers("positions", self.positions, "count from the prefix token (0)")
+        _check_numbers("rows", self.rows, "count the prompts from 0")
+        _check_numbers("steps", self.steps, "count passes of generation, 0 is the prompt's")
+
+    # ---- what an edit names
+
+    @property
+    def features(self) -> list[int]:
+        """The features it changes, each checked, each once."""
+        return list(range(self.coder.d_sae))
+
+    def rule(self, lm: "LM", batch: TokenBatch) -> Rule:
+        """z' from z: a function of ``rules`` with its settings bound."""
+        raise NotImplementedError
+
+    # ---- what the model must do
+
+    @property
+    def read_site(self) -> Site:
+        """Where codes are read. ValueError for a coder that reads several sites."""
+        coder = self.coder
+        if len(coder.reads) > 1 or len(coder.writes) > 1:
+            raise ValueError(
+                f"an edit reads one site and writes one; this coder reads {coder.reads} and writes {coder.writes}: "
+                "take an SAE or a transcoder of one of them"
+            )
+        return coder.site
+
+    @property
+    def write_site(self) -> Site:
+        """Where activations change."""
+        return self.coder.writes[0] if self.coder.writes else self.read_site
+
+    def writes(self, lm: "LM", batch: TokenBatch, new: int = 0) -> list[Write]:
+        """What the model must do to these prompts, and to at most so many new tokens, where this is the only edit.
+
+        ValueError when a site has another width, a feature has no scale, or the edit names a place that is not there.
+        """
+        return self.together([self], lm, batch, new)
+
+    @staticmethod
+    def together(edits: Sequence[Any], lm: "LM", batch: TokenBatch, new: int = 0) -> list[Write]:
+        """What the model must do for a list of edits. ValueError for what one of them refuses, and for edits that
+        exclude each other."""
+        return grouping.together(edits, lm, batch, new)
+
+    def inside(self, lm: "LM", prompts: Prompts, *more: "Edit") -> Callable[..., Tensor]:
+        """The edit as a function, for a raw nnsight trace of these prompts' token ids (``lm.tokenize(prompts).ids``),
+        here or on a server: (x "batch pos d" where it writes; for a transcoder also x where it reads) -> x'.
+
+        more: edits of the same coder, which then are one group with this one; functions made one by one encode one
+        after the other. Where the coder's mask has a largest norm, one pass over the prompts finds which tokens count.
+        """
+        from sae_lab.lm import remote
+
+        batch = lm.tokenize(prompts)
+        writes = grouping.together([self, *more], lm, batch, alone=False)
+        if len(writes) > 1:
+            raise ValueError(
+                "inside makes one function, of edits of one coder at one site; these are several groups: call it for "
+                "each, and call the functions in that order"
+            )
+        remote.register_travelling()
+        return partial(rules.inside, tokens=batch.plain(), edit=writes[0].fn)
+
+    def check(self, lm: "LM", batch: TokenBatch, new: int = 0) -> None:
+        """ValueError where it cannot act on these prompts and so many new tokens."""
+        self._check_coder(lm, self.read_site, self.write_site)
+        self._check_places(lm, batch, new)
+        if self.IN_F_SCALE:
+            _require_scale(self, self._scale)
+
+    def error_of_another_run(self, lm: "LM") -> dict[str, Tensor] | None:
+        """The error that it puts in the coder's place, see ``rules.coded``; None: it puts none."""
+        return None
+
+    def change(self) -> Change:
+        """x' from x, of an edit that makes no codes: a function of ``rules`` with its settings bound."""
+        raise NotImplementedError
+
+    @property
+    def _scale(self) -> Float[Tensor, " features"]:
+        return self.coder.f_scale[self.features]
+
+    def _check_coder(self, lm: "LM", reads: Site, writes: Site) -> None:
+        coder = self.coder
+        for site, width, verb in ((reads, coder.d_in, "reads"), (writes, coder.d_out, "writes")):
+            if lm.width(site) != width:
+                raise ValueError(
+                    f"this coder {verb} width {width} and {lm} has width {lm.width(site)} at {site}: "
+                    f"use the model it was trained on ({coder.meta.get('model', 'unknown')})"
+                )
+        if coder.training:
+            raise ValueError("an edit needs the coder in eval mode, where a token's codes are its own: call sae.eval()")
+
+    def _check_places(self, lm: "LM", batch: TokenBatch, new: int) -> None:
+        """Rows and positions that are named, one by one or by their text, must be there."""
+        rows = batch.row_numbers.tolist()
+        if missing := [r for r in _listed(self.rows) if r not in rows]:
+            raise ValueError(f"rows={self.rows} names prompt {missing[0]}, and there are {len(rows)}, from 0 on")
+        for row, length in zip(rows, (batch.mask.sum(1) + new).tolist(), strict=True):
+            beyond = [p for p in _listed(self.positions) if p >= length]
+            if beyond and bool(rules.among(torch.tensor(row), self.rows)):
+                raise ValueError(
+                    f"position {beyond[0]} is beyond prompt {row}, whose last is {length - 1}"
+                    + (f" ({new} new tokens counted)" if new else "")
+                    + ": count from the prefix token (0), or name the prompts that are long enough with rows="
+                )
+        lengths = (batch.mask.sum(1)[rules.among(batch.row_numbers, self.rows)] + new).tolist()
+        part = self.positions if isinstance(self.positions, slice) else None
+        if part and part.stop is not None and lengths and not range(max(lengths))[part]:  # open: "from there on"
+            raise ValueError(
+                f"positions={self.positions} holds no position of these prompts, the longest of which ends at "
+                f"{max(lengths) - 1}: count from the prefix token (0)"
+            )
+        if (wanted := self._wanted(lm)) is not None:
+            self._check_text(lm, batch, wanted, new)
+
+    def _check_text(self, lm: "LM", batch: TokenBatch, wanted: Tensor, new: int) -> None:
+        """Some token must read as ``positions`` says: of these prompts, or one of all tokens that may come."""
+        ours = rules.among(batch.row_numbers, self.rows)
+        ids = batch.ids[ours][batch.mask[ours]]
+        if not len(ids) or bool(wanted[ids].any()) or (new and bool(wanted.any())):
+            return
+        shown = [lm.vocabulary[i] for i in ids.tolist()]
+        listing = ", ".join(map(repr, shown[:SHOWN])) + (f" and {len(shown) - SHOWN} more" if shown[SHOWN:] else "")
+        raise ValueError(
+            f"no token of {'this model' if new else 'these prompts'} reads as positions={self.positions!r} says; those "
+            f"of the prompts read {listing}: give such a text, space and all, or positions by number"
+        )
+
+    def place(self, lm: "LM") -> dict[str, Any]:
+        """The tokens that it names, see ``rules.named``."""
+        wanted = self._wanted(lm)
+        positions = self.positions if wanted is None else None
+        return {"rows": self.rows, "steps": self.steps, "positions": positions, "wanted": wanted}
+
+    def _wanted(self, lm: "LM") -> Tensor | None:
+        """For each token id, whether it is meant, where positions are named by what stands there."""
+        where = self.positions
+        if not isinstance(where, str) and not callable(where):
+            return None
+        if callable(where):
+            return torch.tensor([bool(where(text)) for text in lm.vocabulary])
+        wanted = torch.zeros(len(lm.vocabulary), dtype=torch.bool)
+        wanted[lm._reading.get(where, [])] = True
+        return wanted
+
+    def measured(self, x: Float[Tensor, "batch pos d_in"]) -> dict[str, Float[Tensor, "batch pos"]]:
+        """The codes of its features, by name, in activations at the site it reads; of Splice and Project, none."""
+        codes = self.coder.encode(x.to(self.coder.W_dec.device))
+        return {f"{self.read_site.key} #{feature}": codes[..., feature].cpu() for feature in self.features}
+
+    # ---- in words and on disk
+
+    def _settings(self) -> dict[str, Any]:
+        """What differs from the defaults, by name."""
+        return {f.name: v for f in fields(self) if f.name != "coder" and (v := getattr(self, f.name)) != f.default}
+
+    def __repr__(self) -> str:
+        at = repr(self.coder.site) if self.coder.reads else type(self.coder).__name__
+        return f"{type(self).__name__}({', '.join([at, *(f'{k}={v!r}' for k, v in self._settings().items())])})"
+
+    def to_json(self) -> str:
+        """The edit as text; ``sl.Edit.from_json`` makes it again. The coder stands there as the path it was saved to
+        or loaded from, and a hash of its weights.
+
+        ValueError for a coder that lies nowhere, and for positions given by a function.
+        """
+        if self.coder.path is None:
+            raise ValueError("this coder lies nowhere yet, so no text can name it: call sae.save(path) first")
+        if callable(self.positions):
+            raise ValueError(
+                "a function of tokens cannot be written down: give positions by number or as a token's text"
+            )
+        settings = {k: _plain(v) for k, v in self._settings().items()}
+        coder = {"path": self.coder.path, "fingerprint": self.coder.fingerprint()}
+        return json.dumps({"edit": type(self).__name__, "coder": coder, **settings})
+
+    @staticmethod
+    def from_json(text: str, coder: SparseCoder | None = None) -> "Edit":
+        """An edit from its text. coder: the one it acts with; None loads it from where it lay.
+
+        ValueError for what is no edit, and a coder with other weights.
+        """
+        try:
+            found = json.loads(text)
+            kind, named = EDITS[found.pop("edit")], found.pop("coder")
+            path, fingerprint = named["path"], named["fingerprint"]
+        except (ValueError, KeyError, TypeError, AttributeError) as err:
+            raise ValueError(f"this is no edit of sae_lab ({err!r}): pass what edit.to_json() returned") from err
+        coder = opening.load(path) if coder is None else coder
+        if coder.fingerprint() != fingerprint:
+            raise ValueError(
+                f"this edit was made with a coder of weights {fingerprint}, this one ({path}) has "
+                f"{coder.fingerprint()}: a feature's number means nothing in another coder; pass coder= the right one"
+            )
+        unknown = set(found) - {f.name for f in fields(kind)}
+        if unknown:
+            raise ValueError(f"{kind.__name__} knows no {', '.join(sorted(unknown))}")
+        settings: dict[str, Any] = {k: slice(*v["slice"]) if isinstance(v, dict) else v for k, v in found.items()}
+        return kind(coder, **settings)
+
+
+@as_annotated
+@dataclass(frozen=True, repr=False)
+class FeatureEdit(Edit):
+    """Base of those that change the codes of one feature or several."""
+
+    feature: int | Sequence[int]
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.features:
+            raise ValueError("an edit needs at least one feature")
+
+    @property
+    def features(self) -> list[int]:
+        return _features(self.coder, self.feature)
+
+
+@as_annotated
+@dataclass(frozen=True, repr=False)
+class Steer(FeatureEdit):
+    """z' = z + strength·f_scale: push along a feature's direction. Strength 1 adds the activation that the feature's
+    strongest 0.1 % of firings reach; 1-2 steers fluent text, above 4 most text breaks."""
+
+    strength: float = 1.0
+    IN_F_SCALE = True
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check_number("strength", self.strength)
+
+    def rule(self, lm: "LM", batch: TokenBatch) -> Rule:
+        return partial(rules.added, amount=self.strength * self._scale)
+
+
+@as_annotated
+@dataclass(frozen=True, repr=False)
+class Clamp(FeatureEdit):
+    """z' = value·f_scale: hold a feature at a level, whatever the text says."""
+
+    value: float = 1.0
+    IN_F_SCALE = True
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check_number("value", self.value)
+
+    def rule(self, lm: "LM", batch: TokenBatch) -> Rule:
+        return partial(rules.held, value=self.value * self._scale)
+
+
+@as_annotated
+@dataclass(frozen=True, repr=False)
+class Scale(FeatureEdit):
+    """z' = factor·z: a feature louder or softer where it fires."""
+
+    factor: float = 1.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check_number("factor", self.factor)
+
+    def rule(self, lm: "LM", batch: TokenBatch) -> Rule:
+        return partial(rules.multiplied, factor=self.factor)
+
+
+@as_annotated
+@dataclass(frozen=True, repr=False)
+class Ablate(FeatureEdit):
+    """Take a feature out: z' = 0; with ``to="mean"`` its mean, with ``to="resample"`` its codes at tokens drawn from
+    the ``reference`` (several features together, as they stood at one token).
+
+    Args: reference: prompts. seed: of the draws; a token's draw depends on its row and position alone.
+    """
+
+    to: str = "zero"
+    reference: Prompts | None = None
+    seed: int = 0
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.to not in ("zero", "mean", "resample"):
+            raise ValueError(f"to must be 'zero', 'mean' or 'resample', got {self.to!r}")
+        if (self.to == "zero") != (self.reference is None):
+            raise ValueError(
+                f"Ablate(to={self.to!r}) takes "
+                + ("no reference" if self.to == "zero" else "reference=, the prompts whose codes stand in")
+            )
+
+    def rule(self, lm: "LM", batch: TokenBatch) -> Rule:
+        if self.reference is None:
+            return partial(rules.held, value=torch.zeros(len(self.features)))
+        codes, keep, _ = _codes_of(self, lm, self.reference)
+        seen = codes[keep]
+        if not len(seen):
+            raise ValueError("every token of the reference is left out by the coder's mask: give longer prompts")
+        if self.to == "mean":
+            return partial(rules.held, value=seen.mean(0))
+        draws = torch.randint(len(seen), (DRAWS,), generator=torch.Generator().manual_seed(self.seed))
+        return partial(rules.drawn, seen=seen, draws=draws)
+
+
+@as_annotated
+@dataclass(frozen=True, repr=False)
+class Patch(Edit):
+    """z' = the codes of another run at the same row and position (activation patching through a coder).
+
+    Args:
+        source: its prompts: one for all rows, or as many as there are rows; of the same token lengths, unless
+            ``positions`` says where.
+        feature: one or several; None, all.
+        error: "patch" takes the source's reconstruction error too: with all features that is its whole activation.
+    """
+
+    source: Prompts
+    feature: int | Sequence[int] | None = None
+
+    ERRORS = ("keep", "drop", "patch")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.features:
+            raise ValueError("an edit needs at least one feature")
+
+    @property
+    def features(self) -> list[int]:
+        return super().features if self.feature is None else _features(self.coder, self.feature)
+
+    def rule(self, lm: "LM", batch: TokenBatch) -> Rule:
+        codes, keep = self._source(lm, batch)
+        return partial(rules.of_another_run, codes=codes, keep=keep)
+
+    def error_of_another_run(self, lm: "LM") -> dict[str, Tensor] | None:
+        if self.error != "patch":
+            return None
+        reading = lm.read(self.source, list(dict.fromkeys([self.read_site, self.write_site])))
+        read, target = reading[self.read_site], reading[self.write_site]
+        with torch.no_grad():
+            wrong = target - self.coder(read, reading.ids).x_hat
+        return {"wrong": wrong.cpu(), "there": _codes_of(self, lm, self.source)[1]}
+
+    def _source(self, lm: "LM", batch: TokenBatch) -> tuple[Tensor, Tensor]:
+        """(codes "rows pos features", which of its tokens count) of the other run."""
+        codes, keep, other = _codes_of(self, lm, self.source)
+        lengths = other.mask.sum(1).tolist()
+        rows = batch.row_numbers.tolist()
+        if len(lengths) not in (1, int(batch.row_numbers.max()) + 1):
+            raise ValueError(
+                f"Patch has {len(lengths)} sources for {len(rows)} prompts: give one for all, or one for each"
+            )
+        for row, length in zip(rows, batch.mask.sum(1).tolist(), strict=True):
+            theirs = lengths[row if len(lengths) > 1 else 0]
+            if not bool(rules.among(torch.tensor(row), self.rows)):
+                continue
+            if self.positions is None and length != theirs:
+                raise ValueError(
+                    f"prompt {row} has {length} tokens and its source {theirs}: a patch takes what stands at the same "
+                    "position, so give prompts of equal token lengths (lm.tokens(prompt) shows them), or positions="
+                )
+            if beyond := [p for p in _listed(self.positions) if p >= theirs]:
+                raise ValueError(
+                    f"position {beyond[0]} is beyond the source of prompt {row}: it has {theirs} tokens"
+                )
+        return codes, keep
+
+
+@as_annotated
+@dataclass(frozen=True, repr=False)
+class Splice(Edit):
+    """z' = z: the coder's reconstruction in the place of the activation (with ``error="keep"`` nothing changes)."""
+
+    error: str = field(default="drop", kw_only=True)
+
+    def rule(self, lm: "LM", batch: TokenBatch) -> Rule:
+        return rules.as_it_is
+
+    def measured(self, x: Tensor) -> dict[str, Tensor]:
+        return {}
+
+
+@as_annotated
+@dataclass(frozen=True, repr=False)
+class Project(Edit):
+    """x' = x less its part along the directions of some features: whatever is written there is gone, by whichever
+    feature."""
+
+    feature: int | Sequence[int]
+
+    ERRORS = ("keep",)  # no codes are made, so no error is
+    ON_CODES = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.features:
+            raise ValueError("an edit needs at least one feature")
+
+    @property
+    def features(self) -> list[int]:
+        return _features(self.coder, self.feature)
+
+    def change(self) -> Change:
+        basis = torch.linalg.qr(self.coder.W_dec[self.features].detach().T.double())[0].float()  # d_out x directions
+        return partial(rules.projected, basis=basis)
+
+
+@as_annotated
+@dataclass(frozen=True, repr=False)
+class Push(Edit):
+    """x' = x + vector, where the coder writes: what steering is measured against."""
+
+    vector: Float[Tensor, " d_out"]
+    ON_CODES = False
+
+    def change(self) -> Change:
+        return partial(rules.pushed, vector=self.vector)
+
+    def measured(self, x: Tensor) -> dict[str, Tensor]:
+        return {}
+
+
+EDITS = {cls.__name__: cls for cls in (Steer, Clamp, Scale, Ablate, Patch, Splice, Project)}
+
+
+def _features(coder: SparseCoder, feature: int | Sequence[int]) -> list[int]:
+    many = feature if isinstance(feature, Sequence) else [feature]
+    return list(dict.fromkeys(coder.feature(i) for i in many))
+
+
+def _codes_of(edit: Edit, lm: "LM", prompts: Prompts) -> tuple[Tensor, Tensor, TokenBatch]:
+    """(codes "rows pos features" of the edit's features, which tokens the mask keeps, the tokens) of other prompts."""
+    coder, site, batch = edit.coder, edit.read_site, lm.tokenize(prompts)
+    mask = coder.mask or lm.mask()
+    plan = coder.portable(edit.features, whole=False)
+    after = partial(some_codes, plan=plan, limit=mask.max_norm.get(site.key))
+    with torch.no_grad():
+        found = lm.run(batch, [site], logits=False, after=after, **some_form(batch, len(edit.features)))[0][site]
+    codes = found["codes"].new_zeros(*batch.mask.shape, len(edit.features))
+    codes[batch.mask] = found["codes"]
+    keep = mask.keep(batch.ids, batch.positions) & batch.mask
+    keep[batch.mask] &= ~found["loud"]
+    return codes, keep, batch
+
+
+def _require_scale(edit: Edit, scale: Tensor) -> None:
+    """Edits in units of f_scale need a feature that has fired."""
+    coder = edit.coder
+    if coder.meta.get("f_scale") == "unknown" and not bool(coder.f_scale.any()):
+        raise ValueError(
+            "this coder's format does not tell how strongly its features fire, which edits are measured in: load it "
+            "with sl.load(..., check=store), or call sae.calibrate([activations])"
+        )
+    if silent := [f for f, s in zip(edit.features, scale.tolist(), strict=True) if s == 0]:
+        raise ValueError(
+            f"feature {silent[0]} never fired on training text, so it has no scale to measure strength in: choose a "
+            f"live feature, or set sae.f_scale[{silent[0]}] yourself"
+        )
+
+
+def _listed(chosen: Any) -> list[int]:
+    """The numbers that are named one by one."""
+    if chosen is None or isinstance(chosen, slice | str) or callable(chosen):
+        return []
+    return [chosen] if isinstance(chosen, int) else list(chosen)
+
+
+def _check_number(name: str, value: float) -> None:
+    if not torch.tensor(float(value)).isfinite():
+        raise ValueError(f"{name} must be a finite number, got {value}")
+
+
+def _check_numbers(name: str, chosen: Any, rule: str) -> None:
+    if isinstance(chosen, slice) and chosen.step is not None and chosen.step < 1:
+        raise ValueError(f"a slice of {name} runs forward, with a step of at least 1, got {chosen}")
+    numbers: Iterable[Any] = [chosen.start, chosen.stop] if isinstance(chosen, slice) else _listed(chosen)
+    if any(n is not None and n < 0 for n in numbers):
+        raise ValueError(f"{name} {rule} and are never negative, got {chosen}")
+
+
+def _plain(value: Any) -> Any:
+    """A setting as JSON holds it."""
+    if isinstance(value, slice):
+        return {"slice": [value.start, value.stop, value.step]}
+    return list(value) if isinstance(value, range | tuple) else str(value) if isinstance(value, Path) else value

@@ -1,0 +1,151 @@
+"""What a list of edits does to a model: which act together on codes, and which tokens count for them. ``Edit`` says it
+in words.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from sae_lab.edits import rules
+from sae_lab.types import TokenBatch, TokenMask, Write
+
+if TYPE_CHECKING:
+    from sae_lab.lm.model import LM
+
+Edit = Any  # ``edits.edit.Edit``, which imports this module
+
+
+@dataclass(eq=False)
+class Group:
+    """Edits that act together, or one write of something else.
+
+    when: of its site, which says what happens before what. edits: on codes, or a single one on the activation. earlier:
+    edits of a coder that reads elsewhere, whose groups have written before this one.
+    """
+
+    when: int
+    edits: list[Edit] = field(default_factory=list)
+    earlier: list[Edit] = field(default_factory=list)
+    write: Write | None = None
+
+    @property
+    def first(self) -> Edit:
+        return self.edits[0]
+
+
+def together(edits: Sequence[Any], lm: "LM", batch: TokenBatch, new: int = 0, alone: bool = True) -> list[Write]:
+    """The writes of a list of edits, for these prompts and at most so many new tokens.
+
+    alone: whether nothing else changes the activations that they meet. ValueError for what an edit refuses.
+    """
+    groups = _grouped(edits, lm, batch, new)
+    limited = [g for g in groups if g.edits and _limit(g, lm) is not None]
+    unseen = [g for g in limited if not alone or _changed_before(g, groups, lm)]
+    sites = list(dict.fromkeys(g.first.read_site for g in unseen))
+    form = Float[Tensor, " ".join(map(str, batch.ids.shape))]
+    norms = lm.run(batch, sites, logits=False, after=rules.norms, form=form)[0] if unseen else {}
+    return [g.write or _write(g, groups, norms if g in unseen else None, lm, batch) for g in groups]
+
+
+def _grouped(edits: Sequence[Any], lm: "LM", batch: TokenBatch, new: int) -> list[Group]:
+    """The groups in the order in which those of one place act. Sites that share one (all heads, one head) are one."""
+    groups: list[Group] = []
+    for edit in edits:
+        if not hasattr(edit, "together"):  # a write of one's own
+            groups += [Group(lm._sites.when(w.site), write=w) for w in edit.writes(lm, batch, new)]
+            continue
+        edit.check(lm, batch, new)
+        here = [g for g in groups if g.when == lm._sites.when(edit.write_site)]
+        if here and _joins(edit, here[-1]):
+            _require_one_error(edit, here[-1].first)
+            here[-1].edits.append(edit)
+            continue
+        earlier = [e for g in here if _joins(edit, g) for e in g.edits] if edit.read_site != edit.write_site else []
+        groups.append(Group(lm._sites.when(edit.write_site), [edit], earlier))
+    return groups
+
+
+def _joins(edit: Edit, group: Group) -> bool:
+    """Whether an edit acts on the same codes as a group."""
+    return bool(group.edits) and edit.ON_CODES and group.first.ON_CODES and _same(edit, group.first)
+
+
+def _same(a: Edit, b: Edit) -> bool:
+    """Whether two edits are of one coder, which may have been loaded twice."""
+    if a.coder is b.coder:
+        return True
+    facts = [
+        (type(e.coder), e.read_site, e.write_site, e.coder.config, e.coder.input_norm, e.coder.mask) for e in (a, b)
+    ]
+    return facts[0] == facts[1] and a.coder.fingerprint() == b.coder.fingerprint()
+
+
+def _require_one_error(edit: Edit, first: Edit) -> None:
+    if (edit.error == "drop") != (first.error == "drop"):
+        raise ValueError(
+            f"edits of one coder at one site act on its codes together, and all keep what it does not reconstruct or "
+            f"all drop it, got {first} with error={first.error!r} and {edit} with error={edit.error!r}: give all the "
+            "same error="
+        )
+
+
+def _mask(group: Group, lm: "LM") -> TokenMask:
+    return group.first.coder.mask or lm.mask()
+
+
+def _limit(group: Group, lm: "LM") -> float | None:
+    """The largest norm of tokens that count, where a group reads."""
+    return _mask(group, lm).max_norm.get(group.first.read_site.key)
+
+
+def _changed_before(group: Group, groups: Sequence[Group], lm: "LM") -> bool:
+    """Whether an earlier site is edited too, so that what reaches a group's site is not what it is without edits."""
+    return any(g.when < lm._sites.when(group.first.read_site) for g in groups)
+
+
+def _changed_there(group: Group, groups: Sequence[Group], lm: "LM") -> bool:
+    """Whether others have written where a group reads when it does."""
+    when = lm._sites.when(group.first.read_site)
+    earlier = groups[: groups.index(group)] if group.when == when else groups
+    return any(g.when == when for g in earlier)
+
+
+def _write(group: Group, groups: Sequence[Group], norms: Any, lm: "LM", batch: TokenBatch) -> Write:
+    """norms: of the prompts' tokens by site in a pass without edits, where only that tells which count."""
+    edit, edits, mask, limit = group.first, [*group.earlier, *group.edits], _mask(group, lm), _limit(group, lm)
+    reads, writes, done = edit.read_site, edit.write_site, len(group.earlier)
+    loud = None if norms is None else _by_row(~(norms[reads] <= limit) & batch.mask, batch)
+    before = limit is not None and loud is None and _changed_there(group, groups, lm)
+    counts = {"special": list(mask.special_ids), "skip_first": mask.skip_first, "limit": limit}
+    counts |= {"loud": loud, "before": before}
+    change = _coded(edits, done, lm, batch) if edit.ON_CODES else edit.change()
+    fn = partial(
+        rules.edited, mask=counts, places=[e.place(lm) for e in edits], done=done, elsewhere=reads != writes,
+        change=change,
+    )  # fmt: skip
+    return Write(writes, fn, (reads,) if reads != writes else (), (reads,) if before else ())
+
+
+def _by_row(loud: Bool[Tensor, "batch pos"], batch: TokenBatch) -> Bool[Tensor, "prompts pos"]:
+    """By the rows' numbers among the user's prompts."""
+    out = loud.new_zeros(int(batch.row_numbers.max()) + 1, loud.shape[1])
+    out[batch.row_numbers] = loud
+    return out
+
+
+def _coded(edits: Sequence[Edit], done: int, lm: "LM", batch: TokenBatch) -> Any:
+    """What becomes of codes, as a function of ``rules``."""
+    features = sorted({f for edit in edits for f in edit.features})
+    column = {feature: i for i, feature in enumerate(features)}
+    parts: list[dict[str, Any]] = []
+    for edit in edits:
+        columns = [column[f] for f in edit.features]
+        part = {"columns": slice(None) if columns == list(range(len(features))) else columns}
+        parts.append(part | {"rule": edit.rule(lm, batch), "error": edit.error_of_another_run(lm)})
+    drop = edits[-1].error == "drop"
+    plan = edits[0].coder.portable(features, whole=drop or any(part["error"] for part in parts))
+    return partial(rules.coded, plan=plan, drop=drop, done=done, parts=parts)

@@ -1,0 +1,381 @@
+"""Whether coders find the same features, across seeds, layers, checkpoints and models; one coder carried elsewhere."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sae_lab.activations.reconstructing import Reconstruction, reconstruction
+from sae_lab.activations.store import Store
+from sae_lab.activations.world import World
+from sae_lab.arguments import as_annotated
+from sae_lab.evals.codelength import jackknife, run_coder, sample
+from sae_lab.feature_index.matching import Match, match
+from sae_lab.lm.model import LM
+from sae_lab.lm.text import Documents
+from sae_lab.results import Figure, Result, number
+from sae_lab.saes.base import SparseCoder
+from sae_lab.types import Codes
+
+_MEASURES = ("stability", "shared", "orderedness", "agreement")
+
+
+@dataclass(frozen=True, repr=False)
+class Pair(Result):
+    """How two dictionaries agree, ``b``'s features matched one to one with ``a``'s.
+
+    Attributes:
+        a, b: their names.
+        stability: mean cosine of matched pairs; ``stability_shuffled`` of the same pairs in a random order,
+            ``stability_random`` of b matched with random rows.
+        shared: share of matched pairs with a cosine of at least the threshold; ``shared_random``.
+        orderedness: Spearman correlation of the pairs' row numbers; ``orderedness_random``.
+        agreement: mean correlation of activations of matched pairs on the same rows, over pairs of which both fire;
+            ``agreement_se`` (jackknife over groups of documents), ``agreement_shuffled`` of shuffled pairs. NaN without
+            rows.
+        pairs, compared: pairs matched, and those in ``agreement``.
+        correlations: of every row of b, NaN where it has none. match: the match of decoders.
+    """
+
+    a: str
+    b: str
+    stability: float
+    stability_shuffled: float
+    stability_random: float
+    shared: float
+    shared_random: float
+    orderedness: float
+    orderedness_random: float
+    agreement: float
+    agreement_se: float
+    agreement_shuffled: float
+    pairs: int
+    compared: int
+    threshold: float
+    correlations: Float[Tensor, " rows_b"] = field(repr=False, compare=False)
+    match: Match = field(repr=False, compare=False)
+
+    def figures(self) -> list[Figure]:
+        return [
+            Figure("stability", self.stability, control=self.stability_random, control_name="random rows",
+                   meaning=f"mean cosine of {self.pairs:,} matched pairs", best="high"),
+            Figure("shared", self.shared, control=self.shared_random, control_name="random rows",
+                   meaning=f"pairs with a cosine of at least {self.threshold:g}", best="high"),
+            Figure("orderedness", self.orderedness, control=self.orderedness_random, control_name="random rows",
+                   meaning="Spearman of the pairs' row numbers"),
+            Figure("agreement", self.agreement, self.agreement_se, self.agreement_shuffled, "shuffled pairs",
+                   f"correlation of activations, {self.compared:,} pairs of which both fire", "high"),
+        ]  # fmt: skip
+
+    def _footer(self) -> str:
+        return f"{self.a} and {self.b}; shuffled pairs: mean cosine {self.stability_shuffled:.3f}"
+
+
+@dataclass(frozen=True, repr=False)
+class Consistency(Result):
+    """Result of ``sl.evals.consistency``: a ``Pair`` for every two coders; ``rows``, ``documents`` of activations."""
+
+    names: tuple[str, ...]
+    pairs: tuple[Pair, ...]
+    rows: int
+    documents: int
+
+    @property
+    def mean(self) -> dict[str, float]:
+        """Mean of each measure over the pairs (of agreement over those that have one)."""
+        return {m: _mean([getattr(p, m) for p in self.pairs]) for m in _MEASURES}
+
+    @property
+    def neighbours(self) -> float:
+        """Mean stability of coders that stand beside each other in the order given: layers, or checkpoints."""
+        beside = set(zip(self.names, self.names[1:], strict=False))
+        return _mean([p.stability for p in self.pairs if (p.a, p.b) in beside])
+
+    def figures(self) -> list[Figure]:
+        if len(self.pairs) == 1:
+            return self.pairs[0].figures()
+        n, mean = len(self.pairs), self.mean
+        randoms = {m: _mean([getattr(p, f"{m}_random") for p in self.pairs]) for m in _MEASURES[:3]}
+        figures = [
+            Figure(m, mean[m], control=randoms[m], control_name="random rows", meaning=f"mean of {n} pairs of coders")
+            for m in randoms
+        ]
+        shuffled = _mean([p.agreement_shuffled for p in self.pairs])
+        return [*figures, Figure("agreement", mean["agreement"], control=shuffled, control_name="shuffled pairs")]
+
+    def to_pandas(self):
+        """One row a pair of coders."""
+        import pandas as pd
+
+        return pd.concat([p.to_pandas() for p in self.pairs], ignore_index=True)
+
+    def _rows(self) -> list[tuple[str, ...]]:
+        if len(self.pairs) == 1:
+            return super()._rows()
+        head = ("", "stability", "random", "shared", "random", "orderedness", "agreement", "shuffled")
+        return [head] + [
+            (f"{p.a} | {p.b}", number(p.stability), number(p.stability_random), number(p.shared),
+             number(p.shared_random), number(p.orderedness), Figure("", p.agreement, p.agreement_se).text,
+             number(p.agreement_shuffled))
+            for p in self.pairs
+        ]  # fmt: skip
+
+    def _footer(self) -> str:
+        text = f"pairs matched by decoder; shared: cosine of at least {self.pairs[0].threshold:g}"
+        if not self.rows:
+            return text + "; no activations given: agreement is undefined"
+        return text + f"; {self.rows:,} rows of {self.documents:,} documents"
+
+
+@as_annotated
+@torch.no_grad()
+def consistency(
+    *coders: SparseCoder | World | Tensor, x: Tensor | Store | Sequence[Tensor | Store] | None = None,
+    names: Sequence[str] | None = None, threshold: float = 0.7, live: bool = False, tokens: int = 16_384,
+    seed: int = 0,
+) -> Consistency:  # fmt: skip
+    """Do these coders have the same features? Of seeds, neighbouring layers, checkpoints, a base and a chat model.
+
+    Features of every two are matched one to one, so that the sum of their decoder cosines is largest (``sl.match``):
+    stability (Stab) is the mean cosine of pairs (Fel et al. 2025, arXiv:2502.12892), orderedness (Ord) Spearman's
+    correlation of their row numbers (Wang et al. 2025, arXiv:2512.02194). Agreement is what decoders do not say:
+
+        r_ij = corr(f_i(x), g_j(x)) over rows x, for matched i and j that fire at all, averaged over pairs.
+
+    Controls: the match of random rows, and shuffled pairs. Two decoders may agree while their encoders do not.
+
+    Args:
+        coders: two or more, in an order that means something (layers, checkpoints) or none; worlds and tensors of
+            directions too, which have no codes.
+        x: activations that all coders read; or a list, one for each coder, row by row of the same tokens: other layers
+            (``store.at(site)``), or another model's activations on the same text. None: decoders only.
+        names: of the coders, for the table.
+        threshold: cosine of a shared pair. live: leave out features that never fired in training.
+        tokens: how many rows at most.
+
+    Raises ValueError for one coder, for widths that differ, and for lists of x whose rows are not the same tokens.
+    """
+    labels = _names(coders, names)
+    if not -1 <= threshold <= 1:
+        raise ValueError(f"threshold is a cosine from -1 to 1, got {threshold}")
+    found: list[Codes] = []
+    folds = documents = None
+    if x is not None:
+        codes, folds, documents = _codes_of(coders, x, tokens)
+        found = list(codes)
+    pairs = []
+    for i, j in combinations(range(len(coders)), 2):
+        matched = match(coders[i], coders[j], threshold=min(threshold, 0.999), live=live, hungarian=True)
+        codes = (found[i], found[j]) if found else None
+        pairs.append(_pair(matched, coders[i], coders[j], (labels[i], labels[j]), codes, folds, threshold, seed))
+    rows = 0 if folds is None else len(folds)
+    return Consistency(tuple(labels), tuple(pairs), rows, 0 if documents is None else documents)
+
+
+def _names(coders: Sequence[Any], names: Sequence[str] | None) -> list[str]:
+    if len(coders) < 2:
+        raise ValueError(f"consistency compares coders: give at least two, got {len(coders)}")
+    if names is None:
+        return [f"{type(c).__name__} {i}" for i, c in enumerate(coders)]
+    if len(names) != len(coders) or len(set(names)) != len(names):
+        raise ValueError(f"names must be {len(coders)} different ones, one for each coder, got {list(names)}")
+    return list(names)
+
+
+def _codes_of(coders: Sequence[Any], x: Any, tokens: int) -> tuple[list[Codes], Tensor, int]:
+    """(codes of every coder on the same rows, the fold of each row, how many documents)."""
+    for coder in coders:
+        if not isinstance(coder, SparseCoder):
+            raise ValueError(
+                f"x needs coders that read it, got a {type(coder).__name__}: leave out x to match decoders"
+            )
+    each = [x] * len(coders) if isinstance(x, Tensor | Store) else list(x)
+    if len(each) != len(coders):
+        raise ValueError(f"x must be one for all {len(coders)} coders, or one for each, got {len(each)}")
+    rows = [sample(one, tokens, coder) for one, coder in zip(each, coders, strict=True)]
+    for other in rows[1:]:
+        same = len(other.x) == len(rows[0].x) and torch.equal(other.number, rows[0].number)
+        if same and other.tokens is not None and rows[0].tokens is not None:
+            same = torch.equal(other.tokens, rows[0].tokens)
+        if not same:
+            raise ValueError(
+                "x must hold the same tokens for every coder, row by row, and these differ: harvest the sites in one "
+                "store and pass [store.at(site), ...]"
+            )
+    codes = [run_coder(coder, of)[0] for coder, of in zip(coders, rows, strict=True)]
+    return codes, rows[0].folds, len(rows[0].documents.unique())
+
+
+def _pair(
+    matched: Match, a: Any, b: Any, names: tuple[str, str], codes: tuple[Codes, Codes] | None,
+    folds: Tensor | None, threshold: float, seed: int,
+) -> Pair:  # fmt: skip
+    """Every measure of one match."""
+    at_b = (matched.permutation >= 0).nonzero().flatten()
+    at_b = at_b[matched.cosines[at_b].argsort(descending=True, stable=True)]  # shuffled by rank, not by number
+    at_a = matched.permutation[at_b]
+    other = _derange(len(at_a), seed)
+    unit_a, unit_b = (torch.nn.functional.normalize(_directions(one), dim=1) for one in (a, b))
+    shuffled = (unit_a[at_a[other]] * unit_b[at_b]).sum(1)
+    control = matched.control
+    assert control is not None
+    correlations = torch.full((len(matched.permutation),), math.nan, dtype=torch.float64)
+    agreement = error = chance = math.nan
+    if codes is not None and folds is not None:
+        sums = paired_sums(codes[0], codes[1], at_a, at_b, folds)
+        correlations[at_b] = correlation(sums.sum(0))
+        agreement = _mean(correlations.tolist())
+        if len(sums) > 1:
+            error = jackknife(float(correlation(sums.sum(0) - one).nanmean()) for one in sums)
+        chance = float(correlation(paired_sums(codes[0], codes[1], at_a[other], at_b, folds).sum(0)).nanmean())
+    return Pair(
+        a=names[0],
+        b=names[1],
+        stability=matched.mcc,
+        stability_shuffled=float(shuffled.mean()),
+        stability_random=control.mcc,
+        shared=float((matched.cosines[at_b] >= threshold).float().mean()),
+        shared_random=float((control.cosines[control.permutation >= 0] >= threshold).float().mean()),
+        orderedness=matched.orderedness,
+        orderedness_random=control.orderedness,
+        agreement=agreement,
+        agreement_se=error,
+        agreement_shuffled=chance,
+        pairs=len(at_b),
+        compared=int(correlations.isfinite().sum()),
+        threshold=threshold,
+        correlations=correlations.float(),
+        match=matched,
+    )
+
+
+def _directions(source: Any) -> Tensor:
+    rows = source.dictionary if isinstance(source, World) else source if isinstance(source, Tensor) else source.W_dec
+    return rows.detach().float().cpu().flatten(1)
+
+
+def _derange(n: int, seed: int) -> Tensor:
+    """A random order of n in which nothing stays where it was (of one, nothing else can be)."""
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    moved = torch.empty_like(order)
+    moved[order] = order.roll(1)  # along one random cycle
+    return moved
+
+
+def paired_sums(
+    a: Codes, b: Codes, at_a: Int[Tensor, " pairs"], at_b: Int[Tensor, " pairs"], folds: Int[Tensor, " rows"]
+) -> Float[Tensor, "folds six pairs"]:
+    """Σ over each fold's rows of (1, f, g, f², g², f·g), f = a's feature ``at_a[p]`` and g = b's ``at_b[p]``.
+
+    Codes stay sparse: O(active·log active).
+    """
+    n, groups = len(at_a), int(folds.max()) + 1
+    out = torch.zeros(groups, 6, n, dtype=torch.float64)
+    out[:, 0] = torch.bincount(folds, minlength=groups)[:, None].double()
+    keys, values = [], []
+    for codes, at, first in ((a, at_a, 1), (b, at_b, 2)):
+        pair = torch.full((codes.d_sae,), -1)
+        pair[at] = torch.arange(n)
+        rows, which = codes.rows, pair[codes.features]
+        rows, which, value = rows[which >= 0], which[which >= 0], codes.values[which >= 0].double()
+        place = folds[rows] * n + which
+        out[:, first] = torch.zeros(groups * n, dtype=torch.float64).index_add(0, place, value).view(groups, n)
+        out[:, first + 2] = torch.zeros(groups * n, dtype=torch.float64).index_add(0, place, value**2).view(groups, n)
+        key, order = (rows * n + which).sort()
+        keys.append(key)
+        values.append(value[order])
+    if len(keys[0]) and len(keys[1]):
+        where = torch.searchsorted(keys[1], keys[0]).clamp_max(len(keys[1]) - 1)
+        both = keys[1][where] == keys[0]
+        key, product = keys[0][both], values[0][both] * values[1][where[both]]
+        place = folds[key // n] * n + key % n
+        out[:, 5] = torch.zeros(groups * n, dtype=torch.float64).index_add(0, place, product).view(groups, n)
+    return out
+
+
+def correlation(sums: Float[Tensor, "six pairs"]) -> Float[Tensor, " pairs"]:
+    """Pearson's r of every pair; NaN where one of them does not vary."""
+    n, f, g, ff, gg, fg = sums
+    spread = (ff - f * f / n).clamp_min(0) * (gg - g * g / n).clamp_min(0)
+    r = (fg - f * g / n) / spread.sqrt()
+    # A feature left out with its fold keeps sums of rounding: a variance below that is none.
+    real = ((ff - f * f / n) > 1e-12 * ff) & ((gg - g * g / n) > 1e-12 * gg) & (ff > 1e-12) & (gg > 1e-12)
+    return torch.where(real, r, math.nan).clamp(-1, 1)
+
+
+def _mean(values: Sequence[float]) -> float:
+    there = [v for v in values if not math.isnan(v)]
+    return sum(there) / len(there) if there else math.nan
+
+
+# --------------------------------------------------------------------------------------------- one coder elsewhere
+
+
+@dataclass(frozen=True, repr=False)
+class Transfer(Result):
+    """Result of ``sl.evals.transfer``: ``at_home`` and ``elsewhere``, two reconstructions by the same coder.
+
+    ``ce_difference``: ΔCE elsewhere less at home, in nats/token, ± ``ce_difference_se``; ``paired``: whether both saw
+    the same tokens, so that the error is that of paired differences.
+    """
+
+    at_home: Reconstruction
+    elsewhere: Reconstruction
+    ce_difference: float
+    ce_difference_se: float
+    paired: bool
+
+    def figures(self) -> list[Figure]:
+        one, two = self.at_home, self.elsewhere
+        return [
+            *(Figure(f"FVU {name}", of.fvu, control=of.pca_fvu, control_name=f"PCA {of.pca_rank}", best="low")
+              for name, of in self._both()),
+            *(Figure(f"dCE {name}", of.ce_delta, of.ce_delta_se, of.ce_delta_mean_ablation, "mean ablation",
+                     "nats/token", "low") for name, of in self._both()),
+            Figure("dCE, difference", self.ce_difference, self.ce_difference_se,
+                   meaning="elsewhere - at home, " + ("paired by token" if self.paired else "other tokens")),
+            Figure("CE recovered, difference", two.ce_recovered - one.ce_recovered,
+                   control=two.pca_ce_recovered - one.pca_ce_recovered, control_name=f"PCA {one.pca_rank}"),
+        ]  # fmt: skip
+
+    def _both(self) -> Iterator[tuple[str, Reconstruction]]:
+        yield "at home", self.at_home
+        yield "elsewhere", self.elsewhere
+
+    def to_pandas(self):
+        """Two rows, one column a measure."""
+        import pandas as pd
+
+        return pd.concat([of.to_pandas() for _, of in self._both()], keys=[n for n, _ in self._both()]).droplevel(1)
+
+    def _footer(self) -> str:
+        return f"at home: {self.at_home._footer()}\nelsewhere: {self.elsewhere._footer()}"
+
+
+@as_annotated
+def transfer(
+    coder: SparseCoder, lm: LM, text: Documents, *, other_lm: LM | None = None,
+    other_text: Documents | None = None, tokens: int = 8_192,
+) -> Transfer:  # fmt: skip
+    """What the same coder loses on another model (base and chat), or on other text: ``evals.reconstruction`` of both.
+
+    Give ``other_lm``, ``other_text``, or both. With the same text and tokeniser the two are paired by token. PCA is
+    fitted to each anew, so it does not transfer: it tells how hard each is.
+
+    Raises ValueError where there is no other, and where ``evals.reconstruction`` does.
+    """
+    if other_lm is None and other_text is None:
+        raise ValueError("transfer compares two: give other_lm, other_text, or both")
+    one = reconstruction(coder, lm, text, tokens)
+    two = reconstruction(coder, other_lm or lm, text if other_text is None else other_text, tokens)
+    paired = other_text is None and torch.equal(one.token_documents, two.token_documents)
+    if paired:
+        difference, error = two.minus(one)
+    else:
+        difference, error = two.ce_delta - one.ce_delta, math.hypot(one.ce_delta_se, two.ce_delta_se)
+    return Transfer(one, two, difference, error, paired)

@@ -1,0 +1,126 @@
+"""Composed features: a row of the decoder that is the sum of two true directions, where features go together."""
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from sae_lab.activations.world import World
+from sae_lab.arguments import as_annotated
+from sae_lab.results import Figure, Result
+from sae_lab.saes.base import SparseCoder
+
+EXPLAINED = 0.8  # of a unit row's squared length, by what is said to explain it
+SMALLER_PART = 1 / 3  # of the larger coefficient: below, the second direction is a trace and no part
+_TAG = 0x434F4D504F5345  # the control's own range of seeds
+_CHUNK = 256
+
+
+@dataclass(frozen=True, repr=False)
+class Composition(Result):
+    """Result of ``sl.evals.composition``: shares of live decoder rows. ``one``, ``two``: of every live row, how much of
+    its squared length one and two true directions explain; ``pair``: which two."""
+
+    composed: float
+    composed_se: float
+    composed_random: float
+    single: float
+    neither: float
+    grouped: float
+    grouped_chance: float
+    rows: int
+    dead: int
+    one: Float[Tensor, " rows"] = field(repr=False, compare=False)
+    two: Float[Tensor, " rows"] = field(repr=False, compare=False)
+    pair: Int[Tensor, "rows 2"] = field(repr=False, compare=False)
+
+    def figures(self) -> list[Figure]:
+        return [
+            Figure("composed", self.composed, self.composed_se, self.composed_random, "random rows",
+                   "sum of two true directions", "low"),
+            Figure("single", self.single, meaning="one true direction", best="high"),
+            Figure("neither", self.neither, meaning="not explained by two"),
+            Figure("of one group", self.grouped, math.nan, self.grouped_chance, "any two features",
+                   "composed rows whose two go together in the world"),
+        ]  # fmt: skip
+
+    def _footer(self) -> str:
+        return f"{self.rows} live rows, {self.dead} dead; ± binomial"
+
+
+@as_annotated
+@torch.no_grad()
+def composition(sae: SparseCoder, world: World) -> Composition:
+    """What share of a coder's live decoder rows is a sum of two true directions rather than one?
+
+    For a unit row w: R₁ = max_i cos(w, dᵢ)₊², R₂ = max_{i<j} of the squared length of w's projection on the plane of dᵢ
+    and dⱼ, over pairs whose coefficients are both positive and the smaller at least ⅓ of the larger. ``single``: R₁ is
+    at least .8; ``composed``: it is not, but R₂ is. (d₁ + d₂ at right angles: R₁ = .5, R₂ = 1.) Which features go
+    together is the world's ``labels["group"]`` or, of ``worlds.product``, ``labels["attribute"]``. Control: as many
+    random rows; and, for the pairs, how many of all pairs go together.
+
+    ValueError for a world of another width or of one feature, and for a decoder of zeros.
+    """
+    if sae.d_out != world.dictionary.shape[1]:
+        raise ValueError(f"the coder writes d_out={sae.d_out}, the world has width {world.dictionary.shape[1]}")
+    if len(world.dictionary) < 2:
+        raise ValueError("composition needs a world of two features at least, got one")
+    W_dec = sae.W_dec.detach().float().cpu()
+    live = (sae.f_scale > 0).cpu() if bool((sae.f_scale > 0).any()) else W_dec.norm(dim=1) > 0
+    if not bool(live.any()):
+        raise ValueError(f"composition needs a decoder row that is not zero, all {len(live)} are: leave it out")
+    one, two, pair = explained(W_dec[live], world.dictionary)
+    composed = (one < EXPLAINED) & (two >= EXPLAINED)
+    draw = np.random.default_rng(np.random.SeedSequence([_TAG]))
+    random = torch.from_numpy(draw.standard_normal((len(one), W_dec.shape[1]), dtype=np.float32))
+    by_chance = explained(random, world.dictionary)
+    same = go_together(world)
+    n, share = len(one), float(composed.float().mean())
+    together = same[pair[composed][:, 0], pair[composed][:, 1]].float()
+    return Composition(
+        composed=share,
+        composed_se=math.sqrt(share * (1 - share) / n),
+        composed_random=float(((by_chance[0] < EXPLAINED) & (by_chance[1] >= EXPLAINED)).float().mean()),
+        single=float((one >= EXPLAINED).float().mean()),
+        neither=float(((one < EXPLAINED) & (two < EXPLAINED)).float().mean()),
+        grouped=float(together.mean()) if len(together) else math.nan,
+        grouped_chance=float(same.triu(1).sum()) / math.comb(len(same), 2),
+        rows=n,
+        dead=int((~live).sum()),
+        one=one,
+        two=two,
+        pair=pair,
+    )
+
+
+def go_together(world: World) -> Bool[Tensor, "n n"]:
+    """Which features fire together: those of a group, or values of different attributes."""
+    if "attribute" in world.labels:
+        attribute = world.labels["attribute"]
+        return attribute[:, None] != attribute
+    group = world.labels["group"]
+    return (group[:, None] == group) & (group >= 0)[:, None]
+
+
+def explained(
+    rows: Float[Tensor, "rows d"], directions: Float[Tensor, "n d"]
+) -> tuple[Float[Tensor, " rows"], Float[Tensor, " rows"], Int[Tensor, "rows 2"]]:
+    """(R₁, R₂, the pair) of every row, see ``composition``; R₂ 0 where no pair has two such coefficients."""
+    rows, directions = (torch.nn.functional.normalize(t, dim=1) for t in (rows, directions))
+    overlap = directions @ directions.T
+    volume = (1 - overlap**2).clamp_min(1e-6)
+    upper = torch.ones_like(overlap, dtype=torch.bool).triu(1)
+    ones, twos, pairs = [], [], []
+    for part in rows.split(_CHUNK):
+        cosine = part @ directions.T
+        first, second = cosine[:, :, None], cosine[:, None, :]
+        a, b = (first - overlap * second) / volume, (second - overlap * first) / volume  # least squares of two
+        fits = (torch.minimum(a, b) >= SMALLER_PART * torch.maximum(a, b)) & (a > 0) & (b > 0) & upper
+        best, where = torch.where(fits, a * first + b * second, 0.0).flatten(1).max(1)
+        ones.append(cosine.clamp_min(0).max(1).values ** 2)
+        twos.append(best)
+        pairs.append(torch.stack([where // len(directions), where % len(directions)], dim=1))
+    return torch.cat(ones), torch.cat(twos), torch.cat(pairs)

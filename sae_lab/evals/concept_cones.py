@@ -1,0 +1,285 @@
+"""Whether concepts are sums of few features: directions as sparse non-negative combinations of decoder rows."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from sae_lab.activations.store import Store
+from sae_lab.arguments import as_annotated
+from sae_lab.evals.choosing import _name
+from sae_lab.evals.codelength import run_coder, sample
+from sae_lab.results import Figure, Result, number
+from sae_lab.saes.base import SparseCoder
+from sae_lab.types import Codes
+
+SIZES = (1, 2, 4, 8, 16, 32)
+RANDOM = 64  # random directions in the control
+
+
+@dataclass(frozen=True, repr=False)
+class Cones(Result):
+    """Result of ``sl.evals.cones``: means over concepts, one entry for every size.
+
+    Attributes:
+        sizes: how many features a concept may use.
+        r2: share of the concept's squared length that they explain; ``r2_random`` of random directions, the control.
+        held_out: r2 on coordinates that the fit did not see; ``held_out_se`` over concepts; ``held_out_random``.
+        correlation: of the concept's activation with that of its features on rows of x, ``correlation_shuffled`` with
+            the features of another concept; NaN without x.
+        best_size: where held_out is largest.
+        per_concept: r2 of every concept, ``concepts sizes``; ``features``, ``weights``: those chosen at the largest
+            size, in the order in which they came in, -1 and 0 where none was left that helps.
+    """
+
+    sizes: tuple[int, ...]
+    r2: tuple[float, ...]
+    r2_random: tuple[float, ...]
+    held_out: tuple[float, ...]
+    held_out_se: tuple[float, ...]
+    held_out_random: tuple[float, ...]
+    correlation: tuple[float, ...]
+    correlation_shuffled: tuple[float, ...]
+    concepts: int
+    rows: int
+    d_sae: int
+    per_concept: Float[Tensor, "concepts sizes"] = field(repr=False, compare=False)
+    features: Int[Tensor, "concepts most"] = field(repr=False, compare=False)
+    weights: Float[Tensor, "concepts most"] = field(repr=False, compare=False)
+
+    @property
+    def best_index(self) -> int:
+        return int(np.argmax(self.held_out))
+
+    @property
+    def best_size(self) -> int:
+        """The number of features whose combination fits unseen coordinates best."""
+        return self.sizes[self.best_index]
+
+    @property
+    def interior(self) -> bool:
+        """Whether that is neither the smallest nor the largest size tried."""
+        return 0 < self.best_index < len(self.sizes) - 1
+
+    def figures(self) -> list[Figure]:
+        i = self.best_index
+        return [
+            Figure("features a concept", self.best_size, meaning="most held-out r2", digits=0),
+            Figure("r2", self.r2[i], control=self.r2_random[i], control_name="random directions", best="high"),
+            Figure("r2, held out", self.held_out[i], self.held_out_se[i], self.held_out_random[i], "random directions",
+                   "on coordinates not fitted; ± over concepts", "high"),
+            Figure("correlation", self.correlation[i], control=self.correlation_shuffled[i],
+                   control_name="another concept", meaning="of activations", best="high"),
+        ]  # fmt: skip
+
+    def to_pandas(self):
+        """One row a size."""
+        import pandas as pd
+
+        columns = ("r2", "r2_random", "held_out", "held_out_se", "held_out_random", "correlation",
+                   "correlation_shuffled")  # fmt: skip
+        return pd.DataFrame({"size": self.sizes} | {c: getattr(self, c) for c in columns})
+
+    def _rows(self) -> list[tuple[str, ...]]:
+        head = ("features", "r2", "random", "held-out r2", "random", "correlation", "another's", "")
+        return [head] + [
+            (str(m), number(self.r2[i]), number(self.r2_random[i]),
+             Figure("", self.held_out[i], self.held_out_se[i]).text, number(self.held_out_random[i]),
+             number(self.correlation[i]), number(self.correlation_shuffled[i]), "< most" * (i == self.best_index))
+            for i, m in enumerate(self.sizes)
+        ]  # fmt: skip
+
+    def _footer(self) -> str:
+        text = f"{self.concepts:,} concepts, {self.d_sae:,} features; ± over concepts"
+        text += f"; {self.rows:,} rows" if self.rows else "; no x given: correlations are undefined"
+        return text if self.interior else text + "; the most stands at an end of the sizes tried"
+
+
+@as_annotated
+@torch.no_grad()
+def cones(
+    coder: SparseCoder, concepts: Tensor | None = None, x: Tensor | Store | None = None, *,
+    labels: Tensor | None = None, sizes: Sequence[int] = SIZES, tokens: int = 16_384, seed: int = 0,
+) -> Cones:  # fmt: skip
+    """Does a concept lie in the cone of few decoder rows? Sparse non-negative least squares, sizes chosen on held-out.
+
+        ĉ = Σ_{i in S} w_i·d_i,  w ≥ 0, |S| ≤ m;   r² = 1 − ‖c − ĉ‖²/‖c‖²
+
+    S grows greedily: the row of largest positive correlation with what is left comes in, and all weights are fitted
+    anew. Held out: in a random orthonormal basis S and w are fitted on one half of the coordinates and r² is taken on
+    the other, and the other way round; it falls where more features fit what is accidental. Correlation: of the
+    concept's activation on rows of x (its label, or x·c) with Σ w_i·f_i.
+
+    Inspired by the "concept cones" that compare a concept bottleneck's directions with an SAE's rows; the fit, its
+    controls and the held-out coordinates are ours. Random directions also have some r², more of it the wider the
+    dictionary: the difference counts.
+
+    Args:
+        concepts: directions ``concepts d_out``, such as a probe's weights; None: difference of the means of rows with
+            and without each label.
+        x: activations ``rows d_in`` (used evenly), or a Store (of which the rows no batch held); for correlations.
+        labels: ``rows concepts``, of all rows of x: concepts' activations; booleans where concepts is None.
+        sizes: numbers of features, ascending.
+
+    Raises ValueError for a transcoder, concepts of another width, zero or not finite, for sizes that cannot be, and for
+    labels that are not one column a concept or hold one class.
+    """
+    if coder.transcodes:
+        raise ValueError(f"cones needs a coder that reconstructs what it reads, {_name(coder)} does not")
+    sizes = _sizes(sizes, coder)
+    rows = truth = None
+    if x is not None:
+        rows = sample(x, tokens, coder)
+        if labels is not None:
+            truth = _labels(labels, len(x))[rows.number]
+    elif concepts is None or labels is not None:
+        raise ValueError("labels are of rows: give x, the activations they belong to")
+    if concepts is None:
+        assert rows is not None
+        concepts = _mean_differences(rows.x.flatten(1), truth)
+    W = coder.directions().cpu()
+    c = _concepts(concepts, W)
+    if truth is not None and truth.shape[1] != len(c):
+        raise ValueError(f"labels must have one column for each of the {len(c)} concepts, got {truth.shape[1]}")
+    generator = torch.Generator().manual_seed(seed)
+    basis = torch.linalg.qr(torch.randn(W.shape[1], W.shape[1], generator=generator)).Q
+    random = normalize(torch.randn(RANDOM, W.shape[1], generator=generator), dim=1)
+    r2, features, weights = fit(W, c, sizes)
+    held = _held_out(W @ basis, c @ basis, sizes)
+    own = other = [float("nan")] * len(sizes)
+    if rows is not None:
+        f, _ = run_coder(coder, rows)
+        truth = rows.x.flatten(1) @ c.T if truth is None else truth
+        own, other = _correlations(f, truth.double(), features, weights)
+    return Cones(
+        sizes=sizes,
+        r2=_means(r2),
+        r2_random=_means(fit(W, random, sizes)[0]),
+        held_out=_means(held),
+        held_out_se=tuple((held.std(0) / len(c) ** 0.5).tolist()),
+        held_out_random=_means(_held_out(W @ basis, random @ basis, sizes)),
+        correlation=tuple(own),
+        correlation_shuffled=tuple(other),
+        concepts=len(c),
+        rows=0 if rows is None else len(rows.x),
+        d_sae=coder.d_sae,
+        per_concept=r2,
+        features=features[:, -1],
+        weights=weights[:, -1],
+    )
+
+
+def _sizes(sizes: Sequence[int], coder: SparseCoder) -> tuple[int, ...]:
+    most = max(1, min(coder.d_sae, coder.d_out // 2))  # half the coordinates must determine the weights
+    good = len(sizes) > 0 and all(isinstance(m, int) and 1 <= m <= most for m in sizes)
+    if tuple(sizes) == SIZES:
+        return tuple(m for m in SIZES if m <= most)
+    if not good or list(sizes) != sorted(set(sizes)):
+        raise ValueError(
+            f"sizes must be ascending integers from 1 to {most}, the least of d_sae and d_out/2, got {sizes}"
+        )
+    return tuple(sizes)
+
+
+def _labels(labels: Tensor, rows: int) -> Tensor:
+    if labels.dim() != 2 or len(labels) != rows:
+        raise ValueError(f"labels must be (rows, concepts) for the {rows} rows of x, got {tuple(labels.shape)}")
+    return labels
+
+
+def _mean_differences(x: Tensor, labels: Tensor | None) -> Tensor:
+    """Mean of rows with each label less that of those without."""
+    if labels is None or labels.dtype != torch.bool:
+        raise ValueError("without concepts, labels must be booleans (rows, concepts): directions come from them")
+    count = labels.sum(0)
+    if bool(((count == 0) | (count == len(labels))).any()):
+        raise ValueError(f"every label needs rows with and without it, got {count.tolist()} of {len(labels)} rows with")
+    weight = labels.T.float() / count[:, None] - (~labels).T.float() / (len(labels) - count)[:, None]
+    return weight @ x
+
+
+def _concepts(concepts: Tensor, W: Tensor) -> Tensor:
+    if concepts.dim() != 2 or concepts.shape[1] != W.shape[1] or not concepts.is_floating_point():
+        raise ValueError(
+            f"concepts must be float directions (concepts, {W.shape[1]}), the width that the coder writes, got "
+            f"{tuple(concepts.shape)} {concepts.dtype}"
+        )
+    c = concepts.detach().float().cpu()
+    if len(c) == 0 or not bool(c.isfinite().all()) or not bool(c.any(1).all()):
+        raise ValueError("every concept must be a finite direction that is not zero")
+    return normalize(c, dim=1)
+
+
+def fit(
+    W: Float[Tensor, "d_sae d"], c: Float[Tensor, "concepts d"], sizes: Sequence[int]
+) -> tuple[Float[Tensor, "concepts sizes"], Int[Tensor, "concepts sizes most"], Float[Tensor, "concepts sizes most"]]:
+    """(r², features, weights) of greedy non-negative least squares of each row of c at every size."""
+    from scipy.optimize import nnls
+
+    most, table = max(sizes), W.numpy()
+    r2 = np.zeros((len(c), len(sizes)), np.float32)
+    features, weights = np.full((len(c), len(sizes), most), -1), np.zeros((len(c), len(sizes), most), np.float32)
+    norms = W.norm(dim=1).clamp_min(1e-12).numpy()
+    for k, target in enumerate(c.numpy()):
+        chosen, w, left = [], np.zeros(0), target.copy()
+        whole = float(target @ target)
+        for m in range(1, most + 1):
+            along = table @ left / norms
+            along[chosen] = -np.inf
+            best = int(along.argmax())
+            if along[best] > 1e-6 * whole**0.5:
+                chosen.append(best)
+                w, _ = nnls(table[chosen].T.astype(np.float64), target.astype(np.float64))
+                left = target - (w @ table[chosen]).astype(np.float32)
+            for at in (i for i, size in enumerate(sizes) if size == m):
+                r2[k, at] = 1 - float(left @ left) / whole
+                features[k, at, : len(chosen)], weights[k, at, : len(chosen)] = chosen, w
+    return torch.from_numpy(r2), torch.from_numpy(features), torch.from_numpy(weights)
+
+
+def _held_out(W: Tensor, c: Tensor, sizes: Sequence[int]) -> Tensor:
+    """r² on each half of the coordinates of what was fitted on the other; the mean of the two, ``concepts sizes``."""
+    half = W.shape[1] // 2
+    parts = (slice(0, half), slice(half, None))
+    out = torch.zeros(len(c), len(sizes))
+    for seen, unseen in (parts, parts[::-1]):
+        _, features, weights = fit(W[:, seen].contiguous(), c[:, seen].contiguous(), sizes)
+        target = c[:, unseen]
+        for at in range(len(sizes)):  # features of -1 have weight 0
+            hat = torch.einsum("cm,cmd->cd", weights[:, at], W[:, unseen][features[:, at]])
+            out[:, at] += 0.5 * (1 - (target - hat).pow(2).sum(1) / target.pow(2).sum(1))
+    return out
+
+
+def _correlations(f: Codes, truth: Tensor, features: Tensor, weights: Tensor) -> tuple[list[float], list[float]]:
+    """Mean correlation of concepts' activations with their features', and with the next concept's; one a size."""
+    own, other = [], []
+    rows = len(f.offsets) - 1
+    for at in range(features.shape[1]):
+        table = torch.zeros(f.d_sae, len(truth.T), dtype=torch.float64)
+        there = features[:, at] >= 0
+        concept = torch.arange(len(features))[:, None].expand_as(there)
+        table[features[:, at][there], concept[there]] = weights[:, at][there].double()
+        activity = torch.zeros(rows, len(truth.T), dtype=torch.float64)
+        for start in range(0, rows, 8192):  # an active place times a concept: in pieces
+            offsets = f.offsets[start : start + 8193]
+            here = slice(int(offsets[0]), int(offsets[-1]))
+            places = f.rows[here]
+            activity.index_add_(0, places, f.values[here, None].double() * table[f.features[here]])
+        r = _correlation_matrix(activity, truth)
+        own.append(float(r.diagonal().nanmean()))
+        other.append(float(r.roll(1, 0).diagonal().nanmean()) if len(r) > 1 else float("nan"))
+    return own, other
+
+
+def _correlation_matrix(a: Tensor, b: Tensor) -> Tensor:
+    a, b = a - a.mean(0), b - b.mean(0)
+    return (a.T @ b) / (a.norm(dim=0)[:, None] * b.norm(dim=0))
+
+
+def _means(values: Tensor) -> tuple[float, ...]:
+    return tuple(values.mean(0).tolist())

@@ -1,0 +1,480 @@
+"""Board games: does a coder find the board that a model of game transcripts keeps? (Karvonen et al. 2024,
+arXiv:2408.00113)."""
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sae_lab.activations.contexts import clustered_error
+from sae_lab.arguments import as_annotated
+from sae_lab.evals.codelength import by_content
+from sae_lab.lm.model import LM
+from sae_lab.results import Figure, Result, number
+from sae_lab.saes.base import SparseCoder
+from sae_lab.types import Codes, Site, TokenBatch, TokenMask
+from sae_lab.worlds.boards import Games, board_properties, square_name
+
+OTHELLO_GPT = Path(__file__).parent.parent / "data" / "othello-6x6"  # made by benchmarks/othello.py
+STATE, DISCS = ("mine", "theirs", "empty"), ("mine", "theirs")
+LEVELS = 10  # thresholds: 0, .1 ... .9 of a feature's maximum
+PRECISION = 0.95
+LEAST_FIRINGS = 10  # on training positions; the precision of fewer says little
+LEAST_CASES = 20  # of a property, and of its opposite, in either half of the games
+AUROC = 0.9
+_FOLDS = 20
+_GAMES_AT_ONCE = 64
+_CODED_AT_ONCE = 2048
+
+
+@dataclass(frozen=True, repr=False)
+class BoardScores:
+    """What one set of features knows of boards.
+
+    Attributes:
+        features: how many features fire at all on training positions; l0: how many at one position.
+        coverage, coverage_se: mean over mine/theirs/empty of every square of the best feature's test F1; its error is a
+            jackknife over 20 groups of test games. legal: the same mean over legal moves.
+        above: properties (mine/theirs/empty) for which the best feature's test AUROC is above .9.
+        reconstruction, reconstruction_se: F1 of test boards (mine and theirs) put together from features of high
+            precision; clustered by game. precise: how many features have a property with high precision.
+        best, threshold, f1: of each property the feature that is best on training positions, its threshold (share of
+            its maximum there) and its test F1. auroc_best, auroc: the feature of best training AUROC, and its test one.
+    """
+
+    features: int
+    l0: float
+    coverage: float
+    coverage_se: float
+    legal: float
+    above: int
+    reconstruction: float
+    reconstruction_se: float
+    precise: int
+    best: np.ndarray = field(repr=False, compare=False)
+    threshold: np.ndarray = field(repr=False, compare=False)
+    f1: np.ndarray = field(repr=False, compare=False)
+    auroc_best: np.ndarray = field(repr=False, compare=False)
+    auroc: np.ndarray = field(repr=False, compare=False)
+
+
+@dataclass(frozen=True, repr=False)
+class BoardGames(Result):
+    """Result of ``sl.evals.board_games``.
+
+    Attributes:
+        coder: the scores of the coder's features. controls: the same of "untrained" (a coder of a model with random
+            weights, where one was given), "neurons" (of the MLP of the same block), "basis" (coordinates of the
+            activations, either sign), "probe" (one linear probe for each property, which is no control but what the
+            activations hold) and "shuffled" (the coder's own features, and boards of other games at the same move,
+            which leaves what the number of the move tells).
+        always: coverage of a feature that is always on.
+        properties: names of what was looked for; of_state: which of them are mine/theirs/empty. dropped: how many were
+            too rare or too common to measure.
+        positions, games: measured on, half of them for choosing. excluded: share of positions that the mask left out.
+    """
+
+    coder: BoardScores
+    controls: dict[str, BoardScores]
+    always: float
+    properties: tuple[str, ...] = field(repr=False)
+    of_state: int
+    dropped: int
+    positions: int
+    games: int
+    excluded: float
+    mask: str
+
+    @property
+    def coverage(self) -> float:
+        """The coder's coverage of mine/theirs/empty."""
+        return self.coder.coverage
+
+    @property
+    def above(self) -> int:
+        """Properties that one of the coder's features tells with AUROC > .9."""
+        return self.coder.above
+
+    @property
+    def reconstruction(self) -> float:
+        """F1 of boards put together from the coder's features of high precision."""
+        return self.coder.reconstruction
+
+    def figures(self) -> list[Figure]:
+        name = "untrained" if "untrained" in self.controls else "shuffled"
+        own, other = self.coder, self.controls[name]
+        said = {"untrained": "of an untrained model", "shuffled": "of other games' boards"}[name]
+        of = f"of {self.of_state} properties (mine, theirs, empty)"
+        nan = math.nan
+        return [
+            Figure("coverage", own.coverage, own.coverage_se, other.coverage, said, "mean best F1 " + of, "high"),
+            Figure("coverage, legal", own.legal, nan, other.legal, said, "mean best F1 of legal moves", "high"),
+            Figure(f"AUROC > {AUROC}", own.above, nan, other.above, said, of, "high", 0),
+            Figure(
+                "reconstruction", own.reconstruction, own.reconstruction_se, other.reconstruction, said,
+                f"F1 of boards from features of precision {PRECISION}", "high",
+            ),
+        ]  # fmt: skip
+
+    def to_pandas(self):
+        """One row a set of features: the coder and its controls."""
+        import pandas as pd
+
+        columns = [f.name for f in fields(BoardScores) if f.repr]
+        sets = {"coder": self.coder, **self.controls}
+        return pd.DataFrame({name: {c: getattr(s, c) for c in columns} for name, s in sets.items()}).T
+
+    def by_property(self):
+        """One row a property: the coder's best feature, its threshold and test F1; its feature of best AUROC, and it;
+        test F1 of the controls' best."""
+        import pandas as pd
+
+        own = self.coder
+        table = {"property": self.properties, "feature": own.best, "threshold": own.threshold, "f1": own.f1}
+        table |= {"auroc_feature": own.auroc_best, "auroc": own.auroc}
+        return pd.DataFrame(table | {f"f1_{name}": s.f1 for name, s in self.controls.items()})
+
+    def _rows(self) -> list[tuple[str, ...]]:
+        head = ("", "coverage", "of legal moves", f"AUROC > {AUROC}", "reconstruction", "features", "L0")
+        rows = []
+        for name, s in {"coder": self.coder, **self.controls}.items():
+            rows.append((
+                name, _with_error(s.coverage, s.coverage_se), number(s.legal), f"{s.above} of {self.of_state}",
+                _with_error(s.reconstruction, s.reconstruction_se), f"{s.features:,}",
+                number(s.l0, 1),
+            ))  # fmt: skip
+        return [head, *rows, ("always on", number(self.always), "", "0", "", "1", "1.0")]
+
+    def _footer(self) -> str:
+        text = f"{self.positions:,} positions of {self.games:,} games, chosen on one half, measured on the other"
+        text += f"; {self.dropped} properties too rare or too common" if self.dropped else ""
+        return text + f"; {self.excluded:.1%} of positions {self.mask}"
+
+
+def _with_error(value: float, error: float) -> str:
+    return number(value) if math.isnan(error) else f"{number(value)} ± {number(error)}"
+
+
+@as_annotated
+@torch.no_grad()
+def board_games(
+    coder: SparseCoder, lm: LM, games: Games, *, untrained: tuple[SparseCoder, LM] | None = None, seed: int = 0
+) -> BoardGames:
+    """What a coder's features tell of the board: coverage, counts of AUROC > .9, and boards put together from features.
+
+    A classifier is a feature and a threshold t of 0, .1 ... .9: on where f > t·max f. Coverage is the mean over
+    properties of the largest F1 of any classifier. For the reconstruction, a property is said to hold where any
+    classifier is on whose precision for it is at least .95; F1 is taken over each board (mine and theirs of all
+    squares), then averaged. Maxima, classifiers and precisions are found on the first half of the games, all scores
+    on the other half; the paper takes the largest F1 on the positions it is measured on.
+
+    Positions are those after a move and before another: what is told of the board is told as the next player sees it.
+    Precision is asked of at least 10 firings.
+
+    Controls: MLP neurons of the same block (models with ``h.N.mlp.act``, else none), coordinates of the activations
+    themselves, boards of other games at the same move, and, if given, a coder trained on a model with random weights.
+    "Always on" has an F1 of 2p/(1 + p) where a property holds with probability p: dense features, which can be nearly
+    always on, hardly fall below it, sparse ones may.
+
+    Args:
+        games: held out from the model's training and the coder's: ``sl.worlds.othello(6, games=600, seed=1)``.
+        untrained: (coder, model): the same family, trained on ``untrained_twin(lm)``.
+        seed: of the shuffling.
+
+    Raises ValueError for a model whose tokenizer has not one token for every square, and for too few games.
+    """
+    if len(games) < 40:
+        raise ValueError(f"board_games needs 40 games or more, half of them to choose features on, got {len(games)}")
+    site, mask = coder.site, coder.mask or lm.mask()
+    neurons = _neurons(lm, site)
+    read = _read(lm, [site, *neurons], games, mask)
+    x, which = read.acts[site], read.which
+    labels, names = board_properties(games)
+    labels, train = labels[which], read.game < len(games) // 2
+    kept = _measurable(labels, train)
+    data = _Data(labels[:, kept], train, read.game, np.array([names[i].split()[0] for i in np.flatnonzero(kept)]))
+    codes = _encode(coder, x)
+    controls = {}
+    if untrained is not None:
+        controls["untrained"] = _scores_of_untrained(untrained, games, which, data)
+    if neurons:
+        controls["neurons"] = _score(_positive(read.acts[neurons[0]], train), data)
+    controls["basis"] = _score(_positive(torch.cat([x, -x], 1), train), data)
+    controls["probe"] = _score(_positive(_probed(x, data), train), data)
+    controls["shuffled"] = _score(codes, _shuffled(data, read.move, seed))
+    of_state = np.isin(data.kinds, STATE)
+    return BoardGames(
+        coder=_score(codes, data),
+        controls=controls,
+        always=float(_f1(data.labels[~train].sum(0), (~train).sum(), data.labels[~train].sum(0))[of_state].mean()),
+        properties=tuple(names[i] for i in np.flatnonzero(kept)),
+        of_state=int(of_state.sum()),
+        dropped=int((~kept).sum()),
+        positions=len(train),
+        games=len(games),
+        excluded=1 - len(train) / int(games.going_on.sum()),
+        mask=str(mask),
+    )
+
+
+# ---------------------------------------------------------------------------------------------- models
+
+
+def othello_gpt() -> LM:
+    """The Othello-GPT that comes with the library: three layers of width 128, one token a move of 6x6 Othello."""
+    return LM(str(OTHELLO_GPT))
+
+
+@as_annotated
+def untrained_twin(lm: LM, seed: int = 0) -> LM:
+    """A model of the same architecture and tokenizer with random weights: what it shows, no training has put there."""
+    module: Any = lm._module
+    config = copy.deepcopy(module.config)
+    config._name_or_path = f"untrained-{seed}-{Path(lm.id).name}"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        twin = type(module)(config)
+    return LM(twin.to(lm.device).eval(), tokenizer=lm.tokenizer, prefix=lm.prefix_id)
+
+
+class _Read(NamedTuple):
+    acts: dict[Site, Tensor]
+    which: np.ndarray  # "games length", True at the positions read, whose order is that of rows
+    game: np.ndarray
+    move: np.ndarray
+
+
+def game_batch(lm: LM, games: Games) -> TokenBatch:
+    """Games as the model reads them: the prefix, then all moves but the last that could be; position t + 1 holds move
+    t. ValueError for a model that has not one token for each square, or no prefix."""
+    names = [square_name(s, games.size) for s in range(games.size**2)]
+    known = lm.tokenizer.get_vocab()
+    if missing := [name for name in names if name not in known]:
+        raise ValueError(
+            f"the model's tokenizer must have a token for each square of a {games.size}x{games.size} board, and has "
+            f"none for {', '.join(missing[:3])}: take games of the model's own size"
+        )
+    if lm.prefix_id is None:
+        raise ValueError("the model must read a start token before the first move: LM(..., prefix=its id)")
+    ids = torch.tensor([known[name] for name in names])[torch.from_numpy(games.moves[:, :-1]).long().clamp(min=0)]
+    ids = torch.cat([torch.full((len(games), 1), lm.prefix_id), ids], 1)
+    real = torch.cat([torch.ones(len(games), 1, dtype=torch.bool), torch.from_numpy(games.real[:, :-1])], 1)
+    return TokenBatch(ids, real, torch.arange(ids.shape[1]).expand_as(ids))
+
+
+def _read(lm: LM, sites: list[Site], games: Games, mask: TokenMask) -> _Read:
+    """Activations at all positions after a move and before another that the mask keeps, in the order of games."""
+    parts: dict[Site, list[Tensor]] = {s: [] for s in sites}
+    which = np.zeros(games.moves.shape, bool)
+    for start in range(0, len(games), _GAMES_AT_ONCE):
+        part = games[start : start + _GAMES_AT_ONCE]
+        batch = game_batch(lm, part)
+        acts, _ = lm.run(batch, sites, logits=False)
+        acts = {s: x.float().cpu() for s, x in acts.items()}
+        keep = mask.keep(batch.ids, batch.positions, acts)[:, 1:] & torch.from_numpy(part.going_on[:, :-1])
+        which[start : start + len(part), :-1] = keep.numpy()
+        for s, x in acts.items():
+            parts[s].append(x[:, 1:][keep])
+    game, move = which.nonzero()
+    return _Read({s: torch.cat(x) for s, x in parts.items()}, which, game, move)
+
+
+def _neurons(lm: LM, site: Site) -> list[Site]:
+    """Where the MLP neurons of this block come out, in models built like GPT-2; else none."""
+    path = f"transformer.h.{site.layer}.mlp.act"
+    known = site.layer is not None and any(name == path for name, _ in lm._module.named_modules())
+    return [Site(path)] if known else []
+
+
+# ---------------------------------------------------------------------------------------------- features and labels
+
+
+class _Data(NamedTuple):
+    """What is true of every position: labels ``positions properties``; and which half and game it belongs to."""
+
+    labels: np.ndarray
+    train: np.ndarray
+    game: np.ndarray
+    kinds: np.ndarray
+
+
+def _encode(coder: SparseCoder, x: Tensor) -> Codes:
+    """Codes in eval mode of all rows, as ``SparseCoder.strengths``."""
+    was_training, device = coder.training, coder.W_dec.device
+    coder.eval()
+    try:
+        parts = [rows.to(device) for rows in x.split(_CODED_AT_ONCE)]
+        return _joined([coder.strengths(coder.sparse_codes(rows), rows) for rows in parts], coder.d_sae)
+    finally:
+        coder.train(was_training)
+
+
+def _joined(parts: Sequence[Codes], d_sae: int) -> Codes:
+    counts = torch.cat([torch.zeros(1, dtype=torch.long), *(p.offsets.diff().cpu() for p in parts)])
+    values, features = (torch.cat([getattr(p, name).cpu() for p in parts]) for name in ("values", "features"))
+    return Codes(values, features, counts.cumsum(0), d_sae)
+
+
+def _positive(x: Tensor, train: np.ndarray) -> Codes:
+    """Coordinates as features: how far each is above its least value on training positions."""
+    y = (x - x[torch.from_numpy(train)].min(0).values).clamp(min=0)
+    on = y > 0
+    offsets = torch.cat([torch.zeros(1, dtype=torch.long), on.sum(1).cumsum(0)])
+    return Codes(y[on], on.nonzero()[:, 1], offsets, x.shape[1])
+
+
+def _probed(x: Tensor, data: _Data) -> Tensor:
+    """Ridge regression of every property on the activations, fitted on training positions: "positions properties"."""
+    train = torch.from_numpy(data.train)
+    rows, y = (x - x[train].mean(0)).double(), torch.from_numpy(data.labels).double()
+    square = rows[train].T @ rows[train]
+    square += 1e-4 * square.trace() / len(square) * torch.eye(len(square), dtype=square.dtype)
+    return (rows @ torch.linalg.solve(square, rows[train].T @ (y - y[train].mean(0))[train])).float()
+
+
+def _scores_of_untrained(pair: tuple[SparseCoder, LM], games: Games, which: np.ndarray, data: _Data) -> BoardScores:
+    """The same positions, as another model and its coder see them; whatever that coder's own mask leaves out."""
+    coder, lm = pair
+    read = _read(lm, [coder.site], games, TokenMask())
+    return _score(_encode(coder, read.acts[coder.site][torch.from_numpy(which[read.which])]), data)
+
+
+def _measurable(labels: np.ndarray, train: np.ndarray) -> np.ndarray:
+    """Properties that are often enough true and often enough false in both halves."""
+    halves = [labels[train], labels[~train]]
+    return np.all([(h.sum(0) >= LEAST_CASES) & ((~h).sum(0) >= LEAST_CASES) for h in halves], 0)
+
+
+def _shuffled(data: _Data, move: np.ndarray, seed: int) -> _Data:
+    """Every position with the board of another game at the same move, within its half."""
+    rng = np.random.default_rng(np.random.SeedSequence([0x424F415244, seed]))
+    place, other = (np.lexsort((order, move, data.train)) for order in (np.arange(len(move)), rng.random(len(move))))
+    labels = np.empty_like(data.labels)
+    labels[place] = data.labels[other]
+    return data._replace(labels=labels)
+
+
+# ---------------------------------------------------------------------------------------------- scores
+
+
+def _score(codes: Codes, data: _Data) -> BoardScores:
+    """Choose classifiers on one half, measure them on the other. Tables are ``features levels properties``."""
+    train, y = data.train, data.labels.astype(np.float32)
+    order = by_content(codes)  # so that of equal classifiers one is chosen whatever its feature's number
+    codes = codes._replace(features=order.argsort()[codes.features])
+    onehot, level, alive = _levels(codes, train)
+    hits = _at_least((onehot[train].T @ y[train]).reshape(codes.d_sae, LEVELS, -1))
+    firings = _at_least(np.asarray(onehot[train].sum(0)).reshape(codes.d_sae, LEVELS, 1))
+    table = _f1(hits, firings, y[train].sum(0)).reshape(codes.d_sae * LEVELS, -1)
+    best, least = np.divmod(table.argmax(0), LEVELS)
+    on = level[~train][:, best].toarray() > least
+    test = data.labels[~train]
+    f1 = _f1((on & test).sum(0), on.sum(0), test.sum(0))
+    state = np.isin(data.kinds, STATE)
+    precise = (hits >= PRECISION * firings) & (firings >= LEAST_FIRINGS)
+    boards, count = _boards(onehot[~train], precise, data)
+    aurocs, auroc_best = _aurocs(codes, data)
+    return BoardScores(
+        features=int(alive.sum()),
+        l0=len(codes.values) / len(train),
+        coverage=float(f1[state].mean()),
+        coverage_se=_jackknife(on[:, state], test[:, state], data.game[~train]),
+        legal=float(f1[~state].mean()) if (~state).any() else math.nan,
+        above=int((aurocs[state] > AUROC).sum()),
+        reconstruction=float(boards.mean()),
+        reconstruction_se=clustered_error(torch.from_numpy(boards), torch.from_numpy(data.game[~train])),
+        precise=count,
+        best=order.numpy()[best],
+        threshold=least / LEVELS,
+        f1=f1,
+        auroc_best=order.numpy()[auroc_best],
+        auroc=aurocs,
+    )
+
+
+def _f1(hits: Any, said: Any, true: Any) -> np.ndarray:
+    """F1 = 2·hits/(said + true), 0 where both are 0."""
+    return 2 * hits / np.maximum(said + true, 1)
+
+
+def _at_least(counts: np.ndarray) -> np.ndarray:
+    """From counts at each level to counts at that level or a higher one."""
+    return counts[:, ::-1].cumsum(1)[:, ::-1]
+
+
+def _levels(codes: Codes, train: np.ndarray) -> tuple[Any, Any, np.ndarray]:
+    """How strongly features fire, in tenths of their maximum on training positions.
+
+    Level l holds l/10 < f/max ≤ (l+1)/10 (and, on test positions, all above). Returns a matrix with a 1 for every
+    firing, "positions features·levels"; one of level + 1, "positions features"; and which features fire in training.
+    """
+    from scipy.sparse import csr_matrix
+
+    rows, n = codes.rows.numpy(), len(codes.offsets) - 1
+    values, features = codes.values.double().numpy(), codes.features.numpy()
+    most = np.zeros(codes.d_sae)
+    np.maximum.at(most, features[train[rows]], values[train[rows]])
+    use = most[features] > 0
+    rows, features, values = rows[use], features[use], values[use]
+    level = np.clip(np.ceil(LEVELS * values / most[features]) - 1, 0, LEVELS - 1).astype(np.int32)
+    ones = np.ones(len(rows), np.float32)
+    onehot = csr_matrix((ones, (rows, features * LEVELS + level)), shape=(n, codes.d_sae * LEVELS))
+    return onehot, csr_matrix((level + 1, (rows, features)), shape=(n, codes.d_sae)), most > 0
+
+
+def _boards(onehot: Any, precise: np.ndarray, data: _Data) -> tuple[np.ndarray, int]:
+    """(F1 of each test board put together from precise classifiers, how many features have one)."""
+    discs = np.isin(data.kinds, DISCS)
+    # What is on at a threshold is on at all lower ones: from the lowest precise threshold on, a level says "yes".
+    says = np.maximum.accumulate(precise[:, :, discs], 1).astype(np.float32)
+    said = onehot @ says.reshape(-1, int(discs.sum())) > 0
+    true = data.labels[~data.train][:, discs]
+    return _f1((said & true).sum(1), said.sum(1), true.sum(1)), int(says.any((1, 2)).sum())
+
+
+def _aurocs(codes: Codes, data: _Data) -> tuple[np.ndarray, np.ndarray]:
+    """(test AUROC, feature) of the feature of largest training AUROC, for every property."""
+    tables = [auroc_table(codes, data.labels, half) for half in (data.train, ~data.train)]
+    best = tables[0].argmax(0)
+    return tables[1][best, np.arange(len(best))], best
+
+
+def auroc_table(codes: Codes, labels: np.ndarray, half: np.ndarray) -> np.ndarray:
+    """AUROC of every feature for every label, ``features properties``, ties (all zeros among them) counted half.
+
+    (R − p(p+1)/2)/(p·q), R the rank sum of the p true rows. A row where a feature is silent has the rank of all such
+    rows, so that only firings need ranks: R = p·rank(silent) + Σ over firings (rank − rank(silent))·label.
+    """
+    from scipy.sparse import csr_matrix
+
+    rows, features, values = codes.rows.numpy(), codes.features.numpy(), codes.values.numpy()
+    new = np.cumsum(half) - 1
+    use = half[rows]
+    rows, features, values = new[rows[use]], features[use], values[use]
+    n, y = int(half.sum()), labels[half].astype(np.float64)
+    order = np.lexsort((values, features))
+    rows, features, values = rows[order], features[order], values[order]
+    counts = np.bincount(features, minlength=codes.d_sae)
+    silent = n - counts
+    place = np.arange(len(features)) - (counts.cumsum() - counts)[features]  # among the firings of its feature
+    first = np.r_[True, (np.diff(features) != 0) | (np.diff(values) != 0)] if len(features) else np.zeros(0, bool)
+    run = np.cumsum(first) - 1  # firings of equal strength share their mean rank
+    rank = (np.bincount(run, place) / np.maximum(np.bincount(run), 1))[run] + 1 + silent[features]
+    above = csr_matrix((rank - (silent[features] + 1) / 2, (features, rows)), shape=(codes.d_sae, n))
+    true = y.sum(0)
+    ranks = above @ y + np.outer((silent + 1) / 2, true)
+    return (ranks - true * (true + 1) / 2) / np.maximum(true * (n - true), 1)
+
+
+def _jackknife(on: np.ndarray, true: np.ndarray, game: np.ndarray) -> float:
+    """Standard error of the mean F1 over properties, from leaving out each of 20 groups of games."""
+    groups = np.unique(game, return_inverse=True)[1] % _FOLDS
+    counts = np.stack([np.stack([(m[groups == g]).sum(0) for g in range(_FOLDS)]) for m in (on & true, on, true)])
+    means = _f1(*(counts.sum(1, keepdims=True) - counts)).mean(1)
+    return float(np.sqrt((_FOLDS - 1) / _FOLDS * ((means - means.mean()) ** 2).sum()))

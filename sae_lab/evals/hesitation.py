@@ -1,0 +1,461 @@
+"""Features of not knowing and features of being wrong, told apart on questions whose answers are known."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple, no_type_check
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from sae_lab.activations.reading import coded
+from sae_lab.arguments import as_annotated
+from sae_lab.edits.edit import Ablate
+from sae_lab.lm.model import LM
+from sae_lab.lm.tokens import pad
+from sae_lab.results import Figure, Result
+from sae_lab.saes.base import SparseCoder
+
+PASS_ROWS = 16  # questions that go through the model together
+DRAWS = 5  # of random features that are ablated in the others' place
+LEAST = 5  # questions on which a feature fires, among those it is chosen on
+_CAPITALS = (
+    "France Paris, Germany Berlin, Italy Rome, Spain Madrid, Japan Tokyo, China Beijing, Russia Moscow, Egypt "
+    "Cairo, Greece Athens, Portugal Lisbon, Austria Vienna, Hungary Budapest, Poland Warsaw, Sweden Stockholm, "
+    "Norway Oslo, Finland Helsinki, Denmark Copenhagen, Ireland Dublin, Cuba Havana, Peru Lima, Chile Santiago, "
+    "Kenya Nairobi, Iraq Baghdad, Iran Tehran, Syria Damascus, Lebanon Beirut, Thailand Bangkok, Vietnam Hanoi, "
+    "Indonesia Jakarta, Canada Ottawa, Australia Canberra, Turkey Ankara, Ukraine Kyiv, Romania Bucharest, Bulgaria "
+    "Sofia, Serbia Belgrade, Croatia Zagreb, Slovenia Ljubljana, Slovakia Bratislava, Latvia Riga, Estonia Tallinn, "
+    "Lithuania Vilnius, Iceland Reykjavik, Malta Valletta, Cyprus Nicosia, Morocco Rabat, Tunisia Tunis, Libya "
+    "Tripoli, Sudan Khartoum, Ghana Accra, Nigeria Abuja, Senegal Dakar, Mali Bamako, Angola Luanda, Zambia Lusaka, "
+    "Zimbabwe Harare, Uganda Kampala, Rwanda Kigali, Somalia Mogadishu, Nepal Kathmandu, Pakistan Islamabad, "
+    "Mongolia Ulaanbaatar, Venezuela Caracas, Ecuador Quito, Bolivia Sucre, Uruguay Montevideo, Jamaica Kingston, "
+    "Jordan Amman"
+)
+_OPPOSITES = (
+    "hot cold, big small, up down, left right, fast slow, good bad, happy sad, rich poor, young old, light dark, "
+    "open closed, full empty, hard soft, high low, long short, wet dry, strong weak, early late, near far, day night, "
+    "black white, clean dirty, true false, alive dead, love hate, war peace, buy sell, win lose, push pull, give take, "
+    "first last, inside outside, always never, north south, east west, summer winter, start finish, question answer, "
+    "success failure, friend enemy, ancient modern, brave cowardly, guilty innocent, generous selfish, noisy quiet, "
+    "rough smooth, thick thin, wide narrow, deep shallow, expensive cheap, cruel kind, humble proud, lazy diligent, "
+    "public private, permanent temporary, victory defeat, accept reject, expand contract, ascend descend, arrive depart"
+)
+
+
+class Question(NamedTuple):
+    """prompt + answer is the whole text; kind: "sum", "product", "capital" or "opposite"."""
+
+    prompt: str
+    answer: str
+    kind: str
+
+
+@as_annotated
+def synthetic_qa(seed: int = 0, n: int = 240) -> list[Question]:
+    """Questions made by rule, as many of each kind: sums and products of numbers of one or two digits, capitals,
+    opposites. Each has three solved examples of its kind in front, drawn anew. ValueError for fewer than four."""
+    if not isinstance(n, int) or n < 4:
+        raise ValueError(f"n must be an integer of at least 4, one question of each kind, got {n!r}")
+    random = np.random.default_rng(seed)
+    capitals, opposites = ([tuple(pair.split()) for pair in text.split(", ")] for text in (_CAPITALS, _OPPOSITES))
+    pools = {
+        "sum": [(f"{a} + {b} = ", str(a + b)) for a in range(2, 60) for b in range(2, 60)],
+        "product": [(f"{a} * {b} = ", str(a * b)) for a in range(2, 16) for b in range(2, 13)],
+        "capital": [(f"The capital of {country} is", f" {city}") for country, city in capitals],
+        "opposite": [(f"The opposite of {a} is", f" {b}") for one in opposites for a, b in (one, one[::-1])],
+    }
+    out = []
+    for i, (kind, pool) in enumerate(pools.items()):
+        wanted = n // 4 + (i < n % 4)
+        for start in range(0, wanted, len(pool)):  # more than there are: another round, with other examples
+            for asked in random.permutation(len(pool))[: wanted - start]:
+                shown = random.choice([j for j in range(len(pool)) if j != asked], 3, replace=False)
+                lines = [f"{pool[j][0]}{pool[j][1]}" for j in shown]
+                out.append(Question("\n".join([*lines, pool[asked][0]]), pool[asked][1], kind))
+    return [out[i] for i in random.permutation(len(out))]
+
+
+# ---------------------------------------------------------------------------------------------- result
+
+
+@dataclass(frozen=True, repr=False)
+class Uncertainty(Result):
+    """Result of ``sl.evals.uncertainty``.
+
+    ``cells``: questions that are certain and correct, certain and incorrect, uncertain and correct, uncertain and
+    incorrect. ``pure_uncertainty``, ``pure_incorrectness``, ``confounded``: how many features are so, each with
+    ``*_shuffled``, the same with labels shuffled. ``auroc``: of three features for correctness, on questions no choice
+    has seen; ``auroc_within``: among questions of one group; ``auroc_entropy``: of the model's own certainty.
+    ``accuracy_change``: of ablating confounded features, ``accuracy_change_random``: random ones, on other questions
+    than those they were found on. ``features``: numbers, by class, the strongest first.
+    """
+
+    accuracy: float
+    entropy: float
+    cells: tuple[int, int, int, int]
+    pure_uncertainty: int
+    pure_incorrectness: int
+    confounded: int
+    pure_uncertainty_shuffled: float
+    pure_incorrectness_shuffled: float
+    confounded_shuffled: float
+    auroc: float
+    auroc_se: float
+    auroc_shuffled: float
+    auroc_within: float
+    auroc_within_se: float
+    auroc_within_shuffled: float
+    auroc_entropy: float
+    accuracy_before: float
+    accuracy_change: float
+    accuracy_change_se: float
+    accuracy_change_random: float
+    suppressed: tuple[int, ...]
+    questions: int
+    live: int
+    splits: int
+    threshold: float
+    mask: str
+    features: dict[str, list[int]] = field(repr=False, compare=False)
+    correct: Tensor = field(repr=False, compare=False)
+    uncertain: Tensor = field(repr=False, compare=False)
+    entropies: Tensor = field(repr=False, compare=False)
+
+    def figures(self) -> list[Figure]:
+        """Features by class, AUROC for correctness, and what suppression does."""
+        name, n = "labels shuffled", len(self.suppressed)
+        counts = [
+            Figure(f"{what} features", getattr(self, key), control=getattr(self, f"{key}_shuffled"), control_name=name,
+                   meaning=f"|t| > {self.threshold:g} for {why}", digits=1)
+            for what, key, why in (
+                ("pure uncertainty", "pure_uncertainty", "uncertain, not for incorrect"),
+                ("pure incorrectness", "pure_incorrectness", "incorrect, not for uncertain"),
+                ("confounded", "confounded", "both"),
+            )
+        ]  # fmt: skip
+        return [
+            *counts,
+            Figure("AUROC, 3 features", self.auroc, self.auroc_se, self.auroc_shuffled, name,
+                   f"of correctness, unseen questions; -entropy has {self.auroc_entropy:.3f}", "high"),
+            Figure("AUROC within groups", self.auroc_within, self.auroc_within_se, self.auroc_within_shuffled, name,
+                   "the same among questions of one group", "high"),
+            Figure("accuracy change", self.accuracy_change, self.accuracy_change_se, self.accuracy_change_random,
+                   "random features", f"{n} confounded features ablated; {self.accuracy_before:.3f} before", "high"),
+        ]  # fmt: skip
+
+    def _footer(self) -> str:
+        a, b, c, d = self.cells
+        return (
+            f"{self.questions} questions: certain {a} correct, {b} incorrect; uncertain {c} correct, {d} incorrect; "
+            f"{self.live} live features; AUROC over {self.splits} random halves, ± corrected for their "
+            f"overlap; {self.mask}"
+        )
+
+
+# ---------------------------------------------------------------------------------------------- the eval
+
+
+@as_annotated
+@torch.no_grad()
+def uncertainty(
+    coder: SparseCoder,
+    lm: LM,
+    prompts: Sequence[str],
+    answers: Sequence[str],
+    groups: Sequence[str] | None = None,
+    threshold: float = 3.0,
+    suppress: int = 10,
+    splits: int = 20,
+    seed: int = 0,
+) -> Uncertainty:
+    """Which features, at the last token of a question, go with uncertainty and which with a wrong answer.
+
+        qa = sl.evals.synthetic_qa()
+        prompts, answers, kinds = zip(*qa)
+        sl.evals.uncertainty(sae, lm, prompts, answers, groups=kinds)
+
+    Uncertain: the next token's entropy is above its group's median. Correct: every token of the answer is the
+    likeliest. Each live feature f is fitted by f ~ b·uncertain + c·incorrect within groups (least squares on what
+    departs from the group's mean); t_b and t_c say which it goes with: pure uncertainty |t_b| > threshold ≥ |t_c|, pure
+    incorrectness the other way round, confounded both. Control: both labels of a question shuffled together within
+    groups.
+
+    AUROC: in each of several random halves the three features whose AUROC for correctness is farthest from 1/2, put
+    together by logistic regression, are measured on the other half. Within groups, only pairs of questions of one group
+    are compared: a feature of a hard kind of question then has 1/2.
+
+    Suppression: the features with the largest min(t_b, t_c) > 0 on one half are ablated while the other half is
+    answered; control: as many random features that fire about as often on these questions, mean of five draws.
+
+    Args:
+        prompts, answers: text that together is the question and its solution. groups: the kind of each question.
+        threshold: of |t|. suppress: features to ablate at most, 0 for none.
+
+    Raises ValueError where prompts and answers do not fit, or all answers are right, or all wrong.
+    """
+    rows, starts = _tokenized(lm, prompts, answers)
+    n = len(rows)
+    if groups is not None and len(groups) != n:
+        raise ValueError(f"groups must name the kind of each question, got {len(groups)} for {n} questions")
+    if coder.training:
+        raise ValueError("uncertainty needs the coder in eval mode, where a token's codes are its own: call sae.eval()")
+    group = np.unique(["" for _ in rows] if groups is None else list(groups), return_inverse=True)[1]
+    correct, entropy, codes = _answered(lm, coder, rows, starts)
+    if min(int(correct.sum()), int((~correct).sum())) < 8:
+        raise ValueError(
+            f"the model answers {int(correct.sum())} of {n} questions: 8 right and 8 wrong ones at least are needed, "
+            "give easier or harder ones, or more"
+        )
+    uncertain = entropy > _of_groups(entropy, group, np.median)
+    order = np.argsort(-codes.sum(0), kind="stable")  # ties and draws then go by rank, not by number
+    live = order[(codes > 0).sum(0)[order] >= LEAST]
+    if len(live) < 3:
+        raise ValueError(
+            f"{len(live)} features fire on {LEAST} questions or more, three are needed: give more questions"
+        )
+    f, random = codes[:, live], np.random.default_rng(seed)
+    t = association(f, uncertain, ~correct, group)
+    shuffled = np.mean([_classes(t, threshold).sum(1) for t in _shuffled_t(f, uncertain, correct, group, random)], 0)
+    classes = _classes(t, threshold)
+    names = ("pure_uncertainty", "pure_incorrectness", "confounded")
+    strength = (np.abs(t[0]), np.abs(t[1]), np.abs(t).min(0))
+    aurocs = _predict(f, correct, group, splits, random)
+    return Uncertainty(
+        accuracy=float(correct.mean()),
+        entropy=float(entropy.mean()),
+        cells=tuple(int((u & c).sum()) for u in (~uncertain, uncertain) for c in (correct, ~correct)),  # type: ignore
+        **{name: int(c.sum()) for name, c in zip(names, classes, strict=True)},  # type: ignore[arg-type]
+        **{f"{name}_shuffled": float(c) for name, c in zip(names, shuffled, strict=True)},  # type: ignore[arg-type]
+        **aurocs,  # type: ignore[arg-type]
+        auroc_entropy=_auroc(-entropy[:, None], correct)[0],
+        **_suppressed(lm, coder, rows, starts, codes, uncertain, correct, group, suppress, random),  # type: ignore
+        questions=n,
+        live=len(live),
+        splits=splits,
+        threshold=threshold,
+        mask=str(coder.mask or lm.mask()),
+        features={
+            name: live[np.flatnonzero(c)[np.argsort(-s[c], kind="stable")]].tolist()
+            for name, c, s in zip(names, classes, strength, strict=True)
+        },
+        correct=torch.from_numpy(correct),
+        uncertain=torch.from_numpy(uncertain),
+        entropies=torch.from_numpy(entropy),
+    )
+
+
+def _tokenized(lm: LM, prompts: Sequence[str], answers: Sequence[str]) -> tuple[list[list[int]], list[int]]:
+    """(ids of each prompt with its answer, where the answer begins)."""
+    if len(prompts) != len(answers) or not len(prompts):
+        raise ValueError(
+            f"there must be an answer for each prompt, got {len(prompts)} prompts and {len(answers)} answers"
+        )
+    rows, starts = [], []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        ids, whole = (lm.tokenize(text).ids[0].tolist() for text in (prompt, prompt + answer))
+        if whole[: len(ids)] != ids or len(whole) == len(ids):
+            raise ValueError(
+                f"the tokens of a prompt must begin those of prompt + answer, not so for {prompt[-20:]!r} + {answer!r}"
+                ": move the space between them to the other side"
+            )
+        rows.append(whole)
+        starts.append(len(ids))
+    return rows, starts
+
+
+def _answered(
+    lm: LM, coder: SparseCoder | None, rows: list[list[int]], starts: list[int], edits: Sequence[Ablate] = ()
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(whether the answer is right, the next token's entropy in nats, strengths at the prompt's last token) of each
+    question; without a coder no strengths."""
+    correct, entropy = np.zeros(len(rows), bool), np.zeros(len(rows))
+    codes = np.zeros((len(rows), coder.d_sae if coder is not None else 0), np.float32)
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # of like length: little padding
+    for first in range(0, len(rows), PASS_ROWS):
+        part = order[first : first + PASS_ROWS]
+        batch, last = pad([rows[i] for i in part]), torch.tensor([starts[i] - 1 for i in part])
+        sites = [coder.site] if coder is not None else []
+        writes = Ablate.together(edits, lm, batch)
+        of_logits: Any = partial(greedy_and_entropy, last=last)
+        form = {"greedy": Int[Tensor, " ".join(map(str, batch.ids.shape))], "entropy": Float[Tensor, f"{len(part)}"]}
+        acts, said = lm.run(batch, sites, writes, logits=of_logits, form=form)
+        right = (said["greedy"][:, :-1] == batch.ids[:, 1:]) | ~batch.mask[:, 1:]
+        before = torch.arange(right.shape[1]) < last[:, None]  # what the prompt itself says is not asked
+        correct[part] = (right | before).all(1).numpy()
+        entropy[part] = said["entropy"].numpy()
+        if coder is not None:
+            found = coded(coder, batch, coder.mask or lm.mask(), coder.site, acts[coder.site])
+            row, position = found.keep.nonzero(as_tuple=True)
+            token, features = found.codes.rows, found.codes.features
+            here = (position == last[row])[token]
+            x = acts[coder.site][found.keep.to(acts[coder.site].device)]
+            strengths = coder.strengths(found.codes, x).values
+            codes[np.array(part)[row[token[here]]], features[here]] = strengths[here]
+    return correct, entropy, codes
+
+
+@no_type_check
+def greedy_and_entropy(logits, tokens, last):
+    """The likeliest next token everywhere, and the entropy of the next token, nats, at one position of each row."""
+    scores = logits[torch.arange(len(logits)), last.to(logits.device)].float().log_softmax(-1)
+    return {"greedy": logits.argmax(-1).cpu(), "entropy": -(scores.exp() * scores).sum(-1).cpu()}
+
+
+# ---------------------------------------------------------------------------------------------- which features
+
+
+def _of_groups(values: np.ndarray, group: np.ndarray, of=np.mean) -> np.ndarray:
+    """For each question the mean (or median) over its group."""
+    return np.stack([of(values[group == g], axis=0) for g in range(group.max() + 1)])[group]
+
+
+def association(
+    f: Float[np.ndarray, "questions features"],
+    uncertain: Bool[np.ndarray, " questions"],
+    incorrect: Bool[np.ndarray, " questions"],
+    group: np.ndarray,
+) -> Float[np.ndarray, "two features"]:
+    """t of b and of c in f ~ b·uncertain + c·incorrect, all less their group's mean: each with the other held fixed."""
+    x = np.stack([uncertain, incorrect], 1).astype(float)
+    rounding = 1e-12 * np.square(f, dtype=float).mean(0) + 1e-30  # the variance of one that does not vary
+    x, f = x - _of_groups(x, group), f - _of_groups(f, group)
+    inverse = np.linalg.pinv(x.T @ x)
+    slopes = inverse @ x.T @ f
+    freedom = len(f) - 2 - len(np.unique(group))
+    variance = (f - x @ slopes).var(0) * len(f) / max(1, freedom)
+    return slopes / np.sqrt(np.maximum(np.diag(inverse)[:, None] * variance, rounding))
+
+
+def _classes(t: np.ndarray, threshold: float) -> np.ndarray:
+    """ "three features": pure uncertainty, pure incorrectness, confounded."""
+    b, c = np.abs(t) > threshold
+    return np.stack([b & ~c, c & ~b, b & c])
+
+
+def _shuffled_t(f: np.ndarray, uncertain: np.ndarray, correct: np.ndarray, group: np.ndarray, random, times: int = 20):
+    for _ in range(times):
+        order = _within(group, random)
+        yield association(f, uncertain[order], ~correct[order], group)
+
+
+def _within(group: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """A random order of the questions in which each stays in its group."""
+    order = np.empty(len(group), int)
+    for g in np.unique(group):
+        members = np.flatnonzero(group == g)
+        order[members] = random.permutation(members)
+    return order
+
+
+# ---------------------------------------------------------------------------------------------- AUROC
+
+
+def _auroc(scores: np.ndarray, positive: np.ndarray) -> np.ndarray:
+    """Chance that a column is larger at a positive row than at a negative one, ties counting half."""
+    from scipy.stats import rankdata
+
+    p, n = int(positive.sum()), int((~positive).sum())
+    if not p or not n:
+        return np.full(scores.shape[1], np.nan)
+    return (rankdata(scores, axis=0)[positive].sum(0) - p * (p + 1) / 2) / (p * n)
+
+
+def _auroc_within(scores: np.ndarray, positive: np.ndarray, group: np.ndarray) -> float:
+    """The same over pairs of one group."""
+    total, pairs = 0.0, 0
+    for g in np.unique(group):
+        here = group == g
+        many = int((positive & here).sum()) * int((~positive & here).sum())
+        if many:
+            total, pairs = total + many * float(_auroc(scores[here, None], positive[here])[0]), pairs + many
+    return total / pairs if pairs else math.nan
+
+
+def _predict(
+    f: np.ndarray, correct: np.ndarray, group: np.ndarray, splits: int, random: np.random.Generator
+) -> dict[str, float]:
+    """AUROC of three features on unseen halves, with labels as they are and shuffled. Halves overlap from split to
+    split: the variance of their mean is var·(1/splits + 1), both halves being equal (Nadeau & Bengio 2003)."""
+    found = np.array([
+        [*_three(f, correct, group, random), *_three(f, random.permutation(correct), group, random)]
+        for _ in range(splits)
+    ])  # fmt: skip
+    mean = np.nanmean(found, 0)
+    error = np.nanstd(found, 0, ddof=1) * math.sqrt(1 / splits + 1) if splits > 1 else np.full(4, np.nan)
+    names = ("auroc", "auroc_within", "auroc_shuffled", "auroc_within_shuffled")
+    errors = {"auroc_se": float(error[0]), "auroc_within_se": float(error[1])}
+    return {name: float(v) for name, v in zip(names, mean, strict=True)} | errors
+
+
+def _three(f: np.ndarray, correct: np.ndarray, group: np.ndarray, random: np.random.Generator) -> tuple[float, float]:
+    """(AUROC, AUROC within groups) on one half of three features that were chosen and put together on the other."""
+    from sklearn.linear_model import LogisticRegression
+
+    train = _half(correct, random)
+    far = np.abs(_auroc(f[train], correct[train]) - 0.5)
+    far[(f[train] > 0).sum(0) < LEAST] = 0
+    best = np.argsort(-far, kind="stable")[:3]
+    x = f[:, best] / np.maximum(f[train][:, best].std(0), 1e-9)
+    scores = x @ LogisticRegression().fit(x[train], correct[train]).coef_[0]
+    test = ~train
+    return float(_auroc(scores[test, None], correct[test])[0]), _auroc_within(scores[test], correct[test], group[test])
+
+
+def _half(correct: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """Half of the right and half of the wrong answers."""
+    chosen = np.zeros(len(correct), bool)
+    for side in (True, False):
+        members = random.permutation(np.flatnonzero(correct == side))
+        chosen[members[: len(members) // 2]] = True
+    return chosen
+
+
+# ---------------------------------------------------------------------------------------------- suppression
+
+
+def _suppressed(
+    lm: LM, coder: SparseCoder, rows: list[list[int]], starts: list[int], codes: np.ndarray, uncertain: np.ndarray,
+    correct: np.ndarray, group: np.ndarray, most: int, random: np.random.Generator,
+) -> dict[str, float | tuple[int, ...]]:  # fmt: skip
+    """Accuracy on one half with features ablated that were found on the other, and with random ones."""
+    found = _half(correct, random)
+    firings = (codes[found] > 0).sum(0)
+    order = np.argsort(-codes[found].sum(0), kind="stable")
+    live = order[firings[order] >= LEAST]
+    both = association(codes[found][:, live], uncertain[found], ~correct[found], group[found]).min(0)
+    chosen = live[np.argsort(-both, kind="stable")[:most]]
+    chosen = chosen[both[np.argsort(-both, kind="stable")[:most]] > 0]
+    test = np.flatnonzero(~found)
+    none = {"accuracy_before": float(correct[test].mean()), "suppressed": tuple(chosen.tolist())}
+    if not len(chosen):
+        return none | dict.fromkeys(("accuracy_change", "accuracy_change_se", "accuracy_change_random"), math.nan)
+
+    def change(features: np.ndarray) -> np.ndarray:
+        edit = Ablate(coder, sorted(features.tolist()))
+        right, *_ = _answered(lm, None, [rows[i] for i in test], [starts[i] for i in test], [edit])
+        return right.astype(float) - correct[test]
+
+    others = live[~np.isin(live, chosen)]
+    draws = [change(_alike(chosen, others, firings, random)) for _ in range(DRAWS)] if len(others) else []
+    own = change(chosen)
+    return none | {
+        "accuracy_change": float(own.mean()),
+        "accuracy_change_se": float(own.std(ddof=1) / math.sqrt(len(own))),
+        "accuracy_change_random": float(np.mean(draws)) if draws else math.nan,
+    }
+
+
+def _alike(chosen: np.ndarray, others: np.ndarray, firings: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """For each chosen feature one of the ten others that fire about as often, each taken once."""
+    taken: list[int] = []
+    for feature in chosen:
+        free = others[~np.isin(others, taken)]
+        if not len(free):
+            break
+        near = free[np.argsort(np.abs(firings[free] - firings[feature]), kind="stable")[:10]]
+        taken.append(int(random.choice(near)))
+    return np.array(taken)

@@ -1,0 +1,135 @@
+"""Absorption where the truth is known: parents and children that were planted."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sae_lab.activations.world import World
+from sae_lab.arguments import as_annotated
+from sae_lab.feature_index.matching import match
+from sae_lab.results import Figure, Result, mean_and_error
+from sae_lab.saes.base import SparseCoder
+from sae_lab.types import rows_of
+
+
+@dataclass(frozen=True, repr=False)
+class PlantedAbsorption(Result):
+    """Result of ``sl.evals.planted_absorption``. Means over parents; recall: how often a parent's feature fires."""
+
+    recall_alone: float
+    recall_given: float
+    recall_foreign: float
+    gap: float
+    gap_se: float
+    gap_foreign: float
+    leak: float
+    leak_se: float
+    leak_foreign: float
+    leak_true: float
+    parents: int
+    children: int
+    matched_cosine: float
+    rows: int
+
+    def figures(self) -> list[Figure]:
+        foreign = "other parents' children"
+        return [
+            Figure("recall alone", self.recall_alone, meaning="of parents that fire without a child", best="high"),
+            Figure("recall given a child", self.recall_given, math.nan, self.recall_foreign, foreign, best="high"),
+            Figure("alone less given", self.gap, self.gap_se, self.gap_foreign, foreign, "what is absorbed", "low"),
+            Figure(
+                "leak", self.leak, self.leak_se, self.leak_foreign, "other parents", "cos(child's row, parent)", "low"
+            ),
+        ]
+
+    def _footer(self) -> str:
+        return (
+            f"{self.parents} parents, {self.children} children, {self.rows:,} rows; ± over parents; true directions of "
+            f"child and parent: {self.leak_true:.3f}; features matched at a mean cosine of {self.matched_cosine:.3f}"
+        )
+
+
+@as_annotated
+@torch.no_grad()
+def planted_absorption(sae: SparseCoder, world: World, rows: int = 20_000) -> PlantedAbsorption:
+    """Absorption where parents and children are known: ``sl.worlds.planted(hierarchy=...)``.
+
+    A parent's and a child's features are those matched one to one with their true directions (``sl.match``).
+    gap = P(parent's feature fires | parent fires, no child does) − P(... | parent and a child of its own fire);
+    leak = cos(W_dec of the child's feature, the parent's true direction). Controls: the gap for children of other
+    parents (own ones silent), and the leak with other parents. Absorbed: gap near 1, leak near √½.
+
+    ValueError for a world without hierarchy or of another width.
+    """
+    parent = world.labels["parent"]
+    if not bool((parent >= 0).any()):
+        raise ValueError(
+            "planted_absorption needs parents and children: make the world with planted(hierarchy=1) or more"
+        )
+    if sae.d_in != world.x.shape[1]:
+        raise ValueError(f"the coder reads d_in={sae.d_in}, the world has width {world.x.shape[1]}: make them equal")
+    found = match(sae, world)
+    true, fires = _first_rows(sae, world, rows)
+    is_child = parent >= 0
+    any_child = true[:, is_child].any(1)
+    recalls, leaks, foreign_leaks = [], [], []
+    directions = torch.nn.functional.normalize(sae.W_dec.detach().float().cpu(), dim=1)
+    parents = parent[is_child].unique()
+    for one in parents.tolist():
+        children = (parent == one).nonzero().flatten()
+        feature = int(found.permutation[one])
+        own = true[:, children].any(1)
+        when = (~any_child, own, any_child & ~own)
+        recalls.append([_share(fires[:, feature] if feature >= 0 else None, true[:, one] & w) for w in when])
+        rows_of_children = found.permutation[children]
+        cosines = directions[rows_of_children[rows_of_children >= 0]] @ world.dictionary[parents].T
+        here = parents == one
+        leaks.append(float(cosines[:, here].mean()))
+        foreign_leaks.append(float(cosines[:, ~here].mean()))
+    alone, given, foreign = np.array(recalls).T
+    gap, leak = mean_and_error(_known(alone - given)), mean_and_error(_known(np.array(leaks)))
+    return PlantedAbsorption(
+        recall_alone=float(np.nanmean(alone)),
+        recall_given=float(np.nanmean(given)),
+        recall_foreign=float(np.nanmean(foreign)),
+        gap=gap[0],
+        gap_se=gap[1],
+        gap_foreign=mean_and_error(_known(alone - foreign))[0],
+        leak=leak[0],
+        leak_se=leak[1],
+        leak_foreign=mean_and_error(_known(np.array(foreign_leaks)))[0],
+        leak_true=float((world.dictionary[is_child] * world.dictionary[parent[is_child]]).sum(1).mean()),
+        parents=len(parents),
+        children=int(is_child.sum()),
+        matched_cosine=float(found.cosines.nanmean()),
+        rows=len(true),
+    )
+
+
+def _first_rows(sae: SparseCoder, world: World, rows: int) -> tuple[Tensor, Tensor]:
+    """(which true features fire, which of the coder's do) in the first rows."""
+    rows = min(rows, len(world))
+    offsets = world.codes.offsets[: rows + 1]
+    true = torch.zeros(rows, world.codes.d_sae, dtype=torch.bool)
+    true[rows_of(offsets), world.codes.features[: int(offsets[-1])]] = True
+    was_training = sae.training
+    sae.eval()
+    try:
+        parts = [sae.encode(x.to(sae.W_dec.device)).cpu() > 0 for x in world.x[:rows].split(4096)]
+    finally:
+        sae.train(was_training)
+    return true, torch.cat(parts)
+
+
+def _share(fires: Tensor | None, where: Tensor) -> float:
+    """How often it fires there: never where there is no such feature, NaN where that never is."""
+    if not bool(where.any()):
+        return math.nan
+    return 0.0 if fires is None else float(fires[where].float().mean())
+
+
+def _known(values: np.ndarray) -> list[float]:
+    return values[~np.isnan(values)].tolist()

@@ -1,0 +1,257 @@
+"""How alike the inputs are that a feature fires on: the monosemanticity score."""
+
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from sae_lab.activations.store import Store
+from sae_lab.arguments import as_annotated
+from sae_lab.evals.codelength import Sample, jackknife, run_coder, sample
+from sae_lab.results import Figure, Result
+from sae_lab.saes import kernels
+from sae_lab.saes.base import SparseCoder
+from sae_lab.types import Codes
+
+RANDOM_FEATURES = 512  # random directions in the control
+_CHUNK = 16_384  # rows in double precision at once
+
+
+@dataclass(frozen=True, repr=False)
+class Monosemanticity(Result):
+    """Result of ``sl.evals.monosemanticity``; cosines, from -1 to 1.
+
+    Attributes:
+        score: mean over live features, ``score_se`` its standard error (jackknife over groups of documents);
+            ``median``.
+        neurons: the same of x's coordinates, each as two neurons (its positive and its negative part); ``neurons_raw``:
+            of the coordinates scaled from their least to their largest value, as published; ``p_neurons``: of a
+            one-sided Mann-Whitney test, features above ``neurons``.
+        random: of random directions that fire on as many rows as features do, on those where they are largest;
+            ``p_random``: features above them.
+        shuffled: of the features' activations given to other rows, which is the mean cosine of two rows.
+        features, rows, documents: live features (at least ``least`` firings), and on what; ``embedding``.
+        per_feature: of all d_sae, NaN where it is not live.
+    """
+
+    score: float
+    score_se: float
+    median: float
+    neurons: float
+    neurons_raw: float
+    p_neurons: float
+    random: float
+    p_random: float
+    shuffled: float
+    features: int
+    d_sae: int
+    rows: int
+    documents: int
+    least: int
+    embedding: str
+    per_feature: Float[Tensor, " d_sae"] = field(repr=False, compare=False)
+
+    def figures(self) -> list[Figure]:
+        return [
+            Figure("monosemanticity", self.score, self.score_se, self.shuffled, "shuffled rows",
+                   "mean over live features", "high"),
+            Figure("median", self.median, meaning="of live features", best="high"),
+            Figure("less neurons", self.score - self.neurons, control=self.neurons, control_name="neurons",
+                   meaning=f"coordinates of x, both signs; p = {self.p_neurons:.2g}", best="high"),
+            Figure("less random", self.score - self.random, control=self.random, control_name="random directions",
+                   meaning=f"as sparse as features; p = {self.p_random:.2g}", best="high"),
+        ]  # fmt: skip
+
+    def _footer(self) -> str:
+        return (
+            f"{self.features:,} of {self.d_sae:,} features fire on at least {self.least} of {self.rows:,} rows "
+            f"({self.documents:,} documents); E: {self.embedding}; raw neurons {self.neurons_raw:.3f}"
+        )
+
+
+@as_annotated
+@torch.no_grad()
+def monosemanticity(
+    coder: SparseCoder, x: Tensor | Store, embeddings: Tensor | Store | None = None, *, tokens: int = 16_384,
+    least: int = 10, seed: int = 0,
+) -> Monosemanticity:  # fmt: skip
+    """Mean cosine of the embeddings of two inputs, weighted by how strongly a feature fires on both.
+
+        MS_k = Σ_{i<j} a_ik·a_jk·cos(E_i, E_j) / Σ_{i<j} a_ik·a_jk
+             = (‖Σᵢ a_ik·Eᵢ‖² − Σᵢ a_ik²) / ((Σᵢ a_ik)² − Σᵢ a_ik²)        (unit Eᵢ: linear in the rows)
+
+    a: a feature's activations scaled from its least value to its largest over these rows, 0 to 1. E: the mean over rows
+    is subtracted, and rows have unit norm. 1: all inputs are one; 0: no more alike than any two.
+
+    The score rises with sparsity alone, and where E is x itself any direction's largest projections are alike: compare
+    with ``random``, which is both. Another E (another layer's activations, a model's embeddings of the same inputs)
+    asks whether the inputs are alike to something the coder has not seen.
+
+    Pach et al. 2025 (arXiv:2504.02821), on images; there E is an image encoder's, not centred.
+
+    Args:
+        x: activations ``rows d_in`` (used evenly), or a Store (of which the rows no batch held).
+        embeddings: ``rows e`` of the same rows, or a Store of the same tokens (``store.at(another_site)``); None: x.
+        tokens: how many rows at most. least: firings a live feature has, two at least.
+
+    Raises ValueError for embeddings of other rows, and where no feature is live.
+    """
+    if not isinstance(least, int) or least < 2:
+        raise ValueError(f"least must be an integer of at least 2 (a score is of pairs), got {least!r}")
+    rows = sample(x, tokens, coder)
+    E, name = _embeddings(x, embeddings, rows)
+    E = unit(E)
+    codes = _scaled(run_coder(coder, rows)[0])
+    fired = torch.bincount(codes.features, minlength=codes.d_sae)
+    score = torch.where(fired >= least, scores(codes, E), torch.nan)
+    live = score.isfinite()
+    if not bool(live.any()):
+        of = f"{least} of these {len(rows.x)} rows" + (" and varies" if bool((fired >= least).any()) else "")
+        raise ValueError(f"no feature fires on {of}: give more tokens, or lower least")
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(E), generator=generator)
+    flat = rows.x.flatten(1)
+    neurons = scores(_both_signs(flat), E)
+    random = scores(_random_directions(flat, fired[live], generator), E)
+    own = score[live]
+    return Monosemanticity(
+        score=float(own.mean()),
+        score_se=_error(codes, E, rows, live),
+        median=float(own.median()),
+        neurons=float(neurons.nanmean()),
+        neurons_raw=float(_dense_scores(flat, E).nanmean()),
+        p_neurons=_p_above(own, neurons),
+        random=float(random.nanmean()),
+        p_random=_p_above(own, random),
+        shuffled=float(scores(codes, E[order])[live].nanmean()),
+        features=int(live.sum()),
+        d_sae=codes.d_sae,
+        rows=len(E),
+        documents=len(rows.documents.unique()),
+        least=least,
+        embedding=name,
+        per_feature=score.float(),
+    )
+
+
+def _embeddings(x: Tensor | Store, embeddings: Tensor | Store | None, rows: Sample) -> tuple[Tensor, str]:
+    """(the embedding of each sampled row, what it is)."""
+    if embeddings is None:
+        return rows.x.flatten(1), "x itself"
+    if len(embeddings) != len(x):
+        raise ValueError(f"embeddings must be of the same rows as x: got {len(embeddings)} for {len(x)} rows of x")
+    if isinstance(embeddings, Tensor):
+        if embeddings.dim() != 2 or not embeddings.is_floating_point():
+            raise ValueError(
+                f"embeddings must be float rows (rows, e), got {tuple(embeddings.shape)} {embeddings.dtype}"
+            )
+        found, name = embeddings.detach()[rows.number.to(embeddings.device)].float().cpu(), "the embeddings given"
+    else:
+        if rows.tokens is None or not torch.equal(embeddings.rows(rows.number.numpy(), "token"), rows.tokens):
+            raise ValueError("embeddings must be a store of the same tokens as x: harvest both sites in one store")
+        found, name = embeddings.rows(rows.number.numpy(), embeddings.site.key), repr(embeddings.site)
+    if not bool(found.isfinite().all()):
+        raise ValueError("embeddings hold NaN or Inf: they must be finite")
+    return found, name
+
+
+def unit(E: Float[Tensor, "rows e"]) -> Float[Tensor, "rows e"]:
+    """E less its mean, rows of unit norm."""
+    return normalize(E - E.mean(0), dim=1)
+
+
+def _scaled(codes: Codes) -> Codes:
+    """Activations from each feature's least value to its largest, as 0 to 1; codes stay sparse.
+
+    A feature that is off in some row has a least value of 0 (negative codes count as 0).
+    """
+    values, rows = codes.values.double().clamp_min(0), len(codes.offsets) - 1
+    most = torch.zeros(codes.d_sae, dtype=torch.float64).scatter_reduce(0, codes.features, values, "amax")
+    least = torch.full_like(most, torch.inf).scatter_reduce(0, codes.features, values, "amin")
+    least[torch.bincount(codes.features, minlength=codes.d_sae) < rows] = 0
+    span = (most - least).clamp_min(torch.finfo(torch.float64).tiny)
+    return codes._replace(values=(values - least[codes.features]) / span[codes.features])
+
+
+def scores(codes: Codes, E: Float[Tensor, "rows e"]) -> Float[Tensor, " d_sae"]:
+    """The score of every feature for weights a = codes and unit rows E; NaN where a feature has no pair of rows."""
+    return _score(*_sums(codes, E))
+
+
+def _sums(codes: Codes, E: Tensor, only: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """(Σ a·E, Σ a, Σ a²) of every feature, in double precision. only: the rows that count, None for all."""
+    rows, features, values = codes.rows, codes.features, codes.values.double()
+    if only is not None:
+        rows, features, values = (column[only[codes.rows]] for column in (rows, features, values))
+    order = features.sort(stable=True).indices
+    rows, features, values = rows[order], features[order], values[order]
+    vectors = torch.zeros(codes.d_sae, E.shape[1], dtype=torch.float64)
+    for start in range(0, len(E), _CHUNK):
+        here = (rows >= start) & (rows < start + _CHUNK)
+        counts = torch.bincount(features[here], minlength=codes.d_sae)
+        offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        block = normalize(E[start : start + _CHUNK].double(), dim=1)
+        vectors += kernels.weighted_rows(values[here], rows[here] - start, offsets, block)
+    zeros = torch.zeros(codes.d_sae, dtype=torch.float64)
+    return vectors, zeros.index_add(0, features, values), zeros.index_add(0, features, values**2)
+
+
+def _score(vectors: Tensor, a: Tensor, squares: Tensor) -> Tensor:
+    pairs = a**2 - squares
+    score = (vectors.pow(2).sum(1) - squares) / pairs
+    return torch.where(pairs > 1e-9 * a**2, score, torch.nan)
+
+
+def _dense_scores(x: Tensor, E: Tensor) -> Tensor:
+    """Of x's coordinates, each scaled from its least value to its largest."""
+    least, most = x.amin(0), x.amax(0)
+    vectors = torch.zeros(x.shape[1], E.shape[1], dtype=torch.float64)
+    sums, squares = (torch.zeros(x.shape[1], dtype=torch.float64) for _ in range(2))
+    for part, embedding in zip(x.split(_CHUNK), E.split(_CHUNK), strict=True):
+        a = (part - least).double() / (most - least).clamp_min(1e-30).double()
+        vectors += a.T @ normalize(embedding.double(), dim=1)
+        sums, squares = sums + a.sum(0), squares + a.pow(2).sum(0)
+    return _score(vectors, sums, squares)
+
+
+def _both_signs(x: Tensor) -> Codes:
+    """The positive and the negative parts of x's coordinates as codes: twice as many features."""
+    parts = torch.cat([x.relu(), (-x).relu()], dim=1)
+    return _scaled(kernels.above(parts, 0.0))
+
+
+def _random_directions(x: Tensor, fired: Tensor, generator: torch.Generator) -> Codes:
+    """Codes of random directions: each fires, with what it exceeds its threshold by, on as many rows as a feature."""
+    drawn = torch.randperm(len(fired), generator=generator)[:RANDOM_FEATURES]
+    chosen = fired.sort().values[drawn]  # in whatever order features stand
+    directions = normalize(torch.randn(x.shape[1], len(chosen), generator=generator), dim=0)
+    rows, values, features = [], [], []
+    centred = x - x.mean(0)
+    for i, (direction, n) in enumerate(zip(directions.T, chosen.tolist(), strict=True)):
+        top, where = (centred @ direction).topk(min(n + 1, len(x)))
+        rows.append(where[:n])
+        values.append(top[:n] - top[-1])
+        features.append(torch.full((min(n, len(x)),), i))
+    row, feature, value = torch.cat(rows), torch.cat(features), torch.cat(values)
+    order = row.sort(stable=True).indices
+    offsets = torch.cat([torch.zeros(1, dtype=torch.long), torch.bincount(row, minlength=len(x)).cumsum(0)])
+    return _scaled(Codes(value[order], feature[order], offsets, len(chosen)))
+
+
+def _error(codes: Codes, E: Tensor, rows: Sample, live: Tensor) -> float:
+    """Standard error of the mean score: jackknife over groups of documents. Sums without a group are a difference."""
+    whole, place = _sums(codes, E), rows.folds
+    without = []
+    for g in place.unique().tolist():
+        parts = zip(whole, _sums(codes, E, place == g), strict=True)
+        without.append(float(_score(*(a - b for a, b in parts))[live].nanmean()))
+    return jackknife(without)
+
+
+def _p_above(own: Tensor, control: Tensor) -> float:
+    from scipy.stats import mannwhitneyu
+
+    control = control[control.isfinite()]
+    return float(mannwhitneyu(own.numpy(), control.numpy(), alternative="greater").pvalue) if len(control) else 1.0

@@ -1,0 +1,233 @@
+"""Features that say where in the context a token stands."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sae_lab.activations.reading import read_codes
+from sae_lab.activations.store import Store
+from sae_lab.arguments import Count, as_annotated
+from sae_lab.lm.model import LM
+from sae_lab.lm.text import Documents, as_text
+from sae_lab.lm.tokens import pad
+from sae_lab.results import Figure, Result
+from sae_lab.saes.base import SparseCoder
+from sae_lab.types import Codes
+
+STRONG = 0.8  # R² from which a feature is called positional
+Pieces = Iterator[tuple[Codes, np.ndarray]]  # codes of tokens in the order of the text, and their positions
+
+
+@dataclass(frozen=True, repr=False)
+class Positional(Result):
+    """Result of ``sl.evals.positional``. ``r2``, ``r2_shuffled`` (control), ``firings``: of every feature; R² is NaN
+    where a feature never fires. ``profile``: mean activation by bin, ``bins d_sae``; ``edges``: where bins start."""
+
+    strong: int
+    strong_shuffled: int
+    largest: float
+    largest_shuffled: float
+    median: float
+    median_shuffled: float
+    mean: float
+    mean_shuffled: float
+    features: int
+    tokens: int
+    bins: int
+    min_firings: int
+    best: tuple[int, ...]
+    mask: str
+    edges: np.ndarray = field(repr=False, compare=False)
+    r2: Tensor = field(repr=False, compare=False)
+    r2_shuffled: Tensor = field(repr=False, compare=False)
+    firings: Tensor = field(repr=False, compare=False)
+    profile: Tensor = field(repr=False, compare=False)
+
+    def figures(self) -> list[Figure]:
+        """How many features are positional, and R² over features."""
+        name = "positions rotated"
+        return [
+            Figure(f"features of R2 > {STRONG}", self.strong, control=self.strong_shuffled, control_name=name,
+                   meaning=f"of {self.features:,}", digits=0),
+            Figure("largest R2", self.largest, control=self.largest_shuffled, control_name=name,
+                   meaning=f"of feature {self.best[0]}" if self.best else ""),
+            Figure("median R2", self.median, control=self.median_shuffled, control_name=name, digits=4),
+            Figure("mean R2", self.mean, control=self.mean_shuffled, control_name=name,
+                   meaning="share of a feature's variance that position explains", digits=4),
+        ]  # fmt: skip
+
+    def _footer(self) -> str:
+        return (
+            f"{self.tokens:,} tokens, {self.bins} bins of positions; features that fire on {self.min_firings} tokens "
+            f"or more; chance is {(self.bins - 1) / max(1, self.tokens - 1):.4f} for one without bursts; {self.mask}"
+        )
+
+    def to_pandas(self):
+        """One row a feature that counts, the most positional first."""
+        import pandas as pd
+
+        columns = {"r2": self.r2, "r2_shuffled": self.r2_shuffled, "firings": self.firings}
+        table = pd.DataFrame({"feature": np.arange(len(self.r2))} | {k: v.numpy() for k, v in columns.items()})
+        table = table.loc[table["firings"] >= self.min_firings]
+        return table.sort_values(by="r2", ascending=False, ignore_index=True)  # type: ignore[call-overload]
+
+
+@as_annotated
+@torch.no_grad()
+def positional(
+    coder: SparseCoder,
+    lm: LM,
+    data: Store | Documents,
+    tokens: int = 100_000,
+    bins: int = 32,
+    context: Count | None = None,
+    min_firings: Count = 30,
+    seed: int = 0,
+) -> Positional:
+    """Share of the variance of each feature's activation that a token's position explains.
+
+    R² = Σ_b n_b·(m_b − m)²/Σ(f − m)², b bins of positions, m_b a feature's mean activation in bin b; zeros count. One
+    pass in O(active codes); what is held is ``bins d_sae``. Control: each context's positions rotated by a random
+    number of tokens, which leaves bursts of activity whole; chance is (bins − 1)/(tokens − 1) for firings that know
+    nothing of each other, and as much of the number of contexts where a context's go together.
+
+    Args:
+        data: a store at the coder's site (read in its order), or text, of which the model reads ``tokens``.
+        bins: of positions, of equal width; fewer where contexts are shorter. min_firings: tokens on which a feature
+            must fire to be counted: R² of a feature that fires once is 1/n_b whatever it means.
+        context: of text: tokens the model sees at once; None is what the coder was trained with, else 128.
+
+    Raises ValueError for a store of another width, and where nothing is left to measure.
+
+    Positional features of the first layer: Chughtai & Lau 2024.
+    """
+    if not isinstance(bins, int) or bins < 2:
+        raise ValueError(f"bins must be an integer of at least 2, got {bins!r}")
+    if tokens < 2:
+        raise ValueError(f"tokens must be at least 2, got {tokens}")
+    was_training = coder.training
+    coder.eval()
+    try:
+        if isinstance(data, Store):
+            length = int(data.rows(np.arange(min(tokens, len(data))), "position").max()) + 1
+            pieces, mask = _of_store(coder, data, tokens), str(data.mask)
+        else:
+            length = int(coder.meta.get("context") or 128) if context is None else context
+            pieces, mask = _of_text(coder, lm, data, tokens, length), str(coder.mask or lm.mask())
+        edges = np.unique(np.linspace(0, length, bins + 1).astype(int))[:-1]
+        tally = _Tally(len(edges), coder.d_sae, seed)
+        for codes, positions in pieces:
+            tally.add(codes, positions, edges)
+    finally:
+        coder.train(was_training)
+    if tally.tokens < 2:
+        raise ValueError("no token is left to measure: the mask leaves out all of them, or the text is empty")
+    return _result(tally, edges, min_firings, mask)
+
+
+class _Tally:
+    """Sums over tokens that the R² of every feature is made from, with true positions and with rotated ones."""
+
+    def __init__(self, bins: int, d_sae: int, seed: int):
+        self.sums = torch.zeros(2, bins, d_sae, dtype=torch.double)
+        self.counts = torch.zeros(2, bins, dtype=torch.double)
+        self.squares, self.firings = torch.zeros(d_sae, dtype=torch.double), torch.zeros(d_sae, dtype=torch.long)
+        self.random, self.tokens = np.random.default_rng(seed), 0
+
+    def add(self, codes: Codes, positions: np.ndarray, edges: np.ndarray) -> None:
+        rows, features, values = codes.rows.cpu(), codes.features.cpu(), codes.values.cpu().double()
+        for i, at in enumerate((positions, rotated(positions, self.random))):
+            bins = torch.from_numpy(np.searchsorted(edges, at, side="right") - 1)
+            self.sums[i].view(-1).index_add_(0, bins[rows] * codes.d_sae + features, values)
+            self.counts[i] += torch.bincount(bins, minlength=len(edges))
+        self.squares.index_add_(0, features, values.square())
+        self.firings += torch.bincount(features, minlength=codes.d_sae)
+        self.tokens += len(positions)
+
+
+def rotated(positions: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """Each context's positions moved round by a random number of tokens. A context ends where they rise no more."""
+    out = positions.copy()
+    starts = np.flatnonzero(np.diff(positions, prepend=positions[0] + 1 if len(positions) else 0) <= 0)
+    for first, end in zip(starts, np.append(starts[1:], len(positions)), strict=True):
+        out[first:end] = np.roll(positions[first:end], random.integers(end - first))
+    return out
+
+
+def variance_by_bin(
+    sums: Float[Tensor, "bins d_sae"], counts: Float[Tensor, " bins"], squares: Float[Tensor, " d_sae"]
+) -> Float[Tensor, " d_sae"]:
+    """R² of each feature: (Σ_b S_b²/n_b − S²/n)/(Σf² − S²/n); NaN for one that never varies."""
+    n, total = counts.sum(), sums.sum(0)
+    full = counts > 0
+    between = (sums[full].square() / counts[full, None]).sum(0) - total.square() / n
+    variance = squares - total.square() / n
+    return torch.where(variance > 1e-12 * squares.clamp(min=1e-30), between / variance, torch.nan)
+
+
+def _of_store(coder: SparseCoder, store: Store, tokens: int) -> Pieces:
+    if store.width != coder.d_in:
+        raise ValueError(f"the coder reads d_in={coder.d_in}, the store holds width {store.width}: wrong site or coder")
+    for rows, x in store.blocks(2048):
+        rows, x = rows[: tokens - rows[0]], x[: tokens - rows[0]]
+        if not len(rows):
+            return
+        yield coder.sparse_codes(x.to(coder.W_dec.device)), store.rows(rows, "position").numpy()
+
+
+def _of_text(coder: SparseCoder, lm: LM, data: Documents, tokens: int, length: int) -> Pieces:
+    text = as_text(data)
+    seen, group = 0, []
+    for context in text.contexts(lm.tokenizer, lm.prefix_id, length):
+        group.append(context.ids)
+        seen += len(context.ids)
+        if len(group) == 8 or seen >= tokens:
+            yield _coded(coder, lm, group)
+            group = []
+        if seen >= tokens:
+            return
+    if group:
+        yield _coded(coder, lm, group)
+
+
+def _coded(coder: SparseCoder, lm: LM, rows: list[list[int]]) -> tuple[Codes, np.ndarray]:
+    batch = pad(rows)
+    found = read_codes(lm, coder, batch)
+    return found.codes, batch.positions[found.keep].numpy()
+
+
+def _result(tally: _Tally, edges: Int[np.ndarray, " bins"], min_firings: int, mask: str) -> Positional:
+    r2, control = (variance_by_bin(tally.sums[i], tally.counts[i], tally.squares) for i in (0, 1))
+    counted = (tally.firings >= min_firings) & r2.isfinite()
+    if not counted.any():
+        varies = " and varies" if (tally.firings >= min_firings).any() else ""
+        raise ValueError(
+            f"no feature fires on min_firings={min_firings} of {tally.tokens:,} tokens{varies}: read more, or lower it"
+        )
+    a, b = r2[counted], control[counted]
+    order = torch.where(counted, r2, -1.0).argsort(descending=True)[: min(10, int(counted.sum()))]
+    return Positional(
+        strong=int((a > STRONG).sum()),
+        strong_shuffled=int((b > STRONG).sum()),
+        largest=float(a.max()),
+        largest_shuffled=float(b.max()),
+        median=float(a.median()),
+        median_shuffled=float(b.median()),
+        mean=float(a.mean()),
+        mean_shuffled=float(b.mean()),
+        features=int(counted.sum()),
+        tokens=tally.tokens,
+        bins=len(edges),
+        min_firings=min_firings,
+        best=tuple(order.tolist()),
+        mask=mask,
+        edges=edges,
+        r2=r2.float(),
+        r2_shuffled=control.float(),
+        firings=tally.firings,
+        profile=(tally.sums[0] / tally.counts[0].clamp(min=1)[:, None]).float(),
+    )

@@ -1,0 +1,324 @@
+"""How a coder fares along the context, also beyond the one it was trained on; and a curve through several coders."""
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sae_lab.activations.contexts import clustered_error, spread_contexts
+from sae_lab.activations.reconstructing import (
+    Measured,
+    Reconstruction,
+    _losses,
+    _measure,
+    read_and_reconstruct,
+    recovered,
+)
+from sae_lab.arguments import as_annotated
+from sae_lab.lm.model import LM
+from sae_lab.lm.text import Documents
+from sae_lab.results import Figure, Result, number
+from sae_lab.saes.base import SparseCoder
+from sae_lab.types import Site
+
+_SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1, 3 / 2, 2, 3)  # of the training context, where a bin ends
+
+
+def ratio_error(top: Tensor, bottom: Tensor, clusters: Tensor) -> float:
+    """Standard error of Σtop/Σbottom whose clusters are independent: that of the mean of top − ratio·bottom, over the
+    mean of bottom (delta method); NaN for a single cluster, or a bottom of 0."""
+    top, bottom = top.double(), bottom.double()
+    if not bottom.sum():
+        return math.nan
+    residual = top - top.sum() / bottom.sum() * bottom
+    return clustered_error(residual, clusters) / abs(float(bottom.mean()))
+
+
+def difference_error(values: Tensor, one: Tensor, other: Tensor, clusters: Tensor) -> float:
+    """Standard error of mean(values[one]) − mean(values[other]) where clusters hold tokens of both."""
+    values = values.double()
+    influence = torch.zeros_like(values)
+    for sign, members in ((1, one), (-1, other)):
+        influence[members] = sign * (values[members] - values[members].mean()) / members.sum()
+    return clustered_error(influence, clusters) * len(values)
+
+
+# ---------------------------------------------------------------------------------------------- along the context
+
+
+@dataclass(frozen=True, repr=False)
+class ByPosition(Result):
+    """Result of ``sl.evals.by_position``: one entry a bin of positions, ``edges[i]`` to ``edges[i + 1] - 1``.
+
+    ``fvu``, ``ce_delta`` (nats/token) and ``ce_recovered`` (against mean ablation) with standard errors; ``pca_*`` the
+    control, PCA of rank k; ``ce_clean`` the model's own loss. ``rise``: ΔCE beyond the training context less that in
+    the second half of it; ``pca_rise`` the same of PCA. NaN where nothing lies beyond, and for what is recovered in a
+    bin where ablation costs too little (as in ``sl.evals.reconstruction``).
+    """
+
+    edges: tuple[int, ...]
+    trained: int
+    fvu: tuple[float, ...]
+    fvu_se: tuple[float, ...]
+    pca_fvu: tuple[float, ...]
+    ce_clean: tuple[float, ...]
+    ce_delta: tuple[float, ...]
+    ce_delta_se: tuple[float, ...]
+    ce_recovered: tuple[float, ...]
+    pca_ce_delta: tuple[float, ...]
+    rise: float
+    rise_se: float
+    pca_rise: float
+    fvu_rise: float
+    fvu_rise_se: float
+    pca_rank: int
+    tokens: int
+    documents: int
+    mask: str
+
+    def figures(self) -> list[Figure]:
+        """Of each bin FVU and ΔCE, and how both change beyond the training context."""
+        k = f"PCA {self.pca_rank}"
+        found = []
+        for i, (a, b) in enumerate(pairwise(self.edges)):
+            where = f"positions {a}-{b - 1}" + (", beyond training" if a >= self.trained else "")
+            found += [
+                Figure(f"FVU {a}-{b - 1}", self.fvu[i], self.fvu_se[i], self.pca_fvu[i], k, where, "low"),
+                Figure(f"dCE {a}-{b - 1}", self.ce_delta[i], self.ce_delta_se[i], self.pca_ce_delta[i], k,
+                       f"nats/token; clean {self.ce_clean[i]:.2f}, recovered {number(self.ce_recovered[i])}", "low"),
+            ]  # fmt: skip
+        inside = f"beyond {self.trained} less {self.trained // 2}-{self.trained - 1}"
+        return [
+            *found,
+            Figure("rise of dCE", self.rise, self.rise_se, self.pca_rise, k, f"{inside}, nats/token"),
+            Figure("rise of FVU", self.fvu_rise, self.fvu_rise_se, meaning=inside),
+        ]
+
+    def to_pandas(self):
+        """One row a bin."""
+        import pandas as pd
+
+        names = ("fvu", "fvu_se", "pca_fvu", "ce_clean", "ce_delta", "ce_delta_se", "ce_recovered", "pca_ce_delta")
+        bins = {"start": self.edges[:-1], "end": self.edges[1:]}
+        return pd.DataFrame(bins | {name: getattr(self, name) for name in names})
+
+    def _footer(self) -> str:
+        return (
+            f"{self.tokens:,} tokens of {self.documents} documents, whole contexts of {self.edges[-1]} only; trained "
+            f"on contexts of {self.trained}; ± clustered by document; {self.mask}; PCA fitted on these very tokens"
+        )
+
+
+@as_annotated
+def by_position(
+    coder: SparseCoder,
+    lm: LM,
+    text: Documents,
+    tokens: int = 16_384,
+    context: int | None = None,
+    edges: Sequence[int] | None = None,
+    site: Site | str | None = None,
+) -> ByPosition:
+    """FVU and ΔCE by the position of a token in its context, also beyond the context the coder was trained with.
+
+    FVU of a bin = Σ‖y−ŷ‖²/Σ‖y−ȳ‖² over its kept tokens, ȳ over all kept tokens. ΔCE = CE(spliced) − CE(clean) of the
+    tokens predicted there, the whole context being spliced. Only contexts of full length count, so that every bin reads
+    the same texts. Control: PCA of rank k, fitted on these activations of all positions.
+
+    Args:
+        tokens: how many to choose contexts from. context: tokens the model sees at once; None is twice what the coder
+            was trained with, or what the model can read.
+        edges: where bins start, and the end of the last: increasing, at most ``context``; None: the training context
+            cut at its sixteenth, eighth, quarter and half, and from its end in halves of it.
+
+    Raises ValueError for edges that are none, and for text without two documents that fill a context.
+    """
+    trained = int(coder.meta.get("context") or 128)
+    context = min(2 * trained, lm.max_length) if context is None else context
+    if not 2 <= context <= lm.max_length:
+        raise ValueError(f"context must lie between 2 and the {lm.max_length} tokens this model reads, got {context}")
+    if tokens < 1:
+        raise ValueError(f"tokens must be positive, got {tokens}")
+    edges = _edges(edges, trained, context)
+    contexts = [c for c in spread_contexts(lm, text, tokens, context) if len(c.ids) == context]
+    if len({c.documents[0] for c in contexts}) < 2:
+        raise ValueError(
+            f"by_position needs two documents of at least context={context} tokens, got "
+            f"{len({c.documents[0] for c in contexts})}: give longer text, more tokens, or a shorter context"
+        )
+    read = read_and_reconstruct(coder, lm, contexts, site)
+    measured = _measure(coder, read.y, read.y_hat, read.active, read.kept)
+    losses, _ = _losses(lm, read.site, contexts, read.kept, read.y_hat, measured)
+    return _binned(read, measured, losses.double(), edges, trained)
+
+
+def _edges(edges: Sequence[int] | None, trained: int, context: int) -> tuple[int, ...]:
+    if edges is None:
+        ends = sorted({round(trained * share) for share in _SHARES if round(trained * share) < context})
+        return (0, *(end for end in ends if end > 0), context)
+    edges = tuple(int(e) for e in edges)
+    if len(edges) < 2 or edges[0] < 0 or edges[-1] > context or any(a >= b for a, b in pairwise(edges)):
+        raise ValueError(f"edges must be two or more increasing positions from 0 to context={context}, got {edges}")
+    return edges
+
+
+def _binned(read: Measured, measured: dict, losses: Tensor, edges: tuple[int, ...], trained: int) -> ByPosition:
+    kept, position, document = read.kept, read.positions, read.documents
+    y, mean, basis = read.y[kept], measured["mean"], measured["basis"]
+    variance = (y - mean).pow(2).sum(-1).double()
+    error = (y - read.y_hat[kept]).pow(2).sum(-1).double()
+    pca_error = (variance - ((y - mean) @ basis).pow(2).sum(-1).double()).clamp(min=0)
+    at, of, seen = position[kept], document[kept], position > 0  # a context's first token is not predicted
+    predicted, document_predicted = position[seen], document[seen]
+    clean, spliced, ablated, _, pca = losses
+    columns: dict[str, list[float]] = {name: [] for name in ByPosition.__dataclass_fields__}
+    for first, end in pairwise(edges):
+        a, b = (at >= first) & (at < end), (predicted >= first) & (predicted < end)
+        total, delta, cost = float(variance[a].sum()), (spliced - clean)[b], (ablated - clean)[b]
+        cost_se = clustered_error(cost, document_predicted[b])
+        for name, value in (
+            ("fvu", float(error[a].sum()) / total if total else math.nan),
+            ("fvu_se", ratio_error(error[a], variance[a], of[a]) if total else math.nan),
+            ("pca_fvu", float(pca_error[a].sum()) / total if total else math.nan),
+            ("ce_clean", float(clean[b].mean())),
+            ("ce_delta", float(delta.mean())),
+            ("ce_delta_se", clustered_error(delta, document_predicted[b])),
+            ("ce_recovered", recovered(float(delta.mean()), float(cost.mean()), cost_se)),
+            ("pca_ce_delta", float((pca - clean)[b].mean())),
+        ):
+            columns[name].append(value)
+    inside, beyond = (predicted >= trained // 2) & (predicted < trained), predicted >= trained
+    rise, rise_se = _rise(spliced - clean, inside, beyond, document_predicted)
+    fvu_rise, fvu_rise_se = _fvu_rise(error, variance, (at >= trained // 2) & (at < trained), at >= trained, of)
+    return ByPosition(
+        edges=edges,
+        trained=trained,
+        **{name: tuple(values) for name, values in columns.items() if values},
+        rise=rise,
+        rise_se=rise_se,
+        pca_rise=_rise(pca - clean, inside, beyond, document_predicted)[0],
+        fvu_rise=fvu_rise,
+        fvu_rise_se=fvu_rise_se,
+        pca_rank=measured["rank"],
+        tokens=len(kept),
+        documents=len(document.unique()),
+        mask=read.mask,
+    )
+
+
+def _rise(values: Tensor, inside: Tensor, beyond: Tensor, clusters: Tensor) -> tuple[float, float]:
+    if not inside.any() or not beyond.any():
+        return math.nan, math.nan
+    return (
+        float(values[beyond].mean() - values[inside].mean()),
+        difference_error(values, beyond, inside, clusters),
+    )
+
+
+def _fvu_rise(error: Tensor, variance: Tensor, inside: Tensor, beyond: Tensor, of: Tensor) -> tuple[float, float]:
+    """FVU beyond less FVU inside. Both ratios vary with the document: their influences are added before clustering."""
+    if not inside.any() or not beyond.any():
+        return math.nan, math.nan
+    influence, fvu = torch.zeros_like(error), []
+    for sign, members in ((-1, inside), (1, beyond)):
+        ratio = error[members].sum() / variance[members].sum()
+        influence[members] = sign * (error[members] - ratio * variance[members]) / variance[members].sum()
+        fvu.append(float(ratio))
+    return fvu[1] - fvu[0], clustered_error(influence, of) * len(error)
+
+
+# ---------------------------------------------------------------------------------------------- over several coders
+
+
+@dataclass(frozen=True, repr=False)
+class Hill(Result):
+    """Result of ``sl.evals.hill``. ``half_l0``: the L0 at which half of the loss is recovered; ``slope``: Hill's n.
+
+    Both and their errors are NaN where the points do not tell them. ``rmse``: of the fit, of lost = 1 − recovered;
+    ``line_rmse``: of a straight line, the control.
+    """
+
+    half_l0: float
+    half_l0_se: float
+    slope: float
+    slope_se: float
+    rmse: float
+    line_rmse: float
+    l0: tuple[float, ...] = field(repr=False)
+    lost: tuple[float, ...] = field(repr=False)
+
+    def lost_at(self, l0: float) -> float:
+        """1 − recovered that the curve gives at an L0."""
+        return float(_hill(1 / l0, math.log(1 / self.half_l0), self.slope))
+
+    def figures(self) -> list[Figure]:
+        """The two parameters, and how well the curve fits."""
+        return [
+            Figure("L0 at half", self.half_l0, self.half_l0_se, meaning="where 1 - recovered is 1/2", best="low"),
+            Figure("slope n", self.slope, self.slope_se, meaning="how fast it is lost as 1/L0 grows"),
+            Figure("rmse", self.rmse, control=self.line_rmse, control_name="straight line", meaning="of 1 - recovered",
+                   best="low", digits=4),
+        ]  # fmt: skip
+
+    def _footer(self) -> str:
+        return f"{len(self.l0)} coders of L0 {self.l0[0]:.1f} to {self.l0[-1]:.1f}; ± of the least squares fit"
+
+
+@as_annotated
+def hill(results: Sequence[Reconstruction | tuple[Any, Any]]) -> Hill:
+    """A Hill curve through several coders: lost = sⁿ/(sⁿ + hⁿ), s = 1/L0, lost = 1 − CE recovered (mean ablation).
+
+    Without a single active feature the mean is all that is left, which recovers 0: the curve goes to 1 as 1/L0 grows.
+    h = 1/(L0 at half). Fitted by least squares in (log h, n); standard errors from its covariance, the spread of the
+    points about the curve being their error. Control: a straight line in 1/L0, which has as many parameters.
+
+    Args: results: of ``sl.evals.reconstruction`` on the same text, or pairs (L0, CE recovered): three at least. Where
+            they do not tell the parameters (all recover alike), these and their errors are NaN.
+
+    Raises ValueError for fewer, for equal L0, and for an L0 of 0.
+    """
+    from scipy.optimize import OptimizeWarning, curve_fit
+
+    points = sorted((r.l0, r.ce_recovered) if isinstance(r, Reconstruction) else (r[0], r[1]) for r in results)
+    l0, recovered = (np.array(column, float) for column in zip(*points, strict=True)) if points else (np.zeros(0),) * 2
+    if len(np.unique(l0)) < 3:
+        raise ValueError(f"a Hill curve needs coders of three different L0 at least, got {len(np.unique(l0))}")
+    if (bad := ~((l0 > 0) & np.isfinite(recovered))).any():
+        wrong = points[int(bad.argmax())]
+        raise ValueError(f"a Hill curve needs L0 above 0 and numbers for CE recovered, got {wrong}: leave it out")
+    s, lost = 1 / l0, 1 - recovered
+    odds = np.log(np.clip(lost, 1e-4, 1 - 1e-4) / (1 - np.clip(lost, 1e-4, 1 - 1e-4)))
+    slope, offset = np.polyfit(np.log(s), odds, 1)  # log odds = n·(log s − log h): a start from which it converges
+    start = (-offset / slope, slope) if slope > 0.05 else (float(np.log(s).max()) + 1, 1.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", OptimizeWarning)  # that there is no covariance is said by errors of NaN
+        try:
+            (log_h, n), covariance = curve_fit(_hill, s, lost, p0=start, maxfev=20_000)
+        except RuntimeError:  # the search does not end
+            (log_h, n), covariance = (math.nan, math.nan), np.full((2, 2), math.nan)
+    errors = np.sqrt(np.diag(covariance))
+    errors[~np.isfinite(errors)] = math.nan
+    told = bool(np.isfinite(errors).all())  # else any flat curve fits, and its L0 at half is where the search stopped
+    line = np.polyval(np.polyfit(s, lost, 1), s)
+    return Hill(
+        half_l0=math.exp(-log_h) if told else math.nan,
+        half_l0_se=math.exp(-log_h) * float(errors[0]) if told else math.nan,
+        slope=float(n) if told else math.nan,
+        slope_se=float(errors[1]) if told else math.nan,
+        rmse=float(np.sqrt(np.mean((_hill(s, log_h, n) - lost) ** 2))),
+        line_rmse=float(np.sqrt(np.mean((line - lost) ** 2))),
+        l0=tuple(l0.tolist()),
+        lost=tuple(lost.tolist()),
+    )
+
+
+def _hill(s, log_h, n):
+    from scipy.special import expit
+
+    return expit(n * (np.log(s) - log_h))

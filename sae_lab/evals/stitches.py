@@ -1,0 +1,223 @@
+"""What a larger coder knows that a smaller one does not: its features put into the smaller, one at a time."""
+
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from sae_lab.activations.store import Store
+from sae_lab.arguments import as_annotated
+from sae_lab.evals.choosing import _name
+from sae_lab.evals.codelength import by_content, jackknife, run_coder, sample
+from sae_lab.results import Figure, Result
+from sae_lab.saes import kernels
+from sae_lab.saes.base import SparseCoder
+from sae_lab.types import Codes
+
+
+@dataclass(frozen=True, repr=False)
+class Stitching(Result):
+    """Result of ``sl.evals.stitching``. Shares are of the large coder's features that fire on these rows.
+
+    Attributes:
+        novel: share of features without a row of the small decoder at ``threshold`` or above; the others are
+            reconstruction features.
+        novel_help: share of novel features that lower the squared error when inserted, ``novel_help_se`` (jackknife
+            over groups of documents); ``novel_help_random``: with a random direction for each; ``novel_help_shuffled``:
+            with its activations given to other rows.
+        known_hurt: share of reconstruction features that raise it when inserted, ``known_hurt_se``.
+        swap_better: share of reconstruction features with which it is lower when they take the place of the nearest
+            small feature than when they are inserted beside it; ``swap_better_random``: of a small feature drawn at
+            random. ``swap_help``: share with which it does not rise at all.
+        fvu_small, fvu_novel, fvu_large: variance unexplained by the small coder, by it with all novel features at once,
+            and by the large one.
+        cosines, nearest: of every large feature, the largest cosine with a row of the small decoder, and which.
+        inserted, swapped: change of the mean squared error of a row by each; NaN where it never fires (``swapped``:
+            also for novel ones).
+    """
+
+    novel: float
+    novel_help: float
+    novel_help_se: float
+    novel_help_random: float
+    novel_help_shuffled: float
+    known_hurt: float
+    known_hurt_se: float
+    swap_better: float
+    swap_better_random: float
+    swap_help: float
+    fvu_small: float
+    fvu_novel: float
+    fvu_large: float
+    threshold: float
+    live: int
+    d_small: int
+    d_large: int
+    rows: int
+    documents: int
+    cosines: Float[Tensor, " d_large"] = field(repr=False, compare=False)
+    nearest: Int[Tensor, " d_large"] = field(repr=False, compare=False)
+    inserted: Float[Tensor, " d_large"] = field(repr=False, compare=False)
+    swapped: Float[Tensor, " d_large"] = field(repr=False, compare=False)
+
+    def figures(self) -> list[Figure]:
+        return [
+            Figure("novel", self.novel, meaning=f"no small feature at a cosine of {self.threshold:g}"),
+            Figure("novel, MSE falls", self.novel_help, self.novel_help_se, self.novel_help_random,
+                   "random directions", "inserted one at a time", "high"),
+            Figure("reconstruction, MSE rises", self.known_hurt, self.known_hurt_se, 1 - self.novel_help,
+                   "of novel", "inserted one at a time"),
+            Figure("swapped, better than inserted", self.swap_better, control=self.swap_better_random,
+                   control_name="for a random small feature", meaning=f"MSE does not rise for {self.swap_help:.3f}"),
+            Figure("FVU with all novel", self.fvu_novel, control=self.fvu_small, control_name="small alone",
+                   meaning=f"large alone {self.fvu_large:.3f}", best="low"),
+        ]  # fmt: skip
+
+    def _footer(self) -> str:
+        return (
+            f"{self.d_small:,} and {self.d_large:,} features, {self.live:,} of the latter fire; {self.rows:,} rows of "
+            f"{self.documents:,} documents; with the activations of other rows {self.novel_help_shuffled:.1%} of novel "
+            "features lower MSE"
+        )
+
+
+@as_annotated
+@torch.no_grad()
+def stitching(
+    small: SparseCoder, large: SparseCoder, x: Tensor | Store, *, threshold: float = 0.7, tokens: int = 16_384,
+    seed: int = 0,
+) -> Stitching:  # fmt: skip
+    """Put each feature of a large coder into a small one, and see whether the reconstruction improves.
+
+        e = x − x̂_small,  inserted_j = E‖e − g_j·d_j‖² − E‖e‖² = E[g_j²]·‖d_j‖² − 2·E[g_j·(e·d_j)]
+        swapped_j = E‖e + f_i·c_i − g_j·d_j‖² − E‖e‖²,  i the nearest small feature
+
+    f, c: codes and decoder rows of the small coder; g, d: of the large (rows at unit norm, and codes as
+    ``SparseCoder.strengths``). A feature is novel where no small decoder row
+    has a cosine of ``threshold`` with it: the small coder lacks it, and with it the error falls. Else it is a
+    reconstruction feature, which the small one has under another name: inserted beside it the error rises, in the
+    place of it less so. One feature at a time, all of them from sums over active places: no pass per feature.
+
+    Leask et al. 2025 (arXiv:2502.04878). They swap groups of features in turn; here each alone, and all novel ones
+    together (``fvu_novel``).
+
+    Args: small, large: two coders of the same activations, in eval mode. x: activations ``rows d_in`` (used evenly), or
+    a Store (of which the rows no batch held). tokens: how many rows at most.
+
+    Raises ValueError for coders of other widths, or that transcode, and where no feature of the large one fires.
+    """
+    _check(small, large, threshold)
+    rows = sample(x, tokens, small)
+    f, small_hat = run_coder(small, rows)
+    g, large_hat = run_coder(large, rows)
+    error = (rows.x - small_hat).flatten(1)
+    c, d = (one.directions().cpu() for one in (small, large))
+    cosines, nearest = _nearest(c, d)
+    fired = torch.bincount(g.features, minlength=large.d_sae) > 0
+    if not bool(fired.any()):
+        raise ValueError(f"no feature of the large coder fires on these {len(rows.x)} rows: give more tokens")
+    novel, known = fired & (cosines < threshold), fired & (cosines >= threshold)
+    folds = rows.folds
+    sizes = torch.bincount(folds).double()
+    put = _inserted(g, error, d, folds)
+    generator = torch.Generator().manual_seed(seed)
+    other = torch.randperm(len(error), generator=generator)
+    order = by_content(g)
+    random, taken = torch.empty_like(d), torch.empty_like(nearest)
+    random[order] = normalize(torch.randn(d.shape, generator=generator), dim=1)
+    taken[order] = by_content(f)[torch.randint(small.d_sae, (large.d_sae,), generator=generator)]
+    swap, swap_random = (put.sum(0) / len(error) + _removed(f, g, error, c, d, i) for i in (nearest, taken))
+    inserted = put.sum(0) / len(error)
+    rounding = 1e-6 * float(rows.x.flatten(1).pow(2).sum(1).mean())  # a feature swapped for itself changes nothing
+    return Stitching(
+        novel=_share(novel, fired),
+        novel_help=_share(inserted < 0, novel),
+        novel_help_se=_error(put, sizes, novel, rising=False),
+        novel_help_random=_share(_inserted(g, error, random, folds).sum(0) < 0, novel),
+        novel_help_shuffled=_share(_inserted(g, error[other], d, folds).sum(0) < 0, novel),
+        known_hurt=_share(inserted > 0, known),
+        known_hurt_se=_error(put, sizes, known, rising=True),
+        swap_better=_share(swap < inserted, known),
+        swap_better_random=_share(swap_random < inserted, known),
+        swap_help=_share(swap <= rounding, known),
+        **_fvu(rows.x.flatten(1), small_hat.flatten(1), large_hat.flatten(1), g, d, novel),
+        threshold=threshold,
+        live=int(fired.sum()),
+        d_small=small.d_sae,
+        d_large=large.d_sae,
+        rows=len(error),
+        documents=len(rows.documents.unique()),
+        cosines=cosines,
+        nearest=nearest,
+        inserted=inserted.where(fired, torch.nan).float(),
+        swapped=swap.where(known, torch.nan).float(),
+    )
+
+
+def _check(small: SparseCoder, large: SparseCoder, threshold: float) -> None:
+    if not -1 <= threshold <= 1:
+        raise ValueError(f"threshold is a cosine from -1 to 1, got {threshold}")
+    for coder in (small, large):
+        if coder.training:
+            raise ValueError(f"this eval needs coders in eval mode, got {_name(coder)} in training: call sae.eval()")
+        if coder.transcodes:
+            raise ValueError(f"stitching needs coders that reconstruct what they read, {_name(coder)} does not")
+    if small.in_shape != large.in_shape:
+        raise ValueError(
+            f"both coders must read the same activations, got widths {small.in_shape} and {large.in_shape}"
+        )
+
+
+def _nearest(c: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
+    """(largest cosine with a row of c, which row) of every row of d."""
+    c = normalize(c, dim=1)
+    best = [(normalize(part, dim=1) @ c.T).max(1) for part in d.split(2048)]
+    return torch.cat([b.values for b in best]).clamp(-1, 1), torch.cat([b.indices for b in best])
+
+
+def _inserted(g: Codes, error: Tensor, d: Tensor, folds: Tensor) -> Float[Tensor, "folds d_large"]:
+    """Σ over each fold's rows of ‖e − g_j·d_j‖² − ‖e‖²."""
+    along = kernels.inner_products(error, d, g.features, g.offsets).double()
+    values = g.values.double()
+    change = values**2 * d.double().pow(2).sum(1)[g.features] - 2 * values * along
+    n = len(d)
+    sums = torch.zeros((int(folds.max()) + 1) * n, dtype=torch.float64)
+    return sums.index_add(0, folds[g.rows] * n + g.features, change).view(-1, n)
+
+
+def _removed(f: Codes, g: Codes, error: Tensor, c: Tensor, d: Tensor, nearest: Tensor) -> Float[Tensor, " d_large"]:
+    """What it adds to inserted_j that small feature i = nearest[j] goes: E[f_i²]·‖c_i‖² + 2·E[f_i·(e·c_i)] −
+    2·E[f_i·g_j]·(c_i·d_j)."""
+    along = kernels.inner_products(error, c, f.features, f.offsets).double()
+    values = f.values.double()
+    change = values**2 * c.double().pow(2).sum(1)[f.features] + 2 * values * along
+    alone = torch.zeros(len(c), dtype=torch.float64).index_add(0, f.features, change)[nearest]
+    # Where the small feature fires beside the large one: its key among those of all active places.
+    key, order = (f.rows * len(c) + f.features).sort()
+    wanted = g.rows * len(c) + nearest[g.features]
+    place = torch.searchsorted(key, wanted).clamp_max(max(len(key) - 1, 0))
+    both = key[place] == wanted if len(key) else torch.zeros(len(wanted), dtype=torch.bool)
+    products = values[order[place[both]]] * g.values[both].double()
+    together = torch.zeros(len(d), dtype=torch.float64).index_add(0, g.features[both], products)
+    return (alone - 2 * together * (c[nearest] * d).sum(1).double()) / len(error)
+
+
+def _share(which: Tensor, among: Tensor) -> float:
+    return float(which[among].float().mean()) if bool(among.any()) else float("nan")
+
+
+def _error(put: Tensor, sizes: Tensor, among: Tensor, rising: bool) -> float:
+    """Jackknife over folds of the share whose change has one sign."""
+    if not bool(among.any()) or int((sizes > 0).sum()) < 2:
+        return float("nan")
+    without = [put.sum(0) - one for one, size in zip(put, sizes, strict=True) if size > 0]
+    return jackknife(_share(w > 0 if rising else w < 0, among) for w in without)
+
+
+def _fvu(x: Tensor, small: Tensor, large: Tensor, g: Codes, d: Tensor, novel: Tensor) -> dict[str, float]:
+    variance = float((x - x.mean(0)).pow(2).sum(dtype=torch.float64))
+    added = kernels.weighted_rows(torch.where(novel[g.features], g.values, 0), g.features, g.offsets, d)
+    hats = {"fvu_small": small, "fvu_novel": small + added, "fvu_large": large}
+    return {name: float((x - hat).pow(2).sum(dtype=torch.float64)) / variance for name, hat in hats.items()}

@@ -1,0 +1,263 @@
+"""sl.dose_response: what steering a feature buys and costs, beside controls that need no coder."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import islice, pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sae_lab.arguments import as_annotated
+from sae_lab.edits.edit import Push, Steer
+from sae_lab.feature_index.directions import extremes
+from sae_lab.lm.model import LM
+from sae_lab.lm.text import load_text
+from sae_lab.lm.tokens import pad
+from sae_lab.results import Shown, frame_rows
+from sae_lab.saes.base import SparseCoder
+
+STRENGTHS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
+FEATURE, RANDOM, MEANS, PROMPT = "feature", "random direction", "difference in means", "prompt"
+
+
+@dataclass(frozen=True, repr=False)
+class DoseResponse(Shown):
+    """Result of ``sl.dose_response``: one row for each method and strength.
+
+    Columns of ``to_pandas()``: method; strength; norm of what is added to every token; log_odds (nats) of the target as
+    the next token after the prompts, their mean; se, its standard error over prompts; cost: rise of the loss on the
+    other text (nats/token; perplexity grows by exp of it); cost_se, over its texts. "random direction" is a mean over
+    seeds.
+    """
+
+    rows: list[dict[str, Any]] = field(repr=False)
+    feature: int
+    target: tuple[str, ...]
+
+    def to_pandas(self):
+        """One row a method and strength."""
+        import pandas as pd
+
+        return pd.DataFrame(self.rows)
+
+    def at_cost(self, cost: float) -> dict[str, float]:
+        """Each method's log-odds at this perplexity cost (nats/token), linear between its strengths; NaN where none of
+        its strengths reaches it. A prompt has one cost: it counts where it costs no more."""
+        found = {}
+        for method in dict.fromkeys(row["method"] for row in self.rows):
+            points = [(r["cost"], r["log_odds"]) for r in self.rows if r["method"] == method]
+            if method == PROMPT:
+                found[method] = points[0][1] if points[0][0] <= cost else float("nan")
+                continue
+            found[method] = _first_crossing(points, cost)
+        return found
+
+    _align, _gap = ">", " "
+
+    def _rows(self) -> list[tuple[str, ...]]:
+        return frame_rows(self.to_pandas())
+
+    def _footer(self) -> str:
+        reached = max(r["cost"] for r in self.rows if r["method"] == FEATURE)
+        even = ", ".join(f"{m} {v:.2f}" for m, v in self.at_cost(reached / 2).items())
+        return (
+            f"feature {self.feature}, target {', '.join(map(repr, self.target))}; log-odds where each costs "
+            f"{reached / 2:.3f} nats/token: {even}"
+        )
+
+
+def promoted(lm: LM, coder: SparseCoder, feature: int, n: int = 3) -> list[str]:
+    """The n single tokens that a feature's direction promotes most by the logit lens; none where the coder does not
+    write to the residual stream. At most ten are looked through for tokens that read back as themselves."""
+    site = coder.writes[0] if coder.writes else coder.site
+    found = lm.lens(coder.W_dec[[coder.feature(feature)]].detach(), site, of=extremes)
+    if found is None:
+        return []
+    ids = found["up_ids"][0].tolist()
+    texts = [(i, lm.tokenizer.decode([i])) for i in ids]
+    return [t for i, t in texts if lm.tokenizer(t, add_special_tokens=False)["input_ids"] == [i]][:n]
+
+
+def neutral_texts(n: int = 4, characters: int = 300) -> list[str]:
+    """The beginnings of held-out documents of the bundled text: texts to measure a cost on."""
+    return [document[:characters] for document in islice(load_text().held_out, n)]
+
+
+def _first_crossing(points: list[tuple[float, float]], cost: float) -> float:
+    """The response at the smallest dose that costs so much; points in the order of doses."""
+    for (c0, y0), (c1, y1) in pairwise(points):
+        if c0 <= cost <= c1 and c1 > c0:
+            return y0 + (y1 - y0) * (cost - c0) / (c1 - c0)
+    return float("nan")
+
+
+@as_annotated
+def dose_response(
+    lm: LM,
+    coder: SparseCoder,
+    feature: int,
+    prompts: str | Sequence[str],
+    target: str | Sequence[str],
+    text: str | Sequence[str],
+    *,
+    strengths: Sequence[float] = STRENGTHS,
+    examples: tuple[Sequence[str], Sequence[str]] | None = None,
+    ask: str | None = None,
+    seeds: int = 3,
+    progress: Callable[[int, int], None] | None = None,
+) -> DoseResponse:
+    """Steer a feature at several strengths: the target's log-odds and the cost in perplexity, beside controls.
+
+        sl.dose_response(lm, sae, 12, ["I went to the"], [" war"], other_texts,
+                         examples=(texts_of_war, texts_of_peace), ask="Speak of war. ")
+
+    Controls: random directions of the same norm; the difference in means of labelled examples at the coder's site, of
+    the same norm (``examples``: positive and negative texts, of their tokens that the coder's mask counts); and a
+    prompt that asks for the same (``ask``, put before the prompts and before the text). A feature that loses to one of
+    them has lost: compare with ``.at_cost``.
+
+    Args:
+        target: a token, or several that count together; each must be one token of this model.
+        text: other texts, on which the cost is measured, the same edit at every token.
+        seeds: of random directions.
+        progress: is called with (measurements done, of how many) before each; what it raises ends the work.
+
+    Raises ValueError for a target of more than one token, strengths that do not begin at 0, fall or are not finite, an
+    empty list, another text too short to have a loss, an example without a token that counts, a direction of no length,
+    a coder with an ``input_norm``, and what ``sl.Steer`` refuses.
+    """
+    prompts, targets, text = _texts(prompts), tuple(_texts(target)), _texts(text)
+    strengths = [float(s) for s in strengths]
+    if not prompts or not text or not targets or seeds < 1:
+        raise ValueError("dose_response needs at least one prompt, one target, one other text and one seed")
+    if not strengths or strengths[0] != 0 or not all(a < b < math.inf for a, b in pairwise(strengths)):
+        raise ValueError(f"strengths begin at 0, where nothing is changed, and rise, all finite, got {strengths}")
+    if coder.input_norm != "none" and not coder.transcodes:
+        raise ValueError(
+            f"dose_response adds one vector at every token, and this coder writes in the size of each token's own "
+            f"activation (input_norm={coder.input_norm!r}): take a coder with input_norm='none', or compare sl.Steer "
+            "with sl.Steer"
+        )
+    ids = _single_tokens(lm, targets)
+    Steer(coder, feature).writes(lm, lm.tokenize(prompts[0]))  # refuses what it must, before anything runs
+    write = (coder.f_scale[feature] * coder.W_dec[feature]).detach().cpu()
+    methods = _directions(lm, coder, write, examples, seeds)
+    total = 1 + (len(strengths) - 1) * sum(map(len, methods.values())) + (ask is not None)
+    measure = _Measure(lm, prompts, text, ids, progress, total)
+    clean = measure([])
+    rows = []
+    for method, directions in methods.items():
+        for strength in strengths:
+            norm = strength * float(write.norm())
+            results = [
+                clean if not strength else measure([Push(coder, strength * float(write.norm()) * d)])
+                for d in directions
+            ]
+            rows.append({"method": method, "strength": strength, "norm": norm} | _row(results, clean))
+    if ask is not None:
+        rows.append({"method": PROMPT, "strength": float("nan"), "norm": 0.0} | _row([measure([], ask)], clean))
+    return DoseResponse(rows, coder.feature(feature), targets)
+
+
+def _texts(given: str | Sequence[str]) -> list[str]:
+    """One text, or several, as a list."""
+    return [given] if isinstance(given, str) else list(given)
+
+
+def _directions(
+    lm: LM, coder: SparseCoder, write: Tensor, examples: Any, seeds: int
+) -> dict[str, list[Float[Tensor, " d"]]]:
+    """Unit directions by method."""
+    random = torch.randn(seeds, len(write), generator=torch.Generator().manual_seed(0))
+    found = {FEATURE: [write], RANDOM: list(random)}
+    if examples is not None:
+        positive, negative = (_mean_activation(lm, coder, _texts(side)) for side in examples)
+        found[MEANS] = [positive - negative]
+    for method, directions in found.items():
+        if any(float(d.norm()) == 0 for d in directions):
+            raise ValueError(f"the {method} has no length: its positive and negative examples must differ")
+    return {method: [d / d.norm() for d in directions] for method, directions in found.items()}
+
+
+def _mean_activation(lm: LM, coder: SparseCoder, texts: list[str]) -> Float[Tensor, " d"]:
+    """Over texts, of each one's mean over the tokens that count, where the coder writes."""
+    if not texts:
+        raise ValueError("examples are positive and negative texts, at least one of each")
+    site = coder.writes[0] if coder.writes else coder.site
+    mask, sites = coder.mask or lm.mask(), list(dict.fromkeys((*coder.reads, site)))
+    means = []
+    for one in texts:
+        reading = lm.read(one, sites)
+        acts = {s: reading[s].cpu() for s in sites}
+        keep = mask.keep(reading.ids, reading.batch.positions, acts) & reading.mask
+        if not keep.any():
+            raise ValueError(f"the mask leaves out every token of the example {one!r} ({mask}): give a longer text")
+        means.append(reading[site][keep].mean(0).cpu())
+    return torch.stack(means).mean(0)
+
+
+def _single_tokens(lm: LM, targets: tuple[str, ...]) -> list[int]:
+    ids = []
+    for target in targets:
+        found = lm.tokenizer(target, add_special_tokens=False)["input_ids"]
+        if len(found) != 1:
+            pieces = [lm.tokenizer.decode([i]) for i in found]
+            raise ValueError(f"a target is one token, {target!r} is {len(found)} ({pieces}): take one of them")
+        ids.append(found[0])
+    return ids
+
+
+class _Measure:
+    """(log-odds of the target after each prompt, loss of each other text's tokens) under edits."""
+
+    def __init__(
+        self, lm: LM, prompts: list[str], text: list[str], target: list[int],
+        progress: Callable[[int, int], None] | None, total: int,
+    ):  # fmt: skip
+        self.lm, self.prompts, self.text, self.target = lm, prompts, text, target
+        self.progress, self.done, self.total = progress, 0, total
+
+    def __call__(self, edits: list[Any], ask: str = "") -> tuple[Tensor, Tensor]:
+        if self.progress is not None:
+            self.progress(self.done, self.total)
+        self.done += 1
+        batch = self.lm.tokenize([ask + p for p in self.prompts])
+        last = batch.mask.sum(1) - 1
+        logits = self.lm.logits([ask + p for p in self.prompts], edits=edits)
+        chance = logits[torch.arange(len(last)), last].log_softmax(-1)[:, self.target].logsumexp(-1)
+        log_odds = (chance - torch.log1p(-chance.exp())).cpu()
+        return log_odds, self._losses(edits, ask)
+
+    def _losses(self, edits: list[Any], ask: str) -> Float[Tensor, " text"]:
+        """Of each text's tokens from its second on, which are the first that an edit reaches: of what asks before, none
+        count."""
+        first = 0 if self.lm.prefix_id is None else 1  # of a text's own tokens
+        before = self.lm.tokenize(ask.rstrip() if ask else self.text[0]).ids[0].tolist()
+        before = before if ask else before[:first]
+        batch = self.lm.tokenize(self.text)
+        rows = [ids[mask].tolist()[first:] for ids, mask in zip(batch.ids, batch.mask, strict=True)]
+        losses = self.lm.loss(pad([before + row for row in rows]), edits=edits, per_token=True)
+        found = losses[:, len(before) + 1 :].nanmean(1)
+        if bool((short := found.isnan()).any()):
+            raise ValueError(
+                f"another text needs two tokens at least, of which the second has a loss, got "
+                f"{self.text[int(short.nonzero()[0])]!r}: give a longer one"
+            )
+        return found
+
+
+def _row(results: list[tuple[Tensor, Tensor]], clean: tuple[Tensor, Tensor]) -> dict[str, float]:
+    """Means over the results, with standard errors over prompts and texts; costs are paired with the clean run."""
+    log_odds = torch.stack([r[0] for r in results]).mean(0)
+    cost = torch.stack([r[1] - clean[1] for r in results]).mean(0)
+    return {
+        "log_odds": float(log_odds.mean()), "se": _error(log_odds), "cost": float(cost.mean()), "cost_se": _error(cost),
+    }  # fmt: skip
+
+
+def _error(values: Tensor) -> float:
+    return float(values.std() / np.sqrt(len(values))) if len(values) > 1 else float("nan")

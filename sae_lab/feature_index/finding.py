@@ -1,0 +1,333 @@
+"""sl.find_features: which features tell some texts, or some tokens, from others."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, get_args
+
+import numpy as np
+import torch
+from numpy import ndarray
+
+from sae_lab.activations.reading import read_codes
+from sae_lab.arguments import as_annotated
+from sae_lab.lm.model import LM
+from sae_lab.results import Shown, frame_rows
+from sae_lab.saes.base import SparseCoder
+
+Pooling = Literal["max", "mean", "last", "token"]
+PASS_TOKENS = 4096  # that go through the model together
+PERMUTATIONS = 999  # of all features; those that few of them reach get ten times as many, twice
+FEW = 10  # permutations that reach a feature's AUROC, below which its p is too coarse
+CELLS = 1 << 22  # numbers of permutations held at once
+
+
+@dataclass(frozen=True, repr=False)
+class FoundFeatures(Shown):
+    """Result of ``sl.find_features``, the most telling feature first. ``.best`` is its number.
+
+    Columns of ``to_pandas()``: feature; auroc: chance that the feature is stronger at a positive example than at a
+    negative one (ties count half), on the examples it was ranked on; held_out: the same on the others, which no choice
+    has seen; mean_difference: pooled code at positives less at negatives, all examples; density: share of all tokens
+    on which it fires; p: two-sided, by permutation of the labels of all examples; q: p after Benjamini and Hochberg
+    over all features that fire anywhere here.
+    """
+
+    table: dict[str, ndarray] = field(repr=False)
+    pooling: str
+    positives: int
+    negatives: int
+    mask: str
+
+    @property
+    def best(self) -> int:
+        """The feature with the largest AUROC."""
+        return int(self.table["feature"][0])
+
+    def top(self, n: int = 10) -> "FoundFeatures":
+        """The first n rows."""
+        rows = {name: column[:n] for name, column in self.table.items()}
+        return FoundFeatures(rows, self.pooling, self.positives, self.negatives, self.mask)
+
+    def to_pandas(self):
+        """One row a feature."""
+        import pandas as pd
+
+        return pd.DataFrame(self.table)
+
+    _align, _gap = ">", " "
+
+    def _rows(self) -> list[tuple[str, ...]]:
+        return frame_rows(self.top(10).to_pandas(), ".3g")
+
+    def _footer(self) -> str:
+        what = "tokens" if self.pooling == "token" else f"texts, pooled by {self.pooling}"
+        count = f"{len(self.table['feature'])} features"
+        return f"{count}; {self.positives} positive and {self.negatives} negative {what}; {self.mask}"
+
+
+class _Examples(NamedTuple):
+    """Codes of examples where they are not 0, by feature; the rest are zeros."""
+
+    example: ndarray  # of each code
+    feature: ndarray
+    value: ndarray
+    text: ndarray  # of each example: the text that it is, or stands in
+    label: ndarray  # of each example: bool
+    density: ndarray  # of each feature of the coder
+
+
+@as_annotated
+def find_features(
+    lm: LM,
+    coder: SparseCoder,
+    texts: Sequence[str],
+    against: Sequence[str] | Sequence[int | bool] | Sequence[Sequence[int | bool]],
+    *,
+    pooling: Pooling = "max",
+    held_out: float = 0.5,
+    permutations: int = PERMUTATIONS,
+    seed: int = 0,
+) -> FoundFeatures:
+    """Rank features by how well they tell positive examples from negative ones.
+
+        sl.find_features(lm, sae, positives, negatives)
+        sl.find_features(lm, sae, texts, labels)                              # a label (0 or 1) for each text
+        sl.find_features(lm, sae, texts, token_labels, pooling="token")       # one for each of lm.tokens(text)
+
+    Args:
+        pooling: what an example is: a text, with each feature's "max", "mean" or "last" code over the tokens that the
+            coder's mask keeps; or each such "token", with a label of its own or that of its text.
+        held_out: share of the texts that features are not ranked on; their AUROC there is the honest one.
+        permutations: of the labels, for p: of texts' labels among texts, of tokens' labels within their text. Features
+            that hardly any permutation reaches get 10 and 100 times as many.
+
+    Raises ValueError where a class has fewer than two texts (or tokens) on either side of the split, labels do not fit,
+    or the coder is at another width.
+    """
+    if pooling not in get_args(Pooling):
+        raise ValueError(f"pooling must be one of {', '.join(get_args(Pooling))}, got {pooling!r}")
+    if not 0 <= held_out < 1:
+        raise ValueError(f"held_out is a share of the texts, from 0 to below 1, got {held_out}")
+    if permutations < 1:
+        raise ValueError(f"p needs at least one permutation, got {permutations}")
+    texts, labels = _labelled(texts, against)
+    by_token = any(isinstance(one, list) for one in labels)
+    if by_token and pooling != "token":
+        raise ValueError(f"labels of tokens need pooling='token', got {pooling!r}")
+    if lm.width(coder.site) != coder.d_in:
+        raise ValueError(f"the coder reads d_in={coder.d_in}, {lm} has width {lm.width(coder.site)} at {coder.site}")
+    examples, mask = _encode(lm, coder, texts, labels, pooling)
+    ranked = ~_held_out_texts(labels, held_out, seed)[examples.text]
+    for what, chosen in (("ranked on", ranked), ("held out", ~ranked)):
+        counts = [int((examples.label[chosen] == side).sum()) for side in (True, False)]
+        if (held_out or what == "ranked on") and min(counts) < 2:
+            raise ValueError(
+                f"each class needs two examples among those {what}, got {counts[0]} positive and {counts[1]} negative: "
+                "give more texts, or held_out=0"
+            )
+    live = np.unique(examples.feature)
+    auroc = _auroc(examples, ranked, live)
+    every = np.ones(len(examples.label), bool)
+    p = _p_values(
+        examples, every, live, _auroc(examples, every, live), permutations, seed, within_texts=by_token
+    )  # of all examples: its correction is for the number of features, not for a choice among them
+    from scipy.stats import false_discovery_control
+
+    table = {
+        "feature": live,
+        "auroc": auroc,
+        "held_out": _auroc(examples, ~ranked, live) if held_out else np.full(len(live), np.nan),
+        "mean_difference": _mean_difference(examples, live),
+        "density": examples.density[live],
+        "p": p,
+        "q": false_discovery_control(p) if len(p) else p,
+    }
+    order = np.lexsort((-table["mean_difference"], -auroc))
+    counts = [int(side.sum()) for side in (examples.label, ~examples.label)]
+    return FoundFeatures({name: column[order] for name, column in table.items()}, pooling, counts[0], counts[1], mask)
+
+
+def _labelled(texts: Sequence[str], against: Any) -> tuple[list[str], list[Any]]:
+    """Texts and their labels, True or False, or a list of them for the tokens of each."""
+    texts, against = list(texts), list(against)
+    if not texts or not against:
+        raise ValueError("find_features takes positives and negatives, or texts and labels: one of them is empty")
+    if all(isinstance(one, str) for one in against):
+        return [*texts, *against], [True] * len(texts) + [False] * len(against)
+    if len(against) != len(texts):
+        raise ValueError(f"there must be a label, or a list of them, for each text: {len(texts)} and {len(against)}")
+    nested = [isinstance(one, Sequence | np.ndarray | torch.Tensor) and np.ndim(one) == 1 for one in against]
+    labels = [[bool(x) for x in one] if many else bool(one) for one, many in zip(against, nested, strict=True)]
+    flat = [x for one, many in zip(against, nested, strict=True) for x in (one if many else [one])]
+    if strange := [x for x in flat if x not in (0, 1)]:
+        raise ValueError(f"a label is 0 or 1 (False or True), got {strange[0]!r}")
+    if any(nested) and not all(nested):
+        raise ValueError("labels are one for each text, or a list for each, not both")
+    return texts, labels
+
+
+def _held_out_texts(labels: list[Any], share: float, seed: int) -> ndarray:
+    """Some of each class; where tokens have labels, some of all."""
+    random = np.random.default_rng(seed)
+    classes = np.array([any(one) if isinstance(one, list) else one for one in labels])
+    held = np.zeros(len(labels), bool)
+    for side in (True, False):
+        members = np.flatnonzero(classes == side)
+        held[random.permutation(members)[: round(share * len(members))]] = True
+    return held
+
+
+@torch.no_grad()
+def _encode(
+    lm: LM, coder: SparseCoder, texts: list[str], labels: list[Any], pooling: Pooling
+) -> tuple[_Examples, str]:
+    """The examples, and the token mask in words."""
+    mask = coder.mask or lm.mask()
+    lengths = [len(lm.tokenize(text).ids[0]) for text in texts]
+    for text, length, label in zip(texts, lengths, labels, strict=True):
+        if isinstance(label, list) and len(label) != length:
+            raise ValueError(
+                f"a text has {length} tokens and {len(label)} labels: give one for each of lm.tokens(text), the prefix "
+                f"token at position 0 included ({text[:40]!r})"
+            )
+    parts: list[tuple[ndarray, ...]] = []  # (text, position, feature, value)
+    kept: list[tuple[ndarray, ndarray]] = []  # (text, position)
+    for group in _groups(lengths):
+        codes, keep = read_codes(lm, coder, lm.tokenize([texts[i] for i in group]))
+        row, position = (t.numpy() for t in keep.nonzero(as_tuple=True))
+        text, token = np.array(group)[row], codes.rows.numpy()
+        kept.append((text, position))
+        parts.append((text[token], position[token], codes.features.numpy(), codes.values.numpy()))
+    text, position, feature, value = (np.concatenate(column) for column in zip(*parts, strict=True))
+    kept_text, kept_position = (np.concatenate(column) for column in zip(*kept, strict=True))
+    if not len(kept_text):
+        raise ValueError(f"the mask leaves out every token of these texts ({mask}): give longer ones")
+    density = np.bincount(feature, minlength=coder.d_sae) / max(1, len(kept_text))
+    if pooling == "token":
+        example_of = {place: i for i, place in enumerate(zip(kept_text.tolist(), kept_position.tolist(), strict=True))}
+        example = np.array([example_of[place] for place in zip(text.tolist(), position.tolist(), strict=True)], int)
+        label = [labels[t][p] if isinstance(labels[t], list) else labels[t] for t, p in example_of]
+        return _Examples(example, feature, value, kept_text, np.array(label, bool), density), str(mask)
+    if pooling == "last":
+        last = np.full(len(texts), -1)
+        np.maximum.at(last, kept_text, kept_position)
+        here = position == last[text]
+        text, feature, value = text[here], feature[here], value[here]
+    places, which = np.unique(text * coder.d_sae + feature, return_inverse=True)
+    pooled = np.zeros(len(places))
+    if pooling == "mean":
+        np.add.at(pooled, which, value)
+        pooled /= np.bincount(kept_text, minlength=len(texts))[places // coder.d_sae]
+    else:
+        np.maximum.at(pooled, which, value)
+    examples = _Examples(
+        places // coder.d_sae, places % coder.d_sae, pooled, np.arange(len(texts)), np.array(labels, bool), density
+    )
+    return examples, str(mask)
+
+
+def _groups(lengths: list[int]) -> list[list[int]]:
+    """Texts of like length, so many that a pass is not too large."""
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    groups: list[list[int]] = [[]]
+    for i in order:
+        if groups[-1] and (len(groups[-1]) + 1) * lengths[i] > PASS_TOKENS:
+            groups.append([])
+        groups[-1].append(i)
+    return groups
+
+
+# ---- ranks
+
+
+class _Ranks(NamedTuple):
+    """Mid-ranks of codes among a feature's examples, less the mid-rank of its zeros: zeros then count 0."""
+
+    example: ndarray  # of each code
+    feature: ndarray  # its place in live
+    rank: ndarray
+    of_zero: ndarray  # of each live feature
+
+
+def _ranks(examples: _Examples, chosen: ndarray, live: ndarray) -> _Ranks:
+    here = chosen[examples.example]
+    example, value = examples.example[here], examples.value[here]
+    feature = np.searchsorted(live, examples.feature[here])
+    order = np.lexsort((value, feature))
+    example, feature, value = example[order], feature[order], value[order]
+    counts = np.bincount(feature, minlength=len(live))
+    zeros = int(chosen.sum()) - counts
+    place = np.arange(len(value)) - np.repeat(counts.cumsum() - counts, counts) + 1.0 + zeros[feature]
+    starts = np.ones(len(value), bool)
+    starts[1:] = (feature[1:] != feature[:-1]) | (value[1:] != value[:-1])
+    tie = starts.cumsum() - 1
+    place = (np.bincount(tie, place) / np.bincount(tie))[tie] if len(place) else place
+    of_zero = (zeros + 1) / 2
+    return _Ranks(example, feature, place - of_zero[feature], of_zero)
+
+
+def _areas(rank_sum: ndarray, of_zero: ndarray, positives: Any, negatives: Any) -> ndarray:
+    """AUROC from the sum of the positives' ranks (less that of zeros, for each)."""
+    return (rank_sum + positives * of_zero - positives * (positives + 1) / 2) / (positives * negatives)
+
+
+def _auroc(examples: _Examples, chosen: ndarray, live: ndarray) -> ndarray:
+    ranks, label = _ranks(examples, chosen, live), examples.label
+    rank_sum = np.bincount(ranks.feature, ranks.rank * label[ranks.example], minlength=len(live))
+    positives, negatives = (label & chosen).sum(), (~label & chosen).sum()
+    return _areas(rank_sum, ranks.of_zero, positives, negatives)
+
+
+def _p_values(
+    examples: _Examples, chosen: ndarray, live: ndarray, auroc: ndarray,
+    permutations: int, seed: int, within_texts: bool,
+) -> ndarray:  # fmt: skip
+    """(1 + permutations that are as far from 1/2) / (1 + permutations)."""
+    from scipy.sparse import csr_array
+
+    ranks, members = _ranks(examples, chosen, live), np.flatnonzero(chosen)
+    place = np.searchsorted(members, ranks.example)
+    # By text where texts are permuted: a text's ranks then go together.
+    text_of = np.unique(examples.text[members], return_inverse=True)[1]
+    label, unit = examples.label[members], np.arange(len(members))
+    sizes = np.ones(len(members))
+    if not within_texts:
+        first = np.unique(text_of, return_index=True)[1]
+        label, unit, sizes = label[first], text_of, np.bincount(text_of).astype(float)
+    table = csr_array((ranks.rank, (unit[place], ranks.feature)), shape=(len(label), len(live)))
+    random, p = np.random.default_rng(seed + 1), np.ones(len(live))
+    todo, many = np.arange(len(live)), permutations
+    for _ in range(3):
+        reached, part = np.zeros(len(todo)), table[:, todo]
+        left = many
+        while left:
+            rows = min(left, max(1, CELLS // max(len(label), len(todo))))
+            drawn = _permuted(label, text_of if within_texts else None, rows, random)
+            positives = (drawn @ sizes)[:, None]
+            areas = _areas(drawn @ part, ranks.of_zero[todo], positives, sizes.sum() - positives)
+            reached += (np.abs(areas - 0.5) >= np.abs(auroc[todo] - 0.5) - 1e-12).sum(0)
+            left -= rows
+        p[todo] = (1 + reached) / (1 + many)
+        todo, many = todo[reached < FEW], many * 10
+        if not len(todo) or permutations < PERMUTATIONS:
+            break
+    return p
+
+
+def _permuted(label: ndarray, within: ndarray | None, rows: int, random: np.random.Generator) -> ndarray:
+    """Labels in random order, so many times; within groups, where they are given."""
+    keys = random.random((rows, len(label)))
+    if within is not None:  # sorted by group first
+        keys += within
+        base = np.argsort(within, kind="stable")
+    else:
+        base = np.arange(len(label))
+    drawn = np.empty((rows, len(label)))
+    np.put_along_axis(drawn, keys.argsort(1), np.broadcast_to(label[base].astype(float), drawn.shape), 1)
+    return drawn
+
+
+def _mean_difference(examples: _Examples, live: ndarray) -> ndarray:
+    feature, label = np.searchsorted(live, examples.feature), examples.label[examples.example]
+    sums = [np.bincount(feature, examples.value * side, minlength=len(live)) for side in (label, ~label)]
+    return sums[0] / examples.label.sum() - sums[1] / (~examples.label).sum()

@@ -1,0 +1,106 @@
+"""BatchTopK: k active features per token on average over the batch (Bussmann et al. 2024, arXiv:2412.06410)."""
+
+from collections.abc import Iterable
+from typing import Unpack
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sae_lab.saes import kernels, portable
+from sae_lab.saes.base import Wiring
+from sae_lab.saes.families.topk import TopK
+from sae_lab.types import Codes
+
+SPARE = 1000  # one in so many codes may be on or off more than k says, where the gap between two is wider
+
+
+class BatchTopK(TopK):
+    """Training: the batch*k largest pre-activations of the batch. Eval: f = pre·1[pre > θ], θ fitted on activations so
+    that k features are active on average (within a thousandth); a row's codes then depend on that row alone.
+
+    ``threshold`` is θ; NaN until fitted, and eval mode then raises ValueError. It lies halfway between two codes of
+    those activations, where they leave the widest gap: what rounds otherwise turns none of them on or off, as long as
+    it errs by less than half of that gap. (The paper takes the mean over batches of the least code chosen, at which a
+    code may lie.)
+    """
+
+    code_units = ("b_enc", "threshold")
+
+    def __init__(
+        self, d_in: int, d_sae: int, k: int = 32, k_aux: int | None = None, seed: int = 0, multi: int = 1,
+        **wiring: Unpack[Wiring],
+    ):  # fmt: skip
+        super().__init__(d_in, d_sae, k, k_aux, seed, multi, **wiring)
+        self.register_buffer("threshold", torch.tensor(float("nan")))
+        self.threshold: Tensor
+
+    def act(self, pre: Float[Tensor, "batch d_sae"]) -> Codes:
+        if self.training:
+            return self._choose(pre, self.k)
+        self._require_threshold()
+        return kernels.above(pre, self.threshold)
+
+    def _require_threshold(self) -> None:
+        if bool(self.threshold.isnan().any()):
+            raise ValueError(
+                f"this {type(self).__name__} has no inference threshold yet: train it with sl.train, call "
+                "sae.calibrate([activations]), or use sae.train() for batch-wise selection"
+            )
+
+    def eval_act(self):
+        self._require_threshold()
+        return portable.above, {"floor": self.threshold}
+
+    def training_threshold(self, codes: Codes | Tensor) -> Tensor | None:
+        """The least code that the batch left on."""
+        values = codes.values if isinstance(codes, Codes) else codes
+        on = values.detach()[values > 0]
+        return on.min() if len(on) else None
+
+    def _choose(self, pre: Tensor, k: float) -> Codes:
+        return kernels.top_of_batch(pre, round(k * len(pre)))
+
+    @torch.no_grad()
+    def fit_threshold(self, blocks: Iterable[Tensor]) -> None:
+        """θ between the k·rows largest pre-activations of all blocks and the others; 0 where fewer are above 0."""
+        blocks = list(blocks)
+        n = self.k * sum(map(len, blocks))
+        if not n:
+            raise ValueError("the threshold is fitted on activations, got no row of them")
+        most = n + n // SPARE + 1  # of them, the largest decide
+        values, least = self.threshold.new_empty(0), 0.0
+        for x in blocks:
+            pre = self._ranked(self._read(self._enter(self._rows(x)[0])[0]))
+            values = torch.cat([values, kernels.above(pre, least).values])
+            if len(values) >= most:
+                values = values.topk(most, sorted=False).values
+                least = float(values.min())
+        self.threshold.copy_(widest_gap(self._of_all_features(values), n, n // SPARE))
+
+    def _ranked(self, pre: Tensor) -> Tensor:
+        """That of which the largest are chosen."""
+        return pre
+
+    def _of_all_features(self, values: Tensor) -> Tensor:
+        """Pre-activations of the features that are here, with those of features held elsewhere."""
+        return values
+
+
+def widest_gap(values: Float[Tensor, " some"], n: int, spare: int) -> Tensor:
+    """The middle of the widest gap between two neighbours among values > 0, so that n of them lie above it, up to
+    ``spare`` more or fewer; 0 where there are no more than n.
+
+    Where all these are equal, and there is no gap, they fall together below it.
+    """
+    ordered = values.sort().values
+    if len(ordered) <= n:
+        return ordered.new_zeros(())
+    near = ordered[max(0, len(ordered) - n - spare - 1) : len(ordered) - n + spare + 1]
+    gaps = near.diff()
+    at = int(gaps.argmax())
+    low, high = near[at], near[at + 1]
+    if low == high:
+        higher = ordered[ordered > low]
+        high = higher[0] if len(higher) else low
+    return low + (high - low) / 2

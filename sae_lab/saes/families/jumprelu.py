@@ -1,0 +1,106 @@
+"""JumpReLU: a threshold of its own for each feature (Rajamanoharan et al. 2024, arXiv:2407.14435)."""
+
+from typing import Unpack
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from sae_lab.saes import portable
+from sae_lab.saes.base import EVERY, SparseCoder, Wiring
+from sae_lab.saes.families.l1 import WARM_UP, check_weight
+from sae_lab.types import Batch, Codes, Output
+
+
+class JumpReLU(SparseCoder):
+    """f = relu(pre)·1[pre > θ]. Loss: mse + sparsity · L0.
+
+    Steps have no gradient, so θ gets that of a kernel estimate: a rectangle of width ``bandwidth`` around it. Per
+    feature: ∂f/∂θ = −θ/ε, ∂L0/∂θ = −1/ε where |pre − θ| < ε/2, else 0.
+
+    Args: sparsity: cost of an active feature, in squared error (activations have norm √d_in in training). bandwidth: ε.
+    start: θ at first. It moves by about the learning rate a step, so in short runs ``start`` sets L0 more than
+    ``sparsity`` does. ``threshold`` " d_sae" is θ.
+    """
+
+    elementwise = True
+    sparsity_name = "sparsity"
+    code_units = ("b_enc", "threshold")
+
+    def __init__(
+        self, d_in: int, d_sae: int, sparsity: float = 1.0, bandwidth: float = 0.5, start: float = 0.1, seed: int = 0,
+        **wiring: Unpack[Wiring],
+    ):  # fmt: skip
+        config = {"sparsity": sparsity, "bandwidth": bandwidth, "start": start}
+        super().__init__(d_in, d_sae, config, seed=seed, **wiring)
+        check_weight("sparsity", sparsity)
+        check_weight("start", start)
+        if not 0 < bandwidth < float("inf"):
+            raise ValueError(f"bandwidth must be a positive number, got {bandwidth}: .5 is usual")
+        self.sparsity, self.bandwidth = sparsity, bandwidth
+        self.threshold = nn.Parameter(torch.full((d_sae,), float(start)))
+
+    def act(self, pre: Float[Tensor, "..."], features: Tensor | slice = EVERY) -> Tensor:
+        return _Jump.apply(pre, self.threshold[features], self.bandwidth)
+
+    def check_sparsity(self, value: float) -> None:
+        check_weight("sparsity", value)
+
+    def training_threshold(self, codes: Codes | Tensor) -> Tensor:
+        """The mean over features."""
+        return self.threshold.detach().mean()
+
+    def eval_act(self):
+        return portable.above, {"floor": self.threshold.clamp_min(0)}
+
+    def reach(self, pre: Float[Tensor, "batch d_sae"]) -> Bool[Tensor, "batch d_sae"]:
+        """θ learns from what is a little below it too."""
+        return pre > (self.threshold - self.bandwidth / 2 if self.training else self.threshold)
+
+    def terms(self, batch: Batch, out: Output, *, progress: float, dead: Tensor) -> dict[str, Tensor]:
+        weight = self.sparsity * min(1.0, progress / WARM_UP)
+        if isinstance(out.codes, Codes):
+            near = out.pre[out.codes.rows, out.codes.features]
+            on = _Step.apply(near, self.threshold[out.codes.features], self.bandwidth)
+        else:
+            on = _Step.apply(out.pre, self.threshold, self.bandwidth)
+        l0 = on.sum() / len(out.pre)
+        return super().terms(batch, out, progress=progress, dead=dead) | {"sparsity": weight * l0}
+
+    @torch.no_grad()
+    def project(self) -> None:
+        super().project()
+        self.threshold.clamp_min_(0)
+
+
+class _Jump(torch.autograd.Function):
+    """relu(pre)·1[pre > θ]"""
+
+    @staticmethod
+    def forward(ctx, pre, threshold, bandwidth):
+        ctx.save_for_backward(pre, threshold)
+        ctx.bandwidth = bandwidth
+        return torch.where(pre > threshold.clamp_min(0), pre, 0.0)
+
+    @staticmethod
+    def backward(ctx, g):  # type: ignore[override]
+        pre, threshold = ctx.saved_tensors
+        near = (pre - threshold).abs() < ctx.bandwidth / 2
+        nudge = -(g * near) * threshold / ctx.bandwidth
+        return torch.where(pre > threshold.clamp_min(0), g, 0.0), nudge.sum_to_size(threshold.shape), None
+
+
+class _Step(torch.autograd.Function):
+    """1[pre > θ], with a gradient for θ only"""
+
+    @staticmethod
+    def forward(ctx, pre, threshold, bandwidth):
+        ctx.save_for_backward(pre, threshold)
+        ctx.bandwidth = bandwidth
+        return (pre > threshold).to(pre.dtype)
+
+    @staticmethod
+    def backward(ctx, g):  # type: ignore[override]
+        pre, threshold = ctx.saved_tensors
+        near = (pre - threshold).abs() < ctx.bandwidth / 2
+        return None, -(g * near).sum_to_size(threshold.shape) / ctx.bandwidth, None

@@ -1,0 +1,48 @@
+"""MatrixSAE: atoms of rank one for activations that are matrices (the coder of WriteSAE, 2025)."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from sae_lab.saes.families.topk import TopK
+
+
+class MatrixSAE(TopK):
+    """x_hat = Σ_i f_i · v_i⊗w_i + b_dec, for x a matrix "rows cols" laid out flat (d_in = rows·cols). Loss: mse + AuxK.
+
+    ``V`` "d_sae rows" and ``W`` "d_sae cols" have unit rows; W_dec is their outer product, made when asked for: the
+    decoder has d_sae·(rows + cols) parameters in place of d_sae·rows·cols.
+
+    Args: rows: of the matrix; must divide d_in.
+    """
+
+    def __init__(self, d_in: int, d_sae: int, rows: int, k: int = 32, k_aux: int | None = None, seed: int = 0):
+        if not isinstance(rows, int) or rows < 1 or (isinstance(d_in, int) and d_in % rows):
+            raise ValueError(f"rows must divide d_in={d_in}, got {rows!r}: x is a matrix of rows x (d_in/rows), flat")
+        self._matrix_rows = rows
+        super().__init__(d_in, d_sae, k, k_aux, seed)
+        self.config["rows"] = rows
+
+    def _make_weights(self, generator: torch.Generator) -> None:
+        def directions(width: int) -> Tensor:
+            return nn.functional.normalize(torch.randn(self.d_sae, width, generator=generator), dim=1)
+
+        self.V = nn.Parameter(directions(self._matrix_rows))
+        self.W = nn.Parameter(directions(self.d_in // self._matrix_rows))
+        self.W_enc = nn.Parameter(self.W_dec.detach().clone().T)
+
+    @property
+    def W_dec(self) -> Float[Tensor, "d_sae d_out"]:  # type: ignore[override]
+        return (self.V[:, :, None] * self.W[:, None, :]).flatten(1)
+
+    @torch.no_grad()
+    def set_features(self, features: Tensor, directions: Tensor, reads: Tensor) -> None:
+        """The nearest rank-one atoms."""
+        left, _, right = torch.linalg.svd(directions.reshape(len(features), self._matrix_rows, -1), full_matrices=False)
+        self.V[features], self.W[features] = left[:, :, 0].to(self.V), right[:, 0].to(self.W)
+        self.W_enc[:, features] = reads.to(self.W_enc).T
+
+    @torch.no_grad()
+    def project(self) -> None:
+        for factor in (self.V, self.W):
+            factor /= factor.norm(dim=1, keepdim=True).clamp_min(1e-8)

@@ -1,0 +1,95 @@
+"""Switch: a router sends each token to one of several experts (Mudide et al. 2024, arXiv:2410.08201)."""
+
+from typing import Unpack
+
+import torch
+from torch import Tensor, nn
+
+from sae_lab.saes import losses, portable
+from sae_lab.saes.base import Wiring
+from sae_lab.saes.families.l1 import check_weight
+from sae_lab.saes.families.topk import TopK
+from sae_lab.types import Batch, Codes, Output
+
+
+class Switch(TopK):
+    """p = softmax((x − b_router)·W_router); the token goes to expert e = argmax p, one of ``experts`` equal parts of
+    the dictionary; f = p_e · relu(the k largest pre of that part). Encoding costs d_in·d_sae/experts per token.
+
+    Loss: mse + balance · d_in · experts · Σ_e share_e · mean p_e (1 where the experts share alike) + AuxK. AuxK is our
+    addition: the authors' code trains without it. b_router starts where b_dec does, at the geometric median of the
+    first batch, as theirs; from there on each is trained by itself.
+
+    Args: experts: must divide d_sae. balance: weight of the balance, per dimension of x.
+    """
+
+    takes_multi = False
+
+    def __init__(
+        self, d_in: int, d_sae: int, k: int = 32, experts: int = 8, balance: float = 0.03, k_aux: int | None = None,
+        seed: int = 0, **wiring: Unpack[Wiring],
+    ):  # fmt: skip
+        super().__init__(d_in, d_sae, k, k_aux, seed, **wiring)
+        if not isinstance(experts, int) or experts < 1 or d_sae % experts:
+            raise ValueError(f"experts must divide d_sae={d_sae}, got {experts!r}: they have equal parts of it")
+        self.experts, self.balance = experts, balance
+        self.check_sparsity(k)
+        check_weight("balance", balance)
+        self.config |= {"experts": experts, "balance": balance}
+        generator = torch.Generator().manual_seed(seed + 1)
+        self.W_router = nn.Parameter(torch.randn(d_in, experts, generator=generator) / d_in)
+        self.b_router = nn.Parameter(torch.zeros(d_in))
+
+    def check_sparsity(self, value: float) -> None:
+        super().check_sparsity(value)
+        if value > (size := self.d_sae // self.experts):
+            raise ValueError(
+                f"k={value} is more than the {size} features of one expert: take fewer experts or a smaller k"
+            )
+
+    @torch.no_grad()
+    def begin(self, batch: Batch) -> None:
+        """b_router, which is taken from x, at the geometric median of x, unless it is set."""
+        super().begin(batch)
+        if not bool(self.b_router.any()):
+            self.b_router.copy_(losses.geometric_median(batch.x.flatten(1)))
+
+    def route(self, x: Tensor) -> Tensor:
+        """p, "batch experts"."""
+        return ((x - self.b_router) @ self.W_router).softmax(-1)
+
+    def eval_act(self):
+        own = {"W_router": self.W_router, "b_router": self.b_router, "experts": self.experts, "k": self.k}
+        return portable.routed, own
+
+    def _codes(self, x: Tensor) -> tuple[Tensor, Codes]:
+        """pre is filled only at each token's own expert, and 0 elsewhere."""
+        probability, expert = self.route(x).max(-1)
+        size = self.d_sae // self.experts
+        with torch.no_grad():
+            pre = x.new_zeros(len(x), self.d_sae)
+            features = torch.empty(len(x), self.k, dtype=torch.long, device=x.device)
+            bias = self.b_enc - self.b_dec @ self.W_enc if self.pre_bias else self.b_enc
+            for e in range(self.experts):
+                rows, part = (expert == e).nonzero().flatten(), slice(e * size, (e + 1) * size)
+                if len(rows):
+                    scores = torch.addmm(bias[part], x[rows], self.W_enc[:, part])
+                    pre[rows, part] = scores
+                    features[rows] = scores.topk(self.k, sorted=False).indices + e * size
+            offsets = torch.arange(0, features.numel() + 1, self.k, device=x.device)
+            chosen = Codes(pre.gather(1, features).flatten(), features.flatten(), offsets, self.d_sae)
+        chosen = self._encode_at(chosen, x)
+        return pre, chosen._replace(values=chosen.values.relu() * probability.repeat_interleave(self.k))
+
+    def terms(self, batch: Batch, out: Output, *, progress: float, dead: Tensor) -> dict[str, Tensor]:
+        probabilities = self.route(self._rows(batch.x)[0])
+        share = torch.bincount(probabilities.argmax(-1), minlength=self.experts) / len(probabilities)
+        balance = self.experts * (share * probabilities.mean(0)).sum()
+        terms = super().terms(batch, out, progress=progress, dead=dead)
+        return terms | {"balance": self.balance * self.d_in * balance}
+
+    @torch.no_grad()
+    def fold(self, scale: float | Tensor, target_scale: float | Tensor | None = None) -> None:
+        super().fold(scale, target_scale)
+        self.W_router *= scale
+        self.b_router /= scale

@@ -1,0 +1,1 @@
+"""Coders on disk: ``ours``, ``peers`` (other libraries), ``releases`` (published coders); ``opening`` has ``load``."""

@@ -1,0 +1,119 @@
+"""Does a loaded coder fit these activations? Measured in eval mode, against what the checkpoint states.
+
+A wrong site, scale or orientation loads without an error; FVU and L0 tell.
+"""
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sae_lab.saes import kernels
+from sae_lab.saes.base import QUANTILE, SparseCoder
+from sae_lab.types import Codes
+
+log = logging.getLogger(__name__)
+
+ROWS, BLOCK = 16_384, 1024
+FACTOR = 2.0  # a figure that far from the stated one contradicts it
+
+
+@torch.no_grad()
+def check(coder: SparseCoder, data: Any, rows: int = ROWS) -> dict[str, Any]:
+    """FVU, L0 and warnings, kept in ``coder.meta["check"]`` and logged.
+
+    data: activations ``batch d_in``, a pair (x, target) for a transcoder, or a store. ``f_scale``, where the checkpoint
+    had none, is fitted on the same rows. Raises ValueError for activations of another width.
+    """
+    problems, pairs = _site_problems(coder, data), [(x.float(), y) for x, y in _pairs(data, rows)]
+    if not any(len(x) for x, _ in pairs):
+        raise ValueError("check needs activations: pass a tensor with rows, or a store that holds some")
+    values, features = [], []
+    error, n, target_sum, target_square = 0.0, 0, torch.zeros(coder.d_out, dtype=torch.float64), 0.0
+    for x, given in pairs:
+        target = given if given is not None else None if coder.transcodes else x
+        out = coder(x)
+        codes = out.codes if isinstance(out.codes, Codes) else kernels.above(out.codes, 0.0)
+        values.append(codes.values[codes.values > 0])
+        features.append(codes.features[codes.values > 0])
+        n += len(x)
+        if target is None:
+            continue
+        target, x_hat = target.double(), out.x_hat.double()
+        if coder.meta.get("centred"):  # its x_hat has no part in the direction that the model's norms take away
+            target, x_hat = (t - t.mean(-1, keepdim=True) for t in (target, x_hat))
+        error += float((target - x_hat).square().sum())
+        target_sum += target.sum(0)
+        target_square += float(target.square().sum())
+    spread = target_square - float(target_sum.square().sum()) / n
+    fvu = error / spread if spread > 0 else None
+    found: dict[str, Any] = {"fvu": fvu, "l0": sum(map(len, values)) / n, "tokens": n}
+    problems += _absurd(found, coder) + _contradicted(found, coder.meta.get("expected") or {})
+    if coder.meta.get("f_scale") == "unknown":
+        coder.f_scale.copy_(_scale(torch.cat(values), torch.cat(features), coder.d_sae))
+        coder.meta["f_scale"] = f"fitted by check on {n} rows"
+    coder.meta["check"] = found | {"problems": problems}
+    for problem in problems:
+        log.warning("this coder does not fit the activations: %s", problem)
+    return coder.meta["check"]
+
+
+def _pairs(data: Any, rows: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """(x, target or None) in blocks."""
+    if isinstance(data, tuple) and len(data) == 2:
+        yield from zip(data[0][:rows].split(BLOCK), data[1][:rows].split(BLOCK), strict=True)
+    elif isinstance(data, Tensor):
+        yield from ((x, None) for x in data[:rows].split(BLOCK))
+    elif blocks := getattr(data, "blocks", None):
+        seen = 0
+        for _, x in blocks():
+            if seen >= rows:
+                return
+            yield from ((part, None) for part in x[: rows - seen].split(BLOCK))
+            seen += len(x)
+    else:
+        raise ValueError(f"check takes a tensor, a pair of tensors or a store, got {type(data).__name__}")
+
+
+def _site_problems(coder: SparseCoder, data: Any) -> list[str]:
+    site = getattr(data, "site", None)
+    if site is None or not coder.reads or site == coder.reads[0]:
+        return []
+    return [f"they are from {site}, and it reads {coder.reads[0]}"]
+
+
+def _absurd(found: dict[str, Any], coder: SparseCoder) -> list[str]:
+    problems = []
+    if found["fvu"] is not None and found["fvu"] > 1:
+        problems.append(f"FVU is {found['fvu']:.2f}: its reconstruction is worse than their mean")
+    if found["l0"] == 0:
+        problems.append("L0 is 0: no feature ever fires")
+    elif found["l0"] > coder.d_sae / 4:
+        problems.append(f"L0 is {found['l0']:.0f}: more than a quarter of its {coder.d_sae} features fire at once")
+    return problems
+
+
+def _contradicted(found: dict[str, Any], expected: dict[str, float]) -> list[str]:
+    problems = []
+    for name, said in expected.items():
+        measured = found.get(name)
+        if not measured or not said:
+            continue
+        times = measured / said
+        if not 1 / FACTOR <= times <= FACTOR:
+            problems.append(f"{name} is {measured:.3g}, {times:.2g} times the {said:.3g} that the checkpoint states")
+    return problems
+
+
+def _scale(values: Tensor, features: Tensor, d_sae: int) -> Tensor:
+    """The 99.9th percentile of each feature's activations where it fires; 0 where it never does."""
+    ascending = values.argsort()
+    values, features = values[ascending], features[ascending]
+    values = values[features.sort(stable=True).indices]  # by feature, and ascending within it
+    counts = torch.bincount(features, minlength=d_sae)
+    place = counts.cumsum(0) - counts + (QUANTILE * (counts - 1)).long().clamp_min(0)
+    scale = torch.zeros(d_sae)
+    scale[counts > 0] = values[place[counts > 0]]
+    return scale

@@ -1,0 +1,252 @@
+"""What a reader found in another library's files, and the coder made of it, every tensor checked."""
+
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sae_lab.saes.base import SparseCoder
+from sae_lab.saes.families import FAMILIES
+from sae_lab.saes.io.layouts import refuse_layered
+from sae_lab.saes.io.ours import assign
+from sae_lab.saes.io.places import Place, hub_id, told
+from sae_lab.saes.meta import check_meta
+from sae_lab.types import Site
+
+log = logging.getLogger(__name__)
+
+SAID = {"model", "reads", "writes", "centred", "scale", "k"}  # what ``sl.load`` can be told
+NEEDS = {
+    "L1": ("b_enc",),
+    "TopK": ("b_enc",),
+    "BatchTopK": ("b_enc", "threshold"),
+    "Matryoshka": ("b_enc", "threshold"),
+    "JumpReLU": ("b_enc", "threshold"),
+    "Gated": ("b_enc", "r_mag", "b_mag"),
+}
+
+
+@dataclass
+class Checkpoint:
+    """One coder in our names and orientation: ``W_enc`` "d_in d_sae", ``W_dec`` "d_sae d_out", ``W_skip`` "d_in d_out".
+
+    format, where: for messages. family, config: the class it becomes, and its keyword arguments beside the widths.
+    reads, writes: places; writes None: an autoencoder. expected: figures the checkpoint states ("l0", "fvu").
+    ours: what ``sae.save(format=...)`` noted beside, for the way back. used: what of the caller's facts it needed.
+    """
+
+    format: str
+    where: str
+    family: str
+    tensors: dict[str, Tensor]
+    pre_bias: bool
+    config: dict[str, Any] = field(default_factory=dict)
+    transcodes: bool = False
+    input_norm: str = "none"
+    reads: Place | None = None
+    writes: Place | None = None
+    model: str | None = None
+    meta: dict[str, Any] = field(default_factory=dict)
+    expected: dict[str, float] = field(default_factory=dict)
+    ours: dict[str, Any] | None = None
+    used: set[str] = field(default_factory=set)
+
+    def say(self, facts: dict[str, Any]) -> None:
+        """What the caller knows goes before what the files say: ``model``, ``reads``, ``writes``, ``centred``."""
+        if self.ours is not None and (wrong := sorted(SAID & {n for n, v in facts.items() if v is not None})):
+            raise ValueError(f"{self.where} was written by sae_lab, which notes that: leave out {', '.join(wrong)}")
+        if surplus := sorted({"scale", "k"} & set(facts.get("said", ())) - self.used):
+            raise ValueError(f"{self.where}: its files say what {', '.join(surplus)} would: leave that out")
+        self.model = facts.get("model") or self.model
+        centred = facts.get("centred")
+        if facts.get("reads") is not None:
+            self.reads = told(facts["reads"], self.model, bool(centred))
+        elif centred is not None and self.reads is not None:
+            self.reads = told(self.reads, self.model, centred)
+        if facts.get("writes") is not None:
+            self.writes = told(facts["writes"], self.model, bool(centred))
+            self.transcodes = self.reads is None or self.writes.site != self.reads.site
+        elif centred is not None and self.writes is not None:
+            self.writes = told(self.writes, self.model, centred)
+
+    def scale(self, into: float, out: float) -> None:
+        """Make weights trained on ``into``·x (and ``out``·target) serve x itself. Codes stay as they were."""
+        t = self.tensors
+        t["W_enc"] = t["W_enc"] * into
+        t["W_dec"], t["b_dec"] = t["W_dec"] / out, t["b_dec"] / out
+        if "W_skip" in t:
+            t["W_skip"] = t["W_skip"] * (into / out)
+
+    def scale_codes(self, by: Tensor) -> None:
+        """Codes ``by`` times as large, the same x_hat: encoder and threshold up, decoder down. Exact for any family
+        whose activation compares pre-activations with what is scaled along."""
+        t = self.tensors
+        t["W_enc"], t["W_dec"] = t["W_enc"] * by, t["W_dec"] / by[:, None]
+        for name in ("b_enc", "b_mag"):
+            if name in t:
+                t[name] = t[name] * by
+
+    def checked_k(self, k: Any) -> int:
+        """k as an integer. ValueError where it cannot be one."""
+        d_sae = self.tensors["W_enc"].shape[1]
+        if isinstance(k, bool) or not isinstance(k, int | float) or not 0 < k <= d_sae:
+            raise ValueError(f"{self.where}: k must be from 1 to d_sae={d_sae}, got {k!r}")
+        return max(1, round(k))
+
+    def build(self) -> SparseCoder:
+        """The coder, in eval mode. ValueError for what is missing, of the wrong shape, or not finite."""
+        self.tensors = {name: t.float() for name, t in self.tensors.items()}
+        d_in, d_sae, d_out = self._check()
+        self._read_from_here(d_in)
+        wiring = {"d_out": d_out, "skip": "W_skip" in self.tensors} if self.transcodes else {}
+        with torch.device("meta"):  # its shapes: the memory is that of the file's tensors
+            coder = FAMILIES[self.family](d_in, d_sae, **self.config, **wiring)
+        coder.pre_bias, coder.input_norm = self.pre_bias, self.input_norm  # type: ignore[assignment]
+        zero = {n: torch.zeros(t.shape, dtype=t.dtype) for n, t in coder.state_dict().items() if n not in self.tensors}
+        assign(coder, zero | self.tensors, self.where)
+        self._tell(coder)
+        return coder.eval()
+
+    # ---- checks
+
+    def _check(self) -> tuple[int, int, int]:
+        t, needed = self.tensors, ("W_enc", "W_dec", "b_dec", *NEEDS[self.family])
+        if missing := [name for name in needed if name not in t]:
+            raise ValueError(f"{self.where}: a {self.format} {self.family} needs {needed}; missing: {missing}")
+        refuse_layered(Path(self.where), t)
+        if t["W_enc"].dim() != 2 or t["W_dec"].dim() != 2:
+            raise ValueError(f"{self.where}: encoder and decoder must be matrices, got {self._shapes()}")
+        d_in, d_sae = t["W_enc"].shape
+        d_out = t["W_dec"].shape[1]
+        shapes = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_out), "b_dec": (d_out,), "W_skip": (d_in, d_out)}
+        for name, tensor in t.items():
+            scalar = name == "threshold" and self.family != "JumpReLU"
+            said = () if scalar else shapes.get(name, (d_sae,))
+            if tuple(tensor.shape) != said:
+                raise ValueError(
+                    f"{self.where}: {name} has shape {tuple(tensor.shape)}, expected {said} beside a W_enc of shape "
+                    f"{(d_in, d_sae)}"
+                )
+            if not bool(tensor.isfinite().all()) and not scalar:
+                raise ValueError(f"{self.where}: {name} holds NaN or Inf; the file is damaged or its training failed")
+        if not self.transcodes and d_out != d_in:
+            raise ValueError(f"{self.where}: an autoencoder writes what it reads, got widths {d_in} and {d_out}")
+        return d_in, d_sae, d_out
+
+    def _shapes(self) -> str:
+        return ", ".join(f"{name} {tuple(t.shape)}" for name, t in self.tensors.items())
+
+    # ---- reading the activations of transformers, not those of TransformerLens
+
+    def _read_from_here(self, d_in: int) -> None:
+        if self.reads is None:
+            return
+        if self.reads.norm:
+            self._normalise(d_in)
+        if self.reads.centred:
+            self._centre()
+
+    def _normalise(self, d_in: int) -> None:
+        """x is the residual stream after a norm's division: read the stream, and divide here."""
+        assert self.reads is not None
+        if not self.transcodes or self.input_norm != "none":
+            # x_hat would have to go back before the division, where other parts of the model read it too.
+            assert self.reads.site is not None
+            self.reads = self.reads._replace(site=Site("mlp_in", self.reads.site.layer), norm=None, no_gain=True)
+            return
+        self.input_norm = "length" if self.reads.norm == "rms" else "layer"
+        if self.input_norm == "layer":  # LayerNorm divides by the deviation over d, a coder by that over d - 1
+            for name in self.tensors.keys() & {"W_enc", "W_skip"}:
+                self.tensors[name] = self.tensors[name] * (d_in / (d_in - 1)) ** 0.5
+
+    def _centre(self) -> None:
+        """x had mean 0 over d_in. Take the mean of every encoder column off: then x's own mean no longer matters."""
+        if self.input_norm == "length":
+            raise ValueError(
+                f"{self.where}: normalisation by length after centring is not supported; center the activations "
+                "yourself and load with model_from_pretrained_kwargs {} in its cfg.json"
+            )
+        if self.input_norm == "layer":
+            return  # centres by itself
+        t = self.tensors
+        mean = t["W_enc"].mean(0)
+        t["W_enc"] = t["W_enc"] - mean
+        if self.pre_bias:  # b_dec need not have mean 0: what its mean contributed stays
+            shift = t["b_dec"].sum() * mean
+            t["b_enc"] = t["b_enc"] - shift
+            if "b_mag" in t:
+                t["b_mag"] = t["b_mag"] - t["r_mag"].exp() * shift
+        if "W_skip" in t:
+            t["W_skip"] = t["W_skip"] - t["W_skip"].mean(0)
+
+    # ---- what it knows
+
+    def _tell(self, coder: SparseCoder) -> None:
+        if self.ours is not None:
+            coder.reads, coder.writes = (tuple(Site.of(s) for s in self.ours.get(k, ())) for k in ("reads", "writes"))
+            coder.meta = {**self.ours.get("meta", {}), "f_scale": "unknown", "expected": self.expected}
+            check_meta(coder.meta)
+            return
+        writes = self.writes or self.reads
+        coder.reads = (self.reads.site,) if self.reads and self.reads.site else ()
+        coder.writes = (writes.site,) if coder.reads and writes and writes.site else coder.reads
+        coder.meta = {"model": hub_id(self.model) or "unknown", "mask": None, "f_scale": "unknown", **self.meta}
+        coder.meta["source"] = {"format": self.format, "path": self.where}
+        if self.expected:
+            coder.meta["expected"] = self.expected
+        check_meta(coder.meta)
+        if self.reads is None:
+            return
+        coder.meta["source"]["reads"] = self.reads.name
+        if writes and writes.centred:
+            coder.meta["centred"] = True
+        if not coder.reads:
+            log.warning("%s reads %s, which is no site here: set sae.reads and sae.writes", self.where, self.reads.name)
+        if self.reads.no_gain:
+            coder.meta["needs_gain"] = True
+            log.warning(
+                "%s was trained on %s, which lacks the gain and bias of the norm before %r: call "
+                "sae_lab.saes.io.peers.fold_gain(sae, gain, bias) with that norm's (Gemma's gain is 1 + weight)",
+                self.where, self.reads.name, self.reads.site,
+            )  # fmt: skip
+
+
+@torch.no_grad()
+def fold_gain(
+    coder: SparseCoder, gain: Float[Tensor, " d_in"], bias: Float[Tensor, " d_in"] | None = None
+) -> SparseCoder:
+    """Make a coder of z serve x = gain·z + bias, the output of a norm of which z is the part before gain and bias.
+
+        W_enc' = W_enc / gain, b_enc' = b_enc − (bias/gain)·W_enc; an autoencoder's output is mapped back to x.
+
+    Raises ValueError for other widths or a gain with zeros. Changes and returns the coder.
+    """
+    for name, value in (("gain", gain), ("bias", bias)):
+        if value is not None and tuple(value.shape) != (coder.d_in,):
+            raise ValueError(f"{name} must have shape ({coder.d_in},), got {tuple(value.shape)}")
+    if bool((gain == 0).any()):
+        raise ValueError("gain must have no zeros: what it multiplies by 0 cannot be read back")
+    gain, bias = gain.float(), torch.zeros(coder.d_in) if bias is None else bias.float()
+    coder.W_enc.div_(gain[:, None])
+    if not coder.pre_bias:
+        shift_biases(coder, -(bias @ coder.W_enc))
+    if coder.W_skip is not None:
+        coder.W_skip.div_(gain[:, None])
+        coder.b_dec.sub_(bias @ coder.W_skip)
+    if not coder.transcodes:
+        coder.W_dec.mul_(gain)
+        coder.b_dec.mul_(gain).add_(bias)
+    coder.meta.pop("needs_gain", None)
+    return coder
+
+
+def shift_biases(coder: SparseCoder, by: Tensor) -> None:
+    """Add to every pre-activation."""
+    coder.b_enc.add_(by)
+    state = coder.state_dict(keep_vars=True)
+    if "b_mag" in state:
+        state["b_mag"].add_(state["r_mag"].exp() * by)

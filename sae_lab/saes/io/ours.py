@@ -1,0 +1,113 @@
+"""Our own format, read: ``config.json`` for people and tools, ``sae.safetensors`` for weights, every tensor checked."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sae_lab import files
+from sae_lab.saes.base import SparseCoder
+from sae_lab.saes.families import FAMILIES
+from sae_lab.saes.meta import check_meta
+from sae_lab.saes.writing import FORMAT, VERSION
+from sae_lab.types import Site
+
+log = logging.getLogger(__name__)
+
+SHIPPED = Path(__file__).parents[2] / "data" / "saes"  # made by benchmarks/train_shipped.py
+
+
+def shipped() -> list[str]:
+    """The names of the coders that come with the library."""
+    return sorted("/".join(file.parts[-3:-1]) for file in SHIPPED.glob("*/*/config.json"))
+
+
+def read(folder: Path, said: dict[str, Any]) -> SparseCoder:
+    """The coder in a folder. said: what the caller says of it, which is refused: the files note all of it."""
+    file = folder / "config.json"
+    if file.is_file() and (names := sorted(said.get("said", ()))):
+        raise ValueError(f"{folder} was written by sae_lab, which notes that: leave out {', '.join(names)}")
+    config = _read_config(file)
+    weights, inside = _read_weights(folder / "sae.safetensors")
+    if inside is not None and inside != config:
+        log.warning("%s differs from the config inside sae.safetensors, which is used", file)
+        config = inside
+    return build(config, weights, folder)
+
+
+def build(config: dict[str, Any], weights: dict[str, torch.Tensor], where: Path) -> SparseCoder:
+    """A coder from its config and weights, every tensor checked."""
+    family = FAMILIES.get(config["family"])
+    if family is None:
+        raise ValueError(f"{where} holds a coder of family {config['family']!r}; known here: {', '.join(FAMILIES)}")
+    try:
+        with torch.device("meta"):  # shapes, and no memory: a config can name a coder of any size
+            coder = family(**config["config"])
+    except (TypeError, ValueError, RuntimeError, ArithmeticError, LookupError, AttributeError) as err:
+        raise ValueError(f"{where}/config.json has a config that {config['family']} does not take ({err})") from err
+    assign(coder, weights, where, f"{where}/sae.safetensors")
+    coder.pre_bias = config.get("pre_bias", coder.pre_bias)
+    coder.input_norm = config.get("input_norm", coder.input_norm)
+    coder.reads = tuple(Site.of(s) for s in config["reads"])
+    coder.writes = tuple(Site.of(s) for s in config["writes"])
+    coder.meta = config["meta"]
+    coder.in_raw_units = True
+    return coder.eval()
+
+
+def assign(coder: SparseCoder, weights: dict[str, torch.Tensor], where: Path | str, file: str = "") -> None:
+    """Give a coder that was built without memory these weights, every tensor checked. ValueError else."""
+    expected = coder.state_dict()
+    if missing := sorted(expected.keys() ^ weights.keys()):
+        raise ValueError(f"{file or where} must hold {sorted(expected)}; missing or surplus: {missing}")
+    for name, shaped in expected.items():
+        tensor = weights[name]
+        if tensor.shape != shaped.shape:
+            raise ValueError(f"{where}: {name} has shape {tuple(tensor.shape)}, its config says {tuple(shaped.shape)}")
+        if not tensor.is_floating_point():
+            raise ValueError(f"{where}: {name} holds {str(tensor.dtype).removeprefix('torch.')}, not floats")
+        if name != "threshold" and not bool(tensor.isfinite().all()):
+            raise ValueError(f"{where}: {name} holds NaN or Inf; this coder's training failed or the file is damaged")
+    held = {name: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype) for name, t in expected.items()}
+    for name, tensor in weights.items():
+        held[name].copy_(tensor)
+    coder.load_state_dict(held, assign=True)
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    try:
+        return _checked(files.read_json(file))
+    except FileNotFoundError:
+        raise ValueError(f"no coder in {file.parent}: it has no config.json (sae.save writes one)") from None
+    except (ValueError, KeyError, TypeError) as err:
+        raise ValueError(f"{file} is no coder's config that this version reads: {err}") from err
+
+
+def _checked(config: dict[str, Any]) -> dict[str, Any]:
+    if config["format"] != FORMAT:
+        raise ValueError(f"format {config['format']!r}, expected {FORMAT!r}")
+    if config["version"] > VERSION:
+        raise ValueError(f"format version {config['version']} is newer than {VERSION}: upgrade sae_lab")
+    for key, kind in (("family", str), ("config", dict), ("reads", list), ("writes", list), ("meta", dict)):
+        if not isinstance(config[key], kind):
+            raise ValueError(f"its {key!r} is {type(config[key]).__name__}, not {kind.__name__}")
+    if wrong := [s for s in [*config["reads"], *config["writes"]] if not isinstance(s, str)]:
+        raise ValueError(f"its sites must be named by text, got {wrong[0]!r:.60}")
+    check_meta(config["meta"])
+    if not isinstance(config.get("pre_bias", True), bool):
+        raise ValueError(f"its 'pre_bias' is {config['pre_bias']!r}, not true or false")
+    if config.get("input_norm", "none") not in ("none", "layer", "length"):
+        raise ValueError(f"its 'input_norm' is {config['input_norm']!r}; known here: none, layer, length")
+    return config
+
+
+def _read_weights(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any] | None]:
+    try:
+        tensors, notes = files.read_tensors(file)
+        inside = notes.get("config")
+        return tensors, None if inside is None else _checked(files.parse_json(inside))
+    except FileNotFoundError:
+        raise ValueError(f"no coder in {file.parent}: it has no sae.safetensors") from None
+    except (ValueError, KeyError, TypeError) as err:
+        raise ValueError(f"{file} is no whole safetensors file ({err}); it was not read as anything else") from err

@@ -1,0 +1,367 @@
+"""One coder over several processes, which torchrun starts: each holds rows of every batch, or features of the coder.
+
+    torchrun --nproc-per-node 4 script.py      # script.py calls sl.train as ever
+
+A sum over ranks is taken in another order than a sum in one process: results agree up to rounding, where the loss is a
+mean over rows. PAnneal's and Switch's are not; theirs go by each rank's rows.
+"""
+
+import json
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import count
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sae_lab.activations.store import Rows, Store
+from sae_lab.saes import kernels, losses
+from sae_lab.saes.base import AUX_WEIGHT, SparseCoder, weighted_sum
+from sae_lab.saes.families.batchtopk import BatchTopK
+from sae_lab.types import Batch, Codes, Output
+
+# Their features meet in x_hat, in the choice of the largest and in a penalty that is a sum over features: nowhere else.
+SHARDED = ("TopK", "BatchTopK", "Transcoder", "SkipTranscoder", "L1", "SqrtL1", "SmoothL0", "ProLU", "JumpReLU")
+FEATURE_AXIS = {"W_enc": 1, "W_dec": 0, "b_enc": 0, "threshold": 0, "f_scale": 0, "idle": 0}
+SLACK = 1.25  # of its even share of the largest entries, a rank offers so many: seldom has it more
+_joins = count()
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes that train one coder together, as one of them sees them. ``Ranks()`` is a process alone.
+
+    shard: "batch": every rank holds the whole coder and its own rows of each batch. "features": every rank sees all
+    rows and holds its own features. device: where this rank computes.
+    """
+
+    rank: int = 0
+    size: int = 1
+    shard: str = "batch"
+    device: torch.device | str = "cpu"
+
+    @property
+    def first(self) -> bool:
+        """Is this the rank that writes files and shows progress?"""
+        return self.rank == 0
+
+    @property
+    def row_shares(self) -> int:
+        return self.size if self.shard == "batch" else 1
+
+    @property
+    def feature_shares(self) -> int:
+        return self.size if self.shard == "features" else 1
+
+    def require(self, coder: SparseCoder, batch_size: int) -> None:
+        """ValueError for what cannot be divided."""
+        if batch_size % self.row_shares:
+            more = -(-batch_size // self.size) * self.size
+            raise ValueError(
+                f"batch_size must be a multiple of the {self.size} ranks that share it, got {batch_size}: try {more}"
+            )
+        if self.feature_shares == 1:
+            return
+        if type(coder).__name__ not in SHARDED:
+            raise ValueError(
+                f"shard='features' can divide {', '.join(SHARDED)}, got {type(coder).__name__}: use shard='batch'"
+            )
+        if coder.d_sae % self.size:
+            more = -(-coder.d_sae // self.size) * self.size
+            raise ValueError(
+                f"d_sae must be a multiple of the {self.size} ranks that hold features, got {coder.d_sae}: try {more}"
+            )
+
+    # ---- sums
+
+    def over_rows(self, t: Tensor) -> Tensor:
+        """The sum over ranks that hold different rows."""
+        return _sum(t) if self.row_shares > 1 else t
+
+    def over_features(self, t: Tensor) -> Tensor:
+        """The sum over ranks that hold different features."""
+        return _sum(t) if self.feature_shares > 1 else t
+
+    def share_gradients(self, parameters: dict[str, nn.Parameter]) -> None:
+        """Every rank's rows count alike; what every rank holds whole gets the gradients of all features."""
+        for name, p in parameters.items() if self.size > 1 else ():
+            if self.shard == "features":
+                if self._axis(name, p) is not None:
+                    continue
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            if p.grad is not None:
+                _in_place(dist.all_reduce, p.grad)
+                p.grad.div_(self.row_shares)
+
+    # ---- the batch
+
+    def batch(self, rows: Store | Rows, step: int, batch_size: int, seed: int) -> Batch:
+        """This rank's rows of a batch: the shares of all ranks make up the batch that a process alone reads."""
+        return rows.batch(step * self.row_shares + self.rank % self.row_shares, batch_size // self.row_shares, seed)
+
+    @contextmanager
+    def choosing(self, coder: SparseCoder) -> Iterator[None]:
+        """While open, BatchTopK and its kin choose among the rows of all ranks."""
+        if self.row_shares == 1 or not isinstance(coder, BatchTopK):
+            yield
+            return
+        coder._choose = lambda pre, k: self.top_of_batch(pre, round(k * len(pre) * self.size))  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            del coder._choose
+
+    def top_of_batch(self, pre: Tensor, n: int) -> Codes:
+        """Of the n largest entries in all ranks' matrices, those of this one. Ranks exchange values, not places."""
+        offered = min(pre.numel(), int(SLACK * n / self.size) + 64)
+        while True:
+            mine = kernels.top_of_batch(pre, offered)
+            chosen, certain = self._chosen(mine.values[None], n)
+            if offered == pre.numel() or bool(certain):
+                return _keep(mine, chosen[0])
+            offered = min(pre.numel(), 2 * offered)
+
+    def top_per_row(self, mine: Codes, k: int) -> Codes:
+        """Of the k largest entries of each row over all ranks, those of this one. mine: its own largest, as many in
+        each row, k if it has them."""
+        rows = len(mine.offsets) - 1
+        values = mine.values.reshape(rows, len(mine.values) // rows)
+        padded = F.pad(values, (0, k - values.shape[1]), value=-torch.inf)
+        return _keep(mine, self._chosen(padded, k)[0][:, : values.shape[1]].reshape(-1))
+
+    def _chosen(self, values: Tensor, n: int) -> tuple[Tensor, Tensor]:
+        """(which of this rank's values are among the n largest of their row over all ranks; whether that is certain: a
+        rank whose every value was chosen may hold back others). Of equal values the first rank's go first."""
+        offered = self.gather(values)  # rank, row, value
+        least = offered.transpose(0, 1).flatten(1).topk(n).values.amin(1)[:, None]
+        above, equal = ~(offered <= least), offered == least  # NaN counts as large, and shows in the loss
+        left = n - above.sum((0, 2)) - equal[: self.rank].sum((0, 2))
+        here = equal[self.rank]
+        certain = ~above.all(2).any() | least.isnan().any()
+        return above[self.rank] | (here & (here.cumsum(1) <= left[:, None])), certain
+
+    # ---- messages
+
+    def gather(self, t: Tensor) -> Tensor:
+        """Every rank's tensor of the same shape, stacked."""
+        flat = t.detach().reshape(-1)
+        everyone = [torch.empty_like(flat) for _ in range(self.size)]
+        dist.all_gather(everyone, flat)
+        return torch.stack(everyone).view(self.size, *t.shape)
+
+    def texts(self, text: str) -> list[str]:
+        """Every rank's text."""
+        if self.size == 1:
+            return [text]
+        raw = torch.tensor(list(text.encode()), dtype=torch.uint8, device=self.device)
+        lengths = self.gather(torch.tensor(len(raw), device=self.device)).tolist()
+        padded = self.gather(F.pad(raw, (0, max(lengths) - len(raw)))).cpu()
+        return [bytes(row[:n].tolist()).decode() for row, n in zip(padded, lengths, strict=True)]
+
+    def from_first(self, facts: dict[str, Any]) -> dict[str, Any]:
+        """What the first rank says."""
+        return json.loads(self.texts(json.dumps(facts))[0]) if self.size > 1 else facts
+
+    def copy_first(self, tensors: Iterable[Tensor]) -> None:
+        """Every rank's tensors become those of the first."""
+        for t in tensors if self.size > 1 else ():
+            _in_place(lambda flat: dist.broadcast(flat, 0), t.detach())
+
+    def held_whole(self, tensors: dict[str, Tensor]) -> list[Tensor]:
+        """Those of which every rank has all."""
+        return [t for name, t in tensors.items() if self._axis(name, t) is None]
+
+    def wait(self) -> None:
+        """Until all ranks are here."""
+        if self.size > 1:
+            dist.barrier()
+
+    @contextmanager
+    def stopping(self) -> Iterator[Callable[[], bool]]:
+        """Ctrl-C at any rank is to stop all ranks after the same step: ``asked()`` says on all of them whether it came.
+        Alone it stops at once, as ever."""
+        if self.size == 1:
+            yield lambda: False
+            return
+        came: list[int] = []
+        main = threading.current_thread() is threading.main_thread()  # signals reach no other
+        before = signal.signal(signal.SIGINT, lambda number, _: came.append(number)) if main else None
+        try:
+            yield lambda: bool(_sum(torch.tensor(len(came), device=self.device)))
+        finally:
+            if main:
+                signal.signal(signal.SIGINT, before)
+
+    # ---- features
+
+    def _axis(self, name: str, t: Tensor) -> int | None:
+        """The axis along which a tensor is divided; None: every rank holds it whole."""
+        return FEATURE_AXIS.get(name.rsplit(".", 1)[-1]) if self.feature_shares > 1 and t.dim() else None
+
+    def part(self, name: str, t: Tensor) -> Tensor:
+        """This rank's features of a tensor."""
+        axis = self._axis(name, t)
+        return t if axis is None else t.chunk(self.size, axis)[self.rank].clone()
+
+    def whole(self, name: str, t: Tensor) -> Tensor:
+        """All ranks' features of a tensor, on the CPU: no device ever holds more than another rank's part."""
+        axis = self._axis(name, t)
+        if axis is None:
+            return t
+        parts = []
+        for rank in range(self.size):
+            part = t.detach().clone(memory_format=torch.contiguous_format)
+            dist.broadcast(part, rank)
+            parts.append(part.cpu())
+        return torch.cat(parts, axis)
+
+    def own_part(self, coder: SparseCoder) -> SparseCoder:
+        """The coder that this rank trains: the one given, or a coder of its own features on its own device."""
+        if self.feature_shares == 1:
+            return coder
+        family = type(coder)
+        part = object.__new__(type(family.__name__, (_Part, family), {}))
+        vars(part).update(vars(coder), ranks=self, d_sae=coder.d_sae // self.size)
+        own = {name: self.part(name, t.detach()).to(self.device, copy=True) for name, t in coder.state_dict().items()}
+        part._parameters = {n: None if p is None else nn.Parameter(own[n]) for n, p in coder._parameters.items()}
+        part._buffers = {n: own[n] for n in coder._buffers}
+        return part
+
+    def rejoin(self, part: SparseCoder, coder: SparseCoder) -> None:
+        """All ranks' parts back into the whole coder."""
+        if part is not coder:
+            coder.load_state_dict({name: self.whole(name, t) for name, t in part.state_dict().items()})
+
+
+ALONE = Ranks()
+
+
+class _Part(SparseCoder):
+    """Some features of a coder, mixed in before its family; other ranks hold the others. What every rank holds whole
+    (b_dec, W_skip) brings its gradient in x_hat on the first rank only, for gradients are summed."""
+
+    ranks: Ranks
+
+    def _choose(self, pre: Tensor, k: int) -> Codes:
+        if isinstance(self, BatchTopK):
+            return self.ranks.top_of_batch(pre, round(k * len(pre)))
+        return self.ranks.top_per_row(kernels.top_per_row(pre, min(k, self.d_sae)), k)
+
+    def _decode(self, codes: Codes | Tensor) -> Tensor:
+        return _Sum.apply(weighted_sum(codes, self.W_dec))
+
+    def _write(self, codes: Codes | Tensor, x: Tensor | None, tokens: Tensor | None) -> Tensor:
+        held_whole = self.b_dec
+        if self.W_skip is not None and x is not None:
+            held_whole = held_whole + x @ self.W_skip
+        return self._decode(codes) + (held_whole if self.ranks.first else held_whole.detach())
+
+    def terms(self, batch: Batch, out: Output, *, progress: float, dead: Tensor) -> dict[str, Tensor]:
+        terms = super().terms(batch, out, progress=progress, dead=dead)
+        return {name: _Sum.apply(t) if name == "sparsity" else t for name, t in terms.items()}
+
+    def auxk(self, batch: Batch, out: Output, dead: Tensor, k: int) -> dict[str, Tensor]:
+        asleep = dead.nonzero().flatten()
+        k = min(k, int(self.ranks.over_features(dead.sum())))
+        if not k:
+            return {}
+        none = kernels.above(out.pre, torch.inf)
+        mine = kernels.top_among(out.pre, asleep, min(k, len(asleep))) if len(asleep) else none
+        codes = self._encode_at(self.ranks.top_per_row(mine, k), self._rows(batch.x)[0])
+        fitted = self._decode(codes._replace(values=codes.values.relu()))
+        residual = (batch.target - out.x_hat).detach().flatten(1)
+        return {"auxk": AUX_WEIGHT * losses.mse(fitted, residual)}
+
+    def _of_all_features(self, values: Tensor) -> Tensor:
+        """BatchTopK's threshold: every rank knows the largest of its own features."""
+        most = int(self.ranks.gather(torch.tensor(len(values), device=values.device)).max())
+        everyone = self.ranks.gather(F.pad(values, (0, most - len(values)))).flatten()
+        return everyone[everyone > 0]
+
+    def calibrate(self, blocks: Iterable[Tensor], unseen: Tensor | None = None) -> dict[str, int | float]:
+        facts = super().calibrate(blocks, unseen)
+        dead, l0 = self.ranks.gather(torch.tensor([facts["dead"], facts["l0"]], device=self.ranks.device)).T
+        return facts | {"dead": float(dead.mean()), "l0": float(l0.sum())}
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over ranks. Every rank computes the same loss of it, so each rank's part gets the sum's gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, t: Tensor) -> Tensor:
+        return _sum(t)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:  # type: ignore[override]
+        return g
+
+
+def _sum(t: Tensor) -> Tensor:
+    t = t.detach().clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(t)
+    return t
+
+
+def _in_place(collective: Callable[[Tensor], Any], t: Tensor) -> None:
+    """A collective over a tensor whose memory may lie column by column, as W_enc's does."""
+    flat = t.T if t.dim() == 2 and not t.is_contiguous() else t
+    packed = flat.contiguous()
+    collective(packed)
+    if packed is not flat:
+        flat.copy_(packed)
+
+
+def _keep(codes: Codes, which: Tensor) -> Codes:
+    """Some of the codes, chosen by a bool for each."""
+    rows = torch.bincount(codes.rows[which], minlength=len(codes.offsets) - 1)
+    offsets = F.pad(rows.cumsum(0), (1, 0))
+    return Codes(codes.values[which], codes.features[which], offsets, codes.d_sae)
+
+
+def ranks_started() -> int:
+    """How many processes do the same as this one."""
+    if not dist.is_available():
+        return 1
+    if dist.is_initialized():
+        return dist.get_world_size()
+    return int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
+
+
+@contextmanager
+def joined(coder: SparseCoder, shard: str) -> Iterator[Ranks]:
+    """The ranks that train this coder: those of the process group there is, else of torchrun's environment, else this
+    process alone. With a GPU for each rank, the coder moves to its own."""
+    size = ranks_started()
+    if size == 1:
+        yield Ranks()
+        return
+    made = not dist.is_initialized()
+    if made:
+        _join(coder, shard)
+    device = coder.W_dec.device
+    if device.type == "cpu" and dist.get_backend() == "nccl":  # only its features are to go there
+        device = torch.device("cuda", torch.cuda.current_device())
+    yield Ranks(dist.get_rank(), size, shard, device)
+    if made:  # after a failure torchrun ends all ranks; waiting for the others here could take for ever
+        dist.destroy_process_group()
+
+
+def _join(coder: SparseCoder, shard: str) -> None:
+    cuda = coder.W_dec.is_cuda or (shard == "features" and torch.cuda.is_available())
+    if cuda:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        if coder.W_dec.is_cuda:
+            coder.to(torch.device("cuda", torch.cuda.current_device()))
+            torch.cuda.empty_cache()  # what every rank took on the first GPU
+    store, rank, size = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
+    # torchrun's store outlives a group and a restart, and would tell the next where the last one was.
+    prefix = f"sae_lab-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}-{next(_joins)}"
+    store = dist.PrefixStore(prefix, store)  # type: ignore[attr-defined]
+    dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=size)

@@ -1,0 +1,291 @@
+"""sl.sweep: many coders on the same batches, so that a Pareto front costs one reading of the data."""
+
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sae_lab import cache
+from sae_lab.activations.reconstructing import reconstruction
+from sae_lab.activations.store import ReadAhead, Rows, Store
+from sae_lab.activations.world import World
+from sae_lab.arguments import Count, as_annotated
+from sae_lab.feature_index.matching import match
+from sae_lab.lm.model import LM
+from sae_lab.lm.text import Documents
+from sae_lab.results import Shown, frame_rows
+from sae_lab.saes import FAMILIES, SparseCoder, losses
+from sae_lab.saes.kernels import Memory
+from sae_lab.training.loop import Event, Run, TrainConfig, Training, rows_for
+from sae_lab.training.ranks import ranks_started
+from sae_lab.types import Batch, Site
+
+MEASURES = ("l0", "fvu", "dead", "mmcs", "mmcs_back", "ce_delta", "ce_delta_se", "ce_recovered")
+MEASURED = 16_384  # tokens that L0 and FVU are measured on
+Grid = Mapping[str, Mapping[str, Any]]
+
+
+@dataclass(frozen=True, repr=False)
+class Sweep(Shown):
+    """Result of ``sl.sweep``: the coders, their runs, and one row of figures for each. ``sl.plot`` draws FVU, and ΔCE
+    where it was measured, against L0.
+
+    rows: family, the arguments that the grid varies, seed, site; l0 and fvu in eval mode on tokens that no training
+    step saw; dead; changed, where a callback changed or stopped a training; on a planted world mmcs (true features
+    found) and mmcs_back (found features true), else with a language model ce_delta, its standard error, and
+    ce_recovered.
+    """
+
+    coders: list[SparseCoder]
+    runs: list[Run]
+    rows: list[dict[str, Any]] = field(repr=False)
+    tokens: int = 0
+
+    def to_pandas(self):
+        """One row a coder."""
+        import pandas as pd
+
+        table = pd.DataFrame(self.rows)
+        whole = [c for c in table if all(type(row.get(c, 0)) is int for row in self.rows)]  # k stays 4 beside NA
+        arguments_first = sorted(table, key=lambda c: c in ("seed", "site", *MEASURES))
+        return table.astype(dict.fromkeys(set(whole) - {"seed"}, "Int64"))[arguments_first]
+
+    def best(self, by: str = "fvu", **where: Any) -> SparseCoder:
+        """The coder with the least ``by`` (the largest for mmcs and ce_recovered) among rows that are as ``where``."""
+        chosen = [i for i, row in enumerate(self.rows) if all(row.get(k) == v for k, v in where.items())]
+        if not chosen or any(by not in self.rows[i] for i in chosen):
+            raise ValueError(f"no coder with {where} and {by!r}; columns: {', '.join(self.to_pandas().columns)}")
+        if not (chosen := [i for i in chosen if self.rows[i][by] == self.rows[i][by]]):  # NaN: not defined there
+            raise ValueError(f"{by!r} is undefined for every coder with {where}: choose by another column")
+        sign = -1 if by.startswith(("mmcs", "ce_recovered")) else 1
+        return self.coders[min(chosen, key=lambda i: sign * self.rows[i][by])]
+
+    _align, _gap = ">", " "
+
+    def _rows(self) -> list[tuple[str, ...]]:
+        return frame_rows(self.to_pandas(), empty="")
+
+    def _footer(self) -> str:
+        return f"l0 and fvu on {self.tokens:,} tokens that no training step saw"
+
+
+@as_annotated
+def sweep(
+    grid: Grid | Sequence[SparseCoder],
+    data: Store | Tensor | Batch | World,
+    config: TrainConfig,
+    *,
+    d_sae: Count | None = None,
+    seeds: Iterable[Count] = (0,),
+    lm: LM | None = None,
+    text: Documents | None = None,
+    path: str | Path | None = None,
+    callbacks: Iterable[Callable[[Event], Any]] = (),
+) -> Sweep:
+    """Train many coders in one pass over the data, each batch read once for all of them.
+
+        sl.sweep({"TopK": {"k": [16, 32, 64]}, "JumpReLU": {"sparsity": [0.5, 1, 2]}}, store, config, d_sae=4608)
+
+    Args:
+        grid: family -> its arguments, a list for each that varies; or coders, built.
+        data: as for ``sl.train``; of a store of several sites every coder is trained at each; a ``World`` brings its
+            truth.
+        d_sae: width of those whose arguments name none. seeds: of the coders; batches are the same for all.
+        lm, text: held-out text, to measure ΔCE too.
+        path: folder of checkpoints; the same call goes on where it was interrupted.
+        callbacks: as for ``sl.train``, called for every coder; ``event.label`` says which. A coder that is paused holds
+            all, one that is stopped ends alone.
+
+    Raises ValueError for an unknown family, a grid without coders, several processes, and as ``sl.train``.
+    """
+    if (ranks := ranks_started()) > 1:
+        raise ValueError(f"a sweep runs in one process, torchrun started {ranks}: start one, or call sl.train for each")
+    if (lm is None) != (text is None):
+        raise ValueError("to measure ΔCE give lm and text, both: sl.sweep(..., lm=lm, text=text.held_out)")
+    if lm is not None and not isinstance(data, Store):
+        raise ValueError("ΔCE is measured at a site, which only a store knows: sweep on a store, or leave lm out")
+    world = data if isinstance(data, World) else None
+    source = world.x if world is not None else data
+    assert not isinstance(source, World)
+    coders, varied = _coders(grid, source, d_sae, seeds)
+    callbacks, labels = tuple(callbacks), _labels(varied)
+    trainings = []
+    for number, (coder, row) in enumerate(zip(coders, varied, strict=True)):
+        name = "-".join([f"{number:03d}", row["family"], *(f"{k}={v}" for k, v in row.items() if k != "family")])
+        at = source.at(row["site"]) if isinstance(source, Store) and "site" in row else source
+        folder = None if path is None else Path(path) / name
+        rows_of_it = _shared(trainings, coder, at)
+        trainings.append(Training(coder, rows_of_it, config, folder, callbacks, label=labels[number]))
+    with ExitStack() as alone:
+        for t in trainings:
+            if t.path is not None:
+                alone.enter_context(cache.sole_writer(t.path))
+        runs = _run(trainings)
+    rows, tokens, unseen = [], 0, _Once()
+    for training, run, row in zip(trainings, runs, varied, strict=True):
+        batch = unseen(training.rows, lambda t=training: t.rows.unseen(MEASURED))
+        measured, tokens = _measure(run.coder, batch), len(batch.x)
+        row = row | measured | {"dead": run.coder.meta["dead"]} | ({"changed": True} if run.changes else {})
+        if world is not None:
+            found = match(run.coder, world)
+            row |= {"mmcs": found.b_to_a, "mmcs_back": found.a_to_b}
+        if lm is not None and text is not None:
+            result = reconstruction(run.coder, lm, text)
+            row |= {
+                "ce_delta": result.ce_delta, "ce_delta_se": result.ce_delta_se, "ce_recovered": result.ce_recovered,
+            }  # fmt: skip
+        rows.append(row)
+    return Sweep(coders, runs, rows, tokens)
+
+
+def _coders(
+    grid: Grid | Sequence[SparseCoder], data: Store | Tensor | Batch, d_sae: int | None, seeds: Iterable[int]
+) -> tuple[list[SparseCoder], list[dict[str, Any]]]:
+    """The coders, and of each what sets it apart."""
+    if not isinstance(grid, Mapping):
+        coders = list(grid)
+        if not coders or not all(isinstance(c, SparseCoder) for c in coders):
+            raise ValueError(f"a sweep takes a grid ({{'TopK': {{'k': [16, 32]}}}}) or a list of coders, got {grid!r}")
+        names = {k for c in coders for k, v in c.config.items() if any(d.config.get(k) != v for d in coders)}
+        return coders, [
+            {"family": type(c).__name__} | {k: _plain(c.config.get(k)) for k in sorted(names)} for c in coders
+        ]
+    seeds = list(seeds)
+    coders, rows = [], []
+    for family, arguments in grid.items():
+        if family not in FAMILIES:
+            raise ValueError(f"unknown family {family!r}; known: {', '.join(FAMILIES)}")
+        lists = {k: list(v) if isinstance(v, list | tuple | range) else [v] for k, v in arguments.items()}
+        sites = _sites(family, lists, data)
+        for values, seed, site in itertools.product(itertools.product(*lists.values()), seeds, sites):
+            config = dict(zip(lists, values, strict=True))
+            width = config.pop("d_sae", d_sae)
+            if width is None:
+                raise ValueError(f"give sweep(..., d_sae=), or 'd_sae' among the arguments of {family}")
+            coders.append(FAMILIES[family](_width(data, site), width, seed=seed, **config))  # type: ignore[arg-type]
+            row = {"family": family} | {k: _plain(v) for k, v in zip(lists, values, strict=True) if len(lists[k]) > 1}
+            rows.append(row | {"seed": seed} | ({"site": site.key} if site is not None else {}))
+    if not coders:
+        raise ValueError(
+            "the grid is empty: give a family, a value for each argument and a seed, {'TopK': {'k': [8, 16]}}"
+        )
+    return coders, rows
+
+
+def _labels(varied: list[dict[str, Any]]) -> list[str]:
+    """A name for each coder: its family and what sets it apart."""
+    alike = {k for k in ("seed", "site") if len({row.get(k) for row in varied}) == 1}
+    labels = []
+    for number, row in enumerate(varied):
+        label = " ".join([row["family"], *(f"{k}={v}" for k, v in row.items() if k != "family" and k not in alike)])
+        labels.append(label if label not in labels else f"{label} ({number})")
+    return labels
+
+
+def _plain(value: Any) -> Any:
+    """A setting as tables group by it."""
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _sites(family: str, arguments: Mapping[str, Any], data: Store | Tensor | Batch) -> list[Site | None]:
+    """The sites a family is trained at one by one; [None] where the data leaves no choice, or the coder takes all."""
+    takes_all = family in ("Transcoder", "SkipTranscoder", "Crosscoder") or "d_out" in arguments
+    return list(data.chosen) if isinstance(data, Store) and len(data.chosen) > 1 and not takes_all else [None]
+
+
+def _width(data: Store | Tensor | Batch, site: Site | None) -> int:
+    if isinstance(data, Store):
+        return data.at(site or data.chosen[0]).width
+    return (data if isinstance(data, Tensor) else data.x).shape[-1]
+
+
+def _shared(before: list[Training], coder: SparseCoder, data: Store | Tensor | Batch) -> Store | Rows:
+    """The rows this coder trains on: the same object as an earlier coder's where they are the same."""
+    rows = rows_for(coder, data)
+    same = (t.rows for t in before if t.rows.fingerprint == rows.fingerprint and t.rows.shapes == rows.shapes)
+    return next(same, rows)
+
+
+class _Once:
+    """What several coders read of the same rows, read for the first of them."""
+
+    def __init__(self):
+        self._read: dict[int, Any] = {}
+
+    def __call__(self, rows: Store | Rows, read: Callable[[], Any]) -> Any:
+        if id(rows) not in self._read:
+            self._read[id(rows)] = read()
+        return self._read[id(rows)]
+
+
+def _run(trainings: list[Training]) -> list[Run]:
+    """All trainings side by side: a step each, on one batch."""
+    from tqdm.auto import tqdm
+
+    runs: dict[int, Run] = {}
+    begun: list[Training] = []
+    scratch: dict[int, Memory] = {}
+    readers: dict[int, ReadAhead] = {}
+    firsts, data = _Once(), _Once()
+    try:
+        for number, t in enumerate(trainings):
+            if finished := t.begin(lambda t=t: firsts(t.rows, t.first_batch)):
+                runs[number] = finished
+                continue
+            begun.append(t)
+            if t.coder.scratch is not None:  # they take turns, so one memory does
+                t.coder.scratch = scratch.setdefault(t.coder.d_sae, t.coder.scratch)
+        for t in begun:
+            t.emit("start")
+        total = max((t.config.total_steps for t in begun), default=0)
+        first = min((t.step for t in begun), default=0)
+        quiet = any(getattr(c, "shows_progress", False) for t in trainings for c in t.callbacks)
+        name = f"sweep of {len(begun)}"
+        with tqdm(total=total, initial=first, desc=name, dynamic_ncols=True, disable=quiet) as bar:
+            for step in range(first, total):
+                batches: dict[int, Batch] = {}
+                for t in begun:
+                    if t.step == step and t.going():  # an interrupted sweep's coders may be at different steps
+                        if id(t.rows) not in batches:
+                            batches[id(t.rows)] = readers.setdefault(id(t.rows), t.ahead)(step)
+                        t.one_step(batches[id(t.rows)])
+                bar.update()
+                if all(t.step >= t.control.last for t in begun):  # some were stopped before the total
+                    break
+                fvus = [t.history[-1]["fvu"] for t in begun if t.history]
+                if fvus:
+                    bar.set_postfix_str(f"FVU {min(fvus):.3f} to {max(fvus):.3f}", refresh=False)
+        for t in begun:  # calibration takes a while: if it is interrupted, training is not lost
+            t.keep()
+        for number, t in enumerate(trainings):
+            if number not in runs:
+                runs[number] = t.end(lambda t=t: data(t.rows, t.calibration_data))
+    except BaseException as err:
+        ended = [trainings[number] for number in runs]
+        for t in begun:
+            if not t.coder.in_raw_units:
+                t.leave(err)
+            elif t not in ended:
+                t.tell_left(err)
+        raise
+    return [runs[number] for number in range(len(trainings))]
+
+
+@torch.no_grad()
+def _measure(coder: SparseCoder, batch: Batch) -> dict[str, float]:
+    """l0 and fvu in eval mode."""
+    active, x_hats = 0, []
+    device = coder.W_dec.device
+    with coder.reusing(4096):
+        for start in range(0, len(batch.x), 4096):
+            part = slice(start, start + 4096)
+            x = batch.x[part].to(device)
+            out = coder(x, None if batch.tokens is None else batch.tokens[part].to(device))
+            active += int((out.codes if isinstance(out.codes, Tensor) else out.codes.values).gt(0).sum())
+            x_hats.append(out.x_hat.cpu())
+    return {"l0": active / len(batch.x), "fvu": float(losses.fvu(torch.cat(x_hats), batch.target.cpu()))}

@@ -1,0 +1,98 @@
+"""Curves of trainings that run: a few points each, however long, and figures that the loop itself leaves out."""
+
+import math
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sae_lab.saes.base import SparseCoder
+from sae_lab.training.loop import Event, Metrics
+
+POINTS = 300  # of a curve, at most
+MEASURES = ("loss", "fvu", "l0", "dead", "threshold", "cosine", "lr")
+SAMPLE = 256  # rows of W_dec whose nearest others are looked for
+SHARE = 0.005  # of the time, that looking for them may take
+
+
+@torch.no_grad()
+def decoder_cosine(coder: SparseCoder, rows: int = SAMPLE, seed: int = 0) -> float:
+    """Mean over some rows i of W_dec of max_{j≠i} |cos(W_dec[i], W_dec[j])|: near 1 where features repeat each other.
+    rows: how many, drawn with ``seed``, the same at every call. NaN for a coder of one feature."""
+    W_dec = torch.nn.functional.normalize(coder.W_dec.detach(), dim=1)
+    if len(W_dec) < 2:
+        return math.nan
+    chosen = torch.randperm(len(W_dec), generator=torch.Generator().manual_seed(seed))[:rows].to(W_dec.device)
+    cosines = (W_dec[chosen] @ W_dec.T).abs_()
+    cosines[torch.arange(len(chosen)), chosen] = 0.0
+    return float(cosines.amax(1).mean())
+
+
+class Curves:
+    """A callback for ``sl.train`` or ``sl.sweep`` that keeps a curve of each measure for each coder.
+
+        curves = Curves()
+        sl.train(sae, store, config, callbacks=[curves])
+
+    ``lines`` {label: {"step": [...], "loss": [...], ...}}: at most ``POINTS`` points a curve, each the mean of equally
+    many steps and standing at the last of them; None where a measure is not known. Measures: those of ``Run.history``;
+    threshold, of families that have one, in units of activations of norm √d_in; cosine, ``decoder_cosine``, taken as
+    often as costs ``SHARE`` of the time.
+    """
+
+    def __init__(self) -> None:
+        self.lines: dict[str, dict[str, list[Any]]] = {}
+        self._sums: dict[str, dict[str, list[float]]] = {}  # label: measure: [sum, count] of the last point
+        self._due = 0.0  # when the next cosine may be taken
+
+    def __call__(self, event: Event) -> None:
+        if event.kind == "start":
+            self.lines[event.label] = self.empty()
+            for row in event.history:  # of a run that goes on
+                self.add(event.label, row, event.config.total_steps)
+        elif event.kind == "step":
+            self.add(event.label, event.metrics | self.more(event), event.config.total_steps)
+
+    @staticmethod
+    def empty() -> dict[str, list[Any]]:
+        """Curves without a point."""
+        return {name: [] for name in ("step", *MEASURES)}
+
+    def more(self, event: Event) -> Metrics:
+        """Figures beside those of the loop."""
+        found: Metrics = {}
+        output = event.control.output
+        threshold = event.coder.training_threshold(output.codes) if output is not None else None
+        if isinstance(threshold, Tensor):
+            found["threshold"] = float(threshold)
+        start = time.perf_counter()
+        if start >= self._due:
+            found["cosine"] = decoder_cosine(event.coder)
+            cost = time.perf_counter() - start
+            self._due = start + cost / SHARE
+        return found
+
+    def add(self, label: str, row: Mapping[str, Any], steps: int) -> None:
+        """One more row of a history."""
+        line, stride = self.lines[label], -(-steps // POINTS)
+        ends = line["step"]
+        if not ends or (row["step"] - 1) // stride != (ends[-1] - 1) // stride:
+            self._sums[label] = {}
+            for name in line:
+                line[name].append(None)
+        ends[-1] = row["step"]
+        sums = self._sums[label]
+        for name in MEASURES:
+            value = row.get(name)
+            if value is not None and math.isfinite(value):
+                total = sums.setdefault(name, [0.0, 0])
+                total[0] += value
+                total[1] += 1
+                line[name][-1] = float(f"{total[0] / total[1]:.5g}")
+
+    def last(self, label: str, points: int) -> list[list[Any]]:
+        """The last points of all curves of a coder: [step, loss, ...] each."""
+        line = self.lines[label]
+        return [list(point) for point in zip(*(values[-points:] for values in line.values()), strict=True)]

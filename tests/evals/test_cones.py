@@ -1,0 +1,124 @@
+"""cones: greedy non-negative least squares by hand, planted concepts, controls, and the held-out optimum."""
+
+import math
+
+import pytest
+import torch
+from torch.nn.functional import normalize
+
+import sae_lab as sl
+from sae_lab.evals.concept_cones import cones, fit
+
+
+def noise(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def knows(rows, b_enc=0.0):
+    """An eval-mode ReLU coder that reads and writes these directions."""
+    made = sl.L1(rows.shape[1], len(rows), sparsity=1.0).eval()
+    with torch.no_grad():
+        made.W_dec.copy_(rows)
+        made.W_enc.copy_(rows.T)
+        made.b_enc.fill_(b_enc)
+    return made
+
+
+@pytest.fixture(scope="module")
+def world():
+    return sl.worlds.planted(n=128, d=64, l0=4, samples=4000, seed=3)
+
+
+@pytest.fixture(scope="module")
+def planted(world):
+    """Twenty concepts, each a positive combination of three true directions; and their activations."""
+    parts = torch.stack([torch.randperm(128, generator=torch.Generator().manual_seed(i))[:3] for i in range(20)])
+    weights = 0.5 + torch.rand(20, 3, generator=torch.Generator().manual_seed(0))
+    return (weights[:, :, None] * world.dictionary[parts]).sum(1), (world.f[:, parts] * weights).sum(2)
+
+
+def test_fit_by_hand():
+    # 3·e0 + 2·e1 − e2: one row explains 9/14, two 13/14; the third would need a negative weight and stays out.
+    r2, features, weights = fit(torch.eye(4), torch.tensor([[3.0, 2.0, -1.0, 0.0]]), (1, 2, 3))
+    assert r2[0].tolist() == pytest.approx([9 / 14, 13 / 14, 13 / 14])
+    assert features[0].tolist() == [[0, -1, -1], [0, 1, -1], [0, 1, -1]]
+    assert weights[0, 2].tolist() == pytest.approx([3, 2, 0])
+    # Rows that are not orthogonal: (1, 1)/√2 comes in first, with weight 4/√2 for (3, 1), of whose length it explains
+    # 8/10; when (1, −1)/√2 joins, both weights are fitted anew: (3, 1) = 2·(1, 1) + 1·(1, −1).
+    rows = normalize(torch.tensor([[1.0, 1.0], [1.0, -1.0]]), dim=1)
+    r2, features, weights = fit(rows, torch.tensor([[3.0, 1.0]]), (1, 2))
+    assert r2[0].tolist() == pytest.approx([0.8, 1.0]) and features[0].tolist() == [[0, -1], [0, 1]]
+    assert weights[0].flatten().tolist() == pytest.approx([8**0.5, 0, 8**0.5, 2**0.5])
+    # The opposite of a row is not in its cone.
+    assert fit(torch.eye(2), -torch.eye(2), (1,))[0].tolist() == [[0], [0]]
+
+
+def test_planted_concepts_are_found_and_random_ones_are_not(world, planted):
+    concepts, activity = planted
+    result = cones(knows(world.dictionary, b_enc=-0.4), concepts, world.x, labels=activity, sizes=(1, 2, 3, 4))
+    at = result.sizes.index(3)
+    # Random directions reach something too: three of 128 rows are chosen to fit, in 64 dimensions.
+    assert result.r2[at] > 0.9 and result.held_out[at] > 0.9 and result.r2_random[at] < 0.5
+    assert result.held_out_random[at] < 0.2
+    assert result.correlation[at] > 0.8 and abs(result.correlation_shuffled[at]) < 0.3
+    # A dictionary that has nothing to do with the concepts treats them as the random directions.
+    other = cones(sl.TopK(64, 128, k=4, seed=5).eval(), concepts, sizes=(1, 2, 3, 4))
+    assert other.r2[at] < 0.5 and abs(other.r2[at] - other.r2_random[at]) < 0.1
+    assert math.isnan(other.correlation[at])
+
+
+def test_held_out_has_an_optimum_at_the_true_size(world, planted):
+    noisy = normalize(planted[0], dim=1) + 0.3 * normalize(noise(20, 64, seed=8), dim=1)
+    result = cones(knows(world.dictionary), noisy, sizes=(1, 2, 3, 4, 8, 16, 32))
+    assert result.r2 == tuple(sorted(result.r2))  # in the fit more is always better
+    assert result.best_size in (2, 3, 4) and result.interior
+    assert result.held_out[-1] < result.held_out[result.best_index] - 0.05
+
+
+def test_directions_from_labels(world):
+    # A concept that is on where either of two features is: its mean difference lies in their cone.
+    on = (world.f[:, [0, 1]] > 0).any(1) & (world.f[:, [2]] == 0).any(1)
+    labels = torch.stack([on, world.f[:, 7] > 0], dim=1)
+    result = cones(knows(world.dictionary, b_enc=-0.4), None, world.x, labels=labels, sizes=(1, 2, 4))
+    assert set(result.features[1, :1].tolist()) == {7} and {0, 1} <= set(result.features[0].tolist())
+    assert result.r2[-1] > 0.8 and result.correlation[-1] > 0.6
+    # Without labels the concept's activation is what x has along it.
+    assert cones(knows(world.dictionary), world.dictionary[:3], world.x).correlation[0] > 0.5
+
+
+def test_the_table(world, planted):
+    result = cones(knows(world.dictionary), planted[0])
+    assert result.sizes == (1, 2, 4, 8, 16, 32)
+    text = repr(result)
+    assert "< most" in text and "no x given" in text and "20 concepts" in text
+    assert len(result.to_pandas()) == 6 and result.figures()[0].value == result.best_size
+    assert result.weights.shape == result.features.shape == (20, 32) and (result.weights >= 0).all()
+
+
+GOOD = torch.eye(6)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"concepts": torch.ones(2, 5)}, r"concepts must be float directions \(concepts, 6\)"),
+        ({"concepts": torch.zeros(2, 6)}, "every concept must be a finite direction that is not zero"),
+        ({"concepts": torch.full((2, 6), math.nan)}, "every concept must be a finite direction"),
+        ({"sizes": (2, 1)}, "sizes must be ascending integers from 1 to 3"),
+        ({"sizes": (1, 9)}, "sizes must be ascending integers from 1 to 3"),
+        ({"sizes": ()}, "sizes must be ascending integers from 1 to 3"),
+        ({"x": None}, "labels are of rows: give x"),
+        ({"x": None, "labels": None, "concepts": None}, "labels are of rows: give x"),
+        ({"labels": torch.ones(9, 2)}, r"labels must be \(rows, concepts\) for the 40 rows of x"),
+        ({"labels": torch.ones(40, 3)}, "labels must have one column for each of the 2 concepts, got 3"),
+        ({"concepts": None}, "labels must be booleans"),
+        ({"concepts": None, "labels": torch.ones(40, 2) > 0}, "every label needs rows with and without it"),
+        ({"coder": sl.TopK(6, 8, k=2)}, "eval mode, got TopK.* in training"),
+        ({"coder": sl.TopK(6, 8, k=2, d_out=6).eval()}, "cones needs a coder that reconstructs what it reads"),
+    ],
+)
+def test_refusals(change, message):
+    given = {"coder": knows(GOOD), "concepts": GOOD[:2], "x": noise(40, 6), "labels": noise(40, 2), "sizes": (1, 2)}
+    given |= change
+    with pytest.raises(ValueError, match=message):
+        cones(given.pop("coder"), given.pop("concepts"), given.pop("x"), **given)
