@@ -11,7 +11,7 @@ FIRST := notebooks/00_quickstart.ipynb notebooks/11_explain.ipynb
 # Notes that a notebook writes go to a folder of their own, not among the user's.
 NBVAL := SAE_LAB_DATA=$$(mktemp -d) $(BIN)/python -m pytest --nbval --nbval-current-env --nbval-cell-timeout=900 -p no:cacheprovider -o addopts=""
 
-.PHONY: demo lab test lint bench readme zoo report methods models endurance widgets clean
+.PHONY: demo lab needs test lint bench readme zoo report methods models endurance widgets clean
 
 .venv/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -38,7 +38,11 @@ lab: .venv/.ready
 	$(BIN)/pip install -q --no-deps --ignore-requires-python ndif==0.1.2
 	touch $@
 
-test: .venv/.server lint widgets
+# Chromium, Node.js and redis: installed here where that is allowed, else `make test` ends before it has begun.
+needs:
+	tests/needs.sh
+
+test: needs .venv/.server lint widgets
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -m "not browser and not remote" -n 2 --dist loadfile --no-loadscope-reorder
 	$(NBVAL) $(FIRST)
 	OMP_NUM_THREADS=1 $(NBVAL) -n 2 --dist loadfile $(filter-out $(REMOTE) $(FIRST),$(NOTEBOOKS))
