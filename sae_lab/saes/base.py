@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 AUX_WEIGHT = 1 / 32  # Gao et al. 2024
 EVERY = slice(None)  # all features, where act is asked for some
 SPARSE_BELOW = 0.1  # share of features on, up to which sparse gradients are cheaper than dense ones
-CALIBRATION_ROWS = 4096  # encoded at a time
+CALIBRATION_ROWS = 4096  # encoded at a time: pre-activations of all rows would be large
 HASHED_ROWS = 4096
 QUANTILE = 0.999  # f_scale: this quantile of a feature's activations where it fires
 
@@ -230,10 +230,37 @@ class SparseCoder(nn.Module):
     def sparse_codes(self, x: Float[Tensor, "..."]) -> Codes:
         """The codes of x's rows as sparse ``Codes``, whatever the family; only positive ones, no gradients."""
         with torch.no_grad():
-            codes = self.codes(x)
-            if isinstance(codes, Codes) and bool((codes.values > 0).all()):
-                return codes
-            return kernels.above(codes.dense() if isinstance(codes, Codes) else codes, 0.0)
+            return kernels.positive(self.codes(x))
+
+    @as_annotated
+    @torch.no_grad()
+    def codes_of(self, x: Tensor | Iterable[Tensor], strengths: bool = False) -> Codes:
+        """``sae.codes_of(x)``: the codes of any number of rows, as one sparse ``Codes`` on the CPU.
+
+        In eval mode, without gradients, some thousand rows at a time on the coder's device; only positive codes.
+
+        Args: x: rows, or blocks of rows one after another, on any device. strengths: give ``sae.strengths`` of the
+        codes.
+        """
+        parts, blocks = [], [x] if isinstance(x, Tensor) else x
+        most = min(CALIBRATION_ROWS, len(x)) if isinstance(x, Tensor) else CALIBRATION_ROWS
+        with self.evaluating(), self.reusing(most):
+            for rows in (part.to(self.W_dec.device) for block in blocks for part in block.split(CALIBRATION_ROWS)):
+                codes = self.sparse_codes(rows)
+                codes = self.strengths(codes, rows) if strengths else codes
+                parts.append(kernels.joined([codes], self.d_sae))  # on the CPU
+        return kernels.joined(parts, self.d_sae)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """``with sae.evaluating(): ...``: in eval mode, where the codes of a row depend on that row alone; afterwards
+        in the mode it was in."""
+        before = self.training
+        self.eval()
+        try:
+            yield
+        finally:
+            self.train(before)
 
     @as_annotated
     def decode(self, f: Float[Tensor, "*batch d_sae"], tokens: Tensor | None = None) -> Float[Tensor, "..."]:
@@ -455,19 +482,22 @@ class SparseCoder(nn.Module):
         parts = [part for x in blocks for part in x.split(CALIBRATION_ROWS)]
         with self.reusing(CALIBRATION_ROWS):
             self.fit_threshold(parts if unseen is None else unseen.split(CALIBRATION_ROWS))
-            self.eval()
-            codes = [self.sparse_codes(x) for x in parts]
-        values, features = (torch.cat([getattr(c, name).cpu() for c in codes]) for name in ("values", "features"))
+        codes, tokens = self.eval().codes_of(parts), sum(map(len, parts))
+        self.fit_scale(codes)
+        dead = float((self.f_scale == 0).float().mean())
+        return {"dead": dead, "tokens": tokens, "l0": len(codes.values) / tokens}
+
+    @torch.no_grad()
+    def fit_scale(self, codes: Codes) -> None:
+        """``f_scale`` from positive codes on the CPU."""
         # A positive float's bits are ordered as it is: one sort, of whole numbers, by feature and then by value.
-        ordered = ((features << 32) | values.view(torch.int32)).sort().values
-        counts = torch.bincount(features, minlength=self.d_sae)
+        ordered = ((codes.features << 32) | codes.values.view(torch.int32)).sort().values
+        counts = torch.bincount(codes.features, minlength=self.d_sae)
         place = counts.cumsum(0) - counts + (QUANTILE * (counts - 1)).long().clamp_min(0)
         live = counts > 0
         scale = torch.zeros(self.d_sae)
         scale[live] = (ordered[place[live]] & 0xFFFFFFFF).int().view(torch.float32)
         self.f_scale.copy_(scale)
-        tokens = sum(map(len, parts))
-        return {"dead": float((~live).float().mean()), "tokens": tokens, "l0": len(values) / tokens}
 
     @contextmanager
     def reusing(self, rows: int) -> Iterator[None]:

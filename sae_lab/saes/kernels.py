@@ -6,7 +6,7 @@ codes sorted by feature does in one pass; gradients of code values are inner pro
 """
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -136,6 +136,22 @@ def _from_places(pre: Tensor, places: Tensor) -> Codes:
     offsets = torch.zeros(len(pre) + 1, dtype=torch.long, device=pre.device)
     offsets[1:] = torch.bincount(rows, minlength=len(pre)).cumsum(0)
     return Codes(pre.reshape(-1)[places], features, offsets, d_sae)
+
+
+def positive(codes: Codes | Float[Tensor, "batch d_sae"]) -> Codes:
+    """The codes above 0."""
+    if isinstance(codes, Codes) and bool((codes.values > 0).all()):
+        return codes
+    return above(codes.dense() if isinstance(codes, Codes) else codes, 0.0)
+
+
+def joined(parts: Sequence[Codes], d_sae: int) -> Codes:
+    """Codes of rows after one another, from those of some rows each; on the CPU."""
+    none = torch.zeros(0)
+    values = torch.cat([none, *(part.values.cpu() for part in parts)])
+    features = torch.cat([none.long(), *(part.features.cpu() for part in parts)])
+    counts = torch.cat([none.new_zeros(1).long(), *(part.offsets.diff().cpu() for part in parts)])
+    return Codes(values, features, counts.cumsum(0), d_sae)
 
 
 def encode_at(

@@ -69,6 +69,24 @@ def test_sparse_codes_are_the_dense_ones(fitted, x):
         assert torch.equal(codes.dense(), fitted.encode(x))
 
 
+def test_codes_of_many_rows_come_in_blocks_and_in_eval_mode(fitted, x, monkeypatch):
+    monkeypatch.setattr(base, "CALIBRATION_ROWS", 5)
+    with torch.no_grad():
+        dense = torch.cat([fitted.encode(part) for part in x.split(5)])
+        lengths = fitted.strengths(dense, x)
+    fitted.train()
+    for given in (x, x.split(7), iter(x.split(9))):
+        codes = fitted.codes_of(given)
+        assert near(codes.dense(), dense) and torch.equal(codes.dense() > 0, dense > 0)
+        assert codes.offsets.dtype == codes.features.dtype == torch.long and not codes.values.requires_grad
+    assert near(fitted.codes_of(x, strengths=True).dense(), lengths)
+    assert fitted.training and fitted.codes_of(x[:0]).dense().shape == fitted.codes_of([x[:0]]).dense().shape == (0, 40)
+    with pytest.raises(RuntimeError, match="half-way"), fitted.evaluating():
+        assert not fitted.training
+        raise RuntimeError("half-way")
+    assert fitted.training
+
+
 def test_rows_do_not_depend_on_their_mates_in_eval(fitted, x):
     whole = fitted.encode(x)
     for i in (0, 7):

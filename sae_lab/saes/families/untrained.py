@@ -43,7 +43,7 @@ def baselines(
         )
     x = x.float().cpu()
     mean = x.mean(0)
-    k = max(1, round(len(sae.sparse_codes(x.to(sae.W_dec.device)).values) / len(x)))
+    k = max(1, round(len(sae.codes_of(x).values) / len(x)))
     make = {
         "mean": lambda: _linear(torch.zeros(sae.d_in, 1), mean, bias=-1.0),
         "identity": lambda: _linear(torch.eye(sae.d_in), torch.zeros(sae.d_in)),

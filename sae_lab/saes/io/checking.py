@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sae_lab.saes import kernels
-from sae_lab.saes.base import QUANTILE, SparseCoder
+from sae_lab.saes.base import SparseCoder
 from sae_lab.types import Codes
 
 log = logging.getLogger(__name__)
@@ -30,14 +30,12 @@ def check(coder: SparseCoder, data: Any, rows: int = ROWS) -> dict[str, Any]:
     problems, pairs = _site_problems(coder, data), [(x.float(), y) for x, y in _pairs(data, rows)]
     if not any(len(x) for x, _ in pairs):
         raise ValueError("check needs activations: pass a tensor with rows, or a store that holds some")
-    values, features = [], []
+    parts: list[Codes] = []
     error, n, target_sum, target_square = 0.0, 0, torch.zeros(coder.d_out, dtype=torch.float64), 0.0
     for x, given in pairs:
         target = given if given is not None else None if coder.transcodes else x
         out = coder(x)
-        codes = out.codes if isinstance(out.codes, Codes) else kernels.above(out.codes, 0.0)
-        values.append(codes.values[codes.values > 0])
-        features.append(codes.features[codes.values > 0])
+        parts.append(kernels.positive(out.codes))
         n += len(x)
         if target is None:
             continue
@@ -49,10 +47,11 @@ def check(coder: SparseCoder, data: Any, rows: int = ROWS) -> dict[str, Any]:
         target_square += float(target.square().sum())
     spread = target_square - float(target_sum.square().sum()) / n
     fvu = error / spread if spread > 0 else None
-    found: dict[str, Any] = {"fvu": fvu, "l0": sum(map(len, values)) / n, "tokens": n}
+    codes = kernels.joined(parts, coder.d_sae)
+    found: dict[str, Any] = {"fvu": fvu, "l0": len(codes.values) / n, "tokens": n}
     problems += _absurd(found, coder) + _contradicted(found, coder.meta.get("expected") or {})
     if coder.meta.get("f_scale") == "unknown":
-        coder.f_scale.copy_(_scale(torch.cat(values), torch.cat(features), coder.d_sae))
+        coder.fit_scale(codes)
         coder.meta["f_scale"] = f"fitted by check on {n} rows"
     coder.meta["check"] = found | {"problems": problems}
     for problem in problems:
@@ -105,15 +104,3 @@ def _contradicted(found: dict[str, Any], expected: dict[str, float]) -> list[str
         if not 1 / FACTOR <= times <= FACTOR:
             problems.append(f"{name} is {measured:.3g}, {times:.2g} times the {said:.3g} that the checkpoint states")
     return problems
-
-
-def _scale(values: Tensor, features: Tensor, d_sae: int) -> Tensor:
-    """The 99.9th percentile of each feature's activations where it fires; 0 where it never does."""
-    ascending = values.argsort()
-    values, features = values[ascending], features[ascending]
-    values = values[features.sort(stable=True).indices]  # by feature, and ascending within it
-    counts = torch.bincount(features, minlength=d_sae)
-    place = counts.cumsum(0) - counts + (QUANTILE * (counts - 1)).long().clamp_min(0)
-    scale = torch.zeros(d_sae)
-    scale[counts > 0] = values[place[counts > 0]]
-    return scale
