@@ -8,8 +8,10 @@ import json
 import math
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import fields
+from dataclasses import field, fields
+from importlib import import_module
 from numbers import Number
+from string import Formatter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,6 +35,11 @@ def visible(text: object) -> str:
     """A text with a mark in place of each character that would not be seen, or would change how the rest is seen: ↵ for
     a line break, U+001B for an escape."""
     return _HIDDEN.sub(lambda found: GLYPHS.get(found[0]) or f"U+{ord(found[0]):04X}", str(text))
+
+
+def visible_lines(text: str) -> str:
+    """``visible``, of a text whose line breaks are meant."""
+    return "\n".join(map(visible, text.split("\n")))
 
 
 # ---- HTML
@@ -70,12 +77,12 @@ _SIDES = {"<": "left", ">": "right"}
 
 
 def html_table(
-    rows: Sequence[Sequence[object]], footer: str = "", align: str = "<", wraps: bool = False
+    rows: Sequence[Sequence[object]], footer: str = "", align: str = "<", wraps: bool = False, header: str = ""
 ) -> Html:
-    """Rows as a table, the first its head, and lines below. align: "<" or ">" a column, its last for all that follow.
+    """Rows as a table, the first its head, and lines above and below it.
 
-    Unless it ``wraps``, only the last column, which has words, may break into lines. Sides are said for each cell:
-    Jupyter aligns all to the right.
+    align: "<" or ">" for each column; the last holds for all that follow. Unless it ``wraps``, only the last column,
+    which has words, may break into lines. Each cell says its side: Jupyter aligns all to the right.
     """
     sides = [_SIDES[side] for side in align.ljust(len(rows[0]), align[-1])]
     one_line = "" if wraps else ";white-space:nowrap"
@@ -84,8 +91,8 @@ def html_table(
         tag("tr", *(tag("td" if i else "th", cell, style=style) for cell, style in zip(row, styles, strict=True)))
         for i, row in enumerate(rows)
     ]
-    below = [tag("p", joined(footer.split("\n"), Html("<br>")))] if footer else []
-    return joined([tag("table", *lines), *below])
+    above, below = ([tag("p", joined(text.split("\n"), Html("<br>")))] if text else [] for text in (header, footer))
+    return joined([*above, tag("table", *lines), *below])
 
 
 def text_table(rows: Sequence[Sequence[object]], footer: str = "", align: str = "<", gap: str = "  ") -> str:
@@ -94,7 +101,7 @@ def text_table(rows: Sequence[Sequence[object]], footer: str = "", align: str = 
     sides = align.ljust(len(cells[0]), align[-1])
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = [gap.join(f"{c:{s}{w}}" for c, s, w in zip(row, sides, widths, strict=True)).rstrip() for row in cells]
-    return "\n".join([*lines, *map(visible, footer.split("\n"))]).rstrip()
+    return "\n".join([*lines, visible_lines(footer)]).rstrip()
 
 
 def frame_rows(frame: Any, digits: str = ".3f", empty: str = "NaN") -> list[tuple[str, ...]]:
@@ -116,8 +123,10 @@ def frame_text(frame: Any, digits: str = ".3f") -> str:
 
 
 class Shown:
-    """Base of what prints as a table. A subclass gives its rows, the first of them the head, and a footer."""
+    """Base of what prints as a table. A subclass gives its rows, the first of them the head, and the lines around it:
+    ``_above`` and ``_below``, texts in which "{tokens:,}" stands for an attribute."""
 
+    _above = _below = ""
     _align, _gap = "<", "  "
 
     def __init_subclass__(cls) -> None:
@@ -126,26 +135,44 @@ class Shown:
     def _rows(self) -> list[tuple[str, ...]]:
         raise NotImplementedError
 
+    def _header(self) -> str:
+        return self._filled(self._above)
+
     def _footer(self) -> str:
         """On what it was measured: tokens, documents, seeds, mask."""
-        return ""
+        return self._filled(self._below)
+
+    def _filled(self, text: str) -> str:
+        """A text with this object's attributes in place of the names in braces."""
+        return Formatter().vformat(text, (), _Attributes(self))
 
     def __repr__(self) -> str:
-        return text_table(self._rows(), self._footer(), self._align, self._gap)
+        table = text_table(self._rows(), self._footer(), self._align, self._gap)
+        return f"{visible_lines(header)}\n{table}" if (header := self._header()) else table
 
     def _repr_html_(self) -> Html:
-        return html_table(self._rows(), self._footer(), self._align)
+        return html_table(self._rows(), self._footer(), self._align, header=self._header())
 
 
-# ---- results of evals
+class _Attributes(dict[str, Any]):
+    """An object's attributes as a mapping."""
+
+    def __init__(self, owner: object):
+        self.owner = owner
+
+    def __getitem__(self, name: str) -> Any:
+        return getattr(self.owner, name)
+
+
+# ---- results
 
 
 class Figure(NamedTuple):
-    """One number that an eval found, with what it has to be read against.
+    """One number that was measured, with what it is read against.
 
-    error: its standard error; control: the same measure where there is nothing to find (``control_name`` says what was
-    shuffled, drawn or left out). NaN where there is none. meaning: a few words, with units. best: "high" or "low", or
-    "" for what is neither better nor worse. digits: shown after the point.
+    error: its standard error; control: the same measure where nothing is to be found (``control_name`` says what was
+    shuffled, drawn or left out); NaN: none. meaning: a few words, with units. best: "high" or "low"; "": neither is
+    better. digits: after the point, or a format such as ".1%". key: the field of the result that holds the value.
     """
 
     measure: str
@@ -155,52 +182,100 @@ class Figure(NamedTuple):
     control_name: str = ""
     meaning: str = ""
     best: str = ""
-    digits: int = 3
+    digits: int | str = 3
+    key: str = ""
 
     @property
     def text(self) -> str:
-        """The value, with its standard error where there is one."""
+        """The value, with its standard error if it has one."""
         value = number(self.value, self.digits)
         return value if math.isnan(self.error) else f"{value} ± {number(self.error, self.digits)}"
 
     @property
     def control_text(self) -> str:
-        """The control and what it is, "" where there is none."""
+        """The control and its name; "" without a control."""
         return "" if math.isnan(self.control) else f"{number(self.control, self.digits)} {self.control_name}".strip()
 
 
-def number(value: float, digits: int = 3) -> str:
-    """A number for a table: "undefined" for NaN, thousands marked from 10,000 on."""
+def figure(
+    measure: str, meaning: str = "", *, error: str = "", control: str = "", control_name: str = "", best: str = "",
+    digits: int | str = 3,
+) -> Any:  # fmt: skip
+    """A field of a ``Result`` that is a figure: ``novel: float = figure("novel", "share of features")``.
+
+    error, control: the fields that hold them; the error is "<field>_se" where such a field exists. In meaning and
+    control_name "{tokens:,}" stands for an attribute. The rest as for ``Figure``.
+    """
+    return field(metadata={"figure": Figure(measure, math.nan, math.nan, math.nan, control_name, meaning, best, digits),
+                           "error": error, "control": control})  # fmt: skip
+
+
+def number(value: float, digits: int | str = 3) -> str:
+    """A number for a table: "undefined" for NaN, thousands marked from 10,000 on. digits: as for ``Figure``."""
     if math.isnan(value):
         return "undefined"
+    if isinstance(digits, str):
+        return format(value, digits)
     return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.{digits}f}"
 
 
-def mean_and_error(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
-    """(mean, its standard error) of independent values; NaN for none, and the error NaN for one."""
-    if not len(values):
-        return math.nan, math.nan
-    error = np.std(values, ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return float(np.mean(values)), float(error)
-
-
 class Result(Shown):
-    """Base of the frozen dataclasses (``repr=False``) that evals return. A subclass gives its figures and a footer.
+    """Base of the frozen dataclasses (``repr=False``) that measurements return. Its fields say all that it shows:
 
-    ``_rows`` may be overridden by a result that is a table of another shape; its first row is the head.
+        @dataclass(frozen=True, repr=False)
+        class Novelty(Result):
+            novel: float = figure("novel", "share of features", control="novel_random", control_name="random rows")
+            novel_se: float
+            novel_random: float
+            tokens: int
+            _below = "{tokens:,} tokens"
+
+    A result without figures is a table of records: ``_records`` names the field that holds them (NamedTuples or dicts),
+    or the fields that are its columns. ``to_pandas`` gives them, and its first ``_shown`` rows are printed.
     """
 
+    _records: str | tuple[str, ...] | dict[str, str] = ""
+    _shown, _digits = 20, ".3f"
+
     def figures(self) -> list[Figure]:
-        """The numbers this result stands for, in the order they are printed."""
-        raise NotImplementedError
+        """The numbers this result stands for, in the order of the fields."""
+        named = {f.name for f in fields(self)}  # type: ignore[arg-type]
+        return [self._figure(f, named) for f in fields(self) if "figure" in f.metadata]  # type: ignore[arg-type]
+
+    def _figure(self, f: Any, named: set[str]) -> Figure:
+        told: Figure = f.metadata["figure"]
+        error = f.metadata["error"] or f"{f.name}_se" * (f"{f.name}_se" in named)
+        control = f.metadata["control"]
+        return told._replace(
+            key=f.name, value=getattr(self, f.name), meaning=self._filled(told.meaning),
+            control_name=self._filled(told.control_name), error=getattr(self, error) if error else math.nan,
+            control=getattr(self, control) if control else math.nan,
+        )  # fmt: skip
+
+    def figure(self, key: str) -> Figure:
+        """The figure of a field: ``found.figure("fvu")``. KeyError with those that there are."""
+        known = {one.key: one for one in self.figures()}
+        if key not in known:
+            raise KeyError(f"{type(self).__name__} has no figure {key!r}; it has: {', '.join(known)}")
+        return known[key]
 
     def _rows(self) -> list[tuple[str, ...]]:
-        rows = [(f.measure, f.text, f.control_text, f.meaning) for f in self.figures()]
-        return [("", "value", "control", ""), *rows]
+        if found := self.figures():
+            return [("", "value", "control", ""), *((f.measure, f.text, f.control_text, f.meaning) for f in found)]
+        return frame_rows(self.to_pandas().head(self._shown), self._digits, "")
 
     def to_pandas(self):
-        """One row, one column a field that is a number or a text."""
+        """One row a record; of a result without records one row, with a column for each number and text."""
         import pandas as pd
 
+        if isinstance(self._records, str) and self._records:
+            return pd.DataFrame(list(getattr(self, self._records)))
+        if self._records:
+            named = self._records if isinstance(self._records, dict) else {name: name for name in self._records}
+            return pd.DataFrame({column: getattr(self, name) for column, name in named.items()})
         plain = {f.name: getattr(self, f.name) for f in fields(self) if f.repr}  # type: ignore[arg-type]
         return pd.DataFrame([{name: v for name, v in plain.items() if isinstance(v, Number | str)}])
+
+    def plot(self, **settings: Any) -> Any:
+        """``sl.plot(self, **settings)``."""
+        return import_module("sae_lab").plot(self, **settings)

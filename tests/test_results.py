@@ -2,17 +2,34 @@
 
 import ast
 import json
+import math
 import re
 import unicodedata
 from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import NamedTuple
 
 import pandas as pd
 import pytest
 
 import sae_lab
-from sae_lab.results import GLYPHS, HIDDEN, Html, Shown, frame_text, html_table, joined, tag, text_table, visible
+from sae_lab.results import (
+    GLYPHS,
+    HIDDEN,
+    Figure,
+    Html,
+    Result,
+    Shown,
+    figure,
+    frame_text,
+    html_table,
+    joined,
+    number,
+    tag,
+    text_table,
+    visible,
+)  # fmt: skip
 
 SOURCES = Path(__file__).parent.parent / "widgets" / "src"
 PACKAGE = Path(sae_lab.__file__).parent
@@ -121,3 +138,56 @@ def test_the_widgets_put_text_into_a_page_by_one_file():
     ]  # fmt: skip
     assert 'sandbox: "allow-scripts",' in sources["patching/attention.ts"]
     assert "default-src 'none'" in sources["patching/attention.ts"].replace("\\", "")
+
+
+@dataclass(frozen=True, repr=False)
+class Measured(Result):
+    share: float = figure("share", "of {rows:,} rows", control="drawn", control_name="{seeds} random seeds", best="low")
+    share_se: float
+    drawn: float
+    dead: float = figure("dead", digits=".1%")
+    rows: int
+    seeds: int
+    _above, _below = "seed {seeds}", "{rows:,} rows\nof text"
+
+
+def test_the_fields_of_a_result_are_its_figures():
+    found = Measured(0.25, 0.01, 0.5, math.nan, 12_000, 3)
+    assert found.figures()[0] == Figure("share", 0.25, 0.01, 0.5, "3 random seeds", "of 12,000 rows", "low", 3, "share")
+    assert found.figure("dead").text == "undefined" and number(0.123, ".1%") == "12.3%"
+    assert repr(found).splitlines() == [
+        "seed 3",
+        "       value          control",
+        "share  0.250 ± 0.010  0.500 3 random seeds  of 12,000 rows",
+        "dead   undefined",
+        "12,000 rows",
+        "of text",
+    ]
+    assert found._repr_html_().startswith("<p>seed 3</p><table>")
+    assert list(found.to_pandas()) == ["share", "share_se", "drawn", "dead", "rows", "seeds"]
+    with pytest.raises(KeyError, match="Measured has no figure 'rows'; it has: share, dead"):
+        found.figure("rows")
+
+
+class Row(NamedTuple):
+    feature: int
+    score: float
+
+
+@dataclass(frozen=True, repr=False)
+class Found(Result):
+    rows: list[Row]
+    _records, _shown, _digits = "rows", 1, ".2f"
+
+
+@dataclass(frozen=True, repr=False)
+class Curve(Result):
+    size: tuple[int, ...]
+    value: tuple[float, ...]
+    _records = {"k": "size", "r2": "value"}  # noqa: RUF012
+
+
+def test_a_result_without_figures_is_a_table_of_records():
+    assert repr(Found([Row(7, 0.5), Row(8, 0.25)])).split() == ["feature", "score", "7", "0.50"]
+    assert Found([Row(7, 0.5), Row(8, 0.25)]).to_pandas().score.tolist() == [0.5, 0.25]
+    assert Curve((1, 2), (0.5, 1.0)).to_pandas().to_dict("list") == {"k": [1, 2], "r2": [0.5, 1.0]}

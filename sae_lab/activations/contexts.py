@@ -3,8 +3,6 @@
 from itertools import islice
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from sae_lab.lm.model import LM
 from sae_lab.lm.text import Context, Documents, as_text
@@ -43,17 +41,3 @@ def _evenly(contexts: list[Context], n: int) -> list[Context]:
     if len(contexts) <= n:
         return contexts
     return [contexts[i] for i in np.linspace(0, len(contexts) - 1, n).round().astype(int)]
-
-
-def clustered_error(differences: Tensor, clusters: Tensor) -> float:
-    """Standard error of the mean of paired differences whose clusters (documents) are independent.
-
-    √(G/(G−1)·Σ_g(Σ_{i∈g}(d_i − d̄))²)/n; NaN for a single cluster.
-    """
-    names, where = clusters.unique(return_inverse=True)
-    if len(names) < 2:
-        return float("nan")
-    residual = (differences - differences.mean()).double()
-    sums = torch.zeros(len(names), dtype=torch.double).index_add_(0, where, residual)
-    correction = len(names) / (len(names) - 1)
-    return float((correction * sums.pow(2).sum()).sqrt() / len(differences))

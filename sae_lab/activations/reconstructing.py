@@ -10,13 +10,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae_lab.activations.contexts import clustered_error, spread_contexts
+from sae_lab.activations.contexts import spread_contexts
 from sae_lab.arguments import as_annotated
 from sae_lab.lm.model import LM, token_losses
 from sae_lab.lm.text import Context, Documents
 from sae_lab.lm.tokens import pad
 from sae_lab.results import Shown, number
 from sae_lab.saes.base import SparseCoder
+from sae_lab.stats import clustered_error
 from sae_lab.types import Codes, Site, TokenBatch, TokenMask, Write
 
 AT_STAKE = 0.1  # nats/token that an ablation must cost, and

@@ -12,8 +12,9 @@ import torch
 from sae_lab.arguments import as_annotated
 from sae_lab.lm.model import LM
 from sae_lab.lm.tokens import encode_texts, pad
-from sae_lab.results import Figure, Result, mean_and_error
+from sae_lab.results import Figure, Result
 from sae_lab.saes.base import SparseCoder
+from sae_lab.stats import mean_and_error
 
 Convention = Literal["sae_lab", "saebench"]
 LEAST_F1 = {"sae_lab": 0.8, "saebench": 0.6}  # of a letter's own probe: below, the model hardly knows the letter there

@@ -14,12 +14,13 @@ from sae_lab.activations.reconstructing import Reconstruction, reconstruction
 from sae_lab.activations.store import Store
 from sae_lab.activations.world import World
 from sae_lab.arguments import as_annotated
-from sae_lab.evals.codelength import jackknife, run_coder, sample
+from sae_lab.evals.codelength import run_coder, sample
 from sae_lab.feature_index.matching import Match, match
 from sae_lab.lm.model import LM
 from sae_lab.lm.text import Documents
 from sae_lab.results import Figure, Result, number
 from sae_lab.saes.base import SparseCoder
+from sae_lab.stats import jackknife
 from sae_lab.types import Codes
 
 _MEASURES = ("stability", "shared", "orderedness", "agreement")

@@ -16,6 +16,7 @@ from sae_lab.evals.choosing import _evenly, _name
 from sae_lab.results import Figure, Result, number
 from sae_lab.saes import kernels
 from sae_lab.saes.base import SparseCoder
+from sae_lab.stats import jackknife
 from sae_lab.types import Codes
 
 FOLDS = 10  # of documents, for the jackknife
@@ -94,14 +95,6 @@ def by_content(codes: Codes) -> Int[Tensor, " d_sae"]:
     depend on the features' numbers."""
     total = torch.zeros(codes.d_sae, dtype=torch.float64).index_add(0, codes.features, codes.values.double().abs())
     return total.argsort(descending=True, stable=True)
-
-
-def jackknife(left_out: Iterable[float]) -> float:
-    """Standard error from the estimates without each of G groups: √((G−1)/G·Σ(θ_g − θ̄)²); NaN for one group."""
-    values = torch.tensor(list(left_out), dtype=torch.float64)
-    if len(values) < 2:
-        return math.nan
-    return float((values - values.mean()).pow(2).sum().mul((len(values) - 1) / len(values)).sqrt())
 
 
 # --------------------------------------------------------------------------------------------- description length

@@ -11,15 +11,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae_lab.activations.contexts import clustered_error, spread_contexts
+from sae_lab.activations.contexts import spread_contexts
 from sae_lab.activations.reconstructing import Measured, read_and_reconstruct
 from sae_lab.arguments import as_annotated
-from sae_lab.evals.positions import ratio_error
 from sae_lab.lm.model import LM
 from sae_lab.lm.text import Documents
 from sae_lab.lm.tokens import pad
 from sae_lab.results import Figure, Result
 from sae_lab.saes.base import SparseCoder
+from sae_lab.stats import clustered_error, ratio_error
 from sae_lab.types import Site, TokenBatch, Write
 
 NOISES = ("isotropic", "error_covariance", "activation_covariance", "shuffled", "same_angle")

@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sae_lab.activations.contexts import clustered_error
 from sae_lab.arguments import as_annotated
 from sae_lab.evals.codelength import by_content
 from sae_lab.lm.model import LM
 from sae_lab.results import Figure, Result, number
 from sae_lab.saes.base import SparseCoder
+from sae_lab.stats import clustered_error
 from sae_lab.types import Codes, Site, TokenBatch, TokenMask
 from sae_lab.worlds.boards import Games, board_properties, square_name
 

@@ -18,6 +18,7 @@ from sae_lab.lm.model import LM
 from sae_lab.lm.tokens import pad
 from sae_lab.results import Figure, Result
 from sae_lab.saes.base import SparseCoder
+from sae_lab.stats import auroc
 
 PASS_ROWS = 16  # questions that go through the model together
 DRAWS = 5  # of random features that are ablated in the others' place
@@ -231,7 +232,7 @@ def uncertainty(
         **{name: int(c.sum()) for name, c in zip(names, classes, strict=True)},  # type: ignore[arg-type]
         **{f"{name}_shuffled": float(c) for name, c in zip(names, shuffled, strict=True)},  # type: ignore[arg-type]
         **aurocs,  # type: ignore[arg-type]
-        auroc_entropy=_auroc(-entropy[:, None], correct)[0],
+        auroc_entropy=auroc(-entropy[:, None], correct)[0],
         **_suppressed(lm, coder, rows, starts, codes, uncertain, correct, group, suppress, random),  # type: ignore
         questions=n,
         live=len(live),
@@ -354,16 +355,6 @@ def _within(group: np.ndarray, random: np.random.Generator) -> np.ndarray:
 # ---------------------------------------------------------------------------------------------- AUROC
 
 
-def _auroc(scores: np.ndarray, positive: np.ndarray) -> np.ndarray:
-    """Chance that a column is larger at a positive row than at a negative one, ties counting half."""
-    from scipy.stats import rankdata
-
-    p, n = int(positive.sum()), int((~positive).sum())
-    if not p or not n:
-        return np.full(scores.shape[1], np.nan)
-    return (rankdata(scores, axis=0)[positive].sum(0) - p * (p + 1) / 2) / (p * n)
-
-
 def _auroc_within(scores: np.ndarray, positive: np.ndarray, group: np.ndarray) -> float:
     """The same over pairs of one group."""
     total, pairs = 0.0, 0
@@ -371,7 +362,7 @@ def _auroc_within(scores: np.ndarray, positive: np.ndarray, group: np.ndarray) -
         here = group == g
         many = int((positive & here).sum()) * int((~positive & here).sum())
         if many:
-            total, pairs = total + many * float(_auroc(scores[here, None], positive[here])[0]), pairs + many
+            total, pairs = total + many * float(auroc(scores[here, None], positive[here])[0]), pairs + many
     return total / pairs if pairs else math.nan
 
 
@@ -396,13 +387,13 @@ def _three(f: np.ndarray, correct: np.ndarray, group: np.ndarray, random: np.ran
     from sklearn.linear_model import LogisticRegression
 
     train = _half(correct, random)
-    far = np.abs(_auroc(f[train], correct[train]) - 0.5)
+    far = np.abs(auroc(f[train], correct[train]) - 0.5)
     far[(f[train] > 0).sum(0) < LEAST] = 0
     best = np.argsort(-far, kind="stable")[:3]
     x = f[:, best] / np.maximum(f[train][:, best].std(0), 1e-9)
     scores = x @ LogisticRegression().fit(x[train], correct[train]).coef_[0]
     test = ~train
-    return float(_auroc(scores[test, None], correct[test])[0]), _auroc_within(scores[test], correct[test], group[test])
+    return float(auroc(scores[test, None], correct[test])[0]), _auroc_within(scores[test], correct[test], group[test])
 
 
 def _half(correct: np.ndarray, random: np.random.Generator) -> np.ndarray:

@@ -10,8 +10,9 @@ from torch import Tensor
 from sae_lab.activations.world import World
 from sae_lab.arguments import as_annotated
 from sae_lab.feature_index.matching import match
-from sae_lab.results import Figure, Result, mean_and_error
+from sae_lab.results import Figure, Result
 from sae_lab.saes.base import SparseCoder
+from sae_lab.stats import mean_and_error
 from sae_lab.types import rows_of
 
 

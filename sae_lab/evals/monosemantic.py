@@ -9,10 +9,11 @@ from torch.nn.functional import normalize
 
 from sae_lab.activations.store import Store
 from sae_lab.arguments import as_annotated
-from sae_lab.evals.codelength import Sample, jackknife, run_coder, sample
+from sae_lab.evals.codelength import Sample, run_coder, sample
 from sae_lab.results import Figure, Result
 from sae_lab.saes import kernels
 from sae_lab.saes.base import SparseCoder
+from sae_lab.stats import jackknife
 from sae_lab.types import Codes
 
 RANDOM_FEATURES = 512  # random directions in the control

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sae_lab.activations.contexts import clustered_error, spread_contexts
+from sae_lab.activations.contexts import spread_contexts
 from sae_lab.activations.reconstructing import (
     Measured,
     Reconstruction,
@@ -25,28 +25,10 @@ from sae_lab.lm.model import LM
 from sae_lab.lm.text import Documents
 from sae_lab.results import Figure, Result, number
 from sae_lab.saes.base import SparseCoder
+from sae_lab.stats import clustered_error, difference_error, ratio_error
 from sae_lab.types import Site
 
 _SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1, 3 / 2, 2, 3)  # of the training context, where a bin ends
-
-
-def ratio_error(top: Tensor, bottom: Tensor, clusters: Tensor) -> float:
-    """Standard error of Σtop/Σbottom whose clusters are independent: that of the mean of top − ratio·bottom, over the
-    mean of bottom (delta method); NaN for a single cluster, or a bottom of 0."""
-    top, bottom = top.double(), bottom.double()
-    if not bottom.sum():
-        return math.nan
-    residual = top - top.sum() / bottom.sum() * bottom
-    return clustered_error(residual, clusters) / abs(float(bottom.mean()))
-
-
-def difference_error(values: Tensor, one: Tensor, other: Tensor, clusters: Tensor) -> float:
-    """Standard error of mean(values[one]) − mean(values[other]) where clusters hold tokens of both."""
-    values = values.double()
-    influence = torch.zeros_like(values)
-    for sign, members in ((1, one), (-1, other)):
-        influence[members] = sign * (values[members] - values[members].mean()) / members.sum()
-    return clustered_error(influence, clusters) * len(values)
 
 
 # ---------------------------------------------------------------------------------------------- along the context

@@ -13,8 +13,9 @@ from torch import Tensor
 from sae_lab.arguments import as_annotated
 from sae_lab.evals.probe_sets import ProbeData, ReadSet, as_probe_sets, read_sets
 from sae_lab.lm.model import LM
-from sae_lab.results import Figure, Result, mean_and_error, number
+from sae_lab.results import Figure, Result, number
 from sae_lab.saes.base import SparseCoder
+from sae_lab.stats import mean_and_error
 from sae_lab.types import Site, TokenMask
 
 Pooling = Literal["mean", "max", "last"]

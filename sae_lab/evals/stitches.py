@@ -10,10 +10,11 @@ from torch.nn.functional import normalize
 from sae_lab.activations.store import Store
 from sae_lab.arguments import as_annotated
 from sae_lab.evals.choosing import _name
-from sae_lab.evals.codelength import by_content, jackknife, run_coder, sample
-from sae_lab.results import Figure, Result
+from sae_lab.evals.codelength import by_content, run_coder, sample
+from sae_lab.results import Result, figure
 from sae_lab.saes import kernels
 from sae_lab.saes.base import SparseCoder
+from sae_lab.stats import jackknife
 from sae_lab.types import Codes
 
 
@@ -38,18 +39,22 @@ class Stitching(Result):
             also for novel ones).
     """
 
-    novel: float
-    novel_help: float
+    novel: float = figure("novel", "no small feature at a cosine of {threshold:g}")
+    novel_help: float = figure("novel, MSE falls", "inserted one at a time", control="novel_help_random",
+                               control_name="random directions", best="high")  # fmt: skip
     novel_help_se: float
     novel_help_random: float
     novel_help_shuffled: float
-    known_hurt: float
+    known_hurt: float = figure("reconstruction, MSE rises", "inserted one at a time", control="_novel_hurt",
+                               control_name="of novel")  # fmt: skip
     known_hurt_se: float
-    swap_better: float
+    swap_better: float = figure("swapped, better than inserted", "MSE does not rise for {swap_help:.3f}",
+                                control="swap_better_random", control_name="for a random small feature")  # fmt: skip
     swap_better_random: float
     swap_help: float
     fvu_small: float
-    fvu_novel: float
+    fvu_novel: float = figure("FVU with all novel", "large alone {fvu_large:.3f}", control="fvu_small",
+                              control_name="small alone", best="low")  # fmt: skip
     fvu_large: float
     threshold: float
     live: int
@@ -62,25 +67,14 @@ class Stitching(Result):
     inserted: Float[Tensor, " d_large"] = field(repr=False, compare=False)
     swapped: Float[Tensor, " d_large"] = field(repr=False, compare=False)
 
-    def figures(self) -> list[Figure]:
-        return [
-            Figure("novel", self.novel, meaning=f"no small feature at a cosine of {self.threshold:g}"),
-            Figure("novel, MSE falls", self.novel_help, self.novel_help_se, self.novel_help_random,
-                   "random directions", "inserted one at a time", "high"),
-            Figure("reconstruction, MSE rises", self.known_hurt, self.known_hurt_se, 1 - self.novel_help,
-                   "of novel", "inserted one at a time"),
-            Figure("swapped, better than inserted", self.swap_better, control=self.swap_better_random,
-                   control_name="for a random small feature", meaning=f"MSE does not rise for {self.swap_help:.3f}"),
-            Figure("FVU with all novel", self.fvu_novel, control=self.fvu_small, control_name="small alone",
-                   meaning=f"large alone {self.fvu_large:.3f}", best="low"),
-        ]  # fmt: skip
+    _below = (
+        "{d_small:,} and {d_large:,} features, {live:,} of the latter fire; {rows:,} rows of {documents:,} documents; "
+        "with the activations of other rows {novel_help_shuffled:.1%} of novel features lower MSE"
+    )
 
-    def _footer(self) -> str:
-        return (
-            f"{self.d_small:,} and {self.d_large:,} features, {self.live:,} of the latter fire; {self.rows:,} rows of "
-            f"{self.documents:,} documents; with the activations of other rows {self.novel_help_shuffled:.1%} of novel "
-            "features lower MSE"
-        )
+    @property
+    def _novel_hurt(self) -> float:
+        return 1 - self.novel_help
 
 
 @as_annotated

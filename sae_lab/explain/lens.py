@@ -16,8 +16,9 @@ from sae_lab.explain.prompts import Source, check_coder, check_features, top_exa
 from sae_lab.feature_index.directions import kurtosis
 from sae_lab.feature_index.index import FeatureIndex
 from sae_lab.lm.model import LM
-from sae_lab.results import Figure, Result, mean_and_error
+from sae_lab.results import Figure, Result
 from sae_lab.saes.base import SparseCoder
+from sae_lab.stats import mean_and_error
 from sae_lab.types import Site
 
 ROWS = 64  # of logits held at once

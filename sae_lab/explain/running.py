@@ -20,7 +20,8 @@ from sae_lab.explain.explainers import RuleExplainer, explainer_prompt, read_exp
 from sae_lab.explain.scoring import MEASURES, Explanation, Score, check_negatives, score
 from sae_lab.feature_index import FeatureIndex
 from sae_lab.noting import Said
-from sae_lab.results import Figure, Result, mean_and_error
+from sae_lab.results import Figure, Result
+from sae_lab.stats import mean_and_error
 from sae_lab.types import check_feature
 
 log = logging.getLogger(__name__)

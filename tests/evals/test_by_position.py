@@ -8,9 +8,10 @@ import pytest
 import torch
 
 import sae_lab as sl
-from sae_lab.activations.contexts import clustered_error, spread_contexts
+from sae_lab.activations.contexts import spread_contexts
 from sae_lab.activations.reconstructing import read_and_reconstruct, reconstruction
-from sae_lab.evals.positions import by_position, difference_error, hill, ratio_error
+from sae_lab.evals.positions import by_position, hill
+from sae_lab.stats import clustered_error, difference_error, ratio_error
 from sae_lab.types import Site
 
 SITE = Site("resid_post", layer=1)

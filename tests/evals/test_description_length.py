@@ -7,16 +7,8 @@ import pytest
 import torch
 
 import sae_lab as sl
-from sae_lab.evals.codelength import (
-    _nonzero,
-    _Sums,
-    bits_at,
-    description_length,
-    gaussian_bits,
-    jackknife,
-    run_coder,
-    sample,
-)
+from sae_lab.evals.codelength import _nonzero, _Sums, bits_at, description_length, gaussian_bits, run_coder, sample
+from sae_lab.stats import jackknife
 
 
 def coder(W_dec, W_enc=None, b_enc=0.0):

@@ -8,11 +8,12 @@ import torch
 from sklearn.decomposition import PCA
 
 import sae_lab as sl
-from sae_lab.activations.contexts import clustered_error, spread_contexts
+from sae_lab.activations.contexts import spread_contexts
 from sae_lab.activations.reconstructing import recovered, said_of
 from sae_lab.lm.model import token_losses
 from sae_lab.lm.text import as_text
 from sae_lab.lm.tokens import pad
+from sae_lab.stats import clustered_error
 from sae_lab.types import Site, TokenMask, Write
 
 SITE = Site("resid_post", 1)

@@ -7,7 +7,7 @@ import torch
 
 import sae_lab as sl
 from sae_lab.evals.reporting import SECTIONS
-from sae_lab.results import Figure, Result, number
+from sae_lab.results import Figure, number
 from sae_lab.types import Site
 
 SITE = Site("resid_post", 1)
@@ -149,5 +149,3 @@ def test_numbers_for_tables():
     assert number(math.nan) == "undefined" and number(12345.6) == "12,346" and number(0.12345) == "0.123"
     assert Figure("a", 0.5, 0.01).text == "0.500 ± 0.010" and Figure("a", 0.5).control_text == ""
     assert Figure("a", 2, control=1, control_name="noise", digits=0).control_text == "1 noise"
-    with pytest.raises(NotImplementedError):
-        Result().figures()

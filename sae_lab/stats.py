@@ -1,0 +1,76 @@
+"""Statistics that more than one measurement needs: standard errors, AUROC, permutation p-values."""
+
+import math
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def mean_and_error(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
+    """(mean, its standard error) of independent values; NaN for none, and the error NaN for one."""
+    if not len(values):
+        return math.nan, math.nan
+    error = np.std(values, ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return float(np.mean(values)), float(error)
+
+
+def jackknife(left_out: Iterable[float]) -> float:
+    """Standard error from the estimates without each of G groups: √((G−1)/G·Σ(θ_g − θ̄)²); NaN for one group."""
+    values = torch.tensor(list(left_out), dtype=torch.float64)
+    if len(values) < 2:
+        return math.nan
+    return float((values - values.mean()).pow(2).sum().mul((len(values) - 1) / len(values)).sqrt())
+
+
+def clustered_error(differences: Tensor, clusters: Tensor) -> float:
+    """Standard error of the mean of paired differences whose clusters (documents) are independent.
+
+    √(G/(G−1)·Σ_g(Σ_{i∈g}(d_i − d̄))²)/n; NaN for a single cluster.
+    """
+    names, where = clusters.unique(return_inverse=True)
+    if len(names) < 2:
+        return math.nan
+    residual = (differences - differences.mean()).double()
+    sums = torch.zeros(len(names), dtype=torch.double).index_add_(0, where, residual)
+    correction = len(names) / (len(names) - 1)
+    return float((correction * sums.pow(2).sum()).sqrt() / len(differences))
+
+
+def ratio_error(top: Tensor, bottom: Tensor, clusters: Tensor) -> float:
+    """Standard error of Σtop/Σbottom whose clusters are independent: that of the mean of top − ratio·bottom, over the
+    mean of bottom (delta method); NaN for a single cluster, or a bottom of 0."""
+    top, bottom = top.double(), bottom.double()
+    if not bottom.sum():
+        return math.nan
+    residual = top - top.sum() / bottom.sum() * bottom
+    return clustered_error(residual, clusters) / abs(float(bottom.mean()))
+
+
+def difference_error(values: Tensor, one: Tensor, other: Tensor, clusters: Tensor) -> float:
+    """Standard error of mean(values[one]) − mean(values[other]) where clusters hold values of both."""
+    values = values.double()
+    influence = torch.zeros_like(values)
+    for sign, members in ((1, one), (-1, other)):
+        influence[members] = sign * (values[members] - values[members].mean()) / members.sum()
+    return clustered_error(influence, clusters) * len(values)
+
+
+def auroc(scores: np.ndarray, positive: np.ndarray) -> np.ndarray:
+    """For each column of scores, "rows columns": the share of pairs of a positive and a negative row in which the
+    positive row has the larger score; ties count one half. positive: a bool for each row. NaN without both kinds."""
+    from scipy.stats import rankdata
+
+    p, n = int(positive.sum()), int((~positive).sum())
+    if not p or not n:
+        return np.full(scores.shape[1:], np.nan)
+    return (rankdata(scores, axis=0)[positive].sum(0) - p * (p + 1) / 2) / (p * n)
+
+
+def permutation_p(found: float, drawn: np.ndarray) -> float:
+    """The share of draws under the null that are at least as large as what was found: (1 + hits)/(1 + n).
+
+    What was found counts as a draw, so that p is never 0: n draws cannot show less than 1/(1 + n).
+    """
+    return (1 + int((np.asarray(drawn) >= found).sum())) / (1 + len(drawn))
