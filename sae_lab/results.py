@@ -7,7 +7,7 @@ import html as _html
 import json
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import field, fields
 from importlib import import_module
 from numbers import Number
@@ -144,7 +144,7 @@ class Shown:
 
     def _filled(self, text: str) -> str:
         """A text with this object's attributes in place of the names in braces."""
-        return Formatter().vformat(text, (), _Attributes(self))
+        return filled(text, _Attributes(self))
 
     def __repr__(self) -> str:
         table = text_table(self._rows(), self._footer(), self._align, self._gap)
@@ -164,7 +164,19 @@ class _Attributes(dict[str, Any]):
         return getattr(self.owner, name)
 
 
+class _Numbers(Formatter):
+    def format_field(self, value: Any, format_spec: str) -> str:
+        return UNDEFINED if isinstance(value, float) and math.isnan(value) else format(value, format_spec)
+
+
+def filled(text: str, values: Mapping[str, Any]) -> str:
+    """``text.format(**values)`` in which NaN is "undefined", and an error of NaN is left out with its ±."""
+    return _Numbers().vformat(text, (), values).replace(f" ± {UNDEFINED}", "")
+
+
 # ---- results
+
+UNDEFINED = "undefined"  # what a table shows for NaN
 
 
 class Figure(NamedTuple):
@@ -213,7 +225,7 @@ def figure(
 def number(value: float, digits: int | str = 3) -> str:
     """A number for a table: "undefined" for NaN, thousands marked from 10,000 on. digits: as for ``Figure``."""
     if math.isnan(value):
-        return "undefined"
+        return UNDEFINED
     if isinstance(digits, str):
         return format(value, digits)
     return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.{digits}f}"
@@ -231,11 +243,16 @@ class Result(Shown):
             _below = "{tokens:,} tokens"
 
     A result without figures is a table of records: ``_records`` names the field that holds them (NamedTuples or dicts),
-    or the fields that are its columns. ``to_pandas`` gives them, and its first ``_shown`` rows are printed.
+    or the fields that are its columns ("name=names": the column "name" is the field ``names``). ``to_pandas`` gives
+    them, and its first ``_shown`` rows are printed. ``_columns`` are texts by heading, such as {"L0": "{l0:.1f} ±
+    {l0_se:.1f}"}: each record is printed in them, whether there are figures or not. "{mark}" is ``_mark`` in the record
+    number ``best_index``.
     """
 
-    _records: str | tuple[str, ...] | dict[str, str] = ""
+    _records: str | tuple[str, ...] = ""
     _shown, _digits = 20, ".3f"
+    _columns: dict[str, str] = {}  # noqa: RUF012
+    _mark = ""
 
     def figures(self) -> list[Figure]:
         """The numbers this result stands for, in the order of the fields."""
@@ -260,6 +277,11 @@ class Result(Shown):
         return known[key]
 
     def _rows(self) -> list[tuple[str, ...]]:
+        if self._columns:
+            best, records = getattr(self, "best_index", -1), self.to_pandas().to_dict("records")
+            told = [record | {"mark": self._mark * (i == best)} for i, record in enumerate(records)]
+            cells = [tuple(filled(text, record) for text in self._columns.values()) for record in told]
+            return [tuple(self._columns), *cells]
         if found := self.figures():
             return [("", "value", "control", ""), *((f.measure, f.text, f.control_text, f.meaning) for f in found)]
         return frame_rows(self.to_pandas().head(self._shown), self._digits, "")
@@ -271,8 +293,8 @@ class Result(Shown):
         if isinstance(self._records, str) and self._records:
             return pd.DataFrame(list(getattr(self, self._records)))
         if self._records:
-            named = self._records if isinstance(self._records, dict) else {name: name for name in self._records}
-            return pd.DataFrame({column: getattr(self, name) for column, name in named.items()})
+            named = (column.partition("=") for column in self._records)
+            return pd.DataFrame({column: getattr(self, name or column) for column, _, name in named})
         plain = {f.name: getattr(self, f.name) for f in fields(self) if f.repr}  # type: ignore[arg-type]
         return pd.DataFrame([{name: v for name, v in plain.items() if isinstance(v, Number | str)}])
 

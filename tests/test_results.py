@@ -184,10 +184,30 @@ class Found(Result):
 class Curve(Result):
     size: tuple[int, ...]
     value: tuple[float, ...]
-    _records = {"k": "size", "r2": "value"}  # noqa: RUF012
+    _records = ("k=size", "value")
+
+
+@dataclass(frozen=True, repr=False)
+class Tried(Result):
+    names: tuple[str, ...]
+    l0: tuple[float, ...]
+    l0_se: tuple[float, ...]
+    best_index: int
+    _records = ("name=names", "l0", "l0_se")
+    _columns = {"coder": "{name}", "L0": "{l0:.1f} ± {l0_se:.1f}", "": "{mark}"}  # noqa: RUF012
+    _mark = "< least"
 
 
 def test_a_result_without_figures_is_a_table_of_records():
     assert repr(Found([Row(7, 0.5), Row(8, 0.25)])).split() == ["feature", "score", "7", "0.50"]
     assert Found([Row(7, 0.5), Row(8, 0.25)]).to_pandas().score.tolist() == [0.5, 0.25]
-    assert Curve((1, 2), (0.5, 1.0)).to_pandas().to_dict("list") == {"k": [1, 2], "r2": [0.5, 1.0]}
+    assert Curve((1, 2), (0.5, 1.0)).to_pandas().to_dict("list") == {"k": [1, 2], "value": [0.5, 1.0]}
+
+
+def test_records_are_printed_as_their_columns_say():
+    assert repr(Tried(("a", "b", "c"), (8.0, 4.0, math.nan), (0.5, math.nan, math.nan), 1)).splitlines() == [
+        "coder  L0",
+        "a      8.0 ± 0.5",
+        "b      4.0        < least",
+        "c      undefined",
+    ]
