@@ -11,7 +11,7 @@ FIRST := notebooks/00_quickstart.ipynb notebooks/11_explain.ipynb
 # Notes that a notebook writes go to a folder of their own, not among the user's.
 NBVAL := SAE_LAB_DATA=$$(mktemp -d) $(BIN)/python -m pytest --nbval --nbval-current-env --nbval-cell-timeout=900 -p no:cacheprovider -o addopts=""
 
-.PHONY: demo lab needs test lint bench readme zoo report methods models endurance widgets clean
+.PHONY: demo lab needs test lint docs links results bench numbers zoo report methods models endurance widgets clean
 
 .venv/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -33,7 +33,7 @@ lab: .venv/.ready
 	touch $@
 
 # A real NDIF server for the tests: its metadata asks for Python 3.12, it runs on 3.11; it also needs redis-server.
-.venv/.server: .venv/.peers
+.venv/.server: .venv/.peers .venv/.docs
 	$(BIN)/pip install -q -c constraints.txt -e ".[server]"
 	$(BIN)/pip install -q --no-deps --ignore-requires-python ndif==0.1.2
 	touch $@
@@ -57,14 +57,31 @@ widgets:
 	cd widgets && npm ci --no-audit --no-fund && npm run typecheck && npm test && npm run build
 	git diff --exit-code -- sae_lab/widgets/static
 
-readme: .venv/.ready
-	$(BIN)/python benchmarks/demo.py --readme
+# The site, into build/site: every warning is an error, and nothing is fetched. To look at it: python -m http.server -d build/site
+docs: .venv/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+
+.venv/.docs: .venv/.ready
+	$(BIN)/pip install -q -c constraints.txt -e ".[docs]"
+	touch $@
+
+# make links OWNER=name/repository: the address of the repository, into README, pages, notebooks and pyproject.toml.
+# make links OWNER= takes it out again.
+links:
+	$(PYTHON) tools/links.py "$(OWNER)"
+
+# docs/results.md, from benchmarks/results/*.json.
+results: .venv/.ready
+	$(BIN)/python benchmarks/results.py
+
+numbers: .venv/.ready
+	$(BIN)/python benchmarks/demo.py --docs
 
 zoo: .venv/.ready
-	$(BIN)/python benchmarks/zoo.py --readme
+	$(BIN)/python benchmarks/zoo.py --docs
 
 report: .venv/.ready
-	$(BIN)/python benchmarks/report.py --readme
+	$(BIN)/python benchmarks/report.py --docs
 
 # Every causal LM architecture of the installed transformers against plain hooks, into docs/models.md.
 models: .venv/.ready
@@ -79,13 +96,13 @@ methods: .venv/.ready
 
 bench: .venv/.peers
 	$(BIN)/python benchmarks/first_numbers.py
-	$(BIN)/python benchmarks/steps.py --readme
-	$(BIN)/python benchmarks/sweep.py --readme
-	$(BIN)/python benchmarks/generation.py --readme
+	$(BIN)/python benchmarks/steps.py --docs
+	$(BIN)/python benchmarks/sweep.py --docs
+	$(BIN)/python benchmarks/generation.py --docs
 	$(BIN)/python benchmarks/estimates.py
 	$(BIN)/python benchmarks/ioi.py
 	$(BIN)/python benchmarks/race.py
-	$(BIN)/python benchmarks/index.py --readme
+	$(BIN)/python benchmarks/index.py --docs
 
 clean:
 	rm -rf .venv widgets/node_modules notebooks/executed

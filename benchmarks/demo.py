@@ -1,7 +1,7 @@
 """make demo: run the quickstart notebook for real, keep the executed copy and its HTML, print its headline numbers.
 
-With --readme (make readme) benchmarks/first_numbers.py repeats its measurements, and the numbers replace those in
-README.md; without it each is taken once.
+With --docs (make numbers) benchmarks/first_numbers.py repeats its measurements, and the numbers replace those in
+docs/speed.md; without it each is taken once.
 """
 
 import os
@@ -13,20 +13,12 @@ from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
 from nbconvert import HTMLExporter
+from pages import put
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOK = ROOT / "notebooks" / "00_quickstart.ipynb"
 EXECUTED = ROOT / "notebooks" / "executed"
-
-
-def write_readme(numbers: str) -> None:
-    """Put the numbers between the two marks in README.md."""
-    readme = ROOT / "README.md"
-    before, _, rest = readme.read_text(encoding="utf-8").partition("<!-- make readme -->\n")
-    _, _, after = rest.partition("<!-- end -->")
-    text = "\n".join(line.rstrip() for line in numbers.splitlines())
-    readme.write_text(f"{before}<!-- make readme -->\n```\n{text}\n```\n<!-- end -->{after}", encoding="utf-8")
 
 
 def main() -> None:
@@ -53,13 +45,15 @@ def main() -> None:
     tagged = [cell for cell in notebook.cells if "headline" in cell.metadata.get("tags", [])]
     headline = "".join(output.get("text", "") for cell in tagged for output in cell.outputs)
     print(f"\nHeadline numbers of the quickstart\n{headline}")
-    renew = "--readme" in sys.argv
+    renew = "--docs" in sys.argv
     quiet = {**os.environ, "TQDM_DISABLE": "1"}
     command = [sys.executable, ROOT / "benchmarks" / "first_numbers.py", *([] if renew else ["--quick"])]
     numbers = subprocess.run(command, check=True, env=quiet, stdout=subprocess.PIPE, text=True).stdout
     print(numbers)
     if renew:
-        write_readme(f"{headline}\n{numbers}the whole notebook {spent:30.0f} s")
+        shown = f"{headline}\n{numbers}the whole notebook {spent:30.0f} s"
+        text = "\n".join(line.rstrip() for line in shown.splitlines())
+        put("docs/speed.md", "first numbers", f"```\n{text}\n```")
     print(f"\nThe notebook took {spent:.0f} s. Executed copy: {EXECUTED / NOTEBOOK.name}\n{'':25}as HTML: {target}")
 
 

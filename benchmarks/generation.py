@@ -11,7 +11,8 @@ import time
 from pathlib import Path
 
 import torch
-from steps import processor, write_readme
+from pages import put
+from steps import processor
 
 import sae_lab as sl
 
@@ -22,7 +23,7 @@ PROMPT, NEW = "When I woke up this morning, I", 40
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--readme", action="store_true")
+    parser.add_argument("--docs", action="store_true")
     args = parser.parse_args()
     lm, sae = sl.LM(), sl.load("smollm2-135m/resid_post-8")
     ids = lm.tokenize(PROMPT).ids
@@ -54,13 +55,13 @@ def main() -> None:
     for name, value in (median | ratios).items():
         print(f"{name:32} {value:8.3f}")
     RESULTS.write_text(json.dumps({"machine": processor(), "seconds": seconds} | ratios, indent=1))
-    if args.readme:
-        write_readme(
+    if args.docs:
+        put(
+            "docs/speed.md", "generation",
             f"Generating {NEW} tokens on the bundled model, `lm.generate` took "
             f"{ratios['lm.generate / transformers']:.2f} of transformers' own time, streaming "
             f"{ratios['lm.stream / lm.generate']:.2f} of `lm.generate`; an edit at one site "
             f"{ratios['one edit / none']:.2f}, with the error dropped {ratios['one edit, error dropped / none']:.2f}.",
-            "generation", "end of generation",
         )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ takes back when it needs them; "anonymous" has not, and is looked at every 10 ms
 index as it is opened again, files in the page cache; where others use the machine too, the processor's time tells more
 than the time that passed.
 
---tokens N   --features N [N ...]   smaller ones for a try.   --readme: the table in README.md.
+--tokens N   --features N [N ...]   smaller ones for a try.   --docs: the table in docs/speed.md.
 """
 
 import argparse
@@ -31,8 +31,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from pages import put
 from safetensors.torch import save_file
-from steps import processor, write_readme
+from steps import processor
 
 import sae_lab as sl
 from sae_lab.activations.harvesting import _crc
@@ -194,7 +195,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=TOKENS)
     parser.add_argument("--features", type=int, nargs="+", default=FEATURES)
     parser.add_argument("--measure", type=Path)
-    parser.add_argument("--readme", action="store_true")
+    parser.add_argument("--docs", action="store_true")
     args = parser.parse_args()
     if args.measure:
         print(json.dumps(measure(args.measure, args.tokens, args.features[0])))
@@ -210,17 +211,17 @@ def main() -> None:
             print(f"\n{args.tokens:,} tokens, {d_sae:,} features ({torch.get_num_threads()} threads)")
             for name, shown in rows[f"{args.tokens:,} tokens, {d_sae:,} features"].items():
                 print(f"  {name:22} {shown:>16}", flush=True)
-    report(rows, args.readme)
+    report(rows, args.docs)
 
 
-def report(rows: dict[str, dict[str, str]], readme: bool) -> None:
+def report(rows: dict[str, dict[str, str]], docs: bool) -> None:
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps({"machine": processor(), "rows": rows}, indent=1))
-    if readme:
+    if docs:
         names = [n for n in TABLE if n not in ("build", "M", "slowest, processor's", "densest feature", "live", "L0")]
         lines = ["| | " + " | ".join(rows) + " |", "|---|" + "---|" * len(rows)]
         lines += [f"| {name} | " + " | ".join(row[name] for row in rows.values()) + " |" for name in names]
-        write_readme("\n".join(lines), "index", "end of index")
+        put("docs/speed.md", "index", "\n".join(lines))
 
 
 if __name__ == "__main__":

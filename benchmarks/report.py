@@ -1,6 +1,6 @@
-"""sl.evals.report of the coders that come with the library; --readme writes the table into README.md.
+"""sl.evals.report of the coders that come with the library; --docs writes the table into docs/coders.md.
 
-    python benchmarks/report.py --readme
+    python benchmarks/report.py --docs
 
 The first coder is measured alone, which says what a report of one takes from an empty cache of figures.
 """
@@ -10,6 +10,8 @@ import logging
 import sys
 import time
 from pathlib import Path
+
+from pages import put
 
 import sae_lab as sl
 
@@ -34,12 +36,8 @@ def main() -> None:
     kept["settings"] = table.settings
     figures = json.loads(table.to_pandas().to_json(orient="records"))
     results.write_text(json.dumps(kept | {"figures": figures}, indent=1) + "\n", encoding="utf-8")
-    if "--readme" in sys.argv:
-        readme = ROOT / "README.md"
-        before, _, rest = readme.read_text(encoding="utf-8").partition("<!-- make report -->\n")
-        _, _, after = rest.partition("<!-- end of report -->")
-        body = markdown(table)
-        readme.write_text(f"{before}<!-- make report -->\n{body}\n<!-- end of report -->{after}", encoding="utf-8")
+    if "--docs" in sys.argv:
+        put("docs/coders.md", "report", markdown(table))
 
 
 def markdown(table: sl.evals.Report) -> str:

@@ -3,7 +3,7 @@
 All steps run in one process, in turn, on the same rotating batches of real activations: medians of interleaved steps.
 M is the time of x·W_enc at the same size into a buffer that is there already. Memory is the peak of a process of its
 own, above what it held before the coder was made. Prints a table, and writes benchmarks/results/steps.json and, with
---readme, the table in README.md.
+--docs, the table in docs/speed.md.
 
 --quick: three rounds of the first case, no memory, nothing written.   --rounds N: 9 if not given.
 """
@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 os.environ["SPARSIFY_DISABLE_TRITON"] = "1"  # sparsify's path on a CPU
 
 import torch
+from pages import put
 from torch import Tensor
 
 import sae_lab as sl
@@ -233,7 +234,7 @@ def memory_elsewhere(name: str, case: Case, file: str) -> float:
 
 
 def markdown(rows: list[dict[str, Any]], machine: str) -> str:
-    """The table of README.md: a row for each step, what it costs, and how much that is of ours of the same family."""
+    """The table of docs/speed.md: each step, its time, and that time over ours of the same family."""
     lines = ["| | Step | in M | to ours | Peak memory |", "|---|---|---|---|---|"]
     for case in dict.fromkeys(row["case"] for row in rows):
         here = {row["step"]: row for row in rows if row["case"] == case}
@@ -247,19 +248,10 @@ def markdown(rows: list[dict[str, Any]], machine: str) -> str:
     return "\n".join([*lines, "", f"{machine}; batch {BATCH}, d_in {D}, float32."])
 
 
-def write_readme(table: str, mark: str = "make bench", end: str = "end of bench") -> None:
-    """Put a table between its two marks in README.md."""
-    readme = Path(__file__).parent.parent / "README.md"
-    before, begin, rest = readme.read_text(encoding="utf-8").partition(f"<!-- {mark} -->\n")
-    _, close, after = rest.partition(f"<!-- {end} -->")
-    assert begin and close, f"README.md has lost its marks of {mark!r}"
-    readme.write_text(f"{before}{begin}{table}\n{close}{after}", encoding="utf-8")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--readme", action="store_true")
+    parser.add_argument("--docs", action="store_true")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--memory", nargs=5)
     args = parser.parse_args()
@@ -286,8 +278,8 @@ def main() -> None:
     if not args.quick:
         RESULTS.parent.mkdir(exist_ok=True)
         RESULTS.write_text(json.dumps({"machine": machine, "rows": results}, indent=1))
-        if args.readme:
-            write_readme(markdown(results, machine))
+        if args.docs:
+            put("docs/speed.md", "steps", markdown(results, machine))
 
 
 if __name__ == "__main__":

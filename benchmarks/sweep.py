@@ -14,7 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import patch
 
-from steps import processor, write_readme
+from pages import put
+from steps import processor
 
 import sae_lab as sl
 from sae_lab.activations.store import Store
@@ -45,7 +46,7 @@ def bare_steps(store: Store, config: sl.TrainConfig) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, default=100_000, help="to harvest")
-    parser.add_argument("--readme", action="store_true")
+    parser.add_argument("--docs", action="store_true")
     parser.add_argument("--passes", type=int, default=3, help="of training")
     args = parser.parse_args()
     lm, site, text = sl.LM(), sl.Site("resid_post", 8), sl.load_text()
@@ -89,13 +90,13 @@ def main() -> None:
     RESULTS.parent.mkdir(exist_ok=True)
     facts = {"machine": processor(), "coders": f"BatchTopK, d_sae {WIDTH}, k {KS}"}
     RESULTS.write_text(json.dumps(facts | rows, indent=1))
-    if args.readme:
-        write_readme(
+    if args.docs:
+        put(
+            "docs/speed.md", "sweep",
             f"In a sweep of eight BatchTopK of {WIDTH} features steps took {sum(stepping) / steps:.2f} of bare ones, "
             f"everything (reading, thresholds, dead features, figures) {sweep / steps:.2f}, and with its harvest "
             f"{(harvest + sweep) / (8 * harvest + alone):.2f} of eight separate harvests and trainings "
             f"({args.tokens:,} tokens harvested, {args.passes} passes).",
-            "sweep", "end of sweep",
         )  # fmt: skip
 
 

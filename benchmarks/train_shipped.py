@@ -15,8 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import steps
 import torch
+from pages import put
 
 import sae_lab as sl
 from sae_lab.activations.reconstructing import AT_STAKE, SURE, too_little
@@ -103,7 +103,7 @@ def card(coder: sl.SparseCoder, lm: sl.LM, store: sl.Store, domains: dict[str, l
 
 
 def table() -> str:
-    """The cards, a row for each coder and domain, as README.md has them."""
+    """The cards, a row for each coder and domain, as docs/coders.md has them."""
     lines = ["| `sl.load` | reads | text | L0 | FVU | ΔCE | CE recovered | dead |", "|---|---|---|---|---|---|---|---|"]
     for name in shipped():
         coder = sl.load(name)
@@ -131,10 +131,10 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2_050_000, help="to harvest")
     parser.add_argument("--train", type=int, default=6_000_000, help="tokens of training, in passes over the store")
     parser.add_argument("--only", choices=RECIPES, action="append")
-    parser.add_argument("--readme", action="store_true", help="only put the cards into README.md")
+    parser.add_argument("--docs", action="store_true", help="only put the cards into docs/coders.md")
     args = parser.parse_args()
-    if args.readme:
-        steps.write_readme(table(), "shipped", "end of shipped")
+    if args.docs:
+        put("docs/coders.md", "shipped", table())
         return
     lm, text = sl.LM(), sl.load_text("mix")
     store = harvested(lm, text, args.tokens)

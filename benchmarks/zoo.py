@@ -1,4 +1,4 @@
-"""make zoo: every family on a planted world, one row each, into README.md between its marks.
+"""make zoo: every family on a planted world, one row each, into docs/zoo.md between its marks.
 
 The world has 128 features in 64 dimensions, 4 active on average. Families that need more than activations get it made
 of the same features: a transcoder's target and a crosscoder's second layer are written with dictionaries of their own,
@@ -8,15 +8,14 @@ token. Settings were chosen by hand to come near 4 active features; one seed. Ta
 
 import statistics
 import sys
-from pathlib import Path
 
 import torch
+from pages import put
 from torch.nn.functional import normalize
 
 import sae_lab as sl
 from sae_lab.saes import losses
 
-ROOT = Path(__file__).resolve().parent.parent
 CONFIG = sl.TrainConfig(steps=600, batch_size=512, lr=1.5e-2, dead_after=5000)
 SEEDS = (1,)
 N, D = 128, 64
@@ -103,11 +102,8 @@ def table() -> str:
 def main() -> None:
     text = table()
     print(text)
-    if "--readme" in sys.argv:
-        readme = ROOT / "README.md"
-        before, _, rest = readme.read_text(encoding="utf-8").partition("<!-- make zoo -->\n")
-        _, _, after = rest.partition("<!-- end of zoo -->")
-        readme.write_text(f"{before}<!-- make zoo -->\n{text}\n<!-- end of zoo -->{after}", encoding="utf-8")
+    if "--docs" in sys.argv:
+        put("docs/zoo.md", "zoo", text)
 
 
 if __name__ == "__main__":
