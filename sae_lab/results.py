@@ -113,6 +113,8 @@ def frame_rows(frame: Any, digits: str = ".3f", empty: str = "NaN") -> list[tupl
             return empty
         return format(value, digits) if isinstance(value, float | np.floating) else str(value)
 
+    if frame.columns.empty:
+        return [("no rows",)]
     columns = [[text(value) for value in frame.iloc[:, i]] for i in range(frame.shape[1])]
     return [tuple(map(str, frame.columns)), *zip(*columns, strict=True)]
 
@@ -242,11 +244,11 @@ class Result(Shown):
             tokens: int
             _below = "{tokens:,} tokens"
 
-    A result without figures is a table of records: ``_records`` names the field that holds them (NamedTuples or dicts),
-    or the fields that are its columns ("name=names": the column "name" is the field ``names``). ``to_pandas`` gives
-    them, and its first ``_shown`` rows are printed. ``_columns`` are texts by heading, such as {"L0": "{l0:.1f} ±
-    {l0_se:.1f}"}: each record is printed in them, whether there are figures or not. "{mark}" is ``_mark`` in the record
-    number ``best_index``.
+    A result without figures is a table of records: ``_records`` names the field or property that holds them (a list of
+    NamedTuples or dicts, or a dict of columns), or the fields that are its columns ("name=names": the column "name" is
+    the field ``names``). ``to_pandas`` gives them; the first ``_shown`` rows of ``_printed`` are printed. ``_columns``
+    are texts by heading, such as {"L0": "{l0:.1f} ± {l0_se:.1f}"}: each record is printed in them, whether there are
+    figures or not. "{mark}" is ``_mark`` in the record number ``best_index``.
     """
 
     _records: str | tuple[str, ...] = ""
@@ -284,14 +286,23 @@ class Result(Shown):
             return [tuple(self._columns), *cells]
         if found := self.figures():
             return [("", "value", "control", ""), *((f.measure, f.text, f.control_text, f.meaning) for f in found)]
-        return frame_rows(self.to_pandas().head(self._shown), self._digits, "")
+        return frame_rows(self._printed(self.to_pandas()).head(self._shown), self._digits, "")
+
+    @property
+    def _align(self) -> str:  # type: ignore[override]
+        return "<" if self._columns or self.figures() else ">"
+
+    def _printed(self, table: Any) -> Any:
+        """The table of ``to_pandas`` in the order in which it is printed."""
+        return table
 
     def to_pandas(self):
         """One row a record; of a result without records one row, with a column for each number and text."""
         import pandas as pd
 
         if isinstance(self._records, str) and self._records:
-            return pd.DataFrame(list(getattr(self, self._records)))
+            records = getattr(self, self._records)
+            return pd.DataFrame(records if isinstance(records, dict) else list(records))
         if self._records:
             named = (column.partition("=") for column in self._records)
             return pd.DataFrame({column: getattr(self, name or column) for column, _, name in named})

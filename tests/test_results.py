@@ -204,6 +204,27 @@ def test_a_result_without_figures_is_a_table_of_records():
     assert Curve((1, 2), (0.5, 1.0)).to_pandas().to_dict("list") == {"k": [1, 2], "value": [0.5, 1.0]}
 
 
+@dataclass(frozen=True, repr=False)
+class Sorted(Result):
+    effect: dict[str, float]
+    _records, _shown = "_nodes", 2
+
+    @property
+    def _nodes(self):
+        return {"node": list(self.effect), "effect": list(self.effect.values())}
+
+    def _printed(self, table):
+        return table.sort_values("effect", key=abs, ascending=False)
+
+
+def test_records_are_printed_in_an_order_of_their_own_and_to_the_right():
+    found = Sorted({"a": 0.5, "longer": -3.0, "c": 22.0})
+    assert found.to_pandas().node.tolist() == ["a", "longer", "c"]
+    assert repr(found).splitlines() == ["  node  effect", "     c  22.000", "longer  -3.000"]
+    assert found._repr_html_().count("text-align:right") == 6
+    assert repr(Found([])) == "no rows" and "no rows" in Found([])._repr_html_()
+
+
 def test_records_are_printed_as_their_columns_say():
     assert repr(Tried(("a", "b", "c"), (8.0, 4.0, math.nan), (0.5, math.nan, math.nan), 1)).splitlines() == [
         "coder  L0",
