@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 import sae_lab as sl
-from sae_lab.training.estimating import _peak
+from sae_lab.costs import peak
 
 RESULTS = Path(__file__).parent / "results" / "estimates.json"
 SITE = sl.Site("resid_post", 8)
@@ -43,12 +43,12 @@ def measure(job: str, tokens: int, folder: Path) -> dict[str, float]:
             what, args, kwargs = sl.train, (coder, store, sl.TrainConfig(tokens=5 * tokens)), {"path": path}
     said = sl.estimate(what, *args, **kwargs)
     start = time.perf_counter()
-    with _peak() as peak:
+    with peak() as most:
         what(*args, **kwargs)
     minutes = (time.perf_counter() - start) / 60
     kept = said.parts.get("MB that stay on disk", said.disk / 1e6) * 1e6
     return {
-        "minutes": minutes, "time": said.minutes / minutes, "disk": kept / size(path), "RAM": said.ram / peak.ram,
+        "minutes": minutes, "time": said.minutes / minutes, "disk": kept / size(path), "RAM": said.ram / most.ram,
     }  # fmt: skip
 
 

@@ -3,10 +3,11 @@
 import json
 import logging
 import platform
+import tempfile
 import zlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,14 +17,15 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from sae_lab import cache, files
+from sae_lab import cache, costs, files
 from sae_lab.activations.reading import counting, sparse_form, sparse_rows
 from sae_lab.activations.store import VERSION, Store, read_manifest
 from sae_lab.arguments import as_annotated
+from sae_lab.costs import Cost, timed
 from sae_lab.lm import forms
 from sae_lab.lm.model import LM
 from sae_lab.lm.passes import packed
-from sae_lab.lm.text import Context, Documents, Text, as_text
+from sae_lab.lm.text import WINDOW_DOCUMENTS, Context, Documents, Text, as_text
 from sae_lab.lm.tokens import pad
 from sae_lab.saes.base import SparseCoder
 from sae_lab.types import Site, TokenBatch, TokenMask, as_sites
@@ -68,6 +70,14 @@ def harvest(
     Raises ValueError when the folder holds a store of another model, site or text (the difference is named), the text
     is empty or shorter than a context, or activations are not finite.
     """
+    return _harvest(lm, sites, text, tokens, path, context, pack, mask, coder).run(tokens)
+
+
+def _harvest(
+    lm: LM, sites: Site | str | Iterable[Site | str], text: Documents, tokens: int, path: str | Path | None,
+    context: int, pack: bool, mask: TokenMask | None, coder: SparseCoder | None,
+) -> "_Harvest":  # fmt: skip
+    """The call of ``harvest``, checked."""
     if tokens < 1 or context < 2:
         raise ValueError(f"harvest needs tokens >= 1 and context >= 2, got tokens={tokens}, context={context}")
     text = as_text(text)
@@ -97,7 +107,7 @@ def harvest(
     if coder is not None:
         identity["coder"] = coder.fingerprint()
     folder = Path(path).expanduser() if path is not None else _default_path(identity)
-    return _Harvest(lm, wanted, text, folder, identity, mask, coder).run(tokens)
+    return _Harvest(lm, wanted, text, folder, identity, mask, coder)
 
 
 def _default_path(identity: dict[str, Any]) -> Path:
@@ -186,6 +196,15 @@ class _Harvest:
                 f"Pass another path=, or delete that folder"
             )
         return manifest
+
+    def rows_there(self) -> float:
+        """Rows of whole shards, told by their size alone; infinite where the text was read to its end."""
+        if not (self.folder / "manifest.json").exists():
+            return 0
+        manifest = self._open()
+        sizes = {file.name: file.stat().st_size for file in self.folder.iterdir()}
+        whole = [shard["rows"] for shard in manifest["shards"] if sizes.get(shard["file"]) == shard["bytes"]]
+        return float("inf") if manifest["complete"] and len(whole) == len(manifest["shards"]) else sum(whole)
 
     def _shards(self) -> Iterator[list[list[Context]]]:
         """Passes of contexts in groups of about SHARD_TOKENS tokens: the same groups on every run."""
@@ -359,6 +378,69 @@ class _Harvest:
         if len(store) < tokens:
             log.warning("asked for %d tokens, the text has %d", tokens, len(store))
         return store
+
+
+# ---- what it costs
+
+
+def cost(
+    lm: LM, sites: Site | str | Iterable[Site | str], text: Documents, tokens: int, path: str | Path | None,
+    context: int, pack: bool, mask: TokenMask | None, coder: SparseCoder | None,
+) -> Cost:  # fmt: skip
+    """What ``harvest`` will take with these arguments. Tried: a shard of the text's first documents, or as much of it
+    as a slow model reads in a few seconds, into a folder that is deleted."""
+    call, once = timed(_harvest, lm, sites, text, tokens, path, context, pack, mask, coder)
+    there = call.rows_there()
+    if there >= tokens:
+        return Cost(f"{call.folder} holds these tokens")
+    first = call.text[:WINDOW_DOCUMENTS]
+    assert isinstance(first, Text)
+    with tempfile.TemporaryDirectory() as scratch, costs.peak() as peak:
+        trial = replace(call, text=first, folder=Path(scratch))
+        shards, cutting = timed(lambda: list(trial._shards()))
+        all_passes = [contexts for shard in shards for contexts in shard]
+        cut = sum(map(_tokens, all_passes))
+        shortest = pad([min(all_passes, key=_tokens)[0].ids])
+        timed(lm.run, shortest, call.sites, logits=False)  # the first pass is slow
+        _, warm = timed(lm.run, shortest, call.sites, logits=False)
+        enough = max(context, costs.TRIAL_SECONDS / warm * int(shortest.mask.sum()))
+        passes = [p for i, p in enumerate(shards[0]) if sum(map(_tokens, shards[0][:i])) < enough]
+        trial.manifest = trial._open()
+        tensors, reading = timed(trial._read, passes)
+        _, writing = timed(trial._write, 0, *tensors)
+        manifest_bytes = (trial.folder / "manifest.json").stat().st_size
+    [shard] = trial.manifest["shards"]
+    read = sum(map(_tokens, passes))
+    kept = shard["rows"] / read
+    in_text = kept * cut * max(1.0, _documents(call.text) / WINDOW_DOCUMENTS)
+    shard_rows = shard["rows"] if len(passes) == len(shards[0]) else kept * max(SHARD_TOKENS, context)
+    rows = max(0.0, min(-((there - tokens) // shard_rows) * shard_rows, in_text - there))  # whole shards
+    to_cut = min(-(-(there + rows) // (kept * cut)) * cut, in_text / kept)
+    seconds = (reading + writing) / shard["rows"]
+    return Cost(
+        f"{read:,} tokens harvested in {reading + writing:.1f} s",
+        seconds=once + to_cut * cutting / cut + rows * seconds,
+        disk=manifest_bytes + int(rows * shard["bytes"] / shard["rows"]),
+        ram=peak.ram,
+        vram=peak.vram,
+        parts={
+            "tokens to harvest": rows,
+            "tokens per second": 1 / seconds,
+            "bytes per token": shard["bytes"] / shard["rows"],
+        },
+    )
+
+
+def _tokens(contexts: list[Context]) -> int:
+    return sum(len(c.ids) for c in contexts)
+
+
+def _documents(text: Text) -> float:
+    """How many there are; infinite for a stream, whose end is not known."""
+    try:
+        return len(text)
+    except TypeError:
+        return float("inf")
 
 
 def ahead(items: Iterable[T]) -> Iterator[T]:

@@ -187,6 +187,11 @@ class Store:
     def width(self) -> int:
         return self._tensor(0, self.site.key).shape[1]
 
+    @property
+    def row_bytes(self) -> int:
+        """Bytes on disk of a token's activations at the sites that are read and written."""
+        return sum(self._tensor(0, site.key)[:1].nbytes for site in {*self.reads, *self.writes})
+
     def __repr__(self) -> str:
         path = self.path.resolve()
         where = f"~/{path.relative_to(Path.home())}" if path.is_relative_to(Path.home()) else str(self.path)

@@ -5,7 +5,9 @@ was). Pass 2 places them feature by feature into two memory-mapped arrays. Then 
 what fires with it, its logit lens and its nearest neighbours, all for some features at a time.
 """
 
+import copy
 import logging
+import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -14,16 +16,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from sae_lab import cache, files
+from sae_lab import cache, costs, files
 from sae_lab.activations.store import Store
 from sae_lab.arguments import as_annotated
-from sae_lab.feature_index.cofiring import cofiring
-from sae_lab.feature_index.directions import lens, neighbours
+from sae_lab.costs import Cost, timed
+from sae_lab.feature_index.chunks import CHUNK_BYTES
+from sae_lab.feature_index.cofiring import DENSE_BYTES, cofiring
+from sae_lab.feature_index.directions import RANDOM, lens, neighbours
 from sae_lab.feature_index.index import VERSION, FeatureIndex, read_facts
 from sae_lab.feature_index.labels import Labels
-from sae_lab.feature_index.summaries import readability, summarise
+from sae_lab.feature_index.summaries import readability, strongest_first, summarise
 from sae_lab.lm.model import LM
 from sae_lab.saes.base import SparseCoder
+from sae_lab.saes.families.topk import TopK
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +37,9 @@ FILES = ("index.json", "stats.safetensors", *CHECKED)
 BLOCK = 8192  # rows of a file
 PRE_BYTES = 256 << 20  # pre-activations that are made together: a block of a wide coder comes in parts
 READ_BYTES = 128 << 20  # a store's activations stay in memory as long as it is open: it is opened anew after so many
+
+TRIED_PAIRS = 1 << 26  # of features, whose co-firing is tried to tell what all will cost
+PAIR_SECONDS = 16e-9  # of a product of sparse matrices, by pairs of features that fire on a token: as measured
 
 
 @as_annotated
@@ -48,8 +56,7 @@ def index_features(
     the index is damaged.
     """
     _check(coder, lm, store)
-    identity = {"coder": coder.fingerprint(), "store": store.fingerprint, "store_path": str(store.path.resolve())}
-    folder = Path(path) if path is not None else cache.root() / "indexes" / f"{identity['coder']}-{identity['store']}"
+    identity, folder = _place_of(coder, store, path)
     if _is_done(folder, identity, rebuild):
         _tidy(folder)
     else:
@@ -66,6 +73,13 @@ def index_features(
         finally:
             coder.train(was_training)
     return FeatureIndex(folder, store, lm, coder)
+
+
+def _place_of(coder: SparseCoder, store: Store, path: str | Path | None) -> tuple[dict[str, Any], Path]:
+    """(what the index is of, its folder)."""
+    identity = {"coder": coder.fingerprint(), "store": store.fingerprint, "store_path": str(store.path.resolve())}
+    named = cache.root() / "indexes" / f"{identity['coder']}-{identity['store']}"
+    return identity, Path(path) if path is not None else named
 
 
 def _check(coder: SparseCoder, lm: LM, store: Store) -> None:
@@ -203,3 +217,75 @@ def _place(folder: Path, blocks: int, offsets: np.ndarray) -> tuple[np.ndarray, 
         rows.flush()
         values.flush()
     return rows, values
+
+
+# ---- what it costs
+
+
+def cost(coder: SparseCoder, lm: LM, store: Store, path: str | Path | None, rebuild: bool) -> Cost:
+    """What ``index_features`` will take with these arguments. Tried: every stage on the first block of rows, and those
+    that compare features on some of the features."""
+    _, once = timed(_check, coder, lm, store)
+    identity, folder = _place_of(coder, store, path)
+    if _is_done(folder, identity, rebuild):
+        return Cost(f"{folder} holds it")
+    coder = copy.deepcopy(coder).eval()
+    first = Store(store.path, min(len(store), BLOCK), store.site)
+    coder.sparse_codes(first.rows(np.arange(min(len(first), 256)), store.site.key).to(coder.W_dec.device))  # warm
+    few, more = _first_features(coder, 2 * RANDOM), _first_features(coder, 2048)
+    tried = min(coder.d_sae, max(1, TRIED_PAIRS // coder.d_sae))
+    with tempfile.TemporaryDirectory() as name, costs.peak() as peak:
+        scratch = Path(name)
+        with coder.reusing(_rows_at_once(coder)):
+            block, coding = timed(_block, coder, first, scratch, 0)
+        counts = np.bincount(block["features"], minlength=coder.d_sae)
+        offsets = np.concatenate([[0], counts.cumsum()])
+        (rows, values), placing = timed(_place, scratch, 1, offsets)
+        stats, counting = timed(summarise, first, offsets, rows, values)
+        _, sorting = timed(strongest_first, counts, block["values"])
+        labels, decoding = timed(Labels.decode, lm)
+        labels.write(scratch / "labels.json")
+        busiest = stats["top_tokens"][np.argsort(-counts)[: few.d_sae]]
+        _, judging = timed(readability, lm, labels, busiest)
+        together, meeting = timed(cofiring, offsets, rows, len(first), tried)
+        logits, looking = timed(lens, few, lm, coder.writes[0] if coder.writes else store.site)
+        near, comparing = timed(neighbours, more)
+        words = (scratch / "labels.json").stat().st_size
+
+    d_sae, blocks = coder.d_sae, len(store) / len(first)
+    done = 0 if rebuild else len(list(folder.glob("block-*.safetensors")))
+    left = max(0.0, blocks - done)
+    live = int((counts > 0).sum())
+    alive = live if blocks == 1 else d_sae  # more text wakes more of them
+    pairs = float((np.bincount(block["rows"]).astype(float) ** 2).sum()) * blocks
+    seconds = (
+        once + left * coding + blocks * (placing + sorting) + decoding
+        + counting * alive / max(1, live) + judging * alive / len(busiest)
+        + meeting * d_sae / tried + PAIR_SECONDS * pairs
+        + looking * (d_sae + RANDOM) / (few.d_sae + RANDOM)
+        + comparing * (d_sae / more.d_sae) ** 2
+    )  # fmt: skip
+    codes = int(len(block["values"]) * blocks)
+    tables = stats | together | near | {name: table for name, table in logits.items() if name != "lens_random"}
+    kept = 8 * codes + words + d_sae * (16 + sum(table[0].nbytes for table in tables.values()))  # 16: _build's own
+    cosines = d_sae * coder.W_dec.shape[1] * 4 + CHUNK_BYTES
+    met = 9 * codes + min(DENSE_BYTES, 4 * d_sae**2) + min(CHUNK_BYTES, 20 * d_sae**2)
+    on_gpu = coder.W_dec.is_cuda
+    at_once = max(peak.ram, met, cosines * (not on_gpu), 65 * len(store))  # 65: finding the token of every row
+    return Cost(
+        f"{len(first):,} of {len(store):,} tokens coded in {coding:.1f} s",
+        seconds=seconds,
+        disk=kept + int(12 * codes * left / blocks),  # the blocks are there until the end
+        ram=min(len(store) * store.row_bytes, READ_BYTES) + 8 * codes + at_once,
+        vram=max(peak.vram, cosines * on_gpu),
+        parts={"tokens per second": len(first) / coding, "L0": codes / len(store), "MB that stay on disk": kept / 1e6},
+    )
+
+
+def _first_features(coder: SparseCoder, most: int) -> SparseCoder:
+    """A coder of the first features, for stages that read W_dec alone."""
+    directions = coder.W_dec.detach()[:most]
+    few = TopK(coder.d_in, len(directions), k=1, d_out=directions.shape[1]).to(directions.device)
+    few.W_dec.data.copy_(directions)
+    few.writes = coder.writes
+    return few

@@ -11,8 +11,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from sae_lab import noting
+from sae_lab import costs, noting
 from sae_lab.arguments import as_annotated
+from sae_lab.costs import Cost
 from sae_lab.saes import kernels, losses, portable, writing
 from sae_lab.types import Batch, Codes, Output, Site, TokenMask, check_feature
 
@@ -22,6 +23,7 @@ AUX_WEIGHT = 1 / 32  # Gao et al. 2024
 EVERY = slice(None)  # all features, where act is asked for some
 SPARSE_BELOW = 0.1  # share of features on, up to which sparse gradients are cheaper than dense ones
 CALIBRATION_ROWS = 4096  # encoded at a time: pre-activations of all rows would be large
+BYTES_A_CODE = 64  # while codes are sorted: value and feature twice over, and five numbers of eight bytes
 HASHED_ROWS = 4096
 QUANTILE = 0.999  # f_scale: this quantile of a feature's activations where it fires
 
@@ -586,3 +588,13 @@ class SparseCoder(nn.Module):
 def weighted_sum(codes: Codes | Tensor, directions: Tensor) -> Tensor:
     """codes·directions."""
     return kernels.decode(codes, directions) if isinstance(codes, Codes) else codes @ directions
+
+
+def calibration_cost(coder: SparseCoder, x: Tensor, unseen: Tensor | None, rows: int) -> Cost:
+    """What ``coder.calibrate`` will take on so many rows. Tried: on x, whose facts the coder then has."""
+    with costs.peak() as peak:
+        facts, seconds = costs.timed(coder.calibrate, [x], unseen)
+    larger = min(CALIBRATION_ROWS, rows) / len(x)  # rows encoded at a time
+    codes = int(rows * facts["l0"]) * BYTES_A_CODE
+    ram, vram = int(larger * peak.ram) + codes, int(larger * peak.vram)
+    return Cost(f"{len(x):,} rows", seconds * rows / len(x), 0, ram, vram, {"L0": float(facts["l0"])})

@@ -313,7 +313,7 @@ class Training:
         ranks, finished, found = self.ranks, None, None
         if self.path is not None:
             finished = self.finished()
-            found = None if finished else self._read_checkpoint()
+            found = None if finished else self.interrupted()
         self._require_same_everywhere(begun=found[0]["step"] if found else "finished" if finished else 0)
         if finished and self.path is not None:
             if ranks.first:
@@ -361,7 +361,7 @@ class Training:
             self._require_finite(x)
         return blocks, unseen
 
-    def _fold(self) -> None:
+    def fold(self) -> None:
         """Back to raw units: what the user gets."""
         self.coder.fold(self.scale, self.target_scale)
         self.coder.scratch, self.coder.in_raw_units, self.coder.progress = None, True, 1.0
@@ -369,7 +369,7 @@ class Training:
     def end(self, data: Callable[[], tuple[list[Tensor], Tensor | None]] | None = None) -> Run:
         """Fit, save and hand over the coder. data: gives ``calibration_data`` where it was read before."""
         self.control.close()
-        self._fold()
+        self.fold()
         facts = self._calibrate(data or self.calibration_data)
         whole, self.coder = self.whole, self.whole
         whole.in_raw_units, whole.progress = True, 1.0
@@ -427,7 +427,7 @@ class Training:
             if interrupted and self.ranks.size == 1:  # several ranks stop together, or leave at different steps
                 self.keep()
         finally:
-            self._fold()
+            self.fold()
         if interrupted and self.path is not None and self.ranks.first:
             log.warning("stopped at step %d; the same call with path=%r goes on from there", self.step, str(self.path))
         self.tell_left(error)
@@ -621,7 +621,7 @@ class Training:
         self.coder.load_state_dict(keep)
         return fingerprint
 
-    def _read_checkpoint(self) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+    def interrupted(self) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
         assert self.path is not None
         return checkpoint.read(self.path, self.identity, self.ranks.part)
 

@@ -12,10 +12,12 @@ import torch
 from datasets import Dataset
 
 import sae_lab as sl
+from sae_lab import costs
 from sae_lab.activations import harvesting
+from sae_lab.feature_index import build
 from sae_lab.lm.text import Text
-from sae_lab.training import estimating
-from sae_lab.training.loop import CHECKPOINT
+from sae_lab.training import costing, estimating
+from sae_lab.training.checkpoint import CHECKPOINT
 from sae_lab.types import Batch, Site
 
 A, B = Site("resid_post", 1), Site("mlp_out", 0)
@@ -32,7 +34,7 @@ def small_shards(monkeypatch):
 @pytest.fixture
 def ticking(monkeypatch):
     """A clock that is a second later each time."""
-    monkeypatch.setattr(estimating, "_now", itertools.count().__next__)
+    monkeypatch.setattr(costs, "now", itertools.count().__next__)
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +109,7 @@ def test_a_training_writes_what_was_said(store, coder, tmp_path, monkeypatch):
 
 def test_an_index_writes_what_was_said(trained, tiny_lm, store, tmp_path, monkeypatch):
     call = (trained, tiny_lm, store, tmp_path / "index")
-    monkeypatch.setattr(estimating.build, "BLOCK", 512)
+    monkeypatch.setattr(build, "BLOCK", 512)
     said = sl.estimate(sl.index_features, *call)
     index, most = most_on_disk(tmp_path, monkeypatch, lambda: sl.index_features(*call))
     assert near(said.disk, most)
@@ -175,10 +177,10 @@ def test_an_index_that_is_there_costs_nothing(trained, tiny_lm, store, tmp_path)
 
 
 def test_of_an_interrupted_index_only_the_rest_costs(trained, tiny_lm, store, tmp_path, ticking, monkeypatch):
-    monkeypatch.setattr(estimating.build, "BLOCK", 100)
+    monkeypatch.setattr(build, "BLOCK", 100)
     whole = sl.estimate(sl.index_features, trained, tiny_lm, store, tmp_path)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(estimating.build, "_place", lambda *_: 1 / 0)
+        patch.setattr(build, "_place", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             sl.index_features(trained, tiny_lm, store, tmp_path)
     rest = sl.estimate(sl.index_features, trained, tiny_lm, store, tmp_path)
@@ -260,7 +262,7 @@ def test_minutes_of_a_training_grow_with_steps(store, coder, ticking):
 
 
 def test_minutes_of_an_index_grow_with_rows(tiny_lm, store, trained, ticking, tmp_path, monkeypatch):
-    monkeypatch.setattr(estimating.build, "BLOCK", 100)
+    monkeypatch.setattr(build, "BLOCK", 100)
     half = sl.Store(store.path, 1000, A)
     few, more = (sl.estimate(sl.index_features, trained, tiny_lm, rows, path=tmp_path) for rows in (half, store))
     # Ten blocks, a second each for coding, for placing and for sorting; and the pairs that meet, which are few here.
@@ -271,7 +273,7 @@ def test_a_slow_model_is_probed_with_one_pass(tiny_lm, small_text, small_shards,
     slow, fast = ([], [])
     for passes, seconds in ((slow, 100.0), (fast, 0.01)):
         clock = itertools.count(0, seconds)
-        monkeypatch.setattr(estimating, "_now", clock.__next__)
+        monkeypatch.setattr(costs, "now", clock.__next__)
         run = tiny_lm.run
 
         def counted(batch, *args, run=run, passes=passes, **kwargs):
@@ -294,12 +296,12 @@ def test_a_stream_is_estimated_too(tiny_lm, small_text):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the system tells less")
 def test_the_peak_is_seen():
-    with estimating._peak() as peak:
+    with costs.peak() as peak:
         for _ in range(3):  # one at a time
             block = torch.ones(50_000_000)
             del block
     assert 190e6 < peak.ram < 230e6
-    with estimating._peak() as nothing:
+    with costs.peak() as nothing:
         torch.ones(1000)
     assert nothing.ram < 20e6
 
@@ -307,14 +309,14 @@ def test_the_peak_is_seen():
 MEMORY = """
 import sys, torch
 import sae_lab as sl
-from sae_lab import estimating
+from sae_lab import costs
 coder = eval(sys.argv[1])
 x = torch.randn(20_000, 64, generator=torch.Generator().manual_seed(0))
 config = sl.TrainConfig(steps=40, batch_size=1024, lr=0.01)  # L1 gets sparse in these
 if sys.argv[2] == "said":
     print(sl.estimate(sl.train, coder, x, config).ram)
 else:
-    with estimating._peak() as peak:
+    with costs.peak() as peak:
         sl.train(coder, x, config)
     print(peak.ram)
 """
@@ -334,7 +336,7 @@ def test_memory_is_near_what_training_takes(coder):
 def test_vram_is_near_what_training_takes(store):
     coder = sl.BatchTopK(48, 16_384, k=8).cuda()
     said = sl.estimate(sl.train, coder, store, CONFIG)
-    with estimating._peak() as peak:
+    with costs.peak() as peak:
         sl.train(coder, store, CONFIG)
     assert near(said.vram, peak.vram)
 
@@ -369,6 +371,7 @@ def test_dead_features_are_told_of(store, coder):
 
 def test_a_coder_without_k_is_calibrated_as_sparse_as_it_will_be(store, monkeypatch):
     seen = []
+    monkeypatch.setattr(costing, "TRIAL_SECONDS", 600)  # all of the small steps, however busy the machine is
     calibrate = sl.L1.calibrate
     monkeypatch.setattr(sl.L1, "calibrate", lambda *args: seen.append(calibrate(*args)) or seen[-1])
     config = sl.TrainConfig(steps=200, batch_size=512, lr=0.01)

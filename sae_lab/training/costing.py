@@ -1,0 +1,149 @@
+"""What a training costs, for ``sl.estimate``: a few of its steps are taken by a copy of the coder."""
+
+import copy
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sae_lab import costs
+from sae_lab.activations.store import Rows, Store
+from sae_lab.costs import TRIAL_SECONDS, Cost, timed
+from sae_lab.saes.base import SPARSE_BELOW, SparseCoder, calibration_cost
+from sae_lab.training.checkpoint import CHECKPOINT
+from sae_lab.training.loop import CALIBRATION_TOKENS, TrainConfig, Training, one_pass, rows_for
+from sae_lab.types import Batch
+
+SMALL_BATCH = 256  # rows of a batch in steps that only tell after how many a coder without k is sparse
+SMALL_STEPS = 500
+DEAD = "minutes if a tenth of the features die"
+
+
+def cost(
+    coder: SparseCoder, data: Store | Tensor | Batch, config: TrainConfig | None, path: str | Path | None,
+    callbacks: Any, changes: Iterable[Mapping[str, Any]],
+) -> Cost:  # fmt: skip
+    """What ``train`` will take with these arguments. Tried: up to 20 steps, a checkpoint and a part of the calibration;
+    of a coder without k, a short training on small batches."""
+    rows = rows_for(coder, data)
+    config = config or one_pass(rows)
+    fresh, coder = coder, copy.deepcopy(coder)
+    begun = 0
+    if path is not None:
+        there = Training(coder, rows, config, Path(path), (), changes=changes)
+        if there.finished():
+            return Cost(f"{path} holds the finished run")
+        begun = found[0]["step"] if (found := there.interrupted()) else 0
+    steps = config.total_steps - begun
+    longer = replace(config, tokens=None, steps=config.total_steps + 100)  # the trial may take more than there are
+    with tempfile.TemporaryDirectory() as scratch, costs.peak() as peak:
+        training, preparing = timed(Training, coder, rows, longer, None, ())
+        _, beginning = timed(training.begin)
+        first = [timed(training.one_step)[1] for _ in range(3)]
+        while len(first) < 20 and sum(first) < TRIAL_SECONDS:
+            first.append(timed(training.one_step)[1])
+        files = _files(training, Path(scratch), config, steps) if path is not None else _Files()
+    dense = later = statistics.median(first[1:])  # the very first is slow
+    slow = 0
+    if "k" not in coder.config:
+        slow = _steps_until_sparse(training, fresh, config.total_steps)
+        later = statistics.median(timed(training.one_step)[1] for _ in range(3))
+    with_dead = _step_with_dead(training)
+    calibrating = _calibration(training, peak)
+
+    slow = min(steps, max(0, slow - begun))
+    stepping = slow * dense + (steps - slow) * later
+    seconds = preparing + beginning + stepping + files.seconds + calibrating.seconds
+    parts = {"tokens per second": steps * config.batch_size / max(stepping, 1e-9)}
+    parts["L0 taken for the end"] = calibrating.parts["L0"]
+    if with_dead is not None:
+        late = config.total_steps - max(begun, config.dead_after // config.batch_size)
+        parts[DEAD] = (seconds + max(0, late) * max(0.0, with_dead - dense)) / 60
+    if path is not None:
+        parts["MB that stay on disk"] = files.kept / 1e6
+    return Cost(
+        f"{len(first)} of {steps:,} steps taken in {sum(first):.1f} s",
+        seconds=seconds,
+        disk=files.most,
+        ram=max(peak.ram, calibrating.ram) + (len(rows) * rows.row_bytes if isinstance(rows, Store) else 0),
+        vram=max(peak.vram, calibrating.vram),
+        parts=parts,
+    )
+
+
+class _Files(NamedTuple):
+    """What a training writes: seconds, the most bytes at any moment, and the bytes that stay."""
+
+    seconds: float = 0.0
+    most: int = 0
+    kept: int = 0
+
+
+def _files(training: Training, folder: Path, config: TrainConfig, steps: int) -> _Files:
+    training.path = folder
+    _, checkpointing = timed(training.keep)
+    _, saving = timed(training.coder.save, folder / "coder")
+    training.path = None
+    row = len(json.dumps(training.history[-1])) + 2 if training.history else 0
+    history = row * (config.total_steps // config.log_every)
+    checkpoint = (folder / CHECKPOINT).stat().st_size + history
+    kept = sum(file.stat().st_size for file in (folder / "coder").iterdir()) + history
+    times = steps // config.checkpoint_every + 1
+    # The last two checkpoints are kept, and go when the coder is saved.
+    return _Files(times * checkpointing + saving, min(times, 2) * checkpoint + kept, kept)
+
+
+def _steps_until_sparse(training: Training, fresh: SparseCoder, total: int) -> int:
+    """After how many of the steps a step is about as cheap as it gets. A copy of the coder goes through the whole
+    schedule in fewer steps, on small batches; ``training`` goes on from its weights."""
+    steps, coder = min(total, SMALL_STEPS), copy.deepcopy(fresh)
+    config = replace(training.config, steps=steps, batch_size=SMALL_BATCH, log_every=1)
+    trial = Training(coder, training.rows, config, None, ())
+    trial.begin()
+    start, counts = time.perf_counter(), []
+    while len(counts) < steps and (len(counts) < 10 or time.perf_counter() - start < TRIAL_SECONDS):
+        trial.one_step()
+        counts.append(trial.history[-1]["l0"])
+    training.coder.load_state_dict(coder.state_dict())
+    training.adam.load_state_dict(trial.adam.state_dict())  # the old momentum would lead back
+    bound = max(SPARSE_BELOW * coder.d_sae, 1.5 * counts[-1])  # where the sparse path begins, or little is gained
+    return next(i for i, l0 in enumerate(counts) if l0 <= bound) * total // steps
+
+
+def _step_with_dead(training: Training) -> float | None:
+    """Seconds of a step while a tenth of the features are dead; None where nothing revives them."""
+    training.config = replace(training.config, log_every=1)
+    times = []
+    for _ in range(2):
+        training.idle[::10] = training.config.dead_after + 1
+        times.append(timed(training.one_step)[1])
+    return min(times) if "auxk" in training.history[-1] else None
+
+
+@torch.no_grad()
+def _calibration(training: Training, steps: costs.Peak) -> Cost:
+    """What follows the last step: memory above what was in use before the first."""
+    training.fold()
+    coder, rows = training.coder, training.rows
+    device = coder.W_dec.device
+    whole = min(len(rows), -(-CALIBRATION_TOKENS // 8192) * 8192)
+    unseen = min(CALIBRATION_TOKENS, len(rows) - rows.training_rows)
+    (_, x), reading = timed(next, rows.blocks(2048))
+    x = x.to(device)
+    few = rows.reserved(-(-unseen * len(x) // whole))
+    ram, vram = costs.in_use()  # gradients and Adam's moments are still there, and all that was loaded on the way
+    found = calibration_cost(coder, x, None if few is None else few.to(device), whole)
+    held = (unseen + (whole if isinstance(rows, Store) else 0)) * x[0].numel() * 4  # all that is calibrated on
+    on_gpu = device.type == "cuda"
+    return found._replace(
+        seconds=found.seconds + reading * whole / len(x),
+        ram=found.ram + ram - steps.ram_before + held * (not on_gpu),
+        vram=found.vram + vram - steps.vram_before + held * on_gpu,
+    )
