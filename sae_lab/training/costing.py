@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sae_lab import costs
-from sae_lab.activations.store import Rows, Store
+from sae_lab.activations.store import Store
 from sae_lab.costs import TRIAL_SECONDS, Cost, timed
 from sae_lab.saes.base import SPARSE_BELOW, SparseCoder, calibration_cost
 from sae_lab.training.checkpoint import CHECKPOINT
