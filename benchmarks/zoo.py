@@ -50,12 +50,12 @@ def special(world: sl.worlds.World) -> dict[str, tuple[str, dict, sl.Batch, torc
 
     codes, x = world.codes, world.x
     second = directions(N, D)
-    y = sl.saes.sparse.decode(codes, second)
+    y = sl.saes.kernels.decode(codes, second)
     through = torch.randn(D, D, generator=generator) / D**0.5
     words = 2 * directions(50, D)
     tokens = torch.randint(50, (len(x),), generator=generator)
     atoms = (directions(N, 8)[:, :, None] * directions(N, 8)[:, None, :]).flatten(1)
-    matrices = sl.saes.sparse.decode(codes, atoms)
+    matrices = sl.saes.kernels.decode(codes, atoms)
     book = directions(N, D)
     spoken = book[torch.randint(N, (len(x),), generator=generator)] + 0.05 * torch.randn(len(x), D, generator=generator)
     said, layers = x + words[tokens], torch.stack([x, y], 1)

@@ -64,6 +64,7 @@ class SparseCoder(nn.Module):
     code_units: tuple[str, ...] = ("b_enc",)  # parameters and buffers that scale as the codes do, for fold
     out_units: tuple[str, ...] = ("b_dec",)  # those that scale as x_hat does
     sparsity_name: str | None = None  # the argument that says how sparse codes are, and that may change in training
+    select = kernels.Selector()  # who chooses the largest pre-activations: several ranks put theirs here
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """What a family takes is checked as what its base takes."""
@@ -126,10 +127,26 @@ class SparseCoder(nn.Module):
 
     # ---- what a family names
 
-    def act(self, pre: Float[Tensor, "batch d_sae"]) -> Codes | Tensor:
-        """Codes from pre-activations. Of an ``elementwise`` family ``act(pre, features)``: the codes of all of pre, or
-        of some entries that belong to ``features``."""
-        raise NotImplementedError
+    def eval_act(self) -> tuple[Callable[..., Tensor], dict[str, Any]]:
+        """(a function of ``saes.portable``, the family's own tensors and numbers): how codes are made of
+        pre-activations in eval mode. A family that names none works on this machine only, and defines ``act``."""
+        return portable.by_itself, {"coder": self}
+
+    def act(self, pre: Float[Tensor, "..."], features: Tensor | slice = EVERY) -> Codes | Tensor:
+        """Codes from pre-activations, by ``eval_act`` unless a family trains in another way.
+
+        Of an ``elementwise`` family: the codes of all of pre, or of some entries that belong to ``features``.
+        """
+        function, own = self.eval_act()
+        if function is portable.by_itself:
+            raise NotImplementedError(f"{type(self).__name__} must define act, eval_act or both")
+        if not self.elementwise:
+            return function(pre, None, own, self._choose)
+        return function(pre, None, {n: t[features] if getattr(t, "shape", ()) else t for n, t in own.items()})
+
+    def _choose(self, pre: Tensor, k: float) -> Codes:
+        """The k largest pre-activations of each row."""
+        return self.select.per_row(pre, round(k))
 
     def reach(self, pre: Float[Tensor, "batch d_sae"]) -> Bool[Tensor, "batch d_sae"]:
         """Where an ``elementwise`` family's codes, or their gradients, can be other than 0."""
@@ -314,11 +331,6 @@ class SparseCoder(nn.Module):
         none = Codes(nothing, nothing.long(), nothing.new_zeros(len(rows) + 1).long(), self.d_sae)
         return self._leave(none, rows, tokens).reshape(*lead, *self.out_shape)
 
-    def eval_act(self) -> tuple[Callable[..., Tensor], dict[str, Any]]:
-        """(a function of ``saes.portable``, its own tensors): what ``act`` does in eval mode. A family that names none
-        works on this machine, and cannot travel to another."""
-        return portable.by_itself, {"coder": self}
-
     def portable(self, features: Sequence[int] | None = None, whole: bool = True) -> dict[str, Any]:
         """The coder in eval mode as tensors and functions of torch alone, which run where this library is not: a plan
         for ``saes.portable``.
@@ -400,8 +412,12 @@ class SparseCoder(nn.Module):
 
     def _write(self, codes: Codes | Tensor, x: Tensor | None, tokens: Tensor | None) -> Tensor:
         """x_hat of rows of codes. x: the rows they are of; None leaves out what a skip adds."""
-        x_hat = weighted_sum(codes, self.W_dec) + self.b_dec
-        return x_hat + x @ self.W_skip if self.W_skip is not None and x is not None else x_hat
+        W_skip = None if x is None else self.W_skip
+        return portable.written(self._decode(codes), self.b_dec, x, W_skip, tokens, getattr(self, "lookup", None))
+
+    def _decode(self, codes: Codes | Tensor) -> Tensor:
+        """codes·W_dec."""
+        return weighted_sum(codes, self.W_dec)
 
     def _leave(self, codes: Codes | Tensor, x: Tensor, tokens: Tensor | None) -> Tensor:
         """x_hat of float rows x and their codes, brought back to what x was before ``_enter``."""
@@ -420,23 +436,18 @@ class SparseCoder(nn.Module):
 
     def _enter(self, x: Tensor) -> tuple[Tensor, Tensor | float, Tensor | None]:
         """(normalised rows, mean, size), with x = rows·size + mean; size None where nothing is to undo."""
-        if self.input_norm == "none":
-            return x, 0.0, None
-        if self.input_norm == "length":
-            size = x.norm(dim=-1, keepdim=True).clamp_min(1e-8) / self.d_in**0.5
-            return x / size, 0.0, size
-        mean = x.mean(-1, keepdim=True)
-        size = (x - mean).std(-1, keepdim=True)
-        return (x - mean) / (size + 1e-5), mean, size  # as SAELens's layer_norm does and undoes it
+        return portable.entered(self.input_norm, x)
 
     # ---- training
 
     def check_sparsity(self, value: float) -> None:
         """ValueError for what the constructor would refuse as ``sparsity_name``, and where the family has none."""
-        raise ValueError(
-            f"a {type(self).__name__} has no argument that says how sparse its codes are (as k, or sparsity): change "
-            "the learning rate, or train another family"
-        )
+        if self.sparsity_name is None:
+            raise ValueError(
+                f"a {type(self).__name__} has no argument that says how sparse its codes are (as k, or sparsity): "
+                "change the learning rate, or train another family"
+            )
+        check_k(value, self.d_sae) if self.sparsity_name == "k" else check_weight(self.sparsity_name, value)
 
     @as_annotated
     def set_sparsity(self, value: float) -> None:
@@ -459,12 +470,11 @@ class SparseCoder(nn.Module):
     def auxk(self, batch: Batch, out: Output, dead: Tensor, k: int) -> dict[str, Tensor]:
         """AuxK: the k strongest dead features fit the residual, so that they get a gradient (Gao et al. 2024,
         arXiv:2406.04093). Empty while no feature is dead."""
-        asleep = dead.nonzero().flatten()
-        if not len(asleep):
+        codes = self.select.among(out.pre, dead.nonzero().flatten(), k)
+        if codes is None:
             return {}
-        codes = kernels.top_among(out.pre, asleep, min(k, len(asleep)))
         codes = self._encode_at(codes, self._rows(batch.x)[0])
-        fitted = kernels.decode(codes._replace(values=codes.values.relu()), self.W_dec)
+        fitted = self._decode(codes._replace(values=codes.values.relu()))
         residual = (batch.target - out.x_hat).detach().flatten(1)
         return {"auxk": AUX_WEIGHT * losses.mse(fitted, residual)}
 
@@ -583,6 +593,16 @@ class SparseCoder(nn.Module):
     def extra_repr(self) -> str:
         at = f", at {', '.join(map(repr, self.reads))}" if self.reads else ""
         return ", ".join(f"{k}={v}" for k, v in self.config.items() if k != "seed") + at
+
+
+def check_k(k: float, d_sae: int) -> None:
+    if not isinstance(k, int) or not 1 <= k <= d_sae:
+        raise ValueError(f"k must be an integer from 1 to d_sae={d_sae}, got {k!r}")
+
+
+def check_weight(name: str, value: float) -> None:
+    if not 0 <= value < float("inf"):
+        raise ValueError(f"{name} must be a number of at least 0, got {value}")
 
 
 def weighted_sum(codes: Codes | Tensor, directions: Tensor) -> Tensor:

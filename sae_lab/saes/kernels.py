@@ -138,6 +138,27 @@ def _from_places(pre: Tensor, places: Tensor) -> Codes:
     return Codes(pre.reshape(-1)[places], features, offsets, d_sae)
 
 
+class Selector:
+    """How a coder chooses the largest pre-activations. One process chooses among all; several put a selector of their
+    own in the coder's ``select``."""
+
+    def per_row(self, pre: Float[Tensor, "batch d_sae"], k: int) -> Codes:
+        """The k largest of each row."""
+        return top_per_row(pre, k)
+
+    def of_batch(self, pre: Float[Tensor, "batch d_sae"], k: float) -> Codes:
+        """The k·rows largest of the whole batch."""
+        return top_of_batch(pre, round(k * len(pre)))
+
+    def among(self, pre: Float[Tensor, "batch d_sae"], features: Int[Tensor, " some"], k: int) -> Codes | None:
+        """The k largest of each row among some features, or all of these where they are fewer; None for none."""
+        return top_among(pre, features, min(k, len(features))) if len(features) else None
+
+    def everywhere(self, values: Float[Tensor, " some"]) -> Float[Tensor, " all"]:
+        """Values of the features that are here, with those of features held elsewhere."""
+        return values
+
+
 def positive(codes: Codes | Float[Tensor, "batch d_sae"]) -> Codes:
     """The codes above 0."""
     if isinstance(codes, Codes) and bool((codes.values > 0).all()):

@@ -22,9 +22,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sae_lab.activations.store import Rows, Store
-from sae_lab.saes import kernels, losses
-from sae_lab.saes.base import AUX_WEIGHT, SparseCoder, weighted_sum
-from sae_lab.saes.families.batchtopk import BatchTopK
+from sae_lab.saes import kernels
+from sae_lab.saes.base import SparseCoder
 from sae_lab.types import Batch, Codes, Output
 
 # Their features meet in x_hat, in the choice of the largest and in a penalty that is a sum over features: nowhere else.
@@ -35,7 +34,7 @@ _joins = count()
 
 
 @dataclass(frozen=True)
-class Ranks:
+class Ranks(kernels.Selector):
     """The processes that train one coder together, as one of them sees them. ``Ranks()`` is a process alone.
 
     shard: "batch": every rank holds the whole coder and its own rows of each batch. "features": every rank sees all
@@ -106,20 +105,21 @@ class Ranks:
         """This rank's rows of a batch: the shares of all ranks make up the batch that a process alone reads."""
         return rows.batch(step * self.row_shares + self.rank % self.row_shares, batch_size // self.row_shares, seed)
 
+    # ---- the largest pre-activations: ranks exchange values, not places
+
     @contextmanager
     def choosing(self, coder: SparseCoder) -> Iterator[None]:
-        """While open, BatchTopK and its kin choose among the rows of all ranks."""
-        if self.row_shares == 1 or not isinstance(coder, BatchTopK):
-            yield
-            return
-        coder._choose = lambda pre, k: self.top_of_batch(pre, round(k * len(pre) * self.size))  # type: ignore[method-assign]
+        """While open, a coder of which every rank holds all chooses among the rows of all ranks."""
+        if self.row_shares > 1:
+            coder.select = self
         try:
             yield
         finally:
-            del coder._choose
+            if self.row_shares > 1:
+                del coder.select
 
-    def top_of_batch(self, pre: Tensor, n: int) -> Codes:
-        """Of the n largest entries in all ranks' matrices, those of this one. Ranks exchange values, not places."""
+    def of_batch(self, pre: Tensor, k: float) -> Codes:
+        n = round(k * len(pre) * self.row_shares)
         offered = min(pre.numel(), int(SLACK * n / self.size) + 64)
         while True:
             mine = kernels.top_of_batch(pre, offered)
@@ -128,7 +128,26 @@ class Ranks:
                 return _keep(mine, chosen[0])
             offered = min(pre.numel(), 2 * offered)
 
-    def top_per_row(self, mine: Codes, k: int) -> Codes:
+    def per_row(self, pre: Tensor, k: int) -> Codes:
+        if self.feature_shares == 1:
+            return super().per_row(pre, k)
+        return self._largest(kernels.top_per_row(pre, min(k, pre.shape[1])), k)
+
+    def among(self, pre: Tensor, features: Tensor, k: int) -> Codes | None:
+        if self.feature_shares == 1:
+            return super().among(pre, features, k)
+        k = min(k, int(_sum(torch.tensor(len(features), device=pre.device))))
+        mine = super().among(pre, features, k) or kernels.above(pre, torch.inf)
+        return self._largest(mine, k) if k else None
+
+    def everywhere(self, values: Tensor) -> Tensor:
+        if self.feature_shares == 1:
+            return values
+        most = int(self.gather(torch.tensor(len(values), device=values.device)).max())
+        everyone = self.gather(F.pad(values, (0, most - len(values)))).flatten()
+        return everyone[everyone > 0]
+
+    def _largest(self, mine: Codes, k: int) -> Codes:
         """Of the k largest entries of each row over all ranks, those of this one. mine: its own largest, as many in
         each row, k if it has them."""
         rows = len(mine.offsets) - 1
@@ -228,7 +247,7 @@ class Ranks:
             return coder
         family = type(coder)
         part = object.__new__(type(family.__name__, (_Part, family), {}))
-        vars(part).update(vars(coder), ranks=self, d_sae=coder.d_sae // self.size)
+        vars(part).update(vars(coder), select=self, d_sae=coder.d_sae // self.size)
         own = {name: self.part(name, t.detach()).to(self.device, copy=True) for name, t in coder.state_dict().items()}
         part._parameters = {n: None if p is None else nn.Parameter(own[n]) for n, p in coder._parameters.items()}
         part._buffers = {n: own[n] for n in coder._buffers}
@@ -247,47 +266,24 @@ class _Part(SparseCoder):
     """Some features of a coder, mixed in before its family; other ranks hold the others. What every rank holds whole
     (b_dec, W_skip) brings its gradient in x_hat on the first rank only, for gradients are summed."""
 
-    ranks: Ranks
-
-    def _choose(self, pre: Tensor, k: int) -> Codes:
-        if isinstance(self, BatchTopK):
-            return self.ranks.top_of_batch(pre, round(k * len(pre)))
-        return self.ranks.top_per_row(kernels.top_per_row(pre, min(k, self.d_sae)), k)
+    select: Ranks
 
     def _decode(self, codes: Codes | Tensor) -> Tensor:
-        return _Sum.apply(weighted_sum(codes, self.W_dec))
+        return _Sum.apply(super()._decode(codes))
 
     def _write(self, codes: Codes | Tensor, x: Tensor | None, tokens: Tensor | None) -> Tensor:
         held_whole = self.b_dec
         if self.W_skip is not None and x is not None:
             held_whole = held_whole + x @ self.W_skip
-        return self._decode(codes) + (held_whole if self.ranks.first else held_whole.detach())
+        return self._decode(codes) + (held_whole if self.select.first else held_whole.detach())
 
     def terms(self, batch: Batch, out: Output, *, progress: float, dead: Tensor) -> dict[str, Tensor]:
         terms = super().terms(batch, out, progress=progress, dead=dead)
         return {name: _Sum.apply(t) if name == "sparsity" else t for name, t in terms.items()}
 
-    def auxk(self, batch: Batch, out: Output, dead: Tensor, k: int) -> dict[str, Tensor]:
-        asleep = dead.nonzero().flatten()
-        k = min(k, int(self.ranks.over_features(dead.sum())))
-        if not k:
-            return {}
-        none = kernels.above(out.pre, torch.inf)
-        mine = kernels.top_among(out.pre, asleep, min(k, len(asleep))) if len(asleep) else none
-        codes = self._encode_at(self.ranks.top_per_row(mine, k), self._rows(batch.x)[0])
-        fitted = self._decode(codes._replace(values=codes.values.relu()))
-        residual = (batch.target - out.x_hat).detach().flatten(1)
-        return {"auxk": AUX_WEIGHT * losses.mse(fitted, residual)}
-
-    def _of_all_features(self, values: Tensor) -> Tensor:
-        """BatchTopK's threshold: every rank knows the largest of its own features."""
-        most = int(self.ranks.gather(torch.tensor(len(values), device=values.device)).max())
-        everyone = self.ranks.gather(F.pad(values, (0, most - len(values)))).flatten()
-        return everyone[everyone > 0]
-
     def calibrate(self, blocks: Iterable[Tensor], unseen: Tensor | None = None) -> dict[str, int | float]:
         facts = super().calibrate(blocks, unseen)
-        dead, l0 = self.ranks.gather(torch.tensor([facts["dead"], facts["l0"]], device=self.ranks.device)).T
+        dead, l0 = self.select.gather(torch.tensor([facts["dead"], facts["l0"]], device=self.select.device)).T
         return facts | {"dead": float(dead.mean()), "l0": float(l0.sum())}
 
 

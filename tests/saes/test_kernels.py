@@ -279,7 +279,7 @@ def test_gradients_in_reused_memory(make_coder):
 def test_a_step_makes_nothing_as_large_as_its_codes_times_d(make_coder, monkeypatch):
     """One buffer for pre, reused; all else is smaller than (batch·k)·d, half of the features dead or not."""
     batch, d, d_sae = 512, 16, 2048
-    monkeypatch.setattr(sparse, "PIECE", 1 << 13)
+    monkeypatch.setattr(kernels, "PIECE", 1 << 13)
     monkeypatch.setattr(losses, "CHUNK", 1 << 13)
     coder = make_coder(d, d_sae)
     x = normal(batch, *coder.in_shape)

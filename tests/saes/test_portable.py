@@ -12,7 +12,7 @@ import torch
 import sae_lab as sl
 from sae_lab.lm import remote
 from sae_lab.lm.model import _require_travelling
-from sae_lab.saes import FAMILIES, portable
+from sae_lab.saes import FAMILIES, kernels, portable
 
 D, F, VOCAB = 12, 48, 20
 MORE = {"Tokenized": {"vocab": VOCAB}, "MatrixSAE": {"rows": 3}, "Switch": {"experts": 4}, "L1": {"drop": 0.2}}
@@ -77,6 +77,9 @@ def test_every_family_names_a_function_that_travels():
 
 def test_a_family_that_names_none_works_here_and_is_refused_on_a_server(tiny_lm):
     class Mine(sl.TopK):
+        def act(self, pre):
+            return kernels.top_per_row(pre, self.k)
+
         def eval_act(self):
             return sl.SparseCoder.eval_act(self)
 
@@ -88,6 +91,14 @@ def test_a_family_that_names_none_works_here_and_is_refused_on_a_server(tiny_lm)
     writes = sl.Ablate(coder, 3).writes(tiny_lm, tiny_lm.tokenize("The sea"))
     with pytest.raises(ValueError, match="a Mine does not say how its codes are made without this library"):
         _require_travelling(writes)
+
+
+def test_a_family_without_a_way_to_make_codes_is_told_so():
+    class Empty(sl.SparseCoder):
+        pass
+
+    with pytest.raises(NotImplementedError, match="Empty must define act, eval_act or both"):
+        Empty(D, F, {})(torch.randn(2, D))
 
 
 def test_a_crosscoder_is_refused():

@@ -22,7 +22,6 @@ from safetensors.torch import load_file, save_file
 
 import sae_lab as sl
 from sae_lab.activations.store import Rows
-from sae_lab.saes import kernels
 from sae_lab.training.loop import CHECKPOINT
 from sae_lab.training.ranks import Ranks
 
@@ -158,10 +157,9 @@ def _choose(rank):
     by_rows, by_features = Ranks(rank, 2, "batch"), Ranks(rank, 2, "features")
     chosen = {}
     for name, pre in matrices().items():
-        chosen[f"{name} rows"] = by_rows.top_of_batch(pre.chunk(2)[rank], N).dense().tolist()
+        chosen[f"{name} rows"] = by_rows.of_batch(pre.chunk(2)[rank], N / len(pre)).dense().tolist()
         pre = pre.T
-        mine = kernels.top_per_row(pre.chunk(2, 1)[rank], K)
-        chosen[f"{name} features"] = by_features.top_per_row(mine, K).dense().tolist()
+        chosen[f"{name} features"] = by_features.per_row(pre.chunk(2, 1)[rank], K).dense().tolist()
     return chosen
 
 

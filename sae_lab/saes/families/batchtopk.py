@@ -1,4 +1,4 @@
-"""BatchTopK: k active features per token on average over the batch (Bussmann et al. 2024, arXiv:2412.06410)."""
+"""BatchTopK."""
 
 from collections.abc import Iterable
 from typing import Unpack
@@ -12,17 +12,22 @@ from sae_lab.saes.base import Wiring
 from sae_lab.saes.families.topk import TopK
 from sae_lab.types import Codes
 
-SPARE = 1000  # one in so many codes may be on or off more than k says, where the gap between two is wider
+SPARE = 1000  # one code in a thousand may be on or off more than k says, where the gap between two is wider
 
 
 class BatchTopK(TopK):
-    """Training: the batch*k largest pre-activations of the batch. Eval: f = pre·1[pre > θ], θ fitted on activations so
-    that k features are active on average (within a thousandth); a row's codes then depend on that row alone.
+    """``sl.BatchTopK(d_in=576, d_sae=4608, k=32)``: k active features per token on average over the batch, so that
+    tokens may differ in how many they take (Bussmann et al. 2024, arXiv:2412.06410).
 
-    ``threshold`` is θ; NaN until fitted, and eval mode then raises ValueError. It lies halfway between two codes of
-    those activations, where they leave the widest gap: what rounds otherwise turns none of them on or off, as long as
-    it errs by less than half of that gap. (The paper takes the mean over batches of the least code chosen, at which a
-    code may lie.)
+        training:   f = relu(the rows·k largest of pre in the batch), others 0
+        eval mode:  f = pre·1[pre > θ], by which a row's codes depend on that row alone
+
+    Loss: mse + AuxK. θ is ``threshold``, fitted after training so that k features are active on average (within a
+    thousandth). It is NaN until then, and eval mode raises ValueError. It lies in the middle of the widest gap between
+    two codes, so that rounding turns none of them on or off. (The paper takes the mean over batches of the least code
+    chosen, at which a code may lie.)
+
+    Args: as of ``sl.TopK``; k: active features per token on average.
     """
 
     code_units = ("b_enc", "threshold")
@@ -36,20 +41,14 @@ class BatchTopK(TopK):
         self.threshold: Tensor
 
     def act(self, pre: Float[Tensor, "batch d_sae"]) -> Codes:
-        if self.training:
-            return self._choose(pre, self.k)
-        self._require_threshold()
-        return kernels.above(pre, self.threshold)
+        return self._choose(pre, self.k) if self.training else kernels.above(pre, self.eval_act()[1]["floor"])
 
-    def _require_threshold(self) -> None:
+    def eval_act(self):
         if bool(self.threshold.isnan().any()):
             raise ValueError(
                 f"this {type(self).__name__} has no inference threshold yet: train it with sl.train, call "
                 "sae.calibrate([activations]), or use sae.train() for batch-wise selection"
             )
-
-    def eval_act(self):
-        self._require_threshold()
         return portable.above, {"floor": self.threshold}
 
     def training_threshold(self, codes: Codes | Tensor) -> Tensor | None:
@@ -59,7 +58,7 @@ class BatchTopK(TopK):
         return on.min() if len(on) else None
 
     def _choose(self, pre: Tensor, k: float) -> Codes:
-        return kernels.top_of_batch(pre, round(k * len(pre)))
+        return self.select.of_batch(pre, k)
 
     @torch.no_grad()
     def fit_threshold(self, blocks: Iterable[Tensor]) -> None:
@@ -76,15 +75,11 @@ class BatchTopK(TopK):
             if len(values) >= most:
                 values = values.topk(most, sorted=False).values
                 least = float(values.min())
-        self.threshold.copy_(widest_gap(self._of_all_features(values), n, n // SPARE))
+        self.threshold.copy_(widest_gap(self.select.everywhere(values), n, n // SPARE))
 
     def _ranked(self, pre: Tensor) -> Tensor:
         """That of which the largest are chosen."""
         return pre
-
-    def _of_all_features(self, values: Tensor) -> Tensor:
-        """Pre-activations of the features that are here, with those of features held elsewhere."""
-        return values
 
 
 def widest_gap(values: Float[Tensor, " some"], n: int, spare: int) -> Tensor:

@@ -1,5 +1,4 @@
-"""Crosscoder: features shared by several layers or models (Lindsey et al. 2024, "Sparse Crosscoders for Cross-Layer
-Features and Model Diffing")."""
+"""Crosscoder."""
 
 from collections.abc import Iterable, Sequence
 
@@ -7,36 +6,37 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sae_lab.saes.base import check_weight
 from sae_lab.saes.families.batchtopk import BatchTopK
-from sae_lab.saes.families.l1 import check_weight
 from sae_lab.types import Batch, Codes, Output, Site
 
 SELECTIONS = ("codes", "decoder_norms")
 
 
 class Crosscoder(BatchTopK):
-    """f = BatchTopK of Σ_l (x_l − b_l)·W_enc[l] + b_enc; x_hat_l = f·W_dec[:, l] + b_l.
+    """``sl.Crosscoder(d_in=576, d_sae=4608, layers=3, k=32)``: features shared by several layers or models (Lindsey
+    et al. 2024, "Sparse Crosscoders for Cross-Layer Features and Model Diffing").
 
-    Loss: Σ_l ‖x_l − x_hat_l‖² + AuxK.
+        f = BatchTopK of Σ_l (x_l − b_l)·W_enc[l] + b_enc
+        x_hat_l = f·W_dec[:, l] + b_l
 
-    x is "batch layer d_in": the layers of one model, from a store of several sites, or the same site of several models
-    (``torch.stack([a, b], 1)``). Each layer is scaled to norm √d_in in training. W_enc is "layer·d_in d_sae" and W_dec
-    "d_sae layer·d_in", their layers side by side; ``decoder_norms`` tells which layers a feature writes to.
+    Loss: Σ_l ‖x_l − x_hat_l‖² + AuxK. x is "batch layer d_in": the layers of one model, from a store of several sites,
+    or one site of several models (``torch.stack([a, b], 1)``). In training each layer is scaled to norm √d_in. W_enc is
+    "layer·d_in d_sae" and W_dec "d_sae layer·d_in"; ``decoder_norms`` tells which layers a feature writes to.
 
-    With ``causal=True`` a feature reads one layer and writes that and later ones: the dictionary stands in as many
-    equal groups as there are layers. Else ("acausal") every feature reads and writes all.
+    Rows of W_dec have unit norm over all layers together, so that a code counts as the root of Σ_l ‖f_i·W_dec[i, l]‖².
+    Lindsey et al. count Σ_l ‖f_i·W_dec[i, l]‖, by which a feature of one layer is cheaper than one that writes as much
+    to several. ``selection`` and ``norm_penalty`` each count so; theirs is the penalty alone on f = relu, which is
+    norm_penalty with k=d_sae.
 
-    A code counts for what it writes. The rows of W_dec have unit norm over all layers together, so that the codes as
-    they are count the root of Σ_l ‖W_dec[i, l]‖²; Lindsey et al. count Σ_l ‖W_dec[i, l]‖, by which a feature of one
-    layer is cheaper than one that writes as much to several. Two arguments, free of each other, count as they do:
-
-        selection="decoder_norms"    BatchTopK chooses the largest f_i·Σ_l ‖W_dec[i, l]‖, in training and by θ
-        norm_penalty=λ               the loss grows by λ·Σ_i f_i·Σ_l ‖W_dec[i, l]‖, their sparsity penalty
-
-    Theirs has that penalty alone, on f = relu: it is norm_penalty with k=d_sae, where BatchTopK chooses all.
-
-    Args: d_in: width of one layer. layers: how many, at least 2. selection: "codes" (the largest f), or
-    "decoder_norms". norm_penalty: weight, 0 for none.
+    Args:
+        d_in: width of one layer. layers: at least 2. k: active features per token on average.
+        causal: a feature reads one layer and writes that and later ones; the dictionary has one equal group of features
+            for each layer. Else every feature reads and writes all.
+        selection: what BatchTopK takes the largest of, in training and by θ: "codes", f_i; or "decoder_norms",
+            f_i·Σ_l ‖W_dec[i, l]‖.
+        norm_penalty: weight λ of λ·Σ_i f_i·Σ_l ‖W_dec[i, l]‖ in the loss; 0: none.
+        k_aux, seed: as of ``sl.TopK``.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Crosscoder(BatchTopK):
         if selection == "decoder_norms":  # θ is one number for f·norms, and so one a feature for f
             self.register_buffer("threshold", torch.full((d_sae,), float("nan")))
             self.register_buffer("layer_scale", torch.ones(layers))
-            self.layer_scale: Tensor  # W_dec times it, layer by layer, is what training had: fold leaves its mark here
+            self.layer_scale: Tensor  # W_dec times it, layer by layer, is the W_dec of training: fold sets it
         if causal:
             self.project()
 

@@ -1,22 +1,26 @@
-"""Gated: one path decides which features are on, another how strongly (Rajamanoharan et al. 2024, arXiv:2404.16014)."""
+"""Gated."""
 
 from typing import Unpack
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from sae_lab.saes import losses, portable
-from sae_lab.saes.base import EVERY, SparseCoder, Wiring, weighted_sum
-from sae_lab.saes.families.l1 import WARM_UP, check_weight
+from sae_lab.saes.base import SparseCoder, Wiring, check_weight, weighted_sum
+from sae_lab.saes.families.l1 import WARM_UP
 from sae_lab.types import Batch, Codes, Output
 
 
 class Gated(SparseCoder):
-    """π = pre (b_enc is the gate's bias); f = 1[π > 0]·relu(e^r_mag·(π − b_enc) + b_mag).
+    """``sl.Gated(d_in=576, d_sae=4608, sparsity=5.0)``: one path decides which features are on, another how
+    strongly (Rajamanoharan et al. 2024, arXiv:2404.16014).
 
-    Loss: mse + sparsity · Σrelu(π) + ‖target − relu(π)·W̄_dec − b̄_dec‖², the bar a stopped gradient: the penalty, which
-    shrinks what it touches, touches only the gate.
+        f = 1[pre > 0]·relu(e^r_mag·(pre − b_enc) + b_mag), b_enc the gate's bias
+
+    Loss: mse + sparsity · Σrelu(pre) + ‖target − relu(pre)·W̄_dec − b̄_dec‖², the bar a stopped gradient: the penalty
+    shrinks the gate, not the codes.
+
+    Args: sparsity: weight of the penalty. d_in, d_sae, seed, d_out, skip: see ``sl.SparseCoder``.
     """
 
     elementwise = True
@@ -29,13 +33,6 @@ class Gated(SparseCoder):
         self.sparsity = sparsity
         self.r_mag = nn.Parameter(torch.zeros(d_sae))
         self.b_mag = nn.Parameter(torch.zeros(d_sae))
-
-    def act(self, pre: Float[Tensor, "..."], features: Tensor | slice = EVERY) -> Tensor:
-        strength = (self.r_mag[features].exp() * (pre - self.b_enc[features]) + self.b_mag[features]).relu()
-        return torch.where(pre > 0, strength, 0.0)
-
-    def check_sparsity(self, value: float) -> None:
-        check_weight("sparsity", value)
 
     def eval_act(self):
         return portable.gated, {"r_mag": self.r_mag, "b_enc": self.b_enc, "b_mag": self.b_mag}

@@ -1,5 +1,4 @@
-"""Hoyer: a scale-free penalty (Quaisley 2024, "Alternative sparsity methods for SAEs with OthelloGPT"; Hoyer-Square of
-arXiv:1908.09979)."""
+"""Hoyer."""
 
 from jaxtyping import Float
 from torch import Tensor
@@ -10,9 +9,16 @@ from sae_lab.types import Codes
 
 
 class Hoyer(L1):
-    """f = relu(pre). Loss: mse + sparsity · (Σf)²/Σf², which shrinking all codes alike does not lower.
+    """``sl.Hoyer(d_in=576, d_sae=4608, sparsity=50.0)``: a penalty that shrinking all codes alike does not lower
+    (Hoyer-Square, Yang et al. 2019, arXiv:1908.09979; on SAEs Quaisley 2024, "Alternative sparsity methods for SAEs
+    with OthelloGPT").
 
-    The penalty is at most d_sae, so ``sparsity`` is larger by d_in/L0 or so than for L1.
+        f = relu(pre)
+
+    Loss: mse + sparsity · (Σf)²/Σf².
+
+    Args: sparsity: weight of the penalty, which is at most d_sae: larger by about d_in/L0 than for L1. The others as of
+    ``sl.L1``.
     """
 
     def penalty(self, f: Codes | Tensor, progress: float) -> Float[Tensor, ""]:

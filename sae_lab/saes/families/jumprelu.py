@@ -1,4 +1,4 @@
-"""JumpReLU: a threshold of its own for each feature (Rajamanoharan et al. 2024, arXiv:2407.14435)."""
+"""JumpReLU."""
 
 from typing import Unpack
 
@@ -7,20 +7,25 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from sae_lab.saes import portable
-from sae_lab.saes.base import EVERY, SparseCoder, Wiring
-from sae_lab.saes.families.l1 import WARM_UP, check_weight
+from sae_lab.saes.base import EVERY, SparseCoder, Wiring, check_weight
+from sae_lab.saes.families.l1 import WARM_UP
 from sae_lab.types import Batch, Codes, Output
 
 
 class JumpReLU(SparseCoder):
-    """f = relu(pre)·1[pre > θ]. Loss: mse + sparsity · L0.
+    """``sl.JumpReLU(d_in=576, d_sae=4608, sparsity=1.0)``: each feature has a threshold that is learnt
+    (Rajamanoharan et al. 2024, arXiv:2407.14435).
 
-    Steps have no gradient, so θ gets that of a kernel estimate: a rectangle of width ``bandwidth`` around it. Per
-    feature: ∂f/∂θ = −θ/ε, ∂L0/∂θ = −1/ε where |pre − θ| < ε/2, else 0.
+        f = relu(pre)·1[pre > θ], θ the parameter ``threshold`` " d_sae"
 
-    Args: sparsity: cost of an active feature, in squared error (activations have norm √d_in in training). bandwidth: ε.
-    start: θ at first. It moves by about the learning rate a step, so in short runs ``start`` sets L0 more than
-    ``sparsity`` does. ``threshold`` " d_sae" is θ.
+    Loss: mse + sparsity · L0. A step has no gradient, so θ gets that of a kernel estimate, a rectangle of width ε:
+    ∂f/∂θ = −θ/ε and ∂L0/∂θ = −1/ε where |pre − θ| < ε/2, else 0.
+
+    Args:
+        sparsity: cost of an active feature, in squared error (activations have norm √d_in in training).
+        bandwidth: ε. start: θ at first. θ moves by about the learning rate a step, so that in short runs ``start`` sets
+            L0 more than ``sparsity`` does.
+        d_in, d_sae, seed, d_out, skip: see ``sl.SparseCoder``.
     """
 
     elementwise = True
@@ -42,9 +47,6 @@ class JumpReLU(SparseCoder):
 
     def act(self, pre: Float[Tensor, "..."], features: Tensor | slice = EVERY) -> Tensor:
         return _Jump.apply(pre, self.threshold[features], self.bandwidth)
-
-    def check_sparsity(self, value: float) -> None:
-        check_weight("sparsity", value)
 
     def training_threshold(self, codes: Codes | Tensor) -> Tensor:
         """The mean over features."""
@@ -80,7 +82,7 @@ class _Jump(torch.autograd.Function):
     def forward(ctx, pre, threshold, bandwidth):
         ctx.save_for_backward(pre, threshold)
         ctx.bandwidth = bandwidth
-        return torch.where(pre > threshold.clamp_min(0), pre, 0.0)
+        return portable.above(pre, None, {"floor": threshold.clamp_min(0)})
 
     @staticmethod
     def backward(ctx, g):  # type: ignore[override]

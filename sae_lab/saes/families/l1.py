@@ -1,4 +1,4 @@
-"""L1 and Tied: the classic sparse autoencoders (Bricken et al. 2023; Cunningham et al. 2023, arXiv:2309.08600)."""
+"""L1 and Tied: a ReLU and a penalty."""
 
 from typing import Unpack
 
@@ -7,19 +7,26 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae_lab.saes import losses, portable
-from sae_lab.saes.base import EVERY, SparseCoder, Wiring
+from sae_lab.saes.base import EVERY, SparseCoder, Wiring, check_weight
 from sae_lab.types import Batch, Codes, Output
 
 WARM_UP = 0.05  # of training, over which the sparsity weight rises from 0: without it many features die at once
 
 
 class L1(SparseCoder):
-    """f = relu(pre). Loss: mse + sparsity · Σf (decoder rows have unit norm, activations norm √d_in in training).
+    """``sl.L1(d_in=576, d_sae=4608, sparsity=5.0)``: the classic sparse autoencoder (Bricken et al. 2023, "Towards
+    Monosemanticity"; Cunningham et al. 2023, arXiv:2309.08600).
 
-    Also the base of the other families with a ReLU and a penalty.
+        f = relu(pre)
 
-    Args: d_in, d_sae: widths. sparsity: weight of the penalty; 5 is the usual start. drop: in eval mode, codes up to it
-    are set to 0 (in units of activations of norm √d_in while training; the buffer ``floor`` holds it in raw units).
+    Loss: mse + sparsity · Σf. (In training decoder rows have unit norm, and activations norm √d_in.) The weight rises
+    from 0 over the first 5 % of training. Base of the other families with a ReLU and a penalty.
+
+    Args:
+        sparsity: weight of the penalty; 5 is the usual start.
+        drop: in eval mode, codes up to it are set to 0; in units of activations of norm √d_in. The buffer ``floor``
+            holds it in units of raw activations after training.
+        d_in, d_sae, seed, d_out, skip: see ``sl.SparseCoder``.
     """
 
     elementwise = True
@@ -36,14 +43,11 @@ class L1(SparseCoder):
         self.register_buffer("floor", torch.tensor(float(drop)))
         self.floor: Tensor
 
-    def act(self, pre: Float[Tensor, "..."], features: Tensor | slice = EVERY) -> Tensor:
-        return pre.relu() if self.training else torch.where(pre > self.floor, pre, 0.0)
-
-    def check_sparsity(self, value: float) -> None:
-        check_weight("sparsity", value)
-
     def eval_act(self):
         return portable.above, {"floor": self.floor}
+
+    def act(self, pre: Float[Tensor, "..."], features: Tensor | slice = EVERY) -> Codes | Tensor:
+        return pre.relu() if self.training else super().act(pre, features)
 
     def penalty(self, f: Codes | Tensor, progress: float) -> Float[Tensor, ""]:
         """What ``sparsity`` multiplies."""
@@ -56,7 +60,13 @@ class L1(SparseCoder):
 
 
 class Tied(L1):
-    """L1 whose encoder is the decoder's transpose: W_enc = W_decᵀ, one matrix with both gradients."""
+    """``sl.Tied(d_in=576, d_sae=4608, sparsity=5.0)``: L1 whose encoder is the decoder's transpose (Cunningham et
+    al. 2023, arXiv:2309.08600).
+
+        f = relu((x − b_dec)·W_decᵀ + b_enc)
+
+    Loss and arguments: as of ``sl.L1``, without d_out and skip. The one matrix gets both gradients.
+    """
 
     tied = True
 
@@ -66,8 +76,3 @@ class Tied(L1):
     @property
     def W_enc(self) -> Tensor:  # type: ignore[override]
         return self.W_dec.T
-
-
-def check_weight(name: str, value: float) -> None:
-    if not 0 <= value < float("inf"):
-        raise ValueError(f"{name} must be a number of at least 0, got {value}")

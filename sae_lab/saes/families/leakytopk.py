@@ -1,5 +1,4 @@
-"""LeakyTopK: features outside the top k pass a little (Quaisley 2024, "Alternative sparsity methods for SAEs with
-OthelloGPT"; the size of the leak is not given there)."""
+"""LeakyTopK."""
 
 from typing import Unpack
 
@@ -7,15 +6,21 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae_lab.saes import kernels
 from sae_lab.saes.base import Wiring
 from sae_lab.saes.families.topk import TopK
 from sae_lab.types import Codes
 
 
 class LeakyTopK(TopK):
-    """f = relu(pre), times ``leak``·(1 − progress) outside the k largest: while training begins every feature has a
-    gradient; at its end, and in eval mode, this is TopK. Loss: mse + AuxK."""
+    """``sl.LeakyTopK(d_in=576, d_sae=4608, k=32, leak=0.1)``: features outside the top k pass a little (Quaisley
+    2024, "Alternative sparsity methods for SAEs with OthelloGPT", which does not give the size of the leak).
+
+        f = relu(pre), times leak·(1 − progress) outside the k largest; progress runs from 0 to 1 over training
+
+    At first every feature has a gradient; at the end of training, and in eval mode, this is TopK. Loss: mse + AuxK.
+
+    Args: leak: in [0, 1). The others as of ``sl.TopK``.
+    """
 
     dense = True
 
@@ -30,7 +35,7 @@ class LeakyTopK(TopK):
         self.leak = leak
 
     def act(self, pre: Float[Tensor, "batch d_sae"]) -> Codes | Tensor:
-        top = kernels.top_per_row(pre, self.k)
+        top = self._choose(pre, self.k)
         if not self.training:
             return top._replace(values=top.values.relu())
         share = torch.full_like(pre, self.leak * (1 - self.progress))

@@ -1,4 +1,4 @@
-"""MatrixSAE: atoms of rank one for activations that are matrices (the coder of WriteSAE, 2025)."""
+"""MatrixSAE."""
 
 import torch
 from jaxtyping import Float
@@ -8,12 +8,16 @@ from sae_lab.saes.families.topk import TopK
 
 
 class MatrixSAE(TopK):
-    """x_hat = Σ_i f_i · v_i⊗w_i + b_dec, for x a matrix "rows cols" laid out flat (d_in = rows·cols). Loss: mse + AuxK.
+    """``sl.MatrixSAE(d_in=576, d_sae=4608, rows=24, k=32)``: atoms of rank one, for activations that are matrices
+    "rows cols" laid out flat, d_in = rows·cols (the coder of WriteSAE, 2025).
 
-    ``V`` "d_sae rows" and ``W`` "d_sae cols" have unit rows; W_dec is their outer product, made when asked for: the
-    decoder has d_sae·(rows + cols) parameters in place of d_sae·rows·cols.
+        f = relu(the k largest of pre), others 0
+        x_hat = Σ_i f_i · v_i⊗w_i + b_dec
 
-    Args: rows: of the matrix; must divide d_in.
+    Loss: mse + AuxK. ``V`` "d_sae rows" and ``W`` "d_sae cols" have unit rows; W_dec is their outer product, made when
+    asked for: the decoder has d_sae·(rows + cols) parameters in place of d_sae·rows·cols.
+
+    Args: rows: of the matrix; must divide d_in. The others as of ``sl.TopK``.
     """
 
     def __init__(self, d_in: int, d_sae: int, rows: int, k: int = 32, k_aux: int | None = None, seed: int = 0):

@@ -1,4 +1,4 @@
-"""Matryoshka: the first features must do alone (Bussmann et al. 2025, arXiv:2503.17547)."""
+"""Matryoshka."""
 
 from collections.abc import Sequence
 from typing import Unpack
@@ -25,10 +25,15 @@ def check_prefixes(prefixes: Sequence[int], d_sae: int) -> tuple[int, ...]:
 
 
 class Matryoshka(BatchTopK):
-    """Codes of BatchTopK. Loss: the mean, over nested prefixes of the dictionary, of the error that the prefix alone
-    leaves (``losses.prefix``) + AuxK.
+    """``sl.Matryoshka(d_in=576, d_sae=4608, k=32)``: the first features must reconstruct without the later ones
+    (Bussmann et al. 2025, arXiv:2503.17547).
 
-    Args: prefixes: rising numbers of features, the last d_sae; None: d_sae/16, /8, /4, /2 and d_sae.
+        f as of BatchTopK
+
+    Loss: AuxK + the mean over ℓ of ‖target − Σ_{i<ℓ} f_i·W_dec[i] − b_dec‖², ℓ the prefixes of the dictionary.
+
+    Args: prefixes: rising numbers of features, the last d_sae; None: d_sae/16, /8, /4, /2 and d_sae. The others as of
+    ``sl.TopK``.
     """
 
     takes_multi = False

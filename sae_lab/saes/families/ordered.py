@@ -1,5 +1,4 @@
-"""Ordered: every prefix of the dictionary must do alone (OSAE: "Enforcing Orderedness in SAEs to Improve Feature
-Consistency", 2025)."""
+"""Ordered."""
 
 from typing import Unpack
 
@@ -14,11 +13,15 @@ from sae_lab.types import Batch, Codes, Output
 
 
 class Ordered(BatchTopK):
-    """Codes of BatchTopK with more features at first: k falls from ``k_start`` over the first half of training. Loss:
-    the mean error over all prefixes of the dictionary (``losses.prefix``) + AuxK. The commonest directions then come
-    first, in the same order from any seed.
+    """``sl.Ordered(d_in=576, d_sae=4608, k=32)``: every prefix of the dictionary must reconstruct without the rest,
+    so that the commonest directions come first, in the same order from any seed (OSAE: "Enforcing Orderedness in SAEs
+    to Improve Feature Consistency", 2025).
 
-    Args: k_start: None is min(d_sae, 4k).
+        f as of BatchTopK, with k falling from k_start over the first half of training
+
+    Loss: AuxK + the mean over ℓ = 1 to d_sae of ‖target − Σ_{i<ℓ} f_i·W_dec[i] − b_dec‖².
+
+    Args: k_start: active features per token at first; None: min(d_sae, 4k). The others as of ``sl.TopK``.
     """
 
     takes_multi = False

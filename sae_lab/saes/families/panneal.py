@@ -1,4 +1,4 @@
-"""PAnneal: an L_p penalty whose p falls from 1 (Karvonen et al. 2024, arXiv:2408.00113)."""
+"""PAnneal."""
 
 from typing import Unpack
 
@@ -8,17 +8,22 @@ from torch import Tensor
 
 from sae_lab.saes import losses
 from sae_lab.saes.base import Wiring
-from sae_lab.saes.families.l1 import L1, check_weight
+from sae_lab.saes.families.l1 import L1
 from sae_lab.types import Batch, Codes
 
-STEPS = 20  # in which p falls: each asks for a new weight
+STEPS = 20  # in which p falls: each needs a new weight
 
 
 class PAnneal(L1):
-    """f = relu(pre). Loss: mse + sparsity · c · Σf^p, p from 1 down to ``p_end`` between a tenth and nine tenths of
-    training; c changes with p so that the penalty of the batch at hand does not.
+    """``sl.PAnneal(d_in=576, d_sae=4608, sparsity=5.0, p_end=0.2)``: an L_p penalty whose p falls from 1 (Karvonen
+    et al. 2024, arXiv:2408.00113).
 
-    Args: sparsity: weight of the penalty. p_end: the last p, in (0, 1].
+        f = relu(pre)
+
+    Loss: mse + sparsity · c · Σf^p. p falls from 1 to ``p_end`` between a tenth and nine tenths of training; where p
+    changes, c changes so that the penalty of that batch stays the same.
+
+    Args: sparsity: weight of the penalty. p_end: the last p, in (0, 1]. The others as of ``sl.L1``.
     """
 
     def __init__(
@@ -27,7 +32,6 @@ class PAnneal(L1):
     ):  # fmt: skip
         super().__init__(d_in, d_sae, sparsity, drop, seed, **wiring)
         self.config["p_end"] = p_end
-        check_weight("p_end", p_end)
         if not 0 < p_end <= 1:
             raise ValueError(f"p_end must lie in (0, 1], got {p_end}: .2 is usual, 1 is L1")
         self.p_end = p_end

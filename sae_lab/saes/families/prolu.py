@@ -1,4 +1,4 @@
-"""ProLU: a bias that only switches (Taggart 2024, "ProLU: A Nonlinearity for Sparse Autoencoders")."""
+"""ProLU."""
 
 import torch
 from jaxtyping import Float
@@ -7,32 +7,33 @@ from torch import Tensor
 from sae_lab.saes import portable
 from sae_lab.saes.base import EVERY
 from sae_lab.saes.families.l1 import L1
+from sae_lab.types import Codes
 
 
 class ProLU(L1):
-    """m = (x − b_dec)·W_enc; f = m where m > 0 and m + b_enc > 0, else 0. Loss: mse + sparsity · Σf.
+    """``sl.ProLU(d_in=576, d_sae=4608, sparsity=5.0)``: the bias switches a feature on and off, and does not lower
+    its code (Taggart 2024, "ProLU: A Nonlinearity for Sparse Autoencoders").
 
-    Unlike in a ReLU the bias does not lower the code. As it then has no gradient either, it gets that of
-    relu(m + b_enc): 1 where the feature is on.
+        f = m where m > 0 and m + b_enc > 0, else 0; m = (x − b_dec)·W_enc
+
+    Loss and arguments: as of ``sl.L1``. The bias gets the gradient of relu(m + b_enc): 1 where the feature is on.
     """
 
-    def act(self, pre: Float[Tensor, "..."], features: Tensor | slice = EVERY) -> Tensor:
+    def act(self, pre: Float[Tensor, "..."], features: Tensor | slice = EVERY) -> Codes | Tensor:
         return _Switch.apply(pre, self.b_enc[features], 0.0 if self.training else self.floor)
 
     def eval_act(self):
         return portable.unlowered, {"b_enc": self.b_enc, "floor": self.floor}
 
 
-
 class _Switch(torch.autograd.Function):
-    """pre − b where pre > 0 and pre − b > floor. pre depends on b: its gradient of 1 there is what b is to get."""
+    """``portable.unlowered``. pre depends on b: its gradient of 1 there is the one b is to get."""
 
     @staticmethod
     def forward(ctx, pre, b, floor):
-        m = pre - b
-        on = (pre > 0) & (m > floor)
-        ctx.save_for_backward(on)
-        return torch.where(on, m, 0.0)
+        f = portable.unlowered(pre, None, {"b_enc": b, "floor": floor})
+        ctx.save_for_backward(f > 0)
+        return f
 
     @staticmethod
     def backward(ctx, g):  # type: ignore[override]

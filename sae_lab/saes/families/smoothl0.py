@@ -1,5 +1,4 @@
-"""SmoothL0: a differentiable count of active features (Mohimani et al. 2008, arXiv:0809.2508; tried on SAEs by Quaisley
-2024 in a form of his own)."""
+"""SmoothL0."""
 
 from typing import Unpack
 
@@ -7,15 +6,21 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae_lab.saes import losses
-from sae_lab.saes.base import Wiring
-from sae_lab.saes.families.l1 import L1, check_weight
+from sae_lab.saes.base import Wiring, check_weight
+from sae_lab.saes.families.l1 import L1
 from sae_lab.types import Codes
 
 
 class SmoothL0(L1):
-    """f = relu(pre). Loss: mse + sparsity · Σ 1 − exp(−f²/2w²), w falling from 3·width to ``width`` over training.
+    """``sl.SmoothL0(d_in=576, d_sae=4608, sparsity=1.0, width=0.3)``: a differentiable count of active features
+    (Mohimani et al. 2008, arXiv:0809.2508; on SAEs, in another form, Quaisley 2024).
 
-    Args: width: codes well above it count as active (activations have norm √d_in in training).
+        f = relu(pre)
+
+    Loss: mse + sparsity · Σ 1 − exp(−f²/2w²), w falling from 3·width to ``width`` over training.
+
+    Args: sparsity: cost of an active feature, in squared error. width: codes well above it count as active; in units of
+    activations of norm √d_in. The others as of ``sl.L1``.
     """
 
     def __init__(

@@ -1,26 +1,30 @@
-"""Spline: each feature bends its own pre-activation (the KAN-SAE of an unpublished note; splines of Liu et al. 2024,
-arXiv:2404.19756)."""
+"""Spline."""
 
 from typing import Unpack
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
-from sae_lab.saes import kernels, portable
+from sae_lab.saes import portable
 from sae_lab.saes.base import Wiring
 from sae_lab.saes.families.topk import TopK
 from sae_lab.types import Codes
 
 
 class Spline(TopK):
-    """f = the k largest of h(pre), h_i(p) = p + Σ_b bend[i, b]·B_b(p): hats B_b on ``knots`` even places from −span to
-    span. Starts as TopK (bend = 0). Loss: mse + AuxK.
+    """``sl.Spline(d_in=576, d_sae=4608, k=32)``: each feature bends its own pre-activation by a spline (the
+    KAN-SAE of an unpublished note; splines of Liu et al. 2024, arXiv:2404.19756).
 
-    Args: knots: at least 2. span: where the hats end, in pre-activations (activations have norm √d_in in training).
+        f = relu(the k largest of h(pre)), others 0; h_i(p) = p + Σ_b bend[i, b]·B_b(p)
+
+    B_b: hats on ``knots`` even places from −span to span. It starts as TopK (bend = 0). Loss: mse + AuxK.
+
+    Args: knots: at least 2. span: where the hats end, in pre-activations (activations have norm √d_in in training). The
+    others as of ``sl.TopK``.
     """
 
     takes_multi = False
+    code_units = ("b_enc", "span", "bend")
 
     def __init__(
         self, d_in: int, d_sae: int, k: int = 32, knots: int = 8, span: float = 4.0, k_aux: int | None = None,
@@ -34,20 +38,6 @@ class Spline(TopK):
         self.register_buffer("span", torch.tensor(float(span)))
         self.span: Tensor
 
-    code_units = ("b_enc", "span", "bend")
-
-    def _bent(self, p: Tensor, features: Tensor) -> Tensor:
-        """h at pre-activations p of these features."""
-        knots = self.bend.shape[1]
-        place = ((p + self.span) * ((knots - 1) / (2 * self.span))).clamp(0, knots - 1)
-        left = place.detach().floor().long().clamp_max(knots - 2)
-        share = place - left
-        flat, at = self.bend.reshape(-1), features * knots + left
-        return p + (1 - share) * flat[at] + share * flat[at + 1]
-
-    def act(self, pre: Float[Tensor, "batch d_sae"]) -> Codes:
-        return kernels.top_per_row(self._bent(pre, torch.arange(self.d_sae, device=pre.device)), self.k)
-
     def eval_act(self):
         return portable.bent, {"bend": self.bend, "span": self.span, "k": self.k}
 
@@ -55,6 +45,7 @@ class Spline(TopK):
         with torch.no_grad():
             pre = self._read(x)
             chosen = self.act(pre)
+            assert isinstance(chosen, Codes)
             chosen = chosen._replace(values=pre[chosen.rows, chosen.features])
         chosen = self._encode_at(chosen, x)
-        return pre, chosen._replace(values=self._bent(chosen.values, chosen.features).relu())
+        return pre, chosen._replace(values=portable.bend(chosen.values, chosen.features, self.eval_act()[1]).relu())

@@ -1,4 +1,4 @@
-"""Switch: a router sends each token to one of several experts (Mudide et al. 2024, arXiv:2410.08201)."""
+"""Switch."""
 
 from typing import Unpack
 
@@ -6,21 +6,23 @@ import torch
 from torch import Tensor, nn
 
 from sae_lab.saes import losses, portable
-from sae_lab.saes.base import Wiring
-from sae_lab.saes.families.l1 import check_weight
+from sae_lab.saes.base import Wiring, check_weight
 from sae_lab.saes.families.topk import TopK
 from sae_lab.types import Batch, Codes, Output
 
 
 class Switch(TopK):
-    """p = softmax((x − b_router)·W_router); the token goes to expert e = argmax p, one of ``experts`` equal parts of
-    the dictionary; f = p_e · relu(the k largest pre of that part). Encoding costs d_in·d_sae/experts per token.
+    """``sl.Switch(d_in=576, d_sae=4608, k=32, experts=8)``: a router sends each token to one of several equal parts
+    of the dictionary (Mudide et al. 2024, arXiv:2410.08201). Encoding costs d_in·d_sae/experts per token.
 
-    Loss: mse + balance · d_in · experts · Σ_e share_e · mean p_e (1 where the experts share alike) + AuxK. AuxK is our
-    addition: the authors' code trains without it. b_router starts where b_dec does, at the geometric median of the
-    first batch, as theirs; from there on each is trained by itself.
+        p = softmax((x − b_router)·W_router), e = argmax p
+        f = p_e · relu(the k largest pre of part e), others 0
 
-    Args: experts: must divide d_sae. balance: weight of the balance, per dimension of x.
+    Loss: mse + balance · d_in · experts · Σ_e share_e · mean p_e (1 where the experts share alike) + AuxK. AuxK is an
+    addition: the authors' code trains without it. b_router starts at the geometric median of the first batch.
+
+    Args: experts: parts; must divide d_sae. balance: weight of the balance, per dimension of x. The others as of
+    ``sl.TopK``.
     """
 
     takes_multi = False
@@ -56,7 +58,7 @@ class Switch(TopK):
 
     def route(self, x: Tensor) -> Tensor:
         """p, "batch experts"."""
-        return ((x - self.b_router) @ self.W_router).softmax(-1)
+        return portable.routes(x, self.eval_act()[1])
 
     def eval_act(self):
         own = {"W_router": self.W_router, "b_router": self.b_router, "experts": self.experts, "k": self.k}
@@ -69,7 +71,7 @@ class Switch(TopK):
         with torch.no_grad():
             pre = x.new_zeros(len(x), self.d_sae)
             features = torch.empty(len(x), self.k, dtype=torch.long, device=x.device)
-            bias = self.b_enc - self.b_dec @ self.W_enc if self.pre_bias else self.b_enc
+            bias = self.read_bias()
             for e in range(self.experts):
                 rows, part = (expert == e).nonzero().flatten(), slice(e * size, (e + 1) * size)
                 if len(rows):

@@ -1,4 +1,4 @@
-"""Tokenized: what follows from the token alone is looked up (Dooms & Wilhelm 2024, "Tokenized SAEs")."""
+"""Tokenized."""
 
 from typing import Unpack
 
@@ -11,12 +11,16 @@ from sae_lab.types import Batch, Codes
 
 
 class Tokenized(BatchTopK):
-    """x_hat = f·W_dec + b_dec + lookup[token], f of BatchTopK. Loss: mse + AuxK.
+    """``sl.Tokenized(d_in=576, d_sae=4608, vocab=len(lm.tokenizer), k=32)``: the part that follows from the token
+    alone is looked up, so that the codes hold what its context adds (Dooms & Wilhelm 2024, "Tokenized SAEs").
 
-    The codes then hold what the token in its context adds. ``lookup`` "vocab d_out" starts at each token's mean over
-    the first batch. ``sae(x, tokens)`` and ``decode(f, tokens)`` need the ids; ValueError without.
+        f as of BatchTopK
+        x_hat = f·W_dec + b_dec + lookup[token]
 
-    Args: vocab: the number of token ids, ``len(lm.tokenizer)``.
+    Loss: mse + AuxK. ``lookup`` "vocab d_out" starts at each token's mean over the first batch. ``sae(x, tokens)`` and
+    ``sae.decode(f, tokens)`` need the token ids; ValueError without.
+
+    Args: vocab: the number of token ids. The others as of ``sl.TopK``.
     """
 
     out_units = ("b_dec", "lookup")
@@ -42,8 +46,7 @@ class Tokenized(BatchTopK):
 
     def _write(self, codes: Codes | Tensor, x: Tensor | None, tokens: Tensor | None) -> Tensor:
         self._check_tokens(tokens)
-        assert tokens is not None
-        return super()._write(codes, x, tokens) + nn.functional.embedding(tokens, self.lookup)
+        return super()._write(codes, x, tokens)
 
     def _check_tokens(self, tokens: Tensor | None) -> None:
         if tokens is None:

@@ -1,27 +1,28 @@
-"""TopK: the k largest pre-activations of each token (Gao et al. 2024, arXiv:2406.04093)."""
+"""TopK, and Multi-TopK."""
 
 from typing import Unpack
 
-from jaxtyping import Float
 from torch import Tensor
 
-from sae_lab.saes import kernels, losses, portable
-from sae_lab.saes.base import SparseCoder, Wiring
-from sae_lab.types import Batch, Codes, Output
+from sae_lab.saes import losses, portable
+from sae_lab.saes.base import SparseCoder, Wiring, check_k
+from sae_lab.types import Batch, Output
 
 MULTI_WEIGHT = 1 / 8  # Gao et al., their Multi-TopK
 
 
-def check_k(k: float, d_sae: int) -> None:
-    if not isinstance(k, int) or not 1 <= k <= d_sae:
-        raise ValueError(f"k must be an integer from 1 to d_sae={d_sae}, got {k!r}")
-
-
 class TopK(SparseCoder):
-    """f = relu(the k largest of pre), others 0. Loss: mse + AuxK, with ``multi`` also mse(the multi·k largest)/8.
+    """``sl.TopK(d_in=576, d_sae=4608, k=32)``: the k largest pre-activations of each token (Gao et al. 2024,
+    arXiv:2406.04093).
 
-    Args: d_in, d_sae: widths. k: active features per token. k_aux: dead features that fit the residual (None: d_in/2).
-    multi: Multi-TopK, 4 in the paper: the coder then stays good when more than k features are read out. 1 is without.
+        f = relu(the k largest of pre), others 0
+
+    Loss: mse + AuxK, and with ``multi`` also mse(the multi·k largest)/8.
+
+    Args:
+        k: active features per token. k_aux: dead features that fit the residual; None: d_in/2.
+        multi: Multi-TopK, 4 in the paper: the coder stays good when more than k features are read out. 1: without.
+        d_in, d_sae, seed, d_out, skip: see ``sl.SparseCoder``.
     """
 
     takes_multi = True
@@ -43,17 +44,8 @@ class TopK(SparseCoder):
         self.k, self.multi = k, multi
         self.k_aux = k_aux or max(1, d_in // 2)
 
-    def act(self, pre: Float[Tensor, "batch d_sae"]) -> Codes:
-        return self._choose(pre, self.k)
-
     def eval_act(self):
         return portable.largest, {"k": self.k}
-
-    def check_sparsity(self, value: float) -> None:
-        check_k(value, self.d_sae)
-
-    def _choose(self, pre: Tensor, k: float) -> Codes:
-        return kernels.top_per_row(pre, round(k))
 
     def terms(self, batch: Batch, out: Output, *, progress: float, dead: Tensor) -> dict[str, Tensor]:
         terms = super().terms(batch, out, progress=progress, dead=dead)

@@ -1,17 +1,19 @@
-"""Transcoder: the sparse stand-in of a layer, from what it reads to what it writes (Dunefsky et al. 2024,
-arXiv:2406.11944); with a skip, Paulo et al. 2025, arXiv:2501.18823."""
+"""Transcoder and SkipTranscoder."""
 
 from sae_lab.saes.families.batchtopk import BatchTopK
 
 
 class Transcoder(BatchTopK):
-    """y_hat = f·W_dec + b_dec, f = BatchTopK of x·W_enc + b_enc. Loss: ‖y − y_hat‖² + AuxK, y not x but what the layer
-    makes of it.
+    """``sl.Transcoder(d_in=576, d_sae=4608, k=32)``: the sparse stand-in of a layer, from its input x to its output
+    y (Dunefsky et al. 2024, arXiv:2406.11944).
 
-    ``sl.train(coder, store)`` with a store of two sites, e.g. mlp_in and mlp_out, reads the first and writes the
-    second; or pass ``sl.Batch(x, target)``. Any other family becomes a transcoder with ``d_out=``.
+        f = BatchTopK of x·W_enc + b_enc
+        y_hat = f·W_dec + b_dec
 
-    Args: d_out: width of y; None is d_in.
+    Loss: ‖y − y_hat‖² + AuxK. ``sl.train(sae, store)`` with a store of two sites, e.g. mlp_in and mlp_out, reads the
+    first and writes the second; or pass ``sl.Batch(x, target)``. Other families become transcoders with ``d_out=``.
+
+    Args: d_out: width of y; None: d_in. skip: add x·W_skip to y_hat. The others as of ``sl.TopK``.
     """
 
     def __init__(
@@ -22,7 +24,13 @@ class Transcoder(BatchTopK):
 
 
 class SkipTranscoder(Transcoder):
-    """y_hat = f·W_dec + b_dec + x·W_skip: the linear part of the layer needs no features."""
+    """``sl.SkipTranscoder(d_in=576, d_sae=4608, k=32)``: a transcoder with a skip, so that the linear part of the
+    layer needs no features (Paulo et al. 2025, arXiv:2501.18823).
+
+        y_hat = f·W_dec + b_dec + x·W_skip, f as of Transcoder
+
+    Loss and arguments: as of ``sl.Transcoder``.
+    """
 
     def __init__(
         self, d_in: int, d_sae: int, k: int = 32, k_aux: int | None = None, seed: int = 0, d_out: int | None = None

@@ -1,21 +1,25 @@
-"""VQ: one code word per token (van den Oord et al. 2017, arXiv:1711.00937; as a coder of activations O'Neill & Bui
-2024, arXiv:2405.12522)."""
+"""VQ."""
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae_lab.saes import kernels, portable
+from sae_lab.saes import portable
 from sae_lab.saes.base import SparseCoder
 from sae_lab.types import Batch, Codes
 
 
 class VQ(SparseCoder):
-    """f = 1 for the row of W_dec nearest to x − b_dec, 0 for all others; x_hat = that row + b_dec. Loss: mse.
+    """``sl.VQ(d_in=576, d_sae=4608)``: one code word per token (van den Oord et al. 2017, arXiv:1711.00937; on
+    activations O'Neill & Bui 2024, arXiv:2405.12522).
 
-    The encoder is the code book itself: pre = (x − b_dec)·W_decᵀ − ‖W_dec‖²/2, largest where the distance is least.
-    With no other encoder the commitment term of the paper has no gradient, and is left out. The book starts as tokens
-    of the first batch; words that die are revived with ``saes.resample``.
+        f = 1 for the row of W_dec nearest to x − b_dec, others 0
+
+    Loss: mse. The code book is the encoder: pre = (x − b_dec)·W_decᵀ − ‖W_dec‖²/2 is largest where the distance is
+    least. The paper's commitment term has no gradient then, and is left out. The book starts as tokens of the first
+    batch; ``sl.saes.resample`` revives words that die.
+
+    Args: d_sae: code words. d_in, seed: see ``sl.SparseCoder``.
     """
 
     tied = True
@@ -33,7 +37,7 @@ class VQ(SparseCoder):
         return -self.b_dec @ self.W_dec.T - self.W_dec.pow(2).sum(1) / 2
 
     def act(self, pre: Float[Tensor, "batch d_sae"]) -> Codes:
-        nearest = kernels.top_per_row(pre, 1)
+        nearest = self._choose(pre, 1)
         return nearest._replace(values=torch.ones_like(nearest.values))
 
     def eval_act(self):
