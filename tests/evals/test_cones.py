@@ -86,6 +86,51 @@ def test_directions_from_labels(world):
     assert cones(knows(world.dictionary), world.dictionary[:3], world.x).correlation[0] > 0.5
 
 
+def test_a_mean_difference_by_hand():
+    on, off = [[4.0, 0, 1, 0], [2.0, 2, 1, 0]], [[0.0, 0, 6, 0], [0.0, 0, 0, 0], [3.0, 0, 0, 0]]
+    labels = torch.tensor([False, True, False, True, False])[:, None]
+    x = torch.tensor([off[0], on[0], off[1], on[1], off[2]])
+    # Means (3, 1, 1, 0) and (1, 0, 2, 0): the direction is (2, 1, -1, 0), of whose squared length, 6, rows give 4 + 1.
+    result = cones(knows(torch.eye(4)), None, x, labels=labels, sizes=(1, 2))
+    assert result.per_concept[0].tolist() == pytest.approx([4 / 6, 5 / 6])
+    assert result.features.tolist() == [[0, 1]] and result.weights[0].tolist() == pytest.approx([2 / 6**0.5, 6**-0.5])
+
+
+@pytest.mark.parametrize("tokens", [50, 200])
+def test_labels_are_those_of_the_rows_that_are_used(tokens):
+    """The coder's codes are relu(x), and so are the labels: correlations are 1, and those with the feature of the
+    concept before can be read off x. With the labels of other rows none of this holds."""
+    x = noise(200, 8)
+    result = cones(knows(torch.eye(8)), torch.eye(8)[:3], x, labels=x[:, :3].relu(), sizes=(1, 2), tokens=tokens)
+    assert result.rows == tokens and result.correlation == pytest.approx((1, 1), abs=1e-6)
+    used = x[torch.linspace(0, 199, tokens, dtype=torch.float64).round().long()].relu()
+    other = [torch.corrcoef(used[:, [(i - 1) % 3, i]].T)[0, 1].item() for i in range(3)]
+    assert result.correlation_shuffled == pytest.approx([sum(other) / 3] * 2, abs=1e-5)
+    # The direction, too, is that of the rows in use: only they are on, and their third coordinate is 9.
+    x = torch.rand(200, 8)
+    every = torch.linspace(0, 199, tokens, dtype=torch.float64).round().long()
+    labels = torch.zeros(200, 1, dtype=torch.bool)
+    labels[every[::2]] = True
+    x[every[::2], 2] = 9.0
+    assert cones(knows(torch.eye(8)), None, x, labels=labels, sizes=(1,), tokens=tokens).features.tolist() == [[2]]
+
+
+def test_labels_of_a_store_are_those_of_its_unseen_rows(tiny_lm, small_text, tmp_path):
+    store = sl.harvest(tiny_lm, sl.Site("resid_post", 1), small_text, tokens=1500, path=tmp_path, context=32)
+    x = torch.cat([block for _, block in store.blocks()])
+    coder = knows(torch.eye(x.shape[1]))
+    result = cones(coder, torch.eye(x.shape[1])[:2], store, labels=x[:, :2].relu(), sizes=(1,), tokens=100)
+    assert result.rows == 100 and result.correlation == pytest.approx((1,), abs=1e-6)
+
+
+def test_rows_past_one_piece_count_once():
+    """Activations are added up 8,192 rows at a time; here the rows around the seam are the large ones."""
+    x = noise(8300, 4)
+    x[8188:8197] += 30.0
+    result = cones(knows(torch.eye(4)), torch.eye(4)[:1], x, labels=x[:, :1].relu(), sizes=(1,))
+    assert result.rows == 8300 and result.correlation == pytest.approx((1,), abs=1e-9)
+
+
 def test_the_table(world, planted):
     result = cones(knows(world.dictionary), planted[0])
     assert result.sizes == (1, 2, 4, 8, 16, 32)

@@ -132,6 +132,26 @@ def test_fuzzing_with_silent_passages_as_delphi_does():
     assert math.isnan(asked("firing")) and set(shown) == {"<< a>> b c"}
 
 
+def test_fuzzing_marks_as_many_silent_tokens_or_leaves_the_passage_out():
+    """Every second passage is marked where the feature is silent. Two tokens fire in each: the second passage has two
+    silent ones, the fourth a single one, since what the mask leaves out is not known to be silent."""
+    values = [[2, 1, 0, 0], [2, 0, 1, 0], [1, 1, 0, 0], [1, 0, math.nan, 1]]
+    words = [[f" {letter}{i}" for i in range(4)] for letter in "abcd"]
+    firing = [passage(tokens, v, "fires") for tokens, v in zip(words, values, strict=True)]
+    shown = []
+
+    def judge(prompt):
+        listed = prompt.split("FEATURE")[1].split("\n\n")[1].splitlines()
+        shown.extend(line.split(". ", 1)[1] for line in listed)
+        return str([int(" b" not in line.replace("<<", "")) for line in listed])
+
+    found = score(Explanation("a"), Passages(0, firing, [], 2.0), Asker(judge), ["fuzzing"])
+    assert sorted(shown) == [" b0<< b1>> b2<< b3>>", "<< a0>><< a1>> a2 a3", "<< c0>><< c1>> c2 c3"]
+    assert found.fuzzing == 1 and found.unanswered == 0
+    rule = score(token(" a0"), Passages(0, firing, [], 2.0), measures=["fuzzing"])
+    assert rule.fuzzing == 0.75  # of a's two marked tokens one is named, which is half: right; none of c's: wrong
+
+
 def test_silent_passages_do_not_ask_for_the_mark(passages):
     """A judge that never looks at the mark, only whether the word is there: right on silent passages, chance on firing
     ones."""
@@ -160,8 +180,10 @@ def test_what_is_not_answered_does_not_count(passages):
 
 
 @pytest.mark.parametrize(
-    "answer", ["[1, 0, 1]", "```json\n[1,0,1]\n```", "[1] first\n so [1 0 1]", "[0,0,0] no: [1,0,1]"]
-)
+    "answer",
+    ["[1, 0, 1]", "```json\n[1,0,1]\n```", "[1] first\n so [1 0 1]", "[0,0,0] no: [1,0,1]",
+     "[1, 0, 1]\nThe [2] is not, see [1, 1]."],
+)  # fmt: skip
 def test_flags_that_are_read(answer):
     assert read_flags(answer, 3) == [True, False, True]
 
