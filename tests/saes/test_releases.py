@@ -157,7 +157,7 @@ def test_our_table_is_that_of_saelens(sae_lens):
         theirs = directory[name]
         assert theirs.repo_id == release.repo
         assert {i: release.path(i) for i in theirs.saes_map} == theirs.saes_map, name
-        scales = {i: s for i in theirs.saes_map if (s := release.facts.get(i, {}).get("scale"))}
+        scales = {i: s for i in theirs.saes_map if (s := release.facts_of.get(i, {}).get("scale"))}
         assert release.format != "saelens" or scales == theirs.norm_scaling_factor, name
         kwargs = (theirs.config_overrides or {}).get("model_from_pretrained_kwargs", {})
         assert bool(release.facts.get("centred")) == kwargs.get("center_writing_weights", False), name
