@@ -51,7 +51,8 @@ class Parts:
         ordinary = len(coder.in_shape) == len(coder.out_shape) == 1 and all(
             getattr(type(coder), step) is getattr(SparseCoder, step) for step in _STEPS
         )
-        kinds = [kind for family, kind in _ACTS if type(coder).act is family.act]
+        own = type(coder)
+        kinds = [kind for f, kind in _ACTS if own.act is f.act and own.eval_act is f.eval_act]
         if not ordinary or not kinds:
             raise ValueError(
                 f"only coders whose inference is ReLU, TopK, a threshold or a gate go into other libraries' formats, "
