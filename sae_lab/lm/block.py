@@ -7,12 +7,13 @@ called.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sae_lab.lm.observing import ROWS, TOKENS, Flow, Form, Seen, frozen, less, times
+from sae_lab.lm.passes import Place
 from sae_lab.types import LAYER_KINDS, Site
 
 # How far the sum of parts may be from the whole: a share of the update, and so many roundings of the whole.
@@ -23,17 +24,6 @@ SUMS = (
     (("resid_pre", "attn_out", "mlp_out"), "resid_post"),
 )
 SUMMED = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
-
-
-class Place(NamedTuple):
-    """How a site is read and written: ``factor`` times the value at a point, less the value at another site."""
-
-    path: str
-    end: str
-    columns: tuple[int, int] | None = None
-    factor: float = 1.0
-    less: str | None = None  # key of an earlier site
-    in_place: bool = False  # the stream in mid-block: kept for the skip connection before the norm sees it
 
 
 @dataclass

@@ -17,7 +17,7 @@ from sae_lab.lm import site as sites
 from sae_lab.lm.block import SUMMED, broken_sums
 from sae_lab.lm.comparing import Comparison, compared
 from sae_lab.lm.continuing import Continuing
-from sae_lab.lm.passes import through, token_losses
+from sae_lab.lm.passes import Step, through, token_losses
 from sae_lab.lm.tokens import Prompts, Token
 from sae_lab.types import Edits, Site, TokenBatch, TokenMask, Write, as_sites
 
@@ -299,31 +299,27 @@ class LM:
         whole = sum(self.width(s) for s in reads) + (self.vocab_size if logits else 0)
         return self._server.request(self._nn, forms, max(4 * batch.ids.numel() * whole, expected))
 
-    def _steps(self, reads: Iterable[Site], writes: Iterable[Write], after: Any) -> list[tuple[Any, ...]]:
-        """What ``passes.through`` does, in the order in which the model computes sites. Two sites can share one place
-        (all heads, one head): first what stands there before any write, then its writes, in the order given, then its
-        reads."""
+    def _steps(self, reads: Iterable[Site], writes: Iterable[Write], after: Any) -> list[Any]:
+        """The steps of a pass, see ``passes.through``, in the order in which the model computes their sites. At one
+        place (all heads and one head share one) come first the reads that an edit wants from before all writes, then
+        the writes in the order given, then the other reads."""
         reads, writes = list(dict.fromkeys(reads)), list(writes)
         self._require_before(writes)
         if self._server:
             _require_travelling(writes)
-        sites = [*reads, *(s for w in writes for s in (w.site, *w.before))]
-        places = {s: self._sites.place(s) for s in sites}
-        needed = [s for w in writes for s in w.reads] + [Site.of(p.less) for p in places.values() if p.less]
-        only_needed = [s for s in dict.fromkeys(needed) if s not in reads]
-        places |= {s: self._sites.place(s) for s in only_needed}
-        steps: list[tuple[int, int, tuple[Any, ...]]] = []
-        for s in dict.fromkeys(s for w in writes for s in w.before):
-            steps.append((self._sites.when(s), 0, (f"before {s.key}", tuple(places[s]), None)))
+        place, when = self._sites.place, self._sites.when
+        early = list(dict.fromkeys(s for w in writes for s in w.before))
+        needed = [s for w in writes for s in w.reads]
+        needed += [Site.of(less) for s in [*reads, *early, *(w.site for w in writes)] if (less := place(s).less)]
+        steps = [(when(s), 0, Step(f"before {s.key}", place(s))) for s in early]
         for w in writes:
             names = (*(s.key for s in w.reads), *(f"before {s.key}" for s in w.before))
-            step = (w.site.key, tuple(places[w.site]), w.fn, names)
-            steps.append((self._sites.when(w.site), 1, step))
-        for s in [*reads, *only_needed]:
-            smaller = after[s] if isinstance(after, Mapping) and s in after else after
-            step = (s.key, tuple(places[s]), None if s in only_needed else smaller)
-            steps.append((self._sites.when(s), 2, step))
-        return [step for _, _, step in sorted(steps, key=lambda s: s[:2])]
+            steps.append((when(w.site), 1, Step(w.site.key, place(w.site), change=w.fn, needs=names)))
+        for s in reads:
+            keep = after[s] if isinstance(after, Mapping) and s in after else after
+            steps.append((when(s), 2, Step(s.key, place(s), keep)))
+        steps += [(when(s), 2, Step(s.key, place(s))) for s in dict.fromkeys(needed) if s not in reads]
+        return [passes.plain(step) for _, _, step in sorted(steps, key=lambda s: s[:2])]
 
     def _check_there(self, at: Iterable[Site]) -> None:
         """On a server: when what a sub-layer adds is first used, one request tells whether the sums hold there."""
@@ -353,8 +349,8 @@ class LM:
         import nnsight
 
         self._require_known(batch.ids)
-        place = tuple(self._sites.place(site))
-        if place[4]:
+        place = passes.plain(self._sites.place(site))
+        if place.less:
             raise ValueError(f"{site} is a difference of two tensors in this model: nothing has a gradient by it")
         inputs = {"input_ids": batch.ids.to(self.device), "use_cache": False}
         nn, tokens, x, found = self._nn, batch.plain(), x.detach(), cast(Tensor, None)

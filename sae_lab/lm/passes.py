@@ -1,17 +1,52 @@
-"""One pass through a model, as functions that run inside a trace: here, or on a server that has torch alone.
+"""One pass through a model, as functions that run inside a trace: here, or on a server that has no sae_lab.
 
-They get nnsight's root envoy, plain tuples and tensors. As with the functions of ``saes.portable``, their source
-travels: they may use torch and each other, and nothing else (``no_type_check`` keeps the tests' type checker from
-wrapping them, which a source would not survive).
+They get nnsight's root envoy, plain data and tensors. nnsight sends their source to the server, as it does with those
+of ``saes.portable``: they may use torch, nnsight and each other, and nothing else. (``no_type_check`` keeps the tests'
+type checker from wrapping them; nnsight could not send the source of a wrapped function.)
 """
 
-from typing import no_type_check
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, NamedTuple, no_type_check
 
 import torch
 
-# A place is (path of a module, "input" or "output", columns of the last axis as (start, stop), or None for all,
-# factor, less, in place): the value of its site is the factor times what stands there, less the value of the site
-# named ``less``.
+
+class Place(NamedTuple):
+    """How a site is read and written: its value is ``factor`` times the tensor at one end of a module, less the value
+    of another site.
+
+    path: of the module. end: "input" or "output". columns: (start, stop) on the last axis; None: all. less: key of an
+    earlier site. in_place: whether a write changes the tensor itself, as it must for the stream in mid-block, which the
+    model has kept for its skip connection before the norm reads it.
+    """
+
+    path: str
+    end: str
+    columns: tuple[int, int] | None = None
+    factor: float = 1.0
+    less: str | None = None
+    in_place: bool = False
+
+
+class Step(NamedTuple):
+    """One step of a pass: a write where ``change`` is given, else a read.
+
+    name: of what a read finds; later steps ask for it by this name. keep: keep(x, tokens) is what a read returns; None:
+    the read only serves later steps. change: change(x, tokens, *activations) -> x'. needs: the names of the reads whose
+    activations ``change`` gets.
+    """
+
+    name: str
+    place: Place
+    keep: Callable[..., Any] | None = None
+    change: Callable[..., Any] | None = None
+    needs: tuple[str, ...] = ()
+
+
+def plain(step: Place | Step) -> SimpleNamespace:
+    """A place or a step without this library's classes, which a server does not have."""
+    return SimpleNamespace(**{k: plain(v) if isinstance(v, Place) else v for k, v in step._asdict().items()})
 
 
 @no_type_check
@@ -49,30 +84,29 @@ def envoy_at(root, path):
 
 @no_type_check
 def read(root, place, length):
-    """What stands at a place, "batch pos d"; length: tokens of a row. (Some models, OPT among them, make one axis of
+    """The tensor at a place, "batch pos d"; length: tokens of a row. (Some models, OPT among them, join the axes of
     rows and tokens.)"""
-    path, end, columns = place[:3]
-    envoy = envoy_at(root, path)
-    value = first_tensor(envoy.input if end == "input" else envoy.output)
+    envoy = envoy_at(root, place.path)
+    value = first_tensor(envoy.input if place.end == "input" else envoy.output)
     value = value.unflatten(0, (-1, length)) if value.dim() == 2 else value
-    return value if columns is None else value[..., columns[0] : columns[1]]
+    return value if place.columns is None else value[..., slice(*place.columns)]
 
 
 @no_type_check
 def write(root, place, new):
-    """Put something else there, keeping the rest of its tuple or of its heads."""
-    path, end, columns, _, _, in_place = place
-    envoy = envoy_at(root, path)
-    whole = envoy.input if end == "input" else envoy.output
+    """Replace the tensor at a place; other columns, and the other parts of its tuple, stay."""
+    envoy = envoy_at(root, place.path)
+    whole = envoy.input if place.end == "input" else envoy.output
     old = first_tensor(whole)
     new = new.to(old.dtype)
     new = new.flatten(0, 1) if old.dim() == 2 else new
-    if in_place:
-        old[..., slice(None) if columns is None else slice(columns[0], columns[1])] = new
+    if place.in_place:
+        old[..., slice(None) if place.columns is None else slice(*place.columns)] = new
         return
-    if columns is not None:
-        new = torch.cat([old[..., : columns[0]], new, old[..., columns[1] :]], dim=-1)
-    if end == "input":
+    if place.columns is not None:
+        start, stop = place.columns
+        new = torch.cat([old[..., :start], new, old[..., stop:]], dim=-1)
+    if place.end == "input":
         envoy.input = new
     else:
         envoy.output = with_first(whole, new)
@@ -80,45 +114,39 @@ def write(root, place, new):
 
 @no_type_check
 def value_of(x, place, held):
-    """The value of a site from what stands at its place."""
-    x = x if place[3] == 1.0 else place[3] * x
-    return x if place[4] is None else x - held[place[4]].to(x)
+    """The value of a site, from the tensor x at its place. held: the values of earlier sites by name."""
+    x = x if place.factor == 1.0 else place.factor * x
+    return x if place.less is None else x - held[place.less].to(x)
 
 
 @no_type_check
 def put(root, place, there, value, new):
-    """Give a site a new value, where its place holds ``there``. A value that is no tensor of the model changes what
-    stands there by its own change, so that no change leaves it as it is, to the bit."""
-    if place[3] == 1.0 and place[4] is None:
+    """Give a site a new value, where its place holds the tensor ``there``. Where the value is computed from ``there``,
+    its change is added to ``there``: a change of 0 then leaves the model bit-equal."""
+    if place.factor == 1.0 and place.less is None:
         write(root, place, new)
     else:
-        write(root, place, there + ((new.to(value) - value) / place[3]).to(there))
+        write(root, place, there + ((new.to(value) - value) / place.factor).to(there))
 
 
 @no_type_check
 def through(root, steps, tokens, found):
-    """Reads and writes in the order in which the model computes their sites.
-
-    steps: (name, place, after) for a read, after(x, tokens) being what is found under that name, or None where only
-    another step needs it; (name, place, fn, reads) for a write, fn(x, tokens, *activations at reads).
-    """
+    """Take the steps (``Step``, plain) of a pass, which come in the order in which the model computes their sites; what
+    reads keep goes into ``found``."""
     held = {}
     for step in steps:
-        place = step[1]
-        there = read(root, place, tokens.ids.shape[1])
-        x = value_of(there, place, held)
-        if len(step) > 3:
-            _, _, fn, reads = step
-            put(root, place, there, x, fn(x, tokens, *[held[name] for name in reads]))
-        else:
-            name, _, after = step
-            # A copy: models change tensors in place, Falcon what its MLP gave.
-            held[name] = x.to(torch.float32, copy=True)
-            if after is not None:
-                found[name] = after(held[name], tokens)
+        there = read(root, step.place, tokens.ids.shape[1])
+        x = value_of(there, step.place, held)
+        if step.change is not None:
+            put(root, step.place, there, x, step.change(x, tokens, *[held[name] for name in step.needs]))
+            continue
+        # A copy: some models change tensors in place, as Falcon does with its MLP's output.
+        held[step.name] = x.to(torch.float32, copy=True)
+        if step.keep is not None:
+            found[step.name] = step.keep(held[step.name], tokens)
 
 
-# ---- what is done with activations or logits where they are: (x "batch pos d", tokens) -> what is kept
+# ---- what a read, or a pass, keeps of activations or logits: (x "batch pos d", tokens) -> what is kept
 
 
 @no_type_check
@@ -150,13 +178,13 @@ def counting_tokens(ids, positions, special, skip_first):
 
 @no_type_check
 def packed(x, tokens, special, skip_first, limit, scale):
-    """The rows of real tokens that count, as a store keeps them, x/scale in half precision (in full where that has no
-    room), and "keep": which of the real tokens they are."""
+    """"x": the real tokens that count, as a store keeps them: x/scale in half precision, or in float32 where a value
+    overflows; and "keep": which of the real tokens they are."""
     rows = x[tokens.mask.to(x.device)].float()
     ids, positions = tokens.ids[tokens.mask], tokens.positions[tokens.mask]
     keep = counting_tokens(ids, positions, special, skip_first)
     norms = rows.norm(dim=-1)
-    keep &= ~((norms > limit) & norms.isfinite()).cpu()  # what is not finite stays, to be found
+    keep &= ~((norms > limit) & norms.isfinite()).cpu()  # harvest refuses activations that are not finite
     kept = rows[keep.to(x.device)]
     fits = bool((kept.abs() <= 6e4 * scale).all())
     return {"keep": keep, "x": ((kept / scale).half() if fits else kept).cpu()}
@@ -174,6 +202,31 @@ def token_losses(logits, tokens):
 
 
 @no_type_check
+def slope(logits, tokens, there, metric):
+    """The gradient of the metric, summed over rows, by an earlier activation."""
+    return torch.autograd.grad(metric(logits.float(), tokens).sum(), [there])[0].float()
+
+
+# ---- generation
+
+
+@no_type_check
+def decode(last_logits, ids, new, ends, temperature, generator):
+    """The next tokens of rows of one length, a list per pass; -1 for a row that has met one of the end tokens.
+
+    last_logits: (all ids so far "batch pos", number of the pass) -> logits of the next token, "batch vocab".
+    """
+    done = torch.zeros(len(ids), dtype=torch.bool)
+    for number in range(new):
+        token = pick(last_logits(ids, number), temperature, generator)
+        done |= torch.tensor([t in ends for t in token.flatten().tolist()])
+        if bool(done.all()):
+            return
+        yield [-1 if end else t for t, end in zip(token.flatten().tolist(), done.tolist(), strict=True)]
+        ids = torch.cat([ids, token.to(ids)], dim=1)
+
+
+@no_type_check
 def pick(logits, temperature, generator):
     """The next token of each row, "batch 1": the likeliest at temperature 0, else a sample."""
     if temperature == 0:
@@ -182,9 +235,21 @@ def pick(logits, temperature, generator):
 
 
 @no_type_check
-def slope(logits, tokens, there, metric):
-    """The gradient of the metric, summed over rows, by an earlier activation."""
-    return torch.autograd.grad(metric(logits.float(), tokens).sum(), [there])[0].float()
+def last_logits_there(ids, number, *, root, steps, rows, past):
+    """``last_logits`` of ``decode`` in a session on a server, with the key-value cache ``past``. steps: see ``through``.
+    rows: the rows' numbers among the user's prompts."""
+    import nnsight
+
+    begin = ids.shape[1] - 1 if number else 0
+    part = ids[:, begin:]
+    positions = torch.arange(begin, ids.shape[1]).expand_as(part)
+    real = torch.ones_like(part, dtype=torch.bool)
+    tokens = SimpleNamespace(ids=part, mask=real, positions=positions, row_numbers=rows, step=number)
+    scores = None
+    with root.trace({"input_ids": part, "past_key_values": past, "use_cache": True, "logits_to_keep": 1}):
+        through(root, steps, tokens, {})
+        scores = nnsight.save(root.output.logits[:, -1].float().cpu())
+    return scores
 
 
 # ---- the way in and out: (root envoy, settings) -> tensors
@@ -201,15 +266,18 @@ def embedded(root, ids, path, size):
 
 @no_type_check
 def lens(root, x, w_o, way, head, of):
-    """Logits of directions x, or what ``of`` makes of them. w_o: (path, whole width, columns of x in it), or None. way:
-    paths of the modules on it, norms or linear maps."""
+    """Logits of directions x, or what ``of`` makes of them.
+
+    w_o: (path of W_O, the width it reads, the columns of x in it) for directions before W_O, else None. way: paths of
+    the modules between the residual stream and the head, norms or linear maps.
+    """
     logits = linear(envoy_at(root, head), before_head(root, x, w_o, way))
     return logits if of is None else of(logits)
 
 
 @no_type_check
 def before_head(root, x, w_o, way):
-    """Directions as they stand in front of W_U, but for the norms' divisions."""
+    """Directions as W_U reads them, without the norms' divisions."""
     if w_o is not None:
         path, width, columns = w_o
         full = torch.zeros(len(x), width)
@@ -222,7 +290,7 @@ def before_head(root, x, w_o, way):
 
 @no_type_check
 def called(module, x):
-    """A module's answers to rows, in float32 on the CPU. (It takes them on its own device, in its own precision.)"""
+    """A module's outputs for rows, in float32 on the CPU; the module gets them in its own device and dtype."""
     weight = getattr(module, "weight", None)
     if isinstance(weight, torch.Tensor):
         x = x.to(weight if weight.is_floating_point() else weight.device)
@@ -231,15 +299,17 @@ def called(module, x):
 
 @no_type_check
 def linear(module, x):
-    """What a linear module does to directions: without its bias."""
+    """Directions through a linear module, without its bias."""
     bias = called(module, torch.zeros_like(x[:1]))
     return called(module, x) - bias if bool(bias.any()) else called(module, x)
 
 
 @no_type_check
 def past(module, x):
-    """Directions as a module passes them on: a linear map as it is; of a norm its gain, and its centring where it
-    centres, but not its division. Both are known by what they answer, whatever their class (Gemma's gain is 1+w)."""
+    """Directions through a linear map, or through a norm's gain and centring, without its division.
+
+    Which of the two a module is, its gain (Gemma's is 1+w) and whether it centres are told from its outputs.
+    """
     width = x.shape[-1]
     i = torch.arange(width)
     probe = (1.0 - 2.0 * (i % 2)) * (1.0 + (0.618 * i) % 1.0)  # of both signs, and no entry is small

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from sae_lab.lm.block import Place, read_block
+from sae_lab.lm.block import read_block
 from sae_lab.lm.observing import ROWS, TOKENS, times, watch
-from sae_lab.lm.passes import first_tensor
+from sae_lab.lm.passes import Place, first_tensor
 from sae_lab.types import KINDS, Site
 
 Point = tuple[str, str, tuple[int, int] | None]  # module path, "input" or "output", columns (a head's), or all
