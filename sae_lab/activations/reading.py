@@ -59,6 +59,20 @@ def counting(coder: SparseCoder, mask: TokenMask, site: Site) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def require_fits(coder: SparseCoder, lm: LM, writes: bool = True) -> None:
+    """ValueError unless the model has the sites that a coder reads, and with ``writes`` those it writes, each with the
+    coder's width. For a coder without a site too."""
+    reads = coder.reads or (coder.site,)
+    wanted = [("reads", site, coder.in_shape[-1]) for site in reads]
+    wanted += [("writes", site, coder.out_shape[-1]) for site in coder.writes or reads] if writes else []
+    for verb, site, width in wanted:
+        if lm.width(site) != width:
+            raise ValueError(
+                f"this coder {verb} width {width} and {lm} has width {lm.width(site)} at {site}: "
+                f"use the model it was trained on ({coder.meta.get('model', 'unknown')})"
+            )
+
+
 def codes_from(found: dict[str, Tensor], d_sae: int) -> Codes:
     """What ``sparse_rows`` found as ``Codes``."""
     offsets = torch.cat([torch.zeros(1, dtype=torch.long), found["counts"].long().cumsum(0)])

@@ -1,19 +1,21 @@
-"""Edits: change a model through a coder's codes, wherever the model runs: ``lm.logits``, ``lm.loss``, ``lm.generate``.
+"""Edits: change a model through a coder's codes, in ``lm.logits``, ``lm.loss``, ``lm.read`` and ``lm.generate``.
 
 An edit turns codes z into z' for some features. With ``error="keep"`` (SAELens: use_error_term) it adds W_dec of
-(z' - z) only, never two decodes, so that what the coder cannot explain stays, and an edit that changes no code leaves
-logits bit-equal. With ``error="drop"`` the activation becomes the reconstruction from z'.
+(z' - z) to the activation, so that the reconstruction error stays, and an edit that changes no code leaves logits
+bit-equal. With ``error="drop"`` the activation becomes the reconstruction from z'.
 
-Classes here hold what the user asked for and check it; ``grouping`` says what a list of them does together. What the
-model then does are the functions of ``rules``, bound to a few tensors (``edit.writes``), so that an edit runs in any
-nnsight trace, also on a server without this library:
+Classes here hold and check what the user asked for; ``grouping`` says what a list of them does together; the model runs
+the functions of ``rules``, bound to a few tensors. So an edit runs in any nnsight trace, also on a server without
+sae_lab:
 
     steer = sl.Steer(sae, 7).inside(lm, prompt)
     with model.trace(lm.tokenize(prompt).ids, remote=True):
         model.model.layers[8].output = steer(model.model.layers[8].output)
 """
 
+import inspect
 import json
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
@@ -24,7 +26,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae_lab.activations.reading import some_codes, some_form
+from sae_lab.activations.reading import require_fits, some_codes, some_form
 from sae_lab.arguments import as_annotated
 from sae_lab.edits import grouping, rules
 from sae_lab.saes.base import SparseCoder
@@ -37,12 +39,23 @@ if TYPE_CHECKING:
 Positions = int | slice | Sequence[int] | str | Callable[[str], bool] | None
 Numbers = int | slice | Sequence[int] | None
 Prompts = str | Sequence[str]
-SHOWN = 60  # tokens in an error
-DRAWS = 1 << 14  # of resampled codes; tokens take them by row and position, so that a token's draw is its own
-
-
 Rule = Callable[..., Tensor]  # (z "tokens features", rows, positions) -> z', see ``rules``
 Change = Callable[..., Tensor]  # (x "tokens d_out", read "tokens d_in", ids, rows, positions, at) -> x'
+
+SHOWN = 60  # tokens in an error
+DRAWS = 1 << 14  # of resampled codes; a token takes one by its row and position
+
+# The arguments of every edit; ``Edit.__init_subclass__`` adds them to each class's docstring.
+CODER = """    coder: a coder with a site. A transcoder's edit reads codes where the coder reads, and acts where it writes.
+"""
+WHERE = """    positions: where it acts: None, everywhere; an int, a slice or a list of absolute positions (0 is the prefix
+        token; padding and generation do not shift them); a str, the tokens with this text (" fox": see
+        ``lm.vocabulary``); or a function (text of a token) -> bool. An edit never acts on padding, nor on tokens that
+        the coder's mask leaves out.
+    rows: prompts of the batch, by number from 0: an int, a slice or a list; None, all.
+    steps: passes of a generation: 0 is the pass over the prompt, n the pass over the n-th new token; None, all.
+    error: the reconstruction error, x - x_hat: "keep" it, or "drop" it.
+"""
 
 
 @as_annotated
@@ -53,29 +66,18 @@ class Edit:
 
     What a list means:
 
-    - Edits of one coder at one site are a group. They act on the codes of the activation that reaches the site, one
-      after the other in the order of the list, and what has become of the codes is written once. So ``[Clamp(a),
-      Clamp(b)]`` is ``Clamp([a, b])``, in either order, and the second edit of a feature starts from what the first has
-      made of it. All of a group keep what the coder does not reconstruct, or all drop it.
-    - An edit of another coder at that site ends the group, and so does one of the activation itself (``Project``):
-      edits behind it are a new group, which encodes what then stands there. (A transcoder reads elsewhere, so its codes
-      go on from where its edits before have left them.)
-    - Each acts at its own site. Edits at other sites stand anywhere in the list: what an earlier site makes, a later
-      one reads.
-    - No edit decides which tokens count for another. Special ids and positions count alike always; where the coder's
-      mask has a largest norm, it is held against the activation before the first edit at the site. Where an edit at an
-      earlier site has changed that too, against that of one pass over the prompts without edits; a new token then
-      counts unless it is special.
-
-    Args:
-        coder: knows its sites and token mask. A transcoder's edit reads where it reads and acts where it writes.
-        positions: where it acts: None, everywhere; an int, a slice or a list of absolute positions (0 is the prefix
-            token; stable under padding and generation); a str, the tokens that read so (" fox": ``lm.vocabulary`` has
-            the texts); or a function of a token's text that says which. Padding and the tokens that the coder's mask
-            leaves out are never edited.
-        rows: prompts of the batch; None, all.
-        steps: of generation: 0 is the pass over the prompt, n the pass over the n-th new token; None, all.
-        error: "keep" or "drop" what the coder does not reconstruct.
+    - Edits of one coder at one site are a group. They act on the codes of the activation at the site, one after the
+      other in the order of the list, and the change of the codes is written once. So ``[Clamp(a), Clamp(b)]`` is
+      ``Clamp([a, b])``, and the second edit of a feature starts from the first one's z'. A group keeps the
+      reconstruction error, or drops it: all its edits must agree.
+    - An edit of another coder at that site ends the group, and so does an edit of the activation itself (``Project``):
+      the edits that follow are a new group, which encodes the changed activation. (A transcoder reads at another site,
+      so its codes go on from its own earlier edits.)
+    - Edits at other sites may stand anywhere in the list: an edit reads what edits at earlier sites have written.
+    - Which tokens count is decided on the model without edits. Where the coder's mask has a largest norm, it is
+      compared with the activation before the first edit at the site; where an edit at an earlier site changes that
+      activation too, with the activation of one extra pass without edits, and a new token then counts unless it is
+      special.
     """
 
     coder: SparseCoder
@@ -86,7 +88,13 @@ class Edit:
 
     ERRORS = ("keep", "drop")
     ON_CODES = True  # whether it changes codes (``rule``), or the activation itself (``change``)
-    IN_F_SCALE = False  # whether its setting is measured in f_scale, which the features must then have
+    IN_F_SCALE = False  # whether its setting is in units of f_scale, which the features must then have
+
+    def __init_subclass__(cls) -> None:
+        """Each class's docstring names all arguments, its own in its section "Args:" and those of every edit."""
+        if cls.__doc__ and WHERE not in cls.__doc__:
+            text, _, own = inspect.cleandoc(cls.__doc__).partition("\n\nArgs:\n")
+            cls.__doc__ = f"{text}\n\nArgs:\n{CODER}{own + chr(10) if own else ''}{WHERE}"
 
     def __post_init__(self):
         if self.error not in self.ERRORS:
@@ -95,13 +103,22 @@ class Edit:
             _check_numbers("positions", self.positions, "count from the prefix token (0)")
         _check_numbers("rows", self.rows, "count the prompts from 0")
         _check_numbers("steps", self.steps, "count passes of generation, 0 is the prompt's")
+        for name, value in vars(self).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{name} must be a finite number, got {value}")
+        if not self.features:
+            raise ValueError("an edit needs at least one feature")
 
     # ---- what an edit names
 
     @property
     def features(self) -> list[int]:
         """The features it changes, each checked, each once."""
-        return list(range(self.coder.d_sae))
+        feature = getattr(self, "feature", None)
+        if feature is None:
+            return list(range(self.coder.d_sae))
+        many = feature if isinstance(feature, Sequence) else [feature]
+        return list(dict.fromkeys(self.coder.feature(i) for i in many))
 
     def rule(self, lm: "LM", batch: TokenBatch) -> Rule:
         """z' from z: a function of ``rules`` with its settings bound."""
@@ -126,24 +143,24 @@ class Edit:
         return self.coder.writes[0] if self.coder.writes else self.read_site
 
     def writes(self, lm: "LM", batch: TokenBatch, new: int = 0) -> list[Write]:
-        """What the model must do to these prompts, and to at most so many new tokens, where this is the only edit.
+        """The writes of this edit alone, for these prompts and at most ``new`` new tokens.
 
-        ValueError when a site has another width, a feature has no scale, or the edit names a place that is not there.
+        ValueError when a site has another width, a feature has no scale, or the prompts lack a place the edit names.
         """
         return self.together([self], lm, batch, new)
 
     @staticmethod
     def together(edits: Sequence[Any], lm: "LM", batch: TokenBatch, new: int = 0) -> list[Write]:
-        """What the model must do for a list of edits. ValueError for what one of them refuses, and for edits that
-        exclude each other."""
+        """The writes of a list of edits. ValueError for what one of them refuses, and for edits that exclude each
+        other."""
         return grouping.together(edits, lm, batch, new)
 
     def inside(self, lm: "LM", prompts: Prompts, *more: "Edit") -> Callable[..., Tensor]:
-        """The edit as a function, for a raw nnsight trace of these prompts' token ids (``lm.tokenize(prompts).ids``),
+        """The edit as a function for your own nnsight trace of these prompts' token ids (``lm.tokenize(prompts).ids``),
         here or on a server: (x "batch pos d" where it writes; for a transcoder also x where it reads) -> x'.
 
-        more: edits of the same coder, which then are one group with this one; functions made one by one encode one
-        after the other. Where the coder's mask has a largest norm, one pass over the prompts finds which tokens count.
+        more: edits of the same coder, which form one group with this one. Where the coder's mask has a largest norm,
+        one pass over the prompts finds which tokens count.
         """
         from sae_lab.lm import remote
 
@@ -158,14 +175,21 @@ class Edit:
         return partial(rules.inside, tokens=batch.plain(), edit=writes[0].fn)
 
     def check(self, lm: "LM", batch: TokenBatch, new: int = 0) -> None:
-        """ValueError where it cannot act on these prompts and so many new tokens."""
-        self._check_coder(lm, self.read_site, self.write_site)
+        """ValueError where it cannot act on these prompts and ``new`` new tokens."""
+        _ = self.read_site  # one site, and known
+        require_fits(self.coder, lm)
+        if self.coder.training:
+            raise ValueError("an edit needs the coder in eval mode, where a token's codes are its own: call sae.eval()")
         self._check_places(lm, batch, new)
         if self.IN_F_SCALE:
-            _require_scale(self, self._scale)
+            _require_scale(self)
+
+    def amount(self) -> Float[Tensor, " features"] | None:
+        """What it adds to the codes of every token, so that no codes are needed; None: that depends on the codes."""
+        return None
 
     def error_of_another_run(self, lm: "LM") -> dict[str, Tensor] | None:
-        """The error that it puts in the coder's place, see ``rules.coded``; None: it puts none."""
+        """The reconstruction error that replaces the coder's, see ``rules.coded``; None: none does."""
         return None
 
     def change(self) -> Change:
@@ -176,19 +200,8 @@ class Edit:
     def _scale(self) -> Float[Tensor, " features"]:
         return self.coder.f_scale[self.features]
 
-    def _check_coder(self, lm: "LM", reads: Site, writes: Site) -> None:
-        coder = self.coder
-        for site, width, verb in ((reads, coder.d_in, "reads"), (writes, coder.d_out, "writes")):
-            if lm.width(site) != width:
-                raise ValueError(
-                    f"this coder {verb} width {width} and {lm} has width {lm.width(site)} at {site}: "
-                    f"use the model it was trained on ({coder.meta.get('model', 'unknown')})"
-                )
-        if coder.training:
-            raise ValueError("an edit needs the coder in eval mode, where a token's codes are its own: call sae.eval()")
-
     def _check_places(self, lm: "LM", batch: TokenBatch, new: int) -> None:
-        """Rows and positions that are named, one by one or by their text, must be there."""
+        """ValueError where the prompts lack a row or position that the edit names."""
         rows = batch.row_numbers.tolist()
         if missing := [r for r in _listed(self.rows) if r not in rows]:
             raise ValueError(f"rows={self.rows} names prompt {missing[0]}, and there are {len(rows)}, from 0 on")
@@ -211,7 +224,7 @@ class Edit:
             self._check_text(lm, batch, wanted, new)
 
     def _check_text(self, lm: "LM", batch: TokenBatch, wanted: Tensor, new: int) -> None:
-        """Some token must read as ``positions`` says: of these prompts, or one of all tokens that may come."""
+        """ValueError where ``positions`` names no token of these prompts, nor, with new tokens, of the vocabulary."""
         ours = rules.among(batch.row_numbers, self.rows)
         ids = batch.ids[ours][batch.mask[ours]]
         if not len(ids) or bool(wanted[ids].any()) or (new and bool(wanted.any())):
@@ -224,13 +237,13 @@ class Edit:
         )
 
     def place(self, lm: "LM") -> dict[str, Any]:
-        """The tokens that it names, see ``rules.named``."""
+        """Which tokens it names, see ``rules.named``."""
         wanted = self._wanted(lm)
         positions = self.positions if wanted is None else None
         return {"rows": self.rows, "steps": self.steps, "positions": positions, "wanted": wanted}
 
     def _wanted(self, lm: "LM") -> Tensor | None:
-        """For each token id, whether it is meant, where positions are named by what stands there."""
+        """For each token id whether ``positions`` means it; None where positions are given by number."""
         where = self.positions
         if not isinstance(where, str) and not callable(where):
             return None
@@ -241,14 +254,14 @@ class Edit:
         return wanted
 
     def measured(self, x: Float[Tensor, "batch pos d_in"]) -> dict[str, Float[Tensor, "batch pos"]]:
-        """The codes of its features, by name, in activations at the site it reads; of Splice and Project, none."""
+        """The codes of its features, by name, in activations x at the site it reads."""
         codes = self.coder.encode(x.to(self.coder.W_dec.device))
         return {f"{self.read_site.key} #{feature}": codes[..., feature].cpu() for feature in self.features}
 
     # ---- in words and on disk
 
     def _settings(self) -> dict[str, Any]:
-        """What differs from the defaults, by name."""
+        """The settings that differ from the defaults, by name."""
         return {f.name: v for f in fields(self) if f.name != "coder" and (v := getattr(self, f.name)) != f.default}
 
     def __repr__(self) -> str:
@@ -256,13 +269,13 @@ class Edit:
         return f"{type(self).__name__}({', '.join([at, *(f'{k}={v!r}' for k, v in self._settings().items())])})"
 
     def to_json(self) -> str:
-        """The edit as text; ``sl.Edit.from_json`` makes it again. The coder stands there as the path it was saved to
+        """The edit as text; ``sl.Edit.from_json`` makes it again. Of the coder the text holds the path it was saved to
         or loaded from, and a hash of its weights.
 
-        ValueError for a coder that lies nowhere, and for positions given by a function.
+        ValueError for a coder that was never saved, and for positions given by a function.
         """
         if self.coder.path is None:
-            raise ValueError("this coder lies nowhere yet, so no text can name it: call sae.save(path) first")
+            raise ValueError("this coder was never saved, and the text names it by its path: call sae.save(path) first")
         if callable(self.positions):
             raise ValueError(
                 "a function of tokens cannot be written down: give positions by number or as a token's text"
@@ -273,9 +286,9 @@ class Edit:
 
     @staticmethod
     def from_json(text: str, coder: SparseCoder | None = None) -> "Edit":
-        """An edit from its text. coder: the one it acts with; None loads it from where it lay.
+        """An edit from the text of ``to_json``. coder: the one it acts with; None loads it from the path in the text.
 
-        ValueError for what is no edit, and a coder with other weights.
+        ValueError for another text, and for a coder with other weights.
         """
         try:
             found = json.loads(text)
@@ -299,48 +312,44 @@ class Edit:
 @as_annotated
 @dataclass(frozen=True, repr=False)
 class FeatureEdit(Edit):
-    """Base of those that change the codes of one feature or several."""
+    """Base of the edits of one feature or several."""
 
     feature: int | Sequence[int]
-
-    def __post_init__(self):
-        super().__post_init__()
-        if not self.features:
-            raise ValueError("an edit needs at least one feature")
-
-    @property
-    def features(self) -> list[int]:
-        return _features(self.coder, self.feature)
 
 
 @as_annotated
 @dataclass(frozen=True, repr=False)
 class Steer(FeatureEdit):
-    """z' = z + strength·f_scale: push along a feature's direction. Strength 1 adds the activation that the feature's
-    strongest 0.1 % of firings reach; 1-2 steers fluent text, above 4 most text breaks."""
+    """``sl.Steer(sae, 7, strength=2.0)``: push along a feature's direction, z' = z + strength·f_scale.
+
+    Args:
+        feature: one or several.
+        strength: 1 adds the activation that the feature's strongest 0.1 % of firings reach (f_scale). 1 to 2 steers
+            fluent text; above 4 most text breaks.
+    """
 
     strength: float = 1.0
     IN_F_SCALE = True
 
-    def __post_init__(self):
-        super().__post_init__()
-        _check_number("strength", self.strength)
+    def amount(self) -> Tensor:
+        return self.strength * self._scale
 
     def rule(self, lm: "LM", batch: TokenBatch) -> Rule:
-        return partial(rules.added, amount=self.strength * self._scale)
+        return partial(rules.added, amount=self.amount())
 
 
 @as_annotated
 @dataclass(frozen=True, repr=False)
 class Clamp(FeatureEdit):
-    """z' = value·f_scale: hold a feature at a level, whatever the text says."""
+    """``sl.Clamp(sae, 7, value=1.0)``: hold a feature at a level on every token, z' = value·f_scale.
+
+    Args:
+        feature: one or several.
+        value: in units of f_scale, as the strength of ``Steer``.
+    """
 
     value: float = 1.0
     IN_F_SCALE = True
-
-    def __post_init__(self):
-        super().__post_init__()
-        _check_number("value", self.value)
 
     def rule(self, lm: "LM", batch: TokenBatch) -> Rule:
         return partial(rules.held, value=self.value * self._scale)
@@ -349,13 +358,14 @@ class Clamp(FeatureEdit):
 @as_annotated
 @dataclass(frozen=True, repr=False)
 class Scale(FeatureEdit):
-    """z' = factor·z: a feature louder or softer where it fires."""
+    """``sl.Scale(sae, 7, factor=0.5)``: multiply a feature's codes, z' = factor·z.
+
+    Args:
+        feature: one or several.
+        factor: 1 changes nothing, 0 ablates.
+    """
 
     factor: float = 1.0
-
-    def __post_init__(self):
-        super().__post_init__()
-        _check_number("factor", self.factor)
 
     def rule(self, lm: "LM", batch: TokenBatch) -> Rule:
         return partial(rules.multiplied, factor=self.factor)
@@ -364,10 +374,14 @@ class Scale(FeatureEdit):
 @as_annotated
 @dataclass(frozen=True, repr=False)
 class Ablate(FeatureEdit):
-    """Take a feature out: z' = 0; with ``to="mean"`` its mean, with ``to="resample"`` its codes at tokens drawn from
-    the ``reference`` (several features together, as they stood at one token).
+    """``sl.Ablate(sae, 7)``: take a feature out, z' = 0, or another value that says nothing of this token.
 
-    Args: reference: prompts. seed: of the draws; a token's draw depends on its row and position alone.
+    Args:
+        feature: one or several.
+        to: "zero"; "mean", the mean code over the reference; or "resample", the codes at tokens drawn from the
+            reference (several features together, from the same token).
+        reference: prompts, for "mean" and "resample".
+        seed: of the draws; a token's draw depends on its row and position alone.
     """
 
     to: str = "zero"
@@ -400,28 +414,21 @@ class Ablate(FeatureEdit):
 @as_annotated
 @dataclass(frozen=True, repr=False)
 class Patch(Edit):
-    """z' = the codes of another run at the same row and position (activation patching through a coder).
+    """``sl.Patch(sae, "another prompt")``: activation patching; z' = the codes of another run at the same row and
+    position.
 
     Args:
-        source: its prompts: one for all rows, or as many as there are rows; of the same token lengths, unless
+        source: prompts of the other run: one for all rows, or one for each row; of the same token lengths, unless
             ``positions`` says where.
         feature: one or several; None, all.
-        error: "patch" takes the source's reconstruction error too: with all features that is its whole activation.
+        error: also "patch", which takes the source's reconstruction error too; with all features the activation then
+            becomes the source's.
     """
 
     source: Prompts
     feature: int | Sequence[int] | None = None
 
     ERRORS = ("keep", "drop", "patch")
-
-    def __post_init__(self):
-        super().__post_init__()
-        if not self.features:
-            raise ValueError("an edit needs at least one feature")
-
-    @property
-    def features(self) -> list[int]:
-        return super().features if self.feature is None else _features(self.coder, self.feature)
 
     def rule(self, lm: "LM", batch: TokenBatch) -> Rule:
         codes, keep = self._source(lm, batch)
@@ -464,7 +471,8 @@ class Patch(Edit):
 @as_annotated
 @dataclass(frozen=True, repr=False)
 class Splice(Edit):
-    """z' = z: the coder's reconstruction in the place of the activation (with ``error="keep"`` nothing changes)."""
+    """``sl.Splice(sae)``: z' = z, so that the reconstruction replaces the activation (with error="keep" nothing
+    changes)."""
 
     error: str = field(default="drop", kw_only=True)
 
@@ -477,23 +485,17 @@ class Splice(Edit):
 
 @as_annotated
 @dataclass(frozen=True, repr=False)
-class Project(Edit):
-    """x' = x less its part along the directions of some features: whatever is written there is gone, by whichever
-    feature."""
+class Project(FeatureEdit):
+    """``sl.Project(sae, [4, 5])``: x' = x without its part in the span of the features' directions, whichever features
+    wrote it.
 
-    feature: int | Sequence[int]
+    Args:
+        feature: one or several.
+        error: only "keep", since no codes are made.
+    """
 
-    ERRORS = ("keep",)  # no codes are made, so no error is
+    ERRORS = ("keep",)
     ON_CODES = False
-
-    def __post_init__(self):
-        super().__post_init__()
-        if not self.features:
-            raise ValueError("an edit needs at least one feature")
-
-    @property
-    def features(self) -> list[int]:
-        return _features(self.coder, self.feature)
 
     def change(self) -> Change:
         basis = torch.linalg.qr(self.coder.W_dec[self.features].detach().T.double())[0].float()  # d_out x directions
@@ -503,7 +505,7 @@ class Project(Edit):
 @as_annotated
 @dataclass(frozen=True, repr=False)
 class Push(Edit):
-    """x' = x + vector, where the coder writes: what steering is measured against."""
+    """``Push(sae, vector)``: x' = x + vector, where the coder writes: the control that steering is measured against."""
 
     vector: Float[Tensor, " d_out"]
     ON_CODES = False
@@ -516,11 +518,6 @@ class Push(Edit):
 
 
 EDITS = {cls.__name__: cls for cls in (Steer, Clamp, Scale, Ablate, Patch, Splice, Project)}
-
-
-def _features(coder: SparseCoder, feature: int | Sequence[int]) -> list[int]:
-    many = feature if isinstance(feature, Sequence) else [feature]
-    return list(dict.fromkeys(coder.feature(i) for i in many))
 
 
 def _codes_of(edit: Edit, lm: "LM", prompts: Prompts) -> tuple[Tensor, Tensor, TokenBatch]:
@@ -538,15 +535,15 @@ def _codes_of(edit: Edit, lm: "LM", prompts: Prompts) -> tuple[Tensor, Tensor, T
     return codes, keep, batch
 
 
-def _require_scale(edit: Edit, scale: Tensor) -> None:
-    """Edits in units of f_scale need a feature that has fired."""
+def _require_scale(edit: Edit) -> None:
+    """Edits in units of f_scale need features that have fired."""
     coder = edit.coder
     if coder.meta.get("f_scale") == "unknown" and not bool(coder.f_scale.any()):
         raise ValueError(
-            "this coder's format does not tell how strongly its features fire, which edits are measured in: load it "
-            "with sl.load(..., check=store), or call sae.calibrate([activations])"
+            "this coder's file does not say how strongly its features fire, the unit of edits: load it with "
+            "sl.load(..., check=store), or call sae.calibrate([activations])"
         )
-    if silent := [f for f, s in zip(edit.features, scale.tolist(), strict=True) if s == 0]:
+    if silent := [f for f in edit.features if not coder.f_scale[f]]:
         raise ValueError(
             f"feature {silent[0]} never fired on training text, so it has no scale to measure strength in: choose a "
             f"live feature, or set sae.f_scale[{silent[0]}] yourself"
@@ -558,11 +555,6 @@ def _listed(chosen: Any) -> list[int]:
     if chosen is None or isinstance(chosen, slice | str) or callable(chosen):
         return []
     return [chosen] if isinstance(chosen, int) else list(chosen)
-
-
-def _check_number(name: str, value: float) -> None:
-    if not torch.tensor(float(value)).isfinite():
-        raise ValueError(f"{name} must be a finite number, got {value}")
 
 
 def _check_numbers(name: str, chosen: Any, rule: str) -> None:

@@ -1,5 +1,5 @@
-"""What a list of edits does to a model: which act together on codes, and which tokens count for them. ``Edit`` says it
-in words.
+"""What a list of edits does to a model: which edits act together on codes, and which tokens count for them. The
+docstring of ``Edit`` says it in words.
 """
 
 from collections.abc import Sequence
@@ -21,10 +21,10 @@ Edit = Any  # ``edits.edit.Edit``, which imports this module
 
 @dataclass(eq=False)
 class Group:
-    """Edits that act together, or one write of something else.
+    """Edits that act together, or one write of an object that is no ``Edit``.
 
-    when: of its site, which says what happens before what. edits: on codes, or a single one on the activation. earlier:
-    edits of a coder that reads elsewhere, whose groups have written before this one.
+    when: of the site it writes, see ``SiteMap.when``. edits: on codes, or a single one on the activation. earlier: of a
+    coder that reads at another site, the edits of its earlier groups.
     """
 
     when: int
@@ -38,9 +38,9 @@ class Group:
 
 
 def together(edits: Sequence[Any], lm: "LM", batch: TokenBatch, new: int = 0, alone: bool = True) -> list[Write]:
-    """The writes of a list of edits, for these prompts and at most so many new tokens.
+    """The writes of a list of edits, for these prompts and at most ``new`` new tokens.
 
-    alone: whether nothing else changes the activations that they meet. ValueError for what an edit refuses.
+    alone: whether no other code changes the activations that they read. ValueError for what an edit refuses.
     """
     groups = _grouped(edits, lm, batch, new)
     limited = [g for g in groups if g.edits and _limit(g, lm) is not None]
@@ -52,10 +52,10 @@ def together(edits: Sequence[Any], lm: "LM", batch: TokenBatch, new: int = 0, al
 
 
 def _grouped(edits: Sequence[Any], lm: "LM", batch: TokenBatch, new: int) -> list[Group]:
-    """The groups in the order in which those of one place act. Sites that share one (all heads, one head) are one."""
+    """The groups; those that write one place act in this order. (All heads and one head are one place.)"""
     groups: list[Group] = []
     for edit in edits:
-        if not hasattr(edit, "together"):  # a write of one's own
+        if not hasattr(edit, "together"):  # a user's own class
             groups += [Group(lm._sites.when(w.site), write=w) for w in edit.writes(lm, batch, new)]
             continue
         edit.check(lm, batch, new)
@@ -87,8 +87,8 @@ def _same(a: Edit, b: Edit) -> bool:
 def _require_one_error(edit: Edit, first: Edit) -> None:
     if (edit.error == "drop") != (first.error == "drop"):
         raise ValueError(
-            f"edits of one coder at one site act on its codes together, and all keep what it does not reconstruct or "
-            f"all drop it, got {first} with error={first.error!r} and {edit} with error={edit.error!r}: give all the "
+            f"edits of one coder at one site act on its codes together, and all keep the reconstruction error or all "
+            f"drop it, got {first} with error={first.error!r} and {edit} with error={edit.error!r}: give all the "
             "same error="
         )
 
@@ -98,24 +98,25 @@ def _mask(group: Group, lm: "LM") -> TokenMask:
 
 
 def _limit(group: Group, lm: "LM") -> float | None:
-    """The largest norm of tokens that count, where a group reads."""
+    """The largest norm, at the site a group reads, of tokens that count."""
     return _mask(group, lm).max_norm.get(group.first.read_site.key)
 
 
 def _changed_before(group: Group, groups: Sequence[Group], lm: "LM") -> bool:
-    """Whether an earlier site is edited too, so that what reaches a group's site is not what it is without edits."""
+    """Whether another group writes at an earlier site than this one reads."""
     return any(g.when < lm._sites.when(group.first.read_site) for g in groups)
 
 
 def _changed_there(group: Group, groups: Sequence[Group], lm: "LM") -> bool:
-    """Whether others have written where a group reads when it does."""
+    """Whether another group writes, before this one, at the place where this one reads."""
     when = lm._sites.when(group.first.read_site)
     earlier = groups[: groups.index(group)] if group.when == when else groups
     return any(g.when == when for g in earlier)
 
 
 def _write(group: Group, groups: Sequence[Group], norms: Any, lm: "LM", batch: TokenBatch) -> Write:
-    """norms: of the prompts' tokens by site in a pass without edits, where only that tells which count."""
+    """A group as one write. norms: of the prompts' tokens by site in a pass without edits, where only that pass tells
+    which tokens count."""
     edit, edits, mask, limit = group.first, [*group.earlier, *group.edits], _mask(group, lm), _limit(group, lm)
     reads, writes, done = edit.read_site, edit.write_site, len(group.earlier)
     loud = None if norms is None else _by_row(~(norms[reads] <= limit) & batch.mask, batch)
@@ -138,14 +139,22 @@ def _by_row(loud: Bool[Tensor, "batch pos"], batch: TokenBatch) -> Bool[Tensor, 
 
 
 def _coded(edits: Sequence[Edit], done: int, lm: "LM", batch: TokenBatch) -> Any:
-    """What becomes of codes, as a function of ``rules``."""
+    """The change of a group of edits on codes, as a function of ``rules``."""
     features = sorted({f for edit in edits for f in edit.features})
     column = {feature: i for i, feature in enumerate(features)}
-    parts: list[dict[str, Any]] = []
-    for edit in edits:
-        columns = [column[f] for f in edit.features]
-        part = {"columns": slice(None) if columns == list(range(len(features))) else columns}
-        parts.append(part | {"rule": edit.rule(lm, batch), "error": edit.error_of_another_run(lm)})
-    drop = edits[-1].error == "drop"
+    columns = [[column[f] for f in edit.features] for edit in edits]
+    drop, amounts = edits[-1].error == "drop", [edit.amount() for edit in edits[done:]]
+    if not drop and all(amount is not None for amount in amounts):
+        plan = edits[0].coder.portable(features, whole=False)
+        plan = {name: plan[name] for name in ("W_some", "input_norm", "transcodes")} | {"own": {}}
+        pairs = list(zip(columns[done:], amounts, strict=True))
+        return partial(rules.shifted, plan=plan, done=done, amounts=pairs)
+    parts = [
+        {
+            "columns": slice(None) if own == list(range(len(features))) else own, "rule": edit.rule(lm, batch),
+            "error": edit.error_of_another_run(lm),
+        }
+        for edit, own in zip(edits, columns, strict=True)
+    ]  # fmt: skip
     plan = edits[0].coder.portable(features, whole=drop or any(part["error"] for part in parts))
     return partial(rules.coded, plan=plan, drop=drop, done=done, parts=parts)

@@ -1,8 +1,8 @@
-"""What edits do, as functions of torch alone, so that they run in any trace: here, or on a server without this library.
+"""What edits do, as functions of torch alone, which run in any trace: here, or on a server without sae_lab.
 
-``edited`` is what a ``Write`` calls, for one edit or for several that act together (``grouping``). It finds the tokens
-they touch, and gives their activations to a *change*; the change of most edits is ``coded``, which gives their codes to
-each edit's *rule*. Changes and rules are told each token's row among the user's prompts and its absolute position. All
+``edited`` is what a ``Write`` calls, for one edit or for a group (``grouping``). It finds the tokens they touch, and
+gives their activations to a *change*; the change of most edits is ``coded``, which gives the tokens' codes to each
+edit's *rule*. Changes and rules also get each token's row among the user's prompts and its absolute position. All
 settings are keywords, bound with functools.partial. See ``saes.portable`` on ``no_type_check``.
 """
 
@@ -18,7 +18,7 @@ from sae_lab.saes.portable import at_home, decode, encode, some, write_of
 
 @no_type_check
 def among(numbers, chosen):
-    """Bool for each number: whether an int, a slice, a list or None (all) holds it."""
+    """Bool for each number: whether it is in ``chosen``, an int, a slice, a list, or None for all."""
     if chosen is None:
         return torch.ones_like(numbers, dtype=torch.bool)
     if isinstance(chosen, slice):
@@ -31,8 +31,8 @@ def among(numbers, chosen):
 
 @no_type_check
 def named(tokens, place):
-    """The tokens that an edit names, "batch pos". place: the user's "rows", "positions", "steps", and "wanted", a bool
-    for each token id, or None."""
+    """Whether an edit names a token, "batch pos". place: its "rows", "positions" and "steps"; "wanted": a bool for each
+    token id, where positions are named by text, else None."""
     rows = among(tokens.row_numbers, place["rows"])[:, None] & among(torch.as_tensor(tokens.step), place["steps"])
     if place["wanted"] is None:
         return rows & among(tokens.positions, place["positions"])
@@ -41,8 +41,8 @@ def named(tokens, place):
 
 @no_type_check
 def counting(x, tokens, mask):
-    """The tokens that count, "batch pos". mask: the coder's "special", "skip_first" and "limit"; "loud": which tokens
-    of the prompts have a larger norm without edits, "prompts pos" (new tokens have none), or None: x tells."""
+    """Whether a token counts, "batch pos". mask: the coder's "special", "skip_first" and "limit" of the norm; "loud":
+    which tokens of the prompts exceed the limit without edits, "prompts pos", or None: the norm of x is compared."""
     keep = tokens.mask & counting_tokens(tokens.ids, tokens.positions, mask["special"], mask["skip_first"])
     if mask["limit"] is None:
         return keep
@@ -60,10 +60,10 @@ def norms(x, tokens):
 
 @no_type_check
 def edited(x, tokens, *read, mask, places, done, elsewhere, change):
-    """x with the tokens changed that a group of edits touches.
+    """x, with the tokens changed that a group of edits touches.
 
-    read: with ``elsewhere`` the activations that codes are of, at another site; then with mask["before"] those that say
-    which tokens count. places: of each edit; the first ``done`` of them have been written.
+    read: with ``elsewhere`` the activations that are encoded, from another site; then with mask["before"] those that
+    decide which tokens count. places: of each edit, see ``named``; the first ``done`` edits have been written before.
     """
     at = [named(tokens, place) for place in places]
     if not any(bool(here.any()) for here in at[done:]):
@@ -84,7 +84,7 @@ def edited(x, tokens, *read, mask, places, done, elsewhere, change):
 
 @no_type_check
 def inside(x, *read, tokens, edit):
-    """``edited`` for a trace of one's own: the tokens are bound, activations come as they stand there."""
+    """``edited`` for a user's own trace, with the tokens bound."""
     return edit(x, tokens, *read)
 
 
@@ -95,9 +95,9 @@ def inside(x, *read, tokens, edit):
 def coded(x, read, ids, rows, positions, at, *, plan, drop, done, parts):
     """x + W_dec·(z' - z), or with ``drop`` the reconstruction from z'.
 
-    parts: of each edit its "columns" of z, its "rule", and its "error": None, or {"wrong", "there"}: the error of
-    another run, "rows pos d_out", and which tokens have one. Of a coder that reads elsewhere, whose codes do not show
-    what has been written, the first ``done`` parts are what earlier groups have made of them.
+    parts: of each edit its "columns" of z, its "rule", and its "error": None, or {"wrong", "there"}, the reconstruction
+    error of another run, "rows pos d_out", and which tokens have one. The first ``done`` parts are edits of earlier
+    groups: a coder that reads at another site does not see in its codes what they have written.
     """
     with torch.no_grad():
         at_home(plan, x.device)
@@ -116,8 +116,20 @@ def coded(x, read, ids, rows, positions, at, *, plan, drop, done, parts):
 
 
 @no_type_check
+def shifted(x, read, ids, rows, positions, at, *, plan, done, amounts):
+    """x + W_dec·(sum of the edits' amounts): ``coded`` for edits that add the same to the codes of every token, which
+    need no codes. amounts: of each edit (columns, what it adds to them)."""
+    at_home(plan, x.device)
+    change = x.new_zeros(len(x), len(plan["W_some"]), dtype=torch.float32)
+    for here, (columns, amount) in zip(at[done:], amounts, strict=True):
+        change[:, columns] += here[:, None].to(x.device) * amount.to(change)
+    with torch.no_grad():
+        return x.float() + write_of(plan, change, read.float())
+
+
+@no_type_check
 def ruled(z, at, rows, positions, parts):
-    """What the rules make of codes, one after the other."""
+    """Codes after the rules, one after the other."""
     new = z.clone()
     for here, part in zip(at, parts, strict=True):
         on = here.to(z.device)
@@ -129,7 +141,7 @@ def ruled(z, at, rows, positions, parts):
 
 @no_type_check
 def errors(ours, at, rows, positions, parts):
-    """The coder's error with that of other runs in its place."""
+    """The coder's reconstruction error ``ours``, replaced by that of other runs at the tokens that have one."""
     new = ours.clone()
     for here, part in zip(at, parts, strict=True):
         if part["error"] is not None:
@@ -193,6 +205,7 @@ def of_another_run(z, rows, positions, *, codes, keep):
 
 @no_type_check
 def in_source(table, rows, positions):
-    """Of each token: its row and position in another run's "rows pos" (one row serves all), and whether that has it."""
+    """Of each token: its row and position in a table "rows pos" of another run (one row serves all), and whether the
+    table has that position."""
     row = torch.zeros_like(rows) if len(table) == 1 else rows
     return row, positions.clamp_max(table.shape[1] - 1), positions < table.shape[1]

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy import ndarray
 
-from sae_lab.activations.reading import read_codes
+from sae_lab.activations.reading import read_codes, require_fits
 from sae_lab.arguments import as_annotated
 from sae_lab.lm.model import LM
 from sae_lab.results import Shown, frame_rows
@@ -114,8 +114,7 @@ def find_features(
     by_token = any(isinstance(one, list) for one in labels)
     if by_token and pooling != "token":
         raise ValueError(f"labels of tokens need pooling='token', got {pooling!r}")
-    if lm.width(coder.site) != coder.d_in:
-        raise ValueError(f"the coder reads d_in={coder.d_in}, {lm} has width {lm.width(coder.site)} at {coder.site}")
+    require_fits(coder, lm, writes=False)
     examples, mask = _encode(lm, coder, texts, labels, pooling)
     ranked = ~_held_out_texts(labels, held_out, seed)[examples.text]
     for what, chosen in (("ranked on", ranked), ("held out", ~ranked)):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sae_lab.activations.reading import read_codes
+from sae_lab.activations.reading import read_codes, require_fits
 from sae_lab.arguments import as_annotated
 from sae_lab.lm.model import LM
 from sae_lab.lm.tokens import Prompts, Token
@@ -80,9 +80,7 @@ def features(lm: LM, coder: SparseCoder, prompts: Prompts | Sequence[str]) -> Fe
     ``.top(5)`` keeps the strongest of each token; ``.to_pandas()`` is the long form. Tokens that the coder's mask
     leaves out have none. Raises ValueError when the coder's site has another width in this model.
     """
-    site = coder.site
-    if lm.width(site) != coder.d_in:
-        raise ValueError(f"the coder reads d_in={coder.d_in}, {lm} has width {lm.width(site)} at {site}")
+    require_fits(coder, lm, writes=False)
     batch = lm.tokenize(prompts)
     codes, keep = read_codes(lm, coder, batch)
     prompt, position = keep.nonzero(as_tuple=True)

@@ -1,5 +1,8 @@
 """Edits: what does nothing leaves every bit, what does something does exactly that, at exactly those tokens."""
 
+import inspect
+import re
+
 import pytest
 import torch
 
@@ -15,11 +18,11 @@ LONGER = "A red fox crossed the white field at dawn, and nobody in the house saw
 ROUNDING = 1e-4
 
 
-def make(lm, site=SITE, seed=0, name="TopK", mask=None):
+def make(lm, site=SITE, seed=0, name="TopK", mask=None, **wiring):
     """A coder of the model's own activations: features fire, and reconstruction is far from perfect."""
     reading = lm.read([PROMPT, LONGER], site)
     x = reading[site][reading.mask & (reading.batch.positions > 0)]
-    sae = getattr(sl, name)(lm.width(site), 64, seed=seed, **({} if name == "L1" else {"k": 6}))
+    sae = getattr(sl, name)(lm.width(site), 64, seed=seed, **({} if name == "L1" else {"k": 6}), **wiring)
     with torch.no_grad():
         sae.b_dec.copy_(x.mean(0))
         sae.b_enc += 0.1
@@ -159,6 +162,21 @@ def test_codes_become_what_the_edit_says(name, count, family, tiny_lm):
     expected[0] = before[0]  # the prefix is left out
     assert near(after, expected.detach(), 1e-5)
     assert torch.equal(after[0], before[0]) and not near(after[1:], before[1:], 1e-3)
+
+
+@pytest.mark.parametrize("input_norm", ["none", "length", "standardize"])
+def test_steering_alone_makes_no_codes(input_norm, tiny_lm, sae, live):
+    """What it adds is the same for every code: the plan has no encoder, and the result is that of an edit with one."""
+    sae = make(tiny_lm, input_norm=input_norm)
+    one, two = firing(tiny_lm, sae)[:2]
+    steers = [sl.Steer(sae, one, 2.0, positions=slice(3, None)), sl.Steer(sae, [two, one], -1.5)]
+    same = sl.Scale(sae, one, 1.0)  # changes no code, and needs codes
+    [alone], [coded] = (tiny_lm._writes(edits, tiny_lm.tokenize(PROMPT)) for edits in (steers, [*steers, same]))
+    assert "W_enc" in coded.fn.keywords["change"].keywords["plan"]
+    assert "W_enc" not in alone.fn.keywords["change"].keywords["plan"]
+    logits = tiny_lm.logits(PROMPT, edits=steers)
+    assert near(logits, tiny_lm.logits(PROMPT, edits=[*steers, same]), 1e-5)
+    assert not near(logits, tiny_lm.logits(PROMPT, edits=steers[:1]), 1e-3)
 
 
 def test_a_feature_named_twice_is_edited_once(tiny_lm, sae, live):
@@ -603,7 +621,7 @@ def test_edits_as_json(tiny_lm, sae, live, tmp_path):
         sl.Patch(sae, OTHER, live[:2], error="patch"), sl.Splice(sae), sl.Project(sae, live[0]),
     ]  # fmt: skip
     fresh = make(tiny_lm)
-    with pytest.raises(ValueError, match=r"lies nowhere yet.*sae.save\(path\)"):
+    with pytest.raises(ValueError, match=r"was never saved.*sae.save\(path\)"):
         sl.Ablate(fresh, 1).to_json()
     sae.save(tmp_path / "coder")
     for edit in edits:
@@ -619,6 +637,14 @@ def test_edits_as_json(tiny_lm, sae, live, tmp_path):
             sl.Edit.from_json(wrong)
     with pytest.raises(ValueError, match="Ablate knows no colour"):
         sl.Edit.from_json(sl.Ablate(sae, 1).to_json().replace('"feature": 1', '"feature": 1, "colour": 2'), coder=sae)
+
+
+def test_shift_tab_documents_every_argument():
+    for edit in (sl.Steer, sl.Clamp, sl.Scale, sl.Ablate, sl.Patch, sl.Splice, sl.Project):
+        names = list(inspect.signature(edit).parameters)
+        assert {"coder", "positions", "rows", "steps", "error"} <= set(names)
+        told = re.findall(r"^    (\w+): ", inspect.getdoc(edit) or "", re.MULTILINE)
+        assert set(told) == set(names), edit
 
 
 # ---- streaming and comparing

@@ -737,7 +737,7 @@ def test_nothing_to_show(tiny_module_lm, sae, table):
 def test_a_coder_of_another_width(tiny_module_lm):
     coder = sl.TopK(20, 30, k=2).eval()
     coder.reads = (SITE,)
-    with pytest.raises(ValueError, match=r"the coder reads d_in=20, LM\(.*\) has width 48 at "):
+    with pytest.raises(ValueError, match=r"this coder reads width 20 and LM\(.*\) has width 48 at "):
         sl.features(tiny_module_lm, coder, TEXTS)
 
 

@@ -186,5 +186,5 @@ def test_refused(args, kwargs, words, tiny_lm, sae):
 def test_another_width(tiny_lm):
     sae = sl.TopK(20, 64, k=3).eval()
     sae.reads = (SITE,)
-    with pytest.raises(ValueError, match="the coder reads d_in=20"):
+    with pytest.raises(ValueError, match="this coder reads width 20 and "):
         sl.find_features(tiny_lm, sae, SHIPS, CROWS)
