@@ -18,11 +18,12 @@ LONGER = "A red fox crossed the white field at dawn, and nobody in the house saw
 ROUNDING = 1e-4
 
 
-def make(lm, site=SITE, seed=0, name="TopK", mask=None, **wiring):
+def make(lm, site=SITE, seed=0, name="TopK", mask=None, input_norm="none"):
     """A coder of the model's own activations: features fire, and reconstruction is far from perfect."""
     reading = lm.read([PROMPT, LONGER], site)
     x = reading[site][reading.mask & (reading.batch.positions > 0)]
-    sae = getattr(sl, name)(lm.width(site), 64, seed=seed, **({} if name == "L1" else {"k": 6}), **wiring)
+    sae = getattr(sl, name)(lm.width(site), 64, seed=seed, **({} if name == "L1" else {"k": 6}))
+    sae.input_norm = input_norm
     with torch.no_grad():
         sae.b_dec.copy_(x.mean(0))
         sae.b_enc += 0.1
@@ -164,7 +165,7 @@ def test_codes_become_what_the_edit_says(name, count, family, tiny_lm):
     assert torch.equal(after[0], before[0]) and not near(after[1:], before[1:], 1e-3)
 
 
-@pytest.mark.parametrize("input_norm", ["none", "length", "standardize"])
+@pytest.mark.parametrize("input_norm", ["none", "layer", "length"])
 def test_steering_alone_makes_no_codes(input_norm, tiny_lm, sae, live):
     """What it adds is the same for every code: the plan has no encoder, and the result is that of an edit with one."""
     sae = make(tiny_lm, input_norm=input_norm)
