@@ -236,8 +236,10 @@ def pick(logits, temperature, generator):
 
 @no_type_check
 def last_logits_there(ids, number, *, root, steps, rows, past):
-    """``last_logits`` of ``decode`` in a session on a server, with the key-value cache ``past``. steps: see ``through``.
-    rows: the rows' numbers among the user's prompts."""
+    """``last_logits`` of ``decode`` in a session on a server, with the key-value cache ``past``.
+
+    steps: see ``through``. rows: the rows' numbers among the user's prompts.
+    """
     import nnsight
 
     begin = ids.shape[1] - 1 if number else 0
