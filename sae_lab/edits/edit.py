@@ -46,9 +46,11 @@ SHOWN = 60  # tokens in an error
 DRAWS = 1 << 14  # of resampled codes; a token takes one by its row and position
 
 # The arguments of every edit; ``Edit.__init_subclass__`` adds them to each class's docstring.
-CODER = """    coder: a coder with a site. A transcoder's edit reads codes where the coder reads, and acts where it writes.
+CODER = """\
+    coder: a coder with a site. A transcoder's edit reads codes where the coder reads, and acts where it writes.
 """
-WHERE = """    positions: where it acts: None, everywhere; an int, a slice or a list of absolute positions (0 is the prefix token;
+WHERE = """\
+    positions: where it acts: None, everywhere; an int, a slice or a list of absolute positions (0 is the prefix;
         padding and generation do not shift them); a str, the tokens with this text (" fox": see ``lm.vocabulary``); or
         a function (text of a token) -> bool. Padding, and tokens that the coder's mask leaves out, are never edited.
     rows: prompts of the batch, by number from 0: an int, a slice or a list; None, all.
