@@ -1,4 +1,5 @@
-"""make zoo: every family on a planted world, one row each, into docs/zoo.md between its marks.
+"""make zoo: every family on a planted world, one row each, into benchmarks/results/zoo.json; --docs: also into
+docs/zoo.md.
 
 The world has 128 features in 64 dimensions, 4 active on average. Families that need more than activations get it made
 of the same features: a transcoder's target and a crosscoder's second layer are written with dictionaries of their own,
@@ -6,8 +7,10 @@ a Tokenized coder's tokens bring vectors of their own, matrices have atoms of ra
 token. Settings were chosen by hand to come near 4 active features; one seed. Takes about four minutes.
 """
 
+import json
 import statistics
 import sys
+from pathlib import Path
 
 import torch
 from pages import put
@@ -16,9 +19,11 @@ from torch.nn.functional import normalize
 import sae_lab as sl
 from sae_lab.saes import losses
 
+RESULTS = Path(__file__).parent / "results" / "zoo.json"
 CONFIG = sl.TrainConfig(steps=600, batch_size=512, lr=1.5e-2, dead_after=5000)
 SEEDS = (1,)
 N, D = 128, 64
+COLUMNS = ("l0", "fvu", "mmcs")
 PLAIN = {
     "L1": ("relu", {"sparsity": 1.5}), "Tied": ("relu, W_enc = W_decᵀ", {"sparsity": 1.5}),
     "SqrtL1": ("relu, penalty Σ√f", {"sparsity": 1.0}),
@@ -70,20 +75,21 @@ def special(world: sl.worlds.World) -> dict[str, tuple[str, dict, sl.Batch, torc
     }  # fmt: skip
 
 
-def row(name: str, rule: str, l0: float, fvu: float, found: float) -> str:
+def row(name: str, rule: str, l0: float, fvu: float, mmcs: float) -> str:
     paper = PAPERS[name]
     link = f"[{paper}](https://arxiv.org/abs/{paper})" if paper[:4].isdigit() and "." in paper else paper
-    return f"| `{name}` | {rule} | {link} | {l0:.1f} | {fvu:.3f} | {found:.2f} |"
+    return f"| `{name}` | {rule} | {link} | {l0:.1f} | {fvu:.3f} | {mmcs:.2f} |"
 
 
-def table() -> str:
+def measure() -> dict[str, dict[str, float]]:
+    """L0, FVU and MMCS of every family, medians over seeds; last, the MMCS of random directions."""
     world = sl.worlds.planted(n=N, d=D, l0=4, samples=200_000)
-    lines = ["| Family | Rule | Source | L0 | FVU | MMCS |", "|---|---|---|---|---|---|"]
     sweep = sl.sweep({name: arguments for name, (_, arguments) in PLAIN.items()}, world, CONFIG, d_sae=N, seeds=SEEDS)
-    for name, (rule, _) in PLAIN.items():
+    found = {}
+    for name in PLAIN:
         rows = [r for r in sweep.rows if r["family"] == name]
-        lines.append(row(name, rule, *(statistics.median(r[c] for r in rows) for c in ("l0", "fvu", "mmcs"))))
-    for name, (rule, arguments, data, truth) in special(world).items():
+        found[name] = {column: statistics.median(r[column] for r in rows) for column in COLUMNS}
+    for name, (_, arguments, data, truth) in special(world).items():
         results = []
         for seed in SEEDS:
             coder = sl.saes.FAMILIES[name](data.x.shape[-1], N, seed=seed, **arguments)
@@ -92,16 +98,26 @@ def table() -> str:
             with torch.no_grad():
                 out = coder(data.x[last], None if data.tokens is None else data.tokens[last])
                 fvu = float(losses.fvu(out.x_hat, data.target[last]))
-            found = sl.match(coder.W_dec.detach(), normalize(truth, dim=1)).b_to_a
-            results.append((float((out.f > 0).sum(-1).float().mean()), fvu, found))
-        lines.append(row(name, rule, *(statistics.median(r[i] for r in results) for i in range(3))))
-    control = sl.match(sl.TopK(D, N, k=4), world).b_to_a
-    return "\n".join([*lines, f"| random directions | | | | | {control:.2f} |"])
+            mmcs = sl.match(coder.W_dec.detach(), normalize(truth, dim=1)).b_to_a
+            results.append((float((out.f > 0).sum(-1).float().mean()), fvu, mmcs))
+        found[name] = {column: statistics.median(r[i] for r in results) for i, column in enumerate(COLUMNS)}
+    found["random directions"] = {"mmcs": sl.match(sl.TopK(D, N, k=4), world).b_to_a}
+    return found
+
+
+def table(found: dict[str, dict[str, float]]) -> str:
+    rules = {name: rule for name, (rule, _) in PLAIN.items()}
+    rules |= {name: rule for name, (rule, *_) in special(sl.worlds.planted(n=N, d=D, l0=4, samples=64)).items()}
+    lines = ["| Family | Rule | Source | L0 | FVU | MMCS |", "|---|---|---|---|---|---|"]
+    lines += [row(name, rule, **found[name]) for name, rule in rules.items()]
+    return "\n".join([*lines, f"| random directions | | | | | {found['random directions']['mmcs']:.2f} |"])
 
 
 def main() -> None:
-    text = table()
+    found = measure()
+    text = table(found)
     print(text)
+    RESULTS.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     if "--docs" in sys.argv:
         put("docs/zoo.md", "zoo", text)
 
