@@ -19,6 +19,8 @@ import torch
 
 import sae_lab as sl
 from sae_lab.activations import harvesting
+
+# One step of a harvest by itself: what a first shard fixes.
 from sae_lab.activations.harvesting import _Harvest
 from sae_lab.activations.store import ReadAhead, Rows, Store, permute
 from sae_lab.types import Batch, Site, TokenMask

@@ -7,6 +7,8 @@ import torch
 from torch.nn.functional import normalize
 
 import sae_lab as sl
+
+# The derangement of the control: the result shows only its mean.
 from sae_lab.evals.agreement import _derange, consistency, correlation, paired_sums, transfer
 from sae_lab.saes import kernels
 from tests.evals.test_cones import knows

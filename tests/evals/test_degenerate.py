@@ -23,6 +23,8 @@ from sae_lab.evals.codelength import description_length
 from sae_lab.evals.composing import composition
 from sae_lab.evals.concept_cones import cones
 from sae_lab.evals.errors import NOISES, pathological_errors
+
+# Activations of games as board_games reads them.
 from sae_lab.evals.games import _read, board_games, othello_gpt
 from sae_lab.evals.hesitation import uncertainty
 from sae_lab.evals.injection import token_injection

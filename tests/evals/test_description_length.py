@@ -7,6 +7,8 @@ import pytest
 import torch
 
 import sae_lab as sl
+
+# The sums that one pass keeps, against sums over dense codes.
 from sae_lab.evals.codelength import _nonzero, _Sums, bits_at, description_length, gaussian_bits, run_coder, sample
 from sae_lab.stats import jackknife
 

@@ -5,6 +5,8 @@ import pytest
 import torch
 
 import sae_lab as sl
+
+# Where tokens are put in, of which the result shows only means.
 from sae_lab.evals.injection import _as_frequent, _insert, _peaks, token_injection
 from sae_lab.types import Site
 

@@ -7,6 +7,8 @@ import pytest
 import torch
 
 import sae_lab as sl
+
+# The closed form and its controls, on planted codes of every sign and density.
 from sae_lab.evals.monosemantic import (
     _both_signs,
     _dense_scores,

@@ -7,6 +7,8 @@ import pytest
 import torch
 
 import sae_lab as sl
+
+# The sums of a pass, against dense codes.
 from sae_lab.evals.position_features import _Tally, positional, rotated, variance_by_bin
 from sae_lab.saes import kernels
 from sae_lab.types import Codes, Site

@@ -8,6 +8,8 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 import sae_lab as sl
+
+# The formulas by hand: uncertainty itself asks a model many questions.
 from sae_lab.evals.hesitation import (
     _alike,
     _answered,

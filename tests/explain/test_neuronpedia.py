@@ -9,6 +9,8 @@ from functools import partial
 import pytest
 
 from sae_lab.feature_index import FeatureIndex
+
+# Names of models that are the same, without a file for each pair.
 from sae_lab.feature_index.neuronpedia import _same_model, read_labels
 from sae_lab.widgets import FeatureInspector
 

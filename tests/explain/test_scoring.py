@@ -34,6 +34,8 @@ def test_balanced_accuracy_by_hand():
 def test_pearson_by_hand():
     a, b = np.array([0.0, 1.0, 2.0]), np.array([1.0, 0.0, 5.0])
     assert pearson(a, b) == pytest.approx(np.corrcoef(a, b)[0, 1])
+    small = np.array([0.1, 0.2, 0.3])  # one of them is the mean, and their spread is far under 1
+    assert pearson(small, small) == pytest.approx(1) and pearson(small, -small) == pytest.approx(-1)
     assert pearson(np.ones(3), b) == 0 and math.isnan(pearson(a, np.ones(3)))
 
 

@@ -337,6 +337,7 @@ def test_streams(stream):
 
 
 def test_a_stream_is_split_like_a_list(stream):
+    # The split by itself: the fixture is a stream that is not split yet.
     from sae_lab.lm.text import _split
 
     text = _split(stream._data, "text", "stream", "fp")

@@ -11,6 +11,8 @@ import torch
 
 import sae_lab as sl
 from sae_lab.lm import remote
+
+# The check of what may travel, without a server.
 from sae_lab.lm.model import _require_travelling
 from sae_lab.saes import FAMILIES, kernels, portable
 

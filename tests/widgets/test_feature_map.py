@@ -10,6 +10,8 @@ import torch
 
 from sae_lab import geometry
 from sae_lab.widgets import FeatureInspector, Session
+
+# The bytes that the view reads.
 from sae_lab.widgets.feature_map import FeatureMap, _packed
 
 from .standin import StandIn

@@ -15,6 +15,8 @@ import sae_lab as sl
 from sae_lab import circuits
 from sae_lab.types import Site
 from sae_lab.widgets.panel import STATIC
+
+# The rule alone, of prompts that no grid could be made of.
 from sae_lab.widgets.patching_run import _check_length
 from tests.conftest import LAYERS
 from tests.edits.test_edit import OTHER, PROMPT, make
