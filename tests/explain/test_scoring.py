@@ -23,6 +23,7 @@ def by_hand():
     return Passages(0, firing, silent, 2.0)
 
 
+@pytest.mark.filterwarnings("error")  # NaN without both classes is a decision, not a mean over nothing
 def test_balanced_accuracy_by_hand():
     truth = np.array([True, True, False, False, False, False])
     said = np.array([True, False, False, False, False, True])
@@ -181,6 +182,28 @@ def test_what_is_not_answered_does_not_count(passages):
     assert asker.tries == {"not readable": 2}
 
 
+def test_simulations_that_are_not_answered_do_not_count(passages):
+    """23 passages in questions of 5; the first and the third fail."""
+    count = iter(range(100))
+    judge = scripted(" ship")
+    asker = Asker(lambda prompt: "I cannot say" if next(count) in (0, 2) else judge(prompt), retries=0)
+    found = score(Explanation("ships"), passages, asker, ["simulation"])
+    assert found.simulation == pytest.approx(1) and found.unanswered == 10
+    silent = score(Explanation("ships"), passages, Asker(lambda _: "", retries=0), ["simulation"])
+    assert math.isnan(silent.simulation) and silent.unanswered == 23
+
+
+def test_how_many_passages_a_question_holds(passages):
+    judge, sizes = scripted(" ship"), []
+
+    def counting(prompt):
+        sizes.append(len(re.findall(r"^\d+\. ", prompt, re.M)))
+        return judge(prompt)
+
+    score(Explanation("ships"), passages, Asker(counting))
+    assert sizes == [10, 10, 3, 10, 2, 5, 5, 5, 5, 3]
+
+
 @pytest.mark.parametrize(
     "answer",
     ["[1, 0, 1]", "```json\n[1,0,1]\n```", "[1] first\n so [1 0 1]", "[0,0,0] no: [1,0,1]",
@@ -206,6 +229,7 @@ def test_activations_that_are_read():
     [
         ("none", "not as long"), ("[[1, 2], [3, 4]]", "not as long"), ('[["x", 2], [3]]', "no list of lists"),
         ("[[1, 11], [3]]", "numbers from 0 to 10"), ("[[1, NaN], [3]]", "numbers from 0 to 10"), ("[[[1]]]", "as long"),
+        ("[[1, 2], [[3]]]", "not as long"),
     ],
 )  # fmt: skip
 def test_activations_that_are_refused(answer, words):
