@@ -32,8 +32,8 @@ _HIDDEN = re.compile("[" + re.sub("[0-9A-F]+", lambda m: f"\\U{m[0]:0>8}", HIDDE
 
 
 def visible(text: object) -> str:
-    """A text with a mark in place of each character that would not be seen, or would change how the rest is seen: ↵ for
-    a line break, U+001B for an escape."""
+    """A text with a mark in place of each character that is invisible, or changes how others look: ↵ for a line break,
+    U+001B for an escape."""
     return _HIDDEN.sub(lambda found: GLYPHS.get(found[0]) or f"U+{ord(found[0]):04X}", str(text))
 
 
@@ -46,8 +46,7 @@ def visible_lines(text: str) -> str:
 
 
 class Html(str):
-    """Text that is HTML already. ``tag`` and ``joined`` make it; put together in any other way it is plain text again,
-    and gets escaped."""
+    """Text that is HTML already, made by ``tag`` and ``joined``. Otherwise joined it is plain text, and escaped."""
 
 
 def joined(parts: Iterable[object], between: object = "") -> Html:
@@ -66,7 +65,7 @@ def tag(name: str, *children: object, **attributes: object) -> Html:
 
 
 def in_script(value: Any) -> str:
-    """A value as JSON in which no tag and no comment can begin or end, and no half of a surrogate pair stands."""
+    """A value as JSON in which no tag or comment can begin or end, without halves of surrogate pairs."""
     data = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     return _NOT_IN_SCRIPT.sub(lambda found: f"\\u{ord(found[0]):04x}", data)
 
@@ -167,12 +166,16 @@ class _Attributes(dict[str, Any]):
 
 
 class _Numbers(Formatter):
+    def convert_field(self, value: Any, conversion: Any) -> Any:
+        return len(value) if conversion == "n" else super().convert_field(value, conversion)
+
     def format_field(self, value: Any, format_spec: str) -> str:
         return UNDEFINED if isinstance(value, float) and math.isnan(value) else format(value, format_spec)
 
 
 def filled(text: str, values: Mapping[str, Any]) -> str:
-    """``text.format(**values)`` in which NaN is "undefined", and an error of NaN is left out with its ±."""
+    """``text.format(**values)`` in which NaN is "undefined", an error of NaN is left out with its ±, and "{names!n}" is
+    how many names there are."""
     return _Numbers().vformat(text, (), values).replace(f" ± {UNDEFINED}", "")
 
 
@@ -248,7 +251,8 @@ class Result(Shown):
     NamedTuples or dicts, or a dict of columns), or the fields that are its columns ("name=names": the column "name" is
     the field ``names``). ``to_pandas`` gives them; the first ``_shown`` rows of ``_printed`` are printed. ``_columns``
     are texts by heading, such as {"L0": "{l0:.1f} ± {l0_se:.1f}"}: each record is printed in them, whether there are
-    figures or not. "{mark}" is ``_mark`` in the record number ``best_index``.
+    figures or not. "{mark}" is ``_mark`` in the record number ``best_index``, "{index}" the index
+    of the table.
     """
 
     _records: str | tuple[str, ...] = ""
@@ -257,7 +261,7 @@ class Result(Shown):
     _mark = ""
 
     def figures(self) -> list[Figure]:
-        """The numbers this result stands for, in the order of the fields."""
+        """The figures of this result, in the order of the fields."""
         named = {f.name for f in fields(self)}  # type: ignore[arg-type]
         return [self._figure(f, named) for f in fields(self) if "figure" in f.metadata]  # type: ignore[arg-type]
 
@@ -272,7 +276,7 @@ class Result(Shown):
         )  # fmt: skip
 
     def figure(self, key: str) -> Figure:
-        """The figure of a field: ``found.figure("fvu")``. KeyError with those that there are."""
+        """The figure of a field: ``found.figure("fvu")``. KeyError with the known keys."""
         known = {one.key: one for one in self.figures()}
         if key not in known:
             raise KeyError(f"{type(self).__name__} has no figure {key!r}; it has: {', '.join(known)}")
@@ -280,7 +284,7 @@ class Result(Shown):
 
     def _rows(self) -> list[tuple[str, ...]]:
         if self._columns:
-            best, records = getattr(self, "best_index", -1), self.to_pandas().to_dict("records")
+            best, records = getattr(self, "best_index", -1), self.to_pandas().reset_index().to_dict("records")
             told = [record | {"mark": self._mark * (i == best)} for i, record in enumerate(records)]
             cells = [tuple(filled(text, record) for text in self._columns.values()) for record in told]
             return [tuple(self._columns), *cells]

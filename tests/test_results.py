@@ -196,6 +196,7 @@ class Tried(Result):
     _records = ("name=names", "l0", "l0_se")
     _columns = {"coder": "{name}", "L0": "{l0:.1f} ± {l0_se:.1f}", "": "{mark}"}  # noqa: RUF012
     _mark = "< least"
+    _below = "{names!n} coders"
 
 
 def test_a_result_without_figures_is_a_table_of_records():
@@ -231,4 +232,5 @@ def test_records_are_printed_as_their_columns_say():
         "a      8.0 ± 0.5",
         "b      4.0        < least",
         "c      undefined",
+        "3 coders",
     ]
