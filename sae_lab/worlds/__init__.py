@@ -1,6 +1,6 @@
-"""Worlds with known truth: activations made of features that we chose, so that what a coder finds can be checked.
+"""Worlds with known truth: activations made of chosen features, to check what a coder finds.
 
-This room imports neither coders nor language models: a world knows nothing of what is tried on it.
+This room imports neither coders nor language models.
 """
 
 from sae_lab.spelling import no_attribute

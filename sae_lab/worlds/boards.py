@@ -4,21 +4,20 @@
     games.moves[0]      # squares 0..35, one a move, -1 behind the end
     games.boards()[0]   # after each move, as the player to move sees it: 1 mine, -1 theirs, 0 empty
 
-Square number row·size + column, bit of the same number in a board's uint64. Who cannot move passes, and a pass is no
-move: as in the sequences that Othello-GPT is trained on (Li et al. 2022, arXiv:2210.13382), the same player then moves
-twice. "Mine" and "theirs" are relative to the player to move, which is how such models see the board (Nanda et al.
+Square row·size + column is the bit of the same number in a board's uint64. A player who cannot move passes, and a pass
+is no move: the other then moves twice, as in the sequences that Othello-GPT is trained on (Li et al. 2022,
+arXiv:2210.13382). "Mine" and "theirs" are relative to the player to move, as such models see the board (Nanda et al.
 2023, arXiv:2309.00941).
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from jaxtyping import Bool, Int, Int8, Shaped, UInt64
 
 from sae_lab.arguments import Count, as_annotated
 
-# A range of seeds of its own, as every world has (see ``worlds.planted``).
-TAG = 0x4F5448454C4C4F
+TAG = 0x4F5448454C4C4F  # part of every seed, as in ``dictionaries``
 SIZES = (4, 6, 8)
 _DIRECTIONS = [(row, column) for row in (-1, 0, 1) for column in (-1, 0, 1) if (row, column) != (0, 0)]
 _CHUNK = 16_384  # games played at once
@@ -29,18 +28,16 @@ Bits = UInt64[np.ndarray, "*n"]
 @as_annotated
 @dataclass(frozen=True, repr=False)
 class Games:
-    """Games of Othello. Entry [g, t] tells of game g just after its move number t, and stands for nothing behind the
-    game's end (moves -1, boards 0).
+    """Games of Othello. Entry [g, t] describes game g just after its move number t; behind its end moves are -1 and
+    boards 0.
 
     Attributes:
-        size: squares along a side.
         moves: the square each move goes to, ``games length``; length = size² − 4, the most moves a game can have.
         lengths: how many moves each game had.
-        mine, theirs: discs of the player to move next and of the other, as bitboards. After a game's last move, where
-            nobody can move, "mine" is the opponent of who moved last.
-        legal: where the player to move may go, as bitboards; 0 where the game is over.
+        mine, theirs: discs of the player to move next and of the other, as bitboards. After a game's last move "mine"
+            is the opponent of the player who moved last.
+        legal: squares that the player to move may go to, as bitboards; 0 after the last move.
         black: whether the player to move is Black, who began.
-        seed: what the games were drawn with.
     """
 
     size: int
@@ -58,7 +55,7 @@ class Games:
     def __getitem__(self, rows: slice) -> "Games":
         """Some of the games."""
         parts = {name: getattr(self, name)[rows] for name in ("moves", "lengths", "mine", "theirs", "legal", "black")}
-        return Games(self.size, **parts, seed=self.seed)
+        return replace(self, **parts)
 
     def __repr__(self) -> str:
         mean = float(self.lengths.mean()) if len(self) else 0.0
@@ -96,33 +93,27 @@ def square_name(square: Count, size: Count) -> str:
 
 @as_annotated
 def othello(size: int = 6, games: int = 1000, seed: int = 0) -> Games:
-    """Games in which every move is drawn uniformly from the legal ones.
+    """``sl.worlds.othello(6, games=1000)``: games in which every move is drawn uniformly from the legal ones.
 
     Args: size: 4, 6 or 8 squares a side. games: how many; the first of many games are those of a smaller number.
-    seed: a range of its own.
-
-    Raises ValueError for settings that cannot be.
     """
     _check_size(size)
-    for name, value, least in (("games", games, 1), ("seed", seed, 0)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+    if games < 1:
+        raise ValueError(f"games must be an integer of at least 1, got {games}")
     rng = np.random.default_rng(np.random.SeedSequence([TAG, size, seed]))
     length = size**2 - 4
     moves = np.full((games, length), -1, np.int8)
     boards = {name: np.zeros((games, length), np.uint64) for name in ("mine", "theirs", "legal")}
-    black = np.zeros((games, length), bool)
+    played = Games(size, moves, np.zeros(games, int), **boards, black=np.zeros((games, length), bool), seed=seed)
     for start in range(0, games, _CHUNK):
-        rows = slice(start, min(start + _CHUNK, games))
-        chances = rng.random((rows.stop - start, length), dtype=np.float32)
-        _play_out(chances, size, moves[rows], {k: v[rows] for k, v in boards.items()}, black[rows])
-    return Games(size, moves, (moves >= 0).sum(1), **boards, black=black, seed=seed)
+        part = played[start : start + _CHUNK]
+        _play_out(rng.random(part.moves.shape, dtype=np.float32), part)
+    return replace(played, lengths=played.real.sum(1))
 
 
-def _play_out(
-    chances: np.ndarray, size: int, moves: np.ndarray, boards: dict[str, np.ndarray], black: np.ndarray
-) -> None:
-    """Play games to their ends, a move of all at a time, into the arrays given."""
+def _play_out(chances: np.ndarray, games: Games) -> None:
+    """Play games to their ends, a move of all at a time, into their arrays."""
+    size, moves = games.size, games.moves
     going = np.arange(len(moves))
     mine, theirs = (np.full(len(moves), board, np.uint64) for board in start_board(size))
     to_move = np.ones(len(moves), bool)
@@ -135,9 +126,10 @@ def _play_out(
         to_move = ~to_move
         mine, theirs, can, passed = after_passes(mine, theirs, size)
         to_move ^= passed
-        moves[going, turn], black[going, turn] = square, to_move
-        for name, value in (("mine", mine), ("theirs", theirs), ("legal", can)):
-            boards[name][going, turn] = value
+        for into, value in (
+            (moves, square), (games.black, to_move), (games.mine, mine), (games.theirs, theirs), (games.legal, can),
+        ):  # fmt: skip
+            into[going, turn] = value
         on = can != 0
         going, mine, theirs, can, to_move = going[on], mine[on], theirs[on], can[on], to_move[on]
 
@@ -182,9 +174,8 @@ def after_passes(mine: Bits, theirs: Bits, size: int) -> tuple[Bits, Bits, Bits,
     """(mine, theirs, legal, passed): sides are swapped where who is to move has no move and the other has one."""
     can, other = legal_bits(mine, theirs, size), legal_bits(theirs, mine, size)
     passed = (can == 0) & (other != 0)
-    return (
-        np.where(passed, theirs, mine), np.where(passed, mine, theirs), np.where(passed, other, can), passed,
-    )  # fmt: skip
+    mine, theirs = np.where(passed, theirs, mine), np.where(passed, mine, theirs)
+    return mine, theirs, np.where(passed, other, can), passed
 
 
 def unpack(bits: Bits, squares: int) -> Bool[np.ndarray, "*n squares"]:
@@ -194,7 +185,7 @@ def unpack(bits: Bits, squares: int) -> Bool[np.ndarray, "*n squares"]:
 
 
 def _shift(bits: np.ndarray, direction: tuple[int, int], size: int) -> np.ndarray:
-    """Every disc one step in a direction; those that leave the board are gone."""
+    """Every disc one step in a direction, without those that leave the board."""
     row, column = direction
     step = row * size + column
     moved = bits << np.uint64(step) if step > 0 else bits >> np.uint64(-step)
@@ -202,7 +193,7 @@ def _shift(bits: np.ndarray, direction: tuple[int, int], size: int) -> np.ndarra
 
 
 def _lands(size: int, column: int) -> np.uint64:
-    """Where a step to this side can end: not in the column that a step over the edge would wrap round to."""
+    """Squares that a step to this side can end on: all but the column that a step over the edge would wrap round to."""
     skipped = {1: 0, -1: size - 1, 0: None}[column]
     return np.uint64(sum(1 << s for s in range(size**2) if s % size != skipped))
 

@@ -1,4 +1,4 @@
-"""Planted dictionaries: sparse sums of directions that we chose.
+"""Planted dictionaries: sparse sums of chosen directions.
 
     world = planted(n=128, d=64, l0=4)
     run = train(coder, world.x, TrainConfig(tokens=1_000_000))
@@ -20,9 +20,7 @@ from sae_lab.types import Codes
 Law = Literal["uniform", "zipf"]
 LAWS: tuple[str, ...] = get_args(Law)
 
-# Part of every world's seed. The stream of world 3 is then no coder's, whatever generator a coder of seed 3 uses: a
-# coder that starts from its world's own dictionary has "found" it before training.
-TAG = 0x504C414E54
+TAG = 0x504C414E54  # part of every world's seed: a coder of the same seed must not start from the world's dictionary
 MAX_PROBABILITY = 0.5  # of a feature under the zipf law: one that nearly always fires is a bias, not a feature
 MAGNITUDES = (0.5, 1.5)
 _CHUNK = 8192  # rows made at once
@@ -33,30 +31,28 @@ def planted(
     n: int = 128, d: int = 64, l0: float = 4.0, *, law: str = "uniform", correlation: float = 0.0, group: int = 2,
     hierarchy: int = 0, noise: float = 0.0, samples: int = 200_000, exponent: float = 1.2, seed: int = 0,
 ) -> World:  # fmt: skip
-    """Sparse sums of known random directions: x = Σᵢ fᵢ·dᵢ + noise.
+    """``sl.worlds.planted(n=128, d=64, l0=4)``: sparse sums of known random directions, x = Σᵢ fᵢ·dᵢ + noise.
 
-    Each feature fires in a row with its own probability pᵢ, so that the count per row varies around ``l0 = Σ pᵢ``
-    (binomially under the uniform law). Where it fires, fᵢ is uniform on [0.5, 1.5]: mean 1, never near 0, and strong
-    enough a spread that a coder must read the size and not only the presence. Directions dᵢ are random unit vectors;
-    with n > d they overlap (superposition).
+    Feature i fires in a row with probability pᵢ, so that the count per row varies around ``l0 = Σ pᵢ``. Where it fires,
+    fᵢ is uniform on [0.5, 1.5]. Directions dᵢ are random unit vectors; with n > d they overlap (superposition).
 
     Args:
         n, d: features and dimensions.
         l0: expected number of active features per row.
-        law: "uniform": all p equal. "zipf": pᵢ ∝ rank^-``exponent``, none above 0.5 (what the cap cuts off goes to the
-            other features in proportion), as in the ordered worlds of Wang et al. 2025 (arXiv:2512.02194).
+        law: "uniform": all p equal. "zipf": pᵢ ∝ rank^-``exponent``, none above 0.5 (the other features get what the
+            cap cuts off), as in the ordered worlds of Wang et al. 2025 (arXiv:2512.02194).
         correlation: features fire together, ``group`` at a time: those of neighbouring rank share a Gaussian factor. A
             feature fires where √ρ·factor + √(1-ρ)·own > Φ⁻¹(1-p), so that each keeps its p. ρ is the correlation of
-            these Gaussians; that of the firings themselves is smaller.
+            these Gaussians; that of the firings is smaller.
         hierarchy: children per parent, 0 for none. n // (1 + hierarchy) features are parents; a child fires only where
             its parent does, and there with probability 1/(1 + hierarchy), independently of its siblings. Law and
-            correlation then are those of the features without a parent.
+            correlation are then those of the features without a parent.
         noise: standard deviation of Gaussian noise in every coordinate, in units of the root mean square coordinate of
             the clean x: noise² is noise energy over signal energy.
-        samples: rows. seed: a range of its own; dictionary, firings, magnitudes and noise have separate streams, so
-            that worlds which differ in noise only share all else.
+        samples: rows. seed: dictionary, firings, magnitudes and noise have separate streams, so that worlds which
+            differ in noise only share all else.
 
-    Raises ValueError for settings that no world can have, with what is possible.
+    Raises ValueError for settings out of range, with what is possible.
     """
     settings = {
         "n": n, "d": d, "l0": l0, "law": law, "correlation": correlation, "group": group, "hierarchy": hierarchy,
@@ -66,8 +62,7 @@ def planted(
     roots, parent = _families(n, hierarchy)
     probability, parent, groups = _rank(_root_probabilities(roots, settings), parent, settings)
     streams = [np.random.default_rng(s) for s in np.random.SeedSequence([TAG, seed]).spawn(4)]
-    directions = torch.from_numpy(streams[0].standard_normal((n, d), dtype=np.float32))
-    dictionary = torch.nn.functional.normalize(directions, dim=1)
+    dictionary = _directions(streams[0], n, d)
     codes = _codes(probability, parent, groups, settings, streams[1], streams[2])
     x = _mix(codes, dictionary)
     if noise:
@@ -84,14 +79,14 @@ def planted(
 
 @as_annotated
 def product(values: tuple[int, ...] = (8, 8), d: int = 64, *, samples: int = 200_000, seed: int = 0) -> World:
-    """Things with attributes, such as coloured shapes: in each row every attribute has one of its values, all equally
-    likely and independent of the other attributes. x = Σ_a f_a·d_(a, v_a), sizes f and directions as in ``planted``.
+    """``sl.worlds.product((8, 8))``: things with attributes, such as coloured shapes.
 
-    The truth is Σ values features of which as many fire as there are attributes; a coder that may use one feature a row
-    has to learn combinations, of which there are Π values (after "Sparse autoencoders find composed features in small
-    toy models", Anders et al. 2024, LessWrong).
+    In each row every attribute has one of its values, equally likely and independent of the other attributes:
+    x = Σ_a f_a·d_(a, v_a), sizes f and directions as in ``planted``. The truth is Σ values features, of which one an
+    attribute fires; a coder with one feature a row must learn the Π values combinations (after "Sparse autoencoders
+    find composed features in small toy models", Anders et al. 2024, LessWrong).
 
-    Args: values: of each attribute, how many. labels["attribute"] says whose value a feature is.
+    Args: values: how many, of each attribute. labels["attribute"]: the attribute of each feature.
 
     Raises ValueError for fewer than two attributes, or one with a single value.
     """
@@ -99,11 +94,9 @@ def product(values: tuple[int, ...] = (8, 8), d: int = 64, *, samples: int = 200
         raise ValueError(f"values must be two numbers or more, each at least 2, got {values}: try (8, 8)")
     n = sum(values)
     settings = {"values": tuple(values), "d": d, "samples": samples, "seed": seed}
-    _check(n=n, d=d, l0=len(values), law="uniform", correlation=0.0, group=2, hierarchy=0, noise=0.0, samples=samples,
-           exponent=0.0, seed=seed)  # fmt: skip
+    _check_integers(n=n, d=d, samples=samples)
     streams = [np.random.default_rng(s) for s in np.random.SeedSequence([TAG, seed, len(values)]).spawn(3)]
-    dictionary = torch.from_numpy(streams[0].standard_normal((n, d), dtype=np.float32))
-    dictionary = torch.nn.functional.normalize(dictionary, dim=1)
+    dictionary = _directions(streams[0], n, d)
     starts = np.cumsum([0, *values[:-1]])
     features = starts + streams[1].integers(0, values, (samples, len(values)))
     sizes = streams[2].uniform(*MAGNITUDES, features.shape).astype(np.float32)
@@ -117,11 +110,20 @@ def product(values: tuple[int, ...] = (8, 8), d: int = 64, *, samples: int = 200
     return World(_mix(codes, dictionary), codes, dictionary, labels, float(len(values)), settings)
 
 
+def _directions(stream: np.random.Generator, n: int, d: int) -> Float[Tensor, "n d"]:
+    return torch.nn.functional.normalize(torch.from_numpy(stream.standard_normal((n, d), dtype=np.float32)), dim=1)
+
+
+def _check_integers(**s: int) -> None:
+    least = {"n": 1, "d": 1, "samples": 1, "group": 2, "hierarchy": 0}
+    for name, value in s.items():
+        if value < least[name]:
+            raise ValueError(f"{name} must be an integer of at least {least[name]}, got {value!r}")
+
+
 def _check(**s: Any) -> None:
-    """ValueError for the first setting that cannot be."""
-    for name, least in (("n", 1), ("d", 1), ("samples", 1), ("group", 2), ("hierarchy", 0), ("seed", 0)):
-        if not isinstance(s[name], int) or isinstance(s[name], bool) or s[name] < least:
-            raise ValueError(f"{name} must be an integer of at least {least}, got {s[name]!r}")
+    """ValueError for the first setting out of range."""
+    _check_integers(**{name: s[name] for name in ("n", "d", "samples", "group", "hierarchy")})
     if s["law"] not in LAWS:
         raise ValueError(f"unknown law {s['law']!r}; known: {', '.join(LAWS)}")
     if not 0 < s["l0"] <= s["n"]:
@@ -139,13 +141,12 @@ def _check(**s: Any) -> None:
     roots = _families(s["n"], s["hierarchy"])[0]
     if s["correlation"] and roots < s["group"]:
         raise ValueError(
-            f"group must be at most the number of features without a parent, {roots}, got {s['group']}: there is "
-            f"nothing to correlate"
+            f"group must be at most the number of features without a parent, {roots}, got {s['group']}: lower group"
         )
 
 
 def _families(n: int, hierarchy: int) -> tuple[int, np.ndarray]:
-    """(number of features without a parent, every feature's parent or -1): those without a parent stand first."""
+    """(number of features without a parent, every feature's parent or -1): those without a parent come first."""
     parents = n // (1 + hierarchy) if hierarchy else 0
     roots = n - parents * hierarchy
     return roots, np.concatenate([np.full(roots, -1), np.repeat(np.arange(parents), hierarchy)]).astype(np.int64)
@@ -192,7 +193,7 @@ def _codes(
     probability: np.ndarray, parent: np.ndarray, groups: np.ndarray, s: dict[str, Any],
     firing: np.random.Generator, sizes: np.random.Generator,
 ) -> Codes:  # fmt: skip
-    """The codes of all rows, made in chunks: nothing of size samples × n is ever held."""
+    """The codes of all rows, made in chunks: no matrix of samples × n is ever held."""
     child = np.flatnonzero(parent >= 0)
     chance = probability.copy()
     chance[child] = 1 / (1 + s["hierarchy"])
