@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -66,6 +67,45 @@ def auroc(scores: np.ndarray, positive: np.ndarray) -> np.ndarray:
     if not p or not n:
         return np.full(scores.shape[1:], np.nan)
     return (rankdata(scores, axis=0)[positive].sum(0) - p * (p + 1) / 2) / (p * n)
+
+
+class Ranks(NamedTuple):
+    """Ranks of sparse scores within each feature; all rows where a feature is silent share one rank.
+
+    order: the firings by feature, then by value; features, above: of the firings in this order, the feature and the
+    rank less ``silent``. silent: the rank of silence, of each feature.
+    """
+
+    order: np.ndarray
+    features: np.ndarray
+    above: np.ndarray
+    silent: np.ndarray
+
+
+def sparse_ranks(features: np.ndarray, values: np.ndarray, n: int, rows: int) -> Ranks:
+    """Ranks of the values of firings, of ``n`` features on ``rows`` rows: O(firings·log firings)."""
+    order = np.lexsort((values, features))
+    features, values = features[order], values[order]
+    counts = np.bincount(features, minlength=n)
+    zeros = rows - counts
+    place = np.arange(len(features)) - (counts.cumsum() - counts)[features] + 1.0 + zeros[features]
+    starts = np.ones(len(features), bool)
+    starts[1:] = (features[1:] != features[:-1]) | (values[1:] != values[:-1])
+    tie = starts.cumsum() - 1  # firings of equal strength share their mean rank
+    place = (np.bincount(tie, place) / np.bincount(tie))[tie] if len(place) else place
+    silent = (zeros + 1) / 2
+    return Ranks(order, features, place - silent[features], silent)
+
+
+def area(sums: Any, silent: Any, positives: Any, negatives: Any) -> Any:
+    """AUROC from ``sums`` of ``Ranks.above`` over the positive rows, ties counted one half: (R − p(p+1)/2)/(p·n), R the
+    rank sum of p positive and n negative rows."""
+    return (sums + positives * silent - positives * (positives + 1) / 2) / (positives * negatives)
+
+
+def f1(hits: Any, said: Any, true: Any) -> np.ndarray:
+    """F1 = 2·hits/(said + true) of counts, 0 where both are 0."""
+    return 2 * hits / np.maximum(said + true, 1)
 
 
 def permutation_p(found: float, drawn: np.ndarray) -> float:

@@ -33,3 +33,21 @@ def test_auroc_is_the_share_of_pairs_in_the_right_order():
 def test_a_permutation_p_counts_what_was_found():
     assert stats.permutation_p(3.0, np.array([1.0, 3.0, 4.0])) == 3 / 4
     assert stats.permutation_p(9.0, np.zeros(99)) == 1 / 100
+
+
+def test_ranks_of_sparse_scores_are_those_of_the_dense_ones():
+    """Ties, features that never fire and features that always do among them."""
+    random = np.random.default_rng(2)
+    dense = random.integers(1, 5, (60, 4)) * (random.random((60, 4)) < [0, 0.3, 0.7, 1])
+    labels = random.random((60, 3)) < 0.4
+    rows, features = dense.nonzero()
+    ranks = stats.sparse_ranks(features, dense[rows, features], 4, 60)
+    sums = np.zeros((4, 3))
+    np.add.at(sums, ranks.features, ranks.above[:, None] * labels[rows[ranks.order]])
+    areas = stats.area(sums, ranks.silent[:, None], labels.sum(0), (~labels).sum(0))
+    np.testing.assert_allclose(areas.T, [stats.auroc(dense, label) for label in labels.T])
+
+
+def test_f1_by_hand():
+    """Three said, four true, two of them both: 2·2/(3 + 4)."""
+    assert stats.f1(np.array([2, 0]), np.array([3, 0]), np.array([4, 0])).tolist() == [4 / 7, 0]

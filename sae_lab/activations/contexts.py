@@ -6,8 +6,25 @@ import numpy as np
 
 from sae_lab.lm.model import LM
 from sae_lab.lm.text import Context, Documents, as_text
+from sae_lab.saes.base import SparseCoder
 
 MOST_DOCUMENTS = 64
+
+
+def context_length(coder: SparseCoder, lm: LM, tokens: int, context: int | None = None) -> int:
+    """``context``, or by default what the coder was trained with, else 128 tokens. ValueError for a length that the
+    model cannot read, and for no tokens."""
+    context = trained_context(coder) if context is None else context
+    if tokens < 1:
+        raise ValueError(f"tokens must be positive, got {tokens}")
+    if not 2 <= context <= lm.max_length:
+        raise ValueError(f"context must lie between 2 and the {lm.max_length} tokens this model reads, got {context}")
+    return context
+
+
+def trained_context(coder: SparseCoder) -> int:
+    """Tokens of a context in training; 128 where the coder does not know."""
+    return int(coder.meta.get("context") or 128)
 
 
 def spread_contexts(lm: LM, text: Documents, tokens: int, length: int) -> list[Context]:

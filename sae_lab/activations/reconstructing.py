@@ -1,7 +1,7 @@
 """How much of the activations, and of the model's behaviour, a coder keeps."""
 
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import partial
 from types import SimpleNamespace
 from typing import Any, NamedTuple, no_type_check
@@ -10,38 +10,43 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae_lab.activations.contexts import spread_contexts
+from sae_lab.activations.contexts import context_length, spread_contexts
+from sae_lab.activations.reading import require_fits
 from sae_lab.arguments import as_annotated
 from sae_lab.lm.model import LM, token_losses
 from sae_lab.lm.text import Context, Documents
 from sae_lab.lm.tokens import pad
-from sae_lab.results import Shown, number
+from sae_lab.results import Result, figure
+from sae_lab.saes import kernels
 from sae_lab.saes.base import SparseCoder
 from sae_lab.stats import clustered_error
-from sae_lab.types import Codes, Site, TokenBatch, TokenMask, Write
+from sae_lab.types import Site, TokenBatch, TokenMask, Write
 
 AT_STAKE = 0.1  # nats/token that an ablation must cost, and
 SURE = 3  # how many of its standard errors, for a share of that cost to mean something
 
 
 @dataclass(frozen=True, repr=False)
-class Reconstruction(Shown):
-    """Result of ``sl.evals.reconstruction``; see DEFINITIONS in its rows.
+class Reconstruction(Result):
+    """Result of ``sl.evals.reconstruction``.
 
     Losses are nats/token; ``ce_recovered`` is 1 for the identity and 0 for mean ablation; NaN where the ablation costs
     too little for a share of it to mean something (see ``recovered``).
     """
 
-    l0: float
-    fvu: float
-    fvu_all_tokens: float
-    dead: float
+    l0: float = figure("L0", "active features per token, eval mode", digits=2)
+    fvu: float = figure("FVU", "variance unexplained, kept tokens", control="pca_fvu", control_name="PCA {pca_rank}",
+                        best="low")  # fmt: skip
+    fvu_all_tokens: float = figure("FVU, all tokens", "with the tokens that the mask leaves out", best="low")
+    dead: float = figure("dead", "fire on none of {dead_tokens:,} training tokens", best="low", digits=".2%")
     dead_tokens: int
     ce_clean: float
-    ce_delta: float
+    ce_delta: float = figure("dCE", "spliced - clean ({ce_clean:.3f}), nats/token", control="pca_ce_delta",
+                             control_name="PCA {pca_rank}", best="low")  # fmt: skip
     ce_delta_se: float
-    ce_recovered: float
-    ce_recovered_zero: float
+    ce_recovered: float = figure("CE recovered", "{_mean_ablation}", control="pca_ce_recovered",
+                                 control_name="PCA {pca_rank}", best="high")  # fmt: skip
+    ce_recovered_zero: float = figure("CE recovered, zero", "{_zero_ablation}", best="high")
     ce_delta_mean_ablation: float
     ce_delta_mean_ablation_se: float
     ce_delta_zero_ablation: float
@@ -71,36 +76,18 @@ class Reconstruction(Shown):
     def explained_variance(self) -> float:
         return 1 - self.fvu
 
-    def to_pandas(self):
-        """One row, one column a field."""
-        import pandas as pd
+    @property
+    def _mean_ablation(self) -> str:
+        return said_of("mean ablation", self.ce_delta_mean_ablation, self.ce_delta_mean_ablation_se)
 
-        return pd.DataFrame([{f.name: getattr(self, f.name) for f in fields(self) if not f.name.startswith("token_")}])
+    @property
+    def _zero_ablation(self) -> str:
+        return said_of("zero ablation", self.ce_delta_zero_ablation, self.ce_delta_zero_ablation_se)
 
-    _align = "<>><"
-
-    def _rows(self) -> list[tuple[str, str, str, str]]:
-        k = self.pca_rank
-        return [
-            ("", "coder", f"PCA {k}", ""),
-            ("L0", f"{self.l0:.2f}", str(k), "active features per token, eval mode"),
-            ("FVU", f"{self.fvu:.3f}", f"{self.pca_fvu:.3f}", "variance unexplained, kept tokens"),
-            ("FVU, all tokens", f"{self.fvu_all_tokens:.3f}", "", "with the tokens that the mask leaves out"),
-            ("dCE", f"{self.ce_delta:.3f} ± {self.ce_delta_se:.3f}", f"{self.pca_ce_delta:.3f}",
-             f"spliced - clean ({self.ce_clean:.3f}), nats/token"),
-            ("CE recovered, mean", number(self.ce_recovered), number(self.pca_ce_recovered),
-             said_of("mean ablation", self.ce_delta_mean_ablation, self.ce_delta_mean_ablation_se)),
-            ("CE recovered, zero", number(self.ce_recovered_zero), "",
-             said_of("zero ablation", self.ce_delta_zero_ablation, self.ce_delta_zero_ablation_se)),
-            ("dead", "unknown" if math.isnan(self.dead) else f"{self.dead:.2%}", "",
-             f"fire on none of {self.dead_tokens:,} training tokens"),
-        ]  # fmt: skip
-
-    def _footer(self) -> str:
-        return (
-            f"{self.tokens:,} tokens of {self.documents} documents; ± clustered by document; {self.excluded:.1%} of "
-            f"tokens {self.mask}; PCA fitted on these very tokens"
-        )
+    _below = (
+        "{tokens:,} tokens of {documents} documents; ± clustered by document; {excluded:.1%} of tokens {mask}; "
+        "PCA fitted on these very tokens"
+    )
 
 
 @as_annotated
@@ -112,7 +99,7 @@ def reconstruction(
     context: int | None = None,
     site: Site | str | None = None,
 ) -> Reconstruction:
-    """Splice the coder into the model on held-out text and measure what is lost.
+    """``sl.evals.reconstruction(sae, lm, text.held_out)``: what is lost when the coder is spliced into the model.
 
     FVU = Σ‖y−ŷ‖²/Σ‖y−ȳ‖² over kept tokens, y what the coder reconstructs. ΔCE = CE(spliced) − CE(clean), over every
     predicted token, with the tokens that the mask leaves out passing unchanged. CE recovered = 1 − ΔCE/ΔCE(ablated);
@@ -125,11 +112,7 @@ def reconstruction(
         site: of a crosscoder, which layer's reconstruction is spliced in and measured; None is the last.
     """
     _splice_site(coder, lm, site)
-    context = int(coder.meta.get("context") or 128) if context is None else context
-    if tokens < 1:
-        raise ValueError(f"tokens must be positive, got {tokens}")
-    if not 2 <= context <= lm.max_length:
-        raise ValueError(f"context must lie between 2 and the {lm.max_length} tokens this model reads, got {context}")
+    context = context_length(coder, lm, tokens, context)
     read = read_and_reconstruct(coder, lm, spread_contexts(lm, text, tokens, context), site)
     measured = _measure(coder, read.y, read.y_hat, read.active, read.kept)
     losses, documents = _losses(lm, read.site, read.contexts, read.kept, read.y_hat, measured)
@@ -140,7 +123,7 @@ def reconstruction(
         l0=measured["l0"],
         fvu=measured["fvu"],
         fvu_all_tokens=measured["fvu_all"],
-        dead=_known(coder.meta.get("dead")),
+        dead=float(math.nan if (dead := coder.meta.get("dead")) is None else dead),
         dead_tokens=coder.meta.get("dead_tokens") or 0,
         ce_clean=float(clean.mean()),
         ce_delta=d_coder,
@@ -190,24 +173,20 @@ def read_and_reconstruct(
     """One pass to the coder's site, and its reconstruction there, in eval mode. ValueError where no token is kept."""
     at, layer = _splice_site(coder, lm, site)
     mask = coder.mask or lm.mask()
-    was_training = coder.training
-    coder.eval()
-    try:
+    with coder.evaluating():
         acts, ids, kept = _read(lm, [*coder.reads, at], contexts, mask)
         if not kept.any():
             raise ValueError(f"the coder's mask leaves out every token ({mask}): evaluate with another mask or text")
-        if coder.meta.get("centred"):  # it knows nothing of the mean coordinate, nor do the norms that read the stream
+        if coder.meta.get("centred"):  # trained without the mean coordinate, which norms ignore
             acts[at] = acts[at] - acts[at].mean(-1, keepdim=True)
         x = [acts[s] for s in coder.reads]
         x_hat, active = _reconstruct(coder, x[0] if len(x) == 1 else torch.stack(x, 1), ids)
-    finally:
-        coder.train(was_training)
     return Measured(at, contexts, acts[at], x_hat if layer is None else x_hat[:, layer], active, kept, str(mask))
 
 
 def too_little(ablated: float, error: float) -> str:
-    """Why a share of what an ablation costs (nats/token ± its standard error) would say nothing, "" where it says
-    something. An error of NaN, as of a single document, rules nothing out."""
+    """Why a share of an ablation's cost (nats/token ± its standard error) would mean nothing; "" if it means something.
+    An error of NaN, as of a single document, does not count."""
     if not ablated >= AT_STAKE:
         return f"below {AT_STAKE}"
     return f"below {SURE} of its standard errors ({error:.2f})" if ablated < SURE * error else ""
@@ -215,33 +194,20 @@ def too_little(ablated: float, error: float) -> str:
 
 def recovered(cost: float, ablated: float, error: float) -> float:
     """1 − cost/ablated, the share of an ablation's cost that a coder does not lose; NaN where the ablation costs less
-    than .1 nats or less than three of its standard errors (``error``). Every eval that gives this share gets it
-    here."""
+    than .1 nats or less than three of its standard errors (``error``)."""
     return math.nan if too_little(ablated, error) else 1 - cost / ablated
 
 
 def said_of(ablation: str, cost: float, error: float) -> str:
-    """What an ablation costs, and that no share of it is given where that is too little."""
+    """What an ablation costs, and whether that is too little to give a share of it."""
     why = too_little(cost, error)
     return f"{ablation} costs {cost:.2f}" + (f", {why}: a share of that says nothing" if why else "")
 
 
-def _known(value: Any) -> float:
-    return float("nan") if value is None else float(value)
-
-
 def _splice_site(coder: SparseCoder, lm: LM, site: Site | str | None) -> tuple[Site, int | None]:
     """(where the reconstruction goes in, its place among a crosscoder's layers)."""
-    _ = coder.reads or coder.site  # a coder that knows no site is told so
+    require_fits(coder, lm)
     writes = coder.writes or coder.reads
-    widths = [(s, coder.in_shape[-1]) for s in coder.reads] + [(s, coder.out_shape[-1]) for s in writes]
-    for s, width in widths:
-        if lm.width(s) != width:
-            raise ValueError(
-                f"the coder reads d_in={width}, {lm} has width {lm.width(s)} at {s}: wrong model or site"
-                if s in coder.reads
-                else f"the coder writes d_out={width}, {lm} has width {lm.width(s)} at {s}: wrong model or site"
-            )
     at = Site.of(site) if site is not None else writes[-1]
     if at not in writes:
         raise ValueError(f"this coder writes {', '.join(map(repr, writes))}, got site={at}")
@@ -275,11 +241,9 @@ def _reconstruct(coder: SparseCoder, x: Tensor, ids: Tensor) -> tuple[Tensor, Te
     x_hats, active = [], []
     for rows, tokens in zip(x.split(4096), ids.split(4096), strict=True):
         out = coder(rows.to(device), tokens.to(device))
-        on = (out.codes.values > 0).float() if isinstance(out.codes, Codes) else (out.codes > 0).float().sum(1)
-        if isinstance(out.codes, Codes):
-            on = torch.zeros(len(rows), device=device).index_add_(0, out.codes.rows, on)
+        on = kernels.positive(out.codes).offsets.diff()
         x_hats.append(out.x_hat.cpu())
-        active.append(on.cpu())
+        active.append(on.float().cpu())
     return torch.cat(x_hats), torch.cat(active)
 
 
@@ -308,22 +272,19 @@ def _losses(
 ) -> tuple[Float[Tensor, "variants predicted"], Tensor]:
     """Loss per predicted token when the site is clean, spliced, mean-ablated, zeroed, cut to PCA; and its document.
 
-    One context at a time, all variants in one pass: what lies before the site runs once, for a batch of one, and the
-    write makes it a batch of five. Where that cannot be (the stream in mid-block is changed in place; a head's
-    neighbours are as many as they were; masks are made for the embeddings' batch; the model refuses, as BLOOM does), it
-    is five from the start.
+    One context at a time, all variants in one pass: layers below the site run once, for a batch of one, and the write
+    makes it a batch of five. If a write cannot (mid-block the stream is changed in place; other heads keep their batch;
+    masks are made for the embeddings' batch; BLOOM and others refuse), the batch is five from the start.
     """
     from tqdm.auto import tqdm
 
-    from_the_start = site.kind in ("resid_mid", "embed", "module") or site.head is not None
-    from_the_start = from_the_start or not _may_grow(lm, site, contexts[0])
+    from_the_start = fixes_the_batch(site) or not _may_grow(lm, site, contexts[0])
     collected, documents = [], []
     lengths = [len(c.ids) for c in contexts]
     parts = zip(contexts, kept.split(lengths), x_hat.split(lengths), strict=True)
     for context, keep, own in tqdm(parts, "evaluate", len(contexts), unit="context", dynamic_ncols=True):
         batch = pad([context.ids])
-        five = TokenBatch(batch.ids.expand(5, -1), batch.mask.expand(5, -1), batch.positions.expand(5, -1))
-
+        five = repeated(batch, 5)
         write = partial(variants, x_hat=own, keep=keep, mean=measured["mean"], basis=measured["basis"])
         losses = partial(losses_of_each, ids=five.ids, mask=five.mask)
         given = five if from_the_start else batch
@@ -333,15 +294,25 @@ def _losses(
     return torch.cat(collected, dim=1), torch.tensor(documents)
 
 
+def fixes_the_batch(site: Site) -> bool:
+    """Whether a write at this site must leave the number of texts as it is."""
+    return site.kind in ("resid_mid", "embed", "module") or site.head is not None
+
+
+def repeated(batch: TokenBatch, times: int) -> TokenBatch:
+    """One text several times."""
+    return TokenBatch(*(part.expand(times, -1) for part in (batch.ids, batch.mask, batch.positions)))
+
+
 def _may_grow(lm: LM, site: Site, context: Context) -> bool:
     """Whether a write may make one row five: tried on a few tokens, where all five must then cost the same."""
     batch = pad([context.ids[:4]])
-    five = TokenBatch(batch.ids.expand(5, -1), batch.mask.expand(5, -1), batch.positions.expand(5, -1))
+    five = repeated(batch, 5)
     try:
         losses = lm.run(
             batch, writes=[Write(site, five_of_one)], logits=partial(losses_of_each, ids=five.ids, mask=five.mask)
         )[1][:, 1:]
-    except Exception:  # in whatever words the model puts it
+    except Exception:  # each model has its error for this
         return False
     return losses.shape[0] == 5 and bool(torch.allclose(losses, losses[:1].expand_as(losses), rtol=1e-2))
 

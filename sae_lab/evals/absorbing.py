@@ -4,20 +4,21 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 
+from sae_lab.activations.reading import require_fits
 from sae_lab.arguments import as_annotated
 from sae_lab.lm.model import LM
 from sae_lab.lm.tokens import encode_texts, pad
-from sae_lab.results import Figure, Result
+from sae_lab.results import Figure, Result, figure
 from sae_lab.saes.base import SparseCoder
-from sae_lab.stats import mean_and_error
+from sae_lab.stats import f1, mean_and_error
 
 Convention = Literal["sae_lab", "saebench"]
-LEAST_F1 = {"sae_lab": 0.8, "saebench": 0.6}  # of a letter's own probe: below, the model hardly knows the letter there
+LEAST_F1 = {"sae_lab": 0.8, "saebench": 0.6}  # of a letter's probe: below, the activations hardly tell the letter
 LEAST_WORDS = 60  # of a letter
 COSINE = 0.025  # with the probe, of a feature that absorbs
 SHARE = 0.4  # of the word's projection on the probe, that it must bring
@@ -26,6 +27,7 @@ F1_JUMP = 0.03  # by which another main feature must raise the F1 of those befor
 MOST_MAIN = 10
 PARTIAL_COSINE, PARTIAL_FEATURES = 0.1, 3  # SAEBench's absorption fraction: who may absorb, and how many together
 _PENALTY = 0.1  # C of the probes: of .01, .1 and 1 that with the best F1 on the bundled model
+SHUFFLED = "shuffled letters"
 _BATCH = 512
 
 
@@ -60,18 +62,20 @@ class Absorption(Result):
     """Result of ``sl.evals.absorption``. rate: share of words absorbed, the mean over letters; fraction: SAEBench's
     absorption fraction; ``letters``: of each; ``cases``: the absorbed words. Means of F1 are over all letters."""
 
-    rate: float
+    rate: float = figure("absorption", "share of words", control="rate_control", control_name=SHUFFLED, best="low")
     rate_se: float
     rate_control: float
-    silent: float
-    fraction: float
+    silent: float = figure("silent", "share of words in which the main features are")
+    fraction: float = figure("absorption fraction", "of the projection", best="low")
     fraction_se: float
-    probe_f1: float
+    probe_f1: float = figure("probe F1", "of the model's activations", control="probe_f1_shuffled",
+                             control_name=SHUFFLED)  # fmt: skip
     probe_f1_shuffled: float
-    k1_f1: float
+    k1_f1: float = figure("k=1 F1", "of the best feature", control="k1_f1_shuffled", control_name=SHUFFLED,
+                          best="high")  # fmt: skip
     k1_f1_shuffled: float
-    main_features: float
-    defined: int
+    main_features: float = figure("main features", "a letter", digits=2)
+    defined: int = figure("letters", "of {letters!n} letters: their probe's F1 is at least {_least}", digits=0)
     words: int
     left_out: int
     convention: str
@@ -81,31 +85,18 @@ class Absorption(Result):
     cases: tuple[Case, ...] = field(repr=False)
 
     def figures(self) -> list[Figure]:
-        shuffled = "shuffled letters"
-        least = LEAST_F1[self.convention]
-        of = f"of {len(self.letters)} letters: their probe's F1 is at least {least}"
-        rows = [
-            Figure("absorption", self.rate, self.rate_se, self.rate_control, shuffled, "share of words", "low"),
-            Figure("silent", self.silent, meaning="share of words in which the main features are"),
-            Figure("absorption fraction", self.fraction, self.fraction_se, meaning="of the projection", best="low"),
-            Figure("probe F1", self.probe_f1, math.nan, self.probe_f1_shuffled, shuffled, "of the model's activations"),
-            Figure("k=1 F1", self.k1_f1, math.nan, self.k1_f1_shuffled, shuffled, "of the best feature", "high"),
-            Figure("main features", self.main_features, meaning="a letter", digits=2),
-            Figure("letters", self.defined, meaning=of, digits=0),
-        ]
-        return rows if self.convention == "saebench" else [row for row in rows if row.measure != "absorption fraction"]
+        shown = super().figures()
+        return shown if self.convention == "saebench" else [one for one in shown if one.key != "fraction"]
 
-    def _footer(self) -> str:
-        return (
-            f"{self.words:,} words, a fifth in test; ± over letters; convention {self.convention}; seed {self.seed}; "
-            f"{self.left_out} words {self.mask}"
-        )
+    _records = "letters"
+    _below = (
+        "{words:,} words, a fifth in test; ± over letters; convention {convention}; seed {seed}; "
+        "{left_out} words {mask}"
+    )
 
-    def to_pandas(self):
-        """One row a letter."""
-        import pandas as pd
-
-        return pd.DataFrame(self.letters)
+    @property
+    def _least(self) -> float:
+        return LEAST_F1[self.convention]
 
 
 @as_annotated
@@ -116,34 +107,34 @@ def absorption(
     words: int = 8_000,
     before: str = "",
     seed: int = 0,
-    convention: str = "sae_lab",
+    convention: Convention = "sae_lab",
 ) -> Absorption:
-    """First letters: in what share of words do a letter's features fail to fire, and another brings their part?
+    """``sl.evals.absorption(sae, lm)``: share of words in which another feature takes the part of their first letter's.
 
-    Words are single tokens (a space and small letters), as equally many of each letter as there are, split 60/20/20.
-    Per letter: p, the unit direction of a logistic probe of x at the word's token; the main features, the first k by
-    (mean of the letter − mean of others)/deviation on train, where k grows as long as the F1 of a probe of them rises
-    by .03 on validation. Of the test words that the probe gets right, a word is absorbed where, of its projection
-    P = (x − x̄)·p, the main features bring at most .1 P and some other feature of cosine ≥ .025 with p brings at least
-    .4 P. A feature brings (f − f̄)·W_dec·p; x̄ and f̄ are means over the other letters' training words, so that what all
-    words share does not count. NaN for a letter whose probe's F1 is below .8. Control: the same words, main features
-    and silences, but p of probes trained on shuffled letters: how often any direction would find such a feature.
+    Words are single tokens (a space and small letters), about as many of each letter, split 60/20/20. Per letter: p,
+    the unit direction of a logistic probe of x at the word's token; the main features, the first k by (mean of the
+    letter − mean of others)/deviation on train, where k grows as long as the F1 of a probe of them rises by .03 on
+    validation. Of the test words that the probe gets right, a word is absorbed if the main features bring at most .1 of
+    its projection P = (x − x̄)·p, and another feature with a cosine of .025 or more with p brings at least .4 of it. A
+    feature brings (f − f̄)·W_dec·p: f are ``SparseCoder.strengths``, W_dec unit rows, x̄ and f̄ means over the other
+    letters' training words. NaN for a letter whose probe's F1 is below .8. Control: the same words and silences, but p
+    of probes trained on shuffled letters.
 
     After Chanin et al. 2024 (arXiv:2409.14507), whose prompt is "{word} has the first letter:" after examples: what
-    follows the word cannot change its activation and is not read, and what stands before it is ``before`` (none: ten
-    times the words in the same time). They ask which feature matters most for the model's answer, we whose share of the
-    projection is large.
+    follows the word cannot change its activation and is not read; ``before`` is the text in front of it. They ask
+    which feature matters most for the model's answer, we which brings a large share of the projection.
 
-    f are ``SparseCoder.strengths`` throughout, W_dec rows at unit norm.
-
-    ``convention="saebench"`` (Karvonen et al. 2025, arXiv:2503.09532): P = x·p and what features bring is f·cosine,
-    nothing subtracted; main features entirely silent, and the largest of all must be the one that absorbs;
-    ``fraction`` is their absorption fraction; letters from F1 .6. Main features are found as above, theirs by an L1
-    probe.
+    ``convention="saebench"`` (Karvonen et al. 2025, arXiv:2503.09532): P = x·p, a feature brings f·cosine; the main
+    features must be silent, and the largest of all must be the one that absorbs; letters from F1 .6; ``fraction`` is
+    their absorption fraction. Main features are found as above, theirs by an L1 probe.
 
     Raises ValueError for a coder of another model, a transcoder, or a tokenizer with too few such words.
     """
-    _check(sae, lm, words, convention)
+    if words < 2 * LEAST_WORDS:
+        raise ValueError(f"words must be an integer of at least {2 * LEAST_WORDS}, got {words}")
+    if sae.transcodes:
+        raise ValueError("absorption needs a coder that reconstructs what it reads, got a transcoder")
+    require_fits(sae, lm)
     ids, names = _words(lm, words, seed)
     x, f, kept = _read(sae, lm, ids, before)
     names = [name for name, k in zip(names, kept, strict=True) if k]
@@ -166,7 +157,7 @@ def absorption(
         chance.append((false.f1, _main(f, shuffled == letter, part, most=1)[1]))
         right = np.flatnonzero((part == 2) & (letters == letter) & probe.says)
         others = np.flatnonzero((part == 0) & (letters != letter))
-        known = probe.f1 >= LEAST_F1[convention] and len(right)
+        knows = probe.f1 >= LEAST_F1[convention] and len(right)
         here = (f[right].toarray(), x[right], W_dec)
         base = (np.asarray(f[others].mean(0)).ravel(), x[others].mean(0))
         judged = judge(*here, probe.direction, main, *base, convention)
@@ -175,15 +166,40 @@ def absorption(
         found.append(
             Letter(
                 letter, probe.f1, k1, main_f1, tuple(main), len(right),
-                *(float(r.mean()) if known else math.nan for r in rates),
+                *(float(r.mean()) if knows else math.nan for r in rates),
             )
         )  # fmt: skip
         cases += [
             Case(letter, names[right[i]], int(judged.feature[i]), float(judged.share[i]))
             for i in np.flatnonzero(judged.absorbed)
-            if known
+            if knows
         ]
-    return _result(found, cases, chance, len(names), int((~kept).sum()), convention, str(sae.mask or lm.mask()), seed)
+    known = [one for one in found if not math.isnan(one.rate)]
+    rate, fraction, control, silent = (
+        mean_and_error([getattr(one, name) for one in known]) for name in ("rate", "fraction", "control", "silent")
+    )
+    probe_shuffled, k1_shuffled = np.mean(chance, axis=0)
+    return Absorption(
+        rate=rate[0],
+        rate_se=rate[1],
+        rate_control=control[0],
+        silent=silent[0],
+        fraction=fraction[0],
+        fraction_se=fraction[1],
+        probe_f1=float(np.mean([one.probe_f1 for one in found])),
+        probe_f1_shuffled=float(probe_shuffled),
+        k1_f1=float(np.mean([one.k1_f1 for one in found])),
+        k1_f1_shuffled=float(k1_shuffled),
+        main_features=mean_and_error([len(one.main) for one in known])[0],
+        defined=len(known),
+        words=len(names),
+        left_out=int((~kept).sum()),
+        convention=convention,
+        mask=str(sae.mask or lm.mask()),
+        seed=seed,
+        letters=tuple(found),
+        cases=tuple(cases),
+    )
 
 
 class Judged(NamedTuple):
@@ -201,8 +217,9 @@ def judge(
     f: np.ndarray, x: np.ndarray, W_dec: np.ndarray, p: np.ndarray, main: Sequence[int], f_base: np.ndarray,
     x_base: np.ndarray, convention: str = "sae_lab", silent: np.ndarray | None = None,
 ) -> Judged:  # fmt: skip
-    """The criteria of ``absorption`` for strengths ``words d_sae`` and activations ``words d`` of words of one letter,
-    p its probe's unit direction, f_base and x_base means over words of others. silent: where that is known already."""
+    """The criteria of ``absorption`` for strengths ``words d_sae`` and activations ``words d`` of words of one letter.
+
+    p: the unit direction of its probe. f_base, x_base: means over words of other letters. silent: if known already."""
     main = list(main)
     cosine = W_dec @ p / np.linalg.norm(W_dec, axis=1).clip(1e-8)
     if convention == "saebench":
@@ -270,29 +287,21 @@ def _read(sae: SparseCoder, lm: LM, ids: list[int], before: str) -> tuple[np.nda
     site, mask = sae.site, sae.mask or lm.mask()
     start = [] if lm.prefix_id is None else [lm.prefix_id]
     start += encode_texts(lm.tokenizer, [before])[0] if before else []
-    xs, codes, keeps = [], [], []
-    was_training = sae.training
-    sae.eval()
-    try:
-        for first in tqdm(range(0, len(ids), _BATCH), "words", unit="batch", dynamic_ncols=True):
-            batch = pad([[*start, i] for i in ids[first : first + _BATCH]])
-            x = lm.run(batch, [site], logits=False)[0][site][:, -1].cpu()
-            keep = mask.keep(batch.ids[:, -1], batch.positions[:, -1], {site: x})
-            x = x[keep].float()
-            found = sae.strengths(sae.sparse_codes(x.to(sae.W_dec.device)), x.to(sae.W_dec.device))
-            parts = [t.cpu().numpy() for t in (found.values, found.features, found.offsets)]
-            codes.append(sparse.csr_matrix(tuple(parts), shape=(len(x), sae.d_sae)))
-            xs.append(x)
-            keeps.append(keep)
-    finally:
-        sae.train(was_training)
+    xs, keeps = [], []
+    for first in tqdm(range(0, len(ids), _BATCH), "words", unit="batch", dynamic_ncols=True):
+        batch = pad([[*start, i] for i in ids[first : first + _BATCH]])
+        x = lm.run(batch, [site], logits=False)[0][site][:, -1].cpu()
+        keeps.append(mask.keep(batch.ids[:, -1], batch.positions[:, -1], {site: x}))
+        xs.append(x[keeps[-1]].float())
+    found = sae.codes_of(xs, strengths=True)
+    codes = sparse.csr_matrix(tuple(t.numpy() for t in found[:3]), shape=(len(found.offsets) - 1, sae.d_sae))
     kept = torch.cat(keeps).numpy()
     if kept.sum() < LEAST_WORDS:
         raise ValueError(
             f"the mask keeps {kept.sum()} of {len(ids)} words ({mask}): give them something to stand after, e.g. "
             "before='The word:'"
         )
-    return torch.cat(xs).numpy(), sparse.vstack(codes).tocsr(), kept
+    return torch.cat(xs).numpy(), codes, kept
 
 
 class _Probe(NamedTuple):
@@ -311,7 +320,7 @@ def _probe(x: np.ndarray, y: np.ndarray, part: np.ndarray) -> _Probe:
     model = LogisticRegression(C=_PENALTY, class_weight="balanced", max_iter=500).fit(z[train], y[train])
     direction = model.coef_[0] / np.where(deviation > 0, deviation, 1)
     says = model.predict(z)
-    return _Probe(direction / np.linalg.norm(direction).clip(1e-8), f1(y[part == 2], says[part == 2]), says)
+    return _Probe(direction / np.linalg.norm(direction).clip(1e-8), _f1(y[part == 2], says[part == 2]), says)
 
 
 def _main(f: Any, y: np.ndarray, part: np.ndarray, most: int = MOST_MAIN) -> tuple[list[int], float, float]:
@@ -329,61 +338,13 @@ def _main(f: Any, y: np.ndarray, part: np.ndarray, most: int = MOST_MAIN) -> tup
     for k in range(1, len(order) + 1):
         inputs = f[:, order[:k]].toarray() / deviation[order[:k]]
         says = LogisticRegression(class_weight="balanced", max_iter=500).fit(inputs[train], y[train]).predict(inputs)
-        now = f1(y[part == 1], says[part == 1])
+        now = _f1(y[part == 1], says[part == 1])
         if now <= before + F1_JUMP:
             break
         main, before = [int(i) for i in order[:k]], now
-        scores.append(f1(y[part == 2], says[part == 2]))
+        scores.append(_f1(y[part == 2], says[part == 2]))
     return main, scores[min(1, len(scores) - 1)], scores[-1]
 
 
-def f1(y: np.ndarray, says: np.ndarray) -> float:
-    """2·hits/(2·hits + misses + false alarms), 0 where nothing is said."""
-    hits = int((y & says).sum())
-    return 2 * hits / max(1, int(y.sum() + says.sum()))
-
-
-def _check(sae: SparseCoder, lm: LM, words: int, convention: str) -> None:
-    if convention not in get_args(Convention):
-        raise ValueError(f"convention must be one of {', '.join(get_args(Convention))}, got {convention!r}")
-    if not isinstance(words, int) or words < 2 * LEAST_WORDS:
-        raise ValueError(f"words must be an integer of at least {2 * LEAST_WORDS}, got {words!r}")
-    if sae.transcodes:
-        raise ValueError(
-            "absorption needs a coder that reconstructs what it reads: a transcoder's directions are others"
-        )
-    if lm.width(sae.site) != sae.d_in:
-        width = lm.width(sae.site)
-        raise ValueError(f"the coder reads d_in={sae.d_in}, {lm} has width {width} at {sae.site}: wrong model or site")
-
-
-def _result(
-    found: list[Letter], cases: list[Case], chance: list[tuple[float, float]], words: int, left_out: int,
-    convention: str, mask: str, seed: int,
-) -> Absorption:  # fmt: skip
-    known = [one for one in found if not math.isnan(one.rate)]
-    rate, fraction, control = (
-        mean_and_error([getattr(one, n) for one in known]) for n in ("rate", "fraction", "control")
-    )
-    probe_shuffled, k1_shuffled = np.mean(chance, axis=0)
-    return Absorption(
-        rate=rate[0],
-        rate_se=rate[1],
-        rate_control=control[0],
-        silent=mean_and_error([one.silent for one in known])[0],
-        fraction=fraction[0],
-        fraction_se=fraction[1],
-        probe_f1=float(np.mean([one.probe_f1 for one in found])),
-        probe_f1_shuffled=float(probe_shuffled),
-        k1_f1=float(np.mean([one.k1_f1 for one in found])),
-        k1_f1_shuffled=float(k1_shuffled),
-        main_features=float(np.mean([len(one.main) for one in known])) if known else math.nan,
-        defined=len(known),
-        words=words,
-        left_out=left_out,
-        convention=convention,
-        mask=mask,
-        seed=seed,
-        letters=tuple(found),
-        cases=tuple(cases),
-    )
+def _f1(y: np.ndarray, says: np.ndarray) -> float:
+    return float(f1((y & says).sum(), says.sum(), y.sum()))

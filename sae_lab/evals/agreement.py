@@ -1,7 +1,7 @@
-"""Whether coders find the same features, across seeds, layers, checkpoints and models; one coder carried elsewhere."""
+"""Whether coders find the same features, across seeds, layers, checkpoints and models; one coder on other data."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
@@ -14,11 +14,11 @@ from sae_lab.activations.reconstructing import Reconstruction, reconstruction
 from sae_lab.activations.store import Store
 from sae_lab.activations.world import World
 from sae_lab.arguments import as_annotated
-from sae_lab.evals.codelength import run_coder, sample
+from sae_lab.evals.sampling import Sample, encoded, sample, summed
 from sae_lab.feature_index.matching import Match, match
 from sae_lab.lm.model import LM
 from sae_lab.lm.text import Documents
-from sae_lab.results import Figure, Result, number
+from sae_lab.results import Figure, Result, figure
 from sae_lab.saes.base import SparseCoder
 from sae_lab.stats import jackknife
 from sae_lab.types import Codes
@@ -31,28 +31,26 @@ class Pair(Result):
     """How two dictionaries agree, ``b``'s features matched one to one with ``a``'s.
 
     Attributes:
-        a, b: their names.
-        stability: mean cosine of matched pairs; ``stability_shuffled`` of the same pairs in a random order,
-            ``stability_random`` of b matched with random rows.
-        shared: share of matched pairs with a cosine of at least the threshold; ``shared_random``.
-        orderedness: Spearman correlation of the pairs' row numbers; ``orderedness_random``.
-        agreement: mean correlation of activations of matched pairs on the same rows, over pairs of which both fire;
-            ``agreement_se`` (jackknife over groups of documents), ``agreement_shuffled`` of shuffled pairs. NaN without
-            rows.
-        pairs, compared: pairs matched, and those in ``agreement``.
+        stability_shuffled: stability of the same pairs in a random order; ``*_random``: of b matched with random rows.
+        agreement: over pairs of which both fire on the rows, ``compared`` of them; NaN without rows. agreement_se:
+            jackknife over groups of documents; agreement_shuffled: of shuffled pairs.
         correlations: of every row of b, NaN where it has none. match: the match of decoders.
     """
 
     a: str
     b: str
-    stability: float
+    stability: float = figure("stability", "mean cosine of {pairs:,} matched pairs", control="stability_random",
+                              control_name="random rows", best="high")  # fmt: skip
     stability_shuffled: float
     stability_random: float
-    shared: float
+    shared: float = figure("shared", "pairs with a cosine of at least {threshold:g}", control="shared_random",
+                           control_name="random rows", best="high")  # fmt: skip
     shared_random: float
-    orderedness: float
+    orderedness: float = figure("orderedness", "Spearman of the pairs' row numbers", control="orderedness_random",
+                                control_name="random rows")  # fmt: skip
     orderedness_random: float
-    agreement: float
+    agreement: float = figure("agreement", "correlation of activations, {compared:,} pairs of which both fire",
+                              control="agreement_shuffled", control_name="shuffled pairs", best="high")  # fmt: skip
     agreement_se: float
     agreement_shuffled: float
     pairs: int
@@ -61,20 +59,7 @@ class Pair(Result):
     correlations: Float[Tensor, " rows_b"] = field(repr=False, compare=False)
     match: Match = field(repr=False, compare=False)
 
-    def figures(self) -> list[Figure]:
-        return [
-            Figure("stability", self.stability, control=self.stability_random, control_name="random rows",
-                   meaning=f"mean cosine of {self.pairs:,} matched pairs", best="high"),
-            Figure("shared", self.shared, control=self.shared_random, control_name="random rows",
-                   meaning=f"pairs with a cosine of at least {self.threshold:g}", best="high"),
-            Figure("orderedness", self.orderedness, control=self.orderedness_random, control_name="random rows",
-                   meaning="Spearman of the pairs' row numbers"),
-            Figure("agreement", self.agreement, self.agreement_se, self.agreement_shuffled, "shuffled pairs",
-                   f"correlation of activations, {self.compared:,} pairs of which both fire", "high"),
-        ]  # fmt: skip
-
-    def _footer(self) -> str:
-        return f"{self.a} and {self.b}; shuffled pairs: mean cosine {self.stability_shuffled:.3f}"
+    _below = "{a} and {b}; shuffled pairs: mean cosine {stability_shuffled:.3f}"
 
 
 @dataclass(frozen=True, repr=False)
@@ -93,44 +78,38 @@ class Consistency(Result):
 
     @property
     def neighbours(self) -> float:
-        """Mean stability of coders that stand beside each other in the order given: layers, or checkpoints."""
+        """Mean stability of coders that follow each other in the order given: layers, or checkpoints."""
         beside = set(zip(self.names, self.names[1:], strict=False))
         return _mean([p.stability for p in self.pairs if (p.a, p.b) in beside])
 
     def figures(self) -> list[Figure]:
         if len(self.pairs) == 1:
             return self.pairs[0].figures()
-        n, mean = len(self.pairs), self.mean
-        randoms = {m: _mean([getattr(p, f"{m}_random") for p in self.pairs]) for m in _MEASURES[:3]}
-        figures = [
-            Figure(m, mean[m], control=randoms[m], control_name="random rows", meaning=f"mean of {n} pairs of coders")
-            for m in randoms
-        ]
-        shuffled = _mean([p.agreement_shuffled for p in self.pairs])
-        return [*figures, Figure("agreement", mean["agreement"], control=shuffled, control_name="shuffled pairs")]
+        meaning, found = f"mean of {len(self.pairs)} pairs of coders", []
+        for name, value in self.mean.items():
+            random, control = ("shuffled pairs", "shuffled") if name == "agreement" else ("random rows", "random")
+            against = _mean([getattr(p, f"{name}_{control}") for p in self.pairs])
+            found.append(Figure(name, value, math.nan, against, random, meaning, key=name))
+        return found
 
-    def to_pandas(self):
-        """One row a pair of coders."""
-        import pandas as pd
+    @property
+    def _each(self) -> list[dict[str, Any]]:
+        return [row for pair in self.pairs for row in pair.to_pandas().to_dict("records")]
 
-        return pd.concat([p.to_pandas() for p in self.pairs], ignore_index=True)
+    _records = "_each"
 
-    def _rows(self) -> list[tuple[str, ...]]:
-        if len(self.pairs) == 1:
-            return super()._rows()
-        head = ("", "stability", "random", "shared", "random", "orderedness", "agreement", "shuffled")
-        return [head] + [
-            (f"{p.a} | {p.b}", number(p.stability), number(p.stability_random), number(p.shared),
-             number(p.shared_random), number(p.orderedness), Figure("", p.agreement, p.agreement_se).text,
-             number(p.agreement_shuffled))
-            for p in self.pairs
-        ]  # fmt: skip
+    _columns = {  # noqa: RUF012
+        "": "{a} | {b}", "stability": "{stability:.3f}", "random": "{stability_random:.3f}",
+        "shared": "{shared:.3f}", "shared, random": "{shared_random:.3f}", "orderedness": "{orderedness:.3f}",
+        "agreement": "{agreement:.3f} ± {agreement_se:.3f}", "shuffled": "{agreement_shuffled:.3f}",
+    }  # fmt: skip
+    _below = "pairs matched by decoder; shared: cosine of at least {pairs[0].threshold:g}{_remark}"
 
-    def _footer(self) -> str:
-        text = f"pairs matched by decoder; shared: cosine of at least {self.pairs[0].threshold:g}"
+    @property
+    def _remark(self) -> str:
         if not self.rows:
-            return text + "; no activations given: agreement is undefined"
-        return text + f"; {self.rows:,} rows of {self.documents:,} documents"
+            return "; no activations given: agreement is undefined"
+        return f"; {self.rows:,} rows of {self.documents:,} documents"
 
 
 @as_annotated
@@ -140,19 +119,19 @@ def consistency(
     names: Sequence[str] | None = None, threshold: float = 0.7, live: bool = False, tokens: int = 16_384,
     seed: int = 0,
 ) -> Consistency:  # fmt: skip
-    """Do these coders have the same features? Of seeds, neighbouring layers, checkpoints, a base and a chat model.
+    """``sl.evals.consistency(a, b, x=store)``: whether coders (seeds, layers, checkpoints) share features.
 
     Features of every two are matched one to one, so that the sum of their decoder cosines is largest (``sl.match``):
     stability (Stab) is the mean cosine of pairs (Fel et al. 2025, arXiv:2502.12892), orderedness (Ord) Spearman's
-    correlation of their row numbers (Wang et al. 2025, arXiv:2512.02194). Agreement is what decoders do not say:
+    correlation of their row numbers (Wang et al. 2025, arXiv:2512.02194). Agreement compares activations:
 
         r_ij = corr(f_i(x), g_j(x)) over rows x, for matched i and j that fire at all, averaged over pairs.
 
     Controls: the match of random rows, and shuffled pairs. Two decoders may agree while their encoders do not.
 
     Args:
-        coders: two or more, in an order that means something (layers, checkpoints) or none; worlds and tensors of
-            directions too, which have no codes.
+        coders: two or more, in the order of layers or checkpoints, or in any; worlds and tensors of directions too,
+            without x.
         x: activations that all coders read; or a list, one for each coder, row by row of the same tokens: other layers
             (``store.at(site)``), or another model's activations on the same text. None: decoders only.
         names: of the coders, for the table.
@@ -164,18 +143,17 @@ def consistency(
     labels = _names(coders, names)
     if not -1 <= threshold <= 1:
         raise ValueError(f"threshold is a cosine from -1 to 1, got {threshold}")
-    found: list[Codes] = []
-    folds = documents = None
+    rows = codes = None
     if x is not None:
-        codes, folds, documents = _codes_of(coders, x, tokens)
-        found = list(codes)
+        rows, codes = _codes_of(coders, x, tokens)
     pairs = []
     for i, j in combinations(range(len(coders)), 2):
         matched = match(coders[i], coders[j], threshold=min(threshold, 0.999), live=live, hungarian=True)
-        codes = (found[i], found[j]) if found else None
-        pairs.append(_pair(matched, coders[i], coders[j], (labels[i], labels[j]), codes, folds, threshold, seed))
-    rows = 0 if folds is None else len(folds)
-    return Consistency(tuple(labels), tuple(pairs), rows, 0 if documents is None else documents)
+        of = (codes[i], codes[j], rows.folds) if rows and codes else None
+        pairs.append(_pair(matched, coders[i], coders[j], (labels[i], labels[j]), of, threshold, seed))
+    return Consistency(
+        tuple(labels), tuple(pairs), len(rows.x) if rows else 0, len(rows.documents.unique()) if rows else 0
+    )
 
 
 def _names(coders: Sequence[Any], names: Sequence[str] | None) -> list[str]:
@@ -188,8 +166,8 @@ def _names(coders: Sequence[Any], names: Sequence[str] | None) -> list[str]:
     return list(names)
 
 
-def _codes_of(coders: Sequence[Any], x: Any, tokens: int) -> tuple[list[Codes], Tensor, int]:
-    """(codes of every coder on the same rows, the fold of each row, how many documents)."""
+def _codes_of(coders: Sequence[Any], x: Any, tokens: int) -> tuple[Sample, list[Codes]]:
+    """(the rows of the first coder, the codes of every coder on the same rows)."""
     for coder in coders:
         if not isinstance(coder, SparseCoder):
             raise ValueError(
@@ -208,15 +186,14 @@ def _codes_of(coders: Sequence[Any], x: Any, tokens: int) -> tuple[list[Codes], 
                 "x must hold the same tokens for every coder, row by row, and these differ: harvest the sites in one "
                 "store and pass [store.at(site), ...]"
             )
-    codes = [run_coder(coder, of)[0] for coder, of in zip(coders, rows, strict=True)]
-    return codes, rows[0].folds, len(rows[0].documents.unique())
+    return rows[0], [encoded(coder, of)[0] for coder, of in zip(coders, rows, strict=True)]
 
 
 def _pair(
-    matched: Match, a: Any, b: Any, names: tuple[str, str], codes: tuple[Codes, Codes] | None,
-    folds: Tensor | None, threshold: float, seed: int,
+    matched: Match, a: Any, b: Any, names: tuple[str, str], codes: tuple[Codes, Codes, Tensor] | None,
+    threshold: float, seed: int,
 ) -> Pair:  # fmt: skip
-    """Every measure of one match."""
+    """Every measure of one match. codes: of a and of b, and the fold of each row."""
     at_b = (matched.permutation >= 0).nonzero().flatten()
     at_b = at_b[matched.cosines[at_b].argsort(descending=True, stable=True)]  # shuffled by rank, not by number
     at_a = matched.permutation[at_b]
@@ -227,13 +204,13 @@ def _pair(
     assert control is not None
     correlations = torch.full((len(matched.permutation),), math.nan, dtype=torch.float64)
     agreement = error = chance = math.nan
-    if codes is not None and folds is not None:
-        sums = paired_sums(codes[0], codes[1], at_a, at_b, folds)
+    if codes:
+        f, g, folds = codes
+        sums = paired_sums(f, g, at_a, at_b, folds)
         correlations[at_b] = correlation(sums.sum(0))
         agreement = _mean(correlations.tolist())
-        if len(sums) > 1:
-            error = jackknife(float(correlation(sums.sum(0) - one).nanmean()) for one in sums)
-        chance = float(correlation(paired_sums(codes[0], codes[1], at_a[other], at_b, folds).sum(0)).nanmean())
+        error = jackknife(float(correlation(sums.sum(0) - one).nanmean()) for one in sums)
+        chance = float(correlation(paired_sums(f, g, at_a[other], at_b, folds).sum(0)).nanmean())
     return Pair(
         a=names[0],
         b=names[1],
@@ -261,7 +238,7 @@ def _directions(source: Any) -> Tensor:
 
 
 def _derange(n: int, seed: int) -> Tensor:
-    """A random order of n in which nothing stays where it was (of one, nothing else can be)."""
+    """A random order of n in which no place keeps its number, if n is above 1."""
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
     moved = torch.empty_like(order)
     moved[order] = order.roll(1)  # along one random cycle
@@ -285,8 +262,7 @@ def paired_sums(
         rows, which = codes.rows, pair[codes.features]
         rows, which, value = rows[which >= 0], which[which >= 0], codes.values[which >= 0].double()
         place = folds[rows] * n + which
-        out[:, first] = torch.zeros(groups * n, dtype=torch.float64).index_add(0, place, value).view(groups, n)
-        out[:, first + 2] = torch.zeros(groups * n, dtype=torch.float64).index_add(0, place, value**2).view(groups, n)
+        out[:, first], out[:, first + 2] = summed(value, place, groups, n), summed(value**2, place, groups, n)
         key, order = (rows * n + which).sort()
         keys.append(key)
         values.append(value[order])
@@ -294,8 +270,7 @@ def paired_sums(
         where = torch.searchsorted(keys[1], keys[0]).clamp_max(len(keys[1]) - 1)
         both = keys[1][where] == keys[0]
         key, product = keys[0][both], values[0][both] * values[1][where[both]]
-        place = folds[key // n] * n + key % n
-        out[:, 5] = torch.zeros(groups * n, dtype=torch.float64).index_add(0, place, product).view(groups, n)
+        out[:, 5] = summed(product, folds[key // n] * n + key % n, groups, n)
     return out
 
 
@@ -333,26 +308,22 @@ class Transfer(Result):
 
     def figures(self) -> list[Figure]:
         one, two = self.at_home, self.elsewhere
+        both = (("at home", one), ("elsewhere", two))
         return [
-            *(Figure(f"FVU {name}", of.fvu, control=of.pca_fvu, control_name=f"PCA {of.pca_rank}", best="low")
-              for name, of in self._both()),
+            *(of.figure("fvu")._replace(measure=f"FVU {name}", key=f"fvu {name}") for name, of in both),
             *(Figure(f"dCE {name}", of.ce_delta, of.ce_delta_se, of.ce_delta_mean_ablation, "mean ablation",
-                     "nats/token", "low") for name, of in self._both()),
-            Figure("dCE, difference", self.ce_difference, self.ce_difference_se,
+                     "nats/token", "low", key=f"ce_delta {name}") for name, of in both),
+            Figure("dCE, difference", self.ce_difference, self.ce_difference_se, key="ce_difference",
                    meaning="elsewhere - at home, " + ("paired by token" if self.paired else "other tokens")),
-            Figure("CE recovered, difference", two.ce_recovered - one.ce_recovered,
+            Figure("CE recovered, difference", two.ce_recovered - one.ce_recovered, key="ce_recovered",
                    control=two.pca_ce_recovered - one.pca_ce_recovered, control_name=f"PCA {one.pca_rank}"),
         ]  # fmt: skip
-
-    def _both(self) -> Iterator[tuple[str, Reconstruction]]:
-        yield "at home", self.at_home
-        yield "elsewhere", self.elsewhere
 
     def to_pandas(self):
         """Two rows, one column a measure."""
         import pandas as pd
 
-        return pd.concat([of.to_pandas() for _, of in self._both()], keys=[n for n, _ in self._both()]).droplevel(1)
+        return pd.concat({"at home": self.at_home.to_pandas(), "elsewhere": self.elsewhere.to_pandas()}).droplevel(1)
 
     def _footer(self) -> str:
         return f"at home: {self.at_home._footer()}\nelsewhere: {self.elsewhere._footer()}"
@@ -363,12 +334,12 @@ def transfer(
     coder: SparseCoder, lm: LM, text: Documents, *, other_lm: LM | None = None,
     other_text: Documents | None = None, tokens: int = 8_192,
 ) -> Transfer:  # fmt: skip
-    """What the same coder loses on another model (base and chat), or on other text: ``evals.reconstruction`` of both.
+    """``sl.evals.transfer(sae, lm, text, other_lm=chat)``: ``reconstruction`` here, and on another model or other text.
 
     Give ``other_lm``, ``other_text``, or both. With the same text and tokeniser the two are paired by token. PCA is
-    fitted to each anew, so it does not transfer: it tells how hard each is.
+    fitted to each anew: it tells how hard each is to reconstruct.
 
-    Raises ValueError where there is no other, and where ``evals.reconstruction`` does.
+    Raises ValueError without other_lm and other_text, and where ``evals.reconstruction`` does.
     """
     if other_lm is None and other_text is None:
         raise ValueError("transfer compares two: give other_lm, other_text, or both")

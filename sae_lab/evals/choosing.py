@@ -9,26 +9,25 @@ from torch import Tensor
 
 from sae_lab.activations.store import Rows, Store
 from sae_lab.arguments import as_annotated
-from sae_lab.results import Shown
+from sae_lab.evals.sampling import evenly, named, require, require_tokens
+from sae_lab.results import Result
 from sae_lab.saes.base import SparseCoder
 
-_TAG = 0x434F4E54524F4C  # the control's own range of seeds: no coder starts from these rows
+_TAG = 0x434F4E54524F4C  # the control's range of seeds: no coder starts from these rows
 _CHUNK = 2048
 MOST_PROJECTIONS = 2**24  # entries of x·W_decᵀ that are sorted at once
-_COLUMNS = ("l0", "fvu", "c_dec", "s_n", "s_n_centred")
 
 
 @dataclass(frozen=True, repr=False)
-class L0Choice(Shown):
+class L0Choice(Result):
     """Result of ``sl.evals.choose_l0``: one entry per coder, in ascending order of L0.
 
     Attributes:
-        names: family and settings of each coder; ``coders``: the coders themselves.
-        l0: active features per row, eval mode; ``fvu``: fraction of variance unexplained, on the same rows.
-        c_dec: mean absolute cosine of two decoder rows; ``c_dec_random``: of as many random rows, the control.
-        s_n: the (n·rows)-th largest decoder projection, in units of x; ``s_n_centred``: the same with the mean of these
+        l0: active features per row; fvu: fraction of variance unexplained, on the same rows.
+        c_dec: mean absolute cosine of two decoder rows; c_dec_random: of as many random rows, the control.
+        s_n: the (n·rows)-th largest decoder projection, in units of x; s_n_centred: the same with the mean of these
             rows subtracted from x in b_dec's place.
-        n, rows, projected: the n of s_n, how many rows FVU and L0 were taken on, and how many of them s_n.
+        projected: on how many of the rows s_n was taken.
     """
 
     names: tuple[str, ...]
@@ -60,30 +59,21 @@ class L0Choice(Shown):
 
     @property
     def at_edge(self) -> bool:
-        """Whether the least c_dec stands at an end of the L0s tried, so that a better one may lie beyond."""
+        """Whether the least c_dec is at an end of the L0s tried: a smaller one may lie beyond."""
         return self.best_index in (0, len(self.l0) - 1)
 
-    def to_pandas(self):
-        """One row a coder, one column a measure. With several seeds an L0, average c_dec over them before choosing."""
-        import pandas as pd
+    _records = ("name=names", "l0", "fvu", "c_dec", "s_n", "s_n_centred")
+    _columns = {  # noqa: RUF012
+        "": "{name}", "L0": "{l0:.2f}", "FVU": "{fvu:.4f}", "c_dec": "{c_dec:.4f}", "s_n": "{s_n:.4f}",
+        "centred": "{s_n_centred:.4f}", " ": "{mark}",
+    }  # fmt: skip
+    _mark = "< least"
+    _below = "random rows: c_dec {c_dec_random:.4f}; n = {n}; {rows:,} rows{_remark}"
 
-        return pd.DataFrame({"name": self.names} | {c: getattr(self, c) for c in _COLUMNS})
-
-    _align = "<>>>>><"
-
-    def _rows(self) -> list[tuple[str, ...]]:
-        columns = (self.names, self.l0, self.fvu, self.c_dec, self.s_n, self.s_n_centred)
-        rows = enumerate(zip(*columns, strict=True))
-        found = [
-            (name, f"{l0:.2f}", f"{fvu:.4f}", f"{c:.4f}", f"{s:.4f}", f"{m:.4f}", "< least" * (i == self.best_index))
-            for i, (name, l0, fvu, c, s, m) in rows
-        ]
-        return [("", "L0", "FVU", "c_dec", "s_n", "centred", ""), *found]
-
-    def _footer(self) -> str:
-        text = f"random rows: c_dec {self.c_dec_random:.4f}; n = {self.n}; {self.rows:,} rows"
-        text += f" ({self.projected:,} for s_n)" if self.projected < self.rows else ""
-        return text + ("; the least c_dec is at an end of the L0s tried: train beyond it" if self.at_edge else "")
+    @property
+    def _remark(self) -> str:
+        text = f" ({self.projected:,} for s_n)" * (self.projected < self.rows)
+        return text + "; the least c_dec is at an end of the L0s tried: train beyond it" * self.at_edge
 
 
 @as_annotated
@@ -91,37 +81,35 @@ class L0Choice(Shown):
 def choose_l0(
     coders: Iterable[SparseCoder], x: Tensor | Store, *, n: int | None = None, tokens: int = 16_384
 ) -> L0Choice:
-    """Choose among coders of one width, trained at several L0, by what happens to their decoders.
+    """``sl.evals.choose_l0(coders, store)``: choose among coders of one width and several L0 by their decoders.
 
     c_dec = mean over pairs i < j of |cos(W_dec[i], W_dec[j])|: a coder whose L0 is too low mixes correlated features
     into its directions, one whose L0 is too high finds degenerate ones, and both make directions alike. s_n = the
     (n·B)-th largest of the B·d_sae entries of (x − b_dec)·W_decᵀ, index counted from 0: mixed directions project on
-    rows that they have nothing to do with. Both should be least at the true L0; FVU goes on falling beyond it.
+    rows that they have nothing to do with. Both should be least at the true L0, beyond which FVU goes on falling. The
+    paper takes n from somewhat above the guessed L0 up to d_sae/2, prefers c_dec, and where that is flat takes the
+    elbow on the side of low L0; ``best`` is the least c_dec. Rows of W_dec have unit norm here; a row of zeros has
+    cosine 0 with all.
 
-    What the paper leaves open, and what we do: it takes n from somewhat above the guessed L0 up to d_sae/2 (ours:
-    d_sae/2); it prefers c_dec, and where that is flat the elbow on the side of low L0 (``best`` is the least value).
-    Rows of W_dec are brought to unit norm; a row of zeros has cosine 0 with all.
-
-    On planted worlds (tests/evals/test_choosing.py): averaged over seeds, c_dec is least at the true L0 where features
-    are correlated and fewer than dimensions; one seed alone can miss it by 30 %. With more features than dimensions
-    c_dec falls with L0 throughout. s_n as defined is *largest* just below the true L0, for every n tried: x has a
-    mean, which b_dec takes up except in a coder that is right. ``s_n_centred``, ours, subtracts the rows' mean instead:
-    least at 0.6 to 1.3 times the true L0 for n of 1.2 to 1.8 times it, where it is flat; it says nothing with n =
-    d_sae/2.
+    On planted worlds (tests/evals/test_choosing.py): averaged over seeds, c_dec is least at the true L0 if features are
+    correlated and fewer than dimensions; a single seed can miss it by 30 %. With more features than dimensions c_dec
+    falls with L0 throughout. s_n as published is *largest* just below the true L0, for every n tried: b_dec takes up
+    the mean of x in all coders but the right one. ``s_n_centred``, ours, subtracts the rows' mean instead: least at 0.6
+    to 1.3 times the true L0 for n of 1.2 to 1.8 times it, where it is flat; with n = d_sae/2 it says nothing.
 
     Args:
         coders: trained, in eval mode, of equal d_in and d_sae, and reading what they reconstruct; two at least.
         x: activations ``rows d_in`` (used evenly over their length), or a Store (of which the rows that no batch held).
         tokens: how many rows at most.
 
-    Raises ValueError for coders that cannot be compared, decoders of zeros among them, and for an x of another width.
+    Raises ValueError for coders that cannot be compared, a decoder of zeros, and an x of another width.
     """
     coders = _check(list(coders), n)
     x = _sample(x, tokens)
     d_sae = coders[0].d_sae
     n = n or d_sae // 2
     projected = min(len(x), max(256, MOST_PROJECTIONS // d_sae))
-    few = x[_evenly(len(x), projected)]
+    few = x[evenly(len(x), projected)]
     middle = few.flatten(1).mean(0)
     measured = [
         (*_measure(coder, x), c_dec(coder.W_dec), s_n(coder, few, n), s_n(coder, few, n, middle)) for coder in coders
@@ -132,7 +120,7 @@ def choose_l0(
         tuple(coders[0].W_dec.shape), dtype=np.float32
     )
     return L0Choice(
-        names=tuple(_name(coders[i]) for i in order),
+        names=tuple(named(coders[i]) for i in order),
         l0=l0,
         fvu=fvu,
         c_dec=cosine,
@@ -158,8 +146,8 @@ def c_dec(W_dec: Tensor) -> float:
 
 @torch.no_grad()
 def s_n(coder: SparseCoder, x: Tensor, n: int, origin: Tensor | None = None) -> float:
-    """The (n·B)-th largest projection of B rows x − origin (None: b_dec, or what stands for it behind an
-    ``input_norm``) on unit decoder rows, counted from 0."""
+    """The (n·B)-th largest projection of B rows x − origin (None: b_dec, or what an ``input_norm`` makes
+    of it) on unit decoder rows, counted from 0."""
     rows = coder.directions()
     x = x.to(rows.device)
     origin = coder.silent(x).flatten(1) if origin is None else origin.to(rows.device)
@@ -185,14 +173,11 @@ def _check(coders: list[SparseCoder], n: int | None) -> list[SparseCoder]:
     widths = sorted({(c.d_in, c.d_sae) for c in coders})
     if len(widths) > 1:
         raise ValueError(f"coders must have equal d_in and d_sae, got {widths}: c_dec depends on both")
+    require(*coders, reconstructs="choose_l0")
     for coder in coders:
-        if coder.training:
-            raise ValueError(f"choose_l0 needs coders in eval mode, got {_name(coder)} in training: call sae.eval()")
-        if getattr(coder, "transcodes", False):
-            raise ValueError(f"choose_l0 needs coders that reconstruct what they read, {_name(coder)} does not")
-        if int(coder.W_dec.detach().flatten(1).any(1).sum()) < 2:  # c_dec would be 0, the least there is
+        if int(coder.W_dec.detach().flatten(1).any(1).sum()) < 2:  # c_dec would be 0, the least possible
             raise ValueError(
-                f"choose_l0 compares decoder rows: fewer than two of {_name(coder)} are not zero, leave it out"
+                f"choose_l0 compares decoder rows: fewer than two of {named(coder)} are not zero, leave it out"
             )
     d_sae = widths[0][1]
     if d_sae < 2:
@@ -205,20 +190,9 @@ def _check(coders: list[SparseCoder], n: int | None) -> list[SparseCoder]:
 
 
 def _sample(x: Tensor | Store, tokens: int) -> Tensor:
-    """At most so many float rows: evenly over a tensor, those kept from training of a store."""
-    if not isinstance(tokens, int) or tokens < 2:
-        raise ValueError(f"tokens must be an integer of at least 2, got {tokens!r}")
+    """At most ``tokens`` float rows: evenly over a tensor, the held-out ones of a store."""
+    require_tokens(tokens)
     if isinstance(x, Tensor):
-        return Rows(x).x[_evenly(len(x), min(tokens, len(x)))].float().cpu()
+        return Rows(x).x[evenly(len(x), min(tokens, len(x)))].float().cpu()
     unseen = x.reserved(tokens)
     return unseen if unseen is not None else torch.cat([rows for _, rows in x.blocks()])[:tokens]
-
-
-def _evenly(rows: int, wanted: int) -> Tensor:
-    """So many row numbers, spread over all."""
-    return torch.linspace(0, rows - 1, wanted, dtype=torch.float64).round().long()
-
-
-def _name(coder: SparseCoder) -> str:
-    settings = {key: v for key, v in coder.config.items() if key not in ("d_in", "d_sae", "d_out") and v is not None}
-    return f"{type(coder).__name__}({', '.join(f'{key}={v}' for key, v in settings.items())})"

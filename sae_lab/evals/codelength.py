@@ -7,97 +7,16 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
-from sae_lab.activations.store import Rows, Store
+from sae_lab.activations.store import Store
 from sae_lab.arguments import as_annotated
-from sae_lab.evals.choosing import _evenly, _name
-from sae_lab.results import Figure, Result, number
-from sae_lab.saes import kernels
+from sae_lab.evals.sampling import encoded, named, require, sample, summed
+from sae_lab.results import Figure, Result
 from sae_lab.saes.base import SparseCoder
 from sae_lab.stats import jackknife
 from sae_lab.types import Codes
-
-FOLDS = 10  # of documents, for the jackknife
-_CHUNK = 2048
-
-# --------------------------------------------------------------- rows, codes and errors, for the evals of codes
-
-
-class Sample(NamedTuple):
-    """Rows that an eval is measured on. number: their place in what they were taken from; documents: clusters of rows
-    that are not independent (a plain tensor's rows each stand alone); tokens: ids, where they are known."""
-
-    x: Tensor
-    number: Int[Tensor, " rows"]
-    documents: Int[Tensor, " rows"]
-    tokens: Int[Tensor, " rows"] | None = None
-
-    @property
-    def folds(self) -> Int[Tensor, " rows"]:
-        """Which of at most ten groups of documents each row is in."""
-        return self.documents.unique(return_inverse=True)[1] % FOLDS
-
-
-def sample(x: Tensor | Store, tokens: int, coder: SparseCoder) -> Sample:
-    """At most so many rows, evenly over a tensor, or over the rows of a store that no batch held.
-
-    ValueError for fewer than two rows, for NaN, and where the coder would be measured in training mode.
-    """
-    if coder.training:
-        raise ValueError(f"this eval needs coders in eval mode, got {_name(coder)} in training: call sae.eval()")
-    if not isinstance(tokens, int) or tokens < 2:
-        raise ValueError(f"tokens must be an integer of at least 2, got {tokens!r}")
-    if isinstance(x, Tensor):
-        where = _evenly(len(x), min(tokens, len(x)))
-        found = Sample(Rows(x).x[where].float().cpu(), where, where)
-    else:
-        store = x if x.reads else x.at(coder.site)
-        unseen = store._split[1]
-        every = len(unseen) if len(unseen) else len(store)
-        where = _evenly(every, min(tokens, every)).numpy()
-        where = unseen[where] if len(unseen) else where
-        rows = torch.cat([store._acts(part, store.reads) for part in np.array_split(where, 1 + len(where) // 8192)])
-        found = Sample(rows, torch.from_numpy(where), store.rows(where, "document"), store.rows(where, "token"))
-    if len(found.x) < 2:
-        raise ValueError(f"x must have at least 2 rows, got {len(found.x)}")
-    if not bool(found.x.isfinite().all()):
-        raise ValueError("x holds NaN or Inf: activations must be finite")
-    return found
-
-
-@torch.no_grad()
-def run_coder(coder: SparseCoder, rows: Sample) -> tuple[Codes, Tensor]:
-    """(codes that are not 0, as ``SparseCoder.strengths``; x_hat) of all rows, on the CPU."""
-    device = coder.W_dec.device
-    tokens = [None] * len(rows.x) if rows.tokens is None else rows.tokens.split(_CHUNK)
-    parts, x_hats = [], []
-    for x, ids in zip(rows.x.split(_CHUNK), tokens, strict=False):
-        out = coder(x.to(device), None if ids is None else ids.to(device))
-        parts.append(coder.strengths(_nonzero(out.codes), x.to(device)))
-        x_hats.append(out.x_hat.cpu())
-    counts = torch.cat([torch.zeros(1, dtype=torch.long), *(p.offsets.diff().cpu() for p in parts)])
-    values, features = (torch.cat([getattr(p, name).cpu() for p in parts]) for name in ("values", "features"))
-    return Codes(values, features, counts.cumsum(0), coder.d_sae), torch.cat(x_hats)
-
-
-def _nonzero(codes: Codes | Tensor) -> Codes:
-    if isinstance(codes, Tensor):
-        codes = kernels.where(codes, codes != 0)
-    on = codes.values != 0
-    before = torch.cat([on.new_zeros(1, dtype=torch.long), on.long().cumsum(0)])
-    return Codes(codes.values[on], codes.features[on], before[codes.offsets], codes.d_sae)
-
-
-def by_content(codes: Codes) -> Int[Tensor, " d_sae"]:
-    """The features in the order of how much they write in all, the most first. What is drawn in this order does not
-    depend on the features' numbers."""
-    total = torch.zeros(codes.d_sae, dtype=torch.float64).index_add(0, codes.features, codes.values.double().abs())
-    return total.argsort(descending=True, stable=True)
-
-
-# --------------------------------------------------------------------------------------------- description length
 
 
 class Bits(NamedTuple):
@@ -114,16 +33,14 @@ class Bits(NamedTuple):
 
 @dataclass(frozen=True, repr=False)
 class DescriptionLength(Result):
-    """Result of ``sl.evals.description_length``: one entry per coder, in the order given.
+    """Result of ``sl.evals.description_length``: one entry per coder, in the order given; bits are per token.
 
     Attributes:
-        names: family and settings; ``d_sae``, ``l0``, ``fvu``: width, active features a row, variance unexplained.
-        which, values, residual: bits per token of the active set, of their sizes, and of the residual; ``bits``: their
-            sum, ``bits_se`` its standard error (jackknife over groups of documents).
+        which, values, residual: bits of the active set, of the values, and of the residual; ``bits``: their sum,
+            ``bits_se`` its standard error (jackknife over groups of documents).
         precision: distortion that each value was coded at, in squared units of x.
-        behind: bits more than the preferred coder's, ``behind_se`` the standard error of that difference.
-        dense: bits per token of the raw activations without a coder, the control; PCA of any rank costs the same.
-        rho, rows, documents: distortion over variance; what it was measured on.
+        behind, behind_se: bits more than the preferred coder's, and the standard error of that difference.
+        dense: bits of the raw activations without a coder, the control; PCA of any rank costs the same.
     """
 
     names: tuple[str, ...]
@@ -164,38 +81,32 @@ class DescriptionLength(Result):
         i = self.best_index
         return [
             Figure("bits per token", self.bits[i], self.bits_se[i], self.dense, "dense code of x", self.names[i],
-                   "low", 1),
-            Figure("L0 preferred", self.l0[i], meaning="of the shortest description", digits=2),
+                   "low", 1, "bits"),
+            Figure("L0 preferred", self.l0[i], meaning="of the shortest description", digits=2, key="l0"),
         ]  # fmt: skip
 
-    def to_pandas(self):
-        """One row a coder."""
-        import pandas as pd
+    _records = ("name=names", "d_sae", "l0", "fvu", "which", "values", "residual", "bits", "bits_se", "precision",
+                "behind", "behind_se", "dense")  # fmt: skip
+    _columns = {  # noqa: RUF012
+        "coder": "{name}", "L0": "{l0:.2f}", "FVU": "{fvu:.3f}", "which": "{which:.1f}", "values": "{values:.1f}",
+        "residual": "{residual:.1f}", "bits/token": "{bits:.1f} ± {bits_se:.1f}",
+        "more than least": "{behind:.1f} ± {behind_se:.1f}", "": "{mark}",
+    }  # fmt: skip
+    _mark = "< least"
+    _below = (
+        "dense code of x: {dense:.1f} bits/token; distortion {rho:g} of the variance; {rows:,} rows, {documents:,} "
+        "documents{_remark}"
+    )
 
-        columns = ("d_sae", "l0", "fvu", "which", "values", "residual", "bits", "bits_se", "precision", "behind",
-                   "behind_se")  # fmt: skip
-        return pd.DataFrame({"name": self.names} | {c: getattr(self, c) for c in columns} | {"dense": self.dense})
-
-    def _rows(self) -> list[tuple[str, ...]]:
-        head = ("", "L0", "FVU", "which", "values", "residual", "bits/token", "more than least", "")
-        body = [
-            (self.names[i], f"{self.l0[i]:.2f}", f"{self.fvu[i]:.3f}", f"{self.which[i]:.1f}", f"{self.values[i]:.1f}",
-             f"{self.residual[i]:.1f}", f"{self.bits[i]:.1f} ± {number(self.bits_se[i], 1)}",
-             f"{self.behind[i]:.1f} ± {number(self.behind_se[i], 1)}", "< least" * (i == self.best_index))
-            for i in range(len(self.names))
-        ]  # fmt: skip
-        dense = ("dense code of x", "", "", "", "", f"{self.dense:.1f}", f"{self.dense:.1f}", "", "")
-        return [head, *body, dense]
-
-    def _footer(self) -> str:
-        text = f"distortion {self.rho:g} of the variance; {self.rows:,} rows, {self.documents:,} documents"
-        if self.bits[self.best_index] >= self.dense * (1 - 1e-6):
-            text += "; no coder is shorter than the dense code"
-        return text + ("; the least stands at an end of the L0s tried: train beyond it" if self.at_edge else "")
+    @property
+    def _remark(self) -> str:
+        text = "; no coder is shorter than the dense code"
+        text *= self.bits[self.best_index] >= self.dense * (1 - 1e-6)
+        return text + "; the least stands at an end of the L0s tried: train beyond it" * self.at_edge
 
 
 class _Sums(NamedTuple):
-    """What the bits are made of; sums over rows, so that those without a fold are a difference."""
+    """What the bits are made of, as sums over rows: without a fold they are a difference."""
 
     rows: Tensor
     counts: Tensor
@@ -213,7 +124,7 @@ class _Sums(NamedTuple):
 def description_length(
     coders: SparseCoder | Iterable[SparseCoder], x: Tensor | Store, *, rho: float = 0.1, tokens: int = 16_384
 ) -> DescriptionLength:
-    """Choose k and width by bits per token: which features, their values, and the residual, at a fixed distortion.
+    """``sl.evals.description_length(coders, store)``: bits per token of codes and residual, to choose k and width by.
 
         which    = Σᵢ H(πᵢ),                        H(p) = −p·log₂p − (1−p)·log₂(1−p)
         values   = Σᵢ πᵢ·max(0, ½·log₂(σᵢ²/v))
@@ -222,14 +133,13 @@ def description_length(
     Feature i fires in a share πᵢ of rows, where its value (``SparseCoder.strengths``: in units of x, dᵢ the unit
     decoder row) has variance σᵢ². A value sent at distortion v leaves an error of min(σᵢ², v), which is part of the
     residual; v is the power of √2 (times D/d) that makes the sum least. D = rho·E‖x − x̄‖². λ: eigenvalues of C. Every
-    number costs what it would if it were Gaussian (reverse water-filling), an upper bound; probabilities, means,
-    variances and the dictionary are known to both sides and not charged, which favours wide coders.
+    number costs what a Gaussian of its variance would (reverse water-filling), an upper bound. Probabilities, means,
+    variances and the dictionary are free, which favours wide coders.
 
-    Controls: ``dense``, R(cov(x); D), is what a coder of all zeros costs, and PCA of any rank with dense codes. A coder
-    whose codes are as dense as x pays for its values as often as it fires.
+    Control: ``dense``, R(cov(x); D), the cost of a coder of all zeros, and of PCA of any rank with dense codes.
 
     After Ayonrinde, Pearce & Sharkey 2024 (arXiv:2410.11179). They quantise codes and compare coders of about equal
-    reconstruction; here the residual is paid for, so that coders of any L0 and width compare.
+    reconstruction; here the residual counts too, so that coders of any L0 and width compare.
 
     Args:
         coders: one or several in eval mode, that reconstruct what they read. x: activations ``rows d_in`` (used evenly
@@ -253,7 +163,7 @@ def description_length(
     total = rho * variance
     measured, without = [], []
     for coder in coders:
-        codes, x_hat = run_coder(coder, rows)
+        codes, x_hat = encoded(coder, rows)
         error = flat - x_hat.flatten(1)
         parts = _sums(codes, error, folds)
         unit = coder.directions().cpu()
@@ -268,7 +178,7 @@ def description_length(
     least = min(range(len(coders)), key=lambda i: measured[i][3].total)
     _, l0, fvu, bits, precision = zip(*measured, strict=True)
     return DescriptionLength(
-        names=tuple(_name(c) for c in coders),
+        names=tuple(named(c) for c in coders),
         d_sae=tuple(c.d_sae for c in coders),
         l0=l0,
         fvu=fvu,
@@ -293,13 +203,7 @@ def _check(coders: list[SparseCoder], rho: float) -> None:
         raise ValueError(f"rho, the distortion over the variance, must be above 0 and below 1, got {rho}")
     if not coders:
         raise ValueError("no coder given: pass at least one")
-    for coder in coders:
-        if coder.training:
-            raise ValueError(f"this eval needs coders in eval mode, got {_name(coder)} in training: call sae.eval()")
-        if coder.transcodes:
-            raise ValueError(
-                f"description_length needs coders that reconstruct what they read, {_name(coder)} does not"
-            )
+    require(*coders, reconstructs="description_length")
     if len({c.in_shape for c in coders}) > 1:
         raise ValueError(f"coders must read one width, got {sorted({c.in_shape for c in coders})}")
 
@@ -311,12 +215,11 @@ def _sums(codes: Codes, error: Tensor, folds: Tensor) -> dict[int, _Sums]:
     for g in folds.unique().tolist():
         on, here = place == g, error[folds == g]
         values, features = codes.values[on].double(), codes.features[on]
-        zeros = torch.zeros(codes.d_sae, dtype=torch.float64)
         out[g] = _Sums(
             torch.tensor(float(len(here)), dtype=torch.float64),
             torch.bincount(features, minlength=codes.d_sae).double(),
-            zeros.index_add(0, features, values),
-            zeros.index_add(0, features, values**2),
+            summed(values, features, codes.d_sae),
+            summed(values**2, features, codes.d_sae),
             here.sum(0, dtype=torch.float64),
             (here.T @ here).double(),
         )

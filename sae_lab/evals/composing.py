@@ -10,12 +10,12 @@ from torch import Tensor
 
 from sae_lab.activations.world import World
 from sae_lab.arguments import as_annotated
-from sae_lab.results import Figure, Result
+from sae_lab.results import Result, figure
 from sae_lab.saes.base import SparseCoder
 
 EXPLAINED = 0.8  # of a unit row's squared length, by what is said to explain it
 SMALLER_PART = 1 / 3  # of the larger coefficient: below, the second direction is a trace and no part
-_TAG = 0x434F4D504F5345  # the control's own range of seeds
+_TAG = 0x434F4D504F5345  # the control's range of seeds
 _CHUNK = 256
 
 
@@ -24,12 +24,14 @@ class Composition(Result):
     """Result of ``sl.evals.composition``: shares of live decoder rows. ``one``, ``two``: of every live row, how much of
     its squared length one and two true directions explain; ``pair``: which two."""
 
-    composed: float
+    composed: float = figure("composed", "sum of two true directions", control="composed_random",
+                             control_name="random rows", best="low")  # fmt: skip
     composed_se: float
     composed_random: float
-    single: float
-    neither: float
-    grouped: float
+    single: float = figure("single", "one true direction", best="high")
+    neither: float = figure("neither", "not explained by two")
+    grouped: float = figure("of one group", "composed rows whose two go together in the world",
+                            control="grouped_chance", control_name="any two features")  # fmt: skip
     grouped_chance: float
     rows: int
     dead: int
@@ -37,24 +39,13 @@ class Composition(Result):
     two: Float[Tensor, " rows"] = field(repr=False, compare=False)
     pair: Int[Tensor, "rows 2"] = field(repr=False, compare=False)
 
-    def figures(self) -> list[Figure]:
-        return [
-            Figure("composed", self.composed, self.composed_se, self.composed_random, "random rows",
-                   "sum of two true directions", "low"),
-            Figure("single", self.single, meaning="one true direction", best="high"),
-            Figure("neither", self.neither, meaning="not explained by two"),
-            Figure("of one group", self.grouped, math.nan, self.grouped_chance, "any two features",
-                   "composed rows whose two go together in the world"),
-        ]  # fmt: skip
-
-    def _footer(self) -> str:
-        return f"{self.rows} live rows, {self.dead} dead; ± binomial"
+    _below = "{rows} live rows, {dead} dead; ± binomial"
 
 
 @as_annotated
 @torch.no_grad()
 def composition(sae: SparseCoder, world: World) -> Composition:
-    """What share of a coder's live decoder rows is a sum of two true directions rather than one?
+    """``sl.evals.composition(sae, world)``: the share of live decoder rows that are sums of two true directions.
 
     For a unit row w: R₁ = max_i cos(w, dᵢ)₊², R₂ = max_{i<j} of the squared length of w's projection on the plane of dᵢ
     and dⱼ, over pairs whose coefficients are both positive and the smaller at least ⅓ of the larger. ``single``: R₁ is

@@ -11,9 +11,8 @@ from torch.nn.functional import normalize
 
 from sae_lab.activations.store import Store
 from sae_lab.arguments import as_annotated
-from sae_lab.evals.choosing import _name
-from sae_lab.evals.codelength import run_coder, sample
-from sae_lab.results import Figure, Result, number
+from sae_lab.evals.sampling import encoded, require, sample
+from sae_lab.results import Figure, Result
 from sae_lab.saes.base import SparseCoder
 from sae_lab.types import Codes
 
@@ -26,14 +25,13 @@ class Cones(Result):
     """Result of ``sl.evals.cones``: means over concepts, one entry for every size.
 
     Attributes:
-        sizes: how many features a concept may use.
-        r2: share of the concept's squared length that they explain; ``r2_random`` of random directions, the control.
-        held_out: r2 on coordinates that the fit did not see; ``held_out_se`` over concepts; ``held_out_random``.
+        sizes: how many features a concept may use; best_size: the one with the largest held_out.
+        r2: share of the concept's squared length that they explain; held_out: on coordinates that the fit did not see.
+        r2_random, held_out_random: of random directions, the controls. held_out_se: over concepts.
         correlation: of the concept's activation with that of its features on rows of x, ``correlation_shuffled`` with
             the features of another concept; NaN without x.
-        best_size: where held_out is largest.
         per_concept: r2 of every concept, ``concepts sizes``; ``features``, ``weights``: those chosen at the largest
-            size, in the order in which they came in, -1 and 0 where none was left that helps.
+            size, in the order in which they came in, -1 and 0 where no further feature helps.
     """
 
     sizes: tuple[int, ...]
@@ -68,35 +66,29 @@ class Cones(Result):
     def figures(self) -> list[Figure]:
         i = self.best_index
         return [
-            Figure("features a concept", self.best_size, meaning="most held-out r2", digits=0),
-            Figure("r2", self.r2[i], control=self.r2_random[i], control_name="random directions", best="high"),
+            Figure("features a concept", self.best_size, meaning="most held-out r2", digits=0, key="best_size"),
+            Figure("r2", self.r2[i], control=self.r2_random[i], control_name="random directions", best="high",
+                   key="r2"),
             Figure("r2, held out", self.held_out[i], self.held_out_se[i], self.held_out_random[i], "random directions",
-                   "on coordinates not fitted; ± over concepts", "high"),
+                   "on coordinates not fitted; ± over concepts", "high", key="held_out"),
             Figure("correlation", self.correlation[i], control=self.correlation_shuffled[i],
-                   control_name="another concept", meaning="of activations", best="high"),
+                   control_name="another concept", meaning="of activations", best="high", key="correlation"),
         ]  # fmt: skip
 
-    def to_pandas(self):
-        """One row a size."""
-        import pandas as pd
+    _records = ("size=sizes", "r2", "r2_random", "held_out", "held_out_se", "held_out_random", "correlation",
+                "correlation_shuffled")  # fmt: skip
+    _columns = {  # noqa: RUF012
+        "features": "{size:.0f}", "r2": "{r2:.3f}", "random": "{r2_random:.3f}",
+        "held-out r2": "{held_out:.3f} ± {held_out_se:.3f}", "random, held-out": "{held_out_random:.3f}",
+        "correlation": "{correlation:.3f}", "another's": "{correlation_shuffled:.3f}", "": "{mark}",
+    }  # fmt: skip
+    _mark = "< most"
+    _below = "{concepts:,} concepts, {d_sae:,} features; ± over concepts{_remark}"
 
-        columns = ("r2", "r2_random", "held_out", "held_out_se", "held_out_random", "correlation",
-                   "correlation_shuffled")  # fmt: skip
-        return pd.DataFrame({"size": self.sizes} | {c: getattr(self, c) for c in columns})
-
-    def _rows(self) -> list[tuple[str, ...]]:
-        head = ("features", "r2", "random", "held-out r2", "random", "correlation", "another's", "")
-        return [head] + [
-            (str(m), number(self.r2[i]), number(self.r2_random[i]),
-             Figure("", self.held_out[i], self.held_out_se[i]).text, number(self.held_out_random[i]),
-             number(self.correlation[i]), number(self.correlation_shuffled[i]), "< most" * (i == self.best_index))
-            for i, m in enumerate(self.sizes)
-        ]  # fmt: skip
-
-    def _footer(self) -> str:
-        text = f"{self.concepts:,} concepts, {self.d_sae:,} features; ± over concepts"
-        text += f"; {self.rows:,} rows" if self.rows else "; no x given: correlations are undefined"
-        return text if self.interior else text + "; the most stands at an end of the sizes tried"
+    @property
+    def _remark(self) -> str:
+        text = f"; {self.rows:,} rows" if self.rows else "; no x given: correlations are undefined"
+        return text + "; the most stands at an end of the sizes tried" * (not self.interior)
 
 
 @as_annotated
@@ -105,7 +97,7 @@ def cones(
     coder: SparseCoder, concepts: Tensor | None = None, x: Tensor | Store | None = None, *,
     labels: Tensor | None = None, sizes: Sequence[int] = SIZES, tokens: int = 16_384, seed: int = 0,
 ) -> Cones:  # fmt: skip
-    """Does a concept lie in the cone of few decoder rows? Sparse non-negative least squares, sizes chosen on held-out.
+    """``sl.evals.cones(sae, concepts)``: whether concepts are sparse non-negative sums of decoder rows.
 
         ĉ = Σ_{i in S} w_i·d_i,  w ≥ 0, |S| ≤ m;   r² = 1 − ‖c − ĉ‖²/‖c‖²
 
@@ -114,9 +106,9 @@ def cones(
     the other, and the other way round; it falls where more features fit what is accidental. Correlation: of the
     concept's activation on rows of x (its label, or x·c) with Σ w_i·f_i.
 
-    Inspired by the "concept cones" that compare a concept bottleneck's directions with an SAE's rows; the fit, its
-    controls and the held-out coordinates are ours. Random directions also have some r², more of it the wider the
-    dictionary: the difference counts.
+    After the "concept cones" that compare a concept bottleneck's directions with an SAE's rows; the fit, its controls
+    and the held-out coordinates are ours. Random directions have an r² too, larger the wider the dictionary: read r²
+    against it.
 
     Args:
         concepts: directions ``concepts d_out``, such as a probe's weights; None: difference of the means of rows with
@@ -125,11 +117,10 @@ def cones(
         labels: ``rows concepts``, of all rows of x: concepts' activations; booleans where concepts is None.
         sizes: numbers of features, ascending.
 
-    Raises ValueError for a transcoder, concepts of another width, zero or not finite, for sizes that cannot be, and for
-    labels that are not one column a concept or hold one class.
+    Raises ValueError for a transcoder, for concepts of another width, zero or not finite, for sizes out of range, and
+    for labels that are not one column a concept or hold one class.
     """
-    if coder.transcodes:
-        raise ValueError(f"cones needs a coder that reconstructs what it reads, {_name(coder)} does not")
+    require(coder, reconstructs="cones")
     sizes = _sizes(sizes, coder)
     rows = truth = None
     if x is not None:
@@ -152,7 +143,7 @@ def cones(
     held = _held_out(W @ basis, c @ basis, sizes)
     own = other = [float("nan")] * len(sizes)
     if rows is not None:
-        f, _ = run_coder(coder, rows)
+        f, _ = encoded(coder, rows)
         truth = rows.x.flatten(1) @ c.T if truth is None else truth
         own, other = _correlations(f, truth.double(), features, weights)
     return Cones(

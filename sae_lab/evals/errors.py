@@ -1,26 +1,26 @@
-"""What a coder leaves out does more harm than noise of the same size: are its errors pathological?"""
+"""Whether a coder's errors are pathological: whether they harm the model more than noise of the same size."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import no_type_check
+from typing import Any, no_type_check
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae_lab.activations.contexts import spread_contexts
-from sae_lab.activations.reconstructing import Measured, read_and_reconstruct
+from sae_lab.activations.contexts import context_length, spread_contexts
+from sae_lab.activations.reconstructing import Measured, fixes_the_batch, read_and_reconstruct, repeated
 from sae_lab.arguments import as_annotated
 from sae_lab.lm.model import LM
 from sae_lab.lm.text import Documents
 from sae_lab.lm.tokens import pad
-from sae_lab.results import Figure, Result
+from sae_lab.results import Figure, Result, figure
 from sae_lab.saes.base import SparseCoder
 from sae_lab.stats import clustered_error, ratio_error
-from sae_lab.types import Site, TokenBatch, Write
+from sae_lab.types import Site, Write
 
 NOISES = ("isotropic", "error_covariance", "activation_covariance", "shuffled", "same_angle")
 _MEANING = {
@@ -37,13 +37,16 @@ _EDGES = (1, 4, 16, 32, 64, 128, 256, 512)
 class Errors(Result):
     """Result of ``sl.evals.pathological_errors``. KL in nats/token, of the model's next token, over kept tokens.
 
-    ``kl``: x replaced by x_hat; ``kl_noise``, ``ratio``, ``ratio_se``, ``low``, ``high``: for each of NOISES the KL of
-    noise as long as each token's error, how many times larger the coder's is, and its 95 % interval. ``curve``: KL at
-    x + alpha·error and ``curve_noise`` at x + alpha·noise (isotropic), at ``alphas``. ``by_position``: ratio to
-    isotropic noise of positions from ``edges[i]`` on. ``token_kl``: ``1 + noises, kept tokens``.
+    Attributes:
+        kl: x replaced by x_hat; kl_noise: for each of NOISES, by noise as long as each token's error.
+        ratio, ratio_se, low, high: kl over kl_noise, and its 95 % interval.
+        curve, curve_noise: KL at x + alpha·error, and at x + alpha·isotropic noise, at ``alphas``.
+        by_position: ratio to isotropic noise of positions from ``edges[i]`` on.
+        token_kl: ``1 + noises, kept tokens``.
     """
 
-    kl: float
+    kl: float = figure("KL of x_hat", "nats/token", control="_isotropic", control_name="isotropic noise", best="low",
+                       digits=4)  # fmt: skip
     kl_se: float
     kl_noise: dict[str, float]
     ratio: dict[str, float]
@@ -75,47 +78,42 @@ class Errors(Result):
             found.append(float(np.polyfit(alphas, np.log(curve), 1)[0]) if positive else math.nan)
         return found[0], found[1]
 
+    @property
+    def _isotropic(self) -> float:
+        return self.kl_noise["isotropic"]
+
     def figures(self) -> list[Figure]:
-        """The coder's KL and what it is a multiple of; one is the control's own value."""
         p, p_noise = self.exponents
-        return [
-            Figure("KL of x_hat", self.kl, self.kl_se, self.kl_noise["isotropic"], "isotropic noise",
-                   "nats/token", "low", 4),
-            *[
-                Figure(f"ratio, {name}", self.ratio[name], self.ratio_se[name], 1.0, "noise", _MEANING[name]
-                       + f"; 95 % {self.low[name]:.2f} to {self.high[name]:.2f}", "low", 2)
-                for name in NOISES
-            ],
-            Figure("exponent", p, control=p_noise, control_name="isotropic noise",
-                   meaning="p of KL ~ alpha^p from x towards x_hat", digits=2),
-        ]  # fmt: skip
-
-    def to_pandas(self):
-        """One row a kind of noise."""
-        import pandas as pd
-
-        rows = [
-            {"noise": name, "kl": self.kl, "kl_noise": self.kl_noise[name], "ratio": self.ratio[name],
-             "ratio_se": self.ratio_se[name], "low": self.low[name], "high": self.high[name]}
+        ratios = [
+            Figure(f"ratio, {name}", self.ratio[name], self.ratio_se[name], 1.0, "noise",
+                   f"{_MEANING[name]}; 95 % {self.low[name]:.2f} to {self.high[name]:.2f}", "low", 2, f"ratio {name}")
             for name in NOISES
         ]  # fmt: skip
-        return pd.DataFrame(rows)
+        exponent = Figure("exponent", p, control=p_noise, control_name="isotropic noise", digits=2, key="exponent",
+                          meaning="p of KL ~ alpha^p from x towards x_hat")  # fmt: skip
+        return [*super().figures(), *ratios, exponent]
 
-    def _footer(self) -> str:
-        curve = ", ".join(f"{a:g}: {k:.4f} ({n:.4f})" for a, k, n in self._curve())
-        places = ", ".join(
-            f"from {edge}: {ratio:.2f} ± {se:.2f}"
-            for edge, ratio, se in zip(self.edges, self.by_position, self.by_position_se, strict=True)
-        )
-        return (
-            f"KL along x to x_hat (to noise), first {self.curve_tokens:,} tokens: {curve}\nratio to isotropic noise by "
-            f"position: {places}\n{self.tokens:,} kept tokens of {self.documents} documents, all of them changed at "
-            f"once; error {self.relative_error:.2f} of x, cosine of x and x_hat {self.cosine_xhat:.3f}; ± and 95 % "
-            f"clustered by document; {self.mask}"
-        )
+    @property
+    def _noises(self) -> list[dict[str, Any]]:
+        fields = ("kl_noise", "ratio", "ratio_se", "low", "high")
+        return [{"noise": n, "kl": self.kl} | {f: getattr(self, f)[n] for f in fields} for n in NOISES]
 
-    def _curve(self):
-        return zip(self.alphas, self.curve, self.curve_noise, strict=True)
+    @property
+    def _curve(self) -> str:
+        points = zip(self.alphas, self.curve, self.curve_noise, strict=True)
+        return ", ".join(f"{alpha:g}: {own:.4f} ({noise:.4f})" for alpha, own, noise in points)
+
+    @property
+    def _places(self) -> str:
+        bins = zip(self.edges, self.by_position, self.by_position_se, strict=True)
+        return ", ".join(f"from {edge}: {ratio:.2f} ± {error:.2f}" for edge, ratio, error in bins)
+
+    _records = "_noises"
+    _below = (
+        "KL along x to x_hat (to noise), first {curve_tokens:,} tokens: {_curve}\nratio to isotropic noise by "
+        "position: {_places}\n{tokens:,} kept tokens of {documents} documents, all of them changed at once; error "
+        "{relative_error:.2f} of x, cosine of x and x_hat {cosine_xhat:.3f}; ± and 95 % clustered by document; {mask}"
+    )
 
 
 @as_annotated
@@ -130,12 +128,12 @@ def pathological_errors(
     site: Site | str | None = None,
     seed: int = 0,
 ) -> Errors:
-    """KL(clean ‖ spliced) against that of noise as long as the error, token by token.
+    """``sl.evals.pathological_errors(sae, lm, text.held_out)``: KL of spliced x_hat against noise as long as its error.
 
     ratio = mean KL(p(x) ‖ p(x + e)) / mean KL(p(x) ‖ p(x + |e|·u)), e = x_hat − x, u a unit vector, all kept tokens of
     a context changed at once. u is drawn in five ways (NOISES): uniformly; with mean and covariance of the errors; with
-    the covariance of the activations; the error of another token; and with e's own part along x, so that x + |e|·u has
-    the norm of x_hat and its angle to x. 95 % interval: delta method on log ratio, clustered by document, Student's t.
+    the covariance of the activations; the error of another token; and with e's part along x, so that x + |e|·u has the
+    norm of x_hat and its angle to x. 95 % interval: delta method on log ratio, clustered by document, Student's t.
     The curve goes from x to x_hat, and as far along uniform noise, on the first quarter of the contexts.
 
     Args:
@@ -149,11 +147,7 @@ def pathological_errors(
     alphas = tuple(float(a) for a in alphas)
     if any(not 0 < a < 1 for a in alphas) or list(alphas) != sorted(set(alphas)):
         raise ValueError(f"alphas must be increasing shares between 0 and 1, got {alphas}: 1 itself is always measured")
-    context = int(coder.meta.get("context") or 128) if context is None else context
-    if tokens < 1:
-        raise ValueError(f"tokens must be positive, got {tokens}")
-    if not 2 <= context <= lm.max_length:
-        raise ValueError(f"context must lie between 2 and the {lm.max_length} tokens this model reads, got {context}")
+    context = context_length(coder, lm, tokens, context)
     contexts = spread_contexts(lm, text, tokens, context)
     read = read_and_reconstruct(coder, lm, contexts, site)
     if int(read.kept.sum()) < 2:
@@ -177,7 +171,7 @@ def equal_norm_noises(
     along = (error * unit).sum(-1, keepdim=True) * unit
     across = plain[0] - (plain[0] * unit).sum(-1, keepdim=True) * unit
     others = kept.nonzero().flatten()
-    # moved round by a random step: another token's error, never the own
+    # rolled by a random step: the error of another token
     step = int(torch.randint(1, len(others), (1,), generator=generator))
     shuffled = error.clone()
     shuffled[others] = error[others.roll(step)]
@@ -224,9 +218,7 @@ def _divergences(
 
 def _kl_of(lm: LM, site: Site, ids: list[int], new: Tensor, kept: Tensor) -> Tensor:
     batch, many = pad([ids]), len(new) + 1
-    from_the_start = site.kind in ("resid_mid", "embed", "module") or site.head is not None
-    if from_the_start:  # where a write cannot make the batch larger, see reconstruction
-        batch = TokenBatch(batch.ids.expand(many, -1), batch.mask.expand(many, -1), batch.positions.expand(many, -1))
+    batch = repeated(batch, many) if fixes_the_batch(site) else batch
     write = Write(site, partial(beside, new=new, keep=kept))
     form = Float[Tensor, f"{len(new)} {batch.ids.shape[1]}"]
     return lm.run(batch, writes=[write], logits=kl_from_first, form=form)[1]

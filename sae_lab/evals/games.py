@@ -3,7 +3,6 @@ arXiv:2408.00113)."""
 
 import copy
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,11 +12,12 @@ import torch
 from torch import Tensor
 
 from sae_lab.arguments import as_annotated
-from sae_lab.evals.codelength import by_content
+from sae_lab.evals.sampling import by_content
 from sae_lab.lm.model import LM
-from sae_lab.results import Figure, Result, number
+from sae_lab.results import Figure, Result
+from sae_lab.saes import kernels
 from sae_lab.saes.base import SparseCoder
-from sae_lab.stats import clustered_error
+from sae_lab.stats import area, clustered_error, f1, jackknife, sparse_ranks
 from sae_lab.types import Codes, Site, TokenBatch, TokenMask
 from sae_lab.worlds.boards import Games, board_properties, square_name
 
@@ -30,7 +30,6 @@ LEAST_CASES = 20  # of a property, and of its opposite, in either half of the ga
 AUROC = 0.9
 _FOLDS = 20
 _GAMES_AT_ONCE = 64
-_CODED_AT_ONCE = 2048
 
 
 @dataclass(frozen=True, repr=False)
@@ -39,11 +38,11 @@ class BoardScores:
 
     Attributes:
         features: how many features fire at all on training positions; l0: how many at one position.
-        coverage, coverage_se: mean over mine/theirs/empty of every square of the best feature's test F1; its error is a
-            jackknife over 20 groups of test games. legal: the same mean over legal moves.
+        coverage: mean over mine/theirs/empty of every square of the best feature's test F1; ``coverage_se``: jackknife
+            over 20 groups of test games. legal: the same mean over legal moves.
         above: properties (mine/theirs/empty) for which the best feature's test AUROC is above .9.
-        reconstruction, reconstruction_se: F1 of test boards (mine and theirs) put together from features of high
-            precision; clustered by game. precise: how many features have a property with high precision.
+        reconstruction: F1 of test boards (mine and theirs) put together from features of high precision;
+            ``reconstruction_se``: clustered by game. precise: how many features have a property with high precision.
         best, threshold, f1: of each property the feature that is best on training positions, its threshold (share of
             its maximum there) and its test F1. auroc_best, auroc: the feature of best training AUROC, and its test one.
     """
@@ -111,15 +110,16 @@ class BoardGames(Result):
         own, other = self.coder, self.controls[name]
         said = {"untrained": "of an untrained model", "shuffled": "of other games' boards"}[name]
         of = f"of {self.of_state} properties (mine, theirs, empty)"
+        precise = f"F1 of boards from features of precision {PRECISION}"
         nan = math.nan
         return [
-            Figure("coverage", own.coverage, own.coverage_se, other.coverage, said, "mean best F1 " + of, "high"),
-            Figure("coverage, legal", own.legal, nan, other.legal, said, "mean best F1 of legal moves", "high"),
-            Figure(f"AUROC > {AUROC}", own.above, nan, other.above, said, of, "high", 0),
-            Figure(
-                "reconstruction", own.reconstruction, own.reconstruction_se, other.reconstruction, said,
-                f"F1 of boards from features of precision {PRECISION}", "high",
-            ),
+            Figure("coverage", own.coverage, own.coverage_se, other.coverage, said, "mean best F1 " + of, "high",
+                   key="coverage"),
+            Figure("coverage, legal", own.legal, nan, other.legal, said, "mean best F1 of legal moves", "high",
+                   key="legal"),
+            Figure(f"AUROC > {AUROC}", own.above, nan, other.above, said, of, "high", 0, "above"),
+            Figure("reconstruction", own.reconstruction, own.reconstruction_se, other.reconstruction, said, precise,
+                   "high", key="reconstruction"),
         ]  # fmt: skip
 
     def to_pandas(self):
@@ -140,25 +140,19 @@ class BoardGames(Result):
         table |= {"auroc_feature": own.auroc_best, "auroc": own.auroc}
         return pd.DataFrame(table | {f"f1_{name}": s.f1 for name, s in self.controls.items()})
 
-    def _rows(self) -> list[tuple[str, ...]]:
-        head = ("", "coverage", "of legal moves", f"AUROC > {AUROC}", "reconstruction", "features", "L0")
-        rows = []
-        for name, s in {"coder": self.coder, **self.controls}.items():
-            rows.append((
-                name, _with_error(s.coverage, s.coverage_se), number(s.legal), f"{s.above} of {self.of_state}",
-                _with_error(s.reconstruction, s.reconstruction_se), f"{s.features:,}",
-                number(s.l0, 1),
-            ))  # fmt: skip
-        return [head, *rows, ("always on", number(self.always), "", "0", "", "1", "1.0")]
+    _columns = {  # noqa: RUF012
+        "": "{index}", "coverage": "{coverage:.3f} ± {coverage_se:.3f}", "of legal moves": "{legal:.3f}",
+        f"AUROC > {AUROC}": "{above:.0f}", "reconstruction": "{reconstruction:.3f} ± {reconstruction_se:.3f}",
+        "features": "{features:,.0f}", "L0": "{l0:.1f}",
+    }  # fmt: skip
+    _below = (
+        "always on: coverage {always:.3f}; AUROC of {of_state} properties; {positions:,} positions of {games:,} games, "
+        "chosen on one half, measured on the other{_dropped}; {excluded:.1%} of positions {mask}"
+    )
 
-    def _footer(self) -> str:
-        text = f"{self.positions:,} positions of {self.games:,} games, chosen on one half, measured on the other"
-        text += f"; {self.dropped} properties too rare or too common" if self.dropped else ""
-        return text + f"; {self.excluded:.1%} of positions {self.mask}"
-
-
-def _with_error(value: float, error: float) -> str:
-    return number(value) if math.isnan(error) else f"{number(value)} ± {number(error)}"
+    @property
+    def _dropped(self) -> str:
+        return f"; {self.dropped} properties too rare or too common" if self.dropped else ""
 
 
 @as_annotated
@@ -166,7 +160,7 @@ def _with_error(value: float, error: float) -> str:
 def board_games(
     coder: SparseCoder, lm: LM, games: Games, *, untrained: tuple[SparseCoder, LM] | None = None, seed: int = 0
 ) -> BoardGames:
-    """What a coder's features tell of the board: coverage, counts of AUROC > .9, and boards put together from features.
+    """``sl.evals.board_games(sae, lm, games)``: how well features tell the board: coverage, AUROC, reconstruction.
 
     A classifier is a feature and a threshold t of 0, .1 ... .9: on where f > t·max f. Coverage is the mean over
     properties of the largest F1 of any classifier. For the reconstruction, a property is said to hold where any
@@ -174,13 +168,13 @@ def board_games(
     squares), then averaged. Maxima, classifiers and precisions are found on the first half of the games, all scores
     on the other half; the paper takes the largest F1 on the positions it is measured on.
 
-    Positions are those after a move and before another: what is told of the board is told as the next player sees it.
-    Precision is asked of at least 10 firings.
+    Positions are those after a move and before another, boards as the next player sees them. Precision needs 10 firings
+    or more.
 
     Controls: MLP neurons of the same block (models with ``h.N.mlp.act``, else none), coordinates of the activations
     themselves, boards of other games at the same move, and, if given, a coder trained on a model with random weights.
-    "Always on" has an F1 of 2p/(1 + p) where a property holds with probability p: dense features, which can be nearly
-    always on, hardly fall below it, sparse ones may.
+    A feature that is always on has an F1 of 2p/(1 + p) for a property of probability p; dense features hardly fall
+    below it, sparse ones may.
 
     Args:
         games: held out from the model's training and the coder's: ``sl.worlds.othello(6, games=600, seed=1)``.
@@ -199,7 +193,7 @@ def board_games(
     labels, train = labels[which], read.game < len(games) // 2
     kept = _measurable(labels, train)
     data = _Data(labels[:, kept], train, read.game, np.array([names[i].split()[0] for i in np.flatnonzero(kept)]))
-    codes = _encode(coder, x)
+    codes = coder.codes_of(x, strengths=True)
     controls = {}
     if untrained is not None:
         controls["untrained"] = _scores_of_untrained(untrained, games, which, data)
@@ -212,7 +206,7 @@ def board_games(
     return BoardGames(
         coder=_score(codes, data),
         controls=controls,
-        always=float(_f1(data.labels[~train].sum(0), (~train).sum(), data.labels[~train].sum(0))[of_state].mean()),
+        always=float(f1(data.labels[~train].sum(0), (~train).sum(), data.labels[~train].sum(0))[of_state].mean()),
         properties=tuple(names[i] for i in np.flatnonzero(kept)),
         of_state=int(of_state.sum()),
         dropped=int((~kept).sum()),
@@ -233,7 +227,7 @@ def othello_gpt() -> LM:
 
 @as_annotated
 def untrained_twin(lm: LM, seed: int = 0) -> LM:
-    """A model of the same architecture and tokenizer with random weights: what it shows, no training has put there."""
+    """A model of the same architecture and tokenizer with random weights: the control for what training puts there."""
     module: Any = lm._module
     config = copy.deepcopy(module.config)
     config._name_or_path = f"untrained-{seed}-{Path(lm.id).name}"
@@ -304,29 +298,9 @@ class _Data(NamedTuple):
     kinds: np.ndarray
 
 
-def _encode(coder: SparseCoder, x: Tensor) -> Codes:
-    """Codes in eval mode of all rows, as ``SparseCoder.strengths``."""
-    was_training, device = coder.training, coder.W_dec.device
-    coder.eval()
-    try:
-        parts = [rows.to(device) for rows in x.split(_CODED_AT_ONCE)]
-        return _joined([coder.strengths(coder.sparse_codes(rows), rows) for rows in parts], coder.d_sae)
-    finally:
-        coder.train(was_training)
-
-
-def _joined(parts: Sequence[Codes], d_sae: int) -> Codes:
-    counts = torch.cat([torch.zeros(1, dtype=torch.long), *(p.offsets.diff().cpu() for p in parts)])
-    values, features = (torch.cat([getattr(p, name).cpu() for p in parts]) for name in ("values", "features"))
-    return Codes(values, features, counts.cumsum(0), d_sae)
-
-
 def _positive(x: Tensor, train: np.ndarray) -> Codes:
     """Coordinates as features: how far each is above its least value on training positions."""
-    y = (x - x[torch.from_numpy(train)].min(0).values).clamp(min=0)
-    on = y > 0
-    offsets = torch.cat([torch.zeros(1, dtype=torch.long), on.sum(1).cumsum(0)])
-    return Codes(y[on], on.nonzero()[:, 1], offsets, x.shape[1])
+    return kernels.above(x - x[torch.from_numpy(train)].min(0).values, 0.0)
 
 
 def _probed(x: Tensor, data: _Data) -> Tensor:
@@ -339,14 +313,15 @@ def _probed(x: Tensor, data: _Data) -> Tensor:
 
 
 def _scores_of_untrained(pair: tuple[SparseCoder, LM], games: Games, which: np.ndarray, data: _Data) -> BoardScores:
-    """The same positions, as another model and its coder see them; whatever that coder's own mask leaves out."""
+    """Scores of another model and its coder on the same positions, whatever that coder's mask leaves out."""
     coder, lm = pair
     read = _read(lm, [coder.site], games, TokenMask())
-    return _score(_encode(coder, read.acts[coder.site][torch.from_numpy(which[read.which])]), data)
+    x = read.acts[coder.site][torch.from_numpy(which[read.which])]
+    return _score(coder.codes_of(x, strengths=True), data)
 
 
 def _measurable(labels: np.ndarray, train: np.ndarray) -> np.ndarray:
-    """Properties that are often enough true and often enough false in both halves."""
+    """Properties with enough cases and enough counterexamples in both halves."""
     halves = [labels[train], labels[~train]]
     return np.all([(h.sum(0) >= LEAST_CASES) & ((~h).sum(0) >= LEAST_CASES) for h in halves], 0)
 
@@ -371,11 +346,11 @@ def _score(codes: Codes, data: _Data) -> BoardScores:
     onehot, level, alive = _levels(codes, train)
     hits = _at_least((onehot[train].T @ y[train]).reshape(codes.d_sae, LEVELS, -1))
     firings = _at_least(np.asarray(onehot[train].sum(0)).reshape(codes.d_sae, LEVELS, 1))
-    table = _f1(hits, firings, y[train].sum(0)).reshape(codes.d_sae * LEVELS, -1)
+    table = f1(hits, firings, y[train].sum(0)).reshape(codes.d_sae * LEVELS, -1)
     best, least = np.divmod(table.argmax(0), LEVELS)
     on = level[~train][:, best].toarray() > least
     test = data.labels[~train]
-    f1 = _f1((on & test).sum(0), on.sum(0), test.sum(0))
+    scores = f1((on & test).sum(0), on.sum(0), test.sum(0))
     state = np.isin(data.kinds, STATE)
     precise = (hits >= PRECISION * firings) & (firings >= LEAST_FIRINGS)
     boards, count = _boards(onehot[~train], precise, data)
@@ -383,24 +358,19 @@ def _score(codes: Codes, data: _Data) -> BoardScores:
     return BoardScores(
         features=int(alive.sum()),
         l0=len(codes.values) / len(train),
-        coverage=float(f1[state].mean()),
+        coverage=float(scores[state].mean()),
         coverage_se=_jackknife(on[:, state], test[:, state], data.game[~train]),
-        legal=float(f1[~state].mean()) if (~state).any() else math.nan,
+        legal=float(scores[~state].mean()) if (~state).any() else math.nan,
         above=int((aurocs[state] > AUROC).sum()),
         reconstruction=float(boards.mean()),
         reconstruction_se=clustered_error(torch.from_numpy(boards), torch.from_numpy(data.game[~train])),
         precise=count,
         best=order.numpy()[best],
         threshold=least / LEVELS,
-        f1=f1,
+        f1=scores,
         auroc_best=order.numpy()[auroc_best],
         auroc=aurocs,
     )
-
-
-def _f1(hits: Any, said: Any, true: Any) -> np.ndarray:
-    """F1 = 2·hits/(said + true), 0 where both are 0."""
-    return 2 * hits / np.maximum(said + true, 1)
 
 
 def _at_least(counts: np.ndarray) -> np.ndarray:
@@ -435,7 +405,7 @@ def _boards(onehot: Any, precise: np.ndarray, data: _Data) -> tuple[np.ndarray, 
     says = np.maximum.accumulate(precise[:, :, discs], 1).astype(np.float32)
     said = onehot @ says.reshape(-1, int(discs.sum())) > 0
     true = data.labels[~data.train][:, discs]
-    return _f1((said & true).sum(1), said.sum(1), true.sum(1)), int(says.any((1, 2)).sum())
+    return f1((said & true).sum(1), said.sum(1), true.sum(1)), int(says.any((1, 2)).sum())
 
 
 def _aurocs(codes: Codes, data: _Data) -> tuple[np.ndarray, np.ndarray]:
@@ -446,35 +416,20 @@ def _aurocs(codes: Codes, data: _Data) -> tuple[np.ndarray, np.ndarray]:
 
 
 def auroc_table(codes: Codes, labels: np.ndarray, half: np.ndarray) -> np.ndarray:
-    """AUROC of every feature for every label, ``features properties``, ties (all zeros among them) counted half.
-
-    (R − p(p+1)/2)/(p·q), R the rank sum of the p true rows. A row where a feature is silent has the rank of all such
-    rows, so that only firings need ranks: R = p·rank(silent) + Σ over firings (rank − rank(silent))·label.
-    """
+    """AUROC of every feature for every label over some rows, "features properties"."""
     from scipy.sparse import csr_matrix
 
-    rows, features, values = codes.rows.numpy(), codes.features.numpy(), codes.values.numpy()
-    new = np.cumsum(half) - 1
-    use = half[rows]
-    rows, features, values = new[rows[use]], features[use], values[use]
-    n, y = int(half.sum()), labels[half].astype(np.float64)
-    order = np.lexsort((values, features))
-    rows, features, values = rows[order], features[order], values[order]
-    counts = np.bincount(features, minlength=codes.d_sae)
-    silent = n - counts
-    place = np.arange(len(features)) - (counts.cumsum() - counts)[features]  # among the firings of its feature
-    first = np.r_[True, (np.diff(features) != 0) | (np.diff(values) != 0)] if len(features) else np.zeros(0, bool)
-    run = np.cumsum(first) - 1  # firings of equal strength share their mean rank
-    rank = (np.bincount(run, place) / np.maximum(np.bincount(run), 1))[run] + 1 + silent[features]
-    above = csr_matrix((rank - (silent[features] + 1) / 2, (features, rows)), shape=(codes.d_sae, n))
-    true = y.sum(0)
-    ranks = above @ y + np.outer((silent + 1) / 2, true)
-    return (ranks - true * (true + 1) / 2) / np.maximum(true * (n - true), 1)
+    rows, n = codes.rows.numpy(), int(half.sum())
+    here = half[rows]
+    ranks = sparse_ranks(codes.features.numpy()[here], codes.values.numpy()[here], codes.d_sae, n)
+    places = (ranks.features, (np.cumsum(half) - 1)[rows[here]][ranks.order])
+    true = labels[half].astype(np.float64)
+    sums = csr_matrix((ranks.above, places), shape=(codes.d_sae, n)) @ true
+    return area(sums, ranks.silent[:, None], true.sum(0), n - true.sum(0))
 
 
 def _jackknife(on: np.ndarray, true: np.ndarray, game: np.ndarray) -> float:
     """Standard error of the mean F1 over properties, from leaving out each of 20 groups of games."""
     groups = np.unique(game, return_inverse=True)[1] % _FOLDS
     counts = np.stack([np.stack([(m[groups == g]).sum(0) for g in range(_FOLDS)]) for m in (on & true, on, true)])
-    means = _f1(*(counts.sum(1, keepdims=True) - counts)).mean(1)
-    return float(np.sqrt((_FOLDS - 1) / _FOLDS * ((means - means.mean()) ** 2).sum()))
+    return jackknife(f1(*(counts.sum(1, keepdims=True) - counts)).mean(1))

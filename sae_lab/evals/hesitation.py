@@ -1,9 +1,10 @@
-"""Features of not knowing and features of being wrong, told apart on questions whose answers are known."""
+"""Features of uncertainty and features of wrong answers, told apart on questions whose answers are known."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple, no_type_check
 
 import numpy as np
@@ -14,37 +15,19 @@ from torch import Tensor
 from sae_lab.activations.reading import coded
 from sae_lab.arguments import as_annotated
 from sae_lab.edits.edit import Ablate
+from sae_lab.evals.sampling import require
+from sae_lab.files import read_json
 from sae_lab.lm.model import LM
 from sae_lab.lm.tokens import pad
-from sae_lab.results import Figure, Result
+from sae_lab.results import Result, figure
 from sae_lab.saes.base import SparseCoder
 from sae_lab.stats import auroc
 
 PASS_ROWS = 16  # questions that go through the model together
 DRAWS = 5  # of random features that are ablated in the others' place
+SHUFFLED = "labels shuffled"
 LEAST = 5  # questions on which a feature fires, among those it is chosen on
-_CAPITALS = (
-    "France Paris, Germany Berlin, Italy Rome, Spain Madrid, Japan Tokyo, China Beijing, Russia Moscow, Egypt "
-    "Cairo, Greece Athens, Portugal Lisbon, Austria Vienna, Hungary Budapest, Poland Warsaw, Sweden Stockholm, "
-    "Norway Oslo, Finland Helsinki, Denmark Copenhagen, Ireland Dublin, Cuba Havana, Peru Lima, Chile Santiago, "
-    "Kenya Nairobi, Iraq Baghdad, Iran Tehran, Syria Damascus, Lebanon Beirut, Thailand Bangkok, Vietnam Hanoi, "
-    "Indonesia Jakarta, Canada Ottawa, Australia Canberra, Turkey Ankara, Ukraine Kyiv, Romania Bucharest, Bulgaria "
-    "Sofia, Serbia Belgrade, Croatia Zagreb, Slovenia Ljubljana, Slovakia Bratislava, Latvia Riga, Estonia Tallinn, "
-    "Lithuania Vilnius, Iceland Reykjavik, Malta Valletta, Cyprus Nicosia, Morocco Rabat, Tunisia Tunis, Libya "
-    "Tripoli, Sudan Khartoum, Ghana Accra, Nigeria Abuja, Senegal Dakar, Mali Bamako, Angola Luanda, Zambia Lusaka, "
-    "Zimbabwe Harare, Uganda Kampala, Rwanda Kigali, Somalia Mogadishu, Nepal Kathmandu, Pakistan Islamabad, "
-    "Mongolia Ulaanbaatar, Venezuela Caracas, Ecuador Quito, Bolivia Sucre, Uruguay Montevideo, Jamaica Kingston, "
-    "Jordan Amman"
-)
-_OPPOSITES = (
-    "hot cold, big small, up down, left right, fast slow, good bad, happy sad, rich poor, young old, light dark, "
-    "open closed, full empty, hard soft, high low, long short, wet dry, strong weak, early late, near far, day night, "
-    "black white, clean dirty, true false, alive dead, love hate, war peace, buy sell, win lose, push pull, give take, "
-    "first last, inside outside, always never, north south, east west, summer winter, start finish, question answer, "
-    "success failure, friend enemy, ancient modern, brave cowardly, guilty innocent, generous selfish, noisy quiet, "
-    "rough smooth, thick thin, wide narrow, deep shallow, expensive cheap, cruel kind, humble proud, lazy diligent, "
-    "public private, permanent temporary, victory defeat, accept reject, expand contract, ascend descend, arrive depart"
-)
+QUESTIONS = Path(__file__).parent.parent / "data" / "questions.json"  # countries and capitals, pairs of opposites
 
 
 class Question(NamedTuple):
@@ -57,22 +40,22 @@ class Question(NamedTuple):
 
 @as_annotated
 def synthetic_qa(seed: int = 0, n: int = 240) -> list[Question]:
-    """Questions made by rule, as many of each kind: sums and products of numbers of one or two digits, capitals,
-    opposites. Each has three solved examples of its kind in front, drawn anew. ValueError for fewer than four."""
+    """``n`` questions made by rule, a quarter of each kind: sums and products of numbers of one or two digits,
+    capitals, opposites. Three solved examples of its kind, drawn anew, precede each. ValueError for fewer than four."""
     if not isinstance(n, int) or n < 4:
         raise ValueError(f"n must be an integer of at least 4, one question of each kind, got {n!r}")
     random = np.random.default_rng(seed)
-    capitals, opposites = ([tuple(pair.split()) for pair in text.split(", ")] for text in (_CAPITALS, _OPPOSITES))
+    pairs = read_json(QUESTIONS)
     pools = {
         "sum": [(f"{a} + {b} = ", str(a + b)) for a in range(2, 60) for b in range(2, 60)],
         "product": [(f"{a} * {b} = ", str(a * b)) for a in range(2, 16) for b in range(2, 13)],
-        "capital": [(f"The capital of {country} is", f" {city}") for country, city in capitals],
-        "opposite": [(f"The opposite of {a} is", f" {b}") for one in opposites for a, b in (one, one[::-1])],
+        "capital": [(f"The capital of {country} is", f" {city}") for country, city in pairs["capital"]],
+        "opposite": [(f"The opposite of {a} is", f" {b}") for one in pairs["opposite"] for a, b in (one, one[::-1])],
     }
     out = []
     for i, (kind, pool) in enumerate(pools.items()):
         wanted = n // 4 + (i < n % 4)
-        for start in range(0, wanted, len(pool)):  # more than there are: another round, with other examples
+        for start in range(0, wanted, len(pool)):  # a round for each time that all were asked, with other examples
             for asked in random.permutation(len(pool))[: wanted - start]:
                 shown = random.choice([j for j in range(len(pool)) if j != asked], 3, replace=False)
                 lines = [f"{pool[j][0]}{pool[j][1]}" for j in shown]
@@ -83,36 +66,49 @@ def synthetic_qa(seed: int = 0, n: int = 240) -> list[Question]:
 # ---------------------------------------------------------------------------------------------- result
 
 
+def _count(name: str, of: str) -> Any:
+    """A figure of how many features are of one class."""
+    key = name.replace(" ", "_")
+    return figure(f"{name} features", f"|t| > {{threshold:g}} for {of}", control=f"{key}_shuffled",
+                  control_name=SHUFFLED, digits=1)  # fmt: skip
+
+
 @dataclass(frozen=True, repr=False)
 class Uncertainty(Result):
     """Result of ``sl.evals.uncertainty``.
 
-    ``cells``: questions that are certain and correct, certain and incorrect, uncertain and correct, uncertain and
-    incorrect. ``pure_uncertainty``, ``pure_incorrectness``, ``confounded``: how many features are so, each with
-    ``*_shuffled``, the same with labels shuffled. ``auroc``: of three features for correctness, on questions no choice
-    has seen; ``auroc_within``: among questions of one group; ``auroc_entropy``: of the model's own certainty.
-    ``accuracy_change``: of ablating confounded features, ``accuracy_change_random``: random ones, on other questions
-    than those they were found on. ``features``: numbers, by class, the strongest first.
+    Attributes:
+        cells: questions that are certain and correct, certain and incorrect, uncertain and correct, uncertain and
+            incorrect.
+        *_shuffled: the same with labels shuffled.
+        auroc_entropy: AUROC of the model's own certainty. accuracy_change: of ablating ``suppressed``, on other
+            questions than those they were found on; accuracy_change_random: of random features.
+        features: numbers, by class, the strongest first.
     """
 
     accuracy: float
     entropy: float
     cells: tuple[int, int, int, int]
-    pure_uncertainty: int
-    pure_incorrectness: int
-    confounded: int
+    pure_uncertainty: int = _count("pure uncertainty", "uncertain, not for incorrect")
+    pure_incorrectness: int = _count("pure incorrectness", "incorrect, not for uncertain")
+    confounded: int = _count("confounded", "both")
     pure_uncertainty_shuffled: float
     pure_incorrectness_shuffled: float
     confounded_shuffled: float
-    auroc: float
+    auroc: float = figure("AUROC, 3 features", "of correctness, unseen questions; -entropy has {auroc_entropy:.3f}",
+                          control="auroc_shuffled", control_name=SHUFFLED, best="high")  # fmt: skip
     auroc_se: float
     auroc_shuffled: float
-    auroc_within: float
+    auroc_within: float = figure("AUROC within groups", "the same among questions of one group", best="high",
+                                 control="auroc_within_shuffled", control_name=SHUFFLED)  # fmt: skip
     auroc_within_se: float
     auroc_within_shuffled: float
     auroc_entropy: float
     accuracy_before: float
-    accuracy_change: float
+    accuracy_change: float = figure(
+        "accuracy change", "{suppressed!n} confounded features ablated; {accuracy_before:.3f} before",
+        control="accuracy_change_random", control_name="random features", best="high",
+    )  # fmt: skip
     accuracy_change_se: float
     accuracy_change_random: float
     suppressed: tuple[int, ...]
@@ -126,35 +122,11 @@ class Uncertainty(Result):
     uncertain: Tensor = field(repr=False, compare=False)
     entropies: Tensor = field(repr=False, compare=False)
 
-    def figures(self) -> list[Figure]:
-        """Features by class, AUROC for correctness, and what suppression does."""
-        name, n = "labels shuffled", len(self.suppressed)
-        counts = [
-            Figure(f"{what} features", getattr(self, key), control=getattr(self, f"{key}_shuffled"), control_name=name,
-                   meaning=f"|t| > {self.threshold:g} for {why}", digits=1)
-            for what, key, why in (
-                ("pure uncertainty", "pure_uncertainty", "uncertain, not for incorrect"),
-                ("pure incorrectness", "pure_incorrectness", "incorrect, not for uncertain"),
-                ("confounded", "confounded", "both"),
-            )
-        ]  # fmt: skip
-        return [
-            *counts,
-            Figure("AUROC, 3 features", self.auroc, self.auroc_se, self.auroc_shuffled, name,
-                   f"of correctness, unseen questions; -entropy has {self.auroc_entropy:.3f}", "high"),
-            Figure("AUROC within groups", self.auroc_within, self.auroc_within_se, self.auroc_within_shuffled, name,
-                   "the same among questions of one group", "high"),
-            Figure("accuracy change", self.accuracy_change, self.accuracy_change_se, self.accuracy_change_random,
-                   "random features", f"{n} confounded features ablated; {self.accuracy_before:.3f} before", "high"),
-        ]  # fmt: skip
-
-    def _footer(self) -> str:
-        a, b, c, d = self.cells
-        return (
-            f"{self.questions} questions: certain {a} correct, {b} incorrect; uncertain {c} correct, {d} incorrect; "
-            f"{self.live} live features; AUROC over {self.splits} random halves, ± corrected for their "
-            f"overlap; {self.mask}"
-        )
+    _below = (
+        "{questions} questions: certain {cells[0]} correct, {cells[1]} incorrect; uncertain {cells[2]} correct, "
+        "{cells[3]} incorrect; {live} live features; AUROC over {splits} random halves, ± corrected for their overlap; "
+        "{mask}"
+    )
 
 
 # ---------------------------------------------------------------------------------------------- the eval
@@ -190,7 +162,7 @@ def uncertainty(
     are compared: a feature of a hard kind of question then has 1/2.
 
     Suppression: the features with the largest min(t_b, t_c) > 0 on one half are ablated while the other half is
-    answered; control: as many random features that fire about as often on these questions, mean of five draws.
+    answered; control: random features that fire about as often on these questions, mean of five draws.
 
     Args:
         prompts, answers: text that together is the question and its solution. groups: the kind of each question.
@@ -202,8 +174,7 @@ def uncertainty(
     n = len(rows)
     if groups is not None and len(groups) != n:
         raise ValueError(f"groups must name the kind of each question, got {len(groups)} for {n} questions")
-    if coder.training:
-        raise ValueError("uncertainty needs the coder in eval mode, where a token's codes are its own: call sae.eval()")
+    require(coder)
     group = np.unique(["" for _ in rows] if groups is None else list(groups), return_inverse=True)[1]
     correct, entropy, codes = _answered(lm, coder, rows, starts)
     if min(int(correct.sum()), int((~correct).sum())) < 8:
@@ -285,7 +256,7 @@ def _answered(
         form = {"greedy": Int[Tensor, " ".join(map(str, batch.ids.shape))], "entropy": Float[Tensor, f"{len(part)}"]}
         acts, said = lm.run(batch, sites, writes, logits=of_logits, form=form)
         right = (said["greedy"][:, :-1] == batch.ids[:, 1:]) | ~batch.mask[:, 1:]
-        before = torch.arange(right.shape[1]) < last[:, None]  # what the prompt itself says is not asked
+        before = torch.arange(right.shape[1]) < last[:, None]  # the tokens of the prompt are not asked for
         correct[part] = (right | before).all(1).numpy()
         entropy[part] = said["entropy"].numpy()
         if coder is not None:
@@ -356,7 +327,7 @@ def _within(group: np.ndarray, random: np.random.Generator) -> np.ndarray:
 
 
 def _auroc_within(scores: np.ndarray, positive: np.ndarray, group: np.ndarray) -> float:
-    """The same over pairs of one group."""
+    """AUROC over pairs of one group."""
     total, pairs = 0.0, 0
     for g in np.unique(group):
         here = group == g

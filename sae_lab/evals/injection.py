@@ -1,6 +1,5 @@
-"""Does a feature mean more than its tokens? Put its top tokens into text that has nothing to do with it."""
+"""Whether a feature means more than its tokens: its top tokens are put into unrelated text."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -16,12 +15,13 @@ from sae_lab.feature_index import FeatureIndex
 from sae_lab.lm.model import LM
 from sae_lab.lm.text import Documents
 from sae_lab.lm.tokens import label, pad
-from sae_lab.results import Figure, Result
+from sae_lab.results import Result, figure
 from sae_lab.saes.base import SparseCoder
+from sae_lab.stats import mean_and_error
 
 ENOUGH = 0.5  # share of texts in which a feature must activate to count as activated by its tokens
-NEAR = 25  # as many tokens on each side, in order of frequency, are as frequent as a token
-FEWEST = 3  # firings on a token that make it a top token, where there are such
+NEAR = 25  # tokens on each side, in order of frequency, that count as equally frequent
+FEWEST = 3  # firings on a token that make it a top token, if any token has that many
 ROWS = 64  # texts that go through the model together
 
 
@@ -41,16 +41,19 @@ class Injected(NamedTuple):
 
 @dataclass(frozen=True, repr=False)
 class Injection(Result):
-    """Result of ``sl.evals.token_injection``. ``activated``: share of features that activate in half of the texts or
-    more when their top tokens are put in; ``mean_rate``: mean share of texts; ``*_random``: the control.
+    """Result of ``sl.evals.token_injection``. ``found``: every feature; ``counterexamples``: those that activate, so
+    that their tokens are enough for them."""
 
-    ``found``: every feature; ``counterexamples``: those that activate, so that their tokens are enough for them.
-    """
-
-    activated: float
+    activated: float = figure(
+        "features activated", f"in {ENOUGH:.0%} of texts or more, by {{tokens}} of their top tokens",
+        control="activated_random", control_name="random tokens",
+    )  # fmt: skip
     activated_se: float
     activated_random: float
-    mean_rate: float
+    mean_rate: float = figure(
+        "share of texts", "peak of {share:g} of the typical activation or more, mean over features",
+        control="mean_rate_random", control_name="random tokens",
+    )  # fmt: skip
     mean_rate_se: float
     mean_rate_random: float
     features: int
@@ -66,33 +69,19 @@ class Injection(Result):
         """Features that their tokens alone activate, the surest first."""
         return tuple(sorted((f for f in self.found if f.rate >= ENOUGH), key=lambda f: -f.rate))
 
-    def figures(self) -> list[Figure]:
-        """Share of features that activate, and mean share of texts."""
-        name = "random tokens"
-        return [
-            Figure("features activated", self.activated, self.activated_se, self.activated_random, name,
-                   f"in {ENOUGH:.0%} of texts or more, by {self.tokens} of their top tokens"),
-            Figure("share of texts", self.mean_rate, self.mean_rate_se, self.mean_rate_random, name,
-                   f"peak of {self.share:g} of the typical activation or more, mean over features"),
-        ]  # fmt: skip
+    _records = "found"
+    _below = (
+        "{features} features, {texts} texts of {length} tokens, of which each feature uses those that leave it off; "
+        "tokens equally frequent in the store; ± over features; {mask}{_examples}"
+    )
 
-    def to_pandas(self):
-        """One row a feature."""
-        import pandas as pd
-
-        return pd.DataFrame(self.found)
-
-    def _footer(self) -> str:
-        lines = [
-            f"#{f.feature} {' '.join(map(repr, f.tokens))}: {f.rate:.0%} of texts (random {f.random_rate:.0%}), e.g. "
+    @property
+    def _examples(self) -> str:
+        return "".join(
+            f"\n#{f.feature} {' '.join(map(repr, f.tokens))}: {f.rate:.0%} of texts (random {f.random_rate:.0%}), e.g. "
             f"{f.example!r}"
             for f in self.counterexamples[:3]
-        ]
-        head = (
-            f"{self.features} features, {self.texts} texts of {self.length} tokens, of which each feature uses those "
-            f"that leave it off; tokens equally frequent in the store; ± over features; {self.mask}"
         )
-        return "\n".join([head, *lines])
 
 
 @as_annotated
@@ -109,17 +98,20 @@ def token_injection(
     share: float = 0.5,
     seed: int = 0,
 ) -> Injection:
-    """Insert each feature's top tokens into neutral text, one by one at random places, and see whether it activates.
+    """``sl.evals.token_injection(sae, lm, index, features, text.held_out)``: whether tokens alone activate features.
+
+    Each feature's top tokens are inserted into neutral text, at random places.
 
     A feature activates in a text where its peak reaches share·(its median activation where it fires in the index's
     store). Neutral: a text in which, untouched, it does not. Top tokens: largest mean activation per occurrence in the
-    store, zeros counted, among tokens on which it fires three times. Control: as many random tokens, each as frequent
-    in the store as the one in whose place it stands, at the same places. A feature that reads tokens activates in all
-    texts; one that reads a context, in few; random tokens activate neither.
+    store, zeros counted, among tokens on which it fires three times. Control: for each a random token that is equally
+    frequent in the store, at the same place. A feature that reads tokens activates in all texts; one that reads a
+    context, in few; random tokens activate neither.
 
     Args:
         index: of this coder, over text in which the features fire. features: which to test.
-        text: where to put tokens, e.g. ``text.held_out``. tokens: how many to put in. texts: how many, of ``length``.
+        text: where to put tokens, e.g. ``text.held_out``. tokens: how many to put in. texts: how many, of ``length``
+            tokens.
 
     Raises ValueError for features that never fire in the store, and for text that leaves nothing neutral.
 
@@ -196,7 +188,7 @@ def _as_frequent(token: int, top: list[int], by_count: np.ndarray, random: np.ra
 
 
 def _insert(ids: list[int], places: np.ndarray, tokens: list[int]) -> list[int]:
-    """ids with tokens in front of what stands at these places, in order."""
+    """ids with a token inserted in front of each of these places, in order."""
     return np.insert(np.array(ids), places, tokens).tolist()
 
 
@@ -236,17 +228,14 @@ def _outcome(
 
 def _result(found: list[Injected], texts: int, length: int, tokens: int, share: float, mask: str) -> Injection:
     rate, random = (np.array([getattr(f, name) for f in found]) for name in ("rate", "random_rate"))
-    activated = (rate >= ENOUGH).astype(float)
-
-    def error(values: np.ndarray) -> float:
-        return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
-
+    activated, activated_se = mean_and_error((rate >= ENOUGH).astype(float))
+    mean_rate, mean_rate_se = mean_and_error(rate)
     return Injection(
-        activated=float(activated.mean()),
-        activated_se=error(activated),
+        activated=activated,
+        activated_se=activated_se,
         activated_random=float((random >= ENOUGH).mean()),
-        mean_rate=float(rate.mean()),
-        mean_rate_se=error(rate),
+        mean_rate=mean_rate,
+        mean_rate_se=mean_rate_se,
         mean_rate_random=float(random.mean()),
         features=len(found),
         texts=texts,

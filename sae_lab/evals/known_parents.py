@@ -1,4 +1,4 @@
-"""Absorption where the truth is known: parents and children that were planted."""
+"""Absorption with known truth: planted parents and children."""
 
 import math
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from torch import Tensor
 from sae_lab.activations.world import World
 from sae_lab.arguments import as_annotated
 from sae_lab.feature_index.matching import match
-from sae_lab.results import Figure, Result
+from sae_lab.results import Result, figure
 from sae_lab.saes.base import SparseCoder
 from sae_lab.stats import mean_and_error
 from sae_lab.types import rows_of
@@ -20,13 +20,16 @@ from sae_lab.types import rows_of
 class PlantedAbsorption(Result):
     """Result of ``sl.evals.planted_absorption``. Means over parents; recall: how often a parent's feature fires."""
 
-    recall_alone: float
-    recall_given: float
+    recall_alone: float = figure("recall alone", "of parents that fire without a child", best="high")
+    recall_given: float = figure("recall given a child", control="recall_foreign", best="high",
+                                 control_name="other parents' children")  # fmt: skip
     recall_foreign: float
-    gap: float
+    gap: float = figure("alone less given", "what is absorbed", control="gap_foreign", best="low",
+                        control_name="other parents' children")  # fmt: skip
     gap_se: float
     gap_foreign: float
-    leak: float
+    leak: float = figure("leak", "cos(child's row, parent)", control="leak_foreign", control_name="other parents",
+                         best="low")  # fmt: skip
     leak_se: float
     leak_foreign: float
     leak_true: float
@@ -35,35 +38,23 @@ class PlantedAbsorption(Result):
     matched_cosine: float
     rows: int
 
-    def figures(self) -> list[Figure]:
-        foreign = "other parents' children"
-        return [
-            Figure("recall alone", self.recall_alone, meaning="of parents that fire without a child", best="high"),
-            Figure("recall given a child", self.recall_given, math.nan, self.recall_foreign, foreign, best="high"),
-            Figure("alone less given", self.gap, self.gap_se, self.gap_foreign, foreign, "what is absorbed", "low"),
-            Figure(
-                "leak", self.leak, self.leak_se, self.leak_foreign, "other parents", "cos(child's row, parent)", "low"
-            ),
-        ]
-
-    def _footer(self) -> str:
-        return (
-            f"{self.parents} parents, {self.children} children, {self.rows:,} rows; ± over parents; true directions of "
-            f"child and parent: {self.leak_true:.3f}; features matched at a mean cosine of {self.matched_cosine:.3f}"
-        )
+    _below = (
+        "{parents} parents, {children} children, {rows:,} rows; ± over parents; true directions of child and parent: "
+        "{leak_true:.3f}; features matched at a mean cosine of {matched_cosine:.3f}"
+    )
 
 
 @as_annotated
 @torch.no_grad()
 def planted_absorption(sae: SparseCoder, world: World, rows: int = 20_000) -> PlantedAbsorption:
-    """Absorption where parents and children are known: ``sl.worlds.planted(hierarchy=...)``.
+    """Absorption of known parents by known children: ``sl.evals.planted_absorption(sae, world)``.
 
     A parent's and a child's features are those matched one to one with their true directions (``sl.match``).
     gap = P(parent's feature fires | parent fires, no child does) − P(... | parent and a child of its own fire);
     leak = cos(W_dec of the child's feature, the parent's true direction). Controls: the gap for children of other
     parents (own ones silent), and the leak with other parents. Absorbed: gap near 1, leak near √½.
 
-    ValueError for a world without hierarchy or of another width.
+    ValueError for a world without ``hierarchy=`` or of another width.
     """
     parent = world.labels["parent"]
     if not bool((parent >= 0).any()):
@@ -116,17 +107,11 @@ def _first_rows(sae: SparseCoder, world: World, rows: int) -> tuple[Tensor, Tens
     offsets = world.codes.offsets[: rows + 1]
     true = torch.zeros(rows, world.codes.d_sae, dtype=torch.bool)
     true[rows_of(offsets), world.codes.features[: int(offsets[-1])]] = True
-    was_training = sae.training
-    sae.eval()
-    try:
-        parts = [sae.encode(x.to(sae.W_dec.device)).cpu() > 0 for x in world.x[:rows].split(4096)]
-    finally:
-        sae.train(was_training)
-    return true, torch.cat(parts)
+    return true, sae.codes_of(world.x[:rows]).dense() > 0
 
 
 def _share(fires: Tensor | None, where: Tensor) -> float:
-    """How often it fires there: never where there is no such feature, NaN where that never is."""
+    """How often a feature fires in these rows: never if there is no such feature, NaN without rows."""
     if not bool(where.any()):
         return math.nan
     return 0.0 if fires is None else float(fires[where].float().mean())

@@ -9,8 +9,8 @@ from torch.nn.functional import normalize
 
 from sae_lab.activations.store import Store
 from sae_lab.arguments import as_annotated
-from sae_lab.evals.codelength import Sample, run_coder, sample
-from sae_lab.results import Figure, Result
+from sae_lab.evals.sampling import Sample, encoded, sample, summed
+from sae_lab.results import Figure, Result, figure
 from sae_lab.saes import kernels
 from sae_lab.saes.base import SparseCoder
 from sae_lab.stats import jackknife
@@ -25,21 +25,20 @@ class Monosemanticity(Result):
     """Result of ``sl.evals.monosemanticity``; cosines, from -1 to 1.
 
     Attributes:
-        score: mean over live features, ``score_se`` its standard error (jackknife over groups of documents);
-            ``median``.
-        neurons: the same of x's coordinates, each as two neurons (its positive and its negative part); ``neurons_raw``:
-            of the coordinates scaled from their least to their largest value, as published; ``p_neurons``: of a
-            one-sided Mann-Whitney test, features above ``neurons``.
-        random: of random directions that fire on as many rows as features do, on those where they are largest;
-            ``p_random``: features above them.
+        score_se: jackknife over groups of documents.
+        neurons: score of x's coordinates, each as two neurons (its positive and its negative part); ``neurons_raw``:
+            of the coordinates scaled from their least to their largest value, as published.
+        random: of random directions that fire on as many rows as features do, those where they are largest.
+        p_neurons, p_random: of one-sided Mann-Whitney tests, features above these.
         shuffled: of the features' activations given to other rows, which is the mean cosine of two rows.
-        features, rows, documents: live features (at least ``least`` firings), and on what; ``embedding``.
-        per_feature: of all d_sae, NaN where it is not live.
+        features: live ones, with at least ``least`` firings.
+        per_feature: score of all d_sae, NaN where it is not live.
     """
 
-    score: float
+    score: float = figure("monosemanticity", "mean over live features", control="shuffled",
+                          control_name="shuffled rows", best="high")  # fmt: skip
     score_se: float
-    median: float
+    median: float = figure("median", "of live features", best="high")
     neurons: float
     neurons_raw: float
     p_neurons: float
@@ -56,20 +55,17 @@ class Monosemanticity(Result):
 
     def figures(self) -> list[Figure]:
         return [
-            Figure("monosemanticity", self.score, self.score_se, self.shuffled, "shuffled rows",
-                   "mean over live features", "high"),
-            Figure("median", self.median, meaning="of live features", best="high"),
-            Figure("less neurons", self.score - self.neurons, control=self.neurons, control_name="neurons",
-                   meaning=f"coordinates of x, both signs; p = {self.p_neurons:.2g}", best="high"),
+            *super().figures(),
+            Figure("less neurons", self.score - self.neurons, control=self.neurons, control_name="neurons", best="high",
+                   meaning=f"coordinates of x, both signs; p = {self.p_neurons:.2g}", key="neurons"),
             Figure("less random", self.score - self.random, control=self.random, control_name="random directions",
-                   meaning=f"as sparse as features; p = {self.p_random:.2g}", best="high"),
+                   meaning=f"as sparse as features; p = {self.p_random:.2g}", best="high", key="random"),
         ]  # fmt: skip
 
-    def _footer(self) -> str:
-        return (
-            f"{self.features:,} of {self.d_sae:,} features fire on at least {self.least} of {self.rows:,} rows "
-            f"({self.documents:,} documents); E: {self.embedding}; raw neurons {self.neurons_raw:.3f}"
-        )
+    _below = (
+        "{features:,} of {d_sae:,} features fire on at least {least} of {rows:,} rows ({documents:,} documents); "
+        "E: {embedding}; raw neurons {neurons_raw:.3f}"
+    )
 
 
 @as_annotated
@@ -78,7 +74,7 @@ def monosemanticity(
     coder: SparseCoder, x: Tensor | Store, embeddings: Tensor | Store | None = None, *, tokens: int = 16_384,
     least: int = 10, seed: int = 0,
 ) -> Monosemanticity:  # fmt: skip
-    """Mean cosine of the embeddings of two inputs, weighted by how strongly a feature fires on both.
+    """``sl.evals.monosemanticity(sae, store)``: cosine of two inputs' embeddings, weighted by a feature's activations.
 
         MS_k = Σ_{i<j} a_ik·a_jk·cos(E_i, E_j) / Σ_{i<j} a_ik·a_jk
              = (‖Σᵢ a_ik·Eᵢ‖² − Σᵢ a_ik²) / ((Σᵢ a_ik)² − Σᵢ a_ik²)        (unit Eᵢ: linear in the rows)
@@ -104,7 +100,7 @@ def monosemanticity(
     rows = sample(x, tokens, coder)
     E, name = _embeddings(x, embeddings, rows)
     E = unit(E)
-    codes = _scaled(run_coder(coder, rows)[0])
+    codes = _scaled(encoded(coder, rows)[0])
     fired = torch.bincount(codes.features, minlength=codes.d_sae)
     score = torch.where(fired >= least, scores(codes, E), torch.nan)
     live = score.isfinite()
@@ -195,8 +191,7 @@ def _sums(codes: Codes, E: Tensor, only: Tensor | None = None) -> tuple[Tensor, 
         offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
         block = normalize(E[start : start + _CHUNK].double(), dim=1)
         vectors += kernels.weighted_rows(values[here], rows[here] - start, offsets, block)
-    zeros = torch.zeros(codes.d_sae, dtype=torch.float64)
-    return vectors, zeros.index_add(0, features, values), zeros.index_add(0, features, values**2)
+    return vectors, summed(values, features, codes.d_sae), summed(values**2, features, codes.d_sae)
 
 
 def _score(vectors: Tensor, a: Tensor, squares: Tensor) -> Tensor:
@@ -224,7 +219,7 @@ def _both_signs(x: Tensor) -> Codes:
 
 
 def _random_directions(x: Tensor, fired: Tensor, generator: torch.Generator) -> Codes:
-    """Codes of random directions: each fires, with what it exceeds its threshold by, on as many rows as a feature."""
+    """Codes of random directions: each fires on as many rows as a feature, by its excess over a threshold."""
     drawn = torch.randperm(len(fired), generator=generator)[:RANDOM_FEATURES]
     chosen = fired.sort().values[drawn]  # in whatever order features stand
     directions = normalize(torch.randn(x.shape[1], len(chosen), generator=generator), dim=0)

@@ -1,4 +1,4 @@
-"""Features that say where in the context a token stands."""
+"""Features of a token's position in its context."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -8,17 +8,19 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sae_lab.activations.contexts import trained_context
 from sae_lab.activations.reading import read_codes
 from sae_lab.activations.store import Store
 from sae_lab.arguments import Count, as_annotated
 from sae_lab.lm.model import LM
 from sae_lab.lm.text import Documents, as_text
 from sae_lab.lm.tokens import pad
-from sae_lab.results import Figure, Result
+from sae_lab.results import Result, figure
 from sae_lab.saes.base import SparseCoder
 from sae_lab.types import Codes
 
 STRONG = 0.8  # R² from which a feature is called positional
+ROTATED = "positions rotated"
 Pieces = Iterator[tuple[Codes, np.ndarray]]  # codes of tokens in the order of the text, and their positions
 
 
@@ -27,13 +29,15 @@ class Positional(Result):
     """Result of ``sl.evals.positional``. ``r2``, ``r2_shuffled`` (control), ``firings``: of every feature; R² is NaN
     where a feature never fires. ``profile``: mean activation by bin, ``bins d_sae``; ``edges``: where bins start."""
 
-    strong: int
+    strong: int = figure(f"features of R2 > {STRONG}", "of {features:,}", control="strong_shuffled",
+                         control_name=ROTATED, digits=0)  # fmt: skip
     strong_shuffled: int
-    largest: float
+    largest: float = figure("largest R2", "{_of_best}", control="largest_shuffled", control_name=ROTATED)
     largest_shuffled: float
-    median: float
+    median: float = figure("median R2", control="median_shuffled", control_name=ROTATED, digits=4)
     median_shuffled: float
-    mean: float
+    mean: float = figure("mean R2", "share of a feature's variance that position explains", control="mean_shuffled",
+                         control_name=ROTATED, digits=4)  # fmt: skip
     mean_shuffled: float
     features: int
     tokens: int
@@ -47,33 +51,28 @@ class Positional(Result):
     firings: Tensor = field(repr=False, compare=False)
     profile: Tensor = field(repr=False, compare=False)
 
-    def figures(self) -> list[Figure]:
-        """How many features are positional, and R² over features."""
-        name = "positions rotated"
-        return [
-            Figure(f"features of R2 > {STRONG}", self.strong, control=self.strong_shuffled, control_name=name,
-                   meaning=f"of {self.features:,}", digits=0),
-            Figure("largest R2", self.largest, control=self.largest_shuffled, control_name=name,
-                   meaning=f"of feature {self.best[0]}" if self.best else ""),
-            Figure("median R2", self.median, control=self.median_shuffled, control_name=name, digits=4),
-            Figure("mean R2", self.mean, control=self.mean_shuffled, control_name=name,
-                   meaning="share of a feature's variance that position explains", digits=4),
-        ]  # fmt: skip
+    _below = (
+        "{tokens:,} tokens, {bins} bins of positions; features that fire on {min_firings} tokens or more; chance is "
+        "{_chance:.4f} for one without bursts; {mask}"
+    )
 
-    def _footer(self) -> str:
-        return (
-            f"{self.tokens:,} tokens, {self.bins} bins of positions; features that fire on {self.min_firings} tokens "
-            f"or more; chance is {(self.bins - 1) / max(1, self.tokens - 1):.4f} for one without bursts; {self.mask}"
-        )
+    @property
+    def _of_best(self) -> str:
+        return f"of feature {self.best[0]}" if self.best else ""
 
-    def to_pandas(self):
-        """One row a feature that counts, the most positional first."""
-        import pandas as pd
+    @property
+    def _chance(self) -> float:
+        return (self.bins - 1) / max(1, self.tokens - 1)
 
-        columns = {"r2": self.r2, "r2_shuffled": self.r2_shuffled, "firings": self.firings}
-        table = pd.DataFrame({"feature": np.arange(len(self.r2))} | {k: v.numpy() for k, v in columns.items()})
-        table = table.loc[table["firings"] >= self.min_firings]
-        return table.sort_values(by="r2", ascending=False, ignore_index=True)  # type: ignore[call-overload]
+    @property
+    def _counted(self) -> dict[str, np.ndarray]:
+        """Of the features that count, the most positional first."""
+        chosen = (self.firings >= self.min_firings).nonzero().flatten()
+        chosen = chosen[self.r2[chosen].nan_to_num(-torch.inf).argsort(descending=True, stable=True)]
+        columns = {name: getattr(self, name)[chosen].numpy() for name in ("r2", "r2_shuffled", "firings")}
+        return {"feature": chosen.numpy()} | columns
+
+    _records = "_counted"
 
 
 @as_annotated
@@ -88,17 +87,17 @@ def positional(
     min_firings: Count = 30,
     seed: int = 0,
 ) -> Positional:
-    """Share of the variance of each feature's activation that a token's position explains.
+    """``sl.evals.positional(sae, lm, store)``: share of each feature's variance that a token's position explains.
 
     R² = Σ_b n_b·(m_b − m)²/Σ(f − m)², b bins of positions, m_b a feature's mean activation in bin b; zeros count. One
     pass in O(active codes); what is held is ``bins d_sae``. Control: each context's positions rotated by a random
-    number of tokens, which leaves bursts of activity whole; chance is (bins − 1)/(tokens − 1) for firings that know
-    nothing of each other, and as much of the number of contexts where a context's go together.
+    number of tokens, which leaves bursts of activity whole. Chance is (bins − 1)/(tokens − 1) for independent firings,
+    and (bins − 1)/(contexts − 1) where a context's firings go together.
 
     Args:
         data: a store at the coder's site (read in its order), or text, of which the model reads ``tokens``.
         bins: of positions, of equal width; fewer where contexts are shorter. min_firings: tokens on which a feature
-            must fire to be counted: R² of a feature that fires once is 1/n_b whatever it means.
+            must fire to be counted (R² of a feature that fires once is 1/n_b).
         context: of text: tokens the model sees at once; None is what the coder was trained with, else 128.
 
     Raises ValueError for a store of another width, and where nothing is left to measure.
@@ -109,21 +108,17 @@ def positional(
         raise ValueError(f"bins must be an integer of at least 2, got {bins!r}")
     if tokens < 2:
         raise ValueError(f"tokens must be at least 2, got {tokens}")
-    was_training = coder.training
-    coder.eval()
-    try:
+    with coder.evaluating():
         if isinstance(data, Store):
             length = int(data.rows(np.arange(min(tokens, len(data))), "position").max()) + 1
             pieces, mask = _of_store(coder, data, tokens), str(data.mask)
         else:
-            length = int(coder.meta.get("context") or 128) if context is None else context
+            length = trained_context(coder) if context is None else context
             pieces, mask = _of_text(coder, lm, data, tokens, length), str(coder.mask or lm.mask())
         edges = np.unique(np.linspace(0, length, bins + 1).astype(int))[:-1]
         tally = _Tally(len(edges), coder.d_sae, seed)
         for codes, positions in pieces:
             tally.add(codes, positions, edges)
-    finally:
-        coder.train(was_training)
     if tally.tokens < 2:
         raise ValueError("no token is left to measure: the mask leaves out all of them, or the text is empty")
     return _result(tally, edges, min_firings, mask)

@@ -1,4 +1,4 @@
-"""How a coder fares along the context, also beyond the one it was trained on; and a curve through several coders."""
+"""FVU and loss along the context, also beyond the training context; and a curve through several coders."""
 
 import math
 import warnings
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sae_lab.activations.contexts import spread_contexts
+from sae_lab.activations.contexts import context_length, spread_contexts, trained_context
 from sae_lab.activations.reconstructing import (
     Measured,
     Reconstruction,
@@ -23,7 +23,7 @@ from sae_lab.activations.reconstructing import (
 from sae_lab.arguments import as_annotated
 from sae_lab.lm.model import LM
 from sae_lab.lm.text import Documents
-from sae_lab.results import Figure, Result, number
+from sae_lab.results import Figure, Result, figure, number
 from sae_lab.saes.base import SparseCoder
 from sae_lab.stats import clustered_error, difference_error, ratio_error
 from sae_lab.types import Site
@@ -54,10 +54,10 @@ class ByPosition(Result):
     ce_delta_se: tuple[float, ...]
     ce_recovered: tuple[float, ...]
     pca_ce_delta: tuple[float, ...]
-    rise: float
+    rise: float = figure("rise of dCE", "{_inside}, nats/token", control="pca_rise", control_name="PCA {pca_rank}")
     rise_se: float
     pca_rise: float
-    fvu_rise: float
+    fvu_rise: float = figure("rise of FVU", "{_inside}")
     fvu_rise_se: float
     pca_rank: int
     tokens: int
@@ -65,36 +65,39 @@ class ByPosition(Result):
     mask: str
 
     def figures(self) -> list[Figure]:
-        """Of each bin FVU and ΔCE, and how both change beyond the training context."""
         k = f"PCA {self.pca_rank}"
         found = []
         for i, (a, b) in enumerate(pairwise(self.edges)):
-            where = f"positions {a}-{b - 1}" + (", beyond training" if a >= self.trained else "")
+            place = f"{a}-{b - 1}"
+            where = f"positions {place}" + ", beyond training" * (a >= self.trained)
+            told = f"nats/token; clean {self.ce_clean[i]:.2f}, recovered {number(self.ce_recovered[i])}"
             found += [
-                Figure(f"FVU {a}-{b - 1}", self.fvu[i], self.fvu_se[i], self.pca_fvu[i], k, where, "low"),
-                Figure(f"dCE {a}-{b - 1}", self.ce_delta[i], self.ce_delta_se[i], self.pca_ce_delta[i], k,
-                       f"nats/token; clean {self.ce_clean[i]:.2f}, recovered {number(self.ce_recovered[i])}", "low"),
+                Figure(f"FVU {place}", self.fvu[i], self.fvu_se[i], self.pca_fvu[i], k, where, "low",
+                       key=f"fvu {place}"),
+                Figure(f"dCE {place}", self.ce_delta[i], self.ce_delta_se[i], self.pca_ce_delta[i], k, told, "low",
+                       key=f"ce_delta {place}"),
             ]  # fmt: skip
-        inside = f"beyond {self.trained} less {self.trained // 2}-{self.trained - 1}"
-        return [
-            *found,
-            Figure("rise of dCE", self.rise, self.rise_se, self.pca_rise, k, f"{inside}, nats/token"),
-            Figure("rise of FVU", self.fvu_rise, self.fvu_rise_se, meaning=inside),
-        ]
+        return found + super().figures()
 
-    def to_pandas(self):
-        """One row a bin."""
-        import pandas as pd
+    @property
+    def _inside(self) -> str:
+        return f"beyond {self.trained} less {self.trained // 2}-{self.trained - 1}"
 
+    @property
+    def _context(self) -> int:
+        return self.edges[-1]
+
+    @property
+    def _bins(self) -> list[dict[str, float]]:
         names = ("fvu", "fvu_se", "pca_fvu", "ce_clean", "ce_delta", "ce_delta_se", "ce_recovered", "pca_ce_delta")
-        bins = {"start": self.edges[:-1], "end": self.edges[1:]}
-        return pd.DataFrame(bins | {name: getattr(self, name) for name in names})
+        bins = enumerate(pairwise(self.edges))
+        return [{"start": a, "end": b} | {name: getattr(self, name)[i] for name in names} for i, (a, b) in bins]
 
-    def _footer(self) -> str:
-        return (
-            f"{self.tokens:,} tokens of {self.documents} documents, whole contexts of {self.edges[-1]} only; trained "
-            f"on contexts of {self.trained}; ± clustered by document; {self.mask}; PCA fitted on these very tokens"
-        )
+    _records = "_bins"
+    _below = (
+        "{tokens:,} tokens of {documents} documents, whole contexts of {_context} only; trained on contexts of "
+        "{trained}; ± clustered by document; {mask}; PCA fitted on these very tokens"
+    )
 
 
 @as_annotated
@@ -107,7 +110,7 @@ def by_position(
     edges: Sequence[int] | None = None,
     site: Site | str | None = None,
 ) -> ByPosition:
-    """FVU and ΔCE by the position of a token in its context, also beyond the context the coder was trained with.
+    """``sl.evals.by_position(sae, lm, text.held_out)``: FVU and ΔCE by position, also beyond the training context.
 
     FVU of a bin = Σ‖y−ŷ‖²/Σ‖y−ȳ‖² over its kept tokens, ȳ over all kept tokens. ΔCE = CE(spliced) − CE(clean) of the
     tokens predicted there, the whole context being spliced. Only contexts of full length count, so that every bin reads
@@ -121,12 +124,8 @@ def by_position(
 
     Raises ValueError for edges that are none, and for text without two documents that fill a context.
     """
-    trained = int(coder.meta.get("context") or 128)
-    context = min(2 * trained, lm.max_length) if context is None else context
-    if not 2 <= context <= lm.max_length:
-        raise ValueError(f"context must lie between 2 and the {lm.max_length} tokens this model reads, got {context}")
-    if tokens < 1:
-        raise ValueError(f"tokens must be positive, got {tokens}")
+    trained = trained_context(coder)
+    context = context_length(coder, lm, tokens, min(2 * trained, lm.max_length) if context is None else context)
     edges = _edges(edges, trained, context)
     contexts = [c for c in spread_contexts(lm, text, tokens, context) if len(c.ids) == context]
     if len({c.documents[0] for c in contexts}) < 2:
@@ -226,11 +225,12 @@ class Hill(Result):
     ``line_rmse``: of a straight line, the control.
     """
 
-    half_l0: float
+    half_l0: float = figure("L0 at half", "where 1 - recovered is 1/2", best="low")
     half_l0_se: float
-    slope: float
+    slope: float = figure("slope n", "how fast it is lost as 1/L0 grows")
     slope_se: float
-    rmse: float
+    rmse: float = figure("rmse", "of 1 - recovered", control="line_rmse", control_name="straight line", best="low",
+                         digits=4)  # fmt: skip
     line_rmse: float
     l0: tuple[float, ...] = field(repr=False)
     lost: tuple[float, ...] = field(repr=False)
@@ -239,26 +239,20 @@ class Hill(Result):
         """1 − recovered that the curve gives at an L0."""
         return float(_hill(1 / l0, math.log(1 / self.half_l0), self.slope))
 
-    def figures(self) -> list[Figure]:
-        """The two parameters, and how well the curve fits."""
-        return [
-            Figure("L0 at half", self.half_l0, self.half_l0_se, meaning="where 1 - recovered is 1/2", best="low"),
-            Figure("slope n", self.slope, self.slope_se, meaning="how fast it is lost as 1/L0 grows"),
-            Figure("rmse", self.rmse, control=self.line_rmse, control_name="straight line", meaning="of 1 - recovered",
-                   best="low", digits=4),
-        ]  # fmt: skip
+    _below = "{_coders}; ± of the least squares fit"
 
-    def _footer(self) -> str:
-        return f"{len(self.l0)} coders of L0 {self.l0[0]:.1f} to {self.l0[-1]:.1f}; ± of the least squares fit"
+    @property
+    def _coders(self) -> str:
+        return f"{len(self.l0)} coders of L0 {self.l0[0]:.1f} to {self.l0[-1]:.1f}"
 
 
 @as_annotated
 def hill(results: Sequence[Reconstruction | tuple[Any, Any]]) -> Hill:
-    """A Hill curve through several coders: lost = sⁿ/(sⁿ + hⁿ), s = 1/L0, lost = 1 − CE recovered (mean ablation).
+    """``sl.evals.hill(results)``: a Hill curve through coders, lost = sⁿ/(sⁿ + hⁿ), s = 1/L0, lost = 1 − CE recovered.
 
     Without a single active feature the mean is all that is left, which recovers 0: the curve goes to 1 as 1/L0 grows.
     h = 1/(L0 at half). Fitted by least squares in (log h, n); standard errors from its covariance, the spread of the
-    points about the curve being their error. Control: a straight line in 1/L0, which has as many parameters.
+    points about the curve being their error. Control: a straight line in 1/L0, with two parameters too.
 
     Args: results: of ``sl.evals.reconstruction`` on the same text, or pairs (L0, CE recovered): three at least. Where
             they do not tell the parameters (all recover alike), these and their errors are NaN.
@@ -279,7 +273,7 @@ def hill(results: Sequence[Reconstruction | tuple[Any, Any]]) -> Hill:
     slope, offset = np.polyfit(np.log(s), odds, 1)  # log odds = n·(log s − log h): a start from which it converges
     start = (-offset / slope, slope) if slope > 0.05 else (float(np.log(s).max()) + 1, 1.0)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", OptimizeWarning)  # that there is no covariance is said by errors of NaN
+        warnings.simplefilter("ignore", OptimizeWarning)  # errors of NaN say that there is no covariance
         try:
             (log_h, n), covariance = curve_fit(_hill, s, lost, p0=start, maxfev=20_000)
         except RuntimeError:  # the search does not end

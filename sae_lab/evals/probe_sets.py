@@ -39,7 +39,7 @@ class ProbeSet:
     """Texts with a yes or no each. ``labels``: True at ``positive``; of several classes the commonest, against all
     others.
 
-    Raises ValueError for labels of one class, or as many classes as a number has.
+    Raises ValueError for labels of one class, or of more than 50 (numbers).
     """
 
     name: str
@@ -67,7 +67,7 @@ class ProbeSet:
         return cls(name, tuple(texts), np.array([v == positive for v in values]), positive)
 
     def balanced(self, examples: int, seed: int = 0) -> "ProbeSet":
-        """At most so many examples, as many of either class, drawn without replacement; each text once."""
+        """At most ``examples`` examples, half of either class, drawn without replacement; each text once."""
         draw = np.random.default_rng([seed, *self.name.encode()])
         order = draw.permutation(len(self.texts))
         first = {self.texts[i]: i for i in order[::-1]}  # of equal texts the first drawn
@@ -145,7 +145,7 @@ class ReadSet:
 
 @dataclass(frozen=True, repr=False)
 class ProbeData:
-    """What ``read_probe_sets`` returns: one pass of a model, for as many coders of the site as you like."""
+    """What ``read_probe_sets`` returns: one pass of a model, for any number of coders of the site."""
 
     site: Site
     model: str
@@ -164,10 +164,10 @@ class ProbeData:
 def read_probe_sets(
     lm: LM, site: Site | str, data: Any = None, *, examples: int = 400, tokens: int = 64, seed: int = 0
 ) -> ProbeData:
-    """Read labelled texts once, for ``probing`` of several coders of one site: pass what this returns as ``data``.
+    """``data = sl.evals.read_probe_sets(lm, site)``: labelled texts, read once for ``probing`` of several coders.
 
-    Args: data: as in ``probing``. examples: texts of each set, half of either class. tokens: each text is cut to so
-    many (prefix apart).
+    Args: data: as in ``probing``. examples: texts of each set, half of either class. tokens: length that each text is
+    cut to (without the prefix).
 
     Memory: tokens·width half-precision numbers a text, about 130 MB for the defaults and the bundled model.
     """
@@ -193,7 +193,7 @@ def read_sets(lm: LM, site: Site, sets: Sequence[ProbeSet], examples: int, token
 def _read(lm: LM, site: Site, one: ProbeSet, tokens: int, bar: Any) -> ReadSet:
     rows = [ids[:tokens] for ids in encode_texts(lm.tokenizer, list(one.texts))]
     first: dict[tuple[int, ...], int] = {}
-    for number, ids in enumerate(rows):  # texts that are equal as far as they are read would stand in train and test
+    for number, ids in enumerate(rows):  # texts equal up to the cut would be in train and test
         first.setdefault(tuple(ids), number)
     chosen = [number for ids, number in first.items() if ids]
     prefix = [] if lm.prefix_id is None else [lm.prefix_id]

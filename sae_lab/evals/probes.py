@@ -4,16 +4,17 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from sae_lab.activations.reading import require_fits
 from sae_lab.arguments import as_annotated
 from sae_lab.evals.probe_sets import ProbeData, ReadSet, as_probe_sets, read_sets
 from sae_lab.lm.model import LM
-from sae_lab.results import Figure, Result, number
+from sae_lab.results import Figure, Result
 from sae_lab.saes.base import SparseCoder
 from sae_lab.stats import mean_and_error
 from sae_lab.types import Site, TokenMask
@@ -88,44 +89,39 @@ class Probing(Result):
     def figures(self) -> list[Figure]:
         out = []
         for probe, setting in self._settings():
-            label = "dense" if probe == "dense" else f"{probe}, k {setting}"
+            label, best = "dense" if probe == "dense" else f"{probe}, k {setting}", "high" * (probe == "features")
             for what, name in (("accuracy", "accuracy"), ("auroc", "AUROC")):
-                value, error = self.mean(probe, setting, what)
                 chance = self.mean(probe, setting, f"shuffled_{what}")[0]
-                meaning = f"{name} on test texts, mean over datasets"
-                best = "high" if probe == "features" else ""
-                out.append(Figure(f"{label}: {name}", value, error, chance, "shuffled labels", meaning, best))
+                out.append(Figure(
+                    f"{label}: {name}", *self.mean(probe, setting, what), chance, "shuffled labels",
+                    f"{name} on test texts, mean over datasets", best, key=f"{what} {probe} {setting}",
+                ))  # fmt: skip
         for other in ("dense", "neurons", "pca"):
-            value, error = self.gain(other, self.best)
             meaning = f"accuracy, k {self.best}, paired by dataset"
-            out.append(Figure(f"features less {other}", value, error, meaning=meaning, best="high"))
-        value, error = self.mean("features", self.best, "shuffled_accuracy")
-        out.append(Figure("shuffled labels", value, error, 0.5, "chance", f"accuracy of features, k {self.best}"))
-        return out
+            gain = self.gain(other, self.best)
+            out.append(Figure(f"features less {other}", *gain, meaning=meaning, best="high", key=f"less {other}"))
+        chance, meaning = self.mean("features", self.best, "shuffled_accuracy"), f"accuracy of features, k {self.best}"
+        return [*out, Figure("shuffled labels", *chance, 0.5, "chance", meaning, key="shuffled")]
 
     def _rows(self) -> list[tuple[str, ...]]:
         rows = [("", "k", "accuracy", "AUROC", "shuffled labels", "features less this")]
         for probe, setting in self._settings():
-            texts = []
-            for what in ("accuracy", "auroc", "shuffled_accuracy"):
-                texts.append(_text(*self.mean(probe, setting, what)))
-            at = self.best if probe == "dense" else setting
-            texts.append("" if probe == "features" else _text(*self.gain(probe, at)))
-            rows.append((probe, setting, *texts))
+            means = [self.mean(probe, setting, what) for what in ("accuracy", "auroc", "shuffled_accuracy")]
+            means += [] if probe == "features" else [self.gain(probe, self.best if probe == "dense" else setting)]
+            texts = [Figure("", *mean).text for mean in means]
+            rows.append((probe, setting, *texts, *[""] * (4 - len(texts))))
         return rows
 
-    def _footer(self) -> str:
-        return (
-            f"{len(self.datasets)} datasets of {min(self.texts)} to {max(self.texts)} texts ({sum(self.test_texts)} in "
-            f"test), pooled by {self.pooling}; ± over datasets; {self.shuffles} shuffles; {self.convention}, "
-            f"seed {self.seed}; {self.excluded:.1%} of tokens {self.mask}"
-        )
+    _records = "scores"
+    _below = (
+        "{_sets} in test), pooled by {pooling}; ± over datasets; {shuffles} shuffles; {convention}, seed {seed}; "
+        "{excluded:.1%} of tokens {mask}"
+    )
 
-    def to_pandas(self):
-        """One row a dataset and probe."""
-        import pandas as pd
-
-        return pd.DataFrame(self.scores)
+    @property
+    def _sets(self) -> str:
+        many = f"{len(self.datasets)} datasets of {min(self.texts)} to {max(self.texts)} texts"
+        return f"{many} ({sum(self.test_texts)}"
 
 
 @as_annotated
@@ -135,14 +131,14 @@ def probing(
     data: Any = None,
     k: Sequence[int] = (1, 5, 20),
     *,
-    pooling: str = "mean",
+    pooling: Pooling = "mean",
     examples: int = 400,
     tokens: int = 64,
     shuffles: int = 5,
     seed: int = 0,
-    convention: str = "sae_lab",
+    convention: Convention = "sae_lab",
 ) -> Probing:
-    """Probe texts' pooled codes with k features, and the same texts' activations without a coder.
+    """``sl.evals.probing(sae, lm)``: probes of k features on labelled texts, and of the activations without a coder.
 
     A text's code is the mean, the maximum or the last of its tokens' codes (``pooling``; tokens that the mask leaves
     out do not count), as ``SparseCoder.strengths``. Features are ranked on the training texts by |mean₁ −
@@ -150,10 +146,9 @@ def probing(
     log loss on validation, gives accuracy and AUROC on test texts ("chosen": k too was chosen on validation). Split
     60/20/20, both classes equal: chance is .5.
 
-    Beside it, chosen and fitted the same way: k coordinates of x (``neurons``); k of the first 64 principal components
+    Controls, chosen and fitted the same way: k coordinates of x (``neurons``); k of the first 64 principal components
     of the training texts' x (``pca``); all of x (``dense``); and everything again with shuffled labels, which must give
-    .5. x is pooled as the codes are. Nothing says that features win: in Kantamneni et al. 2025 (arXiv:2502.16681) they
-    do not beat dense probes.
+    .5. x is pooled as the codes are. In Kantamneni et al. 2025 (arXiv:2502.16681) features do not beat dense probes.
 
     After Gurnee et al. 2023 (arXiv:2305.01610). ``convention="saebench"``: what SAEBench does (Karvonen et al. 2025,
     arXiv:2503.09532): ranked by |mean₁ − mean₀| alone, C = 1, inputs as they are, trained on train and validation
@@ -180,7 +175,7 @@ def probing(
         if not keep.any():
             raise ValueError(f"{one.name}: the mask leaves out every token ({mask}): give longer texts")
         _enough(one.name, labels, max(k))
-        # Every dataset has its own split and shuffles: shared ones would make their errors alike, and ± too small.
+        # Each dataset has a split and shuffles of its own: shared ones would correlate errors, and make ± too small.
         key = [seed, *one.name.encode()]
         true = pipeline(x, codes, labels, k, convention, key)
         draw = np.random.default_rng([*key, 1])
@@ -244,18 +239,8 @@ def pooled(
 
 def _codes(sae: SparseCoder, x: Tensor, text: Tensor) -> tuple[np.ndarray, np.ndarray]:
     """(text·d_sae + feature, strength) of every active feature of every token."""
-    was_training = sae.training
-    sae.eval()
-    places, values = [np.zeros(0, np.int64)], [np.zeros(0)]
-    try:
-        for rows, owner in zip(x.split(_ROWS), text.split(_ROWS), strict=True):
-            rows = rows.float().to(sae.W_dec.device)
-            codes = sae.strengths(sae.sparse_codes(rows), rows)
-            places.append((owner[codes.rows.cpu()] * sae.d_sae + codes.features.cpu()).numpy())
-            values.append(codes.values.cpu().double().numpy())
-    finally:
-        sae.train(was_training)
-    return np.concatenate(places), np.concatenate(values)
+    codes = sae.codes_of((rows.float() for rows in x.split(_ROWS)), strengths=True)
+    return (text[codes.rows] * sae.d_sae + codes.features).numpy(), codes.values.double().numpy()
 
 
 # ---- one dataset
@@ -292,7 +277,7 @@ def pipeline(
 
 
 def split(labels: np.ndarray, seed: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Train, validation and test texts, each with as many of either class (the surplus of one is left out)."""
+    """Train, validation and test texts, half of either class in each (the surplus of one class is left out)."""
     draw = np.random.default_rng([*seed, 0])
     classes = [draw.permutation(np.flatnonzero(labels == label)) for label in (False, True)]
     each = min(map(len, classes))
@@ -352,22 +337,17 @@ def _probe(inputs: np.ndarray, labels: np.ndarray, parts: tuple[np.ndarray, ...]
 
 def _check(sae: SparseCoder, lm: LM, k: Any, pooling: str, convention: str, shuffles: int) -> tuple[int, ...]:
     """The ks, in ascending order."""
-    for name, value, known in (("pooling", pooling, Pooling), ("convention", convention, Convention)):
-        if value not in get_args(known):
-            raise ValueError(f"{name} must be one of {', '.join(get_args(known))}, got {value!r}")
     if convention == "saebench" and pooling != "mean":
         raise ValueError(f"SAEBench pools by the mean: pass pooling='mean' or convention='sae_lab', got {pooling!r}")
     many = (k,) if isinstance(k, int) else tuple(k)
     for one in many:
-        if not isinstance(one, int) or isinstance(one, bool) or not 1 <= one <= sae.d_sae:
+        if not 1 <= one <= sae.d_sae:
             raise ValueError(f"k must be integers from 1 to d_sae={sae.d_sae}, got {one!r}")
     if not many:
         raise ValueError("k must name at least one number of features, got none: e.g. k=(1, 5, 20)")
-    if not isinstance(shuffles, int) or shuffles < 0:
-        raise ValueError(f"shuffles must be an integer of at least 0, got {shuffles!r}")
-    if lm.width(sae.site) != sae.d_in:
-        width = lm.width(sae.site)
-        raise ValueError(f"the coder reads d_in={sae.d_in}, {lm} has width {width} at {sae.site}: wrong model or site")
+    if shuffles < 0:
+        raise ValueError(f"shuffles must be an integer of at least 0, got {shuffles}")
+    require_fits(sae, lm, writes=False)
     return tuple(sorted(set(many)))
 
 
@@ -392,7 +372,3 @@ def _enough(name: str, labels: np.ndarray, k: int) -> None:
 def _score(dataset: str, key: tuple[str, str], found: Fit, chance: list[Fit]) -> ProbeScore:
     accuracy, auroc = (float(np.mean([getattr(c, w) for c in chance] or [math.nan])) for w in ("accuracy", "auroc"))
     return ProbeScore(dataset, *key, found.inputs, found.accuracy, found.auroc, accuracy, auroc, found.penalty)
-
-
-def _text(value: float, error: float) -> str:
-    return number(value) if math.isnan(error) else f"{number(value)} ± {number(error)}"

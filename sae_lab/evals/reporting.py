@@ -12,7 +12,7 @@ from typing import Any
 
 from sae_lab import cache
 from sae_lab.arguments import Count, as_annotated
-from sae_lab.evals.sections import SECTIONS, VERSIONS, Inputs
+from sae_lab.evals.sections import SECTIONS, VERSION, Inputs
 from sae_lab.lm.model import LM
 from sae_lab.lm.text import Documents, load_text
 from sae_lab.results import Figure, Result
@@ -26,11 +26,9 @@ class Report(Result):
     """Result of ``sl.evals.report``.
 
     Attributes:
-        names: of the coders, in the order given.
-        found: {eval: one list of ``Figure`` per coder}; empty where the eval does not apply.
+        found: {eval: a list of ``Figure`` for each coder}, empty where the eval does not apply.
         left_out: {(eval, coder's name): why it was not measured}.
-        seconds: {eval: what it took, over all coders; 0 where all of it was kept from before}.
-        settings: tokens, seed and text of this report.
+        seconds: {eval: how long it took, over all coders; 0 where all of it was in the cache}.
     """
 
     names: tuple[str, ...]
@@ -41,55 +39,60 @@ class Report(Result):
 
     def figures(self) -> list[Figure]:
         """Of the first coder."""
-        return [figure for lists in self.found.values() for figure in lists[0]]
+        return self._of(0)
+
+    def _of(self, coder: int) -> list[Figure]:
+        return [figure for lists in self.found.values() for figure in lists[coder]]
 
     def __getitem__(self, eval: str) -> tuple[list[Figure], ...]:
         return self.found[eval]
 
     def value(self, measure: str, name: str | None = None) -> Figure:
         """The figure of that measure of a coder (None: the first). KeyError with the known ones."""
-        at = 0 if name is None else self.names.index(name)
-        known = {figure.measure: figure for lists in self.found.values() for figure in lists[at]}
+        known = {figure.measure: figure for figure in self._of(0 if name is None else self.names.index(name))}
         if measure not in known:
             raise KeyError(f"no measure {measure!r} here; there are: {', '.join(known)}")
         return known[measure]
 
-    def to_pandas(self):
-        """Long form: one row a figure of a coder."""
-        import pandas as pd
-
-        return pd.DataFrame([
+    @property
+    def _each(self) -> list[dict[str, Any]]:
+        """A record for each figure of each coder."""
+        return [
             {"coder": name, "eval": title, **figure._asdict()}
             for title, lists in self.found.items()
             for name, figures in zip(self.names, lists, strict=True)
             for figure in figures
-        ])  # fmt: skip
+        ]
+
+    _records = "_each"
 
     def _rows(self) -> list[tuple[str, ...]]:
         rows = [("", "", *self.names, "[control]", "")]
         for title, lists in self.found.items():
-            by_measure = [{figure.measure: figure for figure in figures} for figures in lists]
-            measures = list(dict.fromkeys(measure for figures in by_measure for measure in figures))
-            for number, measure in enumerate(measures):
-                those = [figures.get(measure) for figures in by_measure]
-                known = next(figure for figure in those if figure)
-                control = next((f.control_name for f in those if f and not math.isnan(f.control)), "")
-                rows.append((title if number == 0 else "", measure, *map(_cell, those), control, known.meaning))
+            by_key = [{figure.key or figure.measure: figure for figure in figures} for figures in lists]
+            for number, key in enumerate(dict.fromkeys(key for known in by_key for key in known)):
+                those = [known.get(key) for known in by_key]
+                there = [figure for figure in those if figure]
+                control = next((f.control_name for f in there if not math.isnan(f.control)), "")
+                name = (title * (number == 0), there[0].measure)
+                rows.append((*name, *map(_cell, those), control, there[0].meaning))
         return rows
 
-    def _footer(self) -> str:
-        lines = [
-            ", ".join(
-                f"{key} {value:,}" if isinstance(value, int) else f"{key} {value}"
-                for key, value in self.settings.items()
-            )
-        ]
-        lines += [f"{title} of {name}: not measured, {why}" for (title, name), why in self.left_out.items()]
-        if (took := sum(self.seconds.values())) >= 1:  # what was kept is at hand at once
-            lines.append(
-                f"{took:.0f} s: " + ", ".join(f"{title} {s:.0f}" for title, s in self.seconds.items() if s >= 1)
-            )
-        return "\n".join(lines)
+    _below = "{_settings}{_reasons}{_times}"
+
+    @property
+    def _settings(self) -> str:
+        return ", ".join(f"{key} {v:,}" if isinstance(v, int) else f"{key} {v}" for key, v in self.settings.items())
+
+    @property
+    def _reasons(self) -> str:
+        return "".join(f"\n{title} of {name}: not measured, {why}" for (title, name), why in self.left_out.items())
+
+    @property
+    def _times(self) -> str:
+        took = sum(self.seconds.values())  # nothing for what was kept
+        each = ", ".join(f"{title} {s:.0f}" for title, s in self.seconds.items() if s >= 1)
+        return f"\n{took:.0f} s: {each}" if took >= 1 else ""
 
 
 def _cell(figure: Figure | None) -> str:
@@ -110,17 +113,17 @@ def report(
     lm_tokens: Count = 8_192,
     seed: int = 0,
 ) -> Report:
-    """Measure coders with every eval that applies to them, and print one table with the controls beside the values.
+    """``sl.evals.report({"a": sae, "b": other}, lm, text)``: every eval that applies, in one table with controls.
 
     Statistics of codes are taken on ``tokens`` tokens of ``text``, what needs the spliced model on ``lm_tokens`` tokens
-    of ``text.held_out``; labelled texts and words come from where their evals have them. Each coder reads its own site;
-    coders of one site share its harvest. What a section found is kept in the cache (kind "evals") by coder, model, text
-    and settings: an interrupted report goes on where it was, and one with another coder measures only that one.
+    of ``text.held_out``; probing and absorption bring their texts and words. Each coder reads its site; coders of one
+    site share its harvest. Results are kept in the cache (kind "evals") by coder, model, text and settings: an
+    interrupted report continues, and one with another coder measures only that one.
 
     Args:
         coders: in eval mode, trained at a site of ``lm``; a mapping gives them names.
         lm: the model; None is the bundled one. text: None is the bundled text.
-        evals: some of ``sl.evals.SECTIONS``; None is all. An eval that cannot be had for a coder (a transcoder has no
+        evals: some of ``sl.evals.SECTIONS``; None is all. An eval that does not apply to a coder (a transcoder has no
             equal-norm error to x) is named under the table, with the reason.
         seed: of every draw: noise, splits, shuffled labels.
 
@@ -210,13 +213,13 @@ def _progress(titles: list[str]):
 def _file(title: str, inputs: Inputs, settings: dict[str, Any]) -> Path:
     coder = inputs.coder
     coder_is = [coder.fingerprint(), repr(coder.reads), repr(coder.writes), str(coder.mask)]
-    identity = [VERSIONS.get(title, 1), title, *coder_is, inputs.lm.fingerprint(), inputs.text.fingerprint, settings]
+    identity = [VERSION, title, *coder_is, inputs.lm.fingerprint(), inputs.text.fingerprint, settings]
     name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     return cache.root() / "evals" / f"{title.replace(' ', '-')}-{name}.json"
 
 
 def _kept(file: Path) -> list[Figure] | None:
-    """What an earlier report found, None where there is nothing that can be read."""
+    """What an earlier report found; None without a readable file."""
     try:
         return [Figure(**one) for one in json.loads(file.read_text(encoding="utf-8"))]
     except FileNotFoundError:

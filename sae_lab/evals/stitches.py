@@ -1,4 +1,4 @@
-"""What a larger coder knows that a smaller one does not: its features put into the smaller, one at a time."""
+"""Which features of a larger coder a smaller one lacks: each is put into the smaller one, one at a time."""
 
 from dataclasses import dataclass, field
 
@@ -9,8 +9,7 @@ from torch.nn.functional import normalize
 
 from sae_lab.activations.store import Store
 from sae_lab.arguments import as_annotated
-from sae_lab.evals.choosing import _name
-from sae_lab.evals.codelength import by_content, run_coder, sample
+from sae_lab.evals.sampling import by_content, encoded, require, sample, summed
 from sae_lab.results import Result, figure
 from sae_lab.saes import kernels
 from sae_lab.saes.base import SparseCoder
@@ -24,14 +23,11 @@ class Stitching(Result):
 
     Attributes:
         novel: share of features without a row of the small decoder at ``threshold`` or above; the others are
-            reconstruction features.
-        novel_help: share of novel features that lower the squared error when inserted, ``novel_help_se`` (jackknife
-            over groups of documents); ``novel_help_random``: with a random direction for each; ``novel_help_shuffled``:
-            with its activations given to other rows.
-        known_hurt: share of reconstruction features that raise it when inserted, ``known_hurt_se``.
-        swap_better: share of reconstruction features with which it is lower when they take the place of the nearest
-            small feature than when they are inserted beside it; ``swap_better_random``: of a small feature drawn at
-            random. ``swap_help``: share with which it does not rise at all.
+            reconstruction features. ``*_se``: jackknife over groups of documents.
+        novel_help_shuffled: share of novel features that lower the error when their activations are given to other
+            rows.
+        swap_better: share of reconstruction features with a lower error in the place of the nearest small feature than
+            beside it. swap_help: share with which the error does not rise.
         fvu_small, fvu_novel, fvu_large: variance unexplained by the small coder, by it with all novel features at once,
             and by the large one.
         cosines, nearest: of every large feature, the largest cosine with a row of the small decoder, and which.
@@ -83,16 +79,15 @@ def stitching(
     small: SparseCoder, large: SparseCoder, x: Tensor | Store, *, threshold: float = 0.7, tokens: int = 16_384,
     seed: int = 0,
 ) -> Stitching:  # fmt: skip
-    """Put each feature of a large coder into a small one, and see whether the reconstruction improves.
+    """``sl.evals.stitching(small, large, store)``: which features of a large coder improve a small coder.
 
         e = x − x̂_small,  inserted_j = E‖e − g_j·d_j‖² − E‖e‖² = E[g_j²]·‖d_j‖² − 2·E[g_j·(e·d_j)]
         swapped_j = E‖e + f_i·c_i − g_j·d_j‖² − E‖e‖²,  i the nearest small feature
 
-    f, c: codes and decoder rows of the small coder; g, d: of the large (rows at unit norm, and codes as
-    ``SparseCoder.strengths``). A feature is novel where no small decoder row
-    has a cosine of ``threshold`` with it: the small coder lacks it, and with it the error falls. Else it is a
-    reconstruction feature, which the small one has under another name: inserted beside it the error rises, in the
-    place of it less so. One feature at a time, all of them from sums over active places: no pass per feature.
+    f, c: codes (``SparseCoder.strengths``) and unit decoder rows of the small coder; g, d: of the large one. A feature
+    is novel if no small decoder row has a cosine of ``threshold`` with it: the small coder lacks it, and with it the
+    error falls. Else it is a reconstruction feature, which the small coder has too: inserted beside that one the error
+    rises, in its place it rises less. All from sums over active features: no pass per feature.
 
     Leask et al. 2025 (arXiv:2502.04878). They swap groups of features in turn; here each alone, and all novel ones
     together (``fvu_novel``).
@@ -104,8 +99,8 @@ def stitching(
     """
     _check(small, large, threshold)
     rows = sample(x, tokens, small)
-    f, small_hat = run_coder(small, rows)
-    g, large_hat = run_coder(large, rows)
+    f, small_hat = encoded(small, rows)
+    g, large_hat = encoded(large, rows)
     error = (rows.x - small_hat).flatten(1)
     c, d = (one.directions().cpu() for one in (small, large))
     cosines, nearest = _nearest(c, d)
@@ -153,11 +148,7 @@ def stitching(
 def _check(small: SparseCoder, large: SparseCoder, threshold: float) -> None:
     if not -1 <= threshold <= 1:
         raise ValueError(f"threshold is a cosine from -1 to 1, got {threshold}")
-    for coder in (small, large):
-        if coder.training:
-            raise ValueError(f"this eval needs coders in eval mode, got {_name(coder)} in training: call sae.eval()")
-        if coder.transcodes:
-            raise ValueError(f"stitching needs coders that reconstruct what they read, {_name(coder)} does not")
+    require(small, large, reconstructs="stitching")
     if small.in_shape != large.in_shape:
         raise ValueError(
             f"both coders must read the same activations, got widths {small.in_shape} and {large.in_shape}"
@@ -176,9 +167,7 @@ def _inserted(g: Codes, error: Tensor, d: Tensor, folds: Tensor) -> Float[Tensor
     along = kernels.inner_products(error, d, g.features, g.offsets).double()
     values = g.values.double()
     change = values**2 * d.double().pow(2).sum(1)[g.features] - 2 * values * along
-    n = len(d)
-    sums = torch.zeros((int(folds.max()) + 1) * n, dtype=torch.float64)
-    return sums.index_add(0, folds[g.rows] * n + g.features, change).view(-1, n)
+    return summed(change, folds[g.rows] * len(d) + g.features, int(folds.max()) + 1, len(d))
 
 
 def _removed(f: Codes, g: Codes, error: Tensor, c: Tensor, d: Tensor, nearest: Tensor) -> Float[Tensor, " d_large"]:
@@ -187,14 +176,13 @@ def _removed(f: Codes, g: Codes, error: Tensor, c: Tensor, d: Tensor, nearest: T
     along = kernels.inner_products(error, c, f.features, f.offsets).double()
     values = f.values.double()
     change = values**2 * c.double().pow(2).sum(1)[f.features] + 2 * values * along
-    alone = torch.zeros(len(c), dtype=torch.float64).index_add(0, f.features, change)[nearest]
+    alone = summed(change, f.features, len(c))[nearest]
     # Where the small feature fires beside the large one: its key among those of all active places.
     key, order = (f.rows * len(c) + f.features).sort()
     wanted = g.rows * len(c) + nearest[g.features]
     place = torch.searchsorted(key, wanted).clamp_max(max(len(key) - 1, 0))
     both = key[place] == wanted if len(key) else torch.zeros(len(wanted), dtype=torch.bool)
-    products = values[order[place[both]]] * g.values[both].double()
-    together = torch.zeros(len(d), dtype=torch.float64).index_add(0, g.features[both], products)
+    together = summed(values[order[place[both]]] * g.values[both].double(), g.features[both], len(d))
     return (alone - 2 * together * (c[nearest] * d).sum(1).double()) / len(error)
 
 
@@ -204,8 +192,6 @@ def _share(which: Tensor, among: Tensor) -> float:
 
 def _error(put: Tensor, sizes: Tensor, among: Tensor, rising: bool) -> float:
     """Jackknife over folds of the share whose change has one sign."""
-    if not bool(among.any()) or int((sizes > 0).sum()) < 2:
-        return float("nan")
     without = [put.sum(0) - one for one, size in zip(put, sizes, strict=True) if size > 0]
     return jackknife(_share(w > 0 if rising else w < 0, among) for w in without)
 

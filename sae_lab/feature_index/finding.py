@@ -13,6 +13,7 @@ from sae_lab.arguments import as_annotated
 from sae_lab.lm.model import LM
 from sae_lab.results import Shown, frame_rows
 from sae_lab.saes.base import SparseCoder
+from sae_lab.stats import Ranks, area, sparse_ranks
 
 Pooling = Literal["max", "mean", "last", "token"]
 PASS_TOKENS = 4096  # that go through the model together
@@ -239,42 +240,18 @@ def _groups(lengths: list[int]) -> list[list[int]]:
 # ---- ranks
 
 
-class _Ranks(NamedTuple):
-    """Mid-ranks of codes among a feature's examples, less the mid-rank of its zeros: zeros then count 0."""
-
-    example: ndarray  # of each code
-    feature: ndarray  # its place in live
-    rank: ndarray
-    of_zero: ndarray  # of each live feature
-
-
-def _ranks(examples: _Examples, chosen: ndarray, live: ndarray) -> _Ranks:
+def _ranks(examples: _Examples, chosen: ndarray, live: ndarray) -> tuple[ndarray, Ranks]:
+    """(the example of each firing, its rank), of the chosen examples; features are numbered by their place in live."""
     here = chosen[examples.example]
-    example, value = examples.example[here], examples.value[here]
     feature = np.searchsorted(live, examples.feature[here])
-    order = np.lexsort((value, feature))
-    example, feature, value = example[order], feature[order], value[order]
-    counts = np.bincount(feature, minlength=len(live))
-    zeros = int(chosen.sum()) - counts
-    place = np.arange(len(value)) - np.repeat(counts.cumsum() - counts, counts) + 1.0 + zeros[feature]
-    starts = np.ones(len(value), bool)
-    starts[1:] = (feature[1:] != feature[:-1]) | (value[1:] != value[:-1])
-    tie = starts.cumsum() - 1
-    place = (np.bincount(tie, place) / np.bincount(tie))[tie] if len(place) else place
-    of_zero = (zeros + 1) / 2
-    return _Ranks(example, feature, place - of_zero[feature], of_zero)
-
-
-def _areas(rank_sum: ndarray, of_zero: ndarray, positives: Any, negatives: Any) -> ndarray:
-    """AUROC from the sum of the positives' ranks (less that of zeros, for each)."""
-    return (rank_sum + positives * of_zero - positives * (positives + 1) / 2) / (positives * negatives)
+    ranks = sparse_ranks(feature, examples.value[here], len(live), int(chosen.sum()))
+    return examples.example[here][ranks.order], ranks
 
 
 def _auroc(examples: _Examples, chosen: ndarray, live: ndarray) -> ndarray:
-    ranks, label = _ranks(examples, chosen, live), examples.label
-    rank_sum = np.bincount(ranks.feature, ranks.rank * label[ranks.example], minlength=len(live))
-    positives, negatives = (label & chosen).sum(), (~label & chosen).sum()
-    return _areas(rank_sum, ranks.of_zero, positives, negatives)
+    (example, ranks), label = _ranks(examples, chosen, live), examples.label
+    rank_sum = np.bincount(ranks.features, ranks.above * label[example], minlength=len(live))
+    return area(rank_sum, ranks.silent, (label & chosen).sum(), (~label & chosen).sum())
 
 
 def _p_values(
@@ -284,8 +261,8 @@ def _p_values(
     """(1 + permutations that are as far from 1/2) / (1 + permutations)."""
     from scipy.sparse import csr_array
 
-    ranks, members = _ranks(examples, chosen, live), np.flatnonzero(chosen)
-    place = np.searchsorted(members, ranks.example)
+    (example, ranks), members = _ranks(examples, chosen, live), np.flatnonzero(chosen)
+    place = np.searchsorted(members, example)
     # By text where texts are permuted: a text's ranks then go together.
     text_of = np.unique(examples.text[members], return_inverse=True)[1]
     label, unit = examples.label[members], np.arange(len(members))
@@ -293,7 +270,7 @@ def _p_values(
     if not within_texts:
         first = np.unique(text_of, return_index=True)[1]
         label, unit, sizes = label[first], text_of, np.bincount(text_of).astype(float)
-    table = csr_array((ranks.rank, (unit[place], ranks.feature)), shape=(len(label), len(live)))
+    table = csr_array((ranks.above, (unit[place], ranks.features)), shape=(len(label), len(live)))
     random, p = np.random.default_rng(seed + 1), np.ones(len(live))
     todo, many = np.arange(len(live)), permutations
     for _ in range(3):
@@ -303,7 +280,7 @@ def _p_values(
             rows = min(left, max(1, CELLS // max(len(label), len(todo))))
             drawn = _permuted(label, text_of if within_texts else None, rows, random)
             positives = (drawn @ sizes)[:, None]
-            areas = _areas(drawn @ part, ranks.of_zero[todo], positives, sizes.sum() - positives)
+            areas = area(drawn @ part, ranks.silent[todo], positives, sizes.sum() - positives)
             reached += (np.abs(areas - 0.5) >= np.abs(auroc[todo] - 0.5) - 1e-12).sum(0)
             left -= rows
         p[todo] = (1 + reached) / (1 + many)

@@ -1,6 +1,7 @@
 """Pictures of what evals found: every figure on an axis of its own beside its control; curves where there is one."""
 
 import math
+from collections.abc import Iterable
 from itertools import pairwise
 
 import numpy as np
@@ -47,17 +48,15 @@ def measures(result: Result) -> Drawing:
 
 def _rows(result: Result) -> list[Row]:
     """(measure, [(coder, figure)]) of what is a number."""
+    lists: dict[str, Iterable[tuple[str, list[Figure]]]] = {"": [("", result.figures())]}
     if isinstance(result, Report):
-        every = list(result.found.values())
-        lists = [(name, [f for figures in every for f in figures[i]]) for i, name in enumerate(result.names)]
-    else:
-        lists = [("", result.figures())]
-    rows: dict[str, list[tuple[str, Figure]]] = {}
-    for name, figures in lists:
-        for found in figures:
-            if not math.isnan(found.value):
-                rows.setdefault(found.measure, []).append((name, found))
-    return list(rows.items())
+        lists = {title: zip(result.names, found, strict=True) for title, found in result.found.items()}
+    rows: dict[tuple[str, str], Row] = {}
+    for title, those in lists.items():
+        for name, figures in those:
+            for found in (one for one in figures if not math.isnan(one.value)):
+                rows.setdefault((title, found.key or found.measure), (found.measure, []))[1].append((name, found))
+    return list(rows.values())
 
 
 def by_position(result: ByPosition) -> Drawing:

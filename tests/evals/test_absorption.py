@@ -183,11 +183,11 @@ def test_refuses(letters):
     coder, lm = letters
     with pytest.raises(ValueError, match="words must be an integer of at least 120, got 5"):
         absorption(coder, lm, words=5)
-    with pytest.raises(ValueError, match="convention must be one of sae_lab, saebench, got 'other'"):
+    with pytest.raises(ValueError, match="convention must be 'sae_lab' or 'saebench', got 'other'"):
         absorption(coder, lm, convention="other")
     wrong = sl.TopK(40, 96, k=8).eval()
     wrong.reads = coder.reads
-    with pytest.raises(ValueError, match=r"the coder reads d_in=40, .* has width 48 at .*: wrong model or site"):
+    with pytest.raises(ValueError, match=r"this coder reads width 40 and .* has width 48 at .*: use the model it was"):
         absorption(wrong, lm)
     transcoder = sl.TopK(48, 96, k=8, d_out=48).eval()
     transcoder.reads = coder.reads

@@ -59,11 +59,6 @@ def held_out():
 # ---------------------------------------------------------------------------------------------- the formulas
 
 
-def test_f1_by_hand():
-    """Three said, four true, two of them both: 2·2/(3 + 4)."""
-    assert bg._f1(np.array([2, 0]), np.array([3, 0]), np.array([4, 0])).tolist() == [4 / 7, 0]
-
-
 def test_scores_are_those_of_plain_loops(small):
     codes, data = small
     found = bg._score(sparse(codes), data)

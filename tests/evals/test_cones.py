@@ -159,7 +159,7 @@ GOOD = torch.eye(6)
         ({"concepts": None}, "labels must be booleans"),
         ({"concepts": None, "labels": torch.ones(40, 2) > 0}, "every label needs rows with and without it"),
         ({"coder": sl.TopK(6, 8, k=2)}, "eval mode, got TopK.* in training"),
-        ({"coder": sl.TopK(6, 8, k=2, d_out=6).eval()}, "cones needs a coder that reconstructs what it reads"),
+        ({"coder": sl.TopK(6, 8, k=2, d_out=6).eval()}, "cones needs coders that reconstruct what they read"),
     ],
 )
 def test_refusals(change, message):

@@ -9,7 +9,8 @@ import torch
 import sae_lab as sl
 
 # The sums that one pass keeps, against sums over dense codes.
-from sae_lab.evals.codelength import _nonzero, _Sums, bits_at, description_length, gaussian_bits, run_coder, sample
+from sae_lab.evals.codelength import _Sums, bits_at, description_length, gaussian_bits
+from sae_lab.evals.sampling import encoded, nonzero, sample
 from sae_lab.stats import jackknife
 
 
@@ -64,9 +65,9 @@ def test_jackknife_of_a_mean_is_its_standard_error():
 
 def test_codes_that_are_zero_are_left_out():
     codes = sl.types.Codes(torch.tensor([1.0, 0.0, 2.0]), torch.tensor([0, 1, 1]), torch.tensor([0, 2, 2, 3]), 3)
-    kept = _nonzero(codes)
+    kept = nonzero(codes)
     assert kept.features.tolist() == [0, 1] and kept.offsets.tolist() == [0, 1, 1, 2]
-    assert torch.equal(kept.dense(), codes.dense()) and torch.equal(_nonzero(codes.dense()).dense(), codes.dense())
+    assert torch.equal(kept.dense(), codes.dense()) and torch.equal(nonzero(codes.dense()).dense(), codes.dense())
 
 
 def test_all_zeros_cost_the_whole_residual_and_the_identity_pays_for_dense_codes():
@@ -144,7 +145,7 @@ def test_a_store_is_measured_on_documents_that_training_did_not_see(tiny_lm, sma
     rows, reserved = sample(store, 100, made), store._split[1]
     assert len(rows.x) == 100 and set(rows.number.tolist()) <= set(reserved[np.arange(len(reserved))])
     assert rows.tokens is not None and torch.equal(rows.tokens, store.rows(rows.number.numpy(), "token"))
-    codes, x_hat = run_coder(made, rows)
+    codes, x_hat = encoded(made, rows)
     assert torch.allclose(codes.dense(), made.encode(rows.x)) and torch.allclose(x_hat, made(rows.x).x_hat, atol=1e-6)
     result = description_length(made, store)
     assert result.documents < result.rows

@@ -193,11 +193,11 @@ def test_refuses(read, tiny_lm):
         probing(coder, tiny_lm, read, k=(1, 100))
     with pytest.raises(ValueError, match="a: k must be at most its 36 training texts, got 90: lower k or raise"):
         probing(coder, tiny_lm, read, k=(90,))
-    with pytest.raises(ValueError, match=r"the coder reads d_in=40, .* has width 48 at .*: wrong model or site"):
+    with pytest.raises(ValueError, match=r"this coder reads width 40 and .* has width 48 at .*: use the model it was"):
         probing(on(sl.TopK(40, 96, k=8)), tiny_lm, read)
     with pytest.raises(ValueError, match=r"these texts were read at Site.*layer=0.* the coder reads Site.*layer=1"):
         probing(on(sl.TopK(48, 96, k=8), sl.Site("resid_post", layer=1)), tiny_lm, read)
-    with pytest.raises(ValueError, match="pooling must be one of mean, max, last, got 'sum'"):
+    with pytest.raises(ValueError, match="pooling must be 'mean' or 'max' or 'last', got 'sum'"):
         probing(coder, tiny_lm, read, pooling="sum")
     with pytest.raises(ValueError, match="SAEBench pools by the mean: pass pooling='mean'"):
         probing(coder, tiny_lm, read, pooling="max", convention="saebench")
