@@ -1,7 +1,6 @@
 """Pictures of what evals found: every figure on an axis of its own beside its control; curves where there is one."""
 
 import math
-from collections.abc import Iterable
 from itertools import pairwise
 
 import numpy as np
@@ -48,14 +47,14 @@ def measures(result: Result) -> Drawing:
 
 def _rows(result: Result) -> list[Row]:
     """(measure, [(coder, figure)]) of what is a number."""
-    lists: dict[str, Iterable[tuple[str, list[Figure]]]] = {"": [("", result.figures())]}
+    every = [("", "", found) for found in result.figures()]
     if isinstance(result, Report):
-        lists = {title: zip(result.names, found, strict=True) for title, found in result.found.items()}
+        sections = result.found.items()
+        every = [(name, title, f) for i, name in enumerate(result.names) for title, of in sections for f in of[i]]
     rows: dict[tuple[str, str], Row] = {}
-    for title, those in lists.items():
-        for name, figures in those:
-            for found in (one for one in figures if not math.isnan(one.value)):
-                rows.setdefault((title, found.key or found.measure), (found.measure, []))[1].append((name, found))
+    for name, title, found in every:
+        if not math.isnan(found.value):
+            rows.setdefault((title, found.key or found.measure), (found.measure, []))[1].append((name, found))
     return list(rows.values())
 
 
