@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import sae_lab as sl
-from sae_lab.evals.absorbing import absorption, f1, judge
+from sae_lab.evals.absorbing import absorption, judge
 from sae_lab.evals.known_parents import planted_absorption
 
 EYE = np.eye(3, dtype=np.float32)
@@ -52,12 +52,6 @@ def test_the_absorption_fraction_by_hand():
     f = [[1, 1.5, 0], [0, 1.5, 0], [1, 1, 0], [2, 2, 0], [0, 0, 9]]
     got = judged(f, [[2, 0, 0]] * 5, W, convention="saebench")
     assert got.fraction.tolist() == pytest.approx([0.9 / 1.9, 1, 0, 0, 0], abs=1e-6)  # 2's cosine is below .1
-
-
-def test_f1_by_hand():
-    y, says = np.array([1, 1, 1, 0, 0], bool), np.array([1, 1, 0, 1, 0], bool)
-    assert f1(y, says) == pytest.approx(2 / 3)
-    assert f1(y, y) == 1 and f1(y, np.zeros(5, bool)) == 0
 
 
 def flat(world):
