@@ -10,24 +10,25 @@ from matplotlib.lines import Line2D
 
 from sae_lab.circuits import Attribution, Edge, FeatureCircuit, Node, PatchGrid
 from sae_lab.circuits.nodes import ERROR
-from sae_lab.plots.style import COLOURS, GREY, NEGATIVE, POSITIVE, plain, subplots
+from sae_lab.plots.style import COLOURS, GREY, NEGATIVE, POSITIVE, draw, plain, subplots
 from sae_lab.types import KINDS, Site
 
-NODES, EDGES = 30, 60  # at most so many are drawn, the strongest
+NODES, EDGES = 30, 60  # how many are drawn at most, the strongest
+DASHED = (0, (3, 1.6))
 SIDE = 0.62  # inches from one node of a cell to the next
-NOTICEABLE = 0.15  # of the largest value: from there on a negative cell of a map is marked
+NOTICEABLE = 0.15  # share of the largest value from which a negative cell of a map is marked
 
 
+@draw.register
 def patches(grid: PatchGrid) -> Figure:
-    """A map for each kind of site, layers upward, one colour scale for all, white at no effect. Negative ones bear a
-    bar, since in grey they look as the positive ones do."""
+    """A map for each kind of site, layers upward, on one colour scale; white is no effect. A bar marks negative values,
+    which look like positive ones in grey."""
     figure, axes = subplots(len(grid.kinds), height=4.2, width=max(2.6, min(3.6, 0.9 + 0.24 * len(grid.positions))))
     values = grid.values.numpy()
     most = float(np.nanmax(np.abs(values), initial=0.0)) or 1.0
     labels = [plain(a if a == b else f"{a} ← {b}") for a, b in grid.tokens]
-    image = None
     for axis, kind, shown in zip(axes, grid.kinds, values, strict=True):
-        image = axis.imshow(shown, origin="lower", aspect="auto", cmap="RdBu_r", vmin=-most, vmax=most)
+        axis.imshow(shown, origin="lower", aspect="auto", cmap="RdBu_r", vmin=-most, vmax=most)
         rows, columns = np.nonzero(shown < -NOTICEABLE * most)
         axis.scatter(columns, rows, marker="_", s=16, linewidths=1, color="black")
         axis.set_xticks(range(len(labels)), labels, rotation=90, fontsize=7)
@@ -36,15 +37,15 @@ def patches(grid: PatchGrid) -> Figure:
         axis.set(title=plain(kind))
         axis.spines[["top", "right"]].set_visible(True)
     axes[0].set_ylabel("layer")
-    assert image is not None
-    bar = figure.colorbar(image, ax=axes, shrink=0.8)
+    bar = figure.colorbar(axes[0].images[0], ax=axes, shrink=0.8)
     what = "estimated share" if grid.estimated else "share"
     bar.set_label(f"{what} of the metric's change (–: negative)", fontsize=8)
     return figure
 
 
+@draw.register
 def attribution(result: Attribution) -> Figure:
-    """Estimates against true effects: on the line, they agree."""
+    """Estimates against true effects; on the line they agree."""
     table = result.to_pandas().dropna()
     figure, (axis,) = subplots(1, height=3.4)
     is_error = table["feature"] < 0
@@ -62,9 +63,10 @@ def attribution(result: Attribution) -> Figure:
 # ---- the graph
 
 
+@draw.register
 def graph(circuit: FeatureCircuit) -> Figure:
-    """Sites upward, tokens from left to right. A node is a feature (a disc, its number beside it) or an error (a
-    square), its area the size of its effect; an edge's width is its effect. Negative: hollow nodes, dashed edges.
+    """Sites upward, tokens from left to right. A node is a feature (a disc with its number) or an error (a square); its
+    area, and the width of an edge, is the size of the effect. Negative effects: hollow nodes, dashed edges.
 
     Only the strongest edges are drawn, with their ends; without edges, the strongest nodes.
     """
@@ -104,7 +106,7 @@ def _depth(site: Site) -> tuple[int, int]:
 def _places(
     nodes: Sequence[Node], sites: Sequence[Site], positions: Sequence[int]
 ) -> tuple[dict[Node, tuple[float, float]], list[float], float]:
-    """(where nodes stand, the middles of the positions' columns, the width), one unit a node: a column is as wide as
+    """(each node's place, the middle of each position's column, the width), in units of a node. A column is as wide as
     its fullest cell."""
     places: dict[Node, tuple[float, float]] = {}
     ticks, left = [], 0.0
@@ -129,7 +131,7 @@ def _draw_edges(axis: Axes, edges: Sequence[Edge], places: dict[Node, tuple[floa
         positive = edge.effect > 0
         axis.plot(
             *np.array(ends).T, color=POSITIVE if positive else NEGATIVE, linewidth=0.4 + 3.2 * share,
-            linestyle="-" if positive else (0, (3, 1.6)), alpha=0.35 + 0.55 * share, zorder=1, solid_capstyle="round",
+            linestyle="-" if positive else DASHED, alpha=0.35 + 0.55 * share, zorder=1, solid_capstyle="round",
         )  # fmt: skip
 
 
@@ -152,17 +154,16 @@ def _draw_nodes(
 
 
 def _legend(axis: Axes, edges: bool) -> None:
-    def node(marker: str, face: str, edge: str, label: str) -> Line2D:
-        return Line2D([], [], linestyle="", marker=marker, markersize=7, markerfacecolor=face, markeredgecolor=edge,
-                      markeredgewidth=1.4, label=label)  # fmt: skip
-
-    handles = [
-        node("o", POSITIVE, POSITIVE, "feature, effect > 0"), node("o", "white", NEGATIVE, "feature, effect < 0"),
-        node("s", "0.6", "0.6", "error"),
+    nodes = (("o", POSITIVE, POSITIVE, "feature, effect > 0"), ("o", "white", NEGATIVE, "feature, effect < 0"),
+             ("s", "0.6", "0.6", "error"))  # fmt: skip
+    shown = [
+        Line2D([], [], linestyle="", marker=marker, markersize=7, markerfacecolor=face, markeredgecolor=edge,
+               markeredgewidth=1.4, label=label)
+        for marker, face, edge, label in nodes
     ]  # fmt: skip
-    lines = [
-        Line2D([], [], color=POSITIVE, linewidth=2, label="edge, effect > 0"),
-        Line2D([], [], color=NEGATIVE, linewidth=2, linestyle=(0, (3, 1.6)), label="edge, effect < 0"),
-    ]
-    shown = [*handles, *(lines if edges else [])]
+    if edges:
+        shown += [
+            Line2D([], [], color=POSITIVE, linewidth=2, label="edge, effect > 0"),
+            Line2D([], [], color=NEGATIVE, linewidth=2, linestyle=DASHED, label="edge, effect < 0"),
+        ]
     axis.legend(handles=shown, loc="center left", bbox_to_anchor=(1, 0.5), handlelength=2.4)

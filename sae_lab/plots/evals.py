@@ -8,13 +8,14 @@ from matplotlib.figure import Figure as Drawing
 
 from sae_lab.evals.positions import ByPosition, Hill
 from sae_lab.evals.reporting import Report
-from sae_lab.plots.style import COLOURS, GREY, MARKERS, look, plain, stacked, subplots
+from sae_lab.plots.style import COLOURS, GREY, MARKERS, draw, look, plain, stacked, subplots
 from sae_lab.results import Figure, Result
 
 MOST = 30  # measures in one picture
 Row = tuple[str, list[tuple[str, Figure]]]
 
 
+@draw.register
 def measures(result: Result) -> Drawing:
     """One row a measure, with a scale of its own: a full marker a coder, ± a standard error; a cross for the control.
 
@@ -58,6 +59,7 @@ def _rows(result: Result) -> list[Row]:
     return list(rows.values())
 
 
+@draw.register
 def by_position(result: ByPosition) -> Drawing:
     """FVU and ΔCE in each bin of positions beside PCA; a line where the training context ends."""
     figure, axes = subplots(2, height=2.6)
@@ -76,6 +78,7 @@ def by_position(result: ByPosition) -> Drawing:
     return figure
 
 
+@draw.register
 def hill(result: Hill) -> Drawing:
     """The coders' lost share of the loss over 1/L0, and the curve through them."""
     figure, (axis,) = subplots(1, height=2.8, width=4.2)

@@ -4,11 +4,12 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from sae_lab.geometry import Circular, Clusters, Patterns
-from sae_lab.plots.style import COLOURS, GREY, MARKERS, plain, subplots
+from sae_lab.plots.style import COLOURS, GREY, MARKERS, draw, plain, subplots
 
 NAMED = 7  # clusters that get a colour and a marker of their own
 
 
+@draw.register
 def clusters(result: Clusters) -> Figure:
     """The map, the tightest clusters marked; and how tight all are, against the tightest of each control."""
     figure, (axis, tight) = subplots(2, height=3.0)
@@ -27,6 +28,7 @@ def clusters(result: Clusters) -> Figure:
     return figure
 
 
+@draw.register
 def circular(result: Circular) -> Figure:
     """The words in the plane of the features, and of the activations; a line joins them in their true order."""
     figure, axes = subplots(2, height=3.4)
@@ -45,6 +47,7 @@ def circular(result: Circular) -> Figure:
     return figure
 
 
+@draw.register
 def patterns(result: Patterns) -> Figure:
     """Singular values against the largest of the shuffles."""
     figure, (axis,) = subplots(1, height=2.6, width=4.6)

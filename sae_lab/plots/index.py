@@ -5,11 +5,12 @@ from matplotlib.figure import Figure
 
 from sae_lab.feature_index import FeatureIndex, FeatureView
 from sae_lab.feature_index.dosing import PROMPT, DoseResponse
-from sae_lab.plots.style import COLOURS, GREY, legend_beside, look, plain, subplots
+from sae_lab.plots.style import COLOURS, GREY, draw, legend_beside, look, plain, subplots
 
 BINS = 48
 
 
+@draw.register
 def density(index: FeatureIndex) -> Figure:
     """How often features fire: log10 of the share of tokens, over those that fire at all; dead ones are counted in the
     title. Dashed: their median."""
@@ -34,6 +35,7 @@ def density(index: FeatureIndex) -> Figure:
     return figure
 
 
+@draw.register
 def feature(view: FeatureView) -> Figure:
     """A feature's activations, where it fires."""
     figure, (axis,) = subplots(1, height=2.4)
@@ -44,6 +46,7 @@ def feature(view: FeatureView) -> Figure:
     return figure
 
 
+@draw.register
 def doses(result: DoseResponse) -> Figure:
     """Log-odds against strength, and against what it costs: at equal cost, higher is better."""
     table = result.to_pandas()

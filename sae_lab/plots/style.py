@@ -1,6 +1,7 @@
-"""One look for every figure: it reads without colour, in print, and the same every time it is saved."""
+"""One look for every figure, which reads without colour and in print; and the function that draws any result."""
 
 import sys
+from functools import singledispatch
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from matplotlib.figure import Figure
 from sae_lab import cache
 from sae_lab.results import visible
 
-# Okabe and Ito's colours, which people with any colour vision tell apart; dark enough on white, most of them first.
+# Okabe and Ito's colours, which people with any colour vision tell apart; the darkest first.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "osD^vP*Xd"
 DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.2, 1.2)), (0, (5, 1.2, 1.2, 1.2)))
@@ -45,7 +46,7 @@ _DATES = {"svg": "Date", "pdf": "CreationDate"}
 
 
 class Picture(Figure):
-    """A figure of matplotlib's that also saves in the library's style: two files of one figure are equal."""
+    """A figure that also saves in the library's style; two files of one figure are equal."""
 
     def savefig(self, fname: Any, **settings: Any) -> None:
         kind = settings.get("format") or (Path(fname).suffix[1:] if isinstance(fname, str | Path) else "")
@@ -62,14 +63,21 @@ class Picture(Figure):
                 super().savefig(temporary, **settings)
 
 
+@singledispatch
+def draw(result: Any) -> Figure:
+    """The picture of a result. ``@draw.register`` adds a function for the kind that its argument's annotation names."""
+    names = ", ".join(kind.__name__ for kind in draw.registry if kind is not object)
+    raise ValueError(f"sl.plot draws results of these kinds: {names}; got {type(result).__name__}")
+
+
 def plain(text: str) -> str:
-    """A token, a name or a site as matplotlib draws it: no $ begins a formula, and a legend leaves none out."""
+    """A text as matplotlib draws it: $ begins no formula, and a legend does not leave it out for its first "_"."""
     shown = visible(text).replace("$", r"\$")
     return f" {shown}" if shown.startswith("_") else shown
 
 
 def look(number: int) -> dict[str, Any]:
-    """How the line of a number looks: colour, dashes and marker, none of them alone."""
+    """Colour, dashes and marker of the line with this number."""
     return {
         "color": COLOURS[number % len(COLOURS)],
         "marker": MARKERS[number % len(MARKERS)],
@@ -78,19 +86,19 @@ def look(number: int) -> dict[str, Any]:
 
 
 def subplots(columns: int, height: float, width: float = 3.6) -> tuple[Picture, list[Axes]]:
-    """A figure with a row of axes, ``width`` inches each. Not pyplot's: nothing global, a notebook shows it once."""
+    """A figure with a row of axes, ``width`` inches each. It is not pyplot's, so a notebook shows it once."""
     figure = _picture(width * columns, height)
     return figure, list(figure.subplots(1, columns, squeeze=False)[0])
 
 
 def stacked(rows: int, height: float, width: float = 6.0) -> tuple[Picture, list[Axes]]:
-    """The same with a column of axes, ``height`` inches each."""
+    """A figure with a column of axes, ``height`` inches each."""
     figure = _picture(width, height * rows)
     return figure, list(figure.subplots(rows, 1, squeeze=False)[:, 0])
 
 
 def _picture(width: float, height: float) -> Picture:
-    if "ipykernel" in sys.modules:  # a figure shows itself once pyplot has loaded the notebook's backend: now it does
+    if "ipykernel" in sys.modules:  # a cell shows a figure only once pyplot has loaded the notebook's backend
         import matplotlib.pyplot
 
         matplotlib.pyplot.draw_if_interactive()

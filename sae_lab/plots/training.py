@@ -5,13 +5,14 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from sae_lab.evals.choosing import L0Choice
-from sae_lab.plots.style import COLOURS, GREY, legend_beside, look, plain, subplots
+from sae_lab.plots.style import COLOURS, GREY, draw, legend_beside, look, plain, subplots
 from sae_lab.training.loop import Run
 from sae_lab.training.sweeping import MEASURES, Sweep
 
 L0 = "L0 (active features per token)"
 
 
+@draw.register
 def run(result: Run) -> Figure:
     """FVU, L0 and dead features over training."""
     history = result.to_pandas()
@@ -24,6 +25,7 @@ def run(result: Run) -> Figure:
     return figure
 
 
+@draw.register
 def sweep(result: Sweep) -> Figure:
     """What is lost against L0, a line a family: nearer to the lower left is better. A point is the mean over seeds."""
     table = result.to_pandas()
@@ -42,6 +44,7 @@ def sweep(result: Sweep) -> Figure:
     return figure
 
 
+@draw.register
 def l0_choice(choice: L0Choice) -> Figure:
     """What says which L0 is right, beside FVU, which does not: it falls with every further feature."""
     table = choice.to_pandas().sort_values("l0")

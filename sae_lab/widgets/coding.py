@@ -11,14 +11,14 @@ from sae_lab.saes.base import SparseCoder
 
 
 def name_of(thing: Any, otherwise: str) -> str:
-    """The variable of the notebook that holds this very object; ``otherwise`` where none does."""
+    """The notebook's variable that holds this object, else ``otherwise``."""
     shell = sys.modules.get("IPython") and sys.modules["IPython"].get_ipython()  # type: ignore[attr-defined]
     names = getattr(shell, "user_ns", None) or {}
     return next((n for n, value in names.items() if value is thing and not n.startswith("_")), otherwise)
 
 
 def lm_line(lm: LM, name: str = "lm") -> str:
-    """How to get the model again; a remark where nothing names it."""
+    """The line that loads the model again; a comment for a model that was handed over."""
     if lm._server is not None:
         return f"{name} = sl.LM({lm.id!r}, remote={lm._server.asked!r})"
     if lm.id == bundled.HUB_ID:
@@ -29,15 +29,14 @@ def lm_line(lm: LM, name: str = "lm") -> str:
 
 
 def coder_line(coder: SparseCoder, name: str = "sae") -> str:
-    """How to get the coder again; a remark where it lies nowhere."""
+    """The line that loads the coder again; a comment for a coder that was not saved."""
     if coder.path is None:
-        kind = type(coder).__name__
-        return f"# {name}: your {kind}, which lies nowhere yet: {name}.save(path), then {name} = sl.load(path)"
+        return f"# {name}: your {type(coder).__name__}, not saved yet: {name}.save(path), then {name} = sl.load(path)"
     return f"{name} = sl.load({coder.path!r})"
 
 
 def header(lm: LM | None = None, **coders: SparseCoder) -> list[str]:
-    """The first lines of any code: import, model, coders."""
+    """The first lines of all code: import, model, coders."""
     lines = ["import sae_lab as sl", ""]
     lines += [lm_line(lm)] if lm is not None else []
     return [*lines, *(coder_line(coder, name) for name, coder in coders.items())]
@@ -50,8 +49,3 @@ def expression(edit: Edit, coder: str = "sae") -> str:
     if callable(settings.get("positions")):
         settings["positions"] = "..."  # a function cannot be written down
     return f"sl.{type(edit).__name__}({', '.join([coder, *first, *(f'{k}={v!r}' for k, v in settings.items())])})"
-
-
-def literal(text: str) -> str:
-    """A text as Python writes it."""
-    return repr(text)

@@ -1,7 +1,6 @@
-"""FeatureMap: one point a feature; a click selects it for all widgets of the session."""
+"""FeatureMap: features as points, one of which a click selects for all widgets of the session."""
 
 import base64
-import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,20 +12,19 @@ from sae_lab.results import Html, tag
 from sae_lab.types import check_feature
 
 from .coding import name_of
-from .inspector import FeatureError
-from .panel import STATIC, Panel, quick
-from .session import Session
+from .panel import STATIC, checked, quick
+from .session import Linked, Session
 from .static_html import block, table
 
 TOKENS = 5  # of a label
 FROZEN_LABELS = 2_000  # in a page without a kernel
 GROUPS_LISTED = 20
-MOST = 100_000
+MOST = 100_000  # points
 _FULL = 65_535
 
 
-class FeatureMap(Panel):
-    """Features as points on a plane: hovering says what one is, a click opens it (in a ``FeatureInspector``, say).
+class FeatureMap(Linked):
+    """Features as points on a plane: hovering says what one is, a click selects it for the whole session.
 
         session = sl.Session()
         sl.FeatureMap(index, sl.geometry.clusters(sae), session=session)
@@ -34,68 +32,63 @@ class FeatureMap(Panel):
 
     Args:
         source: a feature index, whose notes and top tokens are the labels; or a coder, which has none.
-        points: ``d_sae 2`` (NaN: no point), or a result with ``points`` and ``labels``, such as that of
-            ``sl.geometry.clusters``.
-        groups: of each feature a number from 0, drawn as a colour and a shape, or -1; None: the result's labels.
-        session: what it shares with other widgets (``sl.Session``); None: a session of its own.
+        points: ``d_sae 2`` in any unit (NaN: no point), or a result with ``points`` and ``labels``, such as that of
+            ``sl.geometry.clusters``. At most 100,000 points.
+        groups: ``d_sae``, a group's number from 0 for each feature, drawn as a colour and a shape, or -1; None: the
+            result's labels.
+        session: what it shares with other widgets (``sl.Session``); None: a new one.
 
-    ``feature``, the selected one or None, can be read, set and observed.
+    Traits: ``feature``, the selected one, an int or None, can be read, set and observed. Read only: ``points``,
+    ``features`` and ``groups`` of what is drawn, in base64; ``note``, what the groups are; ``error``.
 
-    Raises ValueError for points of another shape, more than 100,000, and a feature that has no place in the coder.
+    Raises:
+        ValueError: points or groups of another shape, more points than that, a feature that the coder does not have.
     """
 
     _esm = STATIC / "feature_map.js"
     _css = STATIC / "feature_map.css"
+    _chooses = ("feature",)
 
-    feature = traitlets.Int(None, allow_none=True, help="the selected feature").tag(sync=True)
-    points = traitlets.Unicode("", help="places, base64").tag(sync=True)
-    features = traitlets.Unicode("", help="the feature of each point, base64").tag(sync=True)
-    groups = traitlets.Unicode("", help="the group of each point, base64").tag(sync=True)
-    note = traitlets.Unicode("", help="what the groups are").tag(sync=True)
+    feature = traitlets.Any(None).tag(sync=True)
+    points = traitlets.Unicode("").tag(sync=True)
+    features = traitlets.Unicode("").tag(sync=True)
+    groups = traitlets.Unicode("").tag(sync=True)
+    note = traitlets.Unicode("").tag(sync=True)
 
     def __init__(
         self, source: Any, points: Any, groups: Sequence[int] | Any = None, *, session: Session | None = None
     ) -> None:
         self._source, self.d_sae = source, int(source.d_sae)
-        self.session = Session() if session is None else session
         self._site = site.key if (site := getattr(source, "site", None)) is not None else ""
         given, groups = getattr(points, "points", points), getattr(points, "labels", None) if groups is None else groups
         places, self._groups = _checked(given, groups, self.d_sae)
         self._on = np.flatnonzero(np.isfinite(places).all(1))
         if len(self._on) > MOST:
             raise ValueError(f"a map shows at most {MOST:,} points, got {len(self._on):,}: set others to NaN")
-        selected = self.session.selection
         own = self._groups[self._on]
         super().__init__(
-            feature=selected.feature if selected.site == self._site else None, points=_packed(places[self._on]),
-            features=_base64(self._on.astype("<u4")), groups=_base64(own.astype("<i2")), note=_note(own),
+            session or Session(), points=_packed(places[self._on]), features=_base64(self._on.astype("<u4")),
+            groups=_base64(own.astype("<i2")), note=_note(own),
         )  # fmt: skip
-        self.observe(self._on_feature, "feature")
-        selected.observe(self._on_selected, ["feature", "site"])
+        self.feature = self._feature_of(self._site, self.d_sae)
+        self._link()
 
-    @traitlets.validate("feature")
-    def _valid(self, proposal: Any) -> int | None:
-        if proposal["value"] is None:
-            return None
-        try:
-            return check_feature(proposal["value"], self.d_sae)
-        except ValueError as error:
-            raise FeatureError(str(error)) from None
+    @checked("feature")
+    def _valid(self, feature: Any) -> int | None:
+        return None if feature is None else check_feature(feature, self.d_sae)
 
-    def _on_feature(self, _change: object) -> None:
-        if self.feature is not None:
-            self.session.selection.pick(feature=self.feature, site=self._site)
+    def _chosen(self) -> dict[str, Any]:
+        return {} if self.feature is None else {"feature": self.feature, "site": self._site}
 
-    def _on_selected(self, _change: object) -> None:
-        selected = self.session.selection
-        if selected.site == self._site and selected.feature is not None:
-            self.feature = selected.feature
+    def _take(self, name: str) -> None:
+        if (feature := self._feature_of(self._site, self.d_sae)) is not None:
+            self.feature = feature
 
     # ---- from the screen
 
     @quick
     def label(self, feature: int) -> str:
-        """What is known of a feature: your label and its top tokens; "" with a coder alone."""
+        """A feature's label: yours and its top tokens; "" for a map of a coder."""
         feature = check_feature(feature, self.d_sae)
         if not hasattr(self._source, "top_tokens"):
             return ""
@@ -125,13 +118,6 @@ class FeatureMap(Panel):
         first = np.flatnonzero(self._groups == group)[:4]
         said = [(int(i), self.label(int(i))) for i in first if i in self._on]
         return "; ".join(f"{i} {label}".strip() for i, label in said)
-
-    def close(self) -> None:
-        """Take the widget off the page, and out of the session."""
-        if "session" in self.__dict__:
-            with contextlib.suppress(ValueError):  # it was closed before
-                self.session.selection.unobserve(self._on_selected, ["feature", "site"])
-        super().close()
 
     def __repr__(self) -> str:
         return f"FeatureMap({len(self._on):,} of {self.d_sae:,} features, feature={self.feature})"

@@ -15,45 +15,55 @@ from sae_lab.training.checkpoint import whole_step
 from sae_lab.types import Site
 from sae_lab.widgets.attention_view import attention_heads
 from sae_lab.widgets.measures import Measure
-from sae_lab.widgets.panel import STATIC, Job, Panel, beside, quick
+from sae_lab.widgets.panel import STATIC, Job, beside, checked, quick
 from sae_lab.widgets.patching_run import PatchRun
-from sae_lab.widgets.session import Session
+from sae_lab.widgets.session import Linked, Session
 from sae_lab.widgets.static_html import block, dotted, table
 
 TOP_FEATURES = 12
 
 
-class PatchingGrid(Panel):
+class PatchingGrid(Linked):
     """Layers by positions: what a patch from the source's run does to the metric of the prompt's.
 
-    Estimates (``circuits.patching_estimate``, one backward pass) are there at once; a click, or a block of cells, gets
-    the true values (``circuits.patched_cells``). Values are shares of the metric's change: 0 nothing, 1 all of it.
+        grid = sl.PatchingGrid(lm, prompt, source, answers=(" Paris", " Rome"))   # estimates at once
+        grid.patch(layers=[8], positions=[3, 4])                                  # true values, as a click gets them
+
+    Estimates come from one backward pass (``circuits.patching_estimate``), true values from one forward pass for every
+    few cells (``circuits.patched_cells``). Both are shares of the metric's change: 0 nothing, 1 all of it.
 
     Args:
-        prompt, source: two texts of as many tokens: the run that is patched, and the one that patches come from.
-        metric: None: the logit difference of ``answers``, or without them "KL from the source"; or one by name ("logit
-            difference", "log-probability", "KL from the source"); or a function (logits, tokens) -> a number for each
-            row, differentiable.
+        lm: the model. prompt, source: texts with the same number of tokens: the run that is patched, and the one that
+            patches come from.
+        metric: None: the logit difference of ``answers`` (nats), or without them "KL from the source" (nats); a name:
+            "logit difference", "log-probability" (nats), "KL from the source"; or a differentiable function
+            (logits, tokens) -> a number for each row.
         answers: (right, wrong), each one token.
         coder: an SAE, or several: at a cell of its site, the features that carry the effect are listed.
-        kinds: of site. session: what linked widgets share; None: a session of its own.
+        kinds: the kinds of site that are patched.
+        session: what it shares with other widgets (``sl.Session``); None: a new one.
 
-    Traits to read, set and observe: ``kind``; ``cell``, [layer, position], or [] for none. Read only: ``view``, what
-    the screen shows; ``truth``; ``features``; ``progress``; ``error``.
+    Traits that can be read, set and observed: ``kind``; ``cell``, the open one, [layer, position] or []; ``feature``,
+    the chosen one of the open cell, an int or None. Read only: ``view``, prompts, tokens, axes and estimates;
+    ``truth``, [kind, layer, position, value] of each true patch; ``features``, those of the cells that were opened;
+    ``progress``, [done, all] while patches run, else []; ``error``, why the last action failed.
 
-    Raises ValueError for texts that are empty or of unequal token lengths, an answer that is not one token, a coder
-    that is no SAE at a site of the grid.
+    Raises:
+        ValueError: texts that are empty or of unequal length, an answer that is not one token, a coder that is no SAE
+            at a site of the grid.
     """
 
     _esm = STATIC / "patching.js"
     _css = STATIC / "patching.css"
+    _chooses = ("kind", "cell", "feature")
 
-    view = traitlets.Dict(help="prompts, tokens, axes and estimates").tag(sync=True)
-    truth = traitlets.List(help="[kind, layer, position, value] of each true patch").tag(sync=True)
-    kind = traitlets.Unicode(help="the kind of site on show").tag(sync=True)
-    cell = traitlets.List(traitlets.Int(), help="the open cell: [layer, position]").tag(sync=True)
-    features = traitlets.Dict(help="top features of cells that were opened").tag(sync=True)
-    progress = traitlets.List(traitlets.Int(), help="[done, of] while patches run").tag(sync=True)
+    view = traitlets.Dict().tag(sync=True)
+    truth = traitlets.List().tag(sync=True)
+    kind = traitlets.Unicode().tag(sync=True)
+    cell = traitlets.List(traitlets.Int()).tag(sync=True)
+    feature = traitlets.Int(None, allow_none=True, min=0).tag(sync=True)
+    features = traitlets.Dict().tag(sync=True)
+    progress = traitlets.List(traitlets.Int()).tag(sync=True)
 
     def __init__(
         self,
@@ -71,12 +81,10 @@ class PatchingGrid(Panel):
         self._kinds = (kinds,) if isinstance(kinds, str) else tuple(kinds)
         self._coders = _by_site(coder, self._kinds, lm)
         self._waiting: dict[int, list[int]] = {}
-        self._following = False
         self._on = PatchRun.of(lm, prompt, source, Measure.of(metric, answers), self._kinds)
-        self.session = Session() if session is None else session
-        super().__init__(view=self._on.view(self._coders), kind=self._kinds[0])
+        super().__init__(session or Session(), view=self._on.view(self._coders), kind=self._kinds[0])
         self.observe(self._on_cell, ["kind", "cell"])
-        self.session.selection.observe(self._on_selection, ["token", "site"])
+        self._link()
 
     # ---- in Python
 
@@ -84,7 +92,7 @@ class PatchingGrid(Panel):
         self, prompt: str | None = None, source: str | None = None, metric: Any = None,
         answers: Sequence[str] | None = None,
     ) -> None:  # fmt: skip
-        """Other prompts, another metric, or both; what is left out stays."""
+        """Take other prompts or another metric; what is None stays as it is."""
         on = self._on
         measure = on.measure.changed(metric, answers)
         self._begin(on.prompt if prompt is None else prompt, on.source if source is None else source, measure)
@@ -92,14 +100,14 @@ class PatchingGrid(Panel):
     def patch(
         self, kind: str | None = None, layers: Sequence[int] | None = None, positions: Sequence[int] | None = None
     ) -> None:
-        """True patches of a block. None: the kind on show, all layers, all positions. What is known is not redone."""
+        """Patch a block of cells that were not patched yet. None: the kind that is shown, all layers, all positions."""
         kind = self.kind if kind is None else kind
         layers = self._on.estimate.layers if layers is None else layers
         positions = self._on.estimate.positions if positions is None else positions
         self._patch(self._on, [(kind, layer, p) for layer in layers for p in positions])
 
     def attention(self, layer: int, source: bool = False) -> Any:
-        """A layer's attention patterns on the prompt, or on the source, drawn by CircuitsVis without the network."""
+        """A layer's attention patterns on the prompt, or on the source, drawn by CircuitsVis without a network."""
         return attention_heads(self.lm, self._on.source if source else self._on.prompt, layer)
 
     def to_pandas(self):
@@ -114,7 +122,7 @@ class PatchingGrid(Panel):
 
     @quick
     def align(self, prompt: str, source: str, right: str, wrong: str) -> dict[str, Any]:
-        """Tokens of what is being typed."""
+        """The tokens of what is being typed."""
         return PatchRun.sides(self.lm, prompt, source, right, wrong)
 
     @beside
@@ -127,7 +135,7 @@ class PatchingGrid(Panel):
 
     @quick
     def stop(self) -> None:
-        """Patches that run stop after the pass they are in; what they have found stays."""
+        """Stop the patches that run, after the pass they are in; the values found so far stay."""
         for job in list(self._jobs.values()):
             job.cancel()
 
@@ -142,18 +150,9 @@ class PatchingGrid(Panel):
             if run is self._on:
                 self.features = {**self.features, f"{key}:{position}": found}
 
-    @quick
-    def select_feature(self, feature: int) -> None:
-        """Select a feature of the open cell, for linked widgets."""
-        if self.cell:
-            layer, position = self.cell
-            self.session.selection.pick(
-                prompt=self._on.prompt, token=position, site=Site(self.kind, layer).key, feature=feature
-            )
-
     @beside
     def attention_page(self, job: Job, layer: int, source: bool) -> dict[str, str]:
-        """The drawing as a page, or why there is none: said where it would stand."""
+        """The drawing as an HTML page, or why there is none: the screen shows that in its place."""
         try:
             return {"page": self.attention(layer, source)._repr_html_()}
         except ValueError as error:
@@ -166,10 +165,10 @@ class PatchingGrid(Panel):
         with self._lock:
             if job is not None:
                 job.check()
-            for other in list(self._jobs.values()):  # patches of prompts that are gone
+            for other in list(self._jobs.values()):  # they patch the prompts before
                 if other is not job:
                     other.cancel()
-            with whole_step(), self.hold_sync():  # what is shown is what there is, also after Ctrl-C
+            with whole_step(), self.hold_sync():  # Ctrl-C leaves view and run together
                 self._on = run
                 self.error, self.truth, self.features = "", [], {}
                 self.view = run.view(self._coders)
@@ -195,7 +194,7 @@ class PatchingGrid(Panel):
         finally:
             with whole_step(), self._lock:
                 if run is self._on:
-                    self.truth = run.truth()  # also of a pass that Ctrl-C has ended just behind
+                    self.truth = run.truth()  # Ctrl-C may have come behind a pass
                 self._waiting.pop(mine, None)
                 self._show_progress()
 
@@ -209,58 +208,53 @@ class PatchingGrid(Panel):
 
     # ---- the session
 
-    @traitlets.validate("kind")
-    def _valid_kind(self, proposal: Any) -> str:
-        if proposal["value"] not in self._kinds:
-            raise traitlets.TraitError(f"kind must be one of {', '.join(self._kinds)}, got {proposal['value']!r}")
-        return proposal["value"]
+    @checked("kind")
+    def _valid_kind(self, kind: str) -> str:
+        if kind not in self._kinds:
+            raise ValueError(f"kind must be one of {', '.join(self._kinds)}, got {kind!r}")
+        return kind
 
-    @traitlets.validate("cell")
-    def _valid_cell(self, proposal: Any) -> list[int]:
-        cell, grid = proposal["value"], self._on.estimate
+    @checked("cell")
+    def _valid_cell(self, cell: list[int]) -> list[int]:
+        grid = self._on.estimate
         if cell and not (len(cell) == 2 and cell[0] in grid.layers and cell[1] in grid.positions):
-            raise traitlets.TraitError(
+            raise ValueError(
                 f"cell must be [layer, position], layers {grid.layers[0]} to {grid.layers[-1]}, positions "
                 f"{grid.positions[0]} to {grid.positions[-1]}, or [], got {cell!r}"
             )
         return cell
 
     def _on_cell(self, _change: object) -> None:
-        if not self.cell or self._following:
-            return
-        selection, (layer, position) = self.session.selection, self.cell
-        site = Site(self.kind, layer).key
-        feature = selection.feature if selection.site == site else None  # another site has other features
-        selection.pick(prompt=self._on.prompt, token=position, site=site, feature=feature)
+        self.feature = self._selected_feature()
 
-    def _on_selection(self, _change: object) -> None:
-        """Go to the token, and the site, that another widget has selected."""
+    def _selected_feature(self) -> int | None:
+        """The session's feature, if it belongs to the open cell's site."""
         selection = self.session.selection
-        if selection.prompt not in ("", self._on.prompt) or selection.token is None:
-            return
-        kind, layer = self._place(selection.site) or (self.kind, self.cell[0] if self.cell else -1)
-        if self._following or not self._on.has(kind, layer, selection.token):
-            return
-        self._following = True
-        try:
-            with self.hold_sync():
-                self.kind, self.cell = kind, [layer, selection.token]
-        finally:
-            self._following = False
+        return selection.feature if self.cell and selection.site == Site(self.kind, self.cell[0]).key else None
+
+    def _chosen(self) -> dict[str, Any]:
+        if not self.cell:
+            return {}
+        site = Site(self.kind, self.cell[0]).key  # another site has other features
+        return {"prompt": self._on.prompt, "token": self.cell[1], "site": site, "feature": self.feature}
+
+    def _take(self, name: str) -> None:
+        """Open the cell of the token, and of the site, that another panel selected."""
+        selection = self.session.selection
+        if selection.prompt in ("", self._on.prompt) and selection.token is not None:
+            kind, layer = self._place(selection.site) or (self.kind, self.cell[0] if self.cell else -1)
+            if self._on.has(kind, layer, selection.token):
+                with self.hold_sync():
+                    self.kind, self.cell = kind, [layer, selection.token]
+        self.feature = self._selected_feature()
 
     def _place(self, key: str) -> tuple[str, int] | None:
-        """Kind and layer of a site, if the grid has it."""
+        """Kind and layer of a site of the grid."""
         try:
             site = Site.of(key)
         except ValueError:
             return None
         return (site.kind, site.layer or 0) if site.kind in self._kinds and site.head is None else None
-
-    def close(self) -> None:
-        if hasattr(self, "session"):
-            self.session.selection.unobserve(self._on_selection, ["token", "site"])
-            self.session = Session()  # unobserve raises the second time, and close is called twice
-        super().close()
 
     # ---- how it shows itself
 
@@ -275,7 +269,7 @@ class PatchingGrid(Panel):
             rows.append([str(grid.layers[j]), *cells])
         words = tag(
             "p", f"{self.kind}: share of the change of {run.measure.name}, {grid.base:.3g} → {grid.source:.3g}, that "
-            "one patch brings; ", tag("b", "bold"), ": patched in truth, ~: estimated by gradient.",
+            "one patch brings; ", tag("b", "bold"), ": true patches, ~: estimates by gradient.",
         )  # fmt: skip
         texts = table(["prompt", "source"], [[dotted(run.prompt), dotted(run.source)]])
         return block(texts, words, table(head, rows))
@@ -287,7 +281,7 @@ class PatchingGrid(Panel):
 
 
 def _by_site(coder: SparseCoder | Sequence[SparseCoder] | None, kinds: Sequence[str], lm: LM) -> dict[str, SparseCoder]:
-    """Coders by their site's key. ValueError for one whose features this grid could not list."""
+    """Coders by their site's key. ValueError for one whose features the grid cannot list."""
     coders = [] if coder is None else [coder] if isinstance(coder, SparseCoder) else list(coder)
     found: dict[str, SparseCoder] = {}
     for one in coders:

@@ -1,7 +1,5 @@
 """FeatureInspector: search, open, read, try, compare and note the features of one sparse coder."""
 
-import contextlib
-import operator
 import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol, runtime_checkable
@@ -11,10 +9,11 @@ import traitlets
 
 from sae_lab.edits.edit import Ablate, Steer
 from sae_lab.results import Html
+from sae_lab.types import check_feature
 
 from .coding import coder_line, lm_line, name_of
-from .panel import STATIC, Job, Panel, beside, quick
-from .session import Session
+from .panel import STATIC, Job, beside, checked, quick
+from .session import Linked, Session
 from .static_html import feature_html
 
 RESULTS = 50
@@ -28,117 +27,105 @@ _HELP = "try a shorter piece of the word, or conditions such as density>0.1% nor
 
 
 @runtime_checkable
-class View(Protocol):
-    """One feature, ready to send."""
-
-    def to_dict(self) -> dict[str, Any]: ...
-
-
-@runtime_checkable
 class Index(Protocol):
-    """What the inspector asks of a feature index."""
+    """What the inspector asks of a feature index that has no coder."""
 
     d_sae: int
+    site: Any
     density: np.ndarray
     max: np.ndarray
     coder: Any
     notes: Any
+    explanations: Any
     density_histogram: Mapping[str, Any]
 
     def best(self, n: int = 1) -> int | list[int]: ...
     def order(self, by: str) -> np.ndarray: ...
     def find(self, line: str, limit: int = 50) -> list[int]: ...
     def top_tokens(self, feature: int, n: int = 5) -> list[str]: ...
-    def __getitem__(self, feature: int) -> View: ...
+    def __getitem__(self, feature: int) -> Any: ...
 
 
-class FeatureError(traitlets.TraitError, ValueError):
-    """A feature number that the coder does not have.
+class FeatureInspector(Linked):
+    """A panel on a feature index: search, open, read, try, compare and note features.
 
-    A TraitError, so that traitlets rolls back; a ValueError, as everywhere in this library.
-    """
-
-
-class _FeatureTrait(traitlets.Int):
-    """An int from 0 to d_sae - 1."""
-
-    def validate(self, obj: "FeatureInspector", value: Any) -> int:
-        return _checked(value, obj._index.d_sae)
-
-
-def _checked(value: Any, d_sae: int) -> int:
-    """``value`` as an int (those of numpy and torch count) if the coder has that feature."""
-    try:
-        feature = -1 if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        feature = -1
-    if not 0 <= feature < d_sae:
-        raise FeatureError(
-            f"feature must be an int from 0 to {d_sae - 1}, got {value!r}; "
-            "index.best() names a live one, index.search(text) finds features by token"
-        )
-    return feature
-
-
-class FeatureInspector(Panel):
-    """A panel on a feature index; ``panel.feature`` is the open feature, in Python and on screen alike.
+        panel = sl.FeatureInspector(index)     # shown in a cell
+        panel.feature = 812                    # opens a feature, as a click does
 
     Args:
-        index: a feature index of ``d_sae`` features.
-        feature: the feature to open, an int from 0 to ``d_sae - 1``; None opens what the session has selected at the
+        index: what ``sl.index_features`` gives, of ``d_sae`` features.
+        feature: the feature to open, an int from 0 to ``d_sae - 1``; None: the one that the session has selected at the
             index's site, else ``index.best()``.
-        session: what it shares with other widgets (``sl.Session``); None: a session of its own.
+        session: what it shares with other widgets (``sl.Session``); None: a new one.
 
-    Traits, each of which can be read, set and observed from Python: ``feature``; ``query``, what to list: text among
-    the features' top tokens, conditions and labels, as ``index.find`` takes them ("": all live features); ``sort``, one
-    of "best", "density", "max", "norm"; ``pinned``, another feature to compare with, or None. Read only: ``results``,
-    rows of {feature, density, max, tokens, label}; ``view``, what the panel shows; ``note``, what you wrote on it;
-    ``error``, why the last action failed.
+    Traits that can be read, set and observed: ``feature``, the open one; ``query``, what to list, as ``index.find``
+    takes it (text among top tokens, conditions, labels; "": all live features); ``sort``: "best" (most readable first),
+    "density" (share of tokens), "max" (activation) or "norm" (of the decoder row times f_scale); ``pinned``, a feature
+    to compare with, or None. Read only: ``view``, what is shown of the feature, as ``index[feature].to_dict()``;
+    ``note``, your label and text on it; ``pair``, its comparison with the pinned one; ``results``, the list, a dict of
+    feature, density, max, tokens and label each; ``results_note``, what the list is; ``overview``, a histogram of log10
+    density over the live features; ``live``, whether model and coder are loaded; ``error``, why the last action failed.
 
     Raises:
-        ValueError: ``feature`` is not an int from 0 to ``d_sae - 1``.
+        ValueError: ``feature`` or ``pinned`` is not an int from 0 to ``d_sae - 1``.
     """
 
     _esm = STATIC / "inspector.js"
     _css = STATIC / "inspector.css"
+    _chooses = ("feature",)
 
-    feature = _FeatureTrait(help="the open feature").tag(sync=True)
-    query = traitlets.Unicode("", help="what to list").tag(sync=True)
-    sort = traitlets.Enum(list(_SORTS), "best", help="order of the results").tag(sync=True)
-    results = traitlets.List(traitlets.Dict(), help="the listed features").tag(sync=True)
-    results_note = traitlets.Unicode("", help="what the list is").tag(sync=True)
-    view = traitlets.Dict(help="the open feature, as FeatureView.to_dict() gives it").tag(sync=True)
-    note = traitlets.Dict(help="label and text of your note on the open feature").tag(sync=True)
-    pinned = traitlets.Int(None, allow_none=True, help="the feature to compare with").tag(sync=True)
-    pair = traitlets.Dict(help="the open feature beside the pinned one").tag(sync=True)
-    overview = traitlets.Dict(help="histogram of log10 density over live features").tag(sync=True)
-    live = traitlets.Bool(help="whether model and coder are at hand, to try a text and to edit").tag(sync=True)
+    feature = traitlets.TraitType().tag(sync=True)  # not Any, which takes None unchecked
+    query = traitlets.Unicode("").tag(sync=True)
+    sort = traitlets.Enum(list(_SORTS), "best").tag(sync=True)
+    results = traitlets.List(traitlets.Dict()).tag(sync=True)
+    results_note = traitlets.Unicode("").tag(sync=True)
+    view = traitlets.Dict().tag(sync=True)
+    note = traitlets.Dict().tag(sync=True)
+    pinned = traitlets.Any(None).tag(sync=True)
+    pair = traitlets.Dict().tag(sync=True)
+    overview = traitlets.Dict().tag(sync=True)
+    live = traitlets.Bool().tag(sync=True)
 
     def __init__(self, index: Index, feature: int | None = None, *, session: Session | None = None) -> None:
-        self._index = index  # before any trait: the validation of `feature` reads it
-        self._heard: list[Any] = getattr(index.notes, "listeners", [])
-        self.session = session or Session()
+        self._index: Any = index
+        self._site = "" if index.site is None else index.site.key
         self._tried = ""  # the text that was scored last
-        self._site = site.key if (site := getattr(index, "site", None)) is not None else ""
-        selected = self.session.selection
-        if feature is None and selected.feature is not None and selected.site == self._site:
-            feature = selected.feature
-        feature = _checked(index.best() if feature is None else feature, index.d_sae)
+        self.session = session or Session()
+        if feature is None:
+            feature = self._feature_of(self._site, index.d_sae)
+        feature = self._valid_feature(index.best() if feature is None else feature)
         results, note = self._listing("", "best")
-        # The whole state goes into the first message: a view drawn at once finds everything.
+        # The whole state goes into the first message, so that a view can be drawn at once.
         super().__init__(
-            feature=feature, view=index[feature].to_dict(), results=results, results_note=note,
-            note=index.notes[feature]._asdict(), overview=dict(index.density_histogram), live=index.coder is not None,
+            self.session, feature=feature, view=self._index[feature].to_dict(), results=results, results_note=note,
+            note=self._note(feature), overview=dict(index.density_histogram), live=index.coder is not None,
         )  # fmt: skip
-        if selected.feature is None:
-            selected.pick(feature=feature, site=self._site)
+        if self.session.selection.feature is None:
+            self.session.selection.pick(**self._chosen())
         self.observe(self._on_feature, "feature")
         self.observe(self._on_search, ["query", "sort"])
         self.observe(self._on_pinned, "pinned")
-        selected.observe(self._on_selected, ["feature", "site"])
-        self._heard.append(self._on_notes)
+        self._link()
+        index.notes.listeners.append(self._on_notes)
 
     # ---- what follows what
+
+    def _valid_feature(self, feature: Any) -> int:
+        try:
+            return check_feature(feature, self._index.d_sae)
+        except ValueError as error:
+            remedy = "index.best() names a live one, index.search(text) finds features by token"
+            raise ValueError(f"{error}; {remedy}") from None
+
+    _open = checked("feature")(_valid_feature)
+    _pin = checked("pinned")(lambda self, feature: None if feature is None else self._valid_feature(feature))
+
+    def _chosen(self) -> dict[str, Any]:
+        return {"feature": self.feature, "site": self._site}
+
+    def _take(self, name: str) -> None:
+        if (feature := self._feature_of(self._site, self._index.d_sae)) is not None:
+            self.feature = feature
 
     def _on_feature(self, _change: object) -> None:
         with self._lock, self._reported():
@@ -146,23 +133,15 @@ class FeatureInspector(Panel):
             feature = self.feature
             view, pair = self._index[feature].to_dict(), self._compared(feature, self.pinned)
             with self.hold_sync():  # one message
-                self.note = self._index.notes[feature]._asdict()
-                self.pair = pair
-                self.view = view
-            self.session.selection.pick(feature=feature, site=self._site)
-
-    def _on_selected(self, _change: object) -> None:
-        selected = self.session.selection
-        if selected.site == self._site and selected.feature is not None:
-            self.feature = selected.feature
+                self.note, self.pair, self.view = self._note(feature), pair, view
 
     def _on_notes(self, features: set[int]) -> None:
-        """Somebody wrote on these: this panel, another one, or Python."""
+        """Somebody wrote on these features: this panel, another one, or Python."""
         with self._lock, self.hold_sync():
             if self.feature in features:
-                self.note = self._index.notes[self.feature]._asdict()
-                if (said := getattr(self._index, "explanations", None)) is not None:
-                    self.view = self.view | {"explanations": [one._asdict() for one in said[self.feature]]}
+                self.note = self._note(self.feature)
+                said = self._index.explanations[self.feature]
+                self.view = self.view | {"explanations": [one._asdict() for one in said]}
             self.results = [
                 row | {"label": self._label(row["feature"])} if row["feature"] in features else row
                 for row in self.results
@@ -177,42 +156,40 @@ class FeatureInspector(Panel):
                 self.error = str(error)
                 return
             with self.hold_sync():
-                self.results = results
-                self.results_note = note
+                self.results, self.results_note = results, note
 
     def _on_pinned(self, _change: object) -> None:
         with self._lock, self._reported():
-            if self.pinned is not None:
-                _checked(self.pinned, self._index.d_sae)
             self.pair = self._compared(self.feature, self.pinned)
 
     def _compared(self, feature: int, other: int | None) -> dict[str, Any]:
         if other is None or other == feature:
             return {}
-        index: Any = self._index
+        index = self._index
         view = index[other].to_dict()
         kept = ("feature", "density", "count", "mean", "max", "f_scale", "promoted", "suppressed", "lens_note")
         tokens = {"tokens": index.top_tokens(other, 8), "tokens_here": index.top_tokens(feature, 8)}
         return index.compare(feature, other).to_dict() | {"view": {k: view[k] for k in kept}} | tokens
 
+    def _note(self, feature: int) -> dict[str, str]:
+        return self._index.notes[feature]._asdict()
+
     # ---- the list
 
     def _listing(self, query: str, sort: str) -> tuple[list[dict[str, Any]], str]:
-        """The rows to list and what they are, in words that name query and sort."""
+        """The rows to list, and what the list is: its query and order in words."""
         if query.strip() == "":
             live = self._index.order(sort)
-            features = live[:RESULTS]
-            note = f"{len(features):,} of {len(live):,} live features, {_SORTS[sort]}"
+            features, note = live[:RESULTS], f"{min(RESULTS, len(live)):,} of {len(live):,} live features"
         else:
             features = self._index.find(query, limit=RESULTS)
+            if not features:
+                return [], f"no feature for “{query}”; {_HELP}"
             if sort != "best":  # a search comes best first
                 values = getattr(self._index, sort)
                 features = sorted(features, key=lambda feature: -values[feature])
-            count = f"first {RESULTS}" if len(features) == RESULTS else f"{len(features)}"
-            note = f"{count} for “{query}”, {_SORTS[sort]}"
-            if not len(features):
-                note = f"no feature for “{query}”; {_HELP}"
-        return [self._row(int(feature)) for feature in features], note
+            note = f"{f'first {RESULTS}' if len(features) == RESULTS else len(features)} for “{query}”"
+        return [self._row(int(feature)) for feature in features], f"{note}, {_SORTS[sort]}"
 
     def _row(self, feature: int) -> dict[str, Any]:
         return {
@@ -224,20 +201,17 @@ class FeatureInspector(Panel):
         }
 
     def _label(self, feature: int) -> str:
-        """Your label, or the first explanation somebody else gave."""
-        explanations = getattr(self._index, "explanations", None)
-        said = explanations.label(feature)[:LABEL_LETTERS] if explanations is not None else ""
-        return self._index.notes[feature].label or said
+        """Your label, else the first explanation that somebody else gave."""
+        return self._index.notes[feature].label or self._index.explanations.label(feature)[:LABEL_LETTERS]
 
     # ---- from the screen
 
     @beside
     def score(self, job: Job, text: str) -> dict[str, Any]:
-        """The open feature on a text that was typed."""
+        """The open feature's activation on each token of a text."""
         if not text:
-            raise ValueError("there is nothing to score: type some text")
-        index: Any = self._index
-        scored = index.score(self.feature, text)
+            raise ValueError("the text is empty: type some text to score")
+        scored = self._index.score(self.feature, text)
         job.check()
         self._tried = text
         return scored.to_dict()
@@ -245,22 +219,21 @@ class FeatureInspector(Panel):
     @beside
     def weakest(self, job: Job) -> list[dict[str, Any]]:
         """The contexts of the open feature's smallest activations."""
-        index: Any = self._index
-        return [vars(context) for context in index.weakest(self.feature)]
+        return [vars(context) for context in self._index.weakest(self.feature)]
 
     @quick
     def write_note(
         self, label: str, text: str, feature: int | None = None, was: Any = None, typed: Any = None
     ) -> dict[str, str]:
-        """Put a label and a note on a feature, None: the open one. They follow the coder (``sl.notes``). was, typed:
-        what the screen showed of both while they were typed, and when that was. Returns the note as it is now."""
-        index: Any = self._index
-        feature = self.feature if feature is None else _checked(feature, index.d_sae)
+        """Put a label and a note on a feature (None: the open one); they are kept with the coder (``sl.notes``). was,
+        typed: what the screen showed of both while they were typed, and when that was, in seconds. Returns the note as
+        it is then."""
+        feature = self.feature if feature is None else self._valid_feature(feature)
         if was is None:
-            note = index.annotate(feature, label, text)
+            note = self._index.annotate(feature, label, text)
         else:
-            note = index.notes.write(feature, label, text, seen=was, typed=typed)
-        self._on_notes({feature})  # a value that did not count is put right
+            note = self._index.notes.write(feature, label, text, seen=was, typed=typed)
+        self._on_notes({feature})  # the screen may show a value that was not taken
         return note._asdict()
 
     @quick
@@ -268,7 +241,7 @@ class FeatureInspector(Panel):
         """Put an edit of the open feature on the session's stack: "steer" or "ablate"."""
         coder = self._index.coder
         if coder is None:
-            raise ValueError("an edit needs the coder: open the index by sl.index_features(coder, lm, store)")
+            raise ValueError("an edit needs the coder: open the index with sl.index_features(coder, lm, store)")
         edit = Steer(coder, self.feature) if kind == "steer" else Ablate(coder, self.feature)
         self.session.edits.add(edit)
         return f"{edit!r} is on the session's stack: lm.generate(prompt, edits=panel.session.edits)"
@@ -276,39 +249,35 @@ class FeatureInspector(Panel):
     # ---- other forms
 
     def to_html(self, path: str | pathlib.Path, features: Iterable[int] | None = None) -> pathlib.Path:
-        """The panel as one file without kernel or network: these features (None: the open one and those listed), with
-        search, order and hover. Fifty features stay under 1 MB."""
-        chosen = [row["feature"] for row in self.results] if features is None else list(features)
-        self._chosen = list(dict.fromkeys([self.feature, *(_checked(i, self._index.d_sae) for i in chosen)]))[:RESULTS]
+        """Write the panel as one HTML file without kernel or network: these features (None: the open one and those
+        listed, 50 at most), with search, order and hover. Fifty features stay under 1 MB. Returns the path."""
+        kept = [row["feature"] for row in self.results] if features is None else map(self._valid_feature, features)
+        self._kept = list(dict.fromkeys([self.feature, *kept]))[:RESULTS]
         return super().to_html(path)
 
     def _frozen(self) -> dict[str, Any]:
-        index, chosen = self._index, self._chosen
-        norms = index.norm if index.coder is not None else np.zeros(index.d_sae)  # type: ignore[attr-defined]
+        index, chosen = self._index, self._kept
+        norms = index.norm if index.coder is not None else np.zeros(index.d_sae)
         rows = [self._row(i) | {"norm": float(norms[i])} for i in chosen]
         return {
             "query": "", "sort": "best", "live": False, "pinned": None, "pair": {}, "error": "", "results": rows,
             "results_note": f"{len(rows)} features kept in this page",
             "kept": {
-                str(i): {"view": _small(index[i].to_dict()), "note": index.notes[i]._asdict()} for i in chosen
+                str(i): {"view": _small(index[i].to_dict()), "note": self._note(i)} for i in chosen
             },
         }  # fmt: skip
 
     def code(self) -> str:
-        index: Any = self._index
+        index = self._index
         if index.coder is None:
             return f"index[{self.feature}]"
         lm, sae = name_of(index.lm, "lm"), name_of(index.coder, "sae")
         store, name = name_of(index.store, "store"), name_of(index, "index")
         lines = [
-            "import sae_lab as sl",
-            "",
-            lm_line(index.lm, lm),
-            coder_line(index.coder, sae),
+            "import sae_lab as sl", "", lm_line(index.lm, lm), coder_line(index.coder, sae),
             f"{store} = sl.Store({str(index.store.path)!r}, {len(index.store)}, {index.site.key!r})",
-            f"{name} = sl.index_features({sae}, {lm}, {store}, {str(index.path)!r})",
-            f"print({name}[{self.feature}])",
-        ]
+            f"{name} = sl.index_features({sae}, {lm}, {store}, {str(index.path)!r})", f"print({name}[{self.feature}])",
+        ]  # fmt: skip
         if self.pinned is not None:
             lines.append(f"print({name}.compare({self.feature}, {self.pinned}))")
         if self._tried:
@@ -317,10 +286,8 @@ class FeatureInspector(Panel):
 
     def close(self) -> None:
         """Take the widget off the page, and out of the session."""
-        if "session" in self.__dict__:  # an __init__ that raised has none
-            with contextlib.suppress(ValueError):  # it was closed before
-                self.session.selection.unobserve(self._on_selected, ["feature", "site"])
-                self._heard.remove(self._on_notes)
+        if self._linked:
+            self._index.notes.listeners.remove(self._on_notes)
         super().close()
 
     def __repr__(self) -> str:

@@ -1,4 +1,4 @@
-"""TrainingMonitor: a training that runs, as curves, and the hand on it."""
+"""TrainingMonitor: the curves of a training that runs, and its controls."""
 
 import logging
 import sys
@@ -22,13 +22,13 @@ from sae_lab.training.watching import Curves
 from sae_lab.types import Batch
 
 from .monitor_views import Watched, arguments_before, code_of, html_of
-from .panel import STATIC, Panel, quick
+from .panel import STATIC, Panel, in_words, quick
 from .session import Session
 
 log = logging.getLogger(__name__)
 
 PERIOD = 0.5  # seconds between two messages to the screen
-RATE_OVER = 20  # messages that the speed is measured over
+RATE_OVER = 20  # messages over which the speed is measured
 OVER = ("done", "stopped", "interrupted", "failed")
 
 
@@ -42,25 +42,35 @@ class TrainingMonitor(Panel):
         sl.train(sae, store, config, callbacks=[monitor])          # or in a cell
         sl.sweep(grid, store, config, callbacks=[monitor])         # a line for each coder
 
-    Nothing that happens to the monitor, closing included, ends or breaks the training. What is changed stands in
-    ``Run.changes``, and ``monitor.code()`` gives the call that does the same again. Where a cell trains, clicks are
-    heard meanwhile on ipykernel 7 only; the thread of ``start`` needs no such thing.
+    Args:
+        coder, data, config: as for ``sl.train``; None, all three, for a monitor that is a callback.
+        path: a folder for the coder and its checkpoints; None: nothing is saved.
+        session: kept as ``monitor.session``; a training has nothing to select.
 
-    ``run``: the finished ``Run`` of ``start``, None before. ``state``: waiting, running, pausing, paused, stopping,
-    finishing (thresholds are fitted), done, stopped, interrupted or failed. ``curves``: {coder: {"step": [...], "loss":
-    [...], ...}}, see ``Curves``.
+    Attributes: ``run``, the ``Run`` of ``start`` when it is done, else None; ``state``: "waiting", "running",
+    "pausing", "paused", "stopping", "finishing" (thresholds are fitted), "done", "stopped", "interrupted" or "failed".
+    Traits, read only: ``status``, a dict of state, step, steps, tokens, passes over the data, tokens_per_second,
+    seconds_left and more; ``curves``, {coder: {"step": [...], "loss": [...], ...}} as in ``Curves``, as of the last
+    pause or end; ``lines``, what may be changed of each coder; ``changes``, what was changed; ``can_start``; ``error``.
+
+    The training goes on whatever happens to the monitor, closing included. ``Run.changes`` has what was changed, and
+    ``monitor.code()`` the call that does the same again. While a cell trains, clicks are heard on ipykernel 7 only;
+    ``start`` works with every kernel.
+
+    Raises:
+        ValueError: some of coder, data and config without the others.
     """
 
     _esm = STATIC / "monitor.js"
     _css = STATIC / "monitor.css"
 
-    shows_progress = True  # no bar beside it
+    shows_progress = True  # sl.train shows no bar beside it
 
-    status = traitlets.Dict(help="state, step, speed").tag(sync=True)
-    lines = traitlets.List(traitlets.Dict(), help="the coders: what may be changed, and its value").tag(sync=True)
-    changes = traitlets.List(traitlets.Dict(), help="what was changed, coder by coder").tag(sync=True)
-    curves = traitlets.Dict(help="the curves, as of the last pause or end").tag(sync=True)
-    can_start = traitlets.Bool(False, help="whether Start has something to train").tag(sync=True)
+    status = traitlets.Dict().tag(sync=True)
+    lines = traitlets.List(traitlets.Dict()).tag(sync=True)
+    changes = traitlets.List(traitlets.Dict()).tag(sync=True)
+    curves = traitlets.Dict().tag(sync=True)
+    can_start = traitlets.Bool(False).tag(sync=True)
 
     def __init__(
         self, coder: SparseCoder | None = None, data: Store | Tensor | Batch | None = None,
@@ -69,8 +79,8 @@ class TrainingMonitor(Panel):
         given = [thing is not None for thing in (coder, data, config)]
         if any(given) != all(given) or (path is not None and not all(given)):
             raise ValueError(
-                "a monitor takes coder, data and config, all three (and path=, if wanted), or none of them where it is "
-                "a callback: sl.train(..., callbacks=[monitor])"
+                "a monitor takes coder, data and config, all three (and path=, if wanted), or none of them for a "
+                "callback: sl.train(..., callbacks=[monitor])"
             )
         self.session = session or Session()
         self.run: Run | None = None
@@ -92,12 +102,12 @@ class TrainingMonitor(Panel):
 
     @quick
     def start(self) -> None:
-        """Train, on a thread of its own. ValueError while it trains, and where it was given nothing to train."""
+        """Train on a thread. ValueError while it trains, and for a monitor that was given nothing to train."""
         with self._lock:
             coder, *_ = self._task
             if coder is None:
                 raise ValueError(
-                    "there is nothing to start: make the monitor with sl.TrainingMonitor(sae, store, config), or hand "
+                    "there is nothing to start: make the monitor with sl.TrainingMonitor(sae, store, config), or pass "
                     "it to sl.train(..., callbacks=[monitor])"
                 )
             if self._thread is not None and self._thread.is_alive():
@@ -105,12 +115,13 @@ class TrainingMonitor(Panel):
             self.run, self._failure = None, None
             self._forget()
             self._enter("running")
-            # A daemon: a kernel that is shut down does not train on. Checkpoints are whole files.
+            # A daemon: it ends with the kernel. Checkpoints are whole files.
             self._thread = threading.Thread(target=self._train, name="sae_lab trains", daemon=True)
             self._thread.start()
 
     def wait(self, timeout: float | None = None) -> Run:
-        """The ``Run``, once it is done; raises what training raised. timeout: seconds, after which TimeoutError."""
+        """Wait for the end, and return the ``Run``. Raises what training raised, and TimeoutError after ``timeout``
+        seconds."""
         if self._thread is None:
             raise ValueError("nothing was started: call monitor.start() first")
         self._thread.join(timeout)
@@ -133,18 +144,14 @@ class TrainingMonitor(Panel):
             return
         self.run = run
         with self._lock:
-            if not self._watched:  # it was finished before: only its files tell of it
-                self._open(run)
+            if not self._watched:  # the run was complete already: its curves come from its files
+                label, self._opened = type(coder).__name__, run
+                self._curves.lines[label] = self._curves.empty()
+                for row in run.history:
+                    self._curves.add(label, row, run.config.total_steps)
         self._end("stopped" if run.stopped else "done")
 
-    def _open(self, run: Run) -> None:
-        label, steps = type(run.coder).__name__, run.config.total_steps
-        self._curves.lines[label] = self._curves.empty()
-        for row in run.history:
-            self._curves.add(label, row, steps)
-        self._opened = run
-
-    # ---- the hand on it
+    # ---- its controls
 
     @quick
     def pause(self) -> None:
@@ -155,7 +162,7 @@ class TrainingMonitor(Panel):
 
     @quick
     def resume(self) -> None:
-        """Go on after a pause."""
+        """Continue after a pause."""
         for watched in self._running():
             watched.control.resume()
         if self._state == "pausing":
@@ -163,7 +170,7 @@ class TrainingMonitor(Panel):
 
     @quick
     def stop(self, coder: str | None = None) -> None:
-        """Stop and save: training ends as if it were complete. coder: the label of one of a sweep; None: all."""
+        """End the training now as if it were complete, and save. coder: the label of one of a sweep; None: all."""
         for watched in self._running(coder):
             watched.control.stop()
         if coder is None:
@@ -171,8 +178,8 @@ class TrainingMonitor(Panel):
 
     @quick
     def change(self, lr: float | None = None, sparsity: float | None = None, coder: str | None = None) -> None:
-        """Another peak learning rate, or sparsity, from the next step on. coder: as for ``stop``. ValueError for a
-        value that is refused; then nothing changes anywhere."""
+        """Set the peak learning rate or the sparsity from the next step on. coder: as for ``stop``. ValueError for a
+        value that is refused; then nothing changes."""
         chosen = self._running(coder)
         for watched in chosen:
             watched.control.check(lr=lr, sparsity=sparsity)
@@ -181,7 +188,7 @@ class TrainingMonitor(Panel):
 
     @quick
     def now(self) -> dict[str, Any]:
-        """What the screen shows, whole: for one that has just been opened."""
+        """Status and curves as of this moment, for a view that was just opened."""
         with self._lock:
             return {"status": self._status(), "curves": self._copy()}
 
@@ -196,18 +203,18 @@ class TrainingMonitor(Panel):
     # ---- what it hears
 
     def __call__(self, event: Event) -> None:
-        """A callback of ``sl.train`` and ``sl.sweep``. What goes wrong here is logged and shown, never raised."""
+        """The callback of ``sl.train`` and ``sl.sweep``. Errors are logged and shown, never raised."""
         try:
             with torch.no_grad(), self._lock:
                 self._hear(event)
         except Exception as error:
-            if not self._broken:  # else once a step
+            if not self._broken:  # once, not at each step
                 log.exception("the monitor failed; training goes on")
                 self._broken = True
                 self.error = f"the monitor failed ({type(error).__name__}: {error}); training goes on"
         finally:
-            # ipykernel 7.4 hands clicks to the thread that last spoke to the screen: to this one, which trains. Without
-            # this it takes them where JupyterLab sends them, beside the cell.
+            # ipykernel 7.4 gives clicks to the thread that last sent a message, which is this one: it trains. Without
+            # this entry it gives them to the thread that JupyterLab asks for, beside the cell.
             getattr(self.comm, "__dict__", {}).pop("_reply_subshell_id", None)
 
     def _hear(self, event: Event) -> None:
@@ -234,11 +241,11 @@ class TrainingMonitor(Panel):
             if event.kind == "left":
                 interrupted = isinstance(event.error, KeyboardInterrupt)
                 self._end("interrupted" if interrupted else "failed", event.error)
-            elif threading.current_thread() is not self._thread:  # else when the run is at hand
+            elif threading.current_thread() is not self._thread:  # of ``start``: ``_train`` says it with the run
                 self._end("stopped" if all(w.control.stopping for w in self._watched.values()) else "done")
 
     def _begin(self, event: Event) -> None:
-        if self._state in OVER and all(w.over for w in self._watched.values()):  # it served another training before
+        if self._state in OVER and all(w.over for w in self._watched.values()):  # a training before this one
             self._forget()
         self._curves(event)
         coder, control = event.coder, event.control
@@ -261,7 +268,7 @@ class TrainingMonitor(Panel):
     # ---- what it tells
 
     def _enter(self, state: str, why: str = "") -> None:
-        """Another state: the traits are brought up to date, for pages that are opened or saved from now on."""
+        """Another state; all traits are brought up to date."""
         with self._lock:
             self._state, self._why = state, why
             self._speed.clear()
@@ -269,29 +276,28 @@ class TrainingMonitor(Panel):
                 self.curves = self._copy()
             if state in ("running", *OVER):
                 self._show_lines()
-            self.status = self._status()
             self._tell(now=True)
 
     def _end(self, state: str, error: BaseException | None = None) -> None:
-        why = "" if error is None or state == "interrupted" else f"{type(error).__name__}: {error}"
-        if isinstance(error, ValueError):  # of the user's making: it says what to do
-            why = str(error)
-        self._enter(state, why)
+        self._enter(state, "" if error is None or state == "interrupted" else in_words(error))
 
     def _tell(self, now: bool = False) -> None:
-        """The state and what the curves have gained, not more often than ``PERIOD``."""
+        """Bring the status up to date and send what the curves have gained, at most once in ``PERIOD``."""
         clock = time.monotonic()
-        if (not now and clock < self._next) or self.comm is None:
+        if not now and clock < self._next:
             return
         self._next = clock + PERIOD
         self._speed.append((clock, self._step()))
+        self.status = self._status()
+        if self.comm is None:
+            return
         gained = {}
         for watched in self._watched.values():
             points = len(self._curves.lines[watched.label]["step"])
-            at = max(0, watched.sent - 1)  # the last one grows until its steps are through
+            at = max(0, watched.sent - 1)  # the last point is a mean that still changes
             gained[watched.label] = [at, self._curves.last(watched.label, points - at) if points else []]
             watched.sent = points
-        self.send({"grown": gained, "status": self._status()})
+        self.send({"grown": gained})
 
     def _step(self) -> int:
         steps = [w.step for w in self._watched.values() if not w.over] or [w.step for w in self._watched.values()]
@@ -358,9 +364,9 @@ class TrainingMonitor(Panel):
 
 
 def _deaf() -> str:
-    """A remark where clicks wait for the end of the cell."""
+    """A remark for kernels that hear clicks only when the cell is done."""
     shell = sys.modules.get("IPython") and sys.modules["IPython"].get_ipython()  # type: ignore[attr-defined]
     kernel = getattr(shell, "kernel", None)
     if kernel is None or getattr(kernel, "_supports_kernel_subshells", False):
         return ""
-    return "This kernel hears the buttons when the cell is done; TrainingMonitor(sae, store, config).start() need not."
+    return "This kernel hears the buttons when the cell is done; monitor.start() trains on a thread."

@@ -23,7 +23,7 @@ NAMES = {"loss": "loss", "fvu": "FVU", "l0": "L0", "dead": "dead", "threshold": 
 
 @dataclass
 class Watched:
-    """One training as the monitor knows it; ``arguments``: the coder's, as they were at first."""
+    """One training that the monitor watches; ``arguments``: those of its coder at the start."""
 
     label: str
     family: str
@@ -34,7 +34,7 @@ class Watched:
     data: Store | Rows
     path: Path | None
     step: int = 0
-    sent: int = 0  # points that the screen has
+    sent: int = 0  # how many points the screen has
     over: bool = False
 
 
@@ -42,7 +42,7 @@ class Watched:
 
 
 def html_of(status: Mapping[str, Any], curves: Mapping[str, Any], changes: Sequence[Mapping[str, Any]]) -> Html:
-    """The state, the last figures of each coder, and what was changed."""
+    """The state, the last value of each measure and coder, and the changes."""
     steps = f": step {status['step']:,} of {status['steps']:,}, {status['tokens']:,} tokens" if status["steps"] else ""
     rows = [[label, *(_last(line[name], name) for name in MEASURES)] for label, line in curves.items()]
     changed = [[c["coder"], f"{c['step']:,}", c["what"], f"{c['old']:.4g}", f"{c['new']:.4g}"] for c in changes]
@@ -65,8 +65,8 @@ def _last(values: Sequence[float | None], name: str) -> str:
 
 
 def code_of(watched: list[Watched], opened: Run | None, task: tuple[Any, ...], initial: str) -> str:
-    """One ``sl.train`` for each coder. watched: the trainings; opened: a run found finished; task: what ``start``
-    trains; initial: the fingerprint of its coder's first weights."""
+    """A call of ``sl.train`` for each coder. watched: the trainings; opened: a run that was complete before; task: what
+    ``start`` trains; initial: the fingerprint of its coder's first weights."""
     coder, data, config, path = task
     lines = ["import sae_lab as sl", ""]
     if not watched and coder is None:
@@ -96,8 +96,8 @@ def arguments_before(coder: SparseCoder, changes: Sequence[Change]) -> dict[str,
 
 
 def _data(data: Any, given: Any, suffix: str = "") -> tuple[str, list[str]]:
-    """(the variable that holds the activations, the lines that make it). data: what serves them; given: what the user
-    handed over, None where that is not known."""
+    """(the variable of the activations, the lines that make it). data: what training reads; given: what the user
+    passed, None if unknown."""
     if not isinstance(data, Store):
         name = name_of(given, "x") if given is not None else "x"
         return name + suffix, [f"# {name}{suffix}: the activations that you trained on"]
@@ -112,7 +112,8 @@ def _data(data: Any, given: Any, suffix: str = "") -> tuple[str, list[str]]:
 
 
 def _coder(family: str, arguments: Mapping[str, Any], path: str | None, initial: str, name: str = "sae") -> list[str]:
-    """The lines that make the coder as it was before. initial: the fingerprint of its first weights, "" unknown."""
+    """The lines that make the coder as it was before training. initial: the fingerprint of its first weights, "" if
+    unknown."""
     if path is not None:
         return [f"{name} = sl.load({path!r})"]
     call = f"{name} = sl.{family}({', '.join(f'{k}={v!r}' for k, v in arguments.items())})"

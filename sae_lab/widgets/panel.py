@@ -1,4 +1,8 @@
-"""What all widgets share: calls from the screen, work beside the kernel, a form without scripts, and code to copy."""
+"""What all widgets share. Each kind of thing has one channel between the screen and Python:
+
+- State (what is shown, what is chosen, a setting) is a trait: the screen sets it, Python checks and observes it.
+- Work (reading a text, generating, patching, an edit) is a request: a call with an answer, which can be cancelled.
+"""
 
 import contextlib
 import logging
@@ -23,13 +27,33 @@ log = logging.getLogger(__name__)
 STATIC = pathlib.Path(__file__).parent / "static"
 
 
+class Refused(traitlets.TraitError, ValueError):
+    """A value that a trait does not take. traitlets puts the old value back for a TraitError; everywhere else in this
+    library a refusal is a ValueError."""
+
+
+def checked(*traits: str) -> Callable[[Callable[[Any, Any], Any]], Any]:
+    """Decorates the check of these traits, a method ``(self, value) -> value``: its ValueError refuses the value."""
+
+    def mark(check: Callable[[Any, Any], Any]) -> Any:
+        def validate(panel: Any, proposal: Any) -> Any:
+            try:
+                return check(panel, proposal["value"])
+            except ValueError as error:
+                raise Refused(str(error)) from error
+
+        return traitlets.validate(*traits)(validate)
+
+    return mark
+
+
 class Cancelled(Exception):
     """The screen no longer wants the answer of a job."""
 
 
 class Job:
-    """One call from the screen that takes a while. ``partial`` sends a piece of the answer, ``check`` stops where the
-    screen has cancelled."""
+    """One call from the screen that takes a while. ``partial`` sends a piece of the answer; ``check`` raises Cancelled
+    once the screen has cancelled."""
 
     def __init__(self, panel: "Panel", number: int):
         self._panel, self._number, self._stop = panel, number, threading.Event()
@@ -47,13 +71,14 @@ class Job:
 
 
 def quick(method: Callable[..., Any]) -> Callable[..., Any]:
-    """The screen may call this method; it answers at once, where the message arrives."""
+    """The screen may call this method, which answers at once on the thread that the message arrives on."""
     method.__dict__["_from_screen"] = "quick"
     return method
 
 
 def beside(method: Callable[..., Any]) -> Callable[..., Any]:
-    """The screen may call this method, which takes a while: it runs on a thread of its own and gets a ``Job`` first."""
+    """The screen may call this method, which takes a while: it runs on a new thread, and its first argument is a
+    ``Job``."""
     method.__dict__["_from_screen"] = "beside"
     return method
 
@@ -62,51 +87,51 @@ class Panel(anywidget.AnyWidget):
     """Base of the lab's widgets.
 
     A subclass names its bundle, ``_esm`` and ``_css``, and says what it shows without scripts (``_html``), as code
-    (``code``) and in one line (``__repr__``). Methods marked ``quick`` or ``beside`` are called from the screen:
+    (``code``) and in one line (``__repr__``). Methods marked ``quick`` or ``beside`` are the requests of the screen:
 
         -> {"call": number, "method": name, "args": {...}}      {"cancel": number}
         <- {"reply": number, "kind": "partial" | "done" | "error" | "cancelled", "value": ...}
 
-    A call may arrive on another thread than the running cell's, and its work runs without gradients.
+    A message may arrive on another thread than that of the running cell (ipykernel 7): ``_lock`` guards the state. The
+    work of a request runs without gradients. ``error``: why the last action failed, "" where it did not.
     """
 
-    error = traitlets.Unicode("", help="why the last action failed").tag(sync=True)
+    error = traitlets.Unicode("").tag(sync=True)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         as_annotated(cls)
 
-    def __init__(self, **state: Any) -> None:
+    def __init__(self, *, lock: Any = None, **state: Any) -> None:
         self._jobs: dict[int, Job] = {}
-        # A click may be handled on another thread than the running cell.
-        self._lock = threading.RLock()
+        self._lock = lock or threading.RLock()
         super().__init__(**state)
         self.on_msg(self._on_message)
 
     # ---- what a subclass says
 
     def _html(self) -> Html:
-        """What it shows, as HTML without scripts that reads without style sheets."""
+        """What it shows, as HTML without scripts or style sheets."""
         raise NotImplementedError
 
     def code(self) -> str:
-        """The Python that gives what is on show now, without the widget."""
+        """The Python that computes what is shown now, without the widget."""
         raise NotImplementedError
 
     def _frozen(self) -> dict[str, Any]:
-        """State beyond the traits that ``to_html`` needs, for what still works without a kernel."""
+        """State beyond the traits for the page of ``to_html``, which has no kernel to ask."""
         return {}
 
     # ---- what a user calls
 
     def snapshot(self) -> Snapshot:
-        """What is on show, as plain HTML: it stays when the kernel is gone."""
+        """What is shown now as plain HTML, which stays when the kernel is gone."""
         return Snapshot(self._html(), repr(self))
 
     @as_annotated
     def to_html(self, path: str | pathlib.Path) -> pathlib.Path:
-        """What is on show as one file that needs no kernel and no network: hovering and sorting work in it, what would
-        ask the model is left out. Returns the path."""
+        """Write what is shown now as one HTML file that needs no kernel and no network. Hovering and sorting work; what
+        would ask the model is left out. Returns the path."""
         path = pathlib.Path(path)
         esm, css = (str(getattr(self, name)) for name in ("_esm", "_css"))
         ours = set(self.traits(sync=True)) - set(anywidget.AnyWidget.class_traits(sync=True))
@@ -147,11 +172,10 @@ class Panel(anywidget.AnyWidget):
                 value = call()
         except Cancelled:
             self._reply(number, "cancelled", None)
-        except ValueError as error:  # of the user's making: it says what to do
-            self._reply(number, "error", str(error))
         except Exception as error:
-            log.exception("%s: a call from the screen failed", type(self).__name__)
-            self._reply(number, "error", f"{type(error).__name__}: {error}")
+            if not isinstance(error, ValueError):
+                log.exception("%s: a call from the screen failed", type(self).__name__)
+            self._reply(number, "error", in_words(error))
         else:
             self._reply(number, "done", value)
         finally:
@@ -170,9 +194,9 @@ class Panel(anywidget.AnyWidget):
     # ---- traits from the screen
 
     def set_state(self, sync_data: dict[str, Any]) -> None:
-        """Take state from the front end; what is refused is said in the panel, and the panel put right."""
+        """Take state from the screen. A refusal is shown in the panel, and the screen gets the old values back."""
         with self._lock:
-            self.error = ""  # a complaint about what was sent before is over: the same one may come again
+            self.error = ""  # first, so that the same refusal is a change again
             try:
                 super().set_state(sync_data)
             except traitlets.TraitError as error:
@@ -181,12 +205,12 @@ class Panel(anywidget.AnyWidget):
 
     @contextlib.contextmanager
     def _reported(self) -> Iterator[None]:
-        """Show an exception in the panel; raise it too, so that a cell or the log has the traceback."""
+        """Shows an exception in the panel before the cell or the log gets it."""
         self.error = ""
         try:
             yield
         except Exception as error:
-            self.error = f"{type(error).__name__}: {error}"
+            self.error = in_words(error)
             raise
 
     # ---- how it shows itself
@@ -200,3 +224,8 @@ class Panel(anywidget.AnyWidget):
             return None
         data, metadata = bundle
         return {**data, "text/html": self._html(), "text/plain": repr(self)}, metadata
+
+
+def in_words(error: BaseException) -> str:
+    """An exception as a panel shows it; the message of a ValueError is enough."""
+    return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"

@@ -1,11 +1,12 @@
 """What the widgets of a notebook share: one selection, one stack of edits, notes; kept in one file."""
 
+import contextlib
 import json
 import pathlib
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, TypeVar
 
 import traitlets
 
@@ -15,38 +16,50 @@ from sae_lab.edits.edit import Edit
 from sae_lab.results import Html, tag
 from sae_lab.saes.base import SparseCoder
 
-from .coding import coder_line, expression, name_of
+from .coding import expression, header, name_of
 from .panel import STATIC, Panel, quick
 from .static_html import code, table
 
-VERSION = 1
+VERSION = 1  # of files
 TOGETHER = 0.1  # seconds within which changes of a stack go to the screen as one
+SELECTED = ("prompt", "token", "feature", "site")
+
+T = TypeVar("T")
 
 
 class Selection(traitlets.HasTraits):
-    """What is selected: a prompt, a token of it (its absolute position, 0 is the prefix), a feature, and the site that
-    the feature belongs to (``site.key``). Widgets that share one follow each other; observe it like any trait. Another
-    prompt takes the choice of a token away, unless one is picked with it."""
+    """What is selected in a session. Widgets of one session follow it; read, set and observe it like any trait:
+
+        session.selection.pick(feature=7, site="resid_post-8")
+
+    Attributes: prompt, a text; token, an absolute position in it (0 is the prefix token) or None; feature, an int or
+    None; site, the ``site.key`` of the coder that the feature belongs to. Another prompt sets token to None.
+    """
 
     prompt = traitlets.Unicode("")
     token = traitlets.Int(None, allow_none=True, min=0)
     feature = traitlets.Int(None, allow_none=True, min=0)
     site = traitlets.Unicode("")
-    _picking = False
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()  # of all panels of the session: with two, two clicks could wait for each other
+        self._picking = False
+        super().__init__()
 
     def pick(self, **what: Any) -> None:
-        """Set several at once: observers hear when all of them stand."""
-        if unknown := set(what) - set(self.to_dict()):
-            raise ValueError(f"a selection has prompt, token, feature and site, no {', '.join(sorted(unknown))}")
-        if what.get("prompt", self.prompt) != self.prompt:
-            what.setdefault("token", None)
-        self._picking = True
-        try:
-            with self.hold_trait_notifications():
-                for name, value in what.items():
-                    setattr(self, name, value)
-        finally:
-            self._picking = False
+        """Set several of them at once; observers hear of it when all are set. ValueError for another name."""
+        if unknown := set(what) - set(SELECTED):
+            raise ValueError(f"a selection has {', '.join(SELECTED)}, no {', '.join(sorted(unknown))}")
+        with self._lock:
+            if what.get("prompt", self.prompt) != self.prompt:
+                what.setdefault("token", None)
+            self._picking = True
+            try:
+                with self.hold_trait_notifications():
+                    for name, value in what.items():
+                        setattr(self, name, value)
+            finally:
+                self._picking = False
 
     @traitlets.observe("prompt")
     def _on_prompt(self, _change: object) -> None:
@@ -54,24 +67,29 @@ class Selection(traitlets.HasTraits):
             self.token = None
 
     def to_dict(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("prompt", "token", "feature", "site")}
+        return {name: getattr(self, name) for name in SELECTED}
 
     def __repr__(self) -> str:
         return f"Selection({', '.join(f'{k}={v!r}' for k, v in self.to_dict().items() if v not in (None, ''))})"
 
 
 class EditStack(Panel):
-    """The edits of a session. Iterating gives those that are on, so that it goes wherever edits do:
-    ``lm.generate(prompt, edits=session.edits)``. Shown in a cell it is a list to switch and to remove from.
+    """The edits of a session. Iterating gives those that are on, so it goes wherever edits do; in a cell it is a list
+    with a switch and a button to remove each:
 
-    ``rows`` (read only): what the screen shows, one {key, on, label, code} an edit.
+        lm.generate(prompt, edits=session.edits)
+
+    Args:
+        edits: ``sl.Steer``, ``sl.Ablate``, ... They act in this order.
+
+    Trait, read only: ``rows``, a dict of key, on, label and code for each edit.
     """
 
     _esm = STATIC / "edits.js"
     _css = STATIC / "edits.css"
 
-    # Of anything: to look at each row again whenever one is added would take seconds for a thousand.
-    rows = traitlets.List(help="the edits, as the screen shows them").tag(sync=True)
+    # Not a list of Dict: traitlets would check every row whenever one is added, seconds for a thousand.
+    rows = traitlets.List().tag(sync=True)
 
     def __init__(self, edits: Iterable[Edit] = ()) -> None:
         self._entries: dict[int, tuple[Edit, bool]] = {}
@@ -84,7 +102,7 @@ class EditStack(Panel):
     # ---- in Python
 
     def add(self, edit: Any, on: bool = True) -> int:
-        """Put an edit on top. Returns its key. ValueError for what is no edit."""
+        """Put an edit behind the others. Returns its key. ValueError for another object."""
         if not isinstance(edit, Edit):
             raise ValueError(f"an edit stack holds edits such as sl.Steer(sae, 7), got {type(edit).__name__}")
         with self._lock:
@@ -94,18 +112,19 @@ class EditStack(Panel):
         return key
 
     def replace(self, key: Count, edit: Edit) -> None:
-        """Another edit in the place of one, on or off as it was."""
+        """Put an edit in the place of another, on or off as that one was."""
         with self._lock:
             self._entries[key] = (edit, self._entry(key)[1])
             self._show()
 
     def clear(self) -> None:
+        """Remove all edits."""
         with self._lock:
             self._entries.clear()
             self._show()
 
     def entries(self) -> list[tuple[int, Edit, bool]]:
-        """(key, edit, whether it is on), in the order in which they act."""
+        """(key, edit, whether it is on) of each edit, in the order in which they act."""
         with self._lock:
             return [(key, edit, on) for key, (edit, on) in self._entries.items()]
 
@@ -120,11 +139,15 @@ class EditStack(Panel):
             raise ValueError(f"this stack has no edit {key!r}; it has {list(self._entries)}: see stack.entries()")
         return self._entries[key]
 
+    def _row(self, key: int) -> dict[str, Any]:
+        edit, on = self._entries[key]
+        return {"key": key, "on": on, "label": repr(edit), "code": expression(edit, name_of(edit.coder, "sae"))}
+
     def _show(self) -> None:
         self.rows = [self._row(key) for key in self._entries]
 
     def send_state(self, key: Any = None) -> None:
-        """Many edits in a row are shown together: to send all rows for each of a thousand takes seconds."""
+        """Sends edits that are added in a row together: all rows for each of a thousand would take seconds."""
         now = time.monotonic()
         if key != "rows" or now - self._sent > TOGETHER:
             self._sent = now
@@ -139,10 +162,6 @@ class EditStack(Panel):
         self._waiting = False
         super().send_state("rows")
 
-    def _row(self, key: int) -> dict[str, Any]:
-        edit, on = self._entries[key]
-        return {"key": key, "on": on, "label": repr(edit), "code": expression(edit, name_of(edit.coder, "sae"))}
-
     # ---- from the screen too
 
     @quick
@@ -154,19 +173,20 @@ class EditStack(Panel):
 
     @quick
     def remove(self, key: Count) -> None:
+        """Remove an edit."""
         with self._lock:
             self._entry(key)
             del self._entries[key]
             self._show()
 
+    # ---- how it shows itself
+
     def code(self) -> str:
-        lines = ["import sae_lab as sl", ""]
         active = list(self)
         coders = {id(edit.coder): edit.coder for edit in active}
-        names = _names(coders)
-        lines += [coder_line(coder, names[key]) for key, coder in coders.items()]
-        lines += ["edits = [", *(f"    {expression(edit, names[id(edit.coder)])}," for edit in active), "]"]
-        return "\n".join(lines)
+        names = {key: name_of(c, f"sae_{i}" if i else "sae") for i, (key, c) in enumerate(coders.items())}
+        calls = [f"    {expression(edit, names[id(edit.coder)])}," for edit in active]
+        return "\n".join([*header(**{names[key]: c for key, c in coders.items()}), "edits = [", *calls, "]"])
 
     def _html(self) -> Html:
         rows = [["on" if row["on"] else "off", code(row["code"])] for row in self.rows]
@@ -176,17 +196,9 @@ class EditStack(Panel):
         return f"EditStack({len(self)} of {len(self._entries)} on)"
 
 
-def _names(coders: Mapping[int, SparseCoder]) -> dict[int, str]:
-    """A variable for each coder: the notebook's own, else sae, sae_1..."""
-    found: dict[int, str] = {}
-    for number, (key, coder) in enumerate(coders.items()):
-        found[key] = name_of(coder, f"sae_{number}" if number else "sae")
-    return found
-
-
 @as_annotated
 class Session:
-    """What the widgets of a notebook share.
+    """What the widgets of a notebook share: a click in one is followed by the others.
 
         session = sl.Session()
         sl.TokenFeatures(lm, sae, "I went to the", session=session)   # click a token, a feature...
@@ -200,28 +212,18 @@ class Session:
         self.selection, self.edits, self.notes = Selection(), EditStack(), notes
 
     def save(self, path: str | pathlib.Path) -> pathlib.Path:
-        """Selection, edits and notes in one JSON file. ValueError for edits whose coder lies nowhere yet, or whose
-        positions are a function."""
-        path = pathlib.Path(path)
+        """Write selection, edits and notes as one JSON file. Returns the path. ValueError for edits whose coder was not
+        saved, or whose positions are a function."""
         edits = [{"on": on, "edit": json.loads(edit.to_json())} for _, edit, on in self.edits.entries()]
-        content = {"sae_lab session": VERSION, "selection": self.selection.to_dict(), "edits": edits}
-        content["notes"] = self.notes
-        with cache.atomic(path) as temporary:
-            temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
-        return path
+        content = {"selection": self.selection.to_dict(), "edits": edits, "notes": self.notes}
+        return write_kept(pathlib.Path(path), "session", content)
 
     @staticmethod
     def load(path: str | pathlib.Path, coders: Iterable[SparseCoder] = ()) -> "Session":
-        """A session from its file. coders: those at hand, which edits then act with; others are loaded from where they
-        lay. ValueError for what is no session, and for a coder that is gone or has changed."""
-        path = pathlib.Path(path)
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-            version, selection, edits, notes = (found[k] for k in ("sae_lab session", "selection", "edits", "notes"))
-        except (OSError, ValueError, KeyError, TypeError) as err:
-            raise ValueError(f"{path} is no session of sae_lab ({err!r}): pass what session.save(path) wrote") from err
-        if version != VERSION:
-            raise ValueError(f"{path} is a session of version {version}, this library reads version {VERSION}")
+        """A session from its file. coders: those that its edits are to use; others are loaded from where they were
+        saved. ValueError for a file of another kind, and for a coder that is gone or has changed."""
+        parts = ("notes", "selection", "edits")
+        notes, selection, edits = read_kept(pathlib.Path(path), "session", lambda kept: [kept[part] for part in parts])
         known = {coder.fingerprint(): coder for coder in coders}
         session = Session(notes)
         session.selection.pick(**selection)
@@ -234,3 +236,87 @@ class Session:
 
     def __repr__(self) -> str:
         return f"Session({self.selection!r}, {self.edits!r}{', with notes' if self.notes else ''})"
+
+
+class Linked(Panel):
+    """Base of panels that share a selection: what is chosen in one is taken up by the others.
+
+    A subclass names the traits that choose (``_chooses``), says what they choose (``_chosen``, the arguments of
+    ``Selection.pick``), takes up what another panel chose (``_take``), and calls ``_link`` at the end of ``__init__``.
+    While a panel tells the session what is chosen it does not listen, and while it takes something up it does not
+    tell: so nothing echoes.
+    """
+
+    _chooses: tuple[str, ...] = ()
+    _telling = _linked = False
+
+    def __init__(self, session: Session, **state: Any) -> None:
+        self.session = session
+        super().__init__(lock=session.selection._lock, **state)
+
+    def _chosen(self) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _take(self, name: str) -> None:
+        """name: which part of the selection has changed, one of ``SELECTED``."""
+        raise NotImplementedError
+
+    def _feature_of(self, site: str, d_sae: int) -> int | None:
+        """The selected feature if it belongs to a coder at this site with so many features."""
+        selected = self.session.selection
+        mine = selected.site == site and selected.feature is not None and selected.feature < d_sae
+        return selected.feature if mine else None
+
+    def _link(self) -> None:
+        self.observe(self._tell, list(self._chooses))
+        self.session.selection.observe(self._hear, list(SELECTED))
+        self._linked = True
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[bool]:
+        """Within, this panel neither tells nor listens. Gives whether it did before."""
+        with self._lock:
+            before, self._telling = self._telling, True
+            try:
+                yield not before
+            finally:
+                self._telling = before
+
+    def _tell(self, _change: object = None) -> None:
+        with self._alone() as free:
+            if free and self._linked:
+                self.session.selection.pick(**self._chosen())
+
+    def _hear(self, change: Any) -> None:
+        with self._alone() as free:
+            if free:
+                self._take(change.name)
+
+    def close(self) -> None:
+        """Take the widget off the page, and out of the session."""
+        if self._linked:
+            self._linked = False
+            self.session.selection.unobserve(self._hear, list(SELECTED))
+        super().close()
+
+
+# ---- files
+
+
+def write_kept(path: pathlib.Path, kind: str, content: Mapping[str, Any]) -> pathlib.Path:
+    """Write a session or a preset as JSON. Returns the path."""
+    with cache.atomic(path) as temporary:
+        kept = json.dumps({f"sae_lab {kind}": VERSION, **content}, indent=1, ensure_ascii=False)
+        temporary.write_text(kept, encoding="utf-8")
+    return path
+
+
+def read_kept(path: pathlib.Path, kind: str, take: Callable[[Any], T]) -> T:
+    """What ``take`` reads from a file of ``write_kept``. ValueError for a file of another kind or version."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if (version := found[f"sae_lab {kind}"]) == VERSION:
+            return take(found)
+    except (OSError, ValueError, KeyError, TypeError) as err:
+        raise ValueError(f"{path} is no {kind} file of sae_lab ({err!r}): give one that save(path) wrote") from err
+    raise ValueError(f"{path} is a {kind} file of version {version}, and this library reads version {VERSION}")

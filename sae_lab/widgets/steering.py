@@ -4,7 +4,7 @@ import itertools
 import math
 import pathlib
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -17,66 +17,68 @@ from sae_lab.lm.model import LM
 from sae_lab.results import Html
 from sae_lab.saes.base import SparseCoder
 
-from . import presets
-from .coding import literal, lm_line, name_of
-from .generating import side_by_side
-from .panel import STATIC, Job, Panel, beside, quick
-from .session import Session
-from .steering_views import compared_view, dose_view, is_slider, slider_row, steering_html
+from .coding import lm_line, name_of
+from .panel import STATIC, Job, beside, checked, quick
+from .session import VERSION, Linked, Session, read_kept, write_kept
+from .steering_views import compared_view, dose_view, slider_row, steering_html
 
 PROMPT = "I went to the"
-STRENGTHS = (0.0, 1.0, 2.0, 3.0, 4.0)  # of the dose response: a few, since a person waits for them
+NO_PROMPT = "the prompt is empty: write some text for the model to go on from"
+STRENGTHS = (0.0, 1.0, 2.0, 3.0, 4.0)  # of the dose response, in units of f_scale: a person waits for each
 SEEDS = 2  # random directions beside it
 BASELINES = 16  # texts kept
-LONGEST = 1024  # tokens that are compared: logits of all of them are held at once
+LONGEST = 1024  # tokens that are compared: the logits of all are in memory at once
 
 Strengths = int | Iterable[int] | Mapping[int, float] | None
 
 
-class SettingError(traitlets.TraitError, ValueError):
-    """A refused setting. A TraitError, so that traitlets rolls back; a ValueError, as everywhere in this library."""
-
-
-class SteeringSliders(Panel):
+class SteeringSliders(Linked):
     """Sliders that steer features, and the model's text with and without them, side by side.
 
         sliders = sl.SteeringSliders(lm, sae, {12: 2.0})
         lm.generate(sliders.prompt, edits=sliders.session.edits)   # what it shows
 
-    A slider is an ``sl.Steer`` of this coder in ``session.edits``, in units of f_scale; other edits of the session act
-    too. The steered text is compared token by token, without and with the edits (``lm.compare``).
+    A slider is an ``sl.Steer`` of this coder in ``session.edits``; other edits of the session act too. The steered text
+    is compared token by token, without and with the edits (``lm.compare``).
 
     Args:
-        features: a feature, several, or {feature: strength}; None: the session's selected one, if there is one.
-        prompt: None: the session's, else "I went to the".
-        session: what it shares with other widgets; None: a new one.
+        lm: the model. coder: the coder whose features are steered.
+        features: a feature, several, or {feature: strength in units of f_scale}; None: the session's selected one.
+        prompt: a text; None: the session's, else "I went to the".
+        session: what it shares with other widgets (``sl.Session``); None: a new one.
+        max_new_tokens: at most how many tokens are generated.
 
-    Traits to set: ``prompt``, ``temperature`` (0 is greedy), ``seed``, ``max_new_tokens``, ``target`` (tokens whose
-    log-odds the dose response measures; empty: those that the feature promotes most), ``autorun``. Results:
-    ``baseline`` and ``steered``, whole texts as ``lm.generate`` gives them; ``comparison``; ``dose``. The texts are
-    those of the settings as they stand where ``shown == version``: a screen sees to that, ``run()`` does it in Python.
+    Traits that can be read, set and observed: ``prompt``; ``temperature`` (0 is greedy); ``seed``; ``max_new_tokens``;
+    ``target``, tokens whose log-odds (nats) the dose response measures, empty: those that the feature promotes most;
+    ``autorun``, whether every change generates anew; ``selected``, the session's feature if it is of this coder.
+    Results: ``baseline`` and ``steered``, whole texts as ``lm.generate`` gives them; ``comparison``, values token by
+    token; ``dose``, the last dose response. ``version`` counts the settings and ``shown`` is the version that the
+    results belong to: a screen generates until they are equal, in Python ``run()`` does. Read only too: ``sliders`` and
+    ``others``, the session's edits; ``running``, ``measuring``; ``d_sae``; ``error``, why the last action failed.
 
-    ValueError for a feature that the coder does not have or that never fired, and for settings out of range.
+    Raises:
+        ValueError: a feature that the coder does not have or that never fired, a setting out of range.
     """
 
     _esm = STATIC / "steering.js"
     _css = STATIC / "steering.css"
+    _chooses = ("prompt", "selected")
 
     prompt = traitlets.Unicode(PROMPT).tag(sync=True)
     temperature = traitlets.Float(0.0).tag(sync=True)
     seed = traitlets.Int(0).tag(sync=True)
     max_new_tokens = traitlets.Int(30).tag(sync=True)
     target = traitlets.List(traitlets.Unicode()).tag(sync=True)
-    autorun = traitlets.Bool(True, help="generate whenever something changes").tag(sync=True)
-    sliders = traitlets.List(traitlets.Dict(), help="the sliders, as the screen shows them").tag(sync=True)
-    others = traitlets.List(traitlets.Dict(), help="the session's other edits").tag(sync=True)
-    selected = traitlets.Int(None, allow_none=True, help="the session's feature, if it is of this coder").tag(sync=True)
-    baseline = traitlets.Unicode("", help="the model's own text").tag(sync=True)
-    steered = traitlets.Unicode("", help="its text with the edits").tag(sync=True)
-    comparison = traitlets.Dict(help="the steered text without and with the edits").tag(sync=True)
-    dose = traitlets.Dict(help="the last dose response").tag(sync=True)
-    version = traitlets.Int(0, help="rises with every change of what is to be generated").tag(sync=True)
-    shown = traitlets.Int(-1, help="the version that the texts belong to").tag(sync=True)
+    autorun = traitlets.Bool(True).tag(sync=True)
+    sliders = traitlets.List(traitlets.Dict()).tag(sync=True)
+    others = traitlets.List(traitlets.Dict()).tag(sync=True)
+    selected = traitlets.Any(None).tag(sync=True)
+    baseline = traitlets.Unicode("").tag(sync=True)
+    steered = traitlets.Unicode("").tag(sync=True)
+    comparison = traitlets.Dict().tag(sync=True)
+    dose = traitlets.Dict().tag(sync=True)
+    version = traitlets.Int(0).tag(sync=True)
+    shown = traitlets.Int(-1).tag(sync=True)
     running = traitlets.Bool(False).tag(sync=True)
     measuring = traitlets.Bool(False).tag(sync=True)
     d_sae = traitlets.Int(0).tag(sync=True)
@@ -86,76 +88,72 @@ class SteeringSliders(Panel):
         session: Session | None = None, max_new_tokens: int = 30,
     ) -> None:  # fmt: skip
         self._lm, self._coder = lm, coder
-        self.session = Session() if session is None else session
+        self._site = coder.site.key if coder.reads else ""
         self._numbers = itertools.count(1)
         self._baselines: dict[tuple[Any, ...], str] = {}
         self._saved: set[str] = set()  # presets that this widget has written
+        self._signature: Any = None  # of what is to be generated
         self._job: Job | None = None
         self._idle = threading.Event()
         self._idle.set()
-        selection = self.session.selection
-        prompt = (selection.prompt or PROMPT) if prompt is None else prompt
-        super().__init__(prompt=prompt, max_new_tokens=max_new_tokens, d_sae=coder.d_sae)
-        selection.prompt = self.prompt
+        session = session or Session()
+        prompt = (session.selection.prompt or PROMPT) if prompt is None else prompt
+        super().__init__(session, prompt=prompt, max_new_tokens=max_new_tokens, d_sae=coder.d_sae)
+        session.selection.prompt = self.prompt
         for feature, strength in _strengths(features).items():
             self.add(feature, strength)
-        self._follow_selection()
+        self._take("feature")
         if features is None and self.selected is not None and not any(self._entries()):
             self.add(self.selected)
-        self._signature: Any = None
         self._follow_edits()
-        self._listen(True)
-
-    def _listen(self, yes: bool) -> None:
-        """Follow the session, or no longer."""
-        selection, verb = self.session.selection, "observe" if yes else "unobserve"
-        getattr(selection, verb)(self._follow_selection, ["prompt", "feature", "site"])
-        getattr(self.session.edits, verb)(self._follow_edits, "rows")
-        getattr(self, verb)(self._on_setting, ["prompt", "temperature", "seed", "max_new_tokens"])
+        self.observe(self._changed, ["prompt", "temperature", "seed", "max_new_tokens"])
+        session.edits.observe(self._follow_edits, "rows")
+        self._link()
 
     def close(self) -> None:
-        if hasattr(self, "_signature"):  # an __init__ that raised follows nothing
-            self._listen(False)
+        """Take the widget off the page, and out of the session."""
+        if self._linked:
+            self.session.edits.unobserve(self._follow_edits, "rows")
         super().close()
 
     # ---- settings
 
-    @traitlets.validate("temperature", "seed", "max_new_tokens")
-    def _in_range(self, proposal: Any) -> Any:
-        name, value = proposal["trait"].name, proposal["value"]
-        most = {"temperature": math.inf, "seed": 2**63, "max_new_tokens": self._lm.max_length}[name]
-        least = 1 if name == "max_new_tokens" else 0
-        if not least <= value < most:
-            rules = {
-                "temperature": "0 (greedy) or a positive number", "seed": "an int from 0 to 2**63 - 1",
-                "max_new_tokens": f"an int from 1 to {most - 1}, below what this model reads at once",
-            }  # fmt: skip
-            raise SettingError(f"{name} must be {rules[name]}, got {value!r}")
-        return value
+    @checked("temperature")
+    def _valid_temperature(self, value: float) -> float:
+        return _within("temperature", value, 0, math.inf, "0 (greedy) or a positive number")
 
-    def _on_setting(self, change: Any) -> None:
-        if change["name"] == "prompt":
-            self.session.selection.prompt = self.prompt
-        self._changed()
+    @checked("seed")
+    def _valid_seed(self, value: int) -> int:
+        return _within("seed", value, 0, 2**63, "an int from 0 to 2**63 - 1")
 
-    def _follow_selection(self, _: object = None) -> None:
-        selection = self.session.selection
-        ours = selection.site in ("", self._coder.site.key if self._coder.reads else "")
-        feature = selection.feature
-        self.selected = feature if ours and feature is not None and feature < self._coder.d_sae else None
-        if selection.prompt:
-            self.prompt = selection.prompt
+    @checked("max_new_tokens")
+    def _valid_length(self, value: int) -> int:
+        most = self._lm.max_length
+        return _within("max_new_tokens", value, 1, most, f"an int from 1 to {most - 1}, below what this model reads")
+
+    @checked("selected")
+    def _valid_selected(self, feature: Any) -> int | None:
+        return None if feature is None else self._coder.feature(feature)
+
+    def _chosen(self) -> dict[str, Any]:
+        mine = {"prompt": self.prompt}
+        return mine if self.selected is None else mine | {"feature": self.selected, "site": self._site}
+
+    def _take(self, name: str) -> None:
+        selected = self.session.selection
+        self.selected = self._feature_of(selected.site and self._site, self.d_sae)  # a feature without a site counts
+        if selected.prompt:
+            self.prompt = selected.prompt
 
     def _follow_edits(self, _: object = None) -> None:
         mine = self._entries()
-        rows = self.session.edits.rows
         keys = {key for key, _, _ in mine}
         self.sliders = [slider_row(*entry) for entry in mine]
-        self.others = [row for row in rows if row["key"] not in keys]
+        self.others = [row for row in self.session.edits.rows if row["key"] not in keys]
         self._changed()
 
-    def _changed(self) -> None:
-        """Another version, where what is to be generated has changed."""
+    def _changed(self, _: object = None) -> None:
+        """Counts another version if the settings would generate something else."""
         on = tuple((row["key"], row["code"]) for row in self.session.edits.rows if row["on"])
         seed = self.seed if self.temperature else None  # greedy text has none
         signature = (self.prompt, self.temperature, seed, self.max_new_tokens, on)
@@ -166,7 +164,9 @@ class SteeringSliders(Panel):
     # ---- sliders
 
     def _entries(self) -> list[tuple[int, Any, bool]]:
-        return [entry for entry in self.session.edits.entries() if is_slider(entry[1], self._coder)]
+        """The sliders: every ``sl.Steer`` of this coder."""
+        edits = self.session.edits.entries()
+        return [entry for entry in edits if type(entry[1]) is Steer and entry[1].coder is self._coder]
 
     def _find(self, feature: int) -> int | None:
         """The key of the plain slider of a feature."""
@@ -174,13 +174,14 @@ class SteeringSliders(Panel):
         return next((row["key"] for row in rows if row["features"] == [feature] and not row["more"]), None)
 
     def _steer(self, feature: int, strength: float) -> Steer:
-        """A slider's edit, refused here where the model would refuse it."""
+        """A slider's edit. ValueError where the model would refuse it."""
         edit = Steer(self._coder, self._coder.feature(feature), strength=float(strength))
         edit.writes(self._lm, self._lm.tokenize([[0]]))
         return edit
 
     def add(self, feature: int, strength: float = 1.0) -> int:
-        """A slider for a feature; the one that is there takes the strength. Returns its key in ``session.edits``."""
+        """Add a slider for a feature, or give the one it has this strength (in units of f_scale). Returns its key in
+        ``session.edits``."""
         edit = self._steer(feature, strength)
         if (key := self._find(edit.features[0])) is None:
             return self.session.edits.add(edit)
@@ -189,13 +190,13 @@ class SteeringSliders(Panel):
 
     @quick
     def add_feature(self, feature: int) -> None:
-        """From the screen: a new slider, at strength 1."""
+        """Add a slider at strength 1, unless the feature has one."""
         if self._find(self._coder.feature(feature)) is None:
             self.add(feature)
 
     @quick
     def set_strength(self, key: int, strength: float) -> None:
-        """Another strength for a slider."""
+        """Set a slider's strength, in units of f_scale."""
         found = {number: edit for number, edit, _ in self._entries()}
         if key in found:  # else it was removed meanwhile
             self.session.edits.replace(key, replace(found[key], strength=float(strength)))
@@ -210,22 +211,22 @@ class SteeringSliders(Panel):
 
     @quick
     def select(self, feature: int | None = None, token: int | None = None) -> None:
-        """Make a feature, or a token of the prompt, the session's."""
+        """Select a feature, or a token of the prompt, for the whole session."""
         if token is not None:
             self.session.selection.pick(token=token)
         if feature is not None:
-            self.session.selection.pick(feature=self._coder.feature(feature), site=self._coder.site.key)
+            self.selected = feature
 
     # ---- generating
 
     def run(self) -> None:
-        """Generate both texts and compare, now: what a screen does by itself."""
+        """Generate both texts and compare them, as a screen does by itself."""
         with torch.no_grad():
             self._generate(lambda: None, lambda side, piece: None)
 
     @beside
     def stream(self, job: Job) -> None:
-        """The same for the screen, piece by piece: {side, text}. A newer call ends an older one."""
+        """``run`` for the screen, which gets the pieces as {side, text}. A newer request ends an older one."""
         with self._lock:
             job.check()  # a thread may begin after a newer call's
             before, self._job, self.running = self._job, job, True
@@ -249,7 +250,7 @@ class SteeringSliders(Panel):
     def _generate(self, check: Callable[[], None], hear: Callable[[str, str], None]) -> None:
         version, prompt, edits = self.version, self.prompt, list(self.session.edits)
         if not prompt:
-            raise ValueError("the prompt is empty: write some text for the model to go on from")
+            raise ValueError(NO_PROMPT)
         settings = self._settings()
         key = (prompt, *settings.values())
         streams = {"steered": self._lm.stream(prompt, edits, **settings)} if edits else {}
@@ -257,12 +258,12 @@ class SteeringSliders(Panel):
             hear("baseline", self._baselines[key])
         else:
             streams["baseline"] = self._lm.stream(prompt, **settings)
-        said = {"baseline": self._baselines.get(key, "")} | side_by_side(streams, check, hear)
+        said = {"baseline": self._baselines.get(key, "")} | _side_by_side(streams, check, hear)
         self._baselines[key] = said["baseline"]
         for old in list(self._baselines)[:-BASELINES]:
             del self._baselines[old]
         said.setdefault("steered", said["baseline"])
-        start = self._lm.tokenizer.decode(self._lm.tokenize(prompt).ids[0], skip_special_tokens=True)
+        start = self._start(prompt)
         check()
         comparison = self._compare(prompt, said["baseline"], said["steered"], edits)
         check()
@@ -273,8 +274,12 @@ class SteeringSliders(Panel):
     def _settings(self) -> dict[str, Any]:
         return {"max_new_tokens": self.max_new_tokens, "temperature": self.temperature, "seed": self.seed}
 
+    def _start(self, prompt: str) -> str:
+        """What the texts begin with: the prompt without its special tokens."""
+        return self._lm.tokenizer.decode(self._lm.tokenize(prompt).ids[0], skip_special_tokens=True)
+
     def _compare(self, prompt: str, baseline: str, steered: str, edits: list[Any]) -> dict[str, Any]:
-        """Of the prompt as it was given: a special token in it is no part of the texts, but the model read it."""
+        """The comparison that is shown. The prompt has its special tokens here: the model reads them."""
         before, after = self._lm.tokens(prompt + baseline), self._lm.tokens(prompt + steered)
         if len(after) > LONGEST:
             return {"note": f"a text of more than {LONGEST:,} tokens is not compared"}
@@ -289,7 +294,7 @@ class SteeringSliders(Panel):
 
     @beside
     def measure_dose(self, job: Job) -> None:
-        """The dose response of the selected slider, else the first; partial: {done, total}."""
+        """Measure the dose response of the selected slider, else of the first; partial: {done, total}."""
 
         def progress(done: int, total: int) -> None:
             while not self._idle.wait(0.05):  # a moved slider comes first
@@ -303,7 +308,7 @@ class SteeringSliders(Panel):
             self.measuring = False
 
     def measure(self) -> None:
-        """The same in Python, now: fills ``dose``."""
+        """Measure the dose response; ``dose`` has the result."""
         with torch.no_grad():
             self._measure_dose(None)
 
@@ -312,9 +317,8 @@ class SteeringSliders(Panel):
         if not features:
             raise ValueError("a dose response needs a slider: add a feature first")
         if not self.prompt:
-            raise ValueError("the prompt is empty: write some text for the model to go on from")
-        selected = self.selected
-        feature = selected if selected is not None and selected in features else features[0]
+            raise ValueError(NO_PROMPT)
+        feature = self.selected if self.selected in features else features[0]
         target, prompt = list(self.target) or promoted(self._lm, self._coder, feature), self.prompt
         if not target:
             raise ValueError("this coder does not write to the residual stream, so no lens names a target: type one")
@@ -327,20 +331,38 @@ class SteeringSliders(Panel):
     # ---- presets
 
     def preset(self) -> dict[str, Any]:
-        """Prompt, sliders and settings as plain data. The session's other edits are no part of it: ``session.save``."""
+        """Prompt, sliders and settings as plain data; ``session.save`` keeps the session's other edits. ValueError for
+        a slider of several features, or with further settings."""
+        for row in self.sliders:
+            if row["more"] or len(row["features"]) > 1:
+                what = row["more"] or f"several features {row['features']}"
+                raise ValueError(
+                    f"a preset keeps sliders of one feature at every token, not {what}: use session.save(path)"
+                )
+        kept = [{"feature": r["features"][0], "strength": r["strength"], "on": r["on"]} for r in self.sliders]
         settings = {**self._settings(), "prompt": self.prompt, "target": list(self.target)}
-        return presets.content(self._coder, settings, self.sliders)
+        return {"sae_lab steering": VERSION, "coder": self._coder.fingerprint(), **settings, "sliders": kept}
 
     def save(self, path: str | pathlib.Path) -> pathlib.Path:
-        """The preset as a JSON file. Returns the path."""
-        return presets.write(pathlib.Path(path), self.preset())
+        """Write the preset as a JSON file. Returns the path."""
+        return write_kept(pathlib.Path(path), "steering", self.preset())
 
     def load(self, path: str | pathlib.Path) -> None:
-        """Take a preset: its sliders in the place of those that are there. ValueError for what is no preset, and for
-        one of another coder; nothing has changed then."""
-        settings, sliders = presets.read(pathlib.Path(path), self._coder)
+        """Take a preset; its sliders replace those of this coder. ValueError for a file of another kind or of another
+        coder; then nothing changes."""
+
+        def take(found: Any) -> tuple[str, dict[str, Any], list[tuple[int, float, bool]]]:
+            sliders = [(row["feature"], float(row["strength"]), bool(row["on"])) for row in found["sliders"]]
+            return found["coder"], {name: found[name] for name in (*self._settings(), "prompt", "target")}, sliders
+
+        fingerprint, settings, sliders = read_kept(pathlib.Path(path), "steering", take)
+        if fingerprint != (ours := self._coder.fingerprint()):
+            raise ValueError(
+                f"{path} was made with another coder (weights {fingerprint}, these are {ours}), where its features "
+                "mean something else: open SteeringSliders with that coder"
+            )
         edits = [(self._steer(feature, strength), on) for feature, strength, on in sliders]
-        with self.hold_trait_notifications():  # all or, where one is refused, none
+        with self.hold_trait_notifications():  # all of them, or none where one is refused
             for name, value in settings.items():
                 self.set_trait(name, value)
         for key, _, _ in self._entries():
@@ -350,17 +372,17 @@ class SteeringSliders(Panel):
 
     @quick
     def save_preset(self, name: str) -> str:
-        """From the screen: into the working folder. A file that this widget has not written stays as it is."""
-        path = presets.in_folder(name)
+        """Save into the working folder; a file that this widget did not write is not overwritten."""
+        path = _in_folder(name)
         if path.exists() and path.name not in self._saved:
             raise ValueError(f"{path.name} exists already and is not from this widget: choose another name")
-        self.save(path)
-        self._saved.add(path.name)
+        self._saved.add(self.save(path).name)
         return f"saved as {path.name}"
 
     @quick
     def load_preset(self, name: str) -> str:
-        path = presets.in_folder(name)
+        """Load from the working folder."""
+        path = _in_folder(name)
         if not path.exists():
             raise ValueError(f"no file {path.name} in the kernel's folder, {pathlib.Path.cwd()}")
         self.load(path)
@@ -372,11 +394,11 @@ class SteeringSliders(Panel):
         source = self.session.edits.code().split("\n")  # import, coders, edits
         lm = name_of(self._lm, "lm")
         settings = ", ".join(f"{name}={value!r}" for name, value in self._settings().items())
-        start = self._lm.tokenizer.decode(self._lm.tokenize(self.prompt).ids[0], skip_special_tokens=True)
+        start = self._start(self.prompt)
         text = "steered" if start == self.prompt else f"prompt + steered[{len(start)}:]"
         return "\n".join(
             [
-                *source[:2], lm_line(self._lm, lm), *source[2:], f"prompt = {literal(self.prompt)}",
+                *source[:2], lm_line(self._lm, lm), *source[2:], f"prompt = {self.prompt!r}",
                 f"baseline = {lm}.generate(prompt, {settings})",
                 f"steered = {lm}.generate(prompt, edits=edits, {settings})",
                 f"comparison = {lm}.compare({text}, edits)", "print(baseline, steered, comparison, sep='\\n\\n')",
@@ -401,3 +423,38 @@ def _strengths(features: Strengths) -> dict[Any, float]:
     if isinstance(features, Mapping):
         return {feature: float(strength) for feature, strength in features.items()}
     return dict.fromkeys(features if isinstance(features, Iterable) else [features], 1.0)
+
+
+def _within(name: str, value: Any, least: float, below: float, rule: str) -> Any:
+    if not least <= value < below:
+        raise ValueError(f"{name} must be {rule}, got {value!r}")
+    return value
+
+
+def _side_by_side(
+    streams: Mapping[str, Iterator[str]], check: Callable[[], None], hear: Callable[[str, str], None]
+) -> dict[str, str]:
+    """Texts by name, generated a piece of each in turn. ``check`` is called before each piece, and may raise."""
+    said, going = dict.fromkeys(streams, ""), dict(streams)
+    try:
+        while going:
+            for name in list(going):
+                check()
+                piece = next(going[name], None)
+                if piece is None:
+                    del going[name]
+                    continue
+                said[name] += piece
+                hear(name, piece)
+    finally:
+        for stream in streams.values():
+            stream.close()  # type: ignore[attr-defined]
+    return said
+
+
+def _in_folder(name: str) -> pathlib.Path:
+    """A file of the working folder by its bare name."""
+    name = name.strip()
+    if not name or pathlib.PurePath(name).name != name or "\\" in name or name.startswith("."):
+        raise ValueError(f"a preset's name is a plain file name such as war.json, got {name!r}")
+    return pathlib.Path(name if name.endswith(".json") else f"{name}.json")

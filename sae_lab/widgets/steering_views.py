@@ -7,21 +7,15 @@ from typing import Any
 
 from torch import Tensor
 
-from sae_lab.edits.edit import Edit, Steer
+from sae_lab.edits.edit import Steer
 from sae_lab.feature_index.dosing import DoseResponse
 from sae_lab.lm.comparing import Comparison, differing
 from sae_lab.lm.tokens import Token
 from sae_lab.results import Html, joined, tag
-from sae_lab.saes.base import SparseCoder
 
 from .static_html import block, code, dotted, figure, table
 
 FEATURES = 12  # whose activations are shown: an edit may change all of them
-
-
-def is_slider(edit: Edit, coder: SparseCoder) -> bool:
-    """Whether an edit is a slider of this coder: every plain ``sl.Steer`` of it."""
-    return type(edit) is Steer and edit.coder is coder
 
 
 def slider_row(key: int, edit: Steer, on: bool) -> dict[str, Any]:

@@ -58,20 +58,28 @@ class StandInNotes:
     """Notes that live as long as the index."""
 
     def __init__(self):
-        self.all = {}
+        self.all, self.listeners = {}, []
 
     def __getitem__(self, feature):
         return self.all.get(feature, StandInNote())
 
 
+class NoExplanations:
+    def label(self, feature):
+        return ""
+
+    def __getitem__(self, feature):
+        return []
+
+
 class StandIn:
     """The interface of a feature index over ``TEXT``; features outside ``CONCEPTS`` are dead. It has no coder."""
 
-    coder = None
+    coder = site = None
 
     def __init__(self, d_sae=4608):
         self.d_sae = d_sae
-        self.notes = StandInNotes()
+        self.notes, self.explanations = StandInNotes(), NoExplanations()
         self.tokens = _tokens()
         self.kept = np.array([token != "<|endoftext|>" for token in self.tokens])
         self.codes = {feature: self._codes(*concept) for feature, concept in CONCEPTS.items()}

@@ -156,7 +156,7 @@ def test_features_of_a_cell_add_up_to_its_estimate(lm, sae, monkeypatch):
     feature, share = found["features"][0]
     change = grid.view["goal"] - grid.view["base"]
     assert share == pytest.approx(float(effects.effects[2, feature]) / change, abs=1e-4)
-    wire.call("select_feature", feature=feature)
+    grid.set_state({"feature": feature})
     chosen = grid.session.selection
     assert (chosen.prompt, chosen.token, chosen.site, chosen.feature) == (PROMPT, 2, "resid_post-1", feature)
     wire.call("open_features", kind="mlp_out", layer=1, position=2)  # no coder there

@@ -106,7 +106,7 @@ def test_the_page_escapes_what_it_holds(lab, tmp_path):
 
 def test_code_names_what_it_needs(lab):
     fresh = sl.TopK(48, 96, 5).eval()
-    assert coder_line(fresh).startswith("# sae: your TopK, which lies nowhere yet")
+    assert coder_line(fresh).startswith("# sae: your TopK, not saved yet")
     assert coder_line(lab.sae, "mine") == f"mine = sl.load({lab.sae.path!r})"
     assert name_of(lab, "lab") == "lab"  # outside a notebook there are no variables to find
     edit = sl.Steer(lab.sae, [1, 2], strength=0.5, positions=slice(2, 4), rows=[0])

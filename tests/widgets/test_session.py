@@ -1,5 +1,7 @@
 """Selection, edit stack and session: linked, iterable where edits go, whole on disk."""
 
+import threading
+
 import pytest
 import torch
 import traitlets
@@ -100,3 +102,32 @@ def test_what_is_no_session_is_refused(tmp_path, content):
     (tmp_path / "x.json").write_text(content)
     with pytest.raises(ValueError, match="session"):
         Session.load(tmp_path / "x.json")
+
+
+def test_two_panels_clicked_on_two_threads_do_not_wait_for_each_other(real_index):
+    """Each tells the other what was chosen: with a lock of its own for each panel, both would wait for ever."""
+    session = Session()
+    panels = [sl.FeatureInspector(real_index, session=session) for _ in range(2)]
+    features = [int(f) for f in real_index.order("density")[:3]]
+
+    def click(panel, step):
+        for i in range(25):
+            panel.set_state({"feature": features[i * step % 3]})
+
+    threads = [threading.Thread(target=click, args=(p, s), daemon=True) for p, s in zip(panels, (1, 2), strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not any(thread.is_alive() for thread in threads)
+    assert panels[0].feature == panels[1].feature == session.selection.feature
+
+
+def test_a_feature_of_another_coder_at_the_same_site_moves_no_panel(real_index, lab):
+    session = Session()
+    inspector = sl.FeatureInspector(real_index, session=session)
+    maps = sl.FeatureMap(lab.sae, torch.zeros(96, 2), session=session)
+    before = inspector.feature
+    session.selection.pick(feature=4000, site=lab.sae.site.key)  # of a wider coder, say
+    assert inspector.feature == maps.feature == before
+    assert session.selection.feature == 4000, "nor is it put right: nothing echoes"

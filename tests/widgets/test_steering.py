@@ -148,8 +148,8 @@ def test_code_gives_the_same(widget, tiny_lm, sae, live):
     widget.temperature, widget.seed = 0.7, 11
     widget.run()
     source = widget.code()
-    assert "your TopK, which lies nowhere yet" in source and f"sl.Steer(sae, {live[0]}, strength=3.0)" in source
-    here = re.sub(r"^lm = .*$", "", source, flags=re.M)  # a model made in a test lies nowhere either
+    assert "your TopK, not saved yet" in source and f"sl.Steer(sae, {live[0]}, strength=3.0)" in source
+    here = re.sub(r"^lm = .*$", "", source, flags=re.M)  # a model made in a test has no name to load it by
     space = {"lm": tiny_lm, "sae": sae}
     exec(here, space)
     assert (space["baseline"], space["steered"]) == (widget.baseline, widget.steered)
@@ -457,7 +457,7 @@ def test_presets_that_are_refused(widget, tiny_lm, sae, live, silent, tmp_path):
     for change, words in [
         ({"sae_lab steering": 99}, "version 99"),
         ({"sliders": [{"feature": silent, "strength": 1, "on": True}]}, f"feature {silent} never fired"),
-        ({"sliders": [{"strength": 1}]}, "no steering preset"),
+        ({"sliders": [{"strength": 1}]}, "no steering file"),
         ({"max_new_tokens": 0, "prompt": "other"}, "max_new_tokens must be"),
     ]:
         path.write_text(json.dumps(good | change))
@@ -465,7 +465,7 @@ def test_presets_that_are_refused(widget, tiny_lm, sae, live, silent, tmp_path):
             widget.load(path)
         assert widget.preset() == before, "nothing has changed"
     path.write_text("no json")
-    with pytest.raises(ValueError, match="no steering preset"):
+    with pytest.raises(ValueError, match="no steering file"):
         widget.load(path)
     widget.session.edits.add(sl.Steer(sae, live[1], positions=3))
     with pytest.raises(ValueError, match=r"not positions=3: use session.save"):

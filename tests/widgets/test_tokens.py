@@ -159,7 +159,7 @@ def test_text_of_every_kind(tiny_lm, sae):
         json.dumps(panel.get_state(), allow_nan=False, default=str)
         page = Tags(panel._html())
         assert page.tags <= {"div", "p", "b", "i", "mark", "table", "tr", "th", "td", "code"}
-    with pytest.raises(ValueError, match="half of a character at 5"):
+    with pytest.raises(ValueError, match="half a surrogate pair at character 5"):
         panel.prompt = "half \ud83d"
     assert panel.prompt == texts[-1]
     panel.prompt = "👩‍🚀"
@@ -213,8 +213,8 @@ def test_a_value_that_does_not_fit(panel, name, value, words):
     with pytest.raises(traitlets.TraitError, match=words):
         setattr(panel, name, value)
     assert getattr(panel, name) == before
-    assert call(panel, "show", **{name: value})[0] == "error"
-    assert panel.detail["rows"]
+    panel.set_state({name: value})
+    assert re.search(words, panel.error) and getattr(panel, name) == before and panel.detail["rows"]
 
 
 def test_coders_that_do_not_fit(tiny_lm):
@@ -239,14 +239,13 @@ def test_coders_that_do_not_fit(tiny_lm):
 def test_the_screen_reads_and_chooses(panel):
     assert call(panel, "read", prompt="Another text")[0] == "done"
     assert panel.prompt == "Another text" and panel.detail["effects"] and panel.token == len(panel.text["labels"]) - 1
-    assert call(panel, "show", token=1)[0] == "done"
-    assert panel.detail["position"] == 1
+    panel.set_state({"token": 1})
+    assert panel.detail["position"] == 1 and panel.session.selection.token == 1
     feature = panel.detail["rows"][0]["feature"]
-    assert call(panel, "show", feature=feature)[0] == "done"
+    panel.set_state({"feature": feature})
     assert panel.strip == "feature" and panel.session.selection.to_dict() == {
         "prompt": "Another text", "token": 1, "feature": feature, "site": "resid_post-1",
     }  # fmt: skip
-    assert call(panel, "show", lm=1)[0] == "error"
 
 
 def test_codes_come_before_direct_effects(panel):
@@ -270,12 +269,12 @@ def test_a_click_does_not_wait_for_the_whole_model(panel, monkeypatch):
     panel._reply = lambda number, kind, value: ends.update({number: kind})
     panel._on_message(panel, {"call": 1, "method": "read", "args": {"prompt": "Ships lay by the shore"}}, None)
     settle(lambda: panel.prompt == "Ships lay by the shore")
-    panel._on_message(panel, {"call": 2, "method": "show", "args": {"token": 2}}, None)
-    settle(lambda: panel.detail.get("position") == 2)
-    assert panel.detail["rows"] and not panel.detail["effects"] and not ends
+    panel.set_state({"token": 2, "strip": "loss"})
+    assert panel.detail["position"] == 2 and panel.detail["rows"] and not panel.detail["effects"] and not ends
+    assert panel.losses == [], "they need the whole model"
     go_on.set()
-    settle(lambda: len(ends) == 2)
-    assert set(ends.values()) == {"done"} and panel.detail["effects"] and panel.detail["position"] == 2
+    settle(lambda: ends)
+    assert ends == {1: "done"} and panel.detail["effects"] and panel.detail["position"] == 2 and panel.losses
 
 
 def test_a_new_widget_leaves_the_session_as_it_is(tiny_lm, sae):
@@ -357,7 +356,7 @@ def test_the_code_gives_the_same_numbers(tiny_lm, sae, tmp_path):
     panel.sort, panel.target = "effect", " the"
     code = panel.code()
     assert f"sae = sl.load({str(tmp_path / 'sae')!r})" in code
-    lines = [line for line in code.splitlines() if not line.startswith("lm = ")]  # a tiny model lies nowhere
+    lines = [line for line in code.splitlines() if not line.startswith("lm = ")]  # a tiny model has no name
     scope = {"lm": tiny_lm}
     exec("\n".join(lines), scope)
     table = scope["effects"].to_pandas()

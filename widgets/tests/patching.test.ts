@@ -59,7 +59,7 @@ const view = (): View => ({
 });
 
 const state = (changes: Partial<State> = {}): State => ({
-  view: view(), truth: [["resid_post", 2, 3, 0.875]], kind: "resid_post", cell: [], features: {}, progress: [], error: "", ...changes,
+  view: view(), truth: [["resid_post", 2, 3, 0.875]], kind: "resid_post", cell: [], feature: null, features: {}, progress: [], error: "", ...changes,
 });
 
 let kernel: Kernel;
@@ -199,7 +199,7 @@ describe("an open cell", () => {
     expect(el.textContent).toContain("3 more: 0.050; the coder's error: −0.20; all together: −0.25");
     rows[1]?.focus();
     rows[1]?.click();
-    expect(kernel.calls("select_feature")[0]?.args).toEqual({ feature: 9 });
+    expect(kernel.state.feature).toBe(9);
     expect((document.activeElement as HTMLElement).dataset.feature).toBe("9");
     expect(document.activeElement?.getAttribute("aria-pressed")).toBe("true");
   });

@@ -279,7 +279,8 @@ describe("sliders", () => {
     by<HTMLInputElement>("Feature 7 on").click();
     expect(kernel.last("switch")?.args).toEqual({ key: 0, on: false });
     button("7").click();
-    expect(kernel.last("select")?.args).toEqual({ feature: 7 });
+    expect(kernel.saved.at(-1)).toEqual({ selected: 7 });
+    kernel.put({ selected: 12 });
     button("Add selected (12)").click();
     expect(kernel.last("add_feature")?.args).toEqual({ feature: 12 });
     kernel.put({ selected: 7 });

@@ -6,12 +6,11 @@ import { panel, widget } from "../shared/panel";
 import { charts } from "./charts";
 import { hand } from "./hand";
 import { progress } from "./progress";
-import { copy, type Curves, grow, type Grown, type State, type Status } from "./types";
+import { copy, type Curves, grow, type Grown, type State } from "./types";
 
 const monitor = widget<State>((model, el, signal) => {
   const frame = panel(model, el, "monitor", "Training monitor", signal);
   let curves: Curves = copy(model.get("curves"));
-  let status: Status = model.get("status");
 
   const call = (method: string, args: Record<string, unknown> = {}) => {
     frame.complain("");
@@ -31,6 +30,7 @@ const monitor = widget<State>((model, el, signal) => {
     signal,
   );
   const showStatus = () => {
+    const status = model.get("status");
     state.show(status);
     hold.show(status.state, model.get("lines"), model.get("can_start"));
     frame.root.dataset.state = status.state;
@@ -43,48 +43,27 @@ const monitor = widget<State>((model, el, signal) => {
     hold.form,
     drawn.element,
   );
-  const hear = (message: { grown?: Grown; status?: Status }) => {
-    if (message.status) {
-      status = message.status;
-      showStatus();
-    }
-    if (message.grown) {
-      grow(curves, message.grown);
-      showCurves();
-    }
+  const take = (all: Curves) => {
+    curves = copy(all);
+    showCurves();
+  };
+  // Curves grow by messages: as a trait all points would be sent for each new one.
+  const hear = (message: { grown?: Grown }) => {
+    if (!message.grown) return;
+    grow(curves, message.grown);
+    showCurves();
   };
   model.on("msg:custom", hear);
   signal.addEventListener("abort", () => model.off("msg:custom", hear));
-  onChange(
-    model,
-    ["status"],
-    () => {
-      status = model.get("status");
-      showStatus();
-    },
-    signal,
-  );
-  onChange(model, ["lines", "can_start"], showStatus, signal);
-  onChange(
-    model,
-    ["curves"],
-    () => {
-      curves = copy(model.get("curves"));
-      showCurves();
-    },
-    signal,
-  );
+  onChange(model, ["status", "lines", "can_start"], showStatus, signal);
+  onChange(model, ["curves"], () => take(model.get("curves")), signal);
   onChange(model, ["changes"], showCurves, signal);
   showStatus();
   showCurves();
   frame.ready(true);
   // A view that is opened while training runs has missed what was sent before.
   if (frame.connection() === "live") {
-    void frame.call<{ status: Status; curves: Curves }>("now").then((now) => {
-      ({ status, curves } = now);
-      showStatus();
-      showCurves();
-    });
+    void frame.call<{ curves: Curves }>("now").then((now) => take(now.curves));
   }
 });
 

@@ -29,7 +29,6 @@ function draw(model: AnyModel<State>, el: HTMLElement, signal: AbortSignal): voi
   const attention = attentionFrame(signal);
   let values = new Values(model.get("view"), model.get("truth"));
   let block: Block | null = null;
-  let chosen: number | null = null;
 
   // ---- what is asked of Python
 
@@ -166,24 +165,19 @@ function draw(model: AnyModel<State>, el: HTMLElement, signal: AbortSignal): voi
     shown = new AbortController();
     const actions = {
       patch: () => patch([[kind, cell[0] ?? 0, cell[1] ?? 0]]),
-      feature: (feature: number) => {
-        chosen = feature;
-        void frame.call("select_feature", { feature });
-        showDetail();
-      },
+      feature: (feature: number) => send(model, { feature }),
       attention: (source: boolean) => {
         const name = `Attention of layer ${cell[0]} on the ${source ? "source" : "prompt"}`;
         attention.show(name, frame.call<AttentionAnswer>("attention_page", { layer: cell[0], source }));
       },
     };
-    side.replaceChildren(...detail({ view, values, kind, cell, features: model.get("features")[key], chosen }, actions, shown.signal));
+    side.replaceChildren(...detail({ view, values, kind, cell, features: model.get("features")[key], chosen: model.get("feature") }, actions, shown.signal));
     if (focused !== null) side.querySelector<HTMLElement>(focused ? `[data-feature="${focused}"]` : "h4")?.focus({ preventScroll: true });
     grid.select(atOf(cell));
   };
   // Features come when a cell is opened, from Python or here.
   const wantFeatures = () => {
     const [kind, [layer, position]] = [model.get("kind"), model.get("cell")];
-    chosen = null;
     if (layer === undefined || position === undefined || frame.connection() !== "live") return;
     const site = `${kind}-${layer}`;
     if (!model.get("view").coders.includes(site) || model.get("features")[`${site}:${position}`]) return;
@@ -216,7 +210,7 @@ function draw(model: AnyModel<State>, el: HTMLElement, signal: AbortSignal): voi
   );
   onChange(model, ["view"], showView, signal);
   onChange(model, ["truth"], () => (showGrid(), showDetail()), signal);
-  onChange(model, ["features"], showDetail, signal);
+  onChange(model, ["features", "feature"], showDetail, signal);
   onChange(model, ["kind"], () => (grid.clearBlock(), showGrid(), wantFeatures(), showDetail()), signal);
   onChange(model, ["cell"], () => (wantFeatures(), showDetail()), signal);
   onChange(model, ["progress"], () => (bar.progress(model.get("progress")), settled()), signal);

@@ -50,6 +50,8 @@ export type State = {
   truth: Patch[];
   kind: string;
   cell: number[];
+  /** The chosen one of the open cell. */
+  feature: number | null;
   features: Record<string, Features>;
   progress: number[];
   error: string;

@@ -57,7 +57,7 @@ const steering = widget<State>((model, el, signal) => {
       strength: (key, strength) => act("set_strength", { key, strength }),
       switch: (key, on) => void act("switch", { key, on }),
       remove: (key) => void act("remove", { key }),
-      select: (feature) => void act("select", { feature }),
+      select: (feature) => set({ selected: feature }),
       add: (feature) => void act("add_feature", { feature }),
       complain: frame.complain,
     },

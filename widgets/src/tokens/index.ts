@@ -2,7 +2,7 @@
 import { h, setText } from "../shared/dom";
 import { integer, number } from "../shared/format";
 import { type FrozenModel, freezer } from "../shared/frozen";
-import { onChange } from "../shared/model";
+import { onChange, send } from "../shared/model";
 import { panel, widget } from "../shared/panel";
 import { latest } from "../shared/rpc";
 import { type StripToken, tokenStrip } from "../shared/strip";
@@ -24,30 +24,30 @@ const LETTER = /\p{L}/u;
 
 const it = widget<State>((model, el, signal) => {
   const frame = panel(model, el, "tokens", "Token features", signal);
-  const choosing = latest(0, signal);
   const typing = latest(TYPING_PAUSE_MS, signal);
   const running = latest(0, signal);
 
   // ---- what the screen asks for
-  let asked = 0;
-  const ask = async (method: string, args: Record<string, unknown>, abort: AbortSignal) => {
-    const mine = ++asked;
-    frame.complain("");
-    frame.ready(false);
-    await frame.call(method, args, { signal: abort });
-    if (mine === asked) frame.ready(true);
-    prompt.say("");
-  };
   const read = (text: Prompt, live: boolean) => {
-    const run = (abort: AbortSignal) => {
+    const run = async (abort: AbortSignal) => {
+      frame.complain("");
+      frame.ready(false);
       prompt.say("reading…");
-      void ask("read", { prompt: text }, abort);
+      await frame.call("read", { prompt: text }, { signal: abort });
+      frame.ready(true);
+      prompt.say("");
     };
-    // What was asked about the text before is over.
-    for (const other of [choosing, typing, running]) other(() => undefined);
-    (live ? typing : running)(run);
+    for (const other of [typing, running]) other(() => undefined); // the text before is no longer wanted
+    (live ? typing : running)((abort) => void run(abort));
   };
-  const wish = (what: Wish) => choosing((abort) => void ask("show", { ...what }, abort));
+  let unmeasured: number | null = null; // a feature chosen here whose values are on their way
+  const wish = (what: Wish) => {
+    frame.complain("");
+    const differs = (name: keyof Wish) => what[name] !== undefined && what[name] !== model.get(name);
+    if (differs("token") || differs("target") || differs("coder")) frame.ready(false); // another detail will come
+    if (differs("feature")) unmeasured = what.feature ?? null;
+    send(model, what);
+  };
 
   // ---- the parts
   const prompt = promptBox({ read, complain: frame.complain }, signal);
@@ -143,6 +143,7 @@ const it = widget<State>((model, el, signal) => {
     meaning.querySelector<HTMLOptionElement>('[value="feature"]')!.disabled = feature === null;
     setText(done, "");
     if (feature === null) return;
+    if (feature === unmeasured) return about.replaceChildren(h("b", {}, `Feature ${feature}`));
     const here = fires[model.get("token") ?? -1];
     const most = Math.max(0, ...fires.map((value) => value ?? 0));
     about.replaceChildren(h("b", {}, `Feature ${feature}`), ` ${number(here ?? 0)} here, at most ${number(most)} in this text`);
@@ -174,8 +175,9 @@ const it = widget<State>((model, el, signal) => {
   );
   onChange(model, ["prompt"], () => prompt.show(model.get("prompt")), signal);
   onChange(model, ["text", "losses", "strip"], showText, signal);
-  onChange(model, ["fires"], () => (showText(), showFeature()), signal);
+  onChange(model, ["fires"], () => ((unmeasured = null), showText(), showFeature()), signal);
   onChange(model, ["detail", "sort", "target"], () => (showDetail(), showFeature()), signal);
+  onChange(model, ["detail", "error"], () => frame.ready(true), signal);
   onChange(model, ["token"], showToken, signal);
   onChange(model, ["feature"], showFeature, signal);
   onChange(model, ["coder"], showCoder, signal);
@@ -231,27 +233,21 @@ export function direction(labels: string[], values: (number | null)[]): "ltr" | 
 
 type Kept = { pages: Record<string, Detail>; firing: Record<string, Record<string, number>> };
 
-function answer(method: string, args: Record<string, unknown>, model: FrozenModel): unknown {
-  if (method !== "show") return undefined;
-  const wish = args as Wish;
+function follow(model: FrozenModel): void {
   const { pages, firing } = { pages: model.get("pages"), firing: model.get("firing") } as Kept;
-  if (wish.sort) model.set("sort", wish.sort);
-  if (wish.feature !== undefined) {
-    const text = model.get("text") as Text;
-    const found = wish.feature === null ? undefined : firing[wish.feature];
-    model.set("fires", found ? text.strongest.map((value, i) => (value === null ? null : (found[i] ?? 0))) : []);
-    model.set("feature", found ? wish.feature : null);
+  model.on("change:feature", () => {
+    const found = firing[String(model.get("feature"))];
+    const { strongest } = model.get("text") as Text;
+    model.set("fires", found ? strongest.map((value, i) => (value === null ? null : (found[i] ?? 0))) : []);
     model.set("strip", found ? "feature" : "strongest");
-  }
-  if (wish.strip) model.set("strip", wish.strip);
-  if (typeof wish.token === "number") {
-    const label = (model.get("text") as Text).labels[wish.token] ?? "";
-    const far = { position: wish.token, label, active: null, effects: false, rows: [], note: "This page keeps the features of the tokens around the one that was open." };
-    model.set("token", wish.token);
-    model.set("detail", pages[wish.token] ?? far);
-  }
-  return true;
+  });
+  model.on("change:token", () => {
+    const token = model.get("token") as number;
+    const label = (model.get("text") as Text).labels[token] ?? "";
+    const note = "This page keeps the features of the tokens around the one that was open.";
+    model.set("detail", pages[token] ?? { position: token, label, active: null, effects: false, rows: [], note });
+  });
 }
 
-export const freeze = freezer(it, undefined, answer);
+export const freeze = freezer(it, follow);
 export default it;
