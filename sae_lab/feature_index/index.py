@@ -345,7 +345,8 @@ class FeatureIndex:
         kurtosis = float(self._stats["lens_kurtosis"][feature])
         if kurtosis > limit:
             return ""
-        return f"probably noise: kurtosis {kurtosis:.2f}, and 1 % of random directions exceed {limit:.2f}"
+        above = f"1 % of random directions have a kurtosis above {limit:.2f}"
+        return f"these tokens may be chance: {above}, this feature has {kurtosis:.2f}"
 
     @cached_property
     def _noise(self) -> float:

@@ -9,7 +9,7 @@ import traitlets
 from sae_lab.circuits.attributing import require_sae
 from sae_lab.circuits.patching_effects import KINDS, Cell
 from sae_lab.lm.model import LM
-from sae_lab.results import Html, tag, visible
+from sae_lab.results import Html, number, tag, visible
 from sae_lab.saes.base import SparseCoder
 from sae_lab.training.checkpoint import whole_step
 from sae_lab.types import Site
@@ -265,7 +265,8 @@ class PatchingGrid(Linked):
         for j in reversed(range(len(grid.layers))):  # the last layer on top
             true = [run.true.get((self.kind, grid.layers[j], p)) for p in grid.positions]
             estimates = grid.values[i, j].tolist()
-            cells = [f"~{e:.2f}" if t is None else tag("b", f"{t:.2f}") for e, t in zip(estimates, true, strict=True)]
+            pairs = zip(estimates, true, strict=True)
+            cells = [f"~{number(e, 2)}" if t is None else tag("b", number(t, 2)) for e, t in pairs]
             rows.append([str(grid.layers[j]), *cells])
         words = tag(
             "p", f"{self.kind}: share of the change of {run.measure.name}, {grid.base:.3g} → {grid.source:.3g}, that "

@@ -13,11 +13,12 @@ from .coding import name_of
 
 DIFFERENCE, CHANCE, KL, WRITTEN = "logit difference", "log-probability", "KL from the source", "function"
 ANSWERS = {DIFFERENCE: ("right", "wrong"), CHANCE: ("right",), KL: (), WRITTEN: ()}  # what each asks for
+MAKERS = {DIFFERENCE: "logit_difference", CHANCE: "log_probability", KL: "kl_from"}  # functions of circuits
 
 
 @dataclass(frozen=True)
 class Measure:
-    """One choice of metric. function: the one written in Python, kept also while another is chosen."""
+    """A choice of metric. function: the one written in Python, which stays on offer while another is chosen."""
 
     kind: str
     right: str = ""
@@ -26,7 +27,7 @@ class Measure:
 
     @staticmethod
     def of(metric: Any, answers: Sequence[str] | None) -> "Measure":
-        """What the arguments of a grid mean. ValueError for a metric that is none."""
+        """The choice that a grid's arguments make. ValueError for another metric."""
         if answers is not None and (isinstance(answers, str) or len(answers) != 2):
             raise ValueError(f"answers are two, (right, wrong), each one token, got {answers!r}")
         right, wrong = answers or ("", "")
@@ -37,11 +38,11 @@ class Measure:
         return Measure(str(metric), right, wrong).checked()
 
     def chosen(self, kind: str, right: str, wrong: str) -> "Measure":
-        """Another choice, as made on screen."""
+        """The choice made on screen."""
         return replace(self, kind=kind, right=right, wrong=wrong).checked()
 
     def changed(self, metric: Any, answers: Sequence[str] | None) -> "Measure":
-        """Another choice, as made in Python; what is None stays."""
+        """The choice made in Python; what is None stays."""
         if metric is None and answers is None:
             return self
         new = Measure.of(metric, answers or ((self.right, self.wrong) if self.right else None))
@@ -66,32 +67,29 @@ class Measure:
         """What the screen calls the metric."""
         if self.kind == WRITTEN:
             return getattr(self.function, "__name__", type(self.function).__name__)
-        answers = " − ".join(repr(getattr(self, side)) for side in ANSWERS[self.kind])
-        return f"{self.kind} {answers}".rstrip()
+        return f"{self.kind} {' − '.join(map(repr, self._answers))}".rstrip()
 
     def built(self, lm: LM, source: str) -> circuits.Metric:
-        """The metric itself. ValueError for an answer that is not one token."""
+        """The metric. ValueError for an answer that is not one token."""
         self.checked()
-        if self.kind == DIFFERENCE:
-            return circuits.logit_difference(lm, self.right, self.wrong)
-        if self.kind == CHANCE:
-            return circuits.log_probability(lm, self.right)
-        return circuits.kl_from(lm, source) if self.kind == KL else self.function
+        if self.kind == WRITTEN:
+            return self.function
+        return getattr(circuits, MAKERS[self.kind])(lm, *(self._answers or [source]))
+
+    @property
+    def _answers(self) -> list[str]:
+        return [getattr(self, side) for side in ANSWERS[self.kind]]
 
     def code(self) -> list[str]:
-        """The Python that makes ``metric``, where lm and source are known."""
-        if self.kind == DIFFERENCE:
-            return [f"metric = sl.circuits.logit_difference(lm, {self.right!r}, {self.wrong!r})"]
-        if self.kind == CHANCE:
-            return [f"metric = sl.circuits.log_probability(lm, {self.right!r})"]
-        if self.kind == KL:
-            return ["metric = sl.circuits.kl_from(lm, source)"]
+        """The Python that makes ``metric`` from ``lm`` and ``source``."""
+        if self.kind != WRITTEN:
+            return [f"metric = sl.circuits.{MAKERS[self.kind]}(lm, {', '.join(map(repr, self._answers)) or 'source'})"]
         name = name_of(self.function, self.name)
         try:
             source = textwrap.dedent(inspect.getsource(self.function)).rstrip()
         except (OSError, TypeError):
             source = ""
-        if not source.startswith("def "):  # a lambda's line is more than the lambda
+        if not source.startswith("def "):  # the source of a lambda is its whole line
             return [f"# metric: your function {name}, (logits, tokens) -> a number for each row"]
         needs = ["import torch", ""] if "torch" in source else []
         return [*needs, source, "", f"metric = {self.function.__name__}"]

@@ -15,7 +15,7 @@ from sae_lab.training.loop import Run, TrainConfig
 from sae_lab.training.watching import MEASURES
 
 from .coding import name_of
-from .static_html import block, table
+from .static_html import block, figure, table
 
 NAMES = {"loss": "loss", "fvu": "FVU", "l0": "L0", "dead": "dead", "threshold": "threshold",
          "cosine": "decoder cosine", "lr": "learning rate"}  # fmt: skip
@@ -45,7 +45,9 @@ def html_of(status: Mapping[str, Any], curves: Mapping[str, Any], changes: Seque
     """The state, the last value of each measure and coder, and the changes."""
     steps = f": step {status['step']:,} of {status['steps']:,}, {status['tokens']:,} tokens" if status["steps"] else ""
     rows = [[label, *(_last(line[name], name) for name in MEASURES)] for label, line in curves.items()]
-    changed = [[c["coder"], f"{c['step']:,}", c["what"], f"{c['old']:.4g}", f"{c['new']:.4g}"] for c in changes]
+    changed = [
+        [c["coder"], f"{c['step']:,}", c["what"], figure(c["old"], ".4g"), figure(c["new"], ".4g")] for c in changes
+    ]
     return block(
         tag("p", tag("b", "Training"), f" {status['state']}{steps}"),
         tag("p", status["why"]) if status["why"] else None,
@@ -58,7 +60,7 @@ def _last(values: Sequence[float | None], name: str) -> str:
     known = [value for value in values if value is not None]
     if not known:
         return "–"
-    return f"{100 * known[-1]:.3g} %" if name == "dead" else f"{known[-1]:.3g}"
+    return f"{figure(100 * known[-1])} %" if name == "dead" else figure(known[-1])
 
 
 # ---- as code

@@ -1,12 +1,12 @@
-"""Script-free HTML that reads without CSS: for GitHub, nbconvert and saved notebooks."""
+"""HTML without scripts or style sheets: for GitHub, nbconvert and saved notebooks."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sae_lab.arguments import as_annotated
-from sae_lab.results import Html, html_table, joined, tag, visible
+from sae_lab.results import Html, html_table, joined, number, tag, visible
 
-# A saved notebook carries this beside every displayed panel: show enough to read, not everything.
+# A saved notebook has this HTML beside every panel that was shown: these limits keep it small.
 TOP_CONTEXTS = 8
 CONTEXTS_PER_QUANTILE = 1
 TOKENS_EACH_SIDE = 20
@@ -15,7 +15,7 @@ LENS_TOKENS = 8
 
 @as_annotated
 class Snapshot:
-    """What a widget showed: text and HTML, no JavaScript, no link to a kernel."""
+    """What a widget showed, as text and HTML without JavaScript or a kernel."""
 
     def __init__(self, html: Html, text: str) -> None:
         self.html, self.text = html, text
@@ -28,17 +28,17 @@ class Snapshot:
 
 
 def block(*lines: object) -> Html:
-    """Lines of HTML in one element; None is none."""
+    """Lines of HTML in one element, those that are None left out."""
     return tag("div", joined(["", *(line for line in lines if line is not None), ""], "\n"))
 
 
 def table(head: Sequence[object], rows: Sequence[Sequence[object]]) -> Html | None:
-    """A table; None without rows."""
+    """A table, or None without rows."""
     return html_table([head, *rows], wraps=True) if rows else None
 
 
 def feature_html(view: Mapping[str, Any], note: Mapping[str, str] | None = None) -> Html:
-    """The static summary of one feature, from ``FeatureView.to_dict()``, and your note."""
+    """A feature, from ``FeatureView.to_dict()``, and your note on it."""
     label = f": {note['label']}" if note and note["label"] else ""
     return block(
         tag("p", tag("b", "Feature ", view["feature"]), f" of {view['d_sae']:,}{label}"),
@@ -58,19 +58,17 @@ def _explanation(said: Mapping[str, Any]) -> Html:
 
 def _numbers(view: Mapping[str, Any]) -> Html | None:
     cells = {
-        "density": f"{100 * view['density']:.3g} %",
+        "density": f"{figure(100 * view['density'])} %",
         "fires on": f"{view['count']:,} of {view['tokens_seen']:,} tokens",
-        "mean": f"{view['mean']:.3g}",
-        "max": f"{view['max']:.3g}",
-        "f_scale": f"{view['f_scale']:.3g}",
+        **{name: figure(view[name]) for name in ("mean", "max", "f_scale")},
     }
     return table(list(cells), [list(cells.values())])
 
 
 def _contexts(groups: Sequence[Mapping[str, Any]]) -> Html:
     rows: list[list[object]] = []
-    for number, group in enumerate(groups):
-        for context in group["contexts"][: TOP_CONTEXTS if number == 0 else CONTEXTS_PER_QUANTILE]:
+    for i, group in enumerate(groups):
+        for context in group["contexts"][: CONTEXTS_PER_QUANTILE if i else TOP_CONTEXTS]:
             value = context["values"][context["peak"]]
             rows.append([group["label"], figure(value), _context(context)])
     found = table(["group", "peak", "context (marked: the feature fires)"], rows)
@@ -87,9 +85,9 @@ def _context(context: Mapping[str, Any]) -> Html:
 
 
 def marked(token: str, value: float | None, chosen: bool = False) -> Html:
-    """A token within a text, marked where it is active (None: left out by the mask)."""
+    """A token within a text, marked if it is active. value: None if the mask leaves the token out."""
     text = dotted(token)
-    # A leading space stays outside the mark: without style sheets, marked words would seem to touch.
+    # A leading space stays outside the mark, else marked words touch.
     space, word = (" ", text[1:]) if text.startswith(" ") else ("", text)
     inside = tag("b", "[", word, "]") if chosen else word
     if value is None:
@@ -112,7 +110,7 @@ def _neighbours(pairs: Sequence[Sequence[Any]]) -> Html:
 
 
 def dotted(token: str) -> str:
-    """A token as visible text; one of only spaces as dots."""
+    """A token as visible text; of one that is only spaces, each as a dot."""
     text = visible(token)
     return text if text.strip(" ") else text.replace(" ", "·")
 
@@ -121,5 +119,5 @@ def code(token: str) -> Html:
     return tag("code", dotted(token))
 
 
-def figure(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3g}"
+def figure(value: float | None, digits: str = ".3g") -> str:
+    return "–" if value is None else number(value, digits)

@@ -12,7 +12,8 @@ import torch
 import traitlets
 
 from sae_lab.edits.edit import Steer
-from sae_lab.feature_index.dosing import dose_response, neutral_texts, promoted
+from sae_lab.feature_index.dosing import DoseResponse, dose_response, neutral_texts, promoted
+from sae_lab.lm.comparing import Comparison
 from sae_lab.lm.model import LM
 from sae_lab.results import Html
 from sae_lab.saes.base import SparseCoder
@@ -20,7 +21,7 @@ from sae_lab.saes.base import SparseCoder
 from .coding import lm_line, name_of
 from .panel import STATIC, Job, beside, checked, quick
 from .session import VERSION, Linked, Session, read_kept, write_kept
-from .steering_views import compared_view, dose_view, slider_row, steering_html
+from .steering_views import compared_view, dose_view, limited, slider_row, steering_html
 
 PROMPT = "I went to the"
 NO_PROMPT = "the prompt is empty: write some text for the model to go on from"
@@ -94,6 +95,8 @@ class SteeringSliders(Linked):
         self._saved: set[str] = set()  # presets that this widget has written
         self._signature: Any = None  # of what is to be generated
         self._job: Job | None = None
+        self._compared: Comparison | None = None
+        self._measured: DoseResponse | None = None
         self._idle = threading.Event()
         self._idle.set()
         session = session or Session()
@@ -265,9 +268,10 @@ class SteeringSliders(Linked):
         said.setdefault("steered", said["baseline"])
         start = self._start(prompt)
         check()
-        comparison = self._compare(prompt, said["baseline"], said["steered"], edits)
+        compared, comparison = self._compare(prompt, said["baseline"], said["steered"], edits)
         check()
         with self._lock, self.hold_sync():
+            self._compared = compared
             self.baseline, self.steered = start + said["baseline"], start + said["steered"]
             self.comparison, self.shown = comparison, version
 
@@ -278,17 +282,19 @@ class SteeringSliders(Linked):
         """What the texts begin with: the prompt without its special tokens."""
         return self._lm.tokenizer.decode(self._lm.tokenize(prompt).ids[0], skip_special_tokens=True)
 
-    def _compare(self, prompt: str, baseline: str, steered: str, edits: list[Any]) -> dict[str, Any]:
-        """The comparison that is shown. The prompt has its special tokens here: the model reads them."""
+    def _compare(
+        self, prompt: str, baseline: str, steered: str, edits: list[Any]
+    ) -> tuple[Comparison | None, dict[str, Any]]:
+        """(the comparison, what is shown of it). The prompt has its special tokens here: the model reads them."""
         before, after = self._lm.tokens(prompt + baseline), self._lm.tokens(prompt + steered)
         if len(after) > LONGEST:
-            return {"note": f"a text of more than {LONGEST:,} tokens is not compared"}
+            return None, {"note": f"a text of more than {LONGEST:,} tokens is not compared"}
         ours = [f"{self._coder.site.key} #{f}" for row in self.sliders for f in row["features"]]
         try:
-            comparison = self._lm.compare(prompt + steered, edits)
-        except ValueError as err:  # an edit may name a token that was to come, and has not
-            return {"note": f"not compared: {err}"}
-        return compared_view(comparison, before, prompt, ours)
+            comparison = limited(self._lm.compare(prompt + steered, edits), ours)
+        except ValueError as err:  # an edit may name a token that was not generated
+            return None, {"note": f"not compared: {err}"}
+        return comparison, compared_view(comparison, before, prompt)
 
     # ---- dose and response
 
@@ -322,11 +328,11 @@ class SteeringSliders(Linked):
         target, prompt = list(self.target) or promoted(self._lm, self._coder, feature), self.prompt
         if not target:
             raise ValueError("this coder does not write to the residual stream, so no lens names a target: type one")
-        result = dose_response(
+        self._measured = dose_response(
             self._lm, self._coder, feature, [prompt], target, neutral_texts(),
             strengths=STRENGTHS, seeds=SEEDS, progress=progress,
         )  # fmt: skip
-        self.dose = dose_view(result, prompt)
+        self.dose = dose_view(self._measured, prompt)
 
     # ---- presets
 
@@ -410,7 +416,8 @@ class SteeringSliders(Linked):
         note = f"{how}, at most {self.max_new_tokens} new tokens"
         if self.shown != self.version:
             note = "not generated yet for these settings" if self.shown < 0 else f"{note}; settings changed since"
-        return steering_html(self.sliders, self.others, (self.baseline, self.steered), self.comparison, self.dose, note)
+        texts, results = (self.baseline, self.steered), (self._compared, self._measured)
+        return steering_html(self.sliders, self.others, texts, self.comparison, results, note)
 
     def __repr__(self) -> str:
         rows = ", ".join(f"{'+'.join(map(str, row['features']))}: {row['strength']:g}" for row in self.sliders)

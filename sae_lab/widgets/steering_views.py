@@ -5,8 +5,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor
-
 from sae_lab.edits.edit import Steer
 from sae_lab.feature_index.dosing import DoseResponse
 from sae_lab.lm.comparing import Comparison, differing
@@ -28,15 +26,19 @@ def slider_row(key: int, edit: Steer, on: bool) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def compared_view(result: Comparison, before: Sequence[Token], prompt: str, ours: Sequence[str]) -> dict[str, Any]:
+def limited(result: Comparison, ours: Sequence[str]) -> Comparison:
+    """A comparison with few of its features, those of the sliders (``ours``, their names) first."""
+    names = [n for n in dict.fromkeys([*ours, *result.features]) if n in result.features]
+    return replace(result, features={name: result.features[name] for name in names[:FEATURES]})
+
+
+def compared_view(result: Comparison, before: Sequence[Token], prompt: str) -> dict[str, Any]:
     """A comparison of the steered text, with the tokens that only one of the two continuations has.
 
     {baseline, steered: [{text, mark}], measures: [{name, group, values}], perplexity: [without, with], mean_kl,
     next: [[token, log-probability without, with]]}; a token's mark is "prompt", "new" (not in the other text) or "".
-    Measures of one group share a scale. ours: the names of the sliders' features, whose activations come first.
+    Measures of one group share a scale.
     """
-    names = [n for n in dict.fromkeys([*ours, *result.features]) if n in result.features]
-    result = replace(result, features={name: result.features[name] for name in names[:FEATURES]})
     starts = [_first_new(tokens, prompt) for tokens in (before, result.tokens)]
     marks = differing([str(t) for t in before[starts[0] :]], [str(t) for t in result.tokens[starts[1] :]])
     strips = [
@@ -46,15 +48,15 @@ def compared_view(result: Comparison, before: Sequence[Token], prompt: str, ours
         ]
         for tokens, start, mark in zip((before, result.tokens), starts, marks, strict=True)
     ]
+    measures = [
+        {"name": name, "group": name.removesuffix(" with edits").removesuffix(" without"), "values": _sent(v.tolist())}
+        for name, v in result.measures().items()
+    ]
     return {
-        "baseline": strips[0], "steered": strips[1],
-        "measures": [
-            {"name": name, "group": _group(name), "values": _plain(values)}
-            for name, values in result.measures().items()
-        ],
-        "perplexity": _plain_numbers([result.perplexity, result.perplexity_edited]),
-        "mean_kl": _plain_numbers([float(result.kl.mean())])[0],
-        "next": [[token, *_plain_numbers(changes)] for token, *changes in result.next],
+        "baseline": strips[0], "steered": strips[1], "measures": measures,
+        "perplexity": _sent([result.perplexity, result.perplexity_edited]),
+        "mean_kl": _sent([float(result.kl.mean())])[0],
+        "next": [[token, *_sent(changes)] for token, *changes in result.next],
     }  # fmt: skip
 
 
@@ -63,7 +65,7 @@ def dose_view(result: DoseResponse, prompt: str) -> dict[str, Any]:
     series = []
     for name in dict.fromkeys(row["method"] for row in result.rows):
         rows = [row for row in result.rows if row["method"] == name]
-        columns = {key: _plain_numbers([row[key] for row in rows]) for key in ("strength", "log_odds", "cost")}
+        columns = {key: _sent([row[key] for row in rows]) for key in ("strength", "log_odds", "cost")}
         series.append({"name": name, **columns})
     return {"feature": result.feature, "target": list(result.target), "prompt": prompt, "series": series}
 
@@ -73,16 +75,8 @@ def _first_new(tokens: Sequence[Token], prompt: str) -> int:
     return next((i for i, token in enumerate(tokens) if token.end > len(prompt)), len(tokens))
 
 
-def _group(name: str) -> str:
-    return name.removesuffix(" with edits").removesuffix(" without")
-
-
-def _plain(values: Tensor) -> list[float | None]:
-    return _plain_numbers(values.tolist())
-
-
-def _plain_numbers(values: Iterable[float]) -> list[float | None]:
-    """JSON has neither NaN nor infinities."""
+def _sent(values: Iterable[float]) -> list[float | None]:
+    """Numbers for the screen: JSON has neither NaN nor infinities."""
     return [value if math.isfinite(value) else None for value in values]
 
 
@@ -91,68 +85,35 @@ def _plain_numbers(values: Iterable[float]) -> list[float | None]:
 
 def steering_html(
     sliders: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]], texts: tuple[str, str],
-    comparison: dict[str, Any], dose: dict[str, Any], note: str,
+    comparison: dict[str, Any], tables: Sequence[Comparison | DoseResponse | None], note: str,
 ) -> Html:  # fmt: skip
-    """Sliders, the two texts and the numbers, as script-free HTML."""
+    """Sliders, the two texts and the results, as script-free HTML."""
     rows = [
         [
             "on" if row["on"] else "off",
             ", ".join(map(str, row["features"])) + (f" ({row['more']})" if row["more"] else ""),
             f"{row['strength']:g}",
-            ", ".join(f"{row['strength'] * scale:.3g}" for scale in row["scales"]),
+            ", ".join(figure(row["strength"] * scale) for scale in row["scales"]),
         ]
         for row in sliders
     ]
     strips = (comparison.get("baseline"), comparison.get("steered"))
     cells = [_text(whole, tokens) for whole, tokens in zip(texts, strips, strict=True)]
-    parts = [
+    return block(
         tag("p", tag("b", "Steering")),
         table(["", "feature", "strength (f_scale)", "added"], rows) or tag("p", "No sliders."),
         table(["", "other edits"], [["on" if r["on"] else "off", code(r["code"])] for r in others]),
         table(["baseline", "steered (marked: not in the other)"], [cells]),
         tag("p", note),
-    ]
-    if "measures" in comparison:
-        parts += [tag("p", _in_words(comparison)), _measures(comparison)]
-    elif comparison:
-        parts.append(tag("p", comparison["note"]))
-    return block(*parts, *(_dose(dose) if dose else []))
-
-
-def _in_words(comparison: dict[str, Any]) -> str:
-    without, with_, kl = map(figure, [*comparison["perplexity"], comparison["mean_kl"]])
-    return f"The steered text: perplexity {without} without the edits, {with_} with them; mean KL {kl} nats."
+        tag("p", comparison["note"]) if "note" in comparison else None,
+        *(result._repr_html_() for result in tables if result is not None),
+    )
 
 
 def _text(whole: str, tokens: Sequence[dict[str, Any]] | None) -> object:
     if not tokens:
         return dotted(whole)
-    pieces = []
-    for number, token in enumerate(tokens):
-        if number == 0 and not whole.startswith(token["text"]):
-            continue  # the prefix token
-        text = dotted(token["text"])
-        pieces.append(tag("mark", text) if token["mark"] == "new" else text)
-    return joined(pieces)
-
-
-def _measures(comparison: dict[str, Any]) -> Html | None:
-    """Token by token, the new ones."""
-    measures = comparison["measures"]
-    rows = [
-        [dotted(token["text"]), *(figure(m["values"][i]) for m in measures)]
-        for i, token in enumerate(comparison["steered"])
-        if token["mark"] != "prompt"
-    ]
-    return table(["token", *(m["name"] for m in measures)], rows)
-
-
-def _dose(dose: dict[str, Any]) -> list[Html | None]:
-    head = ["strength", *(f"{s['name']}: {what}" for s in dose["series"] for what in ("log-odds", "cost"))]
-    strengths = dose["series"][0]["strength"]
-    rows = [
-        [f"{x:g}", *(figure(s[key][i]) for s in dose["series"] for key in ("log_odds", "cost"))]
-        for i, x in enumerate(strengths)
-    ]
-    target = joined(map(code, dose["target"]), ", ")
-    return [tag("p", f"Dose response of feature {dose['feature']}, target ", target), table(head, rows)]
+    if not whole.startswith(tokens[0]["text"]):
+        tokens = tokens[1:]  # the prefix token
+    texts = ((dotted(token["text"]), token["mark"]) for token in tokens)
+    return joined(tag("mark", text) if mark == "new" else text for text, mark in texts)

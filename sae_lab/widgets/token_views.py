@@ -19,17 +19,17 @@ STATIC_TOKENS, STATIC_FEATURES = 200, 10  # what a saved notebook carries
 
 
 def figures(values: Tensor) -> list[float | None]:
-    """Numbers to send: five digits, and None for those that are none."""
+    """Numbers for the screen, with five digits; None for NaN."""
     return [float(f"{v:.5g}") if v == v else None for v in values.tolist()]
 
 
 def along(reading: PromptReading, coder: SparseCoder | None = None, feature: int = 0) -> list[float | None]:
-    """A feature's activation at each token; without a coder, each token's loss."""
+    """A feature's activation at each token, or without a coder the loss of each token, nats."""
     return figures(reading.losses() if coder is None else reading.along(coder, feature))
 
 
 def text_of(reading: PromptReading, coder: SparseCoder) -> dict[str, Any]:
-    """The tokens, and what is known of each by the coder alone; None: left out by its mask."""
+    """The tokens, their strongest activation and number of active features; None where the mask leaves a token out."""
     return {
         "labels": [token.label for token in reading.tokens],
         "strongest": figures(reading.along(coder, "strongest")),
@@ -41,7 +41,7 @@ def text_of(reading: PromptReading, coder: SparseCoder) -> dict[str, Any]:
 def detail_of(
     reading: PromptReading, coder: SparseCoder, token: int, target: str, n: int, sort: str, why_not: str = ""
 ) -> dict[str, Any]:
-    """The features active at a token, with direct effects unless ``why_not`` says why there are none."""
+    """The features active at a token, with their direct effects, or with ``why_not``: why there are none."""
     shown: dict[str, Any] = {"position": token, "label": reading.tokens[token].label, "effects": False, "rows": []}
     if not bool(reading.codes(coder).keep[0, token]):
         return shown | {"active": None, "note": "The coder's mask leaves this token out: no feature is active here."}
@@ -69,8 +69,8 @@ def _rows(features: Tensor, values: Tensor, scaled: Tensor) -> list[dict[str, An
 def pages_of(
     reading: PromptReading, coder: SparseCoder, token: int, target: str, n: int, shown: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """For a page without a kernel: {"pages": {position: detail}, "firing": {feature: {position: activation}}} of the
-    tokens around the chosen one."""
+    """For a page without a kernel, of the tokens around the chosen one: {"pages": {position: detail}, "firing":
+    {feature: {position: activation}}}."""
     start = max(0, min(token - PAGE_TOKENS // 2, len(reading) - PAGE_TOKENS))
     positions = range(start, min(len(reading), start + PAGE_TOKENS))
     why_not = "" if shown.get("effects") else str(shown.get("note", ""))
@@ -94,7 +94,7 @@ def pages_of(
 def html_of(
     text: Mapping[str, Any], detail: Mapping[str, Any], fires: Sequence[float | None] | None, feature: int | None
 ) -> Html:
-    """The text, marked where features are active (where the chosen one is), and the chosen token's features."""
+    """The text, marked where features are active, or the chosen one; and the features of the chosen token."""
     if not text:
         return block(tag("p", "No text yet."))
     values = text["strongest"] if fires is None else fires
@@ -123,13 +123,13 @@ def _detail_html(detail: Mapping[str, Any]) -> list[Html | None]:
     if detail["effects"]:
         head += [joined(["direct effect on ", code(detail["target"]), " (logits)"]), "promotes"]
         for row, r in zip(rows, detail["rows"], strict=False):
-            words = (joined([code(name), f" {value:+.2f}"]) for name, value in r["promoted"])
-            row += [f"{r['effect']:+.3g}", joined(words, ", ")]
+            words = (joined([code(name), " ", figure(value, "+.2f")]) for name, value in r["promoted"])
+            row += [figure(r["effect"], "+.3g"), joined(words, ", ")]
     lines.append(table(head, rows))
     if detail["effects"]:
         parts = detail["parts"]
-        named = ", ".join(f"{name} {parts[name]:+.2f}" for name in ("features", "error", "bias", "rest"))
-        lines.append(tag("p", f"Its logit, centred: {parts['logit']:+.2f} = {named}"))
+        named = {name: f"{name} {figure(value, '+.2f')}" for name, value in parts.items()}
+        lines.append(tag("p", f"Its centred {named.pop('logit')} = {', '.join(named.values())}"))
     return lines
 
 

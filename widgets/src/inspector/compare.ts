@@ -1,5 +1,5 @@
 // The open feature beside a pinned one.
-import { h } from "../shared/dom";
+import { button, h } from "../shared/dom";
 import { integer, number, percent } from "../shared/format";
 import { tokenChip } from "../shared/tokens";
 import type { FeatureView, PairView } from "./types";
@@ -7,8 +7,7 @@ import type { FeatureView, PairView } from "./types";
 export function comparison(here: FeatureView, pair: PairView, open: (feature: number) => void, signal: AbortSignal): HTMLElement {
   const there = pair.view;
   const words = (tokens: [string, number][]) => tokens.slice(0, 6).map(([token]) => tokenChip(token));
-  const other = h("button", { type: "button", class: "saelab-link" }, String(there.feature));
-  other.addEventListener("click", () => open(there.feature), { signal });
+  const other = button(String(there.feature), () => open(there.feature), signal, { class: "saelab-link" });
   const rows: [string, (Node | string)[], (Node | string)[]][] = [
     ["density", [percent(here.density)], [percent(there.density)]],
     ["mean", [number(here.mean)], [number(there.mean)]],

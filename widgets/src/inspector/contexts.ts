@@ -1,5 +1,5 @@
 // Where the feature fires: one line per context, peaks under each other, as in a concordance.
-import { h } from "../shared/dom";
+import { focusedIn, h } from "../shared/dom";
 import { integer, number } from "../shared/format";
 import { makeTabStop, rovingFocus } from "../shared/keyboard";
 import { copiesAsText, tokenLabel, tokenSpans } from "../shared/tokens";
@@ -41,8 +41,8 @@ export function contexts(view: FeatureView, mode: Mode, hover: (token: Hovered |
     return { token: context.tokens[position] ?? "", value: context.values[position] ?? null };
   };
   const focused = () => {
-    const active = (grid.getRootNode() as Document | ShadowRoot).activeElement;
-    return active && grid.contains(active) ? tokenAt(active) : null;
+    const active = focusedIn(grid);
+    return active && tokenAt(active);
   };
   grid.addEventListener("pointerover", (event) => hover(tokenAt(event.target) ?? focused()), { signal });
   grid.addEventListener("pointerleave", () => hover(focused()), { signal });

@@ -1,5 +1,5 @@
 // The bar on top: which feature, a search by token, and the order of the list.
-import { h, setText } from "../shared/dom";
+import { button, choice, h, setText } from "../shared/dom";
 import { integer } from "../shared/format";
 import type { Sort } from "./types";
 
@@ -30,8 +30,10 @@ export function controls(actions: ControlActions, signal: AbortSignal): Controls
   let current = 0;
 
   const id = h("input", { type: "number", class: "saelab-feature", min: 0, step: 1, "aria-label": "Feature number" });
-  const previous = h("button", { type: "button", "aria-label": "Previous feature", title: "Previous feature" }, "‹");
-  const next = h("button", { type: "button", "aria-label": "Next feature", title: "Next feature" }, "›");
+  const step = (text: string, by: number, title: string) =>
+    button(text, () => actions.open(current + by), signal, { "aria-label": title, title });
+  const previous = step("‹", -1, "Previous feature");
+  const next = step("›", 1, "Next feature");
   const total = h("span", { class: "saelab-dim" });
   const search = h("input", {
     type: "search",
@@ -42,11 +44,7 @@ export function controls(actions: ControlActions, signal: AbortSignal): Controls
     spellcheck: "false",
     autocomplete: "off",
   });
-  const sort = h(
-    "select",
-    { "aria-label": "Sort features by" },
-    ...SORTS.map(([value, label]) => h("option", { value }, label)),
-  );
+  const sort = choice("Sort features by", SORTS, (by) => actions.sort(by as Sort), signal);
 
   const commit = () => {
     const feature = Number(id.value);
@@ -58,9 +56,6 @@ export function controls(actions: ControlActions, signal: AbortSignal): Controls
     id.value = String(current);
   };
   id.addEventListener("change", commit, { signal });
-  previous.addEventListener("click", () => actions.open(current - 1), { signal });
-  next.addEventListener("click", () => actions.open(current + 1), { signal });
-  sort.addEventListener("change", () => actions.sort(sort.value as Sort), { signal });
 
   let pause: ReturnType<typeof setTimeout> | undefined;
   let asked = "";

@@ -1,5 +1,5 @@
 // FeatureInspector: a search, a list of features, and one feature in detail.
-import { h, setText } from "../shared/dom";
+import { focusedIn, h, setText } from "../shared/dom";
 import { type FrozenModel, freezer } from "../shared/frozen";
 import { onChange, send } from "../shared/model";
 import { panel, widget } from "../shared/panel";
@@ -48,9 +48,8 @@ const inspector = widget<State>((model, el, signal) => {
     const view = model.get("view");
     const pair = model.get("pair");
     complain(model.get("error")); // a complaint about what was typed before is over
-    const focus = (root.getRootNode() as Document | ShadowRoot).activeElement;
-    const kept = [note.element, typed.element].some((part) => part.contains(focus));
-    const hadFocus = detail.contains(focus) && !kept;
+    const focus = focusedIn(detail);
+    const kept = focus && [note.element, typed.element].some((part) => part.contains(focus));
     shown.abort();
     shown = new AbortController();
     bar.show(view.feature, view.d_sae);
@@ -76,10 +75,10 @@ const inspector = widget<State>((model, el, signal) => {
       shown.signal,
     );
     detail.replaceChildren(...here.parts);
-    if (kept) (focus as HTMLElement).focus({ preventScroll: true });
     typed.feature(view.feature, view.max);
+    if (kept) focus.focus({ preventScroll: true });
     // The focused button is gone: keep the focus inside, else the next key goes to the notebook.
-    if (hadFocus) detail.querySelector<HTMLElement>("h3")?.focus({ preventScroll: true });
+    else if (focus) detail.querySelector<HTMLElement>("h3")?.focus({ preventScroll: true });
     root.dataset.feature = String(view.feature);
     settle();
     if (asked) requestAnimationFrame(() => setTimeout(() => (root.dataset.openMs = (performance.now() - asked).toFixed(0))));

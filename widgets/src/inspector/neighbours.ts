@@ -1,5 +1,5 @@
 // Features that point the same way, and features that fire on the same tokens; a click opens one.
-import { h } from "../shared/dom";
+import { button, h } from "../shared/dom";
 import { integer, number } from "../shared/format";
 import type { FeatureView } from "./types";
 
@@ -10,12 +10,18 @@ export function neighbours(view: FeatureView, open: (feature: number) => void, s
   const together = view.cofiring
     .slice(0, COFIRING)
     .map(([feature, jaccard, both]) => [feature, number(jaccard), `Jaccard ${number(jaccard)}, ${integer(both)} tokens`] as const);
+  const opener = (feature: number, value: string, meaning: string) => {
+    const label = `Open feature ${feature}, ${meaning}`;
+    const made = button("", () => open(feature), signal, { class: "saelab-neighbour", title: meaning, "aria-label": label });
+    made.append(h("span", {}, String(feature)), h("small", {}, value));
+    return made;
+  };
   const group = (title: string, unit: string, rows: (readonly [number, string, string])[]) =>
     h(
       "section",
       { class: "saelab-neighbours", "aria-label": title, "data-needs": "model" },
       h("h4", {}, `${title} `, h("small", {}, unit)),
-      h("div", {}, ...rows.map(([feature, value, meaning]) => button(feature, value, meaning, open, signal))),
+      h("div", {}, ...rows.map(([feature, value, meaning]) => opener(feature, value, meaning))),
       rows.length === 0 ? h("small", {}, "none") : null,
     );
   return h(
@@ -24,15 +30,4 @@ export function neighbours(view: FeatureView, open: (feature: number) => void, s
     group("Nearest decoder rows", "cosine", near),
     group("Fires together with", "Jaccard index of tokens", together),
   );
-}
-
-function button(feature: number, value: string, meaning: string, open: (feature: number) => void, signal: AbortSignal): HTMLElement {
-  const it = h(
-    "button",
-    { type: "button", class: "saelab-neighbour", title: meaning, "aria-label": `Open feature ${feature}, ${meaning}` },
-    h("span", {}, String(feature)),
-    h("small", {}, value),
-  );
-  it.addEventListener("click", () => open(feature), { signal });
-  return it;
 }

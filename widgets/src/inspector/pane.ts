@@ -1,5 +1,5 @@
 // One feature: everything right of the list. Rebuilt whenever Python sends another view.
-import { h, setText } from "../shared/dom";
+import { button, choice, h, setText } from "../shared/dom";
 import { integer, number, percent } from "../shared/format";
 import { type Bins, histogram } from "../shared/histogram";
 import type { Call } from "../shared/rpc";
@@ -91,15 +91,8 @@ function explanation({ text, source, scores }: NonNullable<FeatureView["explanat
 
 function actions(options: PaneOptions, signal: AbortSignal): HTMLElement[] {
   const { feature } = options.view;
-  const make = (label: string, title: string, run: () => void, pressed?: boolean) => {
-    const button = h(
-      "button",
-      { type: "button", title, "data-needs": "kernel", "aria-pressed": pressed === undefined ? null : String(pressed) },
-      label,
-    );
-    button.addEventListener("click", run, { signal });
-    return button;
-  };
+  const make = (label: string, title: string, run: () => void, pressed?: boolean) =>
+    button(label, run, signal, { title, "data-needs": "kernel", "aria-pressed": pressed === undefined ? null : String(pressed) });
   if (!options.live) return [];
   return [
     make("Steer", `Put sl.Steer of feature ${feature} on the session's edits`, () => options.edit("steer")),
@@ -117,26 +110,19 @@ function density(overview: Bins, view: FeatureView): HTMLElement {
 
 function texts(options: PaneOptions, hover: (at: Hovered | null) => void, signal: AbortSignal): HTMLElement {
   const shown: Contexts = contexts(options.view, options.mode, hover, signal);
-  const mode = h("select", { "aria-label": "How contexts are shown" }, ...MODES.map(([value, label]) => h("option", { value, selected: value === options.mode }, label)));
-  mode.addEventListener(
-    "change",
-    () => {
-      shown.mode(mode.value as Mode);
-      options.setMode(mode.value as Mode);
-    },
-    { signal },
-  );
-  const weakest = h("button", { type: "button", "data-needs": "kernel" }, "Show the weakest too");
-  weakest.addEventListener(
-    "click",
-    async () => {
-      weakest.disabled = true;
-      const found = await options.call<Context[]>("weakest", {}, { signal });
-      shown.add({ label: "bottom: the smallest activations", contexts: found });
-      weakest.hidden = true;
-    },
-    { signal },
-  );
+  const setMode = (mode: string) => {
+    shown.mode(mode as Mode);
+    options.setMode(mode as Mode);
+  };
+  const mode = choice("How contexts are shown", MODES, setMode, signal);
+  mode.value = options.mode;
+  const addWeakest = async () => {
+    weakest.disabled = true;
+    const found = await options.call<Context[]>("weakest", {}, { signal });
+    shown.add({ label: "bottom: the smallest activations", contexts: found });
+    weakest.hidden = true;
+  };
+  const weakest = button("Show the weakest too", () => void addWeakest(), signal, { "data-needs": "kernel" });
   return h(
     "section",
     { "aria-label": "Contexts" },

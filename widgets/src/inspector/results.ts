@@ -1,7 +1,7 @@
 // The list of features: the answer to the search, or the first of all live features.
 import { h, setText } from "../shared/dom";
 import { number, percent } from "../shared/format";
-import { makeTabStop, rovingFocus } from "../shared/keyboard";
+import { choosing } from "../shared/keyboard";
 import { tokenChip, tokenLabel } from "../shared/tokens";
 import type { Row } from "./types";
 
@@ -14,42 +14,16 @@ export interface Results {
 export function results(open: (feature: number) => void, signal: AbortSignal): Results {
   const list = h("div", { class: "saelab-results", role: "listbox", "aria-label": "Features" });
   const note = h("div", { class: "saelab-dim saelab-results-note", role: "status" });
-  let selected = -1;
-
-  const openFrom = (target: EventTarget | null) => {
-    const row = (target as HTMLElement).closest<HTMLElement>("[data-feature]");
-    if (row) open(Number(row.dataset.feature));
-  };
-  list.addEventListener("click", (event) => openFrom(event.target), { signal });
-  list.addEventListener(
-    "keydown",
-    (event) => {
-      if (event.key !== "Enter" && event.key !== " ") return;
-      event.preventDefault();
-      openFrom(event.target);
-    },
-    { signal },
-  );
-  rovingFocus(list, signal);
-
-  const mark = () => {
-    const rows = [...list.querySelectorAll<HTMLElement>("[data-feature]")];
-    for (const row of rows) row.setAttribute("aria-selected", String(Number(row.dataset.feature) === selected));
-    const stop = rows.find((row) => Number(row.dataset.feature) === selected) ?? rows[0];
-    if (stop) makeTabStop(list, stop);
-  };
+  const chosen = choosing(list, "feature", open, signal);
   return {
     element: h("section", { class: "saelab-side", "aria-label": "Feature list", "data-needs": "model" }, note, list),
     show(rows, text) {
       setText(note, text);
       list.replaceChildren(...rows.map(option));
       list.scrollTop = 0;
-      mark();
+      chosen.mark();
     },
-    select(feature) {
-      selected = feature;
-      mark();
-    },
+    select: chosen.select,
   };
 }
 

@@ -1,5 +1,5 @@
 // The hand on a training: start, pause, stop and save, another learning rate or sparsity.
-import { h, setText } from "../shared/dom";
+import { button, h, setText } from "../shared/dom";
 import { number } from "../shared/format";
 import type { Line, Training } from "./types";
 
@@ -27,14 +27,11 @@ export function hand(actions: HandActions, signal: AbortSignal): Hand {
   let lines: Line[] = [];
   let held = false;
 
-  const button = (text: string, title: string, act: () => void, more = "") => {
-    const element = h("button", { type: "button", title, class: more || null, "data-needs": "kernel" }, text);
-    element.addEventListener("click", act, { signal });
-    return element;
-  };
-  const start = button("▶ Start", "Train, while the notebook stays free", actions.start, "saelab-main");
-  const pause = button("❚❚ Pause", "Hold after the step under way", () => (held ? actions.resume() : actions.pause()));
-  const stop = button("■ Stop and save", "End now as if training were complete", () => actions.stop(chosen()));
+  const make = (text: string, title: string, act: () => void, more = "") =>
+    button(text, act, signal, { title, class: more || null, "data-needs": "kernel" });
+  const start = make("▶ Start", "Train, while the notebook stays free", actions.start, "saelab-main");
+  const pause = make("❚❚ Pause", "Hold after the step under way", () => (held ? actions.resume() : actions.pause()));
+  const stop = make("■ Stop and save", "End now as if training were complete", () => actions.stop(chosen()));
 
   const which = h("select", { "aria-label": "Coder" });
   const lr = field("Peak learning rate");

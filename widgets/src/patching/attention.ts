@@ -1,5 +1,5 @@
 // Attention patterns as CircuitsVis draws them: its page comes from Python when asked for, and runs in a box of its own.
-import { h, setText } from "../shared/dom";
+import { button, h, setText } from "../shared/dom";
 
 /** The page, or why there is none. */
 export interface AttentionAnswer {
@@ -21,16 +21,15 @@ const HEAD =
 
 export function frame(signal: AbortSignal): AttentionFrame {
   const title = h("h4", {});
-  const close = h("button", { type: "button", "aria-label": "Hide the attention patterns" }, "×");
   const box = h("div", { class: "saelab-attention-box" });
-  const element = h("section", { class: "saelab-attention", hidden: true }, h("div", { class: "saelab-bar-row" }, title, close), box);
   let wanted = "";
   const hide = () => {
     wanted = "";
     element.hidden = true;
     box.replaceChildren();
   };
-  close.addEventListener("click", hide, { signal });
+  const close = button("×", hide, signal, { "aria-label": "Hide the attention patterns" });
+  const element = h("section", { class: "saelab-attention", hidden: true }, h("div", { class: "saelab-bar-row" }, title, close), box);
   return {
     element,
     hide,

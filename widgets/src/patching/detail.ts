@@ -1,5 +1,5 @@
 // One cell: its numbers, the features that carry it, and attention where it is attention's.
-import { h } from "../shared/dom";
+import { button, h } from "../shared/dom";
 import { figures } from "../shared/figures";
 import { integer, number } from "../shared/format";
 import { tokenChip } from "../shared/tokens";
@@ -29,8 +29,7 @@ export function detail(opened: Opened, actions: DetailActions, signal: AbortSign
   }
   const [ours, theirs] = view.tokens[view.positions.indexOf(position)] ?? ["", ""];
   const patched = values.patched(kind, layer, position);
-  const patch = h("button", { type: "button", "data-needs": "kernel", hidden: patched !== null }, "Patch");
-  patch.addEventListener("click", () => actions.patch(), { signal });
+  const patch = button("Patch", actions.patch, signal, { "data-needs": "kernel", hidden: patched !== null });
   return [
     h("h4", { tabindex: -1 }, `${kind}, layer ${layer}, token ${position}`),
     h("p", { class: "saelab-cell-tokens" }, tokenChip(ours), ...(ours === theirs ? [] : [" ← ", tokenChip(theirs)])),
@@ -49,17 +48,14 @@ export function detail(opened: Opened, actions: DetailActions, signal: AbortSign
 }
 
 function attention(layer: number, actions: DetailActions, signal: AbortSignal): HTMLElement {
-  const button = (name: string, source: boolean) => {
-    const made = h("button", { type: "button", "aria-label": `Attention of layer ${layer} on the ${name}` }, name);
-    made.addEventListener("click", () => actions.attention(source), { signal });
-    return made;
-  };
+  const opener = (name: string, source: boolean) =>
+    button(name, () => actions.attention(source), signal, { "aria-label": `Attention of layer ${layer} on the ${name}` });
   return h(
     "div",
     { class: "saelab-cell-attention", "data-needs": "kernel" },
     h("span", {}, `attention of layer ${layer} on the`),
-    button("prompt", false),
-    button("source", true),
+    opener("prompt", false),
+    opener("source", true),
   );
 }
 
@@ -75,14 +71,9 @@ function features({ features: found, chosen }: Opened, actions: DetailActions, s
     const bar = h("span", { class: "saelab-effect-bar", "data-sign": share < 0 ? "minus" : "plus" });
     bar.style.width = `${((100 * Math.abs(share)) / most).toFixed(1)}%`;
     const label = `Select feature ${feature}, share ${number(share)}`;
-    const row = h(
-      "button",
-      { type: "button", "aria-label": label, "aria-pressed": String(feature === chosen), "data-feature": feature },
-      bar,
-      h("span", {}, String(feature)),
-      h("span", { class: "saelab-feature-share" }, number(share)),
-    );
-    row.addEventListener("click", () => actions.feature(feature), { signal });
+    const pressed = { "aria-label": label, "aria-pressed": String(feature === chosen), "data-feature": feature };
+    const row = button("", () => actions.feature(feature), signal, pressed);
+    row.append(bar, h("span", {}, String(feature)), h("span", { class: "saelab-feature-share" }, number(share)));
     return h("li", {}, row);
   });
   const total = found.features.reduce((sum, [, share]) => sum + share, 0) + found.others + found.error;

@@ -1,6 +1,6 @@
 // PatchingGrid: layers by positions, estimates at once, patches on a click.
 import type { AnyModel } from "@anywidget/types";
-import { h, setText } from "../shared/dom";
+import { button, focusedIn, h, setText } from "../shared/dom";
 import { number } from "../shared/format";
 import { freezer } from "../shared/frozen";
 import { type At, type Block, heatGrid } from "../shared/heat";
@@ -159,8 +159,8 @@ function draw(model: AnyModel<State>, el: HTMLElement, signal: AbortSignal): voi
   const showDetail = () => {
     const [view, kind, cell] = [model.get("view"), model.get("kind"), model.get("cell")];
     const key = `${kind}-${cell[0]}:${cell[1]}`;
-    const active = (frame.root.getRootNode() as Document | ShadowRoot).activeElement;
-    const focused = active && side.contains(active) ? (active as HTMLElement).dataset.feature ?? "" : null;
+    const active = focusedIn(side);
+    const focused = active && (active.dataset.feature ?? "");
     shown.abort();
     shown = new AbortController();
     const actions = {
@@ -198,8 +198,8 @@ function draw(model: AnyModel<State>, el: HTMLElement, signal: AbortSignal): voi
     settled();
   };
 
-  const exporter = h("button", { type: "button", title: "The table as a CSV file" }, "Export");
-  exporter.addEventListener("click", () => download("patching.csv", asCsv(model.get("view"), values)), { signal });
+  const save = () => download("patching.csv", asCsv(model.get("view"), values));
+  const exporter = button("Export", save, signal, { title: "The table as a CSV file" });
   frame.root.append(
     h("div", { class: "saelab-bar-row saelab-patching-bar" }, h("h3", {}, "Patching"), kinds, frame.codeButton, exporter),
     fields.element,

@@ -1,5 +1,5 @@
 // Below the grid: what a cell says, the colours' key, and patches of a block with their progress.
-import { h, setText } from "../shared/dom";
+import { button, h, setText } from "../shared/dom";
 import { number } from "../shared/format";
 
 export interface Toolbar {
@@ -16,15 +16,13 @@ const HINT = "Enter or a click patches a cell; drag, or shift and the arrows, ch
 
 export function toolbar(actions: { patch(): void; stop(): void }, signal: AbortSignal): Toolbar {
   const readout = h("small", { class: "saelab-readout" }, HINT);
-  const patch = h("button", { type: "button", disabled: true, "data-needs": "kernel" }, "Patch block");
+  const patch = button("Patch block", actions.patch, signal, { disabled: true, "data-needs": "kernel" });
   const bar = h("progress", { max: 1, value: 0, "aria-label": "Patches done" });
   const count = h("span", { role: "status" });
-  const cancel = h("button", { type: "button" }, "Cancel");
+  const cancel = button("Cancel", actions.stop, signal);
   const running = h("span", { class: "saelab-patching-progress", hidden: true, "data-needs": "kernel" }, bar, count, cancel);
   const low = h("span", {});
   const high = h("span", {});
-  patch.addEventListener("click", () => actions.patch(), { signal });
-  cancel.addEventListener("click", () => actions.stop(), { signal });
   const key = h(
     "div",
     { class: "saelab-heat-key", "aria-hidden": "true" },

@@ -1,7 +1,7 @@
 // Element builders. Text always goes in as text: markup in a token is shown, never run, and what is not seen is marked.
 import { readable, visible } from "./visible";
 
-type Attributes = Record<string, string | number | boolean | null | undefined>;
+export type Attributes = Record<string, string | number | boolean | null | undefined>;
 type Child = Node | string | null | undefined;
 
 /** Make an HTML element; `false`, null and undefined attributes are left out, strings become text nodes. */
@@ -11,6 +11,26 @@ export function h<K extends keyof HTMLElementTagNameMap>(
   ...children: Child[]
 ): HTMLElementTagNameMap[K] {
   return fill(document.createElement(tag), attributes, children);
+}
+
+/** A button that does something on a click. */
+export function button(text: string, act: () => void, signal: AbortSignal, attributes: Attributes = {}): HTMLButtonElement {
+  const made = h("button", { type: "button", ...attributes }, text);
+  made.addEventListener("click", () => act(), { signal });
+  return made;
+}
+
+/** A select of [value, name] pairs. */
+export function choice(label: string, options: readonly [string, string][], chose: (value: string) => void, signal: AbortSignal): HTMLSelectElement {
+  const made = h("select", { "aria-label": label }, ...options.map(([value, name]) => h("option", { value }, name)));
+  made.addEventListener("change", () => chose(made.value), { signal });
+  return made;
+}
+
+/** The focused element of the page, or of the shadow root, if it is inside of `root`. */
+export function focusedIn(root: Element): HTMLElement | null {
+  const active = (root.getRootNode() as Document | ShadowRoot).activeElement;
+  return root.contains(active) ? (active as HTMLElement) : null;
 }
 
 const SVG = "http://www.w3.org/2000/svg";

@@ -1,5 +1,5 @@
 // The session's edits: a switch and a way out for each.
-import { h } from "./dom";
+import { focusedIn, h } from "./dom";
 
 export interface EditRow {
   key: number;
@@ -42,8 +42,8 @@ export function editList(actions: EditActions, signal: AbortSignal): EditList {
     show(rows) {
       none.hidden = rows.length > 0;
       list.hidden = rows.length === 0;
-      const focus = (list.getRootNode() as Document | ShadowRoot).activeElement as HTMLElement | null;
-      const [key, tag] = focus && list.contains(focus) ? [keyOf(focus), focus.localName] : [-1, ""];
+      const focus = focusedIn(list);
+      const [key, tag] = focus ? [keyOf(focus), focus.localName] : [-1, ""];
       list.replaceChildren(
         ...rows.map((row) =>
           h(

@@ -1,5 +1,5 @@
 // A grid of signed numbers: read as colour with a number or a sign, walked with the arrows, cells and blocks chosen.
-import { h } from "./dom";
+import { focusedIn, h } from "./dom";
 import { makeTabStop } from "./keyboard";
 
 export interface HeatCell {
@@ -139,7 +139,7 @@ export function heatGrid(options: HeatOptions, signal: AbortSignal): HeatGrid {
     const here = at(event.target);
     if (!here || event.button !== 0) return;
     if (event.shiftKey) {
-      anchor = at((element.getRootNode() as Document | ShadowRoot).activeElement) ?? selected ?? here;
+      anchor = at(focusedIn(element)) ?? selected ?? here;
       setBlock(here);
       event.preventDefault(); // no selection of text
       return;
@@ -171,9 +171,8 @@ export function heatGrid(options: HeatOptions, signal: AbortSignal): HeatGrid {
   return {
     element,
     show(data) {
-      const active = (element.getRootNode() as Document | ShadowRoot).activeElement;
-      const focused = element.contains(active);
-      const stop = at(focused ? active : element.querySelector('[data-cell][tabindex="0"]'));
+      const focused = focusedIn(element);
+      const stop = at(focused ?? element.querySelector('[data-cell][tabindex="0"]'));
       const { scrollLeft, scrollTop } = element;
       element.dataset.dense = String(data.columns.length > ROOMY);
       element.style.setProperty("--saelab-columns", String(data.columns.length));

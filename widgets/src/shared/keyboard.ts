@@ -38,6 +38,42 @@ export function rovingFocus(root: HTMLElement, signal: AbortSignal, moved?: (cel
   );
 }
 
+/** The choice of one cell of a list by a click, Enter or Space; cells carry their number as `data-position`, say. */
+export function choosing(
+  root: HTMLElement,
+  name: "position" | "feature",
+  choose: (number: number) => void,
+  signal: AbortSignal,
+): { mark(): void; select(number: number | null): void } {
+  let chosen: number | null = null;
+  const act = (event: Event) => {
+    const cell = (event.target as HTMLElement).closest<HTMLElement>("[data-cell]");
+    if (cell) choose(Number(cell.dataset[name]));
+  };
+  const keydown = (event: KeyboardEvent) => {
+    if (event.key !== "Enter" && event.key !== " ") return;
+    event.preventDefault();
+    act(event);
+  };
+  root.addEventListener("click", act, { signal });
+  root.addEventListener("keydown", keydown, { signal });
+  rovingFocus(root, signal);
+  const mark = () => {
+    const cells = [...root.querySelectorAll<HTMLElement>("[data-cell]")];
+    const isChosen = (cell: HTMLElement) => Number(cell.dataset[name]) === chosen;
+    for (const cell of cells) cell.setAttribute("aria-selected", String(isChosen(cell)));
+    const stop = cells.find(isChosen) ?? cells[0];
+    if (stop) makeTabStop(root, stop);
+  };
+  return {
+    mark,
+    select(number) {
+      chosen = number;
+      mark();
+    },
+  };
+}
+
 /** Make `cell` the only cell of `root` that Tab reaches. */
 export function makeTabStop(root: HTMLElement, cell: HTMLElement): void {
   for (const other of root.querySelectorAll<HTMLElement>('[data-cell][tabindex="0"]')) other.tabIndex = -1;

@@ -1,6 +1,6 @@
 // The frame of every widget: theme, keys, complaints, whether Python is there, and "copy as code".
 import type { AnyModel, RenderProps } from "@anywidget/types";
-import { h, setText } from "./dom";
+import { button, h, setText } from "./dom";
 import { guardKeys } from "./keyboard";
 import { onChange } from "./model";
 import { type Call, caller } from "./rpc";
@@ -103,33 +103,25 @@ export function panel<T extends { error: string } & Record<string, unknown>>(
 
 /** Puts the Python behind the view on the clipboard, and shows it, since a page may not be allowed to write there. */
 function codeButton(box: HTMLElement, call: Call, signal: AbortSignal): HTMLElement {
-  const button = h(
-    "button",
-    { type: "button", "data-needs": "kernel", class: "saelab-code-button", title: "The Python that gives what is on show" },
-    "Copy as code",
-  );
+  const show = async () => {
+    const source = await call<string>("copy_code");
+    const copied = await navigator.clipboard?.writeText(source).then(
+      () => true,
+      () => false,
+    );
+    const note = h("small", { role: "status" }, copied ? "copied" : "select and copy");
+    const close = button("×", hide, signal, { "aria-label": "Hide the code" });
+    box.replaceChildren(note, close, h("pre", { tabindex: 0, "aria-label": "Python code" }, source));
+    box.hidden = false;
+  };
+  const title = "The Python that computes what is shown";
+  const copy = button("Copy as code", () => void show(), signal, { "data-needs": "kernel", class: "saelab-code-button", title });
   const hide = () => {
     box.hidden = true;
-    button.focus();
+    copy.focus();
   };
-  button.addEventListener(
-    "click",
-    async () => {
-      const source = await call<string>("copy_code");
-      const copied = await navigator.clipboard?.writeText(source).then(
-        () => true,
-        () => false,
-      );
-      const close = h("button", { type: "button", "aria-label": "Hide the code" }, "×");
-      close.addEventListener("click", hide, { signal });
-      const note = copied ? "copied" : "select and copy";
-      box.replaceChildren(h("small", { role: "status" }, note), close, h("pre", { tabindex: 0, "aria-label": "Python code" }, source));
-      box.hidden = false;
-    },
-    { signal },
-  );
   box.addEventListener("keydown", (event) => event.key === "Escape" && hide(), { signal });
-  return button;
+  return copy;
 }
 
 /** A widget from what draws it: anywidget's entry, with one signal that ends every listener of the view. */

@@ -1,5 +1,5 @@
 // Tokens as text: white space made visible, activation shown by colour AND by the weight of an underline.
-import { h } from "./dom";
+import { type Attributes, h } from "./dom";
 import { number } from "./format";
 import { HIDDEN_CLASS, markOf } from "./visible";
 
@@ -71,35 +71,22 @@ export interface Strip {
   peak: number;
 }
 
-/**
- * One span per token, in order. `scale` is the value shown at full strength.
- *
- * The spans are grid cells that a caller puts into rows (see `rovingFocus`); the peak is the row's home cell.
- */
+/** A token within a text, for `rovingFocus`. `value`: null where the token mask leaves it out; `scale`: at full strength. */
+export function tokenCell(text: string, position: number, value: number | null, scale: number, more: Attributes): HTMLElement {
+  const state = value === null ? "excluded" : value > 0 ? "active" : value < 0 ? "negative" : "silent";
+  const attributes = { class: "saelab-token", "data-cell": true, "data-position": position, "data-text": text, "data-state": state };
+  const cell = h("span", { ...attributes, ...more }, ...tokenNodes(text, "gap"));
+  if (value) cell.style.setProperty("--saelab-share", Math.min(1, scale > 0 ? Math.abs(value) / scale : 1).toFixed(3));
+  return cell;
+}
+
+/** One grid cell per token, in order; the peak is the row's home cell. */
 export function tokenSpans(strip: Strip, scale: number): HTMLElement[] {
   return strip.tokens.map((token, position) => {
     const value = strip.values[position] ?? null;
-    const label = `${tokenLabel(token)} ${valueText(value)}${position === strip.peak ? ", peak" : ""}`;
-    const span = h(
-      "span",
-      {
-        class: "saelab-token",
-        role: "gridcell",
-        tabindex: -1,
-        "data-cell": true,
-        "data-home": position === strip.peak,
-        "data-position": position,
-        "data-text": token,
-        "data-state": value === null ? "excluded" : value > 0 ? "active" : "silent",
-        title: label,
-        "aria-label": label,
-      },
-      ...tokenNodes(token, "gap"),
-    );
-    if (value !== null && value > 0) {
-      span.style.setProperty("--saelab-share", Math.min(1, scale > 0 ? value / scale : 1).toFixed(3));
-    }
-    return span;
+    const peak = position === strip.peak;
+    const label = `${tokenLabel(token)} ${valueText(value)}${peak ? ", peak" : ""}`;
+    return tokenCell(token, position, value, scale, { role: "gridcell", tabindex: -1, "data-home": peak, title: label, "aria-label": label });
   });
 }
 

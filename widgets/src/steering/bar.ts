@@ -1,5 +1,5 @@
 // The bar on top: prompt, settings of generation, run and stop.
-import { h, setText } from "../shared/dom";
+import { button, h, setText } from "../shared/dom";
 import type { State } from "./types";
 
 export interface Bar {
@@ -18,7 +18,6 @@ const TYPING_PAUSE_MS = 500;
 
 export function bar(actions: BarActions, codeButton: HTMLElement, signal: AbortSignal): Bar {
   const prompt = h("textarea", { rows: 2, "aria-label": "Prompt", spellcheck: "false", title: "Shift+Enter runs, Escape stops" });
-  const button = h("button", { type: "button", class: "saelab-run" });
   const auto = h("input", { type: "checkbox" });
   const numbers = {
     temperature: h("input", { type: "number", min: 0, step: 0.1 }),
@@ -55,15 +54,12 @@ export function bar(actions: BarActions, codeButton: HTMLElement, signal: AbortS
     },
     { signal },
   );
-  button.addEventListener(
-    "click",
-    () => {
-      send();
-      if (running) actions.stop();
-      else actions.run();
-    },
-    { signal },
-  );
+  const click = () => {
+    send();
+    if (running) actions.stop();
+    else actions.run();
+  };
+  const start = button("", click, signal, { class: "saelab-run" });
   auto.addEventListener("change", () => actions.set({ autorun: auto.checked }), { signal });
   for (const [name, input] of Object.entries(numbers)) {
     input.addEventListener("change", () => input.value.trim() !== "" && actions.set({ [name]: Number(input.value) }), { signal });
@@ -72,7 +68,7 @@ export function bar(actions: BarActions, codeButton: HTMLElement, signal: AbortS
   const element = h(
     "div",
     { class: "saelab-controls", "data-needs": "kernel" },
-    h("div", { class: "saelab-prompt-row" }, prompt, h("div", { class: "saelab-run-box" }, button, h("label", {}, auto, "run on change"))),
+    h("div", { class: "saelab-prompt-row" }, prompt, h("div", { class: "saelab-run-box" }, start, h("label", {}, auto, "run on change"))),
     h(
       "div",
       { class: "saelab-settings" },
@@ -86,8 +82,8 @@ export function bar(actions: BarActions, codeButton: HTMLElement, signal: AbortS
     element,
     show(state) {
       running = state.running;
-      setText(button, running ? "Stop" : "Run");
-      button.dataset.running = String(running);
+      setText(start, running ? "Stop" : "Run");
+      start.dataset.running = String(running);
       auto.checked = state.autorun;
       // A late answer must not take away what is typed meanwhile.
       if (typed === null && prompt.value !== state.prompt) prompt.value = state.prompt;

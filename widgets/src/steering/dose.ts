@@ -1,6 +1,6 @@
 // Dose and response of one feature, on demand: what it buys and what it costs, beside random directions.
 import { lineChart } from "../shared/chart";
-import { h, setText } from "../shared/dom";
+import { button, h, setText } from "../shared/dom";
 import { tokenLabel } from "../shared/tokens";
 import type { Dose } from "./types";
 
@@ -23,7 +23,6 @@ export interface DoseActions {
 }
 
 export function dose(actions: DoseActions, signal: AbortSignal): DoseView {
-  const button = h("button", { type: "button", "data-needs": "kernel" }, "Dose response");
   const target = h("input", {
     type: "text",
     "aria-label": "Target tokens, | between them",
@@ -41,13 +40,13 @@ export function dose(actions: DoseActions, signal: AbortSignal): DoseView {
   const caption = h("p", { class: "saelab-dim" }, says, h("span", { "data-needs": "kernel" }, " Click a chart to take a strength."));
   let measuring = false;
 
-  button.addEventListener("click", () => (measuring ? actions.stop() : actions.measure()), { signal });
+  const start = button("Dose response", () => (measuring ? actions.stop() : actions.measure()), signal, { "data-needs": "kernel" });
   target.addEventListener("change", () => actions.target(target.value === "" ? [] : target.value.split("|")), { signal });
   return {
     element: h(
       "section",
       { class: "saelab-dose", "aria-label": "Dose response" },
-      h("div", { class: "saelab-bar-row" }, button, h("label", { "data-needs": "kernel" }, "target ", target), status),
+      h("div", { class: "saelab-bar-row" }, start, h("label", { "data-needs": "kernel" }, "target ", target), status),
       charts,
       caption,
     ),
@@ -65,7 +64,7 @@ export function dose(actions: DoseActions, signal: AbortSignal): DoseView {
     },
     busy(yes) {
       measuring = yes;
-      setText(button, yes ? "Stop measuring" : "Dose response");
+      setText(start, yes ? "Stop measuring" : "Dose response");
       if (!yes) setText(status, "");
     },
     mark(strength) {

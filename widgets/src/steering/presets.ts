@@ -1,5 +1,5 @@
 // Presets by name, in the kernel's working folder.
-import { h, setText } from "../shared/dom";
+import { button, h, setText } from "../shared/dom";
 
 export interface PresetActions {
   save(name: string): Promise<string>;
@@ -15,21 +15,16 @@ export function presets(actions: PresetActions, signal: AbortSignal): HTMLElemen
     autocomplete: "off",
   });
   const status = h("small", { role: "status" });
-  const button = (label: string, act: (name: string) => Promise<string>) => {
-    const made = h("button", { type: "button" }, label);
-    const run = async () => {
-      setText(status, "");
-      setText(status, await act(name.value));
-    };
-    made.addEventListener("click", () => void run(), { signal });
-    return made;
+  const run = async (act: (name: string) => Promise<string>) => {
+    setText(status, "");
+    setText(status, await act(name.value));
   };
   return h(
     "div",
     { class: "saelab-bar-row saelab-presets", "data-needs": "kernel" },
     name,
-    button("Save preset", actions.save),
-    button("Load preset", actions.load),
+    button("Save preset", () => void run(actions.save), signal),
+    button("Load preset", () => void run(actions.load), signal),
     status,
   );
 }

@@ -1,5 +1,5 @@
 // One slider a feature, in units of f_scale.
-import { h, setText } from "../shared/dom";
+import { button, focusedIn, h, setText } from "../shared/dom";
 import { number } from "../shared/format";
 import type { SliderRow } from "./types";
 
@@ -31,8 +31,6 @@ export function sliders(actions: SliderActions, signal: AbortSignal): Sliders {
   const list = h("ul", { class: "saelab-sliders", "aria-label": "Sliders" });
   const none = h("p", { class: "saelab-dim" }, "No sliders: add a feature by its number.");
   const input = h("input", { type: "number", min: 0, step: 1, "aria-label": "Feature to add", placeholder: "feature" });
-  const add = h("button", { type: "button" }, "Add");
-  const addSelected = h("button", { type: "button", hidden: true });
   const lines = new Map<number, Line & { end: AbortController }>();
   let size = 0;
   let picked: number | null = null;
@@ -46,9 +44,9 @@ export function sliders(actions: SliderActions, signal: AbortSignal): Sliders {
     actions.add(feature);
     input.value = "";
   };
-  add.addEventListener("click", commit, { signal });
+  const add = button("Add", commit, signal);
+  const addSelected = button("", () => picked !== null && actions.add(picked), signal, { hidden: true });
   input.addEventListener("keydown", (event) => event.key === "Enter" && commit(), { signal });
-  addSelected.addEventListener("click", () => picked !== null && actions.add(picked), { signal });
 
   return {
     element: h(
@@ -68,7 +66,7 @@ export function sliders(actions: SliderActions, signal: AbortSignal): Sliders {
       const keys = new Set(rows.map((row) => row.key));
       for (const [key, line] of lines) {
         if (keys.has(key)) continue;
-        const focused = line.element.contains((list.getRootNode() as Document | ShadowRoot).activeElement);
+        const focused = focusedIn(line.element);
         line.end.abort();
         line.element.remove();
         lines.delete(key);
@@ -95,13 +93,11 @@ export function sliders(actions: SliderActions, signal: AbortSignal): Sliders {
 function slider(first: SliderRow, actions: SliderActions, signal: AbortSignal): Line {
   const name = first.features.join(" + ");
   const box = h("input", { type: "checkbox", "aria-label": `Feature ${name} on`, "data-needs": "kernel" });
-  const title = h("button", { type: "button", class: "saelab-feature-name", title: "Make it the selected feature" }, name);
+  const select = () => row.features[0] !== undefined && actions.select(row.features[0]);
+  const title = button(name, select, signal, { class: "saelab-feature-name", title: "Make it the selected feature" });
   const amount = h("small", { class: "saelab-amount" });
-  const remove = h(
-    "button",
-    { type: "button", class: "saelab-remove", "aria-label": `Remove feature ${name}`, title: "Remove", "data-needs": "kernel" },
-    "×",
-  );
+  const removing = { class: "saelab-remove", "aria-label": `Remove feature ${name}`, title: "Remove", "data-needs": "kernel" };
+  const remove = button("×", () => actions.remove(row.key), signal, removing);
   const label = `Strength of feature ${name}`;
   const range = h("input", { type: "range", min: -REACH, max: REACH, step: STEP, "aria-label": label });
   const exact = h("input", { type: "number", step: STEP, "aria-label": `${label}, exact` });
@@ -141,8 +137,6 @@ function slider(first: SliderRow, actions: SliderActions, signal: AbortSignal): 
     { signal },
   );
   box.addEventListener("change", () => actions.switch(row.key, box.checked), { signal });
-  remove.addEventListener("click", () => actions.remove(row.key), { signal });
-  title.addEventListener("click", () => row.features[0] !== undefined && actions.select(row.features[0]), { signal });
   const more = h("small", {});
 
   return {

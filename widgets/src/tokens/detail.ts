@@ -1,5 +1,5 @@
 // The chosen token: its active features, what each does to the next token, and what they add up to.
-import { h, setText } from "../shared/dom";
+import { focusedIn, h, setText } from "../shared/dom";
 import { integer, number } from "../shared/format";
 import { makeTabStop, rovingFocus } from "../shared/keyboard";
 import { tokenChip, tokenLabel } from "../shared/tokens";
@@ -52,10 +52,8 @@ export function detailBox(wish: (what: Wish) => void, signal: AbortSignal): Deta
   return {
     element: h("div", { class: "saelab-token-detail" }, head, note, sum, h("div", { class: "saelab-features-box" }, table)),
     show(detail, sort) {
-      const root = table.getRootNode() as Document | ShadowRoot;
-      const held = root.activeElement as HTMLElement | null;
-      const inside = held !== null && table.contains(held);
-      const again = inside ? (held.dataset.sort ?? held.dataset.feature) : undefined;
+      const held = focusedIn(table);
+      const again = held?.dataset.sort ?? held?.dataset.feature;
       table.hidden = !detail || detail.rows.length === 0;
       head.replaceChildren();
       note.hidden = !detail?.note;

@@ -1,5 +1,5 @@
 // TokenFeatures: a prompt as a strip of tokens, and the features of the chosen one.
-import { h, setText } from "../shared/dom";
+import { button, choice, h, setText } from "../shared/dom";
 import { integer, number } from "../shared/format";
 import { type FrozenModel, freezer } from "../shared/frozen";
 import { onChange, send } from "../shared/model";
@@ -55,8 +55,9 @@ const it = widget<State>((model, el, signal) => {
   const detail = detailBox(wish, signal);
   const empty = h("p", { class: "saelab-dim", hidden: true }, "No text yet: type one above.");
   const readout = h("small", { class: "saelab-strip-readout" });
-  const meaning = select("Colour tokens by", MEANINGS, (value) => wish({ strip: value as StripValue }));
-  const coder = select("Coder", model.get("coders").map(({ name }) => [name, name]), (name) => wish({ coder: name }));
+  const meaning = choice("Colour tokens by", MEANINGS, (value) => wish({ strip: value as StripValue }), signal);
+  meaning.dataset.needs = "model";
+  const coder = choice("Coder", model.get("coders").map(({ name }) => [name, name]), (name) => wish({ coder: name }), signal);
   coder.dataset.needs = "kernel";
   const site = h("small", {});
   const target = h("input", {
@@ -72,23 +73,18 @@ const it = widget<State>((model, el, signal) => {
 
   const about = h("span", { class: "saelab-feature-about" });
   const done = h("small", { role: "status" });
-  const edit = (name: "steer" | "ablate", title: string) => {
-    const button = h("button", { type: "button", "data-needs": "kernel", title }, name === "steer" ? "Steer" : "Ablate");
-    const add = async () => {
-      frame.complain("");
-      setText(done, await frame.call<string>(name));
-    };
-    button.addEventListener("click", () => void add(), { signal });
-    return button;
+  const edit = async (name: "steer" | "ablate") => {
+    frame.complain("");
+    setText(done, await frame.call<string>(name));
   };
-  const none = h("button", { type: "button", "data-needs": "model", "aria-label": "Choose no feature", title: "Choose no feature" }, "×");
-  none.addEventListener("click", () => wish({ feature: null }), { signal });
+  const adds = (title: string) => ({ "data-needs": "kernel", title });
+  const none = button("×", () => wish({ feature: null }), signal, { "data-needs": "model", "aria-label": "Choose no feature", title: "Choose no feature" });
   const chosen = h(
     "div",
     { class: "saelab-bar-row saelab-feature-bar", hidden: true },
     about,
-    edit("steer", "Add it to the session's edits, at the strength of its strongest firings"),
-    edit("ablate", "Add to the session's edits that it is taken out"),
+    button("Steer", () => void edit("steer"), signal, adds("Add it to the session's edits, at strength 1 (in units of f_scale)")),
+    button("Ablate", () => void edit("ablate"), signal, adds("Add to the session's edits that it is taken out")),
     none,
     done,
   );
@@ -187,12 +183,6 @@ const it = widget<State>((model, el, signal) => {
   showDetail();
   showFeature();
   frame.ready(true);
-
-  function select(label: string, options: [string, string][], chose: (value: string) => void): HTMLSelectElement {
-    const made = h("select", { "aria-label": label, "data-needs": "model" }, ...options.map(([value, name]) => h("option", { value }, name)));
-    made.addEventListener("change", () => chose(made.value), { signal });
-    return made;
-  }
 });
 
 function cell(text: string, value: number | null | undefined, by: StripValue): StripToken {

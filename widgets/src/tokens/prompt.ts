@@ -1,5 +1,5 @@
 // The prompt as it is typed: one text area, or one for each message of a chat.
-import { h, setText } from "../shared/dom";
+import { button, h, setText } from "../shared/dom";
 import { integer } from "../shared/format";
 import type { Message, Prompt } from "./types";
 
@@ -23,7 +23,6 @@ const MOST_CHARACTERS = 1_000_000;
 
 export function promptBox(actions: PromptActions, signal: AbortSignal): PromptBox {
   const fields = h("div", { class: "saelab-prompt-fields" });
-  const run = h("button", { type: "button", class: "saelab-run" }, "Run");
   const status = h("small", { role: "status" });
   const hint = h("small", {}, "Enter runs, Shift+Enter is a new line");
   let roles: string[] | null = null;
@@ -59,7 +58,7 @@ export function promptBox(actions: PromptActions, signal: AbortSignal): PromptBo
     },
     { signal },
   );
-  run.addEventListener("click", () => read(false), { signal });
+  const run = button("Run", () => read(false), signal, { class: "saelab-run" });
 
   return {
     element: h(
