@@ -1,4 +1,4 @@
-"""Attention patterns as CircuitsVis draws them, from the bundle it brings along: nothing is asked of the network."""
+"""Attention patterns drawn by CircuitsVis from the bundle in its package, without the network."""
 
 from typing import Any
 
@@ -6,20 +6,20 @@ from sae_lab import circuits
 from sae_lab.lm.model import LM
 from sae_lab.results import Html, in_script, tag, visible
 
-DIGITS = 4  # of a pattern's numbers: an eye needs no more
+DIGITS = 4  # of a pattern's numbers
 
 
 def attention_heads(lm: LM, prompt: str, layer: int) -> Any:
-    """All heads of a layer on one prompt: what each token attends to (CircuitsVis' ``attention_heads``).
+    """What each token of a prompt attends to, in all heads of a layer (CircuitsVis' ``attention_heads``).
 
-    Its own way to show itself asks the internet first, for a second, and then loads from a CDN; this one never does.
-    Raises ValueError as ``circuits.attention``: also for a model whose attention keeps no pattern.
+    CircuitsVis itself asks the internet and loads from a CDN; this does not. ValueError as for ``circuits.attention``,
+    also for a model whose attention keeps no pattern.
     """
     from circuitsvis.utils.render import RenderedHTML, render_local
 
     class Local(RenderedHTML):
         def _repr_html_(self) -> Html:
-            # It draws dark on nothing, and knows no dark theme: a white page under it keeps it legible.
+            # It draws dark lines without a background: on white they can be read in a dark theme too.
             style = "background:#fff;color:#111;color-scheme:light;padding:8px"
             return tag("div", Html(self.local_src), style=style)
 

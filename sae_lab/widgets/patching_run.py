@@ -1,4 +1,4 @@
-"""One pair of prompts with its metric: what a patching grid knows about it."""
+"""What a patching grid has computed for one pair of prompts and one metric."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -7,18 +7,19 @@ from typing import Any
 from sae_lab import circuits
 from sae_lab.circuits.patching_effects import KINDS, Cell
 from sae_lab.lm.model import LM
+from sae_lab.results import visible
 from sae_lab.saes.base import SparseCoder
 
 from .coding import coder_line, header, name_of
 from .measures import ANSWERS, WRITTEN, Measure
 
-MAX_TOKENS = 128  # a grid of more is no picture any more
+MAX_TOKENS = 128  # columns that still make a picture
 
 
 @dataclass
 class PatchRun:
-    """Estimates of all cells, and the true patches so far. It is replaced whole: what still works on one that is gone
-    ends with it."""
+    """Estimates of all cells, and the true patches so far. Other prompts make another run; a thread that still works on
+    the run before changes that one only."""
 
     lm: LM
     prompt: str
@@ -31,29 +32,28 @@ class PatchRun:
 
     @staticmethod
     def of(lm: LM, prompt: str, source: str, measure: Measure, kinds: Sequence[str]) -> "PatchRun":
-        """Estimate everything. ValueError for texts and metrics that will not do."""
+        """Estimate all cells. ValueError for texts of unequal length, and for a metric that cannot be built."""
         for name, text in (("prompt", prompt), ("source", source)):
             _check_length(lm, name, text)
         _check_pair(lm, prompt, source)
         metric = measure.built(lm, source)
-        # Position 0 is the same everywhere where a prefix stands there.
+        # A prefix token at position 0 is the same in both texts.
         positions = list(range(0 if lm.prefix_id is None else 1, len(lm.tokens(prompt))))
         estimate = circuits.patching_estimate(lm, [prompt], [source], metric, kinds=kinds, positions=positions)
         return PatchRun(lm, prompt, source, measure, metric, estimate)
 
     @staticmethod
     def sides(lm: LM, prompt: str, source: str, right: str, wrong: str) -> dict[str, Any]:
-        """Tokens side by side, and those of the answers."""
+        """The tokens of both texts side by side, and those of the answers."""
         for name, text in (("prompt", prompt), ("source", source)):
             _check_length(lm, name, text)
-        pairs = [list(pair) for pair in circuits.aligned_tokens(lm, prompt, source)]
-        lengths = [sum(pair[i] is not None for pair in pairs) for i in (0, 1)]
+        pairs, lengths = _aligned(lm, prompt, source)
         ids = [lm.tokenizer(side, add_special_tokens=False)["input_ids"] if side else [] for side in (right, wrong)]
         answers = [[token.label for token in lm.token_strings(row)] if row else [] for row in ids]
-        return {"pairs": pairs, "lengths": lengths, "right": answers[0], "wrong": answers[1]}
+        return {"pairs": [list(pair) for pair in pairs], "lengths": lengths, "right": answers[0], "wrong": answers[1]}
 
     def view(self, coders: Mapping[str, SparseCoder]) -> dict[str, Any]:
-        """All that the screen shows of it at first."""
+        """What the screen shows before any patch."""
         grid, measure = self.estimate, self.measure
         return {
             "prompt": self.prompt, "source": self.source,
@@ -73,20 +73,20 @@ class PatchRun:
         return kind in grid.kinds and layer in grid.layers and position in grid.positions
 
     def patched(self, cells: Sequence[Cell]) -> Iterator[int]:
-        """Patch cells in truth; after each pass, how many are done."""
+        """Patch cells; gives how many are done after each pass."""
         done = 0
         for found in circuits.patched_cells(self.lm, [self.prompt], [self.source], self.metric, cells):
-            self.true = self.true | found  # another thread may be reading the one before
+            self.true = self.true | found  # a new dict: another thread may be reading the old one
             done += len(found)
             yield done
 
     def truth(self) -> list[list[Any]]:
-        """The true patches as the screen takes them."""
+        """The true patches for the screen."""
         return [[*cell, value] for cell, value in self.true.items()]
 
     def top_features(self, coder: SparseCoder, position: int, count: int) -> dict[str, Any]:
-        """The features whose change there matters most, by gradient, as shares of the metric's change; the coder's
-        error beside them. Together all features and the error are the cell's estimate."""
+        """The features whose change at a cell has the largest effects by gradient, and the effect of the coder's error,
+        as shares of the metric's change. All features and the error add up to the cell's estimate."""
         key = coder.site.key
         if key not in self.effects:
             self.effects[key] = circuits.attribution(self.lm, coder, [self.prompt], [self.source], self.metric)
@@ -112,7 +112,7 @@ class PatchRun:
         return table[["layer", "kind", "position", "token", "source_token", "estimate", "true"]]
 
     def code(self, coders: Mapping[str, SparseCoder]) -> str:
-        """The Python that gives these numbers; for coders, the effects of their features too."""
+        """The Python that gives these numbers, and the effects of these coders' features."""
         kinds = "" if self.estimate.kinds == KINDS else f", kinds={list(self.estimate.kinds)!r}"
         where = ", positions=range(len(lm.tokens(prompt)))" if self.lm.prefix_id is None else ""
         lines = [
@@ -132,7 +132,7 @@ class PatchRun:
 
 
 def _rows(cells: Mapping[Cell, float]) -> list[tuple[str, int, list[int]]]:
-    """Cells by kind and layer."""
+    """(kind, layer, positions) of cells."""
     found: dict[tuple[str, int], list[int]] = {}
     for kind, layer, position in sorted(cells):
         found.setdefault((kind, layer), []).append(position)
@@ -152,9 +152,8 @@ def _check_length(lm: LM, name: str, text: Any) -> None:
 
 
 def _check_pair(lm: LM, prompt: str, source: str) -> None:
-    """ValueError with both token lists side by side where their lengths differ."""
-    pairs = circuits.aligned_tokens(lm, prompt, source)
-    lengths = [sum(pair[i] is not None for pair in pairs) for i in (0, 1)]
+    """ValueError with both token lists side by side if their lengths differ."""
+    pairs, lengths = _aligned(lm, prompt, source)
     if lengths[0] == lengths[1]:
         return
     wide = [max(len(_shown(a)), len(_shown(b))) for a, b in pairs]
@@ -164,11 +163,17 @@ def _check_pair(lm: LM, prompt: str, source: str) -> None:
         for i, name in ((0, "prompt"), (1, "source"))
     ]
     raise ValueError(
-        "prompt and source need as many tokens, since a patch goes to the same position: the prompt has "
+        "prompt and source need the same number of tokens, since a patch goes to the same position: the prompt has "
         f"{lengths[0]}, the source {lengths[1]}; one has a token more at token {first}. Change a word there:\n"
         + "\n".join(sides)
     )
 
 
+def _aligned(lm: LM, prompt: str, source: str) -> tuple[list[Any], list[int]]:
+    """(pairs of tokens, None where the other text has one more; how many tokens each text has)."""
+    pairs = list(circuits.aligned_tokens(lm, prompt, source))
+    return pairs, [sum(pair[i] is not None for pair in pairs) for i in (0, 1)]
+
+
 def _shown(token: str | None) -> str:
-    return "" if token is None else token.replace("\n", "↵").replace("\t", "⇥").replace(" ", "·")
+    return "" if token is None else visible(token).replace(" ", "·")

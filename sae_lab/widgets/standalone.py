@@ -1,4 +1,4 @@
-"""A widget as one HTML file: the same bundle over a model that is no kernel's."""
+"""A widget as one HTML file: its bundle over state that is in the page."""
 
 import base64
 from typing import Any
@@ -29,6 +29,6 @@ widget.freeze(document.getElementById("panel"), JSON.parse(document.getElementBy
 
 
 def page(title: str, esm: str, css: str, state: dict[str, Any], fallback: Html) -> str:
-    """The file. fallback: for a reader without scripts."""
+    """The text of the file. fallback: for a reader without scripts."""
     style, source = css.replace("</", "<\\/"), base64.b64encode(esm.encode()).decode()
     return _PAGE.format(title=escaped(title), css=style, fallback=fallback, state=in_script(state), esm=source)

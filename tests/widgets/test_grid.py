@@ -269,7 +269,7 @@ def test_coders_refused(lm, change, words):
 def test_a_refusal_from_the_screen_leaves_all_as_it_was(grid, wire):
     before = grid.view
     for args, words in [
-        ({"prompt": "The", "source": OTHER}, "as many tokens"),
+        ({"prompt": "The", "source": OTHER}, "same number of tokens"),
         ({"prompt": "", "source": OTHER}, "empty"),
         ({"prompt": PROMPT, "source": OTHER, "right": " the old"}, "one token"),
         ({"prompt": PROMPT, "source": OTHER, "measure": "function"}, "metric must be one of"),
