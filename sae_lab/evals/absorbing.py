@@ -11,6 +11,7 @@ import torch
 
 from sae_lab.activations.reading import require_fits
 from sae_lab.arguments import as_annotated
+from sae_lab.evals.sampling import require_choice
 from sae_lab.lm.model import LM
 from sae_lab.lm.tokens import encode_texts, pad
 from sae_lab.results import Figure, Result, figure
@@ -107,7 +108,7 @@ def absorption(
     words: int = 8_000,
     before: str = "",
     seed: int = 0,
-    convention: Convention = "sae_lab",
+    convention: str = "sae_lab",
 ) -> Absorption:
     """``sl.evals.absorption(sae, lm)``: share of words in which another feature takes the part of their first letter's.
 
@@ -130,6 +131,7 @@ def absorption(
 
     Raises ValueError for a coder of another model, a transcoder, or a tokenizer with too few such words.
     """
+    require_choice("convention", convention, Convention)
     if words < 2 * LEAST_WORDS:
         raise ValueError(f"words must be an integer of at least {2 * LEAST_WORDS}, got {words}")
     if sae.transcodes:

@@ -13,6 +13,7 @@ from torch import Tensor
 from sae_lab.activations.reading import require_fits
 from sae_lab.arguments import as_annotated
 from sae_lab.evals.probe_sets import ProbeData, ReadSet, as_probe_sets, read_sets
+from sae_lab.evals.sampling import require_choice
 from sae_lab.lm.model import LM
 from sae_lab.results import Figure, Result
 from sae_lab.saes.base import SparseCoder
@@ -131,12 +132,12 @@ def probing(
     data: Any = None,
     k: Sequence[int] = (1, 5, 20),
     *,
-    pooling: Pooling = "mean",
+    pooling: str = "mean",
     examples: int = 400,
     tokens: int = 64,
     shuffles: int = 5,
     seed: int = 0,
-    convention: Convention = "sae_lab",
+    convention: str = "sae_lab",
 ) -> Probing:
     """``sl.evals.probing(sae, lm)``: probes of k features on labelled texts, and of the activations without a coder.
 
@@ -337,6 +338,8 @@ def _probe(inputs: np.ndarray, labels: np.ndarray, parts: tuple[np.ndarray, ...]
 
 def _check(sae: SparseCoder, lm: LM, k: Any, pooling: str, convention: str, shuffles: int) -> tuple[int, ...]:
     """The ks, in ascending order."""
+    require_choice("pooling", pooling, Pooling)
+    require_choice("convention", convention, Convention)
     if convention == "saebench" and pooling != "mean":
         raise ValueError(f"SAEBench pools by the mean: pass pooling='mean' or convention='sae_lab', got {pooling!r}")
     many = (k,) if isinstance(k, int) else tuple(k)

@@ -1,7 +1,7 @@
 """What the evals of codes share: rows to measure on, what a coder makes of them, and what they ask of a coder."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -117,3 +117,9 @@ def require_tokens(tokens: int) -> None:
     """ValueError for fewer than two rows."""
     if not isinstance(tokens, int) or tokens < 2:
         raise ValueError(f"tokens must be an integer of at least 2, got {tokens!r}")
+
+
+def require_choice(name: str, value: str, choices: Any) -> None:
+    """ValueError for a value that is none of a ``Literal``'s."""
+    if value not in get_args(choices):
+        raise ValueError(f"{name} must be one of {', '.join(get_args(choices))}, got {value!r}")

@@ -177,7 +177,7 @@ def test_refuses(letters):
     coder, lm = letters
     with pytest.raises(ValueError, match="words must be an integer of at least 120, got 5"):
         absorption(coder, lm, words=5)
-    with pytest.raises(ValueError, match="convention must be 'sae_lab' or 'saebench', got 'other'"):
+    with pytest.raises(ValueError, match="convention must be one of sae_lab, saebench, got 'other'"):
         absorption(coder, lm, convention="other")
     wrong = sl.TopK(40, 96, k=8).eval()
     wrong.reads = coder.reads

@@ -197,7 +197,7 @@ def test_refuses(read, tiny_lm):
         probing(on(sl.TopK(40, 96, k=8)), tiny_lm, read)
     with pytest.raises(ValueError, match=r"these texts were read at Site.*layer=0.* the coder reads Site.*layer=1"):
         probing(on(sl.TopK(48, 96, k=8), sl.Site("resid_post", layer=1)), tiny_lm, read)
-    with pytest.raises(ValueError, match="pooling must be 'mean' or 'max' or 'last', got 'sum'"):
+    with pytest.raises(ValueError, match="pooling must be one of mean, max, last, got 'sum'"):
         probing(coder, tiny_lm, read, pooling="sum")
     with pytest.raises(ValueError, match="SAEBench pools by the mean: pass pooling='mean'"):
         probing(coder, tiny_lm, read, pooling="max", convention="saebench")
