@@ -103,7 +103,7 @@ def area(sums: Any, silent: Any, positives: Any, negatives: Any) -> Any:
     return (sums + positives * silent - positives * (positives + 1) / 2) / (positives * negatives)
 
 
-def f1(hits: Any, said: Any, true: Any) -> np.ndarray:
+def f1(hits: Any, said: Any, true: Any) -> Any:
     """F1 = 2·hits/(said + true) of counts, 0 where both are 0."""
     return 2 * hits / np.maximum(said + true, 1)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import sae_lab as sl
-from sae_lab.worlds import LAWS, MAX_PROBABILITY, World
+from sae_lab.worlds import LAWS, MAX_PROBABILITY, World, planted
 
 SMALL = {"n": 24, "d": 16, "l0": 3, "samples": 40_000}
 
