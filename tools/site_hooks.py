@@ -14,6 +14,8 @@ import sae_lab as sl
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("evals", "circuits", "explain", "geometry", "worlds", "widgets")
 MADE_OF = {"index.md": "README.md", "contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
+# Pages with wide tables, and the front page, do without sidebars.
+HIDDEN = {page: ["navigation", "toc"] for page in ("index.md", "results.md", "coders.md", "models.md")}
 NAMES = re.compile(r"<!-- names: ([\w ]+) -->")
 
 
@@ -25,6 +27,7 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    page.meta.setdefault("hide", HIDDEN.get(page.file.src_uri, []))
     if source := MADE_OF.get(page.file.src_uri):
         return for_site((ROOT / source).read_text(encoding="utf-8"))
     return NAMES.sub(lambda found: "\n\n".join(map(entry, names(found[1].split()))), markdown)
