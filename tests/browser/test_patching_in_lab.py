@@ -92,7 +92,7 @@ def test_the_patching_grid_in_jupyterlab(tmp_path: pathlib.Path) -> None:
         prompt.fill("When <b>Mary</b> gave a drink to")
         expect(grid.get_by_text("a patch needs as many in both")).to_be_visible()
         prompt.press("Enter")
-        expect(grid.get_by_role("alert")).to_contain_text("prompt and source need as many tokens")
+        expect(grid.get_by_role("alert")).to_contain_text("prompt and source need the same number of tokens")
         prompt.fill("When Mary and John went to the school, Mary gave a ring to")
         expect(grid.get_by_text("15 tokens each, 3 differ")).to_be_visible()
         grid.get_by_role("combobox", name="Metric").select_option("log-probability")
