@@ -1,4 +1,4 @@
-"""Reading a model with a coder: codes are made where the model is, so that a server sends them, not activations."""
+"""Reading a model with a coder. Codes are made where the model runs, so that a server sends codes, not activations."""
 
 from functools import partial
 from typing import Any, NamedTuple, no_type_check
@@ -13,8 +13,6 @@ from sae_lab.lm.passes import counting_tokens
 from sae_lab.saes.base import SparseCoder
 from sae_lab.saes.portable import at_home, encode, some
 from sae_lab.types import Codes, Site, TokenBatch, TokenMask
-
-ROWS = 2048  # of activations encoded at a time
 
 
 class Coded(NamedTuple):
@@ -39,16 +37,7 @@ def read_codes(lm: LM, coder: SparseCoder, batch: TokenBatch, site: Site | None 
 def coded(coder: SparseCoder, batch: TokenBatch, mask: TokenMask, site: Site, x: Float[Tensor, "batch pos d"]) -> Coded:
     """The same, from activations that have been read at the site."""
     keep = mask.keep(batch.ids, batch.positions, {site: x.to(batch.ids.device)}) & batch.mask
-    rows = x[keep.to(x.device)].to(coder.W_dec.device)
-    was_training = coder.training
-    coder.eval()  # a token's codes are its own
-    try:
-        parts = [coder.sparse_codes(part) for part in rows.split(ROWS)]  # pre-activations of all would be large
-    finally:
-        coder.train(was_training)
-    counts = torch.cat([torch.zeros(1, dtype=torch.long), *(part.offsets.diff().cpu() for part in parts)])
-    values, features = (torch.cat([getattr(p, name).cpu() for p in parts]) for name in ("values", "features"))
-    return Coded(Codes(values, features, counts.cumsum(0), coder.d_sae), keep.cpu())
+    return Coded(coder.codes_of(x[keep.to(x.device)]), keep.cpu())
 
 
 def counting(coder: SparseCoder, mask: TokenMask, site: Site) -> dict[str, Any]:
@@ -80,7 +69,7 @@ def codes_from(found: dict[str, Tensor], d_sae: int) -> Codes:
 
 
 def sparse_form(batch: TokenBatch, coder: SparseCoder) -> dict[str, Any]:
-    """What ``sparse_rows`` makes, as ``lm.run`` takes it: the form, and the bytes, of which no code can have more."""
+    """The form of what ``sparse_rows`` makes, and its bytes at most, as arguments of ``lm.run``."""
     many, d_sae = int(batch.mask.sum()), coder.d_sae
     parts = {
         "values": Float[Tensor, "codes"], "features": Int[Tensor, "codes"], "counts": Int[Tensor, "kept"],
@@ -106,8 +95,8 @@ def some_form(batch: TokenBatch, features: int) -> dict[str, Any]:
 
 @no_type_check
 def sparse_rows(x, tokens, plan, special, skip_first, limit):
-    """Codes of real tokens that count: "values" and "features" of all, "counts" of each; "keep": which of the real
-    tokens those are. A function of torch alone, see ``saes.portable``."""
+    """Codes of the real tokens that count: "values" and "features" of all codes, "counts" of codes per token; "keep":
+    which real tokens count. A function of torch alone, see ``saes.portable``."""
     real = tokens.mask.to(x.device)
     rows, ids, positions = x[real].float(), tokens.ids[tokens.mask], tokens.positions[tokens.mask]
     keep = counting_tokens(ids, positions, special, skip_first)
@@ -130,7 +119,8 @@ def sparse_rows(x, tokens, plan, special, skip_first, limit):
 
 @no_type_check
 def some_codes(x, tokens, plan, limit):
-    """Of real tokens: dense "codes" of the plan's features, "tokens features", and whether the norm is "loud"."""
+    """Of real tokens: "codes" of the plan's features, dense, "tokens features"; "loud": whether the norm is above the
+    limit."""
     at_home(plan, x.device)
     rows = x[tokens.mask.to(x.device)].float()
     above = torch.zeros(len(rows), dtype=torch.bool) if limit is None else (rows.norm(dim=-1) > limit).cpu()

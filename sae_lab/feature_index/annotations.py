@@ -3,7 +3,7 @@
 import gzip
 import math
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -161,27 +161,6 @@ class Notes:
         others = {i: [s for s in several if s.source not in Note._fields] for i, several in said.items()}
         self.explanations.write(others)
         return len(said)
-
-    def bring_over(self, folder: Path) -> None:
-        """What lies in the folder of an index that was made before notes followed the coder. The files stay as they
-        are. ValueError for one that is damaged."""
-        self._bring_over(folder / "notes.json", lambda note: Note(**note)._asdict())
-        self._bring_over(folder / "explanations.json", lambda said: _by_source([Said(**one) for one in said]))
-
-    def _bring_over(self, file: Path, fields: Callable[[Any], dict[str, Any]]) -> None:
-        if not file.exists():
-            return
-        try:
-            there = files.parse_json(files.read_bytes(file, "MOST_UNPACKED"))
-            found = {check_feature(int(i), self.d_sae): fields(value) for i, value in there.items()}
-            lines = _of_unknown_time(found)
-            if damaged := noting.parsed(lines)[1]:
-                raise ValueError(f"it has {damaged[0][:80]!r}")
-        except (ValueError, TypeError, AttributeError) as err:
-            raise ValueError(
-                f"{file} holds no {file.stem} of sae_lab ({err}): mend it, or move it away and the index opens without"
-            ) from err
-        self._log.add(lines)
 
 
 def _of_unknown_time(found: Mapping[int, Mapping[str, Any]]) -> bytes:

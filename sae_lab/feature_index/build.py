@@ -23,7 +23,7 @@ from sae_lab.costs import Cost, timed
 from sae_lab.feature_index.chunks import CHUNK_BYTES
 from sae_lab.feature_index.cofiring import DENSE_BYTES, cofiring
 from sae_lab.feature_index.directions import RANDOM, lens, neighbours
-from sae_lab.feature_index.index import VERSION, FeatureIndex, read_facts
+from sae_lab.feature_index.index import CHECKED, VERSION, FeatureIndex, read_facts
 from sae_lab.feature_index.labels import Labels
 from sae_lab.feature_index.summaries import readability, strongest_first, summarise
 from sae_lab.lm.model import LM
@@ -32,7 +32,6 @@ from sae_lab.saes.families.topk import TopK
 
 log = logging.getLogger(__name__)
 
-CHECKED = ("rows.npy", "values.npy", "labels.json")  # their checksums stand in index.json
 FILES = ("index.json", "stats.safetensors", *CHECKED)
 BLOCK = 8192  # rows of a file
 PRE_BYTES = 256 << 20  # pre-activations that are made together: a block of a wide coder comes in parts
@@ -60,18 +59,13 @@ def index_features(
     if _is_done(folder, identity, rebuild):
         _tidy(folder)
     else:
-        was_training = coder.training
-        coder.eval()
         kept = "the blocks that are done are kept: make room there and call index_features again to go on"
-        try:
-            with cache.sole_writer(folder), cache.told(folder, kept):
-                if rebuild:
-                    for name in (*FILES, "building.json", *(f.name for f in folder.glob("block-*.safetensors"))):
-                        (folder / name).unlink(missing_ok=True)
-                if not _is_done(folder, identity):  # else another process made it
-                    _build(coder, lm, store, folder, identity)
-        finally:
-            coder.train(was_training)
+        with coder.evaluating(), cache.sole_writer(folder), cache.told(folder, kept):
+            if rebuild:
+                for name in (*FILES, "building.json", *(f.name for f in folder.glob("block-*.safetensors"))):
+                    (folder / name).unlink(missing_ok=True)
+            if not _is_done(folder, identity):  # else another process made it
+                _build(coder, lm, store, folder, identity)
     return FeatureIndex(folder, store, lm, coder)
 
 

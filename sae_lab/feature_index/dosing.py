@@ -17,7 +17,7 @@ from sae_lab.feature_index.directions import extremes
 from sae_lab.lm.model import LM
 from sae_lab.lm.text import load_text
 from sae_lab.lm.tokens import pad
-from sae_lab.results import Shown, frame_rows
+from sae_lab.results import Result
 from sae_lab.saes.base import SparseCoder
 
 STRENGTHS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
@@ -25,7 +25,7 @@ FEATURE, RANDOM, MEANS, PROMPT = "feature", "random direction", "difference in m
 
 
 @dataclass(frozen=True, repr=False)
-class DoseResponse(Shown):
+class DoseResponse(Result):
     """Result of ``sl.dose_response``: one row for each method and strength.
 
     Columns of ``to_pandas()``: method; strength; norm of what is added to every token; log_odds (nats) of the target as
@@ -38,15 +38,9 @@ class DoseResponse(Shown):
     feature: int
     target: tuple[str, ...]
 
-    def to_pandas(self):
-        """One row a method and strength."""
-        import pandas as pd
-
-        return pd.DataFrame(self.rows)
-
     def at_cost(self, cost: float) -> dict[str, float]:
-        """Each method's log-odds at this perplexity cost (nats/token), linear between its strengths; NaN where none of
-        its strengths reaches it. A prompt has one cost: it counts where it costs no more."""
+        """Each method's log-odds at this cost (nats/token), linear between its strengths; NaN if none of its strengths
+        costs as much. A prompt has one cost: NaN if it costs more."""
         found = {}
         for method in dict.fromkeys(row["method"] for row in self.rows):
             points = [(r["cost"], r["log_odds"]) for r in self.rows if r["method"] == method]
@@ -57,9 +51,7 @@ class DoseResponse(Shown):
         return found
 
     _align, _gap = ">", " "
-
-    def _rows(self) -> list[tuple[str, ...]]:
-        return frame_rows(self.to_pandas())
+    _records, _shown = "rows", 100
 
     def _footer(self) -> str:
         reached = max(r["cost"] for r in self.rows if r["method"] == FEATURE)

@@ -1,7 +1,7 @@
 """sl.find_features: which features tell some texts, or some tokens, from others."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
@@ -11,7 +11,7 @@ from numpy import ndarray
 from sae_lab.activations.reading import read_codes, require_fits
 from sae_lab.arguments import as_annotated
 from sae_lab.lm.model import LM
-from sae_lab.results import Shown, frame_rows
+from sae_lab.results import Result
 from sae_lab.saes.base import SparseCoder
 from sae_lab.stats import Ranks, area, sparse_ranks
 
@@ -23,14 +23,14 @@ CELLS = 1 << 22  # numbers of permutations held at once
 
 
 @dataclass(frozen=True, repr=False)
-class FoundFeatures(Shown):
+class FoundFeatures(Result):
     """Result of ``sl.find_features``, the most telling feature first. ``.best`` is its number.
 
     Columns of ``to_pandas()``: feature; auroc: chance that the feature is stronger at a positive example than at a
-    negative one (ties count half), on the examples it was ranked on; held_out: the same on the others, which no choice
-    has seen; mean_difference: pooled code at positives less at negatives, all examples; density: share of all tokens
+    negative one (ties count half), on the examples it was ranked on; held_out: the same on the held-out examples;
+    mean_difference: mean pooled code at positives less that at negatives, all examples; density: share of all tokens
     on which it fires; p: two-sided, by permutation of the labels of all examples; q: p after Benjamini and Hochberg
-    over all features that fire anywhere here.
+    over all features that fire on these texts.
     """
 
     table: dict[str, ndarray] = field(repr=False)
@@ -46,8 +46,7 @@ class FoundFeatures(Shown):
 
     def top(self, n: int = 10) -> "FoundFeatures":
         """The first n rows."""
-        rows = {name: column[:n] for name, column in self.table.items()}
-        return FoundFeatures(rows, self.pooling, self.positives, self.negatives, self.mask)
+        return replace(self, table={name: column[:n] for name, column in self.table.items()})
 
     def to_pandas(self):
         """One row a feature."""
@@ -56,9 +55,7 @@ class FoundFeatures(Shown):
         return pd.DataFrame(self.table)
 
     _align, _gap = ">", " "
-
-    def _rows(self) -> list[tuple[str, ...]]:
-        return frame_rows(self.top(10).to_pandas(), ".3g")
+    _shown, _digits = 10, ".3g"
 
     def _footer(self) -> str:
         what = "tokens" if self.pooling == "token" else f"texts, pooled by {self.pooling}"
@@ -98,9 +95,9 @@ def find_features(
     Args:
         pooling: what an example is: a text, with each feature's "max", "mean" or "last" code over the tokens that the
             coder's mask keeps; or each such "token", with a label of its own or that of its text.
-        held_out: share of the texts that features are not ranked on; their AUROC there is the honest one.
+        held_out: share of the texts that features are not ranked on; only the AUROC there is free of selection.
         permutations: of the labels, for p: of texts' labels among texts, of tokens' labels within their text. Features
-            that hardly any permutation reaches get 10 and 100 times as many.
+            whose AUROC fewer than 10 permutations reach get 10, then 100 times as many.
 
     Raises ValueError where a class has fewer than two texts (or tokens) on either side of the split, labels do not fit,
     or the coder is at another width.

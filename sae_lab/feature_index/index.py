@@ -21,6 +21,7 @@ from sae_lab.saes.base import SparseCoder
 from sae_lab.types import Site, check_feature
 
 VERSION = 2
+CHECKED = ("rows.npy", "values.npy", "labels.json")  # their checksums stand in index.json
 TABLES = (
     "offsets", "f_scale", "mean", "max", "histogram", "top_tokens", "shown", "readability", "cofiring",
     "cofiring_counts", "neighbours", "cosines",
@@ -96,12 +97,11 @@ def read_facts(file: Path) -> dict[str, Any]:
     """What ``index.json`` says, or ``building.json`` of one that is being made. ValueError with the remedy."""
     try:
         facts = files.read_json(file)
-        whole = {"site": str, "d_sae": int, "rows": int} if file.name == "index.json" else {}
+        whole = {"site": str, "notes": str, "d_sae": int, "rows": int} if file.name == "index.json" else {}
         for key, kind in {"coder": str, "store": str, **whole}.items():
             if type(facts[key]) is not kind or (kind is int and not 0 < facts[key] < 1 << 40):
                 raise ValueError(f"its {key!r} is {facts[key]!r:.60}")
-        blocks = facts.get("blocks", {})
-        if not isinstance(blocks, dict) or not all(isinstance(text, str) for text in blocks.values()):
+        if whole and not all(isinstance(facts["blocks"][name], str) for name in CHECKED):
             raise ValueError("its checksums are no text")
         return facts
     except (ValueError, KeyError, TypeError) as err:
@@ -133,23 +133,21 @@ class FeatureIndex:
         facts = read_facts(self.path / "index.json")
         self.d_sae: int = facts["d_sae"]
         self.site = Site.of(facts["site"])
-        named = facts.get("notes", facts["coder"])  # of before notes followed the coder: by its weights
-        log = noting.of(coder) if coder is not None else noting.by_id(named)
+        log = noting.of(coder) if coder is not None else noting.by_id(facts["notes"])
         self.notes = Notes(log, self.d_sae, lm.id, self.site.layer)
-        self.notes.bring_over(self.path)
         self.explanations = self.notes.explanations
         self.tokens_seen: int = facts["rows"]
-        blocks = facts.get("blocks", {})
+        blocks = facts["blocks"]
         self._stats = stats = read_tables(self.path, self.d_sae)
         self._rows, self._values = (
-            files.map_npy(self.path / name, blocks.get(name, ""), REMEDY) for name in ("rows.npy", "values.npy")
+            files.map_npy(self.path / name, blocks[name], REMEDY) for name in ("rows.npy", "values.npy")
         )
         self._offsets = np.asarray(stats["offsets"])
         self.counts = np.diff(self._offsets)
         self.density = self.counts / self.tokens_seen
         self.mean, self.max = np.asarray(stats["mean"]), np.asarray(stats["max"])
         # Here rather than when the first feature is opened: the labels, and the headers of the store's files.
-        self._labels = Labels.read(lm, self.path / "labels.json", blocks.get("labels.json", ""), REMEDY)
+        self._labels = Labels.read(lm, self.path / "labels.json", blocks["labels.json"], REMEDY)
         self.store.contexts(np.zeros(1, np.int64))
 
     def __len__(self) -> int:

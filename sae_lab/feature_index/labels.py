@@ -1,4 +1,4 @@
-"""What to show for token ids: the whole vocabulary decoded once, so that neither a search nor an opening decodes."""
+"""What to show for token ids: the whole vocabulary, decoded once when the index is built."""
 
 import io
 import json
@@ -8,8 +8,6 @@ from pathlib import Path
 from sae_lab import files
 from sae_lab.lm.model import LM
 from sae_lab.lm.tokens import label
-
-_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # in files written by 0.1
 
 
 class Labels:
@@ -27,11 +25,10 @@ class Labels:
 
     @classmethod
     def read(cls, lm: LM, file: Path, blocks: str, remedy: str) -> "Labels":
-        """blocks: the file's checksums, "" where it has none. ValueError with the remedy."""
+        """blocks: the file's checksums. ValueError with the remedy."""
         try:
             data = files.read_bytes(file, "MOST_RUN")
-            if blocks:
-                files.check_blocks(io.BytesIO(data), blocks)
+            files.check_blocks(io.BytesIO(data), blocks)
             found = files.parse_json(data)
             lists = [found[key] for key in ("alone", "within")]
             if not all(isinstance(labels, list) and all(isinstance(t, str) for t in labels) for labels in lists):
@@ -52,7 +49,5 @@ class Labels:
         """The labels of tokens that stand together; ``prefixed`` says that the first one is no part of the text."""
         first = 1 + prefixed
         if max(ids) < len(self.within):
-            found = [self.alone[i] for i in ids[:first]] + [self.within[i] for i in ids[first:]]
-            if not any(_REPLACEMENT in label for label in found):
-                return found
-        return [t.label for t in self._lm.token_strings(ids, prefixed)]  # characters that several tokens share
+            return [self.alone[i] for i in ids[:first]] + [self.within[i] for i in ids[first:]]
+        return [t.label for t in self._lm.token_strings(ids, prefixed)]  # the model has more ids than the tokenizer

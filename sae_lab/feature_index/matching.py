@@ -1,6 +1,7 @@
 """sl.match: which directions of one dictionary another one has, and in which order."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -9,37 +10,36 @@ from torch import Tensor
 
 from sae_lab.activations.world import World
 from sae_lab.arguments import as_annotated
-from sae_lab.results import Shown
+from sae_lab.results import Figure, Result, figure
 from sae_lab.saes.base import SparseCoder
 
 # The control's own range of seeds: a coder that nobody trained yet must not be its own control.
 _TAG = 0x434F4E54524F4C
 MOST_ROWS = 8192  # above this many rows Hungarian matching takes minutes and gigabytes: only when asked for
 _CHUNK = 2048
-_MEASURES = ("a_to_b", "b_to_a", "mcc", "recall", "orderedness")
 
 
 @dataclass(frozen=True, repr=False)
-class Match(Shown):
+class Match(Result):
     """Result of ``sl.match(a, b)``. Cosines are signed: a direction and its opposite do not match.
 
     Attributes:
         a_to_b: mean over a's rows of the largest cosine with a row of b (MMCS); ``b_to_a``: the other way round.
-        mcc: mean cosine of the pairs of a one-to-one matching that makes it largest (Hungarian), min(rows) pairs.
+        mcc: mean cosine of the pairs of the one-to-one matching with the largest sum (Hungarian), min(rows) pairs.
         recall: the share of b's rows that have a row of a at a cosine above ``threshold``.
         orderedness: Spearman correlation of the row numbers of matched pairs, 1: b's order is a's.
-        rows: how many rows of a and of b were compared; ``left_out``: how many were not (see ``match``).
-        best: for every row of b the largest cosine with a row of a; NaN where it was left out.
-        permutation: for every row of b the row of a matched to it, -1 where there is none; ``cosines``: of these pairs,
-            NaN where there is none. mcc, orderedness and these are not computed above ``MOST_ROWS`` rows.
+        rows: the numbers of compared rows of a and of b; ``left_out``: of rows that ``match`` leaves out.
+        best: for every row of b the largest cosine with a row of a; NaN for rows left out.
+        permutation: for every row of b the row of a matched to it, -1: none; ``cosines``: of these pairs, NaN: none.
+            Above ``MOST_ROWS`` rows these, mcc and orderedness are not computed.
         control: the same match for as many random unit rows in a's place.
     """
 
-    a_to_b: float
-    b_to_a: float
-    mcc: float
-    recall: float
-    orderedness: float
+    a_to_b: float = figure("a to b", "MMCS: mean over a of the best cosine in b")
+    b_to_a: float = figure("b to a", "MMCS: mean over b of the best cosine in a")
+    mcc: float = figure("MCC", "mean cosine of one-to-one pairs")
+    recall: float = figure("recall", "b's rows with a cosine above {threshold:g} in a")
+    orderedness: float = figure("orderedness", "Spearman of the pairs' row numbers")
     threshold: float
     rows: tuple[int, int]
     left_out: tuple[int, int]
@@ -48,24 +48,19 @@ class Match(Shown):
     cosines: Float[Tensor, " rows_b"]
     control: "Match | None" = None
 
+    def _figure(self, f: Any, named: set[str]) -> Figure:
+        """With the control's value beside it."""
+        found = super()._figure(f, named)
+        if self.control is None:
+            return found
+        return found._replace(control=getattr(self.control, f.name), control_name="random rows")
+
     def to_pandas(self):
         """Two rows, the match and its control; one column a measure."""
         import pandas as pd
 
         both = {"match": self} | ({"random rows": self.control} if self.control else {})
-        return pd.DataFrame({name: {m: getattr(one, m) for m in _MEASURES} for name, one in both.items()}).T
-
-    _align = "<>><"
-
-    def _rows(self) -> list[tuple[str, str, str, str]]:
-        means = (
-            "MMCS: mean over a of the best cosine in b", "MMCS: mean over b of the best cosine in a",
-            "mean cosine of one-to-one pairs", f"b's rows with a cosine above {self.threshold:g} in a",
-            "Spearman of the pairs' row numbers",
-        )  # fmt: skip
-        values = [[_number(getattr(one, m)) for m in _MEASURES] if one else [""] * 5 for one in (self, self.control)]
-        rows = zip(("a to b", "b to a", "MCC", "recall", "orderedness"), *values, means, strict=True)
-        return [("", "match", "random", ""), *rows]
+        return pd.DataFrame({name: {f.key: f.value for f in one.figures()} for name, one in both.items()}).T
 
     def _footer(self) -> str:
         text = f"a: {self.rows[0]:,} rows, b: {self.rows[1]:,} rows"
@@ -79,7 +74,7 @@ def match(
     a: SparseCoder | World | Tensor, b: SparseCoder | World | Tensor, *, threshold: float = 0.9, live: bool = False,
     hungarian: bool | None = None,
 ) -> Match:  # fmt: skip
-    """How well a's directions are b's: MMCS both ways, MCC, recall, orderedness; and of random rows beside.
+    """How well a's directions match b's: MMCS both ways, MCC, recall and orderedness, beside those of random rows.
 
     Rows i of a and j of b have cosine cᵢⱼ. a_to_b = meanᵢ maxⱼ cᵢⱼ; b_to_a = meanⱼ maxᵢ cᵢⱼ (Sharkey et al. 2022;
     Cunningham et al. 2023, arXiv:2309.08600). With µ the one-to-one matching of largest sum, mcc = meanⱼ c_µ(j)j
@@ -185,7 +180,3 @@ def _spearman(x: Tensor, y: Tensor) -> float:
         return float("nan")
     ranks = torch.stack([x.argsort().argsort(), y.argsort().argsort()]).double()
     return float(torch.corrcoef(ranks)[0, 1])
-
-
-def _number(value: float) -> str:
-    return "" if value != value else f"{value:.3f}"

@@ -1,7 +1,7 @@
 """sl.features: which features are active at each token of a prompt. Needs a coder and a model, no index."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -10,13 +10,12 @@ from sae_lab.activations.reading import read_codes, require_fits
 from sae_lab.arguments import as_annotated
 from sae_lab.lm.model import LM
 from sae_lab.lm.tokens import Prompts, Token
-from sae_lab.results import Html, html_table, tag
+from sae_lab.results import Result
 from sae_lab.saes.base import SparseCoder
 
 
-@as_annotated
-@dataclass(frozen=True)
-class FeatureTable:
+@dataclass(frozen=True, repr=False)
+class FeatureTable(Result):
     """Active features, one entry each, strongest first within a token.
 
     prompt, position, feature: int tensors; value: float tensor (activations). tokens: the tokens of each prompt;
@@ -37,40 +36,28 @@ class FeatureTable:
         key = self.prompt * (int(self.position.max()) + 1 if len(self.position) else 1) + self.position
         first = torch.searchsorted(key, key)  # where each token's entries begin
         keep = torch.arange(len(key)) - first < n
-        prompt, position, feature, value = (t[keep] for t in (self.prompt, self.position, self.feature, self.value))
-        return FeatureTable(prompt, position, feature, value, self.tokens, self.left_out)
+        return replace(self, **{name: getattr(self, name)[keep] for name in ("prompt", "position", "feature", "value")})
 
-    def to_pandas(self):
-        """Long form: prompt, position, token, feature, value."""
-        import pandas as pd
+    @property
+    def token(self) -> list[str]:
+        """The token of each entry."""
+        return [self.tokens[b][p].label for b, p in zip(self.prompt.tolist(), self.position.tolist(), strict=True)]
 
-        where = zip(self.prompt.tolist(), self.position.tolist(), strict=True)
-        return pd.DataFrame({
-            "prompt": self.prompt.tolist(),
-            "position": self.position.tolist(),
-            "token": [self.tokens[b][p].label for b, p in where],
-            "feature": self.feature.tolist(),
-            "value": self.value.tolist(),
-        })  # fmt: skip
+    _records = ("prompt", "position", "token", "feature", "value")
+    _align = "><"
 
-    def _rows(self) -> list[tuple[str, str]]:
+    def _rows(self) -> list[tuple[str, ...]]:
         """(token, its features) for every token."""
         entries: dict[tuple[int, int], list[str]] = {}
         columns = (self.prompt, self.position, self.feature, self.value)
         for b, p, f, v in zip(*(c.tolist() for c in columns), strict=True):
             entries.setdefault((b, p), []).append(f"{f} ({v:.1f})")
-        return [
-            (token.label, "left out" if (b, p) in self.left_out else "  ".join(entries.get((b, p), ["-"])))
+        rows = [
+            (repr(token.label), "left out" if (b, p) in self.left_out else "  ".join(entries.get((b, p), ["-"])))
             for b, row in enumerate(self.tokens)
             for p, token in enumerate(row)
         ]
-
-    def __repr__(self) -> str:
-        return "\n".join(f"{token!r:>16}  {found}" for token, found in self._rows())
-
-    def _repr_html_(self) -> Html:
-        rows = [(tag("code", token), found) for token, found in self._rows()]
-        return html_table([("token", "feature (activation)"), *rows], align="><")
+        return [("token", "feature (activation)"), *rows]
 
 
 @as_annotated

@@ -710,7 +710,7 @@ def test_to_pandas(table):
 
 def test_it_prints(table):
     text, html = repr(table.top(1)), table._repr_html_()
-    assert len(text.splitlines()) == sum(len(row) for row in table.tokens) and "left out" in text
+    assert len(text.splitlines()) == 1 + sum(len(row) for row in table.tokens) and "left out" in text
     feature, value = int(table.feature[0]), float(table.value[0])
     assert f"{feature} ({value:.1f})" in text and f"{feature} ({value:.1f})" in html
     assert "&lt;" in html and "&amp;" in html and "<b>" not in html

@@ -127,7 +127,7 @@ def test_large_dictionaries_are_matched_one_to_one_only_when_asked(monkeypatch):
 def test_it_prints():
     found = sl.match(EYE, EYE)
     lines = repr(found).splitlines()
-    assert lines[0].split() == ["match", "random"]
+    assert lines[0].split() == ["value", "control"] and "random rows" in lines[1]
     assert lines[3].split()[:2] == ["MCC", "1.000"]
     assert lines[-1] == "a: 4 rows, b: 4 rows" and len(lines) == 7
     frame = found.to_pandas()
