@@ -308,10 +308,7 @@ def remove_leftovers(folder: Path, name: str | None = None) -> None:
     """Remove what killed writers of a file, or of any file in a folder of ours, left there."""
     for left in folder.glob(".*.tmp" if name is None else f".{glob.escape(name)}.*.tmp"):
         with suppress(OSError):  # another user's
-            if left.is_dir():
-                _removed(left, unsure=False)
-            else:  # of earlier versions
-                left.unlink()
+            _removed(left, unsure=False)
     if name is None:
         for left in folder.glob(".tmp" + 6 * "[A-Za-z0-9]"):  # safetensors' own, which it writes beside the file
             with suppress(OSError):

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae_lab.activations.reading import Coded, coded, read_codes
+from sae_lab.activations.reading import Coded, coded, read_codes, require_fits
 from sae_lab.arguments import as_annotated
 from sae_lab.circuits.metric import require_here
 from sae_lab.lm import passes
@@ -171,12 +171,7 @@ def check_coder(lm: LM, coder: SparseCoder) -> None:
     """ValueError for a coder that does not fit the model, or that reads or writes several sites."""
     if len(coder.in_shape) > 1 or len(coder.reads) > 1 or len(coder.writes) > 1:
         raise ValueError(f"this takes coders of one site, this one reads {coder.reads} and writes {coder.writes}")
-    for site, width, verb in ((coder.site, coder.d_in, "reads"), (written(coder), coder.d_out, "writes")):
-        if lm.width(site) != width:
-            raise ValueError(
-                f"this coder {verb} width {width} and {lm} has width {lm.width(site)} at {site}: use the model it was "
-                f"trained on ({coder.meta.get('model', 'unknown')})"
-            )
+    require_fits(coder, lm)
 
 
 def written(coder: SparseCoder) -> Site:

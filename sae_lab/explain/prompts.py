@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sae_lab.activations.contexts import spread_contexts
-from sae_lab.activations.reading import some_codes, some_form
+from sae_lab.activations.reading import require_fits, some_codes, some_form
 from sae_lab.arguments import as_annotated
 from sae_lab.feature_index.index import FeatureIndex
 from sae_lab.lm.model import LM, token_losses
@@ -43,8 +43,7 @@ def check_coder(sae: SparseCoder, lm: LM) -> None:
         raise ValueError(
             f"features are read at one site, this coder reads {len(sae.reads)}: take an SAE of one of them"
         )
-    if lm.width(sae.site) != sae.d_in:
-        raise ValueError(f"the coder reads d_in={sae.d_in}, {lm} has width {lm.width(sae.site)} at {sae.site}")
+    require_fits(sae, lm, writes=False)
 
 
 def check_features(sae: SparseCoder, features: Sequence[int]) -> list[int]:

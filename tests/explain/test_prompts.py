@@ -164,5 +164,5 @@ def test_a_coder_that_does_not_fit(tiny_lm):
         evolve_prompts(coder, tiny_lm, TEXTS, [0], **SMALL)
     other = sl.L1(20, 4).eval()
     other.reads = (EMBED,)
-    with pytest.raises(ValueError, match="the coder reads d_in=20"):
+    with pytest.raises(ValueError, match="this coder reads width 20 and "):
         evolve_prompts(other, tiny_lm, TEXTS, [0], **SMALL)

@@ -374,18 +374,3 @@ def test_a_line_that_does_not_fit_is_refused_and_nothing_kept(sae, tmp_path, lin
     with pytest.raises(ValueError, match="holds a line that is no note on a feature from 0 to 15"):
         sl.notes(sae).load(tmp_path / "x.jsonl")
     assert len(sl.notes(sae)) == 0
-
-
-def test_what_lay_beside_an_index_is_brought_over_once(sae, tmp_path):
-    notes = sl.notes(sae)
-    notes.write(4, "newer")
-    (tmp_path / "notes.json").write_text(json.dumps({3: {"label": "months", "text": "t"}, 4: {"label": "old"}}))
-    said = {"5": [{"text": "e", "source": "s", "scores": {"auc": 0.5}}]}
-    (tmp_path / "explanations.json").write_text(json.dumps(said))
-    for _ in range(2):
-        notes.bring_over(tmp_path)
-        assert {i: notes[i] for i in notes} == {3: ("months", "t"), 4: ("newer", "")}
-        assert notes.explanations[5] == [Said("e", "s", {"auc": 0.5})]
-    notes.write(3, "", "")
-    notes.bring_over(tmp_path)
-    assert list(notes) == [4] and (tmp_path / "notes.json").exists()
