@@ -1,8 +1,7 @@
-"""One block of a model: which kinds of site it has, where they lie, and why it has no others.
+"""One block of a model: which kinds of site it has, where they lie, and why it lacks the others.
 
-Read off one watched pass (``observing.watch``): a tensor's form says which tensors it is a sum of, and
-with which factors. So what a block adds to the stream is found behind norms and multipliers, whatever its modules are
-called.
+Read off one watched pass (``observing.watch``): a tensor's form says which tensors it is a sum of, with which factors.
+So what a block adds to the stream is found after norms and multipliers too, whatever its modules are called.
 """
 
 from collections.abc import Mapping
@@ -16,7 +15,7 @@ from sae_lab.lm.observing import ROWS, TOKENS, Flow, Form, Seen, frozen, less, t
 from sae_lab.lm.passes import Place
 from sae_lab.types import LAYER_KINDS, Site
 
-# How far the sum of parts may be from the whole: a share of the update, and so many roundings of the whole.
+# The largest difference between a sum of parts and the whole: this share of the update, plus ROUNDING eps of the whole.
 TOLERANCE, ROUNDING = 0.01, 8
 SUMS = (
     (("resid_pre", "attn_out"), "resid_mid"),
@@ -28,7 +27,7 @@ SUMMED = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
 
 @dataclass
 class Block:
-    """One layer: where its kinds lie, and why the others have no place here."""
+    """One layer: the places of its kinds of site, and why it lacks the others."""
 
     path: str
     places: dict[str, Place] = field(default_factory=dict)
@@ -48,7 +47,7 @@ def read_block(model: Any, flow: Flow, path: str, layer: int) -> Block:
 
 
 def broken_sums(x: Mapping[str, Tensor], dtype: torch.dtype) -> list[tuple[tuple[str, ...], str]]:
-    """Which sums of a block do not hold, as (parts, whole). x: by kind, what stands there, one row a token."""
+    """Which sums of a block do not hold, as (parts, whole). x: activations by kind, one row per token."""
     broken = []
     for parts, whole in SUMS:
         if not all(kind in x for kind in (*parts, whole)) or (len(parts) == 3 and "resid_mid" in x):

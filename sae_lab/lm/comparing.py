@@ -1,4 +1,4 @@
-"""Comparison: what an edit did to one prompt, token by token; and which tokens of two texts differ."""
+"""Comparison: the effect of edits on one prompt, token by token; and which tokens of two texts differ."""
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
@@ -49,8 +49,8 @@ class Comparison(Shown):
         return pd.DataFrame(table)
 
     def measures(self) -> dict[str, Float[Tensor, " pos"]]:
-        """What there is to say of each token, by name: "KL" (nats), "change of log-probability" (nats), "perplexity"
-        with and without edits (of that token given those before it), and each edited feature's activation."""
+        """Measures of each token, by name: "KL" (nats), "change of log-probability" (nats), "perplexity" with and
+        without edits (of that token given those before it), and each edited feature's activation."""
         found = {
             "KL": self.kl,
             "change of log-probability": self.logprob_edited - self.logprob,
@@ -97,10 +97,8 @@ def _of_the_tokens(logprobs: Float[Tensor, "pos vocab"], ids: Int[Tensor, " pos"
 
 
 def differing(before: Sequence[Hashable], after: Sequence[Hashable]) -> tuple[list[bool], list[bool]]:
-    """A diff: for each item of two sequences, whether it stands outside their longest common subsequence.
-
-    Among several longest ones, that which meets its items latest.
-    """
+    """A diff: for each item of two sequences, whether it lies outside their longest common subsequence (of several
+    longest ones, the one whose items come latest)."""
     n, m = len(before), len(after)
     common = [[0] * (m + 1) for _ in range(n + 1)]  # of the first i and the first j
     for i, item in enumerate(before):

@@ -1,9 +1,9 @@
-"""How a model's state is carried from token to token: by the cache that the model itself makes, where that is right.
+"""How a model's state is carried from token to token in generation: by the cache that the model returns.
 
-Families keep their state under other names and in other objects (keys and values, a convolution's window, a recurrent
-state). So a first pass runs without any, with ``use_cache``; what the model returns that its forward also takes is the
-state, and goes into the next pass. ``Continuing.of`` tries this once on a short text: where the logits are not those of
-one pass over the whole text, each new token is computed from the whole text anew.
+Families keep their state under different names and in different objects (keys and values, a convolution's window, a
+recurrent state). A first pass runs with ``use_cache`` and without a state. The state is what the model returns and its
+forward also takes; it goes into the next pass. ``Continuing.of`` tries this once on a short text: if the logits differ
+from those of one pass over the whole text, every pass of a generation reads the whole text.
 """
 
 import inspect
@@ -23,14 +23,14 @@ _NO_STATE = ("logits", "loss", "hidden_states", "attentions", "input_ids", "labe
 
 @dataclass
 class State:
-    """What one generation carries along. held: by the names of the model's arguments; None before the first pass."""
+    """The state of one generation. held: by the names of the model's arguments; empty before the first pass."""
 
     positions: bool
     names: frozenset[str]
     held: dict[str, Any] = field(default_factory=dict)
 
     def inputs(self, positions: Tensor) -> dict[str, Any]:
-        """What the model's forward takes beside the token ids."""
+        """The arguments of the model's forward besides the token ids."""
         inputs: dict[str, Any] = {"use_cache": True, **self.held}
         if "logits_to_keep" in self.names:
             inputs["logits_to_keep"] = 1
@@ -39,7 +39,7 @@ class State:
         return inputs
 
     def keep(self, out: Any) -> None:
-        """Take the state out of what the model returned. ValueError where it returns none."""
+        """Take the state from what the model returned. ValueError if it returned none."""
         pairs = out.items() if hasattr(out, "items") else ()
         self.held = {k: v for k, v in pairs if k in self.names and k not in _NO_STATE and v is not None}
         if not self.held:
@@ -55,7 +55,7 @@ class Continuing:
     names: frozenset[str] = frozenset()
 
     def state(self) -> State | None:
-        """A new generation's state; None where each token is computed anew."""
+        """A new generation's state; None if every pass reads the whole text."""
         return State(self.positions, self.names) if self.carries else None
 
     @classmethod
@@ -72,11 +72,11 @@ class Continuing:
                 log.debug("carrying the state (positions told: %s): %s", positions, why)
             else:
                 return found
-        log.info("this model's state cannot be carried from token to token: each new token reads the whole text anew")
+        log.info("this model's state cannot be carried from token to token: each pass reads the whole text")
         return cls(False)
 
     def _differs(self, module: Any, ids: Tensor, whole: Tensor) -> str | None:
-        """How the logits differ from those of one pass; None where they do not, but for rounding."""
+        """How the logits differ from those of one pass, in words; None if only by rounding."""
         state, ends = State(self.positions, self.names), [0, *range(LENGTH - STEPS, LENGTH + 1)]
         tolerance = 1e-3 if whole.dtype == module.dtype else 0.05
         for start, end in pairwise(ends):

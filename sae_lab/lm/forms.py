@@ -1,4 +1,4 @@
-"""Forms: what a server's result must look like before it is used."""
+"""Forms: the names and shapes that a server's result must have."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -23,7 +23,7 @@ def _has(found: Any, form: Any) -> bool:
 
 
 def said(value: Any) -> str:
-    """A form, or what was found instead of one, in a few words."""
+    """A form, or a value that does not have it, in a few words."""
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{str(k)[:80]!r}: {said(v)}" for k, v in list(value.items())[:8]) + "}"
     if isinstance(value, Tensor):

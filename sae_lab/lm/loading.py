@@ -1,4 +1,4 @@
-"""From what a user names to a model: an id, a folder, a loaded module, or the outline of one that runs on a server."""
+"""Loading models: from a hub id, a folder or a loaded module; or only the outline, of a model that runs on a server."""
 
 import logging
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def _quiet_if(quiet: bool) -> Iterator[None]:
-    """Without transformers' progress bar, which says nothing about a model that loads in a second."""
+    """Without transformers' progress bar, which a model that loads in a second does not need."""
     from transformers.utils import logging
 
     if not quiet or not logging.is_progress_bar_enabled():
@@ -75,7 +75,7 @@ def outline(model: str | nn.Module | None, tokenizer: Any, device: Any, dtype: A
 
 
 def know_id(name: str) -> None:
-    """nnsight asks the hub how an id is spelled; where there is no way to the hub, as it stands here."""
+    """Tell nnsight how the hub spells an id, which it would ask the hub; without a network, as it is spelled here."""
     from nnsight.modeling import huggingface
 
     try:
@@ -88,7 +88,7 @@ def know_id(name: str) -> None:
 
 
 def load(model: str | nn.Module | None, tokenizer: Any, device: Any, dtype: Any, kwargs: dict[str, Any]):
-    """(module, tokenizer, id) of whatever the user named."""
+    """(module, tokenizer, id) of a hub id, a folder, a loaded module, or None for the bundled model."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if isinstance(model, nn.Module):

@@ -25,9 +25,9 @@ LOGITS_BYTES = 1 << 30  # of logits made at a time by lm.logits and lm.loss
 
 
 class Reading(dict[Site, Tensor]):
-    """Activations by site, each ``batch pos d`` float32, with the token batch they belong to.
+    """Activations by site, each ``batch pos d`` float32, with the token batch: ``ids``, ``mask``.
 
-    ``reading["blocks.8.hook_resid_post"]`` finds the site in any spelling.
+    ``reading["blocks.8.hook_resid_post"]``: a site in any spelling.
     """
 
     INSTEAD = "take a site's activations, reading[site]"
@@ -49,21 +49,21 @@ class LM:
     pass its ``tokenizer``).
 
     Args:
-        prefix: what stands at position 0 of every text: "auto" (the tokenizer's BOS, else EOS), None, or a token id.
+        prefix: the token at position 0 of every text: "auto" (the tokenizer's BOS, else EOS), None, or a token id.
         device: "auto" (cuda, mps, cpu) or a torch device.
         dtype: torch dtype of the weights; None is float32 on a CPU and the checkpoint's own elsewhere.
-        remote: run on an NDIF server: True, the hosted one or what ``NDIF_HOST`` names on this machine; or an address.
-            The model is then named by its hub id, and none of its weights are loaded here.
+        remote: run on an NDIF server: True (the hosted NDIF, or the server here that ``NDIF_HOST`` names), or its
+            address. The model is then named by its hub id, and no weights are loaded here.
         api_key: of the server; None: ``NDIF_API_KEY``. It is never printed, logged or saved.
-        deadline: seconds that one request to a server may take.
+        deadline: seconds after which a request to a server fails.
         **kwargs: to transformers' ``from_pretrained`` (``device_map``, ``quantization_config``, ``revision``...); with
             ``remote`` only ``revision``.
 
-    Every public call holds one lock, since nnsight is not thread-safe; generation lets go of it between tokens, and a
-    call to a server while it waits.
+    Calls from several threads run one after the other, since nnsight is not thread-safe. Generation releases the lock
+    between tokens; a call to a server releases it while it waits.
 
-    With ``remote``, activations of padding are 0, dtype and hardware are the server's, and ``NDIFError`` says what went
-    wrong there.
+    With ``remote``, activations at padding are 0, dtype and hardware are the server's, and ``NDIFError`` reports what
+    went wrong there.
     """
 
     @as_annotated
@@ -109,7 +109,7 @@ class LM:
 
     @property
     def device(self) -> torch.device:
-        """Where ids go in, and activations come out."""
+        """The device of token ids and activations."""
         return torch.device("cpu") if self._server else next(self._module.parameters()).device
 
     @property
@@ -139,7 +139,7 @@ class LM:
 
     @property
     def vocab_size(self) -> int:
-        """How many token ids the model knows."""
+        """The number of token ids that the model has embeddings of."""
         return self._module.config.get_text_config().vocab_size
 
     @as_annotated
@@ -152,8 +152,8 @@ class LM:
         return TokenMask(tuple(sorted(self.tokenizer.all_special_ids)))
 
     def fingerprint(self) -> str:
-        """A hash that changes when any weight does: bit sums of all parameters, and samples for their order. Of a model
-        on a server, of its name and revision there, since no weight is here."""
+        """A hash of the weights (bit sums of all parameters, and samples of each); for a model on a server, of its name
+        and revision."""
         if self._server:
             return hashlib.sha256(self._nn.to_model_key().encode()).hexdigest()[:16]
         digest = hashlib.sha256()
@@ -176,8 +176,7 @@ class LM:
     def tokenize(self, prompts: Prompts) -> TokenBatch:
         """Prompts (str, list of str, token ids, or chat messages) as right-padded token ids.
 
-        Text gets the prefix token at position 0, unless it begins with it written out; token ids and chats stand as
-        they are (a chat's template begins it).
+        A text gets the prefix token at position 0, unless it begins with that token's text; token ids and chats do not.
         """
         batch = tokens.tokenize(self.tokenizer, prompts, self.prefix_id)
         if (longest := batch.ids.shape[1]) > self.max_length:
@@ -188,7 +187,7 @@ class LM:
         return batch
 
     def _require_known(self, ids: Int[Tensor, "*tokens"]) -> None:
-        """ValueError for ids that the model has no embedding of: a GPU would only say so by ending the kernel."""
+        """ValueError for ids without an embedding: on a GPU they would end the kernel."""
         vocab, low, high = self.vocab_size, int(ids.min()), int(ids.max())
         if not 0 <= low <= high < vocab:
             raise ValueError(
@@ -199,11 +198,11 @@ class LM:
 
     @as_annotated
     def tokens(self, prompt: Prompts) -> list[Token]:
-        """One prompt's tokens, one a position: strings that join to the text, with ``.id``, ``.start``, ``.end``.
+        """One prompt's tokens, one per position: strings that join to the text, with ``.id``, ``.start``, ``.end``.
 
-        A token that holds only part of a character's bytes is "" (the one that completes it holds the character), and
-        so is the prefix; ``.label`` is what to show for either. (The text as the tokenizer keeps it: some write it in
-        small letters, or put <unk> in the place of what they do not know.)
+        The prefix is "", and so is a token that ends within a character's bytes (the token that completes the character
+        holds it); ``.label`` is what to show for either. The text is the tokenizer's: some tokenizers lowercase it, or
+        replace unknown characters by <unk>.
         """
         ids = self.tokenize(prompt).ids
         if not tokens.is_single(prompt):
@@ -212,8 +211,8 @@ class LM:
 
     @cached_property
     def vocabulary(self) -> list[str]:
-        """The text of every token id within a text, also of ids that only the model knows; of part of a character its
-        bytes, like ⟨E2 80⟩."""
+        """The text of every token id as it reads within a text. An id that only the model has reads ⟨id N⟩; part of
+        a character reads as its bytes, ⟨E2 80⟩."""
         return tokens.vocabulary(self.tokenizer, max(self.vocab_size, len(self.tokenizer)))
 
     @cached_property
@@ -226,7 +225,7 @@ class LM:
 
     @as_annotated
     def token_strings(self, ids: Sequence[Count], prefixed: bool = False) -> list[Token]:
-        """Token ids as ``Token`` strings; ``prefixed`` says that the first one is no part of the text."""
+        """Token ids as ``Token`` strings. prefixed: whether the first is a prefix, no part of the text."""
         return tokens.spans(self.tokenizer, ids, prefixed)
 
     # ---- running
@@ -243,18 +242,20 @@ class LM:
         form: Any = None,
         expected: int = 0,
     ) -> tuple[dict[Site, Any], Any]:
-        """One trace over a token batch: activations at ``reads`` (after the writes there) and, if asked, logits.
+        """One pass over a token batch: (activations at ``reads``, after the writes there; logits or None).
 
-        Without ``logits`` the model stops at its deepest site. Right padding needs no attention mask: a causal model's
-        real tokens never see what stands behind them. With ``past`` (a ``continuing.State``) the batch holds only the
-        new tokens, and often only the last position's logits come back.
+        Right padding needs no attention mask: in a causal model real tokens never attend to later positions.
 
-        What is not wanted whole can be made smaller where the model runs: ``logits`` and ``after`` may be functions
-        (x "batch pos d", tokens) -> what comes back in its place (``after`` also one for each site).
-
-        form: what such a function makes, of ``logits`` or else of ``after`` (then also one for each site), so that a
-        server's answer can be checked (``answers.checked``); expected: bytes of it, where they are more than what it
-        is made from.
+        Args:
+            logits: True; False, and the model stops at its deepest site; or a function (logits "batch pos vocab",
+                tokens) -> what comes back instead.
+            past: a ``continuing.State``: the batch then holds only the new tokens, and most models return the logits of
+                the last position alone.
+            after: a function (x "batch pos d", tokens) -> what comes back instead of an activation, or one per site.
+                Like that of ``logits`` it runs where the model runs, so that a server sends less.
+            form: of what the function of ``logits``, else of ``after``, returns (one, or one per site): a server's
+                answer is checked against it (``answers.checked``).
+            expected: bytes of that, if more than the activations and logits have.
         """
         import nnsight
 
@@ -322,7 +323,7 @@ class LM:
         return [passes.plain(step) for _, _, step in sorted(steps, key=lambda s: s[:2])]
 
     def _check_there(self, at: Iterable[Site]) -> None:
-        """On a server: when what a sub-layer adds is first used, one request tells whether the sums hold there."""
+        """When a sub-layer's output is first used on a server, one request checks there that the block's sums hold."""
         for site in at:
             if site.kind not in ("attn_out", "resid_mid", "mlp_out") or site.kind in self._checked:
                 continue
@@ -345,7 +346,7 @@ class LM:
     def gradient(
         self, batch: TokenBatch, site: Site, metric: Callable[..., Tensor], x: Float[Tensor, "batch pos d"]
     ) -> Float[Tensor, "batch pos d"]:
-        """The gradient of ``metric(logits, tokens)``, summed, by the activations at a site, where x stands there."""
+        """The gradient of ``metric(logits, tokens)``, summed over rows, by the activations at a site, taken at x."""
         import nnsight
 
         self._require_known(batch.ids)
@@ -366,7 +367,7 @@ class LM:
         return found if backend is None else backend.saved("found")
 
     def _require_before(self, writes: list[Write]) -> None:
-        """What a write reads must have happened."""
+        """ValueError for a write that reads a later site."""
         for w in writes:
             for s in w.reads:
                 if self._sites.when(s) >= self._sites.when(w.site):
@@ -403,8 +404,8 @@ class LM:
         return losses if per_token else losses.nanmean()
 
     def _in_parts(self, batch: TokenBatch, writes: list[Write], logits: Any, form: Any) -> Tensor:
-        """The logits, or what a function makes of them, of so many rows at a time as ``LOGITS_BYTES`` has room for. (On
-        a server a call is one request, and the memory is the server's.)"""
+        """Logits, or what a function makes of them, for ``LOGITS_BYTES`` of logits at a time; on a server in one
+        request."""
         rows = max(1, LOGITS_BYTES // (4 * batch.ids.shape[1] * self.vocab_size))
         if self._server or rows >= len(batch.ids):
             return self.run(batch, writes=writes, logits=logits, form=form)[1]
@@ -447,9 +448,8 @@ class LM:
         temperature: float = 0.0,
         seed: int | None = None,
     ) -> Iterator[str]:
-        """What ``generate`` adds to one prompt, piece by piece as tokens come; together the pieces are its text.
-
-        Stop whenever you like: ``break``, or ``.close()``. A piece is "" while a character's bytes are incomplete.
+        """What ``generate`` adds to one prompt, a piece per token: ``for piece in lm.stream(prompt): ...``. ``break``
+        or ``.close()`` stops it. A piece is "" while a character's bytes are incomplete.
         """
         if not tokens.is_single(prompt):
             raise ValueError("lm.stream takes one prompt, got several: call it for each, or lm.generate for all")
@@ -471,8 +471,8 @@ class LM:
 
     @as_annotated
     def compare(self, prompt: Prompts, edits: Edits) -> Comparison:
-        """One prompt without and with the edits, token by token: KL of the next token, log-probabilities, the edited
-        features' own activations, perplexity."""
+        """One prompt without and with the edits, token by token: KL of the next-token distributions, log-probabilities,
+        the edited features' activations, perplexity."""
         if not tokens.is_single(prompt):
             raise ValueError("lm.compare takes one prompt, got several: call it for each")
         found = listed_edits(edits)
@@ -488,7 +488,7 @@ class LM:
         return compared(self.tokens(prompt), batch.ids[0], clean[0], edited[0], measured, self.tokenizer)
 
     def _writes(self, edits: Iterable[Any], batch: TokenBatch, new: int = 0) -> list[Write]:
-        """What a list of edits does. What several do together, they say themselves."""
+        """The writes of a list of edits. Edits that act together make them together (``Edit.together``)."""
         edits = listed_edits(edits)
         together = next((edit.together for edit in edits if hasattr(edit, "together")), None)
         with self._server.aside() if self._server else nullcontext():  # an edit may read the model itself
@@ -503,8 +503,8 @@ class LM:
 
         Args:
             method: "read", "logits", "loss" or "generate", which are one request each; then its arguments.
-            job: the id of one that was sent before, from this kernel or one that has died: the same call with it takes
-                that job up again, and sends nothing.
+            job: the id of a job sent before, also by a kernel that has died: the same call with it gets that job's
+                result, and sends nothing.
         """
         from sae_lab.lm.remote import Job
 
@@ -514,7 +514,7 @@ class LM:
             raise ValueError(f"lm.submit takes read, logits, loss or generate, which are one request, got {method!r}")
         return Job(method, partial(getattr(self, method), *args, **kwargs), self._server, job)
 
-    # ---- the way in and out
+    # ---- embeddings and logit lens
 
     @as_annotated
     @torch.no_grad()
@@ -535,10 +535,10 @@ class LM:
         """Logit lens of directions written at a site: W_dec·diag(gain)·W_U, "n vocab", arbitrary units; None where a
         site's directions are not written to the residual stream (``mlp_in``, unknown modules).
 
-        At ``attn_z`` the directions first go through W_O (and the norm that some models have behind it). The gain is
-        the final norm's (1+w for Gemma); directions are centred where that norm centres.
+        At ``attn_z`` the directions first go through W_O (and the norm that some models have after it). The gain is
+        the final norm's (1+w for Gemma); directions are centred if that norm centres.
 
-        of: what to make of the logits where the model is (they are many), None: they come back themselves.
+        of: a function of the logits; it runs where the model runs, and its value comes back. None: the logits.
         """
         site = Site.of(at)
         way = self._way(site)
@@ -552,8 +552,8 @@ class LM:
             return passes.lens(self._module, x=x, of=of, **way)
 
     def _way(self, site: Site) -> dict[str, Any] | None:
-        """The modules between a site and the logits, later layers aside, as ``passes.lens`` takes them; None where the
-        site's directions are not written to the residual stream, or the way from there to the head is another."""
+        """The modules between a site and the logits, without the later layers, as ``passes.lens`` takes them; None if
+        its directions are not written to the residual stream, or pass other modules than norms and linear maps."""
         at = self._sites
         if site.kind in ("mlp_in", "module") or not self._has_a_way_out:
             return None
@@ -571,7 +571,7 @@ class LM:
 
     @cached_property
     def _has_a_way_out(self) -> bool:
-        """Whether nothing but norms and linear maps lies between the last layer and the logits."""
+        """Whether only norms and linear maps lie between the last layer and the logits."""
         way = self._sites.way_out
         if way is None or self._server:
             return way is not None
@@ -584,8 +584,8 @@ class LM:
         return True
 
     def _before_head(self, x: Float[Tensor, "n d"], site: Site) -> Float[Tensor, "n d_model"]:
-        """Directions written at a site as they stand in front of W_U, but for the norms' divisions. ValueError where
-        they do not get there."""
+        """Directions written at a site as W_U reads them, without the norms' divisions. ValueError if other modules
+        than norms and linear maps lie between."""
         way = self._way(site)
         if way is None:
             raise ValueError(
@@ -597,7 +597,7 @@ class LM:
         return x if factor is None else factor * x
 
     def _there(self, fn: Callable[..., Any], form: Any, expected: int, **settings: Any) -> Any:
-        """fn(root envoy, **settings) on the server, where modules may be called; form, expected: of its value."""
+        """fn(root envoy, **settings) on the server. form, expected: of its value, as in ``run``."""
         import nnsight
 
         nn, ids, found = self._nn, torch.zeros(1, 1, dtype=torch.long, device=self.device), None
@@ -609,7 +609,7 @@ class LM:
 
 
 def listed_edits(edits: Any) -> list[Any]:
-    """Edits as a list; one by itself is one. ValueError for what is no edit."""
+    """One edit or several as a list. ValueError for an object that is no edit."""
     edits = list(edits) if isinstance(edits, Iterable) else [edits]
     if wrong := [edit for edit in edits if isinstance(edit, type) or not hasattr(edit, "writes")]:
         raise ValueError(f"edits is a list of edits, such as edits=[sl.Steer(sae, 7)], got {wrong[0]!r} in it")
@@ -617,7 +617,7 @@ def listed_edits(edits: Any) -> list[Any]:
 
 
 def _weights(values: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """Named tensors of a state; a quantised module keeps its own in tuples, and quantised tensors hold integers."""
+    """The named tensors of a state dict; quantised modules keep theirs in tuples, as integers."""
     for name, value in values.items():
         if isinstance(value, Tensor):
             yield name, value.int_repr() if value.is_quantized else value
@@ -626,14 +626,14 @@ def _weights(values: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
 
 
 def _padded(x: Tensor, batch: TokenBatch) -> Tensor:
-    """Rows of real tokens in their places, 0 at padding."""
+    """Rows of real tokens as "batch pos d", 0 at padding."""
     out = x.new_zeros(*batch.mask.shape, x.shape[-1])
     out[batch.mask] = x
     return out
 
 
 def _require_travelling(writes: Iterable[Write]) -> None:
-    """What an edit does must be functions of torch. A coder that is none stands in the plan as itself."""
+    """ValueError for edits that need a coder's own class: its plan then holds the coder itself."""
     for w in writes:
         change = getattr(w.fn, "keywords", {}).get("change")
         plan = getattr(change, "keywords", {}).get("plan") or {}

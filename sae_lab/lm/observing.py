@@ -1,10 +1,10 @@
-"""One watched pass through a model: where every module's tensors come from, as sums of what was added before.
+"""One watched pass through a model: which tensors every module's input and output are sums of.
 
-``Flow`` sees each tensor operation. A tensor's *form* says which other tensors it is the sum of, times which numbers:
-the stream after a Llama's block is {stream before: 1, attention's output: 1, MLP's output: 1}. Operations that only
-add, scale, cast or reshape pass forms on; any other makes a new *atom*, which remembers what it was made of. So what a
-sub-layer adds to the residual stream is read off the computation itself, whatever its modules are called, behind norms
-and multipliers, and also of a model without weights (on the meta device).
+``Flow`` sees each tensor operation. A tensor's *form* is a weighted sum of other tensors: the stream after a Llama's
+block is {stream before: 1, attention's output: 1, MLP's output: 1}. Operations that only add, scale, cast or reshape
+pass forms on; any other operation makes a new *atom*, which remembers its operands. So the computation itself says what
+a sub-layer adds to the residual stream: whatever its modules are called, after norms and multipliers, and in a model
+without weights (on the meta device).
 """
 
 from collections.abc import Iterable
@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sae_lab.lm.passes import first_tensor
 
 ROWS, TOKENS = 2, 10  # of the watched text: two rows that differ in their last token only
-SKETCH = 64  # random directions on which activations are kept: sums hold there where they hold
+SKETCH = 64  # random directions onto which activations are projected, to check sums of them
 
 Form = dict[int, float]  # atom -> factor
 End = tuple[str, str]  # (module path, "input" or "output")
@@ -34,8 +34,8 @@ _ALONG_TIME = {"convolution", "cumsum", "constant_pad_nd", "roll", "flip", "_con
 
 @dataclass(frozen=True)
 class Atom:
-    """A tensor that is no sum of others. parents: the atoms it was made of. softmax, product, scores, mixes: whether it
-    is a softmax; a product of matrices; one of two activations; made by what can take one token's values to another."""
+    """A tensor that is no sum of others. parents: the atoms of its operands. softmax, product: whether it is a softmax,
+    a product of matrices; scores: a product of two activations; mixes: made by an operation across tokens."""
 
     parents: tuple[int, ...] = ()
     softmax: bool = False
@@ -47,7 +47,7 @@ class Atom:
 
 @dataclass
 class Seen:
-    """What passed one end of a module, at its first call."""
+    """The tensor at one end of a module, at its first call."""
 
     when: int
     shape: tuple[int, ...]
@@ -57,7 +57,7 @@ class Seen:
     sketch: Tensor | None = None  # of the first row, "pos SKETCH"
     calls: int = 1
     streams: int = 1  # tensors of this shape that came together
-    handed: Form = field(default_factory=dict)  # at a list's member: the stream's form before it got an atom of its own
+    handed: Form = field(default_factory=dict)  # at a list's member: the form before the stream got a new atom
 
 
 class Flow(TorchDispatchMode):
@@ -79,7 +79,8 @@ class Flow(TorchDispatchMode):
     # ---- forms
 
     def form(self, t: Tensor) -> Form:
-        """The tensor's form. One that no operation made here is a weight, or comes from code that cannot be watched."""
+        """The tensor's form. A tensor that no watched operation made is a weight, or comes from code that cannot be
+        watched."""
         if id(t) not in self.forms:
             known = id(t) in self._weights or t.dtype in (torch.bool,)
             self._set(t, self._atom(Atom(live=not known, mixes=not known)))
@@ -94,7 +95,7 @@ class Flow(TorchDispatchMode):
         self.forms[id(t)] = form
 
     def fresh(self, t: Tensor) -> Form:
-        """Gives a tensor an atom of its own; its form before."""
+        """Give a tensor a new atom. Returns its form before."""
         before = self.form(t)
         self.forms[id(t)] = self._atom(Atom(parents=tuple(before), live=True))
         return before
@@ -139,7 +140,7 @@ class Flow(TorchDispatchMode):
         )
 
     def _sum(self, name: str, args: Any, kwargs: dict[str, Any], results: list[Tensor]) -> Form | None:
-        """The form of what only adds, scales or reshapes; None for all else."""
+        """The form of the result of an operation that adds, scales or reshapes; None for other operations."""
         if not args or not isinstance(args[0], Tensor) or (len(results) != 1 and name != "native_dropout"):
             return None
         first, second, out = args[0], args[1] if len(args) > 1 else None, results[0]
@@ -168,7 +169,7 @@ class Flow(TorchDispatchMode):
     # ---- modules
 
     def pass_by(self, path: str, end: str, value: Any, own: bool = False) -> None:
-        """Note what passes an end of a module. own: the stream gets an atom of its own here."""
+        """Note the tensor at an end of a module. own: give the stream a new atom here."""
         t = first_tensor(value)
         if t is None or t.dim() < 2:
             return
@@ -205,7 +206,7 @@ class Flow(TorchDispatchMode):
     # ---- questions
 
     def made_of(self, form: Iterable[int], stop: Iterable[int]) -> set[int]:
-        """All live atoms that went into a form, up to and without ``stop``."""
+        """All live atoms that a form was made of, back to ``stop``, which is left out."""
         found, todo, stop = set(), list(form), set(stop)
         while todo:
             a = todo.pop()
@@ -220,8 +221,8 @@ class Flow(TorchDispatchMode):
         return any(self.atoms[a].softmax and self.over_scores(a) for a in atoms)
 
     def over_scores(self, softmax: int) -> bool:
-        """Whether what a softmax reads is made of a product of activations, without other products between (a router's
-        softmax reads a product with weights)."""
+        """Whether a softmax reads a product of activations, with no other product between (a router's softmax reads a
+        product with weights)."""
         todo, known = [softmax], set()
         while todo:
             a = self.atoms[todo.pop()]
@@ -232,14 +233,14 @@ class Flow(TorchDispatchMode):
         return False
 
     def mixes(self, atoms: set[int], strongly: bool = False) -> bool:
-        """Whether one token's values can reach another among them, as far as can be seen. strongly: by more than a
+        """Whether one of the atoms takes values from token to token. strongly: by attention-like scores, and not by a
         short convolution or a shift, which some MLPs have."""
         return any(self.atoms[a].scores if strongly else self.atoms[a].mixes for a in atoms)
 
 
 def watch(model: Any, members: set[str]) -> tuple[Flow, Any]:
-    """(the flow of one pass over a short text, the model's output). members: paths of modules in whose front the stream
-    gets an atom of its own."""
+    """(the flow of one pass over a short text, the model's output). members: paths of modules before which the stream
+    gets a new atom."""
     flow, hooks = Flow(model), []
     device = next(model.parameters()).device
     vocab = model.config.get_text_config().vocab_size

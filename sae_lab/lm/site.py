@@ -1,12 +1,12 @@
 """Where sites lie in a model: the only code that knows module paths and which end of a module to read.
 
-Nothing here goes by the names of modules. ``observing.watch`` runs the model once over a short text and tells what each
-block adds to the residual stream, and out of what; a kind of site is offered at a layer where its identity holds:
+Nothing here relies on the names of modules. ``observing.watch`` runs the model once over a short text and finds what
+each block adds to the residual stream; a kind of site is offered at a layer if its identity holds there:
 
     resid_pre + attn_out = resid_mid, resid_mid + mlp_out = resid_post      (one after the other)
     resid_pre + attn_out + mlp_out = resid_post                             (side by side: no resid_mid)
     resid_post of a layer = resid_pre of the next
-    W_O(attn_z), behind the block's own norm and multiplier = what attention adds
+    W_O(attn_z), after the block's norm and multiplier = what attention adds to the stream
 """
 
 import re
@@ -45,18 +45,18 @@ class SiteMap:
         self._embed = self._place_of_embeddings()
         found = {kind for block in self.layers for kind in block.places} | ({"embed"} if self._embed else set())
         self.kinds = [k for k in KINDS if k in found]
-        self.head_factor = 1.0  # what the head reads is so many times the last norm's output
+        self.head_factor = 1.0  # the head reads this times the last norm's output
         self.way_out = self._way_out()
         head = model.get_output_embeddings()  # type: ignore[operator]
         made = self._seen.get((self.path_of(head), "output")) if head is not None else None
-        # What the model multiplies its logits by (Cohere, Granite); None: it does more to them than that.
+        # What the model multiplies its logits by (Cohere, Granite); None: it changes them in another way too.
         self.logit_factor = times(made.form, self._flow.logits) if made is not None else None
         self._flow.forget()
 
     # ---- what it is
 
     def _chain(self, lists: dict[str, int]) -> str | None:
-        """The longest list of modules that hand the stream on, each called once and in order."""
+        """The longest list of modules through which the stream passes, each called once and in order."""
         chains = [path for path, n in lists.items() if self._hands_on(path, n)]
         return max(chains, key=lambda path: (lists[path], -path.count(".")), default=None)
 
@@ -90,12 +90,12 @@ class SiteMap:
 
     @property
     def final_norm(self) -> str | None:
-        """The module whose output the head reads, where it is not the last block."""
+        """The module whose output the head reads; None if that is the last block."""
         return self.way_out[-1] if self.way_out else None
 
     def _way_out(self) -> list[str] | None:
-        """Paths of the modules between the last block and the head, in order; None where there are others than those
-        that read one tensor each."""
+        """Paths of the modules between the last block and the head, in order; None if one of them reads more than one
+        tensor."""
         head = self.model.get_output_embeddings()
         read = self._seen.get((self.path_of(head), "input")) if head is not None else None
         last = self._seen.get((f"{self.blocks}.{self.n_layers - 1}", "output")) if self.blocks else None
@@ -122,8 +122,8 @@ class SiteMap:
     # ---- questions
 
     def place(self, site: Site) -> Place:
-        """How a site is read and written. ValueError with what exists when this model has no such layer, kind, head or
-        module."""
+        """How a site is read and written. ValueError, which lists the model's sites, for a layer, kind, head or module
+        that it does not have."""
         if site.kind == "module":
             return Place(self._module(str(site.path)), "output")
         if site.kind == "embed":
@@ -186,7 +186,7 @@ class SiteMap:
         return path
 
     def _require_own_path(self, site: Site) -> None:
-        """A path that is this model's must not be taken for the usual name of a layer that lies elsewhere."""
+        """ValueError for a path of this model's that was read as the usual name of a layer, and lies outside them."""
         path = site.spelling
         if path and path in self.modules and self.blocks and not path.startswith(f"{self.blocks}."):
             raise ValueError(
@@ -224,7 +224,7 @@ def require_decoder(model: Any) -> None:
 
 
 def _require_causal(out: Any) -> None:
-    """Rows of the watched text differ in their last token: nothing before it may show that."""
+    """ValueError if the last token of the watched text, in which its rows differ, changes earlier logits."""
     logits = out.logits if hasattr(out, "logits") else first_tensor(out)
     if logits is None or logits.is_meta or logits.dim() != 3 or logits.shape[1] != TOKENS:
         return
@@ -238,7 +238,7 @@ def _require_causal(out: Any) -> None:
 
 
 def _lists(modules: dict[str, nn.Module]) -> dict[str, int]:
-    """Lists of modules that lie in no other list: path -> how many."""
+    """Lists of modules that lie in no other list: path -> length."""
     return {
         path: len(module)
         for path, module in modules.items()

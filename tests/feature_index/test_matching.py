@@ -7,6 +7,7 @@ import torch
 
 import sae_lab as sl
 from sae_lab.feature_index import matching
+from sae_lab.worlds import planted
 
 EYE = torch.eye(4)
 
