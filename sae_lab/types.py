@@ -1,4 +1,4 @@
-"""The nouns every floor shares: Site, TokenMask, TokenBatch, Batch, Codes, Output, Write.
+"""The types that every room shares: Site, TokenMask, TokenBatch, Batch, Codes, Output, Write.
 
 Legend of axes, the same everywhere: ``batch`` prompts or rows, ``pos`` token positions, ``layer`` blocks,
 ``d_in``/``d_out`` widths a coder reads/writes, ``d_sae`` features, ``k`` active features, ``vocab`` token ids.
@@ -62,7 +62,7 @@ class Site:
     layer: int | None
     head: int | None
     path: str | None
-    spelling: str | None = field(default=None, repr=False, compare=False)  # as it was named, where that was no kind
+    spelling: str | None = field(default=None, repr=False, compare=False)  # the name that was given instead of a kind
 
     def __init__(self, kind: str, layer: int | None = None, head: int | None = None):
         path, spelling = None, kind if kind not in KINDS else None
@@ -147,8 +147,8 @@ class TokenBatch:
 
     ids: ``batch pos``. mask: ``batch pos``, True at real tokens. positions: ``batch pos``, absolute. roles: for chat
     prompts one list of role names per row ("template" for what the chat template adds), else None. rows: each row's
-    number among the user's prompts, where these are only some of them. step: which pass of a generation this is; where
-    one pass does the work of several, a number for each position.
+    number among the user's prompts, in a batch of some of them. step: the number of the pass in a generation; one per
+    position if a pass reads the whole text.
     """
 
     ids: Int[Tensor, "batch pos"]
@@ -164,14 +164,14 @@ class TokenBatch:
         return torch.arange(len(self.ids)) if self.rows is None else self.rows
 
     def plain(self) -> SimpleNamespace:
-        """The same without this library's class, as the functions of edits take it on any machine: ids, mask,
-        positions, row_numbers, step."""
+        """The same as plain data, for functions that run where sae_lab is not installed: ids, mask, positions,
+        row_numbers, step."""
         return SimpleNamespace(
             ids=self.ids, mask=self.mask, positions=self.positions, row_numbers=self.row_numbers, step=self.step
         )
 
     def role_mask(self, role: str) -> Bool[Tensor, "batch pos"]:
-        """True at the tokens of one role ("user", "assistant", ...). ValueError where the prompts were no chat."""
+        """True at the tokens of one role ("user", "assistant", ...). ValueError for prompts that are no chat."""
         if self.roles is None:
             raise ValueError("these prompts carry no roles: pass chat messages ([{'role': ..., 'content': ...}])")
         width = self.ids.shape[1]
@@ -244,8 +244,8 @@ class TokenMask:
 @as_annotated
 @dataclass
 class Batch:
-    """What a training step sees. ``target is x`` for an SAE, another tensor for a transcoder; a crosscoder's have an
-    axis of layers after the batch."""
+    """Rows of a training step. ``target is x`` for an SAE, another tensor for a transcoder; those of a crosscoder have
+    an axis of layers after the batch. tokens, positions: of each row, for activations of text."""
 
     x: Shaped[Tensor, "batch *d_in"]  # floats: what reads all of them has its own look at each batch
     target: Shaped[Tensor, "batch *d_out"]
@@ -313,7 +313,7 @@ def check_feature(feature: Any, d_sae: int) -> int:
 
 
 class Write(NamedTuple):
-    """One replacement of activations while the model runs: ``fn(x, tokens, *read) -> x'`` at ``site``.
+    """A replacement of activations while the model runs: ``fn(x, tokens, *read) -> x'`` at ``site``.
 
     x is ``batch pos d``; tokens (``TokenBatch.plain()``) tells ids, mask, positions, row_numbers and step. fn must be
     pure; on a server, only a function whose source needs torch alone runs, see ``saes.portable``.

@@ -1,8 +1,10 @@
 """Activations as training and indexing read them: a ``Store`` on disk, or ``Rows`` of a plain tensor.
 
-A store is a folder that ``harvest`` wrote: ``manifest.json`` and safetensors shards. A shard holds some contexts' token
-ids and, for every kept token, its activations at each site (float16 after a per-site power-of-two scale), id, document
-and position.
+A store is a folder that ``harvest`` wrote: ``manifest.json`` and safetensors shards. Each row belongs to an item that
+the network read at once and to a place in it; of text, the item is a context and the place a token's position. A shard
+has for every row its activations at each site (float16 after a per-site power-of-two scale), "context" (the item),
+"position" (the place), "document" (a group of items, which are not independent) and "token". The token ids, "token"
+and "ids" with "lengths" for whole contexts, are columns that a store of text has.
 """
 
 import json
@@ -31,7 +33,7 @@ _REMEDY = "call sl.harvest again with the same path to remake it"
 
 
 class Runs:
-    """Some of a store's rows as runs of consecutive ones: the i-th row without a list of them all."""
+    """Rows of a store as runs of consecutive rows; ``runs[i]`` is the i-th of them all."""
 
     def __init__(self, starts: np.ndarray, lengths: np.ndarray):
         self._starts = starts
@@ -47,9 +49,8 @@ class Runs:
 
 
 def split_runs(starts: np.ndarray, lengths: np.ndarray, groups: np.ndarray) -> tuple[Runs, Runs]:
-    """(training rows, reserved rows). Every fifth group is reserved: what must hold on new text, like BatchTopK's
-    threshold, is fitted there, since a coder's own training tokens (and their documents) flatter it. Of fewer than five
-    groups none is reserved."""
+    """(training rows, reserved rows). Every fifth group is reserved, none of fewer than five. Settings that must hold on
+    new text, like BatchTopK's threshold, are fitted on reserved rows, since training rows flatter a coder."""
     reserved = groups % RESERVE_EVERY == RESERVE_EVERY - 1
     return Runs(starts[~reserved], lengths[~reserved]), Runs(starts[reserved], lengths[reserved])
 
@@ -122,7 +123,7 @@ class Store:
 
     @property
     def site(self) -> Site:
-        """The site whose activations are read. ValueError while several could be meant."""
+        """The site whose activations are read. ValueError for a store of several sites."""
         if len(self.reads) != 1:
             raise ValueError(
                 f"this store has several sites ({', '.join(map(repr, self.sites))}): choose with store.at(site)"
@@ -131,7 +132,7 @@ class Store:
 
     @property
     def chosen(self) -> Sequence[Site]:
-        """The site chosen with ``at``, else all there are."""
+        """The site chosen with ``at``, else all sites."""
         return self.reads or self.sites
 
     @property
@@ -146,13 +147,13 @@ class Store:
 
     @property
     def fingerprint(self) -> str:
-        """Changes with what was harvested and how many rows are seen."""
+        """Changes with the harvest's settings, the sites read and the number of rows."""
         sites = [[s.key for s in self.reads], [s.key for s in self.writes]]
         content = json.dumps([self.identity, self.manifest["mask"], self._rows, sites])
         return f"{zlib.crc32(content.encode()):08x}-{self._rows}"
 
     def at(self, site: Site | str) -> "Store":
-        """This store, reading one of its sites. ValueError names the sites there are."""
+        """This store, reading one of its sites. ValueError, which lists the sites, for another."""
         site = Site.of(site)
         if site not in self.sites:
             raise ValueError(f"this store has no {site}; it has {', '.join(map(repr, self.sites))}")
@@ -293,12 +294,12 @@ class Store:
         return len(self._split[0])
 
     def reserved(self, most: Count) -> Tensor | None:
-        """Activations that no batch holds, at most so many; None where the store is too small to reserve any."""
+        """At most ``most`` activations that no batch holds; None if the store is too small to reserve any."""
         rows = self._split[1]
         return self._acts(rows[np.arange(min(most, len(rows)))], self.reads or (self.site,)) if len(rows) else None
 
     def unseen(self, most: Count) -> Batch:
-        """At most so many rows that no batch holds; of a store too small to reserve any, its last ones."""
+        """At most ``most`` rows that no batch holds; of a store too small to reserve any, the last rows."""
         reserved = self._split[1]
         last = np.arange(max(0, len(self) - most), len(self))
         return self._batch(reserved[np.arange(min(most, len(reserved)))] if len(reserved) else last)
@@ -316,7 +317,7 @@ class Store:
         return np.cumsum([0] + [s["contexts"] for s in self.manifest["shards"]])
 
     def contexts(self, rows: np.ndarray) -> np.ndarray:
-        """The number of the context each row stands in."""
+        """The number of each row's context (its item)."""
         shards = np.searchsorted(self._starts, rows, side="right") - 1
         return self.rows(rows, "context").numpy() + self._context_starts[shards]
 
@@ -425,7 +426,7 @@ class ReadAhead:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """A store's manifest. ValueError where there is none, or one that is no store's."""
+    """A store's manifest. ValueError for a folder without one, or with one that is no store's."""
     file = Path(folder) / "manifest.json"
     if not file.exists():
         raise ValueError(
@@ -446,7 +447,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def _check(manifest: dict[str, Any]) -> None:
-    """ValueError where a part is of another type than ``harvest`` writes."""
+    """ValueError for a part of another type than ``harvest`` writes."""
     for shard in manifest["shards"]:
         for key, kind in _SHARD.items():
             if type(shard[key]) is not kind or (kind is int and not 0 <= shard[key] < 1 << 40):
@@ -463,7 +464,7 @@ def _check(manifest: dict[str, Any]) -> None:
 
 
 def _map(file: Path, shard: dict[str, Any]) -> dict[str, files.Table]:
-    """A shard's tensors. ValueError where they are not as many as the manifest says."""
+    """A shard's tensors. ValueError if their numbers of rows are not those of the manifest."""
     tables = files.map_tensors(file, _REMEDY)
     if missing := sorted({"ids", "lengths", "token", "document", "position", "context"} - tables.keys()):
         raise ValueError(f"{file} is damaged (it has no {missing}): {_REMEDY}")

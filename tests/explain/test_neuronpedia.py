@@ -158,9 +158,3 @@ def test_nothing_is_kept_of_what_does_not_fit(token_index, tmp_path):
     with pytest.raises(ValueError, match="a label of feature 99"):
         token_index.load_labels(write(tmp_path / "x.jsonl", line(0, "a"), line(99, "b")), model="tiny")
     assert len(token_index.explanations) == 0 and not token_index.notes.file.exists()
-
-
-def test_a_damaged_file_of_explanations(token_index):
-    (token_index.path / "explanations.json").write_text("[1]")
-    with pytest.raises(ValueError, match=r"holds no explanations of sae_lab .* move it away"):
-        FeatureIndex(token_index.path, token_index.store, token_index.lm)

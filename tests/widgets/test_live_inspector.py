@@ -127,13 +127,6 @@ def test_two_kernels_merge_by_field_and_time(panel, real_index, screen):
     assert [row["feature"] for row in panel.results] == [feature]
 
 
-def test_damaged_notes_are_refused_and_stay(real_index, lab):
-    (real_index.path / "notes.json").write_text("not json")
-    with pytest.raises(ValueError, match="move it away"):
-        sl.index_features(lab.sae, lab.lm, lab.store, path=real_index.path)
-    assert (real_index.path / "notes.json").read_text() == "not json"
-
-
 def test_conditions(panel, real_index):
     panel.query = "density>5% max>0.1"
     live = real_index.density > 0.05
