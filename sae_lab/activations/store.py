@@ -49,8 +49,8 @@ class Runs:
 
 
 def split_runs(starts: np.ndarray, lengths: np.ndarray, groups: np.ndarray) -> tuple[Runs, Runs]:
-    """(training rows, reserved rows). Every fifth group is reserved, none of fewer than five. Settings that must hold on
-    new text, like BatchTopK's threshold, are fitted on reserved rows, since training rows flatter a coder."""
+    """(training rows, reserved rows). Every fifth group is reserved, none of fewer than five. Settings that must hold
+    on new text, like BatchTopK's threshold, are fitted on reserved rows, since training rows flatter a coder."""
     reserved = groups % RESERVE_EVERY == RESERVE_EVERY - 1
     return Runs(starts[~reserved], lengths[~reserved]), Runs(starts[reserved], lengths[reserved])
 
