@@ -151,9 +151,9 @@ def _best(dictionary, rows):
 
 
 def test_it_is_fast_and_prints():
-    start = time.perf_counter()
+    start = time.process_time()
     world = planted(n=128, d=64, l0=4)
-    assert time.perf_counter() - start < 5  # half a second on a quiet machine
+    assert time.process_time() - start < 5  # CPU seconds; half of one is usual
     settings = "128 features in 64 dimensions, uniform law"
     assert repr(world) == f"World({settings}; 200,000 samples, L0 {world.l0:.2f}, seed 0)"
     text = repr(planted(**SMALL, law="zipf", correlation=0.5, group=3, hierarchy=1, noise=0.1, seed=5))
