@@ -1,5 +1,5 @@
-"""What can be done to any coder besides training it: start it from data, revive features, undo shrinkage, re-solve
-codes, move a dictionary to another distribution."""
+"""Changes of a coder besides training: start it from data, revive features, undo shrinkage, solve for codes, move a
+dictionary to another distribution."""
 
 import copy
 
@@ -37,8 +37,8 @@ def _normalised(coder: SparseCoder, x: Tensor, target: Tensor) -> tuple[Tensor, 
 
 
 def _unexplained(coder: SparseCoder, x: Tensor, target: Tensor, batch: Batch) -> tuple[Tensor, Codes]:
-    """(the target less what the coder makes without a code, the codes as ``strengths``): then strengths·directions is
-    what features reconstruct, whatever the norms of decoder rows and the ``input_norm``."""
+    """(the target less ``coder.silent``, the codes as ``strengths``): strengths·directions is the features' part of
+    x_hat, whatever the norms of decoder rows and the ``input_norm``."""
     codes = coder.sparse_codes(batch.x.to(x.device))
     silent = coder.silent(x.reshape(-1, *coder.in_shape), batch.tokens).reshape(target.shape)
     return target - silent, coder.strengths(codes, x.reshape(-1, *coder.in_shape))
@@ -47,7 +47,7 @@ def _unexplained(coder: SparseCoder, x: Tensor, target: Tensor, batch: Batch) ->
 @as_annotated
 @torch.no_grad()
 def inform(coder: SparseCoder, data: Tensor | Batch, share: float = 0.8, seed: int = 0) -> None:
-    """Informed initialisation, in place: features start as data points.
+    """``sl.saes.inform(sae, x)``: informed initialisation, in place: features start as data points.
 
     Row i of W_dec, and of the encoder: the direction of share·(x_j − median) + (1 − share)·random, j a random token.
 
@@ -74,8 +74,8 @@ def inform(coder: SparseCoder, data: Tensor | Batch, share: float = 0.8, seed: i
 @as_annotated
 @torch.no_grad()
 def resample(coder: SparseCoder, data: Tensor | Batch, dead: Bool[Tensor, " d_sae"], seed: int = 0) -> int:
-    """Revive dead features, in place: each takes the direction of a badly reconstructed token (Bricken et al. 2023,
-    "Towards Monosemanticity"). Returns how many.
+    """``sl.saes.resample(sae, x, dead)``: revive dead features, in place: each takes the direction of a badly
+    reconstructed token (Bricken et al. 2023, "Towards Monosemanticity"). Returns their number.
 
     Tokens are drawn with probability ∝ ‖target − x_hat‖⁴. The encoder's row is the same direction with a fifth of the
     length of live ones; biases and thresholds are the live features' mean.
@@ -88,7 +88,8 @@ def resample(coder: SparseCoder, data: Tensor | Batch, dead: Bool[Tensor, " d_sa
     if not len(features):
         return 0
     x, target = _pair(data, coder)
-    error = (target - _reconstruct(coder, data)).pow(2).sum(1)
+    x_hat = coder(_batch(data).x.to(x.device), _batch(data).tokens).x_hat
+    error = (target - x_hat.reshape(target.shape)).pow(2).sum(1)
     generator = torch.Generator().manual_seed(seed)
     weight = (error / error.max().clamp_min(1e-12)).pow(2).cpu() + 1e-12
     again = len(features) > len(x)
@@ -108,24 +109,23 @@ def resample(coder: SparseCoder, data: Tensor | Batch, dead: Bool[Tensor, " d_sa
     return len(features)
 
 
-def _reconstruct(coder: SparseCoder, data: Tensor | Batch) -> Tensor:
-    batch = _batch(data)
-    return coder(batch.x.to(coder.b_dec.device), batch.tokens).x_hat.reshape(len(batch.x), -1)
+def _require_free_decoder(coder: SparseCoder) -> None:
+    if not isinstance(coder.W_dec, torch.nn.Parameter) or coder.tied:
+        raise ValueError(f"{type(coder).__name__} ties its decoder to other weights: it cannot be changed alone")
 
 
 @as_annotated
 @torch.no_grad()
 def unsuppress(coder: SparseCoder, data: Tensor | Batch, steps: Count = 60) -> SparseCoder:
-    """A copy whose features are as strong as they ought to be: W_dec[i]·s_i, s the least-squares answer for the codes
-    as they are. Which features fire, and L0, stay the same; rows of W_dec are no longer of unit norm.
+    """``sl.saes.unsuppress(sae, x)``: a copy without the shrinkage of an L1 penalty (Wright & Sharkey 2024, "Addressing
+    Feature Suppression in SAEs"; there by fine-tuning).
 
-    An L1 penalty shrinks codes; this undoes it after the fact (Wright & Sharkey 2024, "Addressing Feature Suppression
-    in SAEs"; there by fine-tuning, here by conjugate gradients on s).
+    Decoder rows become W_dec[i]·s_i, s the least-squares solution for the codes as they are, found by ``steps`` of
+    conjugate gradients. The features that fire, and L0, stay the same; rows of W_dec lose their unit norm.
 
-    Raises ValueError for coders whose encoder or code book is the decoder itself.
+    Raises ValueError for coders whose decoder is tied to other weights.
     """
-    if not isinstance(coder.W_dec, torch.nn.Parameter) or coder.tied:
-        raise ValueError(f"{type(coder).__name__} ties its decoder to other weights, so its rows cannot be rescaled")
+    _require_free_decoder(coder)
     x, target = _pair(data, coder)
     batch = _batch(data)
     wanted, codes = _unexplained(coder, x, target, batch)
@@ -163,11 +163,12 @@ def unsuppress(coder: SparseCoder, data: Tensor | Batch, steps: Count = 60) -> S
 @as_annotated
 @torch.no_grad()
 def optimise_codes(coder: SparseCoder, data: Tensor | Batch, k: int | None = None) -> Codes:
-    """Inference-time optimisation: the best codes for a fixed dictionary (Nanda et al. 2024, "GDM Mech Interp Update").
+    """``sl.saes.optimise_codes(sae, x)``: inference-time optimisation, the best codes for a fixed dictionary (Nanda et
+    al. 2024, "GDM Mech Interp Update").
 
-    With k None the encoder's choice of features is kept and their codes are re-solved: min ‖target − f·W_dec − b_dec‖²,
-    f >= 0. With k features are chosen too, one after another, each the one that fits the residual best (orthogonal
-    matching pursuit with f >= 0), at the price of k encoder products.
+    With k=None the encoder's features are kept and their codes solved for: min ‖target − f·W_dec − b_dec‖², f >= 0.
+    With a k features are chosen too, one after another, each the one that fits the residual best (orthogonal matching
+    pursuit with f >= 0); this costs k encoder products.
     """
     x, target = _pair(data, coder)
     if k is not None and not 1 <= k <= coder.d_sae:
@@ -232,7 +233,8 @@ def _pursue(y: Tensor, W_dec: Tensor, k: int) -> Codes:
 @as_annotated
 @torch.no_grad()
 def realign(coder: SparseCoder, data: Tensor | Batch, rank: int | None = None, ridge: float = 0.03) -> SparseCoder:
-    """A copy whose decoder suits another distribution, the encoder as it was (GAE, "Geometry-aware realignment").
+    """``sl.saes.realign(sae, x)``: a copy whose decoder suits another distribution; the encoder stays as it is (GAE,
+    "Geometry-aware realignment").
 
     1. Rotate: U the leading directions of the dictionary, V those of the new activations' covariance, R the orthogonal
        matrix nearest to VᵀU (Procrustes); D' = D·U·Rᵀ·Vᵀ.
@@ -244,8 +246,7 @@ def realign(coder: SparseCoder, data: Tensor | Batch, rank: int | None = None, r
     Args: data: activations of the new distribution. rank: directions that are rotated; None: those with 99 % of the new
     variance. ridge: λ in units of the mean Σf² of a live feature.
     """
-    if not isinstance(coder.W_dec, torch.nn.Parameter) or coder.tied:
-        raise ValueError(f"{type(coder).__name__} ties its decoder to other weights, so it cannot be refitted alone")
+    _require_free_decoder(coder)
     x, target = _pair(data, coder)
     wanted, codes = _unexplained(coder, x, target, _batch(data))
     size = coder.sizes(x.reshape(-1, *coder.in_shape)).reshape(-1, 1)

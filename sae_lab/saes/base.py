@@ -36,29 +36,34 @@ class Wiring(TypedDict, total=False):
 
 
 class SparseCoder(nn.Module):
-    """Base of all families:
+    """``out = sae(x)``; ``sae.encode(x)``, ``sae.decode(f)``, ``sae.codes_of(x)``, ``sae.save(path)``. Every family:
 
         pre = (x - b_dec)·W_enc + b_enc
         f = act(pre)
         x_hat = f·W_dec + b_dec
 
-    A family names its activation (``act``) and its loss terms (``terms``). Sparse families return ``Codes`` from
-    ``act``; then training never makes a dense ``batch d_sae`` gradient. A row of ``W_dec`` is a feature's direction.
+    A family names its activation (``eval_act``, ``act``) and its loss terms (``terms``). Sparse families return
+    ``Codes`` from ``act``, so that training makes no dense ``batch d_sae`` gradient. A row of ``W_dec`` is a feature's
+    direction.
 
-    Every family also takes ``d_out`` (a transcoder: the target is another activation, of that width, and nothing is
-    subtracted from x) and ``skip=True`` (x·W_skip is added to x_hat).
+    Args:
+        d_in: width of x. d_sae: number of features. seed: of the random start, at least 0.
+        d_out: makes a transcoder: the target is another activation, of this width, and b_dec is not subtracted from x.
+        skip: add x·W_skip to x_hat; needs d_out.
 
-    Attributes: ``W_enc`` "d_in d_sae", ``W_dec`` "d_sae d_out" (training keeps rows at unit norm), ``b_enc``,
-    ``b_dec``; ``f_scale`` " d_sae" (the 99.9th percentile of each feature's activations where it fires, on training
-    text; 0: never fired); ``pre_bias``: whether b_dec is subtracted from x; ``input_norm``: what is done to each x
-    before and undone after ("none", "layer": to mean 0 and deviation 1; "length": to norm √d_in); ``reads``,
-    ``writes``: its sites; ``meta``: what training knew (model, token mask, dead features, text).
+    Attributes:
+        W_enc "d_in d_sae", W_dec "d_sae d_out" (training keeps rows at unit norm), b_enc " d_sae", b_dec " d_out".
+        f_scale " d_sae": 99.9th percentile of each feature's activations where it fires, on training text; 0: dead.
+        pre_bias: whether b_dec is subtracted from x.
+        input_norm: what each x is brought to before it is read; undone afterwards: "none", "layer" (mean 0, standard
+            deviation 1) or "length" (norm √d_in).
+        reads, writes: its sites. meta: facts of its training (model, token mask, dead features, text).
     """
 
     W_enc: Tensor
     W_dec: Tensor
     dense = False  # True: act needs gradients through the whole matrix of pre-activations
-    elementwise = False  # True: a code depends on its own entry of pre and on parameters of its feature
+    elementwise = False  # True: a code depends on its entry of pre and on parameters of its feature alone
     tied = False  # True: the family defines W_enc out of W_dec
     input_norm: Literal["none", "layer", "length"] = "none"
     code_units: tuple[str, ...] = ("b_enc",)  # parameters and buffers that scale as the codes do, for fold
@@ -67,7 +72,7 @@ class SparseCoder(nn.Module):
     select = kernels.Selector()  # who chooses the largest pre-activations: several ranks put theirs here
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """What a family takes is checked as what its base takes."""
+        """A family's arguments are checked as those of its base."""
         super().__init_subclass__(**kwargs)
         for name, method in list(vars(cls).items()):
             if name == "__init__" or hasattr(getattr(SparseCoder, name, None), "as_annotated"):
@@ -149,7 +154,7 @@ class SparseCoder(nn.Module):
         return self.select.per_row(pre, round(k))
 
     def reach(self, pre: Float[Tensor, "batch d_sae"]) -> Bool[Tensor, "batch d_sae"]:
-        """Where an ``elementwise`` family's codes, or their gradients, can be other than 0."""
+        """Bool: where an ``elementwise`` family's codes or their gradients can differ from 0."""
         return pre > 0
 
     def terms(self, batch: Batch, out: Output, *, progress: float, dead: Tensor) -> dict[str, Tensor]:
@@ -163,15 +168,16 @@ class SparseCoder(nn.Module):
             self.b_dec.copy_(losses.geometric_median(batch.target.flatten(1)))
 
     def fit_threshold(self, blocks: Iterable[Tensor]) -> None:
-        """Fit what eval mode needs beyond the weights, on training activations. Most families need nothing."""
+        """Fit the threshold of eval mode on training activations, in families that have one."""
 
     @as_annotated
     @torch.no_grad()
     def fold(self, scale: float | Tensor, target_scale: float | Tensor | None = None) -> None:
-        """Make weights trained on ``scale·x`` (and ``target_scale·target``; None: the same) serve x itself.
+        """``sae.fold(scale)``: make weights that were trained on scale·x serve x.
 
-        Scales: a number, or one per layer of a crosscoder. Codes come out in units of the target. With one number for
-        both, only what is in units of codes or outputs changes; else W_enc and W_dec are rescaled too.
+        Args: scale: of x, a number, or one per layer of a crosscoder. target_scale: of the target; None: the same.
+        Codes come out in units of the target. With one number for both, only biases and thresholds change; else W_enc
+        and W_dec are rescaled too. ValueError for a scale that is not positive and finite.
         """
         if self.input_norm != "none":  # what it reads has no unit
             return
@@ -199,8 +205,8 @@ class SparseCoder(nn.Module):
         return self.state_dict(keep_vars=True)[name]
 
     def choose_sites(self, sites: Sequence[Site]) -> tuple[tuple[Site, ...], tuple[Site, ...]]:
-        """(reads, writes) among a store's sites: those set on the coder, else the one there is; a transcoder takes the
-        first and the second. ValueError where that is not clear, with the remedy."""
+        """(reads, writes) among a store's sites: those set on the coder, else the store's only one; a transcoder reads
+        the first and writes the second. ValueError where several are possible, with the remedy."""
         if self.transcodes:
             if self.reads and self.writes:
                 return self.reads, self.writes
@@ -227,7 +233,7 @@ class SparseCoder(nn.Module):
         return self.output(x, tokens)
 
     def output(self, x: Tensor, tokens: Tensor | None = None) -> Output:
-        """``forward`` for the training loop, which has its own check of the data: one look a step at the device."""
+        """``forward`` without its check of the data: the training loop checks once a step."""
         rows, lead = self._rows(x)
         pre, codes = self._codes(self._enter(rows)[0])
         x_hat = self._leave(codes, rows, tokens)
@@ -295,7 +301,7 @@ class SparseCoder(nn.Module):
 
     @as_annotated
     def sizes(self, x: Float[Tensor, "..."]) -> Float[Tensor, "*batch 1"]:
-        """What f·W_dec of each row of x is multiplied by: 1, but where x_hat is brought back from an ``input_norm``."""
+        """The factor by which f·W_dec of each row of x is multiplied: 1 without an ``input_norm``."""
         rows, lead = self._rows(x)
         size = None if self.transcodes else self._enter(rows)[2]
         return (torch.ones_like(rows[:, :1]) if size is None else size).reshape(*lead, 1)
@@ -307,13 +313,12 @@ class SparseCoder(nn.Module):
     @as_annotated
     @torch.no_grad()
     def strengths(self, codes: Codes | Tensor, x: Float[Tensor, "..."]) -> Codes | Tensor:
-        """How long what each feature writes is, in units of x_hat: f_i·‖W_dec[i]‖, times the row's size. codes: of rows
-        x, dense "*batch d_sae" or sparse.
+        """``sae.strengths(codes, x)``: the length of each feature's contribution to x_hat, f_i·‖W_dec[i]‖·sizes(x).
 
             x_hat = strengths·directions + silent(x)
 
-        Codes have a unit of their own: with W_dec[i]·c and f_i/c, or an ``input_norm``, the same function has other
-        ones. What must not depend on that is made of strengths.
+        Codes depend on their unit (f_i/c with c·W_dec[i] is the same coder), and on an ``input_norm``; strengths do
+        not. Args: codes: of rows x, dense "*batch d_sae" or sparse.
         """
         device = codes.values.device if isinstance(codes, Codes) else codes.device  # read codes are on the CPU
         norms, sizes = (t.to(device) for t in (self.W_dec.detach().float().norm(dim=1), self.sizes(x)))
@@ -325,18 +330,18 @@ class SparseCoder(nn.Module):
     @as_annotated
     @torch.no_grad()
     def silent(self, x: Float[Tensor, "..."], tokens: Tensor | None = None) -> Float[Tensor, "..."]:
-        """x_hat of rows x if no feature fired: b_dec, and what a skip, a lookup or an ``input_norm`` adds."""
+        """``sae.silent(x)``: x_hat of rows x if no feature fired: b_dec, with a skip, a lookup or the mean that an
+        ``input_norm`` took off."""
         rows, lead = self._rows(x)
         nothing = torch.zeros(0, device=rows.device)
         none = Codes(nothing, nothing.long(), nothing.new_zeros(len(rows) + 1).long(), self.d_sae)
         return self._leave(none, rows, tokens).reshape(*lead, *self.out_shape)
 
     def portable(self, features: Sequence[int] | None = None, whole: bool = True) -> dict[str, Any]:
-        """The coder in eval mode as tensors and functions of torch alone, which run where this library is not: a plan
-        for ``saes.portable``.
+        """The coder in eval mode as a plan for the functions of ``saes.portable``, which run without this library.
 
-        Args: features: those whose codes are wanted; None: all. whole: whether what the coder makes of all codes is
-        wanted too; without, only the weights go that the features' codes need.
+        Args: features: those whose codes are wanted; None: all. whole: whether the plan can decode; if not, it has only
+        the weights that the features' codes need.
 
         Raises ValueError for a coder of several layers.
         """
@@ -362,7 +367,7 @@ class SparseCoder(nn.Module):
     def write_of(
         self, change: Float[Tensor, "batch some"], features: Sequence[int] | slice, x: Float[Tensor, "batch d_in"]
     ) -> Float[Tensor, "batch d_out"]:
-        """What x_hat of rows x changes by when the codes of some features do."""
+        """The change of x_hat of rows x by a change of the codes of some features."""
         return change @ self.W_dec[features] * self.sizes(x)
 
     def read_bias(self) -> Float[Tensor, " d_sae"]:
@@ -420,7 +425,7 @@ class SparseCoder(nn.Module):
         return weighted_sum(codes, self.W_dec)
 
     def _leave(self, codes: Codes | Tensor, x: Tensor, tokens: Tensor | None) -> Tensor:
-        """x_hat of float rows x and their codes, brought back to what x was before ``_enter``."""
+        """x_hat of float rows x and their codes, with an ``input_norm`` undone."""
         rows, mean, size = self._enter(x)
         x_hat = self._write(codes, rows, None if tokens is None else tokens.reshape(-1))
         return x_hat if size is None or self.transcodes else x_hat * size + mean  # a transcoder's target was never so
@@ -441,7 +446,7 @@ class SparseCoder(nn.Module):
     # ---- training
 
     def check_sparsity(self, value: float) -> None:
-        """ValueError for what the constructor would refuse as ``sparsity_name``, and where the family has none."""
+        """ValueError for a value that the constructor would refuse, and in families without ``sparsity_name``."""
         if self.sparsity_name is None:
             raise ValueError(
                 f"a {type(self).__name__} has no argument that says how sparse its codes are (as k, or sparsity): "
@@ -451,15 +456,15 @@ class SparseCoder(nn.Module):
 
     @as_annotated
     def set_sparsity(self, value: float) -> None:
-        """Another k, or weight of the penalty, as if it were built with it: ``config`` says so too."""
+        """``sae.set_sparsity(16)``: another k or weight of the penalty, in ``config`` too."""
         self.check_sparsity(value)
         assert self.sparsity_name is not None
         setattr(self, self.sparsity_name, value)
         self.config[self.sparsity_name] = value
 
     def training_threshold(self, codes: Codes | Tensor) -> Tensor | None:
-        """Where codes begin, of a family that has a threshold, while it trains (activations have norm √d_in then).
-        codes: of the last batch. None: it has none."""
+        """The least code that is on, in training, where activations have norm √d_in; None in families without a
+        threshold. codes: of the last batch."""
         return None
 
     def loss(self, batch: Batch, *, progress: float, dead: Tensor) -> dict[str, Tensor]:
@@ -513,7 +518,7 @@ class SparseCoder(nn.Module):
 
     @contextmanager
     def reusing(self, rows: int) -> Iterator[None]:
-        """Within, what runs without gradients on at most so many rows puts pre where the one before put it."""
+        """Within, passes without gradients over up to this many rows write their pre-activations into one buffer."""
         before, self.scratch = self.scratch, kernels.Memory(rows, self.d_sae, self.W_dec.device)
         try:
             yield
@@ -533,7 +538,7 @@ class SparseCoder(nn.Module):
         self.project()
         others = torch.ones(self.d_sae, dtype=torch.bool, device=self.W_dec.device)
         others[features] = False
-        self.W_dec[others] = before[others]  # which need not have unit norm
+        self.W_dec[others] = before[others]  # their norms need not be 1
 
     # ---- what it knows, saving
 
@@ -544,7 +549,7 @@ class SparseCoder(nn.Module):
 
     @property
     def site(self) -> Site:
-        """Its one site. ValueError for a coder that was never at one, with the remedy."""
+        """The site it reads. ValueError for a coder without one, or with several."""
         if len(self.reads) != 1:
             raise ValueError(
                 "this coder does not know its site: train it on a store, or set "
@@ -558,9 +563,9 @@ class SparseCoder(nn.Module):
 
     @property
     def id(self) -> str:
-        """What ``sl.notes`` knows it by, and everything that is kept of a coder whatever is fitted or rounded later.
+        """The name under which ``sl.notes`` and labels are kept; calibration and rounding do not change it.
 
-        Made once, of the shape and the encoder's rows in float16, and kept in ``meta``; copies have the same.
+        A hash of the encoder's shape and rows in float16, made once and kept in ``meta``; copies have the same.
         """
         if not noting.is_id(self.meta.get("id")):
             digest = hashlib.sha256(repr(tuple(self.W_enc.shape)).encode())
@@ -570,7 +575,7 @@ class SparseCoder(nn.Module):
         return self.meta["id"]
 
     def fingerprint(self) -> str:
-        """A hash of family, config and all weights, and of what is done to x where that is not the family's own way."""
+        """A hash of family, config and all weights, and of ``input_norm`` and ``pre_bias`` where they were changed."""
         digest = hashlib.sha256(repr((type(self).__name__, sorted(self.config.items()))).encode())
         if self.input_norm != "none" or self.pre_bias == self.transcodes:
             digest.update(repr((self.input_norm, self.pre_bias)).encode())
@@ -580,13 +585,12 @@ class SparseCoder(nn.Module):
 
     @as_annotated
     def save(self, path: str | Path, format: str = "sae_lab", dtype: torch.dtype = torch.float32) -> Path:
-        """Write the coder into the folder ``path``, atomically; ``sl.load`` reads it. In the format "sae_lab"
-        (``config.json`` and ``sae.safetensors``), or that of a peer: "saelens", "sparsify", "dictionary_learning".
+        """``sae.save(path)``: write the coder into a folder, atomically; ``sl.load(path)`` reads it.
 
-        dtype: of the matrices, in the format "sae_lab": float16 takes half the disk and rounds to 3 digits.
-
-        Raises ValueError for an unknown format, for a family that the format cannot hold, and for a dtype that is no
-        float or cannot hold the weights.
+        Args: format: "sae_lab" (config.json and sae.safetensors), "saelens", "sparsify" or "dictionary_learning"; the
+        last three keep no ``f_scale``. dtype: of the matrices, in the format "sae_lab"; float16 takes half the disk and
+        rounds to 3 digits. Raises ValueError for an unknown format, a family that the format cannot hold, and a dtype
+        that is no float or cannot hold the weights.
         """
         return writing.save(self, path, format, dtype)
 

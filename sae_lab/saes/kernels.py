@@ -246,12 +246,8 @@ class _EncodeAt(torch.autograd.Function):
         (x, W_enc, b_dec), order = ctx.saved_tensors, ctx.order
         by_feature = order.sum(g, x)  # (d_sae, d_in): sum of g·x
         total = torch.zeros(W_enc.shape[1], device=g.device, dtype=g.dtype).index_add_(0, order.features, g)
-        grad_b_dec = None
-        if b_dec is not None:
-            by_feature.addr_(total, b_dec, alpha=-1)
-            grad_b_dec = -(W_enc @ total)
         grad_x = weighted_rows(g, order.features, order.offsets, W_enc.T) if ctx.needs_input_grad[1] else None
-        return None, grad_x, by_feature.T, total, grad_b_dec, None
+        return None, grad_x, *_encoder_gradients(by_feature, total, W_enc, b_dec), None
 
 
 class _Read(torch.autograd.Function):
@@ -265,11 +261,17 @@ class _Read(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor):  # type: ignore[override]
         x, W_enc, b_dec = ctx.saved_tensors
         out = None if ctx.memory is None else ctx.memory.gradient(W_enc.shape[1], W_enc.shape[0])
-        by_feature, total, grad_b_dec = torch.mm(g.T, x, out=out), g.sum(0), None
-        if b_dec is not None:
-            by_feature.addr_(total, b_dec, alpha=-1)
-            grad_b_dec = -(W_enc @ total)
-        return None, g @ W_enc.T if ctx.needs_input_grad[1] else None, by_feature.T, total, grad_b_dec, None
+        grad_x = g @ W_enc.T if ctx.needs_input_grad[1] else None
+        return None, grad_x, *_encoder_gradients(torch.mm(g.T, x, out=out), g.sum(0), W_enc, b_dec), None
+
+
+def _encoder_gradients(
+    by_feature: Tensor, total: Tensor, W_enc: Tensor, b_dec: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Of W_enc, b_enc and b_dec, from the sums over rows of g·x and of g, by feature."""
+    if b_dec is None:
+        return by_feature.T, total, None
+    return by_feature.addr_(total, b_dec, alpha=-1).T, total, -(W_enc @ total)
 
 
 class _Decode(torch.autograd.Function):

@@ -1,9 +1,9 @@
-"""One coder over several processes, which torchrun starts: each holds rows of every batch, or features of the coder.
+"""One coder over several processes (ranks), which torchrun starts: each holds rows of every batch, or features.
 
-    torchrun --nproc-per-node 4 script.py      # script.py calls sl.train as ever
+    torchrun --nproc-per-node 4 script.py      # script.py calls sl.train
 
-A sum over ranks is taken in another order than a sum in one process: results agree up to rounding, where the loss is a
-mean over rows. PAnneal's and Switch's are not; theirs go by each rank's rows.
+Results are those of one process up to rounding where the loss is a mean over rows. PAnneal's weight and Switch's
+balance go by each rank's rows.
 """
 
 import json
@@ -48,7 +48,7 @@ class Ranks(kernels.Selector):
 
     @property
     def first(self) -> bool:
-        """Is this the rank that writes files and shows progress?"""
+        """Whether this rank writes files and shows progress."""
         return self.rank == 0
 
     @property
@@ -61,21 +61,16 @@ class Ranks(kernels.Selector):
 
     def require(self, coder: SparseCoder, batch_size: int) -> None:
         """ValueError for what cannot be divided."""
-        if batch_size % self.row_shares:
-            more = -(-batch_size // self.size) * self.size
-            raise ValueError(
-                f"batch_size must be a multiple of the {self.size} ranks that share it, got {batch_size}: try {more}"
-            )
-        if self.feature_shares == 1:
-            return
-        if type(coder).__name__ not in SHARDED:
+        if self.feature_shares > 1 and type(coder).__name__ not in SHARDED:
             raise ValueError(
                 f"shard='features' can divide {', '.join(SHARDED)}, got {type(coder).__name__}: use shard='batch'"
             )
-        if coder.d_sae % self.size:
-            more = -(-coder.d_sae // self.size) * self.size
+        shared = {"batch": ("batch_size", batch_size, "share it"), "features": ("d_sae", coder.d_sae, "hold features")}
+        name, number, what = shared[self.shard]
+        if number % self.size:
+            more = -(-number // self.size) * self.size
             raise ValueError(
-                f"d_sae must be a multiple of the {self.size} ranks that hold features, got {coder.d_sae}: try {more}"
+                f"{name} must be a multiple of the {self.size} ranks that {what}, got {number}: try {more}"
             )
 
     # ---- sums

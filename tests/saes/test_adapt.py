@@ -103,9 +103,9 @@ def test_unsuppress_by_hand():
 
 @pytest.mark.parametrize("name", ["Tied", "MatrixSAE", "VQ"])
 def test_what_is_tied_is_not_rescaled(name):
-    with pytest.raises(ValueError, match=f"{name} ties its decoder to other weights, so "):
+    with pytest.raises(ValueError, match=f"{name} ties its decoder to other weights: it cannot be changed"):
         unsuppress(make(name), normal(8, 16))
-    with pytest.raises(ValueError, match=f"{name} ties its decoder to other weights, so "):
+    with pytest.raises(ValueError, match=f"{name} ties its decoder to other weights: it cannot be changed"):
         realign(make(name), normal(8, 16))
 
 

@@ -629,9 +629,9 @@ def rewrite(folder, config=None, tensors=None):
             {"config": lambda c: c.update(metadata={"hook_name": 3})},
             "is no whole saelens checkpoint: its config or ten",
         ),
-        ({"tensors": lambda w: w.pop("threshold")}, r"a SAELens 'jumprelu' needs .*; missing: \['threshold'\]"),
-        ({"tensors": lambda w: w.update(W_dec=w["W_dec"].T.contiguous())}, r"W_dec has shape \(16, 40\), expected"),
-        ({"tensors": lambda w: w.update(b_enc=torch.zeros(3))}, r"b_enc has shape \(3,\), expected \(40,\)"),
+        ({"tensors": lambda w: w.pop("threshold")}, r"a SAELens 'jumprelu' must hold .*surplus: \['threshold'\]"),
+        ({"tensors": lambda w: w.update(W_dec=w["W_dec"].T.contiguous())}, r"W_dec has shape .16, 40., its conf"),
+        ({"tensors": lambda w: w.update(b_enc=torch.zeros(3))}, r"b_enc has shape \(3,\), its config says \(40,\)"),
         ({"tensors": lambda w: w["W_dec"].view(-1)[3:4].fill_(float("nan"))}, "W_dec holds NaN or Inf"),
         ({"tensors": lambda w: w["threshold"][:1].fill_(float("inf"))}, "threshold holds NaN or Inf"),
     ],
@@ -696,7 +696,7 @@ def test_sparsify_named_wrongly(sparsify, tmp_path):
     sparse_coder(sparsify).save_to_disk(tmp_path)
     cfg = json.loads((tmp_path / "cfg.json").read_text())
     (tmp_path / "cfg.json").write_text(json.dumps({**cfg, "num_latents": 41}))
-    with pytest.raises(ValueError, match=r"the encoder is \(16, 40\), its config says \(16, 41\)"):
+    with pytest.raises(ValueError, match=r"W_enc has shape \(16, 40\), its config says \(16, 41\)"):
         sl.load(tmp_path)
 
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from sae_lab.saes.io.foreign import Checkpoint
-from sae_lab.saes.io.layouts import read_json, read_torch, refuse_layered, tensors_only
+from sae_lab.saes.io.layouts import floats, refuse_layered
+from sae_lab.saes.io.layouts import read as read_file
 from sae_lab.saes.io.places import Place, place
 from sae_lab.types import Site
 
@@ -43,14 +44,14 @@ _SUBMODULE = re.compile(r"(resid_pre|resid_post|mlp_out|attn_out)(?:_layer)?_(\d
 def read(path: Path, facts: dict[str, Any]) -> Checkpoint:
     """path: the folder, or a checkpoint's own file in or below it."""
     file = path if path.is_file() else path / WEIGHTS
-    content, scale = read_torch(file), None
+    content, scale = read_file(file), None
     config = config_of(file)
     if is_backup(content):  # of unfinished training, under the same file name; its biases are in other units
         config = config or {"trainer": content.get("config") or {}}
         content, scale = content["ae"], content.get("norm_factor")
     trainer, folder = config.get("trainer", {}), file.parent
     refuse_layered(file, content, trainer)
-    tensors = {name: t.float() for name, t in tensors_only(content, file).items()}
+    tensors = floats(content, file)
     name = _class(trainer.get("dict_class"), tensors.keys(), file)
     family, _, _, pre_bias = CLASSES[name]
     found = Checkpoint("dictionary_learning", str(path), family, {}, pre_bias)
@@ -93,7 +94,7 @@ def fits(content: dict[str, Any]) -> bool:
 def config_of(file: Path) -> dict[str, Any]:
     """The run's config: beside the weights, or above the folder of a checkpoint."""
     beside = [file.parent / CONFIG] + ([file.parent.parent / CONFIG] if file.parent.name == "checkpoints" else [])
-    return next((read_json(config) for config in beside if config.is_file()), {})
+    return next((read_file(config) for config in beside if config.is_file()), {})
 
 
 def _class(named: Any, names: Any, file: Path) -> str:

@@ -12,22 +12,14 @@ from torch import Tensor
 from sae_lab.saes.base import SparseCoder
 from sae_lab.saes.families import FAMILIES
 from sae_lab.saes.io.layouts import refuse_layered
-from sae_lab.saes.io.ours import assign
-from sae_lab.saes.io.places import Place, hub_id, told
+from sae_lab.saes.io.ours import assign, check
+from sae_lab.saes.io.places import Place, hub_id, place, told
 from sae_lab.saes.meta import check_meta
 from sae_lab.types import Site
 
 log = logging.getLogger(__name__)
 
 SAID = {"model", "reads", "writes", "centred", "scale", "k"}  # what ``sl.load`` can be told
-NEEDS = {
-    "L1": ("b_enc",),
-    "TopK": ("b_enc",),
-    "BatchTopK": ("b_enc", "threshold"),
-    "Matryoshka": ("b_enc", "threshold"),
-    "JumpReLU": ("b_enc", "threshold"),
-    "Gated": ("b_enc", "r_mag", "b_mag"),
-}
 
 
 @dataclass
@@ -73,6 +65,24 @@ class Checkpoint:
         elif centred is not None and self.writes is not None:
             self.writes = told(self.writes, self.model, centred)
 
+    def between(self, into: str | None, out: str | None, model: str | None) -> None:
+        """It reads one place of a model and writes another, or the same (None too): names of the other library."""
+        self.model, self.reads = model, place(into, model)
+        self.transcodes = out is not None and out != into
+        self.writes = place(out, model) if self.transcodes else None
+
+    def must_be(self, d_in: Any, d_sae: Any) -> None:
+        """ValueError where the encoder has other widths than its config says."""
+        if (shape := tuple(self.tensors["W_enc"].shape)) != (d_in, d_sae):
+            raise ValueError(f"{self.where}: W_enc has shape {shape}, its config says {(d_in, d_sae)}")
+
+    def unknown_scale(self) -> ValueError:
+        """The error where nothing says what activations were multiplied by."""
+        return ValueError(
+            f"{self.where}: its activations were scaled to norm √d_in by a factor that its files do not say: pass "
+            "scale=, √d_in / the mean norm of the training activations (1 where it was folded into the weights)"
+        )
+
     def scale(self, into: float, out: float) -> None:
         """Make weights trained on ``into``·x (and ``out``·target) serve x itself. Codes stay as they were."""
         t = self.tensors
@@ -99,46 +109,24 @@ class Checkpoint:
 
     def build(self) -> SparseCoder:
         """The coder, in eval mode. ValueError for what is missing, of the wrong shape, or not finite."""
-        self.tensors = {name: t.float() for name, t in self.tensors.items()}
-        d_in, d_sae, d_out = self._check()
-        self._read_from_here(d_in)
-        wiring = {"d_out": d_out, "skip": "W_skip" in self.tensors} if self.transcodes else {}
-        with torch.device("meta"):  # its shapes: the memory is that of the file's tensors
-            coder = FAMILIES[self.family](d_in, d_sae, **self.config, **wiring)
-        coder.pre_bias, coder.input_norm = self.pre_bias, self.input_norm  # type: ignore[assignment]
-        zero = {n: torch.zeros(t.shape, dtype=t.dtype) for n, t in coder.state_dict().items() if n not in self.tensors}
-        assign(coder, zero | self.tensors, self.where)
-        self._tell(coder)
-        return coder.eval()
-
-    # ---- checks
-
-    def _check(self) -> tuple[int, int, int]:
-        t, needed = self.tensors, ("W_enc", "W_dec", "b_dec", *NEEDS[self.family])
-        if missing := [name for name in needed if name not in t]:
-            raise ValueError(f"{self.where}: a {self.format} {self.family} needs {needed}; missing: {missing}")
+        t = self.tensors
         refuse_layered(Path(self.where), t)
         if t["W_enc"].dim() != 2 or t["W_dec"].dim() != 2:
-            raise ValueError(f"{self.where}: encoder and decoder must be matrices, got {self._shapes()}")
+            shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in t.items())
+            raise ValueError(f"{self.where}: encoder and decoder must be matrices, got {shapes}")
         d_in, d_sae = t["W_enc"].shape
-        d_out = t["W_dec"].shape[1]
-        shapes = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_out), "b_dec": (d_out,), "W_skip": (d_in, d_out)}
-        for name, tensor in t.items():
-            scalar = name == "threshold" and self.family != "JumpReLU"
-            said = () if scalar else shapes.get(name, (d_sae,))
-            if tuple(tensor.shape) != said:
-                raise ValueError(
-                    f"{self.where}: {name} has shape {tuple(tensor.shape)}, expected {said} beside a W_enc of shape "
-                    f"{(d_in, d_sae)}"
-                )
-            if not bool(tensor.isfinite().all()) and not scalar:
-                raise ValueError(f"{self.where}: {name} holds NaN or Inf; the file is damaged or its training failed")
-        if not self.transcodes and d_out != d_in:
-            raise ValueError(f"{self.where}: an autoencoder writes what it reads, got widths {d_in} and {d_out}")
-        return d_in, d_sae, d_out
-
-    def _shapes(self) -> str:
-        return ", ".join(f"{name} {tuple(t.shape)}" for name, t in self.tensors.items())
+        wiring = {"d_out": t["W_dec"].shape[1], "skip": "W_skip" in t} if self.transcodes else {}
+        with torch.device("meta"):  # its shapes: the memory is that of the file's tensors
+            coder = FAMILIES[self.family](d_in, d_sae, **self.config, **wiring)
+        for name, buffer in coder.named_buffers():
+            if name != "threshold":  # which the files hold
+                t.setdefault(name, torch.zeros(buffer.shape, dtype=buffer.dtype))
+        check(coder, t, self.where)
+        self._read_from_here(d_in)
+        coder.pre_bias, coder.input_norm = self.pre_bias, self.input_norm  # type: ignore[assignment]
+        assign(coder, t)
+        self._tell(coder)
+        return coder.eval()
 
     # ---- reading the activations of transformers, not those of TransformerLens
 

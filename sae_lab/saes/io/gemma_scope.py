@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from sae_lab.saes.io.foreign import Checkpoint
-from sae_lab.saes.io.layouts import read_json, read_npz, read_safetensors, refuse_layered
+from sae_lab.saes.io.layouts import floats, must_hold, read, refuse_layered
 from sae_lab.saes.io.places import place, told
 
 ARCHIVE, WEIGHTS = "params.npz", "params.safetensors"
@@ -30,11 +30,9 @@ _FOLDERS = {
 def read_1(path: Path, facts: dict[str, Any]) -> Checkpoint:
     """path: the folder, or an archive of any name."""
     file = path if path.is_file() else path / ARCHIVE
-    t = {("W_" + n[2:] if n.startswith("w_") else n): v.float() for n, v in read_npz(file).items()}
+    t = {("W_" + n[2:] if n.startswith("w_") else n): v for n, v in floats(read(file), file).items()}
     refuse_layered(file, t)
-    if (missing := NAMES - t.keys()) or (surplus := t.keys() - NAMES - {"scaling_factor"}):
-        wrong = sorted(missing or surplus)
-        raise ValueError(f"{file}: Gemma Scope has {sorted(NAMES)}; missing or surplus: {wrong}")
+    must_hold(t, NAMES, file, may=["scaling_factor"])
     if not bool((t.pop("scaling_factor", torch.ones(())) == 1).all()):
         raise ValueError(f"{file} has a scaling_factor that is not 1, which Gemma Scope's coders do not have")
     found = Checkpoint("Gemma Scope", str(path), "JumpReLU", t, pre_bias=False)
@@ -75,16 +73,14 @@ def read_1(path: Path, facts: dict[str, Any]) -> Checkpoint:
 
 def read_2(folder: Path, facts: dict[str, Any]) -> Checkpoint:
     path = facts.get("path") or folder.as_posix()
-    cfg = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    cfg = read(folder / "config.json") if (folder / "config.json").is_file() else {}
     if cfg.get("architecture", "jump_relu") != "jump_relu":
         raise ValueError(f"{folder}: architecture {cfg['architecture']!r} of Gemma Scope 2; supported: 'jump_relu'")
     names = {"w_enc": "W_enc", "w_dec": "W_dec", "affine_skip_connection": "W_skip"}
-    t = {names.get(n, n): v for n, v in read_safetensors(folder / WEIGHTS).items()}
+    t = {names.get(n, n): v for n, v in floats(read(folder / WEIGHTS), folder / WEIGHTS).items()}
     refuse_layered(folder, t, cfg)
-    if wrong := sorted((t.keys() ^ NAMES) - {"W_skip"}):
-        raise ValueError(f"{folder / WEIGHTS}: Gemma Scope 2 has {sorted(NAMES)}; missing or surplus: {wrong}")
-    found = Checkpoint("Gemma Scope 2", str(folder), "JumpReLU", {n: v.float() for n, v in t.items()}, pre_bias=False)
-    found.model = facts.get("model") or _model(cfg.get("model_name"))
+    must_hold(t, NAMES, folder / WEIGHTS, may=["W_skip"])
+    found = Checkpoint("Gemma Scope 2", str(folder), "JumpReLU", t, pre_bias=False)
     into, out = cfg.get("hf_hook_point_in"), cfg.get("hf_hook_point_out")
     kind = next((k for k in _FOLDERS if re.search(rf"(?:^|/){k}(?:_all)?/", path)), None)
     layer = re.search(r"layer_(\d+)", path)
@@ -95,9 +91,9 @@ def read_2(folder: Path, facts: dict[str, Any]) -> Checkpoint:
             f"{folder} has no config.json that says where its coder reads, nor the folders' names of the hub: pass "
             "reads=, and writes= for a transcoder (one of layer 7 reads 'mlp_in-7' and writes 'mlp_out-7')"
         )
-    found.transcodes = out is not None and out != into
-    found.reads = place(into, found.model or "gemma-3")
-    found.writes = place(out, found.model or "gemma-3") if found.transcodes else None
+    model = facts.get("model") or _model(cfg.get("model_name"))
+    found.between(into, out, model or "gemma-3")
+    found.model = model
     if isinstance(cfg.get("l0"), int | float):
         found.expected["l0"] = float(cfg["l0"])
     return found

@@ -1,6 +1,8 @@
 """Files of other libraries, read as data or refused. No code in a file is ever run."""
 
 import re
+from collections.abc import Callable, Collection
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,88 +11,58 @@ from torch import Tensor
 
 from sae_lab import files
 
+_AGAIN = "download it again"
+_PICKLE = (
+    "a pickle with other objects can run code and is never opened; save its state_dict alone, or as safetensors"
+)
+# By ending: (what reads it, what it is, the remedy where it is none)
+_KINDS: dict[str, tuple[Callable[[Path], Any], str, str]] = {
+    ".json": (partial(files.read_json, nan=True), "JSON", _AGAIN),
+    ".yaml": (files.read_yaml, "YAML", _AGAIN),
+    ".npz": (files.read_npz, "whole archive of plain arrays", _AGAIN),
+    ".safetensors": (lambda file: files.read_tensors(file)[0], "whole safetensors file", _AGAIN),
+    "": (files.read_torch, "whole file of plain tensors", _PICKLE),
+}
 
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object. ValueError where there is none."""
+
+def read(file: Path) -> dict[str, Any]:
+    """What a file holds, by its ending: .json, .yaml, .npz, .safetensors; any other is read as torch.save wrote it.
+
+    ValueError for a missing or damaged file, and for one that holds no values by name.
+    """
+    reader, what, remedy = _KINDS.get(file.suffix, _KINDS[""])
     try:
-        return files.read_json(file, nan=True)
+        content = reader(file)
     except FileNotFoundError:
         raise ValueError(f"{file.parent} has no {file.name}") from None
-    except ValueError as err:
-        raise ValueError(f"{file} is no JSON that can be read ({err}): download it again") from err
-
-
-def read_safetensors(file: Path) -> dict[str, Tensor]:
-    """Tensors by name. ValueError for a missing, cut-off or other file."""
-    try:
-        return files.read_tensors(file)[0]
-    except FileNotFoundError:
-        raise ValueError(f"{file.parent} has no {file.name}") from None
-    except ValueError as err:
-        raise ValueError(f"{file} is no whole safetensors file ({err}); it was not read as anything else") from err
-
-
-def read_torch(file: Path) -> dict[str, Any]:
-    """What ``torch.save`` wrote, as long as it is tensors and plain containers. ValueError for all else."""
-    try:
-        content = files.read_torch(file)
-    except FileNotFoundError:
-        raise ValueError(f"{file.parent} has no {file.name}") from None
-    except (ValueError, OSError) as err:
-        raise ValueError(
-            f"{file} is no whole file of plain tensors ({err}). A pickle with other objects can run code and is "
-            "never opened; save its state_dict alone, or as safetensors"
-        ) from err
+    except (ValueError, OSError, RuntimeError) as err:
+        raise ValueError(f"{file} is no {what} ({err}): {remedy}") from err
     if not isinstance(content, dict):
-        raise ValueError(f"{file} must hold a dictionary of tensors, got a {type(content).__name__}")
+        raise ValueError(f"{file} must hold values by name, got a {type(content).__name__}")
     return content
 
 
-def read_npz(file: Path) -> dict[str, Tensor]:
-    """Arrays of a numpy archive as tensors. ValueError for all else, pickled objects too."""
-    try:
-        return files.read_npz(file)
-    except FileNotFoundError:
-        raise ValueError(f"{file.parent} has no {file.name}") from None
-    except ValueError as err:
-        raise ValueError(f"{file} is no whole archive of plain arrays ({err}); nothing in it was run") from err
-
-
-def tensors_only(content: dict[str, Any], file: Path) -> dict[str, Tensor]:
-    """The same dictionary, every value a tensor. ValueError else."""
+def floats(content: dict[str, Any], where: Path) -> dict[str, Tensor]:
+    """Tensors in float32. ValueError for anything else in the file."""
     if wrong := sorted(str(name) for name, value in content.items() if not isinstance(value, Tensor)):
-        raise ValueError(f"{file} must hold only tensors; others: {', '.join(wrong[:6])}")
-    return content
+        raise ValueError(f"{where} must hold only tensors; others: {', '.join(wrong[:6])}")
+    return {name: tensor.float() for name, tensor in content.items()}
 
 
-def read_yaml(file: Path) -> dict[str, Any]:
-    """A mapping of plain values in YAML. ValueError where there is none."""
-    try:
-        content = files.read_yaml(file)
-    except FileNotFoundError:
-        raise ValueError(f"{file.parent} has no {file.name}") from None
-    except ValueError as err:
-        raise ValueError(f"{file} is no YAML ({err}): download it again") from err
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} must hold a mapping, got a {type(content).__name__}")
-    return content
-
-
-def read_weights(file: Path) -> dict[str, Any]:
-    """What a file of weights holds, by its ending."""
-    if file.suffix == ".npz":
-        return dict(read_npz(file))
-    return dict(read_safetensors(file)) if file.suffix == ".safetensors" else read_torch(file)
+def must_hold(there: Collection[str], needed: Collection[str], where: Path | str, may: Collection[str] = ()) -> None:
+    """ValueError unless the names are those needed, and of those that may be there some."""
+    if wrong := sorted((set(needed) - set(there)) | (set(there) - set(needed) - set(may))):
+        raise ValueError(f"{where} must hold {sorted(needed)}; missing or surplus: {wrong}")
 
 
 def peek(file: Path) -> dict[str, Any]:
-    """The same, of safetensors only names and shapes."""
+    """What a file of weights holds, of safetensors only names and shapes."""
     if file.suffix != ".safetensors":
-        return read_weights(file)
+        return read(file)
     try:
         return {n: torch.empty(info["shape"], device="meta") for n, info in files.read_header(file)[0].items()}
     except (ValueError, RuntimeError) as err:
-        raise ValueError(f"{file} is no whole safetensors file ({err}); it was not read as anything else") from err
+        raise ValueError(f"{file} is no whole safetensors file ({err}): {_AGAIN}") from err
 
 
 _CROSSCODER = "a crosscoder, which reads several layers or models at once"

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from sae_lab.saes.io.foreign import Checkpoint
-from sae_lab.saes.io.layouts import read_json, read_safetensors, refuse_layered
-from sae_lab.saes.io.places import place
+from sae_lab.saes.io.layouts import floats, must_hold, refuse_layered
+from sae_lab.saes.io.layouts import read as read_file
 
 CONFIG, WEIGHTS = "config.json", "sae_weights.safetensors"
 _NAMES = {"encoder.weight": "W_enc", "encoder.bias": "b_enc", "decoder.weight": "W_dec", "decoder.bias": "b_dec"}
@@ -18,8 +18,8 @@ _THRESHOLD, _NORM = "log_jumprelu_threshold", "dataset_average_activation_norm."
 
 
 def read(folder: Path, facts: dict[str, Any]) -> Checkpoint:
-    cfg = read_json(folder / CONFIG)
-    t = {name: tensor.float() for name, tensor in read_safetensors(folder / WEIGHTS).items()}
+    cfg = read_file(folder / CONFIG)
+    t = floats(read_file(folder / WEIGHTS), folder / WEIGHTS)
     refuse_layered(folder, t, cfg)
     norms = {name.removeprefix(_NORM): float(t.pop(name)) for name in list(t) if name.startswith(_NORM)}
     act = cfg.get("act_fn", "relu")
@@ -28,9 +28,7 @@ def read(folder: Path, facts: dict[str, Any]) -> Checkpoint:
             f"{folder}: act_fn {act!r}, use_glu_encoder {cfg.get('use_glu_encoder', False)}, sae_type "
             f"{cfg.get('sae_type', 'sae')!r}; supported of Language-Model-SAEs: 'relu' and 'jumprelu' without a GLU"
         )
-    names = {*_NAMES, *([_THRESHOLD] if act == "jumprelu" else [])}
-    if wrong := sorted(names ^ t.keys()):
-        raise ValueError(f"{folder / WEIGHTS} must hold {sorted(names)}; missing or surplus: {wrong}")
+    must_hold(t, [*_NAMES, *([_THRESHOLD] if act == "jumprelu" else [])], folder / WEIGHTS)
     tensors = {ours: t[theirs].T if t[theirs].dim() == 2 else t[theirs] for theirs, ours in _NAMES.items()}
     if act == "jumprelu":
         tensors["threshold"] = t[_THRESHOLD].exp()
@@ -41,10 +39,7 @@ def read(folder: Path, facts: dict[str, Any]) -> Checkpoint:
     hook_out = cfg.get("hook_point_out") or hook_in
     found.pre_bias = bool(cfg.get("apply_decoder_bias_to_pre_encoder"))
     _scale(found, cfg, norms, (hook_in, hook_out), facts)
-    found.model = facts.get("model")
-    found.reads = place(hook_in, found.model)
-    found.transcodes = hook_out != hook_in
-    found.writes = place(hook_out, found.model) if found.transcodes else None
+    found.between(hook_in, hook_out, facts.get("model"))
     return found
 
 
@@ -64,10 +59,7 @@ def _scale(
         found.used.add("scale")
     into, out = (cfg["d_model"] ** 0.5 / norms[hook] if hook in norms else facts.get("scale") for hook in hooks)
     if not into or not out:
-        raise ValueError(
-            f"{found.where}: its activations were scaled to norm √d_in by a factor that its files do not say: pass "
-            "scale=, √d_in / the mean norm of the training activations"
-        )
+        raise found.unknown_scale()
     if found.pre_bias and into != out:
         raise ValueError(f"{found.where}: a pre-encoder bias beside two different scales is not supported")
     found.scale(into, out)

@@ -9,6 +9,7 @@ import torch
 from sae_lab import files
 from sae_lab.saes.base import SparseCoder
 from sae_lab.saes.families import FAMILIES
+from sae_lab.saes.io.layouts import must_hold
 from sae_lab.saes.meta import check_meta
 from sae_lab.saes.writing import FORMAT, VERSION
 from sae_lab.types import Site
@@ -46,9 +47,9 @@ def build(config: dict[str, Any], weights: dict[str, torch.Tensor], where: Path)
             coder = family(**config["config"])
     except (TypeError, ValueError, RuntimeError, ArithmeticError, LookupError, AttributeError) as err:
         raise ValueError(f"{where}/config.json has a config that {config['family']} does not take ({err})") from err
-    assign(coder, weights, where, f"{where}/sae.safetensors")
-    coder.pre_bias = config.get("pre_bias", coder.pre_bias)
-    coder.input_norm = config.get("input_norm", coder.input_norm)
+    check(coder, weights, f"{where}/sae.safetensors")
+    assign(coder, weights)
+    coder.pre_bias, coder.input_norm = config["pre_bias"], config["input_norm"]
     coder.reads = tuple(Site.of(s) for s in config["reads"])
     coder.writes = tuple(Site.of(s) for s in config["writes"])
     coder.meta = config["meta"]
@@ -56,20 +57,25 @@ def build(config: dict[str, Any], weights: dict[str, torch.Tensor], where: Path)
     return coder.eval()
 
 
-def assign(coder: SparseCoder, weights: dict[str, torch.Tensor], where: Path | str, file: str = "") -> None:
-    """Give a coder that was built without memory these weights, every tensor checked. ValueError else."""
+def check(coder: SparseCoder, weights: dict[str, torch.Tensor], where: str) -> None:
+    """ValueError unless these are the coder's tensors, in shape and kind, and finite."""
     expected = coder.state_dict()
-    if missing := sorted(expected.keys() ^ weights.keys()):
-        raise ValueError(f"{file or where} must hold {sorted(expected)}; missing or surplus: {missing}")
+    must_hold(weights, expected, where)
+    may_be_nan = {name for name, _ in coder.named_buffers()} & {"threshold"}  # until it is fitted
     for name, shaped in expected.items():
         tensor = weights[name]
         if tensor.shape != shaped.shape:
             raise ValueError(f"{where}: {name} has shape {tuple(tensor.shape)}, its config says {tuple(shaped.shape)}")
         if not tensor.is_floating_point():
             raise ValueError(f"{where}: {name} holds {str(tensor.dtype).removeprefix('torch.')}, not floats")
-        if name != "threshold" and not bool(tensor.isfinite().all()):
+        if name not in may_be_nan and not bool(tensor.isfinite().all()):
             raise ValueError(f"{where}: {name} holds NaN or Inf; this coder's training failed or the file is damaged")
-    held = {name: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype) for name, t in expected.items()}
+
+
+def assign(coder: SparseCoder, weights: dict[str, torch.Tensor]) -> None:
+    """Give a coder that was built without memory these weights, laid out in memory as its own."""
+    shaped = coder.state_dict()
+    held = {name: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype) for name, t in shaped.items()}
     for name, tensor in weights.items():
         held[name].copy_(tensor)
     coder.load_state_dict(held, assign=True)
@@ -89,15 +95,14 @@ def _checked(config: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"format {config['format']!r}, expected {FORMAT!r}")
     if config["version"] > VERSION:
         raise ValueError(f"format version {config['version']} is newer than {VERSION}: upgrade sae_lab")
-    for key, kind in (("family", str), ("config", dict), ("reads", list), ("writes", list), ("meta", dict)):
+    kinds = {"family": str, "config": dict, "pre_bias": bool, "reads": list, "writes": list, "meta": dict}
+    for key, kind in kinds.items():
         if not isinstance(config[key], kind):
             raise ValueError(f"its {key!r} is {type(config[key]).__name__}, not {kind.__name__}")
     if wrong := [s for s in [*config["reads"], *config["writes"]] if not isinstance(s, str)]:
         raise ValueError(f"its sites must be named by text, got {wrong[0]!r:.60}")
     check_meta(config["meta"])
-    if not isinstance(config.get("pre_bias", True), bool):
-        raise ValueError(f"its 'pre_bias' is {config['pre_bias']!r}, not true or false")
-    if config.get("input_norm", "none") not in ("none", "layer", "length"):
+    if config["input_norm"] not in ("none", "layer", "length"):
         raise ValueError(f"its 'input_norm' is {config['input_norm']!r}; known here: none, layer, length")
     return config
 

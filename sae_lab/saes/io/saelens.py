@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from sae_lab.saes.io.foreign import Checkpoint
-from sae_lab.saes.io.layouts import read_json, read_safetensors, refuse_layered
+from sae_lab.saes.io.layouts import floats, must_hold, refuse_layered
+from sae_lab.saes.io.layouts import read as read_file
 from sae_lab.saes.io.places import can_be_centred, place
 
 log = logging.getLogger(__name__)
@@ -35,12 +36,13 @@ NORMS = {"none": "none", "expected_average_only_in": "none", "layer_norm": "laye
 
 def read(folder: Path, facts: dict[str, Any]) -> Checkpoint:
     """facts (of a release) go before what the config says: ``model``, ``centred``, ``normalize``, ``scale``."""
-    cfg = read_json(folder / CONFIG)
+    cfg = read_file(folder / CONFIG)
     about = {**cfg, **(cfg.get("metadata") or {})}  # version 6 keeps these apart
     refuse_layered(folder, {}, cfg)
     architecture = _architecture(cfg, folder)
     tensors = _tensors(folder, cfg, architecture)
     found = Checkpoint("SAELens", str(folder), FAMILY[architecture], tensors, pre_bias=False)
+    found.must_be(cfg.get("d_in"), cfg.get("d_sae", tensors["W_enc"].shape[-1]))
     found.transcodes = "transcoder" in architecture
     found.pre_bias = not found.transcodes and bool(cfg.get("apply_b_dec_to_input", True))
     rescaled = found.family in PICKS and bool(cfg.get("rescale_acts_by_decoder_norm", architecture != "topk"))
@@ -69,7 +71,7 @@ def _architecture(cfg: dict[str, Any], folder: Path) -> str:
 
 
 def _tensors(folder: Path, cfg: dict[str, Any], architecture: str) -> dict[str, Tensor]:
-    t = {name: tensor.float() for name, tensor in read_safetensors(folder / WEIGHTS).items()}
+    t = floats(read_file(folder / WEIGHTS), folder / WEIGHTS)
     refuse_layered(folder, t, cfg)
     for theirs, ours in (("b_gate", "b_enc"), ("topk_threshold", "threshold")):
         if theirs in t:
@@ -87,13 +89,7 @@ def _tensors(folder: Path, cfg: dict[str, Any], architecture: str) -> dict[str, 
     known |= {"threshold"} if FAMILY[architecture] in ("JumpReLU", "BatchTopK", "Matryoshka") else set()
     known |= {"r_mag", "b_mag"} if architecture == "gated" else set()
     known |= {"W_skip"} if "skip" in architecture else set()
-    if missing := sorted(known - t.keys()):
-        raise ValueError(f"{folder / WEIGHTS}: a SAELens {architecture!r} needs {sorted(known)}; missing: {missing}")
-    if surplus := sorted(t.keys() - known):
-        raise ValueError(f"{folder / WEIGHTS}: a SAELens {architecture!r} has {sorted(known)}; surplus: {surplus}")
-    said = (cfg.get("d_in"), cfg.get("d_sae", t["W_enc"].shape[-1]))
-    if tuple(t["W_enc"].shape) != said:
-        raise ValueError(f"{folder}: W_enc has shape {tuple(t['W_enc'].shape)}, its config says {said}")
+    must_hold(t, known, f"{folder / WEIGHTS} of a SAELens {architecture!r}")
     return t
 
 
@@ -122,17 +118,14 @@ def _normalisation(found: Checkpoint, cfg: dict[str, Any], folder: Path, facts: 
         raise ValueError(f"{folder}: a transcoder normalised by {named!r} is not supported")
     beside = folder / "activation_scaler.json"
     found.used.add("scale")
-    scale = facts.get("scale") or (read_json(beside).get("scaling_factor") if beside.is_file() else None)
+    scale = facts.get("scale") or (read_file(beside).get("scaling_factor") if beside.is_file() else None)
     if scale:
         found.scale(scale, scale)
         if rescaled and "threshold" in found.tensors:  # it is in units of pre-activation times decoder norm
             found.tensors["threshold"] = found.tensors["threshold"] / scale
         return
     if not facts.get("listed"):
-        raise ValueError(
-            f"{folder}: its activations were scaled to norm √d_in by a factor that its files do not say: pass scale=, "
-            "√d_in / the mean norm of the training activations (1 where it was folded into the weights)"
-        )
+        raise found.unknown_scale()
     found.meta["scale"] = "unknown"  # SAELens's directory names no factor, and SAELens applies none
     log.warning(
         "%s was trained on activations scaled to norm √d_in by a factor that neither its files nor SAELens's directory "
@@ -183,7 +176,7 @@ def _expected(found: Checkpoint, cfg: dict[str, Any], about: dict[str, Any], fol
     """The L0 that the files state."""
     k = found.config.get("k") or (about.get("training_architecture_details") or {}).get("k")
     if (folder / SPARSITY).is_file():
-        frequency = 10 ** read_safetensors(folder / SPARSITY)["sparsity"].float()
+        frequency = 10 ** read_file(folder / SPARSITY)["sparsity"].float()
         found.meta["dead"] = float((frequency < 1e-9).float().mean())
         found.expected["l0"] = float(frequency.sum())
     elif isinstance(k, int | float):

@@ -11,15 +11,7 @@ from torch import Tensor
 
 from sae_lab.saes.io import dictionary_learning, gemma_scope
 from sae_lab.saes.io.foreign import Checkpoint
-from sae_lab.saes.io.layouts import (
-    peek,
-    read_json,
-    read_safetensors,
-    read_weights,
-    read_yaml,
-    refuse_layered,
-    tensors_only,
-)
+from sae_lab.saes.io.layouts import floats, must_hold, peek, read, refuse_layered
 from sae_lab.saes.io.places import place
 
 LLAMA_CONFIG, LLAMA_WEIGHTS = "hyperparams.json", "checkpoints/final.safetensors"
@@ -31,43 +23,38 @@ TRACER_CONFIG = "config.yaml"
 def read_llama_scope(folder: Path, facts: dict[str, Any]) -> Checkpoint:
     """JumpReLU on s·x, s = √d_in / mean norm. Codes come in those units, as SAELens gives them. The threshold is in
     units of x (its authors fold s into the biases and the decoder, not into the encoder), so it grows by s."""
-    cfg = read_json(folder / LLAMA_CONFIG)
+    cfg = read(folder / LLAMA_CONFIG)
     if cfg.get("act_fn", "jumprelu") != "jumprelu" or cfg.get("apply_decoder_bias_to_pre_encoder"):
         raise ValueError(
             f"{folder}: Llama Scope with act_fn {cfg.get('act_fn')!r} or a pre-encoder bias is not supported; "
             "supported: 'jumprelu' without"
         )
-    for key in ("d_model", "jump_relu_threshold", "dataset_average_activation_norm", "hook_point_in"):
-        if key not in cfg:
-            raise ValueError(f"{folder / LLAMA_CONFIG} has no {key!r}")
-    tensors = _linear(read_safetensors(folder / LLAMA_WEIGHTS), folder / LLAMA_WEIGHTS)
+    keys = ("d_model", "jump_relu_threshold", "dataset_average_activation_norm", "hook_point_in")
+    must_hold(cfg, keys, folder / LLAMA_CONFIG, may=cfg)
+    tensors = _linear(read(folder / LLAMA_WEIGHTS), folder / LLAMA_WEIGHTS)
     found = Checkpoint("Llama Scope", str(folder), "JumpReLU", tensors, pre_bias=False)
     norms = cfg["dataset_average_activation_norm"]
     into, out = (cfg["d_model"] ** 0.5 / norms[end] for end in ("in", "out"))
     tensors["threshold"] = torch.full((tensors["W_enc"].shape[1],), cfg["jump_relu_threshold"] * into)
     found.scale(into, out)
-    found.model = facts.get("model") or "meta-llama/Llama-3.1-8B"
-    found.reads = place(cfg["hook_point_in"], found.model)
-    hook_out = cfg.get("hook_point_out", cfg["hook_point_in"])
-    found.transcodes = hook_out != cfg["hook_point_in"]
-    found.writes = place(hook_out, found.model) if found.transcodes else None
+    found.between(cfg["hook_point_in"], cfg.get("hook_point_out"), facts.get("model") or "meta-llama/Llama-3.1-8B")
     found.meta["context"] = 1024
     return found
 
 
 def read_file(file: Path, facts: dict[str, Any]) -> Checkpoint:
     """One file of weights; its tensors' names and axes tell which."""
-    content = read_weights(file)
+    content = read(file)
     refuse_layered(file, content)
     if file.suffix == ".npz" and {*content, *(n.replace("w_", "W_") for n in content)} >= gemma_scope.NAMES:
         return gemma_scope.read_1(file, facts)
     goodfire = {n.replace("_linear", ""): t for n, t in content.items()}
     if goodfire.keys() == set(_LINEAR) and (content.keys() != set(_LINEAR) or not dictionary_learning.config_of(file)):
-        return _goodfire(tensors_only(goodfire, file), file, facts)
+        return _goodfire(goodfire, file, facts)
     if dictionary_learning.fits(content):
         return dictionary_learning.read(file, facts)
     if content.keys() - {"W_skip", _THRESHOLD} == _PLAIN:
-        tensors = tensors_only(content, file)
+        tensors = floats(content, file)
         turned = tensors["W_enc"].shape[:1] == tensors["b_enc"].shape
         if file.suffix == ".safetensors":
             return _tracer(tensors, file, facts)
@@ -93,9 +80,8 @@ def refuse_parts(files: list[Path]) -> None:
 
 
 def _linear(tensors: dict[str, Tensor], file: Path) -> dict[str, Tensor]:
-    if missing := [name for name in _LINEAR if name not in tensors]:
-        raise ValueError(f"{file} must hold {list(_LINEAR)}; missing: {missing}")
-    w_enc, b_enc, w_dec, b_dec = (tensors[name].float() for name in _LINEAR)
+    must_hold(tensors, _LINEAR, file, may=tensors)
+    w_enc, b_enc, w_dec, b_dec = (floats(tensors, file)[name] for name in _LINEAR)
     return {"W_enc": w_enc.T, "b_enc": b_enc, "W_dec": w_dec.T, "b_dec": b_dec}
 
 
@@ -121,7 +107,7 @@ def _qwen(tensors: dict[str, Tensor], file: Path, facts: dict[str, Any]) -> Chec
             f"{file}: a Qwen Scope coder's k stands only in its repository's name (…-L0_50): pass k=, load it by "
             "release or repository, or keep it in a folder of that name"
         )
-    t = {n: v.float().T if n.startswith("W_") else v.float() for n, v in tensors.items()}
+    t = {n: v.T if n.startswith("W_") else v for n, v in tensors.items()}
     found = Checkpoint("Qwen Scope", str(file), "TopK", t, pre_bias=False)
     found.used.add("k")
     found.config["k"], found.expected["l0"] = found.checked_k(k), float(k)
@@ -134,11 +120,10 @@ def _qwen(tensors: dict[str, Tensor], file: Path, facts: dict[str, Any]) -> Chec
 def _hook_z(tensors: dict[str, Tensor], file: Path, facts: dict[str, Any]) -> Checkpoint:
     """ReLU with a pre-bias on all heads' z side by side. What it read stands in ``…_cfg.json`` beside."""
     config = file.with_name(file.stem + "_cfg.json")
-    hook = facts.get("hook_point") or (read_json(config).get("act_name") if config.is_file() else None)
+    hook = facts.get("hook_point") or (read(config).get("act_name") if config.is_file() else None)
     if hook is None and facts.get("reads") is None:
         raise ValueError(f"{file}: what it reads stands only in {config.name}, which is missing: pass reads=")
-    t = {n: v.float() for n, v in tensors.items()}
-    found = Checkpoint("hook_z", str(file), "L1", t, pre_bias=True, model="gpt2")
+    found = Checkpoint("hook_z", str(file), "L1", tensors, pre_bias=True, model="gpt2")
     found.reads = place(hook, "gpt2")
     found.meta["context"] = 128
     return found
@@ -147,7 +132,7 @@ def _hook_z(tensors: dict[str, Tensor], file: Path, facts: dict[str, Any]) -> Ch
 def _tracer(tensors: dict[str, Tensor], file: Path, facts: dict[str, Any]) -> Checkpoint:
     """A transcoder of circuit-tracer: ReLU, or JumpReLU where it has a threshold; W_enc stored "d_sae d_in"."""
     config, layer = file.with_name(TRACER_CONFIG), re.fullmatch(r"layer_(\d+)", file.stem)
-    said = {} if "hooks" in facts or not config.is_file() else read_yaml(config)
+    said = {} if "hooks" in facts or not config.is_file() else read(config)
     hooks = facts.get("hooks") or (said.get("feature_input_hook"), said.get("feature_output_hook"))
     if (layer is None or None in hooks) and (facts.get("reads") is None or facts.get("writes") is None):
         raise ValueError(
@@ -155,10 +140,7 @@ def _tracer(tensors: dict[str, Tensor], file: Path, facts: dict[str, Any]) -> Ch
             "layer in its name (layer_5.safetensors): pass reads= and writes= ('blocks.5.mlp.hook_in', "
             "'blocks.5.hook_mlp_out')"
         )
-    t = {n: v.float() for n, v in tensors.items()}
-    t["W_enc"] = t["W_enc"].T
-    if "W_skip" in t:
-        t["W_skip"] = t["W_skip"].T
+    t = {n: v.T if n in ("W_enc", "W_skip") else v for n, v in tensors.items()}
     if _THRESHOLD in t:
         t["threshold"] = t.pop(_THRESHOLD)
         if bool((t["threshold"] < 0).any()):

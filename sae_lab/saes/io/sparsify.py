@@ -13,34 +13,32 @@ from typing import Any
 from torch import Tensor
 
 from sae_lab.saes.io.foreign import Checkpoint
-from sae_lab.saes.io.layouts import read_json, read_safetensors, refuse_layered
+from sae_lab.saes.io.layouts import floats, must_hold, refuse_layered
+from sae_lab.saes.io.layouts import read as read_file
 from sae_lab.saes.io.places import place
 
 CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
 
 
 def read(folder: Path, facts: dict[str, Any]) -> Checkpoint:
-    cfg = read_json(folder / CONFIG)
+    cfg = read_file(folder / CONFIG)
     if (activation := cfg.get("activation", "topk")) != "topk":
         raise ValueError(f"{folder} uses sparsify's activation {activation!r}; supported: 'topk'")
     if cfg.get("signed"):
         raise ValueError(f"{folder} takes the k largest by size and keeps their signs (signed): that is not supported")
-    t = {name: tensor.float() for name, tensor in read_safetensors(folder / WEIGHTS).items()}
+    t = floats(read_file(folder / WEIGHTS), folder / WEIGHTS)
     refuse_layered(folder, t, {"sae_type": "clt"} if (cfg.get("n_targets") or 0) > 1 else {})
-    names = {"encoder.weight", "encoder.bias", "W_dec", "b_dec"} | ({"W_skip"} if cfg.get("skip_connection") else set())
-    if wrong := sorted(t.keys() ^ names):
-        raise ValueError(f"{folder / WEIGHTS} must hold {sorted(names)}; missing or surplus: {wrong}")
+    names = ["encoder.weight", "encoder.bias", "W_dec", "b_dec", *(["W_skip"] if cfg.get("skip_connection") else [])]
+    must_hold(t, names, folder / WEIGHTS)
     tensors = {"W_enc": t["encoder.weight"].T, "b_enc": t["encoder.bias"], "W_dec": t["W_dec"], "b_dec": t["b_dec"]}
     if "W_skip" in t:
         tensors["W_skip"] = t["W_skip"].T
-    d_in = cfg.get("d_in")
-    said = (d_in, cfg.get("num_latents") or (d_in or 0) * cfg.get("expansion_factor", 0))
-    if tuple(tensors["W_enc"].shape) != said:
-        raise ValueError(f"{folder}: the encoder is {tuple(tensors['W_enc'].shape)}, its config says {said}")
     run, hookpoint = _run(folder)
     transcodes = _transcodes(cfg, run, tensors, folder, facts)
     pre_bias = not cfg.get("transcode")
     found = Checkpoint("sparsify", str(folder), "TopK", tensors, pre_bias=pre_bias, transcodes=transcodes)
+    d_in = cfg.get("d_in")
+    found.must_be(d_in, cfg.get("num_latents") or (d_in or 0) * cfg.get("expansion_factor", 0))
     if "W_skip" in tensors and not transcodes:
         raise ValueError(f"{folder}: a skip on an autoencoder lets it copy its input; only transcoders have one here")
     found.config["k"] = found.checked_k(cfg.get("k"))
@@ -55,7 +53,7 @@ def _run(folder: Path) -> tuple[dict[str, Any], str]:
     seed = re.fullmatch(r"seed\d+", folder.name) is not None
     folder = folder.parent if seed else folder
     file = folder.parent / "config.json"
-    return (read_json(file) if file.is_file() else {}), folder.name
+    return (read_file(file) if file.is_file() else {}), folder.name
 
 
 def _transcodes(
