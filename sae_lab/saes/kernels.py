@@ -18,13 +18,13 @@ from torch.nn import functional as F
 
 from sae_lab.types import Codes, rows_of
 
-GROUPS = (4, 4, 4)  # of a row's entries only each group's largest is looked at first; of those, each group of groups'
-PIECE = 1 << 22  # entries of pre that are looked at together: what is made of them then stays in the cache
+GROUPS = (4, 4, 4)  # the maximum of each 4 entries of a row is looked at first; of these maxima, that of each 4 again
+PIECE = 1 << 22  # entries of pre that are looked at together: their temporaries then stay in the CPU's cache
 
 
 class Memory:
-    """What a training writes to at every step: pre, and gradients of matrices. On a CPU a large tensor made anew costs
-    more than what is written to it, since the system hands out its memory page by page."""
+    """Buffers of a training step: pre, and gradients of matrices. On a CPU allocating a large tensor costs more than
+    writing to it, since the system hands out its memory page by page."""
 
     def __init__(self, rows: int, width: int, device: torch.device):
         self._pre = torch.empty(rows, width, device=device)
@@ -37,7 +37,7 @@ class Memory:
         return self._pre[:rows] if fits else None
 
     def gradient(self, rows: int, width: int) -> Float[Tensor, "rows width"]:
-        """A matrix that was not given since ``rewind``. A view, so that autograd takes it as it is."""
+        """A matrix that was not handed out since ``rewind``; a view, so that autograd keeps it without a copy."""
         place, size = self._given, rows * width
         self._given += 1
         if place == len(self._gradients):
@@ -47,13 +47,13 @@ class Memory:
         return self._gradients[place][:size].view(rows, width)
 
     def rewind(self) -> None:
-        """The gradients of the last step have served."""
+        """All gradients may be handed out again."""
         self._given = 0
 
 
 def _pieces(pre: Tensor) -> tuple[Tensor, ...]:
-    """Some rows of a matrix at a time, so that no tensor made of them is large (see ``Memory``). A GPU keeps the memory
-    that it had, and takes the whole at once."""
+    """Some rows of a matrix at a time, so that no temporary is large (see ``Memory``). On a GPU, whose allocator keeps
+    memory, the whole at once."""
     return pre.split(max(1, PIECE // pre.shape[1])) if pre.device.type == "cpu" else (pre,)
 
 
@@ -91,7 +91,7 @@ def _equal_rows(tops: list[tuple[Tensor, Tensor]], d_sae: int) -> Codes:
     return Codes(values.flatten(), features.flatten(), offsets, d_sae)
 
 
-STRIDE = 127  # one entry in so many is sampled; a prime, so that the sample goes round the features
+STRIDE = 127  # one entry in 127 is sampled; a prime, so that the sample covers all features
 
 
 def top_of_batch(pre: Float[Tensor, "batch d_sae"], n: int) -> Codes:
@@ -101,7 +101,7 @@ def top_of_batch(pre: Float[Tensor, "batch d_sae"], n: int) -> Codes:
     sample = flat[::STRIDE]
     bound = sample.topk(min(len(sample), int(1.3 * n / STRIDE) + 64), sorted=False).values.min()
     places = _true_places(part > bound for part in _pieces(pre))
-    if len(places) < n:  # the sample was unlucky
+    if len(places) < n:  # the sample's bound was too high
         places = torch.arange(len(flat), device=pre.device)
     places = places[flat[places].topk(min(n, len(places)), sorted=False).indices].sort().values
     return _from_places(pre, places)
@@ -118,7 +118,7 @@ def where(pre: Float[Tensor, "batch d_sae"], chosen: Bool[Tensor, "batch d_sae"]
 
 
 def _true_places(pieces: Iterable[Tensor]) -> Int[Tensor, " chosen"]:
-    """Ascending flat places of what is true in a matrix that comes some rows at a time."""
+    """Ascending flat places of the true entries of a matrix, given some rows at a time."""
     places, before = [], 0
     for piece in pieces:
         flat = piece.reshape(-1)
@@ -139,8 +139,8 @@ def _from_places(pre: Tensor, places: Tensor) -> Codes:
 
 
 class Selector:
-    """How a coder chooses the largest pre-activations. One process chooses among all; several put a selector of their
-    own in the coder's ``select``."""
+    """How a coder chooses the largest pre-activations. Processes that train one coder together put a selector of their
+    own into ``coder.select``, which looks at the values of all."""
 
     def per_row(self, pre: Float[Tensor, "batch d_sae"], k: int) -> Codes:
         """The k largest of each row."""
@@ -198,7 +198,8 @@ def with_gradients(
     b_dec: Float[Tensor, " d_in"] | None,
     memory: Memory | None = None,
 ) -> Float[Tensor, "batch d_sae"]:
-    """All of pre = (x - b_dec)·W_enc + b_enc, made without gradients, with them: where most places have one."""
+    """The same pre = (x - b_dec)·W_enc + b_enc, computed without gradients, with gradients at all places: for batches
+    in which most codes are on."""
     return _Read.apply(pre, x, W_enc, b_enc, b_dec, memory)
 
 

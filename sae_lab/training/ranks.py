@@ -26,10 +26,10 @@ from sae_lab.saes import kernels
 from sae_lab.saes.base import SparseCoder
 from sae_lab.types import Batch, Codes, Output
 
-# Their features meet in x_hat, in the choice of the largest and in a penalty that is a sum over features: nowhere else.
+# Families whose features meet only in x_hat, in the choice of the largest and in a penalty that is a sum over features.
 SHARDED = ("TopK", "BatchTopK", "Transcoder", "SkipTranscoder", "L1", "SqrtL1", "SmoothL0", "ProLU", "JumpReLU")
 FEATURE_AXIS = {"W_enc": 1, "W_dec": 0, "b_enc": 0, "threshold": 0, "f_scale": 0, "idle": 0}
-SLACK = 1.25  # of its even share of the largest entries, a rank offers so many: seldom has it more
+SLACK = 1.25  # a rank first offers this multiple of its even share of the largest entries: it seldom has more
 _joins = count()
 
 
@@ -60,7 +60,7 @@ class Ranks(kernels.Selector):
         return self.size if self.shard == "features" else 1
 
     def require(self, coder: SparseCoder, batch_size: int) -> None:
-        """ValueError for what cannot be divided."""
+        """ValueError for a coder or batch size that the ranks cannot divide."""
         if self.feature_shares > 1 and type(coder).__name__ not in SHARDED:
             raise ValueError(
                 f"shard='features' can divide {', '.join(SHARDED)}, got {type(coder).__name__}: use shard='batch'"
@@ -84,7 +84,8 @@ class Ranks(kernels.Selector):
         return _sum(t) if self.feature_shares > 1 else t
 
     def share_gradients(self, parameters: dict[str, nn.Parameter]) -> None:
-        """Every rank's rows count alike; what every rank holds whole gets the gradients of all features."""
+        """Average gradients over ranks with different rows; over ranks with different features, sum those of tensors
+        that every rank holds whole."""
         for name, p in parameters.items() if self.size > 1 else ():
             if self.shard == "features":
                 if self._axis(name, p) is not None:
@@ -97,7 +98,7 @@ class Ranks(kernels.Selector):
     # ---- the batch
 
     def batch(self, rows: Store | Rows, step: int, batch_size: int, seed: int) -> Batch:
-        """This rank's rows of a batch: the shares of all ranks make up the batch that a process alone reads."""
+        """This rank's rows of a batch: the shares of all ranks are the rows of a batch of one process."""
         return rows.batch(step * self.row_shares + self.rank % self.row_shares, batch_size // self.row_shares, seed)
 
     # ---- the largest pre-activations: ranks exchange values, not places
@@ -180,7 +181,7 @@ class Ranks(kernels.Selector):
         return [bytes(row[:n].tolist()).decode() for row, n in zip(padded, lengths, strict=True)]
 
     def from_first(self, facts: dict[str, Any]) -> dict[str, Any]:
-        """What the first rank says."""
+        """The first rank's facts."""
         return json.loads(self.texts(json.dumps(facts))[0]) if self.size > 1 else facts
 
     def copy_first(self, tensors: Iterable[Tensor]) -> None:
@@ -189,7 +190,7 @@ class Ranks(kernels.Selector):
             _in_place(lambda flat: dist.broadcast(flat, 0), t.detach())
 
     def held_whole(self, tensors: dict[str, Tensor]) -> list[Tensor]:
-        """Those of which every rank has all."""
+        """The tensors of which every rank has all features."""
         return [t for name, t in tensors.items() if self._axis(name, t) is None]
 
     def wait(self) -> None:
@@ -199,8 +200,8 @@ class Ranks(kernels.Selector):
 
     @contextmanager
     def stopping(self) -> Iterator[Callable[[], bool]]:
-        """Ctrl-C at any rank is to stop all ranks after the same step: ``asked()`` says on all of them whether it came.
-        Alone it stops at once, as ever."""
+        """Ctrl-C at any rank stops all ranks after the same step: ``asked()`` is then True on all. Of one process it
+        stops the step."""
         if self.size == 1:
             yield lambda: False
             return
@@ -258,8 +259,8 @@ ALONE = Ranks()
 
 
 class _Part(SparseCoder):
-    """Some features of a coder, mixed in before its family; other ranks hold the others. What every rank holds whole
-    (b_dec, W_skip) brings its gradient in x_hat on the first rank only, for gradients are summed."""
+    """Some features of a coder, mixed in before its family; other ranks hold the others. Gradients are summed over
+    ranks, so b_dec and W_skip, which every rank holds whole, get theirs from x_hat on the first rank only."""
 
     select: Ranks
 
@@ -283,7 +284,7 @@ class _Part(SparseCoder):
 
 
 class _Sum(torch.autograd.Function):
-    """The sum over ranks. Every rank computes the same loss of it, so each rank's part gets the sum's gradient."""
+    """The sum over ranks. Every rank computes the same loss from it, so each rank's term gets the sum's gradient."""
 
     @staticmethod
     def forward(ctx: Any, t: Tensor) -> Tensor:
@@ -317,7 +318,7 @@ def _keep(codes: Codes, which: Tensor) -> Codes:
 
 
 def ranks_started() -> int:
-    """How many processes do the same as this one."""
+    """The number of processes that train together."""
     if not dist.is_available():
         return 1
     if dist.is_initialized():
@@ -327,8 +328,8 @@ def ranks_started() -> int:
 
 @contextmanager
 def joined(coder: SparseCoder, shard: str) -> Iterator[Ranks]:
-    """The ranks that train this coder: those of the process group there is, else of torchrun's environment, else this
-    process alone. With a GPU for each rank, the coder moves to its own."""
+    """The ranks that train this coder: the existing process group, else torchrun's environment, else this process
+    alone. With a GPU for each rank, the coder moves to the rank's GPU."""
     size = ranks_started()
     if size == 1:
         yield Ranks()

@@ -13,6 +13,7 @@ from sae_lab.saes.base import SparseCoder
 from sae_lab.saes.families import FAMILIES
 from sae_lab.saes.io.layouts import refuse_layered
 from sae_lab.saes.io.ours import assign, check
+from sae_lab.saes.io.parts import shifted_biases
 from sae_lab.saes.io.places import Place, hub_id, place, told
 from sae_lab.saes.meta import check_meta
 from sae_lab.types import Site
@@ -164,10 +165,7 @@ class Checkpoint:
         mean = t["W_enc"].mean(0)
         t["W_enc"] = t["W_enc"] - mean
         if self.pre_bias:  # b_dec need not have mean 0: what its mean contributed stays
-            shift = t["b_dec"].sum() * mean
-            t["b_enc"] = t["b_enc"] - shift
-            if "b_mag" in t:
-                t["b_mag"] = t["b_mag"] - t["r_mag"].exp() * shift
+            t |= shifted_biases(t, -t["b_dec"].sum() * mean)
         if "W_skip" in t:
             t["W_skip"] = t["W_skip"] - t["W_skip"].mean(0)
 
@@ -221,7 +219,8 @@ def fold_gain(
     gain, bias = gain.float(), torch.zeros(coder.d_in) if bias is None else bias.float()
     coder.W_enc.div_(gain[:, None])
     if not coder.pre_bias:
-        shift_biases(coder, -(bias @ coder.W_enc))
+        for name, value in shifted_biases(coder.state_dict(), -(bias @ coder.W_enc)).items():
+            coder.get_parameter_or_buffer(name).copy_(value)
     if coder.W_skip is not None:
         coder.W_skip.div_(gain[:, None])
         coder.b_dec.sub_(bias @ coder.W_skip)
@@ -230,11 +229,3 @@ def fold_gain(
         coder.b_dec.mul_(gain).add_(bias)
     coder.meta.pop("needs_gain", None)
     return coder
-
-
-def shift_biases(coder: SparseCoder, by: Tensor) -> None:
-    """Add to every pre-activation."""
-    coder.b_enc.add_(by)
-    state = coder.state_dict(keep_vars=True)
-    if "b_mag" in state:
-        state["b_mag"].add_(state["r_mag"].exp() * by)

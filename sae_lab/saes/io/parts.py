@@ -64,10 +64,8 @@ class Parts:
         """The same coder with or without b_dec subtracted from x: encoder biases take the difference."""
         if wanted == self.pre_bias:
             return
-        shift = self.tensors["b_dec"] @ self.tensors["W_enc"] * (1 if wanted else -1)
-        self.tensors["b_enc"] = self.tensors["b_enc"] + shift
-        if "b_mag" in self.tensors:
-            self.tensors["b_mag"] = self.tensors["b_mag"] + self.tensors["r_mag"].exp() * shift
+        t = self.tensors
+        t |= shifted_biases(t, t["b_dec"] @ t["W_enc"] * (1 if wanted else -1))
         self.pre_bias = wanted
 
     # ---- for configs
@@ -101,3 +99,9 @@ class Parts:
     def contiguous(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Tensors as safetensors wants them: contiguous, none sharing memory."""
         return {name: t.clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
+
+
+def shifted_biases(t: dict[str, Tensor], by: Tensor) -> dict[str, Tensor]:
+    """The encoder's biases that add ``by`` to every pre-activation."""
+    gated = {"b_mag": t["b_mag"] + t["r_mag"].exp() * by} if "b_mag" in t else {}
+    return {"b_enc": t["b_enc"] + by, **gated}
