@@ -1,7 +1,7 @@
-"""How a coder is written: our own format, and the table of those of other libraries, which ``saes.io.peers`` fills.
+"""How a coder is written: the format "sae_lab", and a table of other libraries' formats, which ``saes.io.peers`` fills.
 
-The weights file carries the same config in its header as ``config.json`` holds, and is replaced in one piece, so that a
-save which is killed half-way leaves the old coder or the new one.
+The weights file carries the config in its header too, and is replaced in one piece: a save that is killed half-way
+leaves the old coder or the new one.
 """
 
 import json
@@ -19,22 +19,20 @@ OTHERS: dict[str, Callable[[Any, Path], Path]] = {}  # format: what writes a cod
 
 
 def save(coder: Any, path: str | Path, format: str, dtype: torch.dtype) -> Path:
-    """Write a coder into the folder ``path``; see ``SparseCoder.save``.
-
-    format: "sae_lab" keeps all of it; "saelens", "sparsify", "dictionary_learning": as those libraries read it, without
-    ``f_scale``. Raises ValueError for an unknown format, a coder that the format cannot hold, or a dtype that cannot.
-    """
-    _require_free(Path(path), format)
+    """Write a coder into the folder ``path``; see ``SparseCoder.save``."""
+    folder = Path(path)
+    _require_free(folder, format)
     if dtype != torch.float32 and format != "sae_lab":
         raise ValueError(f"only the format 'sae_lab' is written in {dtype}: leave dtype= out for {format!r}")
-    coder.id  # noqa: B018 (made now, it goes into the file)
-    if format in OTHERS:
-        folder = OTHERS[format](coder, Path(path))
-        noting.save_beside(coder, folder)
-        return folder
-    if format != "sae_lab":
+    if format not in ("sae_lab", *OTHERS):
         raise ValueError(f"unknown format {format!r}; supported: sae_lab, {', '.join(OTHERS)}")
-    folder = Path(path)
+    coder.id  # noqa: B018 (made now, it goes into the file)
+    OTHERS[format](coder, folder) if format in OTHERS else _write(coder, folder, dtype)
+    noting.save_beside(coder, folder)
+    return folder
+
+
+def _write(coder: Any, folder: Path, dtype: torch.dtype) -> None:
     config = {
         "format": FORMAT,
         "version": VERSION,
@@ -52,12 +50,10 @@ def save(coder: Any, path: str | Path, format: str, dtype: torch.dtype) -> Path:
         write_tensors(tensors, temporary / "sae.safetensors", {"config": text})
         (temporary / "config.json").write_text(text)
     coder.path = str(folder.resolve())
-    noting.save_beside(coder, folder)
-    return folder
 
 
 def _written(name: str, t: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """What is written of a tensor. Biases, thresholds and scales take no space worth rounding them for."""
+    """The tensor as it is written: only matrices are rounded, since biases and thresholds take little space."""
     t = t.detach().cpu().contiguous()
     if t.dim() < 2 or not t.is_floating_point():
         return t
@@ -67,7 +63,7 @@ def _written(name: str, t: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return t.to(dtype)
 
 
-# The files that tell a format, some of them of several.
+# The files by which a format is known; some formats share one.
 _FILES = {
     "sae_lab": {"config.json", "sae.safetensors"},
     "saelens": {"cfg.json", "sae_weights.safetensors"},
@@ -77,7 +73,7 @@ _FILES = {
 
 
 def _require_free(folder: Path, format: str) -> None:
-    """Two formats in one folder would overwrite each other's config: the coder there would load as another one."""
+    """ValueError for a folder with a coder in another format: the two would overwrite each other's config."""
     there = {name for name, files in _FILES.items() if all((folder / file).exists() for file in files)}
     if other := there - {format}:
         raise ValueError(

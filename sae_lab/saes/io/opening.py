@@ -65,7 +65,7 @@ def load(
 
 
 def _find(path: str | Path, id: str | None, said: dict[str, Any]) -> tuple[SparseCoder, str | None]:
-    """(the coder, where it lies; None for a release, whose name and id are in meta)"""
+    """(the coder, its path; None for a release, whose name and id are in meta)"""
     folder = Path(path).expanduser()
     here = Path(peers.named((folder / id if id is not None else folder).as_posix(), os.path.isfile))
     if here.is_file():
@@ -87,8 +87,8 @@ def _read(here: Path, facts: dict[str, Any]) -> SparseCoder:
 
 
 def _published(path: str | Path, id: str | None, said: dict[str, Any]) -> SparseCoder:
-    """From the hub; ValueError for a path or name that is nothing."""
-    known_here = ours.shipped()  # a name as theirs is hardly a repository's: the hub is not asked
+    """A coder from the hub. ValueError for a path or name that leads to none."""
+    known_here = ours.shipped()  # for names like these the hub is not asked
     like = get_close_matches(str(path), known_here, cutoff=0.8)
     like = like or [n for n in known_here if Path(n).parent == Path(path).parent]
     named = isinstance(path, str) and not like and not Path(path).is_dir()

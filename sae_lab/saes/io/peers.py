@@ -1,8 +1,9 @@
-"""Exchange with the other libraries: which format a folder has, how it is read, and how ours are written.
+"""Coders of other libraries: which format a folder has, how it is read, and how our coders are written in it.
 
 Reading: SAELens (6 and before), sparsify, dictionary_learning, Gemma Scope 1 and 2, Llama Scope, Language-Model-SAEs,
-circuit-tracer, Goodfire, Qwen Scope. Writing: SAELens 6, sparsify, dictionary_learning. What a format cannot hold is
-refused, with what it can; so is what files do not say and the caller does not either (``sl.load(path, reads=...)``).
+circuit-tracer, Goodfire, Qwen Scope. Writing: SAELens 6, sparsify, dictionary_learning. A coder that a
+format cannot hold is refused; so are files that leave open what a coder is, unless the caller says it
+(``sl.load(path, reads=...)``).
 
 Codes are those of the other library, computed from the activations that transformers gives at ``sae.reads``. Two things
 differ there from TransformerLens, where many of these coders were trained, and are folded into the encoder:
@@ -92,9 +93,9 @@ def _by_number(name: str) -> list[Any]:
 
 
 def read(path: Path, facts: dict[str, Any] | None = None) -> SparseCoder | None:
-    """The coder in a folder or a file of another library; None where nothing there is known.
+    """The coder in a folder or a file of another library; None where no format is recognised.
 
-    facts: what a release, or the caller, knows that its files do not say.
+    facts: of the release, or given by the caller, beyond what the files say.
     """
     facts = facts or {}
     if path.is_file():
@@ -114,7 +115,7 @@ def read(path: Path, facts: dict[str, Any] | None = None) -> SparseCoder | None:
 
 
 def _checked(format: str, reader: Reader, path: Path, facts: dict[str, Any]) -> SparseCoder:
-    """The coder. What a reader trips over in a config of other types than its format writes is the file's fault."""
+    """The coder. An error of a reader means that the file is not as its format is: ValueError."""
     try:
         found = reader(path, facts)
         found.say(facts)
