@@ -1,9 +1,8 @@
 """Coders of other libraries: which format a folder has, how it is read, and how our coders are written in it.
 
 Reading: SAELens (6 and before), sparsify, dictionary_learning, Gemma Scope 1 and 2, Llama Scope, Language-Model-SAEs,
-circuit-tracer, Goodfire, Qwen Scope. Writing: SAELens 6, sparsify, dictionary_learning. A coder that a
-format cannot hold is refused; so are files that leave open what a coder is, unless the caller says it
-(``sl.load(path, reads=...)``).
+circuit-tracer, Goodfire, Qwen Scope. Writing: SAELens 6, sparsify, dictionary_learning. A coder that a format cannot
+hold is refused; so are files that leave open what a coder is, unless the caller says it (``sl.load(path, reads=...)``).
 
 Codes are those of the other library, computed from the activations that transformers gives at ``sae.reads``. Two things
 differ there from TransformerLens, where many of these coders were trained, and are folded into the encoder:
