@@ -1,6 +1,7 @@
 """Every family once by hand: numbers that follow from its equation on paper, and what is peculiar to it."""
 
 from math import exp, log
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -569,3 +570,13 @@ def test_geometric_median():
     assert losses.geometric_median(x, steps=60).norm() < 0.1
     square = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [0.0, -1.0]]) + 5
     assert torch.allclose(losses.geometric_median(square), torch.tensor([5.0, 5.0]), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_help_begins_with_a_call_that_works(name):
+    lm = SimpleNamespace(tokenizer=range(20))
+    call = FAMILIES[name].__doc__.removeprefix("``").split("``")[0]
+    with torch.device("meta"):  # shapes alone
+        coder = eval(call, {"sl": sl, "lm": lm})
+    assert type(coder).__name__ == name and coder.d_sae == 4608
+    assert "f = " in FAMILIES[name].__doc__ or "f as of" in FAMILIES[name].__doc__
