@@ -183,6 +183,13 @@ def is_finite(x: Tensor) -> bool:
     return x.is_meta or not x.numel() or bool(torch.stack(torch.aminmax(x.detach())).isfinite().all())
 
 
+def check_least(least: int, **values: float) -> None:
+    """ValueError for the first of these arguments that is smaller."""
+    for name, value in values.items():
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
 def _read_as(value: Any, kind: Any, kinds: tuple[Any, ...], lone: bool) -> Any:
     if kind in (int, float, Count) and _is_scalar(value):
         return _number(value, kind)

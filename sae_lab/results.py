@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import field, fields
 from importlib import import_module
 from numbers import Number
+from operator import attrgetter
 from string import Formatter
 from typing import Any, NamedTuple
 
@@ -272,7 +273,7 @@ class Result(Shown):
         return told._replace(
             key=f.name, value=getattr(self, f.name), meaning=self._filled(told.meaning),
             control_name=self._filled(told.control_name), error=getattr(self, error) if error else math.nan,
-            control=getattr(self, control) if control else math.nan,
+            control=attrgetter(control)(self) if control else math.nan,
         )  # fmt: skip
 
     def figure(self, key: str) -> Figure:
@@ -290,7 +291,8 @@ class Result(Shown):
             return [tuple(self._columns), *cells]
         if found := self.figures():
             return [("", "value", "control", ""), *((f.measure, f.text, f.control_text, f.meaning) for f in found)]
-        return frame_rows(self._printed(self.to_pandas()).head(self._shown), self._digits, "")
+        table = self.to_pandas()
+        return frame_rows(self._printed(table).head(self._shown) if len(table) else table, self._digits, "")
 
     @property
     def _align(self) -> str:  # type: ignore[override]

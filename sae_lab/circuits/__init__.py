@@ -4,14 +4,14 @@ from sae_lab.circuits.attributing import Attribution, attribution
 from sae_lab.circuits.direct import DirectEffects, direct_effects
 from sae_lab.circuits.directions import AreaDifference, DirectionCurves, patched_directions, principal_axes
 from sae_lab.circuits.downstream import DownstreamEffects, effects_of
-from sae_lab.circuits.edges import Edge
 from sae_lab.circuits.faithfulness import Faithfulness
 from sae_lab.circuits.graph import FeatureCircuit, feature_circuit
 from sae_lab.circuits.heads import Attention, HeadAttribution, attention, head_attribution, head_shares
 from sae_lab.circuits.invariant import EdgeCheck, check_edges, invariant_edges, norm_scale
 from sae_lab.circuits.linearizing import PulledBack, pull_back
-from sae_lab.circuits.metric import Metric, aligned_tokens, kl_from, log_probability, logit_difference
-from sae_lab.circuits.nodes import Node
+from sae_lab.circuits.metric import Metric, kl_from, log_probability, logit_difference
+from sae_lab.circuits.nodes import Edge, Node
+from sae_lab.circuits.pairs import aligned_tokens
 from sae_lab.circuits.patching_effects import PatchGrid, patched_cells, patching, patching_estimate
 from sae_lab.circuits.prompt import PromptReading, read_prompt
 from sae_lab.spelling import no_attribute

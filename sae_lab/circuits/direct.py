@@ -1,18 +1,19 @@
-"""What the features active at a token do to the next token directly: past all later layers, by the way out alone."""
+"""What the features active at a token do to the next token's logits directly, past all later layers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae_lab.arguments import Count, as_annotated
+from sae_lab.circuits.metric import one_token
 from sae_lab.circuits.prompt import PromptReading, WayOut, reaches_the_stream, read_prompt, written
 from sae_lab.lm.model import LM
 from sae_lab.lm.tokens import Prompts, Token, label
-from sae_lab.results import frame_text
+from sae_lab.results import Result
 from sae_lab.saes.base import SparseCoder
 from sae_lab.types import Site
 
@@ -20,20 +21,22 @@ ORDERS = ("activation", "effect")
 
 
 @dataclass(frozen=True, repr=False)
-class DirectEffects:
-    """Result of ``circuits.direct_effects``: effects on logits, centred over the vocabulary, in nats.
+class DirectEffects(Result):
+    """Result of ``circuits.direct_effects``: effects on logits, centred over the vocabulary, in nats. Its table has
+    one row a listed feature, with a column for each target.
 
     For every target  effects.sum(0) + others + error + bias + rest = logits,  up to rounding.
 
     Attributes:
-        features, values: " n": the listed features and their codes. scaled: these in units of ``f_scale``, NaN
-            where it is not known. active: how many features are.
+        features, values: " n": the listed features and their codes. scaled: the codes in units of ``f_scale``, NaN if
+            that is unknown. active: the number of features active at the token.
         effects: "n targets". promoted: of each feature, the tokens that it promotes most, with their effects.
-        others: " targets", of active features that are not listed. error: of what the coder does not reconstruct.
-        bias: of what it writes beside features. rest: of all else in the stream, and of the biases of norm and head.
+        others: " targets", of active features that are not listed. error: of the part that the coder does not
+            reconstruct. bias: of what the coder writes beside features. rest: of the rest of the stream, and of the
+            biases of norm and head.
         logits: " targets", the model's own, centred over the vocabulary.
-        targets: token ids. names: their texts. position, tokens, site: where.
-        note: what to know about these numbers, or "".
+        targets: token ids. names: their texts. position, tokens, site: of the token and the coder.
+        note: a limit of these numbers, or "".
     """
 
     features: Int[Tensor, " n"]
@@ -54,36 +57,42 @@ class DirectEffects:
     tokens: list[Token] = field(repr=False)
     note: str = ""
 
-    def to_pandas(self):
-        """One row a listed feature: feature, activation, in_f_scale, a column for each target, promotes."""
-        import pandas as pd
+    _records, _shown = "_listed", 1000
+    _above = (
+        "{site.key} at {_token!r} (position {position}), {active} active features; logits, centred over the "
+        "vocabulary, of {_names}: {_sums}"
+    )
+    _below = "{note}"
 
-        table = {
-            "feature": self.features.tolist(), "activation": self.values.tolist(), "in_f_scale": self.scaled.tolist(),
-        }  # fmt: skip
-        columns = zip(self.names, self.effects.T.tolist(), strict=True)
-        table |= {f"effect on {name!r}": column for name, column in columns}
-        return pd.DataFrame(table | {"promotes": [", ".join(repr(t) for t, _ in row) for row in self.promoted]})
+    @property
+    def _listed(self) -> dict[str, list[Any]]:
+        own = {"feature": self.features, "activation": self.values, "in_f_scale": self.scaled}
+        effects = {f"effect on {name!r}": column for name, column in zip(self.names, self.effects.T, strict=True)}
+        table = {name: column.tolist() for name, column in (own | effects).items()}
+        return table | {"promotes": [", ".join(repr(t) for t, _ in row) for row in self.promoted]}
 
     def parts(self) -> dict[str, list[float]]:
-        """Of each target's logit: what the features, the error, the bias and the rest make of it."""
+        """The parts of each target's logit: of features, error, bias and rest, and the logit, their sum."""
         features = self.effects.sum(0) + self.others
         parts = {"features": features, "error": self.error, "bias": self.bias, "rest": self.rest, "logit": self.logits}
         return {name: part.tolist() for name, part in parts.items()}
 
-    def __repr__(self) -> str:
+    @property
+    def _token(self) -> str:
+        return self.tokens[self.position].label
+
+    @property
+    def _names(self) -> str:
+        return ", ".join(map(repr, self.names))
+
+    @property
+    def _sums(self) -> str:
         sums = {name: ", ".join(f"{v:+.2f}" for v in part) for name, part in self.parts().items()}
-        total = f"{sums.pop('logit')} = " + ", ".join(f"{name} {part}" for name, part in sums.items())
-        listing = frame_text(self.to_pandas())
-        return (
-            f"{self.site.key} at {self.tokens[self.position].label!r} (position {self.position}), {self.active} active "
-            f"features; logits, centred over the vocabulary, of {', '.join(map(repr, self.names))}: {total}\n{listing}"
-            + (f"\n{self.note}" if self.note else "")
-        )
+        return f"{sums.pop('logit')} = " + ", ".join(f"{name} {part}" for name, part in sums.items())
 
 
 class _Vectors(NamedTuple):
-    """Of one token, in front of W_U and divided by the norms' scales: what each part of the stream is there."""
+    """The parts of the stream at one token, in front of W_U and divided by the norms' scales."""
 
     features: Float[Tensor, "n d"]
     error: Float[Tensor, "1 d"]
@@ -104,28 +113,26 @@ def direct_effects(
     by: str = "activation",
     promoted: Count = 5,
 ) -> DirectEffects:
-    """Direct effects of the features active at a token on the logits of what comes next:
+    """``direct_effects(lm, sae, "I went to the")``: effects of the features active at a token on the logits of the next
+    one (logit attribution; Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits"):
 
         effect_iv = (z_i·W_dec_i / s)·diag(gain)·(W_U[v] - mean W_U)
 
-    s: what the final norm divides by at this position, frozen at the full model's value there; the direction is
-    centred where that norm centres, and gain is the norm's (1+w for Gemma). Logits are linear in the residual stream
-    once s is frozen, so that the effects of all features, the coder's error, what it writes beside features (b_dec,
-    a skip), and the rest of the stream add up to the model's own centred logits. A coder at attn_z writes through W_O,
-    and the norm behind it where a model has one, whose scale is frozen too. Effects through later layers are no part
-    of it: take ``circuits.attribution`` or an ablation for these. (Logit attribution, Elhage et al. 2021, "A
-    Mathematical Framework for Transformer Circuits".)
+    s: what the final norm divides by at this position in the full model, held fixed; the direction is centred if that
+    norm centres, and gain is the norm's (1+w for Gemma). With s fixed, logits are linear in the residual stream: the
+    effects of all features, of the coder's error, of what it writes beside features (b_dec, a skip) and of the rest of
+    the stream add up to the model's own centred logits. A coder at attn_z writes through W_O, and the norm behind it if
+    the model has one, whose scale is fixed too. Effects through later layers are left out: see ``circuits.attribution``
+    or an ablation for these. With Gemma 2's softcapping the effects are on the logits before the cap (``note``).
 
     Args:
         coder: an SAE or transcoder that writes to the residual stream, or at attn_z.
         prompt: one, or what ``circuits.read_prompt`` gave for it. position: None: the last token.
-        on: the tokens whose logits count: texts of one token each, or ids. None: the prompt's next token, after the
-            last one the model's likeliest.
-        n: so many features are listed, None: all; by: the strongest by "activation", or by "effect" (its size) on the
+        on: the tokens whose logits count: texts of one token each, or ids. None: the prompt's next token, and after the
+            last token the model's most likely one.
+        n: how many features are listed, None: all; by: the strongest by "activation", or by "effect" (its size) on the
             first target.
-        promoted: so many tokens are named that a feature promotes most.
-
-    With Gemma 2's softcapping the effects are on the logits before the cap, which is told in ``note``.
+        promoted: how many tokens are named that a feature promotes most.
 
     Raises ValueError for a coder at mlp_in or a module's path, which do not lead to the stream directly; a token that
     the coder's mask leaves out, a position that does not exist, targets that are not one token, a model on a server,
@@ -162,12 +169,13 @@ def direct_effects(
             "effects are not known for it"
         )
     return DirectEffects(
-        features[shown], values[shown], torch.where(scale > 0, values[shown] / scale, float("nan")),
-        effects[shown].cpu(), _promoted(lm, way, vectors.features[shown], promoted), effects[hidden].sum(0).cpu(),
-        (vectors.error @ W)[0].cpu(), (vectors.bias @ W)[0].cpu(), (vectors.rest @ W)[0].cpu() + fixed,
-        logits, targets,
-        [label(lm.tokenizer, t) for t in targets], len(features), position, site, reading.tokens,
-        f"This model caps its logits at ±{way.cap:g}: effects are on the logits before the cap." if way.cap else "",
+        features=features[shown], values=values[shown], effects=effects[shown].cpu(),
+        scaled=torch.where(scale > 0, values[shown] / scale, float("nan")),
+        promoted=_promoted(lm, way, vectors.features[shown], promoted), others=effects[hidden].sum(0).cpu(),
+        error=(vectors.error @ W)[0].cpu(), bias=(vectors.bias @ W)[0].cpu(), rest=(vectors.rest @ W)[0].cpu() + fixed,
+        logits=logits, targets=targets, names=[label(lm.tokenizer, t) for t in targets], active=len(features),
+        position=position, site=site, tokens=reading.tokens,
+        note=f"This model caps its logits at ±{way.cap:g}, effects are on those before the cap." if way.cap else "",
     )  # fmt: skip
 
 
@@ -178,12 +186,8 @@ def _vectors(
     matrix, scales = way.maps[site]
     device = coder.W_dec.device
     x, there = way.acts[coder.site][position].to(device), way.acts[site][position].to(device)
-    was_training = coder.training
-    coder.eval()
-    try:
+    with coder.evaluating():
         x_hat = coder(x[None], reading.batch.ids[0, position : position + 1].to(device)).x_hat[0]
-    finally:
-        coder.train(was_training)
     rows = x.expand(len(features), -1)
     parts = coder.write_of(torch.diag(values.to(device)), features.tolist(), rows)
     bias, error = x_hat - parts.sum(0), there - x_hat
@@ -204,17 +208,6 @@ def _targets(
     if not found:
         raise ValueError("no targets: pass at least one token, or on=None for the prompt's next one")
     return found
-
-
-def one_token(lm: LM, token: str | int) -> int:
-    """The id of a text that is one token, or of an id that the model knows. ValueError for any other."""
-    ids = [token] if isinstance(token, int) else lm.tokenizer(token, add_special_tokens=False)["input_ids"]
-    if len(ids) != 1:
-        pieces = " ".join(repr(label(lm.tokenizer, i)) for i in ids[:5]) or "nothing"
-        raise ValueError(f"a target is one token, {token[:40]!r} is {len(ids)} ({pieces}): take one of them")  # type: ignore[index]
-    if not 0 <= ids[0] < lm.vocab_size:
-        raise ValueError(f"a target's id must lie in 0..{lm.vocab_size - 1}, got {ids[0]}")
-    return ids[0]
 
 
 def _promoted(lm: LM, way: WayOut, x: Float[Tensor, "n d"], count: int) -> list[list[tuple[str, float]]]:

@@ -1,19 +1,21 @@
 """How few directions carry a difference between two runs: an SAE's features against PCA, neurons and random axes."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple, no_type_check
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae_lab.arguments import as_annotated
-from sae_lab.circuits.metric import ROWS, of_metric, paired, plus
+from sae_lab.arguments import as_annotated, check_least
+from sae_lab.circuits.gradients import mean_gradient
+from sae_lab.circuits.metric import ROWS, final_log_chances, kl_to, measured, plus
+from sae_lab.circuits.pairs import check_positions, kept, paired, require_sae
 from sae_lab.lm.model import LM
-from sae_lab.results import frame_text
+from sae_lab.results import Result
 from sae_lab.saes.base import SparseCoder
 from sae_lab.types import Site, TokenBatch, Write
 
@@ -22,8 +24,8 @@ STEPS = 8
 
 
 class AreaDifference(NamedTuple):
-    """Area under one curve less that under another, in nats (each area is divided by its axis's length, so that it is
-    a mean KL), with the 95 % interval of a bootstrap over the scored prompts."""
+    """Area under one curve minus area under another, in nats (each divided by the length of its axis, so that it is a
+    mean KL), with the 95 % interval of a bootstrap over the scored prompts."""
 
     value: float
     low: float
@@ -36,17 +38,17 @@ class AreaDifference(NamedTuple):
 
 @as_annotated
 @dataclass(frozen=True, repr=False)
-class DirectionCurves:
-    """Result of ``circuits.patched_directions``.
+class DirectionCurves(Result):
+    """Result of ``circuits.patched_directions``. Its table has one row a method and number.
 
     Attributes:
         kl: by method, "prompts numbers": KL(source ‖ patched) at the last token, nats, of prompts that the ranking
-            never saw.
+            did not use.
         edit: by method, "prompts numbers": norm of the edit over the norm of the whole difference (1: as long as
             replacing the activations themselves).
-        numbers: how many directions are patched, the same for all methods; 0 first: none (or the error alone).
-        directions: by method, how many there are to choose from: those that differ between the runs of any prompt.
-        site, ranked: the site; how many prompts the ranking was made on.
+        numbers: how many directions are patched, the same for all methods; the first is 0: none (or the error alone).
+        directions: by method, how many directions there are: those that differ between the runs of any prompt.
+        site, ranked: the site; the number of prompts that the ranking used.
     """
 
     kl: dict[str, Float[np.ndarray, "prompts numbers"]]
@@ -56,13 +58,33 @@ class DirectionCurves:
     site: Site
     ranked: int
 
+    _records = "_points"
+    _above = "KL(source ‖ patched), nats, at {site}; {_scored} prompts, ranked on {ranked} others:"
+
+    @property
+    def _scored(self) -> int:
+        return len(next(iter(self.kl.values())))
+
+    @property
+    def _points(self) -> list[dict[str, Any]]:
+        return [
+            {"method": name, "n": n, "kl": one.mean(), "se": one.std(ddof=1) / len(one) ** 0.5,
+             "edit": self.edit[name][:, i].mean()}
+            for name, kl in self.kl.items()
+            for i, (n, one) in enumerate(zip(self.numbers, kl.T, strict=True))
+        ]  # fmt: skip
+
+    def _printed(self, table: Any) -> Any:
+        return table.pivot(index="n", columns="method", values="kl")[list(self.kl)].reset_index()
+
     def area_difference(
         self, a: str, b: str, *, against: str = "number", draws: int = 2000, seed: int = 0
     ) -> AreaDifference:
-        """Area under a's mean curve less that under b's; negative: a needs less.
+        """``curves.area_difference("features", "PCA")``: area under a's mean curve minus area under b's; negative: a
+        needs fewer directions (or a smaller edit).
 
-        against: "number": over log n, from n = 1 to the largest; "edit": over the norm of the edit, where both have
-        points, curves joined by straight lines (NaN where they have no range in common).
+        against: "number": over log n, from n = 1 to the largest; "edit": over the norm of the edit, in the range of
+        both curves, each drawn with straight lines between its points (NaN if they have no range in common).
 
         Raises ValueError for an unknown method or axis.
         """
@@ -90,32 +112,10 @@ class DirectionCurves:
         length = axis[-1] - axis[0]
         return float((areas[0] - areas[1]) / length) if length > 0 else float("nan")
 
-    def to_pandas(self):
-        """One row a method and number: the means over prompts of kl (with its standard error) and of edit."""
-        import pandas as pd
-
-        rows = [
-            {
-                "method": name, "n": n, "kl": kl[:, i].mean(), "se": kl[:, i].std(ddof=1) / len(kl) ** 0.5,
-                "edit": self.edit[name][:, i].mean(),
-            }
-            for name, kl in self.kl.items()
-            for i, n in enumerate(self.numbers)
-        ]  # fmt: skip
-        return pd.DataFrame(rows)
-
-    def __repr__(self) -> str:
-        table = self.to_pandas().pivot(index="n", columns="method", values="kl")[list(self.kl)].reset_index()
-        count = len(next(iter(self.kl.values())))
-        return (
-            f"KL(source ‖ patched), nats, at {self.site}; {count} prompts, ranked on {self.ranked} others:\n"
-            + frame_text(table)
-        )
-
 
 @dataclass(frozen=True)
 class _Runs:
-    """Both runs of some prompts: activations, where a patch may act, and what the sources' last token says."""
+    """Both runs of some prompts: activations, the tokens that a patch may change, log p after the sources."""
 
     batch: TokenBatch
     x: Tensor
@@ -135,7 +135,7 @@ class _Method:
 
     directions: Float[Tensor, "n d"]
     changes: Float[Tensor, "batch pos n"]
-    rest: Tensor | None = field(default=None)
+    rest: Tensor | None = None
 
     def ranked(self, gradient: Tensor, rows: Tensor, each: bool) -> tuple[Tensor, Tensor]:
         """(positions, directions) of all nodes, the one whose patch should lower the divergence most first. A node is
@@ -167,8 +167,8 @@ def patched_directions(
     steps: int = STEPS,
     seed: int = 0,
 ) -> DirectionCurves:
-    """How near n patched directions bring the model to its answer in the other run, for every n: the IOI experiment of
-    Cunningham et al. 2023, arXiv:2309.08600.
+    """``patched_directions(lm, sae, prompts, sources)``: how near n patched directions bring the model to its answer in
+    the other run, for every n: the IOI experiment of Cunningham et al. 2023, arXiv:2309.08600.
 
     Patching a set S takes the sources' coefficients of S and leaves all others, at the same positions for all methods:
 
@@ -177,25 +177,24 @@ def patched_directions(
         features and error  the same, and the error as in the source: all features together give the source's x
         a basis U           x + Σ_S ((x_source - x)·u_i) u_i        all directions together give the source's x
 
-    Ranking, the same for all methods: half of the prompts (drawn by ``seed``) are ranked on, the others scored. The
-    gradient g of KL(source ‖ patched) by the activations is averaged over ``steps`` points on the way from prompt to
-    source; direction i's score is the reduction it should bring alone, -Σ (change of i's coefficient)·(direction_i·g),
-    summed over tokens and prompts. The n with the highest scores are patched together.
+    Half of the prompts (drawn by ``seed``) rank the directions of all methods, the others are scored. The gradient g of
+    KL(source ‖ patched) by the activations is averaged over ``steps`` points from prompt to source; direction i's score
+    is the reduction estimated for it alone, -Σ (change of i's coefficient)·(direction_i·g), summed over tokens and
+    prompts. The n directions with the highest scores are patched together.
 
     Args:
         coder: an SAE at one site.
-        prompts, sources: as many, at least four, of the same token lengths; a source is its prompt's counterfactual.
-        bases: by name, "n d": orthonormal rows; all n = d, or fewer. "neurons" (the axes of the site) and "random" (a
-            random rotation, by ``seed``) are always there; ``principal_axes`` makes those of PCA. So are "differences",
-            the principal axes of x_source - x in the ranking half, which know what is to be patched: the bar for
-            directions that were found without it.
-        numbers: how many directions; more than there are means all.
-        positions: where a patch acts; None: everywhere but position 0 and what the coder's mask leaves out.
-        each_position: True: a direction at one position is a node of its own, chosen and counted alone; False: a
-            direction is patched at all of them and counts once.
+        prompts, sources: at least four of each, all of one token length; a source is its prompt's counterfactual.
+        bases: more methods by name, "n d": at most d orthonormal rows, such as ``principal_axes`` for PCA. Always
+            measured are "neurons" (the axes of the site), "random" (a random rotation, by ``seed``) and "differences":
+            the principal axes of x_source - x in the ranking half, an upper bar, since they are made from the runs.
+        numbers: how many directions; a number above a method's directions means all of them.
+        positions: of the patch; None: all but position 0 and the tokens that the coder's mask leaves out.
+        each_position: True: a direction at one position is chosen and counted by itself; False: a direction is patched
+            at all positions and counts once.
 
-    Raises ValueError as ``patching``; for a coder that reads elsewhere than it writes, rows that are not orthonormal,
-    a name twice, fewer than four prompts, and numbers below 1.
+    Raises ValueError as ``patching``, and for a coder that does not write where it reads, rows that are not
+    orthonormal, a name that is measured anyway, fewer than four prompts, and numbers below 1.
     """
     _check(coder, bases or {}, numbers, steps, len(prompts) if not isinstance(prompts, str) else 1)
     runs = _both_runs(lm, coder, prompts, sources, positions)
@@ -223,9 +222,10 @@ def patched_directions(
 @as_annotated
 @torch.no_grad()
 def principal_axes(x: Float[Tensor, "tokens d"], uncentred: bool = False) -> Float[Tensor, "n d"]:
-    """The axes of PCA as orthonormal rows, those of most variance first; an axis without variance is none.
+    """``principal_axes(x)``: the axes of PCA as orthonormal rows, the largest variance first; axes without variance are
+    left out.
 
-    uncentred: of differences between two runs, whose mean is what they have in common.
+    uncentred: keep the mean, as for differences between two runs, where it is part of the difference.
 
     Raises ValueError for fewer than two rows.
     """
@@ -237,14 +237,12 @@ def principal_axes(x: Float[Tensor, "tokens d"], uncentred: bool = False) -> Flo
 
 
 def _check(coder: SparseCoder, bases: Mapping[str, Tensor], numbers: Sequence[int], steps: int, count: int) -> None:
-    if coder.transcodes or (coder.writes and coder.writes != coder.reads):
-        raise ValueError("patched_directions takes a coder that writes where it reads: an SAE")
+    require_sae(coder, "patched_directions")
     if count < 4:
         raise ValueError(f"patched_directions ranks on half of the prompts: give at least 4, got {count}")
     if not numbers or min(numbers) < 1:
         raise ValueError(f"numbers must be at least 1, got {list(numbers)}: n = 0 is always measured")
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
+    check_least(1, steps=steps)
     for name, basis in bases.items():
         if name in ("features", "features and error", "neurons", "random", "differences"):
             raise ValueError(f"{name!r} is measured anyway: give the basis another name")
@@ -259,20 +257,16 @@ def _both_runs(
     lm: LM, coder: SparseCoder, prompts: Sequence[str], sources: Sequence[str], positions: Sequence[int] | None
 ) -> _Runs:
     batch, theirs = paired(lm, prompts, sources)
-    site, mask, length = coder.site, coder.mask or lm.mask(), batch.ids.shape[1]
-    if beyond := [p for p in positions or () if not 0 <= p < length]:
-        raise ValueError(f"position {beyond[0]} is beyond the prompts, which have {length} tokens")
-    x = lm.run(batch, [site], logits=False)[0][site]
-    read, logits = lm.run(theirs, [site])
-    assert logits is not None
-    keep = mask.keep(batch.ids, batch.positions, {site: x.cpu()})
-    keep &= mask.keep(theirs.ids, theirs.positions, {site: read[site].cpu()})
+    site, length = coder.site, batch.ids.shape[1]
+    check_positions(positions or (), length)
+    x = lm.run(batch, [site], logits=False)[0]
+    form = Float[Tensor, f"{len(batch.ids)} {lm.vocab_size}"]
+    given, log_p = lm.run(theirs, [site], logits=final_log_chances, form=form)
+    keep = kept(lm, [coder], (batch, x), (theirs, given))
     keep[:, 0] = False
-    if not keep.any():
-        raise ValueError(f"the mask leaves out every token of these prompts ({mask}): give others")
     if positions is not None:
         keep &= torch.isin(torch.arange(length), torch.tensor(list(positions)))
-    return _Runs(batch, x, read[site], keep.to(x.device), logits[:, -1].float().log_softmax(-1))
+    return _Runs(batch, x[site], given[site], keep.to(x[site].device), log_p)
 
 
 def _methods(
@@ -294,14 +288,12 @@ def _methods(
 
 
 def _mean_gradient(lm: LM, site: Site, runs: _Runs, steps: int) -> Float[Tensor, "batch pos d"]:
-    """Of KL(source ‖ patched) at the last token, over points on the way from the prompt's run to the source's."""
+    """Of KL(source ‖ patched) at the last token, over points from the prompt's run to the source's."""
     found = torch.zeros_like(runs.x)
     for part in torch.arange(len(runs.x)).split(ROWS):
         some = runs.part(part)
-        for step in range(steps):
-            between = some.x + (step + 0.5) / steps * (some.given - some.x) * some.keep.unsqueeze(-1)
-            metric = partial(divergence_at_end, log_p=some.log_p)
-            found[part] += lm.gradient(some.batch, site, metric, between) / steps
+        across = (some.given - some.x) * some.keep.unsqueeze(-1)
+        found[part] = mean_gradient(lm, some.batch, site, partial(kl_to, given=some.log_p), some.x, across, steps)
     return found
 
 
@@ -311,15 +303,6 @@ def _divergences(lm: LM, site: Site, runs: _Runs, edits: Sequence[Tensor]) -> Fl
     rows = torch.arange(n).repeat(len(edits))
     for part in torch.arange(len(rows)).split(ROWS):
         some = runs.part(rows[part])
-        added = torch.cat(list(edits))[part]
-        metric = partial(of_metric, metric=partial(divergence_at_end, log_p=some.log_p))
-        form = Float[Tensor, f"{len(part)}"]
-        found.append(lm.run(some.batch, writes=[Write(site, partial(plus, by=added))], logits=metric, form=form)[1])
+        write = Write(site, partial(plus, by=torch.cat(list(edits))[part]))
+        found.append(measured(lm, some.batch, partial(kl_to, given=some.log_p), [write]))
     return torch.cat(found).view(len(edits), n).T.numpy()
-
-
-@no_type_check
-def divergence_at_end(logits, tokens, log_p):
-    """KL(p ‖ model) of what follows each prompt, whose last tokens stand at one position."""
-    log_p = log_p.to(logits.device)
-    return (log_p.exp() * (log_p - logits[:, -1].float().log_softmax(-1))).sum(-1)

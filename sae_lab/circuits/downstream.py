@@ -3,32 +3,34 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from sae_lab.arguments import as_annotated
-from sae_lab.circuits.metric import ROWS, copied, plus
-from sae_lab.circuits.nodes import kept
+from sae_lab.circuits.metric import ROWS, plus
+from sae_lab.circuits.pairs import copied, kept
 from sae_lab.lm.model import LM
-from sae_lab.results import frame_text
+from sae_lab.results import Result
 from sae_lab.saes.base import SparseCoder
 from sae_lab.types import Site, TokenBatch, Write
 
-FAR = 3.0  # a z-score beyond this is counted
+FAR = 3.0  # the size from which a z-score is counted as far
 LEAST = 3  # controls that a standard deviation is taken over
 
 
 @dataclass(frozen=True, repr=False)
-class DownstreamEffects:
-    """Result of ``circuits.effects_of``. All changes are of codes, means over the tokens that count.
+class DownstreamEffects(Result):
+    """Result of ``circuits.effects_of``: changes of mean codes over the tokens that count. Its table has one row a
+    later feature that changed, the largest |z| first.
 
     Attributes:
-        feature, site: what was ablated, or with a ``strength`` steered, and where.
+        feature, site: the feature that was ablated, or steered by ``strength``, and where.
         changes, z: {later site: " d_sae"}: change of each later feature, and its z-score among the controls' changes.
         before: mean codes without the change. control_mean, control_sd: of the controls' changes.
-        against: what the controls were; controls: the features, where they were features.
+        against: what the controls were; controls: the features, if they were features.
         beyond, largest: how many later features have |z| > 3, and the largest |z|. beyond_controls, largest_controls:
             the same of each control, scored among the other controls: what chance gives.
     """
@@ -48,31 +50,35 @@ class DownstreamEffects:
     beyond_controls: tuple[int, ...]
     largest_controls: tuple[float, ...]
 
-    def to_pandas(self):
-        """One row a later feature that changed, the largest |z| first: site, feature, before, change, control_mean,
-        control_sd, z."""
-        import pandas as pd
+    _records, _shown, _digits = "_changed", 8, ".4f"
+    _above = (
+        "feature {feature} of {site.key} {_how}: {beyond} later features with |z| > 3 ({_chance}), the largest "
+        "{largest:.1f} ({_beaten} controls reach it); the strongest:"
+    )
 
-        rows = []
-        for s, change in self.changes.items():
-            at = change.nonzero().flatten()
-            columns = (self.before, self.changes, self.control_mean, self.control_sd, self.z)
-            values = torch.stack([column[s][at] for column in columns], 1).tolist()
-            rows += [(s.key, f, *row) for f, row in zip(at.tolist(), values, strict=True)]
-        names = ["site", "feature", "before", "change", "control_mean", "control_sd", "z"]
-        table = pd.DataFrame(rows, columns=names)
-        return table.sort_values("z", key=lambda z: -z.abs(), kind="stable").reset_index(drop=True)
+    @property
+    def _how(self) -> str:
+        return "ablated" if self.strength is None else f"steered by {self.strength:g}"
 
-    def __repr__(self) -> str:
-        what = "ablated" if self.strength is None else f"steered by {self.strength:g}"
-        beaten = sum(one >= self.largest for one in self.largest_controls)
-        typical = sorted(self.beyond_controls)[len(self.beyond_controls) // 2]
-        best = frame_text(self.to_pandas().head(8), ".4f")
-        return (
-            f"feature {self.feature} of {self.site.key} {what}: {self.beyond} later features with |z| > {FAR:g} (the "
-            f"controls, {len(self.beyond_controls)} {self.against}: median {typical}), the largest {self.largest:.1f} "
-            f"({beaten} controls reach it); the strongest:\n{best}"
-        )
+    @property
+    def _chance(self) -> str:
+        counts = sorted(self.beyond_controls)
+        return f"the controls, {len(counts)} {self.against}: median {counts[len(counts) // 2]}"
+
+    @property
+    def _beaten(self) -> int:
+        return sum(one >= self.largest for one in self.largest_controls)
+
+    @property
+    def _changed(self) -> list[dict[str, Any]]:
+        columns = {"before": self.before, "change": self.changes, "control_mean": self.control_mean,
+                   "control_sd": self.control_sd, "z": self.z}  # fmt: skip
+        rows = [
+            {"site": s.key, "feature": f} | {name: float(column[s][f]) for name, column in columns.items()}
+            for s, change in self.changes.items()
+            for f in change.nonzero().flatten().tolist()
+        ]
+        return sorted(rows, key=lambda row: -abs(row["z"]))
 
 
 @as_annotated
@@ -88,8 +94,9 @@ def effects_of(
     controls: int = 30,
     seed: int = 0,
 ) -> DownstreamEffects:
-    """Change one feature, read all features of later coders: which of them depend on it? (As "Causal Graphs of
-    GPT-2-Small's Residual Stream", LessWrong 2024, does for every feature, here with controls.)
+    """``effects_of(lm, sae_8, 2681, prompts, [sae_16])``: change one feature, and read all features of later coders:
+    which of them depend on it? ("Causal Graphs of GPT-2-Small's Residual Stream", LessWrong 2024, does so for every
+    feature; the controls are added here.)
 
     The feature's part of the activation is taken away wherever it fires (``strength=None``), or strength·f_scale·W_dec
     is added at every token that counts; the coder's error stays. A later feature j's change c_j is the mean over those
@@ -97,19 +104,20 @@ def effects_of(
 
         z_j = (c_j - mean_g c_gj) / max(sd_g c_gj, s0_j)
 
-    over controls g. s0_j, the median of the non-zero standard deviations over the same coder's features (of codes times
-    the norms of their decoder rows, over j's own norm), keeps a feature that no control moved from an infinite score.
-    Controls: "features": ablating others that are active on these prompts and whose part has a norm (root of its sum of
-    squares over tokens) within a factor of two of the feature's, or the nearest where these are too few; when steering,
-    the same change along other active features' directions. "directions": at every token a change of the same norm in a
-    random direction.
+    over controls g. s0_j is the median of the non-zero standard deviations over the same coder's features (of codes
+    times the norms of their decoder rows, divided by j's norm): a feature that no control moved gets no infinite score.
+    Controls: "features" ablates others that are active on these prompts and whose part has a norm (root of its sum of
+    squares over tokens) within a factor of two of the feature's, or the nearest if these are too few; when steering,
+    the same change along other active features' directions. "directions" makes at every token a change of the same norm
+    in a random direction.
 
     Args:
         coder: an SAE, or a transcoder (it is changed where it writes). later: coders that read sites computed later.
-        prompts: of any lengths. controls: how many, at least 3.
+        prompts: of any lengths. strength: None ablates; a number steers, in units of f_scale.
+        controls: how many, at least 3.
 
     Raises ValueError for a feature that is silent on the prompts (ablation) or has no f_scale (steering), a later coder
-    that reads too early, and too few controls.
+    that reads too early, two later coders of one site, and too few controls.
     """
     feature, prompts = coder.feature(feature), [prompts] if isinstance(prompts, str) else list(prompts)
     at = coder.writes[0] if coder.writes else coder.site
@@ -120,14 +128,25 @@ def effects_of(
         )
     batch = lm.tokenize(prompts)
     x = lm.run(batch, [coder.site, *by_site], logits=False)[0]
-    keep = kept(lm, {coder.site: coder, **by_site}, batch, x)
+    keep = kept(lm, [coder, *later], (batch, x))
     with torch.no_grad():
         change = _change(coder, feature, x[coder.site], keep, strength)
         chosen, others = _controls(coder, feature, x[coder.site], keep, change, strength, against, controls, seed)
         before = {s: _mean(c.encode(x[s]), keep)[0] for s, c in by_site.items()}
         found = _changes(lm, batch, at, torch.stack([change, *others]), by_site, keep, before)
     norms = {s: c.W_dec.detach().norm(dim=1).cpu() for s, c in by_site.items()}
-    return _scored(found, norms, before, feature, at, strength, against, chosen)
+    z = {s: _z(one[0], one[1:], norms[s]) for s, one in found.items()}
+    beyond, largest = _extent(z)
+    chance = [
+        _extent({s: _z(one[g], torch.cat([one[1:g], one[g + 1 :]]), norms[s]) for s, one in found.items()})
+        for g in range(1, 1 + len(others))
+    ]
+    return DownstreamEffects(
+        feature=feature, site=at, strength=strength, changes={s: one[0] for s, one in found.items()}, z=z,
+        before={s: b.cpu() for s, b in before.items()}, control_mean={s: one[1:].mean(0) for s, one in found.items()},
+        control_sd={s: one[1:].std(0) for s, one in found.items()}, against=against, controls=chosen, beyond=beyond,
+        largest=largest, beyond_controls=tuple(n for n, _ in chance), largest_controls=tuple(z for _, z in chance),
+    )  # fmt: skip
 
 
 def _later(lm: LM, at: Site, later: Sequence[SparseCoder]) -> dict[Site, SparseCoder]:
@@ -224,8 +243,8 @@ def _changes(
 
 
 def _z(change: Tensor, controls: Tensor, norms: Tensor) -> Tensor:
-    """z-scores among the controls' changes, the standard deviation being at least its median over moved features. Of
-    codes times the norms of decoder rows: features of one coder then compare, whatever the unit of their codes."""
+    """z-scores among the controls' changes; the standard deviation is at least its median over moved features. Codes
+    are times the norms of decoder rows: features of one coder then compare, whatever the unit of their codes."""
     change, controls = change * norms, controls * norms
     sd = controls.std(0)
     moved = sd[sd > 0]
@@ -234,25 +253,7 @@ def _z(change: Tensor, controls: Tensor, norms: Tensor) -> Tensor:
     return (change - controls.mean(0)) / sd.clamp_min(float(moved.median()))
 
 
-def _scored(
-    found: dict[Site, Tensor], norms: dict[Site, Tensor], before: dict[Site, Tensor], feature: int, at: Site,
-    strength: float | None, against: str, chosen: tuple[int, ...],
-) -> DownstreamEffects:  # fmt: skip
-    z = {s: _z(one[0], one[1:], norms[s]) for s, one in found.items()}
-    count = len(next(iter(found.values()))) - 1
-    chance = []
-    for g in range(1, count + 1):
-        rest = [i for i in range(1, count + 1) if i != g]
-        chance.append(_extent([_z(one[g], one[rest], norms[s]) for s, one in found.items()]))
-    beyond, largest = _extent(list(z.values()))
-    return DownstreamEffects(
-        feature, at, strength, {s: one[0] for s, one in found.items()}, z, {s: b.cpu() for s, b in before.items()},
-        {s: one[1:].mean(0) for s, one in found.items()}, {s: one[1:].std(0) for s, one in found.items()}, against,
-        chosen, beyond, largest, tuple(n for n, _ in chance), tuple(z for _, z in chance),
-    )  # fmt: skip
-
-
-def _extent(scores: list[Tensor]) -> tuple[int, float]:
-    """How many are far, and the size of the largest."""
-    sizes = torch.cat(scores).abs()
+def _extent(z: dict[Site, Tensor]) -> tuple[int, float]:
+    """How many z-scores are above 3 in size, and the largest size."""
+    sizes = torch.cat(list(z.values())).abs()
     return int((sizes > FAR).sum()), float(sizes.max())

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sae_lab.circuits.metric import Metric, measured
 from sae_lab.circuits.nodes import ERROR, Node, Scene
-from sae_lab.results import frame_text
+from sae_lab.results import Result
 from sae_lab.saes.base import SparseCoder
 from sae_lab.types import Site, Write
 
@@ -17,16 +17,19 @@ Kept = dict[Site, tuple[Tensor, Tensor]]  # which features "pos d_sae" and error
 
 
 @dataclass(frozen=True, repr=False)
-class Faithfulness:
-    """How much of the metric circuits of growing size keep: (m(C) - m(∅)) / (m(M) - m(∅)), m the mean over prompts.
+class Faithfulness(Result):
+    """``circuit.faithfulness``: how much of the metric circuits of growing size keep,
 
-    C runs with everything outside it, errors included, at its mean; ∅ has everything at its mean; M is the model.
+        (m(C) - m(∅)) / (m(M) - m(∅)),   m the mean over prompts.
+
+    C runs with everything outside it, errors included, at its mean; ∅ has everything at its mean; M is the model. Its
+    table has one row a size, beside the empty circuit (0 by definition) and the complete graph.
 
     Attributes:
         full, empty: m(M) and m(∅). complete: m of the complete graph, run as circuits are.
-        sizes: numbers of nodes, the strongest first. circuit, no_errors: faithfulness of those nodes, and of those
-            among them that are no errors.
-        random, random_sd: of as many active nodes drawn at random, mean and standard deviation over ``draws``.
+        sizes: numbers of nodes, the strongest first. circuit, no_errors: faithfulness of those nodes, and of the
+            features among them.
+        random, random_sd: of equally many active nodes drawn at random: mean and standard deviation over ``draws``.
         all_features, all_errors: of all features without an error, and of all errors without a feature.
     """
 
@@ -42,34 +45,31 @@ class Faithfulness:
     all_features: float
     all_errors: float
 
-    def to_pandas(self):
-        """One row a size, beside the empty circuit (0 by definition) and the complete graph."""
-        import pandas as pd
+    _records = "_curve"
+    _above = (
+        "faithfulness: metric {full:.3f} of the model = 1, {empty:.3f} with all at its mean = 0; "
+        "all errors without a feature: {all_errors:.3f}"
+    )
 
-        whole = (self.complete - self.empty) / (self.full - self.empty)
-        nan = float("nan")
-        rows = [("0", 0.0, 0.0, nan, nan)]
-        rows += zip(map(str, self.sizes), self.circuit, self.no_errors, self.random, self.random_sd, strict=True)
-        rows += [("all", whole, self.all_features, nan, nan)]
-        return pd.DataFrame(rows, columns=["nodes", "circuit", "no_errors", "random", "random_sd"])
-
-    def __repr__(self) -> str:
-        table = frame_text(self.to_pandas())
-        return (
-            f"faithfulness: metric {self.full:.3f} of the model = 1, {self.empty:.3f} with all at its mean = 0; "
-            f"all errors without a feature: {self.all_errors:.3f}\n{table}"
-        )
+    @property
+    def _curve(self) -> dict[str, list[Any]]:
+        whole, nan = (self.complete - self.empty) / (self.full - self.empty), float("nan")
+        return {
+            "nodes": ["0", *map(str, self.sizes), "all"],
+            "circuit": [0.0, *self.circuit, whole],
+            "no_errors": [0.0, *self.no_errors, self.all_features],
+            "random": [nan, *self.random, nan],
+            "random_sd": [nan, *self.random_sd, nan],
+        }
 
 
 def faithfulness(
-    scene: Scene, nodes: Sequence[Node], metric: Metric, sizes: Sequence[int], draws: int, seed: int
+    scene: Scene, nodes: Sequence[Node], metric: Metric, full: float, sizes: Sequence[int], draws: int, seed: int
 ) -> Faithfulness:
-    """Run circuits of the first n nodes, for each n of sizes, and their controls."""
-    lm, batch = scene.lm, scene.batch
-    full = float(measured(lm, batch, metric).mean())
+    """Run circuits of the first n nodes, for each n of sizes, and their controls. full: m(M)."""
 
     def value(stays: Kept) -> float:
-        return float(measured(lm, batch, metric, _writes(scene, stays)).mean())
+        return float(measured(scene.lm, scene.batch, metric, _writes(scene, stays)).mean())
 
     empty = value(_kept(scene, ()))
     if abs(full - empty) < 1e-6 * max(abs(full), abs(empty)):
@@ -91,8 +91,9 @@ def faithfulness(
         means.append(float(drawn.mean()))
         deviations.append(float(drawn.std(correction=0)))
     return Faithfulness(
-        full, empty, value(_everything(scene)), tuple(sizes), tuple(circuit), tuple(bare), tuple(means),
-        tuple(deviations), draws, share(_everything(scene, errors=False)), share(_everything(scene, features=False)),
+        full=full, empty=empty, complete=value(_everything(scene)), sizes=tuple(sizes), circuit=tuple(circuit),
+        no_errors=tuple(bare), random=tuple(means), random_sd=tuple(deviations), draws=draws,
+        all_features=share(_everything(scene, errors=False)), all_errors=share(_everything(scene, features=False)),
     )  # fmt: skip
 
 
@@ -120,8 +121,8 @@ def _everything(scene: Scene, features: bool = True, errors: bool = True) -> Kep
 def _writes(scene: Scene, stays: Kept) -> list[Write]:
     """At every site: x + (mean codes - codes)·W_dec outside the circuit + (mean error - error) outside it.
 
-    Codes and errors are those of the activation that arrives, so a node of the circuit is what the circuit before it
-    makes of it. Where all stays, nothing is added and x is bit-equal.
+    Codes and errors are those of the activation that arrives: a node of the circuit is what the circuit before it
+    makes of it. If everything stays, nothing is added and x is bit-equal.
     """
     made = []
     for s, coder in scene.coders.items():

@@ -1,12 +1,14 @@
-"""Gradients at several sites of one pass."""
+"""Gradients at several sites of one pass, and their mean over points between two runs."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
-from sae_lab.circuits.metric import require_here
+from sae_lab.circuits.metric import Metric
+from sae_lab.circuits.pairs import require_here
 from sae_lab.lm.model import LM
 from sae_lab.lm.passes import put, read, value_of
 from sae_lab.types import Site, TokenBatch
@@ -15,11 +17,11 @@ Values = Callable[[dict[Site, Tensor], Tensor], Sequence[Tensor]]
 
 
 def gradients(lm: LM, batch: TokenBatch, at: Sequence[Site], values: Values) -> list[dict[Site, Tensor]]:
-    """Of every number that ``values(activations, logits)`` gives, the gradient by the activations at every site.
+    """The gradient of each number that ``values(activations, logits)`` gives, by the activations at every site.
 
     One pass forward, one backward for each number. activations: {site: "batch pos d" float32} as the model computes
-    them; a gradient at a site goes through all that the model does after it, later sites of ``at`` included, and is 0
-    where a number does not depend on the site. (It knows no coder, so that it could stand beside ``LM.gradient``.)
+    them. A gradient at a site goes through all that the model does after it, later sites of ``at`` included; it is 0
+    for a number that does not depend on the site.
     """
     import nnsight
 
@@ -49,3 +51,24 @@ def gradients(lm: LM, batch: TokenBatch, at: Sequence[Site], values: Values) -> 
             ]
         )
     return [dict(zip(order, (g.float() for g in one), strict=True)) for one in found]
+
+
+def mean_gradient(
+    lm: LM, batch: TokenBatch, site: Site, metric: Metric, x: Tensor, across: Tensor, steps: int
+) -> Float[Tensor, "batch pos d"]:
+    """Integrated gradients: the metric's gradient at a site, its mean over ``steps`` midpoints from x to x + across."""
+    total = torch.zeros_like(x)
+    for step in range(steps):
+        total += lm.gradient(batch, site, metric, x + (step + 0.5) / steps * across) / steps
+    return total
+
+
+def require_slope(lm: LM, metric: Metric, batch: TokenBatch) -> None:
+    """ValueError for a metric without a gradient."""
+    with torch.enable_grad():
+        value = metric(torch.zeros(*batch.ids.shape, lm.vocab_size, requires_grad=True), batch)
+    if not (isinstance(value, Tensor) and value.requires_grad):
+        raise ValueError(
+            "an estimate by gradient needs a metric that is differentiable in the logits, and this one is not: leave "
+            "out argmax, comparisons, .item() and .detach(), or use circuits.patching, which needs none"
+        )

@@ -10,9 +10,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae_lab.arguments import as_annotated
-from sae_lab.circuits.metric import require_here
+from sae_lab.circuits.pairs import kept, require_here, require_linear, require_sae
 from sae_lab.lm.model import LM
-from sae_lab.results import frame_text
+from sae_lab.results import Result
 from sae_lab.saes.base import SparseCoder
 from sae_lab.types import Site, TokenBatch, check_feature
 
@@ -32,14 +32,14 @@ class Attention(NamedTuple):
 
 
 @dataclass(frozen=True, repr=False)
-class HeadAttribution:
+class HeadAttribution(Result):
     """Result of ``circuits.head_attribution`` at one token: what each head's output, and through it each earlier
-    word, adds to a feature's pre-activation.
+    token, adds to a feature's pre-activation. Its table has one row a head and source.
 
     Attributes:
-        parts: "head src": Σ over both is pre - bias, where bias = b_enc_i - b_dec·W_enc_i is there without any head.
-        heads: " head": Σ_src parts. shares: " head": heads / Σ heads, so that they sum to 1.
-        written: " head": share of ‖W_dec_i‖² in each head's columns, which sums to 1 and asks for no prompt.
+        parts: "head src": their sum is pre - bias, with bias = b_enc_i - b_dec·W_enc_i, which no head adds.
+        heads: " head": Σ_src parts. shares: " head": heads / Σ heads, which sum to 1.
+        written: " head": share of ‖W_dec_i‖² in each head's columns, from the weights alone; they sum to 1.
         pre, bias, activation: of the feature at the token. position: the token's. tokens: the prompt's.
     """
 
@@ -52,6 +52,12 @@ class HeadAttribution:
     position: int
     tokens: list[str]
 
+    _records, _shown = "_parts", 8
+    _above = (
+        "feature {feature} at {_token!r} (position {position}): activation {activation:.3f}, pre {pre:.3f} of which "
+        "bias {bias:.3f}\nshares of heads: {_shares}"
+    )
+
     @property
     def heads(self) -> Float[Tensor, " head"]:
         return self.parts.sum(1)
@@ -60,37 +66,38 @@ class HeadAttribution:
     def shares(self) -> Float[Tensor, " head"]:
         return self.heads / self.heads.sum()
 
-    def to_pandas(self):
-        """One row a head and source: head, source, token, part (in the feature's units)."""
-        import pandas as pd
+    @property
+    def _token(self) -> str:
+        return self.tokens[self.position]
 
-        rows = [
-            {"head": h, "source": s, "token": self.tokens[s], "part": float(self.parts[h, s])}
-            for h in range(len(self.parts))
-            for s in range(self.position + 1)
+    @property
+    def _shares(self) -> str:
+        return ", ".join(f"{h}: {share:.2f}" for h, share in enumerate(self.shares.tolist()))
+
+    @property
+    def _parts(self) -> list[dict[str, Any]]:
+        sources = list(enumerate(self.tokens[: self.position + 1]))
+        return [
+            {"head": h, "source": s, "token": token, "part": float(row[s])}
+            for h, row in enumerate(self.parts)
+            for s, token in sources
         ]
-        return pd.DataFrame(rows)
 
-    def __repr__(self) -> str:
-        table = self.to_pandas().sort_values("part", ascending=False, key=abs).head(8)
-        shares = ", ".join(f"{h}: {share:.2f}" for h, share in enumerate(self.shares.tolist()))
-        return (
-            f"feature {self.feature} at {self.tokens[self.position]!r} (position {self.position}): activation "
-            f"{self.activation:.3f}, pre {self.pre:.3f} of which bias {self.bias:.3f}\nshares of heads: {shares}\n"
-            + frame_text(table)
-        )
+    def _printed(self, table: Any) -> Any:
+        return table.sort_values("part", ascending=False, key=abs)
 
 
 @as_annotated
 def head_attribution(
     lm: LM, coder: SparseCoder, feature: int, prompt: str | Sequence[Any], position: int | None = None
 ) -> HeadAttribution:
-    """Direct feature attribution through one layer's heads (Kissane et al. 2024, arXiv:2406.17759):
+    """``head_attribution(lm, sae, 259, prompt)``: direct feature attribution through one layer's heads (Kissane et al.
+    2024, arXiv:2406.17759):
 
         pre_i = Σ_h z_h·W_enc[h, i] + bias = Σ_h Σ_src pattern[h, dest, src] · (v[h, src]·W_enc[h, i]) + bias
 
-    W_enc[h] are the rows of W_enc that read head h. It is exact given the pattern, which is taken as it is: how queries
-    and keys made it is not attributed.
+    W_enc[h] are the rows of W_enc that read head h. It is exact given the pattern; how queries and keys made the
+    pattern is not attributed.
 
     Args:
         coder: an SAE at ``attn_z``, all heads. prompt: one, a text or token ids. position: the token; None: where the
@@ -125,19 +132,20 @@ def head_attribution(
 def _check_coder(coder: SparseCoder) -> None:
     if coder.site.kind != "attn_z" or coder.site.head is not None:
         raise ValueError(f"head_attribution takes a coder at attn_z of all heads, this one is at {coder.site}")
-    if coder.transcodes or coder.input_norm != "none":
-        raise ValueError("head_attribution takes an SAE that reads activations as they are: input_norm 'none'")
+    require_sae(coder, "head_attribution")
+    require_linear(coder, "head_attribution")
 
 
 @as_annotated
 @torch.no_grad()
 def attention(lm: LM, batch: TokenBatch | str | Sequence[str], layer: int) -> Attention:
-    """What one layer's heads attended to and what they took there; z is the model's own.
+    """``attention(lm, prompt, layer=8)``: the attention pattern of one layer's heads and the values they read.
 
-    For the time of one pass the model's attention is a plain one that keeps its pattern; the implementation it had is
-    put back whatever happens. Only a model whose attention transformers can exchange has this.
+    z is the model's own. For one pass the model's attention is replaced by a plain one that keeps its pattern, and is
+    then put back, also after an error.
 
-    Raises ValueError for a layer that does not exist, and where z is not the patterns' weighted sum of values.
+    Raises ValueError for a layer that does not exist, a model whose attention transformers cannot replace, and one
+    whose z is not the patterns' weighted sum of values.
     """
     require_here(lm, "the pattern of attention")
     batch = batch if isinstance(batch, TokenBatch) else lm.tokenize(batch)
@@ -148,7 +156,7 @@ def attention(lm: LM, batch: TokenBatch | str | Sequence[str], layer: int) -> At
         with _keeping(lm._module, layer, kept):
             lm.run(batch, [site], logits=False)
     if not kept:
-        raise ValueError(f"this model's attention cannot be exchanged, so layer {layer}'s pattern is out of reach")
+        raise ValueError(f"this model's attention cannot be replaced, so layer {layer}'s pattern cannot be read")
     pattern, v = kept["pattern"].float(), kept["v"].float()
     z = z.view(*z.shape[:2], pattern.shape[1], -1)
     wrong = float(((pattern @ v).transpose(1, 2) - z).abs().max() / z.abs().max().clamp_min(1e-12))
@@ -159,7 +167,7 @@ def attention(lm: LM, batch: TokenBatch | str | Sequence[str], layer: int) -> At
 
 @contextmanager
 def _keeping(model: Any, layer: int, kept: dict[str, Tensor]) -> Iterator[None]:
-    """Within, attention is written out, and one layer's pattern and values go into ``kept``."""
+    """A stretch in which attention is computed step by step, and one layer's pattern and values go into ``kept``."""
     from transformers.masking_utils import AttentionMaskInterface, eager_mask
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -181,7 +189,7 @@ def _keeping(model: Any, layer: int, kept: dict[str, Tensor]) -> Iterator[None]:
     config = model.config.get_text_config()
     before = config._attn_implementation
     ALL_ATTENTION_FUNCTIONS[CAPTURE] = attend
-    AttentionMaskInterface.register(CAPTURE, eager_mask)  # a name more in transformers' table, which cannot forget one
+    AttentionMaskInterface.register(CAPTURE, eager_mask)  # this table of transformers has no way to remove a name
     config._attn_implementation = CAPTURE
     try:
         yield
@@ -195,16 +203,17 @@ def _keeping(model: Any, layer: int, kept: dict[str, Tensor]) -> Iterator[None]:
 def head_shares(
     lm: LM, coder: SparseCoder, prompts: str | Sequence[str] | Sequence[Sequence[int]]
 ) -> Float[Tensor, "d_sae head"]:
-    """For every feature, which heads carry its firing in these prompts: Σ z_h·W_enc[h, i] over the tokens where it
-    fires, as shares of all heads' sum. NaN for a feature that never fires; position 0 and what the coder's mask leaves
-    out do not count. A row sums to 1 (Kissane et al. 2024, arXiv:2406.17759).
+    """``head_shares(lm, sae, prompts)``: the share of each head in what makes each feature fire on these prompts
+    (Kissane et al. 2024, arXiv:2406.17759): Σ z_h·W_enc[h, i] over the tokens where it fires, divided by the sum over
+    heads, so that a row sums to 1; NaN for a feature that never fires. Position 0 and the tokens that the coder's mask
+    leaves out do not count.
 
     Raises ValueError as ``head_attribution`` for the coder.
     """
     _check_coder(coder)
     batch, site = lm.tokenize(prompts), coder.site  # type: ignore[arg-type]
     x = lm.run(batch, [site], logits=False)[0][site]
-    keep = (coder.mask or lm.mask()).keep(batch.ids, batch.positions, {site: x.cpu()}) & batch.mask
+    keep = kept(lm, [coder], (batch, {site: x}))
     keep[:, 0] = False
     rows = x[keep.to(x.device)]
     fires = (coder.encode(rows) > 0).float()

@@ -1,4 +1,4 @@
-"""Edges from a feature that writes the residual stream to one that reads it, out of the weights alone."""
+"""Edges from a feature that writes the residual stream to one that reads it, from the weights alone."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,27 +10,29 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae_lab.arguments import as_annotated
-from sae_lab.circuits.metric import require_here
+from sae_lab.circuits.pairs import kept, require_here, require_linear
 from sae_lab.circuits.prompt import norm_divisor
 from sae_lab.lm import passes
 from sae_lab.lm.model import LM
 from sae_lab.lm.tokens import Prompts
-from sae_lab.results import frame_text
+from sae_lab.results import Result
 from sae_lab.saes.base import SparseCoder
 from sae_lab.types import Site, Write, check_feature
 
 STREAM = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post", "embed")
+LISTED = 32  # downstream features that ``check_edges`` takes by default
 
 
 @dataclass(frozen=True, repr=False)
-class EdgeCheck:
-    """Result of ``circuits.check_edges``: what edges predict beside what taking the upstream feature out does.
+class EdgeCheck(Result):
+    """Result of ``circuits.check_edges``: what edges predict beside what subtracting the upstream feature does. Its
+    table has one row a downstream feature: means over the tokens at which the upstream one fires.
 
-    Attributes, one entry a (token, downstream feature):
+    Attributes, "tokens features":
         predicted: -f·edge (over the norm's scale at the token). frozen: the change of the downstream feature's
-            pre-activation with attention, the MLPs between and the norm's scale as they were. free: with the norm's
-            scale, and all that lies between, as the change makes them.
-        pre: the pre-activation before. feature, features: upstream; downstream.
+            pre-activation with attention, the MLPs between and the norm's scale held. free: with all of these as the
+            change makes them. pre: the pre-activation before.
+        feature, features: upstream; downstream.
     """
 
     predicted: Float[np.ndarray, "tokens features"]
@@ -40,14 +42,20 @@ class EdgeCheck:
     feature: int
     features: list[int]
 
+    _records, _shown, _digits = "_means", 8, ".4f"
+    _above = (
+        "feature {feature} taken out at {_tokens} tokens: predicted and frozen differ by at most {error:.1e} of the "
+        "largest; free: slope {slope:.3f}, correlation {correlation:.3f}"
+    )
+
     @property
     def error(self) -> float:
-        """Largest |predicted - frozen| over the largest |frozen|: rounding, where edges are what they say."""
+        """Largest |predicted - frozen| over the largest |frozen|: rounding error, if the edges are right."""
         return float(np.abs(self.predicted - self.frozen).max() / max(np.abs(self.frozen).max(), 1e-12))
 
     @property
     def slope(self) -> float:
-        """Of free on predicted, through 0: 1 where nothing between, nor the norm's scale, answers the change."""
+        """Of free on predicted, through 0: 1 if neither the layers between nor the norm's scale answer the change."""
         return float((self.predicted * self.free).sum() / max((self.predicted**2).sum(), 1e-12))
 
     @property
@@ -55,20 +63,17 @@ class EdgeCheck:
         """Pearson's, of predicted and free."""
         return float(np.corrcoef(self.predicted.ravel(), self.free.ravel())[0, 1])
 
-    def to_pandas(self):
-        """One row a downstream feature: means over the tokens at which the upstream one fires."""
-        import pandas as pd
+    @property
+    def _tokens(self) -> int:
+        return len(self.predicted)
 
+    @property
+    def _means(self) -> dict[str, Any]:
         names = ("predicted", "frozen", "free", "pre")
-        return pd.DataFrame({"feature": self.features} | {name: getattr(self, name).mean(0) for name in names})
+        return {"feature": self.features} | {name: getattr(self, name).mean(0) for name in names}
 
-    def __repr__(self) -> str:
-        table = self.to_pandas().sort_values("predicted", key=abs, ascending=False).head(8)
-        return (
-            f"feature {self.feature} taken out at {len(self.predicted)} tokens: predicted and frozen differ by at most "
-            f"{self.error:.1e} of the largest; free: slope {self.slope:.3f}, correlation {self.correlation:.3f}\n"
-            + frame_text(table, ".4f")
-        )
+    def _printed(self, table: Any) -> Any:
+        return table.sort_values("predicted", key=abs, ascending=False)
 
 
 @as_annotated
@@ -76,22 +81,23 @@ class EdgeCheck:
 def invariant_edges(
     lm: LM, upstream: SparseCoder, downstream: SparseCoder, features: Sequence[int] | None = None
 ) -> Float[Tensor, "some d_sae"]:
-    """Input-invariant edges from upstream features to all downstream ones (Dunefsky et al. 2024, arXiv:2406.11944):
+    """``invariant_edges(lm, transcoder_8, transcoder_10)``: input-invariant edges from upstream features to all
+    downstream ones (Dunefsky et al. 2024, arXiv:2406.11944):
 
         edge_ij = A(W_dec_i)·W_enc_j,   and at a token   Δpre_j = f_i·edge_ij / s
 
-    A takes a direction to where the downstream coder reads: W_O for an upstream coder at attn_z; for a downstream one
-    at mlp_in the gain of the MLP's norm (1+w for Gemma), centred where that norm centres. What a norm divides by, s
-    (``norm_scale``), differs from token to token and is left out: s = 1 where the downstream coder reads the stream
-    itself. This is the direct path: attention and MLPs between are no part of it. An edge is in units of the downstream
-    code over the upstream one.
+    A takes a direction to where the downstream coder reads: by W_O for an upstream coder at attn_z; by the gain of the
+    MLP's norm (1+w for Gemma) for a downstream one at mlp_in, centred if that norm centres. s, what the norm divides by
+    (``norm_scale``), differs from token to token and is no part of the edge; s = 1 if the downstream coder reads the
+    stream itself. Edges are the direct path: attention and MLPs between are left out. An edge is in units of the
+    downstream code over the upstream one.
 
     Args:
         upstream: an SAE or transcoder whose output is part of the residual stream, or at attn_z.
         downstream: one that reads the stream, or mlp_in, at a later place. features: upstream ones; None: all.
 
-    Raises ValueError for coders elsewhere, or in the wrong order, for a model without a norm before its MLP, and for
-    a coder at attn_z where a model norms what attention adds.
+    Raises ValueError for coders at other sites, or in the wrong order, for a model without a norm before its MLP, and
+    for a coder at attn_z in a model that norms what attention adds.
     """
     writes, reads = _ends(lm, upstream, downstream)
     chosen = range(upstream.d_sae) if features is None else [check_feature(f, upstream.d_sae) for f in features]
@@ -101,7 +107,8 @@ def invariant_edges(
 @as_annotated
 @torch.no_grad()
 def norm_scale(lm: LM, site: Site | str, prompts: Prompts) -> Float[Tensor, "batch pos"]:
-    """What the norm before the MLP divides by: √(mean square + ε), of the centred stream where it centres.
+    """``norm_scale(lm, "mlp_in-8", prompts)``: what the norm before the MLP divides by, √(mean square + ε); of the
+    centred stream if the norm centres.
 
     site: at ``mlp_in``. Raises ValueError elsewhere.
     """
@@ -116,24 +123,25 @@ def check_edges(
     lm: LM, upstream: SparseCoder, downstream: SparseCoder, feature: int, prompts: Prompts,
     features: Sequence[int] | None = None,
 ) -> EdgeCheck:  # fmt: skip
-    """Edges against the model: one upstream feature is taken out (f·W_dec of it subtracted) wherever it fires.
+    """``check_edges(lm, transcoder_8, transcoder_10, 1571, prompts)``: edges against the model, with one upstream
+    feature's f·W_dec subtracted wherever it fires.
 
     features: downstream; None: the 32 with the largest |edge| times the norm of their decoder rows.
 
-    Raises ValueError as ``invariant_edges``; where the upstream feature fires at no token of the prompts (position 0
-    and what its mask leaves out do not count).
+    Raises ValueError as ``invariant_edges``, and for a feature that fires at no token of the prompts (position 0 and
+    the tokens that the mask leaves out do not count).
     """
     writes, reads = _ends(lm, upstream, downstream)
     feature, batch = check_feature(feature, upstream.d_sae), lm.tokenize(prompts)
     edge = invariant_edges(lm, upstream, downstream, [feature])[0]
     sizes = edge.abs() * downstream.W_dec.norm(dim=1).cpu()  # whatever the unit of a downstream code
-    chosen = sizes.topk(min(32, len(edge))).indices.tolist() if features is None else list(features)
+    chosen = sizes.topk(min(LISTED, len(edge))).indices.tolist() if features is None else list(features)
     chosen = [check_feature(f, downstream.d_sae) for f in chosen]
     before = _norm(lm, reads)[1] if reads.kind == "mlp_in" else reads
     between = _between(lm, writes, reads)
     site = upstream.reads[0]
     base = lm.run(batch, [site, before, reads, *between], logits=False)[0]
-    keep = (upstream.mask or lm.mask()).keep(batch.ids, batch.positions, {site: base[site].cpu()}) & batch.mask
+    keep = kept(lm, [upstream], (batch, {site: base[site]}))
     f = upstream.encode(base[site])[..., feature] * keep.to(base[site].device)
     if not bool((f > 0).any()):
         raise ValueError(f"feature {feature} fires at no token of these prompts: give some where it does")
@@ -159,9 +167,10 @@ def check_edges(
 def _ends(lm: LM, upstream: SparseCoder, downstream: SparseCoder) -> tuple[Site, Site]:
     """(where the one writes, where the other reads), checked."""
     require_here(lm, "an edge, which is made of the model's weights,")
-    for coder, name in ((upstream, "upstream"), (downstream, "downstream")):
-        if len(coder.reads) != 1 or len(coder.writes) != 1 or coder.input_norm != "none":
-            raise ValueError(f"the {name} coder must know one site to read and one to write, and normalise no input")
+    for coder, name in ((upstream, "the upstream coder"), (downstream, "the downstream coder")):
+        if len(coder.reads) != 1 or len(coder.writes) != 1:
+            raise ValueError(f"{name} must read one site and write one, got {coder.reads} and {coder.writes}")
+        require_linear(coder, "an edge", name)
     writes, reads = upstream.writes[0], downstream.reads[0]
     if writes.kind not in (*STREAM, "attn_z"):
         raise ValueError(f"the upstream coder must write to the residual stream or at attn_z, this one is at {writes}")
@@ -175,7 +184,7 @@ def _ends(lm: LM, upstream: SparseCoder, downstream: SparseCoder) -> tuple[Site,
 
 
 def _arriving(lm: LM, directions: Tensor, writes: Site, reads: Site) -> Float[Tensor, "n d"]:
-    """Directions as the downstream coder meets them, but for the norm's division."""
+    """Directions as the downstream coder reads them, without the norm's division."""
     x = directions.float().cpu()
     if writes.kind == "attn_z":
         block = lm._sites.layers[writes.layer or 0]
@@ -189,7 +198,7 @@ def _arriving(lm: LM, directions: Tensor, writes: Site, reads: Site) -> Float[Te
 
 
 def _norm(lm: LM, site: Site) -> tuple[Any, Site]:
-    """(the norm before an MLP, where its input stands)."""
+    """(the norm before an MLP, the site of the norm's input)."""
     if site.kind != "mlp_in":
         raise ValueError(f"the norm before an MLP goes with a site at mlp_in, got {site}")
     before = Site("resid_mid", site.layer)
@@ -215,5 +224,5 @@ def _between(lm: LM, writes: Site, reads: Site) -> list[Site]:
     start, end = lm._sites.when(writes), lm._sites.when(last)
     layers = range(0 if writes.layer is None else writes.layer, (reads.layer or 0) + 1)
     sites = [Site(kind, layer) for layer in layers for kind in ("attn_out", "mlp_out")]
-    own = [Site("attn_out", writes.layer)] if writes.kind == "attn_z" else []  # what it writes goes through here
+    own = [Site("attn_out", writes.layer)] if writes.kind == "attn_z" else []  # what it writes goes through this site
     return [s for s in sites if start < lm._sites.when(s) < end and s not in own and s != writes]

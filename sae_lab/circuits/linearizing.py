@@ -1,4 +1,4 @@
-"""A feature read through an MLP: the direction in front of the MLP that its encoder stands for, token by token."""
+"""A feature read through an MLP: the direction in front of the MLP that moves the feature, token by token."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,28 +10,28 @@ from torch import Tensor
 
 from sae_lab.arguments import as_annotated
 from sae_lab.circuits.gradients import gradients
-from sae_lab.circuits.nodes import kept
+from sae_lab.circuits.pairs import kept, require_linear
 from sae_lab.lm.model import LM
-from sae_lab.results import frame_text
+from sae_lab.results import Result
 from sae_lab.saes.base import SparseCoder
 from sae_lab.types import Site, TokenBatch, Write
 
-BEHIND = ("mlp_in", "mlp_out", "resid_post")  # where a coder may read what an MLP, or its norm, has made
+BEHIND = ("mlp_in", "mlp_out", "resid_post")  # sites behind an MLP or its norm
 
 
 @dataclass(frozen=True, repr=False)
-class PulledBack:
-    """Result of ``circuits.pull_back``.
+class PulledBack(Result):
+    """Result of ``circuits.pull_back``. Its table has one row a size: size, r, slope, and the r of three controls.
 
     Attributes:
-        directions: "batch pos d": the pulled-back direction at each token; 0 at those that do not count.
-        feature, site, at: the feature, where its coder reads, and where the directions stand.
-        sizes: how much of the way to another token's activation a change goes; 1 is the whole of it.
+        directions: "batch pos d": the pulled-back direction at each token; 0 at tokens that the mask leaves out.
+        feature, site, at: the feature, the site that its coder reads, the site of the directions.
+        sizes: how far towards another token's activation a change goes; 1 is all the way.
         r: Pearson's correlation of predicted and true change of the pre-activation, by size. slope: of the true change
-            on the predicted one, by least squares through 0; 1 where the prediction is right.
+            on the predicted one, by least squares through 0; 1 if the prediction is right.
         mean_direction: r with the mean of the directions used at every token. random: r with a random direction of
             the same norm at each token. other_token: r with the direction of another token.
-        changes: how many changes each r is over.
+        changes: the number of changes that each r is taken over.
     """
 
     directions: Float[Tensor, "batch pos d"]
@@ -46,20 +46,11 @@ class PulledBack:
     random: tuple[float, ...]
     changes: int
 
-    def to_pandas(self):
-        """One row a size: size, r, slope, and the r of the three controls."""
-        import pandas as pd
-
-        names = ["size", "r", "slope", "mean_direction", "other_token", "random"]
-        columns = (self.sizes, self.r, self.slope, self.mean_direction, self.other_token, self.random)
-        return pd.DataFrame(dict(zip(names, columns, strict=True)))
-
-    def __repr__(self) -> str:
-        table = frame_text(self.to_pandas())
-        return (
-            f"feature {self.feature} of {self.site.key} pulled back to {self.at.key}: predicted against true change of "
-            f"its pre-activation, {self.changes} changes:\n{table}"
-        )
+    _records = ("size=sizes", "r", "slope", "mean_direction", "other_token", "random")
+    _above = (
+        "feature {feature} of {site.key} pulled back to {at.key}: predicted against true change of its "
+        "pre-activation, {changes} changes:"
+    )
 
 
 @as_annotated
@@ -74,23 +65,23 @@ def pull_back(
     draws: int = 4,
     seed: int = 0,
 ) -> PulledBack:
-    """Pull a feature's encoder direction back through the MLP, at each token:
+    """``pull_back(lm, sae, 2681, prompts)``: a feature's encoder direction pulled back through the MLP, at each token:
 
         d_t = J(x_t)ᵀ·W_enc[:, feature],     pre(x_t + δ) ≈ pre(x_t) + d_t·δ
 
     J(x_t): the Jacobian of what the coder reads by the activation x_t at ``at`` of the same layer and token, all else
     fixed ("Case Studies in Reverse-Engineering Sparse Autoencoder Features by Using MLP Linearization", Dunefsky et
-    al. 2024, Alignment Forum). d_t is exact for small δ; how far it carries is measured: δ = s·(x_u - x_t), u another
-    token drawn at random, for each size s.
+    al. 2024, Alignment Forum). d_t is exact for small δ; for larger ones it is measured with δ = s·(x_u - x_t), u
+    another token drawn at random, for each size s.
 
     Args:
         coder: reads mlp_out or resid_post of a layer; or, with ``at="resid_mid"``, its mlp_in, as transcoders do (then
-            only the norm is between). From mlp_in to resid_post only the MLP's part changes; from resid_mid the stream
-            itself moves too, which is linear, so that r says less about the MLP.
+            only the norm lies between). From mlp_in to resid_post only the MLP's part changes; from resid_mid the
+            stream itself changes too, which is linear, so that r says less about the MLP.
         at: "mlp_in", or "resid_mid", the stream in front of the MLP's norm.
         prompts: of any lengths. sizes: s above. draws: other tokens for each token. seed: of these and of the controls.
 
-    Raises ValueError for a coder that reads elsewhere, or normalises what it reads, and for too few tokens.
+    Raises ValueError for a coder that reads other sites, or normalises what it reads, and for too few tokens.
     """
     feature = coder.feature(feature)
     site = coder.site
@@ -99,7 +90,7 @@ def pull_back(
         raise ValueError(f"sizes must be above 0 and draws at least 1, got {list(sizes)} and {draws}")
     batch = lm.tokenize([prompts] if isinstance(prompts, str) else list(prompts))
     acts = lm.run(batch, [before, site], logits=False)[0]
-    keep = kept(lm, {site: coder}, batch, acts)
+    keep = kept(lm, [coder], (batch, acts))
     if int(keep.sum()) < 3:
         raise ValueError(f"pull_back compares at least three tokens, these prompts have {int(keep.sum())}: pass more")
     w = coder.W_enc[:, feature].detach()
@@ -115,11 +106,7 @@ def pull_back(
 def _in_front(lm: LM, coder: SparseCoder, site: Site, at: str) -> Site:
     if at not in ("mlp_in", "resid_mid"):
         raise ValueError(f"at must be 'mlp_in' or 'resid_mid', got {at!r}")
-    if coder.input_norm != "none":
-        raise ValueError(
-            f"pull_back needs pre-activations linear in what the coder reads; this one has "
-            f"input_norm={coder.input_norm!r}: take a coder with input_norm='none'"
-        )
+    require_linear(coder, "pull_back")
     if site.kind not in BEHIND or (site.kind, at) == ("mlp_in", "mlp_in"):
         raise ValueError(
             f"pull_back takes a coder that reads mlp_out or resid_post of a layer (or mlp_in, with at='resid_mid'), "

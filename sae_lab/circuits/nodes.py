@@ -1,20 +1,21 @@
-"""Nodes of a circuit: features and errors of several coders at a position, and what replacing each would do."""
+"""Nodes of a circuit, features and errors of several coders at a position: what replacing each would do, alone and
+through another."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from sae_lab.circuits.attributing import true_effects
-from sae_lab.circuits.gradients import gradients
-from sae_lab.circuits.metric import Metric, numbers
+from sae_lab.circuits.attributing import evenly, true_effects
+from sae_lab.circuits.gradients import gradients, mean_gradient
+from sae_lab.circuits.metric import Metric
+from sae_lab.circuits.pairs import Acts, Runs, kept, require_linear, require_sae
 from sae_lab.lm.model import LM
 from sae_lab.saes.base import SparseCoder
-from sae_lab.types import Site, TokenBatch, TokenMask
+from sae_lab.types import Site, TokenBatch
 
 ERROR = -1
 
@@ -30,6 +31,14 @@ class Node(NamedTuple):
         return f"{self.site.key}@{self.position}/{'error' if self.feature == ERROR else self.feature}"
 
 
+class Edge(NamedTuple):
+    """What replacing ``upstream`` would do to the metric through ``downstream``, mean over prompts."""
+
+    upstream: Node
+    downstream: Node
+    effect: float
+
+
 class Parts(NamedTuple):
     """What a coder makes of activations: x = z·W_dec + (what does not depend on z) + error."""
 
@@ -39,11 +48,11 @@ class Parts(NamedTuple):
 
 @dataclass(frozen=True, repr=False)
 class Scene:
-    """All that circuits of some coders on some prompts are measured with.
+    """Everything that circuits of some coders on some prompts are measured with.
 
     coders: by site, in the order in which the model computes them. batch: the prompts. keep: "batch pos", the tokens
-    whose nodes count; the others pass through everything unchanged. x, clean: activations and their parts. other: the
-    parts that replace them, "batch pos ...". means: the mean parts over the reference prompts, "pos ...".
+    that have nodes; the others stay unchanged in every run. x, clean: activations and their parts. other: the parts
+    that replace them, "batch pos ...". means: the mean parts over the reference prompts, "pos ...".
     """
 
     lm: LM
@@ -56,7 +65,7 @@ class Scene:
     means: Mapping[Site, Parts]
 
     def change(self, node: Node) -> Float[Tensor, "batch d"]:
-        """What replacing the node adds to the activation at its site and position; 0 for tokens that do not count."""
+        """What replacing the node adds to the activation at its site and position; 0 at tokens outside ``keep``."""
         clean, other = self.clean[node.site], self.other[node.site]
         at = (slice(None), node.position)
         if node.feature == ERROR:
@@ -66,8 +75,13 @@ class Scene:
             added = codes * self.coders[node.site].W_dec[node.feature].detach()
         return added * self.keep[at][:, None].to(added)
 
+    def changes(self, node: Node) -> bool:
+        """Whether replacing the node adds more than rounding. Before the first word in which prompt and source differ
+        it adds nothing."""
+        return bool(self.change(node).norm() > 1e-5 * self.x[node.site][:, node.position].norm())
+
     def active(self) -> dict[Site, Bool[Tensor, "pos d_sae"]]:
-        """The features that are on, or would be after replacement, at any token that counts."""
+        """The features that are active at a kept token of any prompt, before or after replacement."""
         return {
             s: (((part.z > 0) | (self.other[s].z > 0)) & self.keep.to(part.z.device).unsqueeze(-1)).any(0)
             for s, part in self.clean.items()
@@ -75,20 +89,12 @@ class Scene:
 
 
 def in_order(lm: LM, coders: Sequence[SparseCoder]) -> dict[Site, SparseCoder]:
-    """SAEs by site, in the order of the model. ValueError for what is no SAE of one site of its own."""
+    """SAEs by site, in the order of the model. ValueError for a coder that is no SAE of one site, and two of one."""
     if not coders:
         raise ValueError("a feature circuit needs at least one coder: pass SAEs of one model, e.g. [sae_8, sae_16]")
     for number, coder in enumerate(coders):
-        if coder.transcodes or len(coder.reads) > 1 or (coder.writes and coder.writes != coder.reads):
-            raise ValueError(
-                f"a feature circuit takes coders that write where they read, SAEs of one site; coder {number} is a "
-                f"{type(coder).__name__} that reads {coder.reads} and writes {coder.writes}: take an SAE at one of them"
-            )
-        if coder.input_norm != "none":
-            raise ValueError(
-                f"a feature circuit needs codes that add up to x; coder {number} has input_norm={coder.input_norm!r}, "
-                "which rescales them token by token: take a coder with input_norm='none'"
-            )
+        require_sae(coder, "a feature circuit", f"coder {number}")
+        require_linear(coder, "a feature circuit", f"coder {number}")
     times = [lm._sites.when(coder.site) for coder in coders]
     if len(set(times)) < len(times):
         raise ValueError(
@@ -99,40 +105,34 @@ def in_order(lm: LM, coders: Sequence[SparseCoder]) -> dict[Site, SparseCoder]:
     return {coder.site: coder.eval() for _, coder in ordered}
 
 
-def kept(
-    lm: LM, coders: Mapping[Site, SparseCoder], batch: TokenBatch, acts: Mapping[Site, Tensor]
-) -> Bool[Tensor, "batch pos"]:
-    """The real tokens that no coder's mask leaves out, at no site: one rule for all. ValueError where none is left."""
-    masks: list[TokenMask] = [coder.mask or lm.mask() for coder in coders.values()]
-    keep = batch.mask.clone()
-    for mask in masks:
-        keep &= mask.keep(batch.ids, batch.positions, {s: x.cpu() for s, x in acts.items()})
-    if not keep.any():
-        raise ValueError(
-            f"the coders' masks leave out every token of these prompts ({'; '.join(dict.fromkeys(map(str, masks)))}): "
-            "give others"
-        )
-    return keep
+def scene_of(
+    lm: LM, coders: dict[Site, SparseCoder], runs: Runs, baseline: str, reference: Sequence[str] | None
+) -> Scene:
+    """What is needed to measure: parts of both runs, and mean parts over the reference (None: both runs)."""
+    batch, theirs = runs.batch, runs.theirs
+    keep = kept(lm, list(coders.values()), (batch, runs.x), (theirs, runs.given))
+    others = lm.tokenize(torch.cat([batch.ids, theirs.ids]) if reference is None else list(reference))
+    means = _mean_parts(lm, coders, others, batch.ids.shape[1])
+    clean = _parts(coders, runs.x, batch.ids)
+    if baseline == "source":
+        other = _parts(coders, runs.given, theirs.ids)
+    else:
+        other = {s: Parts(*(t.expand(len(batch.ids), -1, -1) for t in part)) for s, part in means.items()}
+    return Scene(lm, coders, batch, keep, runs.x, clean, other, means)
 
 
 @torch.no_grad()
-def parts_of(coders: Mapping[Site, SparseCoder], acts: Mapping[Site, Tensor], ids: Tensor) -> dict[Site, Parts]:
-    """Codes and errors at every site."""
-    found = {}
-    for s, coder in coders.items():
-        out = coder(acts[s], ids.to(acts[s].device))
-        found[s] = Parts(out.f, acts[s] - out.x_hat)
-    return found
+def _parts(coders: Mapping[Site, SparseCoder], acts: Acts, ids: Tensor) -> dict[Site, Parts]:
+    outs = {s: coder(acts[s], ids.to(acts[s].device)) for s, coder in coders.items()}
+    return {s: Parts(out.f, acts[s] - out.x_hat) for s, out in outs.items()}
 
 
-def mean_parts(lm: LM, coders: Mapping[Site, SparseCoder], reference: TokenBatch, length: int) -> dict[Site, Parts]:
-    """Means over the tokens of the reference that count: position by position where its rows are all ``length`` tokens
-    long, else one mean for all positions."""
+def _mean_parts(lm: LM, coders: Mapping[Site, SparseCoder], reference: TokenBatch, length: int) -> dict[Site, Parts]:
+    """Means over the kept tokens of the reference: position by position if all its rows are ``length`` tokens long,
+    else one mean for all positions."""
     acts = lm.run(reference, list(coders), logits=False)[0]
-    keep, parts = kept(lm, coders, reference, acts), parts_of(coders, acts, reference.ids)
+    keep, parts = kept(lm, list(coders.values()), (reference, acts)), _parts(coders, acts, reference.ids)
     aligned = bool((reference.mask.sum(1) == length).all())
-    if not bool(keep.any()):
-        raise ValueError("the coders' masks leave out every token of the reference: pass longer prompts")
 
     def mean(x: Tensor) -> Tensor:
         weights = keep.unsqueeze(-1).to(x)
@@ -143,58 +143,42 @@ def mean_parts(lm: LM, coders: Mapping[Site, SparseCoder], reference: TokenBatch
     return {s: Parts(mean(part.z), mean(part.error)) for s, part in parts.items()}
 
 
-Effects = dict[Site, tuple[Tensor, Tensor]]  # features "pos d_sae", errors " pos"
-
-
-def node_effects(scene: Scene, metric: Metric, steps: int) -> tuple[Effects, dict[Site, Tensor]]:
-    """(effects of all nodes, gradients used): the change that replaces a node times the metric's gradient."""
+def slopes_of(scene: Scene, metric: Metric, steps: int) -> dict[Site, Float[Tensor, "batch pos d"]]:
+    """dm/dx at every site: on the prompts' run (steps 1), or its mean over points up to the replaced activation."""
     lm, batch = scene.lm, scene.batch
-
-    def value(logits: Tensor, tokens: Any) -> Tensor:
-        found = numbers(metric(logits, tokens), batch)
-        if not found.requires_grad:
-            raise ValueError(
-                "a metric must be differentiable in the logits it gets, this one's numbers have no gradient"
-            )
-        return found
-
     if steps == 1:
-        (grads,) = gradients(lm, batch, list(scene.coders), lambda _, logits: [value(logits, batch).sum()])
-    else:
-        grads = {s: torch.zeros_like(x) for s, x in scene.x.items()}
-        for s, total in grads.items():
-            clean, other = scene.clean[s], scene.other[s]
-            across = (other.z - clean.z) @ scene.coders[s].W_dec.detach() + other.error - clean.error
-            across = across * scene.keep.unsqueeze(-1).to(across)
-            for step in range(steps):
-                total += lm.gradient(batch, s, value, scene.x[s] + (step + 0.5) / steps * across) / steps
-    effects = {}
-    for s, coder in scene.coders.items():
-        clean, other, g = scene.clean[s], scene.other[s], grads[s] * scene.keep.unsqueeze(-1).to(grads[s])
-        features = ((other.z - clean.z) * (g @ coder.W_dec.detach().T)).mean(0)
-        effects[s] = (features, ((other.error - clean.error) * g).sum(-1).mean(0))
-    return effects, grads
+        return gradients(lm, batch, list(scene.coders), lambda _, logits: [metric(logits, batch).sum()])[0]
+    found = {}
+    for s, x in scene.x.items():
+        clean, other = scene.clean[s], scene.other[s]
+        across = (other.z - clean.z) @ scene.coders[s].W_dec.detach() + other.error - clean.error
+        across = across * scene.keep.unsqueeze(-1).to(across)
+        found[s] = mean_gradient(lm, batch, s, metric, x, across, steps)
+    return found
 
 
-def ranked(scene: Scene, effects: Effects) -> dict[Node, float]:
-    """Active features and errors at positions that count, by the size of their effect, the largest first."""
+def ranked(scene: Scene, slopes: Acts) -> dict[Node, float]:
+    """Effects of active features, and of errors at kept positions, the largest first: the change that replaces the
+    node times the metric's gradient, mean over prompts."""
     nodes: list[tuple[Node, float]] = []
     for s, on in scene.active().items():
-        features, errors = effects[s]
-        values = features[on].tolist()
-        nodes += [(Node(s, p, f), e) for (p, f), e in zip(on.nonzero().tolist(), values, strict=True)]
+        clean, other, g = scene.clean[s], scene.other[s], slopes[s] * scene.keep.unsqueeze(-1).to(slopes[s])
+        features = ((other.z - clean.z) * (g @ scene.coders[s].W_dec.detach().T)).mean(0)
+        errors = ((other.error - clean.error) * g).sum(-1).mean(0)
+        places = zip(on.nonzero().tolist(), features[on].tolist(), strict=True)
+        nodes += [(Node(s, p, f), effect) for (p, f), effect in places]
         nodes += [(Node(s, p, ERROR), float(errors[p])) for p in scene.keep.any(0).nonzero().flatten().tolist()]
     return dict(sorted(nodes, key=lambda pair: -abs(pair[1])))
 
 
 def checked(scene: Scene, nodes: Mapping[Node, float], count: int, metric: Metric, base: float) -> dict[Node, float]:
-    """True effects, each by a patch of its own: of ``count`` features, evenly over the order of their estimates, and
-    of the errors; only of nodes that replacement changes, since the others' effect is 0 whatever the method."""
+    """True effects, each by a patch: of ``count`` features, evenly over the order of their estimates, and of the
+    errors. Nodes that replacement does not change are left out: their effect is 0 by any method."""
     if not count:
         return {}
-    features = [node for node in nodes if node.feature != ERROR and _changes(scene, node)]
-    chosen = np.unique(np.linspace(0, len(features) - 1, min(count, len(features))).round().astype(int))
-    wanted = [features[i] for i in chosen] + [n for n in nodes if n.feature == ERROR and _changes(scene, n)]
+    features = [node for node in nodes if node.feature != ERROR and scene.changes(node)]
+    wanted = [features[i] for i in evenly(len(features), count)]
+    wanted += [node for node in nodes if node.feature == ERROR and scene.changes(node)]
     found = {}
     for s in scene.coders:
         changes = {(n.position, n.feature): scene.change(n) for n in wanted if n.site == s}
@@ -203,7 +187,41 @@ def checked(scene: Scene, nodes: Mapping[Node, float], count: int, metric: Metri
     return found
 
 
-def _changes(scene: Scene, node: Node) -> bool:
-    """Whether replacing the node adds more than rounding: in front of the first word in which prompt and source
-    differ nothing changes."""
-    return bool(scene.change(node).norm() > 1e-5 * scene.x[node.site][:, node.position].norm())
+def edge_effects(scene: Scene, nodes: Sequence[Node], slopes: Acts) -> list[Edge]:
+    """Every edge between these nodes, from an earlier site to a later one, the strongest first:
+
+        effect(u -> d) = mean over prompts of (dm/dd)·(dd/dx_u)·Δ_u
+
+    d: the code of the downstream feature, with dm/dd = W_dec[d]·dm/dx, or the downstream error, a vector, with dm/dx
+    itself. x_u: the activation at u's site and position. Δ_u: what replacing u adds to it. All derivatives are those
+    of the prompts' run. dd/dx_u runs through everything between the two sites, nodes of sites in between included, so
+    that if later layers see one site alone, the effects of u on all nodes there add up to the effect of u by gradient.
+
+    slopes: dm/dx at every site, "batch pos d", of the metric summed over prompts.
+    """
+    order = {s: i for i, s in enumerate(scene.coders)}
+    downs = [d for d in nodes if order[d.site] > 0]
+    if not downs:
+        return []
+
+    def values(acts: dict[Site, Tensor], _: Tensor) -> list[Tensor]:
+        outs = {s: scene.coders[s](acts[s], scene.batch.ids.to(acts[s].device)) for s in {d.site for d in downs}}
+        codes = {s: out.f for s, out in outs.items()}
+        found = []
+        for d in downs:
+            weight = slopes[d.site][:, d.position] * scene.keep[:, d.position, None].to(slopes[d.site])
+            if d.feature == ERROR:
+                found.append((weight * (acts[d.site] - outs[d.site].x_hat)[:, d.position]).sum())
+            else:
+                weight = weight @ scene.coders[d.site].W_dec[d.feature].detach()
+                found.append((weight * codes[d.site][:, d.position, d.feature]).sum())
+        return found
+
+    changes = {u: scene.change(u) for u in nodes}
+    edges = []
+    for d, by_site in zip(downs, gradients(scene.lm, scene.batch, list(scene.coders), values), strict=True):
+        for u in nodes:
+            if order[u.site] < order[d.site] and u.position <= d.position:
+                effect = (by_site[u.site][:, u.position] * changes[u]).sum(-1).mean()
+                edges.append(Edge(u, d, float(effect)))
+    return sorted(edges, key=lambda edge: -abs(edge.effect))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sae_lab.activations.reading import Coded, coded, read_codes, require_fits
 from sae_lab.arguments import as_annotated
-from sae_lab.circuits.metric import require_here
+from sae_lab.circuits.pairs import require_here
 from sae_lab.lm import passes
 from sae_lab.lm.model import LM
 from sae_lab.lm.tokens import Prompts, Token, is_single

@@ -1,4 +1,4 @@
-"""Asking an explainer or a judge, any ``str -> str`` callable, which may hang, raise or talk nonsense."""
+"""Questions to an explainer or a judge, any ``str -> str`` function, which may hang, raise or answer nonsense."""
 
 import json
 import logging
@@ -9,6 +9,7 @@ import urllib.request
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from http.client import HTTPException
 from typing import Any, Generic, TypeVar
 from urllib.parse import urlsplit
 
@@ -23,7 +24,7 @@ PATIENCE = 3  # questions in a row that hang to the last try, after which nothin
 
 @dataclass(frozen=True)
 class Answer(Generic[T]):
-    """What came of a question: a value, or None and the reason."""
+    """The answer to a question: a value, or None and the reason of the failure."""
 
     value: T | None
     failure: str = ""
@@ -32,10 +33,11 @@ class Answer(Generic[T]):
 @as_annotated
 @dataclass
 class Asker:
-    """Asks ``fn`` with a deadline in seconds, again after a failure (``retries`` times), and counts what failed.
+    """``Asker(judge, deadline=60)``: asks ``fn`` with a deadline in seconds, again after a failure (``retries`` times),
+    and counts the failures.
 
-    ``ask`` never raises for what ``fn`` does. A call that hangs is left to itself in a thread of its own, which nothing
-    can end; after three questions in a row that hung at each try no more is asked, so that a run ends.
+    ``ask`` raises nothing that ``fn`` raises. A call that hangs keeps its thread, which nothing can end; after three
+    questions in a row that hung at each try, no more is asked.
 
     Attributes:
         asked, answered: questions. tries: how often each failed try happened, by reason.
@@ -58,7 +60,7 @@ class Asker:
             raise ValueError(f"retries must be an integer of 0 or more, got {self.retries!r}")
 
     def ask(self, prompt: str, read: Callable[[str], T]) -> Answer[T]:
-        """``read`` makes a value of the answer, and raises ValueError where there is none in it."""
+        """``read`` makes a value of the answer, or raises ValueError."""
         self.asked += 1
         if self._hung >= PATIENCE:
             return self._failed([f"not asked: the {PATIENCE} questions before had no answer"])
@@ -125,7 +127,7 @@ def name_of(fn: Any) -> str:
     return str(getattr(fn, "name", None) or getattr(fn, "__qualname__", None) or type(fn).__name__)
 
 
-# ---------------------------------------------------------------------------------------------- adapters
+# ---- adapters
 
 
 @dataclass(frozen=True)
@@ -162,7 +164,7 @@ class ChatEndpoint:
         except urllib.error.HTTPError as err:
             said = err.read(300).decode(errors="replace")
             failure = f"HTTP {err.code} {err.reason}: {said}"
-        except (OSError, http_errors()) as err:
+        except (OSError, HTTPException) as err:
             failure = f"{type(err).__name__}: {err}"
         except (ValueError, LookupError, TypeError) as err:
             failure = f"its answer is no chat completion ({type(err).__name__})"
@@ -179,13 +181,6 @@ class ChatEndpoint:
                 f"{where} holds no key: set it, e.g. os.environ[...] = getpass.getpass(); key_from=None asks without"
             )
         return key
-
-
-def http_errors() -> type[Exception]:
-    """The base of what a broken reply raises."""
-    from http.client import HTTPException
-
-    return HTTPException
 
 
 @as_annotated

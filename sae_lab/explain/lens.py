@@ -1,10 +1,11 @@
-"""What a feature says without any text: the tokens that its direction promotes, and how sharply it does."""
+"""Features without any text: the tokens that a feature's direction promotes, and how sharply."""
 
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import no_type_check
+from functools import partial
+from typing import Any, no_type_check
 
 import numpy as np
 import torch
@@ -13,10 +14,11 @@ from torch import Tensor
 
 from sae_lab.arguments import Count, as_annotated
 from sae_lab.explain.prompts import Source, check_coder, check_features, top_examples
+from sae_lab.explain.words import WordHits, check_k, words_for
 from sae_lab.feature_index.directions import kurtosis
 from sae_lab.feature_index.index import FeatureIndex
 from sae_lab.lm.model import LM
-from sae_lab.results import Figure, Result
+from sae_lab.results import Figure
 from sae_lab.saes.base import SparseCoder
 from sae_lab.stats import mean_and_error
 from sae_lab.types import Site
@@ -29,10 +31,10 @@ RANDOM = 256  # random directions, the control
 def token_features(
     sae: SparseCoder, lm: LM, source: Source, features: Sequence[int] | None = None, share: float = 0.8, n: Count = 10
 ) -> dict[int, str]:
-    """Features whose n top contexts peak on one token in at least ``share`` of cases, and that token (case kept,
-    without spaces at its ends). Those with fewer than n/2 contexts, and tokens without a letter, are left out.
+    """``token_features(sae, lm, index)``: features that fire on one token, and that token (case kept, without spaces at
+    its ends): at least ``share`` of a feature's n top contexts peak on it.
 
-    features: those to look at; None: all of the coder.
+    Features with fewer than n/2 contexts, and tokens without a letter, are left out. features: None: all of the coder.
     """
     if not 0 < share <= 1:
         raise ValueError(f"share must lie above 0 and not above 1, got {share}")
@@ -52,17 +54,17 @@ def token_features(
 
 
 @dataclass(frozen=True, repr=False)
-class LensShape(Result):
+class LensShape(WordHits):
     """Result of ``lens_shape``: one entry a feature, in the order of ``features``.
 
     Attributes:
-        promoted: the k tokens with the largest logits; none for a row of zeros. kurtosis (excess), skew: of the logits
-            over the vocabulary; both 0 for a bell, NaN for zeros. random_kurtosis, random_skew: of random directions,
-            the control.
-        words: the word of each feature, "" where none was given; ``hits``: whether it is among ``promoted``, case and
-            spaces ignored; ``random_hits``: share of random directions that promote it.
-        input_hits: whether it is among the k tokens whose embeddings the encoder reads most; empty where the coder is
-            not one of the residual stream. random_input_hits: of random directions.
+        promoted: the k tokens with the largest logits; () for a row of zeros. kurtosis (excess), skew: of the logits
+            over the vocabulary; both 0 for a normal distribution, NaN for zeros. random_kurtosis, random_skew: of
+            random directions, the control.
+        words: the word of each feature, "" for none; ``hits``: whether it is among ``promoted``, ignoring case and
+            spaces; ``random_hits``: share of random directions that promote it.
+        input_hits: whether it is among the k tokens whose embeddings the encoder reads most; () for a coder outside the
+            residual stream. random_input_hits: of random directions.
     """
 
     features: tuple[int, ...]
@@ -79,48 +81,41 @@ class LensShape(Result):
     k: int
     site: Site
 
-    @property
-    def hit_rate(self) -> float:
-        """Share of the features with a word that promote it; NaN where none has one."""
-        return rate(self.hits, self.words)[0]
+    _records = "_columns_there"
+    _below = "{_count} features, lens from {site}; ± over features"
 
     @property
     def noise(self) -> float:
-        """The kurtosis that 1 % of random directions exceed: below it a lens is probably noise."""
+        """The kurtosis that 1 % of random directions exceed: a lens below it is probably noise."""
         return float(self.random_kurtosis.quantile(0.99))
 
     def figures(self) -> list[Figure]:
         sharp = np.array(self.kurtosis) > self.noise
         kurtosis, skew = (mean_and_error([v for v in of if not math.isnan(v)])[0] for of in (self.kurtosis, self.skew))
-        words = sum(map(bool, self.words))
+        random = partial(Figure, control_name="random directions")
         found = [
-            Figure("kurtosis", kurtosis, control=float(self.random_kurtosis.mean()),
-                   control_name="random directions", meaning="excess, mean over features", best="high"),
-            Figure("skew", skew, control=float(self.random_skew.mean()),
-                   control_name="random directions", meaning="mean over features"),
+            random("kurtosis", kurtosis, control=float(self.random_kurtosis.mean()),
+                   meaning="excess, mean over features", best="high"),
+            random("skew", skew, control=float(self.random_skew.mean()), meaning="mean over features"),
             Figure("sharper than noise", float(sharp.mean()), control=0.01, control_name="by definition",
                    meaning=f"share of features with kurtosis > {self.noise:.2f}", best="high"),
-            Figure("word promoted", *rate(self.hits, self.words), control=rate(self.random_hits, self.words)[0],
-                   control_name="random directions", meaning=f"in the top {self.k}, of {words} features", best="high"),
+            random("word promoted", *self._rate("hits"), control=self._rate("random_hits")[0],
+                   meaning=f"in the top {self.k}, of {self._named} features", best="high"),
         ]  # fmt: skip
         if self.input_hits:
-            found.append(
-                Figure("word read", *rate(self.input_hits, self.words),
-                       control=rate(self.random_input_hits, self.words)[0], control_name="random directions",
-                       meaning=f"in the top {self.k} of embedding·W_enc", best="high")
-            )  # fmt: skip
+            read, control = self._rate("input_hits"), self._rate("random_input_hits")[0]
+            meaning = f"in the top {self.k} of embedding·W_enc"
+            found.append(random("word read", *read, control=control, meaning=meaning, best="high"))
         return found
 
-    def to_pandas(self):
-        """One row a feature."""
-        import pandas as pd
-
+    @property
+    def _columns_there(self) -> dict[str, Any]:
         names = ("words", "promoted", "kurtosis", "skew", "hits", "random_hits", "input_hits", "random_input_hits")
-        columns = {name: value for name in names if (value := getattr(self, name))}
-        return pd.DataFrame({"feature": self.features} | columns)
+        return {"feature": self.features} | {name: value for name in names if (value := getattr(self, name))}
 
-    def _footer(self) -> str:
-        return f"{len(self.features)} features, lens from {self.site}; ± over features"
+    @property
+    def _count(self) -> int:
+        return len(self.features)
 
 
 @as_annotated
@@ -129,20 +124,18 @@ def lens_shape(
     sae: SparseCoder, lm: LM, features: Sequence[int] | None = None, words: Mapping[int, str] | None = None, *,
     k: int = 5, seed: int = 0,
 ) -> LensShape:  # fmt: skip
-    """The logit lens of features, W_dec·diag(gain)·W_U, and the shape of its logits: kurtosis E[z⁴]−3 and skew E[z³] of
-    the standardised logits z over the vocabulary.
+    """``lens_shape(sae, lm, words=token_features(sae, lm, index))``: the logit lens of features, W_dec·diag(gain)·W_U,
+    and the shape of its logits: kurtosis E[z⁴]−3 and skew E[z³] of the standardised logits z over the vocabulary
+    ("Understanding SAE features with the logit lens", Bloom & Lin 2024, LessWrong).
 
-    A few tokens that stand out make both large; random directions have neither (the control). The lens says what a
-    feature *writes*: the token that fires it need not be there. What it *reads* is measured beside it, embedding·W_enc
-    over the vocabulary, where the coder sits in the residual stream.
+    A few tokens with large logits make both large; for random directions (the control) both are small. The lens is what
+    a feature *writes*, which need not include the token that fires it. What it *reads* is measured beside it for a
+    coder in the residual stream: embedding·W_enc over the vocabulary. Layers between change both: of the token features
+    of ``smollm2-135m/resid_post-8`` one in seventy promotes its token, and none reads it by that product, but
+    ``token_list``, which runs the layers, finds it for four in five (benchmarks/methods.py).
 
-    Of the token features of ``smollm2-135m/resid_post-8`` one in seventy promotes its own token, and none reads it by
-    that product: layers stand between. ``token_list`` runs them, and finds it for four in five (benchmarks/methods.py).
-
-    "Understanding SAE features with the logit lens" (Bloom & Lin 2024, LessWrong).
-
-    Args: features: None, all. words: of features that fire on one token, that token (``token_features`` finds them).
-    Raises ValueError where the site is not written to the residual stream.
+    Args: features: None, all. words: the token of each feature that fires on one token.
+    Raises ValueError for a coder whose site is not written to the residual stream.
     """
     check_coder(sae, lm)
     chosen = list(range(sae.d_sae)) if features is None else check_features(sae, features)
@@ -153,33 +146,18 @@ def lens_shape(
     shapes, promoted = _lens_of(lm, sae.W_dec[chosen].detach().float().cpu(), site, k)
     random = torch.randn(RANDOM, sae.d_out, generator=torch.Generator().manual_seed(seed))
     random_shapes, random_ids = _lens_of(lm, random, site, k)
-    named = ["" if words is None else words.get(f, "").strip() for f in chosen]
+    named = words_for(chosen, words)
     read_ids, random_read_ids = _read_tokens(sae, lm, chosen, named, k, seed)
-    mute, deaf = (~rows[chosen].any(1).cpu() for rows in (sae.W_dec.detach(), sae.W_enc.detach().T))
+    mute, deaf = ((~rows[chosen].any(1)).tolist() for rows in (sae.W_dec.detach(), sae.W_enc.detach().T))
+    tops = [tuple(lm.vocabulary[i] for i in row) for row in promoted.tolist()]
     return LensShape(
-        features=tuple(chosen),
-        promoted=tuple(
-            () if none else tuple(lm.vocabulary[i] for i in row)
-            for row, none in zip(promoted.tolist(), mute.tolist(), strict=True)
-        ),
-        kurtosis=tuple(shapes[:, 0].tolist()),
-        skew=tuple(shapes[:, 1].tolist()),
-        words=tuple(named),
-        hits=_hits(lm, promoted, named, mute),
-        random_hits=_share_with(lm, random_ids, named),
+        features=tuple(chosen), promoted=tuple(() if none else row for row, none in zip(tops, mute, strict=True)),
+        kurtosis=tuple(shapes[:, 0].tolist()), skew=tuple(shapes[:, 1].tolist()), words=named,
+        hits=_hits(lm, promoted, named, mute), random_hits=_share_with(lm, random_ids, named),
         input_hits=() if read_ids is None else _hits(lm, read_ids, named, deaf),
         random_input_hits=() if random_read_ids is None else _share_with(lm, random_read_ids, named),
-        random_kurtosis=random_shapes[:, 0],
-        random_skew=random_shapes[:, 1],
-        k=k,
-        site=site,
-    )
-
-
-def check_k(k: int, lm: LM) -> int:
-    if not 1 <= k <= lm.vocab_size:
-        raise ValueError(f"k must lie between 1 and the vocabulary's {lm.vocab_size} tokens, got {k}")
-    return k
+        random_kurtosis=random_shapes[:, 0], random_skew=random_shapes[:, 1], k=k, site=site,
+    )  # fmt: skip
 
 
 def _lens_of(lm: LM, directions: Tensor, site: Site, k: int) -> tuple[Tensor, Tensor]:
@@ -200,7 +178,7 @@ def skew(logits):
 
 
 def _read_tokens(
-    sae: SparseCoder, lm: LM, features: list[int], named: list[str], k: int, seed: int
+    sae: SparseCoder, lm: LM, features: list[int], named: Sequence[str], k: int, seed: int
 ) -> tuple[Tensor | None, Tensor | None]:
     """The k tokens whose embeddings point most along the encoder's column of each feature, and along random columns."""
     if not any(named) or not (sae.site.kind == "embed" or sae.site.kind.startswith("resid")):
@@ -213,9 +191,9 @@ def _read_tokens(
     return read, by_chance
 
 
-def _hits(lm: LM, ids: Tensor, words: Sequence[str], zeros: Tensor) -> tuple[bool, ...]:
-    """zeros: rows without a direction, whose top tokens are the first of a tie."""
-    rows = zip(ids.tolist(), words, zeros.tolist(), strict=True)
+def _hits(lm: LM, ids: Tensor, words: Sequence[str], zeros: Sequence[bool]) -> tuple[bool, ...]:
+    """zeros: whether a row is all zeros, so that its top tokens mean nothing."""
+    rows = zip(ids.tolist(), words, zeros, strict=True)
     return tuple(bool(word) and not none and word.lower() in _plain(lm, row) for row, word, none in rows)
 
 
@@ -226,10 +204,3 @@ def _share_with(lm: LM, ids: Tensor, words: Sequence[str]) -> tuple[float, ...]:
 
 def _plain(lm: LM, ids: Sequence[int]) -> set[str]:
     return {lm.vocabulary[i].strip().lower() for i in ids}
-
-
-def rate(values: Sequence[float], words: Sequence[str]) -> tuple[float, float]:
-    """(mean, standard error) over the features with a word."""
-    chosen = np.array([v for v, word in zip(values, words, strict=True) if word], dtype=float)
-    error = float(chosen.std(ddof=1) / math.sqrt(len(chosen))) if len(chosen) > 1 else math.nan
-    return (float(chosen.mean()) if len(chosen) else math.nan), error

@@ -1,7 +1,7 @@
 """Prompts that make a feature fire: those of a corpus, and those that a search makes."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -13,13 +13,14 @@ from torch import Tensor
 
 from sae_lab.activations.contexts import spread_contexts
 from sae_lab.activations.reading import require_fits, some_codes, some_form
-from sae_lab.arguments import as_annotated
+from sae_lab.arguments import as_annotated, check_least
 from sae_lab.feature_index.index import FeatureIndex
 from sae_lab.lm.model import LM, token_losses
 from sae_lab.lm.text import Text
 from sae_lab.lm.tokens import Prompts
 from sae_lab.results import Figure, Result
 from sae_lab.saes.base import SparseCoder
+from sae_lab.stats import mean_and_error
 from sae_lab.types import TokenBatch
 
 Source = FeatureIndex | Text | Sequence[str]
@@ -47,7 +48,7 @@ def check_coder(sae: SparseCoder, lm: LM) -> None:
 
 
 def check_features(sae: SparseCoder, features: Sequence[int]) -> list[int]:
-    """The features' numbers. ValueError where there is none, one twice, or one that the coder does not have."""
+    """The features' numbers. ValueError for none, one twice, or one that the coder does not have."""
     numbers = [sae.feature(f) for f in features]
     if not numbers or len(set(numbers)) < len(numbers):
         raise ValueError(f"features must be at least one number, each once, got {list(features)}")
@@ -84,8 +85,8 @@ def strongest_activations(sae: SparseCoder, lm: LM, feature: int, prompts: Promp
 
 
 class Example(NamedTuple):
-    """A stretch of a corpus. ids: its tokens, without the prefix; peak: which of them the feature fires on most;
-    value: how strongly, where it stands in the corpus."""
+    """Some tokens of a corpus. ids: without the prefix; peak: the token that the feature fires on most; value: the
+    activation there, read in its context."""
 
     ids: list[int]
     peak: int
@@ -136,7 +137,7 @@ def _window(ids: Sequence[int], place: int, value: float, prefix: int | None) ->
 
 
 def random_examples(lm: LM, source: Source, n: int, seed: int = 0, tokens: int = 20_000) -> list[list[int]]:
-    """Ids of n stretches drawn from the corpus, whatever the feature does there."""
+    """Ids of n pieces of the corpus drawn at random."""
     rng = np.random.default_rng(seed)
     if isinstance(source, FeatureIndex):
         numbers = source.store.contexts(rng.choice(len(source.store), min(n, len(source.store)), replace=False))
@@ -155,12 +156,12 @@ class EvolvedPrompts(Result):
     """Result of ``evolve_prompts``: one entry a feature, in the order of ``features``.
 
     Attributes:
-        prompts: the best prompt found; ``ids``: its tokens (text may come apart into others).
+        prompts: the best prompt found; ``ids``: its tokens (the text may be tokenized differently).
         activation: the feature's largest activation on those ids; ``activation_of_text``: on the text, tokenized anew.
         ce: nats/token of the ids; ``start_ce``: of the prompt that the search began from.
         corpus_max: the largest activation in the corpus.
         random_activation, random_ce: the same of the random search, the control.
-        evaluations: prompts whose activation was measured, of each search of a feature.
+        evaluations: prompts whose activation was measured in each search.
     """
 
     features: tuple[int, ...]
@@ -178,35 +179,31 @@ class EvolvedPrompts(Result):
     ce_weight: tuple[float, ...]
     ids: tuple[tuple[int, ...], ...] = field(repr=False, compare=False)
 
+    _records = ("feature=features", "prompt=prompts", "activation", "activation_of_text", "corpus_max", "ce",
+                "start_ce", "random_activation", "random_ce", "ce_weight")  # fmt: skip
+
+    def _relative(self, name: str) -> np.ndarray:
+        """Activations in units of the corpus maximum."""
+        return np.array(getattr(self, name)) / np.array(self.corpus_max)
+
     @property
     def exceeding(self) -> float:
         """Share of features whose best prompt exceeds the corpus maximum."""
         return float(np.mean(np.array(self.activation) > np.array(self.corpus_max)))
 
     def figures(self) -> list[Figure]:
-        most, by_chance = np.array(self.corpus_max), np.array(self.random_activation)
-        beyond, control = np.array(self.activation) > most, by_chance > most
-        ratio = np.array(self.activation) / most
-        name = "random search"
+        of = partial(Figure, control_name="random search", digits=2)
+        found, chance = self._relative("activation"), self._relative("random_activation")
         return [
-            Figure("exceed the corpus maximum", float(beyond.mean()), _error(beyond), float(control.mean()), name,
-                   "share of features", "high", 2),
-            Figure("activation", float(ratio.mean()), _error(ratio), float((by_chance / most).mean()), name,
-                   "in units of the corpus maximum, mean over features", "high", 2),
-            Figure("as text", float((np.array(self.activation_of_text) / most).mean()), meaning="the same, where the "
-                   "prompt is read as text and tokenized anew", best="high", digits=2),
-            Figure("cross-entropy", float(np.mean(self.ce)), _error(np.array(self.ce)), float(np.mean(self.random_ce)),
-                   name, f"nats/token; the start's is {np.mean(self.start_ce):.2f}", "low", 2),
+            of("exceed the corpus maximum", *mean_and_error(found > 1), float((chance > 1).mean()),
+               meaning="share of features", best="high"),
+            of("activation", *mean_and_error(found), float(chance.mean()),
+               meaning="in units of the corpus maximum, mean over features", best="high"),
+            Figure("as text", float(self._relative("activation_of_text").mean()), best="high", digits=2,
+                   meaning="the same, with the prompt read as text and tokenized anew"),
+            of("cross-entropy", *mean_and_error(self.ce), float(np.mean(self.random_ce)),
+               meaning=f"nats/token; the start's is {np.mean(self.start_ce):.2f}", best="low"),
         ]  # fmt: skip
-
-    def to_pandas(self):
-        """One row a feature."""
-        import pandas as pd
-
-        names = ("prompts", "activation", "activation_of_text", "corpus_max", "ce", "start_ce", "random_activation",
-                 "random_ce", "ce_weight")  # fmt: skip
-        columns = {name.removesuffix("s") if name == "prompts" else name: getattr(self, name) for name in names}
-        return pd.DataFrame({"feature": self.features} | columns)
 
     def _footer(self) -> str:
         lines = [
@@ -234,20 +231,19 @@ def evolve_prompts(
     ce_weight: float | None = None,
     seed: int = 0,
 ) -> EvolvedPrompts:
-    """Mutate the tokens of prompts so that a feature fires: maximise z − λ·CE.
+    """``evolve_prompts(sae, lm, index, [812])``: change the tokens of prompts until a feature fires: maximise z − λ·CE.
 
     z is the feature's largest activation over the prompt's kept tokens, CE the model's cross-entropy of the prompt in
-    nats/token. Each generation makes ``children`` prompts out of the ``population`` best (one to three tokens replaced,
-    by any of the vocabulary or by one of the feature's top contexts; one in four is first crossed with another parent)
-    and keeps the best. z needs the model up to the coder's site only; as CE ≥ 0, a prompt whose z alone is below the
-    worst survivor's score is dropped without its CE, and nothing is lost by that. Control: random search, as many
-    prompts with a random number of the start's tokens replaced in the same way, none of which has parents.
+    nats/token. Each generation makes ``children`` prompts from the ``population`` best and keeps the best: one to three
+    tokens are replaced by tokens of the vocabulary or of the feature's top contexts, in one prompt of four after a
+    crossing with another parent. As CE ≥ 0, the CE of a prompt is measured only if its z is above the worst survivor's
+    score. Control: random search over equally many prompts, made from the start by replacing a random number of tokens.
 
-    Thompson et al. 2024 (arXiv:2402.01702) propose mutations by the gradient with one λ for each member; here mutations
-    are blind, and λ is one.
+    Thompson et al. 2024 (arXiv:2402.01702) choose mutations by the gradient and give each member its λ; here mutations
+    are random, and λ is one number.
 
     Args:
-        source: an index of this coder, or text: of which the corpus maximum, the start and some mutations come.
+        source: an index of this coder, or text: of the corpus maximum, the start and some of the mutations.
         start: "top", the tokens up to the peak of the feature's top context; "random", tokens of the vocabulary.
         length: tokens of a prompt, without the prefix.
         ce_weight: λ, in units of z per nat; None: 2 % of the feature's corpus maximum.
@@ -256,7 +252,17 @@ def evolve_prompts(
     """
     check_coder(sae, lm)
     features = check_features(sae, features)
-    _check(start, length, generations, children, population, ce_weight, lm)
+    check_least(1, generations=generations, children=children, population=population)
+    if start not in STARTS:
+        raise ValueError(f"start must be one of {', '.join(STARTS)}, got {start!r}")
+    if not 2 <= length < lm.max_length:
+        raise ValueError(
+            f"length must lie between 2 and the {lm.max_length - 1} tokens this model has room for, got {length}"
+        )
+    if ce_weight is not None and not (math.isfinite(ce_weight) and ce_weight >= 0):
+        raise ValueError(
+            f"ce_weight must be a finite number from 0 on, or None (2 % of the corpus maximum), got {ce_weight}"
+        )
     corpus = top_examples(sae, lm, features, source)
     if silent := [f for f in features if not corpus[f]]:
         raise ValueError(f"feature {silent[0]} never fires in the source: choose live features, or a longer source")
@@ -284,7 +290,7 @@ def evolve_prompts(
 
 
 class Candidate(NamedTuple):
-    """A prompt of a search. ce is NaN where nobody asked for it."""
+    """A prompt of a search. ce is NaN if it was not measured."""
 
     ids: tuple[int, ...]
     z: float
@@ -293,7 +299,7 @@ class Candidate(NamedTuple):
 
 
 class _Search:
-    """The search for one feature: what a prompt is worth, and how prompts are made of others."""
+    """The search for one feature: the score of a prompt, and prompts made from others."""
 
     def __init__(self, sae: SparseCoder, lm: LM, feature: int, weight: float, pool: np.ndarray, rng: Any):
         self.sae, self.lm, self.feature, self.weight, self.pool, self.rng = sae, lm, feature, weight, pool, rng
@@ -318,7 +324,7 @@ class _Search:
         return alive[0], origin
 
     def at_random(self, first: tuple[int, ...], evaluations: int, afresh: bool) -> Candidate:
-        """The best of so many prompts without parents."""
+        """The best of ``evaluations`` prompts made from the first by replacing tokens."""
         n = len(first)
         drawn = []
         for _ in range(evaluations):
@@ -334,18 +340,18 @@ class _Search:
         return self.replaced(ids, int(self.rng.integers(1, min(3, len(ids)) + 1)), 0.5)
 
     def replaced(self, ids: list[int], count: int, from_pool: float) -> tuple[int, ...]:
-        """With so many tokens replaced."""
+        """The prompt with ``count`` tokens replaced, each with probability ``from_pool`` from the top contexts."""
         for place in self.rng.choice(len(ids), count, replace=False):
             ids[place] = int(self.rng.choice(self.pool if self.rng.random() < from_pool else self.vocabulary))
         return tuple(ids)
 
     def survivors(self, alive: list[Candidate], new: list[tuple[int, ...]], keep: int) -> list[Candidate]:
-        """The best of both, the best first. CE is only asked of prompts that could still be among them."""
+        """The best of both, the best first. CE is only measured of prompts that could still be among them."""
         values = strongest_activations(self.sae, self.lm, self.feature, [[*self.prefix, *ids] for ids in new]).tolist()
         ordered = sorted(zip(values, new, strict=True), key=lambda pair: -pair[0])
-        for block in _blocks(ordered, LOSS_PROMPTS):
+        for start in range(0, len(ordered), LOSS_PROMPTS):
             bar = alive[keep - 1].score if len(alive) >= keep else -math.inf
-            could = [(z, ids) for z, ids in block if z > bar]
+            could = [(z, ids) for z, ids in ordered[start : start + LOSS_PROMPTS] if z > bar]
             if not could:
                 break
             costs = self.losses([ids for _, ids in could]) if self.weight else [math.nan] * len(could)
@@ -365,36 +371,9 @@ class _Search:
         return self.losses([candidate.ids])[0] if math.isnan(candidate.ce) else candidate.ce
 
 
-def _blocks(items: list[Any], size: int) -> Iterator[list[Any]]:
-    return (items[start : start + size] for start in range(0, len(items), size))
-
-
 def _first_prompt(top: Example, length: int, start: str, search: _Search) -> tuple[int, ...]:
-    """The top context's tokens up to the peak (and on, where that is near the beginning), or random ones."""
+    """The top context's tokens up to the peak (or the first ``length``, if the peak is among them), or random ones."""
     end = max(top.peak + 1, length)
     known = top.ids[max(0, end - length) : end] if start == "top" else []
     missing = search.rng.choice(search.vocabulary, length - len(known)).tolist()  # of a very short context
     return tuple([*known, *missing])
-
-
-def _check(
-    start: str, length: int, generations: int, children: int, population: int, ce_weight: float | None, lm: LM
-) -> None:
-    if start not in STARTS:
-        raise ValueError(f"start must be one of {', '.join(STARTS)}, got {start!r}")
-    if not 2 <= length < lm.max_length:
-        raise ValueError(
-            f"length must lie between 2 and the {lm.max_length - 1} tokens this model has room for, got {length}"
-        )
-    for name, value in (("generations", generations), ("children", children), ("population", population)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-    if ce_weight is not None and not (math.isfinite(ce_weight) and ce_weight >= 0):
-        raise ValueError(
-            f"ce_weight must be a finite number from 0 on, or None (2 % of the corpus maximum), got {ce_weight}"
-        )
-
-
-def _error(values: np.ndarray) -> float:
-    """Standard error of a mean over features, which are drawn one by one."""
-    return float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan

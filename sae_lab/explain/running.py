@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from sae_lab.explain import explainers
 from sae_lab.explain.asking import Asker, name_of
 from sae_lab.explain.contexts import Corpus
 from sae_lab.explain.explainers import RuleExplainer, explainer_prompt, read_explanation
-from sae_lab.explain.scoring import MEASURES, Explanation, Score, check_negatives, score
+from sae_lab.explain.scoring import MEASURES, Explanation, Score, check_measures, check_negatives, score
 from sae_lab.feature_index import FeatureIndex
 from sae_lab.noting import Said
 from sae_lab.results import Figure, Result
@@ -34,8 +35,8 @@ SAVE_EVERY = 25  # features between two writes of what the inspector shows
 
 @dataclass(frozen=True)
 class ScoredExplanation:
-    """One feature's row. score: on its own passages; control: of the explanation of ``other`` on the same passages.
-    failure: why there is no explanation or no score, "" where there are both."""
+    """One feature's row. score: on its passages; control: of the explanation of feature ``other`` on the same passages.
+    failure: why there is no explanation or no score, "" if there are both."""
 
     feature: int
     text: str = ""
@@ -44,12 +45,18 @@ class ScoredExplanation:
     other: int = -1
     failure: str = ""
 
+    @property
+    def both(self) -> tuple[tuple[str, Score], ...]:
+        """The scores, by what is added to the names of their columns."""
+        return ("", self.score), ("_control", self.control)
+
 
 @dataclass(frozen=True, repr=False)
 class ExplainedFeatures(Result):
-    """Result of ``sl.explain.explain``: one entry of ``rows`` a feature, in the order they were asked for.
+    """Result of ``sl.explain.explain``: one entry of ``rows`` a feature, in the order of the call. Its table has one
+    row a feature: explanation, scores, controls, and the share of each kind of passage that was called firing.
 
-    asked: how the questions to explainer and judge went.
+    asked: how many questions the explainer and the judge answered.
     """
 
     rows: tuple[ScoredExplanation, ...]
@@ -59,8 +66,10 @@ class ExplainedFeatures(Result):
     seed: int
     asked: str
 
+    _records = "_scored"
+
     def __getitem__(self, feature: int) -> ScoredExplanation:
-        """The row of a feature. ValueError where it was not asked for."""
+        """``scores[812]``: the row of a feature. ValueError for one that was not asked for."""
         for row in self.rows:
             if row.feature == feature:
                 return row
@@ -86,18 +95,18 @@ class ExplainedFeatures(Result):
         found = []
         for measure in self.measures:
             own, other = self.values(measure)
-            value, error = mean_and_error(own)
             unit = "Pearson correlation" if measure == "simulation" else "balanced accuracy"
-            control = float(other.mean()) if len(other) else math.nan
-            found.append(Figure(measure, value, error, control, "another's explanation", f"{unit}, mean over features",
-                                "high"))  # fmt: skip
-            more, more_error = self.minus_control(measure)
-            found.append(Figure(f"{measure} - control", more, more_error, meaning="paired by feature", best="high"))
+            found += [
+                Figure(measure, *mean_and_error(own), mean_and_error(other)[0], "another's explanation",
+                       f"{unit}, mean over features", "high"),
+                Figure(f"{measure} - control", *self.minus_control(measure), meaning="paired by feature", best="high"),
+            ]  # fmt: skip
         return found
 
     def _rows(self) -> list[tuple[str, ...]]:
         first = self.measures[0]
-        scored = sorted((r for r in self.rows if not r.failure), key=lambda r: -_or_low(getattr(r.score, first)))
+        scored = [(np.nan_to_num(getattr(r.score, first), nan=-1), r) for r in self.rows if not r.failure]
+        scored = [row for _, row in sorted(scored, key=lambda pair: -pair[0])]
         best = [
             (f"feature {r.feature}", f"{getattr(r.score, first):.2f}", f"{getattr(r.control, first):.2f}", r.text[:70])
             for r in scored[:SHOWN_ROWS]
@@ -105,34 +114,22 @@ class ExplainedFeatures(Result):
         return [*super()._rows(), *([("best by " + first, "", "", "")] if best else []), *best]
 
     def _footer(self) -> str:
-        scored = sum(not row.failure for row in self.rows)
-        reasons: dict[str, int] = {}
-        for row in self.failed:
-            reasons[row.failure] = reasons.get(row.failure, 0) + 1
-        why = "".join(f"; {n} failed: {reason}" for reason, n in sorted(reasons.items(), key=lambda r: -r[1])[:4])
+        reasons = Counter(row.failure for row in self.failed).most_common(4)
         return (
-            f"{scored} of {len(self.rows)} features scored, explained by {self.explainer}, judged by {self.judge}; "
-            f"± over features, seed {self.seed}{why}; {self.asked}"
-        )
+            f"{len(self.rows) - len(self.failed)} of {len(self.rows)} features scored, explained by {self.explainer}, "
+            f"judged by {self.judge}; ± over features, seed {self.seed}"
+            + "".join(f"; {n} failed: {reason}" for reason, n in reasons) + f"; {self.asked}"
+        )  # fmt: skip
 
-    def to_pandas(self):
-        """One row a feature: its explanation, scores, controls, and the share of each kind of passage that was called
-        firing."""
-        import pandas as pd
-
-        return pd.DataFrame([_flat(row, self.measures) for row in self.rows])
-
-
-def _flat(row: ScoredExplanation, measures: Sequence[str]) -> dict[str, Any]:
-    flat: dict[str, Any] = {"feature": row.feature, "explanation": row.text}
-    for measure in measures:
-        flat |= {measure: getattr(row.score, measure), f"{measure}_control": getattr(row.control, measure)}
-    flat |= {f"called firing: {kind}": share for kind, share in row.score.by_kind.items()}
-    return flat | {"other": row.other, "unanswered": row.score.unanswered, "failure": row.failure}
-
-
-def _or_low(value: float) -> float:
-    return -1.0 if math.isnan(value) else value
+    @property
+    def _scored(self) -> list[dict[str, Any]]:
+        return [
+            {"feature": row.feature, "explanation": row.text}
+            | {f"{m}{of}": getattr(score, m) for m in self.measures for of, score in row.both}
+            | {f"called firing: {kind}": share for kind, share in row.score.by_kind.items()}
+            | {"other": row.other, "unanswered": row.score.unanswered, "failure": row.failure}
+            for row in self.rows
+        ]
 
 
 @as_annotated
@@ -149,21 +146,22 @@ def explain(
     resume: bool = True,
     negatives: str = "firing",
 ) -> ExplainedFeatures:
-    """Explain features and score the explanations on documents the explainer never saw (arXiv:2410.13928).
+    """``explain(index, 40)``: explain features, and score the explanations on documents that the explainer did not see
+    (arXiv:2410.13928).
 
-    Each score stands beside a control: the explanation of another feature, judged on the same passages. See
-    ``sl.explain.score`` for detection, fuzzing and simulation. What is found is kept beside the index after each
-    feature, and ``index[i]``, searches and the inspector show it.
+    The control of each score is the explanation of another feature, judged on the same passages. See
+    ``sl.explain.score`` for detection, fuzzing and simulation. Each explanation is written beside the index, and
+    ``index[i]``, searches and the inspector show it.
 
     Args:
-        features: which; or how many, drawn at random among those that fire.
+        features: their numbers; or how many, drawn at random among those that fire.
         explainer: a ``str -> str`` function, such as ``sl.explain.local_chat()``; None: ``sl.explain.RuleExplainer()``.
         judge: a ``str -> str`` function; None: the explanation's own rule, which free text does not have.
-        deadline: seconds for one answer. A question that hangs, raises or cannot be read is asked ``retries`` times
-            more, counted, and the run goes on. The rule explainer is not timed.
-        resume: go on where an earlier call stopped, of the same explainer and judge (told apart by their ``name`` or
-            that of the function) and seed; what failed is tried again. False: begin anew.
-        negatives: in which passages fuzzing marks wrong tokens: "firing", or "silent", the default of EleutherAI's
+        deadline: seconds for one answer (not of the rules). A question that hangs, raises or has no answer that can be
+            read is asked ``retries`` times more; then the feature counts as failed, and the run continues.
+        resume: continue an earlier call with the same explainer and judge (by their ``name``, or the function's name)
+            and seed; failures are tried again. False: begin anew.
+        negatives: the passages in which fuzzing marks wrong tokens: "firing", or "silent", the default of EleutherAI's
             delphi (see ``sl.explain.score``).
 
     Raises ValueError for features that the coder does not have, free text without a judge, a store of one document.
@@ -174,8 +172,7 @@ def explain(
             "free text cannot be judged without a judge: pass judge=, a str -> str function (the explainer itself will "
             "do), or explainer=None for rules"
         )
-    if unknown := [m for m in measures if m not in MEASURES]:
-        raise ValueError(f"measures are {', '.join(MEASURES)}, got {unknown[0]!r}")
+    check_measures(measures)
     if not measures:
         raise ValueError(f"no measure given: name at least one of {', '.join(MEASURES)}")
     check_negatives(negatives)
@@ -246,7 +243,7 @@ class _Run:
         )  # fmt: skip
 
     def _others(self, explained: list[int]) -> dict[int, int]:
-        """Whose explanation is each one's control: the next in a random order."""
+        """The feature whose explanation is each one's control: the next in a random order."""
         by_text = sorted(explained, key=lambda i: (self.texts[i], i))  # drawn by what is said, not by number
         order = np.random.default_rng([self.seed, 1]).permutation(by_text).tolist()
         if len(order) == 1:
@@ -254,7 +251,7 @@ class _Run:
         return dict(zip(order, [*order[1:], *order[:1]], strict=True))
 
     def _explain(self, feature: int) -> str:
-        """Makes sure of an explanation; why there is none."""
+        """Make an explanation, unless there is one; returns the reason of a failure."""
         if feature in self.texts:
             return ""
         firing, silent = self.rules.passages if self.rules else explainers.SHOWN
@@ -303,7 +300,7 @@ class _Run:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
     def _show(self, rows: Mapping[int, ScoredExplanation]) -> None:
-        """Puts what was found where the index and the inspector find it."""
+        """Write explanations and scores beside the index, where the inspector reads them."""
         source = self.explained_by if self.judge is None else f"{self.explained_by}, judged by {self.judged_by}"
         self.index.explanations.write({
             i: [Said(row.text, source, {m: getattr(row.score, m) for m in self.measures})]

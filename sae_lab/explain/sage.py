@@ -1,8 +1,8 @@
-"""SAGE: an agent explains a feature by experiments: it supposes, writes texts, sees what they do, and judges.
+"""SAGE: an agent explains a feature by experiments: it makes hypotheses, writes texts to test them, and judges.
 
 The agent is any function ``str -> str``: a language model behind an API, ``lm.generate``, or ``ScriptedAgent``, which
-needs neither. Every prompt ends with a TASK and the form of the answer; answers are read leniently (bullets, bold,
-case and talk around them do not matter). One that cannot be read is counted and asked for again; all are kept.
+needs neither. Every prompt ends with a TASK and the form of the answer. Bullets, bold, case and talk around an answer
+are ignored; an answer that cannot be read is counted, and the question asked again. All answers are kept.
 """
 
 import math
@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sae_lab.arguments import as_annotated
+from sae_lab.arguments import as_annotated, check_least
 from sae_lab.explain.prompts import Example, Source, check_coder, random_examples, strongest_activations, top_examples
 from sae_lab.explain.scoring import pearson
 from sae_lab.lm.model import LM
-from sae_lab.results import Figure, Result
+from sae_lab.results import Figure, Result, figure
 from sae_lab.saes.base import SparseCoder
 
 Agent = Callable[[str], str]
@@ -29,8 +29,8 @@ INTRODUCTION = (
 
 
 class Trial(NamedTuple):
-    """A text that the agent wrote. expected: whether the hypothesis says that it fires; activation: what it did; fired:
-    whether that is more than half the mean of the feature's ten largest maxima."""
+    """A text that the agent wrote. expected: whether it fires by the hypothesis; activation: the largest measured one;
+    fired: whether that is more than half the mean of the feature's ten largest maxima."""
 
     text: str
     expected: bool
@@ -40,8 +40,8 @@ class Trial(NamedTuple):
 
 @dataclass(frozen=True)
 class Hypothesis:
-    """What the feature may be about. status: "open", "confirmed", "refuted", or "refined" (another stands in its
-    place); evidence: the texts it was tried on."""
+    """A statement on what the feature fires on. status: "open", "confirmed", "refuted", or "refined" (replaced by
+    another); evidence: the texts it was tried on."""
 
     statement: str
     status: str = "open"
@@ -49,12 +49,12 @@ class Hypothesis:
 
     @property
     def right(self) -> int:
-        """How many trials went as the hypothesis says."""
+        """The number of trials that agree with the hypothesis."""
         return sum(t.fired == t.expected for t in self.evidence)
 
     @property
     def agreement(self) -> float:
-        """Share of the trials that went so; NaN without any."""
+        """Their share of all trials; NaN without trials."""
         return self.right / len(self.evidence) if self.evidence else math.nan
 
 
@@ -63,11 +63,11 @@ class Sage(Result):
     """Result of ``sage_explain``.
 
     Attributes:
-        explanation: what the agent concluded; ``single_pass``: what it said at first, from examples alone.
+        explanation: the agent's conclusion; ``single_pass``: its first hypothesis, from examples alone.
         hypotheses: all, with their evidence. rounds: experiments made. calls: of the agent; ``unread``: answers that
             could not be read; ``transcript``: all (prompt, answer) pairs.
         generation: share of texts written to the explanation that fire (above ``threshold``, half the mean of the
-            feature's ten largest maxima); ``single_pass_generation``: to the first one. random_generation: of stretches
+            feature's ten largest maxima); ``single_pass_generation``: to the first one. random_generation: of pieces
             of the corpus drawn at random, the control.
         prediction: Pearson correlation of predicted and measured activations of unseen texts; random_prediction: with
             the predictions shuffled, mean of 100, the control.
@@ -80,29 +80,31 @@ class Sage(Result):
     hypotheses: tuple[Hypothesis, ...]
     rounds: int
     calls: int
-    unread: int
+    unread: int = figure("unread answers", "of {calls} calls", best="low", digits=0)
     threshold: float
-    generation: float
+    generation: float = figure("generation accuracy", "share of {_texts} texts above {threshold:.3g}", best="high",
+                               error="_generation_se", control="random_generation", control_name="random text")
     single_pass_generation: float
     random_generation: float
-    prediction: float
+    prediction: float = figure("prediction", "Pearson, predicted and measured activation", best="high",
+                               control="random_prediction", control_name="shuffled")  # fmt: skip
     random_prediction: float
     generated: tuple[tuple[str, float], ...] = field(repr=False)
     transcript: tuple[tuple[str, str], ...] = field(repr=False, compare=False)
 
+    @property
+    def _texts(self) -> int:
+        return len(self.generated)
+
+    @property
+    def _generation_se(self) -> float:
+        return math.sqrt(self.generation * (1 - self.generation) / self._texts) if self.generated else math.nan
+
     def figures(self) -> list[Figure]:
-        n = len(self.generated)
-        error = math.sqrt(self.generation * (1 - self.generation) / n) if n else math.nan
-        meaning = f"share of {n} texts above {self.threshold:.3g}"
-        return [
-            Figure("generation accuracy", self.generation, error, self.random_generation, "random text", meaning,
-                   "high"),
-            Figure("gain by experiments", self.generation - self.single_pass_generation,
-                   meaning=f"over a single pass, {self.single_pass_generation:.3f}", best="high"),
-            Figure("prediction", self.prediction, control=self.random_prediction, control_name="shuffled",
-                   meaning="Pearson, predicted and measured activation", best="high"),
-            Figure("unread answers", self.unread, meaning=f"of {self.calls} calls", best="low", digits=0),
-        ]  # fmt: skip
+        unread, generation, prediction = super().figures()
+        gain = Figure("gain by experiments", self.generation - self.single_pass_generation, best="high",
+                      meaning=f"over a single pass, {self.single_pass_generation:.3f}")  # fmt: skip
+        return [generation, gain, prediction, unread]
 
     def _footer(self) -> str:
         lines = [f"  {h.status:9} {h.right}/{len(h.evidence)} as it says: {h.statement}" for h in self.hypotheses]
@@ -125,21 +127,21 @@ def sage_explain(
     retries: int = 2,
     seed: int = 0,
 ) -> Sage:
-    """Explain a feature by experiments: examples, then hypotheses, and for each a round of texts written to test it,
-    the activations that the model really has on them, and a judgement: confirmed, refuted, or refined.
+    """``sage_explain(sae, lm, index, 812, agent)``: explain a feature by experiments: hypotheses from examples, and for
+    each a round of texts written to test it, their measured activations, and a verdict: confirmed, refuted or refined.
 
     Generation accuracy = share of texts, written to the explanation, whose largest activation exceeds ½·mean of the
     feature's 10 largest maxima. Prediction = Pearson r of predicted and measured largest activations of texts that the
-    agent has not seen: half of them contexts where the feature fires, half drawn at random. A round is one hypothesis
-    tried once; the agent ends earlier where no hypothesis is open. "SAGE: an agentic explainer framework for
+    agent has not seen: half of them contexts where the feature fires, half drawn at random. A round tries one
+    hypothesis once; rounds end earlier when no hypothesis is open. "SAGE: an agentic explainer framework for
     interpreting SAE features" (2025), which predicts token by token.
 
     Args:
-        source: an index of this coder, or text: of which examples and random stretches come.
-        agent: any str -> str. Errors it raises are not caught here.
+        source: an index of this coder, or text: of the examples and the random texts.
+        agent: any str -> str. Errors that it raises are raised.
         trials: texts a round, half of which should fire. generated: texts that measure the explanation.
-        examples: contexts shown, of those with the largest activations; as many more are kept for the prediction.
-        retries: how often an answer that cannot be read is asked for again.
+        examples: contexts shown, those with the largest activations; the next ones are kept for the prediction.
+        retries: how often a question is asked again whose answer cannot be read.
 
     Raises ValueError for settings out of range, and a feature that never fires in the source.
     """
@@ -147,11 +149,8 @@ def sage_explain(
     feature = sae.feature(feature)
     if not 0 <= rounds <= 14:
         raise ValueError(f"rounds must lie between 0 and 14, got {rounds}")
-    for name, value in (("trials", trials), ("generated", generated), ("examples", examples)):
-        if value < 2:
-            raise ValueError(f"{name} must be at least 2, got {value}")
-    if retries < 0:
-        raise ValueError(f"retries must be at least 0, got {retries}")
+    check_least(2, trials=trials, generated=generated, examples=examples)
+    check_least(0, retries=retries)
     top = top_examples(sae, lm, [feature], source, max(2 * examples, 10))[feature]
     if not top:
         raise ValueError(f"feature {feature} never fires in the source: choose a live feature, or a longer source")
@@ -166,26 +165,16 @@ def sage_explain(
     reached = lab.activations(texts)
     prediction, shuffled = lab.prediction(explanation, seed)
     return Sage(
-        feature=feature,
-        explanation=explanation,
-        single_pass=first,
-        hypotheses=tuple(hypotheses),
-        rounds=done,
-        calls=len(lab.transcript),
-        unread=lab.unread,
-        threshold=lab.threshold,
-        generation=lab.share_firing(reached),
+        feature=feature, explanation=explanation, single_pass=first, hypotheses=tuple(hypotheses), rounds=done,
+        calls=len(lab.transcript), unread=lab.unread, threshold=lab.threshold, generation=lab.share_firing(reached),
         single_pass_generation=lab.share_firing(lab.activations(before)),
-        random_generation=lab.share_firing(lab.activations(drawn)),
-        prediction=prediction,
-        random_prediction=shuffled,
-        generated=tuple(zip(texts, reached, strict=True)),
-        transcript=tuple(lab.transcript),
-    )
+        random_generation=lab.share_firing(lab.activations(drawn)), prediction=prediction, random_prediction=shuffled,
+        generated=tuple(zip(texts, reached, strict=True)), transcript=tuple(lab.transcript),
+    )  # fmt: skip
 
 
 class _Lab:
-    """One feature, the agent that studies it, and what both have said and done."""
+    """One feature, the agent that studies it, and the transcript."""
 
     def __init__(
         self, sae: SparseCoder, lm: LM, feature: int, agent: Agent, retries: int, top: list[Example], drawn: list[str],
@@ -215,7 +204,7 @@ class _Lab:
         return round(100 * activation / self.most)
 
     def ask(self, task: str, form: str, read: Callable[[str], Any], alone: bool = False) -> Any:
-        """What ``read`` makes of the agent's answer; None where none could be read. alone: it sees no examples."""
+        """What ``read`` makes of the agent's answer, None if it can read none. alone: the prompt has no examples."""
         prompt = f"{INTRODUCTION if alone else self.intro}\n{task}\nAnswer in this form:\n{form}\n"
         for attempt in range(self.retries + 1):
             reminder = "\nYour last answer could not be read. Keep to the form.\n" if attempt else ""
@@ -226,7 +215,7 @@ class _Lab:
             self.unread += 1
         return None
 
-    # ---- what the agent is asked for
+    # ---- questions to the agent
 
     def hypotheses(self) -> list[Hypothesis]:
         task = "TASK: suppose\nGive up to 5 different hypotheses, the likeliest first, one a line."
@@ -234,7 +223,7 @@ class _Lab:
         return [Hypothesis(statement) for statement in dict.fromkeys(found or [])][:5]
 
     def experiments(self, opening: list[Hypothesis], rounds: int, trials: int) -> tuple[list[Hypothesis], int]:
-        """(all hypotheses after the experiments, how many were made); the successor of a refined one is tried next."""
+        """(all hypotheses, the number of experiments); the successor of a refined hypothesis is tried next."""
         waiting, closed = list(opening), []
         while waiting and len(closed) < rounds:
             one = waiting.pop(0)
@@ -246,7 +235,7 @@ class _Lab:
         return closed + waiting, len(closed)
 
     def tried(self, one: Hypothesis, trials: int) -> tuple[Trial, ...]:
-        """Texts for and against, and what the feature does on them; none where no design could be read."""
+        """Texts for and against with their activations; () if no design can be read."""
         task = (
             f"TASK: design\nHYPOTHESIS: {one.statement}\nWrite {trials} short texts, one a line, that test it: half on "
             "which the feature fires if it is true, half like them on which it is then silent."
@@ -258,7 +247,7 @@ class _Lab:
         return tuple(Trial(text, to, v, v > self.threshold) for (text, to), v in zip(chosen, values, strict=True))
 
     def judged(self, one: Hypothesis) -> tuple[str, str]:
-        """(status, the statement that takes its place, or "")."""
+        """(status, the statement that replaces it, or "")."""
         results = "\n".join(
             f"expected {'FIRES' if t.expected else 'SILENT'}, measured {self._percent(t.activation)} "
             f"({'FIRES' if t.fired else 'SILENT'}) | {_line(t.text)}"
@@ -270,7 +259,7 @@ class _Lab:
         return self.ask(task, form, verdict_of) or ("open", "")
 
     def conclusion(self, hypotheses: list[Hypothesis], first: str) -> str:
-        """The final explanation; where the agent has none, the best confirmed hypothesis, else the first."""
+        """The final explanation; without one that can be read the best confirmed hypothesis, else the first."""
         if not hypotheses:
             return ""
         listed = [f"{h.status} {h.right}/{len(h.evidence)} | {h.statement}" for h in hypotheses]
@@ -308,11 +297,11 @@ class _Lab:
         return pearson(np.array(predicted), measured), float(np.mean(shuffles))
 
 
-# ---------------------------------------------------------------------------------------------- reading answers
+# ---- reading answers
 
 
 def lines_of(answer: str, label: str, bullets: bool = True) -> list[str]:
-    """What stands behind ``LABEL:`` in each line that has it; without any, with ``bullets``, the listed lines."""
+    """The text after ``LABEL:`` of each line that has it; with ``bullets``, if no line has it, the listed lines."""
     labelled = rf"^[\s\-*•>#\d.)(]*{label}\W*?\d*\W*?[:：]\W*?(?=[\w\"'(\[«“])(.+)$"
     found = re.findall(labelled, answer, re.IGNORECASE | re.MULTILINE)
     if not found and bullets:
@@ -322,7 +311,7 @@ def lines_of(answer: str, label: str, bullets: bool = True) -> list[str]:
 
 
 def design_of(answer: str) -> list[tuple[str, bool]] | None:
-    """(text, whether it should fire) of a design; None without any text that should."""
+    """(text, whether it should fire) of a design; None without a text that should."""
     pairs = [(text, label == "FIRES") for label in ("FIRES", "SILENT") for text in lines_of(answer, label, False)]
     return pairs if any(to for _, to in pairs) else None
 
@@ -343,7 +332,7 @@ def verdict_of(answer: str) -> tuple[str, str] | None:
 
 
 def numbers_of(answer: str, n: int) -> list[float] | None:
-    """The numbers given to items 1 to n, those missing taken as the mean of the others; None below half of them."""
+    """The numbers of items 1 to n, missing ones as the mean of the others; None if more than half are missing."""
     pairs = re.findall(r"^[\s\-*•>(#]*(\d+)[.):\s*=-]+(\d+(?:\.\d+)?)", answer, re.MULTILINE)
     found = {int(i): float(value) for i, value in pairs if 1 <= int(i) <= n}
     if len(found) < max(1, n / 2):

@@ -1,4 +1,4 @@
-"""How well an explanation tells where its feature fires: detection, fuzzing and simulation.
+"""How well an explanation predicts where its feature fires: detection, fuzzing and simulation.
 
 Detection and fuzzing: Juang et al. 2024 and Paulo et al. 2024 (arXiv:2410.13928); simulation: Bills et al. 2023.
 A judge is any ``str -> str`` callable; None lets the explanation's own rule judge (``Rule.predict``).
@@ -8,7 +8,8 @@ import json
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
@@ -26,7 +27,7 @@ SCALE = 10  # a judge's strongest activation
 @as_annotated
 @dataclass(frozen=True)
 class Explanation:
-    """What somebody says a feature fires on. source: who says so."""
+    """``Explanation("names of months")``: a text on what a feature fires on. source: whose text it is."""
 
     text: str
     source: str = ""
@@ -44,12 +45,12 @@ class Explanation:
 
 @dataclass(frozen=True)
 class Score:
-    """Of one explanation on one feature's passages.
+    """Scores of one explanation on one feature's passages.
 
-    detection, fuzzing: balanced accuracy, .5 by chance; simulation: Pearson correlation, 0 by chance; NaN where too few
-    passages or answers were there. by_kind: of detection, the share of passages called firing, of each kind of passage
-    (``Passage.kind``) and of each fifth of the activations, 5 the strongest.
-    unanswered: passages that a judge gave no usable answer on, which do not count.
+    detection, fuzzing: balanced accuracy, .5 by chance; simulation: Pearson correlation, 0 by chance; NaN for too few
+    passages or answers. by_kind: of detection, the share of passages called firing, for each kind of passage
+    (``Passage.kind``) and each fifth of the activations, 5 the strongest. unanswered: passages without an answer that
+    can be read, which do not count.
     """
 
     detection: float = math.nan
@@ -68,7 +69,8 @@ def score(
     seed: int = 0,
     negatives: str = "firing",
 ) -> Score:
-    """Score an explanation on passages that its explainer did not see; judge None: by the explanation's own rule.
+    """``score(Explanation("names of months"), passages, judge)``: score an explanation on passages that its explainer
+    did not see; judge None: by the explanation's own rule.
 
     Detection: is the feature active anywhere in this passage? Balanced accuracy = (share of firing passages called
     firing + share of silent passages called silent) / 2. Fuzzing: some tokens of each passage are marked; are those the
@@ -77,39 +79,40 @@ def score(
 
     Args:
         negatives: what fuzzing marks wrongly. "firing": half of the firing passages are marked at the tokens on which
-            the feature fires, half at as many silent ones, so that only the mark can tell them apart. This is not the
-            default of EleutherAI's delphi (it is close to its ``fuzz_type="active"``). "silent" is that default: all
-            firing passages are marked where the feature fires, and silent passages at random tokens, as many as fire
-            in a firing one on average, rounded up. A judge may then go by the passage and never look at the mark, as
-            in detection. (delphi marks as right only tokens of .3 of an example's largest activation or more, and among
-            the wrong ones always the place at which its passages fire; here it is all that fire, and any place.)
+            the feature fires, half at equally many silent tokens, so that only the mark tells them apart (close to
+            ``fuzz_type="active"`` of EleutherAI's delphi). "silent", delphi's default: all firing passages are marked
+            where the feature fires, and silent passages at random tokens, as many as fire in a firing one on average,
+            rounded up. A judge can then answer from the passage alone, as in detection. (delphi marks as right only
+            tokens of .3 of an example's largest activation or more, and among the wrong ones always the place at which
+            its passages fire; here all that fire are marked, and any place.)
 
     ValueError for free text without a judge, and for an unknown measure or kind of negatives.
     """
-    if unknown := [m for m in measures if m not in MEASURES]:
-        raise ValueError(f"measures are {', '.join(MEASURES)}, got {unknown[0]!r}")
+    check_measures(measures)
     check_negatives(negatives)
     if judge is None:
         _rule(explanation)
-    random = np.random.default_rng([seed, *(p.document for p in passages.firing)])  # whatever its number
+    random = np.random.default_rng([seed, *(p.document for p in passages.firing)])  # the same for any feature number
     found = Score()
     if "detection" in measures:
-        found = _plus(found, detection(explanation, passages, judge, random))
+        found = detection(explanation, passages, judge, random)
     if "fuzzing" in measures:
-        found = _plus(found, fuzzing(explanation, passages, judge, random, negatives))
+        fuzzed = fuzzing(explanation, passages, judge, random, negatives)
+        found = replace(found, fuzzing=fuzzed.fuzzing, unanswered=found.unanswered + fuzzed.unanswered)
     if "simulation" in measures:
-        found = _plus(found, simulation(explanation, passages, judge, random))
+        simulated = simulation(explanation, passages, judge, random)
+        found = replace(found, simulation=simulated.simulation, unanswered=found.unanswered + simulated.unanswered)
     return found
+
+
+def check_measures(measures: Sequence[str]) -> None:
+    if unknown := [m for m in measures if m not in MEASURES]:
+        raise ValueError(f"measures are {', '.join(MEASURES)}, got {unknown[0]!r}")
 
 
 def check_negatives(negatives: str) -> None:
     if negatives not in NEGATIVES:
         raise ValueError(f"negatives are {' or '.join(map(repr, NEGATIVES))} passages, got {negatives!r}")
-
-
-def _plus(a: Score, b: Score) -> Score:
-    kept = {m: getattr(b, m) if math.isnan(getattr(a, m)) else getattr(a, m) for m in MEASURES}
-    return Score(**kept, by_kind=a.by_kind | b.by_kind, unanswered=a.unanswered + b.unanswered)
 
 
 def _rule(explanation: Explanation) -> Rule:
@@ -138,18 +141,15 @@ def pearson(a: np.ndarray, b: np.ndarray) -> float:
     return float(a @ b) / spread if spread > 0 else 0.0
 
 
-# ---------------------------------------------------------------------------------------------- the three measures
+# ---- the three measures
 
 
 def detection(explanation: Explanation, passages: Passages, judge: Asker | None, random: np.random.Generator) -> Score:
     every = [passages.all[i] for i in random.permutation(len(passages.all))]
-    truth = np.array([p.kind == "fires" for p in every], bool)
     if judge is None:
         said = [bool((explanation.predict(p.tokens) > 0).any()) for p in every]
     else:
-        said = _yes_or_no(judge, DETECTION, explanation, [p.text for p in every], AT_ONCE["detection"])
-    known = np.array([s is not None for s in said], bool)
-    yes = np.array([bool(s) for s in said], bool)
+        said = _flags(judge, "detection", explanation, [p.text for p in every])
     groups: dict[str, list[bool]] = {}
     for passage, answer in zip(every, said, strict=True):
         if answer is not None:
@@ -157,7 +157,8 @@ def detection(explanation: Explanation, passages: Passages, judge: Asker | None,
             if passage.kind == "fires":
                 groups.setdefault(f"fires, fifth {passage.quantile + 1}", []).append(answer)
     by_kind = {kind: float(np.mean(answers)) for kind, answers in sorted(groups.items())}
-    return Score(detection=balanced(truth[known], yes[known]), by_kind=by_kind, unanswered=int((~known).sum()))
+    accuracy, unanswered = _accuracy([p.kind == "fires" for p in every], said)
+    return Score(detection=accuracy, by_kind=by_kind, unanswered=unanswered)
 
 
 def fuzzing(
@@ -176,19 +177,23 @@ def fuzzing(
         ]
     usable = [one for one in shown if len(one[1])]
     usable = [usable[i] for i in random.permutation(len(usable))]
-    truth = np.array([right for _, _, right in usable], bool)
     if judge is None:
         said = [bool((explanation.predict(p.tokens)[at] > 0).mean() >= 0.5) for p, at, _ in usable]
     else:
-        texts = [marked(p.tokens, at.tolist()) for p, at, _ in usable]
-        said = _yes_or_no(judge, FUZZING, explanation, texts, AT_ONCE["fuzzing"])
-    known = np.array([s is not None for s in said], bool)
-    yes = np.array([bool(s) for s in said], bool)
-    return Score(fuzzing=balanced(truth[known], yes[known]), unanswered=int((~known).sum()))
+        said = _flags(judge, "fuzzing", explanation, [marked(p.tokens, at.tolist()) for p, at, _ in usable])
+    accuracy, unanswered = _accuracy([right for _, _, right in usable], said)
+    return Score(fuzzing=accuracy, unanswered=unanswered)
+
+
+def _accuracy(truth: Sequence[bool], said: Sequence[bool | None]) -> tuple[float, int]:
+    """(balanced accuracy of the answers, the number of passages without one)."""
+    pairs = [(right, answer) for right, answer in zip(truth, said, strict=True) if answer is not None]
+    answered = np.array(pairs, bool).reshape(-1, 2)
+    return balanced(answered[:, 0], answered[:, 1]), len(said) - len(pairs)
 
 
 def _silent_tokens(passage: Passage, n: int, random: np.random.Generator) -> np.ndarray:
-    """So many tokens on which the feature is silent, none where there are too few."""
+    """n tokens on which the feature is silent, or none if there are fewer."""
     silent = np.flatnonzero(passage.known & ~passage.fires)
     return np.sort(random.choice(silent, n, replace=False)) if len(silent) >= n else silent[:0]
 
@@ -196,9 +201,10 @@ def _silent_tokens(passage: Passage, n: int, random: np.random.Generator) -> np.
 def simulation(explanation: Explanation, passages: Passages, judge: Asker | None, random: np.random.Generator) -> Score:
     every = [passages.all[i] for i in random.permutation(len(passages.all))]
     if judge is None:
-        predicted = [explanation.predict(p.tokens) for p in every]
+        predicted: list[np.ndarray | None] = [explanation.predict(p.tokens) for p in every]
     else:
-        predicted = _simulated(judge, explanation, every)
+        texts, sizes = [json.dumps(p.tokens, ensure_ascii=False) for p in every], [len(p.tokens) for p in every]
+        predicted = _asked(judge, "simulation", explanation, texts, lambda said, at: read_activations(said, sizes[at]))
     pairs = [(a[p.known], p.values[p.known]) for a, p in zip(predicted, every, strict=True) if a is not None]
     unanswered = sum(a is None for a in predicted)
     if not pairs:
@@ -207,75 +213,60 @@ def simulation(explanation: Explanation, passages: Passages, judge: Asker | None
     return Score(simulation=pearson(a, b), unanswered=unanswered)
 
 
-# ---------------------------------------------------------------------------------------------- what a judge is asked
+# ---- what a judge is asked
 
-DETECTION = """\
-A feature of a language model is described below. For each numbered passage say whether the feature fires anywhere in \
-it: 1 if it does, 0 if it does not. Answer with a JSON list of {n} numbers, in order, and nothing else.
-
-FEATURE: {explanation}
-
-{passages}
-
-ANSWER:"""
-FUZZING = """\
-A feature of a language model is described below. In each numbered passage some tokens stand between << and >>. Say \
-whether those are the tokens on which the feature fires: 1 if they are, 0 if others were marked. Answer with a JSON \
-list of {n} numbers, in order, and nothing else.
+QUESTION = """\
+A feature of a language model is described below. {task}, and nothing else.
 
 FEATURE: {explanation}
 
 {passages}
 
 ANSWER:"""
-SIMULATION = """\
-A feature of a language model is described below. Each numbered passage is given as a JSON list of its tokens. Predict \
-how strongly the feature fires on each token, from 0 (silent) to 10. Answer with a JSON list that holds one list of \
-numbers for each passage, as long as the passage has tokens, and nothing else.
+TASKS = {
+    "detection": (
+        "For each numbered passage say whether the feature fires anywhere in it: 1 if it does, 0 if it does not. "
+        "Answer with a JSON list of {n} numbers, in order"
+    ),
+    "fuzzing": (
+        "In each numbered passage some tokens stand between << and >>. Say whether those are the tokens on which the "
+        "feature fires: 1 if they are, 0 if others were marked. Answer with a JSON list of {n} numbers, in order"
+    ),
+    "simulation": (
+        "Each numbered passage is given as a JSON list of its tokens. Predict how strongly the feature fires on each "
+        "token, from 0 (silent) to 10. Answer with a JSON list that holds one list of numbers for each passage, as "
+        "long as the passage has tokens"
+    ),
+}
 
-FEATURE: {explanation}
 
-{passages}
-
-ANSWER:"""
+def _flags(judge: Asker, measure: str, explanation: Explanation, texts: Sequence[str]) -> list[bool | None]:
+    return _asked(judge, measure, explanation, texts, lambda said, at: read_flags(said, len(texts[at])))
 
 
-def _yes_or_no(
-    judge: Asker, prompt: str, explanation: Explanation, texts: Sequence[str], at_once: int
-) -> list[bool | None]:
-    """The judge's answers, None where it gave none that can be read."""
-    said: list[bool | None] = []
-    for start in range(0, len(texts), at_once):
-        part = texts[start : start + at_once]
-        answer = judge.ask(_filled(prompt, explanation, part), _reader(read_flags, len(part)))
-        said += answer.value or [None] * len(part)
+def _asked(
+    judge: Asker, measure: str, explanation: Explanation, texts: Sequence[str], read: Callable[[str, slice], list[Any]]
+) -> list[Any]:
+    """The judge's answers on the passages, None for those without one that can be read. read: (answer, the passages
+    it is about)."""
+    said: list[Any] = []
+    for start in range(0, len(texts), AT_ONCE[measure]):
+        at = slice(start, start + AT_ONCE[measure])
+        answer = judge.ask(_filled(measure, explanation, texts[at]), lambda text, at=at: read(text, at))
+        said += answer.value or [None] * len(texts[at])
     return said
 
 
-def _simulated(judge: Asker, explanation: Explanation, every: Sequence[Passage]) -> list[np.ndarray | None]:
-    found: list[np.ndarray | None] = []
-    for start in range(0, len(every), AT_ONCE["simulation"]):
-        part = every[start : start + AT_ONCE["simulation"]]
-        texts = [json.dumps(p.tokens, ensure_ascii=False) for p in part]
-        lengths = [len(p.tokens) for p in part]
-        answer = judge.ask(_filled(SIMULATION, explanation, texts), lambda text, n=lengths: read_activations(text, n))
-        found += answer.value or [None] * len(part)
-    return found
-
-
-def _reader(read: Callable[[str, int], list[bool]], n: int) -> Callable[[str], list[bool]]:
-    return lambda text: read(text, n)
-
-
-def _filled(prompt: str, explanation: Explanation, texts: Sequence[str]) -> str:
+def _filled(measure: str, explanation: Explanation, texts: Sequence[str]) -> str:
     numbered = "\n".join(f"{i}. {text}" for i, text in enumerate(texts, 1))
-    # One part after the other: what stands in a passage or an explanation is never taken for a place to fill.
+    # One part after the other: braces in a passage or an explanation are text.
     parts = {"{n}": str(len(texts)), "{explanation}": explanation.text, "{passages}": numbered}
-    return "".join(parts.get(piece, piece) for piece in re.split(r"(\{n\}|\{explanation\}|\{passages\})", prompt))
+    question = QUESTION.replace("{task}", TASKS[measure])
+    return "".join(parts.get(piece, piece) for piece in re.split(r"(\{n\}|\{explanation\}|\{passages\})", question))
 
 
 def read_flags(answer: str, n: int) -> list[bool]:
-    """n noughts and ones from the last list in an answer. ValueError where there is no such list."""
+    """n noughts and ones from the last list in an answer. ValueError if there is no such list."""
     for found in reversed(re.findall(r"\[[^\[\]]*\]", answer)):
         values = re.split(r"[\s,]+", found.strip("[] \n"))
         if len(values) == n and all(v in ("0", "1") for v in values):
@@ -284,7 +275,7 @@ def read_flags(answer: str, n: int) -> list[bool]:
 
 
 def read_activations(answer: str, lengths: Sequence[int]) -> list[np.ndarray]:
-    """A list of numbers from 0 to 10 a passage, as shares of 10. ValueError where lengths or numbers are others."""
+    """A list of numbers from 0 to 10 a passage, as shares of 10. ValueError for other lengths or numbers."""
     start, stop = answer.find("["), answer.rfind("]")
     try:
         lists = json.loads(answer[start : stop + 1]) if 0 <= start < stop else None

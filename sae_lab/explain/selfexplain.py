@@ -1,4 +1,4 @@
-"""The model explains its own feature: the feature's direction stands in the place of a word, and the model goes on."""
+"""The model explains a feature of its own: the feature's direction replaces a word, and the model continues."""
 
 import math
 import re
@@ -14,8 +14,9 @@ from torch import Tensor
 
 from sae_lab.arguments import as_annotated
 from sae_lab.explain.prompts import check_coder, check_features
+from sae_lab.explain.words import WordHits, words_for
 from sae_lab.lm.model import LM
-from sae_lab.results import Figure, Result
+from sae_lab.results import Figure
 from sae_lab.saes.base import SparseCoder
 from sae_lab.types import Site, TokenBatch, Write
 
@@ -27,9 +28,9 @@ NORM_OF = "The history of the city begins with the old market by the river, wher
 
 @dataclass(frozen=True)
 class Implant:
-    """An edit: other activations in the place of one token, one vector for each row. For ``lm.generate(edits=...)``.
+    """``lm.generate(prompts, edits=[Implant(site, 3, vectors)])``: an edit that replaces one token's activation.
 
-    site: where; position: of which token (0 is the prefix); vectors: "rows d".
+    position: of the token (0 is the prefix); vectors: "rows d", one for each prompt.
     """
 
     site: Site
@@ -37,7 +38,7 @@ class Implant:
     vectors: Float[Tensor, "rows d"]
 
     def writes(self, lm: LM, batch: TokenBatch, new: int = 0) -> list[Write]:
-        """What the model must do."""
+        """The changes of activations that this edit makes."""
         return [Write(self.site, partial(implanted, position=self.position, vectors=self.vectors))]
 
 
@@ -49,16 +50,15 @@ def implanted(x, tokens, position, vectors):
 
 
 @dataclass(frozen=True, repr=False)
-class SelfExplanations(Result):
+class SelfExplanations(WordHits):
     """Result of ``self_explain``: one entry a feature, in the order of ``features``.
 
     Attributes:
-        texts: what the model wrote behind the prompt; ``random_texts``: with random vectors, several a feature.
-        scale: the chosen c, in units of the norm that activations have at the site; ``similarity``: the
-            self-similarity there; ``random_similarity``: of the random vectors, mean.
-        words: the word of each feature, "" where none was given; ``hits``: whether it stands in the text.
-        random_hits: share of its random vectors' texts that hold the word; ``other_hits``: share of the other
-            features' texts that do.
+        texts: what the model wrote after the prompt; ``random_texts``: with random vectors, several a feature.
+        scale: the chosen c, in units of the norm of activations at the site; ``similarity``: the self-similarity with
+            it; ``random_similarity``: of the random vectors, mean.
+        words: the word of each feature, "" for none; ``hits``: whether the text holds it; ``random_hits``: share of its
+            random vectors' texts that do; ``other_hits``: share of the other features' texts.
     """
 
     features: tuple[int, ...]
@@ -75,46 +75,29 @@ class SelfExplanations(Result):
     site: Site
     norm: float
 
-    @property
-    def hit_rate(self) -> float:
-        """Share of the features with a word whose text holds it; NaN where none has one."""
-        return self._of_words(self.hits)[0]
+    _records = ("feature=features", "scale", "similarity", "texts", "words", "hits", "random_hits", "other_hits",
+                "random_texts")  # fmt: skip
 
     @property
     def random_hit_rate(self) -> float:
         """The same of random vectors of equal norms, the control."""
-        return self._of_words(self.random_hits)[0]
+        return self._rate("random_hits")[0]
 
     @property
     def other_hit_rate(self) -> float:
-        """The same where a feature's word is looked for in the texts of the others, the second control."""
-        return self._of_words(self.other_hits)[0]
-
-    def _of_words(self, values: Sequence[float]) -> tuple[float, float]:
-        """(mean, standard error) over the features with a word."""
-        chosen = np.array([v for v, word in zip(values, self.words, strict=True) if word], dtype=float)
-        error = float(chosen.std(ddof=1) / math.sqrt(len(chosen))) if len(chosen) > 1 else math.nan
-        return (float(chosen.mean()) if len(chosen) else math.nan), error
+        """The share of the other features' texts that hold a feature's word, the second control."""
+        return self._rate("other_hits")[0]
 
     def figures(self) -> list[Figure]:
-        rate, error = self._of_words(self.hits)
-        n = sum(map(bool, self.words))
-        similar = np.array(self.similarity)
+        found = self._rate("hits")
         return [
-            Figure("the word is named", rate, error, self.random_hit_rate, "random vectors",
-                   f"share of {n} features with a word", "high"),
-            Figure("and not another's", rate, error, self.other_hit_rate, "other features' texts",
+            Figure("the word is named", *found, self.random_hit_rate, "random vectors",
+                   f"share of {self._named} features with a word", "high"),
+            Figure("and not another's", *found, self.other_hit_rate, "other features' texts",
                    "share of texts with the feature's word", "high"),
-            Figure("self-similarity", float(similar.mean()), control=float(np.mean(self.random_similarity)),
+            Figure("self-similarity", float(np.mean(self.similarity)), control=float(np.mean(self.random_similarity)),
                    control_name="random vectors", meaning="cosine of the last token and the direction"),
         ]  # fmt: skip
-
-    def to_pandas(self):
-        """One row a feature."""
-        import pandas as pd
-
-        names = ("scale", "similarity", "texts", "words", "hits", "random_hits", "other_hits", "random_texts")
-        return pd.DataFrame({"feature": self.features} | {name: getattr(self, name) for name in names})
 
     def _footer(self) -> str:
         rows = zip(self.features, self.words, self.scale, self.texts, strict=True)
@@ -139,32 +122,32 @@ def self_explain(
     controls: int = 2,
     seed: int = 0,
 ) -> SelfExplanations:
-    """Put c·d in the place of a placeholder's activation, d a feature's decoder direction, and let the model go on.
+    """``self_explain(sae, lm, [812])``: replace a placeholder's activation by c·d, d a feature's decoder direction, and
+    let the model continue the prompt.
 
-    c = s·(median norm of activations at that site), s of ``scales``; chosen is the s with the largest self-similarity,
-    the cosine of d and the last prompt token's activation at ``compare``. Generation is greedy. Controls: random
-    directions of equal norms, whose s is chosen in the same way; and each word in the other features' texts.
+    c = s·(median norm of activations at that site), with the s of ``scales`` of the largest self-similarity: the cosine
+    of d and the last prompt token's activation at ``compare``. Generation is greedy. Controls: random directions of
+    equal norms, with their s chosen in the same way; and each word in the other features' texts.
 
-    Chen et al. 2024 (SelfIE, arXiv:2403.10949), Ghandeharioun et al. 2024 (Patchscopes, arXiv:2401.06102); the choice
-    of c is that of "Self-explaining SAE features" (2024, LessWrong), which also looks at the entropy of the next token.
-    They had models of billions of parameters. The bundled one of 135M hardly does it: of 12 token features
-    of ``smollm2-135m/resid_post-8`` two were named, and none by random vectors (benchmarks/methods.py).
+    Chen et al. 2024 (SelfIE, arXiv:2403.10949), Ghandeharioun et al. 2024 (Patchscopes, arXiv:2401.06102); c is chosen
+    as in "Self-explaining SAE features" (2024, LessWrong), without its entropy of the next token. These used models of
+    billions of parameters. The bundled model of 135M named 2 of 12 token features of ``smollm2-135m/resid_post-8``, and
+    none by random vectors (benchmarks/methods.py).
 
     Args:
-        words: of features that fire on one token, that token (``token_features`` finds them): a hit is a text that
+        words: the token of each feature that fires on one token (``token_features`` finds them): a hit is a text that
             holds it as a word, case ignored.
-        prompt: holds the placeholder once, as a token of its own.
-        at: an early site; None: the stream behind the second block.
-        compare: a later site whose activations are written as d is; None: the coder's, or where that is not later, the
-            stream behind the last block.
-        tokens: to generate. controls: random vectors a feature.
+        prompt: a text with the placeholder, which must be one token.
+        at: an early site; None: the stream after the second block.
+        compare: a later site in the same space as d; None: the coder's, or if that is not later, the stream after the
+            last block.
+        tokens: how many to generate. controls: random vectors a feature.
 
     Raises ValueError for a placeholder that is no token of the prompt, sites in the wrong order or of another width,
     and settings out of range.
     """
     check_coder(sae, lm)
     features = check_features(sae, features)
-    words = {} if words is None else dict(words)
     if controls < 1 or tokens < 1:
         raise ValueError(f"tokens and controls must be at least 1, got {tokens} and {controls}")
     at, compare = implant_sites(sae, lm, at, compare)
@@ -179,22 +162,17 @@ def self_explain(
     texts = [text[len(prompt) :] for text in lm.generate([prompt] * len(vectors), [edit], max_new_tokens=tokens)]
     own, others = texts[: len(features)], texts[len(features) :]
     by_chance = [tuple(others[i * controls : (i + 1) * controls]) for i in range(len(features))]
-    named = [words.get(f, "").strip() for f in features]
+    named = words_for(features, words)
+    n = len(features)
     return SelfExplanations(
-        features=tuple(features),
-        texts=tuple(own),
-        scale=tuple(chosen[: len(features)].tolist()),
-        similarity=tuple(similarity[: len(features)].tolist()),
-        random_similarity=tuple(similarity[len(features) :].reshape(-1, controls).mean(1).tolist()),
-        words=tuple(named),
+        features=tuple(features), texts=tuple(own), scale=tuple(chosen[:n].tolist()), words=named,
+        similarity=tuple(similarity[:n].tolist()),
+        random_similarity=tuple(similarity[n:].reshape(-1, controls).mean(1).tolist()),
         hits=tuple(holds(text, word) for text, word in zip(own, named, strict=True)),
         random_hits=tuple(share(texts, word) for texts, word in zip(by_chance, named, strict=True)),
         other_hits=tuple(share([*own[:i], *own[i + 1 :]], word) for i, word in enumerate(named)),
-        random_texts=tuple(by_chance),
-        prompt=prompt,
-        site=at,
-        norm=norm,
-    )
+        random_texts=tuple(by_chance), prompt=prompt, site=at, norm=norm,
+    )  # fmt: skip
 
 
 def choose_scale(
@@ -217,7 +195,7 @@ def choose_scale(
 
 
 def implant_sites(sae: SparseCoder, lm: LM, at: Site | str | None, compare: Site | str | None) -> tuple[Site, Site]:
-    """Where to implant, and where to look for the direction afterwards. ValueError where that cannot be."""
+    """(the site to implant at, the site to compare at). ValueError for a wrong order or another width."""
     last = lm.n_layers - 1
     at = Site.of(at) if at is not None else Site("resid_post", min(1, last - 1)) if last else Site("embed")
     own = sae.writes[0] if sae.writes else sae.site
@@ -240,7 +218,7 @@ def _depth(site: Site) -> int:
 
 
 def placeholder_position(lm: LM, prompt: str, placeholder: str) -> int:
-    """Where the prompt's last token that reads as the placeholder stands."""
+    """The position of the prompt's last token that is the placeholder."""
     places = [i for i, token in enumerate(lm.tokens(prompt)) if token.strip() == placeholder]
     if not placeholder.strip() or not places:
         labels = [t.label for t in lm.tokens(prompt)]
@@ -254,7 +232,7 @@ def typical_norm(lm: LM, site: Site, text: str = NORM_OF) -> float:
 
 
 def holds(text: str, word: str) -> bool:
-    """Whether a word stands in a text by itself, case ignored; False for no word."""
+    """Whether a text holds a word, case ignored, and not as part of a longer one; False for ""."""
     return bool(word) and re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text, re.IGNORECASE) is not None
 
 

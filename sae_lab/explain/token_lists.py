@@ -1,27 +1,29 @@
-"""Which tokens fire a feature by themselves."""
+"""Which tokens fire a feature alone."""
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from sae_lab.arguments import as_annotated
-from sae_lab.explain.lens import check_k, rate
 from sae_lab.explain.prompts import check_coder, check_features, codes_of
+from sae_lab.explain.words import WordHits, check_k, words_for
 from sae_lab.lm.model import LM
-from sae_lab.results import Figure, Result
+from sae_lab.results import Figure
 from sae_lab.saes.base import SparseCoder
 
 
 @dataclass(frozen=True, repr=False)
-class TokenLists(Result):
-    """Result of ``token_list``: one entry a feature, in the order of ``features``.
+class TokenLists(WordHits):
+    """Result of ``token_list``: one entry a feature, in the order of ``features``. Its table has one row a feature and
+    token.
 
     Attributes:
-        top: the k tokens that fire the feature most by themselves, the strongest first (fewer where fewer fire it).
+        top: the (at most k) tokens that alone fire the feature most, with their activations, the strongest first.
         share: share of the tokens tried that fire it.
         words, hits, other_hits: as in ``LensShape``; ``other_hits`` is the share of the other features' lists that
             hold the word, the control.
@@ -41,13 +43,10 @@ class TokenLists(Result):
     tokens: tuple[str, ...] = field(repr=False, compare=False)
     codes: Tensor = field(repr=False, compare=False)
 
-    @property
-    def hit_rate(self) -> float:
-        """Share of the features with a word whose list holds it."""
-        return rate(self.hits, self.words)[0]
+    _records = "_listed"
 
     def activations(self, feature: int) -> dict[str, float]:
-        """All tokens that fire one of these features, and how strongly, the strongest first."""
+        """``lists.activations(812)``: the tokens that fire a feature, with their activations, the strongest first."""
         if feature not in self.features:
             raise ValueError(f"feature must be one of those listed, {self.features}, got {feature}")
         column = self.codes.to_dense()[:, self.features.index(feature)]
@@ -55,28 +54,26 @@ class TokenLists(Result):
         return {self.tokens[i]: float(column[i]) for i in order}
 
     def figures(self) -> list[Figure]:
-        words = sum(map(bool, self.words))
         none = float(np.mean([not row for row in self.top]))
         return [
-            Figure("word in the list", *rate(self.hits, self.words), control=rate(self.other_hits, self.words)[0],
-                   control_name="other features' lists", meaning=f"top {self.k}, of {words} features", best="high"),
+            Figure("word in the list", *self._rate("hits"), control=self._rate("other_hits")[0],
+                   control_name="other features' lists", meaning=f"top {self.k}, of {self._named} features",
+                   best="high"),
             Figure("tokens that fire", float(np.mean(self.share)), meaning="share of the tokens tried, mean", digits=4),
             Figure("no token fires it", none, meaning="share of features: they need context"),
         ]  # fmt: skip
 
-    def to_pandas(self):
-        """One row a feature and token."""
-        import pandas as pd
-
+    @property
+    def _listed(self) -> list[dict[str, Any]]:
         rows = [(f, token, value) for f, top in zip(self.features, self.top, strict=True) for token, value in top]
-        return pd.DataFrame(rows, columns=["feature", "token", "activation"])
+        return [{"feature": f, "token": token, "activation": value} for f, token, value in rows]
 
     def _footer(self) -> str:
         lines = [
             f"feature {f} {word!r}: {' '.join(f'{t!r} {v:.3g}' for t, v in top) or 'none'}"
             for f, word, top in zip(self.features, self.words, self.top, strict=True)
         ]
-        where = f"behind {self.context!r}" if self.context else "behind the prefix"
+        where = f"after {self.context!r}" if self.context else "after the prefix"
         return "\n".join([f"{len(self.tokens):,} tokens, each alone {where}; {self.left_out:.1%} masked", *lines])
 
 
@@ -85,16 +82,16 @@ def token_list(
     sae: SparseCoder, lm: LM, features: Sequence[int], words: Mapping[int, str] | None = None, *,
     tokens: Sequence[int] | None = None, context: str = "", k: int = 5,
 ) -> TokenLists:  # fmt: skip
-    """Which tokens of the vocabulary fire a feature by themselves: each stands once behind the prefix.
+    """``token_list(sae, lm, [812])``: which tokens of the vocabulary fire a feature alone, each once after the prefix.
 
     One pass over the tokens to the coder's site, for all features together; the result keeps every activation. "Token
     lists" of Watkins 2024 ("Exploring SAE features in GPT-2 with definition trees and token lists", LessWrong).
 
     Args:
-        words: of features that fire on one token, that token.
+        words: the token of each feature that fires on one token.
         tokens: the ids to try; None: the whole vocabulary but special tokens. context: text before the token.
 
-    Raises ValueError for a model without prefix where no context is given: its masks leave position 0 out.
+    Raises ValueError for a model without a prefix if no context is given: masks leave position 0 out.
     """
     check_coder(sae, lm)
     chosen = check_features(sae, features)
@@ -115,7 +112,7 @@ def token_list(
         best = column.topk(min(k, len(column)))
         pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
         top.append(tuple((lm.vocabulary[int(ids[i])], value) for i, value in pairs if value > 0))
-    named = ["" if words is None else words.get(f, "").strip() for f in chosen]
+    named = words_for(chosen, words)
     listed = [{token.strip().lower() for token, _ in row} for row in top]
     hits = [bool(word) and word.lower() in row for word, row in zip(named, listed, strict=True)]
     others = [
@@ -123,7 +120,7 @@ def token_list(
         for i, word in enumerate(named)
     ]
     return TokenLists(
-        features=tuple(chosen), top=tuple(top), share=tuple((codes > 0).float().mean(0).tolist()), words=tuple(named),
+        features=tuple(chosen), top=tuple(top), share=tuple((codes > 0).float().mean(0).tolist()), words=named,
         hits=tuple(hits), other_hits=tuple(others), k=k, context=context, left_out=float((~keep).float().mean()),
         tokens=tuple(lm.vocabulary[i] for i in ids.tolist()), codes=codes.to_sparse(),
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""What the model writes when a feature's direction stands for a word."""
+"""What the model writes when a feature's direction replaces a word."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,13 +20,13 @@ from sae_lab.explain.selfexplain import (
     typical_norm,
 )
 from sae_lab.lm.model import LM
-from sae_lab.results import Figure, Result
+from sae_lab.results import Figure, Result, figure
 from sae_lab.saes.base import SparseCoder
 from sae_lab.types import Site
 
 
 class Branch(NamedTuple):
-    """One way on. token: its text; probability: given what stands before; branches: the ways on from there."""
+    """A next token. probability: given the tokens before; branches: the tokens that may follow."""
 
     token: str
     probability: float
@@ -35,38 +35,34 @@ class Branch(NamedTuple):
 
 @dataclass(frozen=True, repr=False)
 class DefinitionTree(Result):
-    """Result of ``definition_tree``: what the model may write where the direction stands for a word.
+    """Result of ``definition_tree``: the most likely continuations when the direction replaces a word.
 
     Attributes:
-        branches: the ways on. scale: the c chosen, in units of the site's norm; similarity: the self-similarity there.
-        random_branches: of a random direction of equal norm, the control; overlap: how much probability the next
-            token's distribution shares with the random direction's, Σ min(p, q).
+        branches: the next tokens. scale: the c chosen, in units of the site's norm; similarity: the self-similarity
+            with it. random_branches: of a random direction of equal norm, the control; overlap: the probability that
+            the next token's distribution shares with the random direction's, Σ min(p, q).
     """
 
     feature: int
     branches: tuple[Branch, ...]
     scale: float
-    similarity: float
-    overlap: float
+    similarity: float = figure("self-similarity", "at scale {scale:g}")
+    overlap: float = figure("overlap", "next-token probability shared with a random direction", best="low")
     random_branches: tuple[Branch, ...] = field(repr=False)
     prompt: str = field(repr=False)
 
     @property
     def best(self) -> str:
-        """The most likely way on, token after token."""
+        """The continuation of the most likely next token each time."""
         text, branches = "", self.branches
         while branches:
             text, branches = text + branches[0].token, branches[0].branches
         return text
 
     def figures(self) -> list[Figure]:
-        return [
-            Figure("covered", covered(self.branches), control=covered(self.random_branches),
-                   control_name="a random direction", meaning="probability of the ways shown"),
-            Figure("overlap", self.overlap, meaning="next-token probability shared with a random direction",
-                   best="low"),
-            Figure("self-similarity", self.similarity, meaning=f"at scale {self.scale:g}"),
-        ]  # fmt: skip
+        shown = Figure("covered", covered(self.branches), control=covered(self.random_branches),
+                       control_name="a random direction", meaning="probability of the continuations shown")  # fmt: skip
+        return [shown, *super().figures()[::-1]]
 
     def _footer(self) -> str:
         def lines(branches: tuple[Branch, ...], depth: int) -> list[str]:
@@ -84,12 +80,13 @@ def definition_tree(
     sae: SparseCoder, lm: LM, feature: int, *, width: int = 3, depth: int = 3, prompt: str = MEANING,
     placeholder: str = "X", at: Site | str | None = None, scales: Sequence[float] = SCALES, seed: int = 0,
 ) -> DefinitionTree:  # fmt: skip
-    """Implant a feature's direction in the place of a word, and branch over the ``width`` most likely next tokens.
+    """``definition_tree(sae, lm, 812)``: replace a word by a feature's direction, and branch over the ``width`` most
+    likely next tokens, ``depth`` times.
 
-    The direction's size is chosen by self-similarity, as in ``self_explain``; width^depth ways in all, one pass a
-    level. Control: a random direction of equal norm. "Definition trees" of Watkins 2024 (see ``token_list``).
+    The direction's size is chosen by self-similarity, as in ``self_explain``; one pass a level. Control: a random
+    direction of equal norm. "Definition trees" of Watkins 2024 (see ``token_list``).
 
-    Raises ValueError for a width or depth below 1, more than 1,000 ways, and what ``self_explain`` refuses.
+    Raises ValueError for a width or depth below 1, a width^depth above 1,000, and as ``self_explain``.
     """
     check_coder(sae, lm)
     feature = sae.feature(feature)
@@ -108,20 +105,15 @@ def definition_tree(
         trees.append(branches)
         firsts.append(first)
     return DefinitionTree(
-        feature=feature,
-        branches=trees[0],
-        scale=float(chosen[0]),
-        similarity=float(similarity[0]),
-        overlap=float(torch.minimum(*firsts).sum()),
-        random_branches=trees[1],
-        prompt=prompt,
-    )
+        feature=feature, branches=trees[0], scale=float(chosen[0]), similarity=float(similarity[0]), prompt=prompt,
+        overlap=float(torch.minimum(*firsts).sum()), random_branches=trees[1],
+    )  # fmt: skip
 
 
 def _grow(
     lm: LM, ids: list[int], position: int, at: Site, vector: Tensor, width: int, depth: int
 ) -> tuple[tuple[Branch, ...], Tensor]:
-    """(the tree, the distribution of its first token): a level at a time, all its ways in one batch."""
+    """(the tree, the distribution of its first token), one batch a level."""
     levels, ways, first = [], [ids], torch.zeros(0)
     for level in range(depth):
         batch = lm.tokenize(ways)
@@ -150,5 +142,5 @@ def next_probabilities(logits, tokens):
 
 
 def covered(branches: tuple[Branch, ...]) -> float:
-    """The probability that all ways of a tree have together."""
+    """The probability of all continuations of a tree together."""
     return sum(b.probability * (covered(b.branches) if b.branches else 1.0) for b in branches)

@@ -1,4 +1,4 @@
-"""Circles of words: do days of the week lie in order around a circle in what some features say about them?"""
+"""Circles of words: do features place the days of the week in order around a circle?"""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -13,8 +13,9 @@ from torch import Tensor
 
 from sae_lab.arguments import Count, as_annotated
 from sae_lab.lm.model import LM
-from sae_lab.results import Figure, Result
+from sae_lab.results import Result, figure
 from sae_lab.saes.base import SparseCoder
+from sae_lab.stats import mean_and_error, permutation_p
 from sae_lab.types import check_feature
 
 WEEKDAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
@@ -38,9 +39,8 @@ ELSEWHERE = 0.1  # share of the prompts' other tokens in which it may fire at mo
 
 
 class Order(NamedTuple):
-    """Words around one plane. correlation: 1 where the order is the true one, either way round. adjacent: true
-    neighbours that are neighbours. p: share of orders that do as well in the best of all planes. each: the correlation
-    in each template alone."""
+    """Words around one plane. correlation: 1 for the true order, either way round. adjacent: true neighbours that are
+    neighbours. p: share of orders that do as well in the best of all planes. each: the correlation in each template."""
 
     plane: tuple[int, int]
     correlation: float
@@ -53,27 +53,30 @@ class Order(NamedTuple):
 
 @dataclass(frozen=True, repr=False)
 class Circular(Result):
-    """Result of ``sl.geometry.circular``; ``raw_``: the same from activations in place of features.
+    """Result of ``sl.geometry.circular``; ``raw_``: the same from activations instead of features.
 
     Attributes:
-        adjacent: of the true neighbours, how many are neighbours around the circle; all of ``words`` is the true order.
+        adjacent: how many true neighbours are neighbours around the circle; all of ``words`` is the true order.
         correlation: circular rank correlation, 1 for the true order; ``each``: its mean over single templates.
         p: corrected for the ``planes`` tried; ``p_alone``: without (optimistic: do not report it).
-        random_adjacent, random_correlation: means over draws of as many other features that fire on the words.
+        random_adjacent, random_correlation: means over draws of equally many other features that fire on the words.
         random_share: of the draws that do at least as well.
-        features: those the circle was drawn from; ``points``: ``words 2``, mean of each word; ``angles``: radians.
+        features: those the circle was made from; ``points``: ``words 2``, mean of each word; ``angles``: radians.
     """
 
     words: int
-    adjacent: int
-    correlation: float
-    each: float
+    adjacent: int = figure("neighbours right", "of {words}", control="random_adjacent",
+                           control_name="{draws} x other features", best="high", digits=1)  # fmt: skip
+    correlation: float = figure("circular correlation", "of ranks around the circle, 1 = true order", best="high",
+                                control="random_correlation", control_name="{draws} x other features")  # fmt: skip
+    each: float = figure("in one template", "correlation, ± over templates", best="high")
     each_se: float
-    p: float
+    p: float = figure("p", "share of orders as good in the best of {planes} planes ({p_alone:.4f} in one)",
+                      digits=4, best="low")  # fmt: skip
     p_alone: float
     planes: int
     plane: str
-    raw_adjacent: int
+    raw_adjacent: int = figure("raw: neighbours", "the same from activations, p {raw_p:.4f}", digits=1, best="high")
     raw_correlation: float
     raw_p: float
     random_adjacent: float
@@ -88,6 +91,11 @@ class Circular(Result):
     points: Tensor = field(repr=False, compare=False)
     raw_points: Tensor = field(repr=False, compare=False)
 
+    _below = (
+        "order {_found}: {adjacent}/{words}, p {p:.4f} (corrected); plane {plane}; {n_features} features at {site}, "
+        "{_drawn}; chosen on {templates} templates, measured on {templates} others"
+    )
+
     @property
     def angles(self) -> Float[Tensor, " words"]:
         return torch.atan2(self.points[:, 1], self.points[:, 0])
@@ -99,28 +107,13 @@ class Circular(Result):
         first = around.index(0)
         return [self.names[i] for i in around[first:] + around[:first]]
 
-    def figures(self) -> list[Figure]:
-        control = f"{self.draws} x other features"
-        return [
-            Figure("neighbours right", self.adjacent, control=self.random_adjacent, control_name=control, digits=1,
-                   meaning=f"of {self.words}", best="high"),
-            Figure("circular correlation", self.correlation, control=self.random_correlation, control_name=control,
-                   meaning="of ranks around the circle, 1 = true order", best="high"),
-            Figure("p", self.p, digits=4, best="low",
-                   meaning=f"share of orders as good in the best of {self.planes} planes ({self.p_alone:.4f} in one)"),
-            Figure("in one template", self.each, self.each_se, meaning="correlation, ± over templates", best="high"),
-            Figure("raw: neighbours", self.raw_adjacent, digits=1, best="high",
-                   meaning=f"the same from activations, p {self.raw_p:.4f}"),
-        ]  # fmt: skip
+    @property
+    def _found(self) -> str:
+        return "recovered" if self.adjacent == self.words else "not recovered"
 
-    def _footer(self) -> str:
-        found = "order recovered" if self.adjacent == self.words else "order not recovered"
-        drawn = f"{self.random_share:.0%} of draws do as well" if self.draws else "too few other features to draw"
-        return (
-            f"{found}: {self.adjacent}/{self.words}, p {self.p:.4f} (corrected); plane {self.plane}; "
-            f"{self.n_features} features at {self.site}, {drawn}; chosen on {self.templates} templates, measured on as "
-            f"many others"
-        )
+    @property
+    def _drawn(self) -> str:
+        return f"{self.random_share:.0%} of draws do as well" if self.draws else "too few other features to draw"
 
 
 @as_annotated
@@ -136,7 +129,8 @@ def circular(
     draws: Count = 50,
     seed: int = 0,
 ) -> Circular:
-    """Whether words with a circular order lie in that order around a plane of what some features reconstruct.
+    """``circular(sae, lm)``: whether words with a circular order lie in that order in a plane of what some features
+    reconstruct.
 
     y_tw = Σ_{i∈features} f_i(x_tw) W_dec[i] (times the size that an ``input_norm`` is undone by), x_tw the activation
     at the last token of word w in template t. Principal components of y over even templates; in each plane of two of
@@ -144,22 +138,22 @@ def circular(
     Correlation = max over both ways round of |mean_w exp(i(r_w ∓ 2πw/n))|, r_w the rank of word w's angle times 2π/n.
 
     p is taken over all (n−1)! orders of the words (10,000 random ones beyond 8 words), each with the best of all
-    planes. It has to be: words differ little between templates, so a plane that was chosen because it orders them by
-    chance orders them on other templates too. After Engels et al. 2024 (arXiv:2405.14860), who cluster decoder rows and
-    look at their clusters one by one; give ``features`` to do that (their number of clusters is then not in p).
+    planes, since words differ little between templates: a plane that orders them by chance on even templates does so on
+    odd ones too. After Engels et al. 2024 (arXiv:2405.14860), who look at clusters of decoder rows one by one: pass a
+    cluster as ``features`` for that (p is then not corrected for the number of clusters).
 
     Args:
-        words: in their order. templates: texts with "{}" for the word, of which what follows is not read; two at least
-            for each half. None: ours, for ``WEEKDAYS`` and ``MONTHS``.
+        words: in their order. templates: at least four texts with "{}" for the word; the text after it is not read.
+            None: ours, for ``WEEKDAYS`` and ``MONTHS``.
         features: None takes those that fire on some word in at least half of the even templates, and on at most a tenth
             of the templates' other tokens.
-        components: principal components; c(c−1)/2 planes. Each more costs p.
-        draws: how often as many other features that fire on the words are drawn, as control.
+        components: principal components; c(c−1)/2 planes. More planes make p larger.
+        draws: how often equally many other features that fire on the words are drawn, as control.
 
-    Raises ValueError for too few words, templates or components, and where no feature passes.
+    Raises ValueError for too few words, templates or components, and if no feature passes.
     """
     words, templates = tuple(words), _templates(tuple(words), templates)
-    if not isinstance(components, int) or not 2 <= components <= len(words) - 1:
+    if not 2 <= components <= len(words) - 1:
         raise ValueError(f"components must be an integer from 2 to {len(words) - 1}, got {components!r}")
     x, codes, elsewhere = _read(coder, lm, words, templates)
     fires = (codes[::2] > 0).double().mean(0)  # word, feature
@@ -178,17 +172,18 @@ def circular(
     own, raw = _order(y, components, orders), _order(x, components, orders)
     others = codes[::2].double().sum((0, 1)) * (fires > 0).any(0)
     others[chosen] = 0.0
-    ranked = others.argsort(descending=True)[: int(others.count_nonzero())]  # drawn by rank, not by number
+    ranked = others.argsort(descending=True)[: int(others.count_nonzero())]  # whatever their order
     drawn = _draws(codes, W_dec, ranked, len(chosen), draws, components, rng)
-    means = [float(np.mean(v)) if drawn else math.nan for v in ([o.adjacent for o in drawn],
-             [o.correlation for o in drawn], [o.correlation >= own.correlation - 1e-9 for o in drawn])]  # fmt: skip
-    n = len(own.each)
+    each, each_se = mean_and_error(own.each)
+    correlations = [o.correlation for o in drawn]
     return Circular(
-        words=len(words), adjacent=own.adjacent, correlation=own.correlation, each=float(own.each.mean()),
-        each_se=float(own.each.std(ddof=1) / math.sqrt(n)), p=own.p, p_alone=own.p_alone,
-        planes=components * (components - 1) // 2, plane=f"PC{own.plane[0] + 1}, PC{own.plane[1] + 1}",
-        raw_adjacent=raw.adjacent, raw_correlation=raw.correlation, raw_p=raw.p, random_adjacent=means[0],
-        random_correlation=means[1], random_share=means[2], draws=len(drawn), n_features=len(chosen), templates=n,
+        words=len(words), adjacent=own.adjacent, correlation=own.correlation, each=each, each_se=each_se, p=own.p,
+        p_alone=own.p_alone, planes=components * (components - 1) // 2,
+        plane=f"PC{own.plane[0] + 1}, PC{own.plane[1] + 1}", raw_adjacent=raw.adjacent,
+        raw_correlation=raw.correlation, raw_p=raw.p, draws=len(drawn), n_features=len(chosen),
+        random_adjacent=mean_and_error([o.adjacent for o in drawn])[0],
+        random_correlation=mean_and_error(correlations)[0],
+        random_share=mean_and_error([c >= own.correlation - 1e-9 for c in correlations])[0], templates=len(own.each),
         site=coder.site.key, names=words, features=tuple(chosen.tolist()),
         points=torch.from_numpy(own.points).float(), raw_points=torch.from_numpy(raw.points).float(),
     )  # fmt: skip
@@ -237,10 +232,8 @@ def _read(
 ) -> tuple[Float[Tensor, "templates words d"], Float[Tensor, "templates words d_sae"], Float[Tensor, " d_sae"]]:
     """(activations at the words, strengths there, share of the even templates' other tokens on which each fires)."""
     site, mask = coder.site, coder.mask or lm.mask()
-    was_training = coder.training
-    coder.eval()
     xs, codes, fired, count = [], [], torch.zeros(coder.d_sae), 0
-    try:
+    with coder.evaluating():
         for number, template in enumerate(templates):
             batch = lm.tokenize([template.split("{}")[0] + word for word in words])
             x = lm.run(batch, [site], logits=False)[0][site].float().cpu()
@@ -257,13 +250,11 @@ def _read(
             if number % 2 == 0 and keep.any():
                 other = coder.encode(x[keep].to(coder.W_dec.device)).float().cpu()
                 fired, count = fired + (other > 0).sum(0), count + len(other)
-    finally:
-        coder.train(was_training)
     return torch.stack(xs), torch.stack(codes), fired / max(count, 1)
 
 
 def _orders(n: int, rng: np.random.Generator) -> np.ndarray:
-    """Orders of n words, the true one first; up to rotation, since planes have no beginning."""
+    """Orders of n words, the true one first; up to rotation, since a circle has no first word."""
     if n <= EXACT:
         return np.array([(0, *rest) for rest in permutations(range(1, n))])
     drawn = np.stack([rng.permutation(n) for _ in range(10_000)])
@@ -282,17 +273,13 @@ def _order(y: Float[Tensor, "templates words d"], components: int, orders: np.nd
     found = circular_correlation(around)
     p = p_alone = math.nan
     if orders is not None:
-        n = around.shape[1]
-        on_circle = np.exp(2j * math.pi / n * around.argsort(-1).argsort(-1))
-        scores = np.stack([_correlation(plane[orders]) for plane in on_circle])  # plane, order
-        p = float((scores.max(0) >= found[chosen] - 1e-9).mean())
-        p_alone = float((scores[chosen] >= found[chosen] - 1e-9).mean())
+        on_circle = np.exp(2j * math.pi / around.shape[1] * around.argsort(-1).argsort(-1))
+        scores = np.stack([_correlation(plane[orders[1:]]) for plane in on_circle])  # plane, wrong order
+        p, p_alone = (permutation_p(found[chosen] - 1e-9, of) for of in (scores.max(0), scores[chosen]))
     plane = planes[chosen]
     points = placed[1::2].mean(0)[:, plane]
     each = np.array([circular_correlation(_angles(own[:, plane])) for own in placed[1::2]])
-    return Order(
-        plane, float(found[chosen]), neighbours(around[chosen]), p, p_alone, points - points.mean(0), each
-    )  # fmt: skip
+    return Order(plane, float(found[chosen]), neighbours(around[chosen]), p, p_alone, points - points.mean(0), each)
 
 
 def _angles(points: Float[np.ndarray, "words 2"]) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Clusters of features: by the directions of their decoder rows, or by the tokens on which they fire."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -8,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sae_lab.arguments import as_annotated
-from sae_lab.results import Figure, Result
+from sae_lab.arguments import as_annotated, check_least
+from sae_lab.results import Result, figure
 from sae_lab.saes.base import SparseCoder
 from sae_lab.types import Codes
 
@@ -18,8 +19,8 @@ MOST_PAIRS = 6_000  # rows whose cosines are all held (8 bytes each); beyond, PC
 
 
 class Control(NamedTuple):
-    """The same clustering where there is nothing to find. cosine and largest: median and maximum over its clusters of
-    the mean cosine within one; NaN without clusters."""
+    """The same clustering of rows without clusters. cosine and largest: median and maximum over the clusters that it
+    finds of the mean cosine within one; NaN if it finds none."""
 
     name: str
     clusters: int
@@ -35,19 +36,20 @@ class Clusters(Result):
     Attributes:
         n: clusters found; ``share``: of the rows that lie in one; ``cosine``: median over clusters of the mean cosine
             within one (NaN without clusters).
-        tight: clusters whose mean cosine is above that of every cluster of every control; ``tight_by_chance``: how many
-            of them there would be, on average, if these clusters were no other than the controls': n/(m + 1), m the
-            controls' clusters in all.
+        tight: clusters whose mean cosine is above that of every cluster of every control; ``tight_by_chance``: their
+            expected number if these clusters were drawn like the controls': n/(m + 1), m the controls' clusters in all.
         silent: rows of zeros, which lie in no cluster.
         labels: ``rows``, the cluster of each row, tightest first, -1 where in none; ``cosines``: the mean cosine within
-            each cluster; ``points``: ``rows 2``, a map for looking at, NaN for silent rows.
-        controls: what the same clustering finds where there is nothing to find.
+            each cluster; ``points``: ``rows 2``, a map to look at, NaN for silent rows.
+        controls: the same clustering of rows without clusters.
     """
 
-    n: int
-    share: float
-    cosine: float
-    tight: int
+    n: int = figure("clusters", "density-based: more of them is no finding", control="_first.clusters",
+                    control_name="{_first.name}", digits=0)  # fmt: skip
+    share: float = figure("rows in one", "share", control="_first.share", control_name="{_first.name}")
+    cosine: float = figure("cosine within", "median over clusters of the mean", control="_first.cosine",
+                           control_name="{_first.name}")  # fmt: skip
+    tight: int = figure("tight clusters", "{_bar}", control="tight_by_chance", control_name="by chance", digits=1)
     tight_by_chance: float
     rows: int
     silent: int
@@ -60,31 +62,37 @@ class Clusters(Result):
     cosines: Tensor = field(repr=False, compare=False)
     points: Tensor = field(repr=False, compare=False)
 
+    _below = (
+        "{rows:,} features{_silent} by {by}; min_cluster_size {min_cluster_size}, min_samples {min_samples}; {_nothing}"
+    )
+
     def members(self, cluster: int) -> list[int]:
-        """The rows of one cluster; 0 is the tightest."""
-        if not isinstance(cluster, int) or not 0 <= cluster < self.n:
+        """``found.members(0)``: the rows of one cluster; 0 is the tightest."""
+        if not 0 <= cluster < self.n:
             raise ValueError(f"cluster must be an int from 0 to {self.n - 1}, of {self.n} found; got {cluster!r}")
         return (self.labels == cluster).nonzero()[:, 0].tolist()
 
-    def figures(self) -> list[Figure]:
-        first = self.controls[0]
-        most = max((c.largest for c in self.controls if not math.isnan(c.largest)), default=None)
-        tight = "no control has a cluster" if most is None else f"mean cosine above {most:.3f}, the most in any control"
-        return [
-            Figure("clusters", self.n, control=first.clusters, control_name=first.name, digits=0,
-                   meaning="density-based: more of them is no finding"),
-            Figure("rows in one", self.share, control=first.share, control_name=first.name, meaning="share"),
-            Figure("cosine within", self.cosine, control=first.cosine, control_name=first.name,
-                   meaning="median over clusters of the mean"),
-            Figure("tight clusters", self.tight, control=self.tight_by_chance, control_name="by chance", digits=1,
-                   meaning=tight),
-        ]  # fmt: skip
+    @property
+    def _first(self) -> Control:
+        return self.controls[0]
 
-    def _footer(self) -> str:
-        said = "; ".join(f"{c.name}: {c.clusters} clusters, cosine {c.cosine:.3f}" for c in self.controls)
-        size = f"min_cluster_size {self.min_cluster_size}, min_samples {self.min_samples}"
-        silent = f" ({self.silent:,} silent)" if self.silent else ""
-        return f"{self.rows:,} features{silent} by {self.by}; {size}; {said}"
+    @property
+    def _bar(self) -> str:
+        most = _tightest(self.controls)
+        return f"mean cosine above {most:.3f}, the most in any control" if most > -1 else "no control has a cluster"
+
+    @property
+    def _silent(self) -> str:
+        return f" ({self.silent:,} silent)" if self.silent else ""
+
+    @property
+    def _nothing(self) -> str:
+        return "; ".join(f"{c.name}: {c.clusters} clusters, cosine {c.cosine:.3f}" for c in self.controls)
+
+
+def _tightest(controls: Sequence[Control]) -> float:
+    """The largest mean cosine of a cluster; -1 without clusters."""
+    return max((c.largest for c in controls if not math.isnan(c.largest)), default=-1.0)
 
 
 @as_annotated
@@ -97,29 +105,26 @@ def clusters(
     layout: str = "pca",
     seed: int = 0,
 ) -> Clusters:
-    """Cluster features by HDBSCAN on 1 − cosine, beside the same on rows that have no clusters.
+    """``clusters(sae)``: cluster features by HDBSCAN on 1 − cosine, beside the same on rows without clusters.
 
-    With a coder or a tensor ``rows d``: features with similar decoder rows. Controls: as many random unit rows; the
-    rows with each coordinate shuffled over them. With ``Codes``: features that fire on the same tokens alike (their
+    With a coder or a tensor ``rows d``: features with similar decoder rows. Controls: equally many random unit rows;
+    the rows with each coordinate shuffled over them. With ``Codes``: features that fire on the same tokens (their
     activations over tokens as rows). Control: each feature's firings at tokens drawn at random.
 
-    HDBSCAN (McInnes, Healy & Astels 2017) takes the leaves of its tree: the fine clusters. It finds many in random rows
-    too, so ``tight`` counts those whose mean cosine no cluster of a control has. Up to 6,000 rows all cosines are
-    taken; beyond, cosines in ``components`` principal components, and then random rows pass more easily.
+    Clusters are the leaves of HDBSCAN's tree (McInnes, Healy & Astels 2017). It finds many in random rows too, so
+    ``tight`` counts those whose mean cosine no cluster of a control has. Up to 6,000 rows all cosines are computed; for
+    more rows, those in ``components`` principal components, by which random rows pass more easily.
 
     Args:
         min_cluster_size: rows that make a cluster. min_samples: how dense its surroundings must be.
         layout: the map, "pca" or "tsne" (scikit-learn's, on the same cosines; slower).
 
-    Raises ValueError for fewer rows than four times ``min_cluster_size``, and for settings that cannot be.
+    Raises ValueError for fewer rows than four times ``min_cluster_size``, and for settings out of range.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
-    for name, value, least in (
-        ("min_cluster_size", min_cluster_size, 2), ("min_samples", min_samples, 1), ("components", components, 2),
-    ):  # fmt: skip
-        if not isinstance(value, int) or value < least:
-            raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+    check_least(2, min_cluster_size=min_cluster_size, components=components)
+    check_least(1, min_samples=min_samples)
     every = _rows(what)
     norms = _norms(every)
     live = np.flatnonzero(norms > 0)
@@ -133,11 +138,11 @@ def clusters(
     settings = (min_cluster_size, min_samples, components, seed)
     found, within = _cluster(rows, *settings)
     controls = tuple(_control(name, other, settings) for name, other in _nothing(rows, rng))
-    most = max((c.largest for c in controls if not math.isnan(c.largest)), default=-1.0)
     labels, points = torch.full((len(norms),), -1), torch.full((len(norms), 2), math.nan)
     labels[live], points[live] = torch.from_numpy(found), torch.from_numpy(_map(rows, layout, components, seed))
     return Clusters(
-        n=len(within), share=float((found >= 0).mean()), cosine=_middle(within), tight=int((within > most).sum()),
+        n=len(within), share=float((found >= 0).mean()), cosine=_middle(within),
+        tight=int((within > _tightest(controls)).sum()),
         tight_by_chance=len(within) / (sum(c.clusters for c in controls) + 1),
         rows=len(norms), silent=len(norms) - len(live), min_cluster_size=min_cluster_size, min_samples=min_samples,
         layout=layout, by="activations" if isinstance(what, Codes) else "direction", controls=controls,

@@ -8,9 +8,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae_lab.arguments import as_annotated
+from sae_lab.arguments import as_annotated, check_least
 from sae_lab.geometry.clustering import feature_rows
-from sae_lab.results import Figure, Result
+from sae_lab.results import Figure, Result, figure
 from sae_lab.types import Codes
 
 
@@ -19,17 +19,18 @@ class Patterns(Result):
     """Result of ``sl.geometry.patterns``.
 
     Attributes:
-        rank: leading patterns that are stronger than the same one of shuffled activations: the finding. At ``looked``
-            all that were looked at are, and there may be more.
-        explained: share of the (scaled) variance that these hold; ``shuffled``: the same number of patterns of shuffled
-            activations.
+        rank: the finding: leading patterns that are stronger than the same one of shuffled activations. There may be
+            more than ``looked``.
+        explained: share of the (scaled) variance in these patterns; ``shuffled``: in as many of shuffled activations.
         strength, noise: singular values, and the largest over shuffles of each: both ``looked``.
-        features: ``looked d_sae``, unit vectors, 0 for features that fire nowhere; ``contexts``: ``looked contexts``.
+        features: ``looked d_sae``, unit vectors, 0 for features that never fire; ``contexts``: ``looked contexts``.
     """
 
-    rank: int
+    rank: int = figure("rank", "patterns above noise, of {looked} looked at", control="_none", digits=0,
+                       control_name="expected when shuffled")  # fmt: skip
     looked: int
-    explained: float
+    explained: float = figure("explained", "share of variance in these patterns", control="shuffled",
+                              control_name="shuffled")  # fmt: skip
     shuffled: float
     contexts_read: int
     live: int
@@ -39,28 +40,26 @@ class Patterns(Result):
     features: Tensor = field(repr=False, compare=False)
     contexts: Tensor = field(repr=False, compare=False)
 
+    _none = 0
+    _below = "{live:,} live features x {contexts_read:,} contexts; noise: largest of {draws} shuffles{_more}"
+
+    @property
+    def _more(self) -> str:
+        return "; all that were looked at are above noise: look at more" * (self.rank == self.looked)
+
     def top(self, pattern: int, n: int = 10) -> list[tuple[int, float]]:
-        """The features that weigh most in a pattern, with their (signed) weights."""
-        if not isinstance(pattern, int) or not 0 <= pattern < self.looked:
+        """``found.top(0)``: the features that weigh most in a pattern, with their (signed) weights."""
+        if not 0 <= pattern < self.looked:
             raise ValueError(f"pattern must be an int from 0 to {self.looked - 1}, got {pattern!r}")
         weights = self.features[pattern]
         return [(int(i), float(weights[i])) for i in weights.abs().topk(min(n, len(weights))).indices]
 
     def figures(self) -> list[Figure]:
+        most, noise = float(self.strength[0]), float(self.noise[0])
         return [
-            Figure("rank", self.rank, control=0, control_name="expected when shuffled", digits=0,
-                   meaning=f"patterns above noise, of {self.looked} looked at"),
-            Figure("explained", self.explained, control=self.shuffled, control_name="shuffled",
-                   meaning="share of variance in these patterns"),
-            Figure("strongest", float(self.strength[0]), control=float(self.noise[0]), control_name="shuffled",
-                   meaning="singular value"),
-        ]  # fmt: skip
-
-    def _footer(self) -> str:
-        return (
-            f"{self.live:,} live features x {self.contexts_read:,} contexts; noise: largest of {self.draws} shuffles"
-            + ("; all that were looked at are above noise: look at more" if self.rank == self.looked else "")
-        )
+            *super().figures(),
+            Figure("strongest", most, control=noise, control_name="shuffled", meaning="singular value"),
+        ]
 
 
 @as_annotated
@@ -72,26 +71,26 @@ def patterns(
     draws: int = 5,
     seed: int = 0,
 ) -> Patterns:
-    """Singular value decomposition of activations, features by contexts, and how many of its patterns are no noise.
+    """``patterns(codes, contexts)``: singular value decomposition of activations, features by contexts, and how many of
+    its patterns are above noise.
 
     a_fc: mean activation of feature f over the rows (tokens) of context c; A = (a_fc − ā_f)/s_f with ā_f, s_f mean and
     standard deviation over contexts, so that each feature counts alike; A = Σ_k σ_k u_k v_kᵀ. Parallel analysis (Horn
     1965): pattern k is above noise while σ_k, and all before it, exceed the largest σ_k of ``draws`` shuffles, which
     give each feature's values to the contexts in an order of its own. A is never made dense.
 
-    A shuffle also undoes that some contexts are loud or long, so a pattern may be that and nothing more. And it spreads
-    the noise of features evenly: where the contexts of a pattern are the noisiest too, one planted pattern can count
-    as up to four (tests/geometry/test_geometry.py). Read the rank as what is worth looking at.
+    Read the rank as the number of patterns worth looking at. Loud or long contexts make a pattern too, since a shuffle
+    evens them out. It also spreads noise evenly: if the contexts of a pattern are the noisiest ones, one planted
+    pattern can count as up to four (tests/geometry/test_geometry.py).
 
     Args:
         activations: codes of tokens. contexts: of each token the number of its context (a document, a prompt); None:
             each row is a context.
-        looked: patterns to compute, fewer than contexts and live features; d_sae × contexts numbers are what it costs.
+        looked: how many patterns to compute, fewer than contexts and live features.
 
-    Raises ValueError for contexts of another length, and where there are too few for ``looked`` patterns.
+    Raises ValueError for contexts of another length, and for too few contexts or features for ``looked`` patterns.
     """
-    if not isinstance(draws, int) or draws < 1:
-        raise ValueError(f"draws must be an integer of at least 1, got {draws!r}")
+    check_least(1, draws=draws)
     by_feature: Any = _by_context(activations, contexts)
     d_sae, n = by_feature.shape
     spread = _spread(by_feature)
@@ -102,7 +101,7 @@ def patterns(
             f"patterns are of features that vary over contexts, two of each at least: got {len(live)} that vary and "
             f"{n} contexts"
         )
-    if not isinstance(looked, int) or not 1 <= looked <= most:
+    if not 1 <= looked <= most:
         raise ValueError(
             f"looked must be an integer from 1 to {most}, one less than the {len(live)} features that vary and the {n} "
             f"contexts; got {looked!r}"

@@ -6,7 +6,7 @@ from typing import Any
 
 import traitlets
 
-from sae_lab.circuits.attributing import require_sae
+from sae_lab.circuits.pairs import require_sae
 from sae_lab.circuits.patching_effects import KINDS, Cell
 from sae_lab.lm.model import LM
 from sae_lab.results import Html, number, tag, visible

@@ -6,7 +6,8 @@ from typing import Any
 
 import traitlets
 
-from sae_lab.circuits.direct import ORDERS, one_token
+from sae_lab.circuits.direct import ORDERS
+from sae_lab.circuits.metric import one_token
 from sae_lab.circuits.prompt import PromptReading, check_coder, reaches_the_stream, read_prompt, written
 from sae_lab.edits.edit import Ablate, Edit, Steer
 from sae_lab.lm.model import LM

@@ -489,7 +489,7 @@ def circuit(lm, saes, **given):
         (lambda lm, a, b: circuit(lm, [a, a]), "one coder a site, got Site.*leave out all but one"),
         (lambda lm, a, b: circuit(lm, [a], sources=["A red fox"]), "prompt 0 has 10, source 0 has 4"),
         (lambda lm, a, b: circuit(lm, [a], metric=lambda out, _: out), "one number for each row, 1 here"),
-        (lambda lm, a, b: circuit(lm, [a], metric=lambda out, _: out[:, -1].detach().sum(-1)), "be differentiable"),
+        (lambda lm, a, b: circuit(lm, [a], metric=lambda out, _: out[:, -1].detach().sum(-1)), "is differentiable in"),
         (lambda lm, a, b: circuits.effects_of(lm, a, 0, PROMPT, [b], against="x"), "against must be 'features' or"),
         (lambda lm, a, b: circuits.pull_back(lm, b, 0, PROMPT, at="x"), "at must be 'mlp_in' or 'resid_mid', got 'x'"),
         (lambda lm, a, b: circuit(lm, [a], steps=0), "steps must be at least 1, got 0"),

@@ -123,7 +123,7 @@ def test_what_clusters_refuses():
     rows = torch.randn(100, 8)
     with pytest.raises(ValueError, match="layout must be one of pca, tsne, got 'umap'"):
         geometry.clusters(rows, layout="umap")
-    with pytest.raises(ValueError, match="min_cluster_size must be an integer of at least 2, got 1"):
+    with pytest.raises(ValueError, match="min_cluster_size must be at least 2, got 1"):
         geometry.clusters(rows, 1)
     with pytest.raises(ValueError, match="need at least 120 rows that are not zero, got 100"):
         geometry.clusters(rows, 30)
@@ -333,7 +333,7 @@ def test_what_patterns_refuses():
         geometry.patterns(rows, torch.arange(3))
     with pytest.raises(ValueError, match=r"looked must be an integer from 1 to 89, .* the 200 contexts; got 90"):
         geometry.patterns(rows, looked=90)
-    with pytest.raises(ValueError, match="draws must be an integer of at least 1, got 0"):
+    with pytest.raises(ValueError, match="draws must be at least 1, got 0"):
         geometry.patterns(rows, draws=0)
     with pytest.raises(ValueError, match="pattern must be an int from 0 to 4, got 5"):
         geometry.patterns(rows, looked=5).top(5)
