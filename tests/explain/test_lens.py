@@ -114,7 +114,7 @@ def test_tokens_behind_a_context(tiny_lm):
     batch = [[*tiny_lm.tokenize("It was").ids[0].tolist(), i] for i in (600, 601)]
     by_hand = coder.encode(tiny_lm.read(batch, site)[site][:, -1])[:, 0]
     torch.testing.assert_close(result.codes.to_dense()[:, 0], by_hand, rtol=1e-4, atol=1e-4)
-    assert "behind 'It was'" in repr(result)
+    assert "after 'It was'" in repr(result)
 
 
 def test_token_lists_refuse(tiny_lm, make_tiny):
