@@ -1,4 +1,4 @@
-"""One pass over a prompt, kept: the codes of several coders at every token, and what comes out of the model."""
+"""A prompt read once: the codes of several coders at every token, and the way from the stream to the logits."""
 
 import threading
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from sae_lab.saes.base import SparseCoder
 from sae_lab.types import Site, TokenBatch
 
 AT_A_TIME = 128  # positions whose logits are made together
-_KNOWN: WeakKeyDictionary[LM, float] = WeakKeyDictionary()  # models whose way out was checked: its factor
+_KNOWN: WeakKeyDictionary[LM, float] = WeakKeyDictionary()  # of each checked model the factor of its logits
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,9 @@ class WayOut:
         stream: "pos d": the stream after the last block. normed: "pos d_model": what the final norm makes of it.
         scale: " pos": s, what that norm divides by. shift: " d_model": what it adds.
         W_U: "vocab d_model", mean: its mean row. bias: " vocab", or None. cap: of Gemma 2's softcapping, or None.
-        maps: {site: (M "d_site d_model", s1 " pos")}: how what is written at a site gets to W_U; s1 is s, times what
-            a norm behind W_O divides by, where there is one.
-        acts: {site: "pos d_site"}: activations where coders read and write.
+        maps: {site: (M "d_site d_model", s1 " pos")}: x written at a site is x·M/s1 in front of W_U; s1 is s, times
+            what a norm behind W_O divides by, if the model has one.
+        acts: {site: "pos d_site"}: activations at the sites that coders read and write.
     """
 
     stream: Float[Tensor, "pos d"]
@@ -55,10 +55,7 @@ class WayOut:
 
 @as_annotated
 class PromptReading:
-    """A prompt read once, see ``circuits.read_prompt``.
-
-    Attributes: tokens (``lm.tokens``), batch, lm, coders.
-    """
+    """Result of ``circuits.read_prompt``. Attributes: tokens (``lm.tokens``), batch, lm, coders."""
 
     def __init__(self, lm: LM, prompt: Prompts, coders: Sequence[SparseCoder]):
         if not is_single(prompt):
@@ -77,28 +74,27 @@ class PromptReading:
         return len(self.tokens)
 
     def position(self, position: Any) -> int:
-        """A position, checked."""
+        """The position. ValueError for one that the prompt does not have."""
         if isinstance(position, bool) or not isinstance(position, int) or not 0 <= position < len(self):
             raise ValueError(f"position must be an int from 0 to {len(self) - 1} in this prompt, got {position!r}")
         return position
 
     def codes(self, coder: SparseCoder) -> Coded:
-        """Codes of the tokens that count, as ``sl.features`` gives them. The first call reads the model up to the last
+        """Codes of the tokens that count, as ``sl.features`` gives them. The first call runs the model up to the last
         of the coders' sites."""
         with self._coding:
-            if id(coder) not in self._codes:
-                self._codes[id(coder)] = self._coded(coder)
+            if id(coder) not in self._codes and self.lm.remote:
+                self._codes[id(coder)] = read_codes(self.lm, coder, self.batch)
+            elif id(coder) not in self._codes:
+                if coder.site not in self._acts:
+                    self._acts |= self.lm.run(self.batch, [c.site for c in self.coders], logits=False)[0]
+                mask, site = coder.mask or self.lm.mask(), coder.site
+                self._codes[id(coder)] = coded(coder, self.batch, mask, site, self._acts[site])
             return self._codes[id(coder)]
 
-    def _coded(self, coder: SparseCoder) -> Coded:
-        if self.lm.remote:
-            return read_codes(self.lm, coder, self.batch)
-        if coder.site not in self._acts:
-            self._acts |= self.lm.run(self.batch, [c.site for c in self.coders], logits=False)[0]
-        return coded(coder, self.batch, coder.mask or self.lm.mask(), coder.site, self._acts[coder.site])
-
     def active(self, coder: SparseCoder, position: int) -> tuple[Int[Tensor, " n"], Float[Tensor, " n"]]:
-        """(features, their activations) at a token, the strongest first; none where the coder's mask leaves it out."""
+        """``reading.active(sae, 3)``: (features, their activations) at a token, the strongest first; empty for a token
+        that the coder's mask leaves out."""
         (codes, keep), position = self.codes(coder), self.position(position)
         if not bool(keep[0, position]):
             return torch.zeros(0, dtype=torch.long), torch.zeros(0)
@@ -108,8 +104,8 @@ class PromptReading:
         return codes.features[part][order], values
 
     def along(self, coder: SparseCoder, what: str | int = "strongest") -> Float[Tensor, " pos"]:
-        """A number for every token: its "strongest" activation, how many features are "active", or the activation of
-        one feature; NaN at tokens that the coder's mask leaves out."""
+        """``reading.along(sae, 812)``: one number a token: the activation of a feature, the "strongest" activation, or
+        the number of "active" features; NaN at tokens that the coder's mask leaves out."""
         codes, keep = self.codes(coder)
         if what == "active":
             found = codes.offsets.diff().float()
@@ -124,13 +120,13 @@ class PromptReading:
 
     @property
     def is_through(self) -> bool:
-        """Whether the model has been read to its end."""
+        """Whether the whole model has run on the prompt."""
         return self._way is not None
 
     def way_out(self) -> WayOut:
-        """What direct effects and losses need; the first call runs the model.
+        """The way from the stream to the logits, for direct effects and losses; the first call runs the model.
 
-        Raises ValueError for a model on a server, and one whose logits are made in another way than ``WayOut`` says.
+        Raises ValueError for a model on a server, and one that makes its logits in another way than ``WayOut``.
         """
         require_here(self.lm, "a direct effect, which is made of the model's weights,")
         with self._passing:
@@ -154,12 +150,11 @@ class PromptReading:
 
 @as_annotated
 def read_prompt(lm: LM, coders: Sequence[SparseCoder] | SparseCoder, prompt: Prompts) -> PromptReading:
-    """Read one prompt (a text, token ids, or chat messages), so that what is asked about its tokens costs no pass of
-    its own.
+    """Read one prompt (a text, token ids, or chat messages) once, for any number of questions about its tokens:
 
         reading = sl.circuits.read_prompt(lm, sae, "I went to the")
         reading.active(sae, 3)                                      # features and activations at a token
-        sl.circuits.direct_effects(lm, sae, reading, 3)             # and what they do to the next token
+        sl.circuits.direct_effects(lm, sae, reading, 3)             # their effects on the next token
         reading.losses()
 
     Raises ValueError for several prompts, one that is too long, and a coder whose site has another width here.
@@ -175,12 +170,12 @@ def check_coder(lm: LM, coder: SparseCoder) -> None:
 
 
 def written(coder: SparseCoder) -> Site:
-    """Where a coder writes."""
+    """The site that a coder writes."""
     return coder.writes[0] if coder.writes else coder.site
 
 
 def reaches_the_stream(site: Site) -> bool:
-    """Whether what is written at a site is part of the residual stream, or gets there through W_O alone."""
+    """Whether a site is part of the residual stream, or leads there through W_O alone."""
     return site.kind not in ("mlp_in", "module")
 
 
@@ -193,7 +188,7 @@ def _read_to_the_end(lm: LM, batch: TokenBatch, coders: Sequence[SparseCoder]) -
     projected = {s: _projected(lm, s) for s in writes}
     sites = dict.fromkeys([last, *(c.site for c in coders), *writes, *(p for p in projected.values() if p)])
     acts = {s: x[0] for s, x in lm.run(batch, list(sites), logits=False)[0].items()}
-    with lm._lock:  # modules are called, which a trace on another thread would notice
+    with lm._lock:  # modules are called: a trace on another thread would record it
         _check_way_out(lm)
         normed, shift = _normed(lm, acts[last])
         maps = {s: lm._before_head(torch.eye(lm.width(s), device=lm.device), s) for s in dict.fromkeys([last, *writes])}
@@ -207,10 +202,10 @@ def _read_to_the_end(lm: LM, batch: TokenBatch, coders: Sequence[SparseCoder]) -
 
 
 def _unembedding(lm: LM) -> tuple[Tensor, Tensor | None]:
-    """(W_U "vocab d", bias), times what the model multiplies its logits by."""
+    """(W_U "vocab d", bias), times the factor of the model's logits."""
     head: Any = lm._module.get_output_embeddings()
     weight, factor = getattr(head, "weight", None), _KNOWN[lm]
-    if not isinstance(weight, Tensor) or not weight.is_floating_point():  # 8-bit weights: what the module does counts
+    if not isinstance(weight, Tensor) or not weight.is_floating_point():  # 8-bit weights: ask the module
         width = lm._sites.width(Site("resid_post", lm.n_layers - 1))
         weight = passes.linear(head, torch.eye(width)).T.to(lm.device)
     bias = factor * passes.called(head, torch.zeros(1, weight.shape[1]))[0].to(weight.device)
@@ -220,7 +215,7 @@ def _unembedding(lm: LM) -> tuple[Tensor, Tensor | None]:
 
 
 def _normed(lm: LM, x: Float[Tensor, "pos d"]) -> tuple[Tensor, Tensor]:
-    """(what the final norm makes of x, what it adds: its answer to 0)."""
+    """(x after the final norm, the bias of that norm)."""
     out = torch.cat([x, torch.zeros_like(x[:1])])
     for path in lm._sites.way_out or ():
         out = passes.called(lm._sites.modules[path], out)
@@ -229,12 +224,12 @@ def _normed(lm: LM, x: Float[Tensor, "pos d"]) -> tuple[Tensor, Tensor]:
 
 
 def _divisor(passed: Float[Tensor, "pos d"], out: Float[Tensor, "pos d"]) -> Float[Tensor, " pos"]:
-    """s in out = passed/s, whatever the class of the norm."""
+    """s in out = passed/s."""
     return passed.square().sum(-1) / (passed * out).sum(-1)
 
 
 def _projected(lm: LM, site: Site) -> Site | None:
-    """Where a model norms what attention adds, the place in front of that norm."""
+    """The site in front of the norm behind W_O; None in a model without such a norm."""
     if site.kind != "attn_z" or lm._sites.after_attention(site.layer or 0) is None:
         return None
     return Site(str(lm._sites.w_o[site.layer or 0]))
@@ -247,21 +242,21 @@ def _scale_behind_w_o(lm: LM, site: Site, x: Float[Tensor, "pos d"]) -> Float[Te
 
 
 def norm_divisor(norm: Any, x: Float[Tensor, "pos d"]) -> Float[Tensor, " pos"]:
-    """What a norm divides these activations by, whatever its class."""
+    """What a norm of any class divides these activations by."""
     shift = passes.called(norm, torch.zeros_like(x[:1]))
     return _divisor(passes.past(norm, x), passes.called(norm, x) - shift).to(x.device)
 
 
 def _require_handed_on(lm: LM, site: Site) -> None:
-    """What is added to the stream must arrive at its end as it is."""
+    """ValueError unless later layers only add to what is written at the site."""
     first = 0 if site.layer is None else site.layer
     for number, block in enumerate(lm._sites.layers[first:], first):
         own = number == site.layer
         late = own and site.kind in ("resid_post", *(("resid_mid", "mlp_out") if "mlp_out" in block.places else ()))
         if not (block.hands_on and (block.adds or late)):
             raise ValueError(
-                f"layer {number} of this model norms or scales the residual stream itself, so that what is written at "
-                f"{site} does not arrive at the logits as it is: direct effects are not known before layer {number + 1}"
+                f"layer {number} of this model norms or scales the residual stream itself, so that the logits are not "
+                f"linear in what is written at {site}: direct effects are not known before layer {number + 1}"
             )
 
 
@@ -272,12 +267,12 @@ def _cap(lm: LM) -> float | None:
 
 
 def _check_way_out(lm: LM) -> None:
-    """Once for a model: whether norm and head, and one factor, are all that makes its logits."""
+    """ValueError unless logits are factor·head(norm(stream)), up to a cap; checked once for a model."""
     if lm in _KNOWN:
         return
     if not lm._has_a_way_out:
         raise ValueError(
-            "this model makes its logits from the last layer by more than norms and linear maps: direct effects in "
+            "this model has more than norms and linear maps between its last layer and the logits: direct effects in "
             "logits are not known for it"
         )
     last = Site("resid_post", lm.n_layers - 1)
@@ -290,7 +285,7 @@ def _check_way_out(lm: LM) -> None:
         found, factor = cap * (found / cap).tanh(), 1.0
     if factor is None:
         raise ValueError(
-            "this model bends its logits behind the head (caps them, say) in a way that its config does not tell: "
+            "this model changes its logits after the head (by a cap, say) in a way that its config does not name: "
             "direct effects in logits are not known for it"
         )
     off = float((factor * found - logits).abs().max() / logits.abs().max().clamp_min(1e-12))

@@ -1,4 +1,4 @@
-"""Passages to explain from and to be judged on: from documents of two parts, none of which stands in both."""
+"""Passages to explain from, and passages to judge on, from different documents."""
 
 import math
 from dataclasses import dataclass
@@ -11,22 +11,22 @@ from sae_lab.feature_index import FeatureIndex
 from sae_lab.types import check_feature
 
 LENGTH = 32  # tokens of a passage, as in Paulo et al.
-LEAST_BEFORE = 12  # of its tokens that stand before the one it was chosen for, where the document has them
+LEAST_BEFORE = 12  # of its tokens before the one it was chosen for, if there are as many
 QUANTILES = 5
-HARD = ("same token", "co-firing")  # silent passages that are easily mistaken
+HARD = ("same token", "co-firing")  # kinds of silent passages that are hard to tell from firing ones
 PARTS = ("explain", "judge")
-JUDGED_EVERY = 4  # one document in four is kept for judging: rules need more text than judges
-TRIES = 40  # rows that are looked at for each silent passage that is wanted
+JUDGED_EVERY = 4  # one document in four is for judging: rules need more text than judges
+TRIES = 40  # rows tried for each silent passage
 
 
 @dataclass(frozen=True)
 class Passage:
-    """Some tokens of a document and what a feature does there.
+    """Some tokens of a document and a feature's activations on them.
 
-    values: its activation per token, NaN where the mask leaves the token out. kind: "fires", or of a passage where the
-    feature is silent why it was chosen: "random", "same token" (as one on which the feature fires elsewhere),
-    "co-firing" (a feature fires here that often fires with it). anchor: the token it was chosen for. quantile: of the
-    activation at the anchor, 0 the weakest; -1 where the feature is silent.
+    values: activation per token, NaN for a token left out. kind: "fires", or for a silent passage why it
+    was chosen: "random", "same token" (it has a token on which the feature fires elsewhere), "co-firing" (it has a
+    feature that often fires with this one). anchor: the token it was chosen for. quantile: of the activation at the
+    anchor, 0 the weakest; -1 for a silent passage.
     """
 
     tokens: list[str]
@@ -43,7 +43,7 @@ class Passage:
 
     @property
     def known(self) -> np.ndarray:
-        """Bool per token: whether the feature has an activation there, 0 or more."""
+        """Bool per token: whether its activation is known, 0 or more."""
         return ~np.isnan(self.values)
 
     @property
@@ -53,8 +53,8 @@ class Passage:
 
 @dataclass(frozen=True)
 class Passages:
-    """Where one feature fires, the strongest first, and where it is silent. largest: its largest activation, of the
-    whole store."""
+    """Passages in which one feature fires, the strongest first, and passages in which it is silent. largest: its
+    largest activation in the whole store."""
 
     feature: int
     firing: list[Passage]
@@ -68,12 +68,10 @@ class Passages:
 
 @as_annotated
 class Corpus:
-    """An index's store in two parts by document: "explain", three documents of four, to make explanations from, and
-    "judge" to judge them on.
+    """``Corpus(index).passages(812, "judge", 20, 20)``: an index's documents in two parts, "explain" (three of four) to
+    make explanations from, and "judge" to judge them on. The parts depend on the seed alone.
 
-    The parts depend on the seed alone: no explanation of any feature was made from a document that one is judged on.
-
-    ValueError when the store has a single document.
+    ValueError for a store of a single document.
     """
 
     def __init__(self, index: FeatureIndex, seed: int = 0):
@@ -95,29 +93,29 @@ class Corpus:
         return self.index.store.rows(np.arange(self.index.tokens_seen), "token").numpy()
 
     def passages(self, feature: int, part: str, firing: Count, silent: Count, strongest: bool = False) -> Passages:
-        """So many passages of a feature from one part, "explain" or "judge", or as many as there are.
+        """At most ``firing`` and ``silent`` passages of a feature from one part, "explain" or "judge".
 
-        Firing ones come from all quantiles of its activations alike (``strongest``: half of them are the strongest),
-        silent ones in equal parts at random, with the same token, and where co-firing features fire.
+        Firing ones come equally from all quantiles of its activations (``strongest``: half of them are the strongest),
+        silent ones equally at random, with the same token, and with co-firing features.
         """
         if part not in PARTS:
             raise ValueError(f'the parts of the documents are "explain" and "judge", got {part!r}')
         feature = check_feature(feature, self.index.d_sae)
         side = PARTS.index(part)
         rows, values = self.index.activations(feature)
-        random = np.random.default_rng([self.seed, len(rows), *rows[:1].tolist(), side])  # whatever its number
+        random = np.random.default_rng([self.seed, len(rows), *rows[:1].tolist(), side])  # for any number
         here = self._part[rows] == side
         chosen = self._firing(rows[here], values[here], firing, strongest, random)
         shown = [self._passage(feature, row, "fires", random, quantile) for row, quantile in chosen]
         quiet = self._silent(feature, rows, side, silent, random)
         return Passages(feature, shown, quiet, float(self.index.max[feature]))
 
-    # ---- where it fires
+    # ---- firing passages
 
     def _firing(
         self, rows: np.ndarray, values: np.ndarray, wanted: int, strongest: bool, random: np.random.Generator
     ) -> list[tuple[int, int]]:
-        """(row, quantile) of activations in contexts that differ, the strongest first."""
+        """(row, quantile) of activations in different contexts, the strongest first."""
         order = np.argsort(-values, kind="stable")
         quantile = QUANTILES - 1 - np.arange(len(order)) * QUANTILES // max(len(order), 1)
         if strongest:
@@ -140,12 +138,12 @@ class Corpus:
                     taken += 1
         return [(int(rows[order[place]]), int(quantile[place])) for place in sorted(found)]
 
-    # ---- where it is silent
+    # ---- silent passages
 
     def _silent(
         self, feature: int, rows: np.ndarray, side: int, wanted: int, random: np.random.Generator
     ) -> list[Passage]:
-        """Passages in which the feature fires nowhere; where one kind has too few, random ones stand in for it."""
+        """Passages in which the feature never fires; random ones replace those that a kind lacks."""
         on_side = np.flatnonzero(self._part == side)
         found: list[Passage] = []
         seen: set[int] = set()
@@ -175,8 +173,8 @@ class Corpus:
         return found
 
     def _same_token(self, rows: np.ndarray, side: int, most: int, random: np.random.Generator) -> np.ndarray:
-        """Rows of this part on which the feature is silent, drawn so that their tokens are as frequent among them as
-        among those on which it fires."""
+        """Rows of this part on which the feature is silent, with the distribution of tokens of the rows on which it
+        fires."""
         tokens, firing = np.unique(self._token[rows[self._part[rows] == side]], return_counts=True)
         alike = np.isin(self._token, tokens) & (self._part == side)
         alike[rows] = False
@@ -188,7 +186,7 @@ class Corpus:
         return random.choice(places, min(most, len(places)), replace=False, p=weight / weight.sum())
 
     def _cofiring(self, feature: int, side: int) -> np.ndarray:
-        """Rows of this part on which one of the features fires that fire most often with this one, which does not."""
+        """Rows of this part on which the feature is silent, and one of its five most co-firing features fires."""
         others = [other for other, _, _ in self.index[feature].cofiring[:5]]
         together = [self.index.activations(other)[0] for other in others]
         rows = np.unique(np.concatenate([*together, np.zeros(0, np.int32)]).astype(np.int64))
@@ -197,7 +195,7 @@ class Corpus:
     # ---- one passage
 
     def _passage(self, feature: int, row: int, kind: str, random: np.random.Generator, quantile: int = -1) -> Passage:
-        """LENGTH tokens around a row, which stands at a random place in the second half or so of them."""
+        """LENGTH tokens around a row, with the row at a random place among the last 20 of them."""
         store, document = self.index.store, int(self._document[row])
         ids = store.context_ids(int(self._context[row]))
         here, positions = store.context_rows(int(self._context[row]))
@@ -215,7 +213,7 @@ class Corpus:
         return Passage(self.index.token_labels(ids[start:stop]), values, kind, at - start, document, quantile)
 
     def _activations(self, feature: int, wanted: np.ndarray) -> np.ndarray:
-        """A feature's activations on rows of the store that ascend, 0 where it is silent."""
+        """A feature's activations on ascending rows of the store."""
         rows, values = self.index.activations(feature)
         first, last = np.searchsorted(rows, np.array([wanted[0], wanted[-1] + 1], rows.dtype))
         found = np.zeros(len(wanted), np.float32)

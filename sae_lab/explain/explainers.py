@@ -1,4 +1,4 @@
-"""What makes an explanation: a rule found by counting, which needs no network, and the prompt for anything else."""
+"""Explainers: a rule found by counting, which needs no network, and the prompt for a language model."""
 
 import json
 import re
@@ -14,7 +14,7 @@ from sae_lab.explain.contexts import Passage, Passages
 Explainer = Callable[[str], str]
 
 NEAR = 8  # tokens before, among which "soon after" looks
-# How each kind of condition is written. The text says all there is to a rule: it is read back from the text.
+# The words of each kind of condition. A rule is written as text and read back from it.
 PHRASES = {
     "token": "on the tokens",
     "starts": "on words that begin with",
@@ -28,7 +28,7 @@ _AFFIX = (3, 4, 5)  # letters
 
 
 class Condition(NamedTuple):
-    """One reason to fire. strength: the mean activation where it holds, as a share of the feature's largest."""
+    """One condition under which a feature fires. strength: the mean activation under it, as a share of the largest."""
 
     kind: str
     what: tuple[str, ...]
@@ -38,7 +38,9 @@ class Condition(NamedTuple):
 @as_annotated
 @dataclass(frozen=True)
 class Rule:
-    """What a feature fires on, as conditions on a token and those before it. ``Rule.read(rule.text)`` is the rule."""
+    """``rule.predict(tokens)``: conditions on a token and those before it on which a feature fires.
+
+    ``Rule.read(rule.text)`` is the rule."""
 
     conditions: tuple[Condition, ...]
 
@@ -55,7 +57,7 @@ class Rule:
 
     @classmethod
     def read(cls, text: str) -> "Rule | None":
-        """The rule that a text states, None where it states none."""
+        """``Rule.read(text)``: the rule that a text states, or None."""
         if text == cls(()).text:
             return cls(())
         if not text.startswith("fires "):
@@ -76,7 +78,7 @@ class Rule:
         return cls(tuple(found))
 
     def predict(self, tokens: Sequence[str]) -> np.ndarray:
-        """Activation at each token as a share of the largest: that of the strongest condition that holds, else 0."""
+        """Activation of each token as a share of the largest: the top strength of the conditions that hold, or 0."""
         known = {(kind, what): strength for kind, what, strength in self.conditions}
         return np.array([
             max((known.get(fact, 0.0) for fact in facts(tokens, i)), default=0.0) for i in range(len(tokens))
@@ -100,19 +102,20 @@ def facts(tokens: Sequence[str], at: int) -> set[tuple[str, tuple[str, ...]]]:
 @as_annotated
 @dataclass(frozen=True)
 class RuleExplainer:
-    """An explainer that counts: it looks for conditions on a token and those before it (``PHRASES``).
+    """``explain(index, 40, RuleExplainer(most=5))``: an explainer that counts conditions on a token and those before it
+    (``PHRASES``).
 
     Conditions are added as long as one raises, by ``gain`` or more,
 
         mean over firing passages of [a condition holds where the feature fires]
         - mean over silent passages of [a condition holds anywhere]
 
-    the most first (times the share of its tokens at which the feature fires). A condition must hold at firing tokens of
-    two passages of two documents, and of the tokens of firing passages where it holds the feature must fire at a share
-    of ``precision``.
+    the one that raises it most first (times the share of its tokens at which the feature fires). A condition must hold
+    at firing tokens of two passages of two documents, and the feature must fire at a share of ``precision`` of the
+    tokens of firing passages at which the condition holds.
 
-    It sees ``passages`` (firing, silent) of the explainer's half of the documents. It is no stand-in for a language
-    model: what it cannot say in these words (a topic, a sense, a syntactic role) it does not find.
+    It reads ``passages`` (firing, silent) of the documents to explain from. Rules have no words for a topic, a sense or
+    a syntactic role; a language model does.
     """
 
     gain: float = 0.005
@@ -145,7 +148,7 @@ class RuleExplainer:
 
 
 class _Held:
-    """Where each fact holds in a feature's passages."""
+    """The places in a feature's passages at which each fact holds."""
 
     def __init__(self, passages: Passages):
         self._passages = passages
@@ -172,8 +175,8 @@ class _Held:
         return {fact for fact, n in counts.items() if n >= 2 and len(where[fact]) >= needed}
 
     def candidates(self, precision: float) -> dict[tuple[str, tuple[str, ...]], tuple[np.ndarray, np.ndarray, float]]:
-        """Facts that are precise enough: (firing passages in which each holds at a firing token, silent passages in
-        which it holds, share of the tokens of firing passages where it holds at which the feature fires)."""
+        """Facts of at least that precision: (firing passages in which each holds at a firing token, silent passages in
+        which it holds, its precision: the share of its tokens in firing passages at which the feature fires)."""
         firing = len(self._passages.firing)
         every = self._passages.all
         found = {}
@@ -193,7 +196,7 @@ class _Held:
         return found
 
     def strength(self, fact: tuple[str, tuple[str, ...]]) -> float:
-        """Mean activation where a fact holds, silent tokens included."""
+        """Mean activation at the tokens at which a fact holds, silent ones included."""
         every = self._passages.all
         return float(np.mean([every[number].values[at] for number, at in self._places[fact]]))
 
@@ -202,7 +205,7 @@ def _mean(flags: np.ndarray) -> float:
     return float(flags.mean()) if len(flags) else 0.0
 
 
-# ---------------------------------------------------------------------------------------------- for a language model
+# ---- for a language model
 
 SHOWN = (20, 10)  # firing and silent passages in a prompt
 _INSTRUCTIONS = """\
@@ -216,7 +219,7 @@ answer must also rule out the silent passages. Write one line that begins with "
 
 
 def explainer_prompt(passages: Passages) -> str:
-    """What an explainer that is a ``str -> str`` callable is asked."""
+    """The prompt for an explainer that is a ``str -> str`` function."""
     lines = [_INSTRUCTIONS, "Passages in which it fires:"]
     for number, passage in enumerate(passages.firing, 1):
         at = np.flatnonzero(passage.fires).tolist()
@@ -230,8 +233,8 @@ def explainer_prompt(passages: Passages) -> str:
 
 
 def read_explanation(answer: str) -> str:
-    """The explanation in an answer: what follows the last "EXPLANATION:", else all of it. ValueError where it is
-    empty or does not hold three letters."""
+    """The explanation in an answer: the text after the last "EXPLANATION:", or all of it. ValueError for a text of less
+    than three letters."""
     text = " ".join(answer.rsplit("EXPLANATION:", 1)[-1].split())
     if sum(c.isalpha() for c in text) < 3:
         raise ValueError(f"no explanation in the answer {answer[:60]!r}")

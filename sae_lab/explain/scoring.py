@@ -92,7 +92,7 @@ def score(
     check_negatives(negatives)
     if judge is None:
         _rule(explanation)
-    random = np.random.default_rng([seed, *(p.document for p in passages.firing)])  # the same for any feature number
+    random = np.random.default_rng([seed, *(p.document for p in passages.firing)])  # for any number
     found = Score()
     if "detection" in measures:
         found = detection(explanation, passages, judge, random)

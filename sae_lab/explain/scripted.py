@@ -1,4 +1,4 @@
-"""An agent by rules for SAGE's prompts (``sage_explain``): it needs no network, and shows what the loop can do."""
+"""An agent by rules for SAGE's prompts (``sage_explain``), which needs no network."""
 
 import re
 from collections import Counter
@@ -10,11 +10,12 @@ import numpy as np
 
 @dataclass(frozen=True)
 class ScriptedAgent:
-    """An agent by rules, which needs no network: features that fire on one word, or on one word behind another.
+    """``sage_explain(sae, lm, index, 812, ScriptedAgent())``: an agent by rules, without a network, for features that
+    fire on one word, or on one word behind another.
 
-    It supposes the word on which most examples peak, by itself and behind each of the words that stand before it more
-    often in examples than in other texts. It sees the prompts only, as a language model would; it confirms what at
-    least three quarters of the trials of either kind agree with. It never refines.
+    Its hypotheses are the word on which most examples peak, alone and behind each word that precedes it more often in
+    examples than in other texts. It reads the prompts only, as a language model would. It confirms a hypothesis with
+    which at least three quarters of the trials of either kind agree, and never refines one.
     """
 
     seed: int = 0
@@ -74,7 +75,7 @@ class ScriptedAgent:
         return "\n".join(answers)
 
     def _texts(self, words: Sequence[str], n: int) -> list[str]:
-        """n texts that hold the second word, then the first (or the one there is), between fillers."""
+        """n texts with the words in reverse order, each after a filler."""
         rng = np.random.default_rng([self.seed, n, len(words)])
         texts = []
         for _ in range(n):

@@ -194,7 +194,7 @@ def test_what_a_model_makes_of_its_logits(change, known, make_module, tokenizer)
         found, own = direct_effects(lm, coder, PROMPT, 3, on=[5, 6]), lm.logits(PROMPT)[0, 3]
         assert close(found.logits, (own - own.mean())[[5, 6]], own)
     else:
-        with pytest.raises(ValueError, match="bends its logits behind the head"):
+        with pytest.raises(ValueError, match="changes its logits after the head"):
             direct_effects(lm, coder, PROMPT, 3)
 
 
