@@ -58,10 +58,6 @@ class DirectEffects(Result):
     note: str = ""
 
     _records, _shown = "_listed", 1000
-    _above = (
-        "{site.key} at {_token!r} (position {position}), {active} active features; logits, centred over the "
-        "vocabulary, of {_names}: {_sums}"
-    )
     _below = "{note}"
 
     @property
@@ -77,18 +73,13 @@ class DirectEffects(Result):
         parts = {"features": features, "error": self.error, "bias": self.bias, "rest": self.rest, "logit": self.logits}
         return {name: part.tolist() for name, part in parts.items()}
 
-    @property
-    def _token(self) -> str:
-        return self.tokens[self.position].label
-
-    @property
-    def _names(self) -> str:
-        return ", ".join(map(repr, self.names))
-
-    @property
-    def _sums(self) -> str:
+    def _header(self) -> str:
         sums = {name: ", ".join(f"{v:+.2f}" for v in part) for name, part in self.parts().items()}
-        return f"{sums.pop('logit')} = " + ", ".join(f"{name} {part}" for name, part in sums.items())
+        total = f"{sums.pop('logit')} = " + ", ".join(f"{name} {part}" for name, part in sums.items())
+        return (
+            f"{self.site.key} at {self.tokens[self.position].label!r} (position {self.position}), {self.active} active "
+            f"features; logits, centred over the vocabulary, of {', '.join(map(repr, self.names))}: {total}"
+        )
 
 
 class _Vectors(NamedTuple):

@@ -51,23 +51,16 @@ class DownstreamEffects(Result):
     largest_controls: tuple[float, ...]
 
     _records, _shown, _digits = "_changed", 8, ".4f"
-    _above = (
-        "feature {feature} of {site.key} {_how}: {beyond} later features with |z| > 3 ({_chance}), the largest "
-        "{largest:.1f} ({_beaten} controls reach it); the strongest:"
-    )
 
-    @property
-    def _how(self) -> str:
-        return "ablated" if self.strength is None else f"steered by {self.strength:g}"
-
-    @property
-    def _chance(self) -> str:
+    def _header(self) -> str:
+        what = "ablated" if self.strength is None else f"steered by {self.strength:g}"
         counts = sorted(self.beyond_controls)
-        return f"the controls, {len(counts)} {self.against}: median {counts[len(counts) // 2]}"
-
-    @property
-    def _beaten(self) -> int:
-        return sum(one >= self.largest for one in self.largest_controls)
+        beaten = sum(one >= self.largest for one in self.largest_controls)
+        return (
+            f"feature {self.feature} of {self.site.key} {what}: {self.beyond} later features with |z| > {FAR:g} (the "
+            f"controls, {len(counts)} {self.against}: median {counts[len(counts) // 2]}), the largest "
+            f"{self.largest:.1f} ({beaten} controls reach it); the strongest:"
+        )
 
     @property
     def _changed(self) -> list[dict[str, Any]]:

@@ -40,14 +40,12 @@ class FeatureCircuit(Estimates):
     tokens: tuple[str, ...]
 
     _records = "_table"
-    _above = (
-        "{_counts}; metric {base:.3f}, {source:.3f} with the sources; "
-        "effects of replacing a node by its {baseline}, {_how}; the strongest:"
-    )
 
-    @property
-    def _counts(self) -> str:
-        return f"{len(self.nodes)} nodes, {len(self.edges)} edges"
+    def _header(self) -> str:
+        return (
+            f"{len(self.nodes)} nodes, {len(self.edges)} edges; metric {self.base:.3f}, {self.source:.3f} with the "
+            f"sources; effects of replacing a node by its {self.baseline}, {self._how}; the strongest:"
+        )
 
     @property
     def _table(self) -> list[dict[str, Any]]:

@@ -53,10 +53,6 @@ class HeadAttribution(Result):
     tokens: list[str]
 
     _records, _shown = "_parts", 8
-    _above = (
-        "feature {feature} at {_token!r} (position {position}): activation {activation:.3f}, pre {pre:.3f} of which "
-        "bias {bias:.3f}\nshares of heads: {_shares}"
-    )
 
     @property
     def heads(self) -> Float[Tensor, " head"]:
@@ -66,13 +62,12 @@ class HeadAttribution(Result):
     def shares(self) -> Float[Tensor, " head"]:
         return self.heads / self.heads.sum()
 
-    @property
-    def _token(self) -> str:
-        return self.tokens[self.position]
-
-    @property
-    def _shares(self) -> str:
-        return ", ".join(f"{h}: {share:.2f}" for h, share in enumerate(self.shares.tolist()))
+    def _header(self) -> str:
+        shares = ", ".join(f"{h}: {share:.2f}" for h, share in enumerate(self.shares.tolist()))
+        return (
+            f"feature {self.feature} at {self.tokens[self.position]!r} (position {self.position}): activation "
+            f"{self.activation:.3f}, pre {self.pre:.3f} of which bias {self.bias:.3f}\nshares of heads: {shares}"
+        )
 
     @property
     def _parts(self) -> list[dict[str, Any]]:

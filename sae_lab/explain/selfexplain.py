@@ -5,14 +5,14 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import no_type_check
+from typing import NamedTuple, no_type_check
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae_lab.arguments import as_annotated
+from sae_lab.arguments import as_annotated, check_least
 from sae_lab.explain.prompts import check_coder, check_features
 from sae_lab.explain.words import WordHits, words_for
 from sae_lab.lm.model import LM
@@ -148,31 +148,44 @@ def self_explain(
     """
     check_coder(sae, lm)
     features = check_features(sae, features)
-    if controls < 1 or tokens < 1:
-        raise ValueError(f"tokens and controls must be at least 1, got {tokens} and {controls}")
-    at, compare = implant_sites(sae, lm, at, compare)
-    position = placeholder_position(lm, prompt, placeholder)
-    norm = typical_norm(lm, at)
-    directions = torch.nn.functional.normalize(sae.W_dec[features].detach().float().cpu(), dim=1)
-    generator = torch.Generator().manual_seed(seed)
-    random = torch.randn(controls * len(features), directions.shape[1], generator=generator)
-    vectors = torch.cat([directions, torch.nn.functional.normalize(random, dim=1)])
-    chosen, similarity = choose_scale(lm, prompt, position, at, compare, norm * vectors, scales)
-    edit = Implant(at, position, norm * chosen[:, None] * vectors)
-    texts = [text[len(prompt) :] for text in lm.generate([prompt] * len(vectors), [edit], max_new_tokens=tokens)]
-    own, others = texts[: len(features)], texts[len(features) :]
-    by_chance = [tuple(others[i * controls : (i + 1) * controls]) for i in range(len(features))]
+    check_least(1, tokens=tokens, controls=controls)
+    made = implants(sae, lm, features, controls, prompt, placeholder, at, compare, scales, seed)
+    whole = lm.generate([prompt] * len(made.scale), [made.edit], max_new_tokens=tokens)
+    texts, n = [text[len(prompt) :] for text in whole], len(features)
+    own, others = texts[:n], texts[n:]
+    by_chance = [tuple(others[i * controls : (i + 1) * controls]) for i in range(n)]
     named = words_for(features, words)
-    n = len(features)
     return SelfExplanations(
-        features=tuple(features), texts=tuple(own), scale=tuple(chosen[:n].tolist()), words=named,
-        similarity=tuple(similarity[:n].tolist()),
-        random_similarity=tuple(similarity[n:].reshape(-1, controls).mean(1).tolist()),
+        features=tuple(features), texts=tuple(own), scale=tuple(made.scale[:n].tolist()), words=named,
+        similarity=tuple(made.similarity[:n].tolist()),
+        random_similarity=tuple(made.similarity[n:].reshape(-1, controls).mean(1).tolist()),
         hits=tuple(holds(text, word) for text, word in zip(own, named, strict=True)),
         random_hits=tuple(share(texts, word) for texts, word in zip(by_chance, named, strict=True)),
         other_hits=tuple(share([*own[:i], *own[i + 1 :]], word) for i, word in enumerate(named)),
-        random_texts=tuple(by_chance), prompt=prompt, site=at, norm=norm,
+        random_texts=tuple(by_chance), prompt=prompt, site=made.edit.site, norm=made.norm,
     )  # fmt: skip
+
+
+class Implants(NamedTuple):
+    """Directions of features, then of random controls, as edits of the prompt, with the scale chosen for each."""
+
+    edit: Implant
+    scale: Float[Tensor, " n"]
+    similarity: Float[Tensor, " n"]
+    norm: float
+
+
+def implants(
+    sae: SparseCoder, lm: LM, features: Sequence[int], controls: int, prompt: str, placeholder: str,
+    at: Site | str | None, compare: Site | str | None, scales: Sequence[float], seed: int,
+) -> Implants:  # fmt: skip
+    at, compare = implant_sites(sae, lm, at, compare)
+    position, norm = placeholder_position(lm, prompt, placeholder), typical_norm(lm, at)
+    random = torch.randn(controls * len(features), sae.d_out, generator=torch.Generator().manual_seed(seed))
+    rows = torch.cat([sae.W_dec[list(features)].detach().float().cpu(), random])
+    vectors = norm * torch.nn.functional.normalize(rows, dim=1)
+    scale, similarity = choose_scale(lm, prompt, position, at, compare, vectors, scales)
+    return Implants(Implant(at, position, scale[:, None] * vectors), scale, similarity, norm)
 
 
 def choose_scale(

@@ -1,24 +1,16 @@
 """What the model writes when a feature's direction replaces a word."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple, no_type_check
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae_lab.arguments import as_annotated
+from sae_lab.arguments import as_annotated, check_least
 from sae_lab.explain.prompts import check_coder
-from sae_lab.explain.selfexplain import (
-    MEANING,
-    SCALES,
-    Implant,
-    choose_scale,
-    implant_sites,
-    placeholder_position,
-    typical_norm,
-)
+from sae_lab.explain.selfexplain import MEANING, SCALES, Implant, implants
 from sae_lab.lm.model import LM
 from sae_lab.results import Figure, Result, figure
 from sae_lab.saes.base import SparseCoder
@@ -90,34 +82,24 @@ def definition_tree(
     """
     check_coder(sae, lm)
     feature = sae.feature(feature)
-    if width < 1 or depth < 1 or width**depth > 1000:
-        raise ValueError(f"width and depth must be at least 1 and width^depth at most 1000, got {width} and {depth}")
-    at, compare = implant_sites(sae, lm, at, None)
-    position, norm = placeholder_position(lm, prompt, placeholder), typical_norm(lm, at)
-    random = torch.randn(1, sae.d_out, generator=torch.Generator().manual_seed(seed))
-    both = torch.cat([sae.W_dec[[feature]].detach().float().cpu(), random])
-    vectors = norm * torch.nn.functional.normalize(both, dim=1)
-    chosen, similarity = choose_scale(lm, prompt, position, at, compare, vectors, scales)
+    check_least(1, width=width, depth=depth)
+    if width**depth > 1000:
+        raise ValueError(f"width^depth must be at most 1000, got {width} and {depth}")
+    made = implants(sae, lm, [feature], 1, prompt, placeholder, at, None, scales, seed)
     ids = lm.tokenize(prompt).ids[0].tolist()
-    trees, firsts = [], []
-    for vector in chosen[:, None] * vectors:
-        branches, first = _grow(lm, ids, position, at, vector, width, depth)
-        trees.append(branches)
-        firsts.append(first)
+    (tree, first), (other, other_first) = (_grow(lm, ids, made.edit, row, width, depth) for row in range(2))
     return DefinitionTree(
-        feature=feature, branches=trees[0], scale=float(chosen[0]), similarity=float(similarity[0]), prompt=prompt,
-        overlap=float(torch.minimum(*firsts).sum()), random_branches=trees[1],
+        feature=feature, branches=tree, scale=float(made.scale[0]), similarity=float(made.similarity[0]), prompt=prompt,
+        overlap=float(torch.minimum(first, other_first).sum()), random_branches=other,
     )  # fmt: skip
 
 
-def _grow(
-    lm: LM, ids: list[int], position: int, at: Site, vector: Tensor, width: int, depth: int
-) -> tuple[tuple[Branch, ...], Tensor]:
+def _grow(lm: LM, ids: list[int], edit: Implant, row: int, width: int, depth: int) -> tuple[tuple[Branch, ...], Tensor]:
     """(the tree, the distribution of its first token), one batch a level."""
     levels, ways, first = [], [ids], torch.zeros(0)
     for level in range(depth):
         batch = lm.tokenize(ways)
-        writes = Implant(at, position, vector.expand(len(ways), -1)).writes(lm, batch)
+        writes = replace(edit, vectors=edit.vectors[row].expand(len(ways), -1)).writes(lm, batch)
         form = Float[Tensor, f"{len(ways)} {lm.vocab_size}"]
         probabilities = lm.run(batch, writes=writes, logits=next_probabilities, form=form)[1].cpu()
         first = probabilities[0] if not level else first

@@ -154,7 +154,7 @@ def test_a_tree_is_the_models_own_distribution(tiny_lm):
 
 def test_trees_refuse_and_cover_by_hand(tiny_lm):
     coder = writer(tiny_lm, Site("resid_post", 2))
-    with pytest.raises(ValueError, match=r"width\^depth at most 1000, got 20 and 3"):
+    with pytest.raises(ValueError, match=r"width\^depth must be at most 1000, got 20 and 3"):
         definition_tree(coder, tiny_lm, 0, width=20, depth=3)
     tree = (Branch("a", 0.5, (Branch("b", 0.5, ()), Branch("c", 0.25, ()))), Branch("d", 0.25, ()))
     assert covered(tree) == pytest.approx(0.5 * 0.75 + 0.25)
