@@ -1,4 +1,4 @@
-"""What patching features would do, estimated by gradient, beside what it does."""
+"""Effects of patching features: estimated by gradient, and measured."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -145,7 +145,7 @@ def evenly(count: int, wanted: int) -> list[int]:
 def true_effects(
     lm: LM, batch: TokenBatch, site: Site, keep: Tensor, changes: dict[Place, Tensor], metric: Metric, base: float
 ) -> dict[Place, float]:
-    """What adding each change at its position does to the metric's mean."""
+    """The change of the metric's mean when each change is added at its position."""
     n, found, nodes = len(batch.ids), {}, list(changes)
     at_once = max(1, ROWS // n)
     for start in range(0, len(nodes), at_once):

@@ -1,4 +1,4 @@
-"""What the features active at a token do to the next token's logits directly, past all later layers."""
+"""Direct effects of the features active at a token on the next token's logits, without later layers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field

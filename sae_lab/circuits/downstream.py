@@ -30,7 +30,7 @@ class DownstreamEffects(Result):
         feature, site: the feature that was ablated, or steered by ``strength``, and where.
         changes, z: {later site: " d_sae"}: change of each later feature, and its z-score among the controls' changes.
         before: mean codes without the change. control_mean, control_sd: of the controls' changes.
-        against: what the controls were; controls: the features, if they were features.
+        against: the kind of controls; controls: the features, if they were features.
         beyond, largest: how many later features have |z| > 3, and the largest |z|. beyond_controls, largest_controls:
             the same of each control, scored among the other controls: what chance gives.
     """
@@ -159,7 +159,7 @@ def _later(lm: LM, at: Site, later: Sequence[SparseCoder]) -> dict[Site, SparseC
 def _change(
     coder: SparseCoder, feature: int, x: Tensor, keep: Tensor, strength: float | None
 ) -> Float[Tensor, "batch pos d"]:
-    """What is added to the activations."""
+    """The change of the activations."""
     z = coder.eval().encode(x)[..., feature] * keep.to(x)
     if strength is None:
         if not bool(z.any()):
@@ -185,7 +185,7 @@ def _controls(
     coder: SparseCoder, feature: int, x: Tensor, keep: Tensor, change: Tensor, strength: float | None, against: str,
     count: int, seed: int,
 ) -> tuple[tuple[int, ...], list[Tensor]]:  # fmt: skip
-    """(the control features, what each control adds)."""
+    """(the control features, the change that each control makes)."""
     generator = torch.Generator().manual_seed(seed)
     norms = change.norm(dim=-1, keepdim=True)
     if against == "directions":
@@ -197,7 +197,7 @@ def _controls(
     active = sizes.argsort(descending=True)[: int(sizes.count_nonzero())]  # a draw goes by size, not by number
     if len(active) < count:
         raise ValueError(
-            f"{count} controls need as many other features active on the prompts, there are {len(active)}: pass more "
+            f"{count} controls need {count} other features active on the prompts, there are {len(active)}: pass more "
             "prompts, fewer controls, or against='directions'"
         )
     if strength is not None:
@@ -237,7 +237,7 @@ def _changes(
 
 def _z(change: Tensor, controls: Tensor, norms: Tensor) -> Tensor:
     """z-scores among the controls' changes; the standard deviation is at least its median over moved features. Codes
-    are times the norms of decoder rows: features of one coder then compare, whatever the unit of their codes."""
+    are times the norms of decoder rows: features of one coder then compare, in any unit of their codes."""
     change, controls = change * norms, controls * norms
     sd = controls.std(0)
     moved = sd[sd > 0]

@@ -16,7 +16,7 @@ from sae_lab.results import Result
 from sae_lab.saes.base import SparseCoder
 from sae_lab.types import Site, TokenBatch, check_feature
 
-CAPTURE = "sae_lab_capture"  # the name of an attention that keeps what it did
+CAPTURE = "sae_lab_capture"  # the name under which transformers knows the attention that keeps its pattern
 
 
 class Attention(NamedTuple):

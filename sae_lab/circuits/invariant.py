@@ -110,7 +110,7 @@ def norm_scale(lm: LM, site: Site | str, prompts: Prompts) -> Float[Tensor, "bat
     """``norm_scale(lm, "mlp_in-8", prompts)``: what the norm before the MLP divides by, √(mean square + ε); of the
     centred stream if the norm centres.
 
-    site: at ``mlp_in``. Raises ValueError elsewhere.
+    site: at ``mlp_in``. Raises ValueError for another site.
     """
     site = Site.of(site)
     norm, before = _norm(lm, site)
@@ -134,7 +134,7 @@ def check_edges(
     writes, reads = _ends(lm, upstream, downstream)
     feature, batch = check_feature(feature, upstream.d_sae), lm.tokenize(prompts)
     edge = invariant_edges(lm, upstream, downstream, [feature])[0]
-    sizes = edge.abs() * downstream.W_dec.norm(dim=1).cpu()  # whatever the unit of a downstream code
+    sizes = edge.abs() * downstream.W_dec.norm(dim=1).cpu()  # free of the unit of a downstream code
     chosen = sizes.topk(min(LISTED, len(edge))).indices.tolist() if features is None else list(features)
     chosen = [check_feature(f, downstream.d_sae) for f in chosen]
     before = _norm(lm, reads)[1] if reads.kind == "mlp_in" else reads
@@ -210,7 +210,7 @@ def _norm(lm: LM, site: Site) -> tuple[Any, Site]:
 
 
 def _shift(norm: Any, d: int, device: Any) -> Float[Tensor, " d"]:
-    """What a norm adds: its answer to 0."""
+    """The bias of a norm: its answer to 0."""
     return passes.called(norm, torch.zeros(1, d))[0].to(device)
 
 
@@ -219,10 +219,10 @@ def _scale(norm: Any, x: Float[Tensor, "batch pos d"]) -> Float[Tensor, "batch p
 
 
 def _between(lm: LM, writes: Site, reads: Site) -> list[Site]:
-    """What attention and MLPs add to the stream after the one place and before the other."""
+    """The sites at which attention and MLPs add to the stream between the two sites."""
     last = _norm(lm, reads)[1] if reads.kind == "mlp_in" else reads
     start, end = lm._sites.when(writes), lm._sites.when(last)
     layers = range(0 if writes.layer is None else writes.layer, (reads.layer or 0) + 1)
     sites = [Site(kind, layer) for layer in layers for kind in ("attn_out", "mlp_out")]
-    own = [Site("attn_out", writes.layer)] if writes.kind == "attn_z" else []  # what it writes goes through this site
+    own = [Site("attn_out", writes.layer)] if writes.kind == "attn_z" else []  # attn_z is written through this site
     return [s for s in sites if start < lm._sites.when(s) < end and s not in own and s != writes]

@@ -72,7 +72,7 @@ def measured(lm: LM, batch: TokenBatch, metric: Metric, writes: Sequence[Write] 
 
 
 def numbers(value: Any, batch: TokenBatch) -> Tensor:
-    """What a metric gave. ValueError unless it is one number for each row."""
+    """The metric's answer. ValueError unless it is one number for each row."""
     if not isinstance(value, Tensor) or value.shape != (len(batch.ids),):
         shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"a metric gives one number for each row, {len(batch.ids)} here, this one gave {shape}")
@@ -84,7 +84,7 @@ def numbers(value: Any, batch: TokenBatch) -> Tensor:
 
 @no_type_check
 def of_metric(logits, tokens, metric):
-    """The metric's numbers, one a row; where it gives anything else, what it gave."""
+    """The metric's answer: numbers on the CPU, or anything else as it is."""
     value = metric(logits.float(), tokens)
     return value.cpu() if isinstance(value, torch.Tensor) else value
 

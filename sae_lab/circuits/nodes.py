@@ -40,7 +40,7 @@ class Edge(NamedTuple):
 
 
 class Parts(NamedTuple):
-    """What a coder makes of activations: x = z·W_dec + (what does not depend on z) + error."""
+    """A coder's parts of activations: x = z·W_dec + (a part that does not depend on z) + error."""
 
     z: Float[Tensor, "*batch d_sae"]
     error: Float[Tensor, "*batch d"]
@@ -108,7 +108,7 @@ def in_order(lm: LM, coders: Sequence[SparseCoder]) -> dict[Site, SparseCoder]:
 def scene_of(
     lm: LM, coders: dict[Site, SparseCoder], runs: Runs, baseline: str, reference: Sequence[str] | None
 ) -> Scene:
-    """What is needed to measure: parts of both runs, and mean parts over the reference (None: both runs)."""
+    """The scene of these runs: the parts of both, and mean parts over the reference (None: over both runs)."""
     batch, theirs = runs.batch, runs.theirs
     keep = kept(lm, list(coders.values()), (batch, runs.x), (theirs, runs.given))
     others = lm.tokenize(torch.cat([batch.ids, theirs.ids]) if reference is None else list(reference))

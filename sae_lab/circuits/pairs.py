@@ -1,4 +1,4 @@
-"""Prompts and their sources, token by token; and the checks that all circuit work makes."""
+"""Prompts paired with their sources, and the checks that circuit work has in common."""
 
 from collections.abc import Mapping, Sequence
 from difflib import SequenceMatcher
@@ -44,7 +44,7 @@ def both_runs(lm: LM, prompts: Sequence[str], sources: Sequence[str], metric: Me
 
 
 def paired(lm: LM, prompts: Sequence[str], sources: Sequence[str]) -> tuple[TokenBatch, TokenBatch]:
-    """Prompts and sources as tokens. ValueError unless there are as many of both, all of one length."""
+    """Prompts and sources as tokens. ValueError unless their numbers are equal, and all lengths."""
     prompts, sources = ([one] if isinstance(one, str) else list(one) for one in (prompts, sources))
     if len(prompts) != len(sources) or not prompts:
         raise ValueError(f"give one source for each prompt: got {len(prompts)} prompts and {len(sources)} sources")
@@ -68,7 +68,7 @@ def copied(batch: TokenBatch, times: int) -> TokenBatch:
 def aligned_tokens(lm: LM, prompt: str, source: str) -> list[tuple[str | None, str | None]]:
     """``aligned_tokens(lm, prompt, source)``: the tokens of both texts side by side, as difflib matches them.
 
-    Equal tokens share a pair; None stands where the other text has a token more.
+    Equal tokens share a pair; a token without a partner is paired with None.
     """
     ours, theirs = lm.tokens(prompt), lm.tokens(source)
     pairs: list[tuple[str | None, str | None]] = []
@@ -119,7 +119,7 @@ def require_sae(coder: SparseCoder, method: str = "attribution", name: str = "th
 
 
 def require_linear(coder: SparseCoder, method: str, name: str = "this one") -> None:
-    """ValueError for a coder that normalises what it reads: its codes are then no linear function of it."""
+    """ValueError for a coder that normalises what it reads: its codes are not linear in it."""
     if coder.input_norm != "none":
         raise ValueError(
             f"{method} needs pre-activations that are linear in what the coder reads; {name} has input_norm="

@@ -161,7 +161,7 @@ def _axes(
     base, source, length = runs.base, runs.source, runs.batch.ids.shape[1]
     if not (math.isfinite(base) and math.isfinite(source)):
         raise ValueError(f"a metric is finite, this one is {base} for prompts and {source} for sources")
-    if abs(base - source) < 1e-6 * max(abs(base), abs(source)) or base == source:  # a difference of rounding is none
+    if abs(base - source) < 1e-6 * max(abs(base), abs(source)) or base == source:  # equal up to rounding
         raise ValueError(
             f"the metric is {base:.4g} for the prompts and for the sources too, so a patch has nothing to bring over: "
             "take sources that the model answers otherwise, or another metric"
@@ -185,7 +185,7 @@ def _patched(lm: LM, runs: Runs, metric: Metric, cells: list[Cell]) -> Iterator[
             part = positions[start : start + at_once]
             copies = copied(runs.batch, len(part))
             where = torch.tensor(part).repeat_interleave(n)
-            put = given[:, part].transpose(0, 1).flatten(0, 1)  # of each copy, what it gets
+            put = given[:, part].transpose(0, 1).flatten(0, 1)  # the activation that each copy gets
             write = Write(site, partial(placed, where=where, put=put))
             means = measured(lm, copies, metric, [write]).float().view(len(part), n).mean(1)
             shares = (means - runs.base) / (runs.source - runs.base)

@@ -236,13 +236,13 @@ def _projected(lm: LM, site: Site) -> Site | None:
 
 
 def _scale_behind_w_o(lm: LM, site: Site, x: Float[Tensor, "pos d"]) -> Float[Tensor, " pos"]:
-    """What the norm behind W_O divides by."""
+    """The scale of the norm behind W_O."""
     norm = lm._sites.modules[str(lm._sites.after_attention(site.layer or 0))]
     return norm_divisor(norm, x)
 
 
 def norm_divisor(norm: Any, x: Float[Tensor, "pos d"]) -> Float[Tensor, " pos"]:
-    """What a norm of any class divides these activations by."""
+    """The scale of a norm of any class: what it divides these activations by."""
     shift = passes.called(norm, torch.zeros_like(x[:1]))
     return _divisor(passes.past(norm, x), passes.called(norm, x) - shift).to(x.device)
 

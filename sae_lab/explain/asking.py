@@ -89,7 +89,7 @@ class Asker:
         def call() -> None:
             try:
                 box.append(("", self.fn(prompt)))
-            except Exception as err:  # whatever a user's function raises is a failure of this question alone
+            except Exception as err:  # any error of a user's function is a failure of this question alone
                 box.append((f"raised {type(err).__name__}: {str(err)[:200]}", None))
             except BaseException as err:  # SystemExit and the like end the thread, not the run
                 box.append((f"raised {type(err).__name__}", None))
@@ -168,7 +168,7 @@ class ChatEndpoint:
             failure = f"{type(err).__name__}: {err}"
         except (ValueError, LookupError, TypeError) as err:
             failure = f"its answer is no chat completion ({type(err).__name__})"
-        # Raised out here, so that no exception before it, nor what it holds, hangs on to this one.
+        # Raised outside the handlers: the error then refers to no other exception, which could hold the key.
         raise OSError(f"{self.name}: {failure.replace(key, '***') if key else failure}")
 
     def _key(self) -> str:
@@ -193,7 +193,7 @@ def openai_compatible(
     Args:
         base_url: e.g. "https://api.openai.com/v1", or "http://localhost:8000/v1" of a server of your own.
         key_from: the environment variable that holds the key, or a function that returns it (``getpass.getpass``), or
-            None where none is needed. It is read for each question and kept nowhere.
+            None for a server without keys. It is read for each question and not kept.
         timeout: seconds. settings: of the request, e.g. ``temperature=0, max_tokens=300``.
 
     ValueError for a URL that holds a password, or that would send a key over plain http to another machine.

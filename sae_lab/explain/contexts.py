@@ -11,7 +11,7 @@ from sae_lab.feature_index import FeatureIndex
 from sae_lab.types import check_feature
 
 LENGTH = 32  # tokens of a passage, as in Paulo et al.
-LEAST_BEFORE = 12  # of its tokens before the one it was chosen for, if there are as many
+LEAST_BEFORE = 12  # tokens before the one it was chosen for, if the document has them
 QUANTILES = 5
 HARD = ("same token", "co-firing")  # kinds of silent passages that are hard to tell from firing ones
 PARTS = ("explain", "judge")

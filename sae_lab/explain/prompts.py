@@ -30,7 +30,7 @@ PASS_TOKENS = 2048  # that go through the model together
 LOSS_PROMPTS = 16  # whose logits are held together
 BEFORE, AFTER = 24, 12  # tokens of an example around its peak
 CONTEXT = 64  # tokens that the model reads at once where the source is text
-FLUENCY = 0.02  # of the corpus maximum: what a nat of cross-entropy costs by default
+FLUENCY = 0.02  # share of the corpus maximum that a nat of cross-entropy costs by default
 
 
 # ---------------------------------------------------------------------------------------------- reading features
@@ -269,7 +269,7 @@ def evolve_prompts(
     rows = []
     for feature in features:
         examples = corpus[feature]
-        rng = np.random.default_rng([seed, *examples[0].ids])  # by what it fires on, not by its number
+        rng = np.random.default_rng([seed, *examples[0].ids])  # the same for any feature number
         weight = FLUENCY * examples[0].value if ce_weight is None else float(ce_weight)
         pool = np.array(sorted({i for example in examples for i in example.ids} - set(lm.mask().special_ids)))
         search = _Search(sae, lm, feature, weight, pool, rng)

@@ -28,9 +28,9 @@ from sae_lab.types import check_feature
 log = logging.getLogger(__name__)
 
 VERSION = 1
-JUDGED = 20  # firing passages a score is taken on, and as many silent ones
+JUDGED = 20  # firing passages of a score, and silent ones
 SHOWN_ROWS = 8
-SAVE_EVERY = 25  # features between two writes of what the inspector shows
+SAVE_EVERY = 25  # features between two writes for the inspector
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class ScoredExplanation:
 
     @property
     def both(self) -> tuple[tuple[str, Score], ...]:
-        """The scores, by what is added to the names of their columns."""
+        """The scores, by the suffix of their columns."""
         return ("", self.score), ("_control", self.control)
 
 
@@ -195,7 +195,7 @@ def _chosen(index: FeatureIndex, features: Sequence[int] | np.ndarray | int, see
 
 
 class _Run:
-    """One call of ``explain``: what it asks, and its file beside the index, a line of JSON for each thing found."""
+    """One call of ``explain``: its questions, and its file beside the index, a line of JSON for each result."""
 
     def __init__(
         self, index: FeatureIndex, explainer: Any, judge: Any, measures: tuple[str, ...], seed: int, deadline: float,
@@ -244,7 +244,7 @@ class _Run:
 
     def _others(self, explained: list[int]) -> dict[int, int]:
         """The feature whose explanation is each one's control: the next in a random order."""
-        by_text = sorted(explained, key=lambda i: (self.texts[i], i))  # drawn by what is said, not by number
+        by_text = sorted(explained, key=lambda i: (self.texts[i], i))  # the same draw for any feature numbers
         order = np.random.default_rng([self.seed, 1]).permutation(by_text).tolist()
         if len(order) == 1:
             return {order[0]: -1}

@@ -27,7 +27,7 @@ SCALE = 10  # a judge's strongest activation
 @as_annotated
 @dataclass(frozen=True)
 class Explanation:
-    """``Explanation("names of months")``: a text on what a feature fires on. source: whose text it is."""
+    """``Explanation("names of months")``: a description of a feature. source: its author."""
 
     text: str
     source: str = ""
@@ -213,7 +213,7 @@ def simulation(explanation: Explanation, passages: Passages, judge: Asker | None
     return Score(simulation=pearson(a, b), unanswered=unanswered)
 
 
-# ---- what a judge is asked
+# ---- questions to a judge
 
 QUESTION = """\
 A feature of a language model is described below. {task}, and nothing else.

@@ -1,4 +1,4 @@
-"""The model explains a feature of its own: the feature's direction replaces a word, and the model continues."""
+"""The model explains a feature: the feature's direction replaces a word, and the model continues the text."""
 
 import math
 import re

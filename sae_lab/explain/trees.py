@@ -1,4 +1,4 @@
-"""What the model writes when a feature's direction replaces a word."""
+"""The model's most likely continuations when a feature's direction replaces a word."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace

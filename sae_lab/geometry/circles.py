@@ -172,7 +172,7 @@ def circular(
     own, raw = _order(y, components, orders), _order(x, components, orders)
     others = codes[::2].double().sum((0, 1)) * (fires > 0).any(0)
     others[chosen] = 0.0
-    ranked = others.argsort(descending=True)[: int(others.count_nonzero())]  # whatever their order
+    ranked = others.argsort(descending=True)[: int(others.count_nonzero())]  # in any order of features
     drawn = _draws(codes, W_dec, ranked, len(chosen), draws, components, rng)
     each, each_se = mean_and_error(own.each)
     correlations = [o.correlation for o in drawn]
@@ -290,7 +290,7 @@ def _angles(points: Float[np.ndarray, "words 2"]) -> np.ndarray:
 def _draws(
     codes: Tensor, W_dec: Tensor, others: Tensor, size: int, draws: int, components: int, rng: np.random.Generator
 ) -> list[Order]:
-    """The same from as many other features, drawn anew each time; none where there are fewer."""
+    """The same of equally many other features, drawn for each; none if there are fewer."""
     if len(others) < size:
         return []
     found = []

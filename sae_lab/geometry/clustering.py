@@ -185,7 +185,7 @@ def _unit(rows: Any) -> Any:
 def _nothing(rows: Any, rng: np.random.Generator) -> list[tuple[str, Any]]:
     """Unit rows without clusters, by name."""
     if hasattr(rows, "nnz"):
-        other = rows[np.lexsort((rows.indices[rows.indptr[:-1]], np.diff(rows.indptr)))]  # whatever their order
+        other = rows[np.lexsort((rows.indices[rows.indptr[:-1]], np.diff(rows.indptr)))]  # in any order of features
         counts = np.diff(rows.indptr)
         drawn = [rng.choice(rows.shape[1], n, replace=False) for n in counts]
         other.indices = np.concatenate(drawn).astype(rows.indices.dtype)
@@ -193,7 +193,7 @@ def _nothing(rows: Any, rng: np.random.Generator) -> list[tuple[str, Any]]:
         other.sort_indices()
         return [("other tokens", other)]
     random = rng.standard_normal(rows.shape, dtype=np.float32)
-    shuffled = rng.permuted(np.sort(rows, axis=0), axis=0)  # sorted first: in whatever order features stand
+    shuffled = rng.permuted(np.sort(rows, axis=0), axis=0)  # sorted: in any order of features
     return [("random rows", _unit(random)), ("shuffled coordinates", _unit(shuffled))]
 
 

@@ -21,7 +21,7 @@ class Patterns(Result):
     Attributes:
         rank: the finding: leading patterns that are stronger than the same one of shuffled activations. There may be
             more than ``looked``.
-        explained: share of the (scaled) variance in these patterns; ``shuffled``: in as many of shuffled activations.
+        explained: share of the (scaled) variance in these patterns; ``shuffled``: of shuffled activations.
         strength, noise: singular values, and the largest over shuffles of each: both ``looked``.
         features: ``looked d_sae``, unit vectors, 0 for features that never fire; ``contexts``: ``looked contexts``.
     """
@@ -77,7 +77,7 @@ def patterns(
     a_fc: mean activation of feature f over the rows (tokens) of context c; A = (a_fc − ā_f)/s_f with ā_f, s_f mean and
     standard deviation over contexts, so that each feature counts alike; A = Σ_k σ_k u_k v_kᵀ. Parallel analysis (Horn
     1965): pattern k is above noise while σ_k, and all before it, exceed the largest σ_k of ``draws`` shuffles, which
-    give each feature's values to the contexts in an order of its own. A is never made dense.
+    give each feature's values to the contexts in a random order. A is never made dense.
 
     Read the rank as the number of patterns worth looking at. Loud or long contexts make a pattern too, since a shuffle
     evens them out. It also spreads noise evenly: if the contexts of a pattern are the noisiest ones, one planted
