@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 import sae_lab as sl
-from sae_lab.arguments import as_annotated
+from sae_lab.arguments import as_annotated, check_least
 from sae_lab.spelling import check_text
 
 NAN = math.nan
@@ -93,6 +93,12 @@ def test_what_is_read_once_is_not_read():
 def test_what_is_refused(kind, value, words):
     with pytest.raises(ValueError, match=rf"given\(value\): {words}".replace("given", "takes.<locals>.given")):
         takes(kind)(value)
+
+
+def test_the_least_of_numbers():
+    check_least(1, steps=1, draws=3)
+    with pytest.raises(ValueError, match="^draws must be at least 1, got 0$"):
+        check_least(1, steps=1, draws=0)
 
 
 def test_python_says_what_is_missing():

@@ -113,6 +113,11 @@ def test_a_true_effect_is_that_of_the_edit(attributed):
     assert effect == pytest.approx(float(metric(edited, batch)) - result.base, abs=1e-3)
 
 
+def test_without_an_effect_the_table_is_empty():
+    nothing = circuits.Attribution(torch.zeros(2, 4), torch.zeros(2), {}, 1.0, 1.0, 1)
+    assert len(nothing.to_pandas()) == 0 and repr(nothing).endswith("no rows") and "<p>metric" in nothing._repr_html_()
+
+
 def test_silent_nodes_have_no_effect(attributed):
     lm, sae, result = attributed
     z, theirs = (sae.encode(lm.read(p, SITE)[SITE][0]) for p in (PROMPT, OTHER))

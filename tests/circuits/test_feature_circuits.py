@@ -8,6 +8,7 @@ import sae_lab as sl
 from sae_lab import circuits
 from sae_lab.circuits.gradients import gradients
 from sae_lab.circuits.nodes import Node
+from sae_lab.results import Result
 from sae_lab.types import Site, Write
 from tests.circuits.test_circuits import metric_of
 from tests.edits.test_edit import OTHER, PROMPT, make
@@ -302,6 +303,8 @@ def test_the_tables(scene):
     curve = result.faithfulness.to_pandas()
     assert curve.nodes.tolist() == ["0", "3", "20", "all"] and curve.circuit.iloc[[0, -1]].tolist() == [0.0, 1.0]
     assert repr(result.faithfulness).count("\n") == 5
+    for shown in (result, result.faithfulness):
+        assert isinstance(shown, Result) and "text-align:right" in shown._repr_html_()
     assert repr(Node(EARLY, 3, -1)) == "resid_post-0@3/error" and repr(Node(EARLY, 3, 7)) == "resid_post-0@3/7"
 
 
