@@ -97,7 +97,7 @@ def test_what_is_refused(kind, value, words):
 
 def test_the_least_of_numbers():
     check_least(1, steps=1, draws=3)
-    with pytest.raises(ValueError, match="^draws must be at least 1, got 0$"):
+    with pytest.raises(ValueError, match=r"^draws must be at least 1, got 0"):
         check_least(1, steps=1, draws=0)
 
 
