@@ -124,6 +124,12 @@ def frame_text(frame: Any, digits: str = ".3f") -> str:
     return text_table(frame_rows(frame, digits), align=">", gap=" ")
 
 
+def by_column(names: str, rows: Iterable[Sequence[Any]]) -> dict[str, list[Any]]:
+    """Rows as columns of these names, also if there are no rows."""
+    listed = list(rows)
+    return {name: [row[i] for row in listed] for i, name in enumerate(names.split())}
+
+
 class Shown:
     """Base of what prints as a table. A subclass gives its rows, the first of them the head, and the lines around it:
     ``_above`` and ``_below``, texts in which "{tokens:,}" stands for an attribute."""

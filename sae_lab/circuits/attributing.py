@@ -15,7 +15,7 @@ from sae_lab.circuits.gradients import mean_gradient, require_slope
 from sae_lab.circuits.metric import ROWS, Metric, measured, shifted
 from sae_lab.circuits.pairs import both_runs, copied, kept, require_sae
 from sae_lab.lm.model import LM
-from sae_lab.results import Result
+from sae_lab.results import Result, by_column
 from sae_lab.saes.base import SparseCoder
 from sae_lab.types import Site, TokenBatch, Write
 
@@ -69,13 +69,12 @@ class Attribution(Estimates):
     _above = "metric {base:.3f} → {source:.3f} with the sources; {_how}:"
 
     @property
-    def _nodes(self) -> list[dict[str, float]]:
+    def _nodes(self) -> dict[str, list[Any]]:
         places = list(self.true_effects) or [(p, f) for p, f in self.effects.nonzero().tolist()]
         estimates = [float(self.error[p] if f < 0 else self.effects[p, f]) for p, f in places]
-        return [
-            {"position": p, "feature": f, "estimate": estimate, "truth": self.true_effects.get((p, f), float("nan"))}
-            for (p, f), estimate in zip(places, estimates, strict=True)
-        ]
+        truth = [self.true_effects.get(place, float("nan")) for place in places]
+        rows = [(*place, *effects) for place, *effects in zip(places, estimates, truth, strict=True)]
+        return by_column("position feature estimate truth", rows)
 
     def _printed(self, table: Any) -> Any:
         return table.sort_values("estimate", key=abs, ascending=False)

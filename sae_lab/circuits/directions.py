@@ -15,7 +15,7 @@ from sae_lab.circuits.gradients import mean_gradient
 from sae_lab.circuits.metric import ROWS, final_log_chances, kl_to, measured, plus
 from sae_lab.circuits.pairs import check_positions, kept, paired, require_sae
 from sae_lab.lm.model import LM
-from sae_lab.results import Result
+from sae_lab.results import Result, by_column
 from sae_lab.saes.base import SparseCoder
 from sae_lab.types import Site, TokenBatch, Write
 
@@ -66,13 +66,13 @@ class DirectionCurves(Result):
         return len(next(iter(self.kl.values())))
 
     @property
-    def _points(self) -> list[dict[str, Any]]:
-        return [
-            {"method": name, "n": n, "kl": one.mean(), "se": one.std(ddof=1) / len(one) ** 0.5,
-             "edit": self.edit[name][:, i].mean()}
+    def _points(self) -> dict[str, list[Any]]:
+        rows = [
+            (name, n, one.mean(), one.std(ddof=1) / len(one) ** 0.5, self.edit[name][:, i].mean())
             for name, kl in self.kl.items()
             for i, (n, one) in enumerate(zip(self.numbers, kl.T, strict=True))
-        ]  # fmt: skip
+        ]
+        return by_column("method n kl se edit", rows)
 
     def _printed(self, table: Any) -> Any:
         return table.pivot(index="n", columns="method", values="kl")[list(self.kl)].reset_index()

@@ -13,7 +13,7 @@ from sae_lab.arguments import as_annotated
 from sae_lab.circuits.metric import ROWS, plus
 from sae_lab.circuits.pairs import copied, kept
 from sae_lab.lm.model import LM
-from sae_lab.results import Result
+from sae_lab.results import Result, by_column
 from sae_lab.saes.base import SparseCoder
 from sae_lab.types import Site, TokenBatch, Write
 
@@ -63,15 +63,15 @@ class DownstreamEffects(Result):
         )
 
     @property
-    def _changed(self) -> list[dict[str, Any]]:
-        columns = {"before": self.before, "change": self.changes, "control_mean": self.control_mean,
-                   "control_sd": self.control_sd, "z": self.z}  # fmt: skip
+    def _changed(self) -> dict[str, list[Any]]:
+        columns = (self.before, self.changes, self.control_mean, self.control_sd, self.z)
         rows = [
-            {"site": s.key, "feature": f} | {name: float(column[s][f]) for name, column in columns.items()}
+            (s.key, f, *(float(column[s][f]) for column in columns))
             for s, change in self.changes.items()
             for f in change.nonzero().flatten().tolist()
         ]
-        return sorted(rows, key=lambda row: -abs(row["z"]))
+        names = "site feature before change control_mean control_sd z"
+        return by_column(names, sorted(rows, key=lambda row: -abs(row[-1])))
 
 
 @as_annotated

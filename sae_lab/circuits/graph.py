@@ -12,6 +12,7 @@ from sae_lab.circuits.metric import Metric
 from sae_lab.circuits.nodes import Edge, Node, checked, edge_effects, in_order, ranked, scene_of, slopes_of
 from sae_lab.circuits.pairs import both_runs
 from sae_lab.lm.model import LM
+from sae_lab.results import by_column
 from sae_lab.saes.base import SparseCoder
 
 
@@ -40,21 +41,18 @@ class FeatureCircuit(Estimates):
     tokens: tuple[str, ...]
 
     _records = "_table"
-
-    def _header(self) -> str:
-        return (
-            f"{len(self.nodes)} nodes, {len(self.edges)} edges; metric {self.base:.3f}, {self.source:.3f} with the "
-            f"sources; effects of replacing a node by its {self.baseline}, {self._how}; the strongest:"
-        )
+    _above = (
+        "{nodes!n} nodes, {edges!n} edges; metric {base:.3f}, {source:.3f} with the sources; "
+        "effects of replacing a node by its {baseline}, {_how}; the strongest:"
+    )
 
     @property
-    def _table(self) -> list[dict[str, Any]]:
-        truth = self.true_effects
-        return [
-            {"site": n.site.key, "position": n.position, "token": self.tokens[n.position], "feature": n.feature,
-             "effect": effect, "truth": truth.get(n, float("nan"))}
+    def _table(self) -> dict[str, list[Any]]:
+        rows = [
+            (n.site.key, n.position, self.tokens[n.position], n.feature, effect, self.true_effects.get(n, float("nan")))
             for n, effect in self.nodes.items()
-        ]  # fmt: skip
+        ]
+        return by_column("site position token feature effect truth", rows)
 
     def edges_to_pandas(self):
         """One row an edge, the strongest first: upstream, downstream, effect."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from sae_lab.arguments import as_annotated
 from sae_lab.circuits.pairs import kept, require_here, require_linear, require_sae
 from sae_lab.lm.model import LM
-from sae_lab.results import Result
+from sae_lab.results import Result, by_column
 from sae_lab.saes.base import SparseCoder
 from sae_lab.types import Site, TokenBatch, check_feature
 
@@ -70,13 +70,10 @@ class HeadAttribution(Result):
         )
 
     @property
-    def _parts(self) -> list[dict[str, Any]]:
-        sources = list(enumerate(self.tokens[: self.position + 1]))
-        return [
-            {"head": h, "source": s, "token": token, "part": float(row[s])}
-            for h, row in enumerate(self.parts)
-            for s, token in sources
-        ]
+    def _parts(self) -> dict[str, list[Any]]:
+        sources = range(self.position + 1)
+        rows = [(h, s, self.tokens[s], float(row[s])) for h, row in enumerate(self.parts) for s in sources]
+        return by_column("head source token part", rows)
 
     def _printed(self, table: Any) -> Any:
         return table.sort_values("part", ascending=False, key=abs)

@@ -44,8 +44,8 @@ class EdgeCheck(Result):
 
     _records, _shown, _digits = "_means", 8, ".4f"
     _above = (
-        "feature {feature} taken out at {_tokens} tokens: predicted and frozen differ by at most {error:.1e} of the "
-        "largest; free: slope {slope:.3f}, correlation {correlation:.3f}"
+        "feature {feature} taken out at {predicted!n} tokens: predicted and frozen differ by at most {error:.1e} of "
+        "the largest; free: slope {slope:.3f}, correlation {correlation:.3f}"
     )
 
     @property
@@ -62,10 +62,6 @@ class EdgeCheck(Result):
     def correlation(self) -> float:
         """Pearson's, of predicted and free."""
         return float(np.corrcoef(self.predicted.ravel(), self.free.ravel())[0, 1])
-
-    @property
-    def _tokens(self) -> int:
-        return len(self.predicted)
 
     @property
     def _means(self) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from sae_lab.circuits.gradients import gradients, require_slope
 from sae_lab.circuits.metric import ROWS, Metric, measured, placed
 from sae_lab.circuits.pairs import Runs, both_runs, check_positions, copied, require_here
 from sae_lab.lm.model import LM
-from sae_lab.results import Result
+from sae_lab.results import Result, by_column
 from sae_lab.types import Site, Write
 
 TOKENS = 512  # of copies that go through the model together: their logits are many
@@ -52,13 +53,10 @@ class PatchGrid(Result):
         return ", estimated by gradient" if self.estimated else ""
 
     @property
-    def _patches(self) -> list[dict[str, Any]]:
-        return [
-            {"kind": kind, "layer": layer, "position": position, "effect": float(self.values[i, j, p])}
-            for i, kind in enumerate(self.kinds)
-            for j, layer in enumerate(self.layers)
-            for p, position in enumerate(self.positions)
-        ]
+    def _patches(self) -> dict[str, list[Any]]:
+        rows = product(self.kinds, self.layers, self.positions)
+        effects = self.values.flatten().tolist()
+        return by_column("kind layer position effect", [(*r, e) for r, e in zip(rows, effects, strict=True)])
 
     def _printed(self, table: Any) -> Any:
         return table.sort_values("effect", ascending=False)

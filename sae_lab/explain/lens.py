@@ -82,7 +82,7 @@ class LensShape(WordHits):
     site: Site
 
     _records = "_columns_there"
-    _below = "{_count} features, lens from {site}; ± over features"
+    _below = "{features!n} features, lens from {site}; ± over features"
 
     @property
     def noise(self) -> float:
@@ -112,10 +112,6 @@ class LensShape(WordHits):
     def _columns_there(self) -> dict[str, Any]:
         names = ("words", "promoted", "kurtosis", "skew", "hits", "random_hits", "input_hits", "random_input_hits")
         return {"feature": self.features} | {name: value for name in names if (value := getattr(self, name))}
-
-    @property
-    def _count(self) -> int:
-        return len(self.features)
 
 
 @as_annotated

@@ -82,7 +82,7 @@ class Sage(Result):
     calls: int
     unread: int = figure("unread answers", "of {calls} calls", best="low", digits=0)
     threshold: float
-    generation: float = figure("generation accuracy", "share of {_texts} texts above {threshold:.3g}", best="high",
+    generation: float = figure("generation accuracy", "share of {generated!n} texts above {threshold:.3g}", best="high",
                                error="_generation_se", control="random_generation", control_name="random text")
     single_pass_generation: float
     random_generation: float
@@ -93,12 +93,9 @@ class Sage(Result):
     transcript: tuple[tuple[str, str], ...] = field(repr=False, compare=False)
 
     @property
-    def _texts(self) -> int:
-        return len(self.generated)
-
-    @property
     def _generation_se(self) -> float:
-        return math.sqrt(self.generation * (1 - self.generation) / self._texts) if self.generated else math.nan
+        n = len(self.generated)
+        return math.sqrt(self.generation * (1 - self.generation) / n) if n else math.nan
 
     def figures(self) -> list[Figure]:
         unread, generation, prediction = super().figures()

@@ -13,7 +13,7 @@ from sae_lab.arguments import as_annotated
 from sae_lab.explain.prompts import check_coder, check_features, codes_of
 from sae_lab.explain.words import WordHits, check_k, words_for
 from sae_lab.lm.model import LM
-from sae_lab.results import Figure
+from sae_lab.results import Figure, by_column
 from sae_lab.saes.base import SparseCoder
 
 
@@ -64,9 +64,9 @@ class TokenLists(WordHits):
         ]  # fmt: skip
 
     @property
-    def _listed(self) -> list[dict[str, Any]]:
+    def _listed(self) -> dict[str, list[Any]]:
         rows = [(f, token, value) for f, top in zip(self.features, self.top, strict=True) for token, value in top]
-        return [{"feature": f, "token": token, "activation": value} for f, token, value in rows]
+        return by_column("feature token activation", rows)
 
     def _footer(self) -> str:
         lines = [
