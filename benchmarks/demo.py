@@ -1,60 +1,51 @@
-"""make demo: run the quickstart notebook for real, keep the executed copy and its HTML, print its headline numbers.
-
-With --docs (make numbers) benchmarks/first_numbers.py repeats its measurements, and the numbers replace those in
-docs/speed.md; without it each is taken once.
+"""make demo: what the library does, on the bundled model: steer, harvest, train, evaluate, inspect. Smaller than the
+quickstart notebook, and each step says how long it took.
 """
 
-import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
-import nbformat
-from nbclient import NotebookClient
-from nbconvert import HTMLExporter
-from pages import put
-from tqdm import tqdm
+import sae_lab as sl
 
-ROOT = Path(__file__).resolve().parent.parent
-NOTEBOOK = ROOT / "notebooks" / "00_quickstart.ipynb"
-EXECUTED = ROOT / "notebooks" / "executed"
+PAGE = Path(__file__).resolve().parent.parent / "notebooks" / "executed" / "inspector.html"
+PROMPT = "When I woke up this morning, I"
+LEFT = time.perf_counter(), time.process_time()
+
+
+def step(words: str) -> None:
+    """Print the time since the step before ended, and what comes next."""
+    global LEFT
+    now = time.perf_counter(), time.process_time()
+    wall, cpu = (a - b for a, b in zip(now, LEFT, strict=True))
+    print(f"    {wall:.1f} s ({cpu:.1f} s of CPU time)\n{words}", flush=True)
+    LEFT = time.perf_counter(), time.process_time()
 
 
 def main() -> None:
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
-    client = NotebookClient(notebook, timeout=900, resources={"metadata": {"path": str(NOTEBOOK.parent)}})
-    start = time.perf_counter()
-    print(f"Running {NOTEBOOK.relative_to(ROOT)} ...", flush=True)
-    with client.setup_kernel():
-        for number, cell in enumerate(tqdm(notebook.cells, desc="cells", dynamic_ncols=True)):
-            client.execute_cell(cell, number)
-    spent = time.perf_counter() - start
-    EXECUTED.mkdir(exist_ok=True)
-    notebook.metadata.pop("widgets", None)  # a widget's state is of no use without its kernel
-    nbformat.write(notebook, EXECUTED / NOTEBOOK.name)
-    exporter = HTMLExporter()
-    # Widgets bring a static summary for readers without a kernel: prefer it to an empty widget.
-    exporter.config.NbConvertBase.display_data_priority = [
-        "text/html", "image/svg+xml", "image/png", "text/markdown", "text/plain",
-    ]  # fmt: skip
-    html, _ = exporter.from_notebook_node(notebook)
-    target = (EXECUTED / NOTEBOOK.name).with_suffix(".html")
-    target.write_text(html, encoding="utf-8")
-
-    tagged = [cell for cell in notebook.cells if "headline" in cell.metadata.get("tags", [])]
-    headline = "".join(output.get("text", "") for cell in tagged for output in cell.outputs)
-    print(f"\nHeadline numbers of the quickstart\n{headline}")
-    renew = "--docs" in sys.argv
-    quiet = {**os.environ, "TQDM_DISABLE": "1"}
-    command = [sys.executable, ROOT / "benchmarks" / "first_numbers.py", *([] if renew else ["--quick"])]
-    numbers = subprocess.run(command, check=True, env=quiet, stdout=subprocess.PIPE, text=True).stdout
-    print(numbers)
-    if renew:
-        shown = f"{headline}\n{numbers}the whole notebook {spent:30.0f} s"
-        text = "\n".join(line.rstrip() for line in shown.splitlines())
-        put("docs/speed.md", "first numbers", f"```\n{text}\n```")
-    print(f"\nThe notebook took {spent:.0f} s. Executed copy: {EXECUTED / NOTEBOOK.name}\n{'':25}as HTML: {target}")
+    print("A model, and a coder that comes with the library")
+    lm = sl.LM()
+    shipped = sl.load("smollm2-135m/resid_post-8")
+    print(lm, shipped, sep="\n")
+    step("\nSteer with its strongest feature on the word 'war'")
+    table = sl.features(lm, shipped, "They talked about the war").top(1)
+    feature = int(table.feature[-1])
+    for strength in (2, 0):
+        said = lm.generate(PROMPT, edits=[sl.Steer(shipped, feature, strength=strength)], max_new_tokens=16)
+        print(f"feature {feature}, strength {strength}: {said!r}", flush=True)
+    step("\nHarvest: the activations behind block 8 on Wikipedia")
+    site, text = sl.Site("resid_post", layer=8), sl.load_text()
+    store = sl.harvest(lm, site, text, tokens=40_000)
+    print(store)
+    step("\nTrain a coder of our own: BatchTopK, 32 active features a token")
+    sae = sl.BatchTopK(lm.width(site), 4 * lm.width(site), k=32)
+    print(sl.train(sae, store, sl.TrainConfig(tokens=400_000)))
+    step("\nEvaluate it on documents that it was not trained on")
+    print(sl.evals.reconstruction(sae, lm, text.held_out, tokens=2_000))
+    step("\nIndex its features, and look at them")
+    panel = sl.FeatureInspector(sl.index_features(sae, lm, store))
+    PAGE.parent.mkdir(exist_ok=True)
+    print(panel, f"The inspector as a page: {panel.to_html(PAGE)}", sep="\n")
+    step("\n`make lab` opens the quickstart, which goes on from here.")
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ def clone(owner: str) -> str:
     folder = owner.partition("/")[2] or "sae_lab"
     return (
         f"```bash\ngit clone {address}\ncd {folder}\n"
-        "make demo    # install into .venv, run the quickstart, print its headline numbers\n"
+        "make demo    # install into .venv, then steer, harvest, train, evaluate, inspect\n"
         "make lab     # the same install, then JupyterLab at the quickstart\n```\n"
     )
 
