@@ -20,7 +20,7 @@ _HOME = {
     "harvest": "activations.harvesting", "Store": "activations.store",
     "SparseCoder": "saes",
     "load": "saes.io.opening",
-    "train": "training.loop", "meta_sae": "training.loop", "TrainConfig": "training.loop", "Run": "training.loop",
+    "train": "training.start", "meta_sae": "training.start", "TrainConfig": "training.config", "Run": "training.run",
     "sweep": "training.sweeping", "Sweep": "training.sweeping",
     "estimate": "training.estimating",
     "features": "feature_index", "index_features": "feature_index", "FeatureIndex": "feature_index",
@@ -67,11 +67,11 @@ if TYPE_CHECKING:
     from sae_lab.saes import *  # noqa: F403 (the families)
     from sae_lab.saes.io.opening import load as load
     from sae_lab.training import checkpoint as checkpoint
+    from sae_lab.training.config import TrainConfig as TrainConfig
     from sae_lab.training.estimating import estimate as estimate
-    from sae_lab.training.loop import Run as Run
-    from sae_lab.training.loop import TrainConfig as TrainConfig
-    from sae_lab.training.loop import meta_sae as meta_sae
-    from sae_lab.training.loop import train as train
+    from sae_lab.training.run import Run as Run
+    from sae_lab.training.start import meta_sae as meta_sae
+    from sae_lab.training.start import train as train
     from sae_lab.training.sweeping import Sweep as Sweep
     from sae_lab.training.sweeping import sweep as sweep
     from sae_lab.types import Batch as Batch

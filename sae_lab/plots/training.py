@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 
 from sae_lab.evals.choosing import L0Choice
 from sae_lab.plots.style import COLOURS, GREY, draw, legend_beside, look, plain, subplots
-from sae_lab.training.loop import Run
+from sae_lab.training.run import Run
 from sae_lab.training.sweeping import MEASURES, Sweep
 
 L0 = "L0 (active features per token)"

@@ -1,6 +1,10 @@
-"""Training: ``loop`` trains one coder, ``sweeping`` many in one pass; ``control`` changes a training that runs,
-``watching`` measures it, ``checkpoint`` saves it, ``ranks`` shares it among processes, ``estimating`` says its cost."""
+"""Training. ``start`` has ``sl.train``: ``config`` says how, ``loop`` does it, ``run`` is what it returns. ``sharing``
+is the loop over several processes, which ``ranks`` joins; ``checkpoint`` is a run on disk; ``control`` changes a
+training while it runs, ``watching`` keeps its curves. ``sweeping`` trains many coders in one pass. ``estimating`` says
+what a call will take, ``costing`` what a training will."""
 
-from sae_lab.training.loop import Run, TrainConfig, meta_sae, train
+from sae_lab.training.config import TrainConfig
+from sae_lab.training.run import Run
+from sae_lab.training.start import meta_sae, train
 
 __all__ = ["Run", "TrainConfig", "meta_sae", "train"]

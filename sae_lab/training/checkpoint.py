@@ -1,4 +1,8 @@
-"""A run on disk: what lets an interrupted one go on to the last bit, and a finished one be opened."""
+"""A run on disk: what lets an interrupted one go on to the last bit, and a finished one be opened.
+
+A run has an id, and its files say its config, its data, and the coder it began with. The coder that an interruption
+leaves bears the id (``meta["left_by"]``) and a hash of its weights: with it the same call goes on too.
+"""
 
 import hashlib
 import json
@@ -8,54 +12,31 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sae_lab import cache, files
 from sae_lab.files import write_tensors as save_file
 from sae_lab.saes.base import SparseCoder
 from sae_lab.saes.io import opening
+from sae_lab.training.adam import Adam
 
 CHECKPOINT = "checkpoint.safetensors"
 EARLIER = "checkpoint-before.safetensors"  # the checkpoint before, in case the last one is damaged
 RUN = "run.json"
+LEFT = "left_by"  # in a coder's meta
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
+class Found(NamedTuple):
+    """A checkpoint."""
+
+    header: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+
 # ---- an interrupted run
-
-
-class Adam(torch.optim.Adam):
-    """Fused Adam over a coder's parameters. W_enc's memory lies column by column, and the fused kernel would copy its
-    gradient at every step: here it is held as its transpose, which is the same memory."""
-
-    def __init__(self, coder: SparseCoder):
-        self.parameters = dict(coder.named_parameters())
-        self.held = {n: nn.Parameter(self.as_held(n, p.detach())) for n, p in self.parameters.items()}
-        super().__init__(self.held.values(), lr=0.0, fused=True)
-
-    def _turned(self, name: str) -> bool:
-        return self.parameters[name].dim() == 2 and not self.parameters[name].is_contiguous()
-
-    def as_held(self, name: str, t: Tensor) -> Tensor:
-        """A tensor shaped as the parameter, shaped as it is held."""
-        return t.T if self._turned(name) else t
-
-    def as_parameter(self, name: str, t: Tensor) -> Tensor:
-        """A tensor shaped as held, shaped as the parameter."""
-        return t.T if t.dim() == 2 and self._turned(name) else t
-
-    def update(self, lr: float) -> None:
-        """One step, with the gradients that the coder's parameters have."""
-        for group in self.param_groups:
-            group["lr"] = lr
-        for name, p in self.parameters.items():
-            held = self.held[name]
-            assert held.data_ptr() == p.data_ptr(), f"{name} was given other memory while it is trained"
-            held.grad = None if p.grad is None else self.as_held(name, p.grad)
-        self.step()
 
 
 def pack(coder: SparseCoder, adam: Adam, idle: Tensor) -> dict[str, Tensor]:
@@ -93,38 +74,38 @@ def write(path: Path, header: dict[str, Any], tensors: Mapping[str, Tensor], kep
 
 
 def read(
-    path: Path, identity: dict[str, Any], take: Callable[[str, Tensor], Tensor]
-) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-    """(header, tensors) of the checkpoint of this run, or None. ``take(name, tensor)``: what is wanted of each."""
+    path: Path, identity: dict[str, Any], coder: SparseCoder, take: Callable[[str, Tensor], Tensor]
+) -> Found | None:
+    """The checkpoint of this run, if there is one. ``take(name, tensor)``: what is wanted of each tensor."""
     file = next((path / name for name in (CHECKPOINT, EARLIER) if (path / name).exists()), None)
     if file is None:
         return None
     try:
-        header, tensors = _read(file, take)
-        for key in (*identity, "step", "scale", "history", "left_weights"):
-            header[key]
+        found = _read(file, take)
+        for key in (*identity, "run", "step", "scale", "history", "changes"):
+            found.header[key]
     except (ValueError, KeyError, TypeError) as err:
         raise ValueError(
             f"{file} is no checkpoint of sae_lab ({err}); it was not read as anything else. {_remedy(path, file)}"
         ) from err
-    _require_same(path, identity, header)
-    return header, tensors
+    _require_same(path, identity, found.header, coder.meta.get(LEFT) == left(coder, found.header["run"]))
+    return found
 
 
-def _read(file: Path, take: Callable[[str, Tensor], Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _read(file: Path, take: Callable[[str, Tensor], Tensor]) -> Found:
     tensors, notes = files.read_tensors(file, take, "MOST_RUN")
     header = files.parse_json(notes["run"], nan=True)
     if not isinstance(header, dict):
         raise ValueError(f"its run is a {type(header).__name__}")
-    return {"changes": [], **header}, tensors
+    return Found(header, tensors)
 
 
 def _remedy(path: Path, file: Path | None = None) -> str:
     """What to do about a checkpoint that cannot be read."""
     if file != path / EARLIER:
         with suppress(OSError, ValueError, LookupError, AttributeError):
-            header, _ = _read(path / EARLIER, lambda _, t: t)
-            return f"Delete it, and the same call goes on from the one before, of step {header['step']} ({EARLIER})"
+            step = _read(path / EARLIER, lambda _, t: t).header["step"]
+            return f"Delete it, and the same call goes on from the one before, of step {step} ({EARLIER})"
     return "Delete it to start over"
 
 
@@ -150,12 +131,11 @@ def whole_step() -> Iterator[None]:
 
 def finish(path: Path, coder: SparseCoder, header: dict[str, Any]) -> None:
     """Save the coder and its history; the checkpoint has served its turn."""
-    left = {"left_weights": fingerprint(coder), "left_config": coder.config}
     kept = "the coder in memory is trained: save it elsewhere, or make room and make the same call with a new coder"
     with cache.told(path, kept):
         coder.save(path)
         with cache.atomic(path / RUN) as temporary:
-            files.write_json(temporary, header | left)
+            files.write_json(temporary, header | {LEFT: left(coder, header["run"])})
     remove_checkpoints(path)
 
 
@@ -165,22 +145,23 @@ def remove_checkpoints(path: Path) -> None:
         (path / name).unlink(missing_ok=True)
 
 
-def finished(path: Path, identity: dict[str, Any]) -> tuple[SparseCoder, dict[str, Any]] | None:
-    """(coder, header) of this run where it is done."""
+def finished(
+    path: Path, identity: dict[str, Any], coder: SparseCoder
+) -> tuple[SparseCoder, dict[str, Any]] | None:
+    """(the trained coder, header) of this run, if it is finished."""
     file = path / RUN
     if not file.exists():
         return None
     try:
         header = files.read_json(file, nan=True, most="MOST_RUN")
-        _, left = header["history"], header["left_weights"]
-        header.setdefault("changes", [])
+        run, there, *_ = (header[key] for key in ("run", LEFT, "history", "changes"))
     except (ValueError, KeyError, TypeError) as err:
         raise ValueError(f"{file} is no run of sae_lab ({err}): delete it to start over") from err
-    _require_same(path, identity, header)
-    coder = opening.load(path)
-    if fingerprint(coder) != left:
+    _require_same(path, identity, header, left(coder, run) == there)
+    done = opening.load(path)
+    if left(done, run) != there:
         raise ValueError(f"{path} holds another coder than the one its run.json tells of: pass another path=")
-    return coder, header
+    return done, header
 
 
 # ---- is it the same run?
@@ -194,21 +175,23 @@ def fingerprint(coder: SparseCoder) -> str:
     return digest.hexdigest()[:16]
 
 
-def _require_same(path: Path, identity: dict[str, Any], header: dict[str, Any]) -> None:
-    """The run at ``path`` must have this config, data and coder; weights may be the initial or the last ones."""
-    known = set()
-    if identity["initial_weights"] in (header.get("initial_weights"), header.get("left_weights")):
-        known.add("initial_weights")
-    if identity["initial_weights"] == header.get("left_weights") and identity["coder"] == _left_coder(header):
-        known.add("coder")  # its sparsity was changed while it ran
-    if wrong := differences({k: v for k, v in identity.items() if k not in known}, header):
+def arguments(coder: SparseCoder) -> dict[str, Any]:
+    """What the coder is built with."""
+    return {"family": type(coder).__name__, **coder.config}
+
+
+def left(coder: SparseCoder, run: str) -> dict[str, Any]:
+    """What tells the coder that a run left from any other."""
+    return {"run": run, "weights": fingerprint(coder), "coder": arguments(coder)}
+
+
+def _require_same(path: Path, identity: dict[str, Any], header: dict[str, Any], left_by_it: bool) -> None:
+    """The run at ``path`` must have this config, data and coder: the coder that it began with, or that it left. Of the
+    latter ``identity`` then says what it began as."""
+    if left_by_it:
+        identity |= {key: header[key] for key in ("coder", "initial_weights")}
+    if wrong := differences(identity, header):
         raise ValueError(f"{path} holds another run; it differs in {wrong}. Pass another path=, or delete it")
-    identity |= {key: header[key] for key in known}
-
-
-def _left_coder(header: dict[str, Any]) -> dict[str, Any]:
-    """The coder's family and arguments as the run left them."""
-    return {"family": header["coder"]["family"], **(header.get("left_config") or header["coder"])}
 
 
 def differences(here: dict[str, Any], there: dict[str, Any]) -> str:

@@ -1,22 +1,14 @@
 """Steering a training that runs: pause, stop, another learning rate or sparsity between two steps."""
 
-import numbers
 import threading
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from sae_lab.saes.base import SparseCoder
+from sae_lab.training.config import check_lr, is_number
 from sae_lab.types import Output
 
-MAX_LR = 1e30  # beyond it one step overflows float32 before the loss can say so
-
 Change = dict[str, Any]  # {"step", "what", "old", "new"}
-
-
-def check_lr(lr: Any) -> None:
-    """ValueError for what is no learning rate."""
-    if not _is_number(lr) or not 0 < lr < MAX_LR:
-        raise ValueError(f"lr must be a positive number below {MAX_LR:g}, got {lr}; None chooses one by d_sae")
 
 
 class Control:
@@ -179,7 +171,7 @@ class Control:
         return next((value for name, value in reversed(self._asked) if name == what), now)
 
     def _check_sparsity(self, value: Any) -> None:
-        if self.coder.sparsity_name and not _is_number(value):
+        if self.coder.sparsity_name and not is_number(value):
             raise ValueError(f"{self.coder.sparsity_name} must be a number, got {value!r}")
         self.coder.check_sparsity(value)
 
@@ -207,10 +199,6 @@ class Control:
     def _require_open(self) -> None:
         if self._refused or self.over:
             raise ValueError(self._refused or "this training is over: nothing of it can be changed any more")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def _key(change: Mapping[str, Any]) -> tuple[int, str, Any]:

@@ -18,7 +18,9 @@ from sae_lab.activations.store import Store
 from sae_lab.costs import TRIAL_SECONDS, Cost, timed
 from sae_lab.saes.base import SPARSE_BELOW, SparseCoder, calibration_cost
 from sae_lab.training.checkpoint import CHECKPOINT
-from sae_lab.training.loop import CALIBRATION_TOKENS, TrainConfig, Training, one_pass, rows_for
+from sae_lab.training.config import TrainConfig, one_pass
+from sae_lab.training.loop import CALIBRATION_TOKENS, Training
+from sae_lab.training.start import rows_for
 from sae_lab.types import Batch
 
 SMALL_BATCH = 256  # rows of a batch in steps that only tell after how many a coder without k is sparse
@@ -40,7 +42,7 @@ def cost(
         there = Training(coder, rows, config, Path(path), (), changes=changes)
         if there.finished():
             return Cost(f"{path} holds the finished run")
-        begun = found[0]["step"] if (found := there.interrupted()) else 0
+        begun = found.header["step"] if (found := there.interrupted()) else 0
     steps = config.total_steps - begun
     longer = replace(config, tokens=None, steps=config.total_steps + 100)  # the trial may take more than there are
     with tempfile.TemporaryDirectory() as scratch, costs.peak() as peak:

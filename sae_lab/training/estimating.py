@@ -15,7 +15,7 @@ from sae_lab.feature_index import build
 from sae_lab.feature_index.build import index_features
 from sae_lab.results import text_table
 from sae_lab.training import costing
-from sae_lab.training.loop import train
+from sae_lab.training.start import train
 
 
 @dataclass(frozen=True, repr=False)

@@ -21,8 +21,11 @@ from sae_lab.lm.text import Documents
 from sae_lab.results import Shown, frame_rows
 from sae_lab.saes import FAMILIES, SparseCoder, losses
 from sae_lab.saes.kernels import Memory
-from sae_lab.training.loop import Event, Run, TrainConfig, Training, rows_for
+from sae_lab.training.config import TrainConfig
+from sae_lab.training.loop import Training
 from sae_lab.training.ranks import ranks_started
+from sae_lab.training.run import Event, Run
+from sae_lab.training.start import rows_for
 from sae_lab.types import Batch, Site
 
 MEASURES = ("l0", "fvu", "dead", "mmcs", "mmcs_back", "ce_delta", "ce_delta_se", "ce_recovered")

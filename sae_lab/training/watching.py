@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sae_lab.saes.base import SparseCoder
-from sae_lab.training.loop import Event, Metrics
+from sae_lab.training.run import Event, Metrics
 
 POINTS = 300  # of a curve, at most
 MEASURES = ("loss", "fvu", "l0", "dead", "threshold", "cosine", "lr")

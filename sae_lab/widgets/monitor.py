@@ -16,8 +16,10 @@ from sae_lab.activations.store import Store
 from sae_lab.results import Html
 from sae_lab.saes.base import SparseCoder
 from sae_lab.training import checkpoint
+from sae_lab.training.config import TrainConfig
 from sae_lab.training.control import Change
-from sae_lab.training.loop import Event, Run, TrainConfig, train
+from sae_lab.training.run import Event, Run
+from sae_lab.training.start import train
 from sae_lab.training.watching import Curves
 from sae_lab.types import Batch
 

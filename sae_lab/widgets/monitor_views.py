@@ -10,8 +10,9 @@ from sae_lab.results import Html, tag
 from sae_lab.saes import FAMILIES
 from sae_lab.saes.base import SparseCoder
 from sae_lab.training import checkpoint
+from sae_lab.training.config import TrainConfig
 from sae_lab.training.control import Change, Control
-from sae_lab.training.loop import Run, TrainConfig
+from sae_lab.training.run import Run
 from sae_lab.training.watching import MEASURES
 
 from .coding import name_of

@@ -8,7 +8,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sae_lab.activations.store import Rows
 from sae_lab.saes import BatchTopK, Crosscoder, Matryoshka, Ordered, TopK, Transcoder, kernels, losses
 from sae_lab.saes.base import AUX_WEIGHT
-from sae_lab.training.loop import TrainConfig, Training
+from sae_lab.training.config import TrainConfig
+from sae_lab.training.loop import Training
 from sae_lab.types import Batch, Codes, Output
 from tests.saes.conftest import make, normal
 

@@ -1,7 +1,6 @@
 """Steering a training that runs: what is asked for is done at the right step, written down, and can be done again."""
 
 import inspect
-import json
 import os
 import signal
 import subprocess
@@ -14,7 +13,7 @@ import pytest
 import torch
 
 import sae_lab as sl
-from sae_lab.training.loop import CHECKPOINT
+from sae_lab.training.checkpoint import CHECKPOINT
 from tests.training.test_loop import D_IN, D_SAE, coder, config, header, planted, same, state, stopper
 
 
@@ -306,15 +305,6 @@ def test_a_plain_run_is_not_taken_for_a_changed_one(data, tmp_path):
         sl.train(coder(), data, config(), path=tmp_path / "run", changes=[{"step": 5, "what": "lr", "new": 1.0}])
 
 
-def test_runs_of_before_there_were_changes_are_read(data, tmp_path):
-    sl.train(coder(), data, config(), path=tmp_path / "run")
-    file = tmp_path / "run" / "run.json"
-    content = json.loads(file.read_text())
-    del content["changes"], content["left_config"], content["checksum"]
-    file.write_text(json.dumps(content))
-    assert sl.train(coder(), data, config(), path=tmp_path / "run").changes == []
-
-
 def test_stopped_and_interrupted_while_calibrating(data, tmp_path, monkeypatch):
     """It was to end there: the same call ends it, and takes no more steps."""
     sae = coder()
@@ -351,15 +341,16 @@ def test_plans_that_are_refused(change, words, data):
 
 def test_several_processes_are_refused(data):
     from sae_lab.activations.store import Rows
-    from sae_lab.training.loop import Training
     from sae_lab.training.ranks import Ranks
+    from sae_lab.training.sharing import SharedTraining
 
-    training = Training(coder(), Rows(data), config(), None, (), Ranks(0, 2))
+    training = SharedTraining(Ranks(0, 2), coder(), Rows(data), config(), None, ())
     for ask in (training.control.pause, training.control.stop, lambda: training.control.set(lr=1.0)):
         with pytest.raises(ValueError, match="2 processes train this coder: only one alone can be changed"):
             ask()
+    plan = [{"step": 1, "what": "lr", "new": 1.0}]
     with pytest.raises(ValueError, match="2 processes"):
-        Training(coder(), Rows(data), config(), None, (), Ranks(0, 2), changes=[{"step": 1, "what": "lr", "new": 1.0}])
+        SharedTraining(Ranks(0, 2), coder(), Rows(data), config(), None, (), changes=plan)
 
 
 # ---- what callbacks hear

@@ -1,5 +1,6 @@
 """sl.train: it finds what is there, stops where it must, and goes on where it was, to the last bit."""
 
+import inspect
 import json
 import os
 import pickle
@@ -17,8 +18,9 @@ from torch.nn import functional as F
 
 import sae_lab as sl
 from sae_lab.activations.store import Rows, Store
-from sae_lab.training import checkpoint
-from sae_lab.training.loop import CHECKPOINT
+from sae_lab.training import ranks
+from sae_lab.training.adam import Adam
+from sae_lab.training.checkpoint import CHECKPOINT
 
 D_IN, D_SAE = 12, 24
 SMALL = {"steps": 30, "batch_size": 64, "lr": 3e-3, "checkpoint_every": 10, "dead_after": 500}
@@ -224,6 +226,27 @@ def test_without_path_nothing_is_written(data, tmp_path, monkeypatch, cache_fold
     before = {f for f in cache_folder.rglob("*") if f.is_file()}
     sl.train(coder(), data, config())
     assert not list(tmp_path.iterdir()) and {f for f in cache_folder.rglob("*") if f.is_file()} == before
+
+
+def test_a_step_in_one_process_calls_nothing_of_the_ranks(data, monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("a function of ranks.py was called")
+
+    def callback(event):
+        if event.kind == "start":
+            own = [thing for thing in vars(ranks).values() if getattr(thing, "__module__", "") == ranks.__name__]
+            for owner in [ranks, *filter(inspect.isclass, own)]:
+                for name, thing in list(vars(owner).items()):
+                    if inspect.isfunction(thing) or isinstance(thing, property | staticmethod):
+                        monkeypatch.setattr(owner, name, refuse)
+            patched.extend([ranks.Ranks, ranks.joined, ranks.ranks_started])
+
+    patched = []
+    run = sl.train(coder(), data, config(), callbacks=[callback])
+    assert run.history[-1]["step"] == 30
+    for function in patched:
+        with pytest.raises(AssertionError, match=r"ranks.py was called"):
+            function()
 
 
 def test_same_seed_same_weights(data):
@@ -456,6 +479,52 @@ def test_interrupted_without_a_path(data):
         sl.train(sae, data, config(steps=200), callbacks=[stopper("step", 150)])
     fvu = (sae(data).x_hat - data).pow(2).sum() / (data - data.mean(0)).pow(2).sum()
     assert fvu < 0.6, "it stays usable, in raw units"
+
+
+def fail_at(step):
+    def callback(event):
+        if event.kind == "step" and event.step == step:
+            raise RuntimeError("mine")
+
+    return callback
+
+
+@pytest.mark.parametrize("saved", [False, True])
+@pytest.mark.parametrize("stop", [stopper("step", 17), fail_at(17)])
+def test_the_coder_that_was_left_goes_on(stop, saved, data, tmp_path):
+    """Interrupted, or failed behind its last checkpoint; the object itself, or what was saved of it."""
+    sae = coder()
+    with pytest.raises((KeyboardInterrupt, RuntimeError)):
+        sl.train(sae, data, config(), path=tmp_path / "run", callbacks=[stop])
+    if saved:
+        sae = sl.load(sae.save(tmp_path / "left"))
+    run = sl.train(sae, data, config(), path=tmp_path / "run")
+    whole = sl.train(coder(), data, config())
+    assert same(sae, whole.coder) and run.history == whole.history and sae.meta == whole.coder.meta
+
+
+def test_only_the_coder_that_was_left_is_taken_for_it(data, tmp_path):
+    def left(name, step, **settings):
+        sae = coder()
+        with pytest.raises(KeyboardInterrupt):
+            sl.train(sae, data, config(**settings), path=tmp_path / name, callbacks=[stopper("step", step)])
+        return sae
+
+    left("run", 17)
+    moved, other_k, trained = (sl.load(left(name, 17).save(tmp_path / f"{name} left")) for name in "abc")
+    with torch.no_grad():
+        moved.W_enc += 0.01
+    other_k.set_sparsity(4)
+    with pytest.raises(KeyboardInterrupt):
+        sl.train(trained, data + 1, config(), callbacks=[stopper("step", 3)])
+    for sae, name, words in [
+        (left("same call", 17), "run", "initial_weights"), (left("longer", 17, steps=40), "run", "initial_weights"),
+        (moved, "a", "initial_weights"), (other_k, "b", "coder k: 3 there, 4 now"), (trained, "c", "initial_weights"),
+    ]:  # fmt: skip
+        before = state(sae)
+        with pytest.raises(ValueError, match=f"holds another run; it differs in {words}"):
+            sl.train(sae, data, config(), path=tmp_path / name)
+        assert same(sae, before)
 
 
 # ---- the same path again
@@ -929,7 +998,7 @@ def test_training_on_at_another_scale(data):
 def test_adam_is_torchs_own_whatever_way_the_memory_lies():
     """Held as its transpose, W_enc takes the steps that plain Adam takes."""
     ours, plain = sl.TopK(6, 20, k=2), sl.TopK(6, 20, k=2)
-    adam, reference = checkpoint.Adam(ours), torch.optim.Adam(plain.parameters(), lr=0.01, foreach=False)
+    adam, reference = Adam(ours), torch.optim.Adam(plain.parameters(), lr=0.01, foreach=False)
     assert not ours.W_enc.is_contiguous() and all(p.is_contiguous() for p in adam.held.values())
     for step in range(3):
         x = torch.randn(50, 6, generator=torch.Generator().manual_seed(step))

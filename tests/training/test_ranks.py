@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 import sae_lab as sl
 from sae_lab.activations.store import Rows
-from sae_lab.training.loop import CHECKPOINT
+from sae_lab.training.checkpoint import CHECKPOINT
 from sae_lab.training.ranks import Ranks
 
 D_IN, D_SAE, Y, STEPS = 16, 64, 8, 20

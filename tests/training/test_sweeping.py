@@ -12,7 +12,7 @@ from torch.nn import functional as F
 import sae_lab as sl
 from sae_lab.activations.store import Rows, Store
 from sae_lab.saes import FAMILIES
-from sae_lab.training.loop import CHECKPOINT
+from sae_lab.training.checkpoint import CHECKPOINT
 from sae_lab.types import Batch, Site
 
 D, WIDTH = 12, 24

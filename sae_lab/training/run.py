@@ -1,0 +1,72 @@
+"""What a training tells: an ``Event`` to its callbacks at each step, and the ``Run`` at its end."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from sae_lab.activations.store import Rows, Store
+from sae_lab.saes.base import SparseCoder
+from sae_lab.training.config import TrainConfig
+from sae_lab.training.control import Change, Control
+
+Metrics = dict[str, int | float]
+
+
+class Event(NamedTuple):
+    """What a callback gets: ``callbacks=[lambda event: print(event.step, event.metrics)]``.
+
+    kind: "start", "step" (a logged one), "checkpoint", "pause", "resume", "end", or "left" (interrupted or failed:
+    ``error`` says by what). metrics: the last row of ``Run.history``. control: steers this training. history: all rows
+    so far, not to be changed. data: what serves the batches. label: which of a sweep's coders this is.
+    """
+
+    kind: str
+    step: int
+    metrics: Metrics
+    coder: SparseCoder
+    config: TrainConfig
+    control: Control
+    history: list[Metrics]
+    data: Store | Rows
+    label: str
+    path: Path | None = None
+    error: BaseException | None = None
+
+
+@dataclass
+class Run:
+    """A finished training: the coder, its config, and one row of metrics per logged step.
+
+    changes: what was changed while it ran, {"step", "what", "old", "new"} each (see ``Control``).
+    """
+
+    coder: SparseCoder
+    config: TrainConfig
+    history: list[Metrics] = field(repr=False)
+    path: Path | None = None
+    changes: list[Change] = field(default_factory=list)
+
+    @property
+    def stopped(self) -> bool:
+        """Whether it was ended before its last step."""
+        return any(change["what"] == "stop" for change in self.changes)
+
+    def to_pandas(self):
+        """The history: step, tokens, passes, loss, fvu, l0, dead, lr and the loss terms."""
+        import pandas as pd
+
+        return pd.DataFrame(self.history)
+
+    def __repr__(self) -> str:
+        m, meta = self.history[-1], self.coder.meta
+        return (
+            f"Run({type(self.coder).__name__}, {m['tokens']:,} tokens in {m['passes']:.1f} passes: last batch "
+            f"FVU {m['fvu']:.3f}, L0 {m['l0']:.1f}; dead {meta['dead']:.2%} on {meta['dead_tokens']:,} tokens"
+            f"{''.join(f'; {_words(change)}' for change in self.changes)})"
+        )
+
+
+def _words(change: Change) -> str:
+    if change["what"] == "stop":
+        return f"stopped after {change['new']:,} of {change['old']:,} steps"
+    return f"{change['what']} {change['old']:.4g} to {change['new']:.4g} at step {change['step']:,}"
