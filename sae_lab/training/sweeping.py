@@ -1,6 +1,7 @@
 """sl.sweep: many coders on the same batches, so that a Pareto front costs one reading of the data."""
 
 import itertools
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from sae_lab.arguments import Count, as_annotated
 from sae_lab.feature_index.matching import match
 from sae_lab.lm.model import LM
 from sae_lab.lm.text import Documents
-from sae_lab.results import Shown, frame_rows
+from sae_lab.results import Result
 from sae_lab.saes import FAMILIES, SparseCoder, losses
 from sae_lab.saes.kernels import Memory
 from sae_lab.training.config import TrainConfig
@@ -34,7 +35,7 @@ Grid = Mapping[str, Mapping[str, Any]]
 
 
 @dataclass(frozen=True, repr=False)
-class Sweep(Shown):
+class Sweep(Result):
     """Result of ``sl.sweep``: the coders, their runs, and one row of figures for each. ``sl.plot`` draws FVU, and ΔCE
     where it was measured, against L0.
 
@@ -49,32 +50,27 @@ class Sweep(Shown):
     rows: list[dict[str, Any]] = field(repr=False)
     tokens: int = 0
 
+    _below = "l0 and fvu on {tokens:,} tokens that no training step saw"
+    _records, _shown = "rows", sys.maxsize  # every coder is printed
+
     def to_pandas(self):
         """One row a coder."""
-        import pandas as pd
-
-        table = pd.DataFrame(self.rows)
+        table = super().to_pandas()
         whole = [c for c in table if all(type(row.get(c, 0)) is int for row in self.rows)]  # k stays 4 beside NA
         arguments_first = sorted(table, key=lambda c: c in ("seed", "site", *MEASURES))
         return table.astype(dict.fromkeys(set(whole) - {"seed"}, "Int64"))[arguments_first]
 
     def best(self, by: str = "fvu", **where: Any) -> SparseCoder:
-        """The coder with the least ``by`` (the largest for mmcs and ce_recovered) among rows that are as ``where``."""
-        chosen = [i for i, row in enumerate(self.rows) if all(row.get(k) == v for k, v in where.items())]
-        if not chosen or any(by not in self.rows[i] for i in chosen):
+        """The coder with the least ``by`` (the largest for mmcs and ce_recovered): ``found.best("l0", family="TopK")``
+        among the rows with these values. ValueError for another column, and where no row has a value there."""
+        chosen = [(row, coder) for row, coder in zip(self.rows, self.coders, strict=True)
+                  if all(row.get(k) == v for k, v in where.items())]  # fmt: skip
+        if not chosen or any(by not in row for row, _ in chosen):
             raise ValueError(f"no coder with {where} and {by!r}; columns: {', '.join(self.to_pandas().columns)}")
-        if not (chosen := [i for i in chosen if self.rows[i][by] == self.rows[i][by]]):  # NaN: not defined there
+        if not (chosen := [(row[by], coder) for row, coder in chosen if row[by] == row[by]]):  # NaN: not defined there
             raise ValueError(f"{by!r} is undefined for every coder with {where}: choose by another column")
-        sign = -1 if by.startswith(("mmcs", "ce_recovered")) else 1
-        return self.coders[min(chosen, key=lambda i: sign * self.rows[i][by])]
-
-    _align, _gap = ">", " "
-
-    def _rows(self) -> list[tuple[str, ...]]:
-        return frame_rows(self.to_pandas(), empty="")
-
-    def _footer(self) -> str:
-        return f"l0 and fvu on {self.tokens:,} tokens that no training step saw"
+        pick = max if by.startswith(("mmcs", "ce_recovered")) else min
+        return pick(chosen, key=lambda one: one[0])[1]
 
 
 @as_annotated
@@ -90,16 +86,17 @@ def sweep(
     path: str | Path | None = None,
     callbacks: Iterable[Callable[[Event], Any]] = (),
 ) -> Sweep:
-    """Train many coders in one pass over the data, each batch read once for all of them.
+    """Train many coders in one pass over the data: each batch is read once for all of them.
 
         sl.sweep({"TopK": {"k": [16, 32, 64]}, "JumpReLU": {"sparsity": [0.5, 1, 2]}}, store, config, d_sae=4608)
 
     Args:
-        grid: family -> its arguments, a list for each that varies; or coders, built.
-        data: as for ``sl.train``; of a store of several sites every coder is trained at each; a ``World`` brings its
-            truth.
-        d_sae: width of those whose arguments name none. seeds: of the coders; batches are the same for all.
-        lm, text: held-out text, to measure ΔCE too.
+        grid: {family: its arguments}, with a list for each argument that varies; or a list of coders.
+        data: as for ``sl.train``. On a store of several sites every coder is trained at each; a ``World`` brings its
+            true features, which are compared with those found.
+        d_sae: width of the coders whose arguments name none.
+        seeds: of the coders; batches are the same for all.
+        lm, text: a model and held-out text, to measure ΔCE too.
         path: folder of checkpoints; the same call goes on where it was interrupted.
         callbacks: as for ``sl.train``, called for every coder; ``event.label`` says which. A coder that is paused holds
             all, one that is stopped ends alone.
@@ -139,9 +136,7 @@ def sweep(
             row |= {"mmcs": found.b_to_a, "mmcs_back": found.a_to_b}
         if lm is not None and text is not None:
             result = reconstruction(run.coder, lm, text)
-            row |= {
-                "ce_delta": result.ce_delta, "ce_delta_se": result.ce_delta_se, "ce_recovered": result.ce_recovered,
-            }  # fmt: skip
+            row |= {name: getattr(result, name) for name in ("ce_delta", "ce_delta_se", "ce_recovered")}
         rows.append(row)
     return Sweep(coders, runs, rows, tokens)
 
