@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from sae_lab.training.adam import Adam
 from sae_lab.training.checkpoint import Found
 from sae_lab.training.config import TrainConfig
 from sae_lab.training.control import Control
+from sae_lab.training.process import ALONE, Process
 from sae_lab.training.run import Event, Metrics, Run
 from sae_lab.types import Batch, Codes, Output
 
@@ -32,17 +34,17 @@ MAX_GRADIENT = 1e18  # Adam squares it, in float32
 
 class Training:
     """One call of ``sl.train``: coder, optimiser, counters, history. ``begin``, then ``one_step`` while ``going``, then
-    ``end``; ``run`` does all of it. ``SharedTraining`` overrides what several processes do together."""
-
-    alone = first = True  # whether this process trains by itself; whether it writes the files and shows progress
+    ``end``; ``run`` does all of it."""
 
     def __init__(
         self, coder: SparseCoder, rows: Store | Rows, config: TrainConfig, path: Path | None, callbacks: tuple,
-        *, changes: Iterable[Mapping[str, Any]] = (), label: str = "", refused: str = "",
+        process: Process = ALONE, *, changes: Iterable[Mapping[str, Any]] = (), label: str = "",
     ):  # fmt: skip
-        self.control = Control(coder, config.peak(coder.d_sae), config.total_steps, changes, refused)
+        process.require(coder, config.batch_size)
+        many = "" if process.size == 1 else f"{process.size} processes train this coder: only one alone can be changed"
+        self.control = Control(coder, config.peak(coder.d_sae), config.total_steps, changes, many)
         self.label = label or type(coder).__name__
-        self.rows, self.config, self.path, self.callbacks = rows, config, path, callbacks
+        self.rows, self.config, self.path, self.callbacks, self.process = rows, config, path, callbacks, process
         self.whole = self.coder = coder  # coder: the part of it that this process trains
         self.identity = {
             "config": {name: value for name, value in asdict(config).items() if name != "shard"},
@@ -56,14 +58,21 @@ class Training:
         self.history: list[Metrics] = []
         self.scale: Tensor  # activations are multiplied by it: a number, or one per layer
         self.target_scale: Tensor | None  # None: the target is x
-        self.ahead = ReadAhead(self.read, config.total_steps)
+        read = partial(process.batch, rows, batch_size=config.batch_size, seed=config.seed)
+        self.ahead = ReadAhead(read, config.total_steps)
 
     def run(self) -> Run:
         if finished := self.begin():
             return finished
         try:
             self.emit("start")
-            self.take_steps()
+            with self._bar() as show, self.process.stopping() as asked:
+                while self.going():
+                    self.one_step()
+                    show()
+                    if asked():
+                        self.keep()
+                        raise KeyboardInterrupt
             self.keep()  # calibration takes a while: if it is interrupted, training is not lost
         except BaseException as err:
             self.leave(err)
@@ -73,12 +82,6 @@ class Training:
         except BaseException as err:
             self.tell_left(err)
             raise
-
-    def take_steps(self) -> None:
-        with self._bar() as show:
-            while self.going():
-                self.one_step()
-                show()
 
     def going(self) -> bool:
         """Whether another step is due, once a pause is over and what callbacks asked for is done."""
@@ -95,23 +98,27 @@ class Training:
 
     def one_step(self, raw: Batch | None = None) -> None:
         """data -> batch -> loss -> step. raw: the batch that is due, where it was read before."""
-        coder, config = self.coder, self.config
+        coder, config, process = self.coder, self.config, self.process
         raw = self._on_device(self.ahead(self.step) if raw is None else raw)
         batch = self._scaled(raw)
         lr = config.lr_at(self.step, self.whole.d_sae, self.control.lr)
         coder.zero_grad()
         if coder.scratch is not None:
             coder.scratch.rewind()
-        out, terms = self.losses(batch)
+        coder.progress = self.step / config.total_steps
+        with process.choosing(coder):
+            out = coder.output(batch.x, batch.tokens)
+            terms = coder.terms(batch, out, progress=coder.progress, dead=self.idle > config.dead_after)
         loss = torch.stack(list(terms.values()))
         loss.sum().backward()
-        self.join_gradients()
+        process.share_gradients(self.parameters)
         metrics = self._sound(raw, list(terms), loss.detach(), lr)
         logged = (self.step + 1) % config.log_every == 0 or self.step + 1 == self.control.last
         with checkpoint.whole_step():  # a checkpoint holds a whole step, wherever an interruption falls
             self.adam.update(lr)
             coder.project()
-            fired = self.sum_over_rows(_fired(out, coder.d_sae).int()) > 0
+            process.copy_first(b for b in coder.buffers() if not b.dim())  # PAnneal's weight goes by its own rows
+            fired = process.over_rows(_fired(out, coder.d_sae).int()) > 0
             self.idle += config.batch_size
             self.idle[fired] = 0
             self.step += 1
@@ -124,17 +131,6 @@ class Training:
         if self.path is not None and self.step % config.checkpoint_every == 0:
             self.keep()
             self.emit("checkpoint")
-
-    def read(self, step: int) -> Batch:
-        """The batch of a step, on the CPU or where the data is."""
-        return self.rows.batch(step, self.config.batch_size, self.config.seed)
-
-    def losses(self, batch: Batch) -> tuple[Output, dict[str, Tensor]]:
-        """(what the coder makes of a scaled batch, the terms of its loss)."""
-        self.coder.progress = self.step / self.config.total_steps
-        out = self.coder.output(batch.x, batch.tokens)
-        dead = self.idle > self.config.dead_after
-        return out, self.coder.terms(batch, out, progress=self.coder.progress, dead=dead)
 
     def _on_device(self, batch: Batch) -> Batch:
         """The batch where the coder is."""
@@ -151,11 +147,13 @@ class Training:
     def _sound(self, raw: Batch, terms: list[str], loss: Tensor, lr: float) -> Metrics:
         """The loss terms as numbers. ValueError where data, loss or gradients are not finite: before any weight is
         changed. One look at the device for all of it."""
+        process = self.process
+        loss = process.over_rows(loss) / process.row_shares
         gradients = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
-        sizes = self.sum_over_features(torch.stack([torch.linalg.vector_norm(g) for g in gradients.values()]))
+        sizes = process.over_features(torch.stack([torch.linalg.vector_norm(g) for g in gradients.values()]))
         data = [raw.x] if raw.target is raw.x else [raw.x, raw.target]
         sums = torch.stack([t.sum() for t in data])  # finite only if all of it is
-        figures = torch.cat([sums, self.mean_over_rows(loss), sizes]).tolist()
+        figures = torch.cat([sums, loss, sizes]).tolist()
         for t in data:
             if not math.isfinite(figures.pop(0)):
                 self._require_finite(t)
@@ -182,15 +180,15 @@ class Training:
 
     def _record(self, batch: Batch, out: Output, terms: Metrics, lr: float) -> None:
         """A row of the history: figures of the whole batch."""
-        tokens = self.step * self.config.batch_size
+        process, tokens = self.process, self.step * self.config.batch_size
         codes = out.codes.values if isinstance(out.codes, Codes) else out.codes
-        mean = self.mean_over_rows(batch.target.mean(0))
+        mean = process.over_rows(batch.target.mean(0)) / process.row_shares
         parts = zip(out.x_hat.detach().split(512), batch.target.split(512), strict=True)  # small ones: see Memory
-        error, variance = self.sum_over_rows(
+        error, variance = process.over_rows(
             torch.stack([torch.stack([(y - t).square().sum(), (t - mean).square().sum()]) for y, t in parts]).sum(0)
         )
-        dead = self.sum_over_features((self.idle > self.config.dead_after).sum())
-        active = self.sum_over_features(self.sum_over_rows((codes > 0).sum()))
+        dead = process.over_features((self.idle > self.config.dead_after).sum())
+        active = process.over_features(process.over_rows((codes > 0).sum()))
         self.history.append(
             {
                 "step": self.step,
@@ -210,15 +208,22 @@ class Training:
     def begin(self, first: Callable[[], Batch] | None = None) -> Run | None:
         """Ready for the next step, that of the checkpoint if there is one. Returns the run if it is finished already.
         first: gives ``first_batch`` where it was read before."""
-        run, found = self.on_disk()
-        if run is not None:
+        run = found = None
+        if self.path is not None:
+            run = self.finished()
+            found = None if run else self.interrupted()
+        begun = found.header["step"] if found else "finished" if run else 0
+        self.process.require_same(self.identity | {"config": asdict(self.config), "steps done": begun})
+        if run is not None and self.path is not None:
+            if self.process.first:
+                checkpoint.remove_checkpoints(self.path)  # of a run that was killed just before it did
             return run
-        self.id = found.header["run"] if found is not None else self.new_id()
+        self.id = found.header["run"] if found is not None else self.process.from_first({"run": uuid4().hex})["run"]
         if found is not None:
             self.control.restore(found.header["changes"], found.header["step"])
             if self.control.changes:
                 log.warning("going on with the changes made to this run: %s", self.control.changes)
-        coder = self.coder = self.share()
+        coder = self.coder = self.process.own_part(self.whole)
         self.parameters = dict(coder.named_parameters())
         if found is None:
             self._start((first or self.first_batch)())
@@ -226,10 +231,13 @@ class Training:
         self.adam = Adam(coder)
         if found is not None:
             self._restore(found)
-        self.level()
+        # Devices that differ in the last bit would stay apart.
+        self.process.copy_first([self.scale] if self.target_scale is None else [self.scale, self.target_scale])
+        self.process.copy_first_state(coder)
         coder.in_raw_units = False
         if not coder.dense:
-            coder.scratch = kernels.Memory(self.own_rows, coder.d_sae, coder.W_dec.device)
+            rows = self.config.batch_size // self.process.row_shares
+            coder.scratch = kernels.Memory(rows, coder.d_sae, coder.W_dec.device)
         coder.train()
         return None
 
@@ -264,21 +272,29 @@ class Training:
         """Fit, save and hand over the coder. data: gives ``calibration_data`` where it was read before."""
         self.control.close()
         self.fold()
-        facts = self.calibrate(data or self.calibration_data)
+        facts = self._calibrate(data or self.calibration_data)
         coder = self.coder = self.whole
         coder.in_raw_units, coder.progress = True, 1.0
         self._stamp(facts)
         run = Run(coder.eval(), self.config, self.history, self.path, self.control.changes)
-        if self.path is not None and self.first:
+        if self.path is not None and self.process.first:
             checkpoint.finish(self.path, coder, self._header())
         self.emit("end")
+        self.process.wait()  # nobody leaves before the files are there
         return run
 
-    def calibrate(self, data: Callable[[], tuple[list[Tensor], Tensor | None]]) -> Metrics:
-        """Fit threshold and f_scale of the whole coder, and count its dead features."""
-        device = self.coder.W_dec.device
-        blocks, unseen = data()
-        return self.coder.calibrate([x.to(device) for x in blocks], None if unseen is None else unseen.to(device))
+    def _calibrate(self, data: Callable[[], tuple[list[Tensor], Tensor | None]]) -> Metrics:
+        """Threshold, f_scale and dead features of the whole coder. One process does it for all, unless each has a
+        part of the coder."""
+        coder, process = self.coder, self.process
+        facts: Metrics = {}
+        if process.first or coder is not self.whole:
+            device = coder.W_dec.device
+            blocks, unseen = data()
+            facts = coder.calibrate([x.to(device) for x in blocks], None if unseen is None else unseen.to(device))
+        process.copy_first_state(coder)
+        process.rejoin(coder, self.whole)
+        return process.from_first(facts)
 
     def _stamp(self, facts: Metrics) -> None:
         """What the coder must know to be used alone: site, mask, model."""
@@ -305,11 +321,11 @@ class Training:
         """Interrupted or failed: keep what can be continued, and leave the coder usable in raw units."""
         interrupted = isinstance(error, KeyboardInterrupt)
         try:
-            if interrupted and self.alone:  # several processes stop together, or leave at different steps
+            if interrupted and self.process.size == 1:  # several processes stop together, or leave at different steps
                 self.keep()
         finally:
             self.fold()
-        if interrupted and self.path is not None and self.first:
+        if interrupted and self.path is not None and self.process.first:
             log.warning("stopped at step %d; the same call with path=%r goes on from there", self.step, str(self.path))
         self.tell_left(error)
 
@@ -324,16 +340,6 @@ class Training:
             log.exception("a callback failed after training did")
 
     # ---- on disk
-
-    def on_disk(self) -> tuple[Run | None, Found | None]:
-        """(this run if it is finished, else its checkpoint if there is one)."""
-        if self.path is None:
-            return None, None
-        if (run := self.finished()) is not None:
-            if self.first:
-                checkpoint.remove_checkpoints(self.path)  # of a run that was killed just before it did
-            return run, None
-        return None, self.interrupted()
 
     def finished(self) -> Run | None:
         """The run at ``path`` if it is whole and the same; its coder's weights go into this one."""
@@ -351,14 +357,16 @@ class Training:
     def interrupted(self) -> Found | None:
         """The checkpoint of this run."""
         assert self.path is not None
-        return checkpoint.read(self.path, self.identity, self.whole, self.part)
+        return checkpoint.read(self.path, self.identity, self.whole, self.process.part)
 
     def keep(self) -> None:
         """A checkpoint of what an unbroken run would have at this step, if there is a path."""
         if self.path is None:
             return
-        tensors = self.packed()
-        if not self.first:
+        parts = checkpoint.pack(self.coder, self.adam, self.idle).items()
+        wholes = ((name, self.process.whole(name, part)) for name, part in parts)  # one after the other: they are large
+        tensors = {name: whole for name, whole in wholes if self.process.first}
+        if not self.process.first:
             return
         scales = [self.scale.tolist(), None if self.target_scale is None else self.target_scale.tolist()]
         header = self._header() | {"step": self.step, "scale": scales}
@@ -397,7 +405,7 @@ class Training:
         total = self.config.total_steps
         passes = total * self.config.batch_size / self.rows.training_rows
         name = f"train {type(self.coder).__name__}, {passes:.2g} {'pass' if round(passes, 1) == 1 else 'passes'}"
-        quiet = not self.first or any(getattr(c, "shows_progress", False) for c in self.callbacks)
+        quiet = not self.process.first or any(getattr(c, "shows_progress", False) for c in self.callbacks)
         with tqdm(total=total, initial=self.step, desc=name, dynamic_ncols=True, disable=quiet) as bar:
 
             def show() -> None:
@@ -410,47 +418,6 @@ class Training:
                 bar.set_postfix_str(text, refresh=False)
 
             yield show
-
-    # ---- what several processes do together: see SharedTraining
-
-    @property
-    def own_rows(self) -> int:
-        """Rows of each batch that this process reads."""
-        return self.config.batch_size
-
-    def new_id(self) -> str:
-        """A name for a run that begins."""
-        return uuid4().hex
-
-    def share(self) -> SparseCoder:
-        """The part of the coder that this process trains."""
-        return self.whole
-
-    def part(self, name: str, t: Tensor) -> Tensor:
-        """This process's part of a whole coder's tensor."""
-        return t
-
-    def packed(self) -> dict[str, Tensor]:
-        """The tensors of a checkpoint."""
-        return checkpoint.pack(self.coder, self.adam, self.idle)
-
-    def level(self) -> None:
-        """All processes begin with the same numbers: devices that differ in the last bit would stay apart."""
-
-    def join_gradients(self) -> None:
-        """Every process gets the gradients of all."""
-
-    def sum_over_rows(self, t: Tensor) -> Tensor:
-        """The sum over processes that hold other rows."""
-        return t
-
-    def mean_over_rows(self, t: Tensor) -> Tensor:
-        """The mean over processes that hold other rows."""
-        return t
-
-    def sum_over_features(self, t: Tensor) -> Tensor:
-        """The sum over processes that hold other features."""
-        return t
 
 
 def _scale(x: Tensor) -> Tensor:

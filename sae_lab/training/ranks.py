@@ -12,7 +12,6 @@ import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
@@ -24,6 +23,8 @@ from torch.nn import functional as F
 from sae_lab.activations.store import Rows, Store
 from sae_lab.saes import kernels
 from sae_lab.saes.base import SparseCoder
+from sae_lab.training.checkpoint import differences
+from sae_lab.training.process import Process
 from sae_lab.types import Batch, Codes, Output
 
 # Families whose features meet only in x_hat, in the choice of the largest and in a penalty that is a sum over features.
@@ -33,34 +34,10 @@ SLACK = 1.25  # a rank first offers this multiple of its even share of the large
 _joins = count()
 
 
-@dataclass(frozen=True)
-class Ranks(kernels.Selector):
-    """The processes that train one coder together, as one of them sees them. ``Ranks()`` is a process alone.
-
-    shard: "batch": every rank holds the whole coder and its own rows of each batch. "features": every rank sees all
-    rows and holds its own features. device: where this rank computes.
-    """
-
-    rank: int = 0
-    size: int = 1
-    shard: str = "batch"
-    device: torch.device | str = "cpu"
-
-    @property
-    def first(self) -> bool:
-        """Whether this rank writes files and shows progress."""
-        return self.rank == 0
-
-    @property
-    def row_shares(self) -> int:
-        return self.size if self.shard == "batch" else 1
-
-    @property
-    def feature_shares(self) -> int:
-        return self.size if self.shard == "features" else 1
+class Ranks(Process, kernels.Selector):
+    """One of several processes that train a coder together."""
 
     def require(self, coder: SparseCoder, batch_size: int) -> None:
-        """ValueError for a coder or batch size that the ranks cannot divide."""
         if self.feature_shares > 1 and type(coder).__name__ not in SHARDED:
             raise ValueError(
                 f"shard='features' can divide {', '.join(SHARDED)}, got {type(coder).__name__}: use shard='batch'"
@@ -76,17 +53,15 @@ class Ranks(kernels.Selector):
     # ---- sums
 
     def over_rows(self, t: Tensor) -> Tensor:
-        """The sum over ranks that hold different rows."""
         return _sum(t) if self.row_shares > 1 else t
 
     def over_features(self, t: Tensor) -> Tensor:
-        """The sum over ranks that hold different features."""
         return _sum(t) if self.feature_shares > 1 else t
 
     def share_gradients(self, parameters: dict[str, nn.Parameter]) -> None:
         """Average gradients over ranks with different rows; over ranks with different features, sum those of tensors
         that every rank holds whole."""
-        for name, p in parameters.items() if self.size > 1 else ():
+        for name, p in parameters.items():
             if self.shard == "features":
                 if self._axis(name, p) is not None:
                     continue
@@ -173,38 +148,37 @@ class Ranks(kernels.Selector):
 
     def texts(self, text: str) -> list[str]:
         """Every rank's text."""
-        if self.size == 1:
-            return [text]
         raw = torch.tensor(list(text.encode()), dtype=torch.uint8, device=self.device)
         lengths = self.gather(torch.tensor(len(raw), device=self.device)).tolist()
         padded = self.gather(F.pad(raw, (0, max(lengths) - len(raw)))).cpu()
         return [bytes(row[:n].tolist()).decode() for row, n in zip(padded, lengths, strict=True)]
 
     def from_first(self, facts: dict[str, Any]) -> dict[str, Any]:
-        """The first rank's facts."""
-        return json.loads(self.texts(json.dumps(facts))[0]) if self.size > 1 else facts
+        return json.loads(self.texts(json.dumps(facts))[0])
+
+    def require_same(self, facts: dict[str, Any]) -> None:
+        """A coder is as random as its seed, and ranks that differ would wait for each other for ever."""
+        first, *others = map(json.loads, self.texts(json.dumps(facts)))
+        for rank, other in enumerate(others, 1):
+            if wrong := differences(other, first):
+                raise ValueError(
+                    f"rank {rank} trains otherwise than rank 0: it differs in {wrong}. Every rank must run the same "
+                    "script, with fixed seeds and folders that all of them see"
+                )
 
     def copy_first(self, tensors: Iterable[Tensor]) -> None:
-        """Every rank's tensors become those of the first."""
-        for t in tensors if self.size > 1 else ():
+        for t in tensors:
             _in_place(lambda flat: dist.broadcast(flat, 0), t.detach())
 
-    def held_whole(self, tensors: dict[str, Tensor]) -> list[Tensor]:
-        """The tensors of which every rank has all features."""
-        return [t for name, t in tensors.items() if self._axis(name, t) is None]
+    def copy_first_state(self, coder: SparseCoder) -> None:
+        self.copy_first(t for name, t in coder.state_dict().items() if self._axis(name, t) is None)
 
     def wait(self) -> None:
-        """Until all ranks are here."""
-        if self.size > 1:
-            dist.barrier()
+        dist.barrier()
 
     @contextmanager
     def stopping(self) -> Iterator[Callable[[], bool]]:
-        """Ctrl-C at any rank stops all ranks after the same step: ``asked()`` is then True on all. Of one process it
-        stops the step."""
-        if self.size == 1:
-            yield lambda: False
-            return
+        """Ctrl-C at any rank is to stop all of them after the same step."""
         came: list[int] = []
         main = threading.current_thread() is threading.main_thread()  # signals reach no other
         before = signal.signal(signal.SIGINT, lambda number, _: came.append(number)) if main else None
@@ -250,12 +224,8 @@ class Ranks(kernels.Selector):
         return part
 
     def rejoin(self, part: SparseCoder, coder: SparseCoder) -> None:
-        """All ranks' parts back into the whole coder."""
         if part is not coder:
             coder.load_state_dict({name: self.whole(name, t) for name, t in part.state_dict().items()})
-
-
-ALONE = Ranks()
 
 
 class _Part(SparseCoder):
@@ -328,19 +298,15 @@ def ranks_started() -> int:
 
 @contextmanager
 def joined(coder: SparseCoder, shard: str) -> Iterator[Ranks]:
-    """The ranks that train this coder: the existing process group, else torchrun's environment, else this process
-    alone. With a GPU for each rank, the coder moves to the rank's GPU."""
-    size = ranks_started()
-    if size == 1:
-        yield Ranks()
-        return
+    """The ranks that train this coder: those of the process group there is, else of torchrun's environment. With a GPU
+    for each rank, the coder moves to its own."""
     made = not dist.is_initialized()
     if made:
         _join(coder, shard)
     device = coder.W_dec.device
     if device.type == "cpu" and dist.get_backend() == "nccl":  # only its features are to go there
         device = torch.device("cuda", torch.cuda.current_device())
-    yield Ranks(dist.get_rank(), size, shard, device)
+    yield Ranks(dist.get_rank(), ranks_started(), shard, device)
     if made:  # after a failure torchrun ends all ranks; waiting for the others here could take for ever
         dist.destroy_process_group()
 

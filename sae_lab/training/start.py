@@ -1,7 +1,7 @@
 """sl.train: checks that coder and data fit, and starts the loop in one process or, under torchrun, in several."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,9 @@ from sae_lab.saes.base import SparseCoder
 from sae_lab.saes.families.batchtopk import BatchTopK
 from sae_lab.training.config import TrainConfig, one_pass
 from sae_lab.training.loop import Training
+from sae_lab.training.process import ALONE
 from sae_lab.training.ranks import joined, ranks_started
 from sae_lab.training.run import Event, Run
-from sae_lab.training.sharing import SharedTraining
 from sae_lab.types import Batch
 
 
@@ -63,22 +63,12 @@ def train(
     folder, callbacks = None if path is None else Path(path), tuple(callbacks)
     if folder is not None:
         cache.make_folder(folder)
-    if ranks_started() == 1:
-        with _writing(folder):
-            return Training(coder, rows, config, folder, callbacks, changes=changes).run()
-    with joined(coder, config.shard) as ranks, _writing(folder if ranks.first else None):
-        ranks.wait()  # until the first has the folder for itself
-        return SharedTraining(ranks, coder, rows, config, folder, callbacks, changes=changes).run()
-
-
-@contextmanager
-def _writing(folder: Path | None) -> Iterator[None]:
-    """No other process writes to the folder meanwhile."""
-    if folder is None:
-        yield
-        return
-    with cache.sole_writer(folder):
-        yield
+    with (
+        nullcontext(ALONE) if ranks_started() == 1 else joined(coder, config.shard) as process,
+        nullcontext() if folder is None or not process.first else cache.sole_writer(folder),
+    ):
+        process.wait()  # until the first has the folder for itself
+        return Training(coder, rows, config, folder, callbacks, process, changes=changes).run()
 
 
 @as_annotated

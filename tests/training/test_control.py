@@ -341,16 +341,16 @@ def test_plans_that_are_refused(change, words, data):
 
 def test_several_processes_are_refused(data):
     from sae_lab.activations.store import Rows
+    from sae_lab.training.loop import Training
     from sae_lab.training.ranks import Ranks
-    from sae_lab.training.sharing import SharedTraining
 
-    training = SharedTraining(Ranks(0, 2), coder(), Rows(data), config(), None, ())
+    training = Training(coder(), Rows(data), config(), None, (), Ranks(0, 2))
     for ask in (training.control.pause, training.control.stop, lambda: training.control.set(lr=1.0)):
         with pytest.raises(ValueError, match="2 processes train this coder: only one alone can be changed"):
             ask()
     plan = [{"step": 1, "what": "lr", "new": 1.0}]
     with pytest.raises(ValueError, match="2 processes"):
-        SharedTraining(Ranks(0, 2), coder(), Rows(data), config(), None, (), changes=plan)
+        Training(coder(), Rows(data), config(), None, (), Ranks(0, 2), changes=plan)
 
 
 # ---- what callbacks hear
