@@ -47,14 +47,12 @@ class TrainConfig:
             raise ValueError(f"give tokens or steps, one of them: got tokens={self.tokens}, steps={self.steps}")
         for name in ("tokens", "steps", "batch_size", "dead_after", "log_every", "checkpoint_every"):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
+            if value is not None and value < 1:
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
         if self.lr is not None:
             check_lr(self.lr)
         if self.shard not in get_args(Shard):
             raise ValueError(f"shard must be one of {', '.join(get_args(Shard))}, got {self.shard!r}")
-        if not isinstance(self.seed, int) or self.seed < 0:
-            raise ValueError(f"seed must be an integer of at least 0, got {self.seed!r}")
         if not (0 <= self.warmup <= 1 and 0 <= self.decay <= 1 and self.warmup + self.decay <= 1):
             raise ValueError(
                 f"warmup and decay are shares of training that sum to <= 1, got {self.warmup}, {self.decay}"

@@ -66,9 +66,10 @@ class Control:
         ValueError for a value that the config or the coder would refuse, and for a coder without such an argument."""
         with self._turn:
             self.check(lr=lr, sparsity=sparsity)
-            asked = [] if lr is None else [("lr", float(lr))]
-            asked += [] if sparsity is None else [(str(self.coder.sparsity_name), sparsity)]
-            self._asked += [(what, new) for what, new in asked if new != self._value(what)]
+            if lr is not None:
+                self._asked.append(("lr", float(lr)))
+            if sparsity is not None:
+                self._asked.append((str(self.coder.sparsity_name), sparsity))
 
     def check(self, *, lr: float | None = None, sparsity: float | None = None) -> None:
         """The ValueError that ``set`` would raise, and nothing else."""
@@ -114,7 +115,10 @@ class Control:
                 _, what, new = self._planned.pop(0)
                 self._make(step, what, new)
             for what, new in self._asked:
-                self._make(step, what, new if what != "stop" else step + (not shown))
+                if what == "stop":
+                    self._make(step, what, step + (not shown))
+                elif new != self._now(what):
+                    self._make(step, what, new)
             self._asked.clear()
 
     def restore(self, changes: list[Change], step: int) -> None:
@@ -152,10 +156,12 @@ class Control:
 
     # ---- one change
 
+    def _now(self, what: str) -> Any:
+        return {"lr": self.lr, "stop": self.last}.get(what, self.sparsity)
+
     def _make(self, step: int, what: str, new: Any) -> None:
-        old = {"lr": self.lr, "stop": self.last}.get(what, self.sparsity)
+        self.changes.append({"step": step, "what": what, "old": self._now(what), "new": new})
         self._set(what, new)
-        self.changes.append({"step": step, "what": what, "old": old, "new": new})
 
     def _set(self, what: str, new: Any) -> None:
         if what == "lr":
@@ -164,11 +170,6 @@ class Control:
             self.last = new
         else:
             self.coder.set_sparsity(new)
-
-    def _value(self, what: str) -> Any:
-        """The value asked for last, or in force."""
-        now = self.lr if what == "lr" else self.sparsity
-        return next((value for name, value in reversed(self._asked) if name == what), now)
 
     def _check_sparsity(self, value: Any) -> None:
         if self.coder.sparsity_name and not is_number(value):

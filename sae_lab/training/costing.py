@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,7 +51,7 @@ def cost(
         first = [timed(training.one_step)[1] for _ in range(3)]
         while len(first) < 20 and sum(first) < TRIAL_SECONDS:
             first.append(timed(training.one_step)[1])
-        files = _files(training, Path(scratch), config, steps) if path is not None else _Files()
+        writing, disk, kept = _files(training, Path(scratch), config, steps) if path is not None else (0.0, 0, 0)
     dense = later = statistics.median(first[1:])  # the very first is slow
     slow = 0
     if "k" not in coder.config:
@@ -62,33 +62,26 @@ def cost(
 
     slow = min(steps, max(0, slow - begun))
     stepping = slow * dense + (steps - slow) * later
-    seconds = preparing + beginning + stepping + files.seconds + calibrating.seconds
+    seconds = preparing + beginning + stepping + writing + calibrating.seconds
     parts = {"tokens per second": steps * config.batch_size / max(stepping, 1e-9)}
     parts["L0 taken for the end"] = calibrating.parts["L0"]
     if with_dead is not None:
         late = config.total_steps - max(begun, config.dead_after // config.batch_size)
         parts[DEAD] = (seconds + max(0, late) * max(0.0, with_dead - dense)) / 60
     if path is not None:
-        parts["MB that stay on disk"] = files.kept / 1e6
+        parts["MB that stay on disk"] = kept / 1e6
     return Cost(
         f"{len(first)} of {steps:,} steps taken in {sum(first):.1f} s",
         seconds=seconds,
-        disk=files.most,
+        disk=disk,
         ram=max(peak.ram, calibrating.ram) + (len(rows) * rows.row_bytes if isinstance(rows, Store) else 0),
         vram=max(peak.vram, calibrating.vram),
         parts=parts,
     )
 
 
-class _Files(NamedTuple):
-    """What a training writes: seconds, the most bytes at any moment, and the bytes that stay."""
-
-    seconds: float = 0.0
-    most: int = 0
-    kept: int = 0
-
-
-def _files(training: Training, folder: Path, config: TrainConfig, steps: int) -> _Files:
+def _files(training: Training, folder: Path, config: TrainConfig, steps: int) -> tuple[float, int, int]:
+    """What a training writes: (seconds, the most bytes at any moment, the bytes that stay)."""
     training.path = folder
     _, checkpointing = timed(training.keep)
     _, saving = timed(training.coder.save, folder / "coder")
@@ -99,7 +92,7 @@ def _files(training: Training, folder: Path, config: TrainConfig, steps: int) ->
     kept = sum(file.stat().st_size for file in (folder / "coder").iterdir()) + history
     times = steps // config.checkpoint_every + 1
     # The last two checkpoints are kept, and go when the coder is saved.
-    return _Files(times * checkpointing + saving, min(times, 2) * checkpoint + kept, kept)
+    return times * checkpointing + saving, min(times, 2) * checkpoint + kept, kept
 
 
 def _steps_until_sparse(training: Training, fresh: SparseCoder, total: int) -> int:

@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 
 CALIBRATION_TOKENS = 100_000  # training tokens on which threshold, f_scale and the count of dead features are taken
 MAX_GRADIENT = 1e18  # Adam squares it, in float32
+CalibrationData = tuple[list[Tensor], Tensor | None]
 
 
 class Training:
@@ -156,27 +157,19 @@ class Training:
         figures = torch.cat([sums, loss, sizes]).tolist()
         for t in data:
             if not math.isfinite(figures.pop(0)):
-                self._require_finite(t)
+                _require_finite(t, self.step)
         metrics = dict(zip(terms, figures, strict=False))
-        self._require_sound("the loss is", [name for name, value in metrics.items() if not math.isfinite(value)], lr)
         found = zip(gradients, figures[len(terms) :], strict=True)
-        self._require_sound("the gradients are", [name for name, size in found if not size < MAX_GRADIENT], lr)
+        for what, bad in (
+            ("the loss is", [name for name, value in metrics.items() if not math.isfinite(value)]),
+            ("the gradients are", [name for name, size in found if not size < MAX_GRADIENT]),
+        ):
+            if bad:
+                raise ValueError(
+                    f"step {self.step}: {what} not finite ({', '.join(bad)}) though the data is, so the weights ran "
+                    f"away: lower lr (now {lr:.3g}) and train a fresh coder"
+                )
         return metrics
-
-    def _require_sound(self, what: str, bad: list[str], lr: float) -> None:
-        if bad:
-            raise ValueError(
-                f"step {self.step}: {what} not finite ({', '.join(bad)}) though the data is, so the weights ran away: "
-                f"lower lr (now {lr:.3g}) and train a fresh coder"
-            )
-
-    def _require_finite(self, x: Tensor) -> None:
-        if not bool(x.isfinite().all()):
-            row = int((~x.isfinite().flatten(1).all(-1)).nonzero()[0])
-            raise ValueError(
-                f"step {self.step}: the activations hold NaN or Inf (row {row} of the batch): drop such rows, or "
-                f"harvest again in float32"
-            )
 
     def _record(self, batch: Batch, out: Output, terms: Metrics, lr: float) -> None:
         """A row of the history: figures of the whole batch."""
@@ -205,9 +198,9 @@ class Training:
 
     # ---- begin and end
 
-    def begin(self, first: Callable[[], Batch] | None = None) -> Run | None:
+    def begin(self, first: Callable[[Store | Rows], Batch] | None = None) -> Run | None:
         """Ready for the next step, that of the checkpoint if there is one. Returns the run if it is finished already.
-        first: gives ``first_batch`` where it was read before."""
+        first: ``first_batch`` of rows, where several coders share it."""
         run = found = None
         if self.path is not None:
             run = self.finished()
@@ -226,7 +219,7 @@ class Training:
         coder = self.coder = self.process.own_part(self.whole)
         self.parameters = dict(coder.named_parameters())
         if found is None:
-            self._start((first or self.first_batch)())
+            self._start(first(self.rows) if first else first_batch(self.rows, self.config))
         self.idle = torch.zeros(coder.d_sae, dtype=torch.long, device=coder.W_dec.device)  # tokens since it fired
         self.adam = Adam(coder)
         if found is not None:
@@ -241,14 +234,10 @@ class Training:
         coder.train()
         return None
 
-    def first_batch(self) -> Batch:
-        """What scales and biases start from."""
-        return self.rows.batch(0, max(4096, self.config.batch_size), self.config.seed)
-
     def _start(self, first: Batch) -> None:
         start = self._on_device(first)
-        self._require_finite(start.x)
-        self._require_finite(start.target)
+        _require_finite(start.x, self.step)
+        _require_finite(start.target, self.step)
         self.scale = _scale(start.x)
         self.target_scale = None if start.target is start.x else _scale(start.target)
         if self.coder.in_raw_units:  # it was trained before
@@ -260,19 +249,11 @@ class Training:
         self.coder.fold(self.scale, self.target_scale)
         self.coder.scratch, self.coder.in_raw_units, self.coder.progress = None, True, 1.0
 
-    def calibration_data(self) -> tuple[list[Tensor], Tensor | None]:
-        """(training activations in blocks, activations that training never saw), 100,000 tokens each at most."""
-        blocks = [x for _, x in islice(self.rows.blocks(), -(-CALIBRATION_TOKENS // 8192))]
-        unseen = self.rows.reserved(CALIBRATION_TOKENS)
-        for x in blocks if unseen is None else [*blocks, unseen]:  # training need not have seen every row
-            self._require_finite(x)
-        return blocks, unseen
-
-    def end(self, data: Callable[[], tuple[list[Tensor], Tensor | None]] | None = None) -> Run:
-        """Fit, save and hand over the coder. data: gives ``calibration_data`` where it was read before."""
+    def end(self, data: Callable[[Store | Rows], CalibrationData] | None = None) -> Run:
+        """Fit, save and hand over the coder. data: ``calibration_data`` of rows, where several coders share it."""
         self.control.close()
         self.fold()
-        facts = self._calibrate(data or self.calibration_data)
+        facts = self._calibrate(data or partial(calibration_data, step=self.step))
         coder = self.coder = self.whole
         coder.in_raw_units, coder.progress = True, 1.0
         self._stamp(facts)
@@ -283,14 +264,14 @@ class Training:
         self.process.wait()  # nobody leaves before the files are there
         return run
 
-    def _calibrate(self, data: Callable[[], tuple[list[Tensor], Tensor | None]]) -> Metrics:
+    def _calibrate(self, data: Callable[[Store | Rows], CalibrationData]) -> Metrics:
         """Threshold, f_scale and dead features of the whole coder. One process does it for all, unless each has a
         part of the coder."""
         coder, process = self.coder, self.process
         facts: Metrics = {}
         if process.first or coder is not self.whole:
             device = coder.W_dec.device
-            blocks, unseen = data()
+            blocks, unseen = data(self.rows)
             facts = coder.calibrate([x.to(device) for x in blocks], None if unseen is None else unseen.to(device))
         process.copy_first_state(coder)
         process.rejoin(coder, self.whole)
@@ -418,6 +399,29 @@ class Training:
                 bar.set_postfix_str(text, refresh=False)
 
             yield show
+
+
+def first_batch(rows: Store | Rows, config: TrainConfig) -> Batch:
+    """What scales and biases start from."""
+    return rows.batch(0, max(4096, config.batch_size), config.seed)
+
+
+def calibration_data(rows: Store | Rows, step: int) -> CalibrationData:
+    """(training activations in blocks, activations that training never saw), 100,000 tokens each at most."""
+    blocks = [x for _, x in islice(rows.blocks(), -(-CALIBRATION_TOKENS // 8192))]
+    unseen = rows.reserved(CALIBRATION_TOKENS)
+    for x in blocks if unseen is None else [*blocks, unseen]:  # training need not have seen every row
+        _require_finite(x, step)
+    return blocks, unseen
+
+
+def _require_finite(x: Tensor, step: int) -> None:
+    if not bool(x.isfinite().all()):
+        row = int((~x.isfinite().flatten(1).all(-1)).nonzero()[0])
+        raise ValueError(
+            f"step {step}: the activations hold NaN or Inf (row {row} of the batch): drop such rows, or harvest again "
+            "in float32"
+        )
 
 
 def _scale(x: Tensor) -> Tensor:

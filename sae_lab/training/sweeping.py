@@ -5,17 +5,18 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sae_lab import cache
 from sae_lab.activations.reconstructing import reconstruction
-from sae_lab.activations.store import ReadAhead, Rows, Store
+from sae_lab.activations.store import ReadAhead, Store
 from sae_lab.activations.world import World
 from sae_lab.arguments import Count, as_annotated
+from sae_lab.cache import sole_writer
 from sae_lab.feature_index.matching import match
 from sae_lab.lm.model import LM
 from sae_lab.lm.text import Documents
@@ -23,7 +24,7 @@ from sae_lab.results import Result
 from sae_lab.saes import FAMILIES, SparseCoder, losses
 from sae_lab.saes.kernels import Memory
 from sae_lab.training.config import TrainConfig
-from sae_lab.training.loop import Training
+from sae_lab.training.loop import Training, calibration_data, first_batch
 from sae_lab.training.ranks import ranks_started
 from sae_lab.training.run import Event, Run
 from sae_lab.training.start import rows_for
@@ -110,25 +111,26 @@ def sweep(
     if lm is not None and not isinstance(data, Store):
         raise ValueError("ΔCE is measured at a site, which only a store knows: sweep on a store, or leave lm out")
     world = data if isinstance(data, World) else None
-    source = world.x if world is not None else data
-    assert not isinstance(source, World)
+    source = data.x if isinstance(data, World) else data
     coders, varied = _coders(grid, source, d_sae, seeds)
     callbacks, labels = tuple(callbacks), _labels(varied)
-    trainings = []
+    trainings: list[Training] = []
     for number, (coder, row) in enumerate(zip(coders, varied, strict=True)):
         name = "-".join([f"{number:03d}", row["family"], *(f"{k}={v}" for k, v in row.items() if k != "family")])
-        at = source.at(row["site"]) if isinstance(source, Store) and "site" in row else source
         folder = None if path is None else Path(path) / name
-        rows_of_it = _shared(trainings, coder, at)
-        trainings.append(Training(coder, rows_of_it, config, folder, callbacks, label=labels[number]))
+        rows = rows_for(coder, source.at(row["site"]) if isinstance(source, Store) and "site" in row else source)
+        same = (t.rows for t in trainings if t.rows.fingerprint == rows.fingerprint and t.rows.shapes == rows.shapes)
+        rows = next(same, rows)  # one object for all that read the same rows
+        trainings.append(Training(coder, rows, config, folder, callbacks, label=labels[number]))
     with ExitStack() as alone:
         for t in trainings:
             if t.path is not None:
-                alone.enter_context(cache.sole_writer(t.path))
+                alone.enter_context(sole_writer(t.path))
         runs = _run(trainings)
-    rows, tokens, unseen = [], 0, _Once()
+    table, tokens = [], 0
+    unseen = cache(lambda rows: rows.unseen(MEASURED))
     for training, run, row in zip(trainings, runs, varied, strict=True):
-        batch = unseen(training.rows, lambda t=training: t.rows.unseen(MEASURED))
+        batch = unseen(training.rows)
         measured, tokens = _measure(run.coder, batch), len(batch.x)
         row = row | measured | {"dead": run.coder.meta["dead"]} | ({"changed": True} if run.changes else {})
         if world is not None:
@@ -137,8 +139,8 @@ def sweep(
         if lm is not None and text is not None:
             result = reconstruction(run.coder, lm, text)
             row |= {name: getattr(result, name) for name in ("ce_delta", "ce_delta_se", "ce_recovered")}
-        rows.append(row)
-    return Sweep(coders, runs, rows, tokens)
+        table.append(row)
+    return Sweep(coders, runs, table, tokens)
 
 
 def _coders(
@@ -202,25 +204,6 @@ def _width(data: Store | Tensor | Batch, site: Site | None) -> int:
     return (data if isinstance(data, Tensor) else data.x).shape[-1]
 
 
-def _shared(before: list[Training], coder: SparseCoder, data: Store | Tensor | Batch) -> Store | Rows:
-    """The rows this coder trains on: the same object as an earlier coder's where they are the same."""
-    rows = rows_for(coder, data)
-    same = (t.rows for t in before if t.rows.fingerprint == rows.fingerprint and t.rows.shapes == rows.shapes)
-    return next(same, rows)
-
-
-class _Once:
-    """What several coders read of the same rows, read for the first of them."""
-
-    def __init__(self):
-        self._read: dict[int, Any] = {}
-
-    def __call__(self, rows: Store | Rows, read: Callable[[], Any]) -> Any:
-        if id(rows) not in self._read:
-            self._read[id(rows)] = read()
-        return self._read[id(rows)]
-
-
 def _run(trainings: list[Training]) -> list[Run]:
     """All trainings side by side: a step each, on one batch."""
     from tqdm.auto import tqdm
@@ -229,10 +212,12 @@ def _run(trainings: list[Training]) -> list[Run]:
     begun: list[Training] = []
     scratch: dict[int, Memory] = {}
     readers: dict[int, ReadAhead] = {}
-    firsts, data = _Once(), _Once()
+    config = trainings[0].config  # the same for all
+    firsts = cache(lambda rows: first_batch(rows, config))
+    data = cache(lambda rows: calibration_data(rows, config.total_steps))
     try:
         for number, t in enumerate(trainings):
-            if finished := t.begin(lambda t=t: firsts(t.rows, t.first_batch)):
+            if finished := t.begin(firsts):
                 runs[number] = finished
                 continue
             begun.append(t)
@@ -240,7 +225,7 @@ def _run(trainings: list[Training]) -> list[Run]:
                 t.coder.scratch = scratch.setdefault(t.coder.d_sae, t.coder.scratch)
         for t in begun:
             t.emit("start")
-        total = max((t.config.total_steps for t in begun), default=0)
+        total = config.total_steps if begun else 0
         first = min((t.step for t in begun), default=0)
         quiet = any(getattr(c, "shows_progress", False) for t in trainings for c in t.callbacks)
         name = f"sweep of {len(begun)}"
@@ -262,7 +247,7 @@ def _run(trainings: list[Training]) -> list[Run]:
             t.keep()
         for number, t in enumerate(trainings):
             if number not in runs:
-                runs[number] = t.end(lambda t=t: data(t.rows, t.calibration_data))
+                runs[number] = t.end(data)
     except BaseException as err:
         ended = [trainings[number] for number in runs]
         for t in begun:
