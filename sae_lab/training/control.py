@@ -12,29 +12,28 @@ Change = dict[str, Any]  # {"step", "what", "old", "new"}
 
 
 class Control:
-    """What a callback steers its training with: ``event.control``. From any thread; it acts before the next step.
+    """What a callback steers its training with, ``event.control``, from any thread. It acts before the next step.
 
         sl.train(sae, store, config, callbacks=[lambda e: e.step == 500 and e.control.set(lr=1e-4, sparsity=16)])
 
-    Each change is written down in ``Run.changes`` as {"step", "what", "old", "new"}; ``sl.train(..., changes=)`` makes
-    the same changes again, to the same weights. what: "lr" (the peak of the schedule, which keeps its shape), the
-    coder's ``sparsity_name`` ("k", "sparsity"), or "stop" (of how many steps, after how many).
+    Each change is kept in ``Run.changes`` as {"step", "what", "old", "new"}, and ``sl.train(..., changes=)`` makes the
+    same changes again, to the same weights. what: "lr" (the peak of the schedule, which keeps its shape), the coder's
+    ``sparsity_name`` ("k" or "sparsity"), or "stop" (old: the steps planned, new: the steps taken).
 
-    Attributes: lr: the peak now. last: the step at which training ends. changes: those made. output: of the last batch,
-    while callbacks hear of its step. over: nothing can be changed any more.
+    Attributes: lr: the peak now. last: the step at which training ends. changes: those made. output: that of the last
+    batch, while callbacks hear of its step. paused; over: nothing can be changed any more.
     """
 
     def __init__(self, coder: SparseCoder, lr: float, steps: int, planned: Iterable[Mapping[str, Any]] = (),
                  refused: str = "") -> None:  # fmt: skip
-        self.coder, self.lr, self.last, self.over = coder, lr, steps, False
+        self.coder, self.lr, self.last = coder, lr, steps
+        self.paused = self.over = False
         self.changes: list[Change] = []
         self.output: Output | None = None
         self._turn = threading.Condition(threading.RLock())
-        self._paused = False
         self._asked: list[tuple[str, Any]] = []
         self._refused = refused
-        self._planned = [self._plan(change) for change in planned]
-        self._planned.sort(key=lambda change: change[0])
+        self._planned = sorted(map(self._plan, planned), key=lambda change: change[0])
         if self._planned:
             self._require_open()
 
@@ -44,17 +43,17 @@ class Control:
         """The step under way is the last until ``resume``."""
         with self._turn:
             self._require_open()
-            self._paused = True
+            self.paused = True
 
     def resume(self) -> None:
         """Go on after a pause."""
         with self._turn:
-            self._paused = False
+            self.paused = False
             self._turn.notify_all()
 
     def stop(self) -> None:
-        """Training ends as if it were complete: thresholds are fitted, the coder is stamped with the tokens it really
-        saw, and saved where there is a path."""
+        """Training ends as if it were complete: thresholds are fitted, the coder notes how many tokens it saw, and is
+        saved if there is a path."""
         with self._turn:
             self._require_open()
             if not self.stopping:
@@ -85,10 +84,6 @@ class Control:
         return self.coder.config.get(self.coder.sparsity_name) if self.coder.sparsity_name else None
 
     @property
-    def paused(self) -> bool:
-        return self._paused
-
-    @property
     def stopping(self) -> bool:
         """Whether it was asked to stop, or has."""
         with self._turn:
@@ -99,17 +94,17 @@ class Control:
     @property
     def wanted(self) -> bool:
         """Whether there is anything to do before the next step."""
-        return bool(self._paused or self._asked or self._planned)
+        return bool(self.paused or self._asked or self._planned)
 
     def wait(self) -> None:
         """Until nobody wants a pause. Ctrl-C ends it."""
         with self._turn:
-            while self._paused:
+            while self.paused:
                 self._turn.wait()
 
     def act(self, step: int, shown: bool) -> None:
-        """Make the changes that are due. shown: whether the figures of the last step are known; else a stop waits for
-        one more step, whose figures then are the last."""
+        """Make the changes that are due. shown: whether the history has the last step; if not, a stop waits for one
+        more step, which is then its last row."""
         with self._turn:
             while self._planned and self._planned[0][0] <= step:
                 _, what, new = self._planned.pop(0)
@@ -122,7 +117,7 @@ class Control:
             self._asked.clear()
 
     def restore(self, changes: list[Change], step: int) -> None:
-        """Go on from a checkpoint at this step. ValueError where what is planned up to there was not done there."""
+        """Go on from a checkpoint at this step. ValueError for a change planned before it that was not made."""
         left = [*self._planned]
         for change in changes:
             self._set(change["what"], change["new"])
@@ -136,7 +131,7 @@ class Control:
         self.changes, self._planned = list(changes), left
 
     def require_same(self, changes: list[Change], path: Any) -> None:
-        """ValueError where a finished run was changed otherwise than planned here."""
+        """ValueError if a finished run was changed in another way than planned here."""
         made = [_key(change) for change in changes]
         if made != self._planned:
             call = [{"step": step, "what": what, "new": new} for step, what, new in made]
@@ -150,7 +145,7 @@ class Control:
     def close(self) -> None:
         """Training is over."""
         with self._turn:
-            self.over, self._paused = True, False
+            self.over, self.paused = True, False
             self._asked.clear()
             self._turn.notify_all()
 
@@ -177,7 +172,6 @@ class Control:
         self.coder.check_sparsity(value)
 
     def _plan(self, change: Mapping[str, Any]) -> tuple[int, str, Any]:
-        names = ["lr", "stop", *([self.coder.sparsity_name] if self.coder.sparsity_name else [])]
         try:
             step, what, new = _key(change)
         except (KeyError, TypeError) as err:
@@ -186,15 +180,13 @@ class Control:
             raise ValueError(f"a change's step must be an integer from 0 to {self.last}, got {step!r}")
         if what == "lr":
             check_lr(new)
-        elif what == "stop":
-            if not isinstance(new, int) or not step <= new <= self.last or new < 1:
-                raise ValueError(f"a stop's new must be a step from {max(1, step)} to {self.last}, got {new!r}")
         elif what == self.coder.sparsity_name:
             self._check_sparsity(new)
-        else:
-            raise ValueError(
-                f"what changes in a {type(self.coder).__name__} while it trains is {', '.join(names)}, got {what!r}"
-            )
+        elif what != "stop":
+            names = ", ".join(filter(None, ("lr", "stop", self.coder.sparsity_name)))
+            raise ValueError(f"what changes in a {type(self.coder).__name__} while it trains is {names}, got {what!r}")
+        elif not isinstance(new, int) or not max(1, step) <= new <= self.last:
+            raise ValueError(f"a stop's new must be a step from {max(1, step)} to {self.last}, got {new!r}")
         return step, what, new
 
     def _require_open(self) -> None:

@@ -314,7 +314,7 @@ class Training:
         """The coder knows the run it was left by, and callbacks hear that no "end" will come."""
         self.control.close()
         if self.path is not None:
-            self.whole.meta[checkpoint.LEFT] = checkpoint.left(self.whole, self.id)
+            self.whole.meta = self.whole.meta | {checkpoint.LEFT: checkpoint.left(self.whole, self.id)}
         try:
             self.emit("left", error)
         except Exception:  # it would hide why training failed

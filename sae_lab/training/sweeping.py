@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sae_lab.activations.reconstructing import reconstruction
-from sae_lab.activations.store import ReadAhead, Store
+from sae_lab.activations.store import Store
 from sae_lab.activations.world import World
 from sae_lab.arguments import Count, as_annotated
 from sae_lab.cache import sole_writer
@@ -146,7 +146,7 @@ def sweep(
 def _coders(
     grid: Grid | Sequence[SparseCoder], data: Store | Tensor | Batch, d_sae: int | None, seeds: Iterable[int]
 ) -> tuple[list[SparseCoder], list[dict[str, Any]]]:
-    """The coders, and of each what sets it apart."""
+    """The coders, and for each the first entries of its row: family and the arguments that vary."""
     if not isinstance(grid, Mapping):
         coders = list(grid)
         if not coders or not all(isinstance(c, SparseCoder) for c in coders):
@@ -178,7 +178,7 @@ def _coders(
 
 
 def _labels(varied: list[dict[str, Any]]) -> list[str]:
-    """A name for each coder: its family and what sets it apart."""
+    """A name for each coder: its family and the arguments that vary."""
     alike = {k for k in ("seed", "site") if len({row.get(k) for row in varied}) == 1}
     labels = []
     for number, row in enumerate(varied):
@@ -193,7 +193,7 @@ def _plain(value: Any) -> Any:
 
 
 def _sites(family: str, arguments: Mapping[str, Any], data: Store | Tensor | Batch) -> list[Site | None]:
-    """The sites a family is trained at one by one; [None] where the data leaves no choice, or the coder takes all."""
+    """The sites at which coders of a family are trained, each at one; [None] if the coder takes all there are."""
     takes_all = family in ("Transcoder", "SkipTranscoder", "Crosscoder") or "d_out" in arguments
     return list(data.chosen) if isinstance(data, Store) and len(data.chosen) > 1 and not takes_all else [None]
 
@@ -211,7 +211,6 @@ def _run(trainings: list[Training]) -> list[Run]:
     runs: dict[int, Run] = {}
     begun: list[Training] = []
     scratch: dict[int, Memory] = {}
-    readers: dict[int, ReadAhead] = {}
     config = trainings[0].config  # the same for all
     firsts = cache(lambda rows: first_batch(rows, config))
     data = cache(lambda rows: calibration_data(rows, config.total_steps))
@@ -229,19 +228,17 @@ def _run(trainings: list[Training]) -> list[Run]:
         first = min((t.step for t in begun), default=0)
         quiet = any(getattr(c, "shows_progress", False) for t in trainings for c in t.callbacks)
         name = f"sweep of {len(begun)}"
+        readers = {t.rows: t.ahead for t in begun}
         with tqdm(total=total, initial=first, desc=name, dynamic_ncols=True, disable=quiet) as bar:
             for step in range(first, total):
-                batches: dict[int, Batch] = {}
+                read = cache(lambda rows, step=step: readers[rows](step))
                 for t in begun:
                     if t.step == step and t.going():  # an interrupted sweep's coders may be at different steps
-                        if id(t.rows) not in batches:
-                            batches[id(t.rows)] = readers.setdefault(id(t.rows), t.ahead)(step)
-                        t.one_step(batches[id(t.rows)])
+                        t.one_step(read(t.rows))
                 bar.update()
                 if all(t.step >= t.control.last for t in begun):  # some were stopped before the total
                     break
-                fvus = [t.history[-1]["fvu"] for t in begun if t.history]
-                if fvus:
+                if fvus := [t.history[-1]["fvu"] for t in begun if t.history]:
                     bar.set_postfix_str(f"FVU {min(fvus):.3f} to {max(fvus):.3f}", refresh=False)
         for t in begun:  # calibration takes a while: if it is interrupted, training is not lost
             t.keep()
