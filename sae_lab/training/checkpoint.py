@@ -1,7 +1,8 @@
-"""A run on disk: what lets an interrupted one go on to the last bit, and a finished one be opened.
+"""A run on disk: an interrupted one goes on to the weights of an unbroken one, bit by bit; a finished one is opened.
 
-A run has an id, and its files say its config, its data, and the coder it began with. The coder that an interruption
-leaves bears the id (``meta["left_by"]``) and a hash of its weights: with it the same call goes on too.
+A run has an id. Its files hold the id, the config, a fingerprint of the data, and the arguments and the fingerprint of
+the coder it began with. A coder that an interrupted run leaves notes the id and its fingerprint in
+``meta["left_by"]``: the same call with it, as with a fresh coder, goes on.
 """
 
 import hashlib
@@ -63,8 +64,7 @@ def unpack(path: Path, tensors: dict[str, Tensor], coder: SparseCoder, adam: Ada
 
 
 def write(path: Path, header: dict[str, Any], tensors: Mapping[str, Tensor], kept: str) -> None:
-    """One file, replaced in one piece; the one that it replaces is kept until the next. kept: for the error where it
-    finds no room."""
+    """Write a checkpoint; the one before is kept until the next. kept: what a full disk leaves, for the error."""
     (path / EARLIER).unlink(missing_ok=True)
     with cache.atomic(path / CHECKPOINT, kept) as temporary:
         whole = {n: t.detach().cpu().contiguous() for n, t in tensors.items()}
@@ -76,7 +76,7 @@ def write(path: Path, header: dict[str, Any], tensors: Mapping[str, Tensor], kep
 def read(
     path: Path, identity: dict[str, Any], coder: SparseCoder, take: Callable[[str, Tensor], Tensor]
 ) -> Found | None:
-    """The checkpoint of this run, if there is one. ``take(name, tensor)``: what is wanted of each tensor."""
+    """The checkpoint of this run, if there is one. ``take(name, tensor)``: the part of a tensor that is wanted."""
     file = next((path / name for name in (CHECKPOINT, EARLIER) if (path / name).exists()), None)
     if file is None:
         return None
@@ -111,7 +111,7 @@ def _remedy(path: Path, file: Path | None = None) -> str:
 
 @contextmanager
 def whole_step() -> Iterator[None]:
-    """Ctrl-C waits until the block is done. Signals reach the main thread only: elsewhere nothing is to do."""
+    """Within, Ctrl-C waits for the end of the block. On a thread, which gets no signals, this does nothing."""
     before = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(before):
         yield
@@ -130,7 +130,7 @@ def whole_step() -> Iterator[None]:
 
 
 def finish(path: Path, coder: SparseCoder, header: dict[str, Any]) -> None:
-    """Save the coder and its history; the checkpoint has served its turn."""
+    """Save the coder and its history, and remove the checkpoints."""
     kept = "the coder in memory is trained: save it elsewhere, or make room and make the same call with a new coder"
     with cache.told(path, kept):
         coder.save(path)
@@ -140,7 +140,6 @@ def finish(path: Path, coder: SparseCoder, header: dict[str, Any]) -> None:
 
 
 def remove_checkpoints(path: Path) -> None:
-    """Those of a finished run."""
     for name in (CHECKPOINT, EARLIER):
         (path / name).unlink(missing_ok=True)
 
@@ -186,8 +185,8 @@ def left(coder: SparseCoder, run: str) -> dict[str, Any]:
 
 
 def _require_same(path: Path, identity: dict[str, Any], header: dict[str, Any], left_by_it: bool) -> None:
-    """The run at ``path`` must have this config, data and coder: the coder that it began with, or that it left. Of the
-    latter ``identity`` then says what it began as."""
+    """ValueError unless the run at ``path`` has this config, this data, and began with this coder or left it; then
+    ``identity`` gets the coder that the run began with."""
     if left_by_it:
         identity |= {key: header[key] for key in ("coder", "initial_weights")}
     if wrong := differences(identity, header):
@@ -195,7 +194,7 @@ def _require_same(path: Path, identity: dict[str, Any], header: dict[str, Any], 
 
 
 def differences(here: dict[str, Any], there: dict[str, Any]) -> str:
-    """In words, key by key; empty where all that is here is the same there."""
+    """The entries of ``here`` that ``there`` does not have alike, in words; "" if all are alike."""
     found = []
     for key, mine in here.items():
         theirs = there.get(key)

@@ -28,7 +28,7 @@ from sae_lab.types import Batch, Codes, Output
 
 log = logging.getLogger(__name__)
 
-CALIBRATION_TOKENS = 100_000  # training tokens on which threshold, f_scale and the count of dead features are taken
+CALIBRATION_TOKENS = 100_000  # at most: threshold, f_scale and dead features are taken on them
 MAX_GRADIENT = 1e18  # Adam squares it, in float32
 CalibrationData = tuple[list[Tensor], Tensor | None]
 
@@ -85,7 +85,7 @@ class Training:
             raise
 
     def going(self) -> bool:
-        """Whether another step is due, once a pause is over and what callbacks asked for is done."""
+        """Whether another step is due. Waits while paused, and makes the changes that callbacks asked for."""
         control = self.control
         if self.step < control.last and control.wanted:
             if control.paused:
@@ -128,7 +128,7 @@ class Training:
         if logged:
             self.control.output = out
             self.emit("step")
-            self.control.output = None  # no step is to wait for the memory of the one before
+            self.control.output = None  # its memory is free for the next step
         if self.path is not None and self.step % config.checkpoint_every == 0:
             self.keep()
             self.emit("checkpoint")
@@ -146,8 +146,8 @@ class Training:
         return Batch(x, target, batch.tokens, batch.positions)
 
     def _sound(self, raw: Batch, terms: list[str], loss: Tensor, lr: float) -> Metrics:
-        """The loss terms as numbers. ValueError where data, loss or gradients are not finite: before any weight is
-        changed. One look at the device for all of it."""
+        """The loss terms as numbers. ValueError if data, loss or gradients are not finite, before any weight changes.
+        Everything is read from the device at once."""
         process = self.process
         loss = process.over_rows(loss) / process.row_shares
         gradients = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
@@ -199,8 +199,8 @@ class Training:
     # ---- begin and end
 
     def begin(self, first: Callable[[Store | Rows], Batch] | None = None) -> Run | None:
-        """Ready for the next step, that of the checkpoint if there is one. Returns the run if it is finished already.
-        first: ``first_batch`` of rows, where several coders share it."""
+        """Get ready for the first step, or the one after the checkpoint. Returns the run if it is finished already.
+        first: a ``first_batch`` that several coders share."""
         run = found = None
         if self.path is not None:
             run = self.finished()
@@ -224,7 +224,7 @@ class Training:
         self.adam = Adam(coder)
         if found is not None:
             self._restore(found)
-        # Devices that differ in the last bit would stay apart.
+        # Devices may round differently: all processes begin with the first one's numbers.
         self.process.copy_first([self.scale] if self.target_scale is None else [self.scale, self.target_scale])
         self.process.copy_first_state(coder)
         coder.in_raw_units = False
@@ -250,7 +250,7 @@ class Training:
         self.coder.scratch, self.coder.in_raw_units, self.coder.progress = None, True, 1.0
 
     def end(self, data: Callable[[Store | Rows], CalibrationData] | None = None) -> Run:
-        """Fit, save and hand over the coder. data: ``calibration_data`` of rows, where several coders share it."""
+        """Fit thresholds, save, and return the run. data: a ``calibration_data`` that several coders share."""
         self.control.close()
         self.fold()
         facts = self._calibrate(data or partial(calibration_data, step=self.step))
@@ -278,7 +278,7 @@ class Training:
         return process.from_first(facts)
 
     def _stamp(self, facts: Metrics) -> None:
-        """What the coder must know to be used alone: site, mask, model."""
+        """The coder's meta: all that it takes to use it later, such as site, mask and model."""
         rows, coder = self.rows, self.whole
         meta: dict[str, Any] = {
             "dead": facts["dead"],
@@ -311,7 +311,7 @@ class Training:
         self.tell_left(error)
 
     def tell_left(self, error: BaseException) -> None:
-        """The coder knows the run it was left by, and callbacks hear that no "end" will come."""
+        """The coder notes which run left it, and callbacks get "left" in place of "end"."""
         self.control.close()
         if self.path is not None:
             self.whole.meta = self.whole.meta | {checkpoint.LEFT: checkpoint.left(self.whole, self.id)}
@@ -425,7 +425,7 @@ def _require_finite(x: Tensor, step: int) -> None:
 
 
 def _scale(x: Tensor) -> Tensor:
-    """What brings activations to a mean norm of √d: a number, or one for each layer of (tokens, layers, d)."""
+    """The factor that brings activations to a mean norm of √d; for (tokens, layers, d) one a layer."""
     norm = x.norm(dim=-1).mean(0)
     if not bool((norm > 0).all()):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""The process that trains: one by itself, unless torchrun started several (``ranks``)."""
+"""What a training asks of its process: little, unless torchrun started several of them (``ranks``)."""
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -45,7 +45,7 @@ class Process:
         """ValueError for what cannot be divided."""
 
     def require_same(self, facts: dict[str, Any]) -> None:
-        """ValueError where another process is about to do something else."""
+        """ValueError if another process has other facts."""
 
     def wait(self) -> None:
         """Until all processes are here."""
@@ -73,10 +73,10 @@ class Process:
         """Every process's tensors become those of the first."""
 
     def copy_first_state(self, coder: SparseCoder) -> None:
-        """The same of those tensors of the coder that every process holds whole."""
+        """The same for tensors of the coder that every process holds whole."""
 
     def stopping(self) -> AbstractContextManager[Callable[[], bool]]:
-        """Within, ``asked()`` says whether Ctrl-C came at any of several processes; alone it interrupts as ever."""
+        """Within, ``asked()`` says whether Ctrl-C came at any of several processes; one alone it interrupts at once."""
         return nullcontext(lambda: False)
 
     # ---- a step

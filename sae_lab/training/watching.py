@@ -1,4 +1,4 @@
-"""Curves of trainings that run: a few points each, however long, and figures that the loop itself leaves out."""
+"""Curves of running trainings, of a limited number of points, with measures that the loop does not take."""
 
 import math
 import time
@@ -57,11 +57,10 @@ class Curves:
 
     @staticmethod
     def empty() -> dict[str, list[Any]]:
-        """Curves without a point."""
         return {name: [] for name in ("step", *MEASURES)}
 
     def more(self, event: Event) -> Metrics:
-        """Figures beside those of the loop."""
+        """Measures that the loop does not take: threshold and cosine."""
         found: Metrics = {}
         output = event.control.output
         threshold = event.coder.training_threshold(output.codes) if output is not None else None
