@@ -82,7 +82,7 @@ def read(
         return None
     try:
         found = _read(file, take)
-        for key in (*identity, "run", "step", "scale", "history", "changes"):
+        for key in (*identity, "run", "trained_from", "step", "scale", "history", "changes"):
             found.header[key]
     except (ValueError, KeyError, TypeError) as err:
         raise ValueError(

@@ -53,8 +53,7 @@ class Training:
             "coder": checkpoint.arguments(coder),
             "initial_weights": checkpoint.fingerprint(coder),
         }
-        known = coder.meta.keys() - {checkpoint.LEFT}
-        self.trained_from = coder.id if known else None  # what was said of its features goes on from there
+        self.trained_from = coder.id if coder.meta else None  # what was said of its features goes on from there
         self.step = self.kept = 0  # kept: the step of the checkpoint on disk
         self.history: list[Metrics] = []
         self.scale: Tensor  # activations are multiplied by it: a number, or one per layer
@@ -356,13 +355,14 @@ class Training:
         self.kept = self.step
 
     def _header(self) -> dict[str, Any]:
-        return self.identity | {"run": self.id, "history": self.history, "changes": self.control.changes}
+        known = {"run": self.id, "trained_from": self.trained_from}
+        return self.identity | known | {"history": self.history, "changes": self.control.changes}
 
     def _restore(self, found: Found) -> None:
         assert self.path is not None
         device = self.coder.W_dec.device
         self.step = self.kept = found.header["step"]
-        self.history = found.header["history"]
+        self.history, self.trained_from = found.header["history"], found.header["trained_from"]
         scale, target_scale = found.header["scale"]
         self.scale = torch.tensor(scale, device=device)
         self.target_scale = None if target_scale is None else torch.tensor(target_scale, device=device)
