@@ -520,7 +520,7 @@ def test_sites_that_are_no_place_to_splice(tiny_lm, small_text):
         (transcoder, IN, r"this coder writes Site\('mlp_out', layer=1\), got site=Site\('mlp_in', layer=1\)"),
         (crosscoder, SITE, r"this coder writes Site\('mlp_in', layer=1\), Site\('mlp_out', layer=1\), got site="),
         (at(sl.TopK(48, 96, k=5)), "layers.0", r"this coder writes Site\('resid_post', layer=1\), got site="),
-        (narrow, None, r"the coder writes d_out=20, LM\(.*\) has width 48 at Site\('mlp_out', layer=1\): wrong"),
+        (narrow, None, r"this coder writes width 20 and LM\(.*\) has width 48 at Site\('mlp_out', layer=1\): use"),
         (wide, None, r"this coder reads width 20 and LM\(.*\) has width 48 at Site\('mlp_in', layer=1\): use the"),
         (nowhere, None, "this coder does not know its site"),
     ):
