@@ -8,12 +8,12 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import field, fields
+from dataclasses import dataclass, field, fields
 from importlib import import_module
 from numbers import Number
 from operator import attrgetter
 from string import Formatter
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, dataclass_transform
 
 import numpy as np
 
@@ -135,7 +135,7 @@ class Shown:
     ``_above`` and ``_below``, texts in which "{tokens:,}" stands for an attribute."""
 
     _above = _below = ""
-    _align, _gap = "<", "  "
+    _align, _gap = "<", "  "  # _align: as for ``html_table``
 
     def __init_subclass__(cls) -> None:
         as_annotated(cls)
@@ -155,11 +155,14 @@ class Shown:
         return filled(text, _Attributes(self))
 
     def __repr__(self) -> str:
-        table = text_table(self._rows(), self._footer(), self._align, self._gap)
+        table = text_table(self._rows(), self._footer(), self._sides(), self._gap)
         return f"{visible_lines(header)}\n{table}" if (header := self._header()) else table
 
     def _repr_html_(self) -> Html:
-        return html_table(self._rows(), self._footer(), self._align, header=self._header())
+        return html_table(self._rows(), self._footer(), self._sides(), header=self._header())
+
+    def _sides(self) -> str:
+        return self._align
 
 
 class _Attributes(dict[str, Any]):
@@ -188,6 +191,7 @@ def filled(text: str, values: Mapping[str, Any]) -> str:
 
 # ---- results
 
+T = TypeVar("T")
 UNDEFINED = "undefined"  # what a table shows for NaN
 
 
@@ -243,10 +247,16 @@ def number(value: float, digits: int | str = 3) -> str:
     return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.{digits}f}"
 
 
-class Result(Shown):
-    """Base of the frozen dataclasses (``repr=False``) that measurements return. Its fields say all that it shows:
+@dataclass_transform(frozen_default=True, field_specifiers=(field, figure))
+def result(cls: type[T]) -> type[T]:
+    """``@result`` on a ``Result``: a frozen dataclass, whose fields may be figures."""
+    return dataclass(frozen=True, repr=False)(cls)
 
-        @dataclass(frozen=True, repr=False)
+
+class Result(Shown):
+    """Base of what measurements return. Its fields say all that it shows:
+
+        @result
         class Novelty(Result):
             novel: float = figure("novel", "share of features", control="novel_random", control_name="random rows")
             novel_se: float
@@ -263,7 +273,7 @@ class Result(Shown):
     """
 
     _records: str | tuple[str, ...] = ""
-    _shown, _digits = 20, ".3f"
+    _shown, _digits, _align = 20, ".3f", ""
     _columns: dict[str, str] = {}  # noqa: RUF012
     _mark = ""
 
@@ -300,9 +310,8 @@ class Result(Shown):
         table = self.to_pandas()
         return frame_rows(self._printed(table).head(self._shown) if len(table) else table, self._digits, "")
 
-    @property
-    def _align(self) -> str:  # type: ignore[override]
-        return "<" if self._columns or self.figures() else ">"
+    def _sides(self) -> str:
+        return self._align or ("<" if self._columns or self.figures() else ">")
 
     def _printed(self, table: Any) -> Any:
         """The table of ``to_pandas`` in the order in which it is printed."""

@@ -26,6 +26,7 @@ from sae_lab.results import (
     html_table,
     joined,
     number,
+    result,
     tag,
     text_table,
     visible,
@@ -140,7 +141,7 @@ def test_the_widgets_put_text_into_a_page_by_one_file():
     assert "default-src 'none'" in sources["patching/attention.ts"].replace("\\", "")
 
 
-@dataclass(frozen=True, repr=False)
+@result
 class Measured(Result):
     share: float = figure("share", "of {rows:,} rows", control="drawn", control_name="{seeds} random seeds", best="low")
     share_se: float
@@ -174,20 +175,20 @@ class Row(NamedTuple):
     score: float
 
 
-@dataclass(frozen=True, repr=False)
+@result
 class Found(Result):
     rows: list[Row]
     _records, _shown, _digits = "rows", 1, ".2f"
 
 
-@dataclass(frozen=True, repr=False)
+@result
 class Curve(Result):
     size: tuple[int, ...]
     value: tuple[float, ...]
     _records = ("k=size", "value")
 
 
-@dataclass(frozen=True, repr=False)
+@result
 class Tried(Result):
     names: tuple[str, ...]
     l0: tuple[float, ...]
@@ -205,7 +206,7 @@ def test_a_result_without_figures_is_a_table_of_records():
     assert Curve((1, 2), (0.5, 1.0)).to_pandas().to_dict("list") == {"k": [1, 2], "value": [0.5, 1.0]}
 
 
-@dataclass(frozen=True, repr=False)
+@result
 class Sorted(Result):
     effect: dict[str, float]
     _records, _shown = "_nodes", 2

@@ -1,7 +1,7 @@
 """How much of the activations, and of the model's behaviour, a coder keeps."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import partial
 from types import SimpleNamespace
 from typing import Any, NamedTuple, no_type_check
@@ -16,7 +16,7 @@ from sae_lab.arguments import as_annotated
 from sae_lab.lm.model import LM, token_losses
 from sae_lab.lm.text import Context, Documents
 from sae_lab.lm.tokens import pad
-from sae_lab.results import Result, figure
+from sae_lab.results import Result, figure, result
 from sae_lab.saes import kernels
 from sae_lab.saes.base import SparseCoder
 from sae_lab.stats import clustered_error
@@ -26,7 +26,7 @@ AT_STAKE = 0.1  # nats/token that an ablation must cost, and
 SURE = 3  # how many of its standard errors, for a share of that cost to mean something
 
 
-@dataclass(frozen=True, repr=False)
+@result
 class Reconstruction(Result):
     """Result of ``sl.evals.reconstruction``.
 
@@ -301,7 +301,8 @@ def fixes_the_batch(site: Site) -> bool:
 
 def repeated(batch: TokenBatch, times: int) -> TokenBatch:
     """One text several times."""
-    return TokenBatch(*(part.expand(times, -1) for part in (batch.ids, batch.mask, batch.positions)))
+    ids, mask, positions = (part.expand(times, -1) for part in (batch.ids, batch.mask, batch.positions))
+    return TokenBatch(ids, mask, positions)
 
 
 def _may_grow(lm: LM, site: Site, context: Context) -> bool:

@@ -1,7 +1,7 @@
 """Direct effects of the features active at a token on the next token's logits, without later layers."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any, NamedTuple
 
 import torch
@@ -13,14 +13,14 @@ from sae_lab.circuits.metric import one_token
 from sae_lab.circuits.prompt import PromptReading, WayOut, reaches_the_stream, read_prompt, written
 from sae_lab.lm.model import LM
 from sae_lab.lm.tokens import Prompts, Token, label
-from sae_lab.results import Result
+from sae_lab.results import Result, result
 from sae_lab.saes.base import SparseCoder
 from sae_lab.types import Site
 
 ORDERS = ("activation", "effect")
 
 
-@dataclass(frozen=True, repr=False)
+@result
 class DirectEffects(Result):
     """Result of ``circuits.direct_effects``: effects on logits, centred over the vocabulary, in nats. Its table has
     one row a listed feature, with a column for each target.

@@ -15,7 +15,7 @@ from sae_lab.circuits.gradients import mean_gradient
 from sae_lab.circuits.metric import ROWS, final_log_chances, kl_to, measured, plus
 from sae_lab.circuits.pairs import check_positions, kept, paired, require_sae
 from sae_lab.lm.model import LM
-from sae_lab.results import Result, by_column
+from sae_lab.results import Result, by_column, result
 from sae_lab.saes.base import SparseCoder
 from sae_lab.types import Site, TokenBatch, Write
 
@@ -37,7 +37,7 @@ class AreaDifference(NamedTuple):
 
 
 @as_annotated
-@dataclass(frozen=True, repr=False)
+@result
 class DirectionCurves(Result):
     """Result of ``circuits.patched_directions``. Its table has one row a method and number.
 

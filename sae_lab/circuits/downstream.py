@@ -1,7 +1,6 @@
 """What one feature does to the features of later coders."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -13,7 +12,7 @@ from sae_lab.arguments import as_annotated
 from sae_lab.circuits.metric import ROWS, plus
 from sae_lab.circuits.pairs import copied, kept
 from sae_lab.lm.model import LM
-from sae_lab.results import Result, by_column
+from sae_lab.results import Result, by_column, result
 from sae_lab.saes.base import SparseCoder
 from sae_lab.types import Site, TokenBatch, Write
 
@@ -21,7 +20,7 @@ FAR = 3.0  # the size from which a z-score is counted as far
 LEAST = 3  # controls that a standard deviation is taken over
 
 
-@dataclass(frozen=True, repr=False)
+@result
 class DownstreamEffects(Result):
     """Result of ``circuits.effects_of``: changes of mean codes over the tokens that count. Its table has one row a
     later feature that changed, the largest |z| first.

@@ -1,7 +1,6 @@
 """Whether a circuit alone does what the model does."""
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,14 +8,14 @@ from torch import Tensor
 
 from sae_lab.circuits.metric import Metric, measured
 from sae_lab.circuits.nodes import ERROR, Node, Scene
-from sae_lab.results import Result
+from sae_lab.results import Result, result
 from sae_lab.saes.base import SparseCoder
 from sae_lab.types import Site, Write
 
 Kept = dict[Site, tuple[Tensor, Tensor]]  # which features "pos d_sae" and errors " pos" stay as the model makes them
 
 
-@dataclass(frozen=True, repr=False)
+@result
 class Faithfulness(Result):
     """``circuit.faithfulness``: how much of the metric circuits of growing size keep,
 

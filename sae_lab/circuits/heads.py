@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 from sae_lab.arguments import as_annotated
 from sae_lab.circuits.pairs import kept, require_here, require_linear, require_sae
 from sae_lab.lm.model import LM
-from sae_lab.results import Result, by_column
+from sae_lab.results import Result, by_column, result
 from sae_lab.saes.base import SparseCoder
 from sae_lab.types import Site, TokenBatch, check_feature
 
@@ -31,7 +30,7 @@ class Attention(NamedTuple):
     z: Float[Tensor, "batch pos head d_head"]
 
 
-@dataclass(frozen=True, repr=False)
+@result
 class HeadAttribution(Result):
     """Result of ``circuits.head_attribution`` at one token: what each head's output, and through it each earlier
     token, adds to a feature's pre-activation. Its table has one row a head and source.

@@ -1,7 +1,6 @@
 """Edges from a feature that writes the residual stream to one that reads it, from the weights alone."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ from sae_lab.circuits.prompt import norm_divisor
 from sae_lab.lm import passes
 from sae_lab.lm.model import LM
 from sae_lab.lm.tokens import Prompts
-from sae_lab.results import Result
+from sae_lab.results import Result, result
 from sae_lab.saes.base import SparseCoder
 from sae_lab.types import Site, Write, check_feature
 
@@ -23,7 +22,7 @@ STREAM = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post", "embed"
 LISTED = 32  # downstream features that ``check_edges`` takes by default
 
 
-@dataclass(frozen=True, repr=False)
+@result
 class EdgeCheck(Result):
     """Result of ``circuits.check_edges``: what edges predict beside what subtracting the upstream feature does. Its
     table has one row a downstream feature: means over the tokens at which the upstream one fires.

@@ -1,7 +1,6 @@
 """A feature read through an MLP: the direction in front of the MLP that moves the feature, token by token."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,14 +11,14 @@ from sae_lab.arguments import as_annotated
 from sae_lab.circuits.gradients import gradients
 from sae_lab.circuits.pairs import kept, require_linear
 from sae_lab.lm.model import LM
-from sae_lab.results import Result
+from sae_lab.results import Result, result
 from sae_lab.saes.base import SparseCoder
 from sae_lab.types import Site, TokenBatch, Write
 
 BEHIND = ("mlp_in", "mlp_out", "resid_post")  # sites behind an MLP or its norm
 
 
-@dataclass(frozen=True, repr=False)
+@result
 class PulledBack(Result):
     """Result of ``circuits.pull_back``. Its table has one row a size: size, r, slope, and the r of three controls.
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import partial
 from itertools import product
 from typing import Any
@@ -16,7 +16,7 @@ from sae_lab.circuits.gradients import gradients, require_slope
 from sae_lab.circuits.metric import ROWS, Metric, measured, placed
 from sae_lab.circuits.pairs import Runs, both_runs, check_positions, copied, require_here
 from sae_lab.lm.model import LM
-from sae_lab.results import Result, by_column
+from sae_lab.results import Result, by_column, result
 from sae_lab.types import Site, Write
 
 TOKENS = 512  # of copies that go through the model together: their logits are many
@@ -24,7 +24,7 @@ KINDS = ("resid_post", "attn_out", "mlp_out")
 Cell = tuple[str, int, int]  # kind, layer, position
 
 
-@dataclass(frozen=True, repr=False)
+@result
 class PatchGrid(Result):
     """Result of ``circuits.patching`` and ``circuits.patching_estimate``. Its table has one row a patch.
 

@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -14,7 +14,7 @@ from sae_lab.arguments import as_annotated
 from sae_lab.evals.sampling import require_choice
 from sae_lab.lm.model import LM
 from sae_lab.lm.tokens import encode_texts, pad
-from sae_lab.results import Figure, Result, figure
+from sae_lab.results import Figure, Result, figure, result
 from sae_lab.saes.base import SparseCoder
 from sae_lab.stats import f1, mean_and_error
 
@@ -58,7 +58,7 @@ class Letter(NamedTuple):
     control: float
 
 
-@dataclass(frozen=True, repr=False)
+@result
 class Absorption(Result):
     """Result of ``sl.evals.absorption``. rate: share of words absorbed, the mean over letters; fraction: SAEBench's
     absorption fraction; ``letters``: of each; ``cases``: the absorbed words. Means of F1 are over all letters."""

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from itertools import combinations
 from typing import Any
 
@@ -18,7 +18,7 @@ from sae_lab.evals.sampling import Sample, encoded, sample, summed
 from sae_lab.feature_index.matching import Match, match
 from sae_lab.lm.model import LM
 from sae_lab.lm.text import Documents
-from sae_lab.results import Figure, Result, figure
+from sae_lab.results import Figure, Result, figure, result
 from sae_lab.saes.base import SparseCoder
 from sae_lab.stats import jackknife
 from sae_lab.types import Codes
@@ -26,7 +26,7 @@ from sae_lab.types import Codes
 _MEASURES = ("stability", "shared", "orderedness", "agreement")
 
 
-@dataclass(frozen=True, repr=False)
+@result
 class Pair(Result):
     """How two dictionaries agree, ``b``'s features matched one to one with ``a``'s.
 
@@ -62,7 +62,7 @@ class Pair(Result):
     _below = "{a} and {b}; shuffled pairs: mean cosine {stability_shuffled:.3f}"
 
 
-@dataclass(frozen=True, repr=False)
+@result
 class Consistency(Result):
     """Result of ``sl.evals.consistency``: a ``Pair`` for every two coders; ``rows``, ``documents`` of activations."""
 
@@ -292,7 +292,7 @@ def _mean(values: Sequence[float]) -> float:
 # --------------------------------------------------------------------------------------------- one coder elsewhere
 
 
-@dataclass(frozen=True, repr=False)
+@result
 class Transfer(Result):
     """Result of ``sl.evals.transfer``: ``at_home`` and ``elsewhere``, two reconstructions by the same coder.
 

@@ -1,7 +1,7 @@
 """Which L0: decoder cosines of coders trained at several (Chanin & Garriga-Alonso 2025, arXiv:2508.16560)."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import field
 
 import numpy as np
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 from sae_lab.activations.store import Rows, Store
 from sae_lab.arguments import as_annotated
 from sae_lab.evals.sampling import evenly, named, require, require_tokens
-from sae_lab.results import Result
+from sae_lab.results import Result, result
 from sae_lab.saes.base import SparseCoder
 
 _TAG = 0x434F4E54524F4C  # the control's range of seeds: no coder starts from these rows
@@ -18,7 +18,7 @@ _CHUNK = 2048
 MOST_PROJECTIONS = 2**24  # entries of x·W_decᵀ that are sorted at once
 
 
-@dataclass(frozen=True, repr=False)
+@result
 class L0Choice(Result):
     """Result of ``sl.evals.choose_l0``: one entry per coder, in ascending order of L0.
 

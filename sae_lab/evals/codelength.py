@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import NamedTuple
 
 import numpy as np
@@ -13,7 +13,7 @@ from torch import Tensor
 from sae_lab.activations.store import Store
 from sae_lab.arguments import as_annotated
 from sae_lab.evals.sampling import encoded, named, require, sample, summed
-from sae_lab.results import Figure, Result
+from sae_lab.results import Figure, Result, result
 from sae_lab.saes.base import SparseCoder
 from sae_lab.stats import jackknife
 from sae_lab.types import Codes
@@ -31,7 +31,7 @@ class Bits(NamedTuple):
         return self.which + self.values + self.residual
 
 
-@dataclass(frozen=True, repr=False)
+@result
 class DescriptionLength(Result):
     """Result of ``sl.evals.description_length``: one entry per coder, in the order given; bits are per token.
 

@@ -1,7 +1,7 @@
 """Composed features: a row of the decoder that is the sum of two true directions, where features go together."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import field
 
 import numpy as np
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sae_lab.activations.world import World
 from sae_lab.arguments import as_annotated
-from sae_lab.results import Result, figure
+from sae_lab.results import Result, figure, result
 from sae_lab.saes.base import SparseCoder
 
 EXPLAINED = 0.8  # of a unit row's squared length, by what is said to explain it
@@ -19,7 +19,7 @@ _TAG = 0x434F4D504F5345  # the control's range of seeds
 _CHUNK = 256
 
 
-@dataclass(frozen=True, repr=False)
+@result
 class Composition(Result):
     """Result of ``sl.evals.composition``: shares of live decoder rows. ``one``, ``two``: of every live row, how much of
     its squared length one and two true directions explain; ``pair``: which two."""

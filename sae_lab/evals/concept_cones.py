@@ -1,7 +1,7 @@
 """Whether concepts are sums of few features: directions as sparse non-negative combinations of decoder rows."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from torch.nn.functional import normalize
 from sae_lab.activations.store import Store
 from sae_lab.arguments import as_annotated
 from sae_lab.evals.sampling import encoded, require, sample
-from sae_lab.results import Figure, Result
+from sae_lab.results import Figure, Result, result
 from sae_lab.saes.base import SparseCoder
 from sae_lab.types import Codes
 
@@ -20,7 +20,7 @@ SIZES = (1, 2, 4, 8, 16, 32)
 RANDOM = 64  # random directions in the control
 
 
-@dataclass(frozen=True, repr=False)
+@result
 class Cones(Result):
     """Result of ``sl.evals.cones``: means over concepts, one entry for every size.
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import partial
 from typing import Any, no_type_check
 
@@ -17,7 +17,7 @@ from sae_lab.arguments import as_annotated
 from sae_lab.lm.model import LM
 from sae_lab.lm.text import Documents
 from sae_lab.lm.tokens import pad
-from sae_lab.results import Figure, Result, figure
+from sae_lab.results import Figure, Result, figure, result
 from sae_lab.saes.base import SparseCoder
 from sae_lab.stats import clustered_error, ratio_error
 from sae_lab.types import Site, Write
@@ -33,7 +33,7 @@ _MEANING = {
 _EDGES = (1, 4, 16, 32, 64, 128, 256, 512)
 
 
-@dataclass(frozen=True, repr=False)
+@result
 class Errors(Result):
     """Result of ``sl.evals.pathological_errors``. KL in nats/token, of the model's next token, over kept tokens.
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from sae_lab.arguments import as_annotated
 from sae_lab.evals.sampling import by_content
 from sae_lab.lm.model import LM
-from sae_lab.results import Figure, Result
+from sae_lab.results import Figure, Result, result
 from sae_lab.saes import kernels
 from sae_lab.saes.base import SparseCoder
 from sae_lab.stats import area, clustered_error, f1, jackknife, sparse_ranks
@@ -63,7 +63,7 @@ class BoardScores:
     auroc: np.ndarray = field(repr=False, compare=False)
 
 
-@dataclass(frozen=True, repr=False)
+@result
 class BoardGames(Result):
     """Result of ``sl.evals.board_games``.
 

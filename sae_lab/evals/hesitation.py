@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, no_type_check
@@ -19,7 +19,7 @@ from sae_lab.evals.sampling import require
 from sae_lab.files import read_json
 from sae_lab.lm.model import LM
 from sae_lab.lm.tokens import pad
-from sae_lab.results import Result, figure
+from sae_lab.results import Result, figure, result
 from sae_lab.saes.base import SparseCoder
 from sae_lab.stats import auroc
 
@@ -66,14 +66,7 @@ def synthetic_qa(seed: int = 0, n: int = 240) -> list[Question]:
 # ---------------------------------------------------------------------------------------------- result
 
 
-def _count(name: str, of: str) -> Any:
-    """A figure of how many features are of one class."""
-    key = name.replace(" ", "_")
-    return figure(f"{name} features", f"|t| > {{threshold:g}} for {of}", control=f"{key}_shuffled",
-                  control_name=SHUFFLED, digits=1)  # fmt: skip
-
-
-@dataclass(frozen=True, repr=False)
+@result
 class Uncertainty(Result):
     """Result of ``sl.evals.uncertainty``.
 
@@ -89,9 +82,14 @@ class Uncertainty(Result):
     accuracy: float
     entropy: float
     cells: tuple[int, int, int, int]
-    pure_uncertainty: int = _count("pure uncertainty", "uncertain, not for incorrect")
-    pure_incorrectness: int = _count("pure incorrectness", "incorrect, not for uncertain")
-    confounded: int = _count("confounded", "both")
+    pure_uncertainty: int = figure("pure uncertainty features", "|t| > {threshold:g} for uncertain, not for incorrect",
+                                   control="pure_uncertainty_shuffled", control_name=SHUFFLED, digits=1)  # fmt: skip
+    pure_incorrectness: int = figure(
+        "pure incorrectness features", "|t| > {threshold:g} for incorrect, not for uncertain",
+        control="pure_incorrectness_shuffled", control_name=SHUFFLED, digits=1,
+    )  # fmt: skip
+    confounded: int = figure("confounded features", "|t| > {threshold:g} for both",
+                             control="confounded_shuffled", control_name=SHUFFLED, digits=1)  # fmt: skip
     pure_uncertainty_shuffled: float
     pure_incorrectness_shuffled: float
     confounded_shuffled: float

@@ -1,7 +1,7 @@
 """Whether a feature means more than its tokens: its top tokens are put into unrelated text."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +15,7 @@ from sae_lab.feature_index import FeatureIndex
 from sae_lab.lm.model import LM
 from sae_lab.lm.text import Documents
 from sae_lab.lm.tokens import label, pad
-from sae_lab.results import Result, figure
+from sae_lab.results import Result, figure, result
 from sae_lab.saes.base import SparseCoder
 from sae_lab.stats import mean_and_error
 
@@ -39,7 +39,7 @@ class Injected(NamedTuple):
     example: str
 
 
-@dataclass(frozen=True, repr=False)
+@result
 class Injection(Result):
     """Result of ``sl.evals.token_injection``. ``found``: every feature; ``counterexamples``: those that activate, so
     that their tokens are enough for them."""

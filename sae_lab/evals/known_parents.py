@@ -1,7 +1,6 @@
 """Absorption with known truth: planted parents and children."""
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -10,13 +9,13 @@ from torch import Tensor
 from sae_lab.activations.world import World
 from sae_lab.arguments import as_annotated
 from sae_lab.feature_index.matching import match
-from sae_lab.results import Result, figure
+from sae_lab.results import Result, figure, result
 from sae_lab.saes.base import SparseCoder
 from sae_lab.stats import mean_and_error
 from sae_lab.types import rows_of
 
 
-@dataclass(frozen=True, repr=False)
+@result
 class PlantedAbsorption(Result):
     """Result of ``sl.evals.planted_absorption``. Means over parents; recall: how often a parent's feature fires."""
 

@@ -1,6 +1,6 @@
 """How alike the inputs are that a feature fires on: the monosemanticity score."""
 
-from dataclasses import dataclass, field
+from dataclasses import field
 
 import torch
 from jaxtyping import Float
@@ -10,7 +10,7 @@ from torch.nn.functional import normalize
 from sae_lab.activations.store import Store
 from sae_lab.arguments import as_annotated
 from sae_lab.evals.sampling import Sample, encoded, sample, summed
-from sae_lab.results import Figure, Result, figure
+from sae_lab.results import Figure, Result, figure, result
 from sae_lab.saes import kernels
 from sae_lab.saes.base import SparseCoder
 from sae_lab.stats import jackknife
@@ -20,7 +20,7 @@ RANDOM_FEATURES = 512  # random directions in the control
 _CHUNK = 16_384  # rows in double precision at once
 
 
-@dataclass(frozen=True, repr=False)
+@result
 class Monosemanticity(Result):
     """Result of ``sl.evals.monosemanticity``; cosines, from -1 to 1.
 

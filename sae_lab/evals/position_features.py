@@ -1,7 +1,7 @@
 """Features of a token's position in its context."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import field
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from sae_lab.arguments import Count, as_annotated
 from sae_lab.lm.model import LM
 from sae_lab.lm.text import Documents, as_text
 from sae_lab.lm.tokens import pad
-from sae_lab.results import Result, figure
+from sae_lab.results import Result, figure, result
 from sae_lab.saes.base import SparseCoder
 from sae_lab.types import Codes
 
@@ -24,7 +24,7 @@ ROTATED = "positions rotated"
 Pieces = Iterator[tuple[Codes, np.ndarray]]  # codes of tokens in the order of the text, and their positions
 
 
-@dataclass(frozen=True, repr=False)
+@result
 class Positional(Result):
     """Result of ``sl.evals.positional``. ``r2``, ``r2_shuffled`` (control), ``firings``: of every feature; R² is NaN
     where a feature never fires. ``profile``: mean activation by bin, ``bins d_sae``; ``edges``: where bins start."""

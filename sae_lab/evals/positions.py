@@ -3,7 +3,7 @@
 import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from itertools import pairwise
 from typing import Any
 
@@ -23,7 +23,7 @@ from sae_lab.activations.reconstructing import (
 from sae_lab.arguments import as_annotated
 from sae_lab.lm.model import LM
 from sae_lab.lm.text import Documents
-from sae_lab.results import Figure, Result, figure, number
+from sae_lab.results import Figure, Result, figure, number, result
 from sae_lab.saes.base import SparseCoder
 from sae_lab.stats import clustered_error, difference_error, ratio_error
 from sae_lab.types import Site
@@ -34,7 +34,7 @@ _SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1, 3 / 2, 2, 3)  # of the training conte
 # ---------------------------------------------------------------------------------------------- along the context
 
 
-@dataclass(frozen=True, repr=False)
+@result
 class ByPosition(Result):
     """Result of ``sl.evals.by_position``: one entry a bin of positions, ``edges[i]`` to ``edges[i + 1] - 1``.
 
@@ -88,7 +88,7 @@ class ByPosition(Result):
         return self.edges[-1]
 
     @property
-    def _bins(self) -> list[dict[str, float]]:
+    def _bins(self) -> list[dict[str, Any]]:
         names = ("fvu", "fvu_se", "pca_fvu", "ce_clean", "ce_delta", "ce_delta_se", "ce_recovered", "pca_ce_delta")
         bins = enumerate(pairwise(self.edges))
         return [{"start": a, "end": b} | {name: getattr(self, name)[i] for name in names} for i, (a, b) in bins]
@@ -217,7 +217,7 @@ def _fvu_rise(error: Tensor, variance: Tensor, inside: Tensor, beyond: Tensor, o
 # ---------------------------------------------------------------------------------------------- over several coders
 
 
-@dataclass(frozen=True, repr=False)
+@result
 class Hill(Result):
     """Result of ``sl.evals.hill``. ``half_l0``: the L0 at which half of the loss is recovered; ``slope``: Hill's n.
 

@@ -3,7 +3,7 @@
 import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -15,7 +15,7 @@ from sae_lab.arguments import as_annotated
 from sae_lab.evals.probe_sets import ProbeData, ReadSet, as_probe_sets, read_sets
 from sae_lab.evals.sampling import require_choice
 from sae_lab.lm.model import LM
-from sae_lab.results import Figure, Result
+from sae_lab.results import Figure, Result, result
 from sae_lab.saes.base import SparseCoder
 from sae_lab.stats import mean_and_error
 from sae_lab.types import Site, TokenMask
@@ -45,7 +45,7 @@ class ProbeScore(NamedTuple):
     penalty: float
 
 
-@dataclass(frozen=True, repr=False)
+@result
 class Probing(Result):
     """Result of ``sl.evals.probing``. ``.to_pandas()``: every dataset and probe; ``.mean(...)``, ``.gain(...)``: over
     datasets."""
@@ -105,7 +105,7 @@ class Probing(Result):
         return [*out, Figure("shuffled labels", *chance, 0.5, "chance", meaning, key="shuffled")]
 
     def _rows(self) -> list[tuple[str, ...]]:
-        rows = [("", "k", "accuracy", "AUROC", "shuffled labels", "features less this")]
+        rows: list[tuple[str, ...]] = [("", "k", "accuracy", "AUROC", "shuffled labels", "features less this")]
         for probe, setting in self._settings():
             means = [self.mean(probe, setting, what) for what in ("accuracy", "auroc", "shuffled_accuracy")]
             means += [] if probe == "features" else [self.gain(probe, self.best if probe == "dense" else setting)]

@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,13 @@ from sae_lab.arguments import Count, as_annotated
 from sae_lab.evals.sections import SECTIONS, VERSION, Inputs
 from sae_lab.lm.model import LM
 from sae_lab.lm.text import Documents, load_text
-from sae_lab.results import Figure, Result
+from sae_lab.results import Figure, Result, result
 from sae_lab.saes.base import SparseCoder
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, repr=False)
+@result
 class Report(Result):
     """Result of ``sl.evals.report``.
 

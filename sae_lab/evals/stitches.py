@@ -1,6 +1,6 @@
 """Which features of a larger coder a smaller one lacks: each is put into the smaller one, one at a time."""
 
-from dataclasses import dataclass, field
+from dataclasses import field
 
 import torch
 from jaxtyping import Float, Int
@@ -10,14 +10,14 @@ from torch.nn.functional import normalize
 from sae_lab.activations.store import Store
 from sae_lab.arguments import as_annotated
 from sae_lab.evals.sampling import by_content, encoded, require, sample, summed
-from sae_lab.results import Result, figure
+from sae_lab.results import Result, figure, result
 from sae_lab.saes import kernels
 from sae_lab.saes.base import SparseCoder
 from sae_lab.stats import jackknife
 from sae_lab.types import Codes
 
 
-@dataclass(frozen=True, repr=False)
+@result
 class Stitching(Result):
     """Result of ``sl.evals.stitching``. Shares are of the large coder's features that fire on these rows.
 

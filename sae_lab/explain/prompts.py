@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ from sae_lab.feature_index.index import FeatureIndex
 from sae_lab.lm.model import LM, token_losses
 from sae_lab.lm.text import Text
 from sae_lab.lm.tokens import Prompts
-from sae_lab.results import Figure, Result
+from sae_lab.results import Figure, Result, result
 from sae_lab.saes.base import SparseCoder
 from sae_lab.stats import mean_and_error
 from sae_lab.types import TokenBatch
@@ -151,7 +151,7 @@ def random_examples(lm: LM, source: Source, n: int, seed: int = 0, tokens: int =
 # ---------------------------------------------------------------------------------------------- evolving prompts
 
 
-@dataclass(frozen=True, repr=False)
+@result
 class EvolvedPrompts(Result):
     """Result of ``evolve_prompts``: one entry a feature, in the order of ``features``.
 

@@ -21,7 +21,7 @@ from sae_lab.explain.explainers import RuleExplainer, explainer_prompt, read_exp
 from sae_lab.explain.scoring import MEASURES, Explanation, Score, check_measures, check_negatives, score
 from sae_lab.feature_index import FeatureIndex
 from sae_lab.noting import Said
-from sae_lab.results import Figure, Result
+from sae_lab.results import Figure, Result, result
 from sae_lab.stats import mean_and_error
 from sae_lab.types import check_feature
 
@@ -51,7 +51,7 @@ class ScoredExplanation:
         return ("", self.score), ("_control", self.control)
 
 
-@dataclass(frozen=True, repr=False)
+@result
 class ExplainedFeatures(Result):
     """Result of ``sl.explain.explain``: one entry of ``rows`` a feature, in the order of the call. Its table has one
     row a feature: explanation, scores, controls, and the share of each kind of passage that was called firing.

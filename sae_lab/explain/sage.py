@@ -17,7 +17,7 @@ from sae_lab.arguments import as_annotated, check_least
 from sae_lab.explain.prompts import Example, Source, check_coder, random_examples, strongest_activations, top_examples
 from sae_lab.explain.scoring import pearson
 from sae_lab.lm.model import LM
-from sae_lab.results import Figure, Result, figure
+from sae_lab.results import Figure, Result, figure, result
 from sae_lab.saes.base import SparseCoder
 
 Agent = Callable[[str], str]
@@ -58,7 +58,7 @@ class Hypothesis:
         return self.right / len(self.evidence) if self.evidence else math.nan
 
 
-@dataclass(frozen=True, repr=False)
+@result
 class Sage(Result):
     """Result of ``sage_explain``.
 

@@ -1,7 +1,7 @@
 """The model's most likely continuations when a feature's direction replaces a word."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from typing import NamedTuple, no_type_check
 
 import torch
@@ -12,7 +12,7 @@ from sae_lab.arguments import as_annotated, check_least
 from sae_lab.explain.prompts import check_coder
 from sae_lab.explain.selfexplain import MEANING, SCALES, Implant, implants
 from sae_lab.lm.model import LM
-from sae_lab.results import Figure, Result, figure
+from sae_lab.results import Figure, Result, figure, result
 from sae_lab.saes.base import SparseCoder
 from sae_lab.types import Site
 
@@ -25,7 +25,7 @@ class Branch(NamedTuple):
     branches: tuple["Branch", ...]
 
 
-@dataclass(frozen=True, repr=False)
+@result
 class DefinitionTree(Result):
     """Result of ``definition_tree``: the most likely continuations when the direction replaces a word.
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from itertools import islice, pairwise
 from typing import Any
 
@@ -17,14 +17,14 @@ from sae_lab.feature_index.directions import extremes
 from sae_lab.lm.model import LM
 from sae_lab.lm.text import load_text
 from sae_lab.lm.tokens import pad
-from sae_lab.results import Result
+from sae_lab.results import Result, result
 from sae_lab.saes.base import SparseCoder
 
 STRENGTHS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
 FEATURE, RANDOM, MEANS, PROMPT = "feature", "random direction", "difference in means", "prompt"
 
 
-@dataclass(frozen=True, repr=False)
+@result
 class DoseResponse(Result):
     """Result of ``sl.dose_response``: one row for each method and strength.
 

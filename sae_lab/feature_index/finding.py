@@ -1,7 +1,7 @@
 """sl.find_features: which features tell some texts, or some tokens, from others."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
@@ -11,7 +11,7 @@ from numpy import ndarray
 from sae_lab.activations.reading import read_codes, require_fits
 from sae_lab.arguments import as_annotated
 from sae_lab.lm.model import LM
-from sae_lab.results import Result
+from sae_lab.results import Result, result
 from sae_lab.saes.base import SparseCoder
 from sae_lab.stats import Ranks, area, sparse_ranks
 
@@ -22,7 +22,7 @@ FEW = 10  # permutations that reach a feature's AUROC, below which its p is too 
 CELLS = 1 << 22  # numbers of permutations held at once
 
 
-@dataclass(frozen=True, repr=False)
+@result
 class FoundFeatures(Result):
     """Result of ``sl.find_features``, the most telling feature first. ``.best`` is its number.
 

@@ -1,6 +1,5 @@
 """sl.match: which directions of one dictionary another one has, and in which order."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from sae_lab.activations.world import World
 from sae_lab.arguments import as_annotated
-from sae_lab.results import Figure, Result, figure
+from sae_lab.results import Figure, Result, figure, result
 from sae_lab.saes.base import SparseCoder
 
 # The control's own range of seeds: a coder that nobody trained yet must not be its own control.
@@ -19,7 +18,7 @@ MOST_ROWS = 8192  # above this many rows Hungarian matching takes minutes and gi
 _CHUNK = 2048
 
 
-@dataclass(frozen=True, repr=False)
+@result
 class Match(Result):
     """Result of ``sl.match(a, b)``. Cosines are signed: a direction and its opposite do not match.
 

@@ -1,7 +1,7 @@
 """sl.features: which features are active at each token of a prompt. Needs a coder and a model, no index."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -10,11 +10,11 @@ from sae_lab.activations.reading import read_codes, require_fits
 from sae_lab.arguments import as_annotated
 from sae_lab.lm.model import LM
 from sae_lab.lm.tokens import Prompts, Token
-from sae_lab.results import Result
+from sae_lab.results import Result, result
 from sae_lab.saes.base import SparseCoder
 
 
-@dataclass(frozen=True, repr=False)
+@result
 class FeatureTable(Result):
     """Active features, one entry each, strongest first within a token.
 

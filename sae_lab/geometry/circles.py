@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from itertools import combinations, permutations
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sae_lab.arguments import Count, as_annotated
 from sae_lab.lm.model import LM
-from sae_lab.results import Result, figure
+from sae_lab.results import Result, figure, result
 from sae_lab.saes.base import SparseCoder
 from sae_lab.stats import mean_and_error, permutation_p
 from sae_lab.types import check_feature
@@ -51,7 +51,7 @@ class Order(NamedTuple):
     each: np.ndarray
 
 
-@dataclass(frozen=True, repr=False)
+@result
 class Circular(Result):
     """Result of ``sl.geometry.circular``; ``raw_``: the same from activations instead of features.
 

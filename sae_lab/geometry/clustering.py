@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sae_lab.arguments import as_annotated, check_least
-from sae_lab.results import Result, figure
+from sae_lab.results import Result, figure, result
 from sae_lab.saes.base import SparseCoder
 from sae_lab.types import Codes
 
@@ -29,7 +29,7 @@ class Control(NamedTuple):
     largest: float
 
 
-@dataclass(frozen=True, repr=False)
+@result
 class Clusters(Result):
     """Result of ``sl.geometry.clusters``.
 

@@ -1,6 +1,6 @@
 """Patterns of activation: which features fire together over which contexts, by a singular value decomposition."""
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 import numpy as np
@@ -10,11 +10,11 @@ from torch import Tensor
 
 from sae_lab.arguments import as_annotated, check_least
 from sae_lab.geometry.clustering import feature_rows
-from sae_lab.results import Figure, Result, figure
+from sae_lab.results import Figure, Result, figure, result
 from sae_lab.types import Codes
 
 
-@dataclass(frozen=True, repr=False)
+@result
 class Patterns(Result):
     """Result of ``sl.geometry.patterns``.
 

@@ -317,7 +317,7 @@ class LM:
             names = (*(s.key for s in w.reads), *(f"before {s.key}" for s in w.before))
             steps.append((when(w.site), 1, Step(w.site.key, place(w.site), change=w.fn, needs=names)))
         for s in reads:
-            keep = after[s] if isinstance(after, Mapping) and s in after else after
+            keep: Any = after[s] if isinstance(after, Mapping) and s in after else after
             steps.append((when(s), 2, Step(s.key, place(s), keep)))
         steps += [(when(s), 2, Step(s.key, place(s))) for s in dict.fromkeys(needed) if s not in reads]
         return [passes.plain(step) for _, _, step in sorted(steps, key=lambda s: s[:2])]

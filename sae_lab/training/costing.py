@@ -130,8 +130,8 @@ def _calibration(training: Training, steps: costs.Peak) -> Cost:
     device = coder.W_dec.device
     whole = min(len(rows), -(-CALIBRATION_TOKENS // 8192) * 8192)
     unseen = min(CALIBRATION_TOKENS, len(rows) - rows.training_rows)
-    (_, x), reading = timed(next, rows.blocks(2048))
-    x = x.to(device)
+    block, reading = timed(lambda: next(rows.blocks(2048)))
+    x = block[1].to(device)
     few = rows.reserved(-(-unseen * len(x) // whole))
     ram, vram = costs.in_use()  # gradients and Adam's moments are still there, and all that was loaded on the way
     found = calibration_cost(coder, x, None if few is None else few.to(device), whole)

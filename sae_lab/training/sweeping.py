@@ -4,7 +4,7 @@ import itertools
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from sae_lab.cache import sole_writer
 from sae_lab.feature_index.matching import match
 from sae_lab.lm.model import LM
 from sae_lab.lm.text import Documents
-from sae_lab.results import Result
+from sae_lab.results import Result, result
 from sae_lab.saes import FAMILIES, SparseCoder, losses
 from sae_lab.saes.kernels import Memory
 from sae_lab.training.config import TrainConfig
@@ -35,7 +35,7 @@ MEASURED = 16_384  # tokens that L0 and FVU are measured on
 Grid = Mapping[str, Mapping[str, Any]]
 
 
-@dataclass(frozen=True, repr=False)
+@result
 class Sweep(Result):
     """Result of ``sl.sweep``: the coders, their runs, and one row of figures for each. ``sl.plot`` draws FVU, and ΔCE
     where it was measured, against L0.

@@ -74,7 +74,7 @@ class FeatureInspector(Linked):
     _css = STATIC / "inspector.css"
     _chooses = ("feature",)
 
-    feature = traitlets.TraitType().tag(sync=True)  # not Any, which takes None unchecked
+    feature: Any = traitlets.TraitType().tag(sync=True)  # not Any, which takes None unchecked
     query = traitlets.Unicode("").tag(sync=True)
     sort = traitlets.Enum(list(_SORTS), "best").tag(sync=True)
     results = traitlets.List(traitlets.Dict()).tag(sync=True)
@@ -228,7 +228,7 @@ class FeatureInspector(Linked):
         """Put a label and a note on a feature (None: the open one); they are kept with the coder (``sl.notes``). was,
         typed: what the screen showed of both while they were typed, and when that was, in seconds. Returns the note as
         it is then."""
-        feature = self.feature if feature is None else self._valid_feature(feature)
+        feature = int(self.feature) if feature is None else self._valid_feature(feature)
         if was is None:
             note = self._index.annotate(feature, label, text)
         else:
@@ -252,7 +252,7 @@ class FeatureInspector(Linked):
         """Write the panel as one HTML file without kernel or network: these features (None: the open one and those
         listed, 50 at most), with search, order and hover. Fifty features stay under 1 MB. Returns the path."""
         kept = [row["feature"] for row in self.results] if features is None else map(self._valid_feature, features)
-        self._kept = list(dict.fromkeys([self.feature, *kept]))[:RESULTS]
+        self._kept = [int(i) for i in dict.fromkeys([self.feature, *kept])][:RESULTS]
         return super().to_html(path)
 
     def _frozen(self) -> dict[str, Any]:

@@ -186,7 +186,7 @@ class EditStack(Panel):
         coders = {id(edit.coder): edit.coder for edit in active}
         names = {key: name_of(c, f"sae_{i}" if i else "sae") for i, (key, c) in enumerate(coders.items())}
         calls = [f"    {expression(edit, names[id(edit.coder)])}," for edit in active]
-        return "\n".join([*header(**{names[key]: c for key, c in coders.items()}), "edits = [", *calls, "]"])
+        return "\n".join([*header(None, **{names[key]: c for key, c in coders.items()}), "edits = [", *calls, "]"])
 
     def _html(self) -> Html:
         rows = [["on" if row["on"] else "off", code(row["code"])] for row in self.rows]

@@ -324,7 +324,7 @@ class SteeringSliders(Linked):
             raise ValueError("a dose response needs a slider: add a feature first")
         if not self.prompt:
             raise ValueError(NO_PROMPT)
-        feature = self.selected if self.selected in features else features[0]
+        feature = int(self.selected) if self.selected in features else features[0]  # type: ignore[arg-type]
         target, prompt = list(self.target) or promoted(self._lm, self._coder, feature), self.prompt
         if not target:
             raise ValueError("this coder does not write to the residual stream, so no lens names a target: type one")
