@@ -32,8 +32,7 @@ _HOME = {
     "TrainingMonitor": "widgets", "FeatureMap": "widgets", "Session": "widgets",
     "plot": "plots",
 }  # fmt: skip
-_MODULES = {name: name for name in ("cache", "circuits", "evals", "explain", "geometry", "saes", "worlds")}
-_MODULES["checkpoint"] = "training.checkpoint"
+_MODULES = ("cache", "circuits", "evals", "explain", "geometry", "saes", "worlds")
 
 if TYPE_CHECKING:
     from sae_lab import cache as cache
@@ -66,7 +65,6 @@ if TYPE_CHECKING:
     from sae_lab.plots import plot as plot
     from sae_lab.saes import *  # noqa: F403 (the families)
     from sae_lab.saes.io.opening import load as load
-    from sae_lab.training import checkpoint as checkpoint
     from sae_lab.training.config import TrainConfig as TrainConfig
     from sae_lab.training.estimating import estimate as estimate
     from sae_lab.training.run import Run as Run
@@ -96,7 +94,9 @@ def __getattr__(name: str) -> Any:
     elif name in _HOME:
         value = getattr(import_module(f"sae_lab.{_HOME[name]}"), name)
     elif name in _MODULES:
-        value = import_module(f"sae_lab.{_MODULES[name]}")
+        value = import_module(f"sae_lab.{name}")
+    elif name == "checkpoint":  # a training's files, for scripts that look into them; no part of the API
+        value = import_module("sae_lab.training.checkpoint")
     elif name.startswith("_"):  # tools ask modules for dunder names: no reason to load torch
         raise AttributeError(f"module 'sae_lab' has no attribute {name!r}; see dir(sae_lab)")
     elif name not in (known := _names()):

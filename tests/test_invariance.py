@@ -725,7 +725,6 @@ WITHOUT_FIGURES = {
     "SteeringSliders": "a widget: its sliders are Steer",
     "TokenFeatures": "a widget: it shows read_prompt and direct_effects",
     "TrainingMonitor": "a widget: it shows a training",
-    "plot": "a picture of figures that are made elsewhere",
     "Run": "what a training gave", "Sweep": "what trainings gave",
     "train": "it makes a coder, and refuses one with an input_norm",
     "sweep": "it makes coders", "meta_sae": "it trains on rows at unit norm, in their order",
@@ -757,9 +756,11 @@ def _public() -> set[str]:
         if not inspect.ismodule(value):
             found |= {name} if callable(value) and _takes_a_coder(value) else set()
             continue
-        for inner in getattr(value, "__all__", None) or [n for n in vars(value) if not n.startswith("_")]:
+        listed = getattr(value, "__all__", None)  # a room may list what stands in a lower one
+        for inner in listed or [n for n in vars(value) if not n.startswith("_")]:
             one = getattr(value, inner)
-            if callable(one) and one.__module__.startswith(value.__name__) and _takes_a_coder(one):
+            home = "sae_lab" if listed else value.__name__
+            if callable(one) and one.__module__.startswith(home) and _takes_a_coder(one):
                 found.add(f"{name}.{inner}")
     return found
 

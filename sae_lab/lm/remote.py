@@ -36,7 +36,7 @@ HOSTED = "https://api.ndif.us"
 TRAVELLING = (
     "sae_lab.lm.passes", "sae_lab.saes.portable", "sae_lab.edits.rules", "sae_lab.activations.reading",
     "sae_lab.activations.reconstructing", "sae_lab.feature_index.directions", "sae_lab.circuits.metric",
-    "sae_lab.circuits.directions", "sae_lab.evals.errors", "sae_lab.evals.hesitation", "sae_lab.explain.lens",
+    "sae_lab.evals.errors", "sae_lab.evals.hesitation", "sae_lab.explain.lens",
     "sae_lab.explain.selfexplain", "sae_lab.explain.trees",
 )  # fmt: skip
 RETRIES, PAUSE = 3, 0.5  # of what is safe to repeat: a request that no server has taken, and asking for a status

@@ -500,12 +500,12 @@ class SparseCoder(nn.Module):
         with self.reusing(CALIBRATION_ROWS):
             self.fit_threshold(parts if unseen is None else unseen.split(CALIBRATION_ROWS))
         codes, tokens = self.eval().codes_of(parts), sum(map(len, parts))
-        self.fit_scale(codes)
+        self._fit_scale(codes)
         dead = float((self.f_scale == 0).float().mean())
         return {"dead": dead, "tokens": tokens, "l0": len(codes.values) / tokens}
 
     @torch.no_grad()
-    def fit_scale(self, codes: Codes) -> None:
+    def _fit_scale(self, codes: Codes) -> None:
         """``f_scale`` from positive codes on the CPU."""
         # A positive float's bits are ordered as it is: one sort, of whole numbers, by feature and then by value.
         ordered = ((codes.features << 32) | codes.values.view(torch.int32)).sort().values

@@ -351,7 +351,7 @@ def test_interrupted_by_the_keyboard(harvest, tiny_lm, unbroken, tmp_path):
 KILLED = """
 import sys, time, json, torch
 import sae_lab as sl
-from sae_lab import harvesting
+from sae_lab.activations import harvesting
 torch.set_num_threads(1)
 harvesting.SHARD_TOKENS, harvesting.FORWARD_TOKENS = 256, 128
 model, path, documents = sys.argv[1:]
@@ -381,7 +381,8 @@ def test_killed_and_called_again(make_module, tokenizer, small_text, harvest, tm
     assert 4 <= sum(name.endswith(".safetensors") for name in there) < len(whole) - 1, (
         "killed too late to mean anything"
     )
-    (path / ".000009.safetensors.abc.tmp").write_bytes(b"half")  # what a kill in mid-write leaves
+    (path / ".000009.safetensors.abc.tmp").mkdir()  # what a kill in mid-write leaves
+    (path / ".000009.safetensors.abc.tmp" / "000009.safetensors").write_bytes(b"half")
     with passes(lm) as count:
         harvest(lm=lm, text=text, tokens=3000, path=path)
     assert files(path) == whole

@@ -140,7 +140,7 @@ class Things:
             "metric": lambda x, tokens: x.sum(), "line": "fox", "html": "<p>", "name": "a", "points": np.zeros((64, 2)),
             "results": [(1.0, 2.0), (2.0, 1.0)], "words": ["a", "b"], "part": "explain",
             "tokenizer": self.tokenizer, "labels": [0, 1], "position": 1, "rows": slice(0, 2), "edit": self.edit,
-            "activations": self.x.abs(), "other": "plain",
+            "activations": self.x.abs(), "other": "plain", "result": self.sweep,
         }  # fmt: skip
 
     def right(self, p: inspect.Parameter) -> Any:

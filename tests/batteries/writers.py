@@ -5,6 +5,7 @@
 
 import hashlib
 import os
+import re
 import signal
 import time
 from collections.abc import Callable
@@ -22,6 +23,7 @@ import sae_lab as sl  # noqa: E402
 SITE = sl.Site("resid_post", 1)
 TEXT = [" ".join(f"{a}{b}" for b in ["the", "cat", "sat", "on", "a", "mat"]) for a in "abcdefghijklmnopqrstuvwxyz" * 3]
 STEPS = 24
+RUN_ID = re.compile(rb'"run": "[0-9a-f]{32}"|"checksum": "[0-9a-f]{8}"')  # the checksum is of the id too
 
 
 def in_child(call: Callable[[], object], kill_after: float | None = None) -> tuple[int, str, float]:
@@ -50,13 +52,14 @@ def in_child(call: Callable[[], object], kill_after: float | None = None) -> tup
 
 
 def tree(path: Path) -> dict[str, str]:
-    """What lies at a path, hidden files and folders too: names and contents."""
+    """What lies at a path, hidden files and folders too: names and contents. The id of a run, which every run draws
+    anew, is left out."""
     files = [path, *sorted(path.rglob("*"))] if path.exists() else []
-    return {
-        str(f.relative_to(path)): hashlib.sha256(f.read_bytes()).hexdigest() if f.is_file() else "folder"
-        for f in files
-        if f != path or f.is_file()
-    }
+    return {str(f.relative_to(path)): _content(f) for f in files if f != path or f.is_file()}
+
+
+def _content(file: Path) -> str:
+    return hashlib.sha256(RUN_ID.sub(b"", file.read_bytes())).hexdigest() if file.is_file() else "folder"
 
 
 class Writers:

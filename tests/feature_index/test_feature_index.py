@@ -594,7 +594,9 @@ def test_killed_and_called_again(index, sae, tiny_module_lm, store, tmp_path):
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL, "it must have been running"
     assert not (path / "index.json").exists()
-    (path / ".block-000003.safetensors.abc.tmp").write_bytes(b"half")  # what a kill in mid-write leaves
+    half = path / ".block-000003.safetensors.abc.tmp" / "block-000003.safetensors"  # what a kill in mid-write leaves
+    half.parent.mkdir()
+    half.write_bytes(b"half")
     (path / "block-000001.safetensors").write_bytes(b"half")  # and a disk that lost power
     sl.index_features(sae, tiny_module_lm, store, path=path)
     assert files(path) == files(index.path)

@@ -123,6 +123,7 @@ def test_what_travels_uses_torch_and_what_travels(module):
         [node] = tree.body
         bound = {a.arg for a in ast.walk(node) if isinstance(a, ast.arg)}
         bound |= {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+        bound |= {a.name for n in ast.walk(node) if isinstance(n, ast.Import) for a in n.names}
         used = {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
         for name in used - bound - {"no_type_check"} - set(dir(builtins)):
             value = vars(module)[name]

@@ -381,7 +381,8 @@ def test_killed_and_called_again(data, tmp_path):
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL, "it must have been running"
     assert 12 <= header(path)["step"] < 60, "killed too late to mean anything"
-    (path / f".{CHECKPOINT}.abc.tmp").write_bytes(b"half")  # what a kill in mid-write leaves
+    (path / f".{CHECKPOINT}.abc.tmp").mkdir()  # what a kill in mid-write leaves
+    (path / f".{CHECKPOINT}.abc.tmp" / CHECKPOINT).write_bytes(b"half")
     settings = config(steps=60, checkpoint_every=4)
     resumed, unbroken = coder(), coder()
     steps = []

@@ -51,7 +51,7 @@ def check(coder: SparseCoder, data: Any, rows: int = ROWS) -> dict[str, Any]:
     found: dict[str, Any] = {"fvu": fvu, "l0": len(codes.values) / n, "tokens": n}
     problems += _absurd(found, coder) + _contradicted(found, coder.meta.get("expected") or {})
     if coder.meta.get("f_scale") == "unknown":
-        coder.fit_scale(codes)
+        coder._fit_scale(codes)
         coder.meta["f_scale"] = f"fitted by check on {n} rows"
     coder.meta["check"] = found | {"problems": problems}
     for problem in problems:
