@@ -5,7 +5,7 @@ that the model carries (``continuing``); or the whole text, where a model's stat
 """
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -64,7 +64,7 @@ def _last_logits(
 def _said_there(
     lm: Any, parts: list[tuple[Tensor, Tensor]], writes: list[Write], new: int, temperature: float, generator: Any,
     stream: bool,
-) -> Iterator[Said]:  # fmt: skip
+) -> Iterable[Said]:  # fmt: skip
     """The same on a server: one request makes all tokens. To stream them, the block prints each as it comes. (Names
     in the block must not be those of this module's globals, which would be sent with it.)"""
     import nnsight
