@@ -92,7 +92,7 @@ def permute(index: np.ndarray, n: int, key: int) -> np.ndarray:
 
 @as_annotated
 class Store:
-    """Activations on disk. ``Store(path)`` opens what ``harvest`` made; ``rows`` limits it to the first so many.
+    """Activations on disk. ``Store(path)`` opens what ``harvest`` made; ``rows=1000`` limits it to the first 1,000.
 
     ``len(store)`` is the number of kept tokens; ``store.at(site)`` chooses one of several sites.
     """

@@ -268,8 +268,8 @@ def _words(lm: LM, words: int, seed: int) -> tuple[list[int], list[str]]:
     by_letter = {letter: found for letter, found in sorted(by_letter.items()) if len(found) >= LEAST_WORDS}
     if len(by_letter) < 2:
         raise ValueError(
-            f"absorption needs {LEAST_WORDS} words that are single tokens (a space and small letters) of two letters, "
-            f"this tokenizer has so many of {len(by_letter)}"
+            f"absorption needs {LEAST_WORDS} words that are single tokens (a space and small letters) for each of two "
+            f"letters; this tokenizer has that many for {len(by_letter)}: take a model whose vocabulary has whole words"
         )
     each, left = {}, words
     for place, letter in enumerate(sorted(by_letter, key=lambda one: len(by_letter[one]))):

@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 FILES = ("index.json", "stats.safetensors", *CHECKED)
 BLOCK = 8192  # rows of a file
 PRE_BYTES = 256 << 20  # pre-activations that are made together: a block of a wide coder comes in parts
-READ_BYTES = 128 << 20  # a store's activations stay in memory as long as it is open: it is opened anew after so many
+READ_BYTES = 128 << 20  # a store is opened anew after this many: what was read stays in memory until then
 
 TRIED_PAIRS = 1 << 26  # of features, whose co-firing is tried to tell what all will cost
 PAIR_SECONDS = 16e-9  # of a product of sparse matrices, by pairs of features that fire on a token: as measured

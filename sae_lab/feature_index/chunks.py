@@ -9,7 +9,7 @@ CODES = 1 << 21  # codes that are sorted together
 
 
 def rows_at_a_time(row_bytes: int) -> int:
-    """How many rows of so many bytes make a chunk."""
+    """How many rows make a chunk, each of ``row_bytes`` bytes."""
     return max(1, CHUNK_BYTES // row_bytes)
 
 

@@ -224,7 +224,7 @@ def _encode(
 
 
 def _groups(lengths: list[int]) -> list[list[int]]:
-    """Texts of like length, so many that a pass is not too large."""
+    """Texts of like length in groups, each small enough for one pass."""
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
     groups: list[list[int]] = [[]]
     for i in order:
@@ -288,7 +288,7 @@ def _p_values(
 
 
 def _permuted(label: ndarray, within: ndarray | None, rows: int, random: np.random.Generator) -> ndarray:
-    """Labels in random order, so many times; within groups, where they are given."""
+    """``rows`` random orders of the labels; within groups, if groups are given."""
     keys = random.random((rows, len(label)))
     if within is not None:  # sorted by group first
         keys += within

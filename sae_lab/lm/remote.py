@@ -162,8 +162,8 @@ class Job:
         return (self._ended or time.monotonic()) - self._started
 
     def result(self, timeout: float | None = None) -> Any:
-        """What the call returns; raises what it raised. NDIFTimeout when it is not there after so many seconds: the job
-        goes on, and can be asked again."""
+        """What the call returns; raises what it raised. NDIFTimeout after ``timeout`` seconds without an
+        answer: the job goes on, and can be asked again."""
         self._thread.join(timeout)
         if self._thread.is_alive():
             raise NDIFTimeout(f"job {self.id} is {self.status} after {self.seconds:.0f} s: ask again later")

@@ -23,7 +23,7 @@ WIKIPEDIA = Path(__file__).parent.parent / "data" / "wikipedia-2016-sample.parqu
 HELD_OUT_EVERY = 10  # one document in ten is held out
 LONG, PART = 1 << 20, 1 << 16  # characters from which a document is read in parts, and of a part
 
-# "mix": the bundled Wikipedia and, from the installed package `sae-probes`, up to so many characters of each of these.
+# "mix": the bundled Wikipedia and sources of the installed package `sae-probes`, each up to its number of characters.
 # Code (the last three) stays under 5 % of the characters: of the files in _POSITIVES only the examples of what their
 # name says are read, since their counter-examples are mostly code.
 _POSITIVES = ("agnews", "code")
@@ -64,7 +64,7 @@ class File(NamedTuple):
         return cls(path, (path.stat().st_size, path.stat().st_mtime_ns))
 
     def parts(self) -> Iterator[str]:
-        """Its text, some at a time. ValueError for what is no UTF-8, or has changed."""
+        """Its text in parts. ValueError for a file that is not UTF-8, or that changed since it was loaded."""
         if File.of(self.path) != self:
             raise ValueError(f"{self.path} has changed since it was loaded: call load_text again")
         try:
@@ -283,7 +283,7 @@ def _windows(contexts: Iterable[Context]) -> Iterator[list[Context]]:
 def _alike(contexts: list[Context], tokens: int) -> list[list[Context]]:
     """Contexts in groups by length, at the least total of padded tokens and ``PASS_COST`` for each group."""
     ordered = sorted(contexts, key=lambda c: len(c.ids))
-    least, starts = [0], [0]  # of the first so many contexts: their cost, and where their last group starts
+    least, starts = [0], [0]  # by number of contexts: the least cost, and where the last group starts
     for end in range(1, len(ordered) + 1):
         longest = len(ordered[end - 1].ids)
         most = min(PASS_CONTEXTS, max(1, tokens // longest))

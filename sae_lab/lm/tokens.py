@@ -129,10 +129,9 @@ def encode_texts(tokenizer: Any, texts: list[str]) -> list[list[int]]:
 
 
 def encode_parts(tokenizer: Any, parts: Iterable[str]) -> Iterator[list[int]]:
-    """The same ids as ``encode_texts`` gives for all of a text, which comes in parts: as much of it is encoded at a
-    time as needs be.
+    """The ids that ``encode_texts`` gives for the whole text, made piece by piece from a text that comes in parts.
 
-    A cut lies where it cannot matter (``_cut``); where there is no such place, a longer piece is taken.
+    A piece ends where a cut cannot change the ids (``_cut``); a piece without such a place grows until it has one.
     """
     parts = iter(parts)
     if not getattr(tokenizer, "is_fast", False):  # it does not tell where its tokens stand

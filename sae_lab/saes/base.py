@@ -615,7 +615,7 @@ def weighted_sum(codes: Codes | Tensor, directions: Tensor) -> Tensor:
 
 
 def calibration_cost(coder: SparseCoder, x: Tensor, unseen: Tensor | None, rows: int) -> Cost:
-    """What ``coder.calibrate`` will take on so many rows. Tried: on x, whose facts the coder then has."""
+    """What ``coder.calibrate`` will take on ``rows`` rows. A trial on x tells, and leaves the coder calibrated."""
     with costs.peak() as peak:
         facts, seconds = costs.timed(coder.calibrate, [x], unseen)
     larger = min(CALIBRATION_ROWS, rows) / len(x)  # rows encoded at a time

@@ -80,7 +80,7 @@ def one_pass(rows: Store | Rows) -> TrainConfig:
 
 
 def check_lr(lr: Any) -> None:
-    """ValueError for what is no learning rate."""
+    """ValueError unless lr is a positive number below ``MAX_LR``."""
     if not is_number(lr) or not 0 < lr < MAX_LR:
         raise ValueError(f"lr must be a positive number below {MAX_LR:g}, got {lr}; None chooses one by d_sae")
 

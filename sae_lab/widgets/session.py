@@ -262,7 +262,7 @@ class Linked(Panel):
         raise NotImplementedError
 
     def _feature_of(self, site: str, d_sae: int) -> int | None:
-        """The selected feature if it belongs to a coder at this site with so many features."""
+        """The selected feature, if it is one at this site and below ``d_sae``."""
         selected = self.session.selection
         mine = selected.site == site and selected.feature is not None and selected.feature < d_sae
         return selected.feature if mine else None
