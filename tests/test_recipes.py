@@ -70,5 +70,5 @@ def test_the_recipe_of_an_eval(copy):
     follow(copy, "an eval")
     assert run(copy, "tests/evals/test_pointing.py") == 1
     code = blocks("an eval")[0][1]
-    body = code[code.index("@dataclass") :]
+    body = code[code.index("@result") :]
     assert len([line for line in body.splitlines() if line.strip()]) <= 40, "an eval is at most 40 lines"
