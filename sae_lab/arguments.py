@@ -88,9 +88,6 @@ def _spelt_out(p: inspect.Parameter) -> list[inspect.Parameter]:
     return [inspect.Parameter(n, p.KEYWORD_ONLY, default=None, annotation=hint) for n, hint in named.items()]
 
 
-# ---- values and kinds
-
-
 def fit(value: Any, hint: Any, lone: bool = True) -> Any:
     """The value as the annotation means it: itself, or what it can be read as; ``_NO`` where it is of another kind.
 
@@ -235,9 +232,6 @@ def _number(value: Any, kind: Any) -> Any:
         return plain
     whole = not isinstance(plain, float) or plain.is_integer()
     return int(plain) if whole and (kind is int or plain >= 0) else _NO
-
-
-# ---- in words
 
 
 def _takes(fn: Any, signature: inspect.Signature) -> str:

@@ -105,9 +105,6 @@ def make_folder(path: Path) -> Path:
     return path
 
 
-# ---------------------------------------------------------------------------------------------- writing
-
-
 @contextmanager
 def atomic(path: Path, kept: str = "") -> Iterator[Path]:
     """A temporary path that takes the place of ``path`` when the block ends well, and vanishes when it fails.
@@ -232,9 +229,6 @@ def _allocate(f: Any, end: int) -> None:
         f.write(zeros[:left])
 
 
-# ---------------------------------------------------------------------------------------------- one at a time
-
-
 _held: set[tuple[int, int, Path]] = set()  # (process, thread, folder) of every folder that is locked here
 
 
@@ -313,9 +307,6 @@ def remove_leftovers(folder: Path, name: str | None = None) -> None:
         for left in folder.glob(".tmp" + 6 * "[A-Za-z0-9]"):  # safetensors' own, which it writes beside the file
             with suppress(OSError):
                 left.unlink()
-
-
-# ---------------------------------------------------------------------------------------------- the hub
 
 
 def hub_answers() -> bool:

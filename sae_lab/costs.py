@@ -52,9 +52,6 @@ def timed(function: Callable[..., T], *args: Any, **kwargs: Any) -> tuple[T, flo
     return result, now() - start
 
 
-# ---- memory
-
-
 @dataclass
 class Peak:
     """Bytes in use before a block of code, and the most above them while it ran."""

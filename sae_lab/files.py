@@ -45,9 +45,6 @@ def limited(name: str) -> str:
     return f"{globals()[name]:,} (sae_lab.files.{name}; set it higher if you trust the file)"
 
 
-# ---------------------------------------------------------------------------------------------- bytes and JSON
-
-
 def read_bytes(file: Path, most: str = "MOST_JSON") -> bytes:
     """A file's bytes. FileNotFoundError where there is none; ValueError for a folder, a pipe or a device, and for more
     than the limit of this name."""
@@ -118,9 +115,6 @@ def unsealed(content: dict[str, Any]) -> dict[str, Any]:
 
 def _checksum(content: Any) -> str:
     return f"{zlib.crc32(json.dumps(content, sort_keys=True).encode()):08x}"
-
-
-# ---------------------------------------------------------------------------------------------- tensors
 
 
 def write_tensors(tensors: Mapping[str, Tensor], file: Path, notes: Mapping[str, str] | None = None) -> None:
@@ -222,9 +216,6 @@ def check_blocks(data: BufferedIOBase, blocks: str) -> None:
 
 def _damaged(block: int) -> str:
     return f"it is damaged: its content is not what was written, from byte {block * BLOCK:,} on"
-
-
-# ---------------------------------------------------------------------------------------------- others' formats
 
 
 def read_npz(file: Path) -> dict[str, Tensor]:
@@ -359,9 +350,6 @@ def _size(file: Path) -> int:
     if not file.is_file():
         raise ValueError(f"{file} is no plain file but a folder, a pipe or a device")
     return file.stat().st_size
-
-
-# ---------------------------------------------------------------------------------------------- tables
 
 
 class Blocks:

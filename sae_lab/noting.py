@@ -86,8 +86,6 @@ class Log:
         self._end = 0  # of the last whole line that was read
         self._now: dict[int, dict[str, tuple[float, Any]]] = {}  # feature: field: (time, value)
 
-    # ---- reading
-
     def fields(self, feature: int) -> dict[str, Any]:
         """What is said of a feature now, by field, the oldest first; a field that was emptied is not there."""
         self.refresh()
@@ -163,8 +161,6 @@ class Log:
                     aside)  # fmt: skip
         self._forget()
         self.refresh()
-
-    # ---- writing
 
     def write(
         self, changes: Mapping[int, Mapping[str, Any]], seen: Mapping[str, Any] | None = None,
@@ -324,9 +320,6 @@ def _checked(field: str, value: Any) -> Any:
         if not isinstance(one["text"], str) or not all(map(math.isfinite, one["scores"].values())):
             raise ValueError(f"{field} is of another type")
     return value if said is not value else [{"text": one["text"], "scores": one["scores"]} for one in said]
-
-
-# ---------------------------------------------------------------------------------------------- of a coder
 
 
 _LOGS: WeakValueDictionary[str, Log] = WeakValueDictionary()  # one of a file, so that all who have it open hear

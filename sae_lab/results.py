@@ -19,8 +19,6 @@ import numpy as np
 
 from sae_lab.arguments import as_annotated
 
-# ---- text
-
 # What draws nothing, moves a terminal's cursor or turns the direction of reading, in code points; half a surrogate
 # pair, which no file holds. The widgets have the same list, in widgets/src/shared/visible.ts.
 HIDDEN = (
@@ -41,9 +39,6 @@ def visible(text: object) -> str:
 def visible_lines(text: str) -> str:
     """``visible``, of a text whose line breaks are meant."""
     return "\n".join(map(visible, text.split("\n")))
-
-
-# ---- HTML
 
 
 class Html(str):
@@ -70,8 +65,6 @@ def in_script(value: Any) -> str:
     data = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     return _NOT_IN_SCRIPT.sub(lambda found: f"\\u{ord(found[0]):04x}", data)
 
-
-# ---- tables
 
 _SIDES = {"<": "left", ">": "right"}
 
@@ -188,8 +181,6 @@ def filled(text: str, values: Mapping[str, Any]) -> str:
     how many names there are."""
     return _Numbers().vformat(text, (), values).replace(f" ± {UNDEFINED}", "")
 
-
-# ---- results
 
 T = TypeVar("T")
 UNDEFINED = "undefined"  # what a table shows for NaN

@@ -20,8 +20,6 @@ from torch import Tensor
 from sae_lab.arguments import as_annotated
 from sae_lab.results import visible
 
-# ---------------------------------------------------------------------------------------------- sites
-
 LAYER_KINDS = ("resid_pre", "attn_z", "attn_out", "resid_mid", "mlp_in", "mlp_out", "resid_post")
 KINDS = ("embed", *LAYER_KINDS)
 
@@ -138,9 +136,6 @@ def _parse(name: str, layer: int | None, head: int | None):
     return "module", None, head, name
 
 
-# ---------------------------------------------------------------------------------------------- tokens
-
-
 @dataclass(frozen=True)
 class TokenBatch:
     """Token ids of several prompts, padded on the right; position 0 is the first token, prefix included.
@@ -238,9 +233,6 @@ class TokenMask:
         return "left out: " + (", ".join(rules) or "nothing")
 
 
-# ---------------------------------------------------------------------------------------------- coders' data
-
-
 @as_annotated
 @dataclass
 class Batch:
@@ -307,9 +299,6 @@ def check_feature(feature: Any, d_sae: int) -> int:
     if not 0 <= number < d_sae:
         raise ValueError(f"feature must be an int from 0 to {d_sae - 1}, got {feature!r}")
     return number
-
-
-# ---------------------------------------------------------------------------------------------- edits
 
 
 class Write(NamedTuple):

@@ -380,9 +380,6 @@ class _Harvest:
         return store
 
 
-# ---- what it costs
-
-
 def cost(
     lm: LM, sites: Site | str | Iterable[Site | str], text: Documents, tokens: int, path: str | Path | None,
     context: int, pack: bool, mask: TokenMask | None, coder: SparseCoder | None,

@@ -119,8 +119,6 @@ class Store:
         if self._rows == 0:
             raise ValueError(f"the store {self.path} holds no whole shard yet: call harvest again with the same path")
 
-    # ---- what it is
-
     @property
     def site(self) -> Site:
         """The site whose activations are read. ValueError for a store of several sites."""
@@ -200,8 +198,6 @@ class Store:
             f"Store({len(self):,} tokens of {self.identity['text']!r}, {visible(self.identity['model'])}, "
             f"{', '.join(map(repr, self.sites))}, {self.excluded:.1%} left out, {where!r})"
         )
-
-    # ---- rows
 
     def _tensor(self, shard: int, key: str) -> files.Table:
         """A tensor of a shard (bfloat16 as its raw bits). ValueError where codes stand in its place, or nothing."""
@@ -310,8 +306,6 @@ class Store:
             rows = np.arange(start, min(start + size, len(self)))
             yield rows, self._acts(rows, self.reads or (self.site,))
 
-    # ---- contexts
-
     @cached_property
     def _context_starts(self) -> np.ndarray:
         return np.cumsum([0] + [s["contexts"] for s in self.manifest["shards"]])
@@ -403,9 +397,6 @@ class Rows:
     def blocks(self, size: int = 8192) -> Iterator[tuple[np.ndarray, Tensor]]:
         for start in range(0, len(self), size):
             yield np.arange(start, min(start + size, len(self))), self.x[start : start + size].float()
-
-
-# ---------------------------------------------------------------------------------------------- files
 
 
 class ReadAhead:

@@ -79,9 +79,6 @@ def numbers(value: Any, batch: TokenBatch) -> Tensor:
     return value
 
 
-# ---- functions of torch alone, see ``lm.passes``
-
-
 @no_type_check
 def of_metric(logits, tokens, metric):
     """The metric's answer: numbers on the CPU, or anything else as it is."""

@@ -79,9 +79,6 @@ def aligned_tokens(lm: LM, prompt: str, source: str) -> list[tuple[str | None, s
     return pairs
 
 
-# ---- checks
-
-
 def kept(lm: LM, coders: Sequence[SparseCoder], *runs: tuple[TokenBatch, Acts]) -> Bool[Tensor, "batch pos"]:
     """The real tokens that no coder's mask leaves out at any site in any of these runs. ValueError if none is left."""
     masks = [coder.mask or lm.mask() for coder in coders]

@@ -110,8 +110,6 @@ class Edit:
         if not self.features:
             raise ValueError("an edit needs at least one feature")
 
-    # ---- what an edit names
-
     @property
     def features(self) -> list[int]:
         """The features it changes, each checked, each once."""
@@ -124,8 +122,6 @@ class Edit:
     def rule(self, lm: "LM", batch: TokenBatch) -> Rule:
         """z' from z: a function of ``rules`` with its settings bound."""
         raise NotImplementedError
-
-    # ---- what the model must do
 
     @property
     def read_site(self) -> Site:
@@ -258,8 +254,6 @@ class Edit:
         """The codes of its features, by name, in activations x at the site it reads."""
         codes = self.coder.encode(x.to(self.coder.W_dec.device))
         return {f"{self.read_site.key} #{feature}": codes[..., feature].cpu() for feature in self.features}
-
-    # ---- in words and on disk
 
     def _settings(self) -> dict[str, Any]:
         """The settings that differ from the defaults, by name."""

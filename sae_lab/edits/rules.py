@@ -13,8 +13,6 @@ import torch
 from sae_lab.lm.passes import counting_tokens
 from sae_lab.saes.portable import at_home, decode, encode, some, write_of
 
-# ---- where
-
 
 @no_type_check
 def among(numbers, chosen):
@@ -86,9 +84,6 @@ def edited(x, tokens, *read, mask, places, done, elsewhere, change):
 def inside(x, *read, tokens, edit):
     """``edited`` for a user's own trace, with the tokens bound."""
     return edit(x, tokens, *read)
-
-
-# ---- changes: (x "tokens d_out", read "tokens d_in", ids, rows, positions, which tokens each edit touches) -> x'
 
 
 @no_type_check
@@ -164,9 +159,6 @@ def projected(x, read, ids, rows, positions, at, *, basis):
 def pushed(x, read, ids, rows, positions, at, *, vector):
     """x + vector."""
     return x + vector.to(x)
-
-
-# ---- rules: (z "tokens features", rows, positions) -> z'
 
 
 @no_type_check

@@ -254,9 +254,6 @@ def _fraction(f: np.ndarray, x: np.ndarray, p: np.ndarray, cosine: np.ndarray, m
     return np.where(enough, part, 0.0).clip(0, 1)
 
 
-# ---- words and probes
-
-
 def _words(lm: LM, words: int, seed: int) -> tuple[list[int], list[str]]:
     """(ids, words), sorted by letter: tokens of a space and at least three small letters."""
     vocab = min(lm.vocab_size, len(lm.tokenizer))

@@ -289,9 +289,6 @@ def _mean(values: Sequence[float]) -> float:
     return sum(there) / len(there) if there else math.nan
 
 
-# --------------------------------------------------------------------------------------------- one coder elsewhere
-
-
 @result
 class Transfer(Result):
     """Result of ``sl.evals.transfer``: ``at_home`` and ``elsewhere``, two reconstructions by the same coder.

@@ -217,9 +217,6 @@ def board_games(
     )
 
 
-# ---------------------------------------------------------------------------------------------- models
-
-
 def othello_gpt() -> LM:
     """The Othello-GPT that comes with the library: three layers of width 128, one token a move of 6x6 Othello."""
     return LM(str(OTHELLO_GPT))
@@ -286,9 +283,6 @@ def _neurons(lm: LM, site: Site) -> list[Site]:
     return [Site(path)] if known else []
 
 
-# ---------------------------------------------------------------------------------------------- features and labels
-
-
 class _Data(NamedTuple):
     """What is true of every position: labels ``positions properties``; and which half and game it belongs to."""
 
@@ -333,9 +327,6 @@ def _shuffled(data: _Data, move: np.ndarray, seed: int) -> _Data:
     labels = np.empty_like(data.labels)
     labels[place] = data.labels[other]
     return data._replace(labels=labels)
-
-
-# ---------------------------------------------------------------------------------------------- scores
 
 
 def _score(codes: Codes, data: _Data) -> BoardScores:

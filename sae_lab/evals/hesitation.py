@@ -63,9 +63,6 @@ def synthetic_qa(seed: int = 0, n: int = 240) -> list[Question]:
     return [out[i] for i in random.permutation(len(out))]
 
 
-# ---------------------------------------------------------------------------------------------- result
-
-
 @result
 class Uncertainty(Result):
     """Result of ``sl.evals.uncertainty``.
@@ -125,9 +122,6 @@ class Uncertainty(Result):
         "{cells[3]} incorrect; {live} live features; AUROC over {splits} random halves, ± corrected for their overlap; "
         "{mask}"
     )
-
-
-# ---------------------------------------------------------------------------------------------- the eval
 
 
 @as_annotated
@@ -275,9 +269,6 @@ def greedy_and_entropy(logits, tokens, last):
     return {"greedy": logits.argmax(-1).cpu(), "entropy": -(scores.exp() * scores).sum(-1).cpu()}
 
 
-# ---------------------------------------------------------------------------------------------- which features
-
-
 def _of_groups(values: np.ndarray, group: np.ndarray, of=np.mean) -> np.ndarray:
     """For each question the mean (or median) over its group."""
     return np.stack([of(values[group == g], axis=0) for g in range(group.max() + 1)])[group]
@@ -319,9 +310,6 @@ def _within(group: np.ndarray, random: np.random.Generator) -> np.ndarray:
         members = np.flatnonzero(group == g)
         order[members] = random.permutation(members)
     return order
-
-
-# ---------------------------------------------------------------------------------------------- AUROC
 
 
 def _auroc_within(scores: np.ndarray, positive: np.ndarray, group: np.ndarray) -> float:
@@ -372,9 +360,6 @@ def _half(correct: np.ndarray, random: np.random.Generator) -> np.ndarray:
         members = random.permutation(np.flatnonzero(correct == side))
         chosen[members[: len(members) // 2]] = True
     return chosen
-
-
-# ---------------------------------------------------------------------------------------------- suppression
 
 
 def _suppressed(

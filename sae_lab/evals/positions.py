@@ -31,9 +31,6 @@ from sae_lab.types import Site
 _SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1, 3 / 2, 2, 3)  # of the training context, where a bin ends
 
 
-# ---------------------------------------------------------------------------------------------- along the context
-
-
 @result
 class ByPosition(Result):
     """Result of ``sl.evals.by_position``: one entry a bin of positions, ``edges[i]`` to ``edges[i + 1] - 1``.
@@ -212,9 +209,6 @@ def _fvu_rise(error: Tensor, variance: Tensor, inside: Tensor, beyond: Tensor, o
         influence[members] = sign * (error[members] - ratio * variance[members]) / variance[members].sum()
         fvu.append(float(ratio))
     return fvu[1] - fvu[0], clustered_error(influence, of) * len(error)
-
-
-# ---------------------------------------------------------------------------------------------- over several coders
 
 
 @result

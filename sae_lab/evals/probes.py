@@ -204,9 +204,6 @@ def probing(
     )
 
 
-# ---- pooling
-
-
 @torch.no_grad()
 def pooled(
     sae: SparseCoder, one: ReadSet, site: Site, mask: TokenMask, pooling: str
@@ -242,9 +239,6 @@ def _codes(sae: SparseCoder, x: Tensor, text: Tensor) -> tuple[np.ndarray, np.nd
     """(text·d_sae + feature, strength) of every active feature of every token."""
     codes = sae.codes_of((rows.float() for rows in x.split(_ROWS)), strengths=True)
     return (text[codes.rows] * sae.d_sae + codes.features).numpy(), codes.values.double().numpy()
-
-
-# ---- one dataset
 
 
 class Fit(NamedTuple):
@@ -331,9 +325,6 @@ def _probe(inputs: np.ndarray, labels: np.ndarray, parts: tuple[np.ndarray, ...]
         loss=float(loss),
         inputs=inputs.shape[1],
     )
-
-
-# ---- checks and texts
 
 
 def _check(sae: SparseCoder, lm: LM, k: Any, pooling: str, convention: str, shuffles: int) -> tuple[int, ...]:

@@ -95,9 +95,6 @@ def by_content(codes: Codes) -> Int[Tensor, " d_sae"]:
     return summed(codes.values.abs(), codes.features, codes.d_sae).argsort(descending=True, stable=True)
 
 
-# ---- what an eval asks for
-
-
 def named(coder: SparseCoder) -> str:
     """Family and settings: ``TopK(seed=0, k=32)``."""
     settings = {key: v for key, v in coder.config.items() if key not in ("d_in", "d_sae", "d_out") and v is not None}

@@ -127,9 +127,6 @@ def name_of(fn: Any) -> str:
     return str(getattr(fn, "name", None) or getattr(fn, "__qualname__", None) or type(fn).__name__)
 
 
-# ---- adapters
-
-
 @dataclass(frozen=True)
 class ChatEndpoint:
     """A ``str -> str`` function that asks a server. Made by ``openai_compatible``; it holds no key."""

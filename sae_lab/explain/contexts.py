@@ -110,8 +110,6 @@ class Corpus:
         quiet = self._silent(feature, rows, side, silent, random)
         return Passages(feature, shown, quiet, float(self.index.max[feature]))
 
-    # ---- firing passages
-
     def _firing(
         self, rows: np.ndarray, values: np.ndarray, wanted: int, strongest: bool, random: np.random.Generator
     ) -> list[tuple[int, int]]:
@@ -137,8 +135,6 @@ class Corpus:
                     found.append(place)
                     taken += 1
         return [(int(rows[order[place]]), int(quantile[place])) for place in sorted(found)]
-
-    # ---- silent passages
 
     def _silent(
         self, feature: int, rows: np.ndarray, side: int, wanted: int, random: np.random.Generator
@@ -191,8 +187,6 @@ class Corpus:
         together = [self.index.activations(other)[0] for other in others]
         rows = np.unique(np.concatenate([*together, np.zeros(0, np.int32)]).astype(np.int64))
         return np.setdiff1d(rows[self._part[rows] == side], self.index.activations(feature)[0], assume_unique=True)
-
-    # ---- one passage
 
     def _passage(self, feature: int, row: int, kind: str, random: np.random.Generator, quantile: int = -1) -> Passage:
         """LENGTH tokens around a row, with the row at a random place among the last 20 of them."""

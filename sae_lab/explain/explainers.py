@@ -205,8 +205,6 @@ def _mean(flags: np.ndarray) -> float:
     return float(flags.mean()) if len(flags) else 0.0
 
 
-# ---- for a language model
-
 SHOWN = (20, 10)  # firing and silent passages in a prompt
 _INSTRUCTIONS = """\
 A feature of a language model fires on some tokens of a text and is silent on all others. Below are passages in which \

@@ -33,9 +33,6 @@ CONTEXT = 64  # tokens that the model reads at once where the source is text
 FLUENCY = 0.02  # share of the corpus maximum that a nat of cross-entropy costs by default
 
 
-# ---------------------------------------------------------------------------------------------- reading features
-
-
 def check_coder(sae: SparseCoder, lm: LM) -> None:
     """ValueError for a coder in training mode, of another width than the model's, or of several sites."""
     if sae.training:
@@ -146,9 +143,6 @@ def random_examples(lm: LM, source: Source, n: int, seed: int = 0, tokens: int =
         every = [c.ids for c in spread_contexts(lm, source, tokens, min(CONTEXT, lm.max_length))]
         contexts = [every[k] for k in rng.permutation(len(every))[:n]]
     return [_window(ids, int(rng.integers(1, len(ids))), 0.0, lm.prefix_id).ids for ids in contexts]
-
-
-# ---------------------------------------------------------------------------------------------- evolving prompts
 
 
 @result

@@ -212,8 +212,6 @@ class _Lab:
             self.unread += 1
         return None
 
-    # ---- questions to the agent
-
     def hypotheses(self) -> list[Hypothesis]:
         task = "TASK: suppose\nGive up to 5 different hypotheses, the likeliest first, one a line."
         found = self.ask(task, "HYPOTHESIS: ...\nHYPOTHESIS: ...", lambda a: lines_of(a, "HYPOTHESIS"))
@@ -292,9 +290,6 @@ class _Lab:
         measured = np.array(self.activations(texts))
         shuffles = [pearson(rng.permutation(predicted), measured) for _ in range(100)]
         return pearson(np.array(predicted), measured), float(np.mean(shuffles))
-
-
-# ---- reading answers
 
 
 def lines_of(answer: str, label: str, bullets: bool = True) -> list[str]:

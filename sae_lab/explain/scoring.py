@@ -141,9 +141,6 @@ def pearson(a: np.ndarray, b: np.ndarray) -> float:
     return float(a @ b) / spread if spread > 0 else 0.0
 
 
-# ---- the three measures
-
-
 def detection(explanation: Explanation, passages: Passages, judge: Asker | None, random: np.random.Generator) -> Score:
     every = [passages.all[i] for i in random.permutation(len(passages.all))]
     if judge is None:
@@ -212,8 +209,6 @@ def simulation(explanation: Explanation, passages: Passages, judge: Asker | None
     a, b = (np.concatenate(side) for side in zip(*pairs, strict=True))
     return Score(simulation=pearson(a, b), unanswered=unanswered)
 
-
-# ---- questions to a judge
 
 QUESTION = """\
 A feature of a language model is described below. {task}, and nothing else.

@@ -105,8 +105,6 @@ class Notes:
         rows = [{"feature": i, **note._asdict()} for i, note in self._all().items()]
         return pd.DataFrame(rows, columns=["feature", "label", "text"])
 
-    # ---- in other files
-
     @as_annotated
     def save(
         self, path: str | Path, format: Literal["lines", "neuronpedia"] = "lines", model: str | None = None,

@@ -213,9 +213,6 @@ def _place(folder: Path, blocks: int, offsets: np.ndarray) -> tuple[np.ndarray, 
     return rows, values
 
 
-# ---- what it costs
-
-
 def cost(coder: SparseCoder, lm: LM, store: Store, path: str | Path | None, rebuild: bool) -> Cost:
     """What ``index_features`` will take with these arguments. Tried: every stage on the first block of rows, and those
     that compare features on some of the features."""

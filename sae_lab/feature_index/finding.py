@@ -234,9 +234,6 @@ def _groups(lengths: list[int]) -> list[list[int]]:
     return groups
 
 
-# ---- ranks
-
-
 def _ranks(examples: _Examples, chosen: ndarray, live: ndarray) -> tuple[ndarray, Ranks]:
     """(the example of each firing, its rank), of the chosen examples; features are numbered by their place in live."""
     here = chosen[examples.example]

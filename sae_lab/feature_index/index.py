@@ -165,8 +165,6 @@ class FeatureIndex:
         """Size on disk."""
         return sum(file.stat().st_size for file in self.path.iterdir())
 
-    # ---- finding features
-
     def order(self, by: str = "density") -> np.ndarray:
         """Live features, largest first, by "density", "max", "norm" or "best" (readable)."""
         keys = ("density", "max", "norm", "best")
@@ -259,8 +257,6 @@ class FeatureIndex:
             raise ValueError(f"{what} needs the coder: open the index by sl.index_features(coder, lm, store)")
         return self.coder
 
-    # ---- what you write on them
-
     def annotate(self, feature: int, label: str | None = None, text: str | None = None) -> Note:
         """Put a label or a note on a feature; it follows the coder (``sl.notes``). None leaves a part as it was."""
         return self.notes.write(feature, label, text)
@@ -269,8 +265,6 @@ class FeatureIndex:
         """Read explanations that Neuronpedia exports, or what ``notes.save`` wrote; see ``sl.notes(sae).load``. Your
         own notes stay as they are. Returns the number of features that have labels now."""
         return self.notes.load(source, model, layer)
-
-    # ---- beyond the store
 
     def score(self, feature: int, text: str) -> live.Scored:
         """A feature's activation at each token of a new text: one pass to the coder's site."""
@@ -287,8 +281,6 @@ class FeatureIndex:
         n = min(n, len(values))
         low = np.argpartition(values, n - 1)[:n] if n else np.zeros(0, np.int64)
         return self._contexts(rows[low[np.argsort(values[low], kind="stable")]].astype(np.int64), rows, values)
-
-    # ---- opening one
 
     def activations(self, feature: int) -> tuple[np.ndarray, np.ndarray]:
         """(rows of the store, values) where a feature fires, in the order of rows."""

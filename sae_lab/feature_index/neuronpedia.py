@@ -108,9 +108,6 @@ def _same_model(theirs: str, ours: str) -> bool:
     return _SAME.get(a, a) == _SAME.get(b, b)
 
 
-# ---------------------------------------------------------------------------------------------- lines
-
-
 def _record(line: tuple[str, int, bytes]) -> Record | None:
     """A line's explanation; None for an empty one. ValueError for what is none."""
     name, number, content = line
@@ -142,9 +139,6 @@ def lines(feature: int, fields: dict[str, Any], model: str, layer: str) -> Itera
             record |= {"explanationModelName": names[0], "typeName": names[1]}
             if text:
                 yield json.dumps(record, ensure_ascii=False).encode() + b"\n"
-
-
-# ---------------------------------------------------------------------------------------------- files
 
 
 def _files(source: str | Path) -> Iterator[tuple[str, BufferedIOBase]]:

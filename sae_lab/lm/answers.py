@@ -90,9 +90,6 @@ def _failure(err: BaseException, scrub: Callable[[str], str]) -> Failure:
     return Failure(text, unsent, broken and not refused)
 
 
-# ---- over HTTP
-
-
 def read(answer: httpx.Response, most: int, left: Callable[[], float]) -> bytes:
     """The body of an answer with status 200 and at most ``most`` bytes. NoAnswer for any other."""
     if answer.status_code != 200:
@@ -178,9 +175,6 @@ class Socket(websocket.WebSocket):
         return part
 
 
-# ---- results
-
-
 def loaded(content: bytes, most: int, packed: bool) -> Any:
     """What a request saved: tensors and plain data, of at most ``most`` bytes. NoAnswer for anything else.
 
@@ -217,9 +211,6 @@ def checked(found: Any, form: Any) -> Any:
     if not forms.has(found, form):
         raise NoAnswer(f"its result is not what was asked for: {forms.said(form)}, got {forms.said(found)}")
     return found
-
-
-# ---- words
 
 
 def scrubbed(text: str, key: str) -> str:

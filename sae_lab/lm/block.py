@@ -111,8 +111,6 @@ class _Reader:
                 block.missing.setdefault(kind, "no tensor of the block is that")
         return block
 
-    # ---- the block's own ends
-
     def _ends(self) -> None:
         block = self.found
         before, after = self.before, self.after
@@ -133,8 +131,6 @@ class _Reader:
         if before.sketch is None or after.sketch is None:
             return before.storage == after.storage and before.shape == after.shape
         return torch.equal(before.sketch, after.sketch)
-
-    # ---- what its sub-layers add
 
     def _inside(self) -> None:
         stream, out = {self.stream: 1.0}, self.leave.form
@@ -279,8 +275,6 @@ class _Reader:
         """All of the block's atoms that went into a form, up to and without ``stop`` and the stream."""
         return self.flow.made_of(form, {**stop, self.stream: 1.0})
 
-    # ---- points
-
     def _is_stream(self, seen: Seen) -> bool:
         return self._is_wide(seen) and seen.shape[-1] == self.enter.shape[-1]
 
@@ -362,8 +356,6 @@ class _Reader:
 
     def _is_wide(self, seen: Seen) -> bool:
         return tuple(seen.shape[:-1]) in ((ROWS, TOKENS), (ROWS * TOKENS,))
-
-    # ---- heads
 
     def _heads(self) -> None:
         """attn_z: what W_O reads, the first module with a matrix behind attention's mixing of tokens."""

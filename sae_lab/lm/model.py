@@ -105,8 +105,6 @@ class LM:
         self._sites = sites.SiteMap(module)
         self._checked: set[str] = set()  # kinds of site whose sums were seen to hold on the server
 
-    # ---- what it is
-
     @property
     def device(self) -> torch.device:
         """The device of token ids and activations."""
@@ -170,8 +168,6 @@ class LM:
         where = f"remote={self._server.host!r}" if self._server else f"device='{self.device}'"
         return f"LM({self.id!r}, layers={self.n_layers}, prefix={prefix}, {where})"
 
-    # ---- text
-
     @as_annotated
     def tokenize(self, prompts: Prompts) -> TokenBatch:
         """Prompts (str, list of str, token ids, or chat messages) as right-padded token ids.
@@ -227,8 +223,6 @@ class LM:
     def token_strings(self, ids: Sequence[Count], prefixed: bool = False) -> list[Token]:
         """Token ids as ``Token`` strings. prefixed: whether the first is a prefix, no part of the text."""
         return tokens.spans(self.tokenizer, ids, prefixed)
-
-    # ---- running
 
     @as_annotated
     def run(
@@ -513,8 +507,6 @@ class LM:
         if method not in ("read", "logits", "loss", "generate"):
             raise ValueError(f"lm.submit takes read, logits, loss or generate, which are one request, got {method!r}")
         return Job(method, partial(getattr(self, method), *args, **kwargs), self._server, job)
-
-    # ---- embeddings and logit lens
 
     @as_annotated
     @torch.no_grad()

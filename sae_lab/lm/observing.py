@@ -76,8 +76,6 @@ class Flow(TorchDispatchMode):
         self.logits: Form = {}
         self._blind = self._clock = 0
 
-    # ---- forms
-
     def form(self, t: Tensor) -> Form:
         """The tensor's form. A tensor that no watched operation made is a weight, or comes from code that cannot be
         watched."""
@@ -166,8 +164,6 @@ class Flow(TorchDispatchMode):
                     return form
         return {k: -v for k, v in self.form(first).items()} if plain == "neg" else None
 
-    # ---- modules
-
     def pass_by(self, path: str, end: str, value: Any, own: bool = False) -> None:
         """Note the tensor at an end of a module. own: give the stream a new atom here."""
         t = first_tensor(value)
@@ -202,8 +198,6 @@ class Flow(TorchDispatchMode):
     def forget(self) -> None:
         """Let go of the tensors of the pass."""
         self._alive, self.forms = [], {}
-
-    # ---- questions
 
     def made_of(self, form: Iterable[int], stop: Iterable[int]) -> set[int]:
         """All live atoms that a form was made of, back to ``stop``, which is left out."""

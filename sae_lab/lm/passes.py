@@ -146,9 +146,6 @@ def through(root, steps, tokens, found):
             found[step.name] = step.keep(held[step.name], tokens)
 
 
-# ---- what a read, or a pass, keeps of activations or logits: (x "batch pos d", tokens) -> what is kept
-
-
 @no_type_check
 def whole(x, tokens):
     """All of it."""
@@ -207,9 +204,6 @@ def slope(logits, tokens, there, metric):
     return torch.autograd.grad(metric(logits.float(), tokens).sum(), [there])[0].float()
 
 
-# ---- generation
-
-
 @no_type_check
 def decode(last_logits, ids, new, ends, temperature, generator):
     """The next tokens of rows of one length, a list per pass; -1 for a row that has met one of the end tokens.
@@ -252,9 +246,6 @@ def last_logits_there(ids, number, *, root, steps, rows, past):
         through(root, steps, tokens, {})
         scores = nnsight.save(root.output.logits[:, -1].float().cpu())
     return scores
-
-
-# ---- the way in and out: (root envoy, settings) -> tensors
 
 
 @no_type_check

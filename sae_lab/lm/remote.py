@@ -239,8 +239,6 @@ class Request(RemoteBackend):
         finally:
             self._stop()
 
-    # ---- questions, each within the time that is left; see ``answers``
-
     def _send(self, request: RequestModel, blob: bytes) -> ResponseModel:
         headers = {
             "ndif-timestamp": repr(time.time()), "nnsight-version": version("nnsight"), "python-version": sys.version,

@@ -53,8 +53,6 @@ class SiteMap:
         self.logit_factor = times(made.form, self._flow.logits) if made is not None else None
         self._flow.forget()
 
-    # ---- what it is
-
     def _chain(self, lists: dict[str, int]) -> str | None:
         """The longest list of modules through which the stream passes, each called once and in order."""
         chains = [path for path, n in lists.items() if self._hands_on(path, n)]
@@ -118,8 +116,6 @@ class SiteMap:
         if not way:
             self.head_factor = factor
         return way
-
-    # ---- questions
 
     def place(self, site: Site) -> Place:
         """How a site is read and written. ValueError, which lists the model's sites, for a layer, kind, head or module

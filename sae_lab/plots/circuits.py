@@ -60,9 +60,6 @@ def attribution(result: Attribution) -> Figure:
     return figure
 
 
-# ---- the graph
-
-
 @draw.register
 def graph(circuit: FeatureCircuit) -> Figure:
     """Sites upward, tokens from left to right. A node is a feature (a disc with its number) or an error (a square); its

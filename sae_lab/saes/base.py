@@ -130,8 +130,6 @@ class SparseCoder(nn.Module):
             log.warning("a coder computes in float32: its weights, cast to %s, are kept as float32", dtype)
         return self
 
-    # ---- what a family names
-
     def eval_act(self) -> tuple[Callable[..., Tensor], dict[str, Any]]:
         """(a function of ``saes.portable``, the family's own tensors and numbers): how codes are made of
         pre-activations in eval mode. A family that names none works on this machine only, and defines ``act``."""
@@ -221,8 +219,6 @@ class SparseCoder(nn.Module):
         if self.reads and self.reads[0] in sites:
             return self.reads, self.reads
         raise ValueError(f"this store has several sites ({', '.join(map(repr, sites))}): choose with store.at(site)")
-
-    # ---- running
 
     @as_annotated
     def forward(self, x: Float[Tensor, "..."], tokens: Tensor | None = None) -> Output:
@@ -443,8 +439,6 @@ class SparseCoder(nn.Module):
         """(normalised rows, mean, size), with x = rows·size + mean; size None where nothing is to undo."""
         return portable.entered(self.input_norm, x)
 
-    # ---- training
-
     def check_sparsity(self, value: float) -> None:
         """ValueError for a value that the constructor would refuse, and in families without ``sparsity_name``."""
         if self.sparsity_name is None:
@@ -539,8 +533,6 @@ class SparseCoder(nn.Module):
         others = torch.ones(self.d_sae, dtype=torch.bool, device=self.W_dec.device)
         others[features] = False
         self.W_dec[others] = before[others]  # their norms need not be 1
-
-    # ---- what it knows, saving
 
     @property
     def mask(self) -> TokenMask | None:

@@ -10,7 +10,6 @@ from typing import no_type_check
 
 import torch
 
-# ---- what makes codes: act(pre "rows d_sae", x "rows d_in", own: the family's tensors and numbers) -> codes. Where the
 # largest are chosen, ``select(pre, k)`` says by whom: without it here, as dense codes; a class gives its own, which
 # returns sparse ones.
 
@@ -96,9 +95,6 @@ def by_itself(pre, x, own):
 ONE_BY_ONE = (above, gated, unlowered)  # a feature's code by these needs no other feature
 
 
-# ---- what every coder does
-
-
 @no_type_check
 def entered(input_norm, x):
     """(normalised rows, mean, size), with x = rows·size + mean; size None where nothing is to undo."""
@@ -119,9 +115,6 @@ def written(weighted, b_dec, rows, W_skip, ids, lookup):
     if W_skip is not None:
         out = out + rows @ W_skip
     return out if lookup is None else out + torch.embedding(lookup, ids.to(out.device))
-
-
-# ---- a plan
 
 
 @no_type_check

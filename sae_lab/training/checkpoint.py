@@ -37,9 +37,6 @@ class Found(NamedTuple):
     tensors: dict[str, Tensor]
 
 
-# ---- an interrupted run
-
-
 def pack(coder: SparseCoder, adam: Adam, idle: Tensor) -> dict[str, Tensor]:
     """All that changes from step to step, by name."""
     tensors = {f"coder.{n}": t for n, t in coder.state_dict().items()} | {"idle": idle}
@@ -126,9 +123,6 @@ def whole_step() -> Iterator[None]:
         before(*waiting[0])
 
 
-# ---- a finished run
-
-
 def finish(path: Path, coder: SparseCoder, header: dict[str, Any]) -> None:
     """Save the coder and its history, and remove the checkpoints."""
     kept = "the coder in memory is trained: save it elsewhere, or make room and make the same call with a new coder"
@@ -161,9 +155,6 @@ def finished(
     if left(done, run) != there:
         raise ValueError(f"{path} holds another coder than the one its run.json tells of: pass another path=")
     return done, header
-
-
-# ---- is it the same run?
 
 
 def fingerprint(coder: SparseCoder) -> str:

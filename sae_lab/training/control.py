@@ -37,8 +37,6 @@ class Control:
         if self._planned:
             self._require_open()
 
-    # ---- what a callback calls
-
     def pause(self) -> None:
         """The step under way is the last until ``resume``."""
         with self._turn:
@@ -88,8 +86,6 @@ class Control:
         """Whether it was asked to stop, or has."""
         with self._turn:
             return "stop" in [what for what, _ in self._asked] + [change["what"] for change in self.changes]
-
-    # ---- what the loop calls
 
     @property
     def wanted(self) -> bool:
@@ -148,8 +144,6 @@ class Control:
             self.over, self.paused = True, False
             self._asked.clear()
             self._turn.notify_all()
-
-    # ---- one change
 
     def _now(self, what: str) -> Any:
         return {"lr": self.lr, "stop": self.last}.get(what, self.sparsity)

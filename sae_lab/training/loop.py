@@ -94,8 +94,6 @@ class Training:
             control.act(self.step, shown=bool(self.history) and self.history[-1]["step"] == self.step)
         return self.step < control.last
 
-    # ---- one step
-
     def one_step(self, raw: Batch | None = None) -> None:
         """data -> batch -> loss -> step. raw: the batch that is due, where it was read before."""
         coder, config, process = self.coder, self.config, self.process
@@ -194,8 +192,6 @@ class Training:
             }
             | terms
         )
-
-    # ---- begin and end
 
     def begin(self, first: Callable[[Store | Rows], Batch] | None = None) -> Run | None:
         """Get ready for the first step, or the one after the checkpoint. Returns the run if it is finished already.
@@ -319,8 +315,6 @@ class Training:
         except Exception:  # it would hide why training failed
             log.exception("a callback failed after training did")
 
-    # ---- on disk
-
     def finished(self) -> Run | None:
         """The run at ``path`` if it is whole and the same; its coder's weights go into this one."""
         assert self.path is not None
@@ -367,8 +361,6 @@ class Training:
         self.scale = torch.tensor(scale, device=device)
         self.target_scale = None if target_scale is None else torch.tensor(target_scale, device=device)
         checkpoint.unpack(self.path, found.tensors, self.coder, self.adam, self.idle)
-
-    # ---- what is told
 
     def emit(self, kind: str, error: BaseException | None = None) -> None:
         """Tell the callbacks."""

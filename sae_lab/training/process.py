@@ -39,8 +39,6 @@ class Process:
     def feature_shares(self) -> int:
         return self.size if self.shard == "features" else 1
 
-    # ---- begin and end
-
     def require(self, coder: SparseCoder, batch_size: int) -> None:
         """ValueError for what cannot be divided."""
 
@@ -78,8 +76,6 @@ class Process:
     def stopping(self) -> AbstractContextManager[Callable[[], bool]]:
         """Within, ``asked()`` says whether Ctrl-C came at any of several processes; one alone it interrupts at once."""
         return nullcontext(lambda: False)
-
-    # ---- a step
 
     def batch(self, rows: Store | Rows, step: int, batch_size: int, seed: int) -> Batch:
         """This process's rows of a batch."""

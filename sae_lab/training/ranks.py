@@ -50,8 +50,6 @@ class Ranks(Process, kernels.Selector):
                 f"{name} must be a multiple of the {self.size} ranks that {what}, got {number}: try {more}"
             )
 
-    # ---- sums
-
     def over_rows(self, t: Tensor) -> Tensor:
         return _sum(t) if self.row_shares > 1 else t
 
@@ -70,13 +68,9 @@ class Ranks(Process, kernels.Selector):
                 _in_place(dist.all_reduce, p.grad)
                 p.grad.div_(self.row_shares)
 
-    # ---- the batch
-
     def batch(self, rows: Store | Rows, step: int, batch_size: int, seed: int) -> Batch:
         """This rank's rows of a batch: the shares of all ranks are the rows of a batch of one process."""
         return rows.batch(step * self.row_shares + self.rank % self.row_shares, batch_size // self.row_shares, seed)
-
-    # ---- the largest pre-activations: ranks exchange values, not places
 
     @contextmanager
     def choosing(self, coder: SparseCoder) -> Iterator[None]:
@@ -137,8 +131,6 @@ class Ranks(Process, kernels.Selector):
         certain = ~above.all(2).any() | least.isnan().any()
         return above[self.rank] | (here & (here.cumsum(1) <= left[:, None])), certain
 
-    # ---- messages
-
     def gather(self, t: Tensor) -> Tensor:
         """Every rank's tensor of the same shape, stacked."""
         flat = t.detach().reshape(-1)
@@ -187,8 +179,6 @@ class Ranks(Process, kernels.Selector):
         finally:
             if main:
                 signal.signal(signal.SIGINT, before)
-
-    # ---- features
 
     def _axis(self, name: str, t: Tensor) -> int | None:
         """The axis along which a tensor is divided; None: every rank holds it whole."""

@@ -84,8 +84,6 @@ class FeatureMap(Linked):
         if (feature := self._feature_of(self._site, self.d_sae)) is not None:
             self.feature = feature
 
-    # ---- from the screen
-
     @quick
     def label(self, feature: int) -> str:
         """A feature's label: yours and its top tokens; "" for a map of a coder."""
@@ -95,8 +93,6 @@ class FeatureMap(Linked):
         own = self._source.notes[feature].label
         tokens = " ".join(repr(token)[1:-1] for token in self._source.top_tokens(feature, TOKENS))
         return f"{own} ({tokens})" if own else tokens
-
-    # ---- other forms
 
     def _frozen(self) -> dict[str, Any]:
         return {"labels": {str(i): self.label(int(i)) for i in self._on[:FROZEN_LABELS]}}

@@ -86,8 +86,6 @@ class PatchingGrid(Linked):
         self.observe(self._on_cell, ["kind", "cell"])
         self._link()
 
-    # ---- in Python
-
     def run(
         self, prompt: str | None = None, source: str | None = None, metric: Any = None,
         answers: Sequence[str] | None = None,
@@ -117,8 +115,6 @@ class PatchingGrid(Linked):
     def code(self) -> str:
         opened = {key.partition(":")[0] for key in self.features}
         return self._on.code({site: coder for site, coder in self._coders.items() if site in opened})
-
-    # ---- from the screen
 
     @quick
     def align(self, prompt: str, source: str, right: str, wrong: str) -> dict[str, Any]:
@@ -157,8 +153,6 @@ class PatchingGrid(Linked):
             return {"page": self.attention(layer, source)._repr_html_()}
         except ValueError as error:
             return {"why": str(error)}
-
-    # ---- what happens
 
     def _begin(self, prompt: str, source: str, measure: Measure, job: Job | None = None) -> None:
         run = PatchRun.of(self.lm, prompt, source, measure, self._kinds)
@@ -205,8 +199,6 @@ class PatchingGrid(Linked):
 
     def _show_progress(self) -> None:
         self.progress = [sum(part) for part in zip(*self._waiting.values(), strict=True)]
-
-    # ---- the session
 
     @checked("kind")
     def _valid_kind(self, kind: str) -> str:
@@ -255,8 +247,6 @@ class PatchingGrid(Linked):
         except ValueError:
             return None
         return (site.kind, site.layer or 0) if site.kind in self._kinds and site.head is None else None
-
-    # ---- how it shows itself
 
     def _html(self) -> Html:
         grid, run, i = self._on.estimate, self._on, self._kinds.index(self.kind)

@@ -108,8 +108,6 @@ class FeatureInspector(Linked):
         self._link()
         index.notes.listeners.append(self._on_notes)
 
-    # ---- what follows what
-
     def _valid_feature(self, feature: Any) -> int:
         try:
             return check_feature(feature, self._index.d_sae)
@@ -174,8 +172,6 @@ class FeatureInspector(Linked):
     def _note(self, feature: int) -> dict[str, str]:
         return self._index.notes[feature]._asdict()
 
-    # ---- the list
-
     def _listing(self, query: str, sort: str) -> tuple[list[dict[str, Any]], str]:
         """The rows to list, and what the list is: its query and order in words."""
         if query.strip() == "":
@@ -203,8 +199,6 @@ class FeatureInspector(Linked):
     def _label(self, feature: int) -> str:
         """Your label, else the first explanation that somebody else gave."""
         return self._index.notes[feature].label or self._index.explanations.label(feature)[:LABEL_LETTERS]
-
-    # ---- from the screen
 
     @beside
     def score(self, job: Job, text: str) -> dict[str, Any]:
@@ -245,8 +239,6 @@ class FeatureInspector(Linked):
         edit = Steer(coder, self.feature) if kind == "steer" else Ablate(coder, self.feature)
         self.session.edits.add(edit)
         return f"{edit!r} is on the session's stack: lm.generate(prompt, edits=panel.session.edits)"
-
-    # ---- other forms
 
     def to_html(self, path: str | pathlib.Path, features: Iterable[int] | None = None) -> pathlib.Path:
         """Write the panel as one HTML file without kernel or network: these features (None: the open one and those

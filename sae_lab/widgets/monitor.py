@@ -100,8 +100,6 @@ class TrainingMonitor(Panel):
     def state(self) -> str:
         return self._state
 
-    # ---- training on a thread
-
     @quick
     def start(self) -> None:
         """Train on a thread. ValueError while it trains, and for a monitor that was given nothing to train."""
@@ -153,8 +151,6 @@ class TrainingMonitor(Panel):
                     self._curves.add(label, row, run.config.total_steps)
         self._end("stopped" if run.stopped else "done")
 
-    # ---- its controls
-
     @quick
     def pause(self) -> None:
         """Hold after the step under way."""
@@ -201,8 +197,6 @@ class TrainingMonitor(Panel):
             which = "no training" if label is None else f"no training of {label}"
             raise ValueError(f"{which} runs now, so that nothing can be changed")
         return running
-
-    # ---- what it hears
 
     def __call__(self, event: Event) -> None:
         """The callback of ``sl.train`` and ``sl.sweep``. Errors are logged and shown, never raised."""
@@ -266,8 +260,6 @@ class TrainingMonitor(Panel):
         self._opened: Run | None = None
         self._metrics: dict[str, Any] = {}
         self._next, self._speed = 0.0, deque[tuple[float, int]](maxlen=RATE_OVER)
-
-    # ---- what it tells
 
     def _enter(self, state: str, why: str = "") -> None:
         """Another state; all traits are brought up to date."""
@@ -342,8 +334,6 @@ class TrainingMonitor(Panel):
 
     def _copy(self) -> dict[str, Any]:
         return {label: {k: list(v) for k, v in line.items()} for label, line in self._curves.lines.items()}
-
-    # ---- how it shows itself
 
     def _frozen(self) -> dict[str, Any]:
         with self._lock:

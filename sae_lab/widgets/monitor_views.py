@@ -39,9 +39,6 @@ class Watched:
     over: bool = False
 
 
-# ---- without scripts
-
-
 def html_of(status: Mapping[str, Any], curves: Mapping[str, Any], changes: Sequence[Mapping[str, Any]]) -> Html:
     """The state, the last value of each measure and coder, and the changes."""
     steps = f": step {status['step']:,} of {status['steps']:,}, {status['tokens']:,} tokens" if status["steps"] else ""
@@ -62,9 +59,6 @@ def _last(values: Sequence[float | None], name: str) -> str:
     if not known:
         return "–"
     return f"{figure(100 * known[-1])} %" if name == "dead" else figure(known[-1])
-
-
-# ---- as code
 
 
 def code_of(watched: list[Watched], opened: Run | None, task: tuple[Any, ...], initial: str) -> str:

@@ -108,8 +108,6 @@ class Panel(anywidget.AnyWidget):
         super().__init__(**state)
         self.on_msg(self._on_message)
 
-    # ---- what a subclass says
-
     def _html(self) -> Html:
         """What it shows, as HTML without scripts or style sheets."""
         raise NotImplementedError
@@ -121,8 +119,6 @@ class Panel(anywidget.AnyWidget):
     def _frozen(self) -> dict[str, Any]:
         """State beyond the traits for the page of ``to_html``, which has no kernel to ask."""
         return {}
-
-    # ---- what a user calls
 
     def snapshot(self) -> Snapshot:
         """What is shown now as plain HTML, which stays when the kernel is gone."""
@@ -144,8 +140,6 @@ class Panel(anywidget.AnyWidget):
     @quick
     def copy_code(self) -> str:
         return self.code()
-
-    # ---- calls from the screen
 
     def _on_message(self, _: Any, content: Any, __: Any) -> None:
         if not isinstance(content, dict):
@@ -191,8 +185,6 @@ class Panel(anywidget.AnyWidget):
             job.cancel()
         super().close()
 
-    # ---- traits from the screen
-
     def set_state(self, sync_data: dict[str, Any]) -> None:
         """Take state from the screen. A refusal is shown in the panel, and the screen gets the old values back."""
         with self._lock:
@@ -212,8 +204,6 @@ class Panel(anywidget.AnyWidget):
         except Exception as error:
             self.error = in_words(error)
             raise
-
-    # ---- how it shows itself
 
     def __repr__(self) -> str:
         raise NotImplementedError

@@ -99,8 +99,6 @@ class EditStack(Panel):
         for edit in edits:
             self.add(edit)
 
-    # ---- in Python
-
     def add(self, edit: Any, on: bool = True) -> int:
         """Put an edit behind the others. Returns its key. ValueError for another object."""
         if not isinstance(edit, Edit):
@@ -162,8 +160,6 @@ class EditStack(Panel):
         self._waiting = False
         super().send_state("rows")
 
-    # ---- from the screen too
-
     @quick
     def switch(self, key: Count, on: bool) -> None:
         """Switch an edit on or off."""
@@ -178,8 +174,6 @@ class EditStack(Panel):
             self._entry(key)
             del self._entries[key]
             self._show()
-
-    # ---- how it shows itself
 
     def code(self) -> str:
         active = list(self)
@@ -298,9 +292,6 @@ class Linked(Panel):
             self._linked = False
             self.session.selection.unobserve(self._hear, list(SELECTED))
         super().close()
-
-
-# ---- files
 
 
 def write_kept(path: pathlib.Path, kind: str, content: Mapping[str, Any]) -> pathlib.Path:

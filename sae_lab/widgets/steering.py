@@ -119,8 +119,6 @@ class SteeringSliders(Linked):
             self.session.edits.unobserve(self._follow_edits, "rows")
         super().close()
 
-    # ---- settings
-
     @checked("temperature")
     def _valid_temperature(self, value: float) -> float:
         return _within("temperature", value, 0, math.inf, "0 (greedy) or a positive number")
@@ -163,8 +161,6 @@ class SteeringSliders(Linked):
         if signature != self._signature:
             self._signature = signature
             self.version = next(self._numbers)
-
-    # ---- sliders
 
     def _entries(self) -> list[tuple[int, Any, bool]]:
         """The sliders: every ``sl.Steer`` of this coder."""
@@ -219,8 +215,6 @@ class SteeringSliders(Linked):
             self.session.selection.pick(token=token)
         if feature is not None:
             self.selected = feature
-
-    # ---- generating
 
     def run(self) -> None:
         """Generate both texts and compare them, as a screen does by itself."""
@@ -296,8 +290,6 @@ class SteeringSliders(Linked):
             return None, {"note": f"not compared: {err}"}
         return comparison, compared_view(comparison, before, prompt)
 
-    # ---- dose and response
-
     @beside
     def measure_dose(self, job: Job) -> None:
         """Measure the dose response of the selected slider, else of the first; partial: {done, total}."""
@@ -333,8 +325,6 @@ class SteeringSliders(Linked):
             strengths=STRENGTHS, seeds=SEEDS, progress=progress,
         )  # fmt: skip
         self.dose = dose_view(self._measured, prompt)
-
-    # ---- presets
 
     def preset(self) -> dict[str, Any]:
         """Prompt, sliders and settings as plain data; ``session.save`` keeps the session's other edits. ValueError for
@@ -393,8 +383,6 @@ class SteeringSliders(Linked):
             raise ValueError(f"no file {path.name} in the kernel's folder, {pathlib.Path.cwd()}")
         self.load(path)
         return f"loaded {path.name}"
-
-    # ---- how it shows itself
 
     def code(self) -> str:
         source = self.session.edits.code().split("\n")  # import, coders, edits

@@ -80,9 +80,6 @@ def _sent(values: Iterable[float]) -> list[float | None]:
     return [value if math.isfinite(value) else None for value in values]
 
 
-# ---- without scripts
-
-
 def steering_html(
     sliders: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]], texts: tuple[str, str],
     comparison: dict[str, Any], tables: Sequence[Comparison | DoseResponse | None], note: str,

@@ -88,9 +88,6 @@ def pages_of(
     return {"pages": pages, "firing": firing}
 
 
-# ---- without scripts
-
-
 def html_of(
     text: Mapping[str, Any], detail: Mapping[str, Any], fires: Sequence[float | None] | None, feature: int | None
 ) -> Html:

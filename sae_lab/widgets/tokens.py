@@ -105,8 +105,6 @@ class TokenFeatures(Linked):
     def _coder(self) -> SparseCoder:
         return self._by_name[self.coder]
 
-    # ---- what its traits take
-
     def _readable(self, prompt: Any) -> Any:
         if not isinstance(prompt, str) and not (isinstance(prompt, list) and all(isinstance(m, dict) for m in prompt)):
             raise ValueError(f"prompt must be a text or a list of {{'role', 'content'}}, got {type(prompt).__name__}")
@@ -140,8 +138,6 @@ class TokenFeatures(Linked):
         if target:
             one_token(self._lm, target)
         return target
-
-    # ---- reading
 
     def _read(self, prompt: Any, job: Job | None = None, token: int | None = None) -> None:
         """Read a prompt and show it. For a job the codes are shown first, and direct effects when the model has been
@@ -189,8 +185,6 @@ class TokenFeatures(Linked):
     def _is_through(self) -> bool:
         """Whether the model has been read to its end, or will not be."""
         return self._reading is None or self._reading.is_through or bool(self._why_not)
-
-    # ---- what is shown
 
     def _show_token(self) -> None:
         reading, coder = self._reading, self._coder
@@ -247,8 +241,6 @@ class TokenFeatures(Linked):
         with self._reported():
             self._show_losses()
 
-    # ---- the session
-
     def _chosen(self) -> dict[str, Any]:
         # A chat is no text that other widgets could take up.
         chosen = {"prompt": self.prompt if isinstance(self.prompt, str) else "", "token": self.token}
@@ -273,8 +265,6 @@ class TokenFeatures(Linked):
             self._read(prompt, token=token)
         except ValueError as err:
             self.error = str(err)
-
-    # ---- requests of the screen
 
     @beside
     def read(self, job: Job, prompt: Any) -> None:
@@ -303,8 +293,6 @@ class TokenFeatures(Linked):
             edit.writes(self._lm, self._reading.batch)  # ValueError where it could not act
         self.session.edits.add(edit)
         return f"{expression(edit, name_of(edit.coder, 'sae'))} is in session.edits, {len(self.session.edits)} on"
-
-    # ---- how it shows itself
 
     def code(self) -> str:
         name = name_of(self._coder, "sae")

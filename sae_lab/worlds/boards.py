@@ -134,9 +134,6 @@ def _play_out(chances: np.ndarray, games: Games) -> None:
         going, mine, theirs, can, to_move = going[on], mine[on], theirs[on], can[on], to_move[on]
 
 
-# ---------------------------------------------------------------------------------------------- the rules
-
-
 def start_board(size: int) -> tuple[np.uint64, np.uint64]:
     """(Black's discs, White's) at the start, Black to move: White on the main diagonal of the centre."""
     _check_size(size)
@@ -204,9 +201,6 @@ _LANDS = {(size, column): _lands(size, column) for size in SIZES for column in (
 def _check_size(size: int) -> None:
     if size not in SIZES or isinstance(size, bool):
         raise ValueError(f"size must be one of {', '.join(map(str, SIZES))} squares a side, got {size!r}")
-
-
-# ---------------------------------------------------------------------------------------------- what is true of boards
 
 
 @as_annotated

@@ -129,8 +129,6 @@ class Checkpoint:
         self._tell(coder)
         return coder.eval()
 
-    # ---- reading the activations of transformers, not those of TransformerLens
-
     def _read_from_here(self, d_in: int) -> None:
         if self.reads is None:
             return
@@ -168,8 +166,6 @@ class Checkpoint:
             t |= shifted_biases(t, -t["b_dec"].sum() * mean)
         if "W_skip" in t:
             t["W_skip"] = t["W_skip"] - t["W_skip"].mean(0)
-
-    # ---- what it knows
 
     def _tell(self, coder: SparseCoder) -> None:
         if self.ours is not None:

@@ -68,8 +68,6 @@ class Parts:
         t |= shifted_biases(t, t["b_dec"] @ t["W_enc"] * (1 if wanted else -1))
         self.pre_bias = wanted
 
-    # ---- for configs
-
     @property
     def site(self) -> Any:
         return self.sites[0][0] if len(self.sites[0]) == 1 else None

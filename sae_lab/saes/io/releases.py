@@ -94,9 +94,6 @@ def near(name: str) -> list[str]:
     return difflib.get_close_matches(name, {*RELEASES, *(r.repo for r in RELEASES.values())}, cutoff=0.5)
 
 
-# ---------------------------------------------------------------------------------------------- the hub
-
-
 def fetch(found: Found) -> Path:
     """Download what one coder needs, nothing else, and return its folder (or file) in the hub's cache."""
     if found.format == "file":

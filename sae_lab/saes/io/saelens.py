@@ -183,9 +183,6 @@ def _expected(found: Checkpoint, cfg: dict[str, Any], about: dict[str, Any], fol
         found.expected["l0"] = float(k)
 
 
-# ---- writing
-
-
 def write(parts: Any, folder: Path) -> dict[str, Tensor]:
     """cfg.json as SAELens 6 reads it; returns the tensors for ``sae_weights.safetensors``."""
     architecture = {"relu": "standard", "jump": "jumprelu", "gated": "gated", "topk": "topk"}[parts.kind]
