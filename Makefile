@@ -11,7 +11,7 @@ FIRST := notebooks/00_quickstart.ipynb notebooks/11_explain.ipynb
 # Notes that a notebook writes go to a folder of their own, not among the user's.
 NBVAL := SAE_LAB_DATA=$$(mktemp -d) $(BIN)/python -m pytest --nbval --nbval-current-env --nbval-cell-timeout=900 -p no:cacheprovider -o addopts=""
 
-.PHONY: demo lab needs test lint docs links results bench numbers zoo report methods models endurance widgets clean
+.PHONY: demo lab needs test lint docs links results notebooks bench numbers zoo report methods models endurance widgets clean
 
 # uv installs in a third of pip's time; where it is missing or fails, pip does the same.
 install = $(BIN)/uv pip install -q --python $(BIN)/python $(1) || $(BIN)/pip install -q $(1)
@@ -80,6 +80,10 @@ links:
 # docs/results.md, from benchmarks/results/*.json.
 results: .venv/.ready
 	$(BIN)/python benchmarks/results.py
+
+# All notebooks but 07 run again, with their outputs kept.
+notebooks: .venv/.ready
+	$(BIN)/python tools/notebooks.py
 
 numbers: .venv/.ready
 	$(BIN)/python benchmarks/quickstart.py

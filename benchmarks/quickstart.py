@@ -42,7 +42,8 @@ def main() -> None:
     target.write_text(html, encoding="utf-8")
 
     tagged = [cell for cell in notebook.cells if "headline" in cell.metadata.get("tags", [])]
-    headline = "".join(output.get("text", "") for cell in tagged for output in cell.outputs)
+    results = [output.data["text/plain"] for cell in tagged for output in cell.outputs if "data" in output]
+    headline = "\n\n".join(results)
     print(f"\nHeadline numbers of the quickstart\n{headline}")
     quiet = {**os.environ, "TQDM_DISABLE": "1"}
     command = [sys.executable, ROOT / "benchmarks" / "first_numbers.py"]

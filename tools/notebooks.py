@@ -1,0 +1,49 @@
+"""make notebooks: run notebooks from the top and keep their outputs, for the site and for readers without a kernel.
+
+    python tools/notebooks.py notebooks/00_quickstart.ipynb notebooks/03_load_others.ipynb
+
+Without names all are run, but 07, which needs a server. What differs from run to run and tells a reader nothing is left
+out: progress bars, times and the state of widgets, which is of no use without their kernel.
+"""
+
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+
+NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
+REMOTE = "07_remote.ipynb"
+WIDGET = "application/vnd.jupyter.widget-view+json"
+
+
+def is_bar(output) -> bool:
+    """Whether this is a progress bar: a widget without HTML, which ours have."""
+    return WIDGET in (data := output.get("data", {})) and "text/html" not in data
+
+
+def renew(path: Path) -> None:
+    notebook = nbformat.read(path, as_version=4)
+    client = NotebookClient(notebook, timeout=1800, record_timing=False, coalesce_streams=True,
+                            resources={"metadata": {"path": str(path.parent)}})  # fmt: skip
+    client.execute()
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr" and not is_bar(output)]
+            for output in cell.outputs:
+                output.get("data", {}).pop(WIDGET, None)
+    notebook.metadata.pop("widgets", None)
+    nbformat.write(notebook, path)
+
+
+def main() -> None:
+    paths = [Path(name) for name in sys.argv[1:]] or [p for p in sorted(NOTEBOOKS.glob("*.ipynb")) if p.name != REMOTE]
+    for path in paths:
+        start = time.perf_counter()
+        renew(path)
+        print(f"{path.name}: {time.perf_counter() - start:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()
