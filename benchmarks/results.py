@@ -17,10 +17,11 @@ EIGHT, SIXTEEN = "smollm2-135m/resid_post-8", "smollm2-135m/resid_post-16"
 
 
 class Shown(NamedTuple):
-    """A measured figure as text, and its control as text."""
+    """A measured figure as text, its control as text, and what the control is."""
 
     here: str
     control: str = ""
+    of: str = ""
 
 
 class Claim(NamedTuple):
@@ -46,7 +47,7 @@ def number(value: float, digits: int = 3) -> str:
 def shown(value: float, error: float | None, control: float | None, name: str, digits: int = 3) -> Shown:
     digits = digits if abs(value) < 100 else 0
     here = number(value, digits) + (f" ± {number(error, digits)}" if error is not None else "")
-    return Shown(here, f"{number(control, digits)} ({name})" if control is not None else "")
+    return Shown(here, number(control, digits), name) if control is not None else Shown(here)
 
 
 def at(file: str, *keys: str, digits: int = 3) -> Shown:
@@ -340,8 +341,11 @@ CLAIMS = [
 def table() -> str:
     lines = ["| Paper | Claim | Published | Here | Control | Verdict | Measured by |", "|---|---|---|---|---|---|---|"]
     for claim in CLAIMS:
-        here = "<br>".join(f"{name}: **{figure.here}**" for name, figure in claim.measured)
-        control = "<br>".join(figure.control or "–" for _, figure in claim.measured)
+        here = "<br>".join(
+            f"{name}: **{figure.here}**" + f" against {figure.control}" * bool(figure.control)
+            for name, figure in claim.measured
+        )
+        control = "; ".join(dict.fromkeys(figure.of for _, figure in claim.measured if figure.of)) or "–"
         cells = (claim.paper, claim.claim, claim.published, here, control, claim.verdict, claim.command)
         lines.append("| " + " | ".join(cells) + " |")
     verdicts = [claim.verdict for claim in CLAIMS]
