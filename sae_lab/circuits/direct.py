@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -82,15 +82,6 @@ class DirectEffects(Result):
         )
 
 
-class _Vectors(NamedTuple):
-    """The parts of the stream at one token, in front of W_U and divided by the norms' scales."""
-
-    features: Float[Tensor, "n d"]
-    error: Float[Tensor, "1 d"]
-    bias: Float[Tensor, "1 d"]
-    rest: Float[Tensor, "1 d"]
-
-
 @as_annotated
 @torch.no_grad()
 def direct_effects(
@@ -144,16 +135,17 @@ def direct_effects(
         raise ValueError(f"the coder's mask leaves out token {position}, so no feature is active there: take another")
     targets = _targets(lm, reading, way, position, on)
     features, values = reading.active(coder, position)
-    vectors = _vectors(coder, way, reading, position, features, values)
+    vectors, others = _vectors(coder, way, reading, position, features, values)
     W = (way.W_U[targets].float() - way.mean).T
-    effects = vectors.features @ W
+    effects = vectors @ W
+    error, bias, rest = (others @ W).cpu()
     order = effects[:, 0].abs().argsort(descending=True, stable=True) if by == "effect" else torch.arange(len(effects))
     shown, hidden = order[:n], order[len(order) if n is None else n :]
     fixed = (way.shift @ W + (0.0 if way.bias is None else way.bias[targets] - way.bias.mean())).cpu()
-    scale = coder.f_scale[features].cpu()[shown]
+    rest, scale = rest + fixed, coder.f_scale[features].cpu()[shown]
     logits = (way.normed[position] @ W).cpu() + fixed - (way.shift @ W).cpu()
-    parts = effects.sum(0).cpu() + sum((v @ W)[0].cpu() for v in (vectors.error, vectors.bias, vectors.rest)) + fixed
-    off = float((parts - logits).abs().max() / way.normed[position].norm().cpu().clamp_min(1e-6))
+    left = effects.sum(0).cpu() + error + bias + rest - logits
+    off = float(left.abs().max() / way.normed[position].norm().cpu().clamp_min(1e-6))
     if not off < (1e-2 if lm._module.dtype == torch.float32 else 0.1) * float(W.norm(dim=0).max()):
         raise ValueError(
             f"the effects of all parts of the stream do not add up to this model's logits (off by {off:.2g}): direct "
@@ -162,17 +154,18 @@ def direct_effects(
     return DirectEffects(
         features=features[shown], values=values[shown], effects=effects[shown].cpu(),
         scaled=torch.where(scale > 0, values[shown] / scale, float("nan")),
-        promoted=_promoted(lm, way, vectors.features[shown], promoted), others=effects[hidden].sum(0).cpu(),
-        error=(vectors.error @ W)[0].cpu(), bias=(vectors.bias @ W)[0].cpu(), rest=(vectors.rest @ W)[0].cpu() + fixed,
-        logits=logits, targets=targets, names=[label(lm.tokenizer, t) for t in targets], active=len(features),
-        position=position, site=site, tokens=reading.tokens,
+        promoted=_promoted(lm, way, vectors[shown], promoted), others=effects[hidden].sum(0).cpu(), error=error,
+        bias=bias, rest=rest, logits=logits, targets=targets, names=[label(lm.tokenizer, t) for t in targets],
+        active=len(features), position=position, site=site, tokens=reading.tokens,
         note=f"This model caps its logits at ±{way.cap:g}, effects are on those before the cap." if way.cap else "",
     )  # fmt: skip
 
 
 def _vectors(
     coder: SparseCoder, way: WayOut, reading: PromptReading, position: int, features: Tensor, values: Tensor
-) -> _Vectors:
+) -> tuple[Float[Tensor, "n d"], Float[Tensor, "3 d"]]:
+    """(the features' parts of the stream at a token; its parts of error, bias and rest), in front of W_U and divided
+    by the norms' scales."""
     site = written(coder)
     matrix, scales = way.maps[site]
     device = coder.W_dec.device
@@ -185,7 +178,7 @@ def _vectors(
     stack = torch.cat([parts, error[None], bias[None], there[None]]).to(matrix) @ matrix / scales[position]
     last = Site("resid_post", reading.lm.n_layers - 1)
     whole = way.stream[position : position + 1] @ way.maps[last][0] / way.scale[position]
-    return _Vectors(stack[:-3], stack[-3:-2], stack[-2:-1], whole - stack[-1:])
+    return stack[:-3], torch.cat([stack[-3:-1], whole - stack[-1:]])
 
 
 def _targets(

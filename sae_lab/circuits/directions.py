@@ -93,8 +93,7 @@ class DirectionCurves(Result):
         if against not in ("number", "edit"):
             raise ValueError(f"against must be 'number' or 'edit', got {against!r}")
         count = len(self.kl[a])
-        rng = np.random.default_rng(seed)
-        rows = rng.integers(0, count, (draws, count))
+        rows = np.random.default_rng(seed).integers(0, count, (draws, count))
         found = np.array([self._difference(a, b, against, one) for one in rows])
         low, high = np.quantile(found, [0.025, 0.975])
         return AreaDifference(self._difference(a, b, against, np.arange(count)), float(low), float(high), count)
@@ -196,7 +195,7 @@ def patched_directions(
     Raises ValueError as ``patching``, and for a coder that does not write where it reads, rows that are not
     orthonormal, a name that is measured anyway, fewer than four prompts, and numbers below 1.
     """
-    _check(coder, bases or {}, numbers, steps, len(prompts) if not isinstance(prompts, str) else 1)
+    _check(coder, bases or {}, numbers, steps, len(prompts))
     runs = _both_runs(lm, coder, prompts, sources, positions)
     order = torch.randperm(len(runs.batch.ids), generator=torch.Generator().manual_seed(seed))
     ranking, scoring = order[: len(order) // 2].sort().values, order[len(order) // 2 :].sort().values

@@ -1,15 +1,16 @@
 """Whether a circuit alone does what the model does."""
 
 from collections.abc import Collection, Sequence
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from sae_lab.circuits.metric import Metric, measured
 from sae_lab.circuits.nodes import ERROR, Node, Scene
 from sae_lab.results import Result, result
-from sae_lab.saes.base import SparseCoder
 from sae_lab.types import Site, Write
 
 Kept = dict[Site, tuple[Tensor, Tensor]]  # which features "pos d_sae" and errors " pos" stay as the model makes them
@@ -81,29 +82,26 @@ def faithfulness(
         return (value(stays) - empty) / (full - empty)
 
     generator = torch.Generator().manual_seed(seed)
-    circuit, bare, means, deviations = [], [], [], []
-    for size in sizes:
-        circuit.append(share(_kept(scene, nodes[:size])))
-        bare.append(share(_kept(scene, [node for node in nodes[:size] if node.feature != ERROR])))
-        picks = [torch.randperm(len(nodes), generator=generator)[:size].tolist() for _ in range(draws)]
-        drawn = torch.tensor([share(_kept(scene, [nodes[i] for i in pick])) for pick in picks], dtype=torch.float64)
-        means.append(float(drawn.mean()))
-        deviations.append(float(drawn.std(correction=0)))
+    circuit = [share(_kept(scene, nodes[:size])) for size in sizes]
+    bare = [share(_kept(scene, [node for node in nodes[:size] if node.feature != ERROR])) for size in sizes]
+    picks = [[torch.randperm(len(nodes), generator=generator)[:size] for _ in range(draws)] for size in sizes]
+    drawn = np.array([[share(_kept(scene, [nodes[i] for i in pick])) for pick in some] for some in picks])
     return Faithfulness(
         full=full, empty=empty, complete=value(_everything(scene)), sizes=tuple(sizes), circuit=tuple(circuit),
-        no_errors=tuple(bare), random=tuple(means), random_sd=tuple(deviations), draws=draws,
-        all_features=share(_everything(scene, errors=False)), all_errors=share(_everything(scene, features=False)),
+        no_errors=tuple(bare), random=tuple(drawn.mean(1).tolist()), random_sd=tuple(drawn.std(1).tolist()),
+        draws=draws, all_features=share(_everything(scene, errors=False)),
+        all_errors=share(_everything(scene, features=False)),
     )  # fmt: skip
 
 
 def _kept(scene: Scene, nodes: Collection[Node]) -> Kept:
     stays = _everything(scene, features=False, errors=False)
-    for node in nodes:
-        features, errors = stays[node.site]
-        if node.feature == ERROR:
-            errors[node.position] = True
+    for s, position, feature in nodes:
+        features, errors = stays[s]
+        if feature == ERROR:
+            errors[position] = True
         else:
-            features[node.position, node.feature] = True
+            features[position, feature] = True
     return stays
 
 
@@ -123,16 +121,13 @@ def _writes(scene: Scene, stays: Kept) -> list[Write]:
     Codes and errors are those of the activation that arrives: a node of the circuit is what the circuit before it
     makes of it. If everything stays, nothing is added and x is bit-equal.
     """
-    made = []
-    for s, coder in scene.coders.items():
 
-        def write(x: Tensor, tokens: Any, s: Site = s, coder: SparseCoder = coder) -> Tensor:
-            features, errors = stays[s]
-            out, mean = coder(x, tokens.ids.to(x.device)), scene.means[s]
-            codes = (mean.z - out.f).masked_fill(features, 0.0)
-            wrong = (mean.error - (x.float() - out.x_hat)).masked_fill(errors.unsqueeze(-1), 0.0)
-            added = (codes @ coder.W_dec + wrong) * scene.keep.unsqueeze(-1).to(wrong)
-            return x + added.to(x)
+    def write(x: Tensor, tokens: Any, at: Site) -> Tensor:
+        features, errors = stays[at]
+        out, mean = scene.coders[at](x, tokens.ids.to(x.device)), scene.means[at]
+        codes = (mean.z - out.f).masked_fill(features, 0.0)
+        wrong = (mean.error - (x.float() - out.x_hat)).masked_fill(errors.unsqueeze(-1), 0.0)
+        added = (codes @ scene.coders[at].W_dec + wrong) * scene.keep.unsqueeze(-1).to(wrong)
+        return x + added.to(x)
 
-        made.append(Write(s, write))
-    return made
+    return [Write(s, partial(write, at=s)) for s in scene.coders]

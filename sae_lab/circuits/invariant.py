@@ -149,7 +149,7 @@ def check_edges(
     if reads.kind == "mlp_in":
         norm = _norm(lm, reads)[0]
         scale = _scale(norm, base[before])
-        shift = _shift(norm, fixed.shape[-1], fixed.device)
+        shift = passes.called(norm, torch.zeros(1, fixed.shape[-1]))[0].to(fixed)  # the norm's bias
         normed = passes.called(norm, fixed.flatten(0, 1)).to(fixed).unflatten(0, fixed.shape[:2]) - shift
         fixed = normed * (_scale(norm, fixed) / scale).unsqueeze(-1) + shift
     places, W_enc = f > 0, downstream.W_enc[:, chosen].to(f)
@@ -202,11 +202,6 @@ def _norm(lm: LM, site: Site) -> tuple[Any, Site]:
     if path is None:
         raise ValueError(f"this model has no norm before its MLP: set the coder to read {before}")
     return lm._sites.modules[path], before
-
-
-def _shift(norm: Any, d: int, device: Any) -> Float[Tensor, " d"]:
-    """The bias of a norm: its answer to 0."""
-    return passes.called(norm, torch.zeros(1, d))[0].to(device)
 
 
 def _scale(norm: Any, x: Float[Tensor, "batch pos d"]) -> Float[Tensor, "batch pos"]:

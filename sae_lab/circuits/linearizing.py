@@ -1,7 +1,7 @@
 """A feature read through an MLP: the direction in front of the MLP that moves the feature, token by token."""
 
 from collections.abc import Sequence
-from typing import Any
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sae_lab.arguments import as_annotated
 from sae_lab.circuits.gradients import gradients
+from sae_lab.circuits.metric import plus
 from sae_lab.circuits.pairs import kept, require_linear
 from sae_lab.lm.model import LM
 from sae_lab.results import Result, result
@@ -84,7 +85,15 @@ def pull_back(
     """
     feature = coder.feature(feature)
     site = coder.site
-    before = _in_front(lm, coder, site, at)
+    if at not in ("mlp_in", "resid_mid"):
+        raise ValueError(f"at must be 'mlp_in' or 'resid_mid', got {at!r}")
+    require_linear(coder, "pull_back")
+    if site.kind not in BEHIND or (site.kind, at) == ("mlp_in", "mlp_in"):
+        raise ValueError(
+            f"pull_back takes a coder that reads mlp_out or resid_post of a layer (or mlp_in, with at='resid_mid'), "
+            f"this one reads {site}, with at={at!r}"
+        )
+    before = Site(at, site.layer)
     if not sizes or min(sizes) <= 0 or draws < 1:
         raise ValueError(f"sizes must be above 0 and draws at least 1, got {list(sizes)} and {draws}")
     batch = lm.tokenize([prompts] if isinstance(prompts, str) else list(prompts))
@@ -97,30 +106,15 @@ def pull_back(
     # From here to there no token sees another, so one backward pass of the sum gives every token's own derivative.
     (found,) = gradients(lm, batch, [before, site], lambda read, _: [((read[site] * counted) @ w).sum()])
     directions = found[before] * counted
-    figures = _compared(lm, batch, acts, before, site, w, directions, keep, sizes, draws, seed)
-    count = draws * int(keep.sum())
-    return PulledBack(directions, feature, site, before, tuple(sizes), **figures, changes=count)
-
-
-def _in_front(lm: LM, coder: SparseCoder, site: Site, at: str) -> Site:
-    if at not in ("mlp_in", "resid_mid"):
-        raise ValueError(f"at must be 'mlp_in' or 'resid_mid', got {at!r}")
-    require_linear(coder, "pull_back")
-    if site.kind not in BEHIND or (site.kind, at) == ("mlp_in", "mlp_in"):
-        raise ValueError(
-            f"pull_back takes a coder that reads mlp_out or resid_post of a layer (or mlp_in, with at='resid_mid'), "
-            f"this one reads {site}, with at={at!r}"
-        )
-    before = Site(at, site.layer)
-    assert lm._sites.when(before) < lm._sites.when(site)
-    return before
+    columns = _compared(lm, batch, acts, before, site, w, directions, keep, sizes, draws, seed)
+    return PulledBack(directions, feature, site, before, tuple(sizes), *columns, draws * int(keep.sum()))
 
 
 def _compared(
     lm: LM, batch: TokenBatch, acts: dict[Site, Tensor], at: Site, site: Site, w: Tensor, directions: Tensor,
     keep: Tensor, sizes: Sequence[float], draws: int, seed: int,
-) -> dict[str, tuple[float, ...]]:  # fmt: skip
-    """r, slope, and r with the mean direction, another token's and a random one, by size."""
+) -> list[tuple[float, ...]]:  # fmt: skip
+    """r, slope, and r with the mean direction, another token's and a random one, each by size."""
     generator = torch.Generator().manual_seed(seed)
     x, own, pre = acts[at][keep], directions[keep], (acts[site][keep]).double() @ w.double()
     drawn = torch.randn(own.shape, generator=generator).to(own)
@@ -140,18 +134,13 @@ def _compared(
         slope = float((true @ said["own"]) / said["own"].square().sum())
         r = {n: float(torch.corrcoef(torch.stack([true, p]))[0, 1]) for n, p in said.items()}
         rows.append((r["own"], slope, r["mean"], r["other"], r["random"]))
-    names = ("r", "slope", "mean_direction", "other_token", "random")
-    return {name: tuple(row[i] for row in rows) for i, name in enumerate(names)}
+    return list(zip(*rows, strict=True))
 
 
 def _read_after(
     lm: LM, batch: TokenBatch, at: Site, site: Site, keep: Tensor, step: Float[Tensor, "tokens d"]
 ) -> Float[Tensor, "tokens d_in"]:
     """What the coder reads at the tokens that count, all of them changed by their step."""
-
-    def write(x: Tensor, tokens: Any) -> Tensor:
-        out = x.clone()
-        out[keep] += step.to(out)
-        return out
-
-    return lm.run(batch, [site], [Write(at, write)], logits=False)[0][site][keep].double()
+    by = step.new_zeros(*keep.shape, step.shape[-1])
+    by[keep] = step
+    return lm.run(batch, [site], [Write(at, partial(plus, by=by))], logits=False)[0][site][keep].double()

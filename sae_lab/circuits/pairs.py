@@ -45,7 +45,6 @@ def both_runs(lm: LM, prompts: Sequence[str], sources: Sequence[str], metric: Me
 
 def paired(lm: LM, prompts: Sequence[str], sources: Sequence[str]) -> tuple[TokenBatch, TokenBatch]:
     """Prompts and sources as tokens. ValueError unless their numbers are equal, and all lengths."""
-    prompts, sources = ([one] if isinstance(one, str) else list(one) for one in (prompts, sources))
     if len(prompts) != len(sources) or not prompts:
         raise ValueError(f"give one source for each prompt: got {len(prompts)} prompts and {len(sources)} sources")
     lengths = [len(lm.tokenize(p).ids[0]) for p in [*prompts, *sources]]

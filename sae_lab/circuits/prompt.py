@@ -185,15 +185,16 @@ def _read_to_the_end(lm: LM, batch: TokenBatch, coders: Sequence[SparseCoder]) -
     writes = [s for s in dict.fromkeys(written(c) for c in coders) if reaches_the_stream(s)]
     for s in writes:
         _require_handed_on(lm, s)
-    projected = {s: _projected(lm, s) for s in writes}
-    sites = dict.fromkeys([last, *(c.site for c in coders), *writes, *(p for p in projected.values() if p)])
+    norms = {s: lm._sites.after_attention(s.layer or 0) for s in writes if s.kind == "attn_z"}
+    projected = {s: Site(str(lm._sites.w_o[s.layer or 0])) for s, norm in norms.items() if norm is not None}
+    sites = dict.fromkeys([last, *(c.site for c in coders), *writes, *projected.values()])
     acts = {s: x[0] for s, x in lm.run(batch, list(sites), logits=False)[0].items()}
     with lm._lock:  # modules are called: a trace on another thread would record it
         _check_way_out(lm)
         normed, shift = _normed(lm, acts[last])
         maps = {s: lm._before_head(torch.eye(lm.width(s), device=lm.device), s) for s in dict.fromkeys([last, *writes])}
         scale = _divisor(acts[last] @ maps[last], normed - shift)
-        extra = {s: _scale_behind_w_o(lm, s, acts[p]) for s, p in projected.items() if p}
+        extra = {s: norm_divisor(lm._sites.modules[str(norms[s])], acts[p]) for s, p in projected.items()}
     W_U, bias = _unembedding(lm)
     return WayOut(
         acts[last], normed, scale, shift, W_U, W_U.float().mean(0), bias, _cap(lm),
@@ -226,19 +227,6 @@ def _normed(lm: LM, x: Float[Tensor, "pos d"]) -> tuple[Tensor, Tensor]:
 def _divisor(passed: Float[Tensor, "pos d"], out: Float[Tensor, "pos d"]) -> Float[Tensor, " pos"]:
     """s in out = passed/s."""
     return passed.square().sum(-1) / (passed * out).sum(-1)
-
-
-def _projected(lm: LM, site: Site) -> Site | None:
-    """The site in front of the norm behind W_O; None in a model without such a norm."""
-    if site.kind != "attn_z" or lm._sites.after_attention(site.layer or 0) is None:
-        return None
-    return Site(str(lm._sites.w_o[site.layer or 0]))
-
-
-def _scale_behind_w_o(lm: LM, site: Site, x: Float[Tensor, "pos d"]) -> Float[Tensor, " pos"]:
-    """The scale of the norm behind W_O."""
-    norm = lm._sites.modules[str(lm._sites.after_attention(site.layer or 0))]
-    return norm_divisor(norm, x)
 
 
 def norm_divisor(norm: Any, x: Float[Tensor, "pos d"]) -> Float[Tensor, " pos"]:

@@ -45,75 +45,60 @@ class Asker:
 
     fn: Callable[[str], str]
     deadline: float = 60.0
-    retries: int = 2
+    retries: Count = 2
     asked: int = 0
     answered: int = 0
     tries: Counter[str] = field(default_factory=Counter)
     _hung: int = 0
 
     def __post_init__(self) -> None:
-        if not callable(self.fn):
-            raise ValueError(f"an explainer or judge is a function of a str that returns a str, got {self.fn!r}")
         if not self.deadline > 0:
             raise ValueError(f"deadline must be a positive number of seconds, got {self.deadline!r}")
-        if not isinstance(self.retries, int) or self.retries < 0:
-            raise ValueError(f"retries must be an integer of 0 or more, got {self.retries!r}")
 
     def ask(self, prompt: str, read: Callable[[str], T]) -> Answer[T]:
         """``read`` makes a value of the answer, or raises ValueError."""
         self.asked += 1
-        if self._hung >= PATIENCE:
-            return self._failed([f"not asked: the {PATIENCE} questions before had no answer"])
-        reasons: list[str] = []
-        for _ in range(1 + self.retries):
-            value, reason = self._try(prompt, read)
-            if not reason:
-                self.answered += 1
-                self._hung = 0
-                return Answer(value)
-            reasons.append(reason)
-        self._hung = self._hung + 1 if all(r == self._late for r in reasons) else 0
-        return self._failed(reasons)
-
-    def _failed(self, reasons: list[str]) -> Answer[Any]:
+        reasons = [f"not asked: the {PATIENCE} questions before had no answer"]
+        if self._hung < PATIENCE:
+            late, reasons = f"no answer within {self.deadline:g} s", []
+            for _ in range(1 + self.retries):
+                answer = self._try(prompt, read, late)
+                if not answer.failure:
+                    self.answered += 1
+                    self._hung = 0
+                    return answer
+                reasons.append(why := answer.failure)
+                self.tries[why.split(":")[0] if why.startswith("not readable") else why] += 1
+            self._hung = self._hung + 1 if all(r == late for r in reasons) else 0
         log.warning("a question failed: %s", reasons[-1])
         return Answer(None, reasons[-1])
 
-    @property
-    def _late(self) -> str:
-        return f"no answer within {self.deadline:g} s"
-
-    def _try(self, prompt: str, read: Callable[[str], T]) -> tuple[T | None, str]:
-        box: list[tuple[str, Any]] = []
+    def _try(self, prompt: str, read: Callable[[str], T], late: str) -> Answer[T]:
+        box: list[Answer[Any]] = []
 
         def call() -> None:
             try:
-                box.append(("", self.fn(prompt)))
-            except Exception as err:  # any error of a user's function is a failure of this question alone
-                box.append((f"raised {type(err).__name__}: {str(err)[:200]}", None))
-            except BaseException as err:  # SystemExit and the like end the thread, not the run
-                box.append((f"raised {type(err).__name__}", None))
+                box.append(Answer(self.fn(prompt)))
+            except BaseException as err:  # a failure of this question alone; SystemExit and the like end the thread
+                said = f": {str(err)[:200]}" * isinstance(err, Exception)
+                box.append(Answer(None, f"raised {type(err).__name__}{said}"))
 
         thread = threading.Thread(target=call, name="sae_lab asks", daemon=True)
         thread.start()
         thread.join(self.deadline)
         if not box:
-            return self._count(self._late)
-        reason, text = box[0]
-        if reason:
-            return self._count(reason)
+            return Answer(None, late)
+        text = box[0].value
+        if box[0].failure:
+            return box[0]
         if not isinstance(text, str):
-            return self._count(f"returned {type(text).__name__}, no str")
+            return Answer(None, f"returned {type(text).__name__}, no str")
         if not text.strip():
-            return self._count("returned an empty answer")
+            return Answer(None, "returned an empty answer")
         try:
-            return read(text), ""
+            return Answer(read(text))
         except ValueError as err:
-            return self._count(f"not readable: {err}")
-
-    def _count(self, reason: str) -> tuple[None, str]:
-        self.tries[reason.split(":")[0] if reason.startswith("not readable") else reason] += 1
-        return None, reason
+            return Answer(None, f"not readable: {err}")
 
     @property
     def summary(self) -> str:

@@ -319,12 +319,9 @@ class _Search:
 
     def at_random(self, first: tuple[int, ...], evaluations: int, afresh: bool) -> Candidate:
         """The best of ``evaluations`` prompts made from the first by replacing tokens."""
-        n = len(first)
-        drawn = []
-        for _ in range(evaluations):
-            count = n if afresh else int(self.rng.integers(1, n + 1))
-            drawn.append(self.replaced(list(first), count, 0.0 if afresh else 0.5))
-        return self.survivors([], drawn, 1)[0]
+        n, share = len(first), 0.0 if afresh else 0.5
+        counts = (n if afresh else int(self.rng.integers(1, n + 1)) for _ in range(evaluations))
+        return self.survivors([], [self.replaced(list(first), count, share) for count in counts], 1)[0]
 
     def child(self, parents: list[tuple[int, ...]]) -> tuple[int, ...]:
         ids = list(parents[self.rng.integers(len(parents))])
@@ -370,4 +367,4 @@ def _first_prompt(top: Example, length: int, start: str, search: _Search) -> tup
     end = max(top.peak + 1, length)
     known = top.ids[max(0, end - length) : end] if start == "top" else []
     missing = search.rng.choice(search.vocabulary, length - len(known)).tolist()  # of a very short context
-    return tuple([*known, *missing])
+    return (*known, *missing)

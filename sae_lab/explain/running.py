@@ -18,7 +18,7 @@ from sae_lab.explain import explainers
 from sae_lab.explain.asking import Asker, name_of
 from sae_lab.explain.contexts import Corpus
 from sae_lab.explain.explainers import RuleExplainer, explainer_prompt, read_explanation
-from sae_lab.explain.scoring import MEASURES, Explanation, Score, check_measures, check_negatives, score
+from sae_lab.explain.scoring import MEASURES, Explanation, Score, check_scored, score
 from sae_lab.feature_index import FeatureIndex
 from sae_lab.noting import Said
 from sae_lab.results import Figure, Result, result
@@ -44,11 +44,6 @@ class ScoredExplanation:
     control: Score = field(default_factory=Score)
     other: int = -1
     failure: str = ""
-
-    @property
-    def both(self) -> tuple[tuple[str, Score], ...]:
-        """The scores, by the suffix of their columns."""
-        return ("", self.score), ("_control", self.control)
 
 
 @result
@@ -125,7 +120,7 @@ class ExplainedFeatures(Result):
     def _scored(self) -> list[dict[str, Any]]:
         return [
             {"feature": row.feature, "explanation": row.text}
-            | {f"{m}{of}": getattr(score, m) for m in self.measures for of, score in row.both}
+            | {m + of: getattr(s, m) for m in self.measures for of, s in (("", row.score), ("_control", row.control))}
             | {f"called firing: {kind}": share for kind, share in row.score.by_kind.items()}
             | {"other": row.other, "unanswered": row.score.unanswered, "failure": row.failure}
             for row in self.rows
@@ -172,10 +167,9 @@ def explain(
             "free text cannot be judged without a judge: pass judge=, a str -> str function (the explainer itself will "
             "do), or explainer=None for rules"
         )
-    check_measures(measures)
+    check_scored(measures, negatives)
     if not measures:
         raise ValueError(f"no measure given: name at least one of {', '.join(MEASURES)}")
-    check_negatives(negatives)
     run = _Run(index, explainer, judge, tuple(measures), seed, deadline, retries, resume, negatives)
     return run(_chosen(index, features, seed))
 
@@ -243,12 +237,10 @@ class _Run:
         )  # fmt: skip
 
     def _others(self, explained: list[int]) -> dict[int, int]:
-        """The feature whose explanation is each one's control: the next in a random order."""
+        """The feature whose explanation is each one's control: the next in a random order; -1 for a feature alone."""
         by_text = sorted(explained, key=lambda i: (self.texts[i], i))  # the same draw for any feature numbers
         order = np.random.default_rng([self.seed, 1]).permutation(by_text).tolist()
-        if len(order) == 1:
-            return {order[0]: -1}
-        return dict(zip(order, [*order[1:], *order[:1]], strict=True))
+        return dict(zip(order, [*order[1:], *order[:1]] if len(order) > 1 else [-1], strict=False))
 
     def _explain(self, feature: int) -> str:
         """Make an explanation, unless there is one; returns the reason of a failure."""
@@ -312,9 +304,7 @@ def _read(file: Path) -> tuple[dict[int, str], dict[int, ScoredExplanation]]:
     """(explanations, scores) of an earlier call. A last line that was cut off is left out, and removed."""
     texts: dict[int, str] = {}
     scores: dict[int, ScoredExplanation] = {}
-    if not file.exists():
-        return texts, scores
-    whole = file.read_bytes()
+    whole = file.read_bytes() if file.exists() else b""
     content = whole[: whole.rfind(b"\n") + 1]
     if len(content) < len(whole):
         with open(file, "r+b") as f:

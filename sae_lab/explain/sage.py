@@ -180,7 +180,7 @@ class _Lab:
         self.sae, self.lm, self.feature, self.agent, self.retries = sae, lm, feature, agent, retries
         values = [e.value for e in top]
         self.most, self.threshold = values[0], float(np.mean(values[:10])) / 2
-        self.unseen = [_plain(lm, e) for e in top[examples:]]
+        self.unseen = [lm.tokenizer.decode(e.ids) for e in top[examples:]]
         self.drawn, self.fresh = drawn[:examples], drawn[examples:]
         silent = [t for t, v in zip(self.drawn, self.activations(self.drawn), strict=True) if v <= self.threshold]
         shown = [f"{self._percent(e.value)} | {_marked(lm, e)}" for e in top[:examples]]
@@ -269,9 +269,8 @@ class _Lab:
         """n texts that should fire the feature if the explanation is right."""
         if not explanation:
             return []
-        task = (
-            f"TASK: write\nEXPLANATION: {explanation}\nWrite {n} different short texts, one a line, on which it fires."
-        )
+        question = f"Write {n} different short texts, one a line, on which it fires."
+        task = f"TASK: write\nEXPLANATION: {explanation}\n{question}"
         return (self.ask(task, "TEXT: ...\nTEXT: ...", lambda a: lines_of(a, "TEXT"), alone=True) or [])[:n]
 
     def prediction(self, explanation: str, seed: int) -> tuple[float, float]:
@@ -340,10 +339,6 @@ def _unquoted(text: str) -> str:
 
 def _line(text: str) -> str:
     return " ".join(text.split())
-
-
-def _plain(lm: LM, example: Example) -> str:
-    return lm.tokenizer.decode(example.ids)
 
 
 def _marked(lm: LM, example: Example) -> str:

@@ -8,7 +8,8 @@ import json
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -88,29 +89,20 @@ def score(
 
     ValueError for free text without a judge, and for an unknown measure or kind of negatives.
     """
-    check_measures(measures)
-    check_negatives(negatives)
+    check_scored(measures, negatives)
     if judge is None:
         _rule(explanation)
     random = np.random.default_rng([seed, *(p.document for p in passages.firing)])  # for any number
-    found = Score()
-    if "detection" in measures:
-        found = detection(explanation, passages, judge, random)
-    if "fuzzing" in measures:
-        fuzzed = fuzzing(explanation, passages, judge, random, negatives)
-        found = replace(found, fuzzing=fuzzed.fuzzing, unanswered=found.unanswered + fuzzed.unanswered)
-    if "simulation" in measures:
-        simulated = simulation(explanation, passages, judge, random)
-        found = replace(found, simulation=simulated.simulation, unanswered=found.unanswered + simulated.unanswered)
-    return found
+    ways = {"detection": detection, "fuzzing": partial(fuzzing, negatives=negatives), "simulation": simulation}
+    found = {name: way(explanation, passages, judge, random) for name, way in ways.items() if name in measures}
+    by_kind = found["detection"].by_kind if "detection" in found else {}
+    unanswered = sum(one.unanswered for one in found.values())
+    return Score(**{name: getattr(one, name) for name, one in found.items()}, by_kind=by_kind, unanswered=unanswered)
 
 
-def check_measures(measures: Sequence[str]) -> None:
+def check_scored(measures: Sequence[str], negatives: str) -> None:
     if unknown := [m for m in measures if m not in MEASURES]:
         raise ValueError(f"measures are {', '.join(MEASURES)}, got {unknown[0]!r}")
-
-
-def check_negatives(negatives: str) -> None:
     if negatives not in NEGATIVES:
         raise ValueError(f"negatives are {' or '.join(map(repr, NEGATIVES))} passages, got {negatives!r}")
 

@@ -4,6 +4,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import dropwhile, islice, takewhile
 
 import numpy as np
 
@@ -77,11 +78,8 @@ class ScriptedAgent:
     def _texts(self, words: Sequence[str], n: int) -> list[str]:
         """n texts with the words in reverse order, each after a filler."""
         rng = np.random.default_rng([self.seed, n, len(words)])
-        texts = []
-        for _ in range(n):
-            fillers = [self.FILLERS[i] for i in rng.permutation(len(self.FILLERS))]
-            texts.append(" ".join(f"{filler} {word}" for filler, word in zip(fillers, reversed(words), strict=False)))
-        return texts
+        drawn = [[self.FILLERS[i] for i in rng.permutation(len(self.FILLERS))] for _ in range(n)]
+        return [" ".join(f"{f} {word}" for f, word in zip(own, reversed(words), strict=False)) for own in drawn]
 
     @staticmethod
     def _words(prompt: str, label: str) -> list[str]:
@@ -101,13 +99,5 @@ def _peak(example: str) -> str:
 
 def _block(prompt: str, heading: str) -> list[str]:
     """The lines under a heading, up to the next empty one."""
-    lines = iter(prompt.splitlines())
-    for line in lines:
-        if line.startswith(heading):
-            break
-    found = []
-    for line in lines:
-        if not line.strip():
-            break
-        found.append(line)
-    return found
+    from_heading = dropwhile(lambda line: not line.startswith(heading), prompt.splitlines())
+    return list(takewhile(str.strip, islice(from_heading, 1, None)))

@@ -78,12 +78,12 @@ class PatchingGrid(Linked):
         session: Session | None = None,
     ) -> None:
         self.lm = lm
-        self._kinds = (kinds,) if isinstance(kinds, str) else tuple(kinds)
+        self._kinds = tuple(kinds)
         self._coders = _by_site(coder, self._kinds, lm)
         self._waiting: dict[int, list[int]] = {}
         self._on = PatchRun.of(lm, prompt, source, Measure.of(metric, answers), self._kinds)
         super().__init__(session or Session(), view=self._on.view(self._coders), kind=self._kinds[0])
-        self.observe(self._on_cell, ["kind", "cell"])
+        self.observe(self._choose_feature, ["kind", "cell"])
         self._link()
 
     def run(
@@ -175,30 +175,26 @@ class PatchingGrid(Linked):
             raise ValueError(f"this grid has no cell {wrong[0]}: (kind, layer, position) of grid.to_pandas()")
         if not cells:
             return
-        mine = threading.get_ident()
         try:
-            self._count(mine, 0, len(cells))
+            self._count([0, len(cells)])
             for done in run.patched(cells):
                 with self._lock:
                     if run is self._on:
                         self.truth = run.truth()
-                        self._count(mine, done, len(cells))
+                        self._count([done, len(cells)])
                 if job is not None:
                     job.check()
         finally:
             with whole_step(), self._lock:
                 if run is self._on:
                     self.truth = run.truth()  # Ctrl-C may have come behind a pass
-                self._waiting.pop(mine, None)
-                self._show_progress()
+                self._count([])
 
-    def _count(self, thread: int, done: int, of: int) -> None:
+    def _count(self, progress: list[int]) -> None:
+        """progress: [done, all] of this thread's patches, [] when they end."""
         with self._lock:
-            self._waiting[thread] = [done, of]
-            self._show_progress()
-
-    def _show_progress(self) -> None:
-        self.progress = [sum(part) for part in zip(*self._waiting.values(), strict=True)]
+            self._waiting[threading.get_ident()] = progress
+            self.progress = [sum(part) for part in zip(*filter(None, self._waiting.values()), strict=True)]
 
     @checked("kind")
     def _valid_kind(self, kind: str) -> str:
@@ -216,13 +212,11 @@ class PatchingGrid(Linked):
             )
         return cell
 
-    def _on_cell(self, _change: object) -> None:
-        self.feature = self._selected_feature()
-
-    def _selected_feature(self) -> int | None:
-        """The session's feature, if it belongs to the open cell's site."""
+    def _choose_feature(self, _change: object = None) -> None:
+        """Choose the session's feature, if it belongs to the open cell's site."""
         selection = self.session.selection
-        return selection.feature if self.cell and selection.site == Site(self.kind, self.cell[0]).key else None
+        mine = self.cell and selection.site == Site(self.kind, self.cell[0]).key
+        self.feature = selection.feature if mine else None
 
     def _chosen(self) -> dict[str, Any]:
         if not self.cell:
@@ -238,7 +232,7 @@ class PatchingGrid(Linked):
             if self._on.has(kind, layer, selection.token):
                 with self.hold_sync():
                     self.kind, self.cell = kind, [layer, selection.token]
-        self.feature = self._selected_feature()
+        self._choose_feature()
 
     def _place(self, key: str) -> tuple[str, int] | None:
         """Kind and layer of a site of the grid."""

@@ -1,13 +1,14 @@
 """FeatureInspector: search, open, read, try, compare and note the features of one sparse coder."""
 
 import pathlib
-from collections.abc import Iterable, Mapping
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import traitlets
 
 from sae_lab.edits.edit import Ablate, Steer
+from sae_lab.feature_index import FeatureIndex
 from sae_lab.results import Html
 from sae_lab.types import check_feature
 
@@ -24,26 +25,6 @@ _SORTS = {
     "best": "most readable first", "density": "by density", "max": "by max activation", "norm": "by norm at f_scale",
 }  # fmt: skip
 _HELP = "try a shorter piece of the word, or conditions such as density>0.1% norm<20 label:word"
-
-
-@runtime_checkable
-class Index(Protocol):
-    """What the inspector asks of a feature index that has no coder."""
-
-    d_sae: int
-    site: Any
-    density: np.ndarray
-    max: np.ndarray
-    coder: Any
-    notes: Any
-    explanations: Any
-    density_histogram: Mapping[str, Any]
-
-    def best(self, n: int = 1) -> int | list[int]: ...
-    def order(self, by: str) -> np.ndarray: ...
-    def find(self, line: str, limit: int = 50) -> list[int]: ...
-    def top_tokens(self, feature: int, n: int = 5) -> list[str]: ...
-    def __getitem__(self, feature: int) -> Any: ...
 
 
 class FeatureInspector(Linked):
@@ -86,8 +67,8 @@ class FeatureInspector(Linked):
     overview = traitlets.Dict().tag(sync=True)
     live = traitlets.Bool().tag(sync=True)
 
-    def __init__(self, index: Index, feature: int | None = None, *, session: Session | None = None) -> None:
-        self._index: Any = index
+    def __init__(self, index: FeatureIndex, feature: int | None = None, *, session: Session | None = None) -> None:
+        self._index = index
         self._site = "" if index.site is None else index.site.key
         self._tried = ""  # the text that was scored last
         self.session = session or Session()

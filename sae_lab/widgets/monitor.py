@@ -17,7 +17,6 @@ from sae_lab.results import Html
 from sae_lab.saes.base import SparseCoder
 from sae_lab.training import checkpoint
 from sae_lab.training.config import TrainConfig
-from sae_lab.training.control import Change
 from sae_lab.training.run import Event, Run
 from sae_lab.training.start import train
 from sae_lab.training.watching import Curves
@@ -91,14 +90,10 @@ class TrainingMonitor(Panel):
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
         self._broken = False
-        self._state, self._why = "waiting", ""
+        self.state, self._why = "waiting", ""
         self._forget()
         super().__init__(can_start=all(given))
         self.status = self._status()
-
-    @property
-    def state(self) -> str:
-        return self._state
 
     @quick
     def start(self) -> None:
@@ -163,7 +158,7 @@ class TrainingMonitor(Panel):
         """Continue after a pause."""
         for watched in self._running():
             watched.control.resume()
-        if self._state == "pausing":
+        if self.state == "pausing":
             self._enter("running")
 
     @quick
@@ -228,7 +223,7 @@ class TrainingMonitor(Panel):
             self._show_lines()
         if event.kind == "step":
             self._metrics = event.metrics
-            if self._state == "running" and all(w.step >= w.control.last for w in self._watched.values()):
+            if self.state == "running" and all(w.step >= w.control.last for w in self._watched.values()):
                 self._enter("finishing")
             self._tell()
         elif event.kind in ("pause", "resume"):
@@ -241,7 +236,7 @@ class TrainingMonitor(Panel):
                 self._end("stopped" if all(w.control.stopping for w in self._watched.values()) else "done")
 
     def _begin(self, event: Event) -> None:
-        if self._state in OVER and all(w.over for w in self._watched.values()):  # a training before this one
+        if self.state in OVER and all(w.over for w in self._watched.values()):  # a training before this one
             self._forget()
         self._curves(event)
         coder, control = event.coder, event.control
@@ -250,7 +245,7 @@ class TrainingMonitor(Panel):
             event.label, type(coder).__name__, first, coder.path, control, event.config, event.data, event.path
         )
         self._metrics = event.history[-1] if event.history else {}
-        if self._state != "running":
+        if self.state != "running":
             self._enter("running")
 
     def _forget(self) -> None:
@@ -264,7 +259,7 @@ class TrainingMonitor(Panel):
     def _enter(self, state: str, why: str = "") -> None:
         """Another state; all traits are brought up to date."""
         with self._lock:
-            self._state, self._why = state, why
+            self.state, self._why = state, why
             self._speed.clear()
             if state in ("paused", *OVER):
                 self.curves = self._copy()
@@ -306,7 +301,7 @@ class TrainingMonitor(Panel):
         if len(self._speed) > 1 and self._speed[-1][0] > self._speed[0][0]:
             rate = (self._speed[-1][1] - self._speed[0][1]) / (self._speed[-1][0] - self._speed[0][0])
         return {
-            "state": self._state,
+            "state": self.state,
             "why": self._why,
             "step": int(metrics.get("step", 0)) if run else step,
             "steps": last,
@@ -314,7 +309,7 @@ class TrainingMonitor(Panel):
             "passes": round(metrics.get("passes", 0.0), 3),
             "tokens_per_second": rate and config and round(rate * config.batch_size, 1),
             "seconds_left": round((last - step) / rate, 1) if rate else None,
-            "note": _deaf() if self._thread is None and self._state not in ("waiting", *OVER) else "",
+            "note": _deaf() if self._thread is None and self.state not in ("waiting", *OVER) else "",
         }
 
     def _show_lines(self) -> None:
@@ -325,12 +320,10 @@ class TrainingMonitor(Panel):
             }
             for w in self._watched.values()
         ]  # fmt: skip
-        self.changes = [{"coder": label, **change} for label, change in self._all_changes()]
-
-    def _all_changes(self) -> list[tuple[str, Change]]:
+        made = [(w.label, w.control.changes) for w in self._watched.values()]
         if self._opened is not None:
-            return [(type(self._opened.coder).__name__, change) for change in self._opened.changes]
-        return [(w.label, change) for w in self._watched.values() for change in w.control.changes]
+            made = [(type(self._opened.coder).__name__, self._opened.changes)]
+        self.changes = [{"coder": label, **change} for label, changes in made for change in changes]
 
     def _copy(self) -> dict[str, Any]:
         return {label: {k: list(v) for k, v in line.items()} for label, line in self._curves.lines.items()}
@@ -351,8 +344,8 @@ class TrainingMonitor(Panel):
     def __repr__(self) -> str:
         status = self._status()
         if not status["steps"]:
-            return f"TrainingMonitor({self._state})"
-        return f"TrainingMonitor({self._state}, step {status['step']:,} of {status['steps']:,})"
+            return f"TrainingMonitor({self.state})"
+        return f"TrainingMonitor({self.state}, step {status['step']:,} of {status['steps']:,})"
 
 
 def _deaf() -> str:

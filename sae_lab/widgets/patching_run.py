@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 from sae_lab import circuits
@@ -120,7 +121,8 @@ class PatchRun:
             f"estimate = sl.circuits.patching_estimate(lm, [prompt], [source], metric{kinds}{where})",
         ]  # fmt: skip
         if self.true:
-            rows = [f"    *(({kind!r}, {layer}, p) for p in {where})," for kind, layer, where in _rows(self.true)]
+            by_layer = groupby(sorted(self.true), key=lambda cell: cell[:2])
+            rows = [f"    *(({k!r}, {layer}, p) for p in {[p for *_, p in cells]})," for (k, layer), cells in by_layer]
             lines += ["cells = [", *rows, "]", "true = {}"]
             lines += ["for found in sl.circuits.patched_cells(lm, [prompt], [source], metric, cells):"]
             lines += ["    true |= found"]
@@ -129,14 +131,6 @@ class PatchRun:
             lines += [coder_line(coder, name)]
             lines += [f"effects_{number} = sl.circuits.attribution(lm, {name}, [prompt], [source], metric)"]
         return "\n".join(lines)
-
-
-def _rows(cells: Mapping[Cell, float]) -> list[tuple[str, int, list[int]]]:
-    """(kind, layer, positions) of cells."""
-    found: dict[tuple[str, int], list[int]] = {}
-    for kind, layer, position in sorted(cells):
-        found.setdefault((kind, layer), []).append(position)
-    return [(*row, positions) for row, positions in found.items()]
 
 
 def _check_length(lm: LM, name: str, text: Any) -> None:

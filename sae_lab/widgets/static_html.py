@@ -40,6 +40,7 @@ def table(head: Sequence[object], rows: Sequence[Sequence[object]]) -> Html | No
 def feature_html(view: Mapping[str, Any], note: Mapping[str, str] | None = None) -> Html:
     """A feature, from ``FeatureView.to_dict()``, and your note on it."""
     label = f": {note['label']}" if note and note["label"] else ""
+    near = ", ".join(f"{feature} ({cosine:.2f})" for feature, cosine in view["neighbours"])
     return block(
         tag("p", tag("b", "Feature ", view["feature"]), f" of {view['d_sae']:,}{label}"),
         tag("p", note["text"]) if note and note["text"] else None,
@@ -47,7 +48,7 @@ def feature_html(view: Mapping[str, Any], note: Mapping[str, str] | None = None)
         _numbers(view),
         _contexts(view["groups"]),
         *_lens(view),
-        _neighbours(view["neighbours"]),
+        tag("p", f"Nearest decoder rows (cosine): {near or 'none'}"),
     )
 
 
@@ -102,11 +103,6 @@ def _lens(view: Mapping[str, Any]) -> list[Html | None]:
     caution = tag("p", tag("b", "Caution:"), " ", view["lens_note"]) if view["lens_note"] else None
     rows = [["promoted", words(view["promoted"])], ["suppressed", words(view["suppressed"])]]
     return [caution, table(["logit lens", "tokens (arbitrary units)"], rows)]
-
-
-def _neighbours(pairs: Sequence[Sequence[Any]]) -> Html:
-    words = ", ".join(f"{feature} ({cosine:.2f})" for feature, cosine in pairs)
-    return tag("p", f"Nearest decoder rows (cosine): {words or 'none'}")
 
 
 def dotted(token: str) -> str:

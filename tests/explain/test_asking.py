@@ -70,7 +70,7 @@ def test_one_that_hangs_is_left_and_in_the_end_not_asked():
 def test_what_is_refused():
     with pytest.raises(ValueError, match="deadline must be a positive number of seconds, got 0"):
         Asker(str, deadline=0.0)
-    with pytest.raises(ValueError, match="retries must be an integer of 0 or more, got -1"):
+    with pytest.raises(ValueError, match="retries must be a whole number of at least 0, got -1"):
         Asker(str, retries=-1)
 
 

@@ -1,12 +1,14 @@
 """A small feature index made by hand: features fire on words of one text. For widget tests only.
 
-It needs numpy alone, so that a test notebook can hold this file's text as its first cell.
+It reads no file, so that a test notebook can hold this file's text as its first cell.
 """
 
 import math
 import re
 
 import numpy as np
+
+from sae_lab.feature_index import FeatureIndex
 
 TEXT = """<|endoftext|>In March the river rose over the old stone bridge, and by April the town had a new one.
 The council met in June. "We cannot wait until December," said the mayor, "it must open before winter."
@@ -72,10 +74,10 @@ class NoExplanations:
         return []
 
 
-class StandIn:
-    """The interface of a feature index over ``TEXT``; features outside ``CONCEPTS`` are dead. It has no coder."""
+class StandIn(FeatureIndex):
+    """A feature index over ``TEXT``; features outside ``CONCEPTS`` are dead. It has no coder, store or file."""
 
-    coder = site = None
+    coder = site = density = max = density_histogram = None
 
     def __init__(self, d_sae=4608):
         self.d_sae = d_sae
