@@ -3,9 +3,9 @@
 import gzip
 import math
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 from sae_lab import cache, files, noting
 from sae_lab.arguments import as_annotated
@@ -37,8 +37,40 @@ def notes(coder: SparseCoder) -> "Notes":
     return Notes(noting.of(coder), coder.d_sae, model if isinstance(model, str) and model != "unknown" else "", layer)
 
 
+T = TypeVar("T", bound=Sequence[Any])
+
+
 @as_annotated
-class Notes:
+class OfFeatures(Generic[T]):
+    """What a log holds of features: ``said[7]``, ``len(said)``, ``for feature in said``."""
+
+    def __init__(self, log: noting.Log, d_sae: int):
+        self._log, self.d_sae = log, d_sae
+
+    def _of(self, fields: Mapping[str, Any]) -> T:
+        raise NotImplementedError
+
+    def __getitem__(self, feature: int) -> T:
+        return self._of(self._log.fields(int(feature)))
+
+    def _all(self) -> dict[int, T]:
+        found = {i: self._of(fields) for i, fields in self._log.all().items() if i < self.d_sae}
+        return {i: said for i, said in found.items() if any(said)}
+
+    def __len__(self) -> int:
+        return len(self._all())
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._all())
+
+    def _holding(self, text: str, of: Callable[[T], str]) -> list[int]:
+        """Features of which this is said, case ignored."""
+        needle = text.strip().lower()
+        return [i for i, said in self._all().items() if needle in of(said).lower()]
+
+
+@as_annotated
+class Notes(OfFeatures[Note]):
     """Notes on features: ``notes[7].label``, ``notes.write(7, "months")``, ``for feature in notes``.
 
     Each change is on disk before ``write`` returns. Several panels, kernels and machines may write: of a label's
@@ -46,9 +78,9 @@ class Notes:
     """
 
     def __init__(self, log: noting.Log, d_sae: int, model: str = "", layer: int | None = None):
-        self.d_sae, self.model, self.layer = d_sae, model, layer
+        super().__init__(log, d_sae)
+        self.model, self.layer = model, layer
         self.explanations = Explanations(log, d_sae)
-        self._log = log
 
     @property
     def file(self) -> Path:
@@ -59,23 +91,12 @@ class Notes:
         """Functions that are called after each change in this process, with the set of changed features."""
         return self._log.listeners
 
-    def __getitem__(self, feature: int) -> Note:
-        return _note(self._log.fields(int(feature)))
-
-    def _all(self) -> dict[int, Note]:
-        found = {i: _note(fields) for i, fields in self._log.all().items() if i < self.d_sae}
-        return {i: note for i, note in found.items() if note != Note()}
-
-    def __len__(self) -> int:
-        return len(self._all())
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self._all())
+    def _of(self, fields: Mapping[str, Any]) -> Note:
+        return Note(fields.get("label", ""), fields.get("text", ""))
 
     def __repr__(self) -> str:
         return f"Notes(on {len(self)} features, in {self.file})"
 
-    @as_annotated
     def write(
         self, feature: Any, label: str | None = None, text: str | None = None, *, seen: dict[str, str] | None = None,
         typed: dict[str, float] | None = None,
@@ -95,8 +116,7 @@ class Notes:
 
     def find(self, text: str) -> list[int]:
         """Features whose label or text contains this, case ignored."""
-        needle = text.strip().lower()
-        return [i for i, note in self._all().items() if needle in "\n".join(note).lower()]
+        return self._holding(text, "\n".join)
 
     def to_pandas(self):
         """One row a feature: feature, label, text."""
@@ -105,7 +125,6 @@ class Notes:
         rows = [{"feature": i, **note._asdict()} for i, note in self._all().items()]
         return pd.DataFrame(rows, columns=["feature", "label", "text"])
 
-    @as_annotated
     def save(
         self, path: str | Path, format: Literal["lines", "neuronpedia"] = "lines", model: str | None = None,
         layer: str | None = None,
@@ -128,7 +147,6 @@ class Notes:
             temporary.write_bytes(gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
         return path
 
-    @as_annotated
     def load(self, source: str | Path, model: str | None = None, layer: str | None = None) -> int:
         """Bring in what ``save`` wrote, or explanations that Neuronpedia exports. Returns the number of features.
 
@@ -184,24 +202,12 @@ def _own_lines(file: Path) -> bytes | None:
     return data
 
 
-class Explanations:
+class Explanations(OfFeatures[list[Said]]):
     """What others say of features, the latest first: ``explanations[7]``. Your own labels stand in ``Notes`` alone."""
 
-    def __init__(self, log: noting.Log, d_sae: int):
-        self._log, self._d_sae = log, d_sae
-
-    def __getitem__(self, feature: int) -> list[Said]:
-        return _said(self._log.fields(int(feature)))
-
-    def _all(self) -> dict[int, list[Said]]:
-        found = {i: _said(fields) for i, fields in self._log.all().items() if i < self._d_sae}
-        return {i: said for i, said in found.items() if said}
-
-    def __len__(self) -> int:
-        return len(self._all())
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self._all())
+    def _of(self, fields: Mapping[str, Any]) -> list[Said]:
+        several = [(name.removeprefix(SAID), said) for name, said in fields.items() if name.startswith(SAID)]
+        return [Said(one["text"], source, one["scores"]) for source, said in reversed(several) for one in said]
 
     def label(self, feature: int) -> str:
         """The first of its texts, "" where nobody said anything."""
@@ -210,22 +216,11 @@ class Explanations:
     def write(self, said: Mapping[int, list[Said]]) -> None:
         """Put these first, in place of what the same source said of the same feature before. They are on disk before
         this returns."""
-        self._log.write({check_feature(i, self._d_sae): _by_source(several) for i, several in said.items()})
+        self._log.write({check_feature(i, self.d_sae): _by_source(several) for i, several in said.items()})
 
     def find(self, text: str) -> list[int]:
         """Features of which somebody says this, case ignored."""
-        needle = text.strip().lower()
-        return [i for i, several in self._all().items() if any(needle in said.text.lower() for said in several)]
-
-
-def _note(fields: Mapping[str, Any]) -> Note:
-    return Note(fields.get("label", ""), fields.get("text", ""))
-
-
-def _said(fields: Mapping[str, Any]) -> list[Said]:
-    """The latest first."""
-    several = [(field.removeprefix(SAID), said) for field, said in fields.items() if field.startswith(SAID)]
-    return [Said(one["text"], source, one["scores"]) for source, said in reversed(several) for one in said]
+        return self._holding(text, lambda several: "\n".join(said.text for said in several))
 
 
 def _by_source(said: list[Said]) -> dict[str, Any]:

@@ -84,9 +84,7 @@ def _check(coder: SparseCoder, lm: LM, store: Store) -> None:
             f"and {lm} has other weights: index with the model the store comes from"
         )
     if coder.reads and coder.reads != (site,):
-        raise ValueError(
-            f"the coder was trained at {coder.reads[0]}, the store holds {site}: choose with store.at(...)"
-        )
+        raise ValueError(f"the coder was trained at {coder.reads[0]}, the store holds {site}: pass store.at(...)")
     if made_by := store.identity.get("coder"):
         if made_by != coder.fingerprint():
             raise ValueError(f"the store holds codes of coder {made_by}, this is {coder.fingerprint()}: harvest anew")
@@ -108,9 +106,8 @@ def _is_done(folder: Path, identity: dict[str, Any], rebuild: bool = False) -> b
             raise
         differences = [f"{k}: {there.get(k)} there, {v} now" for k, v in identity.items() if there.get(k) != v]
         if {d.split(":")[0] for d in differences} - {"store_path"}:  # a store may be moved
-            raise ValueError(
-                f"{folder} holds another index; it differs in {'; '.join(differences)}: pass another path="
-            )
+            differ = "; ".join(differences)
+            raise ValueError(f"{folder} holds another index; it differs in {differ}: pass another path=")
         return name == "index.json" and there.get("version") == VERSION and not rebuild
     return False
 

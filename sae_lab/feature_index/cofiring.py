@@ -32,8 +32,8 @@ def cofiring(offsets: np.ndarray, rows: np.ndarray, tokens: int, first: int | No
     d_sae = len(offsets) - 1
     counts = np.diff(offsets)
     dense = _dense(counts, tokens)
-    seldom = np.setdiff1d(np.arange(d_sae), dense)
-    by_token = _by_token(offsets, rows, tokens, seldom)
+    by_token = _fires(offsets, rows, tokens, np.arange(d_sae), dense, np.int8).T.tocsr()  # 9 bytes a code, the most
+    by_token.data = np.ones(by_token.nnz, np.int32)  # a product adds in the type of its factors
     with_dense = _with_dense(offsets, rows, tokens, dense)
     fires = torch.from_numpy(counts).to(with_dense.dtype)
     n, stop = min(COFIRING, d_sae - 1), d_sae if first is None else min(first, d_sae)
@@ -42,7 +42,8 @@ def cofiring(offsets: np.ndarray, rows: np.ndarray, tokens: int, first: int | No
     for start in range(0, stop, size):
         part = np.arange(start, min(start + size, stop))
         # The tables with dense features are symmetric: their columns serve as their rows.
-        together = torch.from_numpy(_together(offsets, rows, tokens, part, dense, by_token)).to(with_dense.dtype)
+        product = sparse.csr_array(_fires(offsets, rows, tokens, part, dense, np.int32) @ by_token)
+        together = torch.from_numpy(product.toarray()).to(with_dense.dtype)
         together[:, dense] = with_dense[part]
         here = np.flatnonzero(np.isin(part, dense))
         together[here] = with_dense[:, np.searchsorted(dense, part[here])].T
@@ -61,37 +62,15 @@ def _dense(counts: np.ndarray, tokens: int) -> np.ndarray:
     return np.sort(np.argsort(-counts, kind="stable")[: min(most, int((counts > DENSE * tokens).sum()))])
 
 
-def _of(offsets: np.ndarray, rows: np.ndarray, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(offsets, rows) of some features; no others are read."""
-    parts = [rows[offsets[i] : offsets[i + 1]] for i in features]
-    ends = np.cumsum([len(part) for part in parts])
-    return np.concatenate([[0], ends]).astype(np.int64), np.concatenate([*parts, np.zeros(0, np.int32)])
-
-
-def _by_token(offsets: np.ndarray, rows: np.ndarray, tokens: int, seldom: np.ndarray) -> sparse.csr_array:
-    """Ones where a feature fires, "tokens d_sae": of those that fire seldom. Nine bytes a code, the most there are."""
-    counts = np.zeros(len(offsets) - 1, np.int64)
-    counts[seldom] = np.diff(offsets)[seldom]
-    _, here = _of(offsets, rows, seldom)
+def _fires(
+    offsets: np.ndarray, rows: np.ndarray, tokens: int, part: np.ndarray, dense: np.ndarray, kind: type
+) -> sparse.csr_array:
+    """Ones where a feature of ``part`` fires, "part tokens"; none for the dense ones."""
+    seldom = ~np.isin(part, dense)
+    counts = np.where(seldom, np.diff(offsets)[part], 0)
+    here = np.concatenate([*(rows[offsets[i] : offsets[i + 1]] for i in part[seldom]), np.zeros(0, np.int32)])
     ends = np.concatenate([[0], counts.cumsum()])
-    by_feature = sparse.csr_array((np.ones(len(here), np.int8), here, ends), (len(counts), tokens))
-    by_token = by_feature.T.tocsr()
-    del by_feature, here
-    by_token.data = np.ones(by_token.nnz, np.int32)  # a product adds in the type of its factors
-    return by_token
-
-
-def _together(
-    offsets: np.ndarray, rows: np.ndarray, tokens: int, part: np.ndarray, dense: np.ndarray, by_token: sparse.csr_array
-) -> np.ndarray:
-    """n_ij of a part of the features with all, "part d_sae"; 0 where i or j is dense."""
-    seldom = np.flatnonzero(~np.isin(part, dense))
-    ends, here = _of(offsets, rows, part[seldom])
-    counts = np.zeros(len(part), np.int64)
-    counts[seldom] = np.diff(ends)
-    indptr = np.concatenate([[0], counts.cumsum()])
-    fires = sparse.csr_array((np.ones(len(here), np.int32), here, indptr), (len(part), tokens))
-    return sparse.csr_array(fires @ by_token).toarray()
+    return sparse.csr_array((np.ones(len(here), kind), here, ends), (len(part), tokens))
 
 
 def _with_dense(offsets: np.ndarray, rows: np.ndarray, tokens: int, dense: np.ndarray) -> Float[Tensor, "d_sae some"]:

@@ -3,10 +3,9 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import field
-from itertools import islice, pairwise
+from itertools import count, islice, pairwise
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -19,6 +18,7 @@ from sae_lab.lm.text import load_text
 from sae_lab.lm.tokens import pad
 from sae_lab.results import Result, result
 from sae_lab.saes.base import SparseCoder
+from sae_lab.stats import mean_and_error
 
 STRENGTHS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
 FEATURE, RANDOM, MEANS, PROMPT = "feature", "random direction", "difference in means", "prompt"
@@ -44,14 +44,11 @@ class DoseResponse(Result):
         found = {}
         for method in dict.fromkeys(row["method"] for row in self.rows):
             points = [(r["cost"], r["log_odds"]) for r in self.rows if r["method"] == method]
-            if method == PROMPT:
-                found[method] = points[0][1] if points[0][0] <= cost else float("nan")
-                continue
-            found[method] = _first_crossing(points, cost)
+            prompt = points[0][1] if points[0][0] <= cost else math.nan
+            found[method] = prompt if method == PROMPT else _first_crossing(points, cost)
         return found
 
-    _align, _gap = ">", " "
-    _records, _shown = "rows", 100
+    _records, _shown, _gap = "rows", 100, " "
 
     def _footer(self) -> str:
         reached = max(r["cost"] for r in self.rows if r["method"] == FEATURE)
@@ -69,8 +66,7 @@ def promoted(lm: LM, coder: SparseCoder, feature: int, n: int = 3) -> list[str]:
     found = lm.lens(coder.W_dec[[coder.feature(feature)]].detach(), site, of=extremes)
     if found is None:
         return []
-    ids = found["up_ids"][0].tolist()
-    texts = [(i, lm.tokenizer.decode([i])) for i in ids]
+    texts = [(i, lm.tokenizer.decode([i])) for i in found["up_ids"][0].tolist()]
     return [t for i, t in texts if lm.tokenizer(t, add_special_tokens=False)["input_ids"] == [i]][:n]
 
 
@@ -84,7 +80,7 @@ def _first_crossing(points: list[tuple[float, float]], cost: float) -> float:
     for (c0, y0), (c1, y1) in pairwise(points):
         if c0 <= cost <= c1 and c1 > c0:
             return y0 + (y1 - y0) * (cost - c0) / (c1 - c0)
-    return float("nan")
+    return math.nan
 
 
 @as_annotated
@@ -138,20 +134,22 @@ def dose_response(
     Steer(coder, feature).writes(lm, lm.tokenize(prompts[0]))  # refuses what it must, before anything runs
     write = (coder.f_scale[feature] * coder.W_dec[feature]).detach().cpu()
     methods = _directions(lm, coder, write, examples, seeds)
-    total = 1 + (len(strengths) - 1) * sum(map(len, methods.values())) + (ask is not None)
-    measure = _Measure(lm, prompts, text, ids, progress, total)
+    total, done = 1 + (len(strengths) - 1) * sum(map(len, methods.values())) + (ask is not None), count()
+
+    def measure(edits: list[Any], ask: str = "") -> tuple[Tensor, Tensor]:
+        if progress is not None:
+            progress(next(done), total)
+        return _log_odds(lm, [ask + p for p in prompts], ids, edits), _losses(lm, text, edits, ask)
+
     clean = measure([])
     rows = []
     for method, directions in methods.items():
         for strength in strengths:
             norm = strength * float(write.norm())
-            results = [
-                clean if not strength else measure([Push(coder, strength * float(write.norm()) * d)])
-                for d in directions
-            ]
+            results = [measure([Push(coder, norm * d)]) if strength else clean for d in directions]
             rows.append({"method": method, "strength": strength, "norm": norm} | _row(results, clean))
     if ask is not None:
-        rows.append({"method": PROMPT, "strength": float("nan"), "norm": 0.0} | _row([measure([], ask)], clean))
+        rows.append({"method": PROMPT, "strength": math.nan, "norm": 0.0} | _row([measure([], ask)], clean))
     return DoseResponse(rows, coder.feature(feature), targets)
 
 
@@ -203,53 +201,33 @@ def _single_tokens(lm: LM, targets: tuple[str, ...]) -> list[int]:
     return ids
 
 
-class _Measure:
-    """(log-odds of the target after each prompt, loss of each other text's tokens) under edits."""
+def _log_odds(lm: LM, prompts: list[str], target: list[int], edits: list[Any]) -> Float[Tensor, " prompt"]:
+    """Of the target as the next token after each prompt."""
+    last = lm.tokenize(prompts).mask.sum(1) - 1
+    logits = lm.logits(prompts, edits=edits)[torch.arange(len(last)), last]
+    chance = logits.log_softmax(-1)[:, target].logsumexp(-1)
+    return (chance - torch.log1p(-chance.exp())).cpu()
 
-    def __init__(
-        self, lm: LM, prompts: list[str], text: list[str], target: list[int],
-        progress: Callable[[int, int], None] | None, total: int,
-    ):  # fmt: skip
-        self.lm, self.prompts, self.text, self.target = lm, prompts, text, target
-        self.progress, self.done, self.total = progress, 0, total
 
-    def __call__(self, edits: list[Any], ask: str = "") -> tuple[Tensor, Tensor]:
-        if self.progress is not None:
-            self.progress(self.done, self.total)
-        self.done += 1
-        batch = self.lm.tokenize([ask + p for p in self.prompts])
-        last = batch.mask.sum(1) - 1
-        logits = self.lm.logits([ask + p for p in self.prompts], edits=edits)
-        chance = logits[torch.arange(len(last)), last].log_softmax(-1)[:, self.target].logsumexp(-1)
-        log_odds = (chance - torch.log1p(-chance.exp())).cpu()
-        return log_odds, self._losses(edits, ask)
-
-    def _losses(self, edits: list[Any], ask: str) -> Float[Tensor, " text"]:
-        """Of each text's tokens from its second on, which are the first that an edit reaches: of what asks before, none
-        count."""
-        first = 0 if self.lm.prefix_id is None else 1  # of a text's own tokens
-        before = self.lm.tokenize(ask.rstrip() if ask else self.text[0]).ids[0].tolist()
-        before = before if ask else before[:first]
-        batch = self.lm.tokenize(self.text)
-        rows = [ids[mask].tolist()[first:] for ids, mask in zip(batch.ids, batch.mask, strict=True)]
-        losses = self.lm.loss(pad([before + row for row in rows]), edits=edits, per_token=True)
-        found = losses[:, len(before) + 1 :].nanmean(1)
-        if bool((short := found.isnan()).any()):
-            raise ValueError(
-                f"another text needs two tokens at least, of which the second has a loss, got "
-                f"{self.text[int(short.nonzero()[0])]!r}: give a longer one"
-            )
-        return found
+def _losses(lm: LM, text: list[str], edits: list[Any], ask: str) -> Float[Tensor, " text"]:
+    """The mean loss of each text's tokens from its second on, the first that an edit reaches; ``ask`` stands before
+    each text, and its tokens do not count."""
+    first = 0 if lm.prefix_id is None else 1  # of a text's tokens
+    before = lm.tokenize(ask.rstrip()).ids[0].tolist() if ask else lm.tokenize(text[0]).ids[0].tolist()[:first]
+    batch = lm.tokenize(text)
+    rows = [ids[mask].tolist()[first:] for ids, mask in zip(batch.ids, batch.mask, strict=True)]
+    losses = lm.loss(pad([before + row for row in rows]), edits=edits, per_token=True)
+    found = losses[:, len(before) + 1 :].nanmean(1)
+    if bool((short := found.isnan()).any()):
+        raise ValueError(
+            f"another text needs at least two tokens, since the first has no loss, got "
+            f"{text[int(short.nonzero()[0])]!r}: give a longer one"
+        )
+    return found
 
 
 def _row(results: list[tuple[Tensor, Tensor]], clean: tuple[Tensor, Tensor]) -> dict[str, float]:
     """Means over the results, with standard errors over prompts and texts; costs are paired with the clean run."""
-    log_odds = torch.stack([r[0] for r in results]).mean(0)
-    cost = torch.stack([r[1] - clean[1] for r in results]).mean(0)
-    return {
-        "log_odds": float(log_odds.mean()), "se": _error(log_odds), "cost": float(cost.mean()), "cost_se": _error(cost),
-    }  # fmt: skip
-
-
-def _error(values: Tensor) -> float:
-    return float(values.std() / np.sqrt(len(values))) if len(values) > 1 else float("nan")
+    log_odds, se = mean_and_error(torch.stack([r[0] for r in results]).mean(0).tolist())
+    cost, cost_se = mean_and_error(torch.stack([r[1] - clean[1] for r in results]).mean(0).tolist())
+    return {"log_odds": log_odds, "se": se, "cost": cost, "cost_se": cost_se}

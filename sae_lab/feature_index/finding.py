@@ -9,7 +9,7 @@ import torch
 from numpy import ndarray
 
 from sae_lab.activations.reading import read_codes, require_fits
-from sae_lab.arguments import as_annotated
+from sae_lab.arguments import as_annotated, check_least
 from sae_lab.lm.model import LM
 from sae_lab.results import Result, result
 from sae_lab.saes.base import SparseCoder
@@ -48,19 +48,12 @@ class FoundFeatures(Result):
         """The first n rows."""
         return replace(self, table={name: column[:n] for name, column in self.table.items()})
 
-    def to_pandas(self):
-        """One row a feature."""
-        import pandas as pd
+    @property
+    def _examples(self) -> str:
+        return "tokens" if self.pooling == "token" else f"texts, pooled by {self.pooling}"
 
-        return pd.DataFrame(self.table)
-
-    _align, _gap = ">", " "
-    _shown, _digits = 10, ".3g"
-
-    def _footer(self) -> str:
-        what = "tokens" if self.pooling == "token" else f"texts, pooled by {self.pooling}"
-        count = f"{len(self.table['feature'])} features"
-        return f"{count}; {self.positives} positive and {self.negatives} negative {what}; {self.mask}"
+    _records, _gap, _shown, _digits = "table", " ", 10, ".3g"
+    _below = "{table[feature]!n} features; {positives} positive and {negatives} negative {_examples}; {mask}"
 
 
 class _Examples(NamedTuple):
@@ -106,14 +99,13 @@ def find_features(
         raise ValueError(f"pooling must be one of {', '.join(get_args(Pooling))}, got {pooling!r}")
     if not 0 <= held_out < 1:
         raise ValueError(f"held_out is a share of the texts, from 0 to below 1, got {held_out}")
-    if permutations < 1:
-        raise ValueError(f"p needs at least one permutation, got {permutations}")
+    check_least(1, permutations=permutations)
     texts, labels = _labelled(texts, against)
     by_token = any(isinstance(one, list) for one in labels)
     if by_token and pooling != "token":
         raise ValueError(f"labels of tokens need pooling='token', got {pooling!r}")
     require_fits(coder, lm, writes=False)
-    examples, mask = _encode(lm, coder, texts, labels, pooling)
+    examples = _encode(lm, coder, texts, labels, pooling)
     ranked = ~_held_out_texts(labels, held_out, seed)[examples.text]
     for what, chosen in (("ranked on", ranked), ("held out", ~ranked)):
         counts = [int((examples.label[chosen] == side).sum()) for side in (True, False)]
@@ -122,13 +114,12 @@ def find_features(
                 f"each class needs two examples among those {what}, got {counts[0]} positive and {counts[1]} negative: "
                 "give more texts, or held_out=0"
             )
+    from scipy.stats import false_discovery_control
+
     live = np.unique(examples.feature)
     auroc = _auroc(examples, ranked, live)
-    every = np.ones(len(examples.label), bool)
-    p = _p_values(
-        examples, every, live, _auroc(examples, every, live), permutations, seed, within_texts=by_token
-    )  # of all examples: its correction is for the number of features, not for a choice among them
-    from scipy.stats import false_discovery_control
+    # Of all examples: the correction is for the number of features, not for a choice among them.
+    p = _p_values(examples, live, permutations, seed, within_texts=by_token)
 
     table = {
         "feature": live,
@@ -140,8 +131,9 @@ def find_features(
         "q": false_discovery_control(p) if len(p) else p,
     }
     order = np.lexsort((-table["mean_difference"], -auroc))
-    counts = [int(side.sum()) for side in (examples.label, ~examples.label)]
-    return FoundFeatures({name: column[order] for name, column in table.items()}, pooling, counts[0], counts[1], mask)
+    table = {name: column[order] for name, column in table.items()}
+    positives, mask = int(examples.label.sum()), coder.mask or lm.mask()
+    return FoundFeatures(table, pooling, positives, len(examples.label) - positives, str(mask))
 
 
 def _labelled(texts: Sequence[str], against: Any) -> tuple[list[str], list[Any]]:
@@ -175,11 +167,7 @@ def _held_out_texts(labels: list[Any], share: float, seed: int) -> ndarray:
 
 
 @torch.no_grad()
-def _encode(
-    lm: LM, coder: SparseCoder, texts: list[str], labels: list[Any], pooling: Pooling
-) -> tuple[_Examples, str]:
-    """The examples, and the token mask in words."""
-    mask = coder.mask or lm.mask()
+def _encode(lm: LM, coder: SparseCoder, texts: list[str], labels: list[Any], pooling: Pooling) -> _Examples:
     lengths = [len(lm.tokenize(text).ids[0]) for text in texts]
     for text, length, label in zip(texts, lengths, labels, strict=True):
         if isinstance(label, list) and len(label) != length:
@@ -187,40 +175,39 @@ def _encode(
                 f"a text has {length} tokens and {len(label)} labels: give one for each of lm.tokens(text), the prefix "
                 f"token at position 0 included ({text[:40]!r})"
             )
-    parts: list[tuple[ndarray, ...]] = []  # (text, position, feature, value)
-    kept: list[tuple[ndarray, ndarray]] = []  # (text, position)
+    tokens: list[tuple[ndarray, ndarray]] = []  # of those that count: (text, position)
+    codes: list[tuple[ndarray, ndarray, ndarray]] = []  # (which of these tokens, feature, value)
+    before = 0
     for group in _groups(lengths):
-        codes, keep = read_codes(lm, coder, lm.tokenize([texts[i] for i in group]))
+        found, keep = read_codes(lm, coder, lm.tokenize([texts[i] for i in group]))
         row, position = (t.numpy() for t in keep.nonzero(as_tuple=True))
-        text, token = np.array(group)[row], codes.rows.numpy()
-        kept.append((text, position))
-        parts.append((text[token], position[token], codes.features.numpy(), codes.values.numpy()))
-    text, position, feature, value = (np.concatenate(column) for column in zip(*parts, strict=True))
-    kept_text, kept_position = (np.concatenate(column) for column in zip(*kept, strict=True))
-    if not len(kept_text):
+        tokens.append((np.array(group)[row], position))
+        codes.append((found.rows.numpy() + before, found.features.numpy(), found.values.numpy()))
+        before += len(row)
+    text, position = (np.concatenate(column) for column in zip(*tokens, strict=True))
+    token, feature, value = (np.concatenate(column) for column in zip(*codes, strict=True))
+    if not before:
+        mask = coder.mask or lm.mask()
         raise ValueError(f"the mask leaves out every token of these texts ({mask}): give longer ones")
-    density = np.bincount(feature, minlength=coder.d_sae) / max(1, len(kept_text))
+    density = np.bincount(feature, minlength=coder.d_sae) / before
     if pooling == "token":
-        example_of = {place: i for i, place in enumerate(zip(kept_text.tolist(), kept_position.tolist(), strict=True))}
-        example = np.array([example_of[place] for place in zip(text.tolist(), position.tolist(), strict=True)], int)
-        label = [labels[t][p] if isinstance(labels[t], list) else labels[t] for t, p in example_of]
-        return _Examples(example, feature, value, kept_text, np.array(label, bool), density), str(mask)
+        places = zip(text.tolist(), position.tolist(), strict=True)
+        label = [labels[t][p] if isinstance(labels[t], list) else labels[t] for t, p in places]
+        return _Examples(token, feature, value, text, np.array(label, bool), density)
     if pooling == "last":
         last = np.full(len(texts), -1)
-        np.maximum.at(last, kept_text, kept_position)
-        here = position == last[text]
-        text, feature, value = text[here], feature[here], value[here]
-    places, which = np.unique(text * coder.d_sae + feature, return_inverse=True)
-    pooled = np.zeros(len(places))
+        np.maximum.at(last, text, position)
+        here = (position == last[text])[token]
+        token, feature, value = token[here], feature[here], value[here]
+    pairs, which = np.unique(text[token] * coder.d_sae + feature, return_inverse=True)
+    example, feature = np.divmod(pairs, coder.d_sae)
+    pooled = np.zeros(len(pairs))
     if pooling == "mean":
         np.add.at(pooled, which, value)
-        pooled /= np.bincount(kept_text, minlength=len(texts))[places // coder.d_sae]
+        pooled /= np.bincount(text)[example]
     else:
         np.maximum.at(pooled, which, value)
-    examples = _Examples(
-        places // coder.d_sae, places % coder.d_sae, pooled, np.arange(len(texts)), np.array(labels, bool), density
-    )
-    return examples, str(mask)
+    return _Examples(example, feature, pooled, np.arange(len(texts)), np.array(labels, bool), density)
 
 
 def _groups(lengths: list[int]) -> list[list[int]]:
@@ -248,23 +235,17 @@ def _auroc(examples: _Examples, chosen: ndarray, live: ndarray) -> ndarray:
     return area(rank_sum, ranks.silent, (label & chosen).sum(), (~label & chosen).sum())
 
 
-def _p_values(
-    examples: _Examples, chosen: ndarray, live: ndarray, auroc: ndarray,
-    permutations: int, seed: int, within_texts: bool,
-) -> ndarray:  # fmt: skip
-    """(1 + permutations that are as far from 1/2) / (1 + permutations)."""
+def _p_values(examples: _Examples, live: ndarray, permutations: int, seed: int, within_texts: bool) -> ndarray:
+    """(1 + permutations whose AUROC is as far from 1/2) / (1 + permutations)."""
     from scipy.sparse import csr_array
 
-    (example, ranks), members = _ranks(examples, chosen, live), np.flatnonzero(chosen)
-    place = np.searchsorted(members, example)
-    # By text where texts are permuted: a text's ranks then go together.
-    text_of = np.unique(examples.text[members], return_inverse=True)[1]
-    label, unit = examples.label[members], np.arange(len(members))
-    sizes = np.ones(len(members))
-    if not within_texts:
-        first = np.unique(text_of, return_index=True)[1]
+    every = np.ones(len(examples.label), bool)
+    (example, ranks), auroc = _ranks(examples, every, live), _auroc(examples, every, live)
+    label, unit, sizes = examples.label, np.arange(len(every)), every.astype(float)
+    _, first, text_of = np.unique(examples.text, return_index=True, return_inverse=True)
+    if not within_texts:  # texts are permuted: a text's ranks go together
         label, unit, sizes = label[first], text_of, np.bincount(text_of).astype(float)
-    table = csr_array((ranks.above, (unit[place], ranks.features)), shape=(len(label), len(live)))
+    table = csr_array((ranks.above, (unit[example], ranks.features)), shape=(len(label), len(live)))
     random, p = np.random.default_rng(seed + 1), np.ones(len(live))
     todo, many = np.arange(len(live)), permutations
     for _ in range(3):
@@ -289,11 +270,9 @@ def _permuted(label: ndarray, within: ndarray | None, rows: int, random: np.rand
     keys = random.random((rows, len(label)))
     if within is not None:  # sorted by group first
         keys += within
-        base = np.argsort(within, kind="stable")
-    else:
-        base = np.arange(len(label))
-    drawn = np.empty((rows, len(label)))
-    np.put_along_axis(drawn, keys.argsort(1), np.broadcast_to(label[base].astype(float), drawn.shape), 1)
+        label = label[np.argsort(within, kind="stable")]
+    drawn = np.empty(keys.shape)
+    np.put_along_axis(drawn, keys.argsort(1), np.broadcast_to(label.astype(float), drawn.shape), 1)
     return drawn
 
 

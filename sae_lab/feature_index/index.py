@@ -167,9 +167,8 @@ class FeatureIndex:
 
     def order(self, by: str = "density") -> np.ndarray:
         """Live features, largest first, by "density", "max", "norm" or "best" (readable)."""
-        keys = ("density", "max", "norm", "best")
-        if by not in keys:
-            raise ValueError(f"order by one of {', '.join(keys)}, got {by!r}")
+        if by not in ("density", "max", "norm", "best"):
+            raise ValueError(f"order by one of density, max, norm, best, got {by!r}")
         order = np.argsort(-np.asarray(self._readability if by == "best" else self._column(by)), kind="stable")
         return order[self.counts[order] > 0]
 
@@ -292,6 +291,7 @@ class FeatureIndex:
         rows, values = self.activations(feature)
         stats = self._stats
         edges = np.linspace(0.0, float(self.max[feature]) or 1.0, BINS + 1)
+        near = zip(stats["neighbours"][feature].tolist(), stats["cosines"][feature].tolist(), strict=True)
         return FeatureView(
             feature=int(feature),
             d_sae=self.d_sae,
@@ -306,9 +306,7 @@ class FeatureIndex:
             promoted=self._lens(feature, "up"),
             suppressed=self._lens(feature, "down"),
             lens_note=self._lens_note(feature),
-            neighbours=list(
-                zip(stats["neighbours"][feature].tolist(), stats["cosines"][feature].tolist(), strict=True)
-            ),
+            neighbours=list(near),
             cofiring=self._cofiring(feature),
             explanations=[said._asdict() for said in self.explanations[feature]],
         )
@@ -331,12 +329,10 @@ class FeatureIndex:
     def _lens_note(self, feature: int) -> str:
         if "lens_kurtosis" not in self._stats:
             return f"no logit lens: {self.site} is not written to the residual stream"
-        limit = self._noise
         kurtosis = float(self._stats["lens_kurtosis"][feature])
-        if kurtosis > limit:
-            return ""
-        above = f"1 % of random directions have a kurtosis above {limit:.2f}"
-        return f"these tokens may be chance: {above}, this feature has {kurtosis:.2f}"
+        above = f"1 % of random directions have a kurtosis above {self._noise:.2f}"
+        chance = f"these tokens may be chance: {above}, this feature has {kurtosis:.2f}"
+        return "" if kurtosis > self._noise else chance
 
     @cached_property
     def _noise(self) -> float:
@@ -360,24 +356,17 @@ class FeatureIndex:
             return []
         numbers, documents = self.store.contexts(shown), self.store.rows(shown, "document")
         found = []
-        for row, number, document in zip(shown, numbers.tolist(), documents.tolist(), strict=True):
+        for shown_row, number, document in zip(shown, numbers.tolist(), documents.tolist(), strict=True):
             here, positions = self.store.context_rows(number)
-            peak = int(positions[np.searchsorted(here, row)])
-            ids = self.store.context_ids(number)
-            found.append(self._context(ids, here, positions, rows, values, peak, document))
+            ids, peak = self.store.context_ids(number), int(positions[np.searchsorted(here, shown_row)])
+            start, stop = max(0, peak - BEFORE), min(len(ids), peak + AFTER + 1)
+            along: list[float | None] = [None] * (stop - start)
+            # In the type of rows: else all of them would be converted, a million of a dense feature.
+            first, last = np.searchsorted(rows, np.array([here[0], here[-1] + 1], rows.dtype))
+            fires = dict(zip(rows[first:last].tolist(), values[first:last].tolist(), strict=True))
+            known = (positions >= start) & (positions < stop) & (here < self.tokens_seen)  # it may end in a context
+            for row, position in zip(here[known].tolist(), positions[known].tolist(), strict=True):
+                along[position - start] = round(fires.get(row, 0.0), 4)
+            labels = self._labels.of(ids[start:stop].tolist(), prefixed=start == 0)
+            found.append(Context(labels, along, peak - start, document, peak))
         return found
-
-    def _context(
-        self, ids: np.ndarray, here: np.ndarray, positions: np.ndarray, rows: np.ndarray, values: np.ndarray, peak: int,
-        document: int,
-    ) -> Context:  # fmt: skip
-        start, stop = max(0, peak - BEFORE), min(len(ids), peak + AFTER + 1)
-        along: list[float | None] = [None] * (stop - start)
-        # In the type of rows: else all of them would be converted, a million of a dense feature.
-        first, last = np.searchsorted(rows, np.array([here[0], here[-1] + 1], rows.dtype))
-        fires = dict(zip(rows[first:last].tolist(), values[first:last].tolist(), strict=True))
-        known = (positions >= start) & (positions < stop) & (here < self.tokens_seen)  # a store may end in a context
-        for row, position in zip(here[known].tolist(), positions[known].tolist(), strict=True):
-            along[position - start] = round(fires.get(row, 0.0), 4)
-        labels = self._labels.of(ids[start:stop].tolist(), prefixed=start == 0)
-        return Context(labels, along, peak - start, document, peak)

@@ -1,5 +1,6 @@
 """sl.match: which directions of one dictionary another one has, and in which order."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -100,25 +101,15 @@ def match(
             "dictionaries of the same site"
         )
     pairs = hungarian if hungarian is not None else max(len(rows_a), len(rows_b)) <= MOST_ROWS
-    random = np.random.default_rng(np.random.SeedSequence([_TAG])).standard_normal(
-        (int(keep_a.sum()), rows_a.shape[1]), dtype=np.float32
-    )
-    random = torch.nn.functional.normalize(torch.from_numpy(random), dim=1)
-    everything = torch.ones(len(random), dtype=torch.bool)
-    control = _match(random, everything, rows_b, keep_b, threshold, pairs, None)
-    return _match(rows_a, keep_a, rows_b, keep_b, threshold, pairs, control)
+    drawn = np.random.default_rng(np.random.SeedSequence([_TAG])).standard_normal(rows_a[keep_a].shape, np.float32)
+    random = torch.nn.functional.normalize(torch.from_numpy(drawn), dim=1)
+    control = _match(random, torch.ones(len(random), dtype=torch.bool), rows_b, keep_b, threshold, pairs)
+    return replace(_match(rows_a, keep_a, rows_b, keep_b, threshold, pairs), control=control)
 
 
 def _directions(source: SparseCoder | World | Tensor, name: str, live: bool) -> tuple[Tensor, Tensor]:
     """(unit rows, which of them count)."""
-    if isinstance(source, World):
-        rows = source.dictionary
-    elif isinstance(source, Tensor):
-        rows = source
-    elif isinstance(found := getattr(source, "W_dec", None), Tensor):
-        rows = found
-    else:
-        raise ValueError(f"{name} must be a coder, a World or a tensor (rows, width), got {type(source).__name__}")
+    rows = source.dictionary if isinstance(source, World) else getattr(source, "W_dec", source)
     if rows.dim() != 2 or not rows.is_floating_point():
         raise ValueError(f"{name} must have float rows (rows, width), got {tuple(rows.shape)} {rows.dtype}")
     rows = rows.detach().float().cpu()
@@ -126,17 +117,15 @@ def _directions(source: SparseCoder | World | Tensor, name: str, live: bool) -> 
         raise ValueError(f"{name} holds NaN or Inf: a dictionary's rows must be finite")
     norms = rows.norm(dim=1, keepdim=True)
     keep = norms[:, 0] > 0
-    if live and isinstance(scale := getattr(source, "f_scale", None), Tensor):
-        keep = keep & (scale.detach().cpu() > 0)
+    if live and isinstance(source, SparseCoder):
+        keep &= source.f_scale.cpu() > 0
     if not bool(keep.any()):
         why = "no feature of it ever fired, or it was never trained: try live=False" if live else "all rows are zero"
         raise ValueError(f"{name} has no direction to match: {why}")
     return rows / norms.clamp_min(torch.finfo(torch.float32).tiny), keep
 
 
-def _match(
-    rows_a: Tensor, keep_a: Tensor, rows_b: Tensor, keep_b: Tensor, threshold: float, pairs: bool, control: Match | None
-) -> Match:
+def _match(rows_a: Tensor, keep_a: Tensor, rows_b: Tensor, keep_b: Tensor, threshold: float, pairs: bool) -> Match:
     """The measures of kept unit rows, a chunk of a's rows at a time; all cosines at once only for pairs."""
     a, b = rows_a[keep_a], rows_b[keep_b]
     best_a, best_b, whole = [], torch.full((len(b),), -1.0), []
@@ -169,7 +158,6 @@ def _match(
         best=best,
         permutation=permutation,
         cosines=matched,
-        control=control,
     )
 
 

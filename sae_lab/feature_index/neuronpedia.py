@@ -58,9 +58,7 @@ def read_labels(
     for what, wanted in (("model", model), ("layer", layer)):
         there = sorted(names[what])
         if wanted is None and len(there) > 1:
-            raise ValueError(
-                f"the labels are of several {what}s ({', '.join(there[:6])}): say which, {what}={there[0]!r}"
-            )
+            raise ValueError(f"the labels are of several {what}s ({', '.join(there[:6])}): choose, {what}={there[0]!r}")
         if wanted is not None and wanted not in there:
             raise ValueError(f"no labels of {what} {wanted!r} there: the source has {', '.join(map(repr, there[:6]))}")
     if complaint:

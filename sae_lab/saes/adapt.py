@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from sae_lab.arguments import Count, as_annotated
 from sae_lab.saes import kernels, losses
-from sae_lab.saes.base import SparseCoder
+from sae_lab.saes.base import SparseCoder, check_k
 from sae_lab.types import Batch, Codes
 
 REVIVED = 0.2  # of the mean length of live encoder rows: a revived feature starts quiet (Bricken et al. 2023)
@@ -36,12 +36,13 @@ def _normalised(coder: SparseCoder, x: Tensor, target: Tensor) -> tuple[Tensor, 
     return (rows, target) if size is None or coder.transcodes else (rows, (target - mean) / size)
 
 
-def _unexplained(coder: SparseCoder, x: Tensor, target: Tensor, batch: Batch) -> tuple[Tensor, Codes]:
-    """(the target less ``coder.silent``, the codes as ``strengths``): strengths·directions is the features' part of
+def _unexplained(coder: SparseCoder, data: Tensor | Batch) -> tuple[Tensor, Tensor, Codes]:
+    """(x, the target less ``coder.silent``, the codes as ``strengths``): strengths·directions is the features' part of
     x_hat, whatever the norms of decoder rows and the ``input_norm``."""
-    codes = coder.sparse_codes(batch.x.to(x.device))
-    silent = coder.silent(x.reshape(-1, *coder.in_shape), batch.tokens).reshape(target.shape)
-    return target - silent, coder.strengths(codes, x.reshape(-1, *coder.in_shape))
+    rows, target = _pair(data, coder)
+    x = rows.reshape(-1, *coder.in_shape)
+    silent = coder.silent(x, _batch(data).tokens).reshape(target.shape)
+    return x, target - silent, coder.strengths(coder.sparse_codes(x), x)
 
 
 @as_annotated
@@ -126,9 +127,7 @@ def unsuppress(coder: SparseCoder, data: Tensor | Batch, steps: Count = 60) -> S
     Raises ValueError for coders whose decoder is tied to other weights.
     """
     _require_free_decoder(coder)
-    x, target = _pair(data, coder)
-    batch = _batch(data)
-    wanted, codes = _unexplained(coder, x, target, batch)
+    _, wanted, codes = _unexplained(coder, data)
     directions = coder.directions()
 
     def apply(s: Tensor) -> Tensor:
@@ -170,11 +169,9 @@ def optimise_codes(coder: SparseCoder, data: Tensor | Batch, k: int | None = Non
     With a k features are chosen too, one after another, each the one that fits the residual best (orthogonal matching
     pursuit with f >= 0); this costs k encoder products.
     """
-    x, target = _pair(data, coder)
-    if k is not None and not 1 <= k <= coder.d_sae:
-        raise ValueError(f"k must be an integer from 1 to d_sae={coder.d_sae}, got {k!r}")
-    batch = _batch(data)
-    wanted, codes = _unexplained(coder, x, target, batch)
+    if k is not None:
+        check_k(k, coder.d_sae)
+    x, wanted, codes = _unexplained(coder, data)
     W_dec = coder.directions()
     if k is not None:
         return _in_code_units(coder, _pursue(wanted, W_dec, k), x)
@@ -193,7 +190,7 @@ def optimise_codes(coder: SparseCoder, data: Tensor | Batch, k: int | None = Non
 def _in_code_units(coder: SparseCoder, strengths: Codes, x: Tensor) -> Codes:
     """Codes of ``strengths``; 0 where a feature has no direction."""
     ones = strengths._replace(values=torch.ones_like(strengths.values))
-    one = coder.strengths(ones, x.reshape(-1, *coder.in_shape)).values
+    one = coder.strengths(ones, x).values
     return strengths._replace(values=torch.where(one > 0, strengths.values / one, 0.0))
 
 
@@ -226,8 +223,7 @@ def _pursue(y: Tensor, W_dec: Tensor, k: int) -> Codes:
             f = _nonnegative(y[rows], atoms, F.pad(f, (0, 1)), sweeps=8)
             residual = y[rows] - (f[:, None] @ atoms)[:, 0]
         features[rows], values[rows] = chosen, f
-    offsets = torch.arange(0, features.numel() + 1, k, device=y.device)
-    return Codes(values.flatten(), features.flatten(), offsets, len(W_dec))
+    return kernels.equal_rows(values, features, len(W_dec))
 
 
 @as_annotated
@@ -247,9 +243,8 @@ def realign(coder: SparseCoder, data: Tensor | Batch, rank: int | None = None, r
     variance. ridge: λ in units of the mean Σf² of a live feature.
     """
     _require_free_decoder(coder)
-    x, target = _pair(data, coder)
-    wanted, codes = _unexplained(coder, x, target, _batch(data))
-    size = coder.sizes(x.reshape(-1, *coder.in_shape)).reshape(-1, 1)
+    x, wanted, codes = _unexplained(coder, data)
+    size = coder.sizes(x).reshape(-1, 1)
     wanted = wanted + size * coder.b_dec  # which is fitted anew, as a coefficient of the rows' sizes (1, mostly)
 
     def without_bias(t: Tensor) -> tuple[Tensor, Tensor]:

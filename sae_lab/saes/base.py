@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from sae_lab import costs, noting
-from sae_lab.arguments import as_annotated
+from sae_lab.arguments import as_annotated, check_least
 from sae_lab.costs import Cost
 from sae_lab.saes import kernels, losses, portable, writing
 from sae_lab.types import Batch, Codes, Output, Site, TokenMask, check_feature
@@ -83,9 +83,7 @@ class SparseCoder(nn.Module):
         skip: bool = False,
     ):  # fmt: skip
         super().__init__()
-        for name, value in (("d_in", d_in), ("d_sae", d_sae), ("d_out", d_in if d_out is None else d_out)):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        check_least(1, d_in=d_in, d_sae=d_sae, d_out=d_in if d_out is None else d_out)
         if skip and d_out is None:
             raise ValueError("skip=True needs d_out: it is a transcoder's, an SAE's would be the identity")
         self.config = {"d_in": d_in, "d_sae": d_sae, "seed": seed, **config}
@@ -319,8 +317,7 @@ class SparseCoder(nn.Module):
         device = codes.values.device if isinstance(codes, Codes) else codes.device  # read codes are on the CPU
         norms, sizes = (t.to(device) for t in (self.W_dec.detach().float().norm(dim=1), self.sizes(x)))
         if isinstance(codes, Codes):
-            rows = codes.rows
-            return codes._replace(values=codes.values * norms[codes.features] * sizes.flatten()[rows])
+            return codes._replace(values=codes.values * norms[codes.features] * sizes.flatten()[codes.rows])
         return codes * norms * sizes
 
     @as_annotated

@@ -75,18 +75,19 @@ def _largest(pre: Tensor, k: int, groups: tuple[int, ...] = GROUPS) -> tuple[Ten
 
 def top_per_row(pre: Float[Tensor, "batch d_sae"], k: int) -> Codes:
     """The k largest entries of each row."""
-    return _equal_rows([_largest(part, k) for part in _pieces(pre)], pre.shape[1])
+    tops = (_largest(part, k) for part in _pieces(pre))
+    return equal_rows(*(torch.cat(parts) for parts in zip(*tops, strict=True)), pre.shape[1])
 
 
 def top_among(pre: Float[Tensor, "batch d_sae"], features: Int[Tensor, " some"], k: int) -> Codes:
     """The k largest entries of each row, among some features."""
-    codes = _equal_rows([_largest(part.index_select(1, features), k) for part in _pieces(pre)], pre.shape[1])
-    return codes._replace(features=features[codes.features])
+    tops = (_largest(part.index_select(1, features), k) for part in _pieces(pre))
+    values, among = (torch.cat(parts) for parts in zip(*tops, strict=True))
+    return equal_rows(values, features[among], pre.shape[1])
 
 
-def _equal_rows(tops: list[tuple[Tensor, Tensor]], d_sae: int) -> Codes:
-    """Codes from (values, features) of some rows after others, with as many entries in each."""
-    values, features = (torch.cat(parts) for parts in zip(*tops, strict=True))
+def equal_rows(values: Float[Tensor, "batch k"], features: Int[Tensor, "batch k"], d_sae: int) -> Codes:
+    """Codes of rows that all have k entries."""
     offsets = torch.arange(0, values.numel() + 1, values.shape[1], device=values.device)
     return Codes(values.flatten(), features.flatten(), offsets, d_sae)
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from sae_lab.activations.store import Rows, Store
-from sae_lab.arguments import Count, as_annotated
+from sae_lab.arguments import Count, as_annotated, check_least
 
 MAX_LR = 1e30  # beyond it one step overflows float32 before the loss can say so
 Shard = Literal["batch", "features"]
@@ -45,18 +45,14 @@ class TrainConfig:
     def __post_init__(self):
         if (self.tokens is None) == (self.steps is None):
             raise ValueError(f"give tokens or steps, one of them: got tokens={self.tokens}, steps={self.steps}")
-        for name in ("tokens", "steps", "batch_size", "dead_after", "log_every", "checkpoint_every"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        counts = ("tokens", "steps", "batch_size", "dead_after", "log_every", "checkpoint_every")
+        check_least(1, **{name: value for name in counts if (value := getattr(self, name)) is not None})
         if self.lr is not None:
             check_lr(self.lr)
         if self.shard not in get_args(Shard):
             raise ValueError(f"shard must be one of {', '.join(get_args(Shard))}, got {self.shard!r}")
         if not (0 <= self.warmup <= 1 and 0 <= self.decay <= 1 and self.warmup + self.decay <= 1):
-            raise ValueError(
-                f"warmup and decay are shares of training that sum to <= 1, got {self.warmup}, {self.decay}"
-            )
+            raise ValueError(f"warmup and decay are shares of training, together <= 1, got {self.warmup}, {self.decay}")
 
     @property
     def total_steps(self) -> int:

@@ -39,16 +39,13 @@ class Ranks(Process, kernels.Selector):
 
     def require(self, coder: SparseCoder, batch_size: int) -> None:
         if self.feature_shares > 1 and type(coder).__name__ not in SHARDED:
-            raise ValueError(
-                f"shard='features' can divide {', '.join(SHARDED)}, got {type(coder).__name__}: use shard='batch'"
-            )
+            family = type(coder).__name__
+            raise ValueError(f"shard='features' can divide {', '.join(SHARDED)}, got {family}: use shard='batch'")
         shared = {"batch": ("batch_size", batch_size, "share it"), "features": ("d_sae", coder.d_sae, "hold features")}
         name, number, what = shared[self.shard]
-        if number % self.size:
-            more = -(-number // self.size) * self.size
-            raise ValueError(
-                f"{name} must be a multiple of the {self.size} ranks that {what}, got {number}: try {more}"
-            )
+        if number % (n := self.size):
+            more = -(-number // n) * n
+            raise ValueError(f"{name} must be a multiple of the {n} ranks that {what}, got {number}: try {more}")
 
     def over_rows(self, t: Tensor) -> Tensor:
         return _sum(t) if self.row_shares > 1 else t

@@ -171,9 +171,7 @@ def _coders(
             row = {"family": family} | {k: _plain(v) for k, v in zip(lists, values, strict=True) if len(lists[k]) > 1}
             rows.append(row | {"seed": seed} | ({"site": site.key} if site is not None else {}))
     if not coders:
-        raise ValueError(
-            "the grid is empty: give a family, a value for each argument and a seed, {'TopK': {'k': [8, 16]}}"
-        )
+        raise ValueError("the grid is empty: give a family, values of arguments and a seed, {'TopK': {'k': [8, 16]}}")
     return coders, rows
 
 

@@ -98,7 +98,7 @@ def test_the_hub(tmp_path, batch, monkeypatch):
             "line 1: labels of the model 'gpt2-small', and the index is of 'owner/T",
         ),
         ([line(0, "a", layer="6-res")], "labels of layer '6-res', and the index is of layer 1"),
-        ([line(0, "a"), line(1, "b", modelId="other")], r"of several models \(other, tiny\): say which, model='other'"),
+        ([line(0, "a"), line(1, "b", modelId="other")], r"of several models \(other, tiny\): choose, model='other'"),
         ([line(0, "a"), line(1, "b", layer="1-mlp")], r"of several layers \(1-mlp, 1-res\)"),
         ([line(0, "a"), "{"], "line 2 is no explanation of Neuronpedia"),
         ([line("x", "a")], "line 1 is no explanation"),

@@ -185,7 +185,7 @@ def test_the_difference_in_means_leaves_out_what_the_mask_does(tiny_lm):
         ({"strengths": [0.0, math.nan]}, "strengths must be a list of numbers, got a list with nan"),
         ({"strengths": [0.0, 1.0, math.inf]}, "rise, all finite"),
         ({"strengths": [math.nan, 1.0]}, "strengths must be a list of numbers, got a list with nan"),
-        ({"text": [OTHER, " a"]}, "another text needs two tokens at least, .* got ' a': give a longer one"),
+        ({"text": [OTHER, " a"]}, "another text needs at least two tokens, .* got ' a': give a longer one"),
         ({"target": " riverboats and"}, r"a target is one token, ' riverboats and' is \d+"),
         ({"strengths": [1.0, 2.0]}, r"strengths begin at 0.*got \[1.0, 2.0\]"),
         ({"strengths": [0.0, 2.0, 1.0]}, "strengths begin at 0"),

@@ -197,7 +197,7 @@ def test_a_context_that_the_store_cuts(index, store, dense):
     assert here[-1] >= ROWS, "the store must end within a context"
     feature = int(dense[here[here < ROWS]].max(0).argmax())
     rows, values = index.activations(feature)
-    c = index._context(store.context_ids(number), here, positions, rows, values, int(positions[0]), 0)
+    (c,) = index._contexts(here[:1], rows, values)
     start = c.position - c.peak
     unknown = {int(p) for p in positions[here >= ROWS]}
     assert all((c.values[p - start] is None) for p in unknown if 0 <= p - start < len(c.values))

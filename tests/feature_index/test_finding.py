@@ -89,7 +89,7 @@ def test_p_values_are_those_of_a_rank_test():
     planted = Planted()
     chosen, live = np.ones(60, bool), np.arange(200)
     auroc = finding._auroc(planted.examples, chosen, live)
-    p = finding._p_values(planted.examples, chosen, live, auroc, 999, 0, within_texts=False)
+    p = finding._p_values(planted.examples, live, 999, 0, within_texts=False)
     assert auroc[0] == 1.0 and p[0] <= 1 / 90_000
     noise = np.sort(p[1:])
     # Kolmogorov's distance from uniform stays below 1.63/sqrt(n) in 99 of 100 samples.
@@ -111,9 +111,9 @@ def test_tokens_of_a_text_are_not_independent():
     examples = finding._Examples(np.arange(60), np.zeros(60, int), f, text, label, np.ones(1))
     chosen, live = np.ones(60, bool), np.array([0])
     auroc = finding._auroc(examples, chosen, live)
-    p = finding._p_values(examples, chosen, live, auroc, 999, 0, within_texts=False)
+    p = finding._p_values(examples, live, 999, 0, within_texts=False)
     assert auroc[0] == 1.0 and p[0] == pytest.approx(2 / 20, abs=0.03)  # of the 20 ways to label three of six texts
-    within = finding._p_values(examples, chosen, live, auroc, 999, 0, within_texts=True)
+    within = finding._p_values(examples, live, 999, 0, within_texts=True)
     assert within[0] == 1.0  # within a text all tokens have one label: nothing can be permuted
 
 
@@ -175,7 +175,7 @@ def test_a_feature_of_the_shipped_coder(lm):
         ((SHIPS[:2], [[0, 1], [1]]), {}, "labels of tokens need pooling='token'"),
         ((SHIPS[:2], CROWS[:2]), {}, "each class needs two examples among those ranked on, got 1 positive and 1"),
         ((SHIPS, CROWS), {"held_out": 1.0}, "held_out is a share"),
-        ((SHIPS, CROWS), {"permutations": 0}, "at least one permutation"),
+        ((SHIPS, CROWS), {"permutations": 0}, "permutations must be at least 1, got 0"),
     ],
 )
 def test_refused(args, kwargs, words, tiny_lm, sae):

@@ -271,7 +271,7 @@ def test_wrong_width(fitted):
 
 @pytest.mark.parametrize(("d_in", "d_sae"), [(0, 40), (16, -1)])
 def test_widths_that_are_none(family, d_in, d_sae):
-    with pytest.raises(ValueError, match="must be a positive integer, got"):
+    with pytest.raises(ValueError, match="must be at least 1, got"):
         FAMILIES[family](d_in, d_sae, **SPECS[family])
 
 

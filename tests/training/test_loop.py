@@ -162,18 +162,18 @@ def test_tokens_or_steps():
     [
         ({}, "give tokens or steps, one of them: got tokens=None, steps=None"),
         ({"tokens": 5, "steps": 5}, "give tokens or steps, one of them: got tokens=5, steps=5"),
-        ({"steps": 0}, "steps must be a positive integer, got 0"),
-        ({"tokens": -5}, "tokens must be a positive integer, got -5"),
-        ({"steps": 5, "batch_size": 0}, "batch_size must be a positive integer, got 0"),
-        ({"steps": 5, "dead_after": 0}, "dead_after must be a positive integer"),
-        ({"steps": 5, "log_every": 0}, "log_every must be a positive integer"),
-        ({"steps": 5, "checkpoint_every": 0}, "checkpoint_every must be a positive integer"),
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"tokens": -5}, "tokens must be at least 1, got -5"),
+        ({"steps": 5, "batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"steps": 5, "dead_after": 0}, "dead_after must be at least 1"),
+        ({"steps": 5, "log_every": 0}, "log_every must be at least 1"),
+        ({"steps": 5, "checkpoint_every": 0}, "checkpoint_every must be at least 1"),
         ({"steps": 5, "seed": -1}, "seed must be a whole number of at least 0, got -1"),
         *(({"steps": 5, "lr": lr}, f"lr must be a positive number .*got {lr}; None chooses one by d_sae")
           for lr in (-1e-3, 0.0, float("inf"))),
         ({"steps": 5, "lr": float("nan")}, "lr must be a number or None, got nan"),
         ({"steps": 5, "warmup": float("nan")}, "warmup must be a number, got nan"),
-        *(({"steps": 5, "warmup": w, "decay": d}, "are shares of training that sum to <= 1")
+        *(({"steps": 5, "warmup": w, "decay": d}, "are shares of training, together <= 1")
           for w, d in ((-0.1, 0.2), (0.9, 0.2), (0.0, 1.1))),
     ],
 )  # fmt: skip

@@ -1,5 +1,3 @@
-"""BatchTopK."""
-
 from collections.abc import Iterable
 from typing import Unpack
 

@@ -1,11 +1,10 @@
-"""Crosscoder."""
-
 from collections.abc import Iterable, Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sae_lab.arguments import check_least
 from sae_lab.saes.base import check_weight
 from sae_lab.saes.families.batchtopk import BatchTopK
 from sae_lab.types import Batch, Codes, Output, Site
@@ -43,11 +42,10 @@ class Crosscoder(BatchTopK):
         self, d_in: int, d_sae: int, layers: int, k: int = 32, causal: bool = False, k_aux: int | None = None,
         seed: int = 0, selection: str = "codes", norm_penalty: float = 0.0,
     ):  # fmt: skip
-        if not isinstance(layers, int) or layers < 2:
+        if layers < 2:
             raise ValueError(f"a crosscoder needs at least 2 layers, got {layers!r}: for one layer use BatchTopK")
-        if not isinstance(d_in, int) or d_in < 1:
-            raise ValueError(f"d_in must be a positive integer, got {d_in!r}")
-        if causal and isinstance(d_sae, int) and d_sae % layers:
+        check_least(1, d_in=d_in)
+        if causal and d_sae % layers:
             raise ValueError(f"causal groups need d_sae to be a multiple of layers={layers}, got d_sae={d_sae}")
         if selection not in SELECTIONS:
             raise ValueError(f"selection must be one of {', '.join(SELECTIONS)}, got {selection!r}")

@@ -1,5 +1,3 @@
-"""Gated."""
-
 from typing import Unpack
 
 import torch

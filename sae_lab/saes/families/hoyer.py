@@ -1,5 +1,3 @@
-"""Hoyer."""
-
 from jaxtyping import Float
 from torch import Tensor
 

@@ -1,5 +1,3 @@
-"""JumpReLU."""
-
 from typing import Unpack
 
 import torch

@@ -1,5 +1,3 @@
-"""L1 and Tied: a ReLU and a penalty."""
-
 from typing import Unpack
 
 import torch

@@ -1,5 +1,3 @@
-"""LeakyTopK."""
-
 from typing import Unpack
 
 import torch

@@ -1,5 +1,3 @@
-"""MatrixSAE."""
-
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -21,7 +19,7 @@ class MatrixSAE(TopK):
     """
 
     def __init__(self, d_in: int, d_sae: int, rows: int, k: int = 32, k_aux: int | None = None, seed: int = 0):
-        if not isinstance(rows, int) or rows < 1 or (isinstance(d_in, int) and d_in % rows):
+        if not isinstance(rows, int) or rows < 1 or d_in % rows:
             raise ValueError(f"rows must divide d_in={d_in}, got {rows!r}: x is a matrix of rows x (d_in/rows), flat")
         self._matrix_rows = rows
         super().__init__(d_in, d_sae, k, k_aux, seed)

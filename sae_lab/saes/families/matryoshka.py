@@ -1,5 +1,3 @@
-"""Matryoshka."""
-
 from collections.abc import Sequence
 from typing import Unpack
 

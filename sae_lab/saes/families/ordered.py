@@ -1,5 +1,3 @@
-"""Ordered."""
-
 from typing import Unpack
 
 import torch

@@ -1,5 +1,3 @@
-"""PAnneal."""
-
 from typing import Unpack
 
 import torch

@@ -1,5 +1,3 @@
-"""ProLU."""
-
 import torch
 from jaxtyping import Float
 from torch import Tensor

@@ -1,5 +1,3 @@
-"""SmoothL0."""
-
 from typing import Unpack
 
 from jaxtyping import Float

@@ -1,5 +1,3 @@
-"""Spline."""
-
 from typing import Unpack
 
 import torch

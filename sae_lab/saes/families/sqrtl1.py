@@ -1,5 +1,3 @@
-"""SqrtL1."""
-
 from jaxtyping import Float
 from torch import Tensor
 

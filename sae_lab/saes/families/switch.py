@@ -1,11 +1,9 @@
-"""Switch."""
-
 from typing import Unpack
 
 import torch
 from torch import Tensor, nn
 
-from sae_lab.saes import losses, portable
+from sae_lab.saes import kernels, losses, portable
 from sae_lab.saes.base import Wiring, check_weight
 from sae_lab.saes.families.topk import TopK
 from sae_lab.types import Batch, Codes, Output
@@ -45,9 +43,7 @@ class Switch(TopK):
     def check_sparsity(self, value: float) -> None:
         super().check_sparsity(value)
         if value > (size := self.d_sae // self.experts):
-            raise ValueError(
-                f"k={value} is more than the {size} features of one expert: take fewer experts or a smaller k"
-            )
+            raise ValueError(f"k={value} is more than the {size} features of one expert: lower k or use fewer experts")
 
     @torch.no_grad()
     def begin(self, batch: Batch) -> None:
@@ -78,8 +74,7 @@ class Switch(TopK):
                     scores = torch.addmm(bias[part], x[rows], self.W_enc[:, part])
                     pre[rows, part] = scores
                     features[rows] = scores.topk(self.k, sorted=False).indices + e * size
-            offsets = torch.arange(0, features.numel() + 1, self.k, device=x.device)
-            chosen = Codes(pre.gather(1, features).flatten(), features.flatten(), offsets, self.d_sae)
+            chosen = kernels.equal_rows(pre.gather(1, features), features, self.d_sae)
         chosen = self._encode_at(chosen, x)
         return pre, chosen._replace(values=chosen.values.relu() * probability.repeat_interleave(self.k))
 

@@ -1,5 +1,3 @@
-"""Tokenized."""
-
 from typing import Unpack
 
 import torch
@@ -50,9 +48,7 @@ class Tokenized(BatchTopK):
 
     def _check_tokens(self, tokens: Tensor | None) -> None:
         if tokens is None:
-            raise ValueError(
-                "a Tokenized coder needs token ids: call sae(x, tokens), or train it on a store, which holds them"
-            )
+            raise ValueError("a Tokenized coder needs token ids: call sae(x, tokens), or train it on a store")
         if int(tokens.max()) >= len(self.lookup) or int(tokens.min()) < 0:
             raise ValueError(
                 f"token ids must lie from 0 to vocab-1={len(self.lookup) - 1}, got {int(tokens.min())} to "

@@ -1,9 +1,8 @@
-"""TopK, and Multi-TopK."""
-
 from typing import Unpack
 
 from torch import Tensor
 
+from sae_lab.arguments import check_least
 from sae_lab.saes import losses, portable
 from sae_lab.saes.base import SparseCoder, Wiring, check_k
 from sae_lab.types import Batch, Output
@@ -35,10 +34,9 @@ class TopK(SparseCoder):
         config = {"k": k, "k_aux": k_aux} | ({"multi": multi} if multi != 1 else {})
         super().__init__(d_in, d_sae, config, seed=seed, **wiring)
         check_k(k, d_sae)
-        if k_aux is not None and (not isinstance(k_aux, int) or k_aux < 1):
+        if k_aux is not None and k_aux < 1:
             raise ValueError(f"k_aux must be a positive integer, or None for d_in/2, got {k_aux!r}")
-        if not isinstance(multi, int) or multi < 1:
-            raise ValueError(f"multi must be a positive integer (1: no Multi-TopK), got {multi!r}")
+        check_least(1, multi=multi)
         if multi > 1 and not self.takes_multi:
             raise ValueError(f"{type(self).__name__} has no Multi-TopK: leave multi={multi} out, or take TopK")
         self.k, self.multi = k, multi

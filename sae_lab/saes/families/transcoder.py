@@ -1,5 +1,3 @@
-"""Transcoder and SkipTranscoder."""
-
 from sae_lab.saes.families.batchtopk import BatchTopK
 
 

@@ -38,9 +38,7 @@ def baselines(
     if unknown := [name for name in names if name not in NAMES]:
         raise ValueError(f"unknown baseline {unknown[0]!r}; known: {', '.join(NAMES)}")
     if sae.transcodes or len(sae.in_shape) > 1:
-        raise ValueError(
-            f"baselines stand in for coders that reconstruct what they read, a {type(sae).__name__} does not"
-        )
+        raise ValueError(f"baselines need a coder that reconstructs what it reads, a {type(sae).__name__} does not")
     x = x.float().cpu()
     mean = x.mean(0)
     k = max(1, round(len(sae.codes_of(x).values) / len(x)))

@@ -1,5 +1,3 @@
-"""VQ."""
-
 import torch
 from jaxtyping import Float
 from torch import Tensor

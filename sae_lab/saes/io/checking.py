@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sae_lab.saes import kernels
 from sae_lab.saes.base import SparseCoder
-from sae_lab.types import Codes
+from sae_lab.types import Codes, Site
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ def check(coder: SparseCoder, data: Any, rows: int = ROWS) -> dict[str, Any]:
     data: activations ``batch d_in``, a pair (x, target) for a transcoder, or a store. ``f_scale``, where the checkpoint
     had none, is fitted on the same rows. Raises ValueError for activations of another width.
     """
-    problems, pairs = _site_problems(coder, data), [(x.float(), y) for x, y in _pairs(data, rows)]
+    pairs = [(x.float(), y) for x, y in _pairs(data, rows)]
     if not any(len(x) for x, _ in pairs):
         raise ValueError("check needs activations: pass a tensor with rows, or a store that holds some")
     parts: list[Codes] = []
@@ -49,7 +49,7 @@ def check(coder: SparseCoder, data: Any, rows: int = ROWS) -> dict[str, Any]:
     fvu = error / spread if spread > 0 else None
     codes = kernels.joined(parts, coder.d_sae)
     found: dict[str, Any] = {"fvu": fvu, "l0": len(codes.values) / n, "tokens": n}
-    problems += _absurd(found, coder) + _contradicted(found, coder.meta.get("expected") or {})
+    problems = list(_problems(coder, getattr(data, "site", None), found))
     if coder.meta.get("f_scale") == "unknown":
         coder._fit_scale(codes)
         coder.meta["f_scale"] = f"fitted by check on {n} rows"
@@ -76,31 +76,17 @@ def _pairs(data: Any, rows: int) -> Iterator[tuple[Tensor, Tensor | None]]:
         raise ValueError(f"check takes a tensor, a pair of tensors or a store, got {type(data).__name__}")
 
 
-def _site_problems(coder: SparseCoder, data: Any) -> list[str]:
-    site = getattr(data, "site", None)
-    if site is None or not coder.reads or site == coder.reads[0]:
-        return []
-    return [f"they are from {site}, and it reads {coder.reads[0]}"]
-
-
-def _absurd(found: dict[str, Any], coder: SparseCoder) -> list[str]:
-    problems = []
+def _problems(coder: SparseCoder, site: Site | None, found: dict[str, Any]) -> Iterator[str]:
+    """What is absurd in these figures, or contradicts what the checkpoint states."""
+    if site is not None and coder.reads and site != coder.reads[0]:
+        yield f"they are from {site}, and it reads {coder.reads[0]}"
     if found["fvu"] is not None and found["fvu"] > 1:
-        problems.append(f"FVU is {found['fvu']:.2f}: its reconstruction is worse than their mean")
+        yield f"FVU is {found['fvu']:.2f}: its reconstruction is worse than their mean"
     if found["l0"] == 0:
-        problems.append("L0 is 0: no feature ever fires")
+        yield "L0 is 0: no feature ever fires"
     elif found["l0"] > coder.d_sae / 4:
-        problems.append(f"L0 is {found['l0']:.0f}: more than a quarter of its {coder.d_sae} features fire at once")
-    return problems
-
-
-def _contradicted(found: dict[str, Any], expected: dict[str, float]) -> list[str]:
-    problems = []
-    for name, said in expected.items():
+        yield f"L0 is {found['l0']:.0f}: more than a quarter of its {coder.d_sae} features fire at once"
+    for name, said in coder.meta.get("expected", {}).items():
         measured = found.get(name)
-        if not measured or not said:
-            continue
-        times = measured / said
-        if not 1 / FACTOR <= times <= FACTOR:
-            problems.append(f"{name} is {measured:.3g}, {times:.2g} times the {said:.3g} that the checkpoint states")
-    return problems
+        if measured and said and not 1 / FACTOR <= (times := measured / said) <= FACTOR:
+            yield f"{name} is {measured:.3g}, {times:.2g} times the {said:.3g} that the checkpoint states"

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from sae_lab.saes.io.foreign import Checkpoint
-from sae_lab.saes.io.layouts import floats, refuse_layered
-from sae_lab.saes.io.layouts import read as read_file
+from sae_lab.saes.io.layouts import floats, read_file, refuse_layered
 from sae_lab.saes.io.places import Place, place
 from sae_lab.types import Site
 

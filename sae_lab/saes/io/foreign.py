@@ -123,19 +123,14 @@ class Checkpoint:
             if name != "threshold":  # which the files hold
                 t.setdefault(name, torch.zeros(buffer.shape, dtype=buffer.dtype))
         check(coder, t, self.where)
-        self._read_from_here(d_in)
+        if self.reads is not None and self.reads.norm:
+            self._normalise(d_in)
+        if self.reads is not None and self.reads.centred:
+            self._centre()
         coder.pre_bias, coder.input_norm = self.pre_bias, self.input_norm  # type: ignore[assignment]
         assign(coder, t)
         self._tell(coder)
         return coder.eval()
-
-    def _read_from_here(self, d_in: int) -> None:
-        if self.reads is None:
-            return
-        if self.reads.norm:
-            self._normalise(d_in)
-        if self.reads.centred:
-            self._centre()
 
     def _normalise(self, d_in: int) -> None:
         """x is the residual stream after a norm's division: read the stream, and divide here."""

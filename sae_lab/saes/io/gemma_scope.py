@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from sae_lab.saes.io.foreign import Checkpoint
-from sae_lab.saes.io.layouts import floats, must_hold, read, refuse_layered
+from sae_lab.saes.io.layouts import floats, must_hold, read_file, refuse_layered
 from sae_lab.saes.io.places import place, told
 
 ARCHIVE, WEIGHTS = "params.npz", "params.safetensors"
@@ -30,7 +30,7 @@ _FOLDERS = {
 def read_1(path: Path, facts: dict[str, Any]) -> Checkpoint:
     """path: the folder, or an archive of any name."""
     file = path if path.is_file() else path / ARCHIVE
-    t = {("W_" + n[2:] if n.startswith("w_") else n): v for n, v in floats(read(file), file).items()}
+    t = {("W_" + n[2:] if n.startswith("w_") else n): v for n, v in floats(read_file(file), file).items()}
     refuse_layered(file, t)
     must_hold(t, NAMES, file, may=["scaling_factor"])
     if not bool((t.pop("scaling_factor", torch.ones(())) == 1).all()):
@@ -73,11 +73,11 @@ def read_1(path: Path, facts: dict[str, Any]) -> Checkpoint:
 
 def read_2(folder: Path, facts: dict[str, Any]) -> Checkpoint:
     path = facts.get("path") or folder.as_posix()
-    cfg = read(folder / "config.json") if (folder / "config.json").is_file() else {}
+    cfg = read_file(folder / "config.json") if (folder / "config.json").is_file() else {}
     if cfg.get("architecture", "jump_relu") != "jump_relu":
         raise ValueError(f"{folder}: architecture {cfg['architecture']!r} of Gemma Scope 2; supported: 'jump_relu'")
     names = {"w_enc": "W_enc", "w_dec": "W_dec", "affine_skip_connection": "W_skip"}
-    t = {names.get(n, n): v for n, v in floats(read(folder / WEIGHTS), folder / WEIGHTS).items()}
+    t = {names.get(n, n): v for n, v in floats(read_file(folder / WEIGHTS), folder / WEIGHTS).items()}
     refuse_layered(folder, t, cfg)
     must_hold(t, NAMES, folder / WEIGHTS, may=["W_skip"])
     found = Checkpoint("Gemma Scope 2", str(folder), "JumpReLU", t, pre_bias=False)

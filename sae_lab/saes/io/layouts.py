@@ -25,7 +25,7 @@ _KINDS: dict[str, tuple[Callable[[Path], Any], str, str]] = {
 }
 
 
-def read(file: Path) -> dict[str, Any]:
+def read_file(file: Path) -> dict[str, Any]:
     """What a file holds, by its ending: .json, .yaml, .npz, .safetensors; any other is read as torch.save wrote it.
 
     ValueError for a missing or damaged file, and for one that holds no values by name.
@@ -58,7 +58,7 @@ def must_hold(there: Collection[str], needed: Collection[str], where: Path | str
 def peek(file: Path) -> dict[str, Any]:
     """What a file of weights holds, of safetensors only names and shapes."""
     if file.suffix != ".safetensors":
-        return read(file)
+        return read_file(file)
     try:
         return {n: torch.empty(info["shape"], device="meta") for n, info in files.read_header(file)[0].items()}
     except (ValueError, RuntimeError) as err:

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sae_lab.saes.io.foreign import Checkpoint
-from sae_lab.saes.io.layouts import floats, must_hold, refuse_layered
-from sae_lab.saes.io.layouts import read as read_file
+from sae_lab.saes.io.layouts import floats, must_hold, read_file, refuse_layered
 
 CONFIG, WEIGHTS = "config.json", "sae_weights.safetensors"
 _NAMES = {"encoder.weight": "W_enc", "encoder.bias": "b_enc", "decoder.weight": "W_dec", "decoder.bias": "b_dec"}

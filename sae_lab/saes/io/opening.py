@@ -13,11 +13,6 @@ from sae_lab.saes.io import ours, peers, releases
 from sae_lab.saes.io.checking import check as measure
 from sae_lab.types import Site
 
-_SAID = {
-    "model": "a model's name", "centred": "True or False",
-    "scale": "a number above 0, by which activations were multiplied",
-}  # fmt: skip
-
 
 @as_annotated
 def load(
@@ -49,11 +44,8 @@ def load(
     leave open what the coder is, crosscoders and cross-layer transcoders of other libraries, and weights that are
     damaged, missing, of the wrong shape, or not finite. Code inside a file is never run.
     """
-    for name, value, kind in (("model", model, str), ("centred", centred, bool), ("scale", scale, int | float)):
-        if value is not None and (not isinstance(value, kind) or (name == "scale" and isinstance(value, bool))):
-            raise ValueError(f"{name} must be {_SAID[name]}, got {value!r}")
     if scale is not None and not 0 < scale < float("inf"):
-        raise ValueError(f"scale must be {_SAID['scale']}, got {scale!r}")
+        raise ValueError(f"scale must be a number above 0, by which activations were multiplied, got {scale!r}")
     said = {"model": model, "reads": reads, "writes": writes, "centred": centred, "scale": scale, "k": k}
     said = {name: value for name, value in said.items() if value is not None}
     coder, coder.path = _find(path, id, {**said, "said": set(said)} if said else {})

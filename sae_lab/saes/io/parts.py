@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from sae_lab.saes.base import SparseCoder
@@ -30,12 +29,16 @@ class Parts:
         self.kind = self._kind(coder)
         self.pre_bias, self.transcodes, self.input_norm = coder.pre_bias, coder.transcodes, coder.input_norm
         self.sites = (coder.reads, coder.writes)
+        self.site = coder.reads[0] if len(coder.reads) == 1 else None
+        self.head = self.site.head if self.site else None
+        self.lens_in = lens_name(self.site) if self.site else ""
+        self.lens_out = lens_name(coder.writes[0]) if len(coder.writes) == 1 else ""
+        self.model = None if (model := self.meta.get("model")) in (None, "unknown") else str(model)
         names = ("W_dec", "b_enc", "b_dec", "W_skip", "r_mag", "b_mag", "threshold")
         state = coder.state_dict()
         self.tensors: dict[str, Tensor] = {n: state[n].detach().cpu().float() for n in names if n in state}
         self.tensors["W_enc"] = coder.W_enc.detach().cpu().float()
-        self.k, self.multi, self.prefixes = None, 1, None
-        self.shared_threshold: Tensor | None = None
+        self.k, self.multi, self.prefixes, self.shared_threshold = None, 1, None, None
         if isinstance(coder, TopK):
             self.k, self.multi = coder.k, coder.multi
             self.prefixes = list(getattr(coder, "prefixes", ())) or None
@@ -48,12 +51,10 @@ class Parts:
             self.kind, self.tensors["threshold"] = "jump", coder.floor.detach().cpu().float().expand(self.d_sae)
 
     def _kind(self, coder: SparseCoder) -> str:
-        ordinary = len(coder.in_shape) == len(coder.out_shape) == 1 and all(
-            getattr(type(coder), step) is getattr(SparseCoder, step) for step in _STEPS
-        )
         own = type(coder)
+        ordinary = all(getattr(own, step) is getattr(SparseCoder, step) for step in _STEPS)
         kinds = [kind for f, kind in _ACTS if own.act is f.act and own.eval_act is f.eval_act]
-        if not ordinary or not kinds:
+        if not ordinary or not kinds or len(coder.in_shape) > 1:
             raise ValueError(
                 f"only coders whose inference is ReLU, TopK, a threshold or a gate go into other libraries' formats, "
                 f"not a {self.family}: save it in format 'sae_lab'"
@@ -62,41 +63,15 @@ class Parts:
 
     def want_pre_bias(self, wanted: bool) -> None:
         """The same coder with or without b_dec subtracted from x: encoder biases take the difference."""
-        if wanted == self.pre_bias:
-            return
-        t = self.tensors
-        t |= shifted_biases(t, t["b_dec"] @ t["W_enc"] * (1 if wanted else -1))
+        if wanted != self.pre_bias:
+            t = self.tensors
+            t |= shifted_biases(t, t["b_dec"] @ t["W_enc"] * (1 if wanted else -1))
         self.pre_bias = wanted
-
-    @property
-    def site(self) -> Any:
-        return self.sites[0][0] if len(self.sites[0]) == 1 else None
-
-    @property
-    def head(self) -> int | None:
-        return self.site.head if self.site else None
-
-    @property
-    def lens_in(self) -> str:
-        return lens_name(self.site) if self.site else ""
-
-    @property
-    def lens_out(self) -> str:
-        return lens_name(self.sites[1][0]) if len(self.sites[1]) == 1 else ""
-
-    @property
-    def model(self) -> str | None:
-        model = self.meta.get("model")
-        return None if model in (None, "unknown") else str(model)
 
     def ours(self) -> dict[str, Any]:
         """What only this library knows, for the way back."""
         reads, writes = ([s.key for s in sites] for sites in self.sites)
         return {"family": self.family, "reads": reads, "writes": writes, "meta": self.meta}
-
-    def contiguous(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Tensors as safetensors wants them: contiguous, none sharing memory."""
-        return {name: t.clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
 
 
 def shifted_biases(t: dict[str, Tensor], by: Tensor) -> dict[str, Tensor]:

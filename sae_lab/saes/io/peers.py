@@ -21,6 +21,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from sae_lab import cache
 from sae_lab.files import write_tensors
 from sae_lab.saes import writing
@@ -76,14 +78,11 @@ def coders_in(names: Iterable[str]) -> list[str]:
     """Below a folder with these files: the folders that hold a coder, and files that may be one by themselves."""
     names = set(names)
     folders = {home(name, names.__contains__) for name in names if name.endswith(_WEIGHTS)} - {None}
-    whole = {f for f in folders if f and any({f"{f}/{n}" for n in files} <= names for files in _sets())}
+    sets = [*(files for files, _, _ in FILES.values()), OURS]  # what tells a format, and ours
+    whole = {f for f in folders if f and any({f"{f}/{n}" for n in files} <= names for files in sets)}
     loose = {n for n in names if n.endswith(_WEIGHTS) and home(n, names.__contains__) is None}
     loose -= {n for n in loose if any(n.startswith(f + "/") for f in whole)}
     return sorted(whole, key=_by_number) + sorted(loose, key=_by_number)
-
-
-def _sets() -> list[tuple[str, ...]]:
-    return [*(files for files, _, _ in FILES.values()), OURS]  # what tells a format, and ours
 
 
 def _by_number(name: str) -> list[Any]:
@@ -98,7 +97,7 @@ def read(path: Path, facts: dict[str, Any] | None = None) -> SparseCoder | None:
     """
     facts = facts or {}
     if path.is_file():
-        return _checked("single-file", scopes.read_file, path, facts)
+        return _checked("single-file", scopes.read_single, path, facts)
     present = {name for files, _, _ in FILES.values() for name in files if (path / name).is_file()}
     found = format_of(present)
     if found is None and (cut := {"cfg.json", "sae_weights.safetensors", "hyperparams.json"} & present):
@@ -107,7 +106,7 @@ def read(path: Path, facts: dict[str, Any] | None = None) -> SparseCoder | None:
     if found is None and not (path / OURS[1]).is_file():
         loose = sorted((f for f in path.iterdir() if f.suffix in _WEIGHTS), key=lambda f: _by_number(f.name))
         if len(loose) == 1 and not any(f.is_dir() for f in path.iterdir()):
-            return _checked("single-file", scopes.read_file, loose[0], facts)
+            return _checked("single-file", scopes.read_single, loose[0], facts)
         if loose:  # one of many files of one coder is told by its tensors; else one of them must be named
             scopes.refuse_parts(loose)
     return _checked(found, FILES[found][2], path, facts) if found else None
@@ -131,10 +130,9 @@ def save(coder: SparseCoder, path: Path, format: str) -> Path:
     parts = Parts(coder)
     writer = {"saelens": saelens, "sparsify": sparsify, "dictionary_learning": dictionary_learning}[format].write
     with cache.together(path, valid=WRITES[format]) as folder:
-        tensors = parts.contiguous(writer(parts, folder))
+        # As safetensors wants them: contiguous, none sharing memory.
+        tensors = {n: t.clone(memory_format=torch.contiguous_format) for n, t in writer(parts, folder).items()}
         if format == "dictionary_learning":
-            import torch
-
             content = io.BytesIO()  # written by torch itself, a full disk would be an error without a reason
             torch.save(tensors, content)
             (folder / WRITES[format]).write_bytes(content.getbuffer())

@@ -7,11 +7,11 @@
 Names and ids are SAELens's; ``releases.json`` has them. An id is a folder (or file) of the release's repository.
 """
 
-import contextlib
 import difflib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -144,7 +144,7 @@ def _files(found: Found) -> set[str]:
     """The repository's files."""
     from huggingface_hub import HfApi
 
-    with _Hub(found):
+    with _hub(found.repo, found.path):
         if not cache.hub_answers():
             raise ConnectionError
         return set(HfApi().list_repo_files(found.repo))
@@ -152,15 +152,9 @@ def _files(found: Found) -> set[str]:
 
 def _download(repo: str, file: str) -> Path:
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-    with _Hub(Found(repo, file, None, {})):
-        try:
-            return Path(hf_hub_download(repo, file, local_files_only=not cache.hub_answers()))
-        except LocalEntryNotFoundError:
-            raise
-        except EntryNotFoundError as err:
-            raise ValueError(f"{repo} has no file {file!r} on the hub: this id names no coder there") from err
+    with _hub(repo, file):
+        return Path(hf_hub_download(repo, file, local_files_only=not cache.hub_answers()))
 
 
 def _download_if_there(repo: str, file: str) -> None:
@@ -168,33 +162,32 @@ def _download_if_there(repo: str, file: str) -> None:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
 
-    with contextlib.suppress(EntryNotFoundError):
+    with suppress(EntryNotFoundError):
         hf_hub_download(repo, file, local_files_only=not cache.hub_answers())
 
 
-class _Hub:
+@contextmanager
+def _hub(repo: str, path: str) -> Iterator[None]:
     """The hub's own errors, as this library says things."""
+    from huggingface_hub import errors
 
-    def __init__(self, found: Found):
-        self.what = f"{found.repo}{'/' + found.path if found.path else ''}"
-        like = near(found.repo)
-        self.like = f"; names like it: {', '.join(like)}" if like and found.repo not in like else ""
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: type | None, err: BaseException | None, _: Any) -> None:
-        from huggingface_hub import errors
-
+    what, like = f"{repo}{path and '/' + path}", near(repo)
+    others = f"; names like it: {', '.join(like)}" if like and repo not in like else ""
+    try:
+        yield
+    except Exception as err:
         if isinstance(err, errors.GatedRepoError):
-            raise ValueError(f"{self.what} asks you to accept its terms on the hub, and to log in") from err
+            raise ValueError(f"{what} asks you to accept its terms on the hub, and to log in") from err
         if isinstance(err, errors.RepositoryNotFoundError):
-            private = "(or it is private: log in)"
-            raise ValueError(f"the hub has no repository for {self.what} {private}{self.like}") from err
+            raise ValueError(f"the hub has no repository for {what} (or it is private: log in){others}") from err
+        missing = isinstance(err, errors.LocalEntryNotFoundError)
+        if isinstance(err, errors.EntryNotFoundError) and not missing:
+            raise ValueError(f"{repo} has no file {path!r} on the hub: this id names no coder there") from err
         # The client's versions talk through different libraries, whose errors have no common base.
         transport = type(err).__module__.split(".")[0] in ("httpx", "httpx2", "httpcore", "requests", "urllib3")
-        if transport or isinstance(err, errors.LocalEntryNotFoundError | errors.HfHubHTTPError | OSError):
+        if transport or missing or isinstance(err, errors.HfHubHTTPError | OSError):
             raise ValueError(
-                f"the hub could not be asked for {self.what} ({type(err).__name__}), and it is not in the local cache: "
-                f"check the network and HF_ENDPOINT, or download the folder and pass its path{self.like}"
+                f"the hub could not be asked for {what} ({type(err).__name__}), and it is not in the local cache: "
+                f"check the network and HF_ENDPOINT, or download the folder and pass its path{others}"
             ) from err
+        raise

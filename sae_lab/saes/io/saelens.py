@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from sae_lab.saes.io.foreign import Checkpoint
-from sae_lab.saes.io.layouts import floats, must_hold, refuse_layered
-from sae_lab.saes.io.layouts import read as read_file
+from sae_lab.saes.io.layouts import floats, must_hold, read_file, refuse_layered
 from sae_lab.saes.io.places import can_be_centred, place
 
 log = logging.getLogger(__name__)
@@ -64,9 +63,7 @@ def _architecture(cfg: dict[str, Any], folder: Path) -> str:
     elif function not in ("relu", "topk"):
         raise ValueError(f"{folder} uses the activation {function!r}; supported: relu, topk")
     if named not in FAMILY:
-        raise ValueError(
-            f"{folder} holds a SAELens coder of architecture {named!r}; supported: {', '.join(sorted(FAMILY))}"
-        )
+        raise ValueError(f"{folder} has the SAELens architecture {named!r}; supported: {', '.join(sorted(FAMILY))}")
     return named
 
 

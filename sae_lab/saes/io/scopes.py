@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sae_lab.saes.io import dictionary_learning, gemma_scope
 from sae_lab.saes.io.foreign import Checkpoint
-from sae_lab.saes.io.layouts import floats, must_hold, peek, read, refuse_layered
+from sae_lab.saes.io.layouts import floats, must_hold, peek, read_file, refuse_layered
 from sae_lab.saes.io.places import place
 
 LLAMA_CONFIG, LLAMA_WEIGHTS = "hyperparams.json", "checkpoints/final.safetensors"
@@ -23,7 +23,7 @@ TRACER_CONFIG = "config.yaml"
 def read_llama_scope(folder: Path, facts: dict[str, Any]) -> Checkpoint:
     """JumpReLU on s·x, s = √d_in / mean norm. Codes come in those units, as SAELens gives them. The threshold is in
     units of x (its authors fold s into the biases and the decoder, not into the encoder), so it grows by s."""
-    cfg = read(folder / LLAMA_CONFIG)
+    cfg = read_file(folder / LLAMA_CONFIG)
     if cfg.get("act_fn", "jumprelu") != "jumprelu" or cfg.get("apply_decoder_bias_to_pre_encoder"):
         raise ValueError(
             f"{folder}: Llama Scope with act_fn {cfg.get('act_fn')!r} or a pre-encoder bias is not supported; "
@@ -31,7 +31,7 @@ def read_llama_scope(folder: Path, facts: dict[str, Any]) -> Checkpoint:
         )
     keys = ("d_model", "jump_relu_threshold", "dataset_average_activation_norm", "hook_point_in")
     must_hold(cfg, keys, folder / LLAMA_CONFIG, may=cfg)
-    tensors = _linear(read(folder / LLAMA_WEIGHTS), folder / LLAMA_WEIGHTS)
+    tensors = _linear(read_file(folder / LLAMA_WEIGHTS), folder / LLAMA_WEIGHTS)
     found = Checkpoint("Llama Scope", str(folder), "JumpReLU", tensors, pre_bias=False)
     norms = cfg["dataset_average_activation_norm"]
     into, out = (cfg["d_model"] ** 0.5 / norms[end] for end in ("in", "out"))
@@ -42,9 +42,9 @@ def read_llama_scope(folder: Path, facts: dict[str, Any]) -> Checkpoint:
     return found
 
 
-def read_file(file: Path, facts: dict[str, Any]) -> Checkpoint:
+def read_single(file: Path, facts: dict[str, Any]) -> Checkpoint:
     """One file of weights; its tensors' names and axes tell which."""
-    content = read(file)
+    content = read_file(file)
     refuse_layered(file, content)
     if file.suffix == ".npz" and {*content, *(n.replace("w_", "W_") for n in content)} >= gemma_scope.NAMES:
         return gemma_scope.read_1(file, facts)
@@ -120,7 +120,7 @@ def _qwen(tensors: dict[str, Tensor], file: Path, facts: dict[str, Any]) -> Chec
 def _hook_z(tensors: dict[str, Tensor], file: Path, facts: dict[str, Any]) -> Checkpoint:
     """ReLU with a pre-bias on all heads' z side by side. What it read stands in ``…_cfg.json`` beside."""
     config = file.with_name(file.stem + "_cfg.json")
-    hook = facts.get("hook_point") or (read(config).get("act_name") if config.is_file() else None)
+    hook = facts.get("hook_point") or (read_file(config).get("act_name") if config.is_file() else None)
     if hook is None and facts.get("reads") is None:
         raise ValueError(f"{file}: what it reads stands only in {config.name}, which is missing: pass reads=")
     found = Checkpoint("hook_z", str(file), "L1", tensors, pre_bias=True, model="gpt2")
@@ -132,7 +132,7 @@ def _hook_z(tensors: dict[str, Tensor], file: Path, facts: dict[str, Any]) -> Ch
 def _tracer(tensors: dict[str, Tensor], file: Path, facts: dict[str, Any]) -> Checkpoint:
     """A transcoder of circuit-tracer: ReLU, or JumpReLU where it has a threshold; W_enc stored "d_sae d_in"."""
     config, layer = file.with_name(TRACER_CONFIG), re.fullmatch(r"layer_(\d+)", file.stem)
-    said = {} if "hooks" in facts or not config.is_file() else read(config)
+    said = {} if "hooks" in facts or not config.is_file() else read_file(config)
     hooks = facts.get("hooks") or (said.get("feature_input_hook"), said.get("feature_output_hook"))
     if (layer is None or None in hooks) and (facts.get("reads") is None or facts.get("writes") is None):
         raise ValueError(

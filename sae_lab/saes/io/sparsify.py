@@ -13,8 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from sae_lab.saes.io.foreign import Checkpoint
-from sae_lab.saes.io.layouts import floats, must_hold, refuse_layered
-from sae_lab.saes.io.layouts import read as read_file
+from sae_lab.saes.io.layouts import floats, must_hold, read_file, refuse_layered
 from sae_lab.saes.io.places import place
 
 CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
