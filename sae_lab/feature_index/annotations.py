@@ -15,7 +15,7 @@ from sae_lab.saes.base import SparseCoder
 from sae_lab.spelling import check_text
 from sae_lab.types import check_feature
 
-UNKNOWN_TIME = 1.0  # of lines without a time: everything that has one is newer
+UNKNOWN_TIME = 1.0  # given to lines without a time, so that all others are newer
 
 
 class Note(NamedTuple):
@@ -29,8 +29,8 @@ class Note(NamedTuple):
 def notes(coder: SparseCoder) -> "Notes":
     """What you and others say of a coder's features; the same for all its stores and indexes.
 
-    It lies in your data folder (``SAE_LAB_DATA`` moves that), under the coder's id, ``sae.id``; ``sl.cache.clear()``
-    leaves it. ``sae.save`` puts a copy beside the coder, and ``sl.load`` brings that in where it is newer.
+    They are kept in your data folder (``SAE_LAB_DATA`` names another) under ``sae.id``, and ``sl.cache.clear()`` leaves
+    them there. ``sae.save`` writes a copy beside the coder, of which ``sl.load`` takes what is newer.
     """
     model = coder.meta.get("model")
     layer = coder.reads[0].layer if len(coder.reads) == 1 else None
@@ -73,8 +73,8 @@ class OfFeatures(Generic[T]):
 class Notes(OfFeatures[Note]):
     """Notes on features: ``notes[7].label``, ``notes.write(7, "months")``, ``for feature in notes``.
 
-    Each change is on disk before ``write`` returns. Several panels, kernels and machines may write: of a label's
-    values the latest counts, a text's likewise. ``explanations``: what others say. ``file``: where all of it lies.
+    Each change is on disk before ``write`` returns. Several panels, kernels and machines may write: the latest label
+    counts, and the latest text. ``explanations``: what others say. ``file``: the file that holds all of it.
     """
 
     def __init__(self, log: noting.Log, d_sae: int, model: str = "", layer: int | None = None):
@@ -103,7 +103,7 @@ class Notes(OfFeatures[Note]):
     ) -> Note:  # fmt: skip
         """Set a feature's label or text (None leaves it as it is; "" removes it). Returns the note as it then is.
 
-        seen, typed: for screens: what was shown by field while these were typed, and when they were, in seconds. A
+        seen, typed: for screens, by field: what was shown while the user typed, and the time of typing in seconds. A
         value equal to what was shown is no change, and what another writer wrote after that time stays.
         """
         given = {"label": None if label is None else label.strip(), "text": text}
@@ -173,14 +173,10 @@ class Notes(OfFeatures[Note]):
             return len({change.feature for change in changes})
         said = neuronpedia.read_labels(source, self.d_sae, self.model, self.layer, model, layer)
         own = {i: {s.source: s.text for s in several if s.source in Note._fields} for i, several in said.items()}
-        self._log.add(_of_unknown_time(own))
+        self._log.add(b"".join(noting.line(i, fields, UNKNOWN_TIME) for i, fields in own.items() if fields))
         others = {i: [s for s in several if s.source not in Note._fields] for i, several in said.items()}
         self.explanations.write(others)
         return len(said)
-
-
-def _of_unknown_time(found: Mapping[int, Mapping[str, Any]]) -> bytes:
-    return b"".join(noting.line(i, fields, UNKNOWN_TIME) for i, fields in found.items() if fields)
 
 
 def _own_lines(file: Path) -> bytes | None:
@@ -196,7 +192,7 @@ def _own_lines(file: Path) -> bytes | None:
                 return None
             data = first + f.read(files.MOST_UNPACKED)
     except (OSError, EOFError, zlib.error):
-        return None  # who reads Neuronpedia's files says what is wrong with it
+        return None  # the reader of Neuronpedia's files then reports what is wrong
     if len(data) > files.MOST_UNPACKED:
         raise ValueError(f"{file} unpacks to more than {files.MOST_UNPACKED >> 20} MB: split it")
     return data
@@ -224,13 +220,9 @@ class Explanations(OfFeatures[list[Said]]):
 
 
 def _by_source(said: list[Said]) -> dict[str, Any]:
-    """As fields of the log, the last first: it gives the latest first."""
+    """Fields of the log, in reverse order: the log gives the latest first."""
     fields: dict[str, Any] = {}
     for one in said:
-        fields.setdefault(SAID + one.source, []).append({"text": one.text, "scores": _plain(one.scores)})
+        scores = {name: round(float(value), 4) for name, value in one.scores.items() if math.isfinite(value)}  # no NaN
+        fields.setdefault(SAID + one.source, []).append({"text": one.text, "scores": scores})
     return dict(reversed(fields.items()))
-
-
-def _plain(scores: Mapping[str, float]) -> dict[str, float]:
-    """Those that are numbers: JSON has no NaN."""
-    return {name: round(float(value), 4) for name, value in scores.items() if math.isfinite(value)}

@@ -37,8 +37,8 @@ BLOCK = 8192  # rows of a file
 PRE_BYTES = 256 << 20  # pre-activations that are made together: a block of a wide coder comes in parts
 READ_BYTES = 128 << 20  # a store is opened anew after this many: what was read stays in memory until then
 
-TRIED_PAIRS = 1 << 26  # of features, whose co-firing is tried to tell what all will cost
-PAIR_SECONDS = 16e-9  # of a product of sparse matrices, by pairs of features that fire on a token: as measured
+TRIED_PAIRS = 1 << 26  # pairs of features whose co-firing is timed for an estimate
+PAIR_SECONDS = 16e-9  # measured time of the sparse product, for each pair of features that fire on one token
 
 
 @as_annotated
@@ -93,7 +93,7 @@ def _check(coder: SparseCoder, lm: LM, store: Store) -> None:
 
 
 def _is_done(folder: Path, identity: dict[str, Any], rebuild: bool = False) -> bool:
-    """Whether the folder holds this very index, and it is not to be made again. ValueError when it holds another."""
+    """Whether the folder holds this index, whole, and ``rebuild`` is off. ValueError when it holds another."""
     for name in ("index.json", "building.json"):
         file = folder / name
         if not file.exists():
@@ -144,14 +144,14 @@ def _build(coder: SparseCoder, lm: LM, store: Store, folder: Path, identity: dic
 
 def _tidy(folder: Path) -> None:
     """Remove what a whole index no longer needs, also after a kill just before."""
-    with suppress(OSError):  # another user's
+    with suppress(OSError):  # they may belong to another user
         for left in [*folder.glob("block-*.safetensors"), folder / "building.json"]:
             left.unlink(missing_ok=True)
     cache.tidy(folder)
 
 
 def _encode(coder: SparseCoder, store: Store, folder: Path, done: Callable[[int], Any]) -> np.ndarray:
-    """Makes all blocks: how many codes each feature has. ``done`` hears of rows."""
+    """Make all blocks of codes. Returns each feature's number of codes. ``done`` gets each block's number of rows."""
     counts = np.zeros(coder.d_sae, np.int64)
     with coder.reusing(_rows_at_once(coder)):
         for number in range(-(-len(store) // BLOCK)):

@@ -1,4 +1,4 @@
-"""Work on all features some at a time: memory is what a chunk takes, however many features there are."""
+"""Work on features in chunks, so that memory does not grow with their number."""
 
 from collections.abc import Iterator
 

@@ -19,8 +19,8 @@ from torch import Tensor
 from sae_lab.feature_index import chunks
 
 COFIRING = 32
-DENSE = 1 / 64  # share of tokens from which the dense way is cheaper: it is 30 times as fast a pair, and makes them all
-DENSE_BYTES = 128 << 20  # the table of counts with dense features; the densest are taken
+DENSE = 1 / 64  # features on more than this share of tokens are dense: a pair is 30 times as fast, but all pairs count
+DENSE_BYTES = 128 << 20  # of the table of counts with dense features, which has room for the densest only
 
 
 def cofiring(offsets: np.ndarray, rows: np.ndarray, tokens: int, first: int | None = None) -> dict[str, np.ndarray]:
@@ -31,7 +31,8 @@ def cofiring(offsets: np.ndarray, rows: np.ndarray, tokens: int, first: int | No
     """
     d_sae = len(offsets) - 1
     counts = np.diff(offsets)
-    dense = _dense(counts, tokens)
+    most = min(DENSE_BYTES // (4 * d_sae), int((counts > DENSE * tokens).sum()))
+    dense = np.sort(np.argsort(-counts, kind="stable")[:most])
     by_token = _fires(offsets, rows, tokens, np.arange(d_sae), dense, np.int8).T.tocsr()  # 9 bytes a code, the most
     by_token.data = np.ones(by_token.nnz, np.int32)  # a product adds in the type of its factors
     with_dense = _with_dense(offsets, rows, tokens, dense)
@@ -54,12 +55,6 @@ def cofiring(offsets: np.ndarray, rows: np.ndarray, tokens: int, first: int | No
         ids[part, :n] = torch.where(found, top.indices, -1).numpy()
         both[part, :n] = torch.where(found, together.gather(1, top.indices), 0).numpy()
     return {"cofiring": ids, "cofiring_counts": both}
-
-
-def _dense(counts: np.ndarray, tokens: int) -> np.ndarray:
-    """The features that are counted the dense way, ascending."""
-    most = DENSE_BYTES // (4 * len(counts))
-    return np.sort(np.argsort(-counts, kind="stable")[: min(most, int((counts > DENSE * tokens).sum()))])
 
 
 def _fires(

@@ -1,4 +1,4 @@
-"""sl.dose_response: what steering a feature buys and costs, beside controls that need no coder."""
+"""sl.dose_response: effect and cost of steering a feature, beside controls that need no coder."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -61,7 +61,7 @@ class DoseResponse(Result):
 
 def promoted(lm: LM, coder: SparseCoder, feature: int, n: int = 3) -> list[str]:
     """The n single tokens that a feature's direction promotes most by the logit lens; none where the coder does not
-    write to the residual stream. At most ten are looked through for tokens that read back as themselves."""
+    write to the residual stream. Of the ten most promoted tokens, only those that encode to themselves count."""
     site = coder.writes[0] if coder.writes else coder.site
     found = lm.lens(coder.W_dec[[coder.feature(feature)]].detach(), site, of=extremes)
     if found is None:
@@ -76,7 +76,7 @@ def neutral_texts(n: int = 4, characters: int = 300) -> list[str]:
 
 
 def _first_crossing(points: list[tuple[float, float]], cost: float) -> float:
-    """The response at the smallest dose that costs so much; points in the order of doses."""
+    """The response at the smallest dose that has this cost; points (cost, response) are in the order of doses."""
     for (c0, y0), (c1, y1) in pairwise(points):
         if c0 <= cost <= c1 and c1 > c0:
             return y0 + (y1 - y0) * (cost - c0) / (c1 - c0)
@@ -105,8 +105,8 @@ def dose_response(
 
     Controls: random directions of the same norm; the difference in means of labelled examples at the coder's site, of
     the same norm (``examples``: positive and negative texts, of their tokens that the coder's mask counts); and a
-    prompt that asks for the same (``ask``, put before the prompts and before the text). A feature that loses to one of
-    them has lost: compare with ``.at_cost``.
+    prompt that asks for the same (``ask``, put before the prompts and before the text). Compare them at equal cost, by
+    ``.at_cost``: steering the feature is worth its cost only if it beats every control.
 
     Args:
         target: a token, or several that count together; each must be one token of this model.
@@ -174,7 +174,7 @@ def _directions(
 
 
 def _mean_activation(lm: LM, coder: SparseCoder, texts: list[str]) -> Float[Tensor, " d"]:
-    """Over texts, of each one's mean over the tokens that count, where the coder writes."""
+    """The mean over texts of each text's mean activation, over the tokens that count, at the site the coder writes."""
     if not texts:
         raise ValueError("examples are positive and negative texts, at least one of each")
     site = coder.writes[0] if coder.writes else coder.site

@@ -16,10 +16,10 @@ from sae_lab.saes.base import SparseCoder
 from sae_lab.stats import Ranks, area, sparse_ranks
 
 Pooling = Literal["max", "mean", "last", "token"]
-PASS_TOKENS = 4096  # that go through the model together
-PERMUTATIONS = 999  # of all features; those that few of them reach get ten times as many, twice
-FEW = 10  # permutations that reach a feature's AUROC, below which its p is too coarse
-CELLS = 1 << 22  # numbers of permutations held at once
+PASS_TOKENS = 4096  # tokens in one pass of the model
+PERMUTATIONS = 999  # for every feature; where fewer than FEW reach its AUROC, 10 and then 100 times as many
+FEW = 10
+CELLS = 1 << 22  # permuted labels in memory at once
 
 
 @result
@@ -57,7 +57,7 @@ class FoundFeatures(Result):
 
 
 class _Examples(NamedTuple):
-    """Codes of examples where they are not 0, by feature; the rest are zeros."""
+    """The codes of examples that are not 0."""
 
     example: ndarray  # of each code
     feature: ndarray
@@ -156,7 +156,7 @@ def _labelled(texts: Sequence[str], against: Any) -> tuple[list[str], list[Any]]
 
 
 def _held_out_texts(labels: list[Any], share: float, seed: int) -> ndarray:
-    """Some of each class; where tokens have labels, some of all."""
+    """Bool per text: a share of each class. A text whose tokens have labels is positive if one of them is."""
     random = np.random.default_rng(seed)
     classes = np.array([any(one) if isinstance(one, list) else one for one in labels])
     held = np.zeros(len(labels), bool)

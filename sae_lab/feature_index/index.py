@@ -26,7 +26,7 @@ TABLES = (
     "offsets", "f_scale", "mean", "max", "histogram", "top_tokens", "shown", "readability", "cofiring",
     "cofiring_counts", "neighbours", "cosines",
 )  # fmt: skip
-SIZED = 4096  # rows that the mean size of what a normalising coder writes is taken over
+SIZED = 4096  # rows of the store whose mean size ``norm`` uses for a coder with an input_norm
 REMEDY = "index again with sl.index_features(coder, lm, store, ..., rebuild=True); labels and notes stay"
 BEFORE, AFTER = 24, 12  # tokens shown around an activation
 READABLE_DENSITY = (5e-4, 1e-2)  # rarer features have too few contexts to judge, denser ones are rarely about one thing
@@ -102,7 +102,7 @@ def read_facts(file: Path) -> dict[str, Any]:
             if type(facts[key]) is not kind or (kind is int and not 0 < facts[key] < 1 << 40):
                 raise ValueError(f"its {key!r} is {facts[key]!r:.60}")
         if whole and not all(isinstance(facts["blocks"][name], str) for name in CHECKED):
-            raise ValueError("its checksums are no text")
+            raise ValueError("its checksums are not text")
         return facts
     except (ValueError, KeyError, TypeError) as err:
         raise ValueError(f"{file} is no index of sae_lab ({err}): {REMEDY}") from err
@@ -146,7 +146,7 @@ class FeatureIndex:
         self.counts = np.diff(self._offsets)
         self.density = self.counts / self.tokens_seen
         self.mean, self.max = np.asarray(stats["mean"]), np.asarray(stats["max"])
-        # Here rather than when the first feature is opened: the labels, and the headers of the store's files.
+        # Labels and the headers of the store's files are read now, so that the first feature opens as fast as others.
         self._labels = Labels.read(lm, self.path / "labels.json", blocks["labels.json"], REMEDY)
         self.store.contexts(np.zeros(1, np.int64))
 
@@ -226,7 +226,7 @@ class FeatureIndex:
         return np.asarray(self._stats["readability"]) + middling
 
     def search(self, text: str, limit: Count = 50) -> list[int]:
-        """Features among whose top tokens one contains ``text`` (case ignored), the most decided first."""
+        """Features with a top token that contains ``text`` (case ignored), those with the strongest matches first."""
         needle = text.strip().lower()
         if not needle:
             return []
@@ -245,7 +245,7 @@ class FeatureIndex:
         return [self._labels[int(i)] for i in ids[:n] if i >= 0]
 
     def token_labels(self, ids: Sequence[Count] | np.ndarray) -> list[str]:
-        """What to show for token ids that stand together."""
+        """Labels of token ids that follow each other in a text."""
         return self._labels.of(np.asarray(ids).tolist())
 
     def _check(self, feature: int) -> int:

@@ -13,8 +13,7 @@ from sae_lab.arguments import as_annotated
 from sae_lab.results import Figure, Result, figure, result
 from sae_lab.saes.base import SparseCoder
 
-# The control's own range of seeds: a coder that nobody trained yet must not be its own control.
-_TAG = 0x434F4E54524F4C
+_TAG = 0x434F4E54524F4C  # seed of the control's rows; no coder has it, else an untrained one could be its own control
 MOST_ROWS = 8192  # above this many rows Hungarian matching takes minutes and gigabytes: only when asked for
 _CHUNK = 2048
 
@@ -81,7 +80,7 @@ def match(
     ("stability" of Fel et al. 2025, arXiv:2502.12892) and orderedness = Spearman(j, µ(j)) over matched rows j (Wang et
     al. 2025, arXiv:2512.02194): b's rows stand for the true order, which in a planted world is that of frequency.
 
-    a_to_b alone is high for a coder that found one feature many times, b_to_a alone for one with rows to spare.
+    a_to_b alone is high for a coder that found one feature many times, b_to_a alone for one with many more rows than b.
 
     Args:
         a, b: coders (their ``W_dec``), worlds (their ``dictionary``) or tensors ``rows width``.

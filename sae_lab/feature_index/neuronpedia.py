@@ -18,13 +18,13 @@ from sae_lab.noting import SAID, Said
 SUFFIXES = (".jsonl", ".jsonl.gz")
 MOST_LABELS = 1_000_000  # of one source: each takes some 300 bytes of memory and its text
 MOST_NAMES = 1_000  # of models and of layers, for messages
-OURS = "sae_lab"  # the type of what this library wrote in their format: whoever said it stands before
+OURS = "sae_lab"  # typeName of explanations that this library wrote; explanationModelName is then who said it
 TIMEOUT = 60  # seconds without a byte
 _SAME = {"gpt2": "gpt2small", "gpt2small": "gpt2small"}
 
 
 class Record(NamedTuple):
-    """One line. where: its file and number, for complaints."""
+    """One line. where: its file and line number, for messages."""
 
     feature: int
     text: str
@@ -67,7 +67,7 @@ def read_labels(
 
 
 def _wanted(record: Record, names: dict[str, set[str]], wanted: dict[str, str | None]) -> bool:
-    """Whether it is of the model and the layer that are asked for. ``names`` gathers those that there are."""
+    """Whether it is of the wanted model and layer. ``names`` collects the names in the source."""
     for what, name in wanted.items():
         value = getattr(record, what)
         if len(names[what]) < MOST_NAMES or value == name:
@@ -80,7 +80,7 @@ def _wanted(record: Record, names: dict[str, set[str]], wanted: dict[str, str | 
 def _complaint(
     record: Record, d_sae: int, model_id: str, site_layer: int | None, model: str | None, layer: str | None
 ) -> str:
-    """Why a label is not of this index; "" where it may be."""
+    """Why a label cannot belong to this index; "" if it may."""
     if model is None and model_id and record.model and not _same_model(record.model, model_id):
         return (
             f"{record.where}: labels of the model {record.model!r}, and the index is of {model_id!r}: load that "
@@ -107,7 +107,7 @@ def _same_model(theirs: str, ours: str) -> bool:
 
 
 def _record(line: tuple[str, int, bytes]) -> Record | None:
-    """A line's explanation; None for an empty one. ValueError for what is none."""
+    """A line's explanation; None for an empty line. ValueError for a line that is no explanation."""
     name, number, content = line
     if not content.strip():
         return None

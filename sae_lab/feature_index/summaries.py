@@ -14,7 +14,7 @@ BINS = 40
 TOP_CONTEXTS, QUANTILE_CONTEXTS = 12, 4
 QUARTERS = 4
 SHOWN = TOP_CONTEXTS + QUARTERS * QUANTILE_CONTEXTS
-LEAD = 6  # tokens, the activation's own the last, that make two activations repeated text
+LEAD = 6  # two activations are repeated text if they and the tokens before them are equal, LEAD tokens in all
 
 
 def summarise(store: Store, offsets: np.ndarray, rows: np.ndarray, values: np.ndarray) -> dict[str, np.ndarray]:
@@ -88,7 +88,7 @@ def _contexts(store: Store) -> tuple[np.ndarray, np.ndarray]:
 
 def _choose(rows: np.ndarray, contexts: np.ndarray, leads: np.ndarray) -> np.ndarray:
     """The activations to show, of rows that come strongest first: the top ones, then some from each quarter, evenly
-    spaced; no context twice, and no repeated text. Places that find none are -1."""
+    spaced; no context twice, and no repeated text. Unused places are -1."""
     n = len(rows)
     groups = [(TOP_CONTEXTS, rows[: 8 * TOP_CONTEXTS])]
     for quarter in range(QUARTERS):
@@ -117,7 +117,7 @@ def _choose(rows: np.ndarray, contexts: np.ndarray, leads: np.ndarray) -> np.nda
 
 def readability(lm: LM, labels: Labels, top_tokens: np.ndarray) -> np.ndarray:
     """How alike a feature's top tokens are, times the share of them that are words: mean pairwise cosine of their
-    (centred) embeddings. A rule of thumb for which feature to look at first, 0 to 1; it is no measure of truth."""
+    (centred) embeddings. 0 to 1: a rule of thumb for which feature to look at first, no measure of its quality."""
     one = lm.embedding(torch.tensor([0]))
     size = chunks.rows_at_a_time(2 * top_tokens.shape[1] * one[0].nbytes)
     parts = [_readability(lm, labels, top_tokens[i : i + size]) for i in range(0, len(top_tokens), size)]

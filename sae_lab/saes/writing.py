@@ -15,19 +15,26 @@ from sae_lab import cache, noting
 from sae_lab.files import write_tensors
 
 FORMAT, VERSION = "sae_lab coder", 1
-OTHERS: dict[str, Callable[[Any, Path], Path]] = {}  # format: what writes a coder into a folder
+FILES = ("config.json", "sae.safetensors")
+# Other formats: (the files by which one is known, what writes a coder into a folder).
+OTHERS: dict[str, tuple[tuple[str, ...], Callable[[Any, Path], Path]]] = {}
 
 
 def save(coder: Any, path: str | Path, format: str, dtype: torch.dtype) -> Path:
     """Write a coder into the folder ``path``; see ``SparseCoder.save``."""
-    folder = Path(path)
-    _require_free(folder, format)
+    folder, known = Path(path), {"sae_lab": FILES} | {name: files for name, (files, _) in OTHERS.items()}
+    there = {name for name, files in known.items() if all((folder / file).exists() for file in files)}
+    if other := there - {format}:  # the two would overwrite each other's config
+        raise ValueError(
+            f"{folder} holds a coder in the format {', '.join(sorted(other))}: save the format {format!r} into a "
+            f"folder of its own"
+        )
     if dtype != torch.float32 and format != "sae_lab":
         raise ValueError(f"only the format 'sae_lab' is written in {dtype}: leave dtype= out for {format!r}")
-    if format not in ("sae_lab", *OTHERS):
-        raise ValueError(f"unknown format {format!r}; supported: sae_lab, {', '.join(OTHERS)}")
+    if format not in known:
+        raise ValueError(f"unknown format {format!r}; supported: {', '.join(known)}")
     coder.id  # noqa: B018 (made now, it goes into the file)
-    OTHERS[format](coder, folder) if format in OTHERS else _write(coder, folder, dtype)
+    OTHERS[format][1](coder, folder) if format in OTHERS else _write(coder, folder, dtype)
     noting.save_beside(coder, folder)
     return folder
 
@@ -61,22 +68,3 @@ def _written(name: str, t: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         largest = float(t.abs().max())
         raise ValueError(f"{dtype} cannot hold {name}, whose largest number is {largest:.3g}: save float32")
     return t.to(dtype)
-
-
-# The files by which a format is known; some formats share one.
-_FILES = {
-    "sae_lab": {"config.json", "sae.safetensors"},
-    "saelens": {"cfg.json", "sae_weights.safetensors"},
-    "sparsify": {"cfg.json", "sae.safetensors"},
-    "dictionary_learning": {"config.json", "ae.pt"},
-}
-
-
-def _require_free(folder: Path, format: str) -> None:
-    """ValueError for a folder with a coder in another format: the two would overwrite each other's config."""
-    there = {name for name, files in _FILES.items() if all((folder / file).exists() for file in files)}
-    if other := there - {format}:
-        raise ValueError(
-            f"{folder} holds a coder in the format {', '.join(sorted(other))}: save the format {format!r} into a "
-            f"folder of its own"
-        )

@@ -69,8 +69,9 @@ def read(path: Path, facts: dict[str, Any]) -> Checkpoint:
     if groups is not None:
         found.config["prefixes"] = [int(n) for n in groups.cumsum(0)]
     _threshold(found)
-    if scale:
-        _unscale(found, float(scale))
+    if scale:  # weights were trained on x / scale: codes and outputs grow by it, the matrices stay
+        for name in found.tensors.keys() & {"b_enc", "b_dec", "b_mag", "threshold"}:
+            found.tensors[name] = found.tensors[name] * float(scale)
     if name == "AutoEncoder":  # their loader does this too, so that codes are comparable
         norms = found.tensors["W_dec"].norm(dim=1)
         if not torch.allclose(norms, torch.ones_like(norms)):
@@ -125,12 +126,6 @@ def _threshold(found: Checkpoint) -> None:
         if fitted is None or bool((fitted < 0).any()):
             found.tensors["threshold"] = torch.tensor(float("nan"))
             log.warning("%s has no fitted threshold: call sae.calibrate([activations]) before you use it", found.where)
-
-
-def _unscale(found: Checkpoint, factor: float) -> None:
-    """Weights trained on x / factor: codes and outputs grow by it, the matrices stay."""
-    for name in found.tensors.keys() & {"b_enc", "b_dec", "b_mag", "threshold"}:
-        found.tensors[name] = found.tensors[name] * factor
 
 
 def _where(found: Checkpoint, config: dict[str, Any], folder: Path, facts: dict[str, Any]) -> None:

@@ -12,10 +12,9 @@ from torch import Tensor
 from sae_lab.saes.base import SparseCoder
 from sae_lab.saes.families import FAMILIES
 from sae_lab.saes.io.layouts import refuse_layered
-from sae_lab.saes.io.ours import assign, check
+from sae_lab.saes.io.ours import assign, check, check_meta
 from sae_lab.saes.io.parts import shifted_biases
 from sae_lab.saes.io.places import Place, hub_id, place, told
-from sae_lab.saes.meta import check_meta
 from sae_lab.types import Site
 
 log = logging.getLogger(__name__)

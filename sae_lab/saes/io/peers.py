@@ -31,7 +31,7 @@ from sae_lab.saes.io import dictionary_learning, gemma_scope, lm_saes, saelens, 
 from sae_lab.saes.io.foreign import Checkpoint, fold_gain
 from sae_lab.saes.io.parts import Parts
 
-__all__ = ["FILES", "OURS", "WRITES", "coders_in", "fold_gain", "format_of", "home", "named", "read", "save"]
+__all__ = ["FILES", "OURS", "coders_in", "fold_gain", "format_of", "home", "named", "read", "save"]
 
 Reader = Callable[[Path, dict[str, Any]], Checkpoint]
 
@@ -45,9 +45,9 @@ FILES: dict[str, tuple[tuple[str, ...], tuple[str, ...], Reader]] = {
     "llama_scope": (("hyperparams.json", "checkpoints/final.safetensors"), (), scopes.read_llama_scope),
     "lm_saes": (("config.json", "sae_weights.safetensors"), (), lm_saes.read),
 }
-OURS = ("config.json", "sae.safetensors")
+OURS = writing.FILES
 _WEIGHTS = (".safetensors", ".pt", ".pth", ".npz")
-WRITES = {"saelens": "sae_weights.safetensors", "sparsify": "sae.safetensors", "dictionary_learning": "ae.pt"}
+_WRITERS = {"saelens": saelens, "sparsify": sparsify, "dictionary_learning": dictionary_learning}
 
 
 def format_of(names: set[str]) -> str | None:
@@ -127,18 +127,17 @@ def _checked(format: str, reader: Reader, path: Path, facts: dict[str, Any]) -> 
 
 def save(coder: SparseCoder, path: Path, format: str) -> Path:
     """Write a coder in another library's format. ValueError for what that format cannot hold; f_scale is not kept."""
-    parts = Parts(coder)
-    writer = {"saelens": saelens, "sparsify": sparsify, "dictionary_learning": dictionary_learning}[format].write
-    with cache.together(path, valid=WRITES[format]) as folder:
+    parts, peer = Parts(coder), _WRITERS[format]
+    with cache.together(path, valid=peer.WEIGHTS) as folder:
         # As safetensors wants them: contiguous, none sharing memory.
-        tensors = {n: t.clone(memory_format=torch.contiguous_format) for n, t in writer(parts, folder).items()}
+        tensors = {n: t.clone(memory_format=torch.contiguous_format) for n, t in peer.write(parts, folder).items()}
         if format == "dictionary_learning":
             content = io.BytesIO()  # written by torch itself, a full disk would be an error without a reason
             torch.save(tensors, content)
-            (folder / WRITES[format]).write_bytes(content.getbuffer())
+            (folder / peer.WEIGHTS).write_bytes(content.getbuffer())
         else:
-            write_tensors(tensors, folder / WRITES[format])
+            write_tensors(tensors, folder / peer.WEIGHTS)
     return path
 
 
-writing.OTHERS.update({format: partial(save, format=format) for format in WRITES})
+writing.OTHERS.update({format: (FILES[format][0], partial(save, format=format)) for format in _WRITERS})

@@ -136,13 +136,9 @@ def _module(path: str, model: str | None) -> Site | None:
         return None
     # Before the post-norm there is no site of ours, but the last matrix has the same output.
     last = {"mlp": "mlp.down_proj", "self_attn": "self_attn.o_proj"}.get(part, part)
-    return Site(f"{prefix or _prefix(block, model)}{block}.{last}")
-
-
-def _prefix(block: str, model: str | None) -> str:
-    if block.startswith("h."):
-        return "transformer."
-    return "gpt_neox." if re.search(r"pythia|neox", model or "", re.I) else "model."
+    neox = re.search(r"pythia|neox", model or "", re.I)
+    home = "transformer." if block.startswith("h.") else "gpt_neox." if neox else "model."
+    return Site(f"{prefix or home}{block}.{last}")
 
 
 def lens_name(site: Site) -> str:

@@ -48,7 +48,10 @@ def read(folder: Path, facts: dict[str, Any]) -> Checkpoint:
     _normalisation(found, cfg, folder, facts, rescaled)
     if rescaled:
         found.scale_codes(found.tensors["W_dec"].norm(dim=1).clamp_min(1e-8))
-    _options(found, cfg)
+    if found.family in PICKS:
+        found.config["k"] = found.checked_k((cfg.get("activation_fn_kwargs") or {}).get("k", cfg.get("k")))
+    if found.family == "Matryoshka" and cfg.get("matryoshka_widths"):
+        found.config["prefixes"] = sorted({*cfg["matryoshka_widths"], found.tensors["W_enc"].shape[1]})
     found.ours = about.get("sae_lab")
     _where(found, about, facts)
     _expected(found, cfg, about, folder)
@@ -88,16 +91,6 @@ def _tensors(folder: Path, cfg: dict[str, Any], architecture: str) -> dict[str, 
     known |= {"W_skip"} if "skip" in architecture else set()
     must_hold(t, known, f"{folder / WEIGHTS} of a SAELens {architecture!r}")
     return t
-
-
-def _options(found: Checkpoint, cfg: dict[str, Any]) -> None:
-    """k and prefixes."""
-    if found.family not in PICKS:
-        return
-    d_sae = found.tensors["W_enc"].shape[1]
-    found.config["k"] = found.checked_k((cfg.get("activation_fn_kwargs") or {}).get("k", cfg.get("k")))
-    if found.family == "Matryoshka" and cfg.get("matryoshka_widths"):
-        found.config["prefixes"] = sorted({*cfg["matryoshka_widths"], d_sae})
 
 
 def _normalisation(found: Checkpoint, cfg: dict[str, Any], folder: Path, facts: dict[str, Any], rescaled: bool) -> None:

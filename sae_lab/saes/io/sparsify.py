@@ -32,7 +32,9 @@ def read(folder: Path, facts: dict[str, Any]) -> Checkpoint:
     tensors = {"W_enc": t["encoder.weight"].T, "b_enc": t["encoder.bias"], "W_dec": t["W_dec"], "b_dec": t["b_dec"]}
     if "W_skip" in t:
         tensors["W_skip"] = t["W_skip"].T
-    run, hookpoint = _run(folder)
+    # A run of several seeds has a folder for each inside the hookpoint's.
+    hookpoint = folder.parent if re.fullmatch(r"seed\d+", folder.name) else folder
+    run = read_file(file) if (file := hookpoint.parent / "config.json").is_file() else {}
     transcodes = _transcodes(cfg, run, tensors, folder, facts)
     pre_bias = not cfg.get("transcode")
     found = Checkpoint("sparsify", str(folder), "TopK", tensors, pre_bias=pre_bias, transcodes=transcodes)
@@ -43,16 +45,8 @@ def read(folder: Path, facts: dict[str, Any]) -> Checkpoint:
     found.config["k"] = found.checked_k(cfg.get("k"))
     found.config |= {"multi": 4} if cfg.get("multi_topk") else {}
     found.expected["l0"] = float(found.config["k"])
-    _where(found, cfg, run, facts.get("hook") or hookpoint, facts)
+    _where(found, cfg, run, facts.get("hook") or hookpoint.name, facts)
     return found
-
-
-def _run(folder: Path) -> tuple[dict[str, Any], str]:
-    """(the run's config, the hookpoint). A run of several seeds has a folder for each inside the hookpoint's."""
-    seed = re.fullmatch(r"seed\d+", folder.name) is not None
-    folder = folder.parent if seed else folder
-    file = folder.parent / "config.json"
-    return (read_file(file) if file.is_file() else {}), folder.name
 
 
 def _transcodes(
