@@ -74,9 +74,13 @@ class Training:
                         self.keep()
                         raise KeyboardInterrupt
             self.keep()  # calibration takes a while: if it is interrupted, training is not lost
-            return self.end()
         except BaseException as err:
             self.leave(err)
+            raise
+        try:
+            return self.end()
+        except BaseException as err:
+            self.tell_left(err)
             raise
 
     def going(self) -> bool:
@@ -237,8 +241,8 @@ class Training:
 
     def fold(self) -> None:
         """Back to raw units: what the user gets."""
-        self.coder.scratch, self.coder.in_raw_units, self.coder.progress = None, True, 1.0
         self.coder.fold(self.scale, self.target_scale)
+        self.coder.scratch, self.coder.in_raw_units, self.coder.progress = None, True, 1.0
 
     def end(self, data: Callable[[Store | Rows], CalibrationData] | None = None) -> Run:
         """Fit thresholds, save, and return the run. data: a ``calibration_data`` that several coders share."""
@@ -290,17 +294,19 @@ class Training:
         coder.id  # noqa: B018 (made now, on every rank alike)
 
     def leave(self, error: BaseException) -> None:
-        """Interrupted or failed: keep what can be continued, and leave the coder usable in raw units. It notes which
-        run left it, and callbacks get "left" in place of "end"."""
-        interrupted = isinstance(error, KeyboardInterrupt) and not self.coder.in_raw_units  # else its steps are kept
+        """Interrupted or failed: keep what can be continued, and leave the coder usable in raw units."""
+        interrupted = isinstance(error, KeyboardInterrupt)
         try:
             if interrupted and self.process.size == 1:  # several processes stop together, or leave at different steps
                 self.keep()
         finally:
-            if not self.coder.in_raw_units:
-                self.fold()
+            self.fold()
         if interrupted and self.path is not None and self.process.first:
             log.warning("stopped at step %d; the same call with path=%r goes on from there", self.step, str(self.path))
+        self.tell_left(error)
+
+    def tell_left(self, error: BaseException) -> None:
+        """The coder notes which run left it, and callbacks get "left" in place of "end"."""
         self.control.close()
         if self.path is not None:
             self.whole.meta = self.whole.meta | {checkpoint.LEFT: checkpoint.left(self.whole, self.id)}

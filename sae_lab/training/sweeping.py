@@ -244,9 +244,12 @@ def _run(trainings: list[Training]) -> list[Run]:
             if number not in runs:
                 runs[number] = t.end(data)
     except BaseException as err:
+        ended = [trainings[number] for number in runs]
         for t in begun:
-            if t not in [trainings[number] for number in runs]:
+            if not t.coder.in_raw_units:
                 t.leave(err)
+            elif t not in ended:
+                t.tell_left(err)
         raise
     return [runs[number] for number in range(len(trainings))]
 

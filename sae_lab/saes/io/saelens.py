@@ -66,7 +66,7 @@ def _architecture(cfg: dict[str, Any], folder: Path) -> str:
     elif function not in ("relu", "topk"):
         raise ValueError(f"{folder} uses the activation {function!r}; supported: relu, topk")
     if named not in FAMILY:
-        raise ValueError(f"{folder} has the SAELens architecture {named!r}; supported: {', '.join(sorted(FAMILY))}")
+        raise ValueError(f"{folder} holds a coder of architecture {named!r}; supported: {', '.join(sorted(FAMILY))}")
     return named
 
 
