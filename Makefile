@@ -50,7 +50,7 @@ needs:
 
 test: needs .venv/.server
 	$(MAKE) --no-print-directory -j 2 $(if $(filter output-sync,$(.FEATURES)),-O) lint widgets
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -m "not browser and not remote" -n 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -m "not browser and not remote" -n 2 --dist loadfile --no-loadscope-reorder --durations=40
 	$(NBVAL) $(FIRST)
 	OMP_NUM_THREADS=1 $(NBVAL) -n 2 --dist loadfile $(filter-out $(REMOTE) $(FIRST),$(NOTEBOOKS))
 	$(BIN)/python -m pytest tests/remote --durations=5
