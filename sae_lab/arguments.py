@@ -1,14 +1,14 @@
-"""What callers pass, made what the annotation says or refused in one sentence: rule, value, remedy.
+"""Arguments of public functions, converted to their annotations or refused in one sentence: rule, value, remedy.
 
-``@as_annotated`` stands on public functions and classes, and goes by annotations:
+``@as_annotated`` on a public function or class:
 
-- One item where a list of such items is meant is a list of one: a str, an edit, a coder.
-- Numbers of numpy and torch are numbers, their arrays lists or tensors, lists of numbers tensors, and 1e6 is an int. A
-  bool is no number, nor is NaN.
-- A tensor has the numbers and the count of axes that jaxtyping's annotation names; floats hold no NaN or Inf.
-- What is of another kind is refused, and where two arguments stand in each other's place, it says which.
+- makes a list of one item (a str, an edit, a coder) where a list of such items is annotated;
+- takes numbers and arrays of numpy and torch for numbers, lists or tensors, lists of numbers for tensors, and 1e6 for
+  an int; a bool or NaN is no number;
+- compares a tensor's dtype and number of axes with jaxtyping's annotation, and refuses floats with NaN or Inf;
+- refuses all other values, and says which two arguments are swapped.
 
-What an argument may be beyond its kind (``k`` at most ``d_sae``) is for the function to say.
+Rules beyond the type (``k`` at most ``d_sae``) are checked by each function.
 """
 
 import inspect
@@ -29,17 +29,17 @@ from sae_lab.spelling import near
 F = TypeVar("F", bound=Callable[..., Any])
 
 Count = Annotated[int, "at least 0"]
-_NO = object()  # "this value is not of that kind"
+_NO = object()  # in place of a value that does not fit
 _MANY = (list, tuple, Sequence, Iterable)
-SAID: dict[Any, str] = {}  # how ``words`` puts a long union
+SAID: dict[Any, str] = {}  # words for long unions
 _SIMPLE = {None: "None", type(None): "None", int: "a whole number", float: "a number", bool: "True or False",
            Count: "a whole number of at least 0"}  # fmt: skip
 _QUOTED = {"str": str, "int": int, "float": float, "bool": bool, "None": None, "Any": Any}
 
 
 def as_annotated(fn: F) -> F:
-    """A public function whose arguments are first made what their annotations say. ValueError where they cannot be;
-    TypeError for a name that no argument has, with a near one. Of a class: its constructor and public methods."""
+    """A public function that first converts its arguments to their annotations; of a class, its constructor and public
+    methods. ValueError for a value that does not fit; TypeError for an unknown name, with a similar one."""
     if isinstance(fn, type):
         for name, member in list(vars(fn).items()):
             method = getattr(member, "__func__", member)
@@ -51,7 +51,7 @@ def as_annotated(fn: F) -> F:
     signature = inspect.signature(fn)
     signature = signature.replace(parameters=[q for p in signature.parameters.values() for q in _spelt_out(p)])
     named = [p for p in signature.parameters.values() if p.annotation is not p.empty and p.kind is not p.VAR_KEYWORD]
-    counts = {int: Count, int | None: Union[Count, None]}  # noqa: UP007 (a seed is one everywhere)
+    counts = {int: Count, int | None: Union[Count, None]}  # noqa: UP007 (a seed is never negative)
     hints = {p.name: counts.get(p.annotation, p.annotation) if p.name == "seed" else p.annotation for p in named}
     more = next((p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD), "")
     several = {p.name for p in signature.parameters.values() if p.kind is p.VAR_POSITIONAL}
@@ -63,7 +63,7 @@ def as_annotated(fn: F) -> F:
             for other in bound.arguments.get(more, ()):
                 if near(other, hints, 0.8):
                     raise TypeError(f"got an unexpected keyword argument '{other}'")
-        except TypeError as err:  # names what is missing or unknown
+        except TypeError as err:  # names the missing or unknown argument
             unknown = re.search("unexpected keyword argument '(.*)'", str(err))
             meant = near(unknown[1], signature.parameters) if unknown else ""
             raise TypeError(f"{_takes(fn, signature)}: {err}{meant}") from None
@@ -81,7 +81,7 @@ def as_annotated(fn: F) -> F:
 
 
 def _spelt_out(p: inspect.Parameter) -> list[inspect.Parameter]:
-    """The arguments that ``**more: Unpack[...]`` stands for, one by one."""
+    """The arguments in ``**more: Unpack[...]``, one by one."""
     if p.kind is not p.VAR_KEYWORD or get_origin(p.annotation) is not typing.Unpack:
         return [p]
     named = typing.get_type_hints(get_args(p.annotation)[0])
@@ -89,10 +89,8 @@ def _spelt_out(p: inspect.Parameter) -> list[inspect.Parameter]:
 
 
 def fit(value: Any, hint: Any, lone: bool = True) -> Any:
-    """The value as the annotation means it: itself, or what it can be read as; ``_NO`` where it is of another kind.
-
-    lone: whether one item may stand for a list of one.
-    """
+    """The value, converted to the annotation if need be; ``_NO`` if it does not fit. lone: whether one item may stand
+    for a list of one."""
     kinds = _kinds(hint)
     for way in (_as_it_is, _read_as):
         for kind in kinds:
@@ -111,7 +109,7 @@ def words(hint: Any) -> str:
 
 @lru_cache(maxsize=4096)
 def _kinds(hint: Any) -> tuple[Any, ...]:
-    """What a union is one of. A quoted name stays one, where it is no plain kind."""
+    """The members of a union. Quoted names of classes stay names."""
     if isinstance(hint, str):
         return tuple(_QUOTED.get(part, part) for part in hint.split(" | "))
     if get_origin(hint) in (Union, types.UnionType):
@@ -145,12 +143,12 @@ def _as_it_is(value: Any, kind: Any, *_: Any) -> Any:
         return _array(value, kind) if isinstance(value, getattr(kind, "array_type", Tensor)) else _NO
     kind = origin or kind
     if kind is Any or not isinstance(kind, type):
-        return value  # nor what is not known here
+        return value  # annotations that this module does not know are not checked
     return value if isinstance(value, kind) else _NO
 
 
 def _each(values: Any, item: tuple[Any, ...]) -> Any:
-    """A list, each item made what it must be. What can be read once only stays as it is."""
+    """A list, each item converted. An iterable that can be read only once is returned as it is."""
     if not isinstance(values, list | tuple) or len(item) != 1 or item[0] is Any:
         return values
     made = [fit(v, item[0], lone=False) for v in values]
@@ -160,7 +158,7 @@ def _each(values: Any, item: tuple[Any, ...]) -> Any:
 
 
 def _array(value: Any, kind: Any) -> Any:
-    """A tensor or array whose numbers and axes are the annotation's (jaxtyping's, or any)."""
+    """A tensor or array, if its dtype and axes are those of the annotation (jaxtyping's, or any)."""
     named, axes = _dtypes(kind), getattr(kind, "dim_str", "...").split()
     if named and str(value.dtype).removeprefix("torch.") not in named:
         return _NO
@@ -176,12 +174,12 @@ def _dtypes(kind: Any) -> tuple[str, ...]:
 
 
 def is_finite(x: Tensor) -> bool:
-    """Whether it holds no NaN or Inf. Its extremes tell, without a copy."""
+    """Whether a tensor holds no NaN or Inf, told from its extremes without a copy."""
     return x.is_meta or not x.numel() or bool(torch.stack(torch.aminmax(x.detach())).isfinite().all())
 
 
 def check_least(least: int, **values: float) -> None:
-    """ValueError for the first of these arguments that is smaller."""
+    """ValueError for the first argument below ``least``."""
     for name, value in values.items():
         if value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
@@ -198,13 +196,13 @@ def _read_as(value: Any, kind: Any, kinds: tuple[Any, ...], lone: bool) -> Any:
     if hasattr(value, "tolist") and not _is_scalar(value):
         return _as_it_is(value.tolist(), kind)
     if not lone or (_is_scalar(value) and any(k is str or get_args(k) == (str,) for k in kinds)):
-        return _NO  # where words are meant, a number is hardly one token
+        return _NO  # beside words, a single number is more likely a mistake than a token id
     one = fit(value, item[0], lone=False)
     return _NO if one is _NO else [one]
 
 
 def _as_array(value: Any, kind: Any) -> Any:
-    """An array, or a list of numbers, as the tensor (or array) that is meant; a list's numbers as those that are."""
+    """An array or a list of numbers as the annotated tensor or array; floats of a list become float32."""
     try:
         array = np.asarray(value if isinstance(value, np.ndarray | list | tuple) else _NO)
     except (ValueError, TypeError, OverflowError):  # lists of several lengths
@@ -249,7 +247,7 @@ def _refusal(fn: Any, signature: inspect.Signature, hints: dict[str, Any], given
 
 
 def _remedy(value: Any, hint: Any) -> str:
-    """What to write, where that is known."""
+    """How to write the value instead, or ""."""
     kinds = _kinds(hint)
     if isinstance(value, str) and any(k in (int, float) for k in kinds) and re.fullmatch(r"-?\d+\.?\d*", value):
         return f"write {value}, without quotes"
@@ -272,15 +270,12 @@ def _words(kind: Any) -> str:
     if origin is Callable or kind is Callable:
         return "a function"
     if origin in _MANY:
-        return "a list" if not item or item[0] is Any else f"a list of {_plural(item[0])}"
+        named = {int: "whole numbers", float: "numbers"}
+        items = (named.get(k) or re.sub("^an? ", "", _words(k)) for k in _kinds(item[0])) if item else ()
+        return "a list" if not item or item[0] is Any else f"a list of {' or '.join(items)}"
     if getattr(kind, "array_type", None) is not None:
         return f"{_article(kind.array_type.__name__)} of {kind.__name__.split('[')[0].lower()}s ({kind.dim_str})"
     return getattr(kind, "IN_WORDS", None) or _article(getattr(origin or kind, "__name__", str(kind)))
-
-
-def _plural(kind: Any) -> str:
-    named = {int: "whole numbers", float: "numbers", Any: "anything"}
-    return " or ".join(named.get(k) or re.sub("^an? ", "", _words(k)) for k in _kinds(kind))
 
 
 def _article(name: str) -> str:

@@ -1,8 +1,8 @@
-"""Where sae_lab keeps what it made, and how it writes all of its files.
+"""The cache of converted models, stores, indexes and figures of evals (``SAE_LAB_CACHE`` moves it), and how all files
+are written.
 
-Converted models, stores, indexes and figures of evals lie in the cache; ``SAE_LAB_CACHE`` moves it. Every file is
-written whole in a folder beside and then renamed (``atomic``, ``together``), has the mode that the umask says, and on a
-full disk ends in one sentence (``told``). Only one process at a time writes into a folder (``sole_writer``).
+A file is written in a temporary folder beside its place and then renamed (``atomic``, ``together``); its mode follows
+the umask; a full disk ends in one sentence (``told``). One process at a time writes into a folder (``sole_writer``).
 """
 
 import errno
@@ -26,7 +26,7 @@ from filelock import FileLock, Timeout
 log = logging.getLogger(__name__)
 
 KINDS = ("models", "stores", "indexes", "evals")
-LOCK = ".lock"  # in a folder that is being written into; it goes when that is done
+LOCK = ".lock"  # the file that a folder holds while somebody writes into it
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a full disk, a quota, a limit on the size of files
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP)  # from file systems without locks
 
@@ -58,7 +58,7 @@ def list() -> "List":  # users read sl.cache.list()
 
 
 def _size(path: Path) -> int:
-    """0 of a folder, and of a file that another process has taken away by now."""
+    """Bytes of a file; 0 for a folder, and for a file that another process has removed."""
     try:
         return path.stat().st_size if path.is_file() else 0
     except FileNotFoundError:
@@ -77,7 +77,7 @@ class List(tuple[Entry, ...]):
 def clear(kind: str | None = None) -> float:
     """Delete the cache, or one kind of it ("models", "stores", "indexes", "evals"). Returns the megabytes freed.
 
-    What was saved under a path of your own is never touched, nor what is being written just now.
+    Files saved under a path of your own stay, and so do files that are being written.
     """
     if kind is not None and kind not in KINDS:
         raise ValueError(f"unknown kind of cache {kind!r}; kinds: {', '.join(KINDS)}")
@@ -107,10 +107,8 @@ def make_folder(path: Path) -> Path:
 
 @contextmanager
 def atomic(path: Path, kept: str = "") -> Iterator[Path]:
-    """A temporary path that takes the place of ``path`` when the block ends well, and vanishes when it fails.
-
-    Readers see the whole old file or the whole new one, also after a SIGKILL. kept: see ``told``.
-    """
+    """A temporary path, renamed to ``path`` when the block ends without an error, and removed otherwise. So readers see
+    the whole old file or the whole new one, also after a SIGKILL. kept: see ``told``."""
     path = path.resolve() if path.is_symlink() else path  # the link stays
     with told(path, kept), _beside(path) as temporary:
         yield temporary
@@ -120,15 +118,15 @@ def atomic(path: Path, kept: str = "") -> Iterator[Path]:
 
 @contextmanager
 def together(folder: Path, valid: str | None = None, kept: str = "") -> Iterator[Path]:
-    """A temporary folder whose files all come into ``folder`` when the block ends well, and vanish when it fails.
+    """A temporary folder whose files move into ``folder`` when the block ends without an error; else they are removed.
 
-    A new folder appears whole. In a folder that exists, other files stay and files are replaced one by one. valid: the
-    file without which nothing loads; it is removed first and put back last, so that a mixture of new and old files
-    never loads. None: a new file may stand beside old versions of the others.
+    A new folder appears whole. In a folder that exists, files are replaced one by one, and other files stay. valid: the
+    file without which nothing loads; it is removed first and written last, so that a mixture of new and old files never
+    loads. None: new files may stand beside old ones for a moment.
     """
     there = folder.exists()
     make_folder(folder if there else folder.parent)
-    # Within a folder that is there, which may be a file system of its own.
+    # The temporary folder lies in an existing folder, which may be a mount point: a rename stays on one file system.
     with told(folder, kept), _beside(folder / (valid or folder.name) if there else folder) as temporary:
         temporary.mkdir()
         yield temporary
@@ -149,24 +147,24 @@ def together(folder: Path, valid: str | None = None, kept: str = "") -> Iterator
 
 @contextmanager
 def told(path: Path, kept: str = "") -> Iterator[None]:
-    """Says in one sentence when there is no room for ``path``. kept: what is still there, and how to go on; of
-    nested blocks the outermost says it."""
+    """Turns a full disk into ``NoRoom``, one sentence about ``path``. kept: which files are left, and how to go on; the
+    outermost of nested blocks says it."""
     try:
         yield
     except Exception as err:
         if (number := _number(err)) not in NO_ROOM or (isinstance(err, NoRoom) and not kept):
             raise
-        kept = kept or "what stood there before is unchanged: make room on that disk, or give another path"
+        kept = kept or "an older file there is unchanged: make room on that disk, or give another path"
         cause = err.__cause__ if isinstance(err, NoRoom) else err
         raise NoRoom(number, f"could not write {path} ({os.strerror(number)}); {kept}") from cause
 
 
 class NoRoom(OSError):
-    """A full disk, a quota, or a limit on the size of files, with what is kept and how to go on."""
+    """A full disk, a quota or a limit on the size of files: which files are left, and how to go on."""
 
 
 def _number(err: Exception) -> int:
-    """The system's number of an error, which safetensors, written in Rust, has in its text; 0 where there is none."""
+    """The system's number of an error, or 0. Errors of safetensors, which is written in Rust, have it in their text."""
     if isinstance(err, OSError):
         return err.errno or 0
     found = re.search(r"\(os error (\d+)\)", str(err))
@@ -175,12 +173,12 @@ def _number(err: Exception) -> int:
 
 @contextmanager
 def _beside(path: Path) -> Iterator[Path]:
-    """A path of the same name in a folder of this call's own beside; what killed writers of that path left goes."""
-    if not any(folder == path.parent.resolve() for *_, folder in _held):  # sole_writer has done it there
+    """A path of the same name in a new temporary folder beside. What killed writers of the path left is removed."""
+    if not any(folder == path.parent.resolve() for *_, folder in _held):  # else sole_writer has removed them
         remove_leftovers(make_folder(path.parent), path.name)
     lock = scratch = None
     try:
-        while scratch is None or lock is None:  # another process may take it for a leftover until it is locked
+        while scratch is None or lock is None:  # until it is locked, another process may remove it as a leftover
             scratch = path.parent / f".{path.name}.{secrets.token_hex(4)}.tmp"
             scratch.mkdir()
             lock = _locked(scratch)
@@ -193,7 +191,7 @@ def _beside(path: Path) -> Iterator[Path]:
 
 
 def _settle(temporary: Path) -> None:
-    """What was written gets the mode that the umask says, whatever wrote it, and reaches the disk before its name."""
+    """Give written files the mode of the umask, and bring them to the disk before they get their names."""
     mode = temporary.parent.stat().st_mode & 0o666
     for file in [temporary, *temporary.rglob("*")]:
         if file.is_file():
@@ -203,10 +201,8 @@ def _settle(temporary: Path) -> None:
 
 
 def mapped(file: Path, dtype: Any, length: int) -> np.memmap:
-    """A new array of zeros in a .npy file, mapped for writing.
-
-    The disk gives its blocks first: where a page of a map finds none, the system ends the process (SIGBUS).
-    """
+    """A new array of zeros in a .npy file, mapped for writing. All its blocks on the disk are allocated first: a page
+    without a block would end the process (SIGBUS)."""
     with open(file, "wb") as f:
         facts = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": (length,)}
         np.lib.format.write_array_header_1_0(f, facts)
@@ -216,7 +212,7 @@ def mapped(file: Path, dtype: Any, length: int) -> np.memmap:
 
 
 def _allocate(f: Any, end: int) -> None:
-    """Blocks for all of a file; as zeros where the system cannot do it at once (macOS), or the file system refuses."""
+    """Allocate a file's blocks; write zeros where the system (macOS) or the file system cannot allocate."""
     f.flush()
     if hasattr(os, "posix_fallocate"):
         try:
@@ -229,15 +225,13 @@ def _allocate(f: Any, end: int) -> None:
         f.write(zeros[:left])
 
 
-_held: set[tuple[int, int, Path]] = set()  # (process, thread, folder) of every folder that is locked here
+_held: set[tuple[int, int, Path]] = set()  # (process, thread, folder) of every lock that this process holds
 
 
 @contextmanager
 def sole_writer(folder: Path) -> Iterator[None]:
-    """Only one thread of one process at a time is in such a block for a folder, which is made; others wait.
-
-    What killed writers left there is removed first. A lock ends with its process, however that ends.
-    """
+    """A block that one thread of one process at a time is in, for each folder; others wait. The folder is made, and
+    cleared of what killed writers left. A lock ends with its process."""
     make_folder(folder)
     mine = (os.getpid(), threading.get_ident(), folder.resolve())
     if mine in _held:
@@ -257,12 +251,12 @@ def sole_writer(folder: Path) -> Iterator[None]:
         yield
     finally:
         _held.discard(mine)
-        (folder / LOCK).unlink(missing_ok=True)  # while it is held: who waits for it looks again
+        (folder / LOCK).unlink(missing_ok=True)  # while the lock is held: a process that waits for it looks again
         lock.release()
 
 
 def _locked(folder: Path) -> FileLock | None:
-    """The lock of a folder, None where somebody has it. A file system without locks gives one that does nothing."""
+    """A folder's lock, acquired; None if somebody else holds it. On a file system without locks it does nothing."""
     lock = FileLock(folder / LOCK)
     try:
         lock.acquire(timeout=0)
@@ -275,8 +269,8 @@ def _locked(folder: Path) -> FileLock | None:
 
 
 def _removed(folder: Path, unsure: bool) -> bool:
-    """Remove a folder unless somebody writes into it, and return whether that was done. unsure: remove it too where
-    the file system has no locks."""
+    """Remove a folder unless somebody writes into it; returns whether it was removed. unsure: also on a file system
+    without locks."""
     lock = _locked(folder)
     if lock is None or not (lock.is_locked or unsure):
         return False
@@ -288,7 +282,7 @@ def _removed(folder: Path, unsure: bool) -> bool:
 
 
 def tidy(folder: Path) -> None:
-    """What killed writers left in a folder that is whole otherwise goes, unless somebody is writing there."""
+    """Remove what killed writers left in a complete folder, unless somebody is writing there."""
     if not ((folder / LOCK).exists() or any(folder.glob(".*.tmp"))):
         return
     with suppress(OSError):  # another user's
@@ -299,7 +293,7 @@ def tidy(folder: Path) -> None:
 
 
 def remove_leftovers(folder: Path, name: str | None = None) -> None:
-    """Remove what killed writers of a file, or of any file in a folder of ours, left there."""
+    """Remove what killed writers left of the file of this name, or of any file in the folder."""
     for left in folder.glob(".*.tmp" if name is None else f".{glob.escape(name)}.*.tmp"):
         with suppress(OSError):  # another user's
             _removed(left, unsure=False)
@@ -310,8 +304,8 @@ def remove_leftovers(folder: Path, name: str | None = None) -> None:
 
 
 def hub_answers() -> bool:
-    """Whether the model hub can be reached: asked once, for 5 s, and again a minute later. Its own client asks five
-    times for each file, with pauses."""
+    """Whether the model hub can be reached. One request of at most 5 s, whose answer holds for a minute: the hub's own
+    client would make five requests for each file, with pauses."""
     from huggingface_hub import constants
 
     return not constants.HF_HUB_OFFLINE and _asked(constants.ENDPOINT, int(time.monotonic() / 60))
@@ -323,6 +317,6 @@ def _asked(endpoint: str, minute: int) -> bool:
 
     try:
         get_session().head(endpoint, timeout=5)
-    except Exception:  # its kind depends on the HTTP library of the hub's version; all mean: no answer
+    except Exception:  # of a kind that depends on the hub client's version
         return False
     return True

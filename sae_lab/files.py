@@ -1,12 +1,12 @@
-"""Files read as data, or refused. Checksums, and the limits of every reader, stand here.
+"""Readers that take a file as data or refuse it, with their limits; and writers of files with checksums.
 
-What this library writes carries checksums: JSON objects one of their content, safetensors files one of their header and
-one of each block of BLOCK bytes behind it. Files without checksums (of other libraries, or of
-earlier versions) are read too.
+A JSON object that this library writes has a checksum of its content; a safetensors file has one of its header and one
+of each block of BLOCK bytes after it. Files of other libraries, without checksums, are read too.
 """
 
 import gzip
 import json
+import math
 import mmap
 import zipfile
 import zlib
@@ -22,16 +22,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-BLOCK = 1 << 17  # bytes that share a checksum: read at a stroke, and not much more than the rows that are asked for
-# Limits. Each stands in the message of what it refuses, by the name under which it can be raised.
-MOST_JSON = 32 << 20  # bytes: Python's objects take up to 25 times as much memory
-MOST_DEPTH = 64  # lists and objects within each other
-MOST_DIGITS = 300  # of a whole number; no float is larger
-MOST_HEADER = 25 << 20  # bytes of names, shapes and notes before a safetensors file's tensors
-MOST_RUN = 100_000_000  # the same of a checkpoint, which holds the run's history; safetensors writes no longer header
-MOST_UNPACKED = 256 << 20  # bytes of an archive or pickle, beyond 4 times its size: weights do not pack smaller
-MOST_PARTS = 1_000_000  # values within each other of a pickle or YAML, which can name one value many times
-MOST_LINES = 512 << 20  # bytes of lines, unpacked, all files and gzip members together
+BLOCK = 1 << 17  # bytes with one checksum: large enough to read fast, small enough to read few rows
+# Limits. A message that refuses a file names the limit, so that a user can raise it.
+MOST_JSON = 32 << 20  # bytes; in memory, Python's objects take up to 25 times as many
+MOST_DEPTH = 64  # of nested lists and objects
+MOST_DIGITS = 300  # of a whole number; a float has at most 309
+MOST_HEADER = 25 << 20  # bytes of a safetensors header: names, shapes and notes
+MOST_RUN = 100_000_000  # bytes of a checkpoint's header, which holds the run's history; safetensors' own limit
+MOST_UNPACKED = 256 << 20  # bytes of an unpacked archive or pickle, beyond 4 times its size: weights compress little
+MOST_PARTS = 1_000_000  # values in a pickle or YAML, where one value can be named many times
+MOST_LINES = 512 << 20  # bytes of lines, unpacked, over all files and gzip members
 MOST_LINE = 1 << 20  # bytes of a line
 _DTYPES = {
     "BOOL": np.bool_, "U8": np.uint8, "I8": np.int8, "F16": np.float16, "BF16": np.uint16, "I16": np.int16,
@@ -41,13 +41,13 @@ _SEAL = "checksum"
 
 
 def limited(name: str) -> str:
-    """How a message names a limit of this module."""
+    """A limit of this module, as a message names it."""
     return f"{globals()[name]:,} (sae_lab.files.{name}; set it higher if you trust the file)"
 
 
 def read_bytes(file: Path, most: str = "MOST_JSON") -> bytes:
-    """A file's bytes. FileNotFoundError where there is none; ValueError for a folder, a pipe or a device, and for more
-    than the limit of this name."""
+    """A file's bytes. Raises FileNotFoundError; ValueError for a folder, a pipe or a device, and for more bytes than
+    the limit of this name."""
     _size(file)
     try:
         with open(file, "rb") as f:
@@ -60,7 +60,7 @@ def read_bytes(file: Path, most: str = "MOST_JSON") -> bytes:
 
 
 def parse_json(data: bytes | str, nan: bool = False) -> Any:
-    """JSON within the limits. ValueError else; NaN and Infinity, which are no JSON, only where they are asked for."""
+    """JSON within the limits, else ValueError. nan: whether NaN and Infinity, which are no JSON, are allowed."""
     try:
         content = json.loads(data, parse_int=_whole, parse_constant=None if nan else _no_number)
     except RecursionError:
@@ -84,7 +84,7 @@ def _no_number(name: str) -> Any:
 
 
 def read_json(file: Path, nan: bool = False, most: str = "MOST_JSON") -> dict[str, Any]:
-    """A JSON object, its checksum compared and taken off. FileNotFoundError, and ValueError for all else."""
+    """A JSON object, its checksum checked and removed. Raises FileNotFoundError, and ValueError for other files."""
     content = parse_json(read_bytes(file, most), nan)
     if not isinstance(content, dict):
         raise ValueError(f"it must hold a JSON object, got a {type(content).__name__}")
@@ -92,23 +92,20 @@ def read_json(file: Path, nan: bool = False, most: str = "MOST_JSON") -> dict[st
 
 
 def write_json(file: Path, content: Mapping[str, Any], indent: int | None = None) -> None:
-    file.write_text(json.dumps(sealed(content), indent=indent), encoding="utf-8")
-
-
-def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
-    """A JSON object with its checksum, as the last entry."""
-    return {**content, _SEAL: _checksum(json.loads(json.dumps(content)))}
+    """A JSON object with its checksum as the last entry."""
+    sealed = {**content, _SEAL: _checksum(json.loads(json.dumps(content)))}
+    file.write_text(json.dumps(sealed, indent=indent), encoding="utf-8")
 
 
 def unsealed(content: dict[str, Any]) -> dict[str, Any]:
-    """The object without its checksum. ValueError where it is another's."""
+    """The object without its checksum. ValueError for a wrong checksum."""
     if _SEAL not in content:
         return content
     rest = {key: value for key, value in content.items() if key != _SEAL}
     if content[_SEAL] != _checksum(rest):
         raise ValueError(
-            f"its content is not what was written: it is damaged; or, if you changed it yourself, take its line "
-            f'"{_SEAL}" out'
+            f"its content does not fit its checksum: it is damaged; if you changed it yourself, remove its line "
+            f'"{_SEAL}"'
         )
     return rest
 
@@ -118,7 +115,7 @@ def _checksum(content: Any) -> str:
 
 
 def write_tensors(tensors: Mapping[str, Tensor], file: Path, notes: Mapping[str, str] | None = None) -> None:
-    """A safetensors file with checksums among its notes; the same tensors and notes give the same bytes."""
+    """Write a safetensors file with checksums among its notes. The same tensors and notes give the same bytes."""
     none = "0" * 8 * -(-sum(t.nbytes for t in tensors.values()) // BLOCK)
     save_file(dict(tensors), file, {**(notes or {}), "blocks": none, _SEAL: "0" * 8})
     with open(file, "r+b") as f:
@@ -126,9 +123,9 @@ def write_tensors(tensors: Mapping[str, Tensor], file: Path, notes: Mapping[str,
         header = json.loads(f.read(length))
         header["__metadata__"] |= {"blocks": blocks_of(f)}
         header["__metadata__"] |= {_SEAL: _checksum(_unsealed_header(header))}
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))  # the library's order is a random one
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))  # safetensors orders them at random
         raw = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-        assert len(raw) <= length, "JSON is written as the library writes it"
+        assert len(raw) <= length, "this JSON is as compact as that of safetensors"
         f.seek(8)
         f.write(raw.ljust(length))
 
@@ -139,7 +136,7 @@ def _unsealed_header(header: dict[str, Any]) -> dict[str, Any]:
 
 
 def blocks_of(file: Path | BufferedIOBase) -> str:
-    """The checksum of each block of a file, from where it stands."""
+    """The checksum of each block of a file; of an open one, from its present position on."""
     if isinstance(file, Path):
         with open(file, "rb") as f:
             return blocks_of(f)
@@ -147,10 +144,8 @@ def blocks_of(file: Path | BufferedIOBase) -> str:
 
 
 def read_header(file: Path, most: str = "MOST_HEADER") -> tuple[dict[str, Any], dict[str, str], int]:
-    """(its tensors' dtypes, shapes and places, its notes, where its tensors begin) of a safetensors file.
-
-    Raises FileNotFoundError, and ValueError for a file of another kind or with a header that was changed.
-    """
+    """(dtypes, shapes and places of a safetensors file's tensors; its notes; the byte at which its tensors begin).
+    Raises FileNotFoundError, and ValueError for a file of another kind or with a damaged header."""
     size = _size(file)
     with open(file, "rb") as f:
         length = int.from_bytes(f.read(8), "little")
@@ -161,9 +156,9 @@ def read_header(file: Path, most: str = "MOST_HEADER") -> tuple[dict[str, Any], 
         header = parse_json(f.read(length), nan=True)
     notes = header.get("__metadata__", {}) if isinstance(header, dict) else None
     if not isinstance(notes, dict) or not all(isinstance(text, str) for text in notes.values()):
-        raise ValueError("its header is not what a safetensors file has")
+        raise ValueError("its header is not that of a safetensors file")
     if _SEAL in notes and notes[_SEAL] != _checksum(_unsealed_header(header)):
-        raise ValueError("its header is not what was written: it is damaged")
+        raise ValueError("its header does not fit its checksum: it is damaged")
     for name, info in header.items():
         if name != "__metadata__":
             _check_place(name, info, size - 8 - length)
@@ -171,29 +166,22 @@ def read_header(file: Path, most: str = "MOST_HEADER") -> tuple[dict[str, Any], 
 
 
 def _check_place(name: str, info: Any, size: int) -> None:
-    """ValueError unless a tensor's place holds its shape and lies in the file."""
+    """ValueError unless a tensor's place lies in the file and has the length that its shape needs."""
     try:
         (start, end), shape = info["data_offsets"], info["shape"]
         whole = all(type(n) is int and n >= 0 for n in (start, end, *shape)) and start <= end <= size
         known = _DTYPES.get(info["dtype"])
     except (KeyError, TypeError, ValueError) as err:
-        raise ValueError(f"its header says no type, shape and place of {name!r}") from err
-    if not whole or (known is not None and end - start != np.dtype(known).itemsize * _count(shape)):
+        raise ValueError(f"its header lacks the type, shape or place of {name!r}") from err
+    if not whole or (known is not None and end - start != np.dtype(known).itemsize * math.prod(shape)):
         raise ValueError(f"its header gives {name!r} a place outside the file, or of another length than {shape} needs")
-
-
-def _count(shape: list[int]) -> int:
-    count = 1
-    for n in shape:
-        count *= n
-    return count
 
 
 def read_tensors(
     file: Path, take: Callable[[str, Tensor], Tensor] = lambda _, t: t, most: str = "MOST_HEADER"
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """(tensors by name, notes) of a safetensors file, all its bytes checked. ``take(name, tensor)``: what is wanted of
-    each. FileNotFoundError, and ValueError for a file of another kind or one that was changed."""
+    """(tensors by name, notes) of a safetensors file, with all checksums checked. ``take(name, tensor)`` says what is
+    kept of each tensor. Raises FileNotFoundError, and ValueError for a file of another kind or a damaged one."""
     _, notes, start = read_header(file, most)
     if "blocks" in notes:
         with open(file, "rb") as f:
@@ -207,7 +195,7 @@ def read_tensors(
 
 
 def check_blocks(data: BufferedIOBase, blocks: str) -> None:
-    """ValueError unless these bytes have these checksums."""
+    """ValueError unless the bytes have these checksums."""
     found = blocks_of(data)
     for at in range(0, max(len(found), len(blocks)), 8):
         if found[at : at + 8] != blocks[at : at + 8]:
@@ -215,11 +203,11 @@ def check_blocks(data: BufferedIOBase, blocks: str) -> None:
 
 
 def _damaged(block: int) -> str:
-    return f"it is damaged: its content is not what was written, from byte {block * BLOCK:,} on"
+    return f"it is damaged: its content does not fit its checksum, from byte {block * BLOCK:,} on"
 
 
 def read_npz(file: Path) -> dict[str, Tensor]:
-    """Arrays of a numpy archive, unpacked within the limit. FileNotFoundError, and ValueError for all else."""
+    """Arrays of a numpy archive, unpacked within the limit. FileNotFoundError, and ValueError for other files."""
     try:
         check_archive(file)
         with np.load(file, allow_pickle=False) as archive:
@@ -231,13 +219,12 @@ def read_npz(file: Path) -> dict[str, Tensor]:
 
 
 def read_torch(file: Path) -> Any:
-    """What ``torch.save`` wrote, as long as it is tensors and plain values. FileNotFoundError, and ValueError for all
-    else."""
+    """Tensors and plain values that ``torch.save`` wrote. FileNotFoundError, and ValueError for other content."""
     check_archive(file)
     if not file.stat().st_size:
         raise ValueError("it is empty")
     with open(file, "rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        # Torch compares no checksums, and lets a pickle make a bytearray of any size; weights need none.
+        # Torch checks no checksums, and lets a pickle make a bytearray of any size, which weights never need.
         named = data.find(b"bytearray") >= 0
         if zipfile.is_zipfile(file):
             try:
@@ -246,22 +233,22 @@ def read_torch(file: Path) -> Any:
                     pickles = [part for part in archive.infolist() if part.filename.endswith("pkl")]
                     named = named or any(b"bytearray" in archive.read(part) for part in pickles)
             except Exception as err:  # hostile bytes can raise anything
-                raise ValueError(f"it is no whole archive ({err})") from err
+                raise ValueError(f"it is no complete archive ({err})") from err
             if damaged is not None:
-                raise ValueError(f"its part {damaged!r} is damaged: its content is not what was written")
+                raise ValueError(f"its part {damaged!r} is damaged: its content does not fit its checksum")
     if named:
         raise ValueError("it asks for a bytearray, which is no tensor")
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as err:  # hostile bytes can raise anything
-        reason = str(err).splitlines()[0].split(". ")[0] if str(err) else type(err).__name__  # less torch's advice
+        reason = str(err).splitlines()[0].split(". ")[0] if str(err) else type(err).__name__  # without torch's advice
         raise ValueError(reason) from err
     check_plain(content, 4 * file.stat().st_size + MOST_UNPACKED)
     return content
 
 
 def check_archive(file: Path) -> None:
-    """ValueError for a zip archive whose table of contents adds up to more than the limit; no reader unpacks more."""
+    """ValueError for a zip archive that would unpack to more than the limit, by its table of contents."""
     size = _size(file)
     if not zipfile.is_zipfile(file):
         return
@@ -269,7 +256,7 @@ def check_archive(file: Path) -> None:
         with zipfile.ZipFile(file) as archive:
             whole = sum(part.file_size for part in archive.infolist())
     except (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError, OSError) as err:
-        raise ValueError(f"it is no whole archive ({err})") from err
+        raise ValueError(f"it is no complete archive ({err})") from err
     if whole > 4 * size + MOST_UNPACKED:
         raise ValueError(
             f"it has {size:,} bytes and unpacks to {whole:,}, more than 4 times that and {limited('MOST_UNPACKED')}"
@@ -277,8 +264,8 @@ def check_archive(file: Path) -> None:
 
 
 def check_plain(content: Any, most_bytes: int = 0) -> None:
-    """ValueError for more values or deeper ones than the limits, and for tensors that are not plain or take more than
-    ``most_bytes`` together."""
+    """ValueError for more or deeper values than the limits, for tensors other than dense ones of real numbers on the
+    CPU, and for tensors of more than ``most_bytes`` together."""
     layer, parts, size = [content], 0, 0
     for depth in range(MOST_DEPTH + 2):
         if not layer:
@@ -296,7 +283,7 @@ def check_plain(content: Any, most_bytes: int = 0) -> None:
             elif isinstance(one, int) and abs(one) >= 10**MOST_DIGITS:
                 raise ValueError(f"a whole number has more digits than {limited('MOST_DIGITS')}")
         if size > most_bytes:
-            raise ValueError(f"its tensors would take more than {size:,} bytes, which do not lie in the file")
+            raise ValueError(f"its tensors would take more than {size:,} bytes, more than the file can hold")
         nested: list[Any] = []
         for one in layer:
             if isinstance(one, dict):
@@ -309,7 +296,7 @@ def check_plain(content: Any, most_bytes: int = 0) -> None:
 
 
 def read_yaml(file: Path) -> Any:
-    """Plain values in YAML. FileNotFoundError, and ValueError for all else."""
+    """Plain values in YAML. Raises FileNotFoundError, and ValueError for other files."""
     import yaml
 
     data = read_bytes(file)
@@ -322,8 +309,8 @@ def read_yaml(file: Path) -> Any:
 
 
 def read_lines(sources: Iterable[tuple[str, BufferedIOBase]]) -> Iterator[tuple[str, int, bytes]]:
-    """(name, number, line) of files of lines, unpacked where they are gzip. ValueError for what is no whole gzip file,
-    and for more than the limits, all files and gzip members together."""
+    """(name, line number, line) of text files; gzip files are unpacked. ValueError for an incomplete gzip file, and for
+    more bytes than the limits, over all files and gzip members."""
     seen = 0
     for name, stream in sources:
         with BufferedReader(stream) as plain:  # type: ignore[type-var]
@@ -333,7 +320,7 @@ def read_lines(sources: Iterable[tuple[str, BufferedIOBase]]) -> Iterator[tuple[
                 try:
                     line = lines.readline(MOST_LINE + 1)
                 except (EOFError, gzip.BadGzipFile, zlib.error) as err:
-                    raise ValueError(f"{name} is no whole gzip file ({err}): fetch it again") from err
+                    raise ValueError(f"{name} is no complete gzip file ({err}): fetch it again") from err
                 if len(line) > MOST_LINE:
                     raise ValueError(f"{name}, line {number} has more bytes than {limited('MOST_LINE')}")
                 if (seen := seen + len(line)) > MOST_LINES:
@@ -344,7 +331,7 @@ def read_lines(sources: Iterable[tuple[str, BufferedIOBase]]) -> Iterator[tuple[
 
 
 def _size(file: Path) -> int:
-    """A plain file's length. FileNotFoundError where there is none; ValueError for a folder, a pipe or a device."""
+    """A plain file's length. Raises FileNotFoundError; ValueError for a folder, a pipe or a device."""
     if not file.exists():
         raise FileNotFoundError(f"there is no {file}")
     if not file.is_file():
@@ -353,10 +340,8 @@ def _size(file: Path) -> int:
 
 
 class Blocks:
-    """A file's bytes, memory-mapped; each block is compared with its checksum when it is first read.
-
-    blocks: checksums of what lies behind byte ``start``, "" for a file that has none. remedy: ends a refusal.
-    """
+    """A file's bytes, memory-mapped; each block's checksum is checked when the block is first read. blocks: the
+    checksums from byte ``start`` on, "" for a file without. remedy: the end of every refusal."""
 
     def __init__(self, file: Path, start: int, blocks: str, remedy: str):
         self.file, self.start, self.remedy = file, start, remedy
@@ -366,19 +351,19 @@ class Blocks:
         about = file.stat()
         self._seen = _seen(str(file), about.st_ino, about.st_mtime_ns, about.st_size, blocks)
         if blocks and len(blocks) != 8 * -(-(about.st_size - start) // BLOCK):
-            raise ValueError(f"{file} is damaged (its length is not what was written): {remedy}")
+            raise ValueError(f"{file} is damaged (its length does not fit its checksums): {remedy}")
 
     @property
     def checked(self) -> bool:
         return not self._wanted or bool(self._seen.all())
 
     def check(self, first: int, last: int) -> None:
-        """ValueError unless bytes first to last - 1 behind ``start`` are those that were written."""
+        """ValueError unless bytes first to last - 1, counted from ``start``, fit their checksums."""
         if not self.checked:
             self.check_each(np.arange(first // BLOCK, -(-last // BLOCK)))
 
     def check_each(self, blocks: np.ndarray) -> None:
-        """The same of blocks by their numbers."""
+        """``check`` of blocks by number."""
         for block in blocks[~self._seen[blocks]].tolist():
             at = self.start + block * BLOCK
             if f"{zlib.crc32(self.bytes[at : at + BLOCK]):08x}" != self._wanted[8 * block : 8 * block + 8]:
@@ -388,25 +373,18 @@ class Blocks:
 
 @lru_cache(maxsize=1 << 16)
 def _seen(file: str, inode: int, changed: int, size: int, blocks: str) -> np.ndarray:
-    """Which blocks of a file have been checked. All who open the same file share this."""
+    """Whether each block of a file has been checked: one array for all ``Blocks`` of the same file."""
     return np.zeros(len(blocks) // 8, bool)
 
 
 class Table:
-    """An array in a file. What is read of it, row by row, is checked first; ``np.asarray(table)`` is all of it."""
+    """An array in a file. ``table[rows]`` and ``np.asarray(table)`` check the rows that they read."""
 
     def __init__(self, blocks: Blocks, begin: int, dtype: Any, shape: tuple[int, ...]):
         self._blocks, self._begin = blocks, begin - blocks.start
         self._array = np.ndarray(shape, dtype, blocks.bytes, begin)
         self._width = self._array.nbytes // max(1, *shape[:1], 1)  # of a row
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self._array.shape
-
-    @property
-    def dtype(self) -> np.dtype:
-        return self._array.dtype
+        self.shape, self.dtype = self._array.shape, self._array.dtype
 
     def __len__(self) -> int:
         return len(self._array)
@@ -416,7 +394,7 @@ class Table:
         return self._array.astype(dtype or self.dtype, copy=bool(copy))
 
     def __getitem__(self, rows: Any) -> Any:
-        """Rows by number, slice or array of numbers; of a tuple the first says which."""
+        """Rows by number, slice or array of numbers; or by the first entry of a tuple."""
         if not self._blocks.checked:
             self._check(rows[0] if isinstance(rows, tuple) else rows)
         return self._array[rows]
@@ -437,7 +415,7 @@ class Table:
 
 
 def map_tensors(file: Path, remedy: str) -> dict[str, Table]:
-    """A safetensors file's tensors without reading them (bfloat16 as its raw bits). ValueError with the remedy."""
+    """A safetensors file's tensors, not yet read (bfloat16 as raw bits). ValueError, which ends with the remedy."""
     try:
         header, notes, start = read_header(file)
         blocks = Blocks(file, start, notes.get("blocks", ""), remedy)
@@ -452,7 +430,7 @@ def map_tensors(file: Path, remedy: str) -> dict[str, Table]:
 
 
 def map_npy(file: Path, blocks: str, remedy: str) -> Table:
-    """An array that numpy saved, without reading it; ``blocks``: as ``blocks_of`` gave them."""
+    """An array that numpy saved, not yet read. blocks: what ``blocks_of`` gave for the file."""
     try:
         if not file.is_file():
             raise FileNotFoundError("there is no such file")

@@ -1,12 +1,11 @@
-"""What is said of a coder's features: one file a coder, in the user's data folder. ``SAE_LAB_DATA`` moves that folder.
+"""Notes on features: one log file for each coder, in the user's data folder (``SAE_LAB_DATA`` moves it).
 
-A file is a log, one change a line; a field is "label" or "text" (a person's), or "said:" and who says it:
+Each line is one change of a feature. A field is "label" or "text" (a person's), or "said:" and the name of a source:
 
     {"feature": 812, "label": "months", "time": 1764451234.5, "crc": "0b8a1f6c"}
 
-A line is appended under a lock and on disk before ``Log.write`` returns. Of a field's values the latest counts (of
-two with the same time, the one that sorts last). So two logs are merged by putting their lines together in any order,
-and no line is ever overwritten.
+``Log.write`` appends lines under a lock, and returns when they are on disk. A field's latest value counts; of two with
+the same time, the one that sorts last. So logs are merged by joining their lines in any order.
 """
 
 import json
@@ -41,7 +40,7 @@ _UNREADABLE = (ValueError, TypeError, KeyError, AttributeError, RecursionError) 
 
 
 class Said(NamedTuple):
-    """What somebody (``source``: an explainer, or a site's labels) says of a feature, with its scores if it has any."""
+    """A statement about a feature by a source (an explainer, or a web site with labels), and its scores by name."""
 
     text: str
     source: str = ""
@@ -57,7 +56,7 @@ def root() -> Path:
 
 
 def is_id(value: Any) -> bool:
-    """Whether this can be a coder's id; it names a file, and comes from a config that anyone may have written."""
+    """Whether a value can be a coder's id. It names a file, and comes from a config that may be a stranger's."""
     return isinstance(value, str) and _ID.fullmatch(value) is not None
 
 
@@ -71,7 +70,7 @@ class Change(NamedTuple):
 
 
 class Log:
-    """What is said of one coder's features. ``listeners`` hear which features changed after each write here."""
+    """The notes on one coder's features. ``listeners`` are called with the changed features after each write here."""
 
     def __init__(self, file: Path):
         self.file = file
@@ -87,13 +86,13 @@ class Log:
         self._now: dict[int, dict[str, tuple[float, Any]]] = {}  # feature: field: (time, value)
 
     def fields(self, feature: int) -> dict[str, Any]:
-        """What is said of a feature now, by field, the oldest first; a field that was emptied is not there."""
+        """A feature's present values by field, the oldest first; emptied fields are left out."""
         self.refresh()
         with self._lock:
             return self._values(feature)
 
     def all(self) -> dict[int, dict[str, Any]]:
-        """The same of every feature of which anything is said."""
+        """``fields`` of every feature that has any."""
         self.refresh()
         with self._lock:
             return {feature: fields for feature in sorted(self._now) if (fields := self._values(feature))}
@@ -113,7 +112,7 @@ class Log:
             return [Change(i, fields, at, line(i, fields, at)) for (i, at), fields in lines.items()]
 
     def refresh(self) -> None:
-        """Read what was written since, here or by another process. Damaged lines are said and kept aside."""
+        """Read the lines that any process has written since the last read. Damaged lines go into a file beside."""
         with self._lock:
             try:
                 if _stamp(self.file.stat()) == self._stamp:
@@ -133,17 +132,15 @@ class Log:
                 ) from err
             good, bad = parsed(data)
             for change in good:
-                self._take(change)
+                here = self._now.setdefault(change.feature, {})
+                for field, value in change.fields.items():
+                    before, old = here.get(field, (-math.inf, None))
+                    if change.time > before or (change.time == before and json.dumps(value) > json.dumps(old)):
+                        here[field] = (change.time, value)
+                        self._untold.add(change.feature)
             self._stamp, self._end = stamp, self._end + data.rfind(b"\n") + 1
             if bad:
                 self._set_aside(bad)
-
-    def _take(self, change: Change) -> None:
-        here = self._now.setdefault(change.feature, {})
-        for field, value in change.fields.items():
-            if field not in here or _later(change.time, value, *here[field]):
-                here[field] = (change.time, value)
-                self._untold.add(change.feature)
 
     def _set_aside(self, bad: list[bytes]) -> None:
         shown = ", ".join(repr(one[:60]) for one in bad[:3])
@@ -168,8 +165,8 @@ class Log:
     ) -> None:  # fmt: skip
         """Set fields of features, {feature: {field: value}}. All are on disk before this returns.
 
-        seen: what the screen showed, by field, while these were typed; at: the time when they were. A value equal to
-        what was shown is no change. A value typed before another writer's newer one does not count.
+        seen: the values on the screen while the user typed, by field; at: the times of typing. A value equal to the one
+        on the screen is no change. A value typed before another writer's newer value does not replace it.
         """
         with self._lock, self._alone():
             self.refresh()
@@ -185,7 +182,7 @@ class Log:
     def _time(
         self, feature: int, field: str, value: Any, seen: Mapping[str, Any] | None, at: Mapping[str, float]
     ) -> float | None:
-        """When this value was said; None where it is no change."""
+        """The time to write beside a value; None if the value is no change."""
         before, here = self._now.get(feature, {}).get(field, (-math.inf, None))
         if (value or None) == (here or None) or (seen is not None and value == seen.get(field)):
             return None
@@ -196,8 +193,8 @@ class Log:
         return max(said_at, math.nextafter(before, math.inf))  # clocks tie, and go back
 
     def add(self, data: bytes) -> list[bytes]:
-        """Put the lines of another log of the same coder among these; what is newer here stays. Returns those that are
-        damaged, which do not come in."""
+        """Add the lines of another log of the same coder; newer values here stay. Returns its damaged lines, which are
+        not added."""
         with self._lock, self._alone():
             self.refresh()
             mine = set(self.file.read_bytes().split(b"\n")) if self.file.exists() else set()
@@ -207,21 +204,21 @@ class Log:
         return damaged
 
     def merge(self, file: Path) -> None:
-        """``add`` what is in a file."""
+        """``add`` the lines of a file."""
         if damaged := self.add(files.read_bytes(file, "MOST_UNPACKED")):
             log.warning("%s: %d damaged lines are left out (%r)", file, len(damaged), damaged[0][:60])
 
     def _append(self, lines: Iterable[bytes]) -> None:
-        """Under both locks, after a refresh."""
+        """Write lines at the end, and read them. The caller holds both locks, and has called ``refresh``."""
         data = b"".join(lines)
         if not data:
             return
         try:
             with open(self.file, "a+b", buffering=0) as f:
                 f.seek(self._end)
-                if parsed(tail := f.read())[0]:  # a line that somebody typed without an end
+                if parsed(tail := f.read())[0]:  # a line typed by hand, without a line break
                     data = b"\n" + data
-                elif tail:  # its writer was killed before it was whole
+                elif tail:  # of a writer that was killed
                     log.warning("%s: half a last line is left out (%r)", self.file, tail[:60])
                     f.truncate(self._end)
                 size = f.seek(0, os.SEEK_END)
@@ -242,7 +239,7 @@ class Log:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """No other process writes within."""
+        """A block in which no other process writes."""
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             self._between.acquire()
@@ -259,22 +256,18 @@ class Log:
             self._between.release()
 
     def tell(self) -> None:
-        """Listeners hear of what changed. Holds no lock of its own, for they take theirs."""
+        """Call the listeners with the changed features; without a lock, since they take locks of their own."""
         with self._lock:
             changed, self._untold = self._untold, set()
         for listener in list(self.listeners) if changed else ():
             try:
                 listener(changed)
-            except Exception:  # of a panel, say: what was written is written
-                log.exception("what is shown of features %s may be old", sorted(changed)[:9])
+            except Exception:  # a panel's, for example; the notes are on disk
+                log.exception("a panel may show old notes of features %s", sorted(changed)[:9])
 
 
 def _stamp(found: os.stat_result) -> tuple[int, ...]:
     return found.st_ino, found.st_size, found.st_mtime_ns
-
-
-def _later(at: float, value: Any, before: float, here: Any) -> bool:
-    return at > before or (at == before and json.dumps(value) > json.dumps(here))
 
 
 def line(feature: int, fields: Mapping[str, Any], at: float) -> bytes:
@@ -284,8 +277,8 @@ def line(feature: int, fields: Mapping[str, Any], at: float) -> bytes:
 
 
 def parsed(data: bytes, at: float | None = None) -> tuple[list[Change], list[bytes]]:
-    """(the changes in these lines, the lines that are damaged). Half a last line is neither: it is on its way, or its
-    writer was killed. at: the time of lines that have none."""
+    """(the changes in these lines, the damaged lines). An incomplete last line is neither: its writer is still at
+    work, or was killed. at: the time of lines without one."""
     good, bad = [], []
     *lines, last = data.split(b"\n")
     for one in (*lines, last):
@@ -300,11 +293,11 @@ def parsed(data: bytes, at: float | None = None) -> tuple[list[Change], list[byt
 
 
 def _parsed(text: bytes, at: float | None) -> Change:
-    """ValueError and its kin for a line that is damaged."""
+    """The change in one line. Raises one of ``_UNREADABLE`` for a damaged line."""
     if (summed := _SUMMED.fullmatch(text)) and crc32(summed[1]) != int(summed[2], 16):
         raise ValueError("the checksum does not fit")
     record = json.loads(text)
-    if b"\\u" in text:  # only so can half a surrogate pair come in
+    if b"\\u" in text:  # an escape can hold half a surrogate pair
         check_text(json.dumps(record, ensure_ascii=False), "a line")
     feature, at = record["feature"], float(record.get("time", at))
     if isinstance(feature, bool) or not isinstance(feature, int) or feature < 0 or not 0 <= at < 1e15:
@@ -314,7 +307,7 @@ def _parsed(text: bytes, at: float | None) -> Change:
 
 
 def _checked(field: str, value: Any) -> Any:
-    """A field's value. ValueError and its kin where it has another type."""
+    """A field's value. Raises one of ``_UNREADABLE`` for another type."""
     said = value if field.startswith(SAID) else [{"text": value, "scores": {}}]
     for one in said:
         if not isinstance(one["text"], str) or not all(map(math.isfinite, one["scores"].values())):
@@ -322,7 +315,7 @@ def _checked(field: str, value: Any) -> Any:
     return value if said is not value else [{"text": one["text"], "scores": one["scores"]} for one in said]
 
 
-_LOGS: WeakValueDictionary[str, Log] = WeakValueDictionary()  # one of a file, so that all who have it open hear
+_LOGS: WeakValueDictionary[str, Log] = WeakValueDictionary()  # one for each file: all panels listen to the same
 
 
 def by_id(id: str) -> Log:
@@ -334,7 +327,7 @@ def by_id(id: str) -> Log:
 
 
 def of(coder: Any) -> Log:
-    """A coder's log. One that was trained on from another coder begins with what was said of that."""
+    """A coder's log. The log of a coder that was trained on from another begins with the other's notes."""
     found, before = by_id(coder.id), coder.meta.get("trained_from")
     if is_id(before) and not found.file.exists() and (file := by_id(before).file).exists():
         found.merge(file)
@@ -342,12 +335,12 @@ def of(coder: Any) -> Log:
 
 
 def beside(coder: Any, folder: Path) -> Path:
-    """The copy that ``sae.save`` puts beside a coder."""
+    """The file of notes that ``sae.save`` puts beside a coder."""
     return folder / f"notes-{coder.id}.jsonl"
 
 
 def save_beside(coder: Any, folder: Path) -> None:
-    """Copy what is said of a coder into its folder. Lines that only the copy there has stay in it."""
+    """Copy a coder's notes into its folder. Lines that only the copy there has stay in it."""
     if (here := of(coder)).file.exists():
         copy = beside(coder, folder)
         with _or_warn(here.file, copy):
@@ -358,7 +351,7 @@ def save_beside(coder: Any, folder: Path) -> None:
 
 
 def bring_in(coder: Any, folder: Path) -> None:
-    """Take over the copy beside a coder that is loaded."""
+    """Merge the notes beside a coder that is loaded into its log."""
     if any(folder.glob("notes-*.jsonl")) and (file := beside(coder, folder)).is_file():
         with _or_warn(file, (here := by_id(coder.id)).file):
             of(coder)

@@ -66,9 +66,6 @@ def in_script(value: Any) -> str:
     return _NOT_IN_SCRIPT.sub(lambda found: f"\\u{ord(found[0]):04x}", data)
 
 
-_SIDES = {"<": "left", ">": "right"}
-
-
 def html_table(
     rows: Sequence[Sequence[object]], footer: str = "", align: str = "<", wraps: bool = False, header: str = ""
 ) -> Html:
@@ -77,7 +74,7 @@ def html_table(
     align: "<" or ">" for each column; the last holds for all that follow. Unless it ``wraps``, only the last column,
     which has words, may break into lines. Each cell says its side: Jupyter aligns all to the right.
     """
-    sides = [_SIDES[side] for side in align.ljust(len(rows[0]), align[-1])]
+    sides = ["right" if side == ">" else "left" for side in align.ljust(len(rows[0]), align[-1])]
     one_line = "" if wraps else ";white-space:nowrap"
     styles = [f"text-align:{side}{one_line}" for side in sides[:-1]] + [f"text-align:{sides[-1]}"]
     lines = [
@@ -112,11 +109,6 @@ def frame_rows(frame: Any, digits: str = ".3f", empty: str = "NaN") -> list[tupl
     return [tuple(map(str, frame.columns)), *zip(*columns, strict=True)]
 
 
-def frame_text(frame: Any, digits: str = ".3f") -> str:
-    """A pandas table as columns of characters."""
-    return text_table(frame_rows(frame, digits), align=">", gap=" ")
-
-
 def by_column(names: str, rows: Iterable[Sequence[Any]]) -> dict[str, list[Any]]:
     """Rows as columns of these names, also if there are no rows."""
     listed = list(rows)
@@ -145,7 +137,7 @@ class Shown:
 
     def _filled(self, text: str) -> str:
         """A text with this object's attributes in place of the names in braces."""
-        return filled(text, _Attributes(self))
+        return filled(text, self)
 
     def __repr__(self) -> str:
         table = text_table(self._rows(), self._footer(), self._sides(), self._gap)
@@ -158,17 +150,10 @@ class Shown:
         return self._align
 
 
-class _Attributes(dict[str, Any]):
-    """An object's attributes as a mapping."""
-
-    def __init__(self, owner: object):
-        self.owner = owner
-
-    def __getitem__(self, name: str) -> Any:
-        return getattr(self.owner, name)
-
-
 class _Numbers(Formatter):
+    def get_value(self, key: Any, args: Any, kwargs: Any) -> Any:
+        return args[0][key] if isinstance(args[0], Mapping) else getattr(args[0], key)
+
     def convert_field(self, value: Any, conversion: Any) -> Any:
         return len(value) if conversion == "n" else super().convert_field(value, conversion)
 
@@ -176,10 +161,10 @@ class _Numbers(Formatter):
         return UNDEFINED if isinstance(value, float) and math.isnan(value) else format(value, format_spec)
 
 
-def filled(text: str, values: Mapping[str, Any]) -> str:
-    """``text.format(**values)`` in which NaN is "undefined", an error of NaN is left out with its ±, and "{names!n}" is
-    how many names there are."""
-    return _Numbers().vformat(text, (), values).replace(f" ± {UNDEFINED}", "")
+def filled(text: str, values: Any) -> str:
+    """A text with values in place of the names in braces: a mapping's entries, or an object's attributes. NaN reads
+    "undefined", an error of NaN is left out with its ±, and "{names!n}" is the number of names."""
+    return _Numbers().vformat(text, (values,), {}).replace(f" ± {UNDEFINED}", "")
 
 
 T = TypeVar("T")

@@ -97,12 +97,10 @@ class Site:
         """The site itself, or the one its spelling (also its ``key``) names."""
         if isinstance(site, Site):
             return site
-        if isinstance(site, str):
-            match = re.fullmatch(r"(\w+)-(\d+)(?:-head(\d+))?", site)
-            if match and match[1] in LAYER_KINDS:
-                return cls(match[1], int(match[2]), int(match[3]) if match[3] else None)
-            return cls(site)
-        raise ValueError(f"a site is an sl.Site or its spelling, got {type(site).__name__}")
+        match = re.fullmatch(r"(\w+)-(\d+)(?:-head(\d+))?", site)
+        if match and match[1] in LAYER_KINDS:
+            return cls(match[1], int(match[2]), int(match[3]) if match[3] else None)
+        return cls(site)
 
     def __repr__(self) -> str:
         parts = [repr(self.path if self.kind == "module" else self.kind)]

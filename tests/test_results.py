@@ -22,7 +22,7 @@ from sae_lab.results import (
     Result,
     Shown,
     figure,
-    frame_text,
+    frame_rows,
     html_table,
     joined,
     number,
@@ -92,7 +92,8 @@ def test_a_result_shows_data_as_text():
 def test_a_frame_is_printed_as_pandas_does():
     frame = pd.DataFrame({"token": ["a", " bc"], "kl": [0.1, float("nan")], "n": [1, 20]})
     theirs = frame.to_string(index=False, float_format="{:.3f}".format)
-    assert [line.split() for line in frame_text(frame).splitlines()] == [line.split() for line in theirs.splitlines()]
+    ours = text_table(frame_rows(frame))
+    assert [line.split() for line in ours.splitlines()] == [line.split() for line in theirs.splitlines()]
 
 
 def test_columns_stand_under_each_other():

@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sae_lab import cache, costs, files
-from sae_lab.activations.reading import counting, sparse_form, sparse_rows
+from sae_lab.activations.reading import read_there
 from sae_lab.activations.store import VERSION, Store, read_manifest
 from sae_lab.arguments import as_annotated
 from sae_lab.costs import Cost, timed
@@ -106,13 +106,10 @@ def _harvest(
     }
     if coder is not None:
         identity["coder"] = coder.fingerprint()
-    folder = Path(path).expanduser() if path is not None else _default_path(identity)
-    return _Harvest(lm, wanted, text, folder, identity, mask, coder)
-
-
-def _default_path(identity: dict[str, Any]) -> Path:
-    digest = f"{zlib.crc32(json.dumps(identity, sort_keys=True).encode()):08x}-{identity['text_fingerprint'][:8]}"
-    return cache.root() / "stores" / f"{'+'.join(identity['sites'])[:60]}-{digest}"
+    if path is None:
+        digest = f"{zlib.crc32(json.dumps(identity, sort_keys=True).encode()):08x}-{text.fingerprint[:8]}"
+        path = cache.root() / "stores" / f"{'+'.join(s.key for s in wanted)[:60]}-{digest}"
+    return _Harvest(lm, wanted, text, Path(path).expanduser(), identity, mask, coder)
 
 
 @dataclass
@@ -140,7 +137,8 @@ class _Harvest:
             return self._make(tokens)
 
     def _made(self, tokens: int) -> Store | None:
-        self.good = [_is_whole(self.folder, shard) for shard in self.manifest["shards"]]
+        files_of = [(self.folder / shard["file"], shard) for shard in self.manifest["shards"]]
+        self.good = [f.exists() and (f.stat().st_size, _crc(f)) == (s["bytes"], s["crc32"]) for f, s in files_of]
         have = sum(s["rows"] for s in self.manifest["shards"])
         return self._result(tokens) if all(self.good) and (have >= tokens or self.manifest["complete"]) else None
 
@@ -230,8 +228,10 @@ class _Harvest:
 
     def _write(self, number: int, tensors: dict[str, Tensor], excluded: int) -> None:
         """A shard on disk, and then in the manifest. In a thread, while the model reads the next one."""
-        name = f"{number:06d}.safetensors"
-        with cache.told(self.folder / name, self._kept(number)):
+        name, rows = f"{number:06d}.safetensors", sum(s["rows"] for s in self.manifest["shards"][:number])
+        opened = f", or open it with sl.Store({str(self.folder)!r})" if rows else ""
+        kept = f"the store there holds {rows} whole tokens: make room and call harvest again to go on{opened}"
+        with cache.told(self.folder / name, kept):
             with cache.atomic(self.folder / name) as temporary:
                 files.write_tensors(tensors, temporary)
                 crc, size = _crc(temporary), temporary.stat().st_size
@@ -241,12 +241,6 @@ class _Harvest:
             }  # fmt: skip
             self.manifest["shards"][number : number + 1] = [entry]
             self._save_manifest()
-
-    def _kept(self, number: int) -> str:
-        """What a full disk leaves, when shard ``number`` finds no room."""
-        rows = sum(s["rows"] for s in self.manifest["shards"][:number])
-        opened = f", or open it with sl.Store({str(self.folder)!r})" if rows else ""
-        return f"the store there holds {rows} whole tokens: make room and call harvest again to go on{opened}"
 
     def _read(self, passes: list[list[Context]]) -> tuple[dict[str, Tensor], int]:
         """The tensors of one shard, in the contexts' order, and how many of its tokens the mask leaves out."""
@@ -302,11 +296,12 @@ class _Harvest:
         tensors = {}
         for s in self.sites:
             parts = [part[s]["x"] for part in found]
-            x = torch.cat(parts) if all(p.dtype == torch.half for p in parts) else None
-            full = x if x is not None else torch.cat([_unpacked(p, scales[s.key]) for p in parts])
-            full = full[kept[keeps[s]]]
-            self._require_finite(s, full)
-            tensors[s.key] = full if x is not None else self._pack(s, full)
+            halves = all(part.dtype == torch.half for part in parts)
+            if not halves:
+                parts = [part.float() * scales[s.key] if part.dtype == torch.half else part for part in parts]
+            x = torch.cat(parts)[kept[keeps[s]]]
+            self._require_finite(s, x)
+            tensors[s.key] = x if halves else self._pack(s, x)
         return kept, tensors
 
     def _packed_form(self, batch: TokenBatch) -> dict[Site, Any]:
@@ -322,14 +317,8 @@ class _Harvest:
 
     def _read_codes(self, batches: list[TokenBatch], coder: SparseCoder) -> tuple[Tensor, dict[str, Tensor]]:
         """(which tokens count, their codes), made where the model is."""
-        [site], mask = self.sites, coder.mask or self.lm.mask()
-        if self.manifest["mask"] is None:
-            self.manifest["mask"] = mask.to_dict()
-        after = partial(sparse_rows, **counting(coder, mask, site))
-        found = [
-            self.lm.run(batch, [site], logits=False, after=after, **sparse_form(batch, coder))[0][site]
-            for batch in batches
-        ]
+        self.manifest["mask"] = (coder.mask or self.lm.mask()).to_dict()
+        found = read_there(self.lm, coder, batches)
         names = ("values", "features", "counts")
         codes = {name: torch.cat([part[name] for part in found]).contiguous() for name in names}
         return torch.cat([part["keep"] for part in found]), codes
@@ -448,15 +437,6 @@ def ahead(items: Iterable[T]) -> Iterator[T]:
         while (item := waiting.result()) is not end:
             waiting = thread.submit(next, iterator, end)
             yield item
-
-
-def _unpacked(x: Tensor, scale: float) -> Tensor:
-    return x.float() * scale if x.dtype == torch.half else x
-
-
-def _is_whole(folder: Path, shard: dict[str, Any]) -> bool:
-    file = folder / shard["file"]
-    return file.exists() and file.stat().st_size == shard["bytes"] and _crc(file) == shard["crc32"]
 
 
 def _crc(file: Path) -> int:

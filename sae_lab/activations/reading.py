@@ -1,5 +1,6 @@
 """Reading a model with a coder. Codes are made where the model runs, so that a server sends codes, not activations."""
 
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any, NamedTuple, no_type_check
 
@@ -12,7 +13,7 @@ from sae_lab.lm.model import LM
 from sae_lab.lm.passes import counting_tokens
 from sae_lab.saes.base import SparseCoder
 from sae_lab.saes.portable import at_home, encode, some
-from sae_lab.types import Codes, Site, TokenBatch, TokenMask
+from sae_lab.types import Codes, TokenBatch
 
 
 class Coded(NamedTuple):
@@ -22,30 +23,50 @@ class Coded(NamedTuple):
     keep: Bool[Tensor, "batch pos"]
 
 
-def read_codes(lm: LM, coder: SparseCoder, batch: TokenBatch, site: Site | None = None) -> Coded:
+def read_codes(lm: LM, coder: SparseCoder, batch: TokenBatch) -> Coded:
     """Codes of the tokens that the coder's mask keeps, in eval mode, at the coder's site."""
-    site, mask = site or coder.site, coder.mask or lm.mask()
-    if lm.remote:
-        after = partial(sparse_rows, **counting(coder, mask, site))
-        found = lm.run(batch, [site], logits=False, after=after, **sparse_form(batch, coder))[0][site]
-        keep = torch.zeros_like(batch.mask)
-        keep[batch.mask] = found["keep"]
-        return Coded(codes_from(found, coder.d_sae), keep)
-    return coded(coder, batch, mask, site, lm.run(batch, [site], logits=False)[0][site])
+    if not lm.remote:
+        return coded(lm, coder, batch, lm.run(batch, [coder.site], logits=False)[0][coder.site])
+    [found] = read_there(lm, coder, [batch])
+    keep = torch.zeros_like(batch.mask)
+    keep[batch.mask] = found["keep"]
+    offsets = torch.cat([torch.zeros(1, dtype=torch.long), found["counts"].long().cumsum(0)])
+    return Coded(Codes(found["values"], found["features"].long(), offsets, coder.d_sae), keep)
 
 
-def coded(coder: SparseCoder, batch: TokenBatch, mask: TokenMask, site: Site, x: Float[Tensor, "batch pos d"]) -> Coded:
-    """The same, from activations that have been read at the site."""
-    keep = mask.keep(batch.ids, batch.positions, {site: x.to(batch.ids.device)}) & batch.mask
+def coded(lm: LM, coder: SparseCoder, batch: TokenBatch, x: Float[Tensor, "batch pos d"]) -> Coded:
+    """The same, from activations x that have been read at the coder's site."""
+    mask = coder.mask or lm.mask()
+    keep = mask.keep(batch.ids, batch.positions, {coder.site: x.to(batch.ids.device)}) & batch.mask
     return Coded(coder.codes_of(x[keep.to(x.device)]), keep.cpu())
 
 
-def counting(coder: SparseCoder, mask: TokenMask, site: Site) -> dict[str, Any]:
-    """The settings of ``sparse_rows``."""
-    return {
-        "plan": coder.portable(whole=False), "special": list(mask.special_ids), "skip_first": mask.skip_first,
-        "limit": mask.max_norm.get(site.key),
-    }  # fmt: skip
+def read_there(lm: LM, coder: SparseCoder, batches: Iterable[TokenBatch]) -> list[dict[str, Tensor]]:
+    """What ``sparse_rows`` makes of each batch where the model runs."""
+    site, mask = coder.site, coder.mask or lm.mask()
+    after = partial(
+        sparse_rows, plan=coder.portable(whole=False), special=list(mask.special_ids), skip_first=mask.skip_first,
+        limit=mask.max_norm.get(site.key),
+    )  # fmt: skip
+    passes = (lm.run(b, [site], logits=False, after=after, **sparse_form(b, coder))[0] for b in batches)
+    return [found[site] for found in passes]
+
+
+@torch.no_grad()
+def read_some(
+    lm: LM, coder: SparseCoder, features: Sequence[int], batch: TokenBatch
+) -> tuple[Float[Tensor, "batch pos features"], Bool[Tensor, "batch pos"]]:
+    """(codes of some features, 0 at padding; which tokens the coder's mask keeps), made where the model runs."""
+    site, mask, many = coder.site, coder.mask or lm.mask(), int(batch.mask.sum())
+    form = {"codes": Float[Tensor, f"{many} {len(features)}"], "loud": Bool[Tensor, f"{many}"]}
+    after = partial(some_codes, plan=coder.portable(features, whole=False), limit=mask.max_norm.get(site.key))
+    expected = 4 * many * len(features)
+    found = lm.run(batch, [site], logits=False, after=after, form=form, expected=expected)[0][site]
+    codes = found["codes"].new_zeros(*batch.mask.shape, len(features))
+    codes[batch.mask] = found["codes"]
+    keep = mask.keep(batch.ids, batch.positions) & batch.mask
+    keep[batch.mask] &= ~found["loud"]
+    return codes, keep
 
 
 def require_fits(coder: SparseCoder, lm: LM, writes: bool = True) -> None:
@@ -60,12 +81,6 @@ def require_fits(coder: SparseCoder, lm: LM, writes: bool = True) -> None:
                 f"this coder {verb} width {width} and {lm} has width {lm.width(site)} at {site}: "
                 f"use the model it was trained on ({coder.meta.get('model', 'unknown')})"
             )
-
-
-def codes_from(found: dict[str, Tensor], d_sae: int) -> Codes:
-    """What ``sparse_rows`` found as ``Codes``."""
-    offsets = torch.cat([torch.zeros(1, dtype=torch.long), found["counts"].long().cumsum(0)])
-    return Codes(found["values"], found["features"].long(), offsets, d_sae)
 
 
 def sparse_form(batch: TokenBatch, coder: SparseCoder) -> dict[str, Any]:
@@ -84,13 +99,6 @@ def sparse_form(batch: TokenBatch, coder: SparseCoder) -> dict[str, Any]:
         return fits and bool((counts >= 0).all()) and bool(((features >= 0) & (features < d_sae)).all())
 
     return {"form": sparse_codes, "expected": many * d_sae}  # 8 bytes a code: answers.SLACK makes it as many as can be
-
-
-def some_form(batch: TokenBatch, features: int) -> dict[str, Any]:
-    """The same of ``some_codes``."""
-    many = int(batch.mask.sum())
-    form = {"codes": Float[Tensor, f"{many} {features}"], "loud": Bool[Tensor, f"{many}"]}
-    return {"form": form, "expected": 4 * many * features}
 
 
 @no_type_check

@@ -91,7 +91,44 @@ def permute(index: np.ndarray, n: int, key: int) -> np.ndarray:
 
 
 @as_annotated
-class Store:
+class Shuffled:
+    """Base of what serves shuffled batches."""
+
+    _split: Any  # (training rows, reserved rows)
+    _x: Callable[[np.ndarray], Tensor]
+    _batch: Callable[[np.ndarray], Batch]
+    __len__: Callable[..., int]
+
+    def batch(self, step: Count, batch_size: Count, seed: int = 0) -> Batch:
+        """Batch number ``step`` of an endless shuffled stream, in which each pass has every training row once, in a new
+        order. It costs O(batch_size), since the order is computed and not stored."""
+        return self._batch(shuffled(self._split[0], step, batch_size, seed))
+
+    @property
+    def training_rows(self) -> int:
+        """How many rows training sees in a pass; the others are reserved for fitting thresholds."""
+        return len(self._split[0])
+
+    def reserved(self, most: Count) -> Tensor | None:
+        """At most ``most`` activations that no batch holds; None if the store is too small to reserve any."""
+        rows = self._split[1]
+        return self._x(rows[np.arange(min(most, len(rows)))]) if len(rows) else None
+
+    def unseen(self, most: Count) -> Batch:
+        """At most ``most`` rows that no batch holds; of a store too small to reserve any, the last rows."""
+        reserved = self._split[1]
+        last = np.arange(max(0, len(self) - most), len(self))
+        return self._batch(reserved[np.arange(min(most, len(reserved)))] if len(reserved) else last)
+
+    def blocks(self, size: Count = 8192) -> Iterator[tuple[np.ndarray, Tensor]]:
+        """(rows, activations) in the order of the text, each row once."""
+        for start in range(0, len(self), size):
+            rows = np.arange(start, min(start + size, len(self)))
+            yield rows, self._x(rows)
+
+
+@as_annotated
+class Store(Shuffled):
     """Activations on disk. ``Store(path)`` opens what ``harvest`` made; ``rows=1000`` limits it to the first 1,000.
 
     ``len(store)`` is the number of kept tokens; ``store.at(site)`` chooses one of several sites.
@@ -259,16 +296,11 @@ class Store:
             return torch.from_numpy(out)
         return torch.from_numpy(out).long()
 
-    def batch(self, step: Count, batch_size: Count, seed: int = 0) -> Batch:
-        """Batch number ``step`` of an endless shuffled stream: every pass sees each training row once, in an order of
-        its own (about one row in five is reserved, see ``split_runs``).
-
-        Costs O(batch_size): the order is a keyed permutation that is computed, not stored.
-        """
-        return self._batch(shuffled(self._split[0], step, batch_size, seed))
+    def _x(self, rows: np.ndarray) -> Tensor:
+        return self._acts(rows, self.reads or (self.site,))
 
     def _batch(self, rows: np.ndarray) -> Batch:
-        x = self._acts(rows, self.reads or (self.site,))
+        x = self._x(rows)
         target = x if self.writes == self.reads else self._acts(rows, self.writes)
         return Batch(x, target, self.rows(rows, "token"), self.rows(rows, "position"))
 
@@ -283,28 +315,6 @@ class Store:
         if len(names) < 2 * RESERVE_EVERY:
             groups = np.arange(len(starts))
         return split_runs(starts, np.diff(np.append(starts, len(self))), groups)
-
-    @property
-    def training_rows(self) -> int:
-        """How many rows training sees in a pass; the others are reserved for fitting thresholds."""
-        return len(self._split[0])
-
-    def reserved(self, most: Count) -> Tensor | None:
-        """At most ``most`` activations that no batch holds; None if the store is too small to reserve any."""
-        rows = self._split[1]
-        return self._acts(rows[np.arange(min(most, len(rows)))], self.reads or (self.site,)) if len(rows) else None
-
-    def unseen(self, most: Count) -> Batch:
-        """At most ``most`` rows that no batch holds; of a store too small to reserve any, the last rows."""
-        reserved = self._split[1]
-        last = np.arange(max(0, len(self) - most), len(self))
-        return self._batch(reserved[np.arange(min(most, len(reserved)))] if len(reserved) else last)
-
-    def blocks(self, size: Count = 8192) -> Iterator[tuple[np.ndarray, Tensor]]:
-        """(rows, activations) in the order of the text, each row once."""
-        for start in range(0, len(self), size):
-            rows = np.arange(start, min(start + size, len(self)))
-            yield rows, self._acts(rows, self.reads or (self.site,))
 
     @cached_property
     def _context_starts(self) -> np.ndarray:
@@ -329,7 +339,7 @@ class Store:
         return self._starts[shard] + np.arange(first, last), self._tensor(shard, "position")[first:last]
 
 
-class Rows:
+class Rows(Shuffled):
     """A plain (tokens, d_in) or (tokens, layers, d_in) tensor that serves batches like a store; or a ``Batch`` of all
     tokens, which may bring another target and token ids."""
 
@@ -367,12 +377,11 @@ class Rows:
     def __len__(self) -> int:
         return len(self.x)
 
-    def batch(self, step: int, batch_size: int, seed: int = 0) -> Batch:
-        return self._batch(shuffled(self._split[0], step, batch_size, seed))
+    def _x(self, rows: np.ndarray) -> Tensor:
+        return self.x[torch.from_numpy(rows).to(self.x.device)].float()
 
     def _batch(self, index: np.ndarray) -> Batch:
-        rows = torch.from_numpy(index).to(self.x.device)
-        x = self.x[rows].float()
+        rows, x = torch.from_numpy(index).to(self.x.device), self._x(index)
         target = self.target[rows].float() if self.has_target else x
         return Batch(x, target, None if self.tokens is None else self.tokens[rows].long())
 
@@ -380,23 +389,6 @@ class Rows:
     def _split(self) -> tuple[Runs, Runs]:
         starts = np.arange(0, len(self), 128)
         return split_runs(starts, np.diff(np.append(starts, len(self))), np.arange(len(starts)))
-
-    @property
-    def training_rows(self) -> int:
-        return len(self._split[0])
-
-    def reserved(self, most: int) -> Tensor | None:
-        rows = torch.from_numpy(self._split[1][np.arange(min(most, len(self._split[1])))])
-        return self.x[rows.to(self.x.device)].float() if len(rows) else None
-
-    def unseen(self, most: int) -> Batch:
-        reserved = self._split[1]
-        last = np.arange(max(0, len(self) - most), len(self))
-        return self._batch(reserved[np.arange(min(most, len(reserved)))] if len(reserved) else last)
-
-    def blocks(self, size: int = 8192) -> Iterator[tuple[np.ndarray, Tensor]]:
-        for start in range(0, len(self), size):
-            yield np.arange(start, min(start + size, len(self))), self.x[start : start + size].float()
 
 
 class ReadAhead:

@@ -88,8 +88,7 @@ class PromptReading:
             elif id(coder) not in self._codes:
                 if coder.site not in self._acts:
                     self._acts |= self.lm.run(self.batch, [c.site for c in self.coders], logits=False)[0]
-                mask, site = coder.mask or self.lm.mask(), coder.site
-                self._codes[id(coder)] = coded(coder, self.batch, mask, site, self._acts[site])
+                self._codes[id(coder)] = coded(self.lm, coder, self.batch, self._acts[coder.site])
             return self._codes[id(coder)]
 
     def active(self, coder: SparseCoder, position: int) -> tuple[Int[Tensor, " n"], Float[Tensor, " n"]]:
@@ -185,8 +184,8 @@ def _read_to_the_end(lm: LM, batch: TokenBatch, coders: Sequence[SparseCoder]) -
     writes = [s for s in dict.fromkeys(written(c) for c in coders) if reaches_the_stream(s)]
     for s in writes:
         _require_handed_on(lm, s)
-    norms = {s: lm._sites.after_attention(s.layer or 0) for s in writes if s.kind == "attn_z"}
-    projected = {s: Site(str(lm._sites.w_o[s.layer or 0])) for s, norm in norms.items() if norm is not None}
+    blocks = {s: lm._sites.layers[s.layer or 0] for s in writes if s.kind == "attn_z"}
+    projected = {s: Site(str(block.w_o)) for s, block in blocks.items() if block.after_attention is not None}
     sites = dict.fromkeys([last, *(c.site for c in coders), *writes, *projected.values()])
     acts = {s: x[0] for s, x in lm.run(batch, list(sites), logits=False)[0].items()}
     with lm._lock:  # modules are called: a trace on another thread would record it
@@ -194,7 +193,7 @@ def _read_to_the_end(lm: LM, batch: TokenBatch, coders: Sequence[SparseCoder]) -
         normed, shift = _normed(lm, acts[last])
         maps = {s: lm._before_head(torch.eye(lm.width(s), device=lm.device), s) for s in dict.fromkeys([last, *writes])}
         scale = _divisor(acts[last] @ maps[last], normed - shift)
-        extra = {s: norm_divisor(lm._sites.modules[str(norms[s])], acts[p]) for s, p in projected.items()}
+        extra = {s: norm_divisor(lm._sites.modules[str(blocks[s].after_attention)], acts[p]) for s, p in projected.items()}
     W_U, bias = _unembedding(lm)
     return WayOut(
         acts[last], normed, scale, shift, W_U, W_U.float().mean(0), bias, _cap(lm),

@@ -26,7 +26,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae_lab.activations.reading import require_fits, some_codes, some_form
+from sae_lab.activations.reading import read_some, require_fits
 from sae_lab.arguments import as_annotated
 from sae_lab.edits import grouping, rules
 from sae_lab.saes.base import SparseCoder
@@ -178,8 +178,18 @@ class Edit:
         if self.coder.training:
             raise ValueError("an edit needs the coder in eval mode, where a token's codes are its own: call sae.eval()")
         self._check_places(lm, batch, new)
-        if self.IN_F_SCALE:
-            _require_scale(self)
+        if not self.IN_F_SCALE:
+            return
+        if self.coder.meta.get("f_scale") == "unknown" and not bool(self.coder.f_scale.any()):
+            raise ValueError(
+                "this coder's file does not say how strongly its features fire, the unit of edits: load it with "
+                "sl.load(..., check=store), or call sae.calibrate([activations])"
+            )
+        if silent := [f for f in self.features if not self.coder.f_scale[f]]:
+            raise ValueError(
+                f"feature {silent[0]} never fired on training text, so it has no scale to measure strength in: choose "
+                f"a live feature, or set sae.f_scale[{silent[0]}] yourself"
+            )
 
     def amount(self) -> Float[Tensor, " features"] | None:
         """What it adds to the codes of every token, so that no codes are needed; None: that depends on the codes."""
@@ -425,10 +435,6 @@ class Patch(Edit):
 
     ERRORS = ("keep", "drop", "patch")
 
-    def rule(self, lm: "LM", batch: TokenBatch) -> Rule:
-        codes, keep = self._source(lm, batch)
-        return partial(rules.of_another_run, codes=codes, keep=keep)
-
     def error_of_another_run(self, lm: "LM") -> dict[str, Tensor] | None:
         if self.error != "patch":
             return None
@@ -438,8 +444,7 @@ class Patch(Edit):
             wrong = target - self.coder(read, reading.ids).x_hat
         return {"wrong": wrong.cpu(), "there": _codes_of(self, lm, self.source)[1]}
 
-    def _source(self, lm: "LM", batch: TokenBatch) -> tuple[Tensor, Tensor]:
-        """(codes "rows pos features", which of its tokens count) of the other run."""
+    def rule(self, lm: "LM", batch: TokenBatch) -> Rule:
         codes, keep, other = _codes_of(self, lm, self.source)
         lengths = other.mask.sum(1).tolist()
         rows = batch.row_numbers.tolist()
@@ -460,7 +465,7 @@ class Patch(Edit):
                 raise ValueError(
                     f"position {beyond[0]} is beyond the source of prompt {row}: it has {theirs} tokens"
                 )
-        return codes, keep
+        return partial(rules.of_another_run, codes=codes, keep=keep)
 
 
 @as_annotated
@@ -472,7 +477,7 @@ class Splice(Edit):
     error: str = field(default="drop", kw_only=True)
 
     def rule(self, lm: "LM", batch: TokenBatch) -> Rule:
-        return rules.as_it_is
+        return partial(rules.multiplied, factor=1.0)
 
     def measured(self, x: Tensor) -> dict[str, Tensor]:
         return {}
@@ -517,32 +522,8 @@ EDITS = {cls.__name__: cls for cls in (Steer, Clamp, Scale, Ablate, Patch, Splic
 
 def _codes_of(edit: Edit, lm: "LM", prompts: Prompts) -> tuple[Tensor, Tensor, TokenBatch]:
     """(codes "rows pos features" of the edit's features, which tokens the mask keeps, the tokens) of other prompts."""
-    coder, site, batch = edit.coder, edit.read_site, lm.tokenize(prompts)
-    mask = coder.mask or lm.mask()
-    plan = coder.portable(edit.features, whole=False)
-    after = partial(some_codes, plan=plan, limit=mask.max_norm.get(site.key))
-    with torch.no_grad():
-        found = lm.run(batch, [site], logits=False, after=after, **some_form(batch, len(edit.features)))[0][site]
-    codes = found["codes"].new_zeros(*batch.mask.shape, len(edit.features))
-    codes[batch.mask] = found["codes"]
-    keep = mask.keep(batch.ids, batch.positions) & batch.mask
-    keep[batch.mask] &= ~found["loud"]
-    return codes, keep, batch
-
-
-def _require_scale(edit: Edit) -> None:
-    """Edits in units of f_scale need features that have fired."""
-    coder = edit.coder
-    if coder.meta.get("f_scale") == "unknown" and not bool(coder.f_scale.any()):
-        raise ValueError(
-            "this coder's file does not say how strongly its features fire, the unit of edits: load it with "
-            "sl.load(..., check=store), or call sae.calibrate([activations])"
-        )
-    if silent := [f for f in edit.features if not coder.f_scale[f]]:
-        raise ValueError(
-            f"feature {silent[0]} never fired on training text, so it has no scale to measure strength in: choose a "
-            f"live feature, or set sae.f_scale[{silent[0]}] yourself"
-        )
+    batch = lm.tokenize(prompts)
+    return *read_some(lm, edit.coder, edit.features, batch), batch
 
 
 def _listed(chosen: Any) -> list[int]:

@@ -1,13 +1,12 @@
-"""What a list of edits does to a model: which edits act together on codes, and which tokens count for them. The
-docstring of ``Edit`` says it in words.
-"""
+"""What a list of edits does to a model (see ``Edit``): which act together on codes, and which tokens count for them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from jaxtyping import Bool, Float
+import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from sae_lab.edits import rules
@@ -42,9 +41,9 @@ def together(edits: Sequence[Any], lm: "LM", batch: TokenBatch, new: int = 0, al
 
     alone: whether no other code changes the activations that they read. ValueError for what an edit refuses.
     """
-    groups = _grouped(edits, lm, batch, new)
+    groups, when = _grouped(edits, lm, batch, new), lm._sites.when
     limited = [g for g in groups if g.edits and _limit(g, lm) is not None]
-    unseen = [g for g in limited if not alone or _changed_before(g, groups, lm)]
+    unseen = [g for g in limited if not alone or any(other.when < when(g.first.read_site) for other in groups)]
     sites = list(dict.fromkeys(g.first.read_site for g in unseen))
     form = Float[Tensor, " ".join(map(str, batch.ids.shape))]
     norms = lm.run(batch, sites, logits=False, after=rules.norms, form=form)[0] if unseen else {}
@@ -61,7 +60,13 @@ def _grouped(edits: Sequence[Any], lm: "LM", batch: TokenBatch, new: int) -> lis
         edit.check(lm, batch, new)
         here = [g for g in groups if g.when == lm._sites.when(edit.write_site)]
         if here and _joins(edit, here[-1]):
-            _require_one_error(edit, here[-1].first)
+            first = here[-1].first
+            if (edit.error == "drop") != (first.error == "drop"):
+                raise ValueError(
+                    f"edits of one coder at one site act on its codes together, and all keep the reconstruction error "
+                    f"or all drop it, got {first} with error={first.error!r} and {edit} with error={edit.error!r}: "
+                    "give all the same error="
+                )
             here[-1].edits.append(edit)
             continue
         earlier = [e for g in here if _joins(edit, g) for e in g.edits] if edit.read_site != edit.write_site else []
@@ -84,15 +89,6 @@ def _same(a: Edit, b: Edit) -> bool:
     return facts[0] == facts[1] and a.coder.fingerprint() == b.coder.fingerprint()
 
 
-def _require_one_error(edit: Edit, first: Edit) -> None:
-    if (edit.error == "drop") != (first.error == "drop"):
-        raise ValueError(
-            f"edits of one coder at one site act on its codes together, and all keep the reconstruction error or all "
-            f"drop it, got {first} with error={first.error!r} and {edit} with error={edit.error!r}: give all the "
-            "same error="
-        )
-
-
 def _mask(group: Group, lm: "LM") -> TokenMask:
     return group.first.coder.mask or lm.mask()
 
@@ -102,25 +98,19 @@ def _limit(group: Group, lm: "LM") -> float | None:
     return _mask(group, lm).max_norm.get(group.first.read_site.key)
 
 
-def _changed_before(group: Group, groups: Sequence[Group], lm: "LM") -> bool:
-    """Whether another group writes at an earlier site than this one reads."""
-    return any(g.when < lm._sites.when(group.first.read_site) for g in groups)
-
-
-def _changed_there(group: Group, groups: Sequence[Group], lm: "LM") -> bool:
-    """Whether another group writes, before this one, at the place where this one reads."""
-    when = lm._sites.when(group.first.read_site)
-    earlier = groups[: groups.index(group)] if group.when == when else groups
-    return any(g.when == when for g in earlier)
-
-
 def _write(group: Group, groups: Sequence[Group], norms: Any, lm: "LM", batch: TokenBatch) -> Write:
     """A group as one write. norms: of the prompts' tokens by site in a pass without edits, where only that pass tells
     which tokens count."""
     edit, edits, mask, limit = group.first, [*group.earlier, *group.edits], _mask(group, lm), _limit(group, lm)
     reads, writes, done = edit.read_site, edit.write_site, len(group.earlier)
-    loud = None if norms is None else _by_row(~(norms[reads] <= limit) & batch.mask, batch)
-    before = limit is not None and loud is None and _changed_there(group, groups, lm)
+    loud = before = None
+    if norms is not None:
+        loud = torch.zeros(int(batch.row_numbers.max()) + 1, batch.mask.shape[1], dtype=torch.bool)
+        loud[batch.row_numbers] = ~(norms[reads] <= limit) & batch.mask  # by the rows' numbers among the user's prompts
+    elif limit is not None:  # whether another group writes, before this one, at the place where this one reads
+        when = lm._sites.when(reads)
+        others = groups[: groups.index(group)] if group.when == when else groups
+        before = any(g.when == when for g in others)
     counts = {"special": list(mask.special_ids), "skip_first": mask.skip_first, "limit": limit}
     counts |= {"loud": loud, "before": before}
     change = _coded(edits, done, lm, batch) if edit.ON_CODES else edit.change()
@@ -129,13 +119,6 @@ def _write(group: Group, groups: Sequence[Group], norms: Any, lm: "LM", batch: T
         change=change,
     )  # fmt: skip
     return Write(writes, fn, (reads,) if reads != writes else (), (reads,) if before else ())
-
-
-def _by_row(loud: Bool[Tensor, "batch pos"], batch: TokenBatch) -> Bool[Tensor, "prompts pos"]:
-    """By the rows' numbers among the user's prompts."""
-    out = loud.new_zeros(int(batch.row_numbers.max()) + 1, loud.shape[1])
-    out[batch.row_numbers] = loud
-    return out
 
 
 def _coded(edits: Sequence[Edit], done: int, lm: "LM", batch: TokenBatch) -> Any:

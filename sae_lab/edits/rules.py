@@ -61,7 +61,7 @@ def edited(x, tokens, *read, mask, places, done, elsewhere, change):
     """x, with the tokens changed that a group of edits touches.
 
     read: with ``elsewhere`` the activations that are encoded, from another site; then with mask["before"] those that
-    decide which tokens count. places: of each edit, see ``named``; the first ``done`` edits have been written before.
+    decide which tokens count. places: of each edit, see ``named``. done: the number of edits that were written before.
     """
     at = [named(tokens, place) for place in places]
     if not any(bool(here.any()) for here in at[done:]):
@@ -174,11 +174,6 @@ def held(z, rows, positions, *, value):
 @no_type_check
 def multiplied(z, rows, positions, *, factor):
     return factor * z
-
-
-@no_type_check
-def as_it_is(z, rows, positions):
-    return z
 
 
 @no_type_check

@@ -252,7 +252,7 @@ def _answered(
         correct[part] = (right | before).all(1).numpy()
         entropy[part] = said["entropy"].numpy()
         if coder is not None:
-            found = coded(coder, batch, coder.mask or lm.mask(), coder.site, acts[coder.site])
+            found = coded(lm, coder, batch, acts[coder.site])
             row, position = found.keep.nonzero(as_tuple=True)
             token, features = found.codes.rows, found.codes.features
             here = (position == last[row])[token]

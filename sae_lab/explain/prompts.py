@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sae_lab.activations.contexts import spread_contexts
-from sae_lab.activations.reading import require_fits, some_codes, some_form
+from sae_lab.activations.reading import read_some, require_fits
 from sae_lab.arguments import as_annotated, check_least
 from sae_lab.feature_index.index import FeatureIndex
 from sae_lab.lm.model import LM, token_losses
@@ -60,20 +60,14 @@ def codes_of(
 
     The model runs up to the coder's site, some prompts at a time.
     """
-    site, mask = sae.site, sae.mask or lm.mask()
-    after = partial(some_codes, plan=sae.portable(features, whole=False), limit=mask.max_norm.get(site.key))
     batch = lm.tokenize(prompts)
     codes = torch.zeros(*batch.mask.shape, len(features))
     kept = torch.zeros_like(batch.mask)
     rows = max(1, PASS_TOKENS // batch.ids.shape[1])
-    for start in range(0, len(batch.ids), rows):
-        real = batch.mask[start : start + rows]
-        part = TokenBatch(batch.ids[start : start + rows], real, batch.positions[start : start + rows])
-        found = lm.run(part, [site], logits=False, after=after, **some_form(part, len(features)))[0][site]
-        keep = mask.keep(part.ids, part.positions)[real] & ~found["loud"]
-        codes[start : start + rows][real] = found["codes"] * keep[:, None]
-        kept[start : start + rows][real] = keep
-    return codes, kept
+    for at in torch.arange(len(batch.ids)).split(rows):
+        part = TokenBatch(batch.ids[at], batch.mask[at], batch.positions[at])
+        codes[at], kept[at] = read_some(lm, sae, features, part)
+    return codes * kept.unsqueeze(-1), kept
 
 
 def strongest_activations(sae: SparseCoder, lm: LM, feature: int, prompts: Prompts) -> Float[Tensor, " batch"]:

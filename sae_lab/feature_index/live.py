@@ -1,13 +1,12 @@
 """What is asked of features beyond the store: a text that was just typed, and two features side by side."""
 
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
-from sae_lab.activations.reading import some_codes, some_form
+from sae_lab.activations.reading import read_some
 from sae_lab.lm.model import LM
 from sae_lab.saes.base import SparseCoder
 
@@ -39,15 +38,8 @@ def score(lm: LM, coder: SparseCoder, feature: int, text: str) -> Scored:
 
     ValueError for a text beyond the model's length.
     """
-    site, mask = coder.site, coder.mask or lm.mask()
-    batch = lm.tokenize(text)
-    plan = coder.portable([coder.feature(feature)], whole=False)
-    with torch.no_grad():
-        after = partial(some_codes, plan=plan, limit=mask.max_norm.get(site.key))
-        found = lm.run(batch, [site], logits=False, after=after, **some_form(batch, 1))[0][site]
-    keep = (mask.keep(batch.ids, batch.positions) & batch.mask)[batch.mask] & ~found["loud"]
-    codes = found["codes"][:, 0].tolist()
-    values = [round(v, 4) if k else None for v, k in zip(codes, keep.tolist(), strict=True)]
+    codes, keep = read_some(lm, coder, [coder.feature(feature)], lm.tokenize(text))
+    values = [round(v, 4) if k else None for v, k in zip(codes[0, :, 0].tolist(), keep[0].tolist(), strict=True)]
     peak = max(range(len(values)), key=lambda i: -1.0 if values[i] is None else values[i] or 0.0)
     return Scored(feature, [t.label for t in lm.tokens(text)], values, peak)
 

@@ -1,8 +1,8 @@
-"""What a server answers: read within a time and a size, and looked at before anything uses it.
+"""A server's answers: read within limits of time and size, and checked before use.
 
-A server may be broken or hostile, or no NDIF server at all. So each question runs on a thread that its caller leaves
-when the time is over; an answer that is larger than allowed, packed or unpacked, is dropped; and a result must have the
-names and shapes that were asked for (``NoAnswer`` otherwise).
+A server may be broken or hostile, or no NDIF server at all. So each question runs on a thread that its caller leaves at
+the deadline; a result that is too large, compressed or not, or has other names and shapes than the request, is refused
+(``NoAnswer``).
 """
 
 import io
@@ -22,16 +22,16 @@ import websocket
 from sae_lab import files
 from sae_lab.lm import forms
 
-TALK = 1 << 20  # bytes of any other answer than a result: the longest is a status with a traceback
-TOLD = 4000  # characters of what a server said that an error repeats
-SLACK = 10  # a result may have this many times the bytes that were asked for: names, padding, a wider dtype
-WAKE = 0.1  # seconds between two looks at the clock
+TALK = 1 << 20  # bytes of an answer that is no result: the longest is a status with a traceback
+TOLD = 4000  # characters of a server's message that an error repeats
+SLACK = 10  # a result may have this many times the expected bytes: names, padding, a wider dtype
+WAKE = 0.1  # seconds after which a waiting thread looks at the clock again
 _LOADED = re.compile(r"torch\._utils _rebuild_(tensor_v2|parameter)|torch \w+Storage|collections OrderedDict")
 _ID = re.compile(r"[A-Za-z0-9_.:-]{1,200}")
 
 
 class NoAnswer(Exception):
-    """What came is no answer of an NDIF server. ``busy``: the server may answer later."""
+    """An answer that is none of an NDIF server's. ``busy``: the server may answer later."""
 
     def __init__(self, text: str, busy: bool = False):
         super().__init__(text)
@@ -39,7 +39,7 @@ class NoAnswer(Exception):
 
 
 class Failure(NamedTuple):
-    """Why a question has no answer. unsent: no server has taken it; again: asking once more may help."""
+    """Why a question has no answer. unsent: no server has received it; again: asking again may help."""
 
     text: str
     unsent: bool = False
@@ -49,11 +49,11 @@ class Failure(NamedTuple):
 def within(
     left: Callable[[], float], call: Callable[[], Any], stop: Callable[[], Any], scrub: Callable[[str], str]
 ) -> tuple[Any, Failure | None]:
-    """(the call's value, None), or (None, why it failed); returns when no time is left, at the latest. ``stop`` then
-    breaks the connection, so that the call's thread ends too.
+    """(the call's value, None), or (None, its failure). When no time is left, ``stop`` breaks the connection, which
+    ends the call's thread.
 
-    No exception leaves that thread: those of libraries hold the headers that were sent, and the key among them. The
-    text of a failure is scrubbed there too, since a debugger shows the variables of a frame.
+    No exception leaves that thread, since exceptions of libraries hold the headers that were sent, with the key. The
+    failure's text is scrubbed there too, since a debugger shows the variables of a frame.
     """
     found: list[Any] = []
     failed: list[Failure] = []
@@ -62,7 +62,7 @@ def within(
     def work() -> None:
         try:
             found.append(call())
-        except BaseException as err:  # whatever a library makes of what it was sent
+        except BaseException as err:  # a library may raise anything for a hostile answer
             failed.append(_failure(err, scrub))
         finally:
             ended.set()
@@ -104,7 +104,7 @@ def read(answer: httpx.Response, most: int, left: Callable[[], float]) -> bytes:
 
 def _body(answer: httpx.Response, most: int, left: Callable[[], float]) -> bytes:
     if answer.headers.get("content-encoding", "identity") != "identity":
-        raise NoAnswer("it packed its answer, which was not asked for")  # and which could be small for one without end
+        raise NoAnswer("it compressed its answer, which was not asked for")  # and could unpack to any size
     body = bytearray()
     for part in answer.iter_raw():
         body += part
@@ -116,7 +116,7 @@ def _body(answer: httpx.Response, most: int, left: Callable[[], float]) -> bytes
 
 
 def _detail(body: bytes) -> str:
-    """What FastAPI says of an error, or the beginning of what came."""
+    """FastAPI's text of an error, or the beginning of the answer."""
     try:
         return str(json.loads(body)["detail"])
     except (ValueError, KeyError, TypeError, RecursionError):
@@ -124,7 +124,7 @@ def _detail(body: bytes) -> str:
 
 
 def status(text: str | bytes, id: str | None, scrub: Callable[[str], str]) -> Any:
-    """nnsight's ResponseModel of one status, of this job, scrubbed. NoAnswer for anything else."""
+    """One status of this job (id None: of any) as nnsight's ResponseModel, scrubbed. NoAnswer for anything else."""
     from nnsight.schema.response import ResponseModel, Status
     from pydantic import ValidationError
 
@@ -143,12 +143,12 @@ def status(text: str | bytes, id: str | None, scrub: Callable[[str], str]) -> An
 
 
 def _is_name(text: Any, scrub: Callable[[str], str]) -> bool:
-    """Whether this may be the name of a job or a session, which addresses and messages hold."""
+    """Whether a text can be the name of a job or a session: such names get into addresses and messages."""
     return isinstance(text, str) and _ID.fullmatch(text) is not None and scrub(text) == text
 
 
 def session_id(message: Any, scrub: Callable[[str], str]) -> str:
-    """The name of a session, which is the first message on a websocket."""
+    """The name of a session, from the first message on a websocket."""
     try:
         found = json.loads(message)["session_id"]
     except (ValueError, KeyError, TypeError, RecursionError):
@@ -159,7 +159,7 @@ def session_id(message: Any, scrub: Callable[[str], str]) -> str:
 
 
 class Socket(websocket.WebSocket):
-    """A websocket that takes ``most`` bytes in all, as long as there is time."""
+    """A websocket that receives at most ``most`` bytes in all, until the deadline."""
 
     def __init__(self, most: int, left: Callable[[], float]):
         super().__init__()
@@ -176,10 +176,10 @@ class Socket(websocket.WebSocket):
 
 
 def loaded(content: bytes, most: int, packed: bool) -> Any:
-    """What a request saved: tensors and plain data, of at most ``most`` bytes. NoAnswer for anything else.
+    """A request's result: tensors and plain data, of at most ``most`` bytes. NoAnswer for anything else.
 
-    ``weights_only=True`` runs no code, but some of the calls that it allows can take any amount of memory. So the
-    pickle is read first: it may call nothing except what makes a tensor of a record, and no record may be compressed.
+    ``weights_only=True`` runs no code, but allows calls that can fill the memory. So the pickle's instructions are read
+    first: they may only make tensors of records, and no record may be compressed.
     """
     if packed:
         import zstandard
@@ -207,14 +207,14 @@ def loaded(content: bytes, most: int, packed: bool) -> Any:
 
 
 def checked(found: Any, form: Any) -> Any:
-    """A value that has the form, see ``forms.has``."""
+    """A value, which must have the form (see ``forms.has``), else NoAnswer."""
     if not forms.has(found, form):
         raise NoAnswer(f"its result is not what was asked for: {forms.said(form)}, got {forms.said(found)}")
     return found
 
 
 def scrubbed(text: str, key: str) -> str:
-    """What a server said, without the key, however it is spelled, and without what moves a cursor."""
+    """A server's text without the key, also in other case or quoted as in an address, and without control characters."""
     for secret in {key, quote(key, safe="")} - {""}:
         text = re.sub(re.escape(secret), "<your key>", text, flags=re.IGNORECASE)
     return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)

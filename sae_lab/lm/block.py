@@ -32,8 +32,8 @@ class Block:
     path: str
     places: dict[str, Place] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
-    w_o: str | None = None
-    after_attention: str | None = None  # the norm between W_O and the stream
+    w_o: str | None = None  # attention's output projection, which reads attn_z
+    after_attention: str | None = None  # the norm between W_O and the stream (Gemma, OLMo 2)
     w_o_factor: float | None = None  # of what W_O, or that norm, gives, where it is added to the stream; None: nowhere
     adds: bool = False  # whether the stream before, as it is, is a part of the stream after
     hands_on: bool = False  # whether the next block gets the stream after as it is

@@ -5,11 +5,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
+from sae_lab.lm.passes import token_losses
 from sae_lab.lm.tokens import Token, label
 from sae_lab.results import Shown, frame_rows
+from sae_lab.types import TokenBatch
 
 SHOWN = 8  # tokens whose chance to come next changed most
 
@@ -75,25 +77,18 @@ class Comparison(Shown):
 
 
 def compared(
-    tokens: list[Token], ids: Int[Tensor, " pos"], clean: Float[Tensor, "pos vocab"],
-    edited: Float[Tensor, "pos vocab"], features: dict[str, tuple[Tensor, Tensor]], tokenizer: Any,
+    tokens: list[Token], batch: TokenBatch, clean: Float[Tensor, "1 pos vocab"],
+    edited: Float[Tensor, "1 pos vocab"], features: dict[str, tuple[Tensor, Tensor]], tokenizer: Any,
 ) -> Comparison:  # fmt: skip
     """The comparison of one prompt's logits without and with edits."""
-    p, q = (logits.float().log_softmax(-1).cpu() for logits in (clean, edited))
+    p, q = (logits[0].float().log_softmax(-1).cpu() for logits in (clean, edited))
     kl = torch.nn.functional.kl_div(q, p, log_target=True, reduction="none").sum(-1).clamp_min(0.0)
-    before, after = _of_the_tokens(p, ids), _of_the_tokens(q, ids)
+    before, after = (-token_losses(logits, batch)[0] for logits in (clean, edited))
     change = (q[-1].exp() - p[-1].exp()).abs()
     shown = change.topk(min(SHOWN, len(change))).indices.tolist()
     following = [(label(tokenizer, i), float(p[-1, i]), float(q[-1, i])) for i in shown]
     perplexity, edited_perplexity = (float(torch.exp(-logprob.nanmean())) for logprob in (before, after))
     return Comparison(tokens, kl, before, after, features, perplexity, edited_perplexity, following)
-
-
-def _of_the_tokens(logprobs: Float[Tensor, "pos vocab"], ids: Int[Tensor, " pos"]) -> Float[Tensor, " pos"]:
-    """Of each token given those before it; NaN at position 0."""
-    own = torch.full((len(ids),), float("nan"))
-    own[1:] = logprobs[:-1].gather(-1, ids[1:, None].cpu())[:, 0]
-    return own
 
 
 def differing(before: Sequence[Hashable], after: Sequence[Hashable]) -> tuple[list[bool], list[bool]]:

@@ -82,8 +82,6 @@ class LM:
     ):
         from nnsight import TransformersModel
 
-        if kwargs.get("trust_remote_code"):
-            raise ValueError("trust_remote_code is never on in sae_lab: load the model yourself, pass LM(model, ...)")
         if model is None and prefix == "auto":
             prefix = bundled.PREFIX_ID
         self._server: Any = None
@@ -299,10 +297,15 @@ class LM:
         place (all heads and one head share one) come first the reads that an edit wants from before all writes, then
         the writes in the order given, then the other reads."""
         reads, writes = list(dict.fromkeys(reads)), list(writes)
-        self._require_before(writes)
+        place, when = self._sites.place, self._sites.when
+        for w in writes:
+            if late := [s for s in w.reads if when(s) >= when(w.site)]:
+                raise ValueError(
+                    f"an edit that reads {late[0]} cannot change {w.site}, which the model computes before: set the "
+                    "coder's reads and writes to the sites it was trained on"
+                )
         if self._server:
             _require_travelling(writes)
-        place, when = self._sites.place, self._sites.when
         early = list(dict.fromkeys(s for w in writes for s in w.before))
         needed = [s for w in writes for s in w.reads]
         needed += [Site.of(less) for s in [*reads, *early, *(w.site for w in writes)] if (less := place(s).less)]
@@ -359,16 +362,6 @@ class LM:
             put(nn, place, here, value_of(here, place, {}), there.clone())
             found = nnsight.save(slope(nn.output.logits, tokens, there, metric))
         return found if backend is None else backend.saved("found")
-
-    def _require_before(self, writes: list[Write]) -> None:
-        """ValueError for a write that reads a later site."""
-        for w in writes:
-            for s in w.reads:
-                if self._sites.when(s) >= self._sites.when(w.site):
-                    raise ValueError(
-                        f"an edit that reads {s} cannot change {w.site}, which the model computes before: set the "
-                        "coder's reads and writes to the sites it was trained on"
-                    )
 
     @as_annotated
     def read(self, prompts: Prompts, at: Site | str | Iterable[Site | str], edits: Edits = ()) -> Reading:
@@ -479,7 +472,7 @@ class LM:
         for edit in found:
             was, now = edit.measured(before[edit.read_site]), edit.measured(after[edit.read_site])
             measured |= {name: (codes[0], now[name][0]) for name, codes in was.items()}
-        return compared(self.tokens(prompt), batch.ids[0], clean[0], edited[0], measured, self.tokenizer)
+        return compared(self.tokens(prompt), batch, clean, edited, measured, self.tokenizer)
 
     def _writes(self, edits: Iterable[Any], batch: TokenBatch, new: int = 0) -> list[Write]:
         """The writes of a list of edits. Edits that act together make them together (``Edit.together``)."""
@@ -554,11 +547,11 @@ class LM:
             return None  # a map to the stream's width lies between (OPT 350m)
         way, w_o = list(at.way_out or []), None
         if site.kind == "attn_z":
-            layer = site.layer or 0
-            if at.layers[layer].w_o_factor is None:
+            block = at.layers[site.layer or 0]
+            if block.w_o_factor is None:
                 return None  # its output meets the stream, but through a norm of both
-            w_o = at.w_o[layer], at.width(Site("attn_z", layer)), at.point(site)[2]
-            way = [p for p in [at.after_attention(layer)] if p] + way
+            w_o = block.w_o, at.width(Site("attn_z", site.layer)), at.point(site)[2]
+            way = [block.after_attention] * bool(block.after_attention) + way
         return {"w_o": w_o, "way": way, "head": at.path_of(self._module.get_output_embeddings())}
 
     @cached_property

@@ -1,8 +1,8 @@
-"""Running on an NDIF server: one request at a time, with a deadline, errors that say what to do, and no pickles.
+"""Running on an NDIF server: requests with a deadline, errors that say what to do, and no pickles.
 
-nnsight sends a traced block (its source, and what it names) and gives back what the block saved. Here that is done so
-that a call can wait, or be waited for (``Job``), or be taken up again after the kernel died. ``answers`` reads what
-comes: tensors and plain data, so that no server can run code here, hold a call or fill the memory.
+nnsight sends the source of a traced block and the values that it names; the server returns what the block saved. A call
+can wait for its result, run while the kernel goes on (``Job``), or be taken up again after the kernel died. ``answers``
+reads results as tensors and plain data, so that no server can run code here, block a call or fill the memory.
 """
 
 import itertools
@@ -32,15 +32,15 @@ from sae_lab.lm import answers, forms
 log = logging.getLogger(__name__)
 
 HOSTED = "https://api.ndif.us"
-# Modules whose functions go as source. Named, not imported: they stand above this one, or may not be known here.
+# Modules whose functions are sent as source. Not imported here, since most of them import this room.
 TRAVELLING = (
     "sae_lab.lm.passes", "sae_lab.saes.portable", "sae_lab.edits.rules", "sae_lab.activations.reading",
     "sae_lab.activations.reconstructing", "sae_lab.feature_index.directions", "sae_lab.circuits.metric",
     "sae_lab.evals.errors", "sae_lab.evals.hesitation", "sae_lab.explain.lens",
     "sae_lab.explain.selfexplain", "sae_lab.explain.trees",
 )  # fmt: skip
-RETRIES, PAUSE = 3, 0.5  # of what is safe to repeat: a request that no server has taken, and asking for a status
-KNOWN = 3.0  # seconds after which a job that was sent before, and that the server does not know, is lost
+RETRIES, PAUSE = 3, 0.5  # of requests that are safe to repeat: those that no server has taken, and those for a status
+KNOWN = 3.0  # seconds after which a job of an earlier kernel, unknown to the server, counts as lost
 POLL = (0.05, 1.0)  # seconds between two looks at a job's status, at first and at most
 
 
@@ -51,7 +51,7 @@ def register_travelling() -> None:
 
 
 class NDIFError(RuntimeError):
-    """What went wrong on the way to a server or on it, and what to do."""
+    """A failure on the way to a server or on it, and what to do."""
 
 
 class NDIFTimeout(NDIFError, TimeoutError):
@@ -59,13 +59,13 @@ class NDIFTimeout(NDIFError, TimeoutError):
 
 
 class Server:
-    """An NDIF server: where it is, the key, and how long a call may take.
+    """An NDIF server: its address, the key, and the time that a call may take.
 
     Args:
-        host: its address; True: ``NDIF_HOST`` or the hosted NDIF. key: None: ``NDIF_API_KEY``. deadline: seconds.
+        host: its address; True: ``NDIF_HOST``, else the hosted NDIF. key: None: ``NDIF_API_KEY``. deadline: seconds.
 
-    Attributes: ``asked``: the host as it was given; ``host``: its address; ``sent``, ``received``: bytes so far, of
-    requests and of results.
+    Attributes: ``asked``: the host that was given; ``host``: its address; ``sent``, ``received``: bytes of requests and
+    of results so far.
 
     Raises ValueError for an address without http(s), one from the environment that is neither the hosted NDIF nor on
     this machine, and a deadline that is no positive number.
@@ -90,28 +90,26 @@ class Server:
         self._key = key or os.environ.get("NDIF_API_KEY") or CONFIG.API.APIKEY or ""
         self.deadline = float(deadline)
         self.sent = self.received = 0
-        self._present = threading.local()  # the job for which this thread calls
+        self._present = threading.local()  # .job: the job whose call this thread makes
 
     def __repr__(self) -> str:
         return f"Server({self.host!r}, deadline={self.deadline:g})"
 
     def request(self, model: Any, form: Any, expected: int, listen: bool = False) -> "Request":
-        """One request, for ``trace(backend=)`` or ``session(backend=)``; with ``listen`` one whose prints are heard.
-
-        form: of what it saves, see ``answers.checked``. expected: bytes of that.
-        """
+        """One request, for ``trace(backend=)`` or ``session(backend=)``. form: of its result, see ``answers.checked``;
+        expected: the result's bytes; listen: whether ``lines()`` gives what it prints."""
         register_travelling()
         job, most = getattr(self._present, "job", None), answers.TALK + answers.SLACK * expected
         return Request(self, model.to_model_key(), model._remoteable_get_env(), form, most, listen, job)
 
     @cached_property
     def trusted(self) -> Any:
-        """The certificates that are trusted: reading them takes a while."""
+        """The trusted certificates, read once since that takes a while."""
         return httpx.create_ssl_context()
 
     @contextmanager
     def aside(self) -> Iterator[None]:
-        """Within, requests are no part of the job that is under way: what an edit reads before it can be sent."""
+        """A block whose requests are no part of the present job, such as those of an edit that reads the model."""
         job, self._present.job = getattr(self._present, "job", None), None
         try:
             yield
@@ -119,16 +117,16 @@ class Server:
             self._present.job = job
 
     def scrub(self, text: str) -> str:
-        """What a server said, as an error may repeat it: without the key."""
+        """A server's text without the key, so that an error may repeat it."""
         return answers.scrubbed(text, self._key)
 
 
 class Job:
-    """A call that runs on the server while this kernel goes on.
+    """A call that runs on the server while this kernel goes on: ``job = lm.submit(...)``, then ``job.result()``.
 
-    Attributes: id: the server's name for it; keep it, and after a restart the same call with ``job=id`` takes it up
-    again. status: "SENDING", then NDIF's RECEIVED, QUEUED, DISPATCHED, RUNNING, COMPLETED or ERROR; or "CANCELLED".
-    seconds: since the call.
+    Attributes: id: the server's name for it; after a restart the same call with ``job=id`` takes it up again. status:
+    "SENDING", then NDIF's RECEIVED, QUEUED, DISPATCHED, RUNNING, COMPLETED or ERROR; or "CANCELLED". seconds: since the
+    call.
     """
 
     def __init__(self, what: str, call: Callable[[], Any], server: Server, id: str | None = None):
@@ -143,7 +141,7 @@ class Job:
             server._present.job = self
             try:
                 self._answer.append(call())
-            except BaseException as err:  # given to whoever asks for the result
+            except BaseException as err:  # ``result`` raises it
                 self._error = err
             finally:
                 self._ended = time.monotonic()
@@ -151,7 +149,7 @@ class Job:
 
         self._thread = threading.Thread(target=work, name=f"sae_lab {what}", daemon=True)
         self._thread.start()
-        self._sent.wait()  # so that the id is there to be written down
+        self._sent.wait()  # from here on ``id`` is known
 
     @property
     def done(self) -> bool:
@@ -162,8 +160,8 @@ class Job:
         return (self._ended or time.monotonic()) - self._started
 
     def result(self, timeout: float | None = None) -> Any:
-        """What the call returns; raises what it raised. NDIFTimeout after ``timeout`` seconds without an
-        answer: the job goes on, and can be asked again."""
+        """The call's value; raises the call's error. NDIFTimeout after ``timeout`` seconds: the job goes on, and can be
+        asked again."""
         self._thread.join(timeout)
         if self._thread.is_alive():
             raise NDIFTimeout(f"job {self.id} is {self.status} after {self.seconds:.0f} s: ask again later")
@@ -172,8 +170,7 @@ class Job:
         return self._answer[0]
 
     def cancel(self) -> None:
-        """Wait for it no longer. NDIF has no call that stops a job: what runs there ends by itself or at the server's
-        own time limit."""
+        """Stop waiting. NDIF cannot stop a job: on the server it runs to its end or to the server's time limit."""
         self.cancelled.set()
         self._thread.join(5)
 
@@ -182,12 +179,11 @@ class Job:
 
 
 class Request(RemoteBackend):
-    """nnsight's remote backend, which here only sends; ``saved()`` waits, once the trace and our lock are behind us.
+    """nnsight's remote backend, which here only sends; ``saved()`` waits, after the trace, without the model's lock.
 
-    By default the server keeps the status where it can be asked for, so that a dead connection loses nothing. To hear
-    what a block prints a websocket is needed; if that breaks, so does the request.
-
-    form: of what the block saves, see ``answers.checked``; most: bytes that it may have.
+    By default the server is asked for the status, so that a broken connection loses nothing. What a block prints comes
+    through a websocket; if that breaks, so does the request. form: of the result, see ``answers.checked``; most: bytes
+    that the result may have.
     """
 
     def __init__(
@@ -195,23 +191,23 @@ class Request(RemoteBackend):
     ):
         sent = job.id if job else None
         super().__init__(model_key, server.host, server._key or None, env, blocking=False, job_id=sent)
-        self.api_key = server._key  # RemoteBackend would take one from the environment for none
+        self.api_key = server._key  # without a key, RemoteBackend takes one from the environment
         self.display = StatusDisplay(enabled=False)
         self.server, self.form, self.most, self.listen, self.job = server, form, most, listen, job
         self.ends = time.monotonic() + server.deadline
-        self.known_by = time.monotonic() + KNOWN if sent else self.ends  # a job of before has a status already
+        self.known_by = time.monotonic() + KNOWN if sent else self.ends  # an earlier job has a status already
         self.client = httpx.Client(verify=server.trusted)
         self.socket: Any = None
 
     def __call__(self, tracer: Any = None) -> None:
-        if self.job_id is not None:  # a job that was sent before
+        if self.job_id is not None:  # an earlier job
             return
         try:
             blob = self._serialize(tracer)
         except Exception as err:
             raise NDIFError(
-                f"this call cannot be sent, something it names does not travel ({type(err).__name__}: {err}): a metric "
-                "or edit of your own must be a function that uses torch and numbers only"
+                f"this call cannot be sent, for it names a value that does not travel ({type(err).__name__}: {err}): a "
+                "metric or edit of your own must be a function that uses torch and numbers only"
             ) from err
         request = RequestModel(model_key=self.model_key, compress=self.compress, env=self.env)
         if self.listen:
@@ -222,7 +218,7 @@ class Request(RemoteBackend):
         self._note(response)
 
     def saved(self, name: str) -> Any:
-        """What the block saved under this name, when it is done."""
+        """Wait for the value that the block saved under this name."""
         pause = POLL[0]
         try:
             while True:
@@ -255,7 +251,7 @@ class Request(RemoteBackend):
             return answers.status(answers.read(answer, answers.TALK, self._left), self.job_id, self.server.scrub)
 
     def _result(self, where: str, name: str) -> Any:
-        with self._open("GET", where, {}) as answer:  # from its store: no key goes there
+        with self._open("GET", where, {}) as answer:  # another host may store it: the key is not sent
             content = answers.read(answer, self.most, self._left)
         found = answers.loaded(content, self.most, self.compress)
         if not isinstance(found, dict) or name not in found:
@@ -272,17 +268,17 @@ class Request(RemoteBackend):
 
     def _subscribe(self) -> str:
         self.socket = answers.Socket(answers.TALK + self.most, self._left)
-        # A redirect would take the key along.
+        # A redirect would send the key to another host.
         where, left = f"{self.ws_host}/subscribe", max(0.1, self._left())
         self.socket.connect(where, header=self._keys(), timeout=left, redirect_limit=0)
         return answers.session_id(self.socket.recv(), self.server.scrub)
 
     def lines(self) -> Iterator[str]:
-        """What the block prints, line by line as it does."""
+        """The lines that the block prints, as they come."""
         try:
             while True:
                 response = self._ask(self._message)
-                if response is None:  # a pickle of the result, and the end; all of it has been printed
+                if response is None:  # a pickle of the result, which ends the job
                     return
                 if response.status == Status.LOG:
                     yield from response.description.splitlines()
@@ -300,7 +296,7 @@ class Request(RemoteBackend):
         return answers.status(message, self.job_id, self.server.scrub) if isinstance(message, str) else None
 
     def _left(self) -> float:
-        """Seconds until the deadline; none when the user has cancelled."""
+        """Seconds until the deadline; 0 after ``cancel``."""
         cancelled = self.job is not None and self.job.cancelled.is_set()
         return 0.0 if cancelled else self.ends - time.monotonic()
 
@@ -318,7 +314,7 @@ class Request(RemoteBackend):
             )
 
     def _note(self, response: ResponseModel) -> bool:
-        """Whether the job is done. Its error as ours."""
+        """Take up a status; returns whether the job is done. NDIFError for a job that failed."""
         if response.status != Status.LOG:
             self.status = response.status
         if self.job is not None:
@@ -330,9 +326,9 @@ class Request(RemoteBackend):
         return response.status == Status.COMPLETED
 
     def _ask(self, question: Callable[[], Any], sending: bool = False) -> Any:
-        """The answer; a failure as ours, which holds no other exception and no key. What no server has taken, and
-        questions for a status, are repeated while there is time; a request that may have been taken is not."""
-        patience = RETRIES if self.job_id is None else sys.maxsize  # a job that runs is worth the whole deadline
+        """The answer, or NDIFError, which holds neither the key nor another exception. Requests that no server has
+        taken, and those for a status, are repeated until the deadline; a request that a server may have is not."""
+        patience = RETRIES if self.job_id is None else sys.maxsize  # for a running job until the deadline
         last = ""
         for attempt in itertools.count(1):
             self._check_time(last)
@@ -349,13 +345,13 @@ class Request(RemoteBackend):
             time.sleep(min(pause, max(0.0, self._left())))
 
     def _stop(self) -> None:
-        """Break what is under way."""
+        """Close the connections."""
         self.client.close()
         if self.socket is not None:
             self.socket.shutdown()
 
 
-# What NDIF and nnsight say -> what it means for the user
+# Words in a message of NDIF or nnsight: what it means for the user
 _KEYS = "NDIF gives keys at https://login.ndif.us"
 _LATER = "try again in a few minutes"
 _MEANINGS = {
@@ -377,7 +373,7 @@ _MEANINGS = {
 
 
 def explained(text: str, host: str, maybe_taken: bool = False) -> str:
-    """A failure in our words, with what the server said."""
+    """A failure in words for the user, with the server's message. maybe_taken: whether the server may have the job."""
     last = text.strip().splitlines()[-1] if text.strip() else "no reason given"
     meaning = next((meaning for sign, meaning in _MEANINGS.items() if sign in text.lower()), None)
     doubt = "; the server may have taken it, so it was not sent again" if maybe_taken else ""

@@ -77,20 +77,6 @@ class SiteMap:
         """The path of one of the model's modules."""
         return next(path for path, m in self.modules.items() if m is module)
 
-    @property
-    def w_o(self) -> list[str | None]:
-        """Each block's attention output projection (its input is attn_z)."""
-        return [block.w_o for block in self.layers]
-
-    def after_attention(self, layer: int) -> str | None:
-        """The norm between W_O and the residual stream, where a model has one (Gemma, OLMo 2)."""
-        return self.layers[layer].after_attention
-
-    @property
-    def final_norm(self) -> str | None:
-        """The module whose output the head reads; None if that is the last block."""
-        return self.way_out[-1] if self.way_out else None
-
     def _way_out(self) -> list[str] | None:
         """Paths of the modules between the last block and the head, in order; None if one of them reads more than one
         tensor."""

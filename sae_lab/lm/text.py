@@ -1,12 +1,11 @@
-"""Text: documents to read, split by document into a part to train on and a held-out part, and cut into contexts."""
+"""Documents, split into a part for training and a held-out part, and cut into contexts."""
 
 import hashlib
 import importlib.util
 import logging
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -21,11 +20,11 @@ log = logging.getLogger(__name__)
 
 WIKIPEDIA = Path(__file__).parent.parent / "data" / "wikipedia-2016-sample.parquet"
 HELD_OUT_EVERY = 10  # one document in ten is held out
-LONG, PART = 1 << 20, 1 << 16  # characters from which a document is read in parts, and of a part
+LONG, PART = 1 << 20, 1 << 16  # characters: a longer document is read in parts, each of this length
 
-# "mix": the bundled Wikipedia and sources of the installed package `sae-probes`, each up to its number of characters.
-# Code (the last three) stays under 5 % of the characters: of the files in _POSITIVES only the examples of what their
-# name says are read, since their counter-examples are mostly code.
+# "mix": the bundled Wikipedia, and files of the package `sae-probes`, each up to a number of characters. Code (the last
+# three) makes less than 5 % of the characters. Of the files in _POSITIVES only positive examples are read, since their
+# negative examples are mostly code.
 _POSITIVES = ("agnews", "code")
 _MIX = {
     "161_agnews_0": 500_000, "162_agnews_1": 500_000, "163_agnews_2": 500_000,  # web news
@@ -41,20 +40,20 @@ _MIX = {
 
 @runtime_checkable
 class Dataset(Protocol):
-    """A loaded dataset of ``datasets``, known by its columns, since importing that package takes a while."""
+    """A dataset of ``datasets``, recognised by its columns: importing that package takes a while."""
 
     column_names: Any
 
 
 class Context(NamedTuple):
-    """A stretch of tokens the model reads at once. documents: the document of each token."""
+    """Tokens that the model reads at once. documents: the number of each token's document."""
 
     ids: list[int]
     documents: list[int]
 
 
 class File(NamedTuple):
-    """A text file that is too large to be held. stamp: its size and time, which tell whether it is still the same."""
+    """A text file too large for memory. stamp: its size and time, by which a changed file is recognised."""
 
     path: Path
     stamp: tuple[int, int]
@@ -64,11 +63,11 @@ class File(NamedTuple):
         return cls(path, (path.stat().st_size, path.stat().st_mtime_ns))
 
     def parts(self) -> Iterator[str]:
-        """Its text in parts. ValueError for a file that is not UTF-8, or that changed since it was loaded."""
+        """Its text in parts. ValueError for a file that is not UTF-8, or that has changed since it was loaded."""
         if File.of(self.path) != self:
             raise ValueError(f"{self.path} has changed since it was loaded: call load_text again")
         try:
-            with open(self.path, encoding="utf-8-sig") as file:  # a mark at its start is no text
+            with open(self.path, encoding="utf-8-sig") as file:  # a byte-order mark is no text
                 while part := file.read(PART):
                     yield part
         except UnicodeDecodeError as err:
@@ -78,7 +77,7 @@ class File(NamedTuple):
 
 
 class Held:
-    """Documents in memory, or files of one document each, as a dataset of one column: none is copied."""
+    """Documents in memory, or files of one document each, as a dataset of one column, without copies."""
 
     column_names = ("text",)
 
@@ -106,12 +105,11 @@ def _parts(document: "str | File") -> Iterator[str]:
 
 @as_annotated
 class Text:
-    """Documents (str), iterable and sliceable, with a held-out part. Made by ``load_text``.
+    """Documents (str), iterable and sliceable, with a held-out part: ``sl.load_text(...)`` makes it.
 
     Args:
-        data: a ``datasets.Dataset`` or ``IterableDataset``, or ``Held``.
-        column: its column of text.
-        name: for people; fingerprint: changes when the documents do.
+        data: a ``datasets.Dataset`` or ``IterableDataset``, or ``Held``. column: its column of text.
+        name: shown to people. fingerprint: changes when the documents change.
     """
 
     def __init__(self, data: Any, column: str, name: str, fingerprint: str, held_out: "Text | None" = None):
@@ -121,13 +119,13 @@ class Text:
 
     @property
     def held_out(self) -> "Text":
-        """The documents kept for evaluation, none of which stands in this text."""
+        """The documents kept for evaluation; this text has none of them."""
         if self._held_out is None:
             raise ValueError(f"{self.name} has no held-out part: it needs at least two documents, split by load_text")
         return self._held_out
 
     def __len__(self) -> int:
-        """Documents; TypeError for a stream, whose length nobody knows."""
+        """The number of documents; TypeError for a stream, whose length is not known."""
         return len(self._data)
 
     def __bool__(self) -> bool:
@@ -172,10 +170,10 @@ class Text:
         return f"Text({self.name!r}, {documents}, {many} held_out)"
 
     def contexts(self, tokenizer: Any, prefix: int | None, length: Count, pack: bool = False) -> Iterator[Context]:
-        """Token contexts of at most ``length``, each begun by the prefix token.
+        """Contexts of at most ``length`` tokens, each of which starts with the prefix token.
 
-        A document's last context may be shorter; no context holds two documents unless ``pack``, where contexts are
-        filled to the brim and documents follow each other with the prefix token between them.
+        A document's last context may be shorter. With ``pack`` a context may hold several documents, with the prefix
+        token between them, and only the last one is shorter.
         """
         room = length - (prefix is not None)
         if room < 1:
@@ -187,10 +185,10 @@ class Text:
     def passes(
         self, tokenizer: Any, prefix: int | None, length: Count, pack: bool = False, tokens: Count = 1408
     ) -> Iterator[list[Context]]:
-        """The same contexts in groups that a model reads at once: of like length, so that next to nothing of what it
-        computes is padding, and of at most ``tokens`` tokens or one context.
+        """The same contexts in groups for one pass of a model: of similar length, so that little padding is computed,
+        and of at most ``tokens`` tokens or one context.
 
-        A hundred documents or more are mixed, in an order that never changes: a first part then holds many topics.
+        At least a hundred documents are mixed, in a fixed order, so that the first groups hold many topics.
         """
         for number, waiting in enumerate(_windows(self.contexts(tokenizer, prefix, length, pack))):
             random = np.random.default_rng(number)
@@ -198,26 +196,22 @@ class Text:
             for i in random.permutation(len(groups)):
                 yield groups[i]
 
-    def _tokenized(self, tokenizer: Any, at_once: int = 16) -> Iterator[Iterable[list[int]]]:
-        """The ids of each document, those of a long one in parts."""
-        waiting: list[str] = []
-        for row in self._data:
+    def _tokenized(self, tokenizer: Any) -> Iterator[Iterable[list[int]]]:
+        """The ids of each document, those of a long one in parts. Short ones are tokenized 16 at a time."""
+
+        def long(row: dict[str, Any]) -> bool:
             document = row[self._column]
-            if isinstance(document, File) or (isinstance(document, str) and len(document) > LONG):
-                yield from ([ids] for ids in tok.encode_texts(tokenizer, waiting)) if waiting else ()
-                waiting = []
-                yield tok.encode_parts(tokenizer, _parts(document))
-                continue
-            waiting.append(self._document(row))
-            if len(waiting) == at_once:
-                yield from ([ids] for ids in tok.encode_texts(tokenizer, waiting))
-                waiting = []
-        if waiting:
-            yield from ([ids] for ids in tok.encode_texts(tokenizer, waiting))
+            return isinstance(document, File) or (isinstance(document, str) and len(document) > LONG)
+
+        for is_long, rows in groupby(self._data, long):
+            if is_long:
+                yield from (tok.encode_parts(tokenizer, _parts(row[self._column])) for row in rows)
+            while not is_long and (texts := [self._document(row) for row in islice(rows, 16)]):
+                yield from ([ids] for ids in tok.encode_texts(tokenizer, texts))
 
 
 def _after(parts: Iterable[list[int]], lead: list[int]) -> Iterator[list[int]]:
-    """What follows the prefix, where a text begins with it written out."""
+    """A document's ids, without the prefix if the text itself starts with it."""
     parts = iter(parts)
     for ids in parts:
         yield ids[len(lead) :] if lead and ids[:1] == lead else ids
@@ -259,10 +253,10 @@ def _packed(documents: Iterable[Iterable[list[int]]], lead: list[int], room: int
         yield Context(lead + waiting, owners[: len(lead)] + owners)
 
 
-WINDOW_DOCUMENTS, WINDOW_CONTEXTS = 100, 1000  # the least that is mixed: topics and, for like lengths, contexts
-WINDOW_TOKENS = 600_000  # the most tokens in a window, even if they are few documents
-PASS_COST = 32  # what a pass takes however short it is, in tokens: passes get smaller only where it saves more padding
-PASS_CONTEXTS = 128  # at most in a pass
+WINDOW_DOCUMENTS, WINDOW_CONTEXTS = 100, 1000  # least of a window, in which contexts are mixed and sorted by length
+WINDOW_TOKENS = 600_000  # most of a window, even of fewer documents
+PASS_COST = 32  # fixed cost of a pass in tokens: a pass is split only if that saves more padding
+PASS_CONTEXTS = 128  # most of a pass
 
 
 def _windows(contexts: Iterable[Context]) -> Iterator[list[Context]]:
@@ -281,9 +275,9 @@ def _windows(contexts: Iterable[Context]) -> Iterator[list[Context]]:
 
 
 def _alike(contexts: list[Context], tokens: int) -> list[list[Context]]:
-    """Contexts in groups by length, at the least total of padded tokens and ``PASS_COST`` for each group."""
+    """Contexts in groups by length, with the least sum of padded tokens and ``PASS_COST`` for each group."""
     ordered = sorted(contexts, key=lambda c: len(c.ids))
-    least, starts = [0], [0]  # by number of contexts: the least cost, and where the last group starts
+    least, starts = [0], [0]  # of the first n contexts: the least cost, and the start of the last group
     for end in range(1, len(ordered) + 1):
         longest = len(ordered[end - 1].ids)
         most = min(PASS_CONTEXTS, max(1, tokens // longest))
@@ -303,15 +297,15 @@ def load_text(
     source: Any = None, *, column: str = "text", split: str = "train",
     **kwargs: Any,
 ) -> Text:  # fmt: skip
-    """Documents from anywhere, through ``datasets``; every tenth is held out: ``text.held_out``.
+    """``text = sl.load_text()``: documents, of which every tenth is held out (``text.held_out``).
 
     Args:
         source: None, the bundled Wikipedia sample (96 articles, about 545k tokens); "mix", that and web, news,
             essays, reviews, stories, abstracts and a little code (needs the package sae-probes); a list of str (to
-            read all of it, give the list itself to what reads: ``sl.harvest(lm, site, documents)``); a file or folder
-            of .txt (one document a file), .json/.jsonl, .parquet or .csv; a loaded dataset of ``datasets``; else a hub
-            dataset id, streamed.
-        column: the column that holds the text. split: of a hub dataset or a ``DatasetDict``.
+            hold none out, pass the list itself on: ``sl.harvest(lm, site, documents)``); a file or folder of .txt (one
+            document a file), .json/.jsonl, .parquet or .csv; a loaded dataset of ``datasets``; else a hub dataset id,
+            which is streamed.
+        column: the column of text. split: of a hub dataset or a ``DatasetDict``.
         **kwargs: to ``datasets.load_dataset``.
     """
     from datasets import load_dataset
@@ -347,19 +341,19 @@ def load_text(
     return _split(data, column, str(source), _digest(repr((source, split, column, sorted(kwargs.items()))).encode()))
 
 
-Documents = Text | Sequence[str] | Dataset  # what functions that only read take as text
+Documents = Text | Sequence[str] | Dataset  # text, as functions that only read take it
 
 
 def as_text(source: Any) -> Text:
-    """What a function that only reads is given as text: a ``Text`` as it is, one document, a list of documents or a
-    loaded dataset whole, with nothing held out. ValueError for anything else."""
+    """The ``Text`` that a function reads: a ``Text`` itself; all of one document, a list of documents or a loaded
+    dataset, with nothing held out. ValueError for anything else."""
     if isinstance(source, Text):
         return source
     return _from_memory([source] if isinstance(source, str) else source, "text", "train", whole=True)
 
 
 def _from_memory(source: Any, column: str, split: str, whole: bool = False) -> Text:
-    """A Text of a list of str (or pandas' column, or numpy's array), or of a loaded dataset."""
+    """A Text of a list of str (or a pandas column, or a numpy array), or of a loaded dataset."""
     from datasets import Dataset, IterableDataset
 
     if hasattr(source, "tolist"):
@@ -380,7 +374,7 @@ def _from_memory(source: Any, column: str, split: str, whole: bool = False) -> T
     if isinstance(source, Dataset) and source.format["type"] == "pandas":  # its rows are tables
         source = source.with_format(None)
     head = [row[column] for row in islice(source, _HEAD) if column in row]
-    columns = source.column_names or list(next(iter(source), {}))  # None: a stream that does not know
+    columns = source.column_names or list(next(iter(source), {}))  # a stream may not know its columns
     if not columns or (isinstance(source, Dataset) and not len(source)):
         raise ValueError(f"this {kind} is empty: it needs at least one document")
     _check_column(columns, column, f"this {kind}")
@@ -390,8 +384,8 @@ def _from_memory(source: Any, column: str, split: str, whole: bool = False) -> T
 
 
 def from_documents(documents: Iterable[Any], name: str = "list", whole: bool = False) -> Text:
-    """A Text of documents in memory, split unless ``whole``. ValueError when there is none, one is no str or holds half
-    a surrogate pair, or all are empty."""
+    """A Text of documents in memory, split unless ``whole``. ValueError for a document that is no str or holds half a
+    surrogate pair, and for documents that are all empty."""
     documents = list(documents)
     if bad := [i for i, d in enumerate(documents) if not isinstance(d, str | File)]:
         raise ValueError(f"every document must be a str; document {bad[0]} is {type(documents[bad[0]]).__name__}")
@@ -402,41 +396,31 @@ def from_documents(documents: Iterable[Any], name: str = "list", whole: bool = F
     digest = hashlib.sha256()
     for number, document in enumerate(documents):
         digest.update(sum(map(len, _parts(document))).to_bytes(8, "little"))
-        for part in _parts(document):  # never a copy of all
+        for part in _parts(document):  # without a copy of the whole
             try:
                 digest.update(part.encode())
             except UnicodeEncodeError:
                 check_text("".join(_parts(document)), f"document {number}")
     data, fingerprint = Held(documents), digest.hexdigest()[:16]
-    if whole:  # other documents than the part that load_text leaves to train on
+    if whole:  # more documents than the training part that load_text makes of them
         return Text(data, "text", name, f"{fingerprint}-whole" if len(documents) > 1 else fingerprint)
     return _split(data, "text", name, fingerprint)
 
 
-_HEAD = 100  # documents of a stream that tell it from another
+_HEAD = 100  # documents from which a stream's fingerprint is made
 _READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
 
 
-@contextmanager
-def _no_cell_dropped() -> Iterator[None]:
-    """pandas only warns where rows have more cells than the header, and drops them."""
-    from pandas.errors import ParserWarning
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", ParserWarning)
-        yield
-
-
 def _as_written(column: str) -> dict[str, Any]:
-    """How pandas reads a .csv: a text as it stands there, where it would make numbers of 007 and take words like NA,
-    null and None for missing; in other columns only an empty cell is. No column is one of names, which it would make of
-    the first where rows have more cells than the header."""
+    """Arguments with which pandas reads a .csv as it is written: a text such as 007, NA or None stays text, only an
+    empty cell of another column is missing, and no column becomes the index."""
     return {"converters": {column: str}, "keep_default_na": False, "na_values": [""], "index_col": False}
 
 
 def _from_files(path: Path, column: str, kwargs: dict[str, Any]) -> Text:
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
+    from pandas.errors import ParserWarning
 
     files = sorted(f for f in path.rglob("*") if f.suffix.lower() in _READERS) if path.is_dir() else [path]
     kinds = {_READERS.get(f.suffix.lower()) for f in files}
@@ -449,8 +433,10 @@ def _from_files(path: Path, column: str, kwargs: dict[str, Any]) -> Text:
     if not files:
         raise ValueError(f"{path} is empty: it needs at least one document")
     kwargs = (_as_written(column) if kind == "csv" else {}) | kwargs
+    # Where rows have more cells than the header, pandas drops cells and only warns.
+    no_cell_dropped = warnings.catch_warnings(action="error", category=ParserWarning)
     try:
-        with no_code(path, kwargs) as kwargs, _no_cell_dropped():
+        with no_code(path, kwargs) as kwargs, no_cell_dropped:
             data: Any = load_dataset(kind, data_files=[str(f) for f in files], split="train", **kwargs)
     except (DatasetsError, ValueError) as err:
         if "corresponds to no data" in str(err):
@@ -486,7 +472,7 @@ def _digest(data: bytes) -> str:
 
 
 def _split(data: Any, column: str, name: str, fingerprint: str) -> Text:
-    """Every tenth document is held out; of fewer than ten, the last; of one, none."""
+    """A Text with every tenth document held out; of fewer than ten, the last; of one, none."""
     if hasattr(data, "select"):
         if not isinstance(data, Held) and not any(d.strip() for d in Text(data, column, name, fingerprint)):
             raise ValueError(f"{name} is empty: it needs at least one document with a word in it")
@@ -510,14 +496,14 @@ def _wikipedia() -> list[str]:
 
 
 def _mix() -> list[str]:
-    """Wikipedia and the texts of ``_MIX``, in a fixed random order so that any slice holds all kinds."""
+    """Wikipedia and the texts of ``_MIX``, in a fixed random order, so that every slice holds all kinds."""
     ordered = [document for documents in mix_sources().values() for document in documents]
     np.random.default_rng(0).shuffle(ordered)
     return ordered
 
 
 def mix_sources() -> dict[str, list[str]]:
-    """The documents of ``load_text("mix")`` by where they come from: "wikipedia" and the files named in ``_MIX``."""
+    """The documents of ``load_text("mix")`` by source: "wikipedia", and the files named in ``_MIX``."""
     import pandas as pd
 
     spec = importlib.util.find_spec("sae_probes")

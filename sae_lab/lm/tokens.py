@@ -1,4 +1,4 @@
-"""Prompts to token ids and back: prefixes, padding, chat roles, and strings that map to characters."""
+"""Prompts to token ids and back: prefixes, padding, chat roles, and the text of each token."""
 
 import re
 from bisect import bisect_left
@@ -22,17 +22,15 @@ Prompts = (
 _KINDS = "a str, token ids, chat messages ({'role', 'content'}), or a list of one kind"
 SAID[Prompts] = _KINDS
 
-_MARKS = 0xF0000  # private-use characters, which no template holds: the n-th marks what message n holds
-_KEPT = (r"\s", r"\s|<[^<>]*>|\[[^\[\]]*\]")  # what stays readable to a template that strips, or that looks for tags
+_MARKS = 0xF0000  # private-use characters, which no template holds: the n-th replaces message n's characters
+_KEPT = (r"\s", r"\s|<[^<>]*>|\[[^\[\]]*\]")  # not replaced, for templates that strip space, and that look for tags
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-PIECE, MARGIN, TRIES = 1 << 17, 512, 8  # characters of a long text encoded at a time, and around a cut; cuts tried
+PIECE, MARGIN, TRIES = 1 << 17, 512, 8  # characters of a long text's pieces, and around a cut; cuts tried
 
 
 class Token(str):
-    """A token's characters, with its ``id`` and its place ``start:end`` in the text.
-
-    "" for a prefix and for a token that only begins a character; ``label`` is what to show for those.
-    """
+    """A token's characters, with its ``id`` and its place ``start:end`` in the text. "" for a prefix, and for a token
+    that ends within a character's bytes; ``label`` is the text to show for either."""
 
     id: int
     start: int
@@ -47,7 +45,7 @@ class Token(str):
 
 
 def prefix_id(tokenizer: Any, prefix: str | int | None) -> int | None:
-    """The token that stands at position 0 of every text: "auto" is the tokenizer's BOS, else its EOS."""
+    """The id of the token at position 0 of every text: "auto" is the tokenizer's BOS, else its EOS."""
     if prefix == "auto":
         return tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if prefix is None or (isinstance(prefix, int) and 0 <= prefix < len(tokenizer)):
@@ -65,7 +63,7 @@ def is_single(prompts: Any) -> bool:
 
 
 def tokenize(tokenizer: Any, prompts: Prompts, prefix: int | None) -> TokenBatch:
-    """Any kind of prompts as one right-padded batch. ValueError for nothing at all, or for a kind unknown here."""
+    """Prompts of any kind as one right-padded batch. ValueError for no prompt, an empty one, or kinds mixed."""
     if isinstance(prompts, TokenBatch):
         return prompts
     many = _as_list(prompts)
@@ -84,12 +82,12 @@ def tokenize(tokenizer: Any, prompts: Prompts, prefix: int | None) -> TokenBatch
 
 
 def begun(ids: list[int], prefix: int | None) -> list[int]:
-    """A text's ids behind the prefix token, which a text may have written out itself: once is enough."""
+    """The prefix token and a text's ids; the ids alone if the text itself starts with the prefix."""
     return ids if prefix is None or ids[:1] == [prefix] else [prefix, *ids]
 
 
 def prefixed(tokenizer: Any, prompt: Prompts, prefix: int | None) -> bool:
-    """Whether the first token of one prompt is a prefix that is no part of its text."""
+    """Whether one prompt's first token is the prefix, and no part of the text."""
     return isinstance(prompt, str) and prefix is not None and encode_texts(tokenizer, [prompt])[0][:1] != [prefix]
 
 
@@ -112,32 +110,29 @@ def _as_list(prompts: Any) -> list[Any]:
 
 
 def _plain(prompts: Any) -> Any:
-    """Tensors, arrays, pandas' columns and numpy's numbers, also in lists, as lists and numbers of Python."""
+    """Tensors, arrays, pandas columns and numpy numbers, also within lists, as lists and numbers of Python."""
     if hasattr(prompts, "tolist"):
         return prompts.tolist()
     return [_plain(p) for p in prompts] if isinstance(prompts, list | tuple) else prompts
 
 
 def encode_texts(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    """Token ids of each text, without any special token added. verbose=False: long documents are cut up later.
-
-    ValueError for a text with half a surrogate pair, which no tokenizer reads.
-    """
+    """Token ids of each text, without special tokens. ValueError for a text with half a surrogate pair."""
     for number, text in enumerate(texts):
         check_text(text, f"text {number}" if len(texts) > 1 else "a text")
-    return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]  # no warning of long documents
 
 
 def encode_parts(tokenizer: Any, parts: Iterable[str]) -> Iterator[list[int]]:
-    """The ids that ``encode_texts`` gives for the whole text, made piece by piece from a text that comes in parts.
+    """The ids of a text that comes in parts, made piece by piece: those that ``encode_texts`` gives for the whole.
 
-    A piece ends where a cut cannot change the ids (``_cut``); a piece without such a place grows until it has one.
+    A piece ends at a place where a cut does not change the ids (``_cut``); without such a place it grows.
     """
     parts = iter(parts)
-    if not getattr(tokenizer, "is_fast", False):  # it does not tell where its tokens stand
+    if not getattr(tokenizer, "is_fast", False):  # it does not give its tokens' places
         yield encode_texts(tokenizer, ["".join(parts)])[0]
         return
-    text, begin, size = "", 0, PIECE  # text: from a little before the last cut on, which is at ``begin``
+    text, begin, size = "", 0, PIECE  # the text from MARGIN characters before the last cut, which is at ``begin``
     while True:
         waiting = [text]
         missing = begin + size + MARGIN - len(text)
@@ -160,7 +155,7 @@ def encode_parts(tokenizer: Any, parts: Iterable[str]) -> Iterator[list[int]]:
 
 
 def _encode(tokenizer: Any, text: str) -> tuple[list[int], list[int], list[int]]:
-    """Ids, and where each token starts and ends."""
+    """(ids, the start of each token, the end of each token)."""
     check_text(text, "a text")
     found = tokenizer(text, add_special_tokens=False, verbose=False, return_offsets_mapping=True)
     places = found["offset_mapping"]
@@ -170,12 +165,11 @@ def _encode(tokenizer: Any, text: str) -> tuple[list[int], list[int], list[int]]
 def _cut(
     tokenizer: Any, text: str, ids: list[int], starts: list[int], ends: list[int], before: int
 ) -> int | None:  # fmt: skip
-    """The last token before a place of the text in front of which it can be cut; None where there is none.
+    """The last token before a place in the text in front of which the text can be cut; None without such a token.
 
-    No entry of the vocabulary holds the two characters that the cut parts: what stands on one side then makes no token
-    with the other, and says nothing about how that is divided. (Words that are looked up whole are cut at white space
-    alone.) And a stretch around the cut, encoded by itself, has the same tokens there: so neither where a piece starts
-    nor where it ends reaches that far.
+    No entry of the vocabulary holds the two characters at the cut, so that no token spans it and neither side changes
+    the tokens of the other. (Tokenizers that look up whole words are cut at white space only.) Also, the characters
+    around the cut, encoded alone, have the same tokens: the ends of a piece do not act that far.
     """
     apart, tries = _parter(tokenizer), 0
     for i in range(bisect_left(starts, before) - 1, bisect_left(starts, before // 2), -1):
@@ -194,7 +188,7 @@ def _cut(
 
 
 def _around(encoded: tuple[list[int], list[int], list[int]], at: int, less: int) -> list[tuple[int, int, int]]:
-    """The tokens that start near a place, with where they stand, counted from ``less`` on."""
+    """(id, start, end) of the tokens that start near a place, counted from ``less``."""
     ids, starts, ends = encoded
     low, high = bisect_left(starts, at - MARGIN // 2), bisect_left(starts, at + MARGIN // 2)
     return [(ids[i], starts[i] - less, ends[i] - less) for i in range(low, high)]
@@ -202,7 +196,7 @@ def _around(encoded: tuple[list[int], list[int], list[int]], at: int, less: int)
 
 @lru_cache(4)
 def _parter(tokenizer: Any) -> Any:
-    """(text, id, next id, where the one ends, where the next starts) -> whether nothing joins the two."""
+    """(text, id, next id, end of the first, start of the next) -> whether no token can span the two."""
     kind = type(tokenizer.backend_tokenizer.model).__name__
     spanned = {entry[i : i + 2] for entry in tokenizer.get_vocab() for i in range(len(entry) - 1)}
 
@@ -210,16 +204,16 @@ def _parter(tokenizer: Any) -> Any:
         if kind not in ("BPE", "Unigram"):
             return end < start or text[start].isspace() or text[start - 1].isspace()
         raw, after = tokenizer.convert_ids_to_tokens([one, next_])
-        if tokenizer.unk_token in (raw, after):  # unknown ones may be told as one
+        if tokenizer.unk_token in (raw, after):  # several unknown characters may become one token
             return False
-        lone = any(re.fullmatch(r"<0x[0-9A-F]{2}>", r) for r in (raw, after))  # a byte of what the vocabulary has not
+        lone = any(re.fullmatch(r"<0x[0-9A-F]{2}>", r) for r in (raw, after))  # bytes of an unknown character
         return lone or raw[-1:] + after[:1] not in spanned
 
     return parts
 
 
 def pad(rows: list[list[int]], roles: list[list[str]] | None = None) -> TokenBatch:
-    """Rows of ids, padded on the right with id 0 (any id would do: nothing reads it)."""
+    """Rows of ids, padded on the right with id 0, which nothing reads."""
     lengths = torch.tensor([len(row) for row in rows])
     width = int(lengths.max())
     ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
@@ -228,10 +222,8 @@ def pad(rows: list[list[int]], roles: list[list[str]] | None = None) -> TokenBat
 
 
 def _chat(tokenizer: Any, messages: Sequence[Any]) -> tuple[list[int], list[str]]:
-    """Ids of a chat in the model's template, and each token's role ("template" for what the template adds).
-
-    A chat that does not end with the assistant's words ends with the template's opening of its answer.
-    """
+    """(ids of a chat in the model's template, each token's role); the role of the template's own tokens is "template".
+    If the last message is not the assistant's, the template's opening of its answer follows."""
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError("this model's tokenizer has no chat template: pass plain text instead of messages")
     for m in messages:
@@ -242,7 +234,7 @@ def _chat(tokenizer: Any, messages: Sequence[Any]) -> tuple[list[int], list[str]
     owners = _owners(tokenizer, messages, text)
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(
-            f"a {type(tokenizer).__name__} does not tell where its tokens stand in a chat: pass plain text, or a fast "
+            f"a {type(tokenizer).__name__} does not give its tokens' places in a chat: pass plain text, or a fast "
             "tokenizer"
         )
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
@@ -254,32 +246,32 @@ def _chat(tokenizer: Any, messages: Sequence[Any]) -> tuple[list[int], list[str]
 
 
 def _render(tokenizer: Any, messages: Chat, contents: dict[int, str] | None = None) -> str:
-    """A chat as its template writes it, with other contents in some messages. ValueError where it refuses the chat."""
+    """A chat in its template, with other contents in some messages. ValueError for a chat that the template refuses."""
     chat = [{**m, "content": (contents or {}).get(i, m["content"])} for i, m in enumerate(messages)]
     answer = bool(messages) and messages[-1]["role"] != "assistant"
     try:
         return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=answer)
     except ImportError:
         raise
-    except Exception as err:  # a template is a program: it raises what it likes
+    except Exception as err:  # a template is a program, and may raise anything
         raise ValueError(
             f"this model's chat template refuses this chat ({err}): change its roles or their order, or pass plain text"
         ) from err
 
 
 def _owners(tokenizer: Any, messages: Chat, text: str) -> list[int | None]:
-    """For each character of a rendered chat the number of the message it comes from, None for the template's own.
+    """For each character of a rendered chat, the number of its message; None for the template's own characters.
 
-    From a second rendering, in which each character of message n is replaced by the n-th private-use character: so
-    words of a message are told from the same words in the template, wherever the template puts them and whatever it
-    leaves out. White space stays, so that what strips it does so here too; so do tags where the template reads them.
+    A second rendering, with each character of message n replaced by the n-th private-use character, tells a message's
+    words from the same words in the template. White space is kept, since templates strip it, and so are tags if the
+    template reads them.
     """
     contents = [m["content"] for m in messages]
     for kept in _KEPT:
         marks = {i: _marked(c, chr(_MARKS + i), kept) for i, c in enumerate(contents)}
         try:
             owners = _aligned(_render(tokenizer, messages, marks), text, contents)
-        except ValueError:  # it refuses what it cannot read
+        except ValueError:  # the template refuses the marks
             continue
         if owners is not None:
             break
@@ -303,8 +295,8 @@ def _marked(content: str, mark: str, kept: str) -> str:
 
 
 def _aligned(marked: str, text: str, contents: list[str]) -> list[int | None] | None:
-    """The owner of each character; None unless the two differ in marks alone and those stand for the messages' words
-    in their order."""
+    """The message of each character; None unless the renderings differ in marks only, and the marked characters are
+    the messages' own, in order."""
     if len(marked) != len(text):
         return None
     owners = [n if 0 <= (n := ord(c) - _MARKS) < len(contents) else None for c in marked]
@@ -317,19 +309,19 @@ def _aligned(marked: str, text: str, contents: list[str]) -> list[int | None] | 
 
 
 def _widen(tokenizer: Any, messages: Chat, text: str, owners: list[int | None], i: int) -> None:
-    """Give message i what stands unmarked between its marks, and at their ends what is its own."""
+    """Give message i the unmarked characters between its marks, and those next to them that are its own."""
     content = messages[i]["content"]
     places = [p for p, n in enumerate(owners) if n == i]
     start, end = places[0], places[-1] + 1
     last = content.rindex(text[end - 1]) + 1
     first = last
-    for place in reversed(places):  # the last words that read so: what templates leave out are first words (thoughts)
+    for place in reversed(places):  # the last such words: templates leave out first words (thoughts)
         first = content.rindex(text[place], 0, first)
-    # White space at an end is the message's where the text is another without it; else the template strips it.
+    # White space at an end is the message's if the text changes without it; else the template strips it.
     low, high = len(content) - len(content.lstrip()), len(content.rstrip())
     low = low if low and _render(tokenizer, messages, {i: content[low:]}) == text else 0
     high = high if high < len(content) and _render(tokenizer, messages, {i: content[:high]}) == text else len(content)
-    if text[:start].endswith(content[low:first]):  # all of the beginning, or else it is the template's own
+    if text[:start].endswith(content[low:first]):  # all of the message's beginning; else it is the template's
         start -= len(content[low:first])
     if text[end:].startswith(content[last:high]):
         end += len(content[last:high])
@@ -345,10 +337,10 @@ def _drops(tokenizer: Any, messages: Chat, text: str, i: int) -> bool:
 
 
 def spans(tokenizer: Any, ids: Sequence[int], prefixed: bool) -> list[Token]:
-    """Token ids as strings that join to the decoded text, also where a character's bytes are split over tokens.
+    """Token ids as strings that join to the decoded text, also if a character's bytes are split over tokens.
 
-    Decodes a short window twice per token (with and without it): works for byte-level and SentencePiece alike. An
-    unfinished character decodes to U+FFFD; it waits for the token that completes it.
+    A short window is decoded with and without each token, which works for byte-level BPE and SentencePiece. An
+    unfinished character decodes to U+FFFD; the token that completes it gets the character.
     """
     out: list[Token] = []
     position = 0
@@ -371,11 +363,8 @@ def spans(tokenizer: Any, ids: Sequence[int], prefixed: bool) -> list[Token]:
 
 
 def label(tokenizer: Any, token_id: int, text: str | None = None) -> str:
-    """What to show for a token: its text, its bytes where it holds part of a character, like ⟨E2 80⟩, and the
-    vocabulary's own spelling where it decodes to nothing.
-
-    text: what it adds to the tokens before it; None, it stands by itself.
-    """
+    """The text to show for a token: its characters; its bytes, like ⟨E2 80⟩, if it holds part of a character; the
+    vocabulary's spelling if it decodes to nothing. text: its characters after the tokens before it; None: alone."""
     raw = _raw(tokenizer, token_id)
     if raw is None:  # a model may have more ids than its tokenizer
         return f"⟨id {token_id}⟩"
@@ -386,7 +375,7 @@ def label(tokenizer: Any, token_id: int, text: str | None = None) -> str:
 
 
 def vocabulary(tokenizer: Any, size: int) -> list[str]:
-    """The label of each id below ``size`` as it stands within a text: some tokenizers drop a space at the start."""
+    """The label of each id below ``size``, as within a text: at the start of one, some tokenizers drop a space."""
     plain = next(iter(encode_texts(tokenizer, ["a"])[0]), None)
     before = [] if plain is None else [plain]
     start = len(_decode(tokenizer, before))
@@ -402,7 +391,7 @@ def _decode(tokenizer: Any, ids: Sequence[int]) -> str:
 
 
 def _raw(tokenizer: Any, token_id: int) -> str | bytes | None:
-    """A token as the vocabulary spells it; None for an id that the tokenizer does not know."""
+    """A token in the vocabulary's spelling; None for an id that the tokenizer does not know."""
     try:
         return tokenizer.convert_ids_to_tokens(token_id)
     except (IndexError, KeyError, ValueError, OverflowError):
@@ -410,8 +399,10 @@ def _raw(tokenizer: Any, token_id: int) -> str | bytes | None:
 
 
 def _bytes_label(raw: str | bytes) -> str:
-    """The bytes of a token as the vocabulary spells it: SentencePiece's <0xE2>, or byte-level BPE's stand-ins."""
-    table = _byte_alphabet()
+    """The bytes of a token in the vocabulary's spelling: SentencePiece's <0xE2>, or byte-level BPE's stand-ins."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    table = {stand_in: byte for byte, stand_in in bytes_to_unicode().items()}
     if isinstance(raw, str) and re.fullmatch(r"(<0x[0-9A-Fa-f]{2}>)+", raw):
         found = bytes.fromhex(re.sub(r"<0x|>", "", raw))
     elif isinstance(raw, str) and all(c in table for c in raw):
@@ -421,9 +412,3 @@ def _bytes_label(raw: str | bytes) -> str:
     return "⟨" + " ".join(f"{byte:02X}" for byte in found) + "⟩"
 
 
-@lru_cache
-def _byte_alphabet() -> dict[str, int]:
-    """The printable stand-ins of byte-level BPE: printable bytes stand for themselves, the others from U+0100 on."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [b for b in range(256) if b not in printable]
-    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}

@@ -72,7 +72,7 @@ def test_one_features_effect_is_what_taking_it_out_does_with_the_scale_held(any_
     coder, position = coder_at(any_lm, last), 4
     found = direct_effects(any_lm, coder, PROMPT, position, on=list(range(0, 300, 7)), n=3)
     x = any_lm.read(PROMPT, last)[last][0, position]
-    norm = any_lm._sites.modules[any_lm._sites.final_norm]
+    norm = any_lm._sites.modules[any_lm._sites.way_out[-1]]
     held, head = Held(norm, x[None, None]), any_lm._module.get_output_embeddings()
     with torch.no_grad():
         for feature, value, effect in zip(found.features, found.values, found.effects, strict=True):

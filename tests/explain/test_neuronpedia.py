@@ -114,7 +114,7 @@ def test_what_does_not_fit_is_refused(tmp_path, lines, words):
 
 def test_a_broken_archive_and_no_file(tmp_path, batch):
     batch.write_bytes(batch.read_bytes()[:-12])
-    with pytest.raises(ValueError, match=r"batch-0\.jsonl\.gz is no whole gzip file"):
+    with pytest.raises(ValueError, match=r"batch-0\.jsonl\.gz is no complete gzip file"):
         labels(batch)
     for missing in (tmp_path / "none", "none.jsonl", "folder/none.jsonl", "/no/such/folder/at/all"):
         with pytest.raises(ValueError, match=r"no labels at .* give a .jsonl"):
