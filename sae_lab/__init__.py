@@ -8,31 +8,12 @@
 Names are loaded when first used, so that importing the package costs next to nothing.
 """
 
+import ast
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-
-_HOME = {
-    "LM": "lm.model",
-    "load_text": "lm.text", "Text": "lm.text",
-    "Site": "types", "TokenMask": "types", "Batch": "types",
-    "harvest": "activations.harvesting", "Store": "activations.store",
-    "SparseCoder": "saes",
-    "load": "saes.io.opening",
-    "train": "training.start", "meta_sae": "training.start", "TrainConfig": "training.config", "Run": "training.run",
-    "sweep": "training.sweeping", "Sweep": "training.sweeping",
-    "estimate": "training.estimating",
-    "features": "feature_index", "index_features": "feature_index", "FeatureIndex": "feature_index",
-    "notes": "feature_index.annotations", "match": "feature_index.matching",
-    "find_features": "feature_index.finding", "dose_response": "feature_index.dosing",
-    "Edit": "edits.edit", "Steer": "edits.edit", "Clamp": "edits.edit", "Scale": "edits.edit", "Ablate": "edits.edit",
-    "Patch": "edits.edit", "Splice": "edits.edit", "Project": "edits.edit",
-    "FeatureInspector": "widgets", "TokenFeatures": "widgets", "SteeringSliders": "widgets", "PatchingGrid": "widgets",
-    "TrainingMonitor": "widgets", "FeatureMap": "widgets", "Session": "widgets",
-    "plot": "plots",
-}  # fmt: skip
-_MODULES = ("cache", "circuits", "evals", "explain", "geometry", "saes", "worlds")
 
 if TYPE_CHECKING:
     from sae_lab import cache as cache
@@ -64,6 +45,7 @@ if TYPE_CHECKING:
     from sae_lab.lm.text import load_text as load_text
     from sae_lab.plots import plot as plot
     from sae_lab.saes import *  # noqa: F403 (the families)
+    from sae_lab.saes import SparseCoder as SparseCoder
     from sae_lab.saes.io.opening import load as load
     from sae_lab.training.config import TrainConfig as TrainConfig
     from sae_lab.training.estimating import estimate as estimate
@@ -82,6 +64,12 @@ if TYPE_CHECKING:
     from sae_lab.widgets import SteeringSliders as SteeringSliders
     from sae_lab.widgets import TokenFeatures as TokenFeatures
     from sae_lab.widgets import TrainingMonitor as TrainingMonitor
+
+# {name: its module} and the names of modules, read off the imports above.
+_IMPORTS = [n for n in ast.walk(ast.parse(Path(__file__).read_text("utf-8"))) if isinstance(n, ast.ImportFrom)]
+_FOUND = {a.name: str(n.module) for n in _IMPORTS for a in n.names if a.name == a.asname}
+_HOME = {name: home.removeprefix("sae_lab.") for name, home in _FOUND.items() if home != "sae_lab"}
+_MODULES = [name for name, home in _FOUND.items() if home == "sae_lab"]
 
 
 def _names() -> list[str]:

@@ -157,11 +157,9 @@ class TokenBatch:
         return torch.arange(len(self.ids)) if self.rows is None else self.rows
 
     def plain(self) -> SimpleNamespace:
-        """The same as plain data, for functions that run where sae_lab is not installed: ids, mask, positions,
-        row_numbers, step."""
-        return SimpleNamespace(
-            ids=self.ids, mask=self.mask, positions=self.positions, row_numbers=self.row_numbers, step=self.step
-        )
+        """The same as plain data, for functions that run where sae_lab is not installed."""
+        names = ("ids", "mask", "positions", "row_numbers", "step")
+        return SimpleNamespace(**{name: getattr(self, name) for name in names})
 
     def role_mask(self, role: str) -> Bool[Tensor, "batch pos"]:
         """True at the tokens of one role ("user", "assistant", ...). ValueError for prompts that are no chat."""

@@ -75,7 +75,7 @@ def test_json_that_was_changed(tmp_path):
     files.write_json(tmp_path / "a.json", {"b": [1, 2.5, None], "é": {"7": float("nan")}}, indent=1)
     assert str(files.read_json(tmp_path / "a.json", nan=True)) == "{'b': [1, 2.5, None], 'é': {'7': nan}}"
     (tmp_path / "a.json").write_text((tmp_path / "a.json").read_text().replace("2.5", "2.4"))
-    with pytest.raises(ValueError, match='it is damaged; or, if you changed it yourself, take its line "checksum" out'):
+    with pytest.raises(ValueError, match='it is damaged; if you changed it yourself, remove its line "checksum"'):
         files.read_json(tmp_path / "a.json", nan=True)
 
 

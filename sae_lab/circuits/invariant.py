@@ -186,7 +186,7 @@ def _arriving(lm: LM, directions: Tensor, writes: Site, reads: Site) -> Float[Te
         if block.after_attention is not None or block.w_o_factor is None:
             raise ValueError("this model norms what attention adds: take a coder at attn_out in place of attn_z")
         whole = Site("attn_z", writes.layer)
-        w_o = block.w_o, lm.width(whole), lm._sites.point(writes)[2]
+        w_o = block.w_o, lm.width(whole), lm._sites.place(writes).columns
         x = block.w_o_factor * passes.before_head(lm._module, x, w_o, [])
     x = passes.past(_norm(lm, reads)[0], x) if reads.kind == "mlp_in" else x
     return x.to(lm.device)

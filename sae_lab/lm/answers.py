@@ -214,7 +214,7 @@ def checked(found: Any, form: Any) -> Any:
 
 
 def scrubbed(text: str, key: str) -> str:
-    """A server's text without the key, also in other case or quoted as in an address, and without control characters."""
+    """A server's text without the key, in any case or quoted for an address, and without control characters."""
     for secret in {key, quote(key, safe="")} - {""}:
         text = re.sub(re.escape(secret), "<your key>", text, flags=re.IGNORECASE)
     return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)

@@ -185,53 +185,44 @@ class _Reader:
             self._say_of_sub_layers("the block has more than one attention and one MLP")
             block.missing["mlp_in"] = block.missing["mlp_out"]
             return
-        mlp = self._adds(less(out, mid))
-        attention = less(mid, {self.stream: 1.0}) if mid.get(self.stream) == 1.0 else None
-        kind = self._kind(self._made_of(mid, {}))
         block.places["resid_mid"] = where
-        if mlp is not None:
-            block.places["mlp_out"] = mlp
-        else:
-            block.missing["mlp_out"] = "what is added after the MLP is no one module's output"
-        self._mlp_in(self._made_of(less(out, mid), mid), mid)
+        rest, kind = less(out, mid), self._kind(self._made_of(mid, {}))
+        mlp = self._put("mlp_out", self._adds(rest), "what is added after the MLP is no one module's output")
+        self._mlp_in(self._made_of(rest, mid), mid)
         if kind != "attention":
             block.missing["attn_out"] = f"it has no attention here, but {kind}"
-        elif attention is not None:
-            place = self._adds(attention)
-            if place is not None:
-                block.places["attn_out"] = place
-            else:
-                block.missing["attn_out"] = "what is added before the MLP is not attention's output alone"
-        elif mlp is not None and len(mid) == 1:
-            # The skip connection is changed too (MiniMax norms it), so that what attention makes of the stream is a
-            # difference, and no tensor.
+        elif mid.get(self.stream) == 1.0:
+            self._put("attn_out", self._adds(before), "what is added before the MLP is not attention's output alone")
+        elif mlp and len(mid) == 1:
+            # The skip connection is changed too (MiniMax norms it), so that attention's part is a difference of two
+            # tensors.
             block.places["attn_out"] = where._replace(less=Site("resid_pre", self.layer).key)
-        if mlp is None and "attn_out" in block.places and self._one_step(less(out, mid)):
+        one_step = all(not (self._made_of({a: 1.0}, {}) - {a}) & set(rest) for a in rest)  # no part is made of another
+        if not mlp and "attn_out" in block.places and one_step:
             # Several modules of the MLP add side by side (routed experts and a shared one).
             block.places["mlp_out"] = Place(self.path, "output", less=Site("resid_mid", self.layer).key)
             block.missing.pop("mlp_out")
+
+    def _put(self, kind: str, place: Place | None, why: str) -> bool:
+        """Note a kind's place, or why it has none; returns whether it has one."""
+        if place is None:
+            self.found.missing[kind] = why
+        else:
+            self.found.places[kind] = place
+        return place is not None
 
     def _parts(self, added: Form) -> dict[int, set[int]]:
         """Each part of a sum: all that went into it, other parts aside."""
         return {a: self._made_of({a: 1.0}, {b: 1.0 for b in added if b != a}) for a in added}
 
-    def _one_step(self, added: Form) -> bool:
-        """Whether no part of a sum is made of another."""
-        return all(not (self._made_of({a: 1.0}, {}) - {a}) & set(added) for a in added)
-
     def _check(self) -> None:
         """The identities, by value: what the forms say must be what the numbers do."""
-        x = {kind: self._value(place) for kind, place in self.found.places.items() if kind in LAYER_KINDS}
-        for parts, whole in broken_sums({k: v for k, v in x.items() if v is not None}, self.enter.dtype):
+        seen = [(kind, p, self.flow.seen[p.path, p.end].sketch) for kind, p in self.found.places.items()]
+        x = {kind: place.factor * sketch for kind, place, sketch in seen if sketch is not None and not place.less}
+        for parts, whole in broken_sums(x, self.enter.dtype):
             for kind in parts[1:]:
                 self.found.places.pop(kind, None)
                 self.found.missing[kind] = f"{' + '.join(parts)} is not {whole} in numbers"
-
-    def _value(self, place: Place) -> Any:
-        seen = self.flow.seen[place.path, place.end]
-        if seen.sketch is None or place.less:
-            return None
-        return place.factor * seen.sketch
 
     def _side_by_side(self, added: Form) -> None:
         block = self.found
@@ -241,20 +232,13 @@ class _Reader:
         why = "attention and MLP read the same stream and are added together: there is no middle"
         block.missing["resid_mid"] = why if mixing and still else "the block has one sub-layer"
         if still:
-            place = self._adds(still)
-            if place is not None:
-                block.places["mlp_out"] = place
-            else:
-                block.missing["mlp_out"] = "what the MLP adds is no one module's output"
+            self._put("mlp_out", self._adds(still), "what the MLP adds is no one module's output")
             self._mlp_in(set().union(*(parts[a] for a in still)), {self.stream: 1.0})
         else:
             block.missing["mlp_out"] = block.missing["mlp_in"] = "the block has no MLP"
         kind = self._kind(set().union(*(parts[a] for a in mixing))) if mixing else "no attention"
         place = self._adds(mixing) if mixing and kind == "attention" else None
-        if place is not None:
-            block.places["attn_out"] = place
-        else:
-            block.missing["attn_out"] = f"it has {kind}" if kind != "attention" else "attention does not add alone"
+        self._put("attn_out", place, f"it has {kind}" if kind != "attention" else "attention does not add alone")
 
     def _say_of_sub_layers(self, why: str) -> None:
         for kind in ("attn_out", "resid_mid", "mlp_out"):
@@ -278,30 +262,25 @@ class _Reader:
     def _is_stream(self, seen: Seen) -> bool:
         return self._is_wide(seen) and seen.shape[-1] == self.enter.shape[-1]
 
-    def _adds(self, form: Form) -> Place | None:
-        """The module whose output, times one number, is this part of the stream."""
+    def _adds(self, form: Form, last: bool = True) -> Place | None:
+        """The module whose output, times one number, is this part of the stream; of several, the last or the first."""
         found = [
-            (factor != 1.0, path.count("."), -seen.when, path, factor)
+            (factor != 1.0, path.count("."), -seen.when if last else seen.when, path, factor)
             for (path, end), seen in self.points.items()
             if end == "output" and self._is_stream(seen) and (factor := times(seen.form, form)) is not None
         ]
         return Place(min(found)[3], "output", None, min(found)[4]) if found else None
 
     def _stream_place(self, form: Form) -> Place | None:
-        """Where the stream of this form stands so that a change of it reaches the skip connection too: in front of a
-        module that reads the same memory as the skip connection, or behind one that returns it."""
-        inputs, outputs = [], []
-        for (path, end), seen in self.points.items():
-            factor = times(seen.form, form) if self._is_stream(seen) else None
-            if factor is None:
-                continue
-            if end == "input" and factor == 1.0 and (frozen(seen.form), seen.storage) in self.flow.operands:
-                inputs.append((path.count("."), seen.when, path))
-            if end == "output":
-                outputs.append((factor != 1.0, path.count("."), seen.when, path, factor))
-        if inputs:
-            return Place(min(inputs)[2], "input", in_place=True)
-        return Place(min(outputs)[3], "output", None, min(outputs)[4]) if outputs else None
+        """Where a change of the stream of this form reaches the skip connection too: at the input of a module that
+        reads the same memory as the skip connection, or at the output of one that returns it."""
+        inputs = [
+            (path.count("."), seen.when, path)
+            for (path, end), seen in self.points.items()
+            if end == "input" and self._is_stream(seen) and times(seen.form, form) == 1.0
+            and (frozen(seen.form), seen.storage) in self.flow.operands
+        ]  # fmt: skip
+        return Place(min(inputs)[2], "input", in_place=True) if inputs else self._adds(form, last=False)
 
     def _working(self, atoms: set[int]) -> dict[str, int]:
         """Modules with a matrix of their own, or inside, that make one of these atoms: path -> when they begin."""

@@ -40,7 +40,7 @@ def _said_here(
     ends = _end_ids(lm._module, lm.tokenizer)
     for rows, ids in parts:
         with lm._lock:
-            past = lm._continuing.state()
+            past = lm._empty_state and lm._empty_state.begin()
         last_logits = partial(_last_logits, lm=lm, rows=rows, writes=writes, past=past, prompt=ids.shape[1])
         most = min(new, lm.max_length - ids.shape[1])
         for token_ids in passes.decode(last_logits, ids, most, ends, temperature, generator):

@@ -16,7 +16,7 @@ from sae_lab.lm import bundled, generation, loading, passes, tokens
 from sae_lab.lm import site as sites
 from sae_lab.lm.block import SUMMED, broken_sums
 from sae_lab.lm.comparing import Comparison, compared
-from sae_lab.lm.continuing import Continuing
+from sae_lab.lm.continuing import State, empty_state
 from sae_lab.lm.passes import Step, through, token_losses
 from sae_lab.lm.tokens import Prompts, Token
 from sae_lab.types import Edits, Site, TokenBatch, TokenMask, Write, as_sites
@@ -453,8 +453,8 @@ class LM:
         return batch, self._writes(edits, batch, new), generator
 
     @cached_property
-    def _continuing(self) -> Continuing:
-        return Continuing.of(self._module, self.device)
+    def _empty_state(self) -> State | None:
+        return empty_state(self._module, self.device)
 
     @as_annotated
     def compare(self, prompt: Prompts, edits: Edits) -> Comparison:
@@ -550,7 +550,7 @@ class LM:
             block = at.layers[site.layer or 0]
             if block.w_o_factor is None:
                 return None  # its output meets the stream, but through a norm of both
-            w_o = block.w_o, at.width(Site("attn_z", site.layer)), at.point(site)[2]
+            w_o = block.w_o, at.width(Site("attn_z", site.layer)), at.place(site).columns
             way = [block.after_attention] * bool(block.after_attention) + way
         return {"w_o": w_o, "way": way, "head": at.path_of(self._module.get_output_embeddings())}
 

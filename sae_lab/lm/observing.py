@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from sae_lab.lm.passes import first_tensor
 
@@ -98,10 +99,6 @@ class Flow(TorchDispatchMode):
         self.forms[id(t)] = self._atom(Atom(parents=tuple(before), live=True))
         return before
 
-    def begin(self, t: Tensor) -> None:
-        """The text itself."""
-        self._set(t, self._atom(Atom(live=True)))
-
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta and args[0].dtype == torch.bool:
             return True  # without weights there are no values; transformers asks whether a text is one piece
@@ -112,11 +109,11 @@ class Flow(TorchDispatchMode):
 
     def _note(self, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
         name = func.overloadpacket.__name__
-        results = [t for t in _tensors([out])]
+        results = _tensors(out)
         form = self._sum(name, args, kwargs, results)
         if form is None:
             numbers = any(t.is_floating_point() for t in results)
-            form = self._atom(self._made_by(name, list(_tensors([args, kwargs])), numbers))
+            form = self._atom(self._made_by(name, _tensors(args, kwargs), numbers))
         for t in results:
             self._set(t, form)
         if name.endswith("_") and not name.endswith("__") and args and isinstance(args[0], Tensor):
@@ -195,10 +192,6 @@ class Flow(TorchDispatchMode):
             self._directions[width] = torch.randn(width, SKETCH, generator=generator) / width**0.5
         return t.detach().reshape(ROWS, TOKENS, width)[0].float().cpu() @ self._directions[width]
 
-    def forget(self) -> None:
-        """Let go of the tensors of the pass."""
-        self._alive, self.forms = [], {}
-
     def made_of(self, form: Iterable[int], stop: Iterable[int]) -> set[int]:
         """All live atoms that a form was made of, back to ``stop``, which is left out."""
         found, todo, stop = set(), list(form), set(stop)
@@ -252,7 +245,7 @@ def watch(model: Any, members: set[str]) -> tuple[Flow, Any]:
         ]
     try:
         with torch.no_grad(), flow:
-            flow.begin(ids)
+            flow._set(ids, flow._atom(Atom(live=True)))
             out = model(input_ids=ids, use_cache=False)
             logits = out.logits if hasattr(out, "logits") else first_tensor(out)
             flow.logits = {} if logits is None else dict(flow.form(logits))
@@ -267,6 +260,7 @@ def watch(model: Any, members: set[str]) -> tuple[Flow, Any]:
     finally:
         for hook in hooks:
             hook.remove()
+    flow._alive, flow.forms = [], {}  # the pass's tensors are freed
     return flow, out
 
 
@@ -305,11 +299,5 @@ def _number(x: Any) -> float | None:
     return None
 
 
-def _tensors(values: Iterable[Any]) -> Iterable[Tensor]:
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, list | tuple):
-            yield from _tensors(value)
-        elif isinstance(value, dict):
-            yield from _tensors(value.values())
+def _tensors(*values: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]

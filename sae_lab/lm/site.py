@@ -21,8 +21,6 @@ from sae_lab.lm.observing import ROWS, TOKENS, times, watch
 from sae_lab.lm.passes import Place, first_tensor
 from sae_lab.types import KINDS, Site
 
-Point = tuple[str, str, tuple[int, int] | None]  # module path, "input" or "output", columns (a head's), or all
-
 
 class SiteMap:
     """Sites of one causal LM, found by one pass over a short text."""
@@ -34,7 +32,9 @@ class SiteMap:
         self._flow, out = watch(model, {f"{path}.{i}" for path, n in lists.items() for i in range(n)})
         self._seen = self._flow.seen
         _require_causal(out)
-        self.blocks = self._chain(lists)
+        # The longest list of modules through which the stream passes, each called once and in order.
+        chains = [path for path, n in lists.items() if self._hands_on(path, n)]
+        self.blocks = max(chains, key=lambda path: (lists[path], -path.count(".")), default=None)
         self.n_layers = lists[self.blocks] if self.blocks else 0
         if self.blocks and self._seen[f"{self.blocks}.0", "input"].shape[:2] == (TOKENS, ROWS):
             raise ValueError(
@@ -42,7 +42,9 @@ class SiteMap:
                 f"{type(model).__name__} have (pos batch d): load another model"
             )
         self.layers = [read_block(model, self._flow, f"{self.blocks}.{{}}", i) for i in range(self.n_layers)]
-        self._embed = self._place_of_embeddings()
+        path = self.path_of(module) if (module := self.model.get_input_embeddings()) is not None else None
+        seen = self._seen.get((path, "output")) if path else None
+        self._embed = Place(str(path), "output") if seen and seen.shape[:-1] == (ROWS, TOKENS) else None
         found = {kind for block in self.layers for kind in block.places} | ({"embed"} if self._embed else set())
         self.kinds = [k for k in KINDS if k in found]
         self.head_factor = 1.0  # the head reads this times the last norm's output
@@ -51,12 +53,6 @@ class SiteMap:
         made = self._seen.get((self.path_of(head), "output")) if head is not None else None
         # What the model multiplies its logits by (Cohere, Granite); None: it changes them in another way too.
         self.logit_factor = times(made.form, self._flow.logits) if made is not None else None
-        self._flow.forget()
-
-    def _chain(self, lists: dict[str, int]) -> str | None:
-        """The longest list of modules through which the stream passes, each called once and in order."""
-        chains = [path for path, n in lists.items() if self._hands_on(path, n)]
-        return max(chains, key=lambda path: (lists[path], -path.count(".")), default=None)
 
     def _hands_on(self, path: str, n: int) -> bool:
         ends = [(self._seen.get((f"{path}.{i}", "input")), self._seen.get((f"{path}.{i}", "output"))) for i in range(n)]
@@ -66,12 +62,6 @@ class SiteMap:
         return len(streams[0][0].shape) >= 3 and all(
             b.when < c.when and b.shape == c.shape for (_, b), (c, _) in pairwise(streams)
         )
-
-    def _place_of_embeddings(self) -> Place | None:
-        module = self.model.get_input_embeddings()
-        path = self.path_of(module) if module is not None else None
-        seen = self._seen.get((path, "output")) if path else None
-        return Place(str(path), "output") if seen and seen.shape[:-1] == (ROWS, TOKENS) else None
 
     def path_of(self, module: nn.Module) -> str:
         """The path of one of the model's modules."""
@@ -137,10 +127,6 @@ class SiteMap:
         place = block.places[site.kind]
         return place if site.head is None else place._replace(columns=self._columns(site, place.path))
 
-    def point(self, site: Site) -> Point:
-        """Where a site lies: path, end, columns."""
-        return self.place(site)[:3]
-
     def _have(self) -> str:
         return ", ".join(self.kinds) or "none that is known by kind"
 
@@ -188,13 +174,13 @@ class SiteMap:
         return head * d_head, (head + 1) * d_head
 
     def width(self, site: Site) -> int:
-        path, end, columns = self.point(site)
+        path, end, columns, *_ = self.place(site)
         return self._seen[path, end].shape[-1] if columns is None else columns[1] - columns[0]
 
     def when(self, site: Site) -> int:
         """Sites happen in the order of this number."""
-        path, end, _ = self.point(site)
-        return self._seen[path, end].when
+        place = self.place(site)
+        return self._seen[place.path, place.end].when
 
 
 def require_decoder(model: Any) -> None:

@@ -5,7 +5,6 @@ import tiny_models
 import torch
 
 import sae_lab as sl
-from sae_lab.lm.continuing import Continuing
 from sae_lab.types import Site, Write
 
 PROMPT = "The quick brown fox jumps over the lazy dog near the river."
@@ -114,15 +113,15 @@ def test_a_state_is_carried_or_each_token_reads_all(name, build):
     sae.reads = sae.writes = (site,)
     sae.f_scale = torch.ones(64)
     edits = [sl.Clamp(sae, 3, value=30.0, steps=[1, 2])]
-    carried = lm._continuing
-    assert carried.carries, "transformers carries the state of each of these"
+    carried = lm._empty_state
+    assert carried is not None, "transformers carries the state of each of these"
     texts = lm.generate(PROMPT, edits=edits, max_new_tokens=6)
-    lm.__dict__["_continuing"] = Continuing(False)
+    lm.__dict__["_empty_state"] = None
     try:
         assert lm.generate(PROMPT, edits=edits, max_new_tokens=6) == texts
         assert lm.generate(PROMPT, max_new_tokens=6) != texts, "the edit says something"
     finally:
-        lm.__dict__["_continuing"] = carried
+        lm.__dict__["_empty_state"] = carried
     ids = lm.tokenize(PROMPT).ids
     for _ in range(6):
         ids = torch.cat([ids, lm.logits(ids)[:, -1].argmax(-1, keepdim=True)], 1)

@@ -73,7 +73,7 @@ def test_a_model_there_is_an_outline_here(lm):
     assert (far.id, far.n_layers, far.kinds, far.max_length) == (bundled.HUB_ID, lm.n_layers, lm.kinds, lm.max_length)
     for kind in lm.kinds:
         site = sl.Site(kind, None if kind == "embed" else 8)
-        assert far.width(site) == lm.width(site) and far._sites.point(site) == lm._sites.point(site)
+        assert far.width(site) == lm.width(site) and far._sites.place(site) == lm._sites.place(site)
     assert far.tokens("The sea") == lm.tokens("The sea") and far.remote and not lm.remote
     with pytest.raises(NDIFError, match="no server answers there"):
         far.logits("The sea")
