@@ -193,7 +193,8 @@ def _read_to_the_end(lm: LM, batch: TokenBatch, coders: Sequence[SparseCoder]) -
         normed, shift = _normed(lm, acts[last])
         maps = {s: lm._before_head(torch.eye(lm.width(s), device=lm.device), s) for s in dict.fromkeys([last, *writes])}
         scale = _divisor(acts[last] @ maps[last], normed - shift)
-        extra = {s: norm_divisor(lm._sites.modules[str(blocks[s].after_attention)], acts[p]) for s, p in projected.items()}
+        norms = {s: lm._sites.modules[str(blocks[s].after_attention)] for s in projected}
+        extra = {s: norm_divisor(norms[s], acts[p]) for s, p in projected.items()}
     W_U, bias = _unembedding(lm)
     return WayOut(
         acts[last], normed, scale, shift, W_U, W_U.float().mean(0), bias, _cap(lm),
