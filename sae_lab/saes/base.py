@@ -15,6 +15,7 @@ from sae_lab import costs, noting
 from sae_lab.arguments import as_annotated, check_least
 from sae_lab.costs import Cost
 from sae_lab.saes import kernels, losses, portable, writing
+from sae_lab.saes.kernels import T
 from sae_lab.types import Batch, Codes, Output, Site, TokenMask, check_feature
 
 log = logging.getLogger(__name__)
@@ -394,15 +395,13 @@ class SparseCoder(nn.Module):
             reach = self.reach(pre)
             few = int(reach.count_nonzero()) < SPARSE_BELOW * reach.numel()
         if not few:
-            if torch.is_grad_enabled():
-                bias = self.b_dec if self.pre_bias else None
-                pre = kernels.with_gradients(pre, x, self.W_enc, self.b_enc, bias, self.scratch)
+            pre = self._encode_at(pre, x)
             return pre, self.act(pre)
         codes = self._encode_at(kernels.where(pre, reach), x)
         return pre, codes._replace(values=self.act(codes.values, codes.features))  # type: ignore[call-arg]
 
-    def _encode_at(self, codes: Codes, x: Tensor) -> Codes:
-        """The same codes, with gradients where they are on."""
+    def _encode_at(self, codes: T, x: Tensor) -> T:
+        """The same codes, with gradients where they are on; or the same pre-activations, with all gradients."""
         if not torch.is_grad_enabled():
             return codes
         bias = self.b_dec if self.pre_bias else None

@@ -8,7 +8,7 @@ codes sorted by feature does in one pass; gradients of code values are inner pro
 import warnings
 from collections.abc import Iterable, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from sae_lab.types import Codes, rows_of
 
+T = TypeVar("T", Codes, Tensor)
 GROUPS = (4, 4, 4)  # the maximum of each 4 entries of a row is looked at first; of these maxima, that of each 4 again
 PIECE = 1 << 22  # entries of pre that are looked at together: their temporaries then stay in the CPU's cache
 
@@ -177,31 +178,21 @@ def joined(parts: Sequence[Codes], d_sae: int) -> Codes:
 
 
 def encode_at(
-    codes: Codes,
+    codes: T,
     x: Float[Tensor, "batch d_in"],
     W_enc: Float[Tensor, "d_in d_sae"],
     b_enc: Float[Tensor, " d_sae"],
     b_dec: Float[Tensor, " d_in"] | None,
     memory: Memory | None = None,
-) -> Codes:
+) -> T:
     """The same codes with gradients: values are ((x - b_dec)·W_enc + b_enc) at the chosen places; None subtracts
-    nothing. memory: for the gradients of the matrices, here and in ``decode``."""
+    nothing. A matrix of pre-activations gets gradients at all places: for batches in which most codes are on.
+    memory: for the gradients of the matrices, here and in ``decode``."""
+    if isinstance(codes, Tensor):
+        return _Encode.apply(codes, x, W_enc, b_enc, b_dec, None, memory)
     order = codes.by_feature or ByFeature(codes, memory)
-    values = _EncodeAt.apply(codes.values, x, W_enc, b_enc, b_dec, order)
+    values = _Encode.apply(codes.values, x, W_enc, b_enc, b_dec, order, memory)
     return codes._replace(values=values, by_feature=order)
-
-
-def with_gradients(
-    pre: Float[Tensor, "batch d_sae"],
-    x: Float[Tensor, "batch d_in"],
-    W_enc: Float[Tensor, "d_in d_sae"],
-    b_enc: Float[Tensor, " d_sae"],
-    b_dec: Float[Tensor, " d_in"] | None,
-    memory: Memory | None = None,
-) -> Float[Tensor, "batch d_sae"]:
-    """The same pre = (x - b_dec)·W_enc + b_enc, computed without gradients, with gradients at all places: for batches
-    in which most codes are on."""
-    return _Read.apply(pre, x, W_enc, b_enc, b_dec, memory)
 
 
 def decode(codes: Codes, W_dec: Float[Tensor, "d_sae d_out"]) -> Float[Tensor, "batch d_out"]:
@@ -236,44 +227,30 @@ class ByFeature:
         return torch.addmm(out, _csr(starts, rows, weights[order], len(table)), table, beta=0.0, out=out)
 
 
-class _EncodeAt(torch.autograd.Function):
+class _Encode(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, values, x, W_enc, b_enc, b_dec, order):
+    def forward(ctx: Any, values, x, W_enc, b_enc, b_dec, order, memory):
         ctx.save_for_backward(x, W_enc, b_dec)
-        ctx.order = order
-        return values.clone()
+        ctx.order, ctx.memory = order, memory
+        return values.view_as(values)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor):  # type: ignore[override]
         (x, W_enc, b_dec), order = ctx.saved_tensors, ctx.order
-        by_feature = order.sum(g, x)  # (d_sae, d_in): sum of g·x
-        total = torch.zeros(W_enc.shape[1], device=g.device, dtype=g.dtype).index_add_(0, order.features, g)
-        grad_x = weighted_rows(g, order.features, order.offsets, W_enc.T) if ctx.needs_input_grad[1] else None
-        return None, grad_x, *_encoder_gradients(by_feature, total, W_enc, b_dec), None
-
-
-class _Read(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, pre, x, W_enc, b_enc, b_dec, memory):
-        ctx.save_for_backward(x, W_enc, b_dec)
-        ctx.memory = memory
-        return pre.view_as(pre)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor):  # type: ignore[override]
-        x, W_enc, b_dec = ctx.saved_tensors
-        out = None if ctx.memory is None else ctx.memory.gradient(W_enc.shape[1], W_enc.shape[0])
-        grad_x = g @ W_enc.T if ctx.needs_input_grad[1] else None
-        return None, grad_x, *_encoder_gradients(torch.mm(g.T, x, out=out), g.sum(0), W_enc, b_dec), None
-
-
-def _encoder_gradients(
-    by_feature: Tensor, total: Tensor, W_enc: Tensor, b_dec: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Of W_enc, b_enc and b_dec, from the sums over rows of g·x and of g, by feature."""
-    if b_dec is None:
-        return by_feature.T, total, None
-    return by_feature.addr_(total, b_dec, alpha=-1).T, total, -(W_enc @ total)
+        grad_x = None
+        if order is None:
+            out = None if ctx.memory is None else ctx.memory.gradient(W_enc.shape[1], W_enc.shape[0])
+            by_feature, total = torch.mm(g.T, x, out=out), g.sum(0)  # (d_sae, d_in): sum of g·x; sum of g
+            if ctx.needs_input_grad[1]:
+                grad_x = g @ W_enc.T
+        else:
+            by_feature = order.sum(g, x)
+            total = torch.zeros(W_enc.shape[1], device=g.device, dtype=g.dtype).index_add_(0, order.features, g)
+            if ctx.needs_input_grad[1]:
+                grad_x = weighted_rows(g, order.features, order.offsets, W_enc.T)
+        if b_dec is None:
+            return None, grad_x, by_feature.T, total, None, None, None
+        return None, grad_x, by_feature.addr_(total, b_dec, alpha=-1).T, total, -(W_enc @ total), None, None
 
 
 class _Decode(torch.autograd.Function):

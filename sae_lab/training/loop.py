@@ -74,13 +74,9 @@ class Training:
                         self.keep()
                         raise KeyboardInterrupt
             self.keep()  # calibration takes a while: if it is interrupted, training is not lost
-        except BaseException as err:
-            self.leave(err)
-            raise
-        try:
             return self.end()
         except BaseException as err:
-            self.tell_left(err)
+            self.leave(err)
             raise
 
     def going(self) -> bool:
@@ -196,15 +192,13 @@ class Training:
     def begin(self, first: Callable[[Store | Rows], Batch] | None = None) -> Run | None:
         """Get ready for the first step, or the one after the checkpoint. Returns the run if it is finished already.
         first: a ``first_batch`` that several coders share."""
-        run = found = None
-        if self.path is not None:
-            run = self.finished()
-            found = None if run else self.interrupted()
+        run = self.finished()
+        found = None if run else self.interrupted()
         begun = found.header["step"] if found else "finished" if run else 0
         self.process.require_same(self.identity | {"config": asdict(self.config), "steps done": begun})
-        if run is not None and self.path is not None:
-            if self.process.first:
-                checkpoint.remove_checkpoints(self.path)  # of a run that was killed just before it did
+        if run is not None:
+            if run.path is not None and self.process.first:
+                checkpoint.remove_checkpoints(run.path)  # of a run that was killed just before it did
             return run
         self.id = found.header["run"] if found is not None else self.process.from_first({"run": uuid4().hex})["run"]
         if found is not None:
@@ -241,8 +235,8 @@ class Training:
 
     def fold(self) -> None:
         """Back to raw units: what the user gets."""
-        self.coder.fold(self.scale, self.target_scale)
         self.coder.scratch, self.coder.in_raw_units, self.coder.progress = None, True, 1.0
+        self.coder.fold(self.scale, self.target_scale)
 
     def end(self, data: Callable[[Store | Rows], CalibrationData] | None = None) -> Run:
         """Fit thresholds, save, and return the run. data: a ``calibration_data`` that several coders share."""
@@ -294,19 +288,17 @@ class Training:
         coder.id  # noqa: B018 (made now, on every rank alike)
 
     def leave(self, error: BaseException) -> None:
-        """Interrupted or failed: keep what can be continued, and leave the coder usable in raw units."""
-        interrupted = isinstance(error, KeyboardInterrupt)
+        """Interrupted or failed: keep what can be continued, and leave the coder usable in raw units. It notes which
+        run left it, and callbacks get "left" in place of "end"."""
+        interrupted = isinstance(error, KeyboardInterrupt) and not self.coder.in_raw_units  # else its steps are kept
         try:
             if interrupted and self.process.size == 1:  # several processes stop together, or leave at different steps
                 self.keep()
         finally:
-            self.fold()
+            if not self.coder.in_raw_units:
+                self.fold()
         if interrupted and self.path is not None and self.process.first:
             log.warning("stopped at step %d; the same call with path=%r goes on from there", self.step, str(self.path))
-        self.tell_left(error)
-
-    def tell_left(self, error: BaseException) -> None:
-        """The coder notes which run left it, and callbacks get "left" in place of "end"."""
         self.control.close()
         if self.path is not None:
             self.whole.meta = self.whole.meta | {checkpoint.LEFT: checkpoint.left(self.whole, self.id)}
@@ -317,8 +309,7 @@ class Training:
 
     def finished(self) -> Run | None:
         """The run at ``path`` if it is whole and the same; its coder's weights go into this one."""
-        assert self.path is not None
-        if (found := checkpoint.finished(self.path, self.identity, self.whole)) is None:
+        if self.path is None or (found := checkpoint.finished(self.path, self.identity, self.whole)) is None:
             return None
         done, header = found
         self.control.require_same(header["changes"], self.path)
@@ -330,8 +321,7 @@ class Training:
 
     def interrupted(self) -> Found | None:
         """The checkpoint of this run."""
-        assert self.path is not None
-        return checkpoint.read(self.path, self.identity, self.whole, self.process.part)
+        return None if self.path is None else checkpoint.read(self.path, self.identity, self.whole, self.process.part)
 
     def keep(self) -> None:
         """A checkpoint of what an unbroken run would have at this step, if there is a path."""

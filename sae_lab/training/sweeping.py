@@ -244,12 +244,9 @@ def _run(trainings: list[Training]) -> list[Run]:
             if number not in runs:
                 runs[number] = t.end(data)
     except BaseException as err:
-        ended = [trainings[number] for number in runs]
         for t in begun:
-            if not t.coder.in_raw_units:
+            if t not in [trainings[number] for number in runs]:
                 t.leave(err)
-            elif t not in ended:
-                t.tell_left(err)
         raise
     return [runs[number] for number in range(len(trainings))]
 

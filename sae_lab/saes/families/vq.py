@@ -4,6 +4,7 @@ from torch import Tensor
 
 from sae_lab.saes import portable
 from sae_lab.saes.base import SparseCoder
+from sae_lab.saes.kernels import T
 from sae_lab.types import Batch, Codes
 
 
@@ -41,7 +42,7 @@ class VQ(SparseCoder):
     def eval_act(self):
         return portable.nearest, {}
 
-    def _encode_at(self, codes: Codes, x: Tensor) -> Codes:
+    def _encode_at(self, codes: T, x: Tensor) -> T:
         return codes
 
     @torch.no_grad()
