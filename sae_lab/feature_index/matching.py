@@ -108,7 +108,8 @@ def match(
 
 def _directions(source: SparseCoder | World | Tensor, name: str, live: bool) -> tuple[Tensor, Tensor]:
     """(unit rows, which of them count)."""
-    rows = source.dictionary if isinstance(source, World) else getattr(source, "W_dec", source)
+    rows = source.W_dec if isinstance(source, SparseCoder) else source
+    rows = rows.dictionary if isinstance(rows, World) else rows
     if rows.dim() != 2 or not rows.is_floating_point():
         raise ValueError(f"{name} must have float rows (rows, width), got {tuple(rows.shape)} {rows.dtype}")
     rows = rows.detach().float().cpu()

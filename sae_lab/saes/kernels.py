@@ -77,7 +77,8 @@ def _largest(pre: Tensor, k: int, groups: tuple[int, ...] = GROUPS) -> tuple[Ten
 def top_per_row(pre: Float[Tensor, "batch d_sae"], k: int) -> Codes:
     """The k largest entries of each row."""
     tops = (_largest(part, k) for part in _pieces(pre))
-    return equal_rows(*(torch.cat(parts) for parts in zip(*tops, strict=True)), pre.shape[1])
+    values, features = (torch.cat(parts) for parts in zip(*tops, strict=True))
+    return equal_rows(values, features, pre.shape[1])
 
 
 def top_among(pre: Float[Tensor, "batch d_sae"], features: Int[Tensor, " some"], k: int) -> Codes:
