@@ -128,7 +128,7 @@ class Log:
                 return
             except OSError as err:
                 raise ValueError(
-                    f"cannot read {self.file} ({err}): mend that, or set SAE_LAB_DATA to a folder of yours"
+                    f"cannot read {self.file} ({err}): make it readable, or set SAE_LAB_DATA to a folder of yours"
                 ) from err
             good, bad = parsed(data)
             for change in good:
@@ -152,7 +152,7 @@ class Log:
                     with cache.atomic(file) as temporary:
                         temporary.write_bytes(content)
         except (OSError, ValueError) as err:  # a folder that cannot be written to
-            log.warning("%s: %d damaged lines are left out (%s); it stays so (%s)", self.file, len(bad), shown, err)
+            log.warning("%s: %d damaged lines are left out (%s), and stay in it (%s)", self.file, len(bad), shown, err)
             return
         log.warning("%s: %d damaged lines are left out (%s); the whole file is kept as %s", self.file, len(bad), shown,
                     aside)  # fmt: skip
@@ -232,8 +232,8 @@ class Log:
                     raise
         except OSError as err:
             raise ValueError(
-                f"cannot write {self.file} ({err}), and nothing of it was kept: make room, or set SAE_LAB_DATA to a "
-                "folder of yours elsewhere"
+                f"cannot write {self.file} ({err}), and no part of these notes was saved: make room, or set "
+                "SAE_LAB_DATA to a folder of yours elsewhere"
             ) from err
         self.refresh()
 

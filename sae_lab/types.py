@@ -202,11 +202,7 @@ class TokenMask:
         return kept
 
     def to_dict(self) -> dict[str, Any]:
-        return {
-            "special_ids": list(self.special_ids),
-            "skip_first": self.skip_first,
-            "max_norm": dict(self.max_norm),
-        }
+        return {"special_ids": list(self.special_ids), "skip_first": self.skip_first, "max_norm": dict(self.max_norm)}
 
     @classmethod
     def from_dict(cls, d: Mapping[str, Any]) -> "TokenMask":

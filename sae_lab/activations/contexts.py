@@ -44,7 +44,11 @@ def spread_contexts(lm: LM, text: Documents, tokens: int, length: int) -> list[C
         raise ValueError("the evaluation text is empty: it needs a document of at least two tokens")
     each = -(-tokens // (length * len(by_document)))
     while True:  # documents shorter than their share leave it to the others
-        chosen = [c for contexts in by_document.values() for c in _evenly(contexts, each)]
+        chosen = [
+            contexts[i]
+            for contexts in by_document.values()
+            for i in np.linspace(0, len(contexts) - 1, min(each, len(contexts))).round().astype(int)
+        ]
         if sum(len(c.ids) for c in chosen) >= tokens or each >= max(map(len, by_document.values())):
             break
         each += 1
@@ -52,9 +56,3 @@ def spread_contexts(lm: LM, text: Documents, tokens: int, length: int) -> list[C
     total = np.cumsum([len(chosen[i].ids) for i in order])
     enough = int(np.searchsorted(total, tokens)) + 1
     return [chosen[i] for i in islice(order, enough)]
-
-
-def _evenly(contexts: list[Context], n: int) -> list[Context]:
-    if len(contexts) <= n:
-        return contexts
-    return [contexts[i] for i in np.linspace(0, len(contexts) - 1, n).round().astype(int)]

@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sae_lab import cache, costs, files
-from sae_lab.activations.reading import read_there
+from sae_lab.activations.reading import read_real, read_there
 from sae_lab.activations.store import VERSION, Store, read_manifest
 from sae_lab.arguments import as_annotated
 from sae_lab.costs import Cost, timed
@@ -271,11 +271,7 @@ class _Harvest:
         self, batches: list[TokenBatch], ids: Tensor, positions: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """(which tokens count, their activations)."""
-        read: dict[Site, list[Tensor]] = {s: [] for s in self.sites}
-        for batch in batches:
-            for s, x in self.lm.run(batch, self.sites, logits=False)[0].items():
-                read[s].append(x[batch.mask.to(x.device)].cpu())
-        acts = {s: torch.cat(parts) for s, parts in read.items()}
+        acts = read_real(self.lm, self.sites, batches)
         kept = self._fix_mask(acts, ids, positions).keep(ids, positions, acts)
         return kept, {s.key: self._pack(s, x[kept]) for s, x in acts.items()}
 

@@ -13,7 +13,16 @@ from sae_lab.lm.model import LM
 from sae_lab.lm.passes import counting_tokens
 from sae_lab.saes.base import SparseCoder
 from sae_lab.saes.portable import at_home, encode, some
-from sae_lab.types import Codes, TokenBatch
+from sae_lab.types import Codes, Site, TokenBatch
+
+
+def read_real(lm: LM, sites: Sequence[Site], batches: Iterable[TokenBatch]) -> dict[Site, Float[Tensor, "tokens _"]]:
+    """Activations of all real tokens of the batches, one after another, on the CPU."""
+    read: dict[Site, list[Tensor]] = {s: [] for s in sites}
+    for batch in batches:
+        for s, x in lm.run(batch, sites, logits=False)[0].items():
+            read[s].append(x[batch.mask.to(x.device)].cpu())
+    return {s: torch.cat(parts) for s, parts in read.items()}
 
 
 class Coded(NamedTuple):
@@ -133,4 +142,3 @@ def some_codes(x, tokens, plan, limit):
     rows = x[tokens.mask.to(x.device)].float()
     above = torch.zeros(len(rows), dtype=torch.bool) if limit is None else (rows.norm(dim=-1) > limit).cpu()
     return {"codes": some(plan, encode(plan, rows)).cpu(), "loud": above}
-

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae_lab.activations.contexts import context_length, spread_contexts
-from sae_lab.activations.reading import require_fits
+from sae_lab.activations.reading import read_real, require_fits
 from sae_lab.arguments import as_annotated
 from sae_lab.lm.model import LM, token_losses
 from sae_lab.lm.text import Context, Documents
@@ -218,20 +218,14 @@ def _read(
     lm: LM, sites: list[Site], contexts: list[Context], mask: TokenMask
 ) -> tuple[dict[Site, Tensor], Tensor, Tensor]:
     """All activations ``tokens d`` of each site, the token ids, and which of them are kept."""
-    xs: dict[Site, list[Tensor]] = {s: [] for s in sites}
-    ids, keeps = [], []
-    # Alone, as each is spliced later: other shapes round otherwise, and the identity must cost 0. On a server that
-    # would be eight times the requests.
+    # One context at a time, as they are spliced later: another shape rounds differently, and the identity must cost 0.
+    # On a server that would be eight times the requests.
     at_once = 8 if lm.remote else 1
-    for start in range(0, len(contexts), at_once):
-        batch = pad([c.ids for c in contexts[start : start + at_once]])
-        acts, _ = lm.run(batch, list(xs), logits=False)
-        acts = {s: x.cpu() for s, x in acts.items()}
-        for s, x in acts.items():
-            xs[s].append(x[batch.mask])
-        ids.append(batch.ids[batch.mask])
-        keeps.append(mask.keep(batch.ids, batch.positions, acts)[batch.mask])
-    return {s: torch.cat(x) for s, x in xs.items()}, torch.cat(ids), torch.cat(keeps)
+    rows = [c.ids for c in contexts]
+    batches = [pad(rows[start : start + at_once]) for start in range(0, len(rows), at_once)]
+    acts = read_real(lm, list(dict.fromkeys(sites)), batches)
+    ids, positions = (torch.cat(x) for x in zip(*((b.ids[b.mask], b.positions[b.mask]) for b in batches), strict=True))
+    return acts, ids, mask.keep(ids, positions, acts)
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -148,10 +149,10 @@ class Store(Shuffled):
         self._starts = np.cumsum([0] + [s["rows"] for s in self.manifest["shards"]])
         self._rows = int(self._starts[-1]) if rows is None else min(rows, int(self._starts[-1]))
         if self._rows == 0 and self.manifest["shards"]:
+            out = sum(s["excluded"] for s in self.manifest["shards"])
             raise ValueError(
-                f"no token is left in the store {self.path}: its mask leaves out every one of "
-                f"{sum(s['excluded'] for s in self.manifest['shards']):,} ({self.mask}): harvest longer documents, or "
-                "give another mask="
+                f"no token is left in the store {self.path}: its mask leaves out every one of {out:,} ({self.mask}): "
+                "harvest longer documents, or give another mask="
             )
         if self._rows == 0:
             raise ValueError(f"the store {self.path} holds no whole shard yet: call harvest again with the same path")
@@ -277,24 +278,18 @@ class Store(Shuffled):
         shards = np.searchsorted(self._starts, rows, side="right") - 1
         order = np.argsort(shards, kind="stable")
         bounds = np.searchsorted(shards[order], np.arange(len(self._starts)))
-        out: np.ndarray | None = None
-        for shard in range(len(self._starts) - 1):
-            here = order[bounds[shard] : bounds[shard + 1]]
-            if not len(here):
-                continue
-            part = self._tensor(shard, key)[rows[here] - self._starts[shard]]
-            bits = part.dtype == np.uint16
-            part = torch.from_numpy(part).view(torch.bfloat16).float().numpy() if bits else part
-            if out is None:
-                out = np.empty(
-                    (len(rows), *part.shape[1:]), np.float32 if key in self.manifest["scales"] else part.dtype
-                )
-            out[here] = part
-        assert out is not None
-        if key in self.manifest["scales"]:
-            out *= self.manifest["scales"][key]  # numpy: a thread that reads ahead leaves torch's threads alone
-            return torch.from_numpy(out)
-        return torch.from_numpy(out).long()
+        table, scale = self._tensor(0, key), self.manifest["scales"].get(key)
+        out = np.empty((len(rows), *table.shape[1:]), table.dtype if scale is None else np.float32)
+        for shard, (first, last) in enumerate(pairwise(bounds)):
+            if first < last:
+                here = order[first:last]
+                part = self._tensor(shard, key)[rows[here] - self._starts[shard]]
+                bits = part.dtype == np.uint16
+                out[here] = torch.from_numpy(part).view(torch.bfloat16).float().numpy() if bits else part
+        if scale is None:
+            return torch.from_numpy(out).long()
+        out *= scale  # numpy: a thread that reads ahead leaves torch's threads alone
+        return torch.from_numpy(out)
 
     def _x(self, rows: np.ndarray) -> Tensor:
         return self._acts(rows, self.reads or (self.site,))

@@ -462,9 +462,7 @@ class Patch(Edit):
                     "position, so give prompts of equal token lengths (lm.tokens(prompt) shows them), or positions="
                 )
             if beyond := [p for p in _listed(self.positions) if p >= theirs]:
-                raise ValueError(
-                    f"position {beyond[0]} is beyond the source of prompt {row}: it has {theirs} tokens"
-                )
+                raise ValueError(f"position {beyond[0]} is beyond the source of prompt {row}: it has {theirs} tokens")
         return partial(rules.of_another_run, codes=codes, keep=keep)
 
 

@@ -467,7 +467,6 @@ class LM:
         reads = list(dict.fromkeys(edit.read_site for edit in found))
         before, clean = self.run(batch, reads)
         after, edited = self.run(batch, reads, self._writes(found, batch))
-        assert clean is not None and edited is not None
         measured: dict[str, tuple[Tensor, Tensor]] = {}
         for edit in found:
             was, now = edit.measured(before[edit.read_site]), edit.measured(after[edit.read_site])
@@ -514,9 +513,7 @@ class LM:
         return (table[ids.to(table.device)] - table.mean(0)).cpu()
 
     @as_annotated
-    def lens(
-        self, directions: Float[Tensor, "n d"], at: Site | str, of: Callable[[Tensor], Any] | None = None
-    ) -> Any:
+    def lens(self, directions: Float[Tensor, "n d"], at: Site | str, of: Callable[[Tensor], Any] | None = None) -> Any:
         """Logit lens of directions written at a site: W_dec·diag(gain)·W_U, "n vocab", arbitrary units; None where a
         site's directions are not written to the residual stream (``mlp_in``, unknown modules).
 

@@ -192,6 +192,7 @@ class Request(RemoteBackend):
         sent = job.id if job else None
         super().__init__(model_key, server.host, server._key or None, env, blocking=False, job_id=sent)
         self.api_key = server._key  # without a key, RemoteBackend takes one from the environment
+        self._keys = {"ndif-api-key": server._key} if server._key else {}
         self.display = StatusDisplay(enabled=False)
         self.server, self.form, self.most, self.listen, self.job = server, form, most, listen, job
         self.ends = time.monotonic() + server.deadline
@@ -240,12 +241,12 @@ class Request(RemoteBackend):
             "ndif-timestamp": repr(time.time()), "nnsight-version": version("nnsight"), "python-version": sys.version,
         }  # fmt: skip
         fields, files = {"data": request.metadata()}, {"blob": ("request", blob, "application/octet-stream")}
-        with self._open("POST", f"{self.host}/request", headers | self._keys(), data=fields, files=files) as answer:
+        with self._open("POST", f"{self.host}/request", headers | self._keys, data=fields, files=files) as answer:
             return answers.status(answers.read(answer, answers.TALK, self._left), None, self.server.scrub)
 
     def _status(self) -> ResponseModel | None:
         where = f"{self.host}/response/{quote(str(self.job_id), safe='')}"
-        with self._open("GET", where, self._keys()) as answer:
+        with self._open("GET", where, self._keys) as answer:
             if answer.status_code == 404:
                 return None  # no status yet
             return answers.status(answers.read(answer, answers.TALK, self._left), self.job_id, self.server.scrub)
@@ -263,14 +264,11 @@ class Request(RemoteBackend):
         headers = headers | {"Accept-Encoding": "identity"}
         return self.client.stream(method, where, headers=headers, timeout=max(0.1, self._left()), **what)
 
-    def _keys(self) -> dict[str, str]:
-        return {"ndif-api-key": self.api_key} if self.api_key else {}
-
     def _subscribe(self) -> str:
         self.socket = answers.Socket(answers.TALK + self.most, self._left)
         # A redirect would send the key to another host.
         where, left = f"{self.ws_host}/subscribe", max(0.1, self._left())
-        self.socket.connect(where, header=self._keys(), timeout=left, redirect_limit=0)
+        self.socket.connect(where, header=self._keys, timeout=left, redirect_limit=0)
         return answers.session_id(self.socket.recv(), self.server.scrub)
 
     def lines(self) -> Iterator[str]:

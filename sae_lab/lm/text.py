@@ -5,7 +5,7 @@ import importlib.util
 import logging
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import groupby, islice
+from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -179,8 +179,9 @@ class Text:
         if room < 1:
             raise ValueError(f"a context needs room for a token besides the prefix, got length={length}")
         lead = [prefix] if prefix is not None else []
-        documents = (_after(parts, lead) for parts in self._tokenized(tokenizer))
-        return _packed(documents, lead, room) if pack else _separate(documents, lead, room)
+        documents = enumerate(self._tokenized(tokenizer))
+        joined = [documents] if pack else ([document] for document in documents)
+        return chain.from_iterable(_cut(several, lead, room) for several in joined)
 
     def passes(
         self, tokenizer: Any, prefix: int | None, length: Count, pack: bool = False, tokens: Count = 1408
@@ -210,45 +211,22 @@ class Text:
                 yield from ([ids] for ids in tok.encode_texts(tokenizer, texts))
 
 
-def _after(parts: Iterable[list[int]], lead: list[int]) -> Iterator[list[int]]:
-    """A document's ids, without the prefix if the text itself starts with it."""
-    parts = iter(parts)
-    for ids in parts:
-        yield ids[len(lead) :] if lead and ids[:1] == lead else ids
-        break
-    yield from parts
-
-
-def _separate(documents: Iterable[Iterable[list[int]]], lead: list[int], room: int) -> Iterator[Context]:
-    for number, parts in enumerate(documents):
-        rest: list[int] = []
-        for ids in parts:
-            ids = rest + ids
-            whole = len(ids) - len(ids) % room
-            rest = ids[whole:]
-            yield from (_context(lead + ids[start : start + room], number) for start in range(0, whole, room))
-        if rest:
-            yield _context(lead + rest, number)
-
-
-def _context(ids: list[int], number: int) -> Context:
-    return Context(ids, [number] * len(ids))
-
-
-def _packed(documents: Iterable[Iterable[list[int]]], lead: list[int], room: int) -> Iterator[Context]:
+def _cut(documents: Iterable[tuple[int, Iterable[list[int]]]], lead: list[int], room: int) -> Iterator[Context]:
+    """Contexts of documents, given as (number, ids in parts), that follow each other with the prefix between them."""
     waiting: list[int] = []
     owners: list[int] = []
-    for number, parts in enumerate(documents):
-        begun = False
-        for ids in parts:
-            if not ids:
-                continue
-            ids = lead + ids if waiting and not begun else ids
-            begun = True
-            waiting, owners = waiting + ids, owners + [number] * len(ids)
-            while len(waiting) >= room:
-                yield Context(lead + waiting[:room], owners[: len(lead)] + owners[:room])
-                waiting, owners = waiting[room:], owners[room:]
+    for number, parts in documents:
+        between = lead if waiting else []
+        for at, ids in enumerate(parts):
+            ids = ids[len(lead) :] if at == 0 and ids[:1] == lead else ids  # the text itself may start with the prefix
+            if ids:
+                waiting, owners = waiting + between + ids, owners + [number] * len(between + ids)
+                between = []
+            whole = len(waiting) - len(waiting) % room
+            for start in range(0, whole, room):
+                of = owners[start : start + room]
+                yield Context(lead + waiting[start : start + room], of[: len(lead)] + of)
+            waiting, owners = waiting[whole:], owners[whole:]
     if waiting:
         yield Context(lead + waiting, owners[: len(lead)] + owners)
 

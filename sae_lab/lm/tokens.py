@@ -410,5 +410,3 @@ def _bytes_label(raw: str | bytes) -> str:
     else:
         found = raw if isinstance(raw, bytes) else raw.encode("utf-8", "surrogatepass")
     return "⟨" + " ".join(f"{byte:02X}" for byte in found) + "⟩"
-
-
