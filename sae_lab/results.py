@@ -251,7 +251,7 @@ class Result(Shown):
     _records: str | tuple[str, ...] = ""
     _shown, _digits, _align = 20, ".3f", ""
     _columns: dict[str, str] = {}  # noqa: RUF012
-    _mark = ""
+    _mark = _sorted = ""  # _sorted: the column whose largest sizes are printed first
 
     def figures(self) -> list[Figure]:
         """The figures of this result, in the order of the fields."""
@@ -291,7 +291,7 @@ class Result(Shown):
 
     def _printed(self, table: Any) -> Any:
         """The table of ``to_pandas`` in the order in which it is printed."""
-        return table
+        return table.sort_values(self._sorted, key=abs, ascending=False) if self._sorted else table
 
     def to_pandas(self):
         """One row a record; of a result without records one row, with a column for each number and text."""

@@ -65,7 +65,7 @@ class Attribution(Estimates):
     source: float
     steps: int
 
-    _records = "_nodes"
+    _records, _sorted = "_nodes", "estimate"
     _above = "metric {base:.3f} → {source:.3f} with the sources; {_how}:"
 
     @property
@@ -75,9 +75,6 @@ class Attribution(Estimates):
         truth = [self.true_effects.get(place, float("nan")) for place in places]
         rows = [(*place, *effects) for place, *effects in zip(places, estimates, truth, strict=True)]
         return by_column("position feature estimate truth", rows)
-
-    def _printed(self, table: Any) -> Any:
-        return table.sort_values("estimate", key=abs, ascending=False)
 
 
 @as_annotated

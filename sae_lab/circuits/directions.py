@@ -201,12 +201,15 @@ def patched_directions(
     ranking, scoring = order[: len(order) // 2].sort().values, order[len(order) // 2 :].sort().values
     with torch.no_grad():
         methods = _methods(coder, runs, ranking, bases or {}, seed)
-    gradient = _mean_gradient(lm, coder.site, runs.part(ranking), steps)
+    gradients = []
+    for part in map(runs.part, ranking.split(ROWS)):
+        across, metric = (part.given - part.x) * part.keep.unsqueeze(-1), partial(kl_to, given=part.log_p)
+        gradients.append(mean_gradient(lm, part.batch, coder.site, metric, part.x, across, steps))
     held, counts = runs.part(scoring), [0, *sorted(numbers)]
     kl, edit = {}, {}
     whole = ((held.given - held.x) * held.keep.unsqueeze(-1)).flatten(1).norm(dim=1)
     for name, method in methods.items():
-        at, best = method.ranked(gradient, ranking, each_position)
+        at, best = method.ranked(torch.cat(gradients), ranking, each_position)
         edits = [method.edit(scoring, at[:n], best[:n]) for n in counts]
         kl[name] = _divergences(lm, coder.site, held, edits)
         sizes = [one.flatten(1).norm(dim=1) / whole.clamp_min(1e-12) for one in edits]
@@ -283,16 +286,6 @@ def _methods(
     for name, basis in {**bases, **always}.items():
         basis = basis.to(difference)
         found[name] = _Method(basis, (difference * keep) @ basis.T)
-    return found
-
-
-def _mean_gradient(lm: LM, site: Site, runs: _Runs, steps: int) -> Float[Tensor, "batch pos d"]:
-    """Of KL(source ‖ patched) at the last token, over points from the prompt's run to the source's."""
-    found = torch.zeros_like(runs.x)
-    for part in torch.arange(len(runs.x)).split(ROWS):
-        some = runs.part(part)
-        across = (some.given - some.x) * some.keep.unsqueeze(-1)
-        found[part] = mean_gradient(lm, some.batch, site, partial(kl_to, given=some.log_p), some.x, across, steps)
     return found
 
 

@@ -51,7 +51,7 @@ class HeadAttribution(Result):
     position: int
     tokens: list[str]
 
-    _records, _shown = "_parts", 8
+    _records, _sorted, _shown = "_parts", "part", 8
 
     @property
     def heads(self) -> Float[Tensor, " head"]:
@@ -73,9 +73,6 @@ class HeadAttribution(Result):
         sources = range(self.position + 1)
         rows = [(h, s, self.tokens[s], float(row[s])) for h, row in enumerate(self.parts) for s in sources]
         return by_column("head source token part", rows)
-
-    def _printed(self, table: Any) -> Any:
-        return table.sort_values("part", ascending=False, key=abs)
 
 
 @as_annotated

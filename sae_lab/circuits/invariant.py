@@ -41,7 +41,7 @@ class EdgeCheck(Result):
     feature: int
     features: list[int]
 
-    _records, _shown, _digits = "_means", 8, ".4f"
+    _records, _sorted, _shown, _digits = "_means", "predicted", 8, ".4f"
     _above = (
         "feature {feature} taken out at {predicted!n} tokens: predicted and frozen differ by at most {error:.1e} of "
         "the largest; free: slope {slope:.3f}, correlation {correlation:.3f}"
@@ -66,9 +66,6 @@ class EdgeCheck(Result):
     def _means(self) -> dict[str, Any]:
         names = ("predicted", "frozen", "free", "pre")
         return {"feature": self.features} | {name: getattr(self, name).mean(0) for name in names}
-
-    def _printed(self, table: Any) -> Any:
-        return table.sort_values("predicted", key=abs, ascending=False)
 
 
 @as_annotated

@@ -101,8 +101,7 @@ def in_order(lm: LM, coders: Sequence[SparseCoder]) -> dict[Site, SparseCoder]:
             f"a feature circuit takes one coder a site, got {', '.join(repr(coder.site) for coder in coders)}: "
             "leave out all but one of those at the same place"
         )
-    ordered = sorted(zip(times, coders, strict=True), key=lambda pair: pair[0])
-    return {coder.site: coder.eval() for _, coder in ordered}
+    return {coder.site: coder.eval() for coder in sorted(coders, key=lambda coder: lm._sites.when(coder.site))}
 
 
 def scene_of(

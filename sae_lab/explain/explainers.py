@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -9,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from sae_lab.arguments import as_annotated
-from sae_lab.explain.contexts import Passage, Passages
+from sae_lab.explain.contexts import Passages
 
 Explainer = Callable[[str], str]
 
@@ -153,26 +154,20 @@ class _Held:
     def __init__(self, passages: Passages):
         self._passages = passages
         self._places: dict[tuple[str, tuple[str, ...]], list[tuple[int, int]]] = {}
-        wanted = self._at_firing(passages.firing)
+        wanted = self._at_firing()
         for number, passage in enumerate(passages.all):
             for at in np.flatnonzero(passage.known).tolist():
                 for fact in facts(passage.tokens, at) & wanted:
                     self._places.setdefault(fact, []).append((number, at))
 
-    @staticmethod
-    def _at_firing(firing: Iterable[Passage]) -> set[tuple[str, tuple[str, ...]]]:
+    def _at_firing(self) -> set[tuple[str, tuple[str, ...]]]:
         """Facts that hold at firing tokens of two passages at least, of two documents if there are two."""
-        where: dict[tuple[str, tuple[str, ...]], set[int]] = {}
-        counts: dict[tuple[str, tuple[str, ...]], int] = {}
-        documents = set()
-        for passage in firing:
-            documents.add(passage.document)
-            here = [facts(passage.tokens, at) for at in np.flatnonzero(passage.fires).tolist()]
-            for fact in set().union(*here):
-                where.setdefault(fact, set()).add(passage.document)
-                counts[fact] = counts.get(fact, 0) + 1
-        needed = min(2, len(documents))
-        return {fact for fact, n in counts.items() if n >= 2 and len(where[fact]) >= needed}
+        where: dict[tuple[str, tuple[str, ...]], list[int]] = defaultdict(list)
+        for passage in self._passages.firing:
+            for fact in set().union(*(facts(passage.tokens, at) for at in np.flatnonzero(passage.fires).tolist())):
+                where[fact].append(passage.document)
+        needed = min(2, len({passage.document for passage in self._passages.firing}))
+        return {fact for fact, documents in where.items() if len(documents) >= 2 and len(set(documents)) >= needed}
 
     def candidates(self, precision: float) -> dict[tuple[str, tuple[str, ...]], tuple[np.ndarray, np.ndarray, float]]:
         """Facts of at least that precision: (firing passages in which each holds at a firing token, silent passages in

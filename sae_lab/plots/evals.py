@@ -8,7 +8,7 @@ from matplotlib.figure import Figure as Drawing
 
 from sae_lab.evals.positions import ByPosition, Hill
 from sae_lab.evals.reporting import Report
-from sae_lab.plots.style import COLOURS, GREY, MARKERS, draw, look, plain, stacked, subplots
+from sae_lab.plots.style import COLOURS, GREY, MARKERS, draw, look, plain, subplots
 from sae_lab.results import Figure, Result
 
 MOST = 30  # measures in one picture
@@ -25,7 +25,7 @@ def measures(result: Result) -> Drawing:
     if not rows:
         raise ValueError(f"this {type(result).__name__} holds no number to draw")
     names = list(dict.fromkeys(name for _, those in rows for name, _ in those))
-    figure, axes = stacked(len(rows[:MOST]), height=0.4 + 0.06 * len(names))
+    figure, axes = subplots(1, height=0.4 + 0.06 * len(names), width=6.0, rows=len(rows[:MOST]))
     for axis, (measure, those) in zip(axes, rows, strict=False):
         for name, found in those:
             number, y = names.index(name), -names.index(name)

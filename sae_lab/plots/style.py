@@ -85,24 +85,14 @@ def look(number: int) -> dict[str, Any]:
     }
 
 
-def subplots(columns: int, height: float, width: float = 3.6) -> tuple[Picture, list[Axes]]:
-    """A figure with a row of axes, ``width`` inches each. It is not pyplot's, so a notebook shows it once."""
-    figure = _picture(width * columns, height)
-    return figure, list(figure.subplots(1, columns, squeeze=False)[0])
-
-
-def stacked(rows: int, height: float, width: float = 6.0) -> tuple[Picture, list[Axes]]:
-    """A figure with a column of axes, ``height`` inches each."""
-    figure = _picture(width, height * rows)
-    return figure, list(figure.subplots(rows, 1, squeeze=False)[:, 0])
-
-
-def _picture(width: float, height: float) -> Picture:
+def subplots(columns: int, height: float, width: float = 3.6, rows: int = 1) -> tuple[Picture, list[Axes]]:
+    """A figure with axes, ``width`` by ``height`` inches each. It is not pyplot's, so a notebook shows it once."""
     if "ipykernel" in sys.modules:  # a cell shows a figure only once pyplot has loaded the notebook's backend
         import matplotlib.pyplot
 
         matplotlib.pyplot.draw_if_interactive()
-    return Picture(figsize=(width, height), layout="constrained")
+    figure = Picture(figsize=(width * columns, height * rows), layout="constrained")
+    return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
 
 
 def legend_beside(axis: Axes) -> None:

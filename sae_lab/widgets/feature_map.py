@@ -41,8 +41,7 @@ class FeatureMap(Linked):
     Traits: ``feature``, the selected one, an int or None, can be read, set and observed. Read only: ``points``,
     ``features`` and ``groups`` of what is drawn, in base64; ``note``, what the groups are; ``error``.
 
-    Raises:
-        ValueError: points or groups of another shape, more points than that, a feature that the coder does not have.
+    Raises ValueError for points or groups of another shape, more points, and a feature that the coder does not have.
     """
 
     _esm = STATIC / "feature_map.js"
@@ -76,13 +75,6 @@ class FeatureMap(Linked):
     @checked("feature")
     def _valid(self, feature: Any) -> int | None:
         return None if feature is None else check_feature(feature, self.d_sae)
-
-    def _chosen(self) -> dict[str, Any]:
-        return {} if self.feature is None else {"feature": self.feature, "site": self._site}
-
-    def _take(self, name: str) -> None:
-        if (feature := self._feature_of(self._site, self.d_sae)) is not None:
-            self.feature = feature
 
     @quick
     def label(self, feature: int) -> str:

@@ -48,9 +48,8 @@ class PatchingGrid(Linked):
     ``truth``, [kind, layer, position, value] of each true patch; ``features``, those of the cells that were opened;
     ``progress``, [done, all] while patches run, else []; ``error``, why the last action failed.
 
-    Raises:
-        ValueError: texts that are empty or of unequal length, an answer that is not one token, a coder that is no SAE
-            at a site of the grid.
+    Raises ValueError for texts that are empty or of unequal length, an answer that is not one token, and a coder that
+    is no SAE at a site of the grid.
     """
 
     _esm = STATIC / "patching.js"

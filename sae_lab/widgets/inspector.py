@@ -47,8 +47,7 @@ class FeatureInspector(Linked):
     feature, density, max, tokens and label each; ``results_note``, what the list is; ``overview``, a histogram of log10
     density over the live features; ``live``, whether model and coder are loaded; ``error``, why the last action failed.
 
-    Raises:
-        ValueError: ``feature`` or ``pinned`` is not an int from 0 to ``d_sae - 1``.
+    Raises ValueError for a ``feature`` or ``pinned`` that is not an int from 0 to ``d_sae - 1``.
     """
 
     _esm = STATIC / "inspector.js"
@@ -68,12 +67,12 @@ class FeatureInspector(Linked):
     live = traitlets.Bool().tag(sync=True)
 
     def __init__(self, index: FeatureIndex, feature: int | None = None, *, session: Session | None = None) -> None:
-        self._index = index
+        self._index, self.d_sae = index, index.d_sae
         self._site = "" if index.site is None else index.site.key
         self._tried = ""  # the text that was scored last
         self.session = session or Session()
         if feature is None:
-            feature = self._feature_of(self._site, index.d_sae)
+            feature = self._feature_of(self._site, self.d_sae)
         feature = self._valid_feature(index.best() if feature is None else feature)
         results, note = self._listing("", "best")
         # The whole state goes into the first message, so that a view can be drawn at once.
@@ -86,25 +85,18 @@ class FeatureInspector(Linked):
         self.observe(self._on_feature, "feature")
         self.observe(self._on_search, ["query", "sort"])
         self.observe(self._on_pinned, "pinned")
-        self._link()
         index.notes.listeners.append(self._on_notes)
+        self._link(lambda: index.notes.listeners.remove(self._on_notes))
 
     def _valid_feature(self, feature: Any) -> int:
         try:
-            return check_feature(feature, self._index.d_sae)
+            return check_feature(feature, self.d_sae)
         except ValueError as error:
             remedy = "index.best() names a live one, index.search(text) finds features by token"
             raise ValueError(f"{error}; {remedy}") from None
 
     _open = checked("feature")(_valid_feature)
     _pin = checked("pinned")(lambda self, feature: None if feature is None else self._valid_feature(feature))
-
-    def _chosen(self) -> dict[str, Any]:
-        return {"feature": self.feature, "site": self._site}
-
-    def _take(self, name: str) -> None:
-        if (feature := self._feature_of(self._site, self._index.d_sae)) is not None:
-            self.feature = feature
 
     def _on_feature(self, _change: object) -> None:
         with self._lock, self._reported():
@@ -257,14 +249,8 @@ class FeatureInspector(Linked):
             lines.append(f"print({name}.score({self.feature}, {self._tried!r}))")
         return "\n".join(lines)
 
-    def close(self) -> None:
-        """Take the widget off the page, and out of the session."""
-        if self._linked:
-            self._index.notes.listeners.remove(self._on_notes)
-        super().close()
-
     def __repr__(self) -> str:
-        return f"FeatureInspector(feature={self.feature}, d_sae={self._index.d_sae})"
+        return f"FeatureInspector(feature={self.feature}, d_sae={self.d_sae})"
 
     def _html(self) -> Html:
         return feature_html(self.view, self.note)

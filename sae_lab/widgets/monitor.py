@@ -58,8 +58,7 @@ class TrainingMonitor(Panel):
     ``monitor.code()`` the call that does the same again. While a cell trains, clicks are heard on ipykernel 7 only;
     ``start`` works with every kernel.
 
-    Raises:
-        ValueError: some of coder, data and config without the others.
+    Raises ValueError for one or two of coder, data and config without the others.
     """
 
     _esm = STATIC / "monitor.js"

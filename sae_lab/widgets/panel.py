@@ -205,9 +205,6 @@ class Panel(anywidget.AnyWidget):
             self.error = in_words(error)
             raise
 
-    def __repr__(self) -> str:
-        raise NotImplementedError
-
     def _repr_mimebundle_(self, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]] | None:
         bundle = super()._repr_mimebundle_(**kwargs)
         if bundle is None:  # it has no view

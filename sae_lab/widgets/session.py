@@ -237,23 +237,27 @@ class Linked(Panel):
 
     A subclass names the traits that choose (``_chooses``), says what they choose (``_chosen``, the arguments of
     ``Selection.pick``), takes up what another panel chose (``_take``), and calls ``_link`` at the end of ``__init__``.
-    While a panel tells the session what is chosen it does not listen, and while it takes something up it does not
-    tell: so nothing echoes.
+    One that chooses a feature of one coder needs ``_site`` and ``d_sae`` alone. While a panel tells the session what is
+    chosen it does not listen, and while it takes something up it does not tell: so nothing echoes.
     """
 
     _chooses: tuple[str, ...] = ()
     _telling = _linked = False
+    feature: Any
+    _site: str
+    d_sae: Any
 
     def __init__(self, session: Session, **state: Any) -> None:
         self.session = session
         super().__init__(lock=session.selection._lock, **state)
 
     def _chosen(self) -> dict[str, Any]:
-        raise NotImplementedError
+        return {} if self.feature is None else {"feature": self.feature, "site": self._site}
 
     def _take(self, name: str) -> None:
         """name: which part of the selection has changed, one of ``SELECTED``."""
-        raise NotImplementedError
+        if (feature := self._feature_of(self._site, self.d_sae)) is not None:
+            self.feature = feature
 
     def _feature_of(self, site: str, d_sae: int) -> int | None:
         """The selected feature, if it is one at this site and below ``d_sae``."""
@@ -261,10 +265,11 @@ class Linked(Panel):
         mine = selected.site == site and selected.feature is not None and selected.feature < d_sae
         return selected.feature if mine else None
 
-    def _link(self) -> None:
+    def _link(self, unlink: Callable[[], None] = lambda: None) -> None:
+        """unlink: called on closing."""
         self.observe(self._tell, list(self._chooses))
         self.session.selection.observe(self._hear, list(SELECTED))
-        self._linked = True
+        self._linked, self._unlink = True, unlink
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[bool]:
@@ -291,6 +296,7 @@ class Linked(Panel):
         if self._linked:
             self._linked = False
             self.session.selection.unobserve(self._hear, list(SELECTED))
+            self._unlink()
         super().close()
 
 

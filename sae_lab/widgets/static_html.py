@@ -40,12 +40,17 @@ def table(head: Sequence[object], rows: Sequence[Sequence[object]]) -> Html | No
 def feature_html(view: Mapping[str, Any], note: Mapping[str, str] | None = None) -> Html:
     """A feature, from ``FeatureView.to_dict()``, and your note on it."""
     label = f": {note['label']}" if note and note["label"] else ""
+    numbers = {
+        "density": f"{figure(100 * view['density'])} %",
+        "fires on": f"{view['count']:,} of {view['tokens_seen']:,} tokens",
+        **{name: figure(view[name]) for name in ("mean", "max", "f_scale")},
+    }
     near = ", ".join(f"{feature} ({cosine:.2f})" for feature, cosine in view["neighbours"])
     return block(
         tag("p", tag("b", "Feature ", view["feature"]), f" of {view['d_sae']:,}{label}"),
         tag("p", note["text"]) if note and note["text"] else None,
         *(_explanation(said) for said in view.get("explanations", [])),
-        _numbers(view),
+        table(list(numbers), [list(numbers.values())]),
         _contexts(view["groups"]),
         *_lens(view),
         tag("p", f"Nearest decoder rows (cosine): {near or 'none'}"),
@@ -55,15 +60,6 @@ def feature_html(view: Mapping[str, Any], note: Mapping[str, str] | None = None)
 def _explanation(said: Mapping[str, Any]) -> Html:
     scores = ", ".join(f"{name} {value:.2f}" for name, value in said["scores"].items())
     return tag("p", f"{said['text']} ({said['source']}{': ' * bool(scores)}{scores})")
-
-
-def _numbers(view: Mapping[str, Any]) -> Html | None:
-    cells = {
-        "density": f"{figure(100 * view['density'])} %",
-        "fires on": f"{view['count']:,} of {view['tokens_seen']:,} tokens",
-        **{name: figure(view[name]) for name in ("mean", "max", "f_scale")},
-    }
-    return table(list(cells), [list(cells.values())])
 
 
 def _contexts(groups: Sequence[Mapping[str, Any]]) -> Html:

@@ -57,8 +57,7 @@ class SteeringSliders(Linked):
     results belong to: a screen generates until they are equal, in Python ``run()`` does. Read only too: ``sliders`` and
     ``others``, the session's edits; ``running``, ``measuring``; ``d_sae``; ``error``, why the last action failed.
 
-    Raises:
-        ValueError: a feature that the coder does not have or that never fired, a setting out of range.
+    Raises ValueError for a feature that the coder does not have or that never fired, and for a setting out of range.
     """
 
     _esm = STATIC / "steering.js"
@@ -103,21 +102,16 @@ class SteeringSliders(Linked):
         prompt = (session.selection.prompt or PROMPT) if prompt is None else prompt
         super().__init__(session, prompt=prompt, max_new_tokens=max_new_tokens, d_sae=coder.d_sae)
         session.selection.prompt = self.prompt
-        for feature, strength in _strengths(features).items():
-            self.add(feature, strength)
+        given = [] if features is None else features if isinstance(features, Iterable) else [features]
+        for feature in given:
+            self.add(feature, features[feature] if isinstance(features, Mapping) else 1.0)
         self._take("feature")
         if features is None and self.selected is not None and not any(self._entries()):
             self.add(self.selected)
         self._follow_edits()
         self.observe(self._changed, ["prompt", "temperature", "seed", "max_new_tokens"])
         session.edits.observe(self._follow_edits, "rows")
-        self._link()
-
-    def close(self) -> None:
-        """Take the widget off the page, and out of the session."""
-        if self._linked:
-            self.session.edits.unobserve(self._follow_edits, "rows")
-        super().close()
+        self._link(lambda: session.edits.unobserve(self._follow_edits, "rows"))
 
     @checked("temperature")
     def _valid_temperature(self, value: float) -> float:
@@ -410,14 +404,6 @@ class SteeringSliders(Linked):
     def __repr__(self) -> str:
         rows = ", ".join(f"{'+'.join(map(str, row['features']))}: {row['strength']:g}" for row in self.sliders)
         return f"SteeringSliders({{{rows}}}, prompt={self.prompt!r})"
-
-
-def _strengths(features: Strengths) -> dict[Any, float]:
-    if features is None:
-        return {}
-    if isinstance(features, Mapping):
-        return {feature: float(strength) for feature, strength in features.items()}
-    return dict.fromkeys(features if isinstance(features, Iterable) else [features], 1.0)
 
 
 def _within(name: str, value: Any, least: float, below: float, rule: str) -> Any:

@@ -108,7 +108,8 @@ def html_of(
 def _detail_html(detail: Mapping[str, Any]) -> list[Html | None]:
     if not detail:
         return []
-    lines: list[Html | None] = [tag("p", f"Token {detail['position']} ", code(detail["label"]), f", {_count(detail)}")]
+    active = "left out" if detail["active"] is None else f"{detail['active']} active features"
+    lines: list[Html | None] = [tag("p", f"Token {detail['position']} ", code(detail["label"]), f", {active}")]
     if detail["note"]:
         lines.append(tag("p", detail["note"]))
     if not detail["rows"]:
@@ -128,7 +129,3 @@ def _detail_html(detail: Mapping[str, Any]) -> list[Html | None]:
         named = {name: f"{name} {figure(value, '+.2f')}" for name, value in parts.items()}
         lines.append(tag("p", f"Its centred {named.pop('logit')} = {', '.join(named.values())}"))
     return lines
-
-
-def _count(detail: Mapping[str, Any]) -> str:
-    return "left out" if detail["active"] is None else f"{detail['active']} active features"

@@ -48,8 +48,7 @@ class TokenFeatures(Linked):
     Direct effects (``circuits.direct_effects``) need a coder that writes to the residual stream or at attn_z, and a
     model on this machine. Without them the features alone are listed, and the panel says why.
 
-    Raises:
-        ValueError: a coder that does not fit the model, a prompt that is too long, a position beyond the prompt.
+    Raises ValueError for a coder that does not fit the model, a prompt that is too long, and a position beyond it.
     """
 
     _esm = STATIC / "tokens.js"
