@@ -129,15 +129,11 @@ class Shown:
         raise NotImplementedError
 
     def _header(self) -> str:
-        return self._filled(self._above)
+        return filled(self._above, self)
 
     def _footer(self) -> str:
         """On what it was measured: tokens, documents, seeds, mask."""
-        return self._filled(self._below)
-
-    def _filled(self, text: str) -> str:
-        """A text with this object's attributes in place of the names in braces."""
-        return filled(text, self)
+        return filled(self._below, self)
 
     def __repr__(self) -> str:
         table = text_table(self._rows(), self._footer(), self._sides(), self._gap)
@@ -263,8 +259,8 @@ class Result(Shown):
         error = f.metadata["error"] or f"{f.name}_se" * (f"{f.name}_se" in named)
         control = f.metadata["control"]
         return told._replace(
-            key=f.name, value=getattr(self, f.name), meaning=self._filled(told.meaning),
-            control_name=self._filled(told.control_name), error=getattr(self, error) if error else math.nan,
+            key=f.name, value=getattr(self, f.name), meaning=filled(told.meaning, self),
+            control_name=filled(told.control_name, self), error=getattr(self, error) if error else math.nan,
             control=attrgetter(control)(self) if control else math.nan,
         )  # fmt: skip
 

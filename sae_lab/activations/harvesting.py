@@ -177,10 +177,18 @@ class _Harvest:
     def _open(self) -> dict[str, Any]:
         file = self.folder / "manifest.json"
         if not file.exists():
+            import transformers
+
+            from sae_lab import __version__
+
             cache.make_folder(self.folder)
+            versions = {
+                "sae_lab": __version__, "torch": torch.__version__, "transformers": transformers.__version__,
+                "python": platform.python_version(), "threads": torch.get_num_threads(),
+            }  # fmt: skip
             return {
                 "format": "sae_lab store", "version": VERSION, "identity": self.identity, "mask": None, "scales": {},
-                "complete": False, "shards": [], "made_with": _versions(),
+                "complete": False, "shards": [], "made_with": versions,
             }  # fmt: skip
         manifest = read_manifest(self.folder)
         differences = [
@@ -441,14 +449,3 @@ def _crc(file: Path) -> int:
         while part := f.read(1 << 24):
             value = zlib.crc32(part, value)
     return value
-
-
-def _versions() -> dict[str, Any]:
-    import transformers
-
-    from sae_lab import __version__
-
-    return {
-        "sae_lab": __version__, "torch": torch.__version__, "transformers": transformers.__version__,
-        "python": platform.python_version(), "threads": torch.get_num_threads(),
-    }  # fmt: skip

@@ -20,7 +20,7 @@ from sae_lab.results import Result, figure, result
 from sae_lab.saes import kernels
 from sae_lab.saes.base import SparseCoder
 from sae_lab.stats import clustered_error
-from sae_lab.types import Site, TokenBatch, TokenMask, Write
+from sae_lab.types import Site, TokenBatch, Write
 
 AT_STAKE = 0.1  # nats/token that an ablation must cost, and
 SURE = 3  # how many of its standard errors, for a share of that cost to mean something
@@ -173,8 +173,15 @@ def read_and_reconstruct(
     """One pass to the coder's site, and its reconstruction there, in eval mode. ValueError where no token is kept."""
     at, layer = _splice_site(coder, lm, site)
     mask = coder.mask or lm.mask()
+    # One context at a time, as they are spliced later: another shape rounds differently, and the identity must cost 0.
+    # On a server that would be eight times the requests.
+    at_once = 8 if lm.remote else 1
+    texts = [c.ids for c in contexts]
+    batches = [pad(texts[start : start + at_once]) for start in range(0, len(texts), at_once)]
     with coder.evaluating():
-        acts, ids, kept = _read(lm, [*coder.reads, at], contexts, mask)
+        acts = read_real(lm, list(dict.fromkeys([*coder.reads, at])), batches)
+        ids = torch.tensor([i for text in texts for i in text])
+        kept = mask.keep(ids, torch.cat([torch.arange(len(text)) for text in texts]), acts)
         if not kept.any():
             raise ValueError(f"the coder's mask leaves out every token ({mask}): evaluate with another mask or text")
         if coder.meta.get("centred"):  # trained without the mean coordinate, which norms ignore
@@ -212,20 +219,6 @@ def _splice_site(coder: SparseCoder, lm: LM, site: Site | str | None) -> tuple[S
     if at not in writes:
         raise ValueError(f"this coder writes {', '.join(map(repr, writes))}, got site={at}")
     return at, writes.index(at) if len(coder.out_shape) > 1 else None
-
-
-def _read(
-    lm: LM, sites: list[Site], contexts: list[Context], mask: TokenMask
-) -> tuple[dict[Site, Tensor], Tensor, Tensor]:
-    """All activations ``tokens d`` of each site, the token ids, and which of them are kept."""
-    # One context at a time, as they are spliced later: another shape rounds differently, and the identity must cost 0.
-    # On a server that would be eight times the requests.
-    at_once = 8 if lm.remote else 1
-    rows = [c.ids for c in contexts]
-    batches = [pad(rows[start : start + at_once]) for start in range(0, len(rows), at_once)]
-    acts = read_real(lm, list(dict.fromkeys(sites)), batches)
-    ids, positions = (torch.cat(x) for x in zip(*((b.ids[b.mask], b.positions[b.mask]) for b in batches), strict=True))
-    return acts, ids, mask.keep(ids, positions, acts)
 
 
 @torch.no_grad()

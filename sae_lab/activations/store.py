@@ -372,6 +372,9 @@ class Rows(Shuffled):
     def __len__(self) -> int:
         return len(self.x)
 
+    def batch(self, step: int, batch_size: int, seed: int = 0) -> Batch:  # not checked, in each training step
+        return self._batch(shuffled(self._split[0], step, batch_size, seed))
+
     def _x(self, rows: np.ndarray) -> Tensor:
         return self.x[torch.from_numpy(rows).to(self.x.device)].float()
 

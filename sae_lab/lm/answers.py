@@ -13,14 +13,12 @@ import threading
 import zipfile
 from collections.abc import Callable
 from typing import Any, NamedTuple
-from urllib.parse import quote
 
 import httpx
 import torch
 import websocket
 
 from sae_lab import files
-from sae_lab.lm import forms
 
 TALK = 1 << 20  # bytes of an answer that is no result: the longest is a status with a traceback
 TOLD = 4000  # characters of a server's message that an error repeats
@@ -93,12 +91,14 @@ def _failure(err: BaseException, scrub: Callable[[str], str]) -> Failure:
 def read(answer: httpx.Response, most: int, left: Callable[[], float]) -> bytes:
     """The body of an answer with status 200 and at most ``most`` bytes. NoAnswer for any other."""
     if answer.status_code != 200:
-        told = _body(answer, TALK, left)
+        body = _body(answer, TALK, left)
         if answer.is_redirect:
             raise NoAnswer("it sends us to another address: name the server by that address")
-        raise NoAnswer(
-            f"it answered with status {answer.status_code}: {_detail(told)}", answer.status_code in (502, 503, 504)
-        )
+        try:
+            told = str(json.loads(body)["detail"])  # as FastAPI writes an error
+        except (ValueError, KeyError, TypeError, RecursionError):
+            told = body[:2000].decode(errors="replace")
+        raise NoAnswer(f"it answered with status {answer.status_code}: {told}", answer.status_code in (502, 503, 504))
     return _body(answer, most, left)
 
 
@@ -113,14 +113,6 @@ def _body(answer: httpx.Response, most: int, left: Callable[[], float]) -> bytes
         if left() <= 0:
             raise NoAnswer("its answer did not end in time")
     return bytes(body)
-
-
-def _detail(body: bytes) -> str:
-    """FastAPI's text of an error, or the beginning of the answer."""
-    try:
-        return str(json.loads(body)["detail"])
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return body[:2000].decode(errors="replace")
 
 
 def status(text: str | bytes, id: str | None, scrub: Callable[[str], str]) -> Any:
@@ -204,17 +196,3 @@ def loaded(content: bytes, most: int, packed: bool) -> Any:
     except ValueError as err:
         raise NoAnswer(f"its result is not what was asked for: {err}") from None
     return found
-
-
-def checked(found: Any, form: Any) -> Any:
-    """A value, which must have the form (see ``forms.has``), else NoAnswer."""
-    if not forms.has(found, form):
-        raise NoAnswer(f"its result is not what was asked for: {forms.said(form)}, got {forms.said(found)}")
-    return found
-
-
-def scrubbed(text: str, key: str) -> str:
-    """A server's text without the key, in any case or quoted for an address, and without control characters."""
-    for secret in {key, quote(key, safe="")} - {""}:
-        text = re.sub(re.escape(secret), "<your key>", text, flags=re.IGNORECASE)
-    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)

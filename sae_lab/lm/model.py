@@ -246,7 +246,7 @@ class LM:
             after: a function (x "batch pos d", tokens) -> what comes back instead of an activation, or one per site.
                 Like that of ``logits`` it runs where the model runs, so that a server sends less.
             form: of what the function of ``logits``, else of ``after``, returns (one, or one per site): a server's
-                answer is checked against it (``answers.checked``).
+                answer is checked against it (``forms.has``).
             expected: bytes of that, if more than the activations and logits have.
         """
         import nnsight

@@ -8,6 +8,7 @@ reads results as tensors and plain data, so that no server can run code here, bl
 import itertools
 import logging
 import os
+import re
 import sys
 import threading
 import time
@@ -96,7 +97,7 @@ class Server:
         return f"Server({self.host!r}, deadline={self.deadline:g})"
 
     def request(self, model: Any, form: Any, expected: int, listen: bool = False) -> "Request":
-        """One request, for ``trace(backend=)`` or ``session(backend=)``. form: of its result, see ``answers.checked``;
+        """One request, for ``trace(backend=)`` or ``session(backend=)``. form: of its result, see ``forms.has``;
         expected: the result's bytes; listen: whether ``lines()`` gives what it prints."""
         register_travelling()
         job, most = getattr(self._present, "job", None), answers.TALK + answers.SLACK * expected
@@ -117,8 +118,10 @@ class Server:
             self._present.job = job
 
     def scrub(self, text: str) -> str:
-        """A server's text without the key, so that an error may repeat it."""
-        return answers.scrubbed(text, self._key)
+        """A server's text without the key, in any case or quoted for an address, and without control characters."""
+        for secret in {self._key, quote(self._key, safe="")} - {""}:
+            text = re.sub(re.escape(secret), "<your key>", text, flags=re.IGNORECASE)
+        return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 class Job:
@@ -182,7 +185,7 @@ class Request(RemoteBackend):
     """nnsight's remote backend, which here only sends; ``saved()`` waits, after the trace, without the model's lock.
 
     By default the server is asked for the status, so that a broken connection loses nothing. What a block prints comes
-    through a websocket; if that breaks, so does the request. form: of the result, see ``answers.checked``; most: bytes
+    through a websocket; if that breaks, so does the request. form: of the result, see ``forms.has``; most: bytes
     that the result may have.
     """
 
@@ -258,7 +261,10 @@ class Request(RemoteBackend):
         if not isinstance(found, dict) or name not in found:
             raise answers.NoAnswer(f"its result is not what was asked for: {name}, got {forms.said(found)}")
         self.server.received += len(content)
-        return answers.checked(found[name], self.form)
+        if not forms.has(found[name], self.form):
+            said = f"{forms.said(self.form)}, got {forms.said(found[name])}"
+            raise answers.NoAnswer(f"its result is not what was asked for: {said}")
+        return found[name]
 
     def _open(self, method: str, where: str, headers: dict[str, str], **what: Any) -> Any:
         headers = headers | {"Accept-Encoding": "identity"}

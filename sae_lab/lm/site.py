@@ -21,6 +21,8 @@ from sae_lab.lm.observing import ROWS, TOKENS, times, watch
 from sae_lab.lm.passes import Place, first_tensor
 from sae_lab.types import KINDS, Site
 
+_IN_A_LIST = re.compile(r"(^|\.)\d+(\.|$)")
+
 
 class SiteMap:
     """Sites of one causal LM, found by one pass over a short text."""
@@ -28,7 +30,11 @@ class SiteMap:
     def __init__(self, model: nn.Module):
         self.model: Any = model
         self.modules = dict(model.named_modules())
-        lists = _lists(self.modules)
+        lists = {  # of modules, in no other list: path -> length
+            path: len(module)
+            for path, module in self.modules.items()
+            if isinstance(module, nn.ModuleList | nn.Sequential) and len(module) and not _IN_A_LIST.search(path)
+        }
         self._flow, out = watch(model, {f"{path}.{i}" for path, n in lists.items() for i in range(n)})
         self._seen = self._flow.seen
         _require_causal(out)
@@ -203,12 +209,3 @@ def _require_causal(out: Any) -> None:
             f"sae_lab reads causal language models, and in this one a later token changes the logits of earlier ones "
             f"(by {off:.2%}), as in an encoder: load a decoder (for BERT and its kin, is_decoder=True)"
         )
-
-
-def _lists(modules: dict[str, nn.Module]) -> dict[str, int]:
-    """Lists of modules that lie in no other list: path -> length."""
-    return {
-        path: len(module)
-        for path, module in modules.items()
-        if isinstance(module, nn.ModuleList | nn.Sequential) and len(module) and not re.search(r"(^|\.)\d+(\.|$)", path)
-    }

@@ -301,7 +301,9 @@ def load_text(
             )  # fmt: skip
         return text
     if source == "mix":
-        return from_documents(_mix(), "mix")
+        ordered = [document for documents in mix_sources().values() for document in documents]
+        np.random.default_rng(0).shuffle(ordered)  # in a fixed order, so that every slice holds all kinds
+        return from_documents(ordered, "mix")
     if not str(source).strip():
         raise ValueError("load_text got an empty name: pass a file, a folder, a hub dataset id, or a list of str")
     path = Path(str(source)).expanduser()
@@ -471,13 +473,6 @@ def _wikipedia() -> list[str]:
     import pandas as pd
 
     return pd.read_parquet(WIKIPEDIA)["text"].tolist()
-
-
-def _mix() -> list[str]:
-    """Wikipedia and the texts of ``_MIX``, in a fixed random order, so that every slice holds all kinds."""
-    ordered = [document for documents in mix_sources().values() for document in documents]
-    np.random.default_rng(0).shuffle(ordered)
-    return ordered
 
 
 def mix_sources() -> dict[str, list[str]]:
