@@ -1,5 +1,5 @@
-"""What a call will take. Each room that works for long reckons its ``cost`` from a short trial of the real work, and
-``sl.estimate`` asks for it. Here are the type of the answer, the clock, and the meter of memory."""
+"""The cost of a call. Each room with long work estimates its ``cost`` from a short trial of that work, for
+``sl.estimate``. Here are the type of the answer, the clock, and the meter of memory."""
 
 import ctypes
 import resource
@@ -19,10 +19,10 @@ TRIAL_SECONDS = 5  # how long passes and steps are tried, at least one pass and 
 
 
 class Cost(NamedTuple):
-    """What a call will take.
+    """The cost of a call.
 
-    trial: what was run to tell. seconds: of all the work that is left. disk: bytes, the most that the call adds at any
-    moment. ram, vram: bytes above those in use, at the peak. parts: further figures, by names that say their unit.
+    trial: the work that was tried, in words. seconds: of all the work that is left. disk: bytes, the most that the call
+    adds at any moment. ram, vram: bytes above those in use, at the peak. parts: further figures, by name and unit.
     """
 
     trial: str
@@ -39,7 +39,7 @@ def cuda_devices() -> range:
 
 
 def now() -> float:
-    """Seconds on a clock, once the GPUs have done what was asked of them."""
+    """Seconds on a clock, read when the GPUs have finished their work."""
     for device in cuda_devices():
         torch.cuda.synchronize(device)
     return time.perf_counter()

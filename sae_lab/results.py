@@ -1,6 +1,6 @@
-"""What a result shows: figures with their controls, as a table in a terminal and in a notebook.
+"""Results: figures with their controls, as a table in a terminal and in a notebook.
 
-Text of a checkpoint, a tokenizer or a document becomes HTML here and nowhere else.
+Only this module makes HTML of text that comes from checkpoints, tokenizers or documents.
 """
 
 import html as _html
@@ -19,8 +19,8 @@ import numpy as np
 
 from sae_lab.arguments import as_annotated
 
-# What draws nothing, moves a terminal's cursor or turns the direction of reading, in code points; half a surrogate
-# pair, which no file holds. The widgets have the same list, in widgets/src/shared/visible.ts.
+# Code points that draw nothing, move a terminal's cursor or turn the direction of reading; halves of surrogate pairs,
+# which no file can hold. The widgets have the same list, in widgets/src/shared/visible.ts.
 HIDDEN = (
     "0000-001F 007F-00A0 00AD 034F 061C 115F-1160 17B4-17B5 180B-180F 200B-200F 2028-202E 2060-206F 3164 D800-DFFF "
     "FE00-FE0F FEFF FFA0 FFF0-FFFB 1BCA0-1BCA3 1D173-1D17A E0000-E0FFF"
@@ -132,7 +132,7 @@ class Shown:
         return filled(self._above, self)
 
     def _footer(self) -> str:
-        """On what it was measured: tokens, documents, seeds, mask."""
+        """The data of the measurement: tokens, documents, seeds, mask."""
         return filled(self._below, self)
 
     def __repr__(self) -> str:
@@ -168,9 +168,9 @@ UNDEFINED = "undefined"  # what a table shows for NaN
 
 
 class Figure(NamedTuple):
-    """One number that was measured, with what it is read against.
+    """One measured number, with its control.
 
-    error: its standard error; control: the same measure where nothing is to be found (``control_name`` says what was
+    error: its standard error; control: the same measure on data without the effect (``control_name`` says what was
     shuffled, drawn or left out); NaN: none. meaning: a few words, with units. best: "high" or "low"; "": neither is
     better. digits: after the point, or a format such as ".1%". key: the field of the result that holds the value.
     """

@@ -109,8 +109,6 @@ def f1(hits: Any, said: Any, true: Any) -> Any:
 
 
 def permutation_p(found: float, drawn: np.ndarray) -> float:
-    """The share of draws under the null that are at least as large as what was found: (1 + hits)/(1 + n).
-
-    What was found counts as a draw, so that p is never 0: n draws cannot show less than 1/(1 + n).
-    """
+    """The share of n draws under the null that are at least as large as the value found: (1 + hits)/(1 + n). The value
+    found counts as a draw, so that p is never 0."""
     return (1 + int((np.asarray(drawn) >= found).sum())) / (1 + len(drawn))

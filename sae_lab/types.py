@@ -176,7 +176,7 @@ class TokenMask:
 
     A token is left out when its id is special, when it stands at position 0 (an attention sink in most models), or
     when its activation's norm at any known site exceeds ``max_norm[site.key]`` (4x the median norm of a store's
-    first shard). One rule serves all sites of a store: what is left out at one is left out at all.
+    first shard). A token left out at one site of a store is left out at all.
     """
 
     special_ids: tuple[int, ...] = ()
@@ -231,7 +231,7 @@ class Batch:
     """Rows of a training step. ``target is x`` for an SAE, another tensor for a transcoder; those of a crosscoder have
     an axis of layers after the batch. tokens, positions: of each row, for activations of text."""
 
-    x: Shaped[Tensor, "batch *d_in"]  # floats: what reads all of them has its own look at each batch
+    x: Shaped[Tensor, "batch *d_in"]  # floats, whose values training checks
     target: Shaped[Tensor, "batch *d_out"]
     tokens: Int[Tensor, " batch"] | None = None
     positions: Int[Tensor, " batch"] | None = None
@@ -308,14 +308,14 @@ class Write(NamedTuple):
     before: tuple[Site, ...] = ()
 
 
-class Editing(ABC):  # noqa: B024 (known by what it has, not by its ancestors)
-    """What ``edits=`` takes one of, or a list: it says by ``writes(lm, batch, new)`` what the model must do."""
+class Editing(ABC):  # noqa: B024 (any class with a method ``writes``)
+    """An edit, of which ``edits=`` takes one or a list: its ``writes(lm, batch, new)`` gives the model's writes."""
 
     IN_WORDS = "edits (sl.Steer, sl.Clamp...)"
 
     @classmethod
     def __subclasshook__(cls, other: type) -> bool:
-        return callable(getattr(other, "writes", None))  # a coder's ``writes`` are sites, and of each its own
+        return callable(getattr(other, "writes", None))  # a coder's ``writes`` are sites, no method
 
 
 if TYPE_CHECKING:

@@ -1,2 +1,2 @@
-"""What a model does inside: ``harvesting`` writes a ``store``, ``reading`` reads prompts through a coder, ``contexts``
-and ``reconstructing`` measure how well a coder stands in for what it read, ``world`` is rows whose truth is known."""
+"""Activations: ``harvesting`` writes a ``store``, ``reading`` reads prompts through a coder, ``contexts`` and
+``reconstructing`` measure how well a coder replaces the activations, ``world`` is data with known features."""

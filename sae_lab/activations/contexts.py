@@ -12,8 +12,8 @@ MOST_DOCUMENTS = 64
 
 
 def context_length(coder: SparseCoder, lm: LM, tokens: int, context: int | None = None) -> int:
-    """``context``, or by default what the coder was trained with, else 128 tokens. ValueError for a length that the
-    model cannot read, and for no tokens."""
+    """The length ``context``, by default that of the coder's training, else 128 tokens. ValueError for a length that
+    the model cannot read, and for no tokens."""
     context = trained_context(coder) if context is None else context
     if tokens < 1:
         raise ValueError(f"tokens must be positive, got {tokens}")

@@ -52,18 +52,19 @@ def harvest(
     mask: TokenMask | None = None,
     coder: SparseCoder | None = None,
 ) -> Store:
-    """Read ``tokens`` kept activations at the sites into a store on disk, or open the one that is there.
+    """``store = sl.harvest(lm, site, text)``: read ``tokens`` kept activations at the sites into a store on disk, or
+    open the store if it exists.
 
     One pass serves all sites and stops at the deepest. Killed at any moment and called again, it goes on from the last
-    whole shard; asked for more tokens, it adds to what is there; a damaged shard is made again.
+    whole shard; asked for more tokens, it adds shards; a damaged shard is made again.
 
     Args:
         path: a folder; None is one in the cache, named by model, sites, text and settings.
         context: tokens the model sees at once, prefix included.
         pack: let contexts span documents.
         mask: which tokens count; None is ``lm.mask()`` and a norm of at most 4 medians of the first shard.
-        coder: keep its codes in place of activations, by its own mask. They are smaller, and all that a server then
-            sends; such a store can be indexed (``sl.index_features``) with that coder, and not trained on.
+        coder: keep its codes in place of activations, by its own mask. They are smaller, also on the way from a server;
+            such a store can be indexed (``sl.index_features``) with that coder, and not trained on.
 
     Of a model on a server the tokens that count are chosen there, and their activations come in half precision.
 
@@ -114,7 +115,7 @@ def _harvest(
 
 @dataclass
 class _Harvest:
-    """One call of harvest(): what is there, what is missing, and the loop that makes it."""
+    """One call of ``harvest``: it finds the missing shards, and makes them."""
 
     lm: LM
     sites: list[Site]
@@ -125,7 +126,7 @@ class _Harvest:
     coder: SparseCoder | None = None
 
     def run(self, tokens: int) -> Store:
-        """The store. What is missing is made first, while no other process writes there."""
+        """The store, its missing shards made first, while no other process writes there."""
         self.manifest = self._open()
         if (store := self._made(tokens)) is not None:
             cache.tidy(self.folder)
@@ -296,7 +297,7 @@ class _Harvest:
             for batch in batches
         ]
         keeps = {s: torch.cat([part[s]["keep"] for part in found]) for s in self.sites}
-        kept = torch.stack(list(keeps.values())).all(0)  # what is left out at one site is left out at all
+        kept = torch.stack(list(keeps.values())).all(0)  # a token left out at one site is left out at all
         tensors = {}
         for s in self.sites:
             parts = [part[s]["x"] for part in found]

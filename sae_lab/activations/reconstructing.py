@@ -99,16 +99,16 @@ def reconstruction(
     context: int | None = None,
     site: Site | str | None = None,
 ) -> Reconstruction:
-    """``sl.evals.reconstruction(sae, lm, text.held_out)``: what is lost when the coder is spliced into the model.
+    """``sl.evals.reconstruction(sae, lm, text.held_out)``: the loss added when the coder is spliced into the model.
 
-    FVU = Σ‖y−ŷ‖²/Σ‖y−ȳ‖² over kept tokens, y what the coder reconstructs. ΔCE = CE(spliced) − CE(clean), over every
-    predicted token, with the tokens that the mask leaves out passing unchanged. CE recovered = 1 − ΔCE/ΔCE(ablated);
-    none is given where ablation costs less than .1 nats or less than three of its standard errors.
+    FVU = Σ‖y−ŷ‖²/Σ‖y−ȳ‖² over kept tokens, y the activation that the coder reconstructs. ΔCE = CE(spliced) − CE(clean)
+    over every predicted token; tokens that the mask leaves out pass unchanged. CE recovered = 1 − ΔCE/ΔCE(ablated); NaN
+    where ablation costs less than .1 nats or less than three of its standard errors.
     Controls: mean and zero ablation, and PCA of rank k of y fitted on these same activations (which favours PCA).
 
     Args:
         text: held-out documents, e.g. ``text.held_out``. tokens: how many to read.
-        context: tokens the model sees at once; None is what the coder was trained with, else 128.
+        context: tokens the model sees at once; None is the length of the coder's training, else 128.
         site: of a crosscoder, which layer's reconstruction is spliced in and measured; None is the last.
     """
     _splice_site(coder, lm, site)
@@ -148,11 +148,11 @@ def reconstruction(
 
 
 class Measured(NamedTuple):
-    """Texts and what a coder makes of them; rows are the tokens of all contexts, one after another."""
+    """Texts and a coder's reconstructions; rows are the tokens of all contexts, one after another."""
 
     site: Site  # where the reconstruction goes in
     contexts: list[Context]
-    y: Tensor  # what is reconstructed there, "tokens d_out"
+    y: Tensor  # the activations to reconstruct, "tokens d_out"
     y_hat: Tensor
     active: Tensor  # features on, of each token
     kept: Tensor
@@ -206,7 +206,7 @@ def recovered(cost: float, ablated: float, error: float) -> float:
 
 
 def said_of(ablation: str, cost: float, error: float) -> str:
-    """What an ablation costs, and whether that is too little to give a share of it."""
+    """The cost of an ablation in words, and whether it is too small to give a share of it."""
     why = too_little(cost, error)
     return f"{ablation} costs {cost:.2f}" + (f", {why}: a share of that says nothing" if why else "")
 

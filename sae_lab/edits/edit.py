@@ -4,7 +4,7 @@ An edit turns codes z into z' for some features. With ``error="keep"`` (SAELens:
 (z' - z) to the activation, so that the reconstruction error stays, and an edit that changes no code leaves logits
 bit-equal. With ``error="drop"`` the activation becomes the reconstruction from z'.
 
-Classes here hold and check what the user asked for; ``grouping`` says what a list of them does together; the model runs
+Classes here hold and check the user's settings; ``grouping`` says how a list of edits acts together; the model runs
 the functions of ``rules``, bound to a few tensors. So an edit runs in any nnsight trace, also on a server without
 sae_lab:
 
@@ -192,7 +192,7 @@ class Edit:
             )
 
     def amount(self) -> Float[Tensor, " features"] | None:
-        """What it adds to the codes of every token, so that no codes are needed; None: that depends on the codes."""
+        """The number it adds to every token's codes, so that none need be made; None if it depends on the codes."""
         return None
 
     def error_of_another_run(self, lm: "LM") -> dict[str, Tensor] | None:
@@ -458,7 +458,7 @@ class Patch(Edit):
                 continue
             if self.positions is None and length != theirs:
                 raise ValueError(
-                    f"prompt {row} has {length} tokens and its source {theirs}: a patch takes what stands at the same "
+                    f"prompt {row} has {length} tokens and its source {theirs}: a patch takes the codes at the same "
                     "position, so give prompts of equal token lengths (lm.tokens(prompt) shows them), or positions="
                 )
             if beyond := [p for p in _listed(self.positions) if p >= theirs]:

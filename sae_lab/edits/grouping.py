@@ -1,4 +1,4 @@
-"""What a list of edits does to a model (see ``Edit``): which act together on codes, and which tokens count for them."""
+"""The groups of a list of edits (see ``Edit``): which act together on codes, and which tokens count for them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field

@@ -34,7 +34,7 @@ class Block:
     missing: dict[str, str] = field(default_factory=dict)
     w_o: str | None = None  # attention's output projection, which reads attn_z
     after_attention: str | None = None  # the norm between W_O and the stream (Gemma, OLMo 2)
-    w_o_factor: float | None = None  # of what W_O, or that norm, gives, where it is added to the stream; None: nowhere
+    w_o_factor: float | None = None  # times the output of W_O, or of that norm, is added to the stream; None: it is not
     adds: bool = False  # whether the stream before, as it is, is a part of the stream after
     hands_on: bool = False  # whether the next block gets the stream after as it is
     before_mlp: str | None = None  # the norm between resid_mid and mlp_in
@@ -216,7 +216,7 @@ class _Reader:
         return {a: self._made_of({a: 1.0}, {b: 1.0 for b in added if b != a}) for a in added}
 
     def _check(self) -> None:
-        """The identities, by value: what the forms say must be what the numbers do."""
+        """Drop kinds whose sums, as the forms have them, do not hold in numbers."""
         seen = [(kind, p, self.flow.seen[p.path, p.end].sketch) for kind, p in self.found.places.items()]
         x = {kind: place.factor * sketch for kind, place, sketch in seen if sketch is not None and not place.less}
         for parts, whole in broken_sums(x, self.enter.dtype):
@@ -245,7 +245,7 @@ class _Reader:
             self.found.missing[kind] = why
 
     def _kind(self, atoms: set[int]) -> str:
-        """What a sub-layer is that takes values from token to token."""
+        """A sub-layer that moves values between tokens, in words: "attention", or why it is none."""
         if self.flow.attends(atoms) or self._named(atoms, ("attn", "attention")):
             return "attention"
         return "a mixer of tokens without attention" if self.flow.mixes(atoms) else "no attention"
@@ -320,13 +320,13 @@ class _Reader:
         block.places["mlp_in"] = Place(*seen)
 
     def _is_gated_norm(self, path: str, makers: dict[str, int], before: Form) -> bool:
-        """Whether a module with a matrix is only a norm: it reads the stream, and another, later one what it gives."""
+        """Whether a module with a matrix is only a norm: it reads the stream, and a later module reads its output."""
         out = self.points[path, "output"]
         later = [p for p in makers if makers[p] > out.when and self.points[p, "input"].form == out.form]
         return bool(later) and self._is_stream(out) and self.points[path, "input"].form == before
 
     def _past_its_norm(self, path: str, makers: dict[str, int], before: Form) -> str:
-        """The module itself, or the first inside it that reads the stream no more, where a norm stands inside."""
+        """The module itself, or the module inside it that follows its norm."""
         inside = sorted((when, p) for p, when in makers.items() if p.startswith(path + "."))
         own = self.points[path, "input"].form
         if inside and times(own, before) is not None and self.points[inside[0][1], "input"].form != own:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 def has(found: Any, form: Any) -> bool:
     """Whether a value has a form: a jaxtyping annotation, a mapping of names to forms (those names and no others), a
-    function that tells, or None for anything. A size that an annotation names is the same wherever it stands."""
+    function that tells, or None for anything. A size of one name is the same in all annotations."""
     with jaxtyped("context"):
         return _has(found, form)
 

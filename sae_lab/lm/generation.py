@@ -1,6 +1,6 @@
 """Generation: the next token of each row, pass by pass, on this machine or on a server.
 
-Edits act on every position of the prompt and of what is generated. A pass reads the newest token alone, with the state
+Edits act on every position of the prompt and of the generated text. A pass reads the newest token alone, with the state
 that the model carries (``continuing``); or the whole text, where a model's state cannot be carried.
 """
 

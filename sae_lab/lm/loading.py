@@ -39,7 +39,7 @@ def no_code(source: Any, kwargs: dict[str, Any]) -> Iterator[dict[str, Any]]:
     try:
         yield kwargs | {"trust_remote_code": False}
     except (ValueError, ImportError) as err:
-        # What they name where there is code to run; a config may also ask for a compiled one (a kernel) of the hub.
+        # Words in an error about code to run; a config may also ask for compiled code (a kernel) from the hub.
         named = ("trust_remote_code",) if "attn_implementation" in kwargs else ("trust_remote_code", "kernels")
         if not any(word in str(err) for word in named):
             raise

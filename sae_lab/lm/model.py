@@ -280,7 +280,7 @@ class LM:
         return acts, _padded(out, batch) if self._server and logits is True else out
 
     def _request(self, batch: TokenBatch, reads: list[Site], logits: Any, after: Any, form: Any, expected: int) -> Any:
-        """The request of a pass, with the form and the size of what it saves."""
+        """The request of a pass, with the form and the size of its result."""
         many, made = int(batch.mask.sum()), None if callable(logits) else form
         forms: dict[str, Any] = {}
         for s in reads:
@@ -415,8 +415,8 @@ class LM:
     ) -> str | list[str]:
         """The prompts continued: a str for one prompt, else a list. temperature 0 is greedy; ``seed`` fixes sampling.
 
-        Edits act at every position of the prompt and of what is generated. Rows of unequal length run one after the
-        other, so that each gets what it gets alone.
+        Edits act at every position of the prompt and of the generated text. Rows of unequal length run one after the
+        other, so that each gets the same tokens as alone.
         """
         batch, writes, generator = self._ready_to_generate(prompts, edits, max_new_tokens, temperature, seed)
         ids = [row[:n] for row, n in zip(batch.ids.tolist(), batch.mask.sum(1).tolist(), strict=True)]

@@ -32,7 +32,7 @@ class Place(NamedTuple):
 class Step(NamedTuple):
     """One step of a pass: a write where ``change`` is given, else a read.
 
-    name: of what a read finds; later steps ask for it by this name. keep: keep(x, tokens) is what a read returns; None:
+    name: of a read's activation, by which later steps ask for it. keep: keep(x, tokens) is what a read returns; None:
     the read only serves later steps. change: change(x, tokens, *activations) -> x'. needs: the names of the reads whose
     activations ``change`` gets.
     """
