@@ -20,11 +20,8 @@ Edit = Any  # ``edits.edit.Edit``, which imports this module
 
 @dataclass(eq=False)
 class Group:
-    """Edits that act together, or one write of an object that is no ``Edit``.
-
-    when: of the site it writes, see ``SiteMap.when``. edits: on codes, or a single one on the activation. earlier: of a
-    coder that reads at another site, the edits of its earlier groups.
-    """
+    """Edits that act together (several on codes, or one on the activation), or one ``write`` of another object. when:
+    of the written site, see ``SiteMap.when``; earlier: of a coder that reads elsewhere, edits of earlier groups."""
 
     when: int
     edits: list[Edit] = field(default_factory=list)
@@ -37,10 +34,8 @@ class Group:
 
 
 def together(edits: Sequence[Any], lm: "LM", batch: TokenBatch, new: int = 0, alone: bool = True) -> list[Write]:
-    """The writes of a list of edits, for these prompts and at most ``new`` new tokens.
-
-    alone: whether no other code changes the activations that they read. ValueError for what an edit refuses.
-    """
+    """The writes of a list of edits, for these prompts and at most ``new`` new tokens; ValueError for what an edit
+    refuses. alone: whether no other code changes the activations that they read."""
     groups, when = _grouped(edits, lm, batch, new), lm._sites.when
     limited = [g for g in groups if g.edits and _limit(g, lm) is not None]
     unseen = [g for g in limited if not alone or any(other.when < when(g.first.read_site) for other in groups)]

@@ -58,11 +58,9 @@ def norms(x, tokens):
 
 @no_type_check
 def edited(x, tokens, *read, mask, places, done, elsewhere, change):
-    """x, with the tokens changed that a group of edits touches.
-
-    read: with ``elsewhere`` the activations that are encoded, from another site; then with mask["before"] those that
-    decide which tokens count. places: of each edit, see ``named``. done: the number of edits that were written before.
-    """
+    """x, with the tokens changed that a group of edits touches. read: with ``elsewhere`` activations to encode, from
+    another site; then with mask["before"] those that decide which tokens count. places: of each edit, see ``named``;
+    done: the number of edits that were written before."""
     at = [named(tokens, place) for place in places]
     if not any(bool(here.any()) for here in at[done:]):
         return x

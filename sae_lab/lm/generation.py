@@ -21,10 +21,8 @@ Said = tuple[list[int], list[int]]  # (rows, the next token of each; -1 for a ro
 def continued(
     lm: Any, batch: TokenBatch, writes: list[Write], new: int, temperature: float, generator: Any, stream: bool = False
 ) -> Iterator[tuple[list[int], list[int | None]]]:
-    """(rows, the next token of each), pass by pass; rows of one length after those of another.
-
-    A token is None for a row that has met the model's end token.
-    """
+    """(rows, the next token of each), pass by pass; rows of one length after those of another. The token is None for a
+    row that has met the model's end token."""
     lengths = batch.mask.sum(1)
     groups = [(lengths == n).nonzero().flatten() for n in lengths.unique()]
     parts = [(rows, batch.ids[rows, : int(lengths[rows[0]])]) for rows in groups]

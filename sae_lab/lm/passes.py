@@ -206,10 +206,8 @@ def slope(logits, tokens, there, metric):
 
 @no_type_check
 def decode(last_logits, ids, new, ends, temperature, generator):
-    """The next tokens of rows of one length, a list per pass; -1 for a row that has met one of the end tokens.
-
-    last_logits: (all ids so far "batch pos", number of the pass) -> logits of the next token, "batch vocab".
-    """
+    """The next tokens of rows of one length, a list per pass; -1 for a row that has met an end token. last_logits: (all
+    ids so far "batch pos", number of the pass) -> logits of the next token, "batch vocab"."""
     done = torch.zeros(len(ids), dtype=torch.bool)
     for number in range(new):
         token = pick(last_logits(ids, number), temperature, generator)
@@ -230,10 +228,8 @@ def pick(logits, temperature, generator):
 
 @no_type_check
 def last_logits_there(ids, number, *, root, steps, rows, past):
-    """``last_logits`` of ``decode`` in a session on a server, with the key-value cache ``past``.
-
-    steps: see ``through``. rows: the rows' numbers among the user's prompts.
-    """
+    """``last_logits`` of ``decode`` in a session on a server, with the key-value cache ``past``. steps: see
+    ``through``; rows: the rows' numbers among the user's prompts."""
     import nnsight
 
     begin = ids.shape[1] - 1 if number else 0
@@ -259,11 +255,8 @@ def embedded(root, ids, path, size):
 
 @no_type_check
 def lens(root, x, w_o, way, head, of):
-    """Logits of directions x, or what ``of`` makes of them.
-
-    w_o: (path of W_O, the width it reads, the columns of x in it) for directions before W_O, else None. way: paths of
-    the modules between the residual stream and the head, norms or linear maps.
-    """
+    """Logits of directions x, or a function ``of`` them. w_o: (path of W_O, the width it reads, the columns of x in it)
+    for directions before W_O, else None. way: paths of the norms and linear maps between the stream and the head."""
     logits = linear(envoy_at(root, head), before_head(root, x, w_o, way))
     return logits if of is None else of(logits)
 
@@ -299,10 +292,8 @@ def linear(module, x):
 
 @no_type_check
 def past(module, x):
-    """Directions through a linear map, or through a norm's gain and centring, without its division.
-
-    Which of the two a module is, its gain (Gemma's is 1+w) and whether it centres are told from its outputs.
-    """
+    """Directions through a linear map, or through a norm's gain and centring, without its division. The module's kind,
+    its gain (Gemma's is 1+w) and whether it centres are told from its outputs."""
     width = x.shape[-1]
     i = torch.arange(width)
     probe = (1.0 - 2.0 * (i % 2)) * (1.0 + (0.618 * i) % 1.0)  # of both signs, and no entry is small
