@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -71,14 +72,11 @@ def features(lm: LM, coder: SparseCoder, prompts: Prompts | Sequence[str]) -> Fe
     batch = lm.tokenize(prompts)
     codes, keep = read_codes(lm, coder, batch)
     prompt, position = keep.nonzero(as_tuple=True)
-    rows = codes.rows
-    # Strongest first within a row: sort by value, then stably by row.
-    by_value = codes.values.argsort(descending=True)
-    order = by_value[rows[by_value].sort(stable=True).indices]
+    order = torch.from_numpy(np.lexsort((-codes.values.numpy(), codes.rows.numpy())))  # strongest first in each row
     tokens = [
         lm.token_strings(batch.ids[b, batch.mask[b]].tolist(), prefixed=int(batch.ids[b, 0]) == lm.prefix_id)
         for b in range(len(batch.ids))
     ]
     left_out = {(int(b), int(p)) for b, p in (~keep & batch.mask).nonzero().tolist()}
-    rows, found, values = rows[order], codes.features[order], codes.values[order]
+    rows, found, values = codes.rows[order], codes.features[order], codes.values[order]
     return FeatureTable(prompt[rows], position[rows], found, values, tokens, left_out)

@@ -129,6 +129,7 @@ class Checkpoint:
         coder.pre_bias, coder.input_norm = self.pre_bias, self.input_norm  # type: ignore[assignment]
         assign(coder, t)
         self._tell(coder)
+        check_meta(coder.meta)
         return coder.eval()
 
     def _normalise(self, d_in: int) -> None:
@@ -165,7 +166,6 @@ class Checkpoint:
         if self.ours is not None:
             coder.reads, coder.writes = (tuple(Site.of(s) for s in self.ours.get(k, ())) for k in ("reads", "writes"))
             coder.meta = {**self.ours.get("meta", {}), "f_scale": "unknown", "expected": self.expected}
-            check_meta(coder.meta)
             return
         writes = self.writes or self.reads
         coder.reads = (self.reads.site,) if self.reads and self.reads.site else ()
@@ -174,7 +174,6 @@ class Checkpoint:
         coder.meta["source"] = {"format": self.format, "path": self.where}
         if self.expected:
             coder.meta["expected"] = self.expected
-        check_meta(coder.meta)
         if self.reads is None:
             return
         coder.meta["source"]["reads"] = self.reads.name

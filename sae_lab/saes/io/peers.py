@@ -4,14 +4,8 @@ Reading: SAELens (6 and before), sparsify, dictionary_learning, Gemma Scope 1 an
 circuit-tracer, Goodfire, Qwen Scope. Writing: SAELens 6, sparsify, dictionary_learning. A coder that a format cannot
 hold is refused; so are files that leave open what a coder is, unless the caller says it (``sl.load(path, reads=...)``).
 
-Codes are those of the other library, computed from the activations that transformers gives at ``sae.reads``. Two things
-differ there from TransformerLens, where many of these coders were trained, and are folded into the encoder:
-
-- Centred residual streams (``center_writing_weights``). The coder gives on raw x the codes it gave on x − mean(x). Its
-  x_hat is centred, as it was; ``sae.meta["centred"]`` says so. A model with LayerNorm reads its stream only through
-  norms that take the mean off, so that splicing a centred x_hat in gives the same logits as if the mean were added.
-- ``ln2.hook_normalized`` has no gain. A transcoder from there reads the residual stream and normalises it itself; an
-  autoencoder reads ``mlp_in`` and needs ``fold_gain`` first.
+Codes are those of the other library, computed from the activations that transformers gives at ``sae.reads``. What
+differs there from TransformerLens (``places``), where many of these coders were trained, is folded into the encoder.
 """
 
 import io

@@ -4,8 +4,11 @@ What these names mean, and where they differ from ours:
 
 - TransformerLens's ``hook_mlp_in`` is the residual stream before the MLP's norm.
 - Its ``ln2.hook_normalized`` is that stream after the norm's division, without the norm's gain and bias. Our ``mlp_in``
-  has them. The stream itself, normalised by the coder, is the same thing and needs no weights of the model.
-- With ``center_writing_weights`` (LayerNorm models only) everything written to the residual stream has mean 0.
+  has them. A transcoder from there reads the stream and normalises it, which needs no weights of the model; an
+  autoencoder reads ``mlp_in`` and needs ``fold_gain`` first.
+- With ``center_writing_weights`` (LayerNorm models only) what is written to the residual stream has mean 0. The coder
+  gives on raw x the codes it gave on x − mean(x); x_hat stays centred, as ``sae.meta["centred"]`` says. Splicing it in
+  gives the same logits as if the mean were added, since the norms of these models take the mean off the stream.
 - A module's path means its output. In models that norm a sub-layer's output before they add it (Gemma 2 and 3,
   OLMo 2), ``layers.8.mlp`` is before that norm, and so is not ``mlp_out``.
 """
