@@ -237,8 +237,9 @@ class Result(Shown):
             _below = "{tokens:,} tokens"
 
     A result without figures is a table of records: ``_records`` names the field or property that holds them (a list of
-    NamedTuples or dicts, or a dict of columns), or the fields that are its columns ("name=names": the column "name" is
-    the field ``names``). ``to_pandas`` gives them; the first ``_shown`` rows of ``_printed`` are printed. ``_columns``
+    NamedTuples or dicts, a dict of columns, or results of one row each: a list, or a dict by the index), or the fields
+    that are its columns ("name=names": the column "name" is the field ``names``). ``to_pandas`` gives them; the first
+    ``_shown`` rows of ``_printed`` are printed. ``_columns``
     are texts by heading, such as {"L0": "{l0:.1f} ± {l0_se:.1f}"}: each record is printed in them, whether there are
     figures or not. "{mark}" is ``_mark`` in the record number ``best_index``, "{index}" the index
     of the table.
@@ -295,6 +296,9 @@ class Result(Shown):
 
         if isinstance(self._records, str) and self._records:
             records = getattr(self, self._records)
+            named = records if isinstance(records, dict) else dict(enumerate(records))
+            if any(isinstance(one, Result) for one in named.values()):
+                return pd.concat({name: one.to_pandas() for name, one in named.items()}).droplevel(1)
             return pd.DataFrame(records if isinstance(records, dict) else list(records))
         if self._records:
             named = (column.partition("=") for column in self._records)

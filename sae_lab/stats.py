@@ -17,6 +17,12 @@ def mean_and_error(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
     return float(np.mean(values)), float(error)
 
 
+def with_error(**measured: Sequence[float] | np.ndarray) -> dict[str, float]:
+    """Means of independent values and their standard errors, as a result's fields: ``name`` and ``name_se``."""
+    found = {name: mean_and_error(values) for name, values in measured.items()}
+    return {name: mean for name, (mean, _) in found.items()} | {f"{name}_se": se for name, (_, se) in found.items()}
+
+
 def jackknife(left_out: Iterable[float]) -> float:
     """Standard error from the estimates without each of G groups: √((G−1)/G·Σ(θ_g − θ̄)²); NaN for one group."""
     values = torch.tensor(list(left_out), dtype=torch.float64)
@@ -49,13 +55,20 @@ def ratio_error(top: Tensor, bottom: Tensor, clusters: Tensor) -> float:
     return clustered_error(residual, clusters) / abs(float(bottom.mean()))
 
 
-def difference_error(values: Tensor, one: Tensor, other: Tensor, clusters: Tensor) -> float:
-    """Standard error of mean(values[one]) − mean(values[other]) where clusters hold values of both."""
-    values = values.double()
-    influence = torch.zeros_like(values)
+def ratio_difference(top: Tensor, bottom: Tensor, one: Tensor, other: Tensor, clusters: Tensor) -> tuple[float, float]:
+    """(Σtop/Σbottom over ``one`` less that over ``other``, its standard error); NaN where one of them is empty.
+
+    Both vary with the cluster: their influences are added before clustering.
+    """
+    if not one.any() or not other.any():
+        return math.nan, math.nan
+    top, bottom = top.double(), bottom.double()
+    influence, ratios = torch.zeros_like(top), []
     for sign, members in ((1, one), (-1, other)):
-        influence[members] = sign * (values[members] - values[members].mean()) / members.sum()
-    return clustered_error(influence, clusters) * len(values)
+        ratio = top[members].sum() / bottom[members].sum()
+        influence[members] = sign * (top[members] - ratio * bottom[members]) / bottom[members].sum()
+        ratios.append(float(ratio))
+    return ratios[0] - ratios[1], clustered_error(influence, clusters) * len(top)
 
 
 def auroc(scores: np.ndarray, positive: np.ndarray) -> np.ndarray:

@@ -10,13 +10,13 @@ import numpy as np
 import torch
 
 from sae_lab.activations.reading import require_fits
-from sae_lab.arguments import as_annotated
+from sae_lab.arguments import as_annotated, check_least
 from sae_lab.evals.sampling import require_choice
 from sae_lab.lm.model import LM
 from sae_lab.lm.tokens import encode_texts, pad
 from sae_lab.results import Figure, Result, figure, result
 from sae_lab.saes.base import SparseCoder
-from sae_lab.stats import f1, mean_and_error
+from sae_lab.stats import f1, mean_and_error, with_error
 
 Convention = Literal["sae_lab", "saebench"]
 LEAST_F1 = {"sae_lab": 0.8, "saebench": 0.6}  # of a letter's probe: below, the activations hardly tell the letter
@@ -86,8 +86,7 @@ class Absorption(Result):
     cases: tuple[Case, ...] = field(repr=False)
 
     def figures(self) -> list[Figure]:
-        shown = super().figures()
-        return shown if self.convention == "saebench" else [one for one in shown if one.key != "fraction"]
+        return [one for one in super().figures() if self.convention == "saebench" or one.key != "fraction"]
 
     _records = "letters"
     _below = (
@@ -132,8 +131,7 @@ def absorption(
     Raises ValueError for a coder of another model, a transcoder, or a tokenizer with too few such words.
     """
     require_choice("convention", convention, Convention)
-    if words < 2 * LEAST_WORDS:
-        raise ValueError(f"words must be an integer of at least {2 * LEAST_WORDS}, got {words}")
+    check_least(2 * LEAST_WORDS, words=words)
     if sae.transcodes:
         raise ValueError("absorption needs a coder that reconstructs what it reads, got a transcoder")
     require_fits(sae, lm)
@@ -154,44 +152,35 @@ def absorption(
     cases: list[Case] = []
     chance = []
     for letter in np.unique(letters).tolist():
-        probe, false = _probe(x, letters == letter, part), _probe(x, shuffled == letter, part)
+        direction, probe_f1, says = _probe(x, letters == letter, part)
+        false_direction, false_f1, _ = _probe(x, shuffled == letter, part)
         main, k1, main_f1 = _main(f, letters == letter, part)
-        chance.append((false.f1, _main(f, shuffled == letter, part, most=1)[1]))
-        right = np.flatnonzero((part == 2) & (letters == letter) & probe.says)
+        chance.append((false_f1, _main(f, shuffled == letter, part, most=1)[1]))
+        right = np.flatnonzero((part == 2) & (letters == letter) & says)
         others = np.flatnonzero((part == 0) & (letters != letter))
-        knows = probe.f1 >= LEAST_F1[convention] and len(right)
+        knows = probe_f1 >= LEAST_F1[convention] and len(right)
         here = (f[right].toarray(), x[right], W_dec)
         base = (np.asarray(f[others].mean(0)).ravel(), x[others].mean(0))
-        judged = judge(*here, probe.direction, main, *base, convention)
-        control = judge(*here, false.direction, main, *base, convention, judged.silent)
-        rates = (judged.silent, judged.absorbed, judged.fraction, control.absorbed)
-        found.append(
-            Letter(
-                letter, probe.f1, k1, main_f1, tuple(main), len(right),
-                *(float(r.mean()) if knows else math.nan for r in rates),
-            )
-        )  # fmt: skip
+        judged = judge(*here, direction, main, *base, convention)
+        control = judge(*here, false_direction, main, *base, convention, judged.silent)
+        rates = [float(r.mean()) for r in (judged.silent, judged.absorbed, judged.fraction, control.absorbed) if knows]
+        found.append(Letter(letter, probe_f1, k1, main_f1, tuple(main), len(right), *(rates or [math.nan] * 4)))
         cases += [
             Case(letter, names[right[i]], int(judged.feature[i]), float(judged.share[i]))
             for i in np.flatnonzero(judged.absorbed)
             if knows
         ]
     known = [one for one in found if not math.isnan(one.rate)]
-    rate, fraction, control, silent = (
-        mean_and_error([getattr(one, name) for one in known]) for name in ("rate", "fraction", "control", "silent")
-    )
-    probe_shuffled, k1_shuffled = np.mean(chance, axis=0)
+    of_letters = {name: [getattr(one, name) for one in known] for name in ("rate", "fraction", "control", "silent")}
+    probe_shuffled, k1_shuffled = np.mean(chance, axis=0).tolist()
     return Absorption(
-        rate=rate[0],
-        rate_se=rate[1],
-        rate_control=control[0],
-        silent=silent[0],
-        fraction=fraction[0],
-        fraction_se=fraction[1],
+        **with_error(rate=of_letters["rate"], fraction=of_letters["fraction"]),
+        rate_control=mean_and_error(of_letters["control"])[0],
+        silent=mean_and_error(of_letters["silent"])[0],
         probe_f1=float(np.mean([one.probe_f1 for one in found])),
-        probe_f1_shuffled=float(probe_shuffled),
+        probe_f1_shuffled=probe_shuffled,
         k1_f1=float(np.mean([one.k1_f1 for one in found])),
-        k1_f1_shuffled=float(k1_shuffled),
+        k1_f1_shuffled=k1_shuffled,
         main_features=mean_and_error([len(one.main) for one in known])[0],
         defined=len(known),
         words=len(names),
@@ -259,9 +248,9 @@ def _words(lm: LM, words: int, seed: int) -> tuple[list[int], list[str]]:
     vocab = min(lm.vocab_size, len(lm.tokenizer))
     raw = lm.tokenizer.convert_ids_to_tokens(list(range(vocab)))
     by_letter: dict[str, list[tuple[int, str]]] = {}
-    for number_, token in enumerate(raw):  # a space is Ġ in byte-level vocabularies, ▁ in SentencePiece's
+    for number, token in enumerate(raw):  # a space is Ġ in byte-level vocabularies, ▁ in SentencePiece's
         if token and (match := re.fullmatch(r"[Ġ▁]([a-z]{3,})", token)):
-            by_letter.setdefault(match[1][0], []).append((number_, match[1]))
+            by_letter.setdefault(match[1][0], []).append((number, match[1]))
     by_letter = {letter: found for letter, found in sorted(by_letter.items()) if len(found) >= LEAST_WORDS}
     if len(by_letter) < 2:
         raise ValueError(
@@ -274,7 +263,8 @@ def _words(lm: LM, words: int, seed: int) -> tuple[list[int], list[str]]:
         left -= each[letter]
     draw = np.random.default_rng(seed)
     chosen = [found[i] for letter, found in by_letter.items() for i in draw.permutation(len(found))[: each[letter]]]
-    return [one[0] for one in chosen], [one[1] for one in chosen]
+    ids, names = map(list, zip(*chosen, strict=True))
+    return ids, names
 
 
 @torch.no_grad()
@@ -303,14 +293,8 @@ def _read(sae: SparseCoder, lm: LM, ids: list[int], before: str) -> tuple[np.nda
     return torch.cat(xs).numpy(), codes, kept
 
 
-class _Probe(NamedTuple):
-    direction: np.ndarray
-    f1: float
-    says: np.ndarray
-
-
-def _probe(x: np.ndarray, y: np.ndarray, part: np.ndarray) -> _Probe:
-    """A logistic probe of x: its unit direction in x, its F1 on test, and what it says of every word."""
+def _probe(x: np.ndarray, y: np.ndarray, part: np.ndarray) -> tuple[np.ndarray, float, np.ndarray]:
+    """A logistic probe of x: (its unit direction in x, its F1 on test, what it says of every word)."""
     from sklearn.linear_model import LogisticRegression
 
     train = part == 0
@@ -319,7 +303,7 @@ def _probe(x: np.ndarray, y: np.ndarray, part: np.ndarray) -> _Probe:
     model = LogisticRegression(C=_PENALTY, class_weight="balanced", max_iter=500).fit(z[train], y[train])
     direction = model.coef_[0] / np.where(deviation > 0, deviation, 1)
     says = model.predict(z)
-    return _Probe(direction / np.linalg.norm(direction).clip(1e-8), _f1(y[part == 2], says[part == 2]), says)
+    return direction / np.linalg.norm(direction).clip(1e-8), _f1(y[part == 2], says[part == 2]), says
 
 
 def _main(f: Any, y: np.ndarray, part: np.ndarray, most: int = MOST_MAIN) -> tuple[list[int], float, float]:
@@ -333,16 +317,16 @@ def _main(f: Any, y: np.ndarray, part: np.ndarray, most: int = MOST_MAIN) -> tup
     deviation = np.sqrt((square - mean**2).clip(0))
     score = np.divide(own - others, deviation, out=np.zeros_like(mean), where=deviation > 1e-6 * (1e-6 + mean))
     order = np.argsort(-score, kind="stable")[: min(most, int((score > 0).sum()))]
-    main, before, scores = [], -math.inf, [0.0]
+    main, before, scores = [], -math.inf, []
     for k in range(1, len(order) + 1):
         inputs = f[:, order[:k]].toarray() / deviation[order[:k]]
         says = LogisticRegression(class_weight="balanced", max_iter=500).fit(inputs[train], y[train]).predict(inputs)
         now = _f1(y[part == 1], says[part == 1])
         if now <= before + F1_JUMP:
             break
-        main, before = [int(i) for i in order[:k]], now
+        main, before = order[:k].tolist(), now
         scores.append(_f1(y[part == 2], says[part == 2]))
-    return main, scores[min(1, len(scores) - 1)], scores[-1]
+    return (main, scores[0], scores[-1]) if scores else ([], 0.0, 0.0)
 
 
 def _f1(y: np.ndarray, says: np.ndarray) -> float:

@@ -6,6 +6,7 @@ from dataclasses import field
 from itertools import combinations
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -92,24 +93,18 @@ class Consistency(Result):
             found.append(Figure(name, value, math.nan, against, random, meaning, key=name))
         return found
 
-    @property
-    def _each(self) -> list[dict[str, Any]]:
-        return [row for pair in self.pairs for row in pair.to_pandas().to_dict("records")]
-
-    _records = "_each"
-
+    _records = "pairs"
     _columns = {  # noqa: RUF012
         "": "{a} | {b}", "stability": "{stability:.3f}", "random": "{stability_random:.3f}",
         "shared": "{shared:.3f}", "shared, random": "{shared_random:.3f}", "orderedness": "{orderedness:.3f}",
         "agreement": "{agreement:.3f} ± {agreement_se:.3f}", "shuffled": "{agreement_shuffled:.3f}",
     }  # fmt: skip
-    _below = "pairs matched by decoder; shared: cosine of at least {pairs[0].threshold:g}{_remark}"
+    _below = "pairs matched by decoder; shared: cosine of at least {pairs[0].threshold:g}; {_remark}"
 
     @property
     def _remark(self) -> str:
-        if not self.rows:
-            return "; no activations given: agreement is undefined"
-        return f"; {self.rows:,} rows of {self.documents:,} documents"
+        given = f"{self.rows:,} rows of {self.documents:,} documents"
+        return given if self.rows else "no activations given: agreement is undefined"
 
 
 @as_annotated
@@ -140,30 +135,21 @@ def consistency(
 
     Raises ValueError for one coder, for widths that differ, and for lists of x whose rows are not the same tokens.
     """
-    labels = _names(coders, names)
+    if len(coders) < 2:
+        raise ValueError(f"consistency compares coders: give at least two, got {len(coders)}")
+    names = [f"{type(c).__name__} {i}" for i, c in enumerate(coders)] if names is None else list(names)
+    if len(names) != len(coders) or len(set(names)) != len(names):
+        raise ValueError(f"names must be {len(coders)} different ones, one for each coder, got {names}")
     if not -1 <= threshold <= 1:
         raise ValueError(f"threshold is a cosine from -1 to 1, got {threshold}")
-    rows = codes = None
-    if x is not None:
-        rows, codes = _codes_of(coders, x, tokens)
+    rows, codes = _codes_of(coders, x, tokens) if x is not None else (None, [])
     pairs = []
     for i, j in combinations(range(len(coders)), 2):
         matched = match(coders[i], coders[j], threshold=min(threshold, 0.999), live=live, hungarian=True)
-        of = (codes[i], codes[j], rows.folds) if rows and codes else None
-        pairs.append(_pair(matched, coders[i], coders[j], (labels[i], labels[j]), of, threshold, seed))
-    return Consistency(
-        tuple(labels), tuple(pairs), len(rows.x) if rows else 0, len(rows.documents.unique()) if rows else 0
-    )
-
-
-def _names(coders: Sequence[Any], names: Sequence[str] | None) -> list[str]:
-    if len(coders) < 2:
-        raise ValueError(f"consistency compares coders: give at least two, got {len(coders)}")
-    if names is None:
-        return [f"{type(c).__name__} {i}" for i, c in enumerate(coders)]
-    if len(names) != len(coders) or len(set(names)) != len(names):
-        raise ValueError(f"names must be {len(coders)} different ones, one for each coder, got {list(names)}")
-    return list(names)
+        of = (codes[i], codes[j], rows.folds) if rows else None
+        pairs.append(_pair(matched, coders[i], coders[j], (names[i], names[j]), of, threshold, seed))
+    read = (len(rows.x), len(rows.documents.unique())) if rows else (0, 0)
+    return Consistency(tuple(names), tuple(pairs), *read)
 
 
 def _codes_of(coders: Sequence[Any], x: Any, tokens: int) -> tuple[Sample, list[Codes]]:
@@ -173,7 +159,7 @@ def _codes_of(coders: Sequence[Any], x: Any, tokens: int) -> tuple[Sample, list[
             raise ValueError(
                 f"x needs coders that read it, got a {type(coder).__name__}: leave out x to match decoders"
             )
-    each = [x] * len(coders) if isinstance(x, Tensor | Store) else list(x)
+    each = [x] * len(coders) if isinstance(x, Tensor | Store) else x
     if len(each) != len(coders):
         raise ValueError(f"x must be one for all {len(coders)} coders, or one for each, got {len(each)}")
     rows = [sample(one, tokens, coder) for one, coder in zip(each, coders, strict=True)]
@@ -198,7 +184,8 @@ def _pair(
     at_b = at_b[matched.cosines[at_b].argsort(descending=True, stable=True)]  # shuffled by rank, not by number
     at_a = matched.permutation[at_b]
     other = _derange(len(at_a), seed)
-    unit_a, unit_b = (torch.nn.functional.normalize(_directions(one), dim=1) for one in (a, b))
+    rows = (s.dictionary if isinstance(s, World) else s if isinstance(s, Tensor) else s.W_dec for s in (a, b))
+    unit_a, unit_b = (torch.nn.functional.normalize(r.detach().float().cpu().flatten(1), dim=1) for r in rows)
     shuffled = (unit_a[at_a[other]] * unit_b[at_b]).sum(1)
     control = matched.control
     assert control is not None
@@ -208,7 +195,7 @@ def _pair(
         f, g, folds = codes
         sums = paired_sums(f, g, at_a, at_b, folds)
         correlations[at_b] = correlation(sums.sum(0))
-        agreement = _mean(correlations.tolist())
+        agreement = float(correlations.nanmean())
         error = jackknife(float(correlation(sums.sum(0) - one).nanmean()) for one in sums)
         chance = float(correlation(paired_sums(f, g, at_a[other], at_b, folds).sum(0)).nanmean())
     return Pair(
@@ -232,17 +219,10 @@ def _pair(
     )
 
 
-def _directions(source: Any) -> Tensor:
-    rows = source.dictionary if isinstance(source, World) else source if isinstance(source, Tensor) else source.W_dec
-    return rows.detach().float().cpu().flatten(1)
-
-
 def _derange(n: int, seed: int) -> Tensor:
     """A random order of n in which no place keeps its number, if n is above 1."""
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-    moved = torch.empty_like(order)
-    moved[order] = order.roll(1)  # along one random cycle
-    return moved
+    return torch.empty_like(order).scatter_(0, order, order.roll(1))  # along one random cycle
 
 
 def paired_sums(
@@ -259,18 +239,15 @@ def paired_sums(
     for codes, at, first in ((a, at_a, 1), (b, at_b, 2)):
         pair = torch.full((codes.d_sae,), -1)
         pair[at] = torch.arange(n)
-        rows, which = codes.rows, pair[codes.features]
-        rows, which, value = rows[which >= 0], which[which >= 0], codes.values[which >= 0].double()
+        which = pair[codes.features]
+        rows, which, value = codes.rows[which >= 0], which[which >= 0], codes.values[which >= 0].double()
         place = folds[rows] * n + which
         out[:, first], out[:, first + 2] = summed(value, place, groups, n), summed(value**2, place, groups, n)
-        key, order = (rows * n + which).sort()
-        keys.append(key)
-        values.append(value[order])
-    if len(keys[0]) and len(keys[1]):
-        where = torch.searchsorted(keys[1], keys[0]).clamp_max(len(keys[1]) - 1)
-        both = keys[1][where] == keys[0]
-        key, product = keys[0][both], values[0][both] * values[1][where[both]]
-        out[:, 5] = summed(product, folds[key // n] * n + key % n, groups, n)
+        keys.append((rows * n + which).numpy())
+        values.append(value)
+    both, *places = map(torch.from_numpy, np.intersect1d(*keys, assume_unique=True, return_indices=True))
+    product = values[0][places[0]] * values[1][places[1]]
+    out[:, 5] = summed(product, folds[both // n] * n + both % n, groups, n)
     return out
 
 
@@ -285,8 +262,7 @@ def correlation(sums: Float[Tensor, "six pairs"]) -> Float[Tensor, " pairs"]:
 
 
 def _mean(values: Sequence[float]) -> float:
-    there = [v for v in values if not math.isnan(v)]
-    return sum(there) / len(there) if there else math.nan
+    return float(torch.tensor(values, dtype=torch.float64).nanmean())
 
 
 @result
@@ -299,31 +275,33 @@ class Transfer(Result):
 
     at_home: Reconstruction
     elsewhere: Reconstruction
-    ce_difference: float
+    ce_difference: float = figure("dCE, difference", "elsewhere - at home, {_how}")
     ce_difference_se: float
     paired: bool
 
+    @property
+    def _how(self) -> str:
+        return "paired by token" if self.paired else "other tokens"
+
     def figures(self) -> list[Figure]:
-        one, two = self.at_home, self.elsewhere
-        both = (("at home", one), ("elsewhere", two))
+        one, two, both = self.at_home, self.elsewhere, self._both.items()
         return [
             *(of.figure("fvu")._replace(measure=f"FVU {name}", key=f"fvu {name}") for name, of in both),
             *(Figure(f"dCE {name}", of.ce_delta, of.ce_delta_se, of.ce_delta_mean_ablation, "mean ablation",
                      "nats/token", "low", key=f"ce_delta {name}") for name, of in both),
-            Figure("dCE, difference", self.ce_difference, self.ce_difference_se, key="ce_difference",
-                   meaning="elsewhere - at home, " + ("paired by token" if self.paired else "other tokens")),
+            *super().figures(),
             Figure("CE recovered, difference", two.ce_recovered - one.ce_recovered, key="ce_recovered",
                    control=two.pca_ce_recovered - one.pca_ce_recovered, control_name=f"PCA {one.pca_rank}"),
         ]  # fmt: skip
 
-    def to_pandas(self):
-        """Two rows, one column a measure."""
-        import pandas as pd
+    @property
+    def _both(self) -> dict[str, Reconstruction]:
+        return {"at home": self.at_home, "elsewhere": self.elsewhere}
 
-        return pd.concat({"at home": self.at_home.to_pandas(), "elsewhere": self.elsewhere.to_pandas()}).droplevel(1)
+    _records = "_both"
 
     def _footer(self) -> str:
-        return f"at home: {self.at_home._footer()}\nelsewhere: {self.elsewhere._footer()}"
+        return "\n".join(f"{name}: {of._footer()}" for name, of in self._both.items())
 
 
 @as_annotated

@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sae_lab.activations.store import Rows, Store
+from sae_lab.activations.store import Store
 from sae_lab.arguments import as_annotated
-from sae_lab.evals.sampling import evenly, named, require, require_tokens
+from sae_lab.evals.sampling import encoded, evenly, named, require, sample
 from sae_lab.results import Result, result
 from sae_lab.saes.base import SparseCoder
 
@@ -104,16 +104,30 @@ def choose_l0(
 
     Raises ValueError for coders that cannot be compared, a decoder of zeros, and an x of another width.
     """
-    coders = _check(list(coders), n)
-    x = _sample(x, tokens)
-    d_sae = coders[0].d_sae
-    n = n or d_sae // 2
-    projected = min(len(x), max(256, MOST_PROJECTIONS // d_sae))
-    few = x[evenly(len(x), projected)]
+    coders = list(coders)
+    if len(coders) < 2:
+        raise ValueError(f"choose_l0 compares coders of several L0: give at least two, got {len(coders)}")
+    widths = sorted({(c.d_in, c.d_sae) for c in coders})
+    if len(widths) > 1:
+        raise ValueError(f"coders must have equal d_in and d_sae, got {widths}: c_dec depends on both")
+    require(*coders, reconstructs="choose_l0")
+    if flat := [named(c) for c in coders if int(c.W_dec.detach().flatten(1).any(1).sum()) < 2]:  # c_dec would be 0
+        raise ValueError(f"choose_l0 compares decoder rows: fewer than two of {flat[0]} are not zero, leave it out")
+    most = widths[0][1] // 2
+    n = most if n is None else n
+    if not 1 <= n <= most:
+        raise ValueError(f"n must be from 1 to d_sae/2={most}, above the L0 you expect; None is d_sae/2; got {n}")
+    rows = sample(x, tokens, coders[0])
+    variance = float((rows.x - rows.x.mean(0, dtype=torch.float64)).pow(2).sum())
+    projected = min(len(rows.x), max(256, MOST_PROJECTIONS // coders[0].d_sae))
+    few = rows.x[evenly(len(rows.x), projected)]
     middle = few.flatten(1).mean(0)
-    measured = [
-        (*_measure(coder, x), c_dec(coder.W_dec), s_n(coder, few, n), s_n(coder, few, n, middle)) for coder in coders
-    ]
+    measured = []
+    for coder in coders:
+        codes, x_hat = encoded(coder, rows)
+        active, error = len(codes.values) / len(rows.x), float((x_hat - rows.x).pow(2).sum(dtype=torch.float64))
+        projections = (s_n(coder, few, n), s_n(coder, few, n, middle))
+        measured.append((active, error / variance, c_dec(coder.W_dec), *projections))
     order = sorted(range(len(coders)), key=lambda i: measured[i][0])
     l0, fvu, cosine, projection, centred = zip(*(measured[i] for i in order), strict=True)
     random = np.random.default_rng(np.random.SeedSequence([_TAG])).standard_normal(
@@ -128,7 +142,7 @@ def choose_l0(
         s_n_centred=centred,
         c_dec_random=c_dec(torch.from_numpy(random)),
         n=n,
-        rows=len(x),
+        rows=len(rows.x),
         projected=projected,
         coders=tuple(coders[i] for i in order),
     )
@@ -153,46 +167,3 @@ def s_n(coder: SparseCoder, x: Tensor, n: int, origin: Tensor | None = None) -> 
     origin = coder.silent(x).flatten(1) if origin is None else origin.to(rows.device)
     z = ((x.flatten(1) - origin) @ rows.T).flatten()
     return float(z.kthvalue(len(z) - n * len(x)).values)
-
-
-def _measure(coder: SparseCoder, x: Tensor) -> tuple[float, float]:
-    """(L0, FVU), eval mode."""
-    mean = x.mean(0, dtype=torch.float64)
-    active, error, variance = 0, 0.0, 0.0
-    for rows in x.split(_CHUNK):
-        on_device = rows.to(coder.W_dec.device)
-        active += len(coder.sparse_codes(on_device).values)
-        error += float((coder(on_device).x_hat.cpu() - rows).pow(2).sum(dtype=torch.float64))
-        variance += float((rows - mean).pow(2).sum())
-    return active / len(x), error / variance
-
-
-def _check(coders: list[SparseCoder], n: int | None) -> list[SparseCoder]:
-    if len(coders) < 2:
-        raise ValueError(f"choose_l0 compares coders of several L0: give at least two, got {len(coders)}")
-    widths = sorted({(c.d_in, c.d_sae) for c in coders})
-    if len(widths) > 1:
-        raise ValueError(f"coders must have equal d_in and d_sae, got {widths}: c_dec depends on both")
-    require(*coders, reconstructs="choose_l0")
-    for coder in coders:
-        if int(coder.W_dec.detach().flatten(1).any(1).sum()) < 2:  # c_dec would be 0, the least possible
-            raise ValueError(
-                f"choose_l0 compares decoder rows: fewer than two of {named(coder)} are not zero, leave it out"
-            )
-    d_sae = widths[0][1]
-    if d_sae < 2:
-        raise ValueError(f"choose_l0 compares decoder rows: d_sae must be at least 2, got {d_sae}")
-    if n is not None and (not isinstance(n, int) or not 1 <= n <= d_sae // 2):
-        raise ValueError(
-            f"n must be an integer from 1 to d_sae/2={d_sae // 2}, above the L0 you expect; None is d_sae/2; got {n!r}"
-        )
-    return coders
-
-
-def _sample(x: Tensor | Store, tokens: int) -> Tensor:
-    """At most ``tokens`` float rows: evenly over a tensor, the held-out ones of a store."""
-    require_tokens(tokens)
-    if isinstance(x, Tensor):
-        return Rows(x).x[evenly(len(x), min(tokens, len(x)))].float().cpu()
-    unseen = x.reserved(tokens)
-    return unseen if unseen is not None else torch.cat([rows for _, rows in x.blocks()])[:tokens]

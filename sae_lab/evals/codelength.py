@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sae_lab.activations.store import Store
 from sae_lab.arguments import as_annotated
-from sae_lab.evals.sampling import encoded, named, require, sample, summed
+from sae_lab.evals.sampling import encoded, named, require, sample, summed, without_each
 from sae_lab.results import Figure, Result, result
 from sae_lab.saes.base import SparseCoder
 from sae_lab.stats import jackknife
@@ -106,7 +106,7 @@ class DescriptionLength(Result):
 
 
 class _Sums(NamedTuple):
-    """What the bits are made of, as sums over rows: without a fold they are a difference."""
+    """What the bits are made of, as sums over rows."""
 
     rows: Tensor
     counts: Tensor
@@ -114,9 +114,6 @@ class _Sums(NamedTuple):
     squares: Tensor
     e: Tensor
     ee: Tensor
-
-    def less(self, other: "_Sums") -> "_Sums":
-        return _Sums(*(a - b for a, b in zip(self, other, strict=True)))
 
 
 @as_annotated
@@ -150,33 +147,34 @@ def description_length(
     Raises ValueError for a rho outside 0 to 1, for coders that transcode or read other widths, and for constant x.
     """
     coders = [coders] if isinstance(coders, SparseCoder) else list(coders)
-    _check(coders, rho)
+    if not 0 < rho < 1:
+        raise ValueError(f"rho, the distortion over the variance, must be above 0 and below 1, got {rho}")
+    if not coders:
+        raise ValueError("no coder given: pass at least one")
+    require(*coders, reconstructs="description_length")
+    if len({c.in_shape for c in coders}) > 1:
+        raise ValueError(f"coders must read one width, got {sorted({c.in_shape for c in coders})}")
     rows = sample(x, tokens, coders[0])
     flat = rows.x.flatten(1)
-    folds = rows.folds
-    groups = folds.unique().tolist()
     none = Codes(torch.zeros(0), torch.zeros(0, dtype=torch.long), torch.zeros(len(flat) + 1, dtype=torch.long), 1)
-    raw = _sums(none, flat - flat.mean(0), folds)
-    variance = float(_covariance(raw[-1]).trace())
+    raw, each_raw = _sums(none, flat - flat.mean(0), rows.folds)
+    variance = float(_covariance(raw).trace())
     if variance <= 0:
         raise ValueError("x has no variance: all its rows are equal")
     total = rho * variance
+    steps = (total / flat.shape[1] * 2.0 ** torch.arange(0, 2 * math.log2(flat.shape[1]) + 2).div(2)).tolist()
+    totals = [rho * float(_covariance(left).trace()) for left in each_raw]
     measured, without = [], []
     for coder in coders:
         codes, x_hat = encoded(coder, rows)
         error = flat - x_hat.flatten(1)
-        parts = _sums(codes, error, folds)
+        sums, each = _sums(codes, error, rows.folds)
         unit = coder.directions().cpu()
-        steps = total / flat.shape[1] * 2.0 ** torch.arange(0, 2 * math.log2(flat.shape[1]) + 2).div(2)
-        tried = [(bits_at(parts[-1], unit, total, float(v)), float(v)) for v in steps]
-        best, v = min(tried, key=lambda one: one[0].total)
-        measured.append(
-            (coder, len(codes.values) / len(flat), float(error.pow(2).sum()) / len(flat) / variance, best, v)
-        )
-        left = [bits_at(parts[-1].less(parts[g]), unit, rho * _trace_without(raw, g), v).total for g in groups]
-        without.append(left if len(groups) > 1 else [best.total])
-    least = min(range(len(coders)), key=lambda i: measured[i][3].total)
-    _, l0, fvu, bits, precision = zip(*measured, strict=True)
+        best, v = min(((bits_at(sums, unit, total, v), v) for v in steps), key=lambda one: one[0].total)
+        measured.append((len(codes.values) / len(flat), float(error.pow(2).sum()) / len(flat) / variance, best, v))
+        without.append([bits_at(left, unit, of, v).total for left, of in zip(each, totals, strict=True)])
+    least = min(range(len(coders)), key=lambda i: measured[i][2].total)
+    l0, fvu, bits, precision = zip(*measured, strict=True)
     return DescriptionLength(
         names=tuple(named(c) for c in coders),
         d_sae=tuple(c.d_sae for c in coders),
@@ -190,7 +188,7 @@ def description_length(
         precision=precision,
         behind=tuple(b.total - bits[least].total for b in bits),
         behind_se=tuple(jackknife(np.subtract(w, without[least])) for w in without),
-        dense=gaussian_bits(torch.linalg.eigvalsh(_covariance(raw[-1])), total),
+        dense=gaussian_bits(torch.linalg.eigvalsh(_covariance(raw)), total),
         rho=rho,
         rows=len(flat),
         documents=len(rows.documents.unique()),
@@ -198,42 +196,20 @@ def description_length(
     )
 
 
-def _check(coders: list[SparseCoder], rho: float) -> None:
-    if not 0 < rho < 1:
-        raise ValueError(f"rho, the distortion over the variance, must be above 0 and below 1, got {rho}")
-    if not coders:
-        raise ValueError("no coder given: pass at least one")
-    require(*coders, reconstructs="description_length")
-    if len({c.in_shape for c in coders}) > 1:
-        raise ValueError(f"coders must read one width, got {sorted({c.in_shape for c in coders})}")
-
-
-def _sums(codes: Codes, error: Tensor, folds: Tensor) -> dict[int, _Sums]:
-    """The sums of every fold, and of all rows at -1."""
-    place = folds[codes.rows]
-    out = {}
-    for g in folds.unique().tolist():
-        on, here = place == g, error[folds == g]
-        values, features = codes.values[on].double(), codes.features[on]
-        out[g] = _Sums(
-            torch.tensor(float(len(here)), dtype=torch.float64),
-            torch.bincount(features, minlength=codes.d_sae).double(),
-            summed(values, features, codes.d_sae),
-            summed(values**2, features, codes.d_sae),
-            here.sum(0, dtype=torch.float64),
-            (here.T @ here).double(),
-        )
-    out[-1] = _Sums(*(torch.stack(column).sum(0) for column in zip(*out.values(), strict=True)))
-    return out
+def _sums(codes: Codes, error: Tensor, folds: Tensor) -> tuple[_Sums, list[_Sums]]:
+    """(the sums over all rows, those without each fold; none of one fold)."""
+    n, place, values = int(folds.max()) + 1, folds[codes.rows] * codes.d_sae + codes.features, codes.values.double()
+    counts, sums, squares = (summed(v, place, n, codes.d_sae) for v in (torch.ones_like(values), values, values**2))
+    each = [error[folds == g] for g in range(n)]
+    e, ee = torch.stack([x.sum(0, dtype=torch.float64) for x in each]), torch.stack([(x.T @ x).double() for x in each])
+    folded = _Sums(torch.bincount(folds).double(), counts, sums, squares, e, ee)
+    left = [_Sums(*parts) for parts in zip(*map(without_each, folded), strict=True)]
+    return _Sums(*(column.sum(0) for column in folded)), left if n > 1 else []
 
 
 def _covariance(sums: _Sums) -> Float[Tensor, "d d"]:
     mean = sums.e / sums.rows
     return sums.ee / sums.rows - mean[:, None] * mean
-
-
-def _trace_without(raw: dict[int, _Sums], fold: int) -> float:
-    return float(_covariance(raw[-1].less(raw[fold])).trace())
 
 
 def bits_at(sums: _Sums, unit: Tensor, distortion: float, v: float) -> Bits:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sae_lab.activations.world import World
 from sae_lab.arguments import as_annotated
+from sae_lab.evals.sampling import share_of
 from sae_lab.results import Result, figure, result
 from sae_lab.saes.base import SparseCoder
 
@@ -70,14 +71,13 @@ def composition(sae: SparseCoder, world: World) -> Composition:
     by_chance = explained(random, world.dictionary)
     same = go_together(world)
     n, share = len(one), float(composed.float().mean())
-    together = same[pair[composed][:, 0], pair[composed][:, 1]].float()
     return Composition(
         composed=share,
         composed_se=math.sqrt(share * (1 - share) / n),
         composed_random=float(((by_chance[0] < EXPLAINED) & (by_chance[1] >= EXPLAINED)).float().mean()),
         single=float((one >= EXPLAINED).float().mean()),
         neither=float(((one < EXPLAINED) & (two < EXPLAINED)).float().mean()),
-        grouped=float(together.mean()) if len(together) else math.nan,
+        grouped=share_of(same[pair[:, 0], pair[:, 1]], composed),
         grouped_chance=float(same.triu(1).sum()) / math.comb(len(same), 2),
         rows=n,
         dead=int((~live).sum()),

@@ -1,5 +1,6 @@
 """Whether concepts are sums of few features: directions as sparse non-negative combinations of decoder rows."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import field
 
@@ -94,7 +95,7 @@ class Cones(Result):
 @as_annotated
 @torch.no_grad()
 def cones(
-    coder: SparseCoder, concepts: Tensor | None = None, x: Tensor | Store | None = None, *,
+    coder: SparseCoder, concepts: Float[Tensor, "concepts d_out"] | None = None, x: Tensor | Store | None = None, *,
     labels: Tensor | None = None, sizes: Sequence[int] = SIZES, tokens: int = 16_384, seed: int = 0,
 ) -> Cones:  # fmt: skip
     """``sl.evals.cones(sae, concepts)``: whether concepts are sparse non-negative sums of decoder rows.
@@ -121,19 +122,35 @@ def cones(
     for labels that are not one column a concept or hold one class.
     """
     require(coder, reconstructs="cones")
-    sizes = _sizes(sizes, coder)
+    most = max(1, min(coder.d_sae, coder.d_out // 2))  # half the coordinates must determine the weights
+    sizes = tuple(m for m in SIZES if m <= most) if tuple(sizes) == SIZES else tuple(sizes)
+    if not sizes or list(sizes) != sorted(set(sizes)) or not 1 <= sizes[0] <= sizes[-1] <= most:
+        raise ValueError(f"sizes must be ascending integers from 1 to {most}, min(d_sae, d_out/2), got {sizes}")
     rows = truth = None
     if x is not None:
         rows = sample(x, tokens, coder)
         if labels is not None:
-            truth = _labels(labels, len(x))[rows.number]
+            if labels.dim() != 2 or len(labels) != len(x):
+                raise ValueError(
+                    f"labels must be (rows, concepts) for the {len(x)} rows of x, got {tuple(labels.shape)}"
+                )
+            truth = labels[rows.number]
     elif concepts is None or labels is not None:
         raise ValueError("labels are of rows: give x, the activations they belong to")
-    if concepts is None:
-        assert rows is not None
-        concepts = _mean_differences(rows.x.flatten(1), truth)
+    if concepts is None:  # mean of rows with each label less that of those without
+        if rows is None or truth is None or truth.dtype != torch.bool:
+            raise ValueError("without concepts, labels must be booleans (rows, concepts): directions come from them")
+        count, n = truth.sum(0), len(truth)
+        if bool(((count == 0) | (count == n)).any()):
+            raise ValueError(f"every label needs rows with and without it, got {count.tolist()} of {n} rows with")
+        concepts = (truth.T.float() / count[:, None] - (~truth).T.float() / (n - count)[:, None]) @ rows.x.flatten(1)
     W = coder.directions().cpu()
-    c = _concepts(concepts, W)
+    if concepts.shape[1] != W.shape[1] or not bool(concepts.any(1).all()):
+        raise ValueError(
+            f"concepts must be directions of width {W.shape[1]}, which the coder writes, and none of them zero, got "
+            f"{tuple(concepts.shape)} with {int((~concepts.any(1)).sum())} that are zero"
+        )
+    c = normalize(concepts.detach().float().cpu(), dim=1)
     if truth is not None and truth.shape[1] != len(c):
         raise ValueError(f"labels must have one column for each of the {len(c)} concepts, got {truth.shape[1]}")
     generator = torch.Generator().manual_seed(seed)
@@ -141,7 +158,7 @@ def cones(
     random = normalize(torch.randn(RANDOM, W.shape[1], generator=generator), dim=1)
     r2, features, weights = fit(W, c, sizes)
     held = _held_out(W @ basis, c @ basis, sizes)
-    own = other = [float("nan")] * len(sizes)
+    own = other = (math.nan,) * len(sizes)
     if rows is not None:
         f, _ = encoded(coder, rows)
         truth = rows.x.flatten(1) @ c.T if truth is None else truth
@@ -153,8 +170,8 @@ def cones(
         held_out=_means(held),
         held_out_se=tuple((held.std(0) / len(c) ** 0.5).tolist()),
         held_out_random=_means(_held_out(W @ basis, random @ basis, sizes)),
-        correlation=tuple(own),
-        correlation_shuffled=tuple(other),
+        correlation=own,
+        correlation_shuffled=other,
         concepts=len(c),
         rows=0 if rows is None else len(rows.x),
         d_sae=coder.d_sae,
@@ -162,47 +179,6 @@ def cones(
         features=features[:, -1],
         weights=weights[:, -1],
     )
-
-
-def _sizes(sizes: Sequence[int], coder: SparseCoder) -> tuple[int, ...]:
-    most = max(1, min(coder.d_sae, coder.d_out // 2))  # half the coordinates must determine the weights
-    good = len(sizes) > 0 and all(isinstance(m, int) and 1 <= m <= most for m in sizes)
-    if tuple(sizes) == SIZES:
-        return tuple(m for m in SIZES if m <= most)
-    if not good or list(sizes) != sorted(set(sizes)):
-        raise ValueError(
-            f"sizes must be ascending integers from 1 to {most}, the least of d_sae and d_out/2, got {sizes}"
-        )
-    return tuple(sizes)
-
-
-def _labels(labels: Tensor, rows: int) -> Tensor:
-    if labels.dim() != 2 or len(labels) != rows:
-        raise ValueError(f"labels must be (rows, concepts) for the {rows} rows of x, got {tuple(labels.shape)}")
-    return labels
-
-
-def _mean_differences(x: Tensor, labels: Tensor | None) -> Tensor:
-    """Mean of rows with each label less that of those without."""
-    if labels is None or labels.dtype != torch.bool:
-        raise ValueError("without concepts, labels must be booleans (rows, concepts): directions come from them")
-    count = labels.sum(0)
-    if bool(((count == 0) | (count == len(labels))).any()):
-        raise ValueError(f"every label needs rows with and without it, got {count.tolist()} of {len(labels)} rows with")
-    weight = labels.T.float() / count[:, None] - (~labels).T.float() / (len(labels) - count)[:, None]
-    return weight @ x
-
-
-def _concepts(concepts: Tensor, W: Tensor) -> Tensor:
-    if concepts.dim() != 2 or concepts.shape[1] != W.shape[1] or not concepts.is_floating_point():
-        raise ValueError(
-            f"concepts must be float directions (concepts, {W.shape[1]}), the width that the coder writes, got "
-            f"{tuple(concepts.shape)} {concepts.dtype}"
-        )
-    c = concepts.detach().float().cpu()
-    if len(c) == 0 or not bool(c.isfinite().all()) or not bool(c.any(1).all()):
-        raise ValueError("every concept must be a finite direction that is not zero")
-    return normalize(c, dim=1)
 
 
 def fit(
@@ -234,9 +210,8 @@ def fit(
 
 def _held_out(W: Tensor, c: Tensor, sizes: Sequence[int]) -> Tensor:
     """r² on each half of the coordinates of what was fitted on the other; the mean of the two, ``concepts sizes``."""
-    half = W.shape[1] // 2
+    half, out = W.shape[1] // 2, torch.zeros(len(c), len(sizes))
     parts = (slice(0, half), slice(half, None))
-    out = torch.zeros(len(c), len(sizes))
     for seen, unseen in (parts, parts[::-1]):
         _, features, weights = fit(W[:, seen].contiguous(), c[:, seen].contiguous(), sizes)
         target = c[:, unseen]
@@ -246,10 +221,9 @@ def _held_out(W: Tensor, c: Tensor, sizes: Sequence[int]) -> Tensor:
     return out
 
 
-def _correlations(f: Codes, truth: Tensor, features: Tensor, weights: Tensor) -> tuple[list[float], list[float]]:
+def _correlations(f: Codes, truth: Tensor, features: Tensor, weights: Tensor) -> tuple[tuple[float, ...], ...]:
     """Mean correlation of concepts' activations with their features', and with the next concept's; one a size."""
-    own, other = [], []
-    rows = len(f.offsets) - 1
+    found, rows = [], len(f.offsets) - 1
     for at in range(features.shape[1]):
         table = torch.zeros(f.d_sae, len(truth.T), dtype=torch.float64)
         there = features[:, at] >= 0
@@ -261,15 +235,11 @@ def _correlations(f: Codes, truth: Tensor, features: Tensor, weights: Tensor) ->
             here = slice(int(offsets[0]), int(offsets[-1]))
             places = f.rows[here]
             activity.index_add_(0, places, f.values[here, None].double() * table[f.features[here]])
-        r = _correlation_matrix(activity, truth)
-        own.append(float(r.diagonal().nanmean()))
-        other.append(float(r.roll(1, 0).diagonal().nanmean()) if len(r) > 1 else float("nan"))
-    return own, other
-
-
-def _correlation_matrix(a: Tensor, b: Tensor) -> Tensor:
-    a, b = a - a.mean(0), b - b.mean(0)
-    return (a.T @ b) / (a.norm(dim=0)[:, None] * b.norm(dim=0))
+        a, b = activity - activity.mean(0), truth - truth.mean(0)
+        r = (a.T @ b) / (a.norm(dim=0)[:, None] * b.norm(dim=0))
+        other = float(r.roll(1, 0).diagonal().nanmean()) if len(r) > 1 else math.nan
+        found.append((float(r.diagonal().nanmean()), other))
+    return tuple(zip(*found, strict=True))
 
 
 def _means(values: Tensor) -> tuple[float, ...]:

@@ -71,12 +71,11 @@ class Errors(Result):
     @property
     def exponents(self) -> tuple[float, float]:
         """p of KL ~ alpha^p along the coder's error and along noise; 2 wherever KL is quadratic, more on a plateau."""
-        alphas = np.log(self.alphas)
-        found = []
-        for curve in (self.curve, self.curve_noise):
-            positive = min(curve) > 0 and len(curve) > 1
-            found.append(float(np.polyfit(alphas, np.log(curve), 1)[0]) if positive else math.nan)
-        return found[0], found[1]
+        own, noise = (
+            float(np.polyfit(np.log(self.alphas), np.log(curve), 1)[0]) if min(curve) > 0 < len(curve) - 1 else math.nan
+            for curve in (self.curve, self.curve_noise)
+        )
+        return own, noise
 
     @property
     def _isotropic(self) -> float:
@@ -144,6 +143,8 @@ def pathological_errors(
     pathological"); noise with the covariance of activations leaves less of it (Giglemiani et al. 2024, Heimersheim &
     Mendel 2024: interpolation and sensitive directions).
     """
+    from scipy.stats import t
+
     alphas = tuple(float(a) for a in alphas)
     if any(not 0 < a < 1 for a in alphas) or list(alphas) != sorted(set(alphas)):
         raise ValueError(f"alphas must be increasing shares between 0 and 1, got {alphas}: 1 itself is always measured")
@@ -154,9 +155,43 @@ def pathological_errors(
         raise ValueError("the mask leaves one token, and errors are compared with those of others: read more tokens")
     error = read.y_hat - read.y
     noises = equal_norm_noises(read.y, error, read.kept, seed)
-    quarter = max(1, len(contexts) // 4)
-    kls, curves = _divergences(lm, read, error, noises, alphas, quarter)
-    return _result(read, error, kls, curves, alphas)
+    kls, curves = _divergences(lm, read, error, noises, alphas, max(1, len(contexts) // 4))
+    kept, documents, position = read.kept, read.documents[read.kept], read.positions[read.kept]
+    kl = kls[:, kept].double()
+    groups = len(documents.unique())
+    quantile = float(t.ppf(0.975, groups - 1)) if groups > 1 else math.nan
+    kl_noise = {name: float(noise.mean()) for name, noise in zip(NOISES, kl[1:], strict=True)}
+    ratios = {name: float(kl[0].mean()) / of if of else math.nan for name, of in kl_noise.items()}
+    errors = {name: ratio_error(kl[0], noise, documents) for name, noise in zip(NOISES, kl[1:], strict=True)}
+    widths = {n: math.exp(quantile * errors[n] / ratio) if ratio > 0 else math.nan for n, ratio in ratios.items()}
+    edges = tuple(e for e in _EDGES if bool((position >= e).any()))
+    bins = [(position >= a) & (position < b) for a, b in zip(edges, (*edges[1:], math.inf), strict=True)]
+    mean_curve = curves[:, kept[: curves.shape[1]]].double().mean(1).reshape(len(alphas), 2)
+    ends = kls[:2, : curves.shape[1]][:, kept[: curves.shape[1]]].double().mean(1)  # alpha = 1, same tokens
+    y, y_hat = read.y[kept], read.y_hat[kept]
+    return Errors(
+        kl=float(kl[0].mean()),
+        kl_se=clustered_error(kl[0], documents),
+        kl_noise=kl_noise,
+        ratio=ratios,
+        ratio_se=errors,
+        low={name: ratios[name] / width for name, width in widths.items()},
+        high={name: ratios[name] * width for name, width in widths.items()},
+        alphas=(*alphas, 1.0),
+        curve=(*mean_curve[:, 0].tolist(), float(ends[0])),
+        curve_noise=(*mean_curve[:, 1].tolist(), float(ends[1])),
+        edges=edges,
+        by_position=tuple(float(kl[0, b].mean() / kl[1, b].mean()) for b in bins),
+        by_position_se=tuple(ratio_error(kl[0, b], kl[1, b], documents[b]) for b in bins),
+        cosine_xhat=float(torch.cosine_similarity(y, y_hat, dim=-1).mean()),
+        relative_error=float((error[kept].norm(dim=-1) / y.norm(dim=-1)).mean()),
+        tokens=int(kept.sum()),
+        curve_tokens=curves.shape[1],
+        documents=groups,
+        mask=read.mask,
+        token_kl=kl.float(),
+        token_documents=documents,
+    )
 
 
 def equal_norm_noises(
@@ -210,18 +245,15 @@ def _divergences(
     for i, context in enumerate(tqdm(read.contexts, "errors", unit="context", dynamic_ncols=True)):
         here = slice(start, start := start + len(context.ids))
         parts = [changes[:, here]] + ([along[:, :, here].flatten(0, 1)] if i < quarter else [])
-        found = _kl_of(lm, read.site, context.ids, read.y[here] + torch.cat(parts), read.kept[here])
+        new = read.y[here] + torch.cat(parts)
+        batch = pad([context.ids])
+        batch = repeated(batch, len(new) + 1) if fixes_the_batch(read.site) else batch
+        write = Write(read.site, partial(beside, new=new, keep=read.kept[here]))
+        form = Float[Tensor, f"{len(new)} {batch.ids.shape[1]}"]
+        found = lm.run(batch, writes=[write], logits=kl_from_first, form=form)[1]
         kls.append(found[: len(changes)])
         curves += [found[len(changes) :]] if i < quarter else []
     return torch.cat(kls, 1), torch.cat(curves, 1)
-
-
-def _kl_of(lm: LM, site: Site, ids: list[int], new: Tensor, kept: Tensor) -> Tensor:
-    batch, many = pad([ids]), len(new) + 1
-    batch = repeated(batch, many) if fixes_the_batch(site) else batch
-    write = Write(site, partial(beside, new=new, keep=kept))
-    form = Float[Tensor, f"{len(new)} {batch.ids.shape[1]}"]
-    return lm.run(batch, writes=[write], logits=kl_from_first, form=form)[1]
 
 
 @no_type_check
@@ -239,47 +271,3 @@ def kl_from_first(logits, tokens):
     p = clean.exp()
     divergences = [(p * (clean - row.float().log_softmax(-1))).sum(-1) for row in logits[1:]]
     return torch.stack(divergences).clamp(min=0).cpu()
-
-
-def _result(read: Measured, error: Tensor, kls: Tensor, curves: Tensor, alphas: tuple[float, ...]) -> Errors:
-    from scipy.stats import t
-
-    kept, documents, position = read.kept, read.documents[read.kept], read.positions[read.kept]
-    kl = kls[:, kept].double()
-    groups = len(documents.unique())
-    quantile = float(t.ppf(0.975, groups - 1)) if groups > 1 else math.nan
-    ratios, errors, low, high = {}, {}, {}, {}
-    for i, name in enumerate(NOISES, 1):
-        bottom = float(kl[i].mean())
-        ratios[name] = float(kl[0].mean()) / bottom if bottom else math.nan
-        errors[name] = ratio_error(kl[0], kl[i], documents) if bottom else math.nan
-        width = math.exp(quantile * errors[name] / ratios[name]) if ratios[name] > 0 else math.nan
-        low[name], high[name] = ratios[name] / width, ratios[name] * width
-    edges = tuple(e for e in _EDGES if bool((position >= e).any()))
-    bins = [(position >= a) & (position < b) for a, b in zip(edges, (*edges[1:], math.inf), strict=True)]
-    mean_curve = curves[:, kept[: curves.shape[1]]].double().mean(1).reshape(len(alphas), 2)
-    ends = kls[:2, : curves.shape[1]][:, kept[: curves.shape[1]]].double().mean(1)  # alpha = 1, same tokens
-    y, y_hat = read.y[kept], read.y_hat[kept]
-    return Errors(
-        kl=float(kl[0].mean()),
-        kl_se=clustered_error(kl[0], documents),
-        kl_noise={name: float(kl[i].mean()) for i, name in enumerate(NOISES, 1)},
-        ratio=ratios,
-        ratio_se=errors,
-        low=low,
-        high=high,
-        alphas=(*alphas, 1.0),
-        curve=(*mean_curve[:, 0].tolist(), float(ends[0])),
-        curve_noise=(*mean_curve[:, 1].tolist(), float(ends[1])),
-        edges=edges,
-        by_position=tuple(float(kl[0, b].mean() / kl[1, b].mean()) for b in bins),
-        by_position_se=tuple(ratio_error(kl[0, b], kl[1, b], documents[b]) for b in bins),
-        cosine_xhat=float(torch.cosine_similarity(y, y_hat, dim=-1).mean()),
-        relative_error=float((error[kept].norm(dim=-1) / y.norm(dim=-1)).mean()),
-        tokens=int(kept.sum()),
-        curve_tokens=curves.shape[1],
-        documents=groups,
-        mask=read.mask,
-        token_kl=kl.float(),
-        token_documents=documents,
-    )

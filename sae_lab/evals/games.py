@@ -3,7 +3,7 @@ arXiv:2408.00113)."""
 
 import copy
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from sae_lab.arguments import as_annotated
 from sae_lab.evals.sampling import by_content
 from sae_lab.lm.model import LM
-from sae_lab.results import Figure, Result, result
+from sae_lab.results import Figure, Result, figure, result
 from sae_lab.saes import kernels
 from sae_lab.saes.base import SparseCoder
 from sae_lab.stats import area, clustered_error, f1, jackknife, sparse_ranks
@@ -28,12 +28,14 @@ PRECISION = 0.95
 LEAST_FIRINGS = 10  # on training positions; the precision of fewer says little
 LEAST_CASES = 20  # of a property, and of its opposite, in either half of the games
 AUROC = 0.9
+_FROM_PRECISE = f"F1 of boards from features of precision {PRECISION}"
+_OF_STATE = "of {of_state} properties (mine, theirs, empty)"
 _FOLDS = 20
 _GAMES_AT_ONCE = 64
 
 
-@dataclass(frozen=True, repr=False)
-class BoardScores:
+@result
+class BoardScores(Result):
     """What one set of features knows of boards.
 
     Attributes:
@@ -45,17 +47,19 @@ class BoardScores:
             ``reconstruction_se``: clustered by game. precise: how many features have a property with high precision.
         best, threshold, f1: of each property the feature that is best on training positions, its threshold (share of
             its maximum there) and its test F1. auroc_best, auroc: the feature of best training AUROC, and its test one.
+        of_state: how many properties are mine/theirs/empty.
     """
 
     features: int
     l0: float
-    coverage: float
+    coverage: float = figure("coverage", f"mean best F1 {_OF_STATE}", best="high")
     coverage_se: float
-    legal: float
-    above: int
-    reconstruction: float
+    legal: float = figure("coverage, legal", "mean best F1 of legal moves", best="high")
+    above: int = figure(f"AUROC > {AUROC}", _OF_STATE, best="high", digits=0)
+    reconstruction: float = figure("reconstruction", _FROM_PRECISE, best="high")
     reconstruction_se: float
     precise: int
+    of_state: int = field(repr=False)
     best: np.ndarray = field(repr=False, compare=False)
     threshold: np.ndarray = field(repr=False, compare=False)
     f1: np.ndarray = field(repr=False, compare=False)
@@ -106,29 +110,16 @@ class BoardGames(Result):
         return self.coder.reconstruction
 
     def figures(self) -> list[Figure]:
-        name = "untrained" if "untrained" in self.controls else "shuffled"
-        own, other = self.coder, self.controls[name]
-        said = {"untrained": "of an untrained model", "shuffled": "of other games' boards"}[name]
-        of = f"of {self.of_state} properties (mine, theirs, empty)"
-        precise = f"F1 of boards from features of precision {PRECISION}"
-        nan = math.nan
-        return [
-            Figure("coverage", own.coverage, own.coverage_se, other.coverage, said, "mean best F1 " + of, "high",
-                   key="coverage"),
-            Figure("coverage, legal", own.legal, nan, other.legal, said, "mean best F1 of legal moves", "high",
-                   key="legal"),
-            Figure(f"AUROC > {AUROC}", own.above, nan, other.above, said, of, "high", 0, "above"),
-            Figure("reconstruction", own.reconstruction, own.reconstruction_se, other.reconstruction, said, precise,
-                   "high", key="reconstruction"),
-        ]  # fmt: skip
+        said = {"untrained": "of an untrained model", "shuffled": "of other games' boards"}
+        name = next(name for name in said if name in self.controls)
+        both = zip(self.coder.figures(), self.controls[name].figures(), strict=True)
+        return [own._replace(control=other.value, control_name=said[name]) for own, other in both]
 
-    def to_pandas(self):
-        """One row a set of features: the coder and its controls."""
-        import pandas as pd
+    @property
+    def _sets(self) -> dict[str, BoardScores]:
+        return {"coder": self.coder, **self.controls}
 
-        columns = [f.name for f in fields(BoardScores) if f.repr]
-        sets = {"coder": self.coder, **self.controls}
-        return pd.DataFrame({name: {c: getattr(s, c) for c in columns} for name, s in sets.items()}).T
+    _records = "_sets"
 
     def by_property(self):
         """One row a property: the coder's best feature, its threshold and test F1; its feature of best AUROC, and it;
@@ -152,7 +143,7 @@ class BoardGames(Result):
 
     @property
     def _dropped(self) -> str:
-        return f"; {self.dropped} properties too rare or too common" if self.dropped else ""
+        return f"; {self.dropped} properties too rare or too common" * (self.dropped > 0)
 
 
 @as_annotated
@@ -192,22 +183,27 @@ def board_games(
     labels, names = board_properties(games)
     labels, train = labels[which], read.game < len(games) // 2
     kept = _measurable(labels, train)
-    data = _Data(labels[:, kept], train, read.game, np.array([names[i].split()[0] for i in np.flatnonzero(kept)]))
+    names = [names[i] for i in np.flatnonzero(kept)]
+    data = _Data(labels[:, kept], train, read.game, np.array([name.split()[0] for name in names]))
     codes = coder.codes_of(x, strengths=True)
     controls = {}
-    if untrained is not None:
-        controls["untrained"] = _scores_of_untrained(untrained, games, which, data)
+    if untrained is not None:  # on the same positions, whatever that coder's mask leaves out
+        other, its_lm = untrained
+        its = _read(its_lm, [other.site], games, TokenMask())
+        its_x = its.acts[other.site][torch.from_numpy(which[its.which])]
+        controls["untrained"] = _score(other.codes_of(its_x, strengths=True), data)
     if neurons:
         controls["neurons"] = _score(_positive(read.acts[neurons[0]], train), data)
     controls["basis"] = _score(_positive(torch.cat([x, -x], 1), train), data)
     controls["probe"] = _score(_positive(_probed(x, data), train), data)
     controls["shuffled"] = _score(codes, _shuffled(data, read.move, seed))
     of_state = np.isin(data.kinds, STATE)
+    true = data.labels[~train].sum(0)
     return BoardGames(
         coder=_score(codes, data),
         controls=controls,
-        always=float(f1(data.labels[~train].sum(0), (~train).sum(), data.labels[~train].sum(0))[of_state].mean()),
-        properties=tuple(names[i] for i in np.flatnonzero(kept)),
+        always=float(f1(true, (~train).sum(), true)[of_state].mean()),
+        properties=tuple(names),
         of_state=int(of_state.sum()),
         dropped=int((~kept).sum()),
         positions=len(train),
@@ -306,14 +302,6 @@ def _probed(x: Tensor, data: _Data) -> Tensor:
     return (rows @ torch.linalg.solve(square, rows[train].T @ (y - y[train].mean(0))[train])).float()
 
 
-def _scores_of_untrained(pair: tuple[SparseCoder, LM], games: Games, which: np.ndarray, data: _Data) -> BoardScores:
-    """Scores of another model and its coder on the same positions, whatever that coder's mask leaves out."""
-    coder, lm = pair
-    read = _read(lm, [coder.site], games, TokenMask())
-    x = read.acts[coder.site][torch.from_numpy(which[read.which])]
-    return _score(coder.codes_of(x, strengths=True), data)
-
-
 def _measurable(labels: np.ndarray, train: np.ndarray) -> np.ndarray:
     """Properties with enough cases and enough counterexamples in both halves."""
     halves = [labels[train], labels[~train]]
@@ -334,7 +322,7 @@ def _score(codes: Codes, data: _Data) -> BoardScores:
     train, y = data.train, data.labels.astype(np.float32)
     order = by_content(codes)  # so that of equal classifiers one is chosen whatever its feature's number
     codes = codes._replace(features=order.argsort()[codes.features])
-    onehot, level, alive = _levels(codes, train)
+    onehot, level, most = _levels(codes, train)
     hits = _at_least((onehot[train].T @ y[train]).reshape(codes.d_sae, LEVELS, -1))
     firings = _at_least(np.asarray(onehot[train].sum(0)).reshape(codes.d_sae, LEVELS, 1))
     table = f1(hits, firings, y[train].sum(0)).reshape(codes.d_sae * LEVELS, -1)
@@ -344,10 +332,16 @@ def _score(codes: Codes, data: _Data) -> BoardScores:
     scores = f1((on & test).sum(0), on.sum(0), test.sum(0))
     state = np.isin(data.kinds, STATE)
     precise = (hits >= PRECISION * firings) & (firings >= LEAST_FIRINGS)
-    boards, count = _boards(onehot[~train], precise, data)
-    aurocs, auroc_best = _aurocs(codes, data)
+    # What is on at a threshold is on at all lower ones: from the lowest precise threshold on, a level says "yes".
+    discs = np.isin(data.kinds, DISCS)
+    says = np.maximum.accumulate(precise[:, :, discs], 1).astype(np.float32)
+    said = onehot[~train] @ says.reshape(-1, int(discs.sum())) > 0
+    boards = f1((said & test[:, discs]).sum(1), said.sum(1), test[:, discs].sum(1))
+    training, tested = (auroc_table(codes, data.labels, half) for half in (train, ~train))
+    auroc_best = training.argmax(0)
+    aurocs = tested[auroc_best, np.arange(len(auroc_best))]
     return BoardScores(
-        features=int(alive.sum()),
+        features=int((most > 0).sum()),
         l0=len(codes.values) / len(train),
         coverage=float(scores[state].mean()),
         coverage_se=_jackknife(on[:, state], test[:, state], data.game[~train]),
@@ -355,7 +349,8 @@ def _score(codes: Codes, data: _Data) -> BoardScores:
         above=int((aurocs[state] > AUROC).sum()),
         reconstruction=float(boards.mean()),
         reconstruction_se=clustered_error(torch.from_numpy(boards), torch.from_numpy(data.game[~train])),
-        precise=count,
+        precise=int(says.any((1, 2)).sum()),
+        of_state=int(state.sum()),
         best=order.numpy()[best],
         threshold=least / LEVELS,
         f1=scores,
@@ -370,11 +365,8 @@ def _at_least(counts: np.ndarray) -> np.ndarray:
 
 
 def _levels(codes: Codes, train: np.ndarray) -> tuple[Any, Any, np.ndarray]:
-    """How strongly features fire, in tenths of their maximum on training positions.
-
-    Level l holds l/10 < f/max ≤ (l+1)/10 (and, on test positions, all above). Returns a matrix with a 1 for every
-    firing, "positions features·levels"; one of level + 1, "positions features"; and which features fire in training.
-    """
+    """(a 1 for every firing, "positions features·levels"; level + 1, "positions features"; each feature's maximum on
+    training positions). A feature is at level l above l/10 of its maximum and up to (l + 1)/10, at 9 also above it."""
     from scipy.sparse import csr_matrix
 
     rows, n = codes.rows.numpy(), len(codes.offsets) - 1
@@ -386,24 +378,7 @@ def _levels(codes: Codes, train: np.ndarray) -> tuple[Any, Any, np.ndarray]:
     level = np.clip(np.ceil(LEVELS * values / most[features]) - 1, 0, LEVELS - 1).astype(np.int32)
     ones = np.ones(len(rows), np.float32)
     onehot = csr_matrix((ones, (rows, features * LEVELS + level)), shape=(n, codes.d_sae * LEVELS))
-    return onehot, csr_matrix((level + 1, (rows, features)), shape=(n, codes.d_sae)), most > 0
-
-
-def _boards(onehot: Any, precise: np.ndarray, data: _Data) -> tuple[np.ndarray, int]:
-    """(F1 of each test board put together from precise classifiers, how many features have one)."""
-    discs = np.isin(data.kinds, DISCS)
-    # What is on at a threshold is on at all lower ones: from the lowest precise threshold on, a level says "yes".
-    says = np.maximum.accumulate(precise[:, :, discs], 1).astype(np.float32)
-    said = onehot @ says.reshape(-1, int(discs.sum())) > 0
-    true = data.labels[~data.train][:, discs]
-    return f1((said & true).sum(1), said.sum(1), true.sum(1)), int(says.any((1, 2)).sum())
-
-
-def _aurocs(codes: Codes, data: _Data) -> tuple[np.ndarray, np.ndarray]:
-    """(test AUROC, feature) of the feature of largest training AUROC, for every property."""
-    tables = [auroc_table(codes, data.labels, half) for half in (data.train, ~data.train)]
-    best = tables[0].argmax(0)
-    return tables[1][best, np.arange(len(best))], best
+    return onehot, csr_matrix((level + 1, (rows, features)), shape=(n, codes.d_sae)), most
 
 
 def auroc_table(codes: Codes, labels: np.ndarray, half: np.ndarray) -> np.ndarray:

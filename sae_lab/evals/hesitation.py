@@ -21,7 +21,7 @@ from sae_lab.lm.model import LM
 from sae_lab.lm.tokens import pad
 from sae_lab.results import Result, figure, result
 from sae_lab.saes.base import SparseCoder
-from sae_lab.stats import auroc
+from sae_lab.stats import auroc, mean_and_error
 
 PASS_ROWS = 16  # questions that go through the model together
 DRAWS = 5  # of random features that are ablated in the others' place
@@ -42,8 +42,8 @@ class Question(NamedTuple):
 def synthetic_qa(seed: int = 0, n: int = 240) -> list[Question]:
     """``n`` questions made by rule, a quarter of each kind: sums and products of numbers of one or two digits,
     capitals, opposites. Three solved examples of its kind, drawn anew, precede each. ValueError for fewer than four."""
-    if not isinstance(n, int) or n < 4:
-        raise ValueError(f"n must be an integer of at least 4, one question of each kind, got {n!r}")
+    if n < 4:
+        raise ValueError(f"n must be at least 4, one question of each kind, got {n}")
     random = np.random.default_rng(seed)
     pairs = read_json(QUESTIONS)
     pools = {
@@ -184,28 +184,25 @@ def uncertainty(
     f, random = codes[:, live], np.random.default_rng(seed)
     t = association(f, uncertain, ~correct, group)
     shuffled = np.mean([_classes(t, threshold).sum(1) for t in _shuffled_t(f, uncertain, correct, group, random)], 0)
-    classes = _classes(t, threshold)
     names = ("pure_uncertainty", "pure_incorrectness", "confounded")
-    strength = (np.abs(t[0]), np.abs(t[1]), np.abs(t).min(0))
-    aurocs = _predict(f, correct, group, splits, random)
+    classes = dict(zip(names, _classes(t, threshold), strict=True))
+    strength = dict(zip(names, (np.abs(t[0]), np.abs(t[1]), np.abs(t).min(0)), strict=True))
+    measured: dict[str, Any] = {name: int(c.sum()) for name, c in classes.items()}
+    measured |= {f"{name}_shuffled": float(c) for name, c in zip(names, shuffled, strict=True)}
+    measured |= _predict(f, correct, group, splits, random)
+    measured |= _suppressed(lm, coder, rows, starts, codes, uncertain, correct, group, suppress, random)
     return Uncertainty(
         accuracy=float(correct.mean()),
         entropy=float(entropy.mean()),
         cells=tuple(int((u & c).sum()) for u in (~uncertain, uncertain) for c in (correct, ~correct)),  # type: ignore
-        **{name: int(c.sum()) for name, c in zip(names, classes, strict=True)},  # type: ignore[arg-type]
-        **{f"{name}_shuffled": float(c) for name, c in zip(names, shuffled, strict=True)},  # type: ignore[arg-type]
-        **aurocs,  # type: ignore[arg-type]
+        **measured,
         auroc_entropy=auroc(-entropy[:, None], correct)[0],
-        **_suppressed(lm, coder, rows, starts, codes, uncertain, correct, group, suppress, random),  # type: ignore
         questions=n,
         live=len(live),
         splits=splits,
         threshold=threshold,
         mask=str(coder.mask or lm.mask()),
-        features={
-            name: live[np.flatnonzero(c)[np.argsort(-s[c], kind="stable")]].tolist()
-            for name, c, s in zip(names, classes, strength, strict=True)
-        },
+        features={name: live[c][np.argsort(-strength[name][c], kind="stable")].tolist() for name, c in classes.items()},
         correct=torch.from_numpy(correct),
         uncertain=torch.from_numpy(uncertain),
         entropies=torch.from_numpy(entropy),
@@ -237,28 +234,26 @@ def _answered(
     """(whether the answer is right, the next token's entropy in nats, strengths at the prompt's last token) of each
     question; without a coder no strengths."""
     correct, entropy = np.zeros(len(rows), bool), np.zeros(len(rows))
-    codes = np.zeros((len(rows), coder.d_sae if coder is not None else 0), np.float32)
+    codes = np.zeros((len(rows), coder.d_sae if coder else 0), np.float32)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # of like length: little padding
     for first in range(0, len(rows), PASS_ROWS):
         part = order[first : first + PASS_ROWS]
         batch, last = pad([rows[i] for i in part]), torch.tensor([starts[i] - 1 for i in part])
-        sites = [coder.site] if coder is not None else []
-        writes = Ablate.together(edits, lm, batch)
         of_logits: Any = partial(greedy_and_entropy, last=last)
         form = {"greedy": Int[Tensor, " ".join(map(str, batch.ids.shape))], "entropy": Float[Tensor, f"{len(part)}"]}
+        sites, writes = [coder.site] if coder else [], Ablate.together(edits, lm, batch)
         acts, said = lm.run(batch, sites, writes, logits=of_logits, form=form)
         right = (said["greedy"][:, :-1] == batch.ids[:, 1:]) | ~batch.mask[:, 1:]
         before = torch.arange(right.shape[1]) < last[:, None]  # the tokens of the prompt are not asked for
         correct[part] = (right | before).all(1).numpy()
         entropy[part] = said["entropy"].numpy()
-        if coder is not None:
-            found = coded(lm, coder, batch, acts[coder.site])
-            row, position = found.keep.nonzero(as_tuple=True)
-            token, features = found.codes.rows, found.codes.features
-            here = (position == last[row])[token]
-            x = acts[coder.site][found.keep.to(acts[coder.site].device)]
-            strengths = coder.strengths(found.codes, x).values
-            codes[np.array(part)[row[token[here]]], features[here]] = strengths[here]
+        if coder:
+            x = acts[coder.site]
+            found, keep = coded(lm, coder, batch, x)
+            row, position = keep.nonzero(as_tuple=True)
+            here = (position == last[row])[found.rows]
+            strengths = coder.strengths(found, x[keep.to(x.device)]).values
+            codes[np.array(part)[row[found.rows[here]]], found.features[here]] = strengths[here]
     return correct, entropy, codes
 
 
@@ -315,10 +310,8 @@ def _within(group: np.ndarray, random: np.random.Generator) -> np.ndarray:
 def _auroc_within(scores: np.ndarray, positive: np.ndarray, group: np.ndarray) -> float:
     """AUROC over pairs of one group."""
     total, pairs = 0.0, 0
-    for g in np.unique(group):
-        here = group == g
-        many = int((positive & here).sum()) * int((~positive & here).sum())
-        if many:
+    for here in (group == g for g in np.unique(group)):
+        if many := int((positive & here).sum()) * int((~positive & here).sum()):
             total, pairs = total + many * float(auroc(scores[here, None], positive[here])[0]), pairs + many
     return total / pairs if pairs else math.nan
 
@@ -334,9 +327,8 @@ def _predict(
     ])  # fmt: skip
     mean = np.nanmean(found, 0)
     error = np.nanstd(found, 0, ddof=1) * math.sqrt(1 / splits + 1) if splits > 1 else np.full(4, np.nan)
-    names = ("auroc", "auroc_within", "auroc_shuffled", "auroc_within_shuffled")
-    errors = {"auroc_se": float(error[0]), "auroc_within_se": float(error[1])}
-    return {name: float(v) for name, v in zip(names, mean, strict=True)} | errors
+    names = ("auroc", "auroc_within", "auroc_shuffled", "auroc_within_shuffled", "auroc_se", "auroc_within_se")
+    return dict(zip(names, [*mean.tolist(), *error[:2].tolist()], strict=True))
 
 
 def _three(f: np.ndarray, correct: np.ndarray, group: np.ndarray, random: np.random.Generator) -> tuple[float, float]:
@@ -372,8 +364,7 @@ def _suppressed(
     order = np.argsort(-codes[found].sum(0), kind="stable")
     live = order[firings[order] >= LEAST]
     both = association(codes[found][:, live], uncertain[found], ~correct[found], group[found]).min(0)
-    chosen = live[np.argsort(-both, kind="stable")[:most]]
-    chosen = chosen[both[np.argsort(-both, kind="stable")[:most]] > 0]
+    chosen = live[np.argsort(-both, kind="stable")[: min(most, int((both > 0).sum()))]]
     test = np.flatnonzero(~found)
     none = {"accuracy_before": float(correct[test].mean()), "suppressed": tuple(chosen.tolist())}
     if not len(chosen):
@@ -385,13 +376,9 @@ def _suppressed(
         return right.astype(float) - correct[test]
 
     others = live[~np.isin(live, chosen)]
-    draws = [change(_alike(chosen, others, firings, random)) for _ in range(DRAWS)] if len(others) else []
-    own = change(chosen)
-    return none | {
-        "accuracy_change": float(own.mean()),
-        "accuracy_change_se": float(own.std(ddof=1) / math.sqrt(len(own))),
-        "accuracy_change_random": float(np.mean(draws)) if draws else math.nan,
-    }
+    draws = [change(_alike(chosen, others, firings, random)) for _ in range(DRAWS)] if len(others) else [math.nan]
+    own, error = mean_and_error(change(chosen))
+    return none | dict(accuracy_change=own, accuracy_change_se=error, accuracy_change_random=float(np.mean(draws)))
 
 
 def _alike(chosen: np.ndarray, others: np.ndarray, firings: np.ndarray, random: np.random.Generator) -> np.ndarray:

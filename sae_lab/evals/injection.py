@@ -10,14 +10,14 @@ from torch import Tensor
 
 from sae_lab.activations.contexts import spread_contexts
 from sae_lab.activations.reading import read_codes
-from sae_lab.arguments import as_annotated
+from sae_lab.arguments import as_annotated, check_least
 from sae_lab.feature_index import FeatureIndex
 from sae_lab.lm.model import LM
 from sae_lab.lm.text import Documents
 from sae_lab.lm.tokens import label, pad
 from sae_lab.results import Result, figure, result
 from sae_lab.saes.base import SparseCoder
-from sae_lab.stats import mean_and_error
+from sae_lab.stats import with_error
 
 ENOUGH = 0.5  # share of texts in which a feature must activate to count as activated by its tokens
 NEAR = 25  # tokens on each side, in order of frequency, that count as equally frequent
@@ -117,7 +117,18 @@ def token_injection(
 
     Cue tokens that explain "reasoning features" away: GeorgeMLP/reasoning-probing, whose rates are 45 to 90 %.
     """
-    chosen = _check(coder, index, features, tokens, texts, length, share)
+    if coder.d_sae != index.d_sae:
+        raise ValueError(
+            f"the coder has {coder.d_sae} features and the index {index.d_sae}: use an index of this coder"
+        )
+    check_least(1, tokens=tokens, texts=texts, length=length)
+    if not 0 < share <= 1:
+        raise ValueError(f"share must lie above 0 and be at most 1, got {share}: 0.5 is half the typical activation")
+    chosen = [coder.feature(f) for f in features]
+    if not chosen:
+        raise ValueError("no features given: pass a few, e.g. index.find('because')")
+    if silent := [f for f in chosen if index.counts[f] == 0]:
+        raise ValueError(f"feature {silent[0]} never fires in the index's store, so it has no top tokens: leave it out")
     random = np.random.default_rng(seed)
     contexts = [c.ids for c in spread_contexts(lm, text, 2 * texts * length, length) if len(c.ids) == length][:texts]
     if not contexts:
@@ -126,8 +137,7 @@ def token_injection(
         )
     vocabulary = index.store.rows(np.arange(index.tokens_seen), "token").numpy()
     counts = np.bincount(vocabulary)
-    by_count = np.flatnonzero(counts)[np.argsort(counts[np.flatnonzero(counts)], kind="stable")]
-    clean = _peaks(lm, coder, contexts, chosen)
+    by_count = np.argsort(counts, kind="stable")[-np.count_nonzero(counts) :]
     tops, typical, rows = [], [], []
     for feature in chosen:
         top, median = _top_tokens(index, feature, vocabulary, counts, tokens)
@@ -137,33 +147,34 @@ def token_injection(
         for ids in contexts:
             places = np.sort(random.choice(np.arange(1, length + 1), len(top), replace=len(top) > length))
             rows += [_insert(ids, places, top), _insert(ids, places, others)]
-    own = torch.arange(len(chosen)).repeat_interleave(2 * len(contexts))
-    peaks = _peaks(lm, coder, rows, chosen)[torch.arange(len(rows)), own].view(len(chosen), len(contexts), 2)
-    found = [
-        _outcome(lm, feature, tops[i], peaks[i] / typical[i], clean[:, i] / typical[i], share, rows, i, len(contexts))
-        for i, feature in enumerate(chosen)
-    ]
-    return _result(found, len(contexts), length, tokens, share, str(coder.mask or lm.mask()))
-
-
-def _check(
-    coder: SparseCoder, index: FeatureIndex, features: Sequence[int], tokens: int, texts: int, length: int, share: float
-) -> list[int]:
-    if coder.d_sae != index.d_sae:
-        raise ValueError(
-            f"the coder has {coder.d_sae} features and the index {index.d_sae}: use an index of this coder"
-        )
-    for name, value in (("tokens", tokens), ("texts", texts), ("length", length)):
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be a positive integer, got {value!r}")
-    if not 0 < share <= 1:
-        raise ValueError(f"share must lie above 0 and be at most 1, got {share}: 0.5 is half the typical activation")
-    chosen = [coder.feature(f) for f in features]
-    if not chosen:
-        raise ValueError("no features given: pass a few, e.g. index.find('because')")
-    if silent := [f for f in chosen if index.counts[f] == 0]:
-        raise ValueError(f"feature {silent[0]} never fires in the index's store, so it has no top tokens: leave it out")
-    return chosen
+    own, units = torch.arange(len(chosen)).repeat_interleave(2 * len(contexts)), torch.tensor(typical)[:, None]
+    peaks = _peaks(lm, coder, rows, chosen)[torch.arange(len(rows)), own].view(len(chosen), -1, 2) / units[..., None]
+    neutral = _peaks(lm, coder, contexts, chosen).T / units < share
+    found = []
+    for i, feature in enumerate(chosen):
+        if not neutral[i].any():
+            raise ValueError(
+                f"no text leaves feature {feature} off: give other text, or a feature that fires less often"
+            )
+        counted = peaks[i][neutral[i]].double()
+        hit, reached = (counted >= share).double().mean(0).tolist(), counted.mean(0).tolist()
+        example = torch.nonzero(neutral[i] & (peaks[i, :, 0] >= share)).flatten()
+        text = lm.tokenizer.decode(rows[2 * (i * len(contexts) + int(example[0]))][1:]) if len(example) else ""
+        words = tuple(label(lm.tokenizer, token) for token in tops[i])
+        found.append(Injected(feature, words, *hit, *reached, len(counted), text))
+    rate, by_chance = (np.array([getattr(f, name) for f in found]) for name in ("rate", "random_rate"))
+    return Injection(
+        **with_error(activated=rate >= ENOUGH, mean_rate=rate),
+        activated_random=float((by_chance >= ENOUGH).mean()),
+        mean_rate_random=float(by_chance.mean()),
+        features=len(found),
+        texts=len(contexts),
+        length=length,
+        tokens=tokens,
+        share=share,
+        mask=str(coder.mask or lm.mask()),
+        found=tuple(found),
+    )
 
 
 def _top_tokens(
@@ -207,41 +218,3 @@ def _peaks(lm: LM, coder: SparseCoder, rows: list[list[int]], features: list[int
         peaks = torch.zeros(len(batch.ids) * len(names)).scatter_reduce_(0, place, codes.values[wanted].float(), "amax")
         out.append(peaks.view(-1, len(names))[:, torch.from_numpy(column)])
     return torch.cat(out)
-
-
-def _outcome(
-    lm: LM, feature: int, top: list[int], peaks: Tensor, clean: Tensor, share: float, rows: list[list[int]], i: int,
-    many: int,
-) -> Injected:  # fmt: skip
-    """peaks: "texts 2", with top tokens and with random ones; clean: "texts"; in units of the typical activation."""
-    neutral = clean < share
-    if not neutral.any():
-        raise ValueError(f"no text leaves feature {feature} off: give other text, or a feature that fires less often")
-    hit, reached = (peaks[neutral] >= share).double().mean(0), peaks[neutral].double().mean(0)
-    example = torch.nonzero(neutral & (peaks[:, 0] >= share)).flatten()
-    text = lm.tokenizer.decode(rows[2 * (i * many + int(example[0]))][1:]) if len(example) else ""
-    words = tuple(label(lm.tokenizer, token) for token in top)
-    return Injected(
-        feature, words, float(hit[0]), float(hit[1]), float(reached[0]), float(reached[1]), int(neutral.sum()), text
-    )
-
-
-def _result(found: list[Injected], texts: int, length: int, tokens: int, share: float, mask: str) -> Injection:
-    rate, random = (np.array([getattr(f, name) for f in found]) for name in ("rate", "random_rate"))
-    activated, activated_se = mean_and_error((rate >= ENOUGH).astype(float))
-    mean_rate, mean_rate_se = mean_and_error(rate)
-    return Injection(
-        activated=activated,
-        activated_se=activated_se,
-        activated_random=float((random >= ENOUGH).mean()),
-        mean_rate=mean_rate,
-        mean_rate_se=mean_rate_se,
-        mean_rate_random=float(random.mean()),
-        features=len(found),
-        texts=texts,
-        length=length,
-        tokens=tokens,
-        share=share,
-        mask=mask,
-        found=tuple(found),
-    )

@@ -1,17 +1,15 @@
 """Absorption with known truth: planted parents and children."""
 
-import math
-
 import numpy as np
 import torch
-from torch import Tensor
 
 from sae_lab.activations.world import World
 from sae_lab.arguments import as_annotated
+from sae_lab.evals.sampling import share_of
 from sae_lab.feature_index.matching import match
 from sae_lab.results import Result, figure, result
 from sae_lab.saes.base import SparseCoder
-from sae_lab.stats import mean_and_error
+from sae_lab.stats import mean_and_error, with_error
 from sae_lab.types import rows_of
 
 
@@ -63,7 +61,11 @@ def planted_absorption(sae: SparseCoder, world: World, rows: int = 20_000) -> Pl
     if sae.d_in != world.x.shape[1]:
         raise ValueError(f"the coder reads d_in={sae.d_in}, the world has width {world.x.shape[1]}: make them equal")
     found = match(sae, world)
-    true, fires = _first_rows(sae, world, rows)
+    rows = min(rows, len(world))
+    offsets = world.codes.offsets[: rows + 1]
+    true = torch.zeros(rows, world.codes.d_sae, dtype=torch.bool)
+    true[rows_of(offsets), world.codes.features[: int(offsets[-1])]] = True
+    fires = sae.codes_of(world.x[:rows]).dense() > 0
     is_child = parent >= 0
     any_child = true[:, is_child].any(1)
     recalls, leaks, foreign_leaks = [], [], []
@@ -74,23 +76,20 @@ def planted_absorption(sae: SparseCoder, world: World, rows: int = 20_000) -> Pl
         feature = int(found.permutation[one])
         own = true[:, children].any(1)
         when = (~any_child, own, any_child & ~own)
-        recalls.append([_share(fires[:, feature] if feature >= 0 else None, true[:, one] & w) for w in when])
+        fired = fires[:, feature] & (feature >= 0)  # -1: no feature is matched
+        recalls.append([share_of(fired, true[:, one] & w) for w in when])
         rows_of_children = found.permutation[children]
         cosines = directions[rows_of_children[rows_of_children >= 0]] @ world.dictionary[parents].T
         here = parents == one
         leaks.append(float(cosines[:, here].mean()))
         foreign_leaks.append(float(cosines[:, ~here].mean()))
     alone, given, foreign = np.array(recalls).T
-    gap, leak = mean_and_error(_known(alone - given)), mean_and_error(_known(np.array(leaks)))
     return PlantedAbsorption(
         recall_alone=float(np.nanmean(alone)),
         recall_given=float(np.nanmean(given)),
         recall_foreign=float(np.nanmean(foreign)),
-        gap=gap[0],
-        gap_se=gap[1],
+        **with_error(gap=_known(alone - given), leak=_known(np.array(leaks))),
         gap_foreign=mean_and_error(_known(alone - foreign))[0],
-        leak=leak[0],
-        leak_se=leak[1],
         leak_foreign=mean_and_error(_known(np.array(foreign_leaks)))[0],
         leak_true=float((world.dictionary[is_child] * world.dictionary[parent[is_child]]).sum(1).mean()),
         parents=len(parents),
@@ -98,22 +97,6 @@ def planted_absorption(sae: SparseCoder, world: World, rows: int = 20_000) -> Pl
         matched_cosine=float(found.cosines.nanmean()),
         rows=len(true),
     )
-
-
-def _first_rows(sae: SparseCoder, world: World, rows: int) -> tuple[Tensor, Tensor]:
-    """(which true features fire, which of the coder's do) in the first rows."""
-    rows = min(rows, len(world))
-    offsets = world.codes.offsets[: rows + 1]
-    true = torch.zeros(rows, world.codes.d_sae, dtype=torch.bool)
-    true[rows_of(offsets), world.codes.features[: int(offsets[-1])]] = True
-    return true, sae.codes_of(world.x[:rows]).dense() > 0
-
-
-def _share(fires: Tensor | None, where: Tensor) -> float:
-    """How often a feature fires in these rows: never if there is no such feature, NaN without rows."""
-    if not bool(where.any()):
-        return math.nan
-    return 0.0 if fires is None else float(fires[where].float().mean())
 
 
 def _known(values: np.ndarray) -> list[float]:

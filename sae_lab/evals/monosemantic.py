@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from sae_lab.activations.store import Store
-from sae_lab.arguments import as_annotated
+from sae_lab.arguments import as_annotated, is_finite
 from sae_lab.evals.sampling import Sample, encoded, sample, summed
 from sae_lab.results import Figure, Result, figure, result
 from sae_lab.saes import kernels
@@ -71,8 +71,8 @@ class Monosemanticity(Result):
 @as_annotated
 @torch.no_grad()
 def monosemanticity(
-    coder: SparseCoder, x: Tensor | Store, embeddings: Tensor | Store | None = None, *, tokens: int = 16_384,
-    least: int = 10, seed: int = 0,
+    coder: SparseCoder, x: Tensor | Store, embeddings: Float[Tensor, "rows e"] | Store | None = None, *,
+    tokens: int = 16_384, least: int = 10, seed: int = 0,
 ) -> Monosemanticity:  # fmt: skip
     """``sl.evals.monosemanticity(sae, store)``: cosine of two inputs' embeddings, weighted by a feature's activations.
 
@@ -95,8 +95,8 @@ def monosemanticity(
 
     Raises ValueError for embeddings of other rows, and where no feature is live.
     """
-    if not isinstance(least, int) or least < 2:
-        raise ValueError(f"least must be an integer of at least 2 (a score is of pairs), got {least!r}")
+    if least < 2:
+        raise ValueError(f"least must be at least 2 (a score is of pairs), got {least}")
     rows = sample(x, tokens, coder)
     E, name = _embeddings(x, embeddings, rows)
     E = unit(E)
@@ -113,9 +113,14 @@ def monosemanticity(
     neurons = scores(_both_signs(flat), E)
     random = scores(_random_directions(flat, fired[live], generator), E)
     own = score[live]
+    parts, folds = _sums(codes, E), rows.folds  # without a group of documents: a difference of sums
+    without = (
+        _score(*(whole - part for whole, part in zip(parts, _sums(codes, E, folds == g), strict=True)))
+        for g in folds.unique()
+    )
     return Monosemanticity(
         score=float(own.mean()),
-        score_se=_error(codes, E, rows, live),
+        score_se=jackknife(float(score[live].nanmean()) for score in without),
         median=float(own.median()),
         neurons=float(neurons.nanmean()),
         neurons_raw=float(_dense_scores(flat, E).nanmean()),
@@ -140,18 +145,13 @@ def _embeddings(x: Tensor | Store, embeddings: Tensor | Store | None, rows: Samp
     if len(embeddings) != len(x):
         raise ValueError(f"embeddings must be of the same rows as x: got {len(embeddings)} for {len(x)} rows of x")
     if isinstance(embeddings, Tensor):
-        if embeddings.dim() != 2 or not embeddings.is_floating_point():
-            raise ValueError(
-                f"embeddings must be float rows (rows, e), got {tuple(embeddings.shape)} {embeddings.dtype}"
-            )
-        found, name = embeddings.detach()[rows.number.to(embeddings.device)].float().cpu(), "the embeddings given"
-    else:
-        if rows.tokens is None or not torch.equal(embeddings.rows(rows.number.numpy(), "token"), rows.tokens):
-            raise ValueError("embeddings must be a store of the same tokens as x: harvest both sites in one store")
-        found, name = embeddings.rows(rows.number.numpy(), embeddings.site.key), repr(embeddings.site)
-    if not bool(found.isfinite().all()):
+        return embeddings.detach()[rows.number.to(embeddings.device)].float().cpu(), "the embeddings given"
+    if rows.tokens is None or not torch.equal(embeddings.rows(rows.number.numpy(), "token"), rows.tokens):
+        raise ValueError("embeddings must be a store of the same tokens as x: harvest both sites in one store")
+    found = embeddings.rows(rows.number.numpy(), embeddings.site.key)
+    if not is_finite(found):
         raise ValueError("embeddings hold NaN or Inf: they must be finite")
-    return found, name
+    return found, repr(embeddings.site)
 
 
 def unit(E: Float[Tensor, "rows e"]) -> Float[Tensor, "rows e"]:
@@ -160,10 +160,8 @@ def unit(E: Float[Tensor, "rows e"]) -> Float[Tensor, "rows e"]:
 
 
 def _scaled(codes: Codes) -> Codes:
-    """Activations from each feature's least value to its largest, as 0 to 1; codes stay sparse.
-
-    A feature that is off in some row has a least value of 0 (negative codes count as 0).
-    """
+    """Activations from each feature's least value to its largest, as 0 to 1; negative codes count as 0. The least value
+    is 0 where a feature is off in some row."""
     values, rows = codes.values.double().clamp_min(0), len(codes.offsets) - 1
     most = torch.zeros(codes.d_sae, dtype=torch.float64).scatter_reduce(0, codes.features, values, "amax")
     least = torch.full_like(most, torch.inf).scatter_reduce(0, codes.features, values, "amin")
@@ -234,16 +232,6 @@ def _random_directions(x: Tensor, fired: Tensor, generator: torch.Generator) -> 
     order = row.sort(stable=True).indices
     offsets = torch.cat([torch.zeros(1, dtype=torch.long), torch.bincount(row, minlength=len(x)).cumsum(0)])
     return _scaled(Codes(value[order], feature[order], offsets, len(chosen)))
-
-
-def _error(codes: Codes, E: Tensor, rows: Sample, live: Tensor) -> float:
-    """Standard error of the mean score: jackknife over groups of documents. Sums without a group are a difference."""
-    whole, place = _sums(codes, E), rows.folds
-    without = []
-    for g in place.unique().tolist():
-        parts = zip(whole, _sums(codes, E, place == g), strict=True)
-        without.append(float(_score(*(a - b for a, b in parts))[live].nanmean()))
-    return jackknife(without)
 
 
 def _p_above(own: Tensor, control: Tensor) -> float:

@@ -5,13 +5,13 @@ from dataclasses import field
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from sae_lab.activations.contexts import trained_context
 from sae_lab.activations.reading import read_codes
 from sae_lab.activations.store import Store
-from sae_lab.arguments import Count, as_annotated
+from sae_lab.arguments import Count, as_annotated, check_least
 from sae_lab.lm.model import LM
 from sae_lab.lm.text import Documents, as_text
 from sae_lab.lm.tokens import pad
@@ -104,12 +104,13 @@ def positional(
 
     Positional features of the first layer: Chughtai & Lau 2024.
     """
-    if not isinstance(bins, int) or bins < 2:
-        raise ValueError(f"bins must be an integer of at least 2, got {bins!r}")
-    if tokens < 2:
-        raise ValueError(f"tokens must be at least 2, got {tokens}")
+    check_least(2, bins=bins, tokens=tokens)
     with coder.evaluating():
         if isinstance(data, Store):
+            if data.width != coder.d_in:
+                raise ValueError(
+                    f"the coder reads d_in={coder.d_in}, the store holds width {data.width}: wrong site or coder"
+                )
             length = int(data.rows(np.arange(min(tokens, len(data))), "position").max()) + 1
             pieces, mask = _of_store(coder, data, tokens), str(data.mask)
         else:
@@ -121,7 +122,36 @@ def positional(
             tally.add(codes, positions, edges)
     if tally.tokens < 2:
         raise ValueError("no token is left to measure: the mask leaves out all of them, or the text is empty")
-    return _result(tally, edges, min_firings, mask)
+    r2, control = (variance_by_bin(tally.sums[i], tally.counts[i], tally.squares) for i in (0, 1))
+    counted = (tally.firings >= min_firings) & r2.isfinite()
+    if not counted.any():
+        varies = " and varies" if (tally.firings >= min_firings).any() else ""
+        raise ValueError(
+            f"no feature fires on min_firings={min_firings} of {tally.tokens:,} tokens{varies}: read more, or lower it"
+        )
+    order = torch.where(counted, r2, -1.0).argsort(descending=True)[: min(10, int(counted.sum()))]
+    a, b = r2[counted], control[counted]
+    return Positional(
+        strong=int((a > STRONG).sum()),
+        strong_shuffled=int((b > STRONG).sum()),
+        largest=float(a.max()),
+        largest_shuffled=float(b.max()),
+        median=float(a.median()),
+        median_shuffled=float(b.median()),
+        mean=float(a.mean()),
+        mean_shuffled=float(b.mean()),
+        features=int(counted.sum()),
+        tokens=tally.tokens,
+        bins=len(edges),
+        min_firings=min_firings,
+        best=tuple(order.tolist()),
+        mask=mask,
+        edges=edges,
+        r2=r2.float(),
+        r2_shuffled=control.float(),
+        firings=tally.firings,
+        profile=(tally.sums[0] / tally.counts[0].clamp(min=1)[:, None]).float(),
+    )
 
 
 class _Tally:
@@ -165,64 +195,21 @@ def variance_by_bin(
 
 
 def _of_store(coder: SparseCoder, store: Store, tokens: int) -> Pieces:
-    if store.width != coder.d_in:
-        raise ValueError(f"the coder reads d_in={coder.d_in}, the store holds width {store.width}: wrong site or coder")
     for rows, x in store.blocks(2048):
-        rows, x = rows[: tokens - rows[0]], x[: tokens - rows[0]]
-        if not len(rows):
+        if rows[0] >= tokens:
             return
+        rows, x = rows[: tokens - rows[0]], x[: tokens - rows[0]]
         yield coder.sparse_codes(x.to(coder.W_dec.device)), store.rows(rows, "position").numpy()
 
 
 def _of_text(coder: SparseCoder, lm: LM, data: Documents, tokens: int, length: int) -> Pieces:
-    text = as_text(data)
-    seen, group = 0, []
-    for context in text.contexts(lm.tokenizer, lm.prefix_id, length):
-        group.append(context.ids)
+    rows, seen = [], 0
+    for context in as_text(data).contexts(lm.tokenizer, lm.prefix_id, length):
+        rows.append(context.ids)
         seen += len(context.ids)
-        if len(group) == 8 or seen >= tokens:
-            yield _coded(coder, lm, group)
-            group = []
         if seen >= tokens:
-            return
-    if group:
-        yield _coded(coder, lm, group)
-
-
-def _coded(coder: SparseCoder, lm: LM, rows: list[list[int]]) -> tuple[Codes, np.ndarray]:
-    batch = pad(rows)
-    found = read_codes(lm, coder, batch)
-    return found.codes, batch.positions[found.keep].numpy()
-
-
-def _result(tally: _Tally, edges: Int[np.ndarray, " bins"], min_firings: int, mask: str) -> Positional:
-    r2, control = (variance_by_bin(tally.sums[i], tally.counts[i], tally.squares) for i in (0, 1))
-    counted = (tally.firings >= min_firings) & r2.isfinite()
-    if not counted.any():
-        varies = " and varies" if (tally.firings >= min_firings).any() else ""
-        raise ValueError(
-            f"no feature fires on min_firings={min_firings} of {tally.tokens:,} tokens{varies}: read more, or lower it"
-        )
-    a, b = r2[counted], control[counted]
-    order = torch.where(counted, r2, -1.0).argsort(descending=True)[: min(10, int(counted.sum()))]
-    return Positional(
-        strong=int((a > STRONG).sum()),
-        strong_shuffled=int((b > STRONG).sum()),
-        largest=float(a.max()),
-        largest_shuffled=float(b.max()),
-        median=float(a.median()),
-        median_shuffled=float(b.median()),
-        mean=float(a.mean()),
-        mean_shuffled=float(b.mean()),
-        features=int(counted.sum()),
-        tokens=tally.tokens,
-        bins=len(edges),
-        min_firings=min_firings,
-        best=tuple(order.tolist()),
-        mask=mask,
-        edges=edges,
-        r2=r2.float(),
-        r2_shuffled=control.float(),
-        firings=tally.firings,
-        profile=(tally.sums[0] / tally.counts[0].clamp(min=1)[:, None]).float(),
-    )
+            break
+    for start in range(0, len(rows), 8):
+        batch = pad(rows[start : start + 8])
+        codes, keep = read_codes(lm, coder, batch)
+        yield codes, batch.positions[keep].numpy()

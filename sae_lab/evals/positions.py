@@ -12,22 +12,16 @@ import torch
 from torch import Tensor
 
 from sae_lab.activations.contexts import context_length, spread_contexts, trained_context
-from sae_lab.activations.reconstructing import (
-    Measured,
-    Reconstruction,
-    _losses,
-    _measure,
-    read_and_reconstruct,
-    recovered,
-)
+from sae_lab.activations.reconstructing import Reconstruction, _losses, _measure, read_and_reconstruct, recovered
 from sae_lab.arguments import as_annotated
 from sae_lab.lm.model import LM
 from sae_lab.lm.text import Documents
 from sae_lab.results import Figure, Result, figure, number, result
 from sae_lab.saes.base import SparseCoder
-from sae_lab.stats import clustered_error, difference_error, ratio_error
+from sae_lab.stats import clustered_error, ratio_difference, ratio_error
 from sae_lab.types import Site
 
+_OF_BIN = ("fvu", "fvu_se", "pca_fvu", "ce_clean", "ce_delta", "ce_delta_se", "ce_recovered", "pca_ce_delta")
 _SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1, 3 / 2, 2, 3)  # of the training context, where a bin ends
 
 
@@ -77,18 +71,17 @@ class ByPosition(Result):
         return found + super().figures()
 
     @property
-    def _inside(self) -> str:
-        return f"beyond {self.trained} less {self.trained // 2}-{self.trained - 1}"
-
-    @property
     def _context(self) -> int:
         return self.edges[-1]
 
     @property
+    def _inside(self) -> str:
+        return f"beyond {self.trained} less {self.trained // 2}-{self.trained - 1}"
+
+    @property
     def _bins(self) -> list[dict[str, Any]]:
-        names = ("fvu", "fvu_se", "pca_fvu", "ce_clean", "ce_delta", "ce_delta_se", "ce_recovered", "pca_ce_delta")
         bins = enumerate(pairwise(self.edges))
-        return [{"start": a, "end": b} | {name: getattr(self, name)[i] for name in names} for i, (a, b) in bins]
+        return [{"start": a, "end": b} | {name: getattr(self, name)[i] for name in _OF_BIN} for i, (a, b) in bins]
 
     _records = "_bins"
     _below = (
@@ -123,30 +116,21 @@ def by_position(
     """
     trained = trained_context(coder)
     context = context_length(coder, lm, tokens, min(2 * trained, lm.max_length) if context is None else context)
-    edges = _edges(edges, trained, context)
+    if edges is None:
+        ends = sorted({round(trained * share) for share in _SHARES if round(trained * share) < context})
+        edges = (0, *(end for end in ends if end > 0), context)
+    edges = tuple(edges)
+    if len(edges) < 2 or edges[0] < 0 or edges[-1] > context or any(a >= b for a, b in pairwise(edges)):
+        raise ValueError(f"edges must be two or more increasing positions from 0 to context={context}, got {edges}")
     contexts = [c for c in spread_contexts(lm, text, tokens, context) if len(c.ids) == context]
-    if len({c.documents[0] for c in contexts}) < 2:
+    if (documents := len({c.documents[0] for c in contexts})) < 2:
         raise ValueError(
-            f"by_position needs two documents of at least context={context} tokens, got "
-            f"{len({c.documents[0] for c in contexts})}: give longer text, more tokens, or a shorter context"
+            f"by_position needs two documents of at least context={context} tokens, got {documents}: give longer text, "
+            "more tokens, or a shorter context"
         )
     read = read_and_reconstruct(coder, lm, contexts, site)
     measured = _measure(coder, read.y, read.y_hat, read.active, read.kept)
     losses, _ = _losses(lm, read.site, contexts, read.kept, read.y_hat, measured)
-    return _binned(read, measured, losses.double(), edges, trained)
-
-
-def _edges(edges: Sequence[int] | None, trained: int, context: int) -> tuple[int, ...]:
-    if edges is None:
-        ends = sorted({round(trained * share) for share in _SHARES if round(trained * share) < context})
-        return (0, *(end for end in ends if end > 0), context)
-    edges = tuple(int(e) for e in edges)
-    if len(edges) < 2 or edges[0] < 0 or edges[-1] > context or any(a >= b for a, b in pairwise(edges)):
-        raise ValueError(f"edges must be two or more increasing positions from 0 to context={context}, got {edges}")
-    return edges
-
-
-def _binned(read: Measured, measured: dict, losses: Tensor, edges: tuple[int, ...], trained: int) -> ByPosition:
     kept, position, document = read.kept, read.positions, read.documents
     y, mean, basis = read.y[kept], measured["mean"], measured["basis"]
     variance = (y - mean).pow(2).sum(-1).double()
@@ -154,33 +138,36 @@ def _binned(read: Measured, measured: dict, losses: Tensor, edges: tuple[int, ..
     pca_error = (variance - ((y - mean) @ basis).pow(2).sum(-1).double()).clamp(min=0)
     at, of, seen = position[kept], document[kept], position > 0  # a context's first token is not predicted
     predicted, document_predicted = position[seen], document[seen]
-    clean, spliced, ablated, _, pca = losses
-    columns: dict[str, list[float]] = {name: [] for name in ByPosition.__dataclass_fields__}
+    clean, spliced, ablated, _, pca = losses.double()
+    bins = []
     for first, end in pairwise(edges):
         a, b = (at >= first) & (at < end), (predicted >= first) & (predicted < end)
         total, delta, cost = float(variance[a].sum()), (spliced - clean)[b], (ablated - clean)[b]
         cost_se = clustered_error(cost, document_predicted[b])
-        for name, value in (
-            ("fvu", float(error[a].sum()) / total if total else math.nan),
-            ("fvu_se", ratio_error(error[a], variance[a], of[a]) if total else math.nan),
-            ("pca_fvu", float(pca_error[a].sum()) / total if total else math.nan),
-            ("ce_clean", float(clean[b].mean())),
-            ("ce_delta", float(delta.mean())),
-            ("ce_delta_se", clustered_error(delta, document_predicted[b])),
-            ("ce_recovered", recovered(float(delta.mean()), float(cost.mean()), cost_se)),
-            ("pca_ce_delta", float((pca - clean)[b].mean())),
-        ):
-            columns[name].append(value)
-    inside, beyond = (predicted >= trained // 2) & (predicted < trained), predicted >= trained
-    rise, rise_se = _rise(spliced - clean, inside, beyond, document_predicted)
-    fvu_rise, fvu_rise_se = _fvu_rise(error, variance, (at >= trained // 2) & (at < trained), at >= trained, of)
+        row = (
+            float(error[a].sum()) / total if total else math.nan,
+            ratio_error(error[a], variance[a], of[a]),
+            float(pca_error[a].sum()) / total if total else math.nan,
+            float(clean[b].mean()),
+            float(delta.mean()),
+            clustered_error(delta, document_predicted[b]),
+            recovered(float(delta.mean()), float(cost.mean()), cost_se),
+            float((pca - clean)[b].mean()),
+        )
+        bins.append(row)
+    def beyond(top: Tensor, bottom: Tensor, at: Tensor, of: Tensor) -> tuple[float, float]:
+        return ratio_difference(top, bottom, at >= trained, (at >= trained // 2) & (at < trained), of)
+
+    ones = torch.ones_like(clean)
+    rise, rise_se = beyond(spliced - clean, ones, predicted, document_predicted)
+    fvu_rise, fvu_rise_se = beyond(error, variance, at, of)
     return ByPosition(
         edges=edges,
         trained=trained,
-        **{name: tuple(values) for name, values in columns.items() if values},
+        **dict(zip(_OF_BIN, zip(*bins, strict=True), strict=True)),
         rise=rise,
         rise_se=rise_se,
-        pca_rise=_rise(pca - clean, inside, beyond, document_predicted)[0],
+        pca_rise=beyond(pca - clean, ones, predicted, document_predicted)[0],
         fvu_rise=fvu_rise,
         fvu_rise_se=fvu_rise_se,
         pca_rank=measured["rank"],
@@ -188,27 +175,6 @@ def _binned(read: Measured, measured: dict, losses: Tensor, edges: tuple[int, ..
         documents=len(document.unique()),
         mask=read.mask,
     )
-
-
-def _rise(values: Tensor, inside: Tensor, beyond: Tensor, clusters: Tensor) -> tuple[float, float]:
-    if not inside.any() or not beyond.any():
-        return math.nan, math.nan
-    return (
-        float(values[beyond].mean() - values[inside].mean()),
-        difference_error(values, beyond, inside, clusters),
-    )
-
-
-def _fvu_rise(error: Tensor, variance: Tensor, inside: Tensor, beyond: Tensor, of: Tensor) -> tuple[float, float]:
-    """FVU beyond less FVU inside. Both ratios vary with the document: their influences are added before clustering."""
-    if not inside.any() or not beyond.any():
-        return math.nan, math.nan
-    influence, fvu = torch.zeros_like(error), []
-    for sign, members in ((-1, inside), (1, beyond)):
-        ratio = error[members].sum() / variance[members].sum()
-        influence[members] = sign * (error[members] - ratio * variance[members]) / variance[members].sum()
-        fvu.append(float(ratio))
-    return fvu[1] - fvu[0], clustered_error(influence, of) * len(error)
 
 
 @result

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae_lab.arguments import as_annotated
+from sae_lab.arguments import as_annotated, check_least
 from sae_lab.lm.model import LM
 from sae_lab.lm.tokens import encode_texts, pad
 from sae_lab.types import Site, TokenMask, as_sites
@@ -94,10 +94,8 @@ def probe_set(name: str) -> ProbeSet:
     known = available_sets()
     if name not in known:
         near = [n for n in known if name.lower() in n.lower()][:5]
-        raise ValueError(
-            f"no probe set {name!r}; "
-            + (f"near it: {', '.join(near)}" if near else "sl.evals.available_sets() lists them")
-        )
+        told = f"near it: {', '.join(near)}" if near else "sl.evals.available_sets() lists them"
+        raise ValueError(f"no probe set {name!r}; {told}")
     table = pd.read_csv(_folder() / f"{name}.csv.zst", usecols=["prompt", "target"]).dropna()
     return ProbeSet.of(name, table["prompt"].astype(str).tolist(), table["target"].tolist())
 
@@ -105,13 +103,9 @@ def probe_set(name: str) -> ProbeSet:
 def as_probe_sets(data: Any = None) -> list[ProbeSet]:
     """What ``probing`` takes as data, as sets: None (``DEFAULT_SETS``), names, a pair (texts, labels), a dict of such
     pairs by name, or ProbeSets."""
-    if data is None:
-        data = DEFAULT_SETS
-    if isinstance(data, str | ProbeSet):
-        data = [data]
     if isinstance(data, Mapping):
         return [ProbeSet.of(str(name), *pair) for name, pair in data.items()]
-    many = list(data)
+    many = [data] if isinstance(data, str | ProbeSet) else list(DEFAULT_SETS if data is None else data)
     if many and all(isinstance(one, str | ProbeSet) for one in many):
         return [probe_set(one) if isinstance(one, str) else one for one in many]
     if len(many) == 2 and all(not isinstance(one, str) for one in many) and len(many[0]):
@@ -182,22 +176,19 @@ def read_sets(lm: LM, site: Site, sets: Sequence[ProbeSet], examples: int, token
     """The sets one after the other, with progress."""
     from tqdm.auto import tqdm
 
-    for name, value, least in (("examples", examples, 8), ("tokens", tokens, 1)):
-        if not isinstance(value, int) or value < least:
-            raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+    check_least(8, examples=examples)
+    check_least(1, tokens=tokens)
     with tqdm(total=len(sets) * examples, desc="read", unit="text", dynamic_ncols=True) as bar:
         for one in sets:
             yield _read(lm, site, one.balanced(examples, seed), min(tokens, lm.max_length - 1), bar)
 
 
 def _read(lm: LM, site: Site, one: ProbeSet, tokens: int, bar: Any) -> ReadSet:
-    rows = [ids[:tokens] for ids in encode_texts(lm.tokenizer, list(one.texts))]
-    first: dict[tuple[int, ...], int] = {}
-    for number, ids in enumerate(rows):  # texts equal up to the cut would be in train and test
-        first.setdefault(tuple(ids), number)
-    chosen = [number for ids, number in first.items() if ids]
+    rows = [tuple(ids[:tokens]) for ids in encode_texts(lm.tokenizer, list(one.texts))]
     prefix = [] if lm.prefix_id is None else [lm.prefix_id]
-    texts = [prefix + rows[number] for number in chosen]
+    first = {ids: number for number, ids in list(enumerate(rows))[::-1]}  # equal ones would be in train and test
+    chosen = sorted(number for ids, number in first.items() if ids)
+    texts = [[*prefix, *rows[number]] for number in chosen]
     acts: list[Tensor] = [torch.empty(0)] * len(texts)
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     while order:  # of about equal length, so that little is padding
@@ -208,7 +199,6 @@ def _read(lm: LM, site: Site, one: ProbeSet, tokens: int, bar: Any) -> ReadSet:
         for i, row in zip(batch, x, strict=True):
             acts[i] = row[len(prefix) : len(texts[i])].clone()
         bar.update(len(batch))
-    lengths = torch.tensor([0, *(len(a) for a in acts)])
     x = torch.cat(acts)
     return ReadSet(
         name=one.name,
@@ -216,7 +206,7 @@ def _read(lm: LM, site: Site, one: ProbeSet, tokens: int, bar: Any) -> ReadSet:
         x=x.half() if float(x.abs().max()) < _HALF else x,
         ids=torch.tensor([i for text in texts for i in text[len(prefix) :]]),
         positions=torch.cat([len(prefix) + torch.arange(len(a)) for a in acts]),
-        offsets=lengths.cumsum(0),
+        offsets=torch.tensor([0, *map(len, acts)]).cumsum(0),
     )
 
 

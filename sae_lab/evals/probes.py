@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sae_lab.activations.reading import require_fits
-from sae_lab.arguments import as_annotated
+from sae_lab.arguments import as_annotated, check_least
 from sae_lab.evals.probe_sets import ProbeData, ReadSet, as_probe_sets, read_sets
 from sae_lab.evals.sampling import require_choice
 from sae_lab.lm.model import LM
@@ -66,8 +66,7 @@ class Probing(Result):
         """A measure by dataset. probe: "features", "neurons", "pca" or "dense"."""
         found = [getattr(s, what) for s in self.scores if (s.probe, s.setting) == (probe, str(setting))]
         if not found:
-            have = sorted({(s.probe, s.setting) for s in self.scores})
-            raise ValueError(f"no probe {probe!r} with setting {str(setting)!r}; there are {have}")
+            raise ValueError(f"no probe {probe!r} with setting {str(setting)!r}; there are {sorted(self._settings)}")
         return np.array(found)
 
     def mean(self, probe: str, setting: int | str, what: str = "accuracy") -> tuple[float, float]:
@@ -84,12 +83,13 @@ class Probing(Result):
         """The setting the differences are taken at: the k chosen on validation, else the largest."""
         return max(self.k) if self.convention == "saebench" else CHOSEN
 
+    @property
     def _settings(self) -> list[tuple[str, str]]:
         return list(dict.fromkeys((s.probe, s.setting) for s in self.scores))
 
     def figures(self) -> list[Figure]:
         out = []
-        for probe, setting in self._settings():
+        for probe, setting in self._settings:
             label, best = "dense" if probe == "dense" else f"{probe}, k {setting}", "high" * (probe == "features")
             for what, name in (("accuracy", "accuracy"), ("auroc", "AUROC")):
                 chance = self.mean(probe, setting, f"shuffled_{what}")[0]
@@ -106,7 +106,7 @@ class Probing(Result):
 
     def _rows(self) -> list[tuple[str, ...]]:
         rows: list[tuple[str, ...]] = [("", "k", "accuracy", "AUROC", "shuffled labels", "features less this")]
-        for probe, setting in self._settings():
+        for probe, setting in self._settings:
             means = [self.mean(probe, setting, what) for what in ("accuracy", "auroc", "shuffled_accuracy")]
             means += [] if probe == "features" else [self.gain(probe, self.best if probe == "dense" else setting)]
             texts = [Figure("", *mean).text for mean in means]
@@ -115,14 +115,13 @@ class Probing(Result):
 
     _records = "scores"
     _below = (
-        "{_sets} in test), pooled by {pooling}; ± over datasets; {shuffles} shuffles; {convention}, seed {seed}; "
-        "{excluded:.1%} of tokens {mask}"
+        "{datasets!n} datasets of {_texts} in test), pooled by {pooling}; ± over datasets; {shuffles} shuffles; "
+        "{convention}, seed {seed}; {excluded:.1%} of tokens {mask}"
     )
 
     @property
-    def _sets(self) -> str:
-        many = f"{len(self.datasets)} datasets of {min(self.texts)} to {max(self.texts)} texts"
-        return f"{many} ({sum(self.test_texts)}"
+    def _texts(self) -> str:
+        return f"{min(self.texts)} to {max(self.texts)} texts ({sum(self.test_texts)}"
 
 
 @as_annotated
@@ -163,10 +162,24 @@ def probing(
     Raises ValueError for a k above d_sae or above the number of training texts, labels of one class, and activations of
     another model or site.
     """
-    k = _check(sae, lm, k, pooling, convention, shuffles)
+    require_choice("pooling", pooling, Pooling)
+    require_choice("convention", convention, Convention)
+    if convention == "saebench" and pooling != "mean":
+        raise ValueError(f"SAEBench pools by the mean: pass pooling='mean' or convention='sae_lab', got {pooling!r}")
+    if wrong := [one for one in k if not 1 <= one <= sae.d_sae]:
+        raise ValueError(f"k must be integers from 1 to d_sae={sae.d_sae}, got {wrong[0]!r}")
+    if not k:
+        raise ValueError("k must name at least one number of features, got none: e.g. k=(1, 5, 20)")
+    k = tuple(sorted(set(k)))
+    check_least(0, shuffles=shuffles)
+    require_fits(sae, lm, writes=False)
     site, mask = sae.site, sae.mask or lm.mask()
     if isinstance(data, ProbeData):
-        _same_place(data, lm, site)
+        if data.site != site or data.model != lm.id:
+            raise ValueError(
+                f"these texts were read at {data.site} of {data.model}, the coder reads {site} of {lm.id}: read them "
+                "again with read_probe_sets(lm, sae.site)"
+            )
         read: Any = data.sets
     else:
         read = read_sets(lm, site, as_probe_sets(data), examples, tokens, seed)
@@ -175,19 +188,28 @@ def probing(
         x, codes, labels, keep = pooled(sae, one, site, mask, pooling)
         if not keep.any():
             raise ValueError(f"{one.name}: the mask leaves out every token ({mask}): give longer texts")
-        _enough(one.name, labels, max(k))
         # Each dataset has a split and shuffles of its own: shared ones would correlate errors, and make ± too small.
         key = [seed, *one.name.encode()]
+        train, validation, test = map(len, split(labels, key))
+        if not min(train, validation, test):
+            raise ValueError(f"{one.name}: {len(labels)} texts are too few to train, choose and test: pass at least 8")
+        if max(k) > train:
+            raise ValueError(
+                f"{one.name}: k must be at most its {train} training texts, got {max(k)}: lower k or raise examples"
+            )
         true = pipeline(x, codes, labels, k, convention, key)
         draw = np.random.default_rng([*key, 1])
         chance = [
             pipeline(x, codes, draw.permutation(labels), k, convention, [*key, 2 + shuffle])
             for shuffle in range(shuffles)
         ]
-        scores += [_score(one.name, probe, found, [c[probe] for c in chance]) for probe, found in true.items()]
+        for probe, found in true.items():
+            by_chance = (mean_and_error([getattr(c[probe], of) for c in chance])[0] for of in ("accuracy", "auroc"))
+            test_scores = (found.inputs, found.accuracy, found.auroc, *by_chance)
+            scores.append(ProbeScore(one.name, *probe, *test_scores, found.penalty))
         names.append(one.name)
         texts.append(len(labels))
-        tested.append(len(split(labels, key)[2]))
+        tested.append(test)
         real, kept = real + len(keep), kept + int(keep.sum())
     return Probing(
         datasets=tuple(names),
@@ -218,27 +240,16 @@ def pooled(
         text, x = text[last], x[last]
         counts = (counts > 0).long()
     index = text[:, None].expand(-1, x.shape[1])
-    reduce = "amax" if pooling == "max" else "sum"
+    reduce, at_once = ("amax", np.maximum) if pooling == "max" else ("mean", np.add)
     rows = torch.zeros(len(counts), x.shape[1]).scatter_reduce(0, index, x.float(), reduce, include_self=False)
-    places, values = _codes(sae, x, text)
-    names, where = np.unique(places % sae.d_sae, return_inverse=True)
+    found = sae.codes_of((rows.float() for rows in x.split(_ROWS)), strengths=True)
+    names, where = np.unique(found.features.numpy(), return_inverse=True)
     codes = np.zeros((len(counts), len(names)))
-    at = (places // sae.d_sae, where)
-    if pooling == "max":
-        np.maximum.at(codes, at, values)
-    else:
-        np.add.at(codes, at, values)
+    at_once.at(codes, (text[found.rows].numpy(), where), found.values.double().numpy())
     if pooling != "max":
-        share = counts.clamp_min(1)[:, None]
-        rows, codes = rows / share, codes / share.numpy()
+        codes /= counts.clamp_min(1)[:, None].numpy()
     has = (counts > 0).numpy()
     return rows.numpy()[has], codes[has], one.labels[has], keep
-
-
-def _codes(sae: SparseCoder, x: Tensor, text: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """(text·d_sae + feature, strength) of every active feature of every token."""
-    codes = sae.codes_of((rows.float() for rows in x.split(_ROWS)), strengths=True)
-    return (text[codes.rows] * sae.d_sae + codes.features).numpy(), codes.values.double().numpy()
 
 
 class Fit(NamedTuple):
@@ -261,7 +272,9 @@ def pipeline(
         parts = (np.concatenate(parts[:2]), parts[1], parts[2])
     train = parts[0]
     out: dict[tuple[str, str], Fit] = {}
-    for name, basis in zip(BASES, (codes, x, _principal(x, train)), strict=True):
+    centred = x - x[train].mean(0)
+    directions = np.linalg.svd(centred[train], full_matrices=False)[2]  # principal components of the training texts
+    for name, basis in zip(BASES, (codes, x, centred @ directions[:PCA_COMPONENTS].T), strict=True):
         order = ranked(basis[train], labels[train], scaled=ours)
         fits = {str(n): _probe(basis[:, order[:n]], labels, parts, ours) for n in k}
         out |= {(name, setting): fit for setting, fit in fits.items()}
@@ -291,13 +304,6 @@ def ranked(inputs: np.ndarray, labels: np.ndarray, scaled: bool = True) -> np.nd
     return np.argsort(-gap, kind="stable")
 
 
-def _principal(x: np.ndarray, train: np.ndarray) -> np.ndarray:
-    """x on the first principal components of the training texts."""
-    centred = x - x[train].mean(0)
-    directions = np.linalg.svd(centred[train], full_matrices=False)[2]
-    return centred @ directions[:PCA_COMPONENTS].T
-
-
 def _probe(inputs: np.ndarray, labels: np.ndarray, parts: tuple[np.ndarray, ...], ours: bool) -> Fit:
     """The logistic regression of least validation loss, on test."""
     from sklearn.exceptions import ConvergenceWarning
@@ -325,44 +331,3 @@ def _probe(inputs: np.ndarray, labels: np.ndarray, parts: tuple[np.ndarray, ...]
         loss=float(loss),
         inputs=inputs.shape[1],
     )
-
-
-def _check(sae: SparseCoder, lm: LM, k: Any, pooling: str, convention: str, shuffles: int) -> tuple[int, ...]:
-    """The ks, in ascending order."""
-    require_choice("pooling", pooling, Pooling)
-    require_choice("convention", convention, Convention)
-    if convention == "saebench" and pooling != "mean":
-        raise ValueError(f"SAEBench pools by the mean: pass pooling='mean' or convention='sae_lab', got {pooling!r}")
-    many = (k,) if isinstance(k, int) else tuple(k)
-    for one in many:
-        if not 1 <= one <= sae.d_sae:
-            raise ValueError(f"k must be integers from 1 to d_sae={sae.d_sae}, got {one!r}")
-    if not many:
-        raise ValueError("k must name at least one number of features, got none: e.g. k=(1, 5, 20)")
-    if shuffles < 0:
-        raise ValueError(f"shuffles must be an integer of at least 0, got {shuffles}")
-    require_fits(sae, lm, writes=False)
-    return tuple(sorted(set(many)))
-
-
-def _same_place(data: ProbeData, lm: LM, site: Site) -> None:
-    if data.site != site or data.model != lm.id:
-        raise ValueError(
-            f"these texts were read at {data.site} of {data.model}, the coder reads {site} of {lm.id}: read them again "
-            f"with read_probe_sets(lm, sae.site)"
-        )
-
-
-def _enough(name: str, labels: np.ndarray, k: int) -> None:
-    train, validation, test = split(labels, [0])
-    if not min(map(len, (train, validation, test))):
-        raise ValueError(f"{name}: {len(labels)} texts are too few to train, choose and test: pass at least 8")
-    if k > len(train):
-        raise ValueError(
-            f"{name}: k must be at most its {len(train)} training texts, got {k}: lower k or raise examples"
-        )
-
-
-def _score(dataset: str, key: tuple[str, str], found: Fit, chance: list[Fit]) -> ProbeScore:
-    accuracy, auroc = (float(np.mean([getattr(c, w) for c in chance] or [math.nan])) for w in ("accuracy", "auroc"))
-    return ProbeScore(dataset, *key, found.inputs, found.accuracy, found.auroc, accuracy, auroc, found.penalty)

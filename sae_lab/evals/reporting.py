@@ -39,24 +39,21 @@ class Report(Result):
 
     def figures(self) -> list[Figure]:
         """Of the first coder."""
-        return self._of(0)
-
-    def _of(self, coder: int) -> list[Figure]:
-        return [figure for lists in self.found.values() for figure in lists[coder]]
+        return [figure for lists in self.found.values() for figure in lists[0]]
 
     def __getitem__(self, eval: str) -> tuple[list[Figure], ...]:
         return self.found[eval]
 
     def value(self, measure: str, name: str | None = None) -> Figure:
         """The figure of that measure of a coder (None: the first). KeyError with the known ones."""
-        known = {figure.measure: figure for figure in self._of(0 if name is None else self.names.index(name))}
+        coder = 0 if name is None else self.names.index(name)
+        known = {figure.measure: figure for lists in self.found.values() for figure in lists[coder]}
         if measure not in known:
             raise KeyError(f"no measure {measure!r} here; there are: {', '.join(known)}")
         return known[measure]
 
     @property
     def _each(self) -> list[dict[str, Any]]:
-        """A record for each figure of each coder."""
         return [
             {"coder": name, "eval": title, **figure._asdict()}
             for title, lists in self.found.items()
@@ -75,7 +72,11 @@ class Report(Result):
                 there = [figure for figure in those if figure]
                 control = next((f.control_name for f in there if not math.isnan(f.control)), "")
                 name = (title * (number == 0), there[0].measure)
-                rows.append((*name, *map(_cell, those), control, there[0].meaning))
+                cells = [
+                    "–" if f is None else f.text + (f" [{f.control_text.split()[0]}]" if f.control_text else "")
+                    for f in those
+                ]
+                rows.append((*name, *cells, control, there[0].meaning))
         return rows
 
     _below = "{_settings}{_reasons}{_times}"
@@ -93,13 +94,6 @@ class Report(Result):
         took = sum(self.seconds.values())  # nothing for what was kept
         each = ", ".join(f"{title} {s:.0f}" for title, s in self.seconds.items() if s >= 1)
         return f"\n{took:.0f} s: {each}" if took >= 1 else ""
-
-
-def _cell(figure: Figure | None) -> str:
-    if figure is None:
-        return "–"
-    control = "" if math.isnan(figure.control) else f" [{figure.control_text.split(' ')[0]}]"
-    return figure.text + control
 
 
 @as_annotated
@@ -129,24 +123,33 @@ def report(
 
     Raises ValueError for an unknown eval, no coder, one in training mode, and one of another model.
     """
+    from tqdm.auto import tqdm
+
     named = _names(coders)
-    chosen = _chosen(evals)
+    chosen = list(SECTIONS if evals is None else evals)
+    if unknown := [title for title in chosen if title not in SECTIONS]:
+        raise ValueError(f"unknown eval {unknown[0]!r}; known: {', '.join(SECTIONS)}")
     lm = lm if lm is not None else LM()
     text = load_text([text] if isinstance(text, str) else text)
     for name, coder in named.items():
-        _check(name, coder, lm)
+        if coder.training:
+            raise ValueError(f"coder {name!r} is in training mode: call sae.eval()")
+        _ = coder.reads or coder.site  # one that knows no site is told so
+        made_for = coder.meta.get("model_fingerprint")
+        if made_for is not None and made_for != lm.fingerprint():
+            raise ValueError(
+                f"coder {name!r} was trained on {coder.meta.get('model')} (weights {made_for}), and {lm} has other "
+                "weights: pass lm= the model it was trained on"
+            )
     settings = {"tokens": tokens, "lm_tokens": lm_tokens, "seed": seed}
     sites = tuple(dict.fromkeys(site for coder in named.values() for site in coder.reads))
     shared: dict[Any, Any] = {}  # harvests and pooled texts, by site
-    all_inputs = {
-        name: Inputs(coder, lm, text, tokens, lm_tokens, seed, sites, shared) for name, coder in named.items()
-    }
-    found: dict[str, tuple[list[Figure], ...]] = {}
-    left_out: dict[tuple[str, str], str] = {}
-    seconds: dict[str, float] = {}
-    for title in _progress(chosen):
+    inputs_of = {name: Inputs(coder, lm, text, **settings, sites=sites, shared=shared) for name, coder in named.items()}
+    found, left_out, seconds = {}, {}, {}
+    for title in (bar := tqdm(chosen, "report", unit="eval", dynamic_ncols=True)):
+        bar.set_postfix_str(title)
         lists, took = [], 0.0
-        for name, inputs in all_inputs.items():
+        for name, inputs in inputs_of.items():
             file = _file(title, inputs, settings)
             figures = _kept(file)
             if figures is None:
@@ -169,45 +172,15 @@ def report(
 def _names(coders: Any) -> dict[str, SparseCoder]:
     if isinstance(coders, SparseCoder):
         coders = [coders]
-    if not isinstance(coders, Mapping):
-        named: dict[str, SparseCoder] = {}
-        for coder in coders:
-            name = coder.meta.get("baseline") or (Path(coder.path).name if coder.path else type(coder).__name__)
-            named[name if name not in named else f"{name} ({len(named) + 1})"] = coder
-        coders = named
     if not coders:
         raise ValueError("report needs at least one coder: sl.evals.report([sae])")
-    return dict(coders)
-
-
-def _chosen(evals: Iterable[str] | None) -> list[str]:
-    if isinstance(evals, str):
-        evals = [evals]
-    chosen = list(SECTIONS if evals is None else evals)
-    if unknown := [title for title in chosen if title not in SECTIONS]:
-        raise ValueError(f"unknown eval {unknown[0]!r}; known: {', '.join(SECTIONS)}")
-    return chosen
-
-
-def _check(name: str, coder: SparseCoder, lm: LM) -> None:
-    if coder.training:
-        raise ValueError(f"coder {name!r} is in training mode: call sae.eval()")
-    _ = coder.reads or coder.site  # one that knows no site is told so
-    made_for = coder.meta.get("model_fingerprint")
-    if made_for is not None and made_for != lm.fingerprint():
-        raise ValueError(
-            f"coder {name!r} was trained on {coder.meta.get('model')} (weights {made_for}), and {lm} has other "
-            "weights: pass lm= the model it was trained on"
-        )
-
-
-def _progress(titles: list[str]):
-    from tqdm.auto import tqdm
-
-    bar = tqdm(titles, "report", unit="eval", dynamic_ncols=True)
-    for title in bar:
-        bar.set_postfix_str(title)
-        yield title
+    if isinstance(coders, Mapping):
+        return dict(coders)
+    named: dict[str, SparseCoder] = {}
+    for coder in coders:
+        name = coder.meta.get("baseline") or (Path(coder.path).name if coder.path else type(coder).__name__)
+        named[name if name not in named else f"{name} ({len(named) + 1})"] = coder
+    return named
 
 
 def _file(title: str, inputs: Inputs, settings: dict[str, Any]) -> Path:

@@ -9,6 +9,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from sae_lab.activations.store import Rows, Store
+from sae_lab.arguments import check_least, is_finite
 from sae_lab.saes import kernels
 from sae_lab.saes.base import SparseCoder
 from sae_lab.types import Codes
@@ -38,7 +39,7 @@ def sample(x: Tensor | Store, tokens: int, coder: SparseCoder) -> Sample:
     ValueError for fewer than two rows, NaN, and a coder in training mode.
     """
     require(coder)
-    require_tokens(tokens)
+    check_least(2, tokens=tokens)
     if isinstance(x, Tensor):
         where = evenly(len(x), min(tokens, len(x)))
         found = Sample(Rows(x).x[where].float().cpu(), where, where)
@@ -52,7 +53,7 @@ def sample(x: Tensor | Store, tokens: int, coder: SparseCoder) -> Sample:
         found = Sample(rows, torch.from_numpy(where), store.rows(where, "document"), store.rows(where, "token"))
     if len(found.x) < 2:
         raise ValueError(f"x must have at least 2 rows, got {len(found.x)}")
-    if not bool(found.x.isfinite().all()):
+    if not is_finite(found.x):
         raise ValueError("x holds NaN or Inf: activations must be finite")
     return found
 
@@ -89,6 +90,16 @@ def summed(values: Tensor, place: Tensor, *shape: int) -> Tensor:
     return torch.zeros(math.prod(shape), dtype=torch.float64).index_add(0, place, values.double()).view(shape)
 
 
+def share_of(which: Tensor, among: Tensor) -> float:
+    """The share of ``among`` in which it is true; NaN of none."""
+    return float(which[among].float().mean())
+
+
+def without_each(sums: Tensor) -> Tensor:
+    """From sums over each fold, along the first axis: the sums over all folds but one, for each."""
+    return sums.sum(0) - sums
+
+
 def by_content(codes: Codes) -> Int[Tensor, " d_sae"]:
     """Features by the sum of their codes, the largest first: an order that does not depend on features' numbers, to
     draw from."""
@@ -108,12 +119,6 @@ def require(*coders: SparseCoder, reconstructs: str = "") -> None:
             raise ValueError(f"evals need coders in eval mode, got {named(coder)} in training: call sae.eval()")
         if reconstructs and coder.transcodes:
             raise ValueError(f"{reconstructs} needs coders that reconstruct what they read, {named(coder)} does not")
-
-
-def require_tokens(tokens: int) -> None:
-    """ValueError for fewer than two rows."""
-    if not isinstance(tokens, int) or tokens < 2:
-        raise ValueError(f"tokens must be an integer of at least 2, got {tokens!r}")
 
 
 def require_choice(name: str, value: str, choices: Any) -> None:

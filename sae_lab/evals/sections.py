@@ -59,14 +59,6 @@ def _some(found: Result, *keys: str) -> list[Figure]:
     return [found.figure(key) for key in keys]
 
 
-def _reconstruction(given: Inputs) -> list[Figure]:
-    return _some(reconstruction(*given.spliced), "l0", "fvu", "ce_delta", "ce_recovered")
-
-
-def _by_position(given: Inputs) -> list[Figure]:
-    return _some(by_position(*given.spliced), "rise", "fvu_rise")
-
-
 def _errors(given: Inputs) -> list[Figure]:
     found = pathological_errors(*given.spliced, seed=given.seed)
     ratios = _some(found, "ratio isotropic", "ratio error_covariance", "ratio same_angle")
@@ -84,14 +76,6 @@ def _codes(given: Inputs) -> list[Figure]:
     ]
 
 
-def _description_length(given: Inputs) -> list[Figure]:
-    return _some(description_length(given.coder, given.store), "bits")
-
-
-def _monosemanticity(given: Inputs) -> list[Figure]:
-    return _some(monosemanticity(given.coder, given.store, seed=given.seed), "score", "neurons", "random")
-
-
 def _probing(given: Inputs) -> list[Figure]:
     site = given.coder.site
     data = given.once(("probe sets", site), lambda: read_probe_sets(given.lm, site, seed=given.seed))
@@ -100,18 +84,16 @@ def _probing(given: Inputs) -> list[Figure]:
     return _some(found, *accuracies, "less dense", "shuffled")
 
 
-def _absorption(given: Inputs) -> list[Figure]:
-    return _some(absorption(given.coder, given.lm, seed=given.seed), "rate", "probe_f1", "k1_f1")
-
-
 VERSION = 4  # of what the sections find: figures that another version left in the cache are measured again
 SECTIONS: dict[str, Callable[[Inputs], list[Figure]]] = {
-    "reconstruction": _reconstruction,
-    "by position": _by_position,
+    "reconstruction": lambda of: _some(reconstruction(*of.spliced), "l0", "fvu", "ce_delta", "ce_recovered"),
+    "by position": lambda of: _some(by_position(*of.spliced), "rise", "fvu_rise"),
     "errors": _errors,
     "codes": _codes,
-    "description length": _description_length,
-    "monosemanticity": _monosemanticity,
+    "description length": lambda of: _some(description_length(of.coder, of.store), "bits"),
+    "monosemanticity": lambda of: _some(
+        monosemanticity(of.coder, of.store, seed=of.seed), "score", "neurons", "random"
+    ),
     "probing": _probing,
-    "absorption": _absorption,
+    "absorption": lambda of: _some(absorption(of.coder, of.lm, seed=of.seed), "rate", "probe_f1", "k1_f1"),
 }

@@ -9,7 +9,7 @@ from torch.nn.functional import normalize
 
 from sae_lab.activations.store import Store
 from sae_lab.arguments import as_annotated
-from sae_lab.evals.sampling import by_content, encoded, require, sample, summed
+from sae_lab.evals.sampling import by_content, encoded, require, sample, share_of, summed, without_each
 from sae_lab.results import Result, figure, result
 from sae_lab.saes import kernels
 from sae_lab.saes.base import SparseCoder
@@ -97,41 +97,52 @@ def stitching(
 
     Raises ValueError for coders of other widths, or that transcode, and where no feature of the large one fires.
     """
-    _check(small, large, threshold)
+    if not -1 <= threshold <= 1:
+        raise ValueError(f"threshold is a cosine from -1 to 1, got {threshold}")
+    require(small, large, reconstructs="stitching")
+    if small.in_shape != large.in_shape:
+        raise ValueError(
+            f"both coders must read the same activations, got widths {small.in_shape} and {large.in_shape}"
+        )
     rows = sample(x, tokens, small)
     f, small_hat = encoded(small, rows)
     g, large_hat = encoded(large, rows)
     error = (rows.x - small_hat).flatten(1)
     c, d = (one.directions().cpu() for one in (small, large))
-    cosines, nearest = _nearest(c, d)
+    unit = normalize(c, dim=1)
+    best = [(normalize(part, dim=1) @ unit.T).max(1) for part in d.split(2048)]
+    cosines, nearest = torch.cat([b.values for b in best]).clamp(-1, 1), torch.cat([b.indices for b in best])
     fired = torch.bincount(g.features, minlength=large.d_sae) > 0
     if not bool(fired.any()):
         raise ValueError(f"no feature of the large coder fires on these {len(rows.x)} rows: give more tokens")
     novel, known = fired & (cosines < threshold), fired & (cosines >= threshold)
-    folds = rows.folds
-    sizes = torch.bincount(folds).double()
-    put = _inserted(g, error, d, folds)
+    put = _inserted(g, error, d, rows.folds)
     generator = torch.Generator().manual_seed(seed)
     other = torch.randperm(len(error), generator=generator)
     order = by_content(g)
     random, taken = torch.empty_like(d), torch.empty_like(nearest)
     random[order] = normalize(torch.randn(d.shape, generator=generator), dim=1)
     taken[order] = by_content(f)[torch.randint(small.d_sae, (large.d_sae,), generator=generator)]
-    swap, swap_random = (put.sum(0) / len(error) + _removed(f, g, error, c, d, i) for i in (nearest, taken))
-    inserted = put.sum(0) / len(error)
-    rounding = 1e-6 * float(rows.x.flatten(1).pow(2).sum(1).mean())  # a feature swapped for itself changes nothing
+    inserted, without = put.sum(0) / len(error), without_each(put)
+    swap, swap_random = (inserted + _removed(f, g, error, c, d, i) for i in (nearest, taken))
+    whole, novel_codes = rows.x.flatten(1), torch.where(novel[g.features], g.values, 0)
+    added = kernels.weighted_rows(novel_codes, g.features, g.offsets, d)
+    hats = {"small": small_hat.flatten(1), "novel": small_hat.flatten(1) + added, "large": large_hat.flatten(1)}
+    variance = float((whole - whole.mean(0)).pow(2).sum(dtype=torch.float64))
+    fvu = {f"fvu_{of}": float((whole - x_hat).pow(2).sum(dtype=torch.float64)) for of, x_hat in hats.items()}
+    rounding = 1e-6 * float(whole.pow(2).sum(1).mean())  # a feature swapped for itself changes nothing
     return Stitching(
-        novel=_share(novel, fired),
-        novel_help=_share(inserted < 0, novel),
-        novel_help_se=_error(put, sizes, novel, rising=False),
-        novel_help_random=_share(_inserted(g, error, random, folds).sum(0) < 0, novel),
-        novel_help_shuffled=_share(_inserted(g, error[other], d, folds).sum(0) < 0, novel),
-        known_hurt=_share(inserted > 0, known),
-        known_hurt_se=_error(put, sizes, known, rising=True),
-        swap_better=_share(swap < inserted, known),
-        swap_better_random=_share(swap_random < inserted, known),
-        swap_help=_share(swap <= rounding, known),
-        **_fvu(rows.x.flatten(1), small_hat.flatten(1), large_hat.flatten(1), g, d, novel),
+        novel=share_of(novel, fired),
+        novel_help=share_of(inserted < 0, novel),
+        novel_help_se=jackknife(share_of(change < 0, novel) for change in without),
+        novel_help_random=share_of(_inserted(g, error, random, rows.folds).sum(0) < 0, novel),
+        novel_help_shuffled=share_of(_inserted(g, error[other], d, rows.folds).sum(0) < 0, novel),
+        known_hurt=share_of(inserted > 0, known),
+        known_hurt_se=jackknife(share_of(change > 0, known) for change in without),
+        swap_better=share_of(swap < inserted, known),
+        swap_better_random=share_of(swap_random < inserted, known),
+        swap_help=share_of(swap <= rounding, known),
+        **{name: error / variance for name, error in fvu.items()},
         threshold=threshold,
         live=int(fired.sum()),
         d_small=small.d_sae,
@@ -143,23 +154,6 @@ def stitching(
         inserted=inserted.where(fired, torch.nan).float(),
         swapped=swap.where(known, torch.nan).float(),
     )
-
-
-def _check(small: SparseCoder, large: SparseCoder, threshold: float) -> None:
-    if not -1 <= threshold <= 1:
-        raise ValueError(f"threshold is a cosine from -1 to 1, got {threshold}")
-    require(small, large, reconstructs="stitching")
-    if small.in_shape != large.in_shape:
-        raise ValueError(
-            f"both coders must read the same activations, got widths {small.in_shape} and {large.in_shape}"
-        )
-
-
-def _nearest(c: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
-    """(largest cosine with a row of c, which row) of every row of d."""
-    c = normalize(c, dim=1)
-    best = [(normalize(part, dim=1) @ c.T).max(1) for part in d.split(2048)]
-    return torch.cat([b.values for b in best]).clamp(-1, 1), torch.cat([b.indices for b in best])
 
 
 def _inserted(g: Codes, error: Tensor, d: Tensor, folds: Tensor) -> Float[Tensor, "folds d_large"]:
@@ -184,20 +178,3 @@ def _removed(f: Codes, g: Codes, error: Tensor, c: Tensor, d: Tensor, nearest: T
     both = key[place] == wanted if len(key) else torch.zeros(len(wanted), dtype=torch.bool)
     together = summed(values[order[place[both]]] * g.values[both].double(), g.features[both], len(d))
     return (alone - 2 * together * (c[nearest] * d).sum(1).double()) / len(error)
-
-
-def _share(which: Tensor, among: Tensor) -> float:
-    return float(which[among].float().mean()) if bool(among.any()) else float("nan")
-
-
-def _error(put: Tensor, sizes: Tensor, among: Tensor, rising: bool) -> float:
-    """Jackknife over folds of the share whose change has one sign."""
-    without = [put.sum(0) - one for one, size in zip(put, sizes, strict=True) if size > 0]
-    return jackknife(_share(w > 0 if rising else w < 0, among) for w in without)
-
-
-def _fvu(x: Tensor, small: Tensor, large: Tensor, g: Codes, d: Tensor, novel: Tensor) -> dict[str, float]:
-    variance = float((x - x.mean(0)).pow(2).sum(dtype=torch.float64))
-    added = kernels.weighted_rows(torch.where(novel[g.features], g.values, 0), g.features, g.offsets, d)
-    hats = {"fvu_small": small, "fvu_novel": small + added, "fvu_large": large}
-    return {name: float((x - hat).pow(2).sum(dtype=torch.float64)) / variance for name, hat in hats.items()}

@@ -173,7 +173,10 @@ def circular(
     others = codes[::2].double().sum((0, 1)) * (fires > 0).any(0)
     others[chosen] = 0.0
     ranked = others.argsort(descending=True)[: int(others.count_nonzero())]  # in any order of features
-    drawn = _draws(codes, W_dec, ranked, len(chosen), draws, components, rng)
+    drawn = []
+    for _ in range(draws if len(ranked) >= len(chosen) else 0):
+        other = ranked[torch.from_numpy(rng.permutation(len(ranked))[: len(chosen)])]
+        drawn.append(_order(codes[..., other] @ W_dec[other], components, None))
     each, each_se = mean_and_error(own.each)
     correlations = [o.correlation for o in drawn]
     return Circular(
@@ -191,16 +194,18 @@ def circular(
 
 def circular_correlation(angles: Float[np.ndarray, "*sets words"]) -> np.ndarray:
     """max over both ways round of |mean_w exp(i(r_w ∓ 2πw/n))|, r_w = 2π/n · rank of angle w. 1: in order."""
-    n = angles.shape[-1]
-    ranks = angles.argsort(-1).argsort(-1)
-    return _correlation(np.exp(2j * math.pi / n * ranks))
+    return _correlation(_on_circle(angles))
+
+
+def _on_circle(angles: np.ndarray) -> np.ndarray:
+    """exp(2πi/n · rank) of each of n angles."""
+    return np.exp(2j * math.pi / angles.shape[-1] * angles.argsort(-1).argsort(-1))
 
 
 def neighbours(angles: Float[np.ndarray, " words"]) -> int:
     """How many of the n pairs (w, w+1), the last and first among them, are next to each other around the circle."""
-    n = len(angles)
     ranks = angles.argsort().argsort()
-    return int(np.isin((np.roll(ranks, -1) - ranks) % n, (1, n - 1)).sum())
+    return int(np.isin((np.roll(ranks, -1) - ranks) % len(ranks), (1, len(ranks) - 1)).sum())
 
 
 def _correlation(around: np.ndarray) -> np.ndarray:
@@ -218,13 +223,11 @@ def _templates(words: tuple[str, ...], templates: Sequence[str] | None) -> tuple
                 "templates are ours for WEEKDAYS and MONTHS only: give some, such as ['See you on {}', ...]"
             )
         return _OF[words]
-    templates = (templates,) if isinstance(templates, str) else tuple(templates)
-    for template in templates:
-        if template.count("{}") != 1:
-            raise ValueError(f"a template has one {{}}, where the word goes, got {template!r}")
+    if wrong := [template for template in templates if template.count("{}") != 1]:
+        raise ValueError(f"a template has one {{}}, where the word goes, got {wrong[0]!r}")
     if len(templates) < 4:
         raise ValueError(f"templates are split in two halves of at least two: give four or more, got {len(templates)}")
-    return templates
+    return tuple(templates)
 
 
 def _read(
@@ -241,15 +244,15 @@ def _read(
             last = batch.mask.sum(1) - 1
             here = torch.arange(len(words)), last
             if not keep[here].all():
-                left = words[int((~keep[here]).nonzero()[0])]
+                left = words[int(keep[here].int().argmin())]
                 raise ValueError(f"the coder's mask leaves out {left!r} in {template!r} ({mask}): try another template")
             xs.append(x[here])
             read = xs[-1].to(coder.W_dec.device)
             codes.append(coder.strengths(coder.encode(read), read).float().cpu())
             keep[here] = False
-            if number % 2 == 0 and keep.any():
-                other = coder.encode(x[keep].to(coder.W_dec.device)).float().cpu()
-                fired, count = fired + (other > 0).sum(0), count + len(other)
+            if number % 2 == 0:
+                other = coder.codes_of(x[keep])
+                fired, count = fired + torch.bincount(other.features, minlength=coder.d_sae), count + int(keep.sum())
     return torch.stack(xs), torch.stack(codes), fired / max(count, 1)
 
 
@@ -273,8 +276,7 @@ def _order(y: Float[Tensor, "templates words d"], components: int, orders: np.nd
     found = circular_correlation(around)
     p = p_alone = math.nan
     if orders is not None:
-        on_circle = np.exp(2j * math.pi / around.shape[1] * around.argsort(-1).argsort(-1))
-        scores = np.stack([_correlation(plane[orders[1:]]) for plane in on_circle])  # plane, wrong order
+        scores = np.stack([_correlation(plane[orders[1:]]) for plane in _on_circle(around)])  # plane, wrong order
         p, p_alone = (permutation_p(found[chosen] - 1e-9, of) for of in (scores.max(0), scores[chosen]))
     plane = planes[chosen]
     points = placed[1::2].mean(0)[:, plane]
@@ -285,16 +287,3 @@ def _order(y: Float[Tensor, "templates words d"], components: int, orders: np.nd
 def _angles(points: Float[np.ndarray, "words 2"]) -> np.ndarray:
     x, y = (points - points.mean(0)).T
     return np.arctan2(y, x)
-
-
-def _draws(
-    codes: Tensor, W_dec: Tensor, others: Tensor, size: int, draws: int, components: int, rng: np.random.Generator
-) -> list[Order]:
-    """The same of equally many other features, drawn for each; none if there are fewer."""
-    if len(others) < size:
-        return []
-    found = []
-    for _ in range(draws):
-        drawn = others[torch.from_numpy(rng.permutation(len(others))[:size])]
-        found.append(_order(codes[..., drawn] @ W_dec[drawn], components, None))
-    return found

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sae_lab.arguments import as_annotated, check_least
+from sae_lab.arguments import as_annotated, check_least, is_finite
 from sae_lab.results import Result, figure, result
 from sae_lab.saes.base import SparseCoder
 from sae_lab.types import Codes
@@ -125,7 +125,13 @@ def clusters(
         raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
     check_least(2, min_cluster_size=min_cluster_size, components=components)
     check_least(1, min_samples=min_samples)
-    every = _rows(what)
+    if isinstance(what, Codes):
+        every = feature_rows(what)
+    else:
+        directions = what if isinstance(what, Tensor) else what.W_dec
+        if directions.ndim < 2 or not is_finite(directions):
+            raise ValueError(f"clusters takes finite rows of two axes, rows and d, got shape {tuple(directions.shape)}")
+        every = directions.detach().flatten(1).float().cpu().numpy()
     norms = _norms(every)
     live = np.flatnonzero(norms > 0)
     if len(live) < 4 * min_cluster_size:
@@ -137,7 +143,11 @@ def clusters(
     rng = np.random.default_rng(np.random.SeedSequence([seed, 0]))
     settings = (min_cluster_size, min_samples, components, seed)
     found, within = _cluster(rows, *settings)
-    controls = tuple(_control(name, other, settings) for name, other in _nothing(rows, rng))
+    controls = []
+    for name, other in _nothing(rows, rng):
+        its, cosines = _cluster(other, *settings)
+        largest = float(max(cosines, default=math.nan))
+        controls.append(Control(name, len(cosines), float((its >= 0).mean()), _middle(cosines), largest))
     labels, points = torch.full((len(norms),), -1), torch.full((len(norms), 2), math.nan)
     labels[live], points[live] = torch.from_numpy(found), torch.from_numpy(_map(rows, layout, components, seed))
     return Clusters(
@@ -145,7 +155,7 @@ def clusters(
         tight=int((within > _tightest(controls)).sum()),
         tight_by_chance=len(within) / (sum(c.clusters for c in controls) + 1),
         rows=len(norms), silent=len(norms) - len(live), min_cluster_size=min_cluster_size, min_samples=min_samples,
-        layout=layout, by="activations" if isinstance(what, Codes) else "direction", controls=controls,
+        layout=layout, by="activations" if isinstance(what, Codes) else "direction", controls=tuple(controls),
         labels=labels, cosines=torch.from_numpy(within), points=points,
     )  # fmt: skip
 
@@ -159,48 +169,33 @@ def feature_rows(codes: Codes) -> Any:
     return sparse.csr_matrix(arrays, shape=shape).T.tocsr()
 
 
-def _rows(what: SparseCoder | Tensor | Codes) -> Any:
-    if isinstance(what, Codes):
-        return feature_rows(what)
-    rows = what if isinstance(what, Tensor) else what.W_dec
-    if rows.ndim < 2 or not torch.isfinite(rows).all():
-        raise ValueError(f"clusters takes finite rows of two axes, rows and d, got shape {tuple(rows.shape)}")
-    return rows.detach().flatten(1).float().cpu().numpy()
-
-
 def _norms(rows: Any) -> np.ndarray:
     squares = rows.multiply(rows).sum(1) if hasattr(rows, "nnz") else (rows**2).sum(1)
     return np.sqrt(np.asarray(squares).ravel())
 
 
 def _unit(rows: Any) -> Any:
-    norms = _norms(rows)
-    if not hasattr(rows, "nnz"):  # shuffled coordinates of rows that are mostly zero can leave a row of zeros
-        return rows / np.where(norms > 0, norms, 1)[:, None]
-    from scipy import sparse
+    from sklearn.preprocessing import normalize
 
-    return sparse.csr_matrix(sparse.diags(1 / norms) @ rows)
+    return normalize(rows)  # shuffled coordinates of rows that are mostly zero can leave a row of zeros
 
 
 def _nothing(rows: Any, rng: np.random.Generator) -> list[tuple[str, Any]]:
     """Unit rows without clusters, by name."""
     if hasattr(rows, "nnz"):
-        other = rows[np.lexsort((rows.indices[rows.indptr[:-1]], np.diff(rows.indptr)))]  # in any order of features
-        counts = np.diff(rows.indptr)
-        drawn = [rng.choice(rows.shape[1], n, replace=False) for n in counts]
-        other.indices = np.concatenate(drawn).astype(rows.indices.dtype)
-        other.has_sorted_indices = False
-        other.sort_indices()
-        return [("other tokens", other)]
+        order = np.lexsort((rows.indices[rows.indptr[:-1]], np.diff(rows.indptr)))  # in any order of features
+        return [("other tokens", other_columns(rows[order], rng))]
     random = rng.standard_normal(rows.shape, dtype=np.float32)
     shuffled = rng.permuted(np.sort(rows, axis=0), axis=0)  # sorted: in any order of features
     return [("random rows", _unit(random)), ("shuffled coordinates", _unit(shuffled))]
 
 
-def _control(name: str, rows: Any, settings: tuple[int, ...]) -> Control:
-    found, within = _cluster(rows, *settings)
-    largest = float(within.max()) if len(within) else math.nan
-    return Control(name, len(within), float((found >= 0).mean()), _middle(within), largest)
+def other_columns(rows: Any, rng: np.random.Generator) -> Any:
+    """A sparse matrix with each row's values in columns drawn for it alone."""
+    from scipy import sparse
+
+    drawn = [rng.choice(rows.shape[1], n, replace=False) for n in np.diff(rows.indptr)]
+    return sparse.csr_matrix((rows.data, np.concatenate(drawn), rows.indptr), rows.shape)
 
 
 def _middle(values: np.ndarray) -> float:
@@ -217,9 +212,12 @@ def _cluster(rows: Any, size: int, samples: int, components: int, seed: int) -> 
     if rows.shape[0] <= MOST_PAIRS:
         labels = HDBSCAN(metric="precomputed", **settings).fit(_distances(rows)).labels_
     else:
-        reduced = _reduce(rows, components, seed)
-        labels = HDBSCAN(**settings).fit(reduced / np.maximum(_norms(reduced)[:, None], 1e-12)).labels_
-    within = np.array([_within(rows[np.flatnonzero(labels == c)]) for c in range(labels.max() + 1)])
+        labels = HDBSCAN(**settings).fit(_unit(_reduce(rows, components, seed))).labels_
+    within = []
+    for members in (rows[np.flatnonzero(labels == c)] for c in range(labels.max() + 1)):
+        n, total = members.shape[0], np.asarray(members.sum(0), dtype=np.float64)
+        within.append(float(((total**2).sum() - n) / (n * (n - 1))))  # mean cosine of two different unit rows
+    within = np.array(within)
     order = np.argsort(-within, kind="stable")
     place = np.full(len(order) + 1, -1)  # the last entry is that of -1
     place[order] = np.arange(len(order))
@@ -234,12 +232,6 @@ def _distances(rows: Any) -> np.ndarray:
     return np.maximum(distances, 0, out=distances)
 
 
-def _within(rows: Any) -> float:
-    """Mean cosine of two different of these unit rows: (‖Σ‖² − n) / (n (n − 1))."""
-    n, total = rows.shape[0], np.asarray(rows.sum(0), dtype=np.float64)
-    return float(((total**2).sum() - n) / (n * (n - 1)))
-
-
 def _reduce(rows: Any, components: int, seed: int) -> np.ndarray:
     """Principal components of the rows (of sparse ones, which stay uncentred, the leading singular ones)."""
     from sklearn.decomposition import PCA, TruncatedSVD
@@ -251,14 +243,13 @@ def _reduce(rows: Any, components: int, seed: int) -> np.ndarray:
 
 
 def _map(rows: Any, layout: str, components: int, seed: int) -> np.ndarray:
+    start = _reduce(rows, 2, seed).astype(np.float32)
     if layout == "pca":
-        return _reduce(rows, 2, seed).astype(np.float32)
+        return start
     from sklearn.manifold import TSNE
 
-    start = _reduce(rows, 2, seed).astype(np.float32)
     start *= 1e-4 / start[:, 0].std()
+    few = len(start) <= MOST_PAIRS
     settings: dict[str, Any] = {"perplexity": min(30.0, (len(start) - 1) / 3), "max_iter": 500, "random_state": seed}
-    if len(start) <= MOST_PAIRS:
-        return TSNE(2, init=start, metric="precomputed", **settings).fit_transform(_distances(rows)).astype(np.float32)
-    reduced = _reduce(rows, components, seed)
-    return TSNE(2, init=start, metric="cosine", **settings).fit_transform(reduced).astype(np.float32)
+    made = TSNE(2, init=start, metric="precomputed" if few else "cosine", **settings)
+    return made.fit_transform(_distances(rows) if few else _reduce(rows, components, seed)).astype(np.float32)

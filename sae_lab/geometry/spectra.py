@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae_lab.arguments import as_annotated, check_least
-from sae_lab.geometry.clustering import feature_rows
+from sae_lab.geometry.clustering import feature_rows, other_columns
 from sae_lab.results import Figure, Result, figure, result
 from sae_lab.types import Codes
 
@@ -56,10 +56,8 @@ class Patterns(Result):
 
     def figures(self) -> list[Figure]:
         most, noise = float(self.strength[0]), float(self.noise[0])
-        return [
-            *super().figures(),
-            Figure("strongest", most, control=noise, control_name="shuffled", meaning="singular value"),
-        ]
+        strongest = Figure("strongest", most, control=noise, control_name="shuffled", meaning="singular value")
+        return [*super().figures(), strongest]
 
 
 @as_annotated
@@ -106,12 +104,10 @@ def patterns(
             f"looked must be an integer from 1 to {most}, one less than the {len(live)} features that vary and the {n} "
             f"contexts; got {looked!r}"
         )
-    rows, spread = by_feature[live], spread[live]
+    rows, spread, rng = by_feature[live], spread[live], np.random.default_rng(seed)
     strength, left, right = _decompose(rows, spread, looked, seed)
-    rng = np.random.default_rng(seed)
-    noise = np.stack([_decompose(_shuffled(rows, rng), spread, looked, seed)[0] for _ in range(draws)])
-    above = strength > noise.max(0)
-    rank = int(above.argmin()) if not above.all() else looked
+    noise = np.stack([_decompose(other_columns(rows, rng), spread, looked, seed)[0] for _ in range(draws)])
+    rank = int(np.append(strength <= noise.max(0), True).argmax())  # how many before the first that is not above
     features = torch.zeros(looked, d_sae)
     features[:, live] = torch.from_numpy(left).float()
     total = float(len(live) * n)  # Σ A², for rows of variance 1
@@ -148,14 +144,6 @@ def _spread(rows: Any) -> np.ndarray:
     return np.sqrt(np.where(variance > 1e-9 * squares, variance, 0))
 
 
-def _shuffled(rows: Any, rng: np.random.Generator) -> Any:
-    """Each row's values in columns drawn for it alone."""
-    from scipy import sparse
-
-    drawn = [rng.choice(rows.shape[1], n, replace=False) for n in np.diff(rows.indptr)]
-    return sparse.csr_matrix((rows.data, np.concatenate(drawn), rows.indptr), rows.shape)
-
-
 def _decompose(rows: Any, spread: np.ndarray, k: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(σ descending, "k rows" left, "k columns" right vectors) of the rows centred and scaled, which are never made."""
     from scipy import sparse
@@ -163,15 +151,11 @@ def _decompose(rows: Any, spread: np.ndarray, k: int, seed: int) -> tuple[np.nda
 
     scaled: Any = sparse.csr_matrix(sparse.diags(1 / spread) @ rows)
     mean = np.asarray(scaled.mean(1)).ravel()
-    make: Any = LinearOperator  # its __new__ hides what it takes
-    operator = make(
-        scaled.shape,
-        matvec=lambda v: scaled @ v.ravel() - mean * v.sum(),
-        rmatvec=lambda u: scaled.T @ u.ravel() - (mean @ u.ravel()),
-        dtype=np.float64,
-    )
+    ways: Any = {
+        "matvec": lambda v: scaled @ v.ravel() - mean * v.sum(),
+        "rmatvec": lambda u: scaled.T @ u.ravel() - (mean @ u.ravel()),
+    }
     start = np.random.default_rng(seed).standard_normal(min(rows.shape))
-    factors: Any = svds(operator, k=k, v0=start)
-    left, values, right = factors
+    left, values, right = svds(LinearOperator(scaled.shape, dtype=np.float64, **ways), k=k, v0=start)
     order = np.argsort(-values)
-    return values[order].copy(), left.T[order].copy(), right[order].copy()
+    return values[order], left.T[order], right[order]

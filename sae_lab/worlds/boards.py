@@ -1,9 +1,5 @@
 """Random games of Othello, many at once on bitboards: sequences whose hidden state, the board, is known.
 
-    games = othello(size=6, games=1000)
-    games.moves[0]      # squares 0..35, one a move, -1 behind the end
-    games.boards()[0]   # after each move, as the player to move sees it: 1 mine, -1 theirs, 0 empty
-
 Square row·size + column is the bit of the same number in a board's uint64. A player who cannot move passes, and a pass
 is no move: the other then moves twice, as in the sequences that Othello-GPT is trained on (Li et al. 2022,
 arXiv:2210.13382). "Mine" and "theirs" are relative to the player to move, as such models see the board (Nanda et al.
@@ -15,7 +11,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from jaxtyping import Bool, Int, Int8, Shaped, UInt64
 
-from sae_lab.arguments import Count, as_annotated
+from sae_lab.arguments import Count, as_annotated, check_least
 
 TAG = 0x4F5448454C4C4F  # part of every seed, as in ``dictionaries``
 SIZES = (4, 6, 8)
@@ -97,9 +93,9 @@ def othello(size: int = 6, games: int = 1000, seed: int = 0) -> Games:
 
     Args: size: 4, 6 or 8 squares a side. games: how many; the first of many games are those of a smaller number.
     """
-    _check_size(size)
-    if games < 1:
-        raise ValueError(f"games must be an integer of at least 1, got {games}")
+    if size not in SIZES:
+        raise ValueError(f"size must be one of {', '.join(map(str, SIZES))} squares a side, got {size}")
+    check_least(1, games=games)
     rng = np.random.default_rng(np.random.SeedSequence([TAG, size, seed]))
     length = size**2 - 4
     moves = np.full((games, length), -1, np.int8)
@@ -136,7 +132,6 @@ def _play_out(chances: np.ndarray, games: Games) -> None:
 
 def start_board(size: int) -> tuple[np.uint64, np.uint64]:
     """(Black's discs, White's) at the start, Black to move: White on the main diagonal of the centre."""
-    _check_size(size)
     m = size // 2
     white = (1 << ((m - 1) * size + m - 1)) | (1 << (m * size + m))
     black = (1 << ((m - 1) * size + m)) | (1 << (m * size + m - 1))
@@ -189,18 +184,12 @@ def _shift(bits: np.ndarray, direction: tuple[int, int], size: int) -> np.ndarra
     return moved & _LANDS[size, column]
 
 
-def _lands(size: int, column: int) -> np.uint64:
-    """Squares that a step to this side can end on: all but the column that a step over the edge would wrap round to."""
-    skipped = {1: 0, -1: size - 1, 0: None}[column]
-    return np.uint64(sum(1 << s for s in range(size**2) if s % size != skipped))
-
-
-_LANDS = {(size, column): _lands(size, column) for size in SIZES for column in (-1, 0, 1)}
-
-
-def _check_size(size: int) -> None:
-    if size not in SIZES or isinstance(size, bool):
-        raise ValueError(f"size must be one of {', '.join(map(str, SIZES))} squares a side, got {size!r}")
+# Squares that a step to a side can end on: all but the column that a step over the edge would wrap round to.
+_LANDS = {
+    (size, side): np.uint64(sum(1 << s for s in range(size**2) if s % size != {1: 0, -1: size - 1}.get(side)))
+    for size in SIZES
+    for side in (-1, 0, 1)
+}
 
 
 @as_annotated

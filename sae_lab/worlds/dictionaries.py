@@ -1,9 +1,4 @@
-"""Planted dictionaries: sparse sums of chosen directions.
-
-    world = planted(n=128, d=64, l0=4)
-    run = train(coder, world.x, TrainConfig(tokens=1_000_000))
-    match(coder, world)
-"""
+"""Planted dictionaries: sparse sums of chosen directions."""
 
 import math
 from typing import Any, Literal, get_args
@@ -14,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae_lab.activations.world import World
-from sae_lab.arguments import as_annotated
+from sae_lab.arguments import as_annotated, check_least
 from sae_lab.types import Codes
 
 Law = Literal["uniform", "zipf"]
@@ -54,13 +49,30 @@ def planted(
 
     Raises ValueError for settings out of range, with what is possible.
     """
-    settings = {
-        "n": n, "d": d, "l0": l0, "law": law, "correlation": correlation, "group": group, "hierarchy": hierarchy,
-        "noise": noise, "samples": samples, "exponent": exponent, "seed": seed,
-    }  # fmt: skip
-    _check(**settings)
-    roots, parent = _families(n, hierarchy)
-    probability, parent, groups = _rank(_root_probabilities(roots, settings), parent, settings)
+    settings = dict(locals())
+    check_least(1, n=n, d=d, samples=samples)
+    check_least(2, group=group)
+    check_least(0, hierarchy=hierarchy, noise=noise, exponent=exponent)
+    if law not in LAWS:
+        raise ValueError(f"unknown law {law!r}; known: {', '.join(LAWS)}")
+    if not 0 < l0 <= n:
+        raise ValueError(f"l0 must be above 0 and at most n={n}, the number of features, got {l0}")
+    if not 0 <= correlation < 1:
+        raise ValueError(f"correlation must be from 0 to below 1, got {correlation}: 0 is independent features")
+    if infinite := [name for name in ("noise", "exponent") if math.isinf(settings[name])]:
+        raise ValueError(f"{infinite[0]} must be finite, got inf")
+    if n < 1 + hierarchy:
+        raise ValueError(
+            f"hierarchy={hierarchy} children need a parent beside them: n must be at least {1 + hierarchy}, got {n}"
+        )
+    parents = n // (1 + hierarchy)
+    roots = n - parents * hierarchy  # those without a parent come first
+    if correlation and roots < group:
+        raise ValueError(
+            f"group must be at most the number of features without a parent, {roots}, got {group}: lower group"
+        )
+    parent = np.concatenate([np.full(roots, -1), np.repeat(np.arange(parents), hierarchy)]).astype(np.int64)
+    probability, parent, groups = _rank(_root_probabilities(roots, parents, settings), parent, settings)
     streams = [np.random.default_rng(s) for s in np.random.SeedSequence([TAG, seed]).spawn(4)]
     dictionary = _directions(streams[0], n, d)
     codes = _codes(probability, parent, groups, settings, streams[1], streams[2])
@@ -69,11 +81,8 @@ def planted(
         scale = noise * float(x.pow(2).mean(dtype=torch.float64)) ** 0.5
         for rows in x.split(_CHUNK):
             rows += scale * torch.from_numpy(streams[3].standard_normal(rows.shape, dtype=np.float32))
-    labels = {
-        "probability": torch.from_numpy(probability).float(),
-        "parent": torch.from_numpy(parent),
-        "group": torch.from_numpy(groups),
-    }
+    labels = {name: torch.from_numpy(of) for name, of in (("parent", parent), ("group", groups))}
+    labels["probability"] = torch.from_numpy(probability).float()
     return World(x, codes, dictionary, labels, len(codes.values) / samples, settings)
 
 
@@ -94,7 +103,7 @@ def product(values: tuple[int, ...] = (8, 8), d: int = 64, *, samples: int = 200
         raise ValueError(f"values must be two numbers or more, each at least 2, got {values}: try (8, 8)")
     n = sum(values)
     settings = {"values": tuple(values), "d": d, "samples": samples, "seed": seed}
-    _check_integers(n=n, d=d, samples=samples)
+    check_least(1, d=d, samples=samples)
     streams = [np.random.default_rng(s) for s in np.random.SeedSequence([TAG, seed, len(values)]).spawn(3)]
     dictionary = _directions(streams[0], n, d)
     starts = np.cumsum([0, *values[:-1]])
@@ -114,52 +123,13 @@ def _directions(stream: np.random.Generator, n: int, d: int) -> Float[Tensor, "n
     return torch.nn.functional.normalize(torch.from_numpy(stream.standard_normal((n, d), dtype=np.float32)), dim=1)
 
 
-def _check_integers(**s: int) -> None:
-    least = {"n": 1, "d": 1, "samples": 1, "group": 2, "hierarchy": 0}
-    for name, value in s.items():
-        if value < least[name]:
-            raise ValueError(f"{name} must be an integer of at least {least[name]}, got {value!r}")
-
-
-def _check(**s: Any) -> None:
-    """ValueError for the first setting out of range."""
-    _check_integers(**{name: s[name] for name in ("n", "d", "samples", "group", "hierarchy")})
-    if s["law"] not in LAWS:
-        raise ValueError(f"unknown law {s['law']!r}; known: {', '.join(LAWS)}")
-    if not 0 < s["l0"] <= s["n"]:
-        raise ValueError(f"l0 must be above 0 and at most n={s['n']}, the number of features, got {s['l0']}")
-    if not 0 <= s["correlation"] < 1:
-        raise ValueError(f"correlation must be from 0 to below 1, got {s['correlation']}: 0 is independent features")
-    for name in ("noise", "exponent"):
-        if not 0 <= s[name] < math.inf:
-            raise ValueError(f"{name} must be a number of at least 0, got {s[name]}")
-    if s["hierarchy"] and s["n"] < 1 + s["hierarchy"]:
-        raise ValueError(
-            f"hierarchy={s['hierarchy']} children need a parent beside them: n must be at least "
-            f"{1 + s['hierarchy']}, got {s['n']}"
-        )
-    roots = _families(s["n"], s["hierarchy"])[0]
-    if s["correlation"] and roots < s["group"]:
-        raise ValueError(
-            f"group must be at most the number of features without a parent, {roots}, got {s['group']}: lower group"
-        )
-
-
-def _families(n: int, hierarchy: int) -> tuple[int, np.ndarray]:
-    """(number of features without a parent, every feature's parent or -1): those without a parent come first."""
-    parents = n // (1 + hierarchy) if hierarchy else 0
-    roots = n - parents * hierarchy
-    return roots, np.concatenate([np.full(roots, -1), np.repeat(np.arange(parents), hierarchy)]).astype(np.int64)
-
-
-def _root_probabilities(roots: int, s: dict[str, Any]) -> np.ndarray:
+def _root_probabilities(roots: int, parents: int, s: dict[str, Any]) -> np.ndarray:
     """Probabilities of the features without a parent, so that with their children they sum to l0."""
     h = s["hierarchy"]
-    parents = s["n"] // (1 + h) if h else 0
     count = np.ones(roots)  # features that one firing of each brings on average, its children among them
     count[:parents] += h / (1 + h)
-    weight = np.ones(roots) if s["law"] == "uniform" else np.arange(1, roots + 1.0) ** -s["exponent"]
-    cap = 1.0 if s["law"] == "uniform" else MAX_PROBABILITY
+    exponent, cap = (0.0, 1.0) if s["law"] == "uniform" else (s["exponent"], MAX_PROBABILITY)
+    weight = np.arange(1, roots + 1.0) ** -exponent
     most = cap * count.sum()
     if s["l0"] > most * (1 + 1e-9):
         why = f"no feature fires in more than {cap:.0%} of rows under the {s['law']} law"

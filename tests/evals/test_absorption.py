@@ -175,7 +175,7 @@ def test_a_model_whose_tokens_are_their_letter(make_tiny):
 
 def test_refuses(letters):
     coder, lm = letters
-    with pytest.raises(ValueError, match="words must be an integer of at least 120, got 5"):
+    with pytest.raises(ValueError, match="words must be at least 120, got 5"):
         absorption(coder, lm, words=5)
     with pytest.raises(ValueError, match="convention must be one of sae_lab, saebench, got 'other'"):
         absorption(coder, lm, convention="other")

@@ -11,7 +11,7 @@ import sae_lab as sl
 from sae_lab.activations.contexts import spread_contexts
 from sae_lab.activations.reconstructing import read_and_reconstruct, reconstruction
 from sae_lab.evals.positions import by_position, hill
-from sae_lab.stats import clustered_error, difference_error, ratio_error
+from sae_lab.stats import clustered_error, ratio_difference, ratio_error
 from sae_lab.types import Site
 
 SITE = Site("resid_post", layer=1)
@@ -57,9 +57,11 @@ def test_errors_by_hand():
     assert ratio_error(top, torch.ones(4), clusters) == pytest.approx(clustered_error(top, clusters))
     one = torch.tensor([True, False, True, False])
     # means 1.5 and 3.5; influences -.25, .25, .25, -.25 sum to nothing in each cluster
-    assert difference_error(top, one, ~one, clusters) == pytest.approx(0.0, abs=1e-12)
+    ones = torch.ones(4)
+    assert ratio_difference(top, ones, one, ~one, clusters) == pytest.approx((-2.0, 0.0), abs=1e-12)
     # with each token its own cluster: √(4/3·4·.25²)
-    assert difference_error(top, one, ~one, torch.arange(4)) == pytest.approx(math.sqrt(4 / 3 * 4 * 0.25**2))
+    assert ratio_difference(top, ones, one, ~one, torch.arange(4))[1] == pytest.approx(math.sqrt(4 / 3 * 4 * 0.25**2))
+    assert all(map(math.isnan, ratio_difference(top, ones, one, one & ~one, clusters)))
 
 
 def test_the_error_of_a_ratio_is_that_of_many_draws():

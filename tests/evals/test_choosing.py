@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import sae_lab as sl
-from sae_lab.evals import choosing
+from sae_lab.evals import choosing, sampling
 
 EYE = torch.eye(4)
 
@@ -71,7 +71,7 @@ def test_fvu_and_l0_are_those_of_all_rows(monkeypatch):
     """Against the definition in one piece, whatever the chunk, and on evenly spread rows of a longer tensor."""
     x = torch.randn(500, 4, generator=torch.Generator().manual_seed(1)) + torch.linspace(0, 5, 500)[:, None]
     made = coder(EYE, b_dec=0.2)
-    monkeypatch.setattr(choosing, "_CHUNK", 64)
+    monkeypatch.setattr(sampling, "_CHUNK", 64)
     result = sl.evals.choose_l0([made, made], x)
     x_hat = made(x).x_hat.detach()
     assert result.fvu[0] == pytest.approx(float((x - x_hat).pow(2).sum() / (x - x.mean(0)).pow(2).sum()), rel=1e-5)
@@ -99,9 +99,9 @@ def test_bad_input():
         choose([made, coder(EYE[:3])], x)
     with pytest.raises(ValueError, match=r"eval mode, got L1\(.*\) in training: call sae.eval\(\)"):
         choose([made, coder(EYE).train()], x)
-    with pytest.raises(ValueError, match=r"n must be an integer from 1 to d_sae/2=2, .* got 3"):
+    with pytest.raises(ValueError, match=r"n must be from 1 to d_sae/2=2, .* got 3"):
         choose([made, made], x, n=3)
-    with pytest.raises(ValueError, match="tokens must be an integer of at least 2, got 0"):
+    with pytest.raises(ValueError, match="tokens must be at least 2, got 0"):
         choose([made, made], x, tokens=0)
     with pytest.raises(ValueError, match=r"d_in=4.*got shape"):
         choose([made, made], torch.randn(50, 5))

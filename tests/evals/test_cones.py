@@ -146,9 +146,9 @@ GOOD = torch.eye(6)
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"concepts": torch.ones(2, 5)}, r"concepts must be float directions \(concepts, 6\)"),
-        ({"concepts": torch.zeros(2, 6)}, "every concept must be a finite direction that is not zero"),
-        ({"concepts": torch.full((2, 6), math.nan)}, "every concept must be a finite direction"),
+        ({"concepts": torch.ones(2, 5)}, "concepts must be directions of width 6, which the coder writes"),
+        ({"concepts": torch.zeros(2, 6)}, r"none of them zero, got \(2, 6\) with 2 that are zero"),
+        ({"concepts": torch.full((2, 6), math.nan)}, "concepts must be a Tensor of floats .* with NaN or Inf"),
         ({"sizes": (2, 1)}, "sizes must be ascending integers from 1 to 3"),
         ({"sizes": (1, 9)}, "sizes must be ascending integers from 1 to 3"),
         ({"sizes": ()}, "sizes must be ascending integers from 1 to 3"),

@@ -130,7 +130,7 @@ def test_layers_of_one_store(tiny_lm, small_text, tmp_path):
         (2, {"threshold": 1.5}, "threshold is a cosine from -1 to 1, got 1.5"),
         (2, {"x": [torch.ones(9, 4)]}, "x must be one for all 2 coders, or one for each, got 1"),
         (2, {"x": torch.ones(9, 5)}, "x's last axis must be d_in=4"),
-        (2, {"x": torch.ones(9, 4), "tokens": 1}, "tokens must be an integer of at least 2"),
+        (2, {"x": torch.ones(9, 4), "tokens": 1}, "tokens must be at least 2"),
     ],
 )
 def test_refusals(coders, change, message):

@@ -155,7 +155,7 @@ def test_a_store_is_measured_on_documents_that_training_did_not_see(tiny_lm, sma
     ("change", "message"),
     [
         ({"rho": 0.0}, "rho, the distortion over the variance, must be above 0 and below 1, got 0.0"),
-        ({"tokens": 1}, "tokens must be an integer of at least 2, got 1"),
+        ({"tokens": 1}, "tokens must be at least 2, got 1"),
         ({"coders": []}, "no coder given: pass at least one"),
         ({"coders": sl.TopK(4, 8, k=2)}, "eval mode, got TopK.* in training: call sae.eval()"),
         ({"coders": sl.TopK(4, 8, k=2, d_out=4).eval()}, "needs coders that reconstruct what they read"),

@@ -128,7 +128,7 @@ def test_what_it_refuses(averaging_lm, red_text, small_text, tmp_path):
         token_injection(coder, averaging_lm, index, [3], small_text)
     with pytest.raises(ValueError, match="share must lie above 0 and be at most 1, got 0"):
         token_injection(coder, averaging_lm, index, [0], small_text, share=0.0)
-    with pytest.raises(ValueError, match="texts must be a positive integer, got 0"):
+    with pytest.raises(ValueError, match="texts must be at least 1, got 0"):
         token_injection(coder, averaging_lm, index, [0], small_text, texts=0)
     with pytest.raises(ValueError, match="no context of length=200 tokens"):
         token_injection(coder, averaging_lm, index, [0], ["a short one"], length=200)

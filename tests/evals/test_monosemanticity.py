@@ -148,12 +148,12 @@ def test_another_sites_activations(tiny_lm, small_text, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"least": 1}, "least must be an integer of at least 2 .* got 1"),
+        ({"least": 1}, "least must be at least 2 .* got 1"),
         ({"least": 500}, "no feature fires on 500 of these 50 rows: give more tokens, or lower least"),
         ({"embeddings": torch.ones(40, 3)}, "embeddings must be of the same rows as x: got 40 for 50 rows of x"),
-        ({"embeddings": torch.ones(50)}, "embeddings must be float rows"),
-        ({"embeddings": torch.full((50, 2), math.inf)}, "embeddings hold NaN or Inf"),
-        ({"tokens": 0}, "tokens must be an integer of at least 2, got 0"),
+        ({"embeddings": torch.ones(50)}, r"embeddings must be a Tensor of floats \(rows e\), a Store or None, got .* shape \(50,\)"),
+        ({"embeddings": torch.full((50, 2), math.inf)}, "embeddings must be a Tensor of floats .* with NaN or Inf"),
+        ({"tokens": 0}, "tokens must be at least 2, got 0"),
         ({"coder": sl.TopK(4, 8, k=2)}, "call sae.eval()"),
     ],
 )

@@ -201,7 +201,7 @@ def test_refuses(read, tiny_lm):
         probing(coder, tiny_lm, read, pooling="sum")
     with pytest.raises(ValueError, match="SAEBench pools by the mean: pass pooling='mean'"):
         probing(coder, tiny_lm, read, pooling="max", convention="saebench")
-    with pytest.raises(ValueError, match="examples must be an integer of at least 8, got 2"):
+    with pytest.raises(ValueError, match="examples must be at least 8, got 2"):
         read_probe_sets(tiny_lm, SITE, two_kinds(8), examples=2)
     with pytest.raises(ValueError, match="no probe 'features' with setting '7'; there are"):
         probing(coder, tiny_lm, read, k=(1,), shuffles=0).mean("features", 7)

@@ -118,7 +118,7 @@ def test_the_table(two_sizes):
         ({"large": sl.TopK(6, 8, k=2, d_out=6).eval()}, "reconstruct what they read, TopK.* does not"),
         ({"large": sl.TopK(7, 8, k=2).eval()}, "both coders must read the same activations, got widths"),
         ({"x": torch.ones(9, 5)}, "x's last axis must be d_in=6"),
-        ({"tokens": 1}, "tokens must be an integer of at least 2"),
+        ({"tokens": 1}, "tokens must be at least 2"),
     ],
 )
 def test_refusals(change, message):

@@ -130,7 +130,7 @@ def test_questions_are_made_by_rule(tokenizer):
             tokenizer(text, add_special_tokens=False)["input_ids"] for text in (q.prompt, q.prompt + q.answer)
         )
         assert whole[: len(ids)] == ids and len(whole) > len(ids)
-    with pytest.raises(ValueError, match="n must be an integer of at least 4"):
+    with pytest.raises(ValueError, match="n must be at least 4"):
         synthetic_qa(n=3)
 
 

@@ -316,8 +316,15 @@ def test_a_shuffle_keeps_each_features_values():
     from scipy import sparse
 
     rows = sparse.csr_matrix(blocks(2).numpy().T)
-    shuffled = spectra._shuffled(rows, np.random.default_rng(0)).toarray()
+    shuffled = clustering.other_columns(rows, np.random.default_rng(0)).toarray()
     assert np.allclose(np.sort(shuffled, 1), np.sort(rows.toarray(), 1)) and not np.allclose(shuffled, rows.toarray())
+
+
+def test_the_control_of_codes_gives_each_feature_as_many_other_tokens():
+    rng = np.random.default_rng(0)
+    dense = torch.from_numpy(rng.random((60, 6)) < [0.1, 0.8, 0.3, 0.9, 0.2, 0.5]).float()  # counts in no order
+    ((_, other),) = clustering._nothing(clustering.feature_rows(codes_of(dense)), rng)  # rows before they are clustered
+    assert sorted((other.toarray() == 1).sum(1)) == sorted(dense.sum(0).int().tolist())
 
 
 def test_a_feature_that_never_varies_has_no_part():

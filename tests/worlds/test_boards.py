@@ -172,7 +172,7 @@ def test_properties_of_boards():
     [
         ({"size": 5}, "size must be one of 4, 6, 8 squares a side, got 5"),
         ({"size": 10}, "size must be one of 4, 6, 8"),
-        ({"games": 0}, "games must be an integer of at least 1, got 0"),
+        ({"games": 0}, "games must be at least 1, got 0"),
         ({"seed": -1}, "seed must be a whole number of at least 0, got -1"),
     ],
 )
