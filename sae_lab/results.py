@@ -239,10 +239,9 @@ class Result(Shown):
     A result without figures is a table of records: ``_records`` names the field or property that holds them (a list of
     NamedTuples or dicts, a dict of columns, or results of one row each: a list, or a dict by the index), or the fields
     that are its columns ("name=names": the column "name" is the field ``names``). ``to_pandas`` gives them; the first
-    ``_shown`` rows of ``_printed`` are printed. ``_columns``
-    are texts by heading, such as {"L0": "{l0:.1f} ± {l0_se:.1f}"}: each record is printed in them, whether there are
-    figures or not. "{mark}" is ``_mark`` in the record number ``best_index``, "{index}" the index
-    of the table.
+    ``_shown`` rows of ``_printed`` are printed. ``_columns`` are texts by heading, such as {"L0": "{l0:.1f} ±
+    {l0_se:.1f}"}: each record is printed in them, whether there are figures or not. "{mark}" is ``_mark`` in the record
+    number ``best_index``, "{index}" the index of the table.
     """
 
     _records: str | tuple[str, ...] = ""
@@ -299,7 +298,7 @@ class Result(Shown):
             named = records if isinstance(records, dict) else dict(enumerate(records))
             if any(isinstance(one, Result) for one in named.values()):
                 return pd.concat({name: one.to_pandas() for name, one in named.items()}).droplevel(1)
-            return pd.DataFrame(records if isinstance(records, dict) else list(records))
+            return pd.DataFrame(records if isinstance(records, dict) else list(named.values()))
         if self._records:
             named = (column.partition("=") for column in self._records)
             return pd.DataFrame({column: getattr(self, name or column) for column, _, name in named})

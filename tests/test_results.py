@@ -236,3 +236,17 @@ def test_records_are_printed_as_their_columns_say():
         "c      undefined",
         "3 coders",
     ]
+
+
+@result
+class Sets(Result):
+    each: object
+    _records, _columns = "each", {"": "{index}", "share": "{share:.2f}"}
+
+
+def test_results_of_one_row_each_are_the_rows_of_another():
+    one, two = Measured(0.25, 0.01, 0.5, math.nan, 12_000, 3), Measured(0.5, 0.01, 0.5, 0.1, 12_000, 3)
+    found = Sets({"own": one, "other": two})
+    assert found.to_pandas().loc["other", "dead"] == 0.1 and list(found.to_pandas()) == list(one.to_pandas())
+    assert repr(found).splitlines() == ["       share", "own    0.25", "other  0.50"]
+    assert Sets([one, two]).to_pandas().index.tolist() == [0, 1]

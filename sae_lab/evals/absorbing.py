@@ -15,6 +15,7 @@ from sae_lab.evals.sampling import require_choice
 from sae_lab.lm.model import LM
 from sae_lab.lm.tokens import encode_texts, pad
 from sae_lab.results import Figure, Result, figure, result
+from sae_lab.saes import kernels
 from sae_lab.saes.base import SparseCoder
 from sae_lab.stats import f1, mean_and_error, with_error
 
@@ -270,7 +271,6 @@ def _words(lm: LM, words: int, seed: int) -> tuple[list[int], list[str]]:
 @torch.no_grad()
 def _read(sae: SparseCoder, lm: LM, ids: list[int], before: str) -> tuple[np.ndarray, Any, np.ndarray]:
     """(x "words d", strengths "words d_sae", sparse, of words that the mask keeps; which those are)."""
-    from scipy import sparse
     from tqdm.auto import tqdm
 
     site, mask = sae.site, sae.mask or lm.mask()
@@ -282,8 +282,7 @@ def _read(sae: SparseCoder, lm: LM, ids: list[int], before: str) -> tuple[np.nda
         x = lm.run(batch, [site], logits=False)[0][site][:, -1].cpu()
         keeps.append(mask.keep(batch.ids[:, -1], batch.positions[:, -1], {site: x}))
         xs.append(x[keeps[-1]].float())
-    found = sae.codes_of(xs, strengths=True)
-    codes = sparse.csr_matrix(tuple(t.numpy() for t in found[:3]), shape=(len(found.offsets) - 1, sae.d_sae))
+    codes = kernels.feature_rows(sae.codes_of(xs, strengths=True)).T.tocsr()
     kept = torch.cat(keeps).numpy()
     if kept.sum() < LEAST_WORDS:
         raise ValueError(

@@ -156,9 +156,7 @@ def _codes_of(coders: Sequence[Any], x: Any, tokens: int) -> tuple[Sample, list[
     """(the rows of the first coder, the codes of every coder on the same rows)."""
     for coder in coders:
         if not isinstance(coder, SparseCoder):
-            raise ValueError(
-                f"x needs coders that read it, got a {type(coder).__name__}: leave out x to match decoders"
-            )
+            raise ValueError(f"x needs coders that read it, got a {type(coder).__name__}: omit x to match decoders")
     each = [x] * len(coders) if isinstance(x, Tensor | Store) else x
     if len(each) != len(coders):
         raise ValueError(f"x must be one for all {len(coders)} coders, or one for each, got {len(each)}")

@@ -5,7 +5,7 @@ from dataclasses import field
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae_lab.activations.world import World
@@ -69,7 +69,11 @@ def composition(sae: SparseCoder, world: World) -> Composition:
     draw = np.random.default_rng(np.random.SeedSequence([_TAG]))
     random = torch.from_numpy(draw.standard_normal((len(one), W_dec.shape[1]), dtype=np.float32))
     by_chance = explained(random, world.dictionary)
-    same = go_together(world)
+    if "attribute" in world.labels:  # values of different attributes fire together
+        same = world.labels["attribute"][:, None] != world.labels["attribute"]
+    else:
+        group = world.labels["group"]
+        same = (group[:, None] == group) & (group >= 0)[:, None]
     n, share = len(one), float(composed.float().mean())
     return Composition(
         composed=share,
@@ -85,15 +89,6 @@ def composition(sae: SparseCoder, world: World) -> Composition:
         two=two,
         pair=pair,
     )
-
-
-def go_together(world: World) -> Bool[Tensor, "n n"]:
-    """Which features fire together: those of a group, or values of different attributes."""
-    if "attribute" in world.labels:
-        attribute = world.labels["attribute"]
-        return attribute[:, None] != attribute
-    group = world.labels["group"]
-    return (group[:, None] == group) & (group >= 0)[:, None]
 
 
 def explained(

@@ -131,9 +131,7 @@ def cones(
         rows = sample(x, tokens, coder)
         if labels is not None:
             if labels.dim() != 2 or len(labels) != len(x):
-                raise ValueError(
-                    f"labels must be (rows, concepts) for the {len(x)} rows of x, got {tuple(labels.shape)}"
-                )
+                raise ValueError(f"labels must be (rows, concepts) for x's {len(x)} rows, got {tuple(labels.shape)}")
             truth = labels[rows.number]
     elif concepts is None or labels is not None:
         raise ValueError("labels are of rows: give x, the activations they belong to")

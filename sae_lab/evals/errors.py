@@ -22,7 +22,6 @@ from sae_lab.saes.base import SparseCoder
 from sae_lab.stats import clustered_error, ratio_error
 from sae_lab.types import Site, Write
 
-NOISES = ("isotropic", "error_covariance", "activation_covariance", "shuffled", "same_angle")
 _MEANING = {
     "isotropic": "directions drawn uniformly",
     "error_covariance": "drawn with mean and covariance of the errors",
@@ -30,6 +29,7 @@ _MEANING = {
     "shuffled": "errors of other tokens",
     "same_angle": "error's part along x kept, the rest drawn uniformly",
 }
+NOISES = tuple(_MEANING)
 _EDGES = (1, 4, 16, 32, 64, 128, 256, 512)
 
 

@@ -177,7 +177,9 @@ def board_games(
     if len(games) < 40:
         raise ValueError(f"board_games needs 40 games or more, half of them to choose features on, got {len(games)}")
     site, mask = coder.site, coder.mask or lm.mask()
-    neurons = _neurons(lm, site)
+    path = f"transformer.h.{site.layer}.mlp.act"  # where the neurons of this block come out in models like GPT-2
+    has_neurons = site.layer is not None and any(name == path for name, _ in lm._module.named_modules())
+    neurons = [Site(path)] if has_neurons else []
     read = _read(lm, [site, *neurons], games, mask)
     x, which = read.acts[site], read.which
     labels, names = board_properties(games)
@@ -270,13 +272,6 @@ def _read(lm: LM, sites: list[Site], games: Games, mask: TokenMask) -> _Read:
             parts[s].append(x[:, 1:][keep])
     game, move = which.nonzero()
     return _Read({s: torch.cat(x) for s, x in parts.items()}, which, game, move)
-
-
-def _neurons(lm: LM, site: Site) -> list[Site]:
-    """Where the MLP neurons of this block come out, in models built like GPT-2; else none."""
-    path = f"transformer.h.{site.layer}.mlp.act"
-    known = site.layer is not None and any(name == path for name, _ in lm._module.named_modules())
-    return [Site(path)] if known else []
 
 
 class _Data(NamedTuple):

@@ -178,9 +178,7 @@ def uncertainty(
     order = np.argsort(-codes.sum(0), kind="stable")  # ties and draws then go by rank, not by number
     live = order[(codes > 0).sum(0)[order] >= LEAST]
     if len(live) < 3:
-        raise ValueError(
-            f"{len(live)} features fire on {LEAST} questions or more, three are needed: give more questions"
-        )
+        raise ValueError(f"{len(live)} features fire on {LEAST} questions or more, three must: give more questions")
     f, random = codes[:, live], np.random.default_rng(seed)
     t = association(f, uncertain, ~correct, group)
     shuffled = np.mean([_classes(t, threshold).sum(1) for t in _shuffled_t(f, uncertain, correct, group, random)], 0)
@@ -212,9 +210,7 @@ def uncertainty(
 def _tokenized(lm: LM, prompts: Sequence[str], answers: Sequence[str]) -> tuple[list[list[int]], list[int]]:
     """(ids of each prompt with its answer, where the answer begins)."""
     if len(prompts) != len(answers) or not len(prompts):
-        raise ValueError(
-            f"there must be an answer for each prompt, got {len(prompts)} prompts and {len(answers)} answers"
-        )
+        raise ValueError(f"each prompt needs an answer, got {len(prompts)} prompts and {len(answers)} answers")
     rows, starts = [], []
     for prompt, answer in zip(prompts, answers, strict=True):
         ids, whole = (lm.tokenize(text).ids[0].tolist() for text in (prompt, prompt + answer))

@@ -118,9 +118,7 @@ def token_injection(
     Cue tokens that explain "reasoning features" away: GeorgeMLP/reasoning-probing, whose rates are 45 to 90 %.
     """
     if coder.d_sae != index.d_sae:
-        raise ValueError(
-            f"the coder has {coder.d_sae} features and the index {index.d_sae}: use an index of this coder"
-        )
+        raise ValueError(f"the coder has {coder.d_sae} features, the index {index.d_sae}: use an index of this coder")
     check_least(1, tokens=tokens, texts=texts, length=length)
     if not 0 < share <= 1:
         raise ValueError(f"share must lie above 0 and be at most 1, got {share}: 0.5 is half the typical activation")
@@ -132,9 +130,7 @@ def token_injection(
     random = np.random.default_rng(seed)
     contexts = [c.ids for c in spread_contexts(lm, text, 2 * texts * length, length) if len(c.ids) == length][:texts]
     if not contexts:
-        raise ValueError(
-            f"the text has no context of length={length} tokens: give longer documents, or a smaller length"
-        )
+        raise ValueError(f"the text has no context of length={length}: give longer documents, or a smaller length")
     vocabulary = index.store.rows(np.arange(index.tokens_seen), "token").numpy()
     counts = np.bincount(vocabulary)
     by_count = np.argsort(counts, kind="stable")[-np.count_nonzero(counts) :]
@@ -153,9 +149,7 @@ def token_injection(
     found = []
     for i, feature in enumerate(chosen):
         if not neutral[i].any():
-            raise ValueError(
-                f"no text leaves feature {feature} off: give other text, or a feature that fires less often"
-            )
+            raise ValueError(f"no text leaves feature {feature} off: give other text, or a feature that fires less")
         counted = peaks[i][neutral[i]].double()
         hit, reached = (counted >= share).double().mean(0).tolist(), counted.mean(0).tolist()
         example = torch.nonzero(neutral[i] & (peaks[i, :, 0] >= share)).flatten()

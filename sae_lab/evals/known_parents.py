@@ -55,9 +55,7 @@ def planted_absorption(sae: SparseCoder, world: World, rows: int = 20_000) -> Pl
     """
     parent = world.labels["parent"]
     if not bool((parent >= 0).any()):
-        raise ValueError(
-            "planted_absorption needs parents and children: make the world with planted(hierarchy=1) or more"
-        )
+        raise ValueError("planted_absorption needs parents and children: make the world with planted(hierarchy=1)")
     if sae.d_in != world.x.shape[1]:
         raise ValueError(f"the coder reads d_in={sae.d_in}, the world has width {world.x.shape[1]}: make them equal")
     found = match(sae, world)

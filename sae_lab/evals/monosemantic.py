@@ -1,7 +1,9 @@
 """How alike the inputs are that a feature fires on: the monosemanticity score."""
 
 from dataclasses import field
+from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -9,7 +11,7 @@ from torch.nn.functional import normalize
 
 from sae_lab.activations.store import Store
 from sae_lab.arguments import as_annotated, is_finite
-from sae_lab.evals.sampling import Sample, encoded, sample, summed
+from sae_lab.evals.sampling import Sample, encoded, sample
 from sae_lab.results import Figure, Result, figure, result
 from sae_lab.saes import kernels
 from sae_lab.saes.base import SparseCoder
@@ -17,7 +19,6 @@ from sae_lab.stats import jackknife
 from sae_lab.types import Codes
 
 RANDOM_FEATURES = 512  # random directions in the control
-_CHUNK = 16_384  # rows in double precision at once
 
 
 @result
@@ -115,7 +116,7 @@ def monosemanticity(
     own = score[live]
     parts, folds = _sums(codes, E), rows.folds  # without a group of documents: a difference of sums
     without = (
-        _score(*(whole - part for whole, part in zip(parts, _sums(codes, E, folds == g), strict=True)))
+        _score(*(whole - part for whole, part in zip(parts, _sums(codes, E, (folds == g).numpy()), strict=True)))
         for g in folds.unique()
     )
     return Monosemanticity(
@@ -175,21 +176,12 @@ def scores(codes: Codes, E: Float[Tensor, "rows e"]) -> Float[Tensor, " d_sae"]:
     return _score(*_sums(codes, E))
 
 
-def _sums(codes: Codes, E: Tensor, only: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """(Σ a·E, Σ a, Σ a²) of every feature, in double precision. only: the rows that count, None for all."""
-    rows, features, values = codes.rows, codes.features, codes.values.double()
-    if only is not None:
-        rows, features, values = (column[only[codes.rows]] for column in (rows, features, values))
-    order = features.sort(stable=True).indices
-    rows, features, values = rows[order], features[order], values[order]
-    vectors = torch.zeros(codes.d_sae, E.shape[1], dtype=torch.float64)
-    for start in range(0, len(E), _CHUNK):
-        here = (rows >= start) & (rows < start + _CHUNK)
-        counts = torch.bincount(features[here], minlength=codes.d_sae)
-        offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-        block = normalize(E[start : start + _CHUNK].double(), dim=1)
-        vectors += kernels.weighted_rows(values[here], rows[here] - start, offsets, block)
-    return vectors, summed(values, features, codes.d_sae), summed(values**2, features, codes.d_sae)
+def _sums(codes: Codes, E: Tensor, only: Any = slice(None)) -> tuple[Tensor, Tensor, Tensor]:
+    """(Σ a·E, Σ a, Σ a²) of every feature, in double precision, over ``only`` these rows."""
+    a = kernels.feature_rows(codes._replace(values=codes.values.double()))[:, only]
+    sums = (a @ normalize(E[only].double(), dim=1).numpy(), a.sum(1), a.multiply(a).sum(1))
+    vectors, ones, squares = (torch.from_numpy(np.asarray(part)) for part in sums)
+    return vectors, ones.flatten(), squares.flatten()
 
 
 def _score(vectors: Tensor, a: Tensor, squares: Tensor) -> Tensor:
@@ -201,13 +193,8 @@ def _score(vectors: Tensor, a: Tensor, squares: Tensor) -> Tensor:
 def _dense_scores(x: Tensor, E: Tensor) -> Tensor:
     """Of x's coordinates, each scaled from its least value to its largest."""
     least, most = x.amin(0), x.amax(0)
-    vectors = torch.zeros(x.shape[1], E.shape[1], dtype=torch.float64)
-    sums, squares = (torch.zeros(x.shape[1], dtype=torch.float64) for _ in range(2))
-    for part, embedding in zip(x.split(_CHUNK), E.split(_CHUNK), strict=True):
-        a = (part - least).double() / (most - least).clamp_min(1e-30).double()
-        vectors += a.T @ normalize(embedding.double(), dim=1)
-        sums, squares = sums + a.sum(0), squares + a.pow(2).sum(0)
-    return _score(vectors, sums, squares)
+    a = (x - least).double() / (most - least).clamp_min(1e-30).double()
+    return _score(a.T @ normalize(E.double(), dim=1), a.sum(0), a.pow(2).sum(0))
 
 
 def _both_signs(x: Tensor) -> Codes:

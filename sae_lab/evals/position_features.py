@@ -105,12 +105,10 @@ def positional(
     Positional features of the first layer: Chughtai & Lau 2024.
     """
     check_least(2, bins=bins, tokens=tokens)
+    if isinstance(data, Store) and data.width != coder.d_in:
+        raise ValueError(f"the coder reads d_in={coder.d_in}, the store holds width {data.width}: wrong site or coder")
     with coder.evaluating():
         if isinstance(data, Store):
-            if data.width != coder.d_in:
-                raise ValueError(
-                    f"the coder reads d_in={coder.d_in}, the store holds width {data.width}: wrong site or coder"
-                )
             length = int(data.rows(np.arange(min(tokens, len(data))), "position").max()) + 1
             pieces, mask = _of_store(coder, data, tokens), str(data.mask)
         else:

@@ -17,7 +17,7 @@ from torch import Tensor
 from sae_lab.arguments import as_annotated, check_least
 from sae_lab.lm.model import LM
 from sae_lab.lm.tokens import encode_texts, pad
-from sae_lab.types import Site, TokenMask, as_sites
+from sae_lab.types import Site, as_sites
 
 PIP_LINE = "pip install --no-deps sae-probes==0.4.2"
 SKIPPED = (95, 106, 107)  # toxic and hateful posts
@@ -55,9 +55,7 @@ class ProbeSet:
             raise ValueError(f"{name}: every text needs a label, got {len(texts)} texts and {len(values)} labels")
         classes, counts = np.unique(values, return_counts=True)
         if len(classes) < 2:
-            raise ValueError(
-                f"{name}: a probe tells two classes apart, got labels of {len(classes)}: {classes.tolist()}"
-            )
+            raise ValueError(f"{name}: a probe tells two classes apart, got {len(classes)}: {classes.tolist()}")
         if len(classes) > MOST_CLASSES:
             raise ValueError(
                 f"{name}: labels must be at most {MOST_CLASSES} classes, got {len(classes)} values: if numbers, "
@@ -130,11 +128,6 @@ class ReadSet:
     ids: Int[Tensor, " tokens"] = field(repr=False)
     positions: Int[Tensor, " tokens"] = field(repr=False)
     offsets: Int[Tensor, " texts_plus_one"] = field(repr=False)
-
-    def kept(self, mask: TokenMask, site: Site) -> tuple[Tensor, Tensor]:
-        """(which tokens count, the text of every token)."""
-        keep = mask.keep(self.ids, self.positions, {site: self.x})
-        return keep, torch.repeat_interleave(torch.arange(len(self.labels)), self.offsets.diff())
 
 
 @dataclass(frozen=True, repr=False)

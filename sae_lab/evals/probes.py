@@ -232,7 +232,8 @@ def pooled(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, Tensor]:
     """(x "texts d", codes "texts live" of the features that fire at all, labels, which tokens count); texts without a
     token that counts are left out."""
-    keep, text = one.kept(mask, site)
+    keep = mask.keep(one.ids, one.positions, {site: one.x})
+    text = torch.repeat_interleave(torch.arange(len(one.labels)), one.offsets.diff())
     text, x = text[keep], one.x[keep]
     counts = torch.bincount(text, minlength=len(one.labels))
     if pooling == "last":

@@ -101,9 +101,7 @@ def stitching(
         raise ValueError(f"threshold is a cosine from -1 to 1, got {threshold}")
     require(small, large, reconstructs="stitching")
     if small.in_shape != large.in_shape:
-        raise ValueError(
-            f"both coders must read the same activations, got widths {small.in_shape} and {large.in_shape}"
-        )
+        raise ValueError(f"the coders must read the same activations, got widths {small.in_shape} and {large.in_shape}")
     rows = sample(x, tokens, small)
     f, small_hat = encoded(small, rows)
     g, large_hat = encoded(large, rows)

@@ -15,7 +15,7 @@ from sae_lab.arguments import Count, as_annotated
 from sae_lab.lm.model import LM
 from sae_lab.results import Result, figure, result
 from sae_lab.saes.base import SparseCoder
-from sae_lab.stats import mean_and_error, permutation_p
+from sae_lab.stats import mean_and_error, permutation_p, with_error
 from sae_lab.types import check_feature
 
 WEEKDAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
@@ -177,10 +177,9 @@ def circular(
     for _ in range(draws if len(ranked) >= len(chosen) else 0):
         other = ranked[torch.from_numpy(rng.permutation(len(ranked))[: len(chosen)])]
         drawn.append(_order(codes[..., other] @ W_dec[other], components, None))
-    each, each_se = mean_and_error(own.each)
     correlations = [o.correlation for o in drawn]
     return Circular(
-        words=len(words), adjacent=own.adjacent, correlation=own.correlation, each=each, each_se=each_se, p=own.p,
+        words=len(words), adjacent=own.adjacent, correlation=own.correlation, **with_error(each=own.each), p=own.p,
         p_alone=own.p_alone, planes=components * (components - 1) // 2,
         plane=f"PC{own.plane[0] + 1}, PC{own.plane[1] + 1}", raw_adjacent=raw.adjacent,
         raw_correlation=raw.correlation, raw_p=raw.p, draws=len(drawn), n_features=len(chosen),
@@ -219,9 +218,7 @@ def _templates(words: tuple[str, ...], templates: Sequence[str] | None) -> tuple
         raise ValueError(f"an order around a circle needs at least four different words, got {words}")
     if templates is None:
         if words not in _OF:
-            raise ValueError(
-                "templates are ours for WEEKDAYS and MONTHS only: give some, such as ['See you on {}', ...]"
-            )
+            raise ValueError("templates are ours for WEEKDAYS and MONTHS only: give some, like ['See you on {}', ...]")
         return _OF[words]
     if wrong := [template for template in templates if template.count("{}") != 1]:
         raise ValueError(f"a template has one {{}}, where the word goes, got {wrong[0]!r}")

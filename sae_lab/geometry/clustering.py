@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sae_lab.arguments import as_annotated, check_least, is_finite
 from sae_lab.results import Result, figure, result
+from sae_lab.saes import kernels
 from sae_lab.saes.base import SparseCoder
 from sae_lab.types import Codes
 
@@ -126,7 +127,7 @@ def clusters(
     check_least(2, min_cluster_size=min_cluster_size, components=components)
     check_least(1, min_samples=min_samples)
     if isinstance(what, Codes):
-        every = feature_rows(what)
+        every = kernels.feature_rows(what)
     else:
         directions = what if isinstance(what, Tensor) else what.W_dec
         if directions.ndim < 2 or not is_finite(directions):
@@ -158,15 +159,6 @@ def clusters(
         layout=layout, by="activations" if isinstance(what, Codes) else "direction", controls=tuple(controls),
         labels=labels, cosines=torch.from_numpy(within), points=points,
     )  # fmt: skip
-
-
-def feature_rows(codes: Codes) -> Any:
-    """The activations of each feature over the rows of ``codes``: a sparse matrix "d_sae rows"."""
-    from scipy import sparse
-
-    shape = (len(codes.offsets) - 1, codes.d_sae)
-    arrays = (codes.values.detach().cpu().numpy(), codes.features.cpu().numpy(), codes.offsets.cpu().numpy())
-    return sparse.csr_matrix(arrays, shape=shape).T.tocsr()
 
 
 def _norms(rows: Any) -> np.ndarray:

@@ -9,8 +9,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae_lab.arguments import as_annotated, check_least
-from sae_lab.geometry.clustering import feature_rows, other_columns
+from sae_lab.geometry.clustering import other_columns
 from sae_lab.results import Figure, Result, figure, result
+from sae_lab.saes import kernels
 from sae_lab.types import Codes
 
 
@@ -124,7 +125,7 @@ def _by_context(activations: Codes | Tensor, contexts: Tensor | None) -> Any:
     from scipy import sparse
 
     if isinstance(activations, Codes):
-        by_row: Any = feature_rows(activations)
+        by_row: Any = kernels.feature_rows(activations)
     else:
         by_row = sparse.csr_matrix(activations.detach().float().cpu().numpy().T)
     if contexts is None:

@@ -178,6 +178,14 @@ def joined(parts: Sequence[Codes], d_sae: int) -> Codes:
     return Codes(values, features, counts.cumsum(0), d_sae)
 
 
+def feature_rows(codes: Codes) -> Any:
+    """The codes of each feature over the rows: scipy's sparse matrix "d_sae rows"."""
+    from scipy import sparse
+
+    arrays = (part.detach().cpu().numpy() for part in codes[:3])
+    return sparse.csr_matrix(tuple(arrays), shape=(len(codes.offsets) - 1, codes.d_sae)).T.tocsr()
+
+
 def encode_at(
     codes: T,
     x: Float[Tensor, "batch d_in"],

@@ -62,15 +62,11 @@ def planted(
     if infinite := [name for name in ("noise", "exponent") if math.isinf(settings[name])]:
         raise ValueError(f"{infinite[0]} must be finite, got inf")
     if n < 1 + hierarchy:
-        raise ValueError(
-            f"hierarchy={hierarchy} children need a parent beside them: n must be at least {1 + hierarchy}, got {n}"
-        )
+        raise ValueError(f"hierarchy={hierarchy} children need a parent: n must be at least {1 + hierarchy}, got {n}")
     parents = n // (1 + hierarchy)
     roots = n - parents * hierarchy  # those without a parent come first
     if correlation and roots < group:
-        raise ValueError(
-            f"group must be at most the number of features without a parent, {roots}, got {group}: lower group"
-        )
+        raise ValueError(f"group must be at most {roots}, the features without a parent, got {group}: lower group")
     parent = np.concatenate([np.full(roots, -1), np.repeat(np.arange(parents), hierarchy)]).astype(np.int64)
     probability, parent, groups = _rank(_root_probabilities(roots, parents, settings), parent, settings)
     streams = [np.random.default_rng(s) for s in np.random.SeedSequence([TAG, seed]).spawn(4)]

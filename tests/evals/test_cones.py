@@ -154,7 +154,7 @@ GOOD = torch.eye(6)
         ({"sizes": ()}, "sizes must be ascending integers from 1 to 3"),
         ({"x": None}, "labels are of rows: give x"),
         ({"x": None, "labels": None, "concepts": None}, "labels are of rows: give x"),
-        ({"labels": torch.ones(9, 2)}, r"labels must be \(rows, concepts\) for the 40 rows of x"),
+        ({"labels": torch.ones(9, 2)}, r"labels must be \(rows, concepts\) for x's 40 rows"),
         ({"labels": torch.ones(40, 3)}, "labels must have one column for each of the 2 concepts, got 3"),
         ({"concepts": None}, "labels must be booleans"),
         ({"concepts": None, "labels": torch.ones(40, 2) > 0}, "every label needs rows with and without it"),

@@ -136,7 +136,7 @@ def test_layers_of_one_store(tiny_lm, small_text, tmp_path):
 def test_refusals(coders, change, message):
     with pytest.raises(ValueError, match=message):
         consistency(*[knows(torch.eye(4))] * coders, **change)
-    with pytest.raises(ValueError, match="x needs coders that read it, got a Tensor: leave out x"):
+    with pytest.raises(ValueError, match="x needs coders that read it, got a Tensor: omit x"):
         consistency(knows(torch.eye(4)), torch.eye(4), x=torch.ones(9, 4))
     with pytest.raises(ValueError, match="rows of the same width"):
         consistency(torch.eye(4), torch.eye(5))

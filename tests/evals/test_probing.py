@@ -36,7 +36,7 @@ def test_labels_of_any_kind():
     assert ProbeSet.of("a", ["x", "y"], [0, 1]).labels.tolist() == [False, True]
     several = ProbeSet.of("a", list("uvwxyz"), ["p", "q", "q", "r", "q", "p"])
     assert several.positive == "q" and several.labels.sum() == 3  # the commonest against the rest
-    with pytest.raises(ValueError, match=r"a: a probe tells two classes apart, got labels of 1: \['1'\]"):
+    with pytest.raises(ValueError, match=r"a: a probe tells two classes apart, got 1: \['1'\]"):
         ProbeSet.of("a", ["x", "y"], [1, 1])
     with pytest.raises(ValueError, match="a: labels must be at most 50 classes, got 60 values"):
         ProbeSet.of("a", ["x"] * 60, range(60))

@@ -116,7 +116,7 @@ def test_the_table(two_sizes):
         ({"small": sl.TopK(6, 8, k=2)}, "eval mode, got TopK.* in training"),
         ({"large": sl.TopK(6, 8, k=2)}, "eval mode, got TopK.* in training"),
         ({"large": sl.TopK(6, 8, k=2, d_out=6).eval()}, "reconstruct what they read, TopK.* does not"),
-        ({"large": sl.TopK(7, 8, k=2).eval()}, "both coders must read the same activations, got widths"),
+        ({"large": sl.TopK(7, 8, k=2).eval()}, "the coders must read the same activations, got widths"),
         ({"x": torch.ones(9, 5)}, "x's last axis must be d_in=6"),
         ({"tokens": 1}, "tokens must be at least 2"),
     ],

@@ -10,6 +10,7 @@ import torch
 import sae_lab as sl
 from sae_lab import geometry
 from sae_lab.geometry import circles, clustering, spectra
+from sae_lab.saes import kernels
 from sae_lab.types import Codes
 
 
@@ -94,7 +95,7 @@ def test_features_that_fire_together_are_one_cluster():
 
 def test_feature_rows_are_the_codes_turned():
     dense = torch.tensor([[1.0, 0, 2], [0, 0, 3]])
-    assert torch.equal(torch.from_numpy(clustering.feature_rows(codes_of(dense)).toarray()), dense.T)
+    assert torch.equal(torch.from_numpy(kernels.feature_rows(codes_of(dense)).toarray()), dense.T)
 
 
 def test_many_rows_go_through_principal_components(monkeypatch):
@@ -323,7 +324,7 @@ def test_a_shuffle_keeps_each_features_values():
 def test_the_control_of_codes_gives_each_feature_as_many_other_tokens():
     rng = np.random.default_rng(0)
     dense = torch.from_numpy(rng.random((60, 6)) < [0.1, 0.8, 0.3, 0.9, 0.2, 0.5]).float()  # counts in no order
-    ((_, other),) = clustering._nothing(clustering.feature_rows(codes_of(dense)), rng)  # rows before they are clustered
+    ((_, other),) = clustering._nothing(kernels.feature_rows(codes_of(dense)), rng)  # rows before they are clustered
     assert sorted((other.toarray() == 1).sum(1)) == sorted(dense.sum(0).int().tolist())
 
 
