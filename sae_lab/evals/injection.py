@@ -199,16 +199,11 @@ def _insert(ids: list[int], places: np.ndarray, tokens: list[int]) -> list[int]:
 
 def _peaks(lm: LM, coder: SparseCoder, rows: list[list[int]], features: list[int]) -> Tensor:
     """The largest activation of each feature in each text, "texts features"."""
-    names, column = np.unique(features, return_inverse=True)
-    where = torch.full((coder.d_sae,), -1)
-    where[torch.from_numpy(names)] = torch.arange(len(names))
     out = []
     for start in range(0, len(rows), ROWS):
         batch = pad(rows[start : start + ROWS])
         codes, keep = read_codes(lm, coder, batch)
-        text = keep.nonzero()[:, 0][codes.rows]
-        wanted = where[codes.features] >= 0
-        place = text[wanted] * len(names) + where[codes.features[wanted]]
-        peaks = torch.zeros(len(batch.ids) * len(names)).scatter_reduce_(0, place, codes.values[wanted].float(), "amax")
-        out.append(peaks.view(-1, len(names))[:, torch.from_numpy(column)])
+        place = keep.nonzero()[:, 0][codes.rows] * coder.d_sae + codes.features
+        peaks = torch.zeros(len(batch.ids) * coder.d_sae).scatter_reduce_(0, place, codes.values.float(), "amax")
+        out.append(peaks.view(-1, coder.d_sae)[:, features])
     return torch.cat(out)

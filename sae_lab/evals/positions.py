@@ -239,7 +239,6 @@ def hill(results: Sequence[Reconstruction | tuple[Any, Any]]) -> Hill:
         except RuntimeError:  # the search does not end
             (log_h, n), covariance = (math.nan, math.nan), np.full((2, 2), math.nan)
     errors = np.sqrt(np.diag(covariance))
-    errors[~np.isfinite(errors)] = math.nan
     told = bool(np.isfinite(errors).all())  # else any flat curve fits, and its L0 at half is where the search stopped
     line = np.polyval(np.polyfit(s, lost, 1), s)
     return Hill(
