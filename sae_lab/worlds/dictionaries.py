@@ -66,7 +66,7 @@ def planted(
     parents = n // (1 + hierarchy)
     roots = n - parents * hierarchy  # those without a parent come first
     if correlation and roots < group:
-        raise ValueError(f"group must be at most {roots}, the features without a parent, got {group}: lower group")
+        raise ValueError(f"group must be at most {roots}, how many features have no parent, got {group}: lower group")
     parent = np.concatenate([np.full(roots, -1), np.repeat(np.arange(parents), hierarchy)]).astype(np.int64)
     probability, parent, groups = _rank(_root_probabilities(roots, parents, settings), parent, settings)
     streams = [np.random.default_rng(s) for s in np.random.SeedSequence([TAG, seed]).spawn(4)]

@@ -132,5 +132,5 @@ def test_what_it_refuses(averaging_lm, red_text, small_text, tmp_path):
         token_injection(coder, averaging_lm, index, [0], small_text, texts=0)
     with pytest.raises(ValueError, match="no context of length=200: give"):
         token_injection(coder, averaging_lm, index, [0], ["a short one"], length=200)
-    with pytest.raises(ValueError, match="the coder has 5 features and the index 3"):
+    with pytest.raises(ValueError, match="the coder has 5 features, the index 3"):
         token_injection(sl.L1(48, 5), averaging_lm, index, [0], small_text)

@@ -211,7 +211,7 @@ def test_ablating_a_coder_that_is_the_stream_changes_answers(tiny_lm, known):
 def test_what_it_refuses(tiny_lm, known):
     prompts, answers, right = zip(*known, strict=True)
     coder = coder_at(sl.TopK(48, 96, k=8))
-    with pytest.raises(ValueError, match="an answer for each prompt, got 2 prompts and 1 answers"):
+    with pytest.raises(ValueError, match="each prompt needs an answer, got 2 prompts and 1 answers"):
         uncertainty(coder, tiny_lm, ["a", "b"], ["c"])
     with pytest.raises(ValueError, match=r"must begin those of prompt \+ answer, not so for 'an appl' \+ 'e'"):
         uncertainty(coder, tiny_lm, ["an appl"], ["e"])

@@ -176,7 +176,7 @@ def test_it_is_fast_and_prints():
         ({"exponent": -1.0}, "exponent must be at least 0"),
         ({"correlation": 1.0}, "correlation must be from 0 to below 1, got 1.0"),
         ({"correlation": -0.1}, "correlation must be from 0 to below 1"),
-        ({"correlation": 0.5, "group": 25}, "group must be at most the number of features without .* 24, got 25"),
+        ({"correlation": 0.5, "group": 25}, "group must be at most 24, how many features have no parent, got 25"),
         ({"group": 1}, "group must be at least 2, got 1"),
         ({"hierarchy": 24}, "hierarchy=24 children need a parent: n must be at least 25, got 24"),
         ({"hierarchy": -1}, "hierarchy must be at least 0"),
