@@ -103,7 +103,7 @@ def as_probe_sets(data: Any = None) -> list[ProbeSet]:
     pairs by name, or ProbeSets."""
     if isinstance(data, Mapping):
         return [ProbeSet.of(str(name), *pair) for name, pair in data.items()]
-    many = [data] if isinstance(data, str | ProbeSet) else list(DEFAULT_SETS if data is None else data)
+    many: list[Any] = [data] if isinstance(data, str | ProbeSet) else list(DEFAULT_SETS if data is None else data)
     if many and all(isinstance(one, str | ProbeSet) for one in many):
         return [probe_set(one) if isinstance(one, str) else one for one in many]
     if len(many) == 2 and all(not isinstance(one, str) for one in many) and len(many[0]):

@@ -204,9 +204,10 @@ def probing(
             for shuffle in range(shuffles)
         ]
         for probe, found in true.items():
+            own = (found.inputs, found.accuracy, found.auroc)
             by_chance = (mean_and_error([getattr(c[probe], of) for c in chance])[0] for of in ("accuracy", "auroc"))
-            test_scores = (found.inputs, found.accuracy, found.auroc, *by_chance)
-            scores.append(ProbeScore(one.name, *probe, *test_scores, found.penalty))
+            accuracy, auroc = by_chance
+            scores.append(ProbeScore(one.name, *probe, *own, accuracy, auroc, found.penalty))
         names.append(one.name)
         texts.append(len(labels))
         tested.append(test)

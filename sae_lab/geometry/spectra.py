@@ -153,10 +153,12 @@ def _decompose(rows: Any, spread: np.ndarray, k: int, seed: int) -> tuple[np.nda
     scaled: Any = sparse.csr_matrix(sparse.diags(1 / spread) @ rows)
     mean = np.asarray(scaled.mean(1)).ravel()
     ways: Any = {
+        "dtype": np.float64,
         "matvec": lambda v: scaled @ v.ravel() - mean * v.sum(),
         "rmatvec": lambda u: scaled.T @ u.ravel() - (mean @ u.ravel()),
     }
     start = np.random.default_rng(seed).standard_normal(min(rows.shape))
-    left, values, right = svds(LinearOperator(scaled.shape, dtype=np.float64, **ways), k=k, v0=start)
+    factors: Any = svds(LinearOperator(scaled.shape, **ways), k=k, v0=start)
+    left, values, right = factors
     order = np.argsort(-values)
     return values[order], left.T[order], right[order]
