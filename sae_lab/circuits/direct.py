@@ -196,8 +196,6 @@ def _targets(
 
 def _promoted(lm: LM, way: WayOut, x: Float[Tensor, "n d"], count: int) -> list[list[tuple[str, float]]]:
     """The tokens with the largest effects of each vector."""
-    if not len(x) or count < 1:
-        return [[] for _ in x]
     logits = x @ way.W_U.float().T
     best = logits.topk(min(count, logits.shape[1]))
     values = best.values - (x @ way.mean)[:, None]

@@ -214,10 +214,8 @@ def patched_directions(
         kl[name] = _divergences(lm, coder.site, held, edits)
         sizes = [one.flatten(1).norm(dim=1) / whole.clamp_min(1e-12) for one in edits]
         edit[name] = torch.stack(sizes, 1).cpu().numpy()
-    there = {
-        name: int((m.changes if each_position else m.changes.flatten(0, 1)).ne(0).any(0).sum())
-        for name, m in methods.items()
-    }
+    changes = {name: m.changes if each_position else m.changes.flatten(0, 1) for name, m in methods.items()}
+    there = {name: int(one.ne(0).any(0).sum()) for name, one in changes.items()}
     return DirectionCurves(kl, edit, counts, there, coder.site, len(ranking))
 
 

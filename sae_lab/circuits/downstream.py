@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae_lab.arguments import as_annotated
+from sae_lab.arguments import as_annotated, check_least
 from sae_lab.circuits.metric import ROWS, plus
 from sae_lab.circuits.pairs import copied, kept
 from sae_lab.lm.model import LM
@@ -114,10 +114,9 @@ def effects_of(
     feature, prompts = coder.feature(feature), [prompts] if isinstance(prompts, str) else list(prompts)
     at = coder.writes[0] if coder.writes else coder.site
     by_site = _later(lm, at, later)
-    if against not in ("features", "directions") or controls < LEAST:
-        raise ValueError(
-            f"against must be 'features' or 'directions' and controls at least {LEAST}, got {against!r} and {controls}"
-        )
+    check_least(LEAST, controls=controls)
+    if against not in ("features", "directions"):
+        raise ValueError(f"against must be 'features' or 'directions', got {against!r}")
     batch = lm.tokenize(prompts)
     x = lm.run(batch, [coder.site, *by_site], logits=False)[0]
     keep = kept(lm, [coder, *later], (batch, x))

@@ -106,13 +106,8 @@ def _kept(scene: Scene, nodes: Collection[Node]) -> Kept:
 
 
 def _everything(scene: Scene, features: bool = True, errors: bool = True) -> Kept:
-    return {
-        s: (
-            torch.full_like(part.z, features, dtype=torch.bool),
-            torch.full(part.error.shape[:1], errors, device=part.error.device),
-        )
-        for s, part in scene.means.items()
-    }
+    flags = partial(torch.full_like, dtype=torch.bool)
+    return {s: (flags(part.z, features), flags(part.error[:, 0], errors)) for s, part in scene.means.items()}
 
 
 def _writes(scene: Scene, stays: Kept) -> list[Write]:

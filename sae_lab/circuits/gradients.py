@@ -43,13 +43,8 @@ def gradients(lm: LM, batch: TokenBatch, at: Sequence[Site], values: Values) -> 
             there = here
             acts[s] = there.float()
         wanted = values(acts, lm._nn.output.logits.float())
-        leaves = [probes[s] for s in order]
-        found = nnsight.save(
-            [
-                torch.autograd.grad(v, leaves, retain_graph=True, allow_unused=True, materialize_grads=True)
-                for v in wanted
-            ]
-        )
+        zeros = [probes[s] for s in order]
+        found = nnsight.save([torch.autograd.grad(v, zeros, retain_graph=True, materialize_grads=True) for v in wanted])
     return [dict(zip(order, (g.float() for g in one), strict=True)) for one in found]
 
 

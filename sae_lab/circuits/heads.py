@@ -159,14 +159,12 @@ def _keeping(model: Any, layer: int, kept: dict[str, Tensor]) -> Iterator[None]:
     from transformers.masking_utils import AttentionMaskInterface, eager_mask
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    def attend(
-        module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-        scaling: float | None = None, dropout: float = 0.0, **rest: Any,
-    ):  # fmt: skip
+    def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **rest: Any):
+        scaling, softcap = rest.get("scaling"), rest.get("softcap")
         groups = query.shape[1] // key.shape[1]
         key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
         scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-        if (softcap := rest.get("softcap")) is not None:
+        if softcap is not None:
             scores = softcap * (scores / softcap).tanh()
         scores = scores if attention_mask is None else scores + attention_mask
         pattern = scores.float().softmax(-1).to(query.dtype)

@@ -130,7 +130,7 @@ def check_edges(
     chosen = sizes.topk(min(LISTED, len(edge))).indices.tolist() if features is None else list(features)
     chosen = [check_feature(f, downstream.d_sae) for f in chosen]
     before = _norm(lm, reads)[1] if reads.kind == "mlp_in" else reads
-    between = _between(lm, writes, reads)
+    between = _between(lm, writes, before)
     site = upstream.reads[0]
     base = lm.run(batch, [site, before, reads, *between], logits=False)[0]
     keep = kept(lm, [upstream], (batch, {site: base[site]}))
@@ -207,8 +207,7 @@ def _scale(norm: Any, x: Float[Tensor, "batch pos d"]) -> Float[Tensor, "batch p
 
 def _between(lm: LM, writes: Site, reads: Site) -> list[Site]:
     """The sites at which attention and MLPs add to the stream between the two sites."""
-    last = _norm(lm, reads)[1] if reads.kind == "mlp_in" else reads
-    start, end = lm._sites.when(writes), lm._sites.when(last)
+    start, end = lm._sites.when(writes), lm._sites.when(reads)
     layers = range(0 if writes.layer is None else writes.layer, (reads.layer or 0) + 1)
     sites = [Site(kind, layer) for layer in layers for kind in ("attn_out", "mlp_out")]
     own = [Site("attn_out", writes.layer)] if writes.kind == "attn_z" else []  # attn_z is written through this site

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from difflib import SequenceMatcher
 from functools import partial
+from itertools import zip_longest
 from typing import NamedTuple
 
 from jaxtyping import Bool
@@ -73,8 +74,7 @@ def aligned_tokens(lm: LM, prompt: str, source: str) -> list[tuple[str | None, s
     pairs: list[tuple[str | None, str | None]] = []
     matcher = SequenceMatcher(None, [t.id for t in ours], [t.id for t in theirs], autojunk=False)
     for _, i1, i2, j1, j2 in matcher.get_opcodes():
-        for k in range(max(i2 - i1, j2 - j1)):
-            pairs.append((ours[i1 + k].label if i1 + k < i2 else None, theirs[j1 + k].label if j1 + k < j2 else None))
+        pairs += zip_longest((t.label for t in ours[i1:i2]), (t.label for t in theirs[j1:j2]))
     return pairs
 
 

@@ -159,9 +159,7 @@ class ChatEndpoint:
         key = self.key_from() if callable(self.key_from) else os.environ.get(self.key_from, "")
         if not key or not key.isascii() or not key.isprintable():
             where = "key_from()" if callable(self.key_from) else f"the environment variable {self.key_from}"
-            raise ValueError(
-                f"{where} holds no key: set it, e.g. os.environ[...] = getpass.getpass(); key_from=None asks without"
-            )
+            raise ValueError(f"{where} holds no key: set os.environ[...] = getpass.getpass(), or pass key_from=None")
         return key
 
 
@@ -195,24 +193,8 @@ def openai_compatible(
     return ChatEndpoint(url, model, key_from, {"temperature": 0} | settings, timeout)
 
 
-@dataclass(frozen=True)
-class LocalChat:
-    """A ``str -> str`` function that asks a model on this machine. Made by ``local_chat``."""
-
-    lm: LM
-    new_tokens: int
-
-    @property
-    def name(self) -> str:
-        return f"{self.lm} here"
-
-    def __call__(self, prompt: str) -> str:
-        chat = [{"role": "user", "content": prompt}]
-        return "".join(self.lm.stream(chat, max_new_tokens=self.new_tokens))
-
-
 @as_annotated
-def local_chat(lm: LM | str | None = None, max_new_tokens: Count = 200) -> LocalChat:
+def local_chat(lm: LM | str | None = None, max_new_tokens: Count = 200) -> Callable[[str], str]:
     """A chat model on this machine, as an explainer or judge: an LM, a hub id or folder, None the bundled one.
 
     Its chat template is applied, and its answer is greedy. The bundled model is far too small to explain or to judge:
@@ -221,4 +203,9 @@ def local_chat(lm: LM | str | None = None, max_new_tokens: Count = 200) -> Local
     model = lm if isinstance(lm, LM) else LM(lm) if lm is not None else LM()
     if not getattr(model.tokenizer, "chat_template", None):
         raise ValueError(f"{model} has no chat template: give a chat (instruct) model")
-    return LocalChat(model, max_new_tokens)
+
+    def ask(prompt: str) -> str:
+        return "".join(model.stream([{"role": "user", "content": prompt}], max_new_tokens=max_new_tokens))
+
+    ask.name = f"{model} here"  # type: ignore[attr-defined]
+    return ask

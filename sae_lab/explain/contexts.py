@@ -120,9 +120,8 @@ class Corpus:
             rest = random.permutation(np.arange(wanted // 2, len(order)))
             groups = [(wanted - wanted // 2, np.arange(len(order))), (wanted // 2, rest)]
         else:
-            groups = [
-                (-(-wanted // QUANTILES), random.permutation(np.flatnonzero(quantile == q))) for q in range(QUANTILES)
-            ]
+            most = -(-wanted // QUANTILES)
+            groups = [(most, random.permutation(np.flatnonzero(quantile == q))) for q in range(QUANTILES)]
         seen: set[int] = set()
         found: list[int] = []
         for most, places in groups:

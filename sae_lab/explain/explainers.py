@@ -216,9 +216,8 @@ def explainer_prompt(passages: Passages) -> str:
     lines = [_INSTRUCTIONS, "Passages in which it fires:"]
     for number, passage in enumerate(passages.firing, 1):
         at = np.flatnonzero(passage.fires).tolist()
-        strengths = ", ".join(
-            f"{passage.tokens[i]!r} {max(1, round(10 * float(passage.values[i]) / passages.largest))}" for i in at
-        )
+        sizes = {i: max(1, round(10 * float(passage.values[i]) / passages.largest)) for i in at}
+        strengths = ", ".join(f"{passage.tokens[i]!r} {size}" for i, size in sizes.items())
         lines.append(f"{number}. {marked(passage.tokens, at)}\n   fires: {strengths}")
     lines.append("\nPassages in which it is silent:")
     lines += [f"{number}. {passage.text}" for number, passage in enumerate(passages.silent, 1)]

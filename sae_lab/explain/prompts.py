@@ -29,7 +29,7 @@ STARTS = ("top", "random")
 PASS_TOKENS = 2048  # that go through the model together
 LOSS_PROMPTS = 16  # whose logits are held together
 BEFORE, AFTER = 24, 12  # tokens of an example around its peak
-CONTEXT = 64  # tokens that the model reads at once where the source is text
+TOKENS, CONTEXT = 20_000, 64  # tokens of a source that is text: all that are read, and in one context
 FLUENCY = 0.02  # share of the corpus maximum that a nat of cross-entropy costs by default
 
 
@@ -38,9 +38,7 @@ def check_coder(sae: SparseCoder, lm: LM) -> None:
     if sae.training:
         raise ValueError("explaining a feature needs the coder in eval mode, got a training one: call sae.eval()")
     if len(sae.in_shape) > 1:
-        raise ValueError(
-            f"features are read at one site, this coder reads {len(sae.reads)}: take an SAE of one of them"
-        )
+        raise ValueError(f"features are read at one site, this coder reads {len(sae.reads)}: take an SAE of one site")
     require_fits(sae, lm, writes=False)
 
 
@@ -85,15 +83,15 @@ class Example(NamedTuple):
 
 
 def top_examples(
-    sae: SparseCoder, lm: LM, features: Sequence[int], source: Source, n: int = 10, tokens: int = 20_000
+    sae: SparseCoder, lm: LM, features: Sequence[int], source: Source, n: int = 10
 ) -> dict[int, list[Example]]:
     """The n contexts on which each feature fires most, the strongest first: one example a context.
 
-    source: an index of this coder, or text of which ``tokens`` are read.
+    source: an index of this coder, or text of which ``TOKENS`` are read.
     """
     if isinstance(source, FeatureIndex):
         return {f: _indexed(source, f, n, lm.prefix_id) for f in features}
-    contexts = [c.ids for c in spread_contexts(lm, source, tokens, min(CONTEXT, lm.max_length))]
+    contexts = [c.ids for c in spread_contexts(lm, source, TOKENS, min(CONTEXT, lm.max_length))]
     codes, _ = codes_of(sae, lm, features, contexts)
     values, places = codes.max(1)
     found = {}
@@ -127,14 +125,14 @@ def _window(ids: Sequence[int], place: int, value: float, prefix: int | None) ->
     return Example([int(i) for i in ids[start : place + AFTER + 1]], place - start, value)
 
 
-def random_examples(lm: LM, source: Source, n: int, seed: int = 0, tokens: int = 20_000) -> list[list[int]]:
+def random_examples(lm: LM, source: Source, n: int, seed: int = 0) -> list[list[int]]:
     """Ids of n pieces of the corpus drawn at random."""
     rng = np.random.default_rng(seed)
     if isinstance(source, FeatureIndex):
         numbers = source.store.contexts(rng.choice(len(source.store), min(n, len(source.store)), replace=False))
         contexts = [source.store.context_ids(k).tolist() for k in numbers.tolist()]
     else:
-        every = [c.ids for c in spread_contexts(lm, source, tokens, min(CONTEXT, lm.max_length))]
+        every = [c.ids for c in spread_contexts(lm, source, TOKENS, min(CONTEXT, lm.max_length))]
         contexts = [every[k] for k in rng.permutation(len(every))[:n]]
     return [_window(ids, int(rng.integers(1, len(ids))), 0.0, lm.prefix_id).ids for ids in contexts]
 
@@ -169,6 +167,9 @@ class EvolvedPrompts(Result):
 
     _records = ("feature=features", "prompt=prompts", "activation", "activation_of_text", "corpus_max", "ce",
                 "start_ce", "random_activation", "random_ce", "ce_weight")  # fmt: skip
+    _below = (
+        "{features!n} features, {length} tokens, start {start!r}, {evaluations} evaluations a search; ± over features"
+    )
 
     def _relative(self, name: str) -> np.ndarray:
         """Activations in units of the corpus maximum."""
@@ -198,10 +199,7 @@ class EvolvedPrompts(Result):
             f"feature {f}: {a:.2f} (corpus {m:.2f}) {p!r}"
             for f, a, m, p in zip(self.features, self.activation, self.corpus_max, self.prompts, strict=True)
         ]
-        head = (
-            f"{len(self.features)} features, {self.length} tokens, start {self.start!r}, {self.evaluations} evaluations"
-        )
-        return "\n".join([f"{head} a search; ± over features", *lines])
+        return "\n".join([super()._footer(), *lines])
 
 
 @as_annotated
@@ -244,17 +242,13 @@ def evolve_prompts(
     if start not in STARTS:
         raise ValueError(f"start must be one of {', '.join(STARTS)}, got {start!r}")
     if not 2 <= length < lm.max_length:
-        raise ValueError(
-            f"length must lie between 2 and the {lm.max_length - 1} tokens this model has room for, got {length}"
-        )
+        raise ValueError(f"length must lie between 2 and the {lm.max_length - 1} tokens this model reads, got {length}")
     if ce_weight is not None and not (math.isfinite(ce_weight) and ce_weight >= 0):
-        raise ValueError(
-            f"ce_weight must be a finite number from 0 on, or None (2 % of the corpus maximum), got {ce_weight}"
-        )
+        raise ValueError(f"ce_weight must be finite and at least 0, or None (2 % of the maximum), got {ce_weight}")
     corpus = top_examples(sae, lm, features, source)
     if silent := [f for f in features if not corpus[f]]:
         raise ValueError(f"feature {silent[0]} never fires in the source: choose live features, or a longer source")
-    rows = []
+    rows, evaluations = [], generations * children
     for feature in features:
         examples = corpus[feature]
         rng = np.random.default_rng([seed, *examples[0].ids])  # the same for any feature number
@@ -263,7 +257,7 @@ def evolve_prompts(
         search = _Search(sae, lm, feature, weight, pool, rng)
         first = _first_prompt(examples[0], length, start, search)
         best, origin = search.evolve(first, generations, children, population)
-        chance = search.at_random(first, generations * children, start == "random")
+        chance = search.at_random(first, evaluations, start == "random")
         prompt = lm.tokenizer.decode(list(best.ids))
         rows.append({
             "prompts": prompt, "ids": best.ids, "activation": best.z, "ce": search.ce(best), "ce_weight": weight,
@@ -272,9 +266,7 @@ def evolve_prompts(
             "activation_of_text": float(strongest_activations(sae, lm, feature, [prompt])[0]),
         })  # fmt: skip
     columns: dict[str, Any] = {name: tuple(row[name] for row in rows) for name in rows[0]}
-    return EvolvedPrompts(
-        features=tuple(features), start=start, length=length, evaluations=generations * children, **columns
-    )
+    return EvolvedPrompts(features=tuple(features), start=start, length=length, evaluations=evaluations, **columns)
 
 
 class Candidate(NamedTuple):

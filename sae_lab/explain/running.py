@@ -177,10 +177,8 @@ def explain(
 def _chosen(index: FeatureIndex, features: Sequence[int] | np.ndarray | int, seed: int) -> list[int]:
     if isinstance(features, int):
         live = np.flatnonzero(index.counts > 0)
-        if isinstance(features, bool) or not 1 <= features <= len(live):
-            raise ValueError(
-                f"features must be a list, or a number from 1 to the {len(live)} live ones, got {features}"
-            )
+        if not 1 <= features <= len(live):
+            raise ValueError(f"features must be a list or a number from 1 to the {len(live)} live ones, got {features}")
         return np.random.default_rng(seed).choice(live, features, replace=False).tolist()
     chosen = list(dict.fromkeys(check_feature(i, index.d_sae) for i in features))
     if not chosen:

@@ -220,9 +220,7 @@ def implant_sites(sae: SparseCoder, lm: LM, at: Site | str | None, compare: Site
         raise ValueError(f"self-similarity needs a later layer than the implant's: compare={compare}, at={at}")
     for site in (at, compare):
         if lm.width(site) != sae.d_out:
-            raise ValueError(
-                f"directions have width {sae.d_out}, {lm} has {lm.width(site)} at {site}: choose another site"
-            )
+            raise ValueError(f"directions are {sae.d_out} wide, {lm} is {lm.width(site)} at {site}: take another site")
     return at, compare
 
 

@@ -227,9 +227,7 @@ class FeatureInspector(Linked):
         return {
             "query": "", "sort": "best", "live": False, "pinned": None, "pair": {}, "error": "", "results": rows,
             "results_note": f"{len(rows)} features kept in this page",
-            "kept": {
-                str(i): {"view": _small(index[i].to_dict()), "note": self._note(i)} for i in chosen
-            },
+            "kept": {str(i): {"view": _small(index[i].to_dict()), "note": self._note(i)} for i in chosen},
         }  # fmt: skip
 
     def code(self) -> str:

@@ -42,11 +42,8 @@ def compared_view(result: Comparison, before: Sequence[Token], prompt: str) -> d
     starts = [_first_new(tokens, prompt) for tokens in (before, result.tokens)]
     marks = differing([str(t) for t in before[starts[0] :]], [str(t) for t in result.tokens[starts[1] :]])
     strips = [
-        [
-            {"text": token.label, "mark": "prompt" if i < start else "new" if mark[i - start] else ""}
-            for i, token in enumerate(tokens)
-        ]
-        for tokens, start, mark in zip((before, result.tokens), starts, marks, strict=True)
+        [{"text": t.label, "mark": "prompt" if i < at else "new" if mark[i - at] else ""} for i, t in enumerate(tokens)]
+        for tokens, at, mark in zip((before, result.tokens), starts, marks, strict=True)
     ]
     measures = [
         {"name": name, "group": name.removesuffix(" with edits").removesuffix(" without"), "values": _sent(v.tolist())}

@@ -1,7 +1,7 @@
 """TokenFeatures: a prompt token by token, which features are active there, and what they do to the next token."""
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import traitlets
@@ -275,19 +275,17 @@ class TokenFeatures(Linked):
     @quick
     def steer(self) -> str:
         """Add ``sl.Steer`` of the chosen feature to the session's edits, at strength 1 (in units of f_scale)."""
-        return self._add(Steer(self._coder, self._chosen_feature(), strength=1.0))
+        return self._add(Steer, strength=1.0)
 
     @quick
     def ablate(self) -> str:
         """Add ``sl.Ablate`` of the chosen feature to the session's edits."""
-        return self._add(Ablate(self._coder, self._chosen_feature()))
+        return self._add(Ablate)
 
-    def _chosen_feature(self) -> int:
+    def _add(self, kind: Callable[..., Edit], **settings: float) -> str:
         if self.feature is None:
             raise ValueError("no feature is chosen: choose one in the list first")
-        return self.feature
-
-    def _add(self, edit: Edit) -> str:
+        edit = kind(self._coder, self.feature, **settings)
         if self._reading is not None:
             edit.writes(self._lm, self._reading.batch)  # ValueError where it could not act
         self.session.edits.add(edit)

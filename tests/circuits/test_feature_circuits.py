@@ -508,7 +508,7 @@ def circuit(lm, saes, **given):
         (lambda lm, a, b: circuits.effects_of(lm, a, 99, PROMPT, [b]), "from 0 to 63, got 99"),
         (lambda lm, a, b: circuits.effects_of(lm, a, silent(lm, a), PROMPT, [b]), "is silent on these prompts"),
         (lambda lm, a, b: circuits.effects_of(lm, a, 0, PROMPT, [b], strength=0.0), "in units of f_scale and not 0"),
-        (lambda lm, a, b: circuits.effects_of(lm, a, 0, PROMPT, [b], controls=2), "controls at least 3"),
+        (lambda lm, a, b: circuits.effects_of(lm, a, 0, PROMPT, [b], controls=2), "controls must be at least 3, got 2"),
         (lambda lm, a, b: circuits.effects_of(lm, a, strongest(lm, a), PROMPT, [b], controls=64), "64 controls need"),
         (lambda lm, a, b: circuits.pull_back(lm, make(lm, Site("attn_out", 1)), 0, PROMPT), "coder that reads mlp_out"),
         (lambda lm, a, b: circuits.pull_back(lm, transcoder(lm), 0, PROMPT), "or mlp_in, with at='resid_mid'"),

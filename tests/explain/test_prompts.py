@@ -145,9 +145,9 @@ def test_pruned_by_ce_finds_what_full_scores_find(tiny_lm):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [({"start": "best"}, "start must be one of top, random, got 'best'"),
-     ({"length": 1}, "length must lie between 2 and the 255 tokens this model has room for, got 1"),
+     ({"length": 1}, "length must lie between 2 and the 255 tokens this model reads, got 1"),
      ({"children": 0}, "children must be at least 1, got 0"),
-     ({"ce_weight": -1.0}, "ce_weight must be a finite number from 0 on"),
+     ({"ce_weight": -1.0}, "ce_weight must be finite and at least 0"),
      ({"features": []}, r"features must be at least one number, each once, got \[\]"),
      ({"features": [1]}, "feature 1 never fires in the source: choose live features, or a longer source")],
 )  # fmt: skip

@@ -123,7 +123,7 @@ def test_sites_and_norms(tiny_lm):
     assert implant_sites(coder, tiny_lm, "embed", None) == (Site("embed"), Site("resid_post", 2))
     with pytest.raises(ValueError, match="self-similarity needs a later layer than the implant's"):
         implant_sites(coder, tiny_lm, Site("resid_post", 2), Site("resid_post", 1))
-    with pytest.raises(ValueError, match="directions have width 20"):
+    with pytest.raises(ValueError, match="directions are 20 wide"):
         narrow = sl.L1(20, 4)
         narrow.reads = narrow.writes = (Site("resid_post", 2),)
         implant_sites(narrow, tiny_lm, None, None)
