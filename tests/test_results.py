@@ -210,14 +210,11 @@ def test_a_result_without_figures_is_a_table_of_records():
 @result
 class Sorted(Result):
     effect: dict[str, float]
-    _records, _shown = "_nodes", 2
+    _records, _sorted, _shown = "_nodes", "effect", 2
 
     @property
     def _nodes(self):
         return {"node": list(self.effect), "effect": list(self.effect.values())}
-
-    def _printed(self, table):
-        return table.sort_values("effect", key=abs, ascending=False)
 
 
 def test_records_are_printed_in_an_order_of_their_own_and_to_the_right():

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure as Drawing
 
 from sae_lab.evals.positions import ByPosition, Hill
 from sae_lab.evals.reporting import Report
-from sae_lab.plots.style import COLOURS, GREY, MARKERS, draw, look, plain, subplots
+from sae_lab.plots.style import COLOURS, GREY, draw, look, plain, subplots
 from sae_lab.results import Figure, Result
 
 MOST = 30  # measures in one picture
@@ -25,23 +25,22 @@ def measures(result: Result) -> Drawing:
     if not rows:
         raise ValueError(f"this {type(result).__name__} holds no number to draw")
     names = list(dict.fromkeys(name for _, those in rows for name, _ in those))
+    looks = {name: look(i) | {"linestyle": "none", "clip_on": False} for i, name in enumerate(names)}
     figure, axes = subplots(1, height=0.4 + 0.06 * len(names), width=6.0, rows=len(rows[:MOST]))
     for axis, (measure, those) in zip(axes, rows, strict=False):
         for name, found in those:
-            number, y = names.index(name), -names.index(name)
-            own, marker = look(number)["color"], MARKERS[number % len(MARKERS)]
+            y = -names.index(name)
             error = None if math.isnan(found.error) else found.error
-            axis.errorbar(found.value, y, xerr=error, color=own, marker=marker, capsize=2, clip_on=False)
+            axis.errorbar(found.value, y, xerr=error, capsize=2, **looks[name])
             if not math.isnan(found.control):
-                axis.plot(found.control, y, marker="x", color=own, linestyle="none", markersize=5, clip_on=False)
+                axis.plot(found.control, y, **looks[name] | {"marker": "x", "markersize": 5})
         axis.margins(x=0.12)
         axis.set(yticks=[], ylim=(-len(names) + 0.4, 0.6))
         axis.spines["left"].set_visible(False)
         axis.tick_params(axis="x", labelsize=6, pad=1)
         axis.set_ylabel(plain(measure), rotation=0, ha="right", va="center", fontsize=8)
     if len(names) > 1:
-        looks = [(look(i)["color"], MARKERS[i % len(MARKERS)]) for i in range(len(names))]
-        marks = [axes[0].plot([], [], color=color, marker=marker, linestyle="none")[0] for color, marker in looks]
+        marks = [axes[0].plot([], [], **one)[0] for one in looks.values()]
         figure.legend(marks, [plain(name) for name in names], loc="outside lower center", ncols=min(5, len(names)))
     return figure
 

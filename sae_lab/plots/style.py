@@ -78,11 +78,8 @@ def plain(text: str) -> str:
 
 def look(number: int) -> dict[str, Any]:
     """Colour, dashes and marker of the line with this number."""
-    return {
-        "color": COLOURS[number % len(COLOURS)],
-        "marker": MARKERS[number % len(MARKERS)],
-        "linestyle": DASHES[number % len(DASHES)],
-    }
+    looks = {"color": COLOURS, "marker": MARKERS, "linestyle": DASHES}
+    return {name: cycle[number % len(cycle)] for name, cycle in looks.items()}
 
 
 def subplots(columns: int, height: float, width: float = 3.6, rows: int = 1) -> tuple[Picture, list[Axes]]:

@@ -43,14 +43,12 @@ def html_of(status: Mapping[str, Any], curves: Mapping[str, Any], changes: Seque
     """The state, the last value of each measure and coder, and the changes."""
     steps = f": step {status['step']:,} of {status['steps']:,}, {status['tokens']:,} tokens" if status["steps"] else ""
     rows = [[label, *(_last(line[name], name) for name in MEASURES)] for label, line in curves.items()]
-    changed = [
-        [c["coder"], f"{c['step']:,}", c["what"], figure(c["old"], ".4g"), figure(c["new"], ".4g")] for c in changes
-    ]
+    made = [[c["coder"], f"{c['step']:,}", c["what"], *(figure(c[k], ".4g") for k in ("old", "new"))] for c in changes]
     return block(
         tag("p", tag("b", "Training"), f" {status['state']}{steps}"),
         tag("p", status["why"]) if status["why"] else None,
         table(["coder", *(NAMES[name] for name in MEASURES)], rows),
-        table(["coder", "step", "changed", "from", "to"], changed),
+        table(["coder", "step", "changed", "from", "to"], made),
     )
 
 
