@@ -139,32 +139,24 @@ class Corpus:
         self, feature: int, rows: np.ndarray, side: int, wanted: int, random: np.random.Generator
     ) -> list[Passage]:
         """Passages in which the feature never fires; random ones replace those that a kind lacks."""
-        on_side = np.flatnonzero(self._part == side)
         found: list[Passage] = []
         seen: set[int] = set()
-        for number, kind in enumerate(HARD):
-            share = (number + 1) * wanted // 3 - number * wanted // 3
-            same = kind == "same token"
-            places = self._same_token(rows, side, TRIES * share, random) if same else self._cofiring(feature, side)
-            found += self._quiet(feature, rows, places, kind, share, seen, random)
-        return found + self._quiet(feature, rows, on_side, "random", wanted - len(found), seen, random)
-
-    def _quiet(
-        self, feature: int, rows: np.ndarray, places: np.ndarray, kind: str, wanted: int, seen: set[int],
-        random: np.random.Generator,
-    ) -> list[Passage]:  # fmt: skip
-        found: list[Passage] = []
-        if len(places) > TRIES * max(wanted, 1):
-            places = random.choice(places, TRIES * max(wanted, 1), replace=False)
-        for row in random.permutation(places).tolist():
-            if len(found) == wanted:
-                break
-            if (context := int(self._context[row])) in seen:
-                continue
-            passage = self._passage(feature, row, kind, random)
-            if not passage.fires.any():
-                seen.add(context)
-                found.append(passage)
+        for number, kind in enumerate((*HARD, "random")):
+            share = (number + 1) * wanted // 3 - number * wanted // 3 if kind in HARD else wanted - len(found)
+            if kind == "same token":
+                places = self._same_token(rows, side, TRIES * share, random)
+            else:
+                places = self._cofiring(feature, side) if kind in HARD else np.flatnonzero(self._part == side)
+            if len(places) > TRIES * max(share, 1):
+                places = random.choice(places, TRIES * max(share, 1), replace=False)
+            whole = len(found) + share
+            for row in random.permutation(places).tolist():
+                context = int(self._context[row])
+                if len(found) < whole and context not in seen:
+                    passage = self._passage(feature, row, kind, random)
+                    if not passage.fires.any():
+                        seen.add(context)
+                        found.append(passage)
         return found
 
     def _same_token(self, rows: np.ndarray, side: int, most: int, random: np.random.Generator) -> np.ndarray:

@@ -78,7 +78,7 @@ class FeatureInspector(Linked):
         # The whole state goes into the first message, so that a view can be drawn at once.
         super().__init__(
             self.session, feature=feature, view=self._index[feature].to_dict(), results=results, results_note=note,
-            note=self._note(feature), overview=dict(index.density_histogram), live=index.coder is not None,
+            note=self._index.notes[feature]._asdict(), overview=dict(index.density_histogram), live=index.coder is not None,
         )  # fmt: skip
         if self.session.selection.feature is None:
             self.session.selection.pick(**self._chosen())
@@ -104,13 +104,13 @@ class FeatureInspector(Linked):
             feature = self.feature
             view, pair = self._index[feature].to_dict(), self._compared(feature, self.pinned)
             with self.hold_sync():  # one message
-                self.note, self.pair, self.view = self._note(feature), pair, view
+                self.note, self.pair, self.view = self._index.notes[feature]._asdict(), pair, view
 
     def _on_notes(self, features: set[int]) -> None:
         """Somebody wrote on these features: this panel, another one, or Python."""
         with self._lock, self.hold_sync():
             if self.feature in features:
-                self.note = self._note(self.feature)
+                self.note = self._index.notes[self.feature]._asdict()
                 said = self._index.explanations[self.feature]
                 self.view = self.view | {"explanations": [one._asdict() for one in said]}
             self.results = [
@@ -141,9 +141,6 @@ class FeatureInspector(Linked):
         kept = ("feature", "density", "count", "mean", "max", "f_scale", "promoted", "suppressed", "lens_note")
         tokens = {"tokens": index.top_tokens(other, 8), "tokens_here": index.top_tokens(feature, 8)}
         return index.compare(feature, other).to_dict() | {"view": {k: view[k] for k in kept}} | tokens
-
-    def _note(self, feature: int) -> dict[str, str]:
-        return self._index.notes[feature]._asdict()
 
     def _listing(self, query: str, sort: str) -> tuple[list[dict[str, Any]], str]:
         """The rows to list, and what the list is: its query and order in words."""
@@ -227,7 +224,7 @@ class FeatureInspector(Linked):
         return {
             "query": "", "sort": "best", "live": False, "pinned": None, "pair": {}, "error": "", "results": rows,
             "results_note": f"{len(rows)} features kept in this page",
-            "kept": {str(i): {"view": _small(index[i].to_dict()), "note": self._note(i)} for i in chosen},
+            "kept": {str(i): {"view": _small(index[i].to_dict()), "note": index.notes[i]._asdict()} for i in chosen},
         }  # fmt: skip
 
     def code(self) -> str:

@@ -328,8 +328,7 @@ class TrainingMonitor(Panel):
         return {label: {k: list(v) for k, v in line.items()} for label, line in self._curves.lines.items()}
 
     def _frozen(self) -> dict[str, Any]:
-        with self._lock:
-            return {"status": self._status(), "curves": self._copy()}
+        return self.now()
 
     def _html(self) -> Html:
         with self._lock:

@@ -76,12 +76,11 @@ def code_of(watched: list[Watched], opened: Run | None, task: tuple[Any, ...], i
     for number, w in enumerate(watched):
         suffix = f"_{number}" if several else ""
         if id(w.data) not in known:
-            name, source = _data(w.data, data, f"_{len(known)}" if known else "")
-            known[id(w.data)] = name
+            known[id(w.data)], source = _data(w.data, data, f"_{len(known)}" if known else "")
             lines += source
         lines += _coder(w.family, w.arguments, w.path_of_coder, "" if several else initial, f"sae{suffix}")
-        call = _call(f"sae{suffix}", known[id(w.data)], w.config, w.control.changes, w.path, f"run{suffix}")
-        lines += [call, *([""] if several else [])]
+        lines += [_call(f"sae{suffix}", known[id(w.data)], w.config, w.control.changes, w.path, f"run{suffix}")]
+        lines += [""] * several
     return "\n".join(lines).rstrip()
 
 

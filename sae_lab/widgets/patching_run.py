@@ -34,8 +34,7 @@ class PatchRun:
     @staticmethod
     def of(lm: LM, prompt: str, source: str, measure: Measure, kinds: Sequence[str]) -> "PatchRun":
         """Estimate all cells. ValueError for texts of unequal length, and for a metric that cannot be built."""
-        for name, text in (("prompt", prompt), ("source", source)):
-            _check_length(lm, name, text)
+        _check_texts(lm, prompt, source)
         _check_pair(lm, prompt, source)
         metric = measure.built(lm, source)
         # A prefix token at position 0 is the same in both texts.
@@ -46,8 +45,7 @@ class PatchRun:
     @staticmethod
     def sides(lm: LM, prompt: str, source: str, right: str, wrong: str) -> dict[str, Any]:
         """The tokens of both texts side by side, and those of the answers."""
-        for name, text in (("prompt", prompt), ("source", source)):
-            _check_length(lm, name, text)
+        _check_texts(lm, prompt, source)
         pairs, lengths = _aligned(lm, prompt, source)
         ids = [lm.tokenizer(side, add_special_tokens=False)["input_ids"] if side else [] for side in (right, wrong)]
         answers = [[token.label for token in lm.token_strings(row)] if row else [] for row in ids]
@@ -133,16 +131,15 @@ class PatchRun:
         return "\n".join(lines)
 
 
-def _check_length(lm: LM, name: str, text: Any) -> None:
-    if not isinstance(text, str):
-        raise ValueError(f"the {name} is a text, got {type(text).__name__}")
-    if not text:
-        raise ValueError(f"the {name} is empty: type some text, e.g. 'When Mary and John went to the store, John'")
-    if (length := len(lm.tokenize(text).ids[0])) > MAX_TOKENS:
-        raise ValueError(
-            f"a patching grid shows up to {MAX_TOKENS} tokens, the {name} has {length:,}: shorten it, or use "
-            "circuits.patching(..., positions=)"
-        )
+def _check_texts(lm: LM, prompt: str, source: str) -> None:
+    for name, text in (("prompt", prompt), ("source", source)):
+        if not text:
+            raise ValueError(f"the {name} is empty: type some text, e.g. 'When Mary and John went to the store, John'")
+        if (length := len(lm.tokenize(text).ids[0])) > MAX_TOKENS:
+            raise ValueError(
+                f"a patching grid shows up to {MAX_TOKENS} tokens, the {name} has {length:,}: shorten it, or use "
+                "circuits.patching(..., positions=)"
+            )
 
 
 def _check_pair(lm: LM, prompt: str, source: str) -> None:

@@ -17,7 +17,6 @@ from sae_lab.types import Site
 from sae_lab.widgets.panel import STATIC
 
 # The rule alone, of prompts that no grid could be made of.
-from sae_lab.widgets.patching_run import _check_length
 from tests.conftest import LAYERS
 from tests.edits.test_edit import OTHER, PROMPT, make
 
@@ -370,5 +369,5 @@ def test_built_files_are_small_and_self_contained(name):
 
 
 def test_a_prompt_that_is_no_text(lm):
-    with pytest.raises(ValueError, match="the prompt is a text, got int"):
-        _check_length(lm, "prompt", 3)
+    with pytest.raises(ValueError, match="prompt must be a str, got 3"):
+        sl.PatchingGrid(lm, 3, OTHER)
