@@ -78,7 +78,7 @@ class FeatureInspector(Linked):
         # The whole state goes into the first message, so that a view can be drawn at once.
         super().__init__(
             self.session, feature=feature, view=self._index[feature].to_dict(), results=results, results_note=note,
-            note=self._index.notes[feature]._asdict(), overview=dict(index.density_histogram), live=index.coder is not None,
+            note=index.notes[feature]._asdict(), overview=dict(index.density_histogram), live=index.coder is not None,
         )  # fmt: skip
         if self.session.selection.feature is None:
             self.session.selection.pick(**self._chosen())
