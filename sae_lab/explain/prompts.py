@@ -59,12 +59,9 @@ def codes_of(
     The model runs up to the coder's site, some prompts at a time.
     """
     batch = lm.tokenize(prompts)
-    codes = torch.zeros(*batch.mask.shape, len(features))
-    kept = torch.zeros_like(batch.mask)
-    rows = max(1, PASS_TOKENS // batch.ids.shape[1])
-    for at in torch.arange(len(batch.ids)).split(rows):
-        part = TokenBatch(batch.ids[at], batch.mask[at], batch.positions[at])
-        codes[at], kept[at] = read_some(lm, sae, features, part)
+    at = torch.arange(len(batch.ids)).split(max(1, PASS_TOKENS // batch.ids.shape[1]))
+    parts = [TokenBatch(batch.ids[rows], batch.mask[rows], batch.positions[rows]) for rows in at]
+    codes, kept = map(torch.cat, zip(*(read_some(lm, sae, features, part) for part in parts), strict=True))
     return codes * kept.unsqueeze(-1), kept
 
 
