@@ -84,7 +84,7 @@ def faithfulness(
     generator = torch.Generator().manual_seed(seed)
     circuit = [share(_kept(scene, nodes[:size])) for size in sizes]
     bare = [share(_kept(scene, [node for node in nodes[:size] if node.feature != ERROR])) for size in sizes]
-    picks = [[torch.randperm(len(nodes), generator=generator)[:size] for _ in range(draws)] for size in sizes]
+    picks = [[torch.randperm(len(nodes), generator=generator)[:size].tolist() for _ in range(draws)] for size in sizes]
     drawn = np.array([[share(_kept(scene, [nodes[i] for i in pick])) for pick in some] for some in picks])
     return Faithfulness(
         full=full, empty=empty, complete=value(_everything(scene)), sizes=tuple(sizes), circuit=tuple(circuit),

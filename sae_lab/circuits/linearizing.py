@@ -106,8 +106,9 @@ def pull_back(
     # From here to there no token sees another, so one backward pass of the sum gives every token's own derivative.
     (found,) = gradients(lm, batch, [before, site], lambda read, _: [((read[site] * counted) @ w).sum()])
     directions = found[before] * counted
-    columns = _compared(lm, batch, acts, before, site, w, directions, keep, sizes, draws, seed)
-    return PulledBack(directions, feature, site, before, tuple(sizes), *columns, draws * int(keep.sum()))
+    r, slope, mean, other, random = _compared(lm, batch, acts, before, site, w, directions, keep, sizes, draws, seed)
+    changes = draws * int(keep.sum())
+    return PulledBack(directions, feature, site, before, tuple(sizes), r, slope, mean, other, random, changes)
 
 
 def _compared(
