@@ -153,9 +153,9 @@ def token_injection(
         counted = peaks[i][neutral[i]].double()
         hit, reached = (counted >= share).double().mean(0).tolist(), counted.mean(0).tolist()
         example = torch.nonzero(neutral[i] & (peaks[i, :, 0] >= share)).flatten()
-        text = lm.tokenizer.decode(rows[2 * (i * len(contexts) + int(example[0]))][1:]) if len(example) else ""
+        shown = lm.tokenizer.decode(rows[2 * (i * len(contexts) + int(example[0]))][1:]) if len(example) else ""
         words = tuple(label(lm.tokenizer, token) for token in tops[i])
-        found.append(Injected(feature, words, hit[0], hit[1], reached[0], reached[1], len(counted), text))
+        found.append(Injected(feature, words, hit[0], hit[1], reached[0], reached[1], len(counted), shown))
     rate, by_chance = (np.array([getattr(f, name) for f in found]) for name in ("rate", "random_rate"))
     return Injection(
         **with_error(activated=rate >= ENOUGH, mean_rate=rate),

@@ -69,6 +69,11 @@ class SiteMap:
             b.when < c.when and b.shape == c.shape for (_, b), (c, _) in pairwise(streams)
         )
 
+    @property
+    def final_norm(self) -> str | None:
+        """The module whose output the head reads; None if that is the last block."""
+        return self.way_out[-1] if self.way_out else None
+
     def path_of(self, module: nn.Module) -> str:
         """The path of one of the model's modules."""
         return next(path for path, m in self.modules.items() if m is module)
@@ -132,6 +137,10 @@ class SiteMap:
             )
         place = block.places[site.kind]
         return place if site.head is None else place._replace(columns=self._columns(site, place.path))
+
+    def point(self, site: Site) -> tuple[str, str, tuple[int, int] | None]:
+        """Where a site lies: module path, "input" or "output", columns (a head's) or None for all."""
+        return self.place(site)[:3]
 
     def _have(self) -> str:
         return ", ".join(self.kinds) or "none that is known by kind"
