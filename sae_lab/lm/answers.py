@@ -1,8 +1,8 @@
 """A server's answers: read within limits of time and size, and checked before use.
 
-A server may be broken or hostile, or no NDIF server at all. So each question runs on a thread that its caller leaves at
-the deadline; a result that is too large, compressed or not, or has other names and shapes than the request, is refused
-(``NoAnswer``).
+A server may be broken, hostile, or no NDIF server at all. So each question runs on a thread that its caller leaves at
+the deadline. A result is refused (``NoAnswer``) if it is too large, before or after unpacking, or if its names and
+shapes are not those that the request asked for.
 """
 
 import io
@@ -20,7 +20,7 @@ import websocket
 
 from sae_lab import files
 
-TALK = 1 << 20  # bytes of an answer that is no result: the longest is a status with a traceback
+TALK = 1 << 20  # most bytes of any answer but a result: the longest is a status with a traceback
 TOLD = 4000  # characters of a server's message that an error repeats
 SLACK = 10  # a result may have this many times the expected bytes: names, padding, a wider dtype
 WAKE = 0.1  # seconds after which a waiting thread looks at the clock again
@@ -29,7 +29,7 @@ _ID = re.compile(r"[A-Za-z0-9_.:-]{1,200}")
 
 
 class NoAnswer(Exception):
-    """An answer that is none of an NDIF server's. ``busy``: the server may answer later."""
+    """An answer that an NDIF server would not give. ``busy``: the server may answer later."""
 
     def __init__(self, text: str, busy: bool = False):
         super().__init__(text)
@@ -116,7 +116,7 @@ def _body(answer: httpx.Response, most: int, left: Callable[[], float]) -> bytes
 
 
 def status(text: str | bytes, id: str | None, scrub: Callable[[str], str]) -> Any:
-    """One status of this job (id None: of any) as nnsight's ResponseModel, scrubbed. NoAnswer for anything else."""
+    """One status of job ``id`` (None: of any job) as nnsight's ResponseModel, scrubbed. NoAnswer for anything else."""
     from nnsight.schema.response import ResponseModel, Status
     from pydantic import ValidationError
 

@@ -34,15 +34,15 @@ class Block:
     missing: dict[str, str] = field(default_factory=dict)
     w_o: str | None = None  # attention's output projection, which reads attn_z
     after_attention: str | None = None  # the norm between W_O and the stream (Gemma, OLMo 2)
-    w_o_factor: float | None = None  # times the output of W_O, or of that norm, is added to the stream; None: it is not
-    adds: bool = False  # whether the stream before, as it is, is a part of the stream after
-    hands_on: bool = False  # whether the next block gets the stream after as it is
+    w_o_factor: float | None = None  # the stream gains this factor · the output of W_O (or of that norm); None: nothing
+    adds: bool = False  # whether resid_post is resid_pre plus what the sub-layers add
+    hands_on: bool = False  # whether the next block reads resid_post unchanged
     before_mlp: str | None = None  # the norm between resid_mid and mlp_in
     heads: int | None = None
 
 
 def read_block(model: Any, flow: Flow, path: str, layer: int) -> Block:
-    """The block at ``path.format(layer)``, out of a watched pass of the model."""
+    """The block at ``path.format(layer)``, read off a watched pass of the model."""
     return _Reader(model, flow, path, layer).block()
 
 
@@ -61,7 +61,7 @@ def broken_sums(x: Mapping[str, Tensor], dtype: torch.dtype) -> list[tuple[tuple
 
 
 class _Reader:
-    """Reads one block out of the flow. path: of any block, with {} for its number."""
+    """Reads one block off the flow. path: of the blocks, with {} for the layer."""
 
     def __init__(self, model: Any, flow: Flow, path: str, layer: int):
         self.model, self.flow, self.layer = model, flow, layer
@@ -69,7 +69,7 @@ class _Reader:
         self.enter, self.leave = seen[self.path, "input"], seen[self.path, "output"]
         self.before = seen.get((path.format(layer - 1), "output"))
         self.after = seen.get((path.format(layer + 1), "input"))
-        [self.stream] = self.enter.form  # the atom it got here
+        [self.stream] = self.enter.form  # ``watch`` gave the stream a new atom here
         self.points = {
             end: point for end, point in seen.items()
             if end[0].startswith(f"{self.path}.") and point.calls == 1
@@ -81,7 +81,7 @@ class _Reader:
         self.found = Block(self.path)
 
     def _is_all_of_it(self, path: str) -> bool:
-        """Whether a module in the block does all that the block does (one that torch.compile has wrapped)."""
+        """Whether a module inside the block has the block's own input and output (torch.compile wraps blocks so)."""
         came = self.points.get((path, "input"))
         return came is not None and (came.form, self.points[path, "output"].form) == (self.enter.form, self.leave.form)
 
@@ -212,11 +212,11 @@ class _Reader:
         return place is not None
 
     def _parts(self, added: Form) -> dict[int, set[int]]:
-        """Each part of a sum: all that went into it, other parts aside."""
+        """For each part of a sum, all atoms that it was made of, except the other parts."""
         return {a: self._made_of({a: 1.0}, {b: 1.0 for b in added if b != a}) for a in added}
 
     def _check(self) -> None:
-        """Drop kinds whose sums, as the forms have them, do not hold in numbers."""
+        """Drop the kinds of site whose sums do not hold for the activations of the watched pass."""
         seen = [(kind, p, self.flow.seen[p.path, p.end].sketch) for kind, p in self.found.places.items()]
         x = {kind: place.factor * sketch for kind, place, sketch in seen if sketch is not None and not place.less}
         for parts, whole in broken_sums(x, self.enter.dtype):
@@ -245,14 +245,14 @@ class _Reader:
             self.found.missing[kind] = why
 
     def _kind(self, atoms: set[int]) -> str:
-        """A sub-layer that moves values between tokens, in words: "attention", or why it is none."""
+        """What a sub-layer is, in words: "attention", or another mixer of tokens, or none."""
         if self.flow.attends(atoms) or self._named(atoms, ("attn", "attention")):
             return "attention"
         return "a mixer of tokens without attention" if self.flow.mixes(atoms) else "no attention"
 
     def _named(self, atoms: set[int], names: tuple[str, ...]) -> bool:
-        """Whether modules with weights of their own on the way are called so: for linear attention, and for kernels
-        whose operations cannot be watched."""
+        """Whether the path of a module with weights that makes one of the atoms has one of these names: it tells linear
+        attention, and kernels whose operations cannot be watched."""
         return any(n in path[len(self.path) :].lower() for path in self._working(atoms) for n in names)
 
     def _made_of(self, form: Form, stop: Form) -> set[int]:
@@ -272,8 +272,8 @@ class _Reader:
         return Place(min(found)[3], "output", None, min(found)[4]) if found else None
 
     def _stream_place(self, form: Form) -> Place | None:
-        """Where a change of the stream of this form reaches the skip connection too: at the input of a module that
-        reads the same memory as the skip connection, or at the output of one that returns it."""
+        """Where a write to the stream of this form changes the skip connection too: at the input of a module that
+        reads the same memory as the skip connection, or at the output of a module that returns it."""
         inputs = [
             (path.count("."), seen.when, path)
             for (path, end), seen in self.points.items()
@@ -283,7 +283,7 @@ class _Reader:
         return Place(min(inputs)[2], "input", in_place=True) if inputs else self._adds(form, last=False)
 
     def _working(self, atoms: set[int]) -> dict[str, int]:
-        """Modules with a matrix of their own, or inside, that make one of these atoms: path -> when they begin."""
+        """Modules that make one of these atoms and hold a matrix, also in a submodule: path -> when they begin."""
         found = {}
         for (path, end), seen in self.points.items():
             made = end == "output" and set(seen.form) & atoms and (path, "input") in self.points
@@ -292,13 +292,13 @@ class _Reader:
         return found
 
     def _has_matrix(self, path: str) -> bool:
-        """Whether a module has weights of two axes or more, of its own or inside; a quantised one keeps them packed."""
+        """Whether a module or a submodule has weights of two axes or more; a quantised module keeps them packed."""
         module = self.model.get_submodule(path)
         packed = (not isinstance(getattr(m, "weight", None), torch.Tensor | type(None)) for m in module.modules())
         return any(p.dim() > 1 for p in module.parameters()) or any(packed)
 
     def _mlp_in(self, atoms: set[int], before: Form, begin: int = 0) -> None:
-        """What the MLP, some of whose atoms these are, reads after its norm."""
+        """Find mlp_in: what the MLP reads after its norm. atoms: some of the MLP's."""
         block, ins = self.found, {p: s for (p, end), s in self.points.items() if end == "input"}
         makers = {p: when for p, when in self._working(atoms).items() if when > begin}
         norms = [p for p in makers if self._is_gated_norm(p, makers, before)]
@@ -370,7 +370,7 @@ class _Reader:
             return
 
     def _with_adapters(self, path: str) -> str:
-        """The outermost module around a linear one that reads the same and only adds to what it gives (LoRA's)."""
+        """The outermost module around a linear one with the same input that only adds to its output (as LoRA does)."""
         read, gives = self.points[path, "input"].form, set(self.points[path, "output"].form)
         for around in sorted((p for p, end in self.points if end == "output" and path.startswith(f"{p}.")), key=len):
             came, out = self.points.get((around, "input")), self.points[around, "output"].form
@@ -381,8 +381,8 @@ class _Reader:
         return path
 
     def _to_the_stream(self, form: Form) -> tuple[str | None, float | None] | None:
-        """(the norm between W_O, whose output this is, and a sum that the block makes, or None; by what factor it goes
-        into the stream). None where there is no such sum."""
+        """form: of W_O's output. (the norm that it passes before the block adds it up, or None; its factor in the
+        stream). None if the block never adds it up."""
         sums = [self.leave.form, *(s.form for s in self.points.values() if self._is_stream(s))]
         sums = [f for f in sums if len(f) > 1]
 
@@ -392,7 +392,7 @@ class _Reader:
         def factor(part: Form) -> float | None:
             form = min((f for f in sums if f.get(self.stream) == 1.0 and set(part) < set(f)), key=len, default=None)
             if form is None or set(part) & self._made_of({a: 1.0 for a in form if a not in part}, {}):
-                return None  # something else that is added there is made of it (an adapter behind W_O)
+                return None  # another part of that sum is made of it (an adapter behind W_O)
             return times(part, {a: form[a] for a in part})
 
         if added(form):

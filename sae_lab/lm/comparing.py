@@ -13,7 +13,7 @@ from sae_lab.lm.tokens import Token, label
 from sae_lab.results import Shown, frame_rows
 from sae_lab.types import TokenBatch
 
-SHOWN = 8  # tokens whose chance to come next changed most
+SHOWN = 8  # next tokens whose probability changed most
 
 
 @dataclass(frozen=True, repr=False)
@@ -22,11 +22,11 @@ class Comparison(Shown):
 
     Attributes:
         tokens: the prompt's.
-        kl: " pos", nats: KL(without ‖ with) of what comes after each token.
+        kl: " pos", nats: KL(without ‖ with) of the distributions of the token after each token.
         logprob, logprob_edited: " pos", nats: of each token given those before it; NaN at position 0.
-        features: by name, the edited features' (codes without, codes with), " pos" each, measured where the edit reads.
+        features: the edited features by name: (codes without, codes with), " pos" each, measured where the edit reads.
         perplexity, perplexity_edited: exp of the mean loss of the prompt's tokens.
-        next: (token, log-probability without, with) of the tokens whose chance to come next changed most.
+        next: (token, log-probability without, with) of the next tokens whose probability changed most.
     """
 
     tokens: list[Token]

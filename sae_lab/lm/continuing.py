@@ -22,8 +22,8 @@ _NO_STATE = ("logits", "loss", "hidden_states", "attentions", "input_ids", "labe
 
 @dataclass
 class State:
-    """The state of one generation. positions: whether the model is told those of new tokens; names: of its forward's
-    arguments; held: the state by these names, empty before the first pass."""
+    """The state of one generation. positions: whether the model takes the positions of new tokens; names: of its
+    forward's arguments; held: the state by these names, empty before the first pass."""
 
     positions: bool
     names: frozenset[str]
@@ -74,7 +74,7 @@ def _differs(state: State, module: Any, ids: Tensor, whole: Tensor) -> str:
         try:
             out = module(input_ids=ids[:, start:end], **state.inputs(positions))
             state.keep(out)
-        except Exception as err:  # transformers' own, of any kind: this way is not for this model
+        except Exception as err:  # transformers raises any kind: this model's state cannot be carried
             return f"{type(err).__name__}: {err}"
         off = (out.logits[0, -1].float() - whole[end - 1]).abs().max() / whole[end - 1].abs().max()
         if not off <= tolerance:

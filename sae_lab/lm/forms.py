@@ -9,7 +9,7 @@ from torch import Tensor
 
 def has(found: Any, form: Any) -> bool:
     """Whether a value has a form: a jaxtyping annotation, a mapping of names to forms (those names and no others), a
-    function that tells, or None for anything. A size of one name is the same in all annotations."""
+    function that returns a bool, or None for anything. A size of one name is the same in all annotations."""
     with jaxtyped("context"):
         return _has(found, form)
 
@@ -23,7 +23,7 @@ def _has(found: Any, form: Any) -> bool:
 
 
 def said(value: Any) -> str:
-    """A form, or a value that does not have it, in a few words."""
+    """A form, or a value that does not have the form, in a few words."""
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{str(k)[:80]!r}: {said(v)}" for k, v in list(value.items())[:8]) + "}"
     if isinstance(value, Tensor):

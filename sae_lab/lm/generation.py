@@ -63,7 +63,7 @@ def _said_there(
     lm: Any, parts: list[tuple[Tensor, Tensor]], writes: list[Write], new: int, temperature: float, generator: Any,
     stream: bool,
 ) -> Iterable[Said]:  # fmt: skip
-    """The same on a server: one request makes all tokens. To stream them, the block prints each as it comes. (Names
+    """``continued`` on a server: one request makes all tokens. To stream, the block prints each token. (Names
     in the block must not be those of this module's globals, which would be sent with it.)"""
     import nnsight
     from transformers import DynamicCache

@@ -1,4 +1,4 @@
-"""Loading models: from a hub id, a folder or a loaded module; or only the outline, of a model that runs on a server."""
+"""Loading models: from a hub id, a folder or a loaded module; or the outline alone, if the model runs on a server."""
 
 import logging
 from collections.abc import Iterator
@@ -75,14 +75,14 @@ def outline(model: str | nn.Module | None, tokenizer: Any, device: Any, dtype: A
 
 
 def know_id(name: str) -> None:
-    """Tell nnsight how the hub spells an id, which it would ask the hub; without a network, as it is spelled here."""
+    """Tell nnsight how the hub spells an id, so that it need not ask the hub; without a network, as ``name`` does."""
     from nnsight.modeling import huggingface
 
     try:
         from huggingface_hub import HfApi
 
         huggingface._ID_CACHE.setdefault(name, HfApi().model_info(name, timeout=5).id)
-    except Exception as err:  # its kind depends on the HTTP library of the hub's version; all mean: no answer
+    except Exception as err:  # its type depends on the hub client's HTTP library; any means: no answer
         log.debug("the hub does not tell how %s is spelled: %s", name, err)
         huggingface._ID_CACHE.setdefault(name, name)
 

@@ -115,7 +115,7 @@ class LM:
 
     @property
     def server(self) -> Any:
-        """The server it runs on: its address and deadline, and the bytes ``sent`` and ``received``. None: here."""
+        """The server it runs on: address, deadline, and bytes ``sent`` and ``received``. None: it runs here."""
         return self._server
 
     @property
@@ -239,15 +239,15 @@ class LM:
         Right padding needs no attention mask: in a causal model real tokens never attend to later positions.
 
         Args:
-            logits: True; False, and the model stops at its deepest site; or a function (logits "batch pos vocab",
-                tokens) -> what comes back instead.
+            logits: True; False: the model stops at the deepest site; or a function (logits "batch pos vocab",
+                tokens) -> what to return in their place.
             past: a ``continuing.State``: the batch then holds only the new tokens, and most models return the logits of
                 the last position alone.
-            after: a function (x "batch pos d", tokens) -> what comes back instead of an activation, or one per site.
-                Like that of ``logits`` it runs where the model runs, so that a server sends less.
-            form: of what the function of ``logits``, else of ``after``, returns (one, or one per site): a server's
+            after: a function (x "batch pos d", tokens) -> what to return in place of an activation, or one per site.
+                Both functions run where the model runs, so that a server sends less.
+            form: the form of what ``logits`` as a function, else ``after``, returns (one, or one per site): a server's
                 answer is checked against it (``forms.has``).
-            expected: bytes of that, if more than the activations and logits have.
+            expected: bytes of that return value, if more than those of the activations and logits.
         """
         import nnsight
 
@@ -294,8 +294,8 @@ class LM:
 
     def _steps(self, reads: Iterable[Site], writes: Iterable[Write], after: Any) -> list[Any]:
         """The steps of a pass, see ``passes.through``, in the order in which the model computes their sites. At one
-        place (all heads and one head share one) come first the reads that an edit wants from before all writes, then
-        the writes in the order given, then the other reads."""
+        place (one head's place is that of all heads) the reads that an edit needs from before all writes come first,
+        then the writes in the order given, then the other reads."""
         reads, writes = list(dict.fromkeys(reads)), list(writes)
         place, when = self._sites.place, self._sites.when
         for w in writes:
@@ -343,7 +343,7 @@ class LM:
     def gradient(
         self, batch: TokenBatch, site: Site, metric: Callable[..., Tensor], x: Float[Tensor, "batch pos d"]
     ) -> Float[Tensor, "batch pos d"]:
-        """The gradient of ``metric(logits, tokens)``, summed over rows, by the activations at a site, taken at x."""
+        """The gradient of ``metric(logits, tokens)``, summed over rows, with respect to a site's activations, at x."""
         import nnsight
 
         self._require_known(batch.ids)
@@ -358,14 +358,14 @@ class LM:
         with self._lock, torch.enable_grad(), nn.trace(inputs, backend=backend):
             here = read(nn, place, tokens.ids.shape[1])
             there = x.to(here).requires_grad_(True)
-            # A copy, for the stream in mid-block is written in place, and a leaf that wants its gradient may not be.
+            # A copy: the stream in mid-block is written in place, which torch forbids for a leaf with a gradient.
             put(nn, place, here, value_of(here, place, {}), there.clone())
             found = nnsight.save(slope(nn.output.logits, tokens, there, metric))
         return found if backend is None else backend.saved("found")
 
     @as_annotated
     def read(self, prompts: Prompts, at: Site | str | Iterable[Site | str], edits: Edits = ()) -> Reading:
-        """Activations ``{site: (batch, pos, d) float32}``, right-padded, with ``.mask``; zeros at padding."""
+        """Activations ``{site: (batch, pos, d) float32}``, right-padded, 0 at padding, with the prompts' ``.mask``."""
         batch = self.tokenize(prompts)
         acts, _ = self.run(batch, as_sites(at), self._writes(edits, batch), logits=False)
         pad = ~batch.mask.unsqueeze(-1)
@@ -474,7 +474,7 @@ class LM:
         return compared(self.tokens(prompt), batch, clean, edited, measured, self.tokenizer)
 
     def _writes(self, edits: Iterable[Any], batch: TokenBatch, new: int = 0) -> list[Write]:
-        """The writes of a list of edits. Edits that act together make them together (``Edit.together``)."""
+        """The writes of a list of edits. Edits that act together share theirs (``Edit.together``)."""
         edits = listed_edits(edits)
         together = next((edit.together for edit in edits if hasattr(edit, "together")), None)
         with self._server.aside() if self._server else nullcontext():  # an edit may read the model itself
@@ -484,12 +484,12 @@ class LM:
 
     @as_annotated
     def submit(self, method: str, *args: Any, job: str | None = None, **kwargs: Any) -> Any:
-        """Start a call on the server and go on: ``job = lm.submit("logits", prompts)``, then ``job.status`` and
-        ``job.result()``.
+        """Start a call on the server and return at once: ``job = lm.submit("logits", prompts)``, then ``job.status``
+        and ``job.result()``.
 
         Args:
             method: "read", "logits", "loss" or "generate", which are one request each; then its arguments.
-            job: the id of a job sent before, also by a kernel that has died: the same call with it gets that job's
+            job: the id of a job sent before, even by a kernel that has died: the same call with that id gets the job's
                 result, and sends nothing.
         """
         from sae_lab.lm.remote import Job
@@ -514,13 +514,13 @@ class LM:
 
     @as_annotated
     def lens(self, directions: Float[Tensor, "n d"], at: Site | str, of: Callable[[Tensor], Any] | None = None) -> Any:
-        """Logit lens of directions written at a site: W_dec·diag(gain)·W_U, "n vocab", arbitrary units; None where a
-        site's directions are not written to the residual stream (``mlp_in``, unknown modules).
+        """Logit lens of directions written at a site: W_dec·diag(gain)·W_U, "n vocab", arbitrary units; None for a site
+        outside the residual stream (``mlp_in``, unknown modules).
 
         At ``attn_z`` the directions first go through W_O (and the norm that some models have after it). The gain is
         the final norm's (1+w for Gemma); directions are centred if that norm centres.
 
-        of: a function of the logits; it runs where the model runs, and its value comes back. None: the logits.
+        of: a function of the logits, whose value is returned; it runs where the model runs. None: the logits.
         """
         site = Site.of(at)
         way = self._way(site)
@@ -535,7 +535,7 @@ class LM:
 
     def _way(self, site: Site) -> dict[str, Any] | None:
         """The modules between a site and the logits, without the later layers, as ``passes.lens`` takes them; None if
-        its directions are not written to the residual stream, or pass other modules than norms and linear maps."""
+        the site lies outside the residual stream, or a module on the way is neither a norm nor a linear map."""
         at = self._sites
         if site.kind in ("mlp_in", "module") or not self._has_a_way_out:
             return None
@@ -546,7 +546,7 @@ class LM:
         if site.kind == "attn_z":
             block = at.layers[site.layer or 0]
             if block.w_o_factor is None:
-                return None  # its output meets the stream, but through a norm of both
+                return None  # attention's output is added to the stream, and one norm reads the sum
             w_o = block.w_o, at.width(Site("attn_z", site.layer)), at.place(site).columns
             way = [block.after_attention] * bool(block.after_attention) + way
         return {"w_o": w_o, "way": way, "head": at.path_of(self._module.get_output_embeddings())}
@@ -566,8 +566,8 @@ class LM:
         return True
 
     def _before_head(self, x: Float[Tensor, "n d"], site: Site) -> Float[Tensor, "n d_model"]:
-        """Directions written at a site as W_U reads them, without the norms' divisions. ValueError if other modules
-        than norms and linear maps lie between."""
+        """Directions written at a site, mapped to what W_U reads, without the norms' divisions. ValueError if a module
+        between is neither a norm nor a linear map."""
         way = self._way(site)
         if way is None:
             raise ValueError(
@@ -579,7 +579,7 @@ class LM:
         return x if factor is None else factor * x
 
     def _there(self, fn: Callable[..., Any], form: Any, expected: int, **settings: Any) -> Any:
-        """fn(root envoy, **settings) on the server. form, expected: of its value, as in ``run``."""
+        """The value of fn(root envoy, **settings) on the server. form, expected: of this value, as in ``run``."""
         import nnsight
 
         nn, ids, found = self._nn, torch.zeros(1, 1, dtype=torch.long, device=self.device), None
@@ -615,7 +615,7 @@ def _padded(x: Tensor, batch: TokenBatch) -> Tensor:
 
 
 def _require_travelling(writes: Iterable[Write]) -> None:
-    """ValueError for edits that need a coder's own class: its plan then holds the coder itself."""
+    """ValueError for edits that need a coder's class, which a server does not have."""
     for w in writes:
         change = getattr(w.fn, "keywords", {}).get("change")
         plan = getattr(change, "keywords", {}).get("plan") or {}

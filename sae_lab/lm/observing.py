@@ -2,9 +2,9 @@
 
 ``Flow`` sees each tensor operation. A tensor's *form* is a weighted sum of other tensors: the stream after a Llama's
 block is {stream before: 1, attention's output: 1, MLP's output: 1}. Operations that only add, scale, cast or reshape
-pass forms on; any other operation makes a new *atom*, which remembers its operands. So the computation itself says what
-a sub-layer adds to the residual stream: whatever its modules are called, after norms and multipliers, and in a model
-without weights (on the meta device).
+pass forms on; any other operation makes a new *atom*, which remembers its operands. So forms show what a sub-layer adds
+to the residual stream: whatever its modules are called, after norms and multipliers, and in a model without weights (on
+the meta device).
 """
 
 from collections.abc import Iterable
@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from sae_lab.lm.passes import first_tensor
 
 ROWS, TOKENS = 2, 10  # of the watched text: two rows that differ in their last token only
-SKETCH = 64  # random directions onto which activations are projected, to check sums of them
+SKETCH = 64  # random directions onto which activations are projected, to check their sums
 
 Form = dict[int, float]  # atom -> factor
 End = tuple[str, str]  # (module path, "input" or "output")
@@ -35,7 +35,7 @@ _ALONG_TIME = {"convolution", "cumsum", "constant_pad_nd", "roll", "flip", "_con
 
 @dataclass(frozen=True)
 class Atom:
-    """A tensor that is no sum of others. parents: the atoms of its operands. softmax, product: whether it is a softmax,
+    """A tensor that is no sum of others. parents: the atoms of its operands. softmax: whether it is a softmax; product:
     a product of matrices; scores: a product of two activations; mixes: made by an operation across tokens."""
 
     parents: tuple[int, ...] = ()
@@ -57,12 +57,12 @@ class Seen:
     dtype: torch.dtype
     sketch: Tensor | None = None  # of the first row, "pos SKETCH"
     calls: int = 1
-    streams: int = 1  # tensors of this shape that came together
+    streams: int = 1  # tensors of this shape in the same input or output
     handed: Form = field(default_factory=dict)  # at a list's member: the form before the stream got a new atom
 
 
 class Flow(TorchDispatchMode):
-    """Forms of all tensors of one pass. Use it as a context; ``hooks`` tell it of modules."""
+    """Forms of all tensors of one pass. Use it as a context manager; module hooks call ``pass_by``."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -220,8 +220,8 @@ class Flow(TorchDispatchMode):
         return False
 
     def mixes(self, atoms: set[int], strongly: bool = False) -> bool:
-        """Whether one of the atoms takes values from token to token. strongly: by attention-like scores, and not by a
-        short convolution or a shift, which some MLPs have."""
+        """Whether one of the atoms moves values between tokens. strongly: by attention-like scores; a short
+        convolution or a shift, which some MLPs have, does not count."""
         return any(self.atoms[a].scores if strongly else self.atoms[a].mixes for a in atoms)
 
 
@@ -265,7 +265,7 @@ def watch(model: Any, members: set[str]) -> tuple[Flow, Any]:
 
 
 def frozen(form: Form) -> tuple[tuple[int, float], ...]:
-    """A form as a key."""
+    """A form that can be a dict's key."""
     return tuple(sorted(form.items()))
 
 

@@ -17,8 +17,8 @@ class Place(NamedTuple):
     of another site.
 
     path: of the module. end: "input" or "output". columns: (start, stop) on the last axis; None: all. less: key of an
-    earlier site. in_place: whether a write changes the tensor itself, as it must for the stream in mid-block, which the
-    model has kept for its skip connection before the norm reads it.
+    earlier site. in_place: whether a write changes the tensor itself. It must for the stream in mid-block: the model
+    keeps that tensor for its skip connection.
     """
 
     path: str
@@ -32,8 +32,8 @@ class Place(NamedTuple):
 class Step(NamedTuple):
     """One step of a pass: a write where ``change`` is given, else a read.
 
-    name: of a read's activation, by which later steps ask for it. keep: keep(x, tokens) is what a read returns; None:
-    the read only serves later steps. change: change(x, tokens, *activations) -> x'. needs: the names of the reads whose
+    name: of a read's activation, for later steps. keep: the read returns keep(x, tokens); None: it returns nothing and
+    only serves later steps. change: change(x, tokens, *activations) -> x'. needs: the names of the reads whose
     activations ``change`` gets.
     """
 
@@ -45,7 +45,7 @@ class Step(NamedTuple):
 
 
 def plain(step: Place | Step) -> SimpleNamespace:
-    """A place or a step without this library's classes, which a server does not have."""
+    """A place or a step as a plain namespace, since a server does not have this library's classes."""
     return SimpleNamespace(**{k: plain(v) if isinstance(v, Place) else v for k, v in step._asdict().items()})
 
 
@@ -94,7 +94,7 @@ def read(root, place, length):
 
 @no_type_check
 def write(root, place, new):
-    """Replace the tensor at a place; other columns, and the other parts of its tuple, stay."""
+    """Replace the tensor at a place; the other columns, and the rest of its tuple, stay as they are."""
     envoy = envoy_at(root, place.path)
     whole = envoy.input if place.end == "input" else envoy.output
     old = first_tensor(whole)
@@ -121,8 +121,8 @@ def value_of(x, place, held):
 
 @no_type_check
 def put(root, place, there, value, new):
-    """Give a site a new value, where its place holds the tensor ``there``. Where the value is computed from ``there``,
-    its change is added to ``there``: a change of 0 then leaves the model bit-equal."""
+    """Give a site a new value. there: the tensor that its place holds. If the site's value is computed from ``there``,
+    the value's change is added to ``there``: a change of 0 then leaves the model bit-equal."""
     if place.factor == 1.0 and place.less is None:
         write(root, place, new)
     else:
@@ -131,8 +131,8 @@ def put(root, place, there, value, new):
 
 @no_type_check
 def through(root, steps, tokens, found):
-    """Take the steps (``Step``, plain) of a pass, which come in the order in which the model computes their sites; what
-    reads keep goes into ``found``."""
+    """Take the steps (``Step``, plain) of a pass, in the order in which the model computes their sites. ``found`` gets
+    what each read returns, by name."""
     held = {}
     for step in steps:
         there = read(root, step.place, tokens.ids.shape[1])
@@ -148,7 +148,7 @@ def through(root, steps, tokens, found):
 
 @no_type_check
 def whole(x, tokens):
-    """All of it."""
+    """The whole activation."""
     return x
 
 
@@ -166,7 +166,7 @@ def last(x, tokens):
 
 @no_type_check
 def counting_tokens(ids, positions, special, skip_first):
-    """The part of a TokenMask that needs no activations: True at tokens that are not special, nor first."""
+    """The part of a TokenMask that needs no activations: True at tokens that are neither special nor first."""
     keep = torch.ones_like(ids, dtype=torch.bool)
     if special:
         keep &= ~torch.isin(ids, torch.tensor(special, device=ids.device))
@@ -200,7 +200,7 @@ def token_losses(logits, tokens):
 
 @no_type_check
 def slope(logits, tokens, there, metric):
-    """The gradient of the metric, summed over rows, by an earlier activation."""
+    """The gradient of the metric, summed over rows, with respect to an earlier activation ``there``."""
     return torch.autograd.grad(metric(logits.float(), tokens).sum(), [there])[0].float()
 
 
@@ -228,8 +228,8 @@ def pick(logits, temperature, generator):
 
 @no_type_check
 def last_logits_there(ids, number, *, root, steps, rows, past):
-    """``last_logits`` of ``decode`` in a session on a server, with the key-value cache ``past``. steps: see
-    ``through``; rows: the rows' numbers among the user's prompts."""
+    """``last_logits`` for ``decode`` in a session on a server, with the key-value cache ``past``. steps: see
+    ``through``; rows: the numbers of these rows among the user's prompts."""
     import nnsight
 
     begin = ids.shape[1] - 1 if number else 0
@@ -255,15 +255,15 @@ def embedded(root, ids, path, size):
 
 @no_type_check
 def lens(root, x, w_o, way, head, of):
-    """Logits of directions x, or a function ``of`` them. w_o: (path of W_O, the width it reads, the columns of x in it)
-    for directions before W_O, else None. way: paths of the norms and linear maps between the stream and the head."""
+    """Logits of directions x, or ``of(logits)``. w_o: (path of W_O, its input width, the columns of that input which x
+    fills) if x is written before W_O, else None. way: paths of the norms and linear maps between stream and head."""
     logits = linear(envoy_at(root, head), before_head(root, x, w_o, way))
     return logits if of is None else of(logits)
 
 
 @no_type_check
 def before_head(root, x, w_o, way):
-    """Directions as W_U reads them, without the norms' divisions."""
+    """Directions mapped to what W_U reads, without the norms' divisions. Arguments: see ``lens``."""
     if w_o is not None:
         path, width, columns = w_o
         full = torch.zeros(len(x), width)

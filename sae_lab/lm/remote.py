@@ -1,8 +1,8 @@
 """Running on an NDIF server: requests with a deadline, errors that say what to do, and no pickles.
 
 nnsight sends the source of a traced block and the values that it names; the server returns what the block saved. A call
-can wait for its result, run while the kernel goes on (``Job``), or be taken up again after the kernel died. ``answers``
-reads results as tensors and plain data, so that no server can run code here, block a call or fill the memory.
+can wait for its result, run in the background (``Job``), or be taken up again after the kernel died. ``answers`` reads
+results as tensors and plain data, so that no server can run code here, block a call or fill the memory.
 """
 
 import itertools
@@ -33,15 +33,15 @@ from sae_lab.lm import answers, forms
 log = logging.getLogger(__name__)
 
 HOSTED = "https://api.ndif.us"
-# Modules whose functions are sent as source. Not imported here, since most of them import this room.
+# Modules whose functions are sent as source. Not imported here, since most of them import ``lm``.
 TRAVELLING = (
     "sae_lab.lm.passes", "sae_lab.saes.portable", "sae_lab.edits.rules", "sae_lab.activations.reading",
     "sae_lab.activations.reconstructing", "sae_lab.feature_index.directions", "sae_lab.circuits.metric",
     "sae_lab.evals.errors", "sae_lab.evals.hesitation", "sae_lab.explain.lens",
     "sae_lab.explain.selfexplain", "sae_lab.explain.trees",
 )  # fmt: skip
-RETRIES, PAUSE = 3, 0.5  # of requests that are safe to repeat: those that no server has taken, and those for a status
-KNOWN = 3.0  # seconds after which a job of an earlier kernel, unknown to the server, counts as lost
+RETRIES, PAUSE = 3, 0.5  # of requests that are safe to repeat: those that reached no server, and those for a status
+KNOWN = 3.0  # seconds after which an earlier kernel's job that the server does not know counts as lost
 POLL = (0.05, 1.0)  # seconds between two looks at a job's status, at first and at most
 
 
@@ -65,8 +65,8 @@ class Server:
     Args:
         host: its address; True: ``NDIF_HOST``, else the hosted NDIF. key: None: ``NDIF_API_KEY``. deadline: seconds.
 
-    Attributes: ``asked``: the host that was given; ``host``: its address; ``sent``, ``received``: bytes of requests and
-    of results so far.
+    Attributes: ``asked``: the argument ``host``; ``host``: the server's address; ``sent``, ``received``: bytes of
+    requests and of results so far.
 
     Raises ValueError for an address without http(s), one from the environment that is neither the hosted NDIF nor on
     this machine, and a deadline that is no positive number.
@@ -110,7 +110,7 @@ class Server:
 
     @contextmanager
     def aside(self) -> Iterator[None]:
-        """A block whose requests are no part of the present job, such as those of an edit that reads the model."""
+        """While open, requests do not belong to the present job: an edit that reads the model makes such requests."""
         job, self._present.job = getattr(self._present, "job", None), None
         try:
             yield
@@ -125,7 +125,7 @@ class Server:
 
 
 class Job:
-    """A call that runs on the server while this kernel goes on: ``job = lm.submit(...)``, then ``job.result()``.
+    """A call that runs on a server in the background: ``job = lm.submit(...)``, then ``job.result()``.
 
     Attributes: id: the server's name for it; after a restart the same call with ``job=id`` takes it up again. status:
     "SENDING", then NDIF's RECEIVED, QUEUED, DISPATCHED, RUNNING, COMPLETED or ERROR; or "CANCELLED". seconds: since the
@@ -163,8 +163,8 @@ class Job:
         return (self._ended or time.monotonic()) - self._started
 
     def result(self, timeout: float | None = None) -> Any:
-        """The call's value; raises the call's error. NDIFTimeout after ``timeout`` seconds: the job goes on, and can be
-        asked again."""
+        """The call's value; raises the call's error. NDIFTimeout after ``timeout`` seconds: the job goes on, and
+        ``result`` can be called again."""
         self._thread.join(timeout)
         if self._thread.is_alive():
             raise NDIFTimeout(f"job {self.id} is {self.status} after {self.seconds:.0f} s: ask again later")
@@ -184,8 +184,8 @@ class Job:
 class Request(RemoteBackend):
     """nnsight's remote backend, which here only sends; ``saved()`` waits, after the trace, without the model's lock.
 
-    By default the server is asked for the status, so that a broken connection loses nothing. What a block prints comes
-    through a websocket; if that breaks, so does the request. form: of the result, see ``forms.has``; most: bytes
+    The status is polled, so that a broken connection loses nothing. With ``listen`` the lines that a block prints come
+    through a websocket; if that breaks, the request fails. form: of the result, see ``forms.has``; most: bytes
     that the result may have.
     """
 
@@ -318,7 +318,7 @@ class Request(RemoteBackend):
             )
 
     def _note(self, response: ResponseModel) -> bool:
-        """Take up a status; returns whether the job is done. NDIFError for a job that failed."""
+        """Keep a status; returns whether the job is done. NDIFError for a job that failed."""
         if response.status != Status.LOG:
             self.status = response.status
         if self.job is not None:
@@ -330,8 +330,8 @@ class Request(RemoteBackend):
         return response.status == Status.COMPLETED
 
     def _ask(self, question: Callable[[], Any], sending: bool = False) -> Any:
-        """The answer, or NDIFError, which holds neither the key nor another exception. Requests that no server has
-        taken, and those for a status, are repeated until the deadline; a request that a server may have is not."""
+        """The answer, or NDIFError, which holds neither the key nor another exception. Requests that reached no server,
+        and those for a status, are repeated until the deadline; a request that a server may have is not."""
         patience = RETRIES if self.job_id is None else sys.maxsize  # for a running job until the deadline
         last = ""
         for attempt in itertools.count(1):
@@ -355,7 +355,7 @@ class Request(RemoteBackend):
             self.socket.shutdown()
 
 
-# Words in a message of NDIF or nnsight: what it means for the user
+# Words in a message of NDIF or nnsight -> what the message means for the user
 _KEYS = "NDIF gives keys at https://login.ndif.us"
 _LATER = "try again in a few minutes"
 _MEANINGS = {
@@ -377,7 +377,7 @@ _MEANINGS = {
 
 
 def explained(text: str, host: str, maybe_taken: bool = False) -> str:
-    """A failure in words for the user, with the server's message. maybe_taken: whether the server may have the job."""
+    """A failure explained to the user, with the server's message. maybe_taken: whether the server may have the job."""
     last = text.strip().splitlines()[-1] if text.strip() else "no reason given"
     meaning = next((meaning for sign, meaning in _MEANINGS.items() if sign in text.lower()), None)
     doubt = "; the server may have taken it, so it was not sent again" if maybe_taken else ""

@@ -57,7 +57,7 @@ class SiteMap:
         self.way_out = self._way_out()
         head = model.get_output_embeddings()  # type: ignore[operator]
         made = self._seen.get((self.path_of(head), "output")) if head is not None else None
-        # What the model multiplies its logits by (Cohere, Granite); None: it changes them in another way too.
+        # The factor of the model's logits (Cohere, Granite); None: the model changes them in another way too.
         self.logit_factor = times(made.form, self._flow.logits) if made is not None else None
 
     def _hands_on(self, path: str, n: int) -> bool:
@@ -106,7 +106,7 @@ class SiteMap:
 
     def place(self, site: Site) -> Place:
         """How a site is read and written. ValueError, which lists the model's sites, for a layer, kind, head or module
-        that it does not have."""
+        that the model does not have."""
         if site.kind == "module":
             return Place(self._module(str(site.path)), "output")
         if site.kind == "embed":
@@ -169,7 +169,7 @@ class SiteMap:
         return path
 
     def _require_own_path(self, site: Site) -> None:
-        """ValueError for a path of this model's that was read as the usual name of a layer, and lies outside them."""
+        """ValueError for a module outside the layers whose path looks like a usual name of a layer."""
         path = site.spelling
         if path and path in self.modules and self.blocks and not path.startswith(f"{self.blocks}."):
             raise ValueError(
@@ -193,7 +193,7 @@ class SiteMap:
         return self._seen[path, end].shape[-1] if columns is None else columns[1] - columns[0]
 
     def when(self, site: Site) -> int:
-        """Sites happen in the order of this number."""
+        """When the model computes a site: sites come in the order of this number."""
         place = self.place(site)
         return self._seen[place.path, place.end].when
 

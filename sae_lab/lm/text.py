@@ -1,4 +1,4 @@
-"""Documents, split into a part for training and a held-out part, and cut into contexts."""
+"""Documents, split into a training part and a held-out part, and cut into contexts."""
 
 import hashlib
 import importlib.util
@@ -46,7 +46,7 @@ class Dataset(Protocol):
 
 
 class Context(NamedTuple):
-    """Tokens that the model reads at once. documents: the number of each token's document."""
+    """Tokens that the model reads in one row. documents: for each token, the number of its document."""
 
     ids: list[int]
     documents: list[int]
@@ -77,7 +77,7 @@ class File(NamedTuple):
 
 
 class Held:
-    """Documents in memory, or files of one document each, as a dataset of one column, without copies."""
+    """Documents in memory, or files of one document each, as a dataset with one column, without copies."""
 
     column_names = ("text",)
 
@@ -105,11 +105,11 @@ def _parts(document: "str | File") -> Iterator[str]:
 
 @as_annotated
 class Text:
-    """Documents (str), iterable and sliceable, with a held-out part: ``sl.load_text(...)`` makes it.
+    """Documents (str), iterable and sliceable, with a held-out part: ``text = sl.load_text(...)``.
 
     Args:
         data: a ``datasets.Dataset`` or ``IterableDataset``, or ``Held``. column: its column of text.
-        name: shown to people. fingerprint: changes when the documents change.
+        name: for messages and tables. fingerprint: changes when the documents change.
     """
 
     def __init__(self, data: Any, column: str, name: str, fingerprint: str, held_out: "Text | None" = None):
@@ -119,7 +119,7 @@ class Text:
 
     @property
     def held_out(self) -> "Text":
-        """The documents kept for evaluation; this text has none of them."""
+        """The documents kept for evaluation, which ``text`` itself leaves out."""
         if self._held_out is None:
             raise ValueError(f"{self.name} has no held-out part: it needs at least two documents, split by load_text")
         return self._held_out
@@ -198,7 +198,7 @@ class Text:
                 yield groups[i]
 
     def _tokenized(self, tokenizer: Any) -> Iterator[Iterable[list[int]]]:
-        """The ids of each document, those of a long one in parts. Short ones are tokenized 16 at a time."""
+        """The ids of each document; a long document's come in parts. Short documents are tokenized 16 at a time."""
 
         def long(row: dict[str, Any]) -> bool:
             document = row[self._column]
@@ -212,7 +212,7 @@ class Text:
 
 
 def _cut(documents: Iterable[tuple[int, Iterable[list[int]]]], lead: list[int], room: int) -> Iterator[Context]:
-    """Contexts of documents, given as (number, ids in parts), that follow each other with the prefix between them."""
+    """Contexts of documents laid end to end with the prefix between them. documents: (number, ids in parts) each."""
     waiting: list[int] = []
     owners: list[int] = []
     for number, parts in documents:
@@ -232,9 +232,9 @@ def _cut(documents: Iterable[tuple[int, Iterable[list[int]]]], lead: list[int], 
 
 
 WINDOW_DOCUMENTS, WINDOW_CONTEXTS = 100, 1000  # least of a window, in which contexts are mixed and sorted by length
-WINDOW_TOKENS = 600_000  # most of a window, even of fewer documents
+WINDOW_TOKENS = 600_000  # largest size of a window, even with fewer documents
 PASS_COST = 32  # fixed cost of a pass in tokens: a pass is split only if that saves more padding
-PASS_CONTEXTS = 128  # most of a pass
+PASS_CONTEXTS = 128  # largest number in a pass
 
 
 def _windows(contexts: Iterable[Context]) -> Iterator[list[Context]]:
@@ -275,7 +275,7 @@ def load_text(
     source: Any = None, *, column: str = "text", split: str = "train",
     **kwargs: Any,
 ) -> Text:  # fmt: skip
-    """``text = sl.load_text()``: documents, of which every tenth is held out (``text.held_out``).
+    """``text = sl.load_text()``: documents; every tenth is held out (``text.held_out``).
 
     Args:
         source: None, the bundled Wikipedia sample (96 articles, about 545k tokens); "mix", that and web, news,
@@ -284,7 +284,7 @@ def load_text(
             document a file), .json/.jsonl, .parquet or .csv; a loaded dataset of ``datasets``; else a hub dataset id,
             which is streamed.
         column: the column of text. split: of a hub dataset or a ``DatasetDict``.
-        **kwargs: to ``datasets.load_dataset``.
+        **kwargs: passed on to ``datasets.load_dataset``.
     """
     from datasets import load_dataset
 
@@ -321,7 +321,7 @@ def load_text(
     return _split(data, column, str(source), _digest(repr((source, split, column, sorted(kwargs.items()))).encode()))
 
 
-Documents = Text | Sequence[str] | Dataset  # text, as functions that only read take it
+Documents = Text | Sequence[str] | Dataset  # the text argument of functions that hold nothing out
 
 
 def as_text(source: Any) -> Text:
@@ -452,7 +452,7 @@ def _digest(data: bytes) -> str:
 
 
 def _split(data: Any, column: str, name: str, fingerprint: str) -> Text:
-    """A Text with every tenth document held out; of fewer than ten, the last; of one, none."""
+    """A Text with every tenth document held out; of fewer than ten documents the last; of one document none."""
     if hasattr(data, "select"):
         if not isinstance(data, Held) and not any(d.strip() for d in Text(data, column, name, fingerprint)):
             raise ValueError(f"{name} is empty: it needs at least one document with a word in it")

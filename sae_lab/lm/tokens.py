@@ -25,12 +25,12 @@ SAID[Prompts] = _KINDS
 _MARKS = 0xF0000  # private-use characters, which no template holds: the n-th replaces message n's characters
 _KEPT = (r"\s", r"\s|<[^<>]*>|\[[^\[\]]*\]")  # not replaced, for templates that strip space, and that look for tags
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-PIECE, MARGIN, TRIES = 1 << 17, 512, 8  # characters of a long text's pieces, and around a cut; cuts tried
+PIECE, MARGIN, TRIES = 1 << 17, 512, 8  # characters of a long text's pieces; characters around a cut; cuts tried
 
 
 class Token(str):
-    """A token's characters, with its ``id`` and its place ``start:end`` in the text. "" for a prefix, and for a token
-    that ends within a character's bytes; ``label`` is the text to show for either."""
+    """A token's characters, with its ``id`` and its place ``start:end`` in the text. "" for the prefix, and for a token
+    that ends within a character's bytes; ``label`` is the text to show for a token."""
 
     id: int
     start: int
@@ -87,7 +87,7 @@ def begun(ids: list[int], prefix: int | None) -> list[int]:
 
 
 def prefixed(tokenizer: Any, prompt: Prompts, prefix: int | None) -> bool:
-    """Whether one prompt's first token is the prefix, and no part of the text."""
+    """Whether one prompt's first token is the prefix rather than a token of the text."""
     return isinstance(prompt, str) and prefix is not None and encode_texts(tokenizer, [prompt])[0][:1] != [prefix]
 
 
@@ -124,12 +124,12 @@ def encode_texts(tokenizer: Any, texts: list[str]) -> list[list[int]]:
 
 
 def encode_parts(tokenizer: Any, parts: Iterable[str]) -> Iterator[list[int]]:
-    """The ids of a text that comes in parts, made piece by piece: those that ``encode_texts`` gives for the whole.
+    """The ids of a text that comes in parts, made piece by piece; ``encode_texts`` of the whole text gives the same.
 
     A piece ends at a place where a cut does not change the ids (``_cut``); without such a place it grows.
     """
     parts = iter(parts)
-    if not getattr(tokenizer, "is_fast", False):  # it does not give its tokens' places
+    if not getattr(tokenizer, "is_fast", False):  # a slow tokenizer does not give the places of tokens
         yield encode_texts(tokenizer, ["".join(parts)])[0]
         return
     text, begin, size = "", 0, PIECE  # the text from MARGIN characters before the last cut, which is at ``begin``
@@ -165,11 +165,11 @@ def _encode(tokenizer: Any, text: str) -> tuple[list[int], list[int], list[int]]
 def _cut(
     tokenizer: Any, text: str, ids: list[int], starts: list[int], ends: list[int], before: int
 ) -> int | None:  # fmt: skip
-    """The last token before a place in the text in front of which the text can be cut; None without such a token.
+    """The last token that starts before the place ``before`` and in front of which the text can be cut, or None.
 
-    No entry of the vocabulary holds the two characters at the cut, so that no token spans it and neither side changes
-    the tokens of the other. (Tokenizers that look up whole words are cut at white space only.) Also, the characters
-    around the cut, encoded alone, have the same tokens: the ends of a piece do not act that far.
+    No entry of the vocabulary holds the two characters at the cut, so that no token spans the cut and neither side
+    changes the tokens of the other. (For tokenizers that look up whole words, cuts are at white space only.) Also, the
+    characters around the cut give the same tokens when they are encoded alone: the ends of a piece do not matter there.
     """
     apart, tries = _parter(tokenizer), 0
     for i in range(bisect_left(starts, before) - 1, bisect_left(starts, before // 2), -1):
@@ -188,7 +188,7 @@ def _cut(
 
 
 def _around(encoded: tuple[list[int], list[int], list[int]], at: int, less: int) -> list[tuple[int, int, int]]:
-    """(id, start, end) of the tokens that start near a place, counted from ``less``."""
+    """(id, start, end) of the tokens that start near a place; starts and ends are counted from ``less``."""
     ids, starts, ends = encoded
     low, high = bisect_left(starts, at - MARGIN // 2), bisect_left(starts, at + MARGIN // 2)
     return [(ids[i], starts[i] - less, ends[i] - less) for i in range(low, high)]
@@ -262,9 +262,9 @@ def _render(tokenizer: Any, messages: Chat, contents: dict[int, str] | None = No
 def _owners(tokenizer: Any, messages: Chat, text: str) -> list[int | None]:
     """For each character of a rendered chat, the number of its message; None for the template's own characters.
 
-    A second rendering, with each character of message n replaced by the n-th private-use character, tells a message's
-    words from the same words in the template. White space is kept, since templates strip it, and so are tags if the
-    template reads them.
+    In a second rendering each character of message n is replaced by the n-th private-use character, which tells a
+    message's words from the same words in the template. White space is not replaced, since templates strip it, nor are
+    tags if the template reads them.
     """
     contents = [m["content"] for m in messages]
     for kept in _KEPT:
@@ -295,8 +295,8 @@ def _marked(content: str, mark: str, kept: str) -> str:
 
 
 def _aligned(marked: str, text: str, contents: list[str]) -> list[int | None] | None:
-    """The message of each character; None unless the renderings differ in marks only, and the marked characters are
-    the messages' own, in order."""
+    """The message of each character; None unless the renderings differ in the marked characters alone, and these are
+    the characters of the messages, in order."""
     if len(marked) != len(text):
         return None
     owners = [n if 0 <= (n := ord(c) - _MARKS) < len(contents) else None for c in marked]
@@ -309,7 +309,7 @@ def _aligned(marked: str, text: str, contents: list[str]) -> list[int | None] | 
 
 
 def _widen(tokenizer: Any, messages: Chat, text: str, owners: list[int | None], i: int) -> None:
-    """Give message i the unmarked characters between its marks, and those next to them that are its own."""
+    """Give message i the unmarked characters between its marks, and those next to the marks that belong to it."""
     content = messages[i]["content"]
     places = [p for p, n in enumerate(owners) if n == i]
     start, end = places[0], places[-1] + 1
