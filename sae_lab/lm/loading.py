@@ -75,7 +75,7 @@ def outline(model: str | nn.Module | None, tokenizer: Any, device: Any, dtype: A
 
 
 def know_id(name: str) -> None:
-    """Tell nnsight how the hub spells an id, so that it need not ask the hub; without a network, as ``name`` does."""
+    """Tell nnsight how the hub spells an id, so that nnsight need not ask; without a network, as ``name`` does."""
     from nnsight.modeling import huggingface
 
     try:

@@ -56,8 +56,8 @@ class LM:
             address. The model is then named by its hub id, and no weights are loaded here.
         api_key: of the server; None: ``NDIF_API_KEY``. It is never printed, logged or saved.
         deadline: seconds after which a request to a server fails.
-        **kwargs: to transformers' ``from_pretrained`` (``device_map``, ``quantization_config``, ``revision``...); with
-            ``remote`` only ``revision``.
+        **kwargs: for transformers' ``from_pretrained`` (``device_map``, ``quantization_config``, ``revision``...);
+            with ``remote`` only ``revision``.
 
     Calls from several threads run one after the other, since nnsight is not thread-safe. Generation releases the lock
     between tokens; a call to a server releases it while it waits.
@@ -320,7 +320,7 @@ class LM:
         return [passes.plain(step) for _, _, step in sorted(steps, key=lambda s: s[:2])]
 
     def _check_there(self, at: Iterable[Site]) -> None:
-        """When a sub-layer's output is first used on a server, one request checks there that the block's sums hold."""
+        """Before the first use of a sub-layer's output on a server, check in one request that the block's sums hold."""
         for site in at:
             if site.kind not in ("attn_out", "resid_mid", "mlp_out") or site.kind in self._checked:
                 continue
@@ -435,8 +435,8 @@ class LM:
         temperature: float = 0.0,
         seed: int | None = None,
     ) -> Iterator[str]:
-        """What ``generate`` adds to one prompt, a piece per token: ``for piece in lm.stream(prompt): ...``. ``break``
-        or ``.close()`` stops it. A piece is "" while a character's bytes are incomplete.
+        """The text that ``generate`` adds to one prompt, token by token: ``for piece in lm.stream(prompt): ...``.
+        ``break`` or ``.close()`` stops it. A piece is "" while a character's bytes are incomplete.
         """
         if not tokens.is_single(prompt):
             raise ValueError("lm.stream takes one prompt, got several: call it for each, or lm.generate for all")

@@ -40,7 +40,7 @@ TRAVELLING = (
     "sae_lab.evals.errors", "sae_lab.evals.hesitation", "sae_lab.explain.lens",
     "sae_lab.explain.selfexplain", "sae_lab.explain.trees",
 )  # fmt: skip
-RETRIES, PAUSE = 3, 0.5  # of requests that are safe to repeat: those that reached no server, and those for a status
+RETRIES, PAUSE = 3, 0.5  # of requests that are safe to repeat: those that no server accepted, and those for a status
 KNOWN = 3.0  # seconds after which an earlier kernel's job that the server does not know counts as lost
 POLL = (0.05, 1.0)  # seconds between two looks at a job's status, at first and at most
 
@@ -330,8 +330,8 @@ class Request(RemoteBackend):
         return response.status == Status.COMPLETED
 
     def _ask(self, question: Callable[[], Any], sending: bool = False) -> Any:
-        """The answer, or NDIFError, which holds neither the key nor another exception. Requests that reached no server,
-        and those for a status, are repeated until the deadline; a request that a server may have is not."""
+        """The answer, or NDIFError, which holds neither the key nor another exception. Requests that no server
+        accepted, and those for a status, are repeated until the deadline; a request that a server may have is not."""
         patience = RETRIES if self.job_id is None else sys.maxsize  # for a running job until the deadline
         last = ""
         for attempt in itertools.count(1):

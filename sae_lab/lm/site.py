@@ -169,7 +169,7 @@ class SiteMap:
         return path
 
     def _require_own_path(self, site: Site) -> None:
-        """ValueError for a module outside the layers whose path looks like a usual name of a layer."""
+        """ValueError for a path read as a layer's usual name that is a module outside this model's layers."""
         path = site.spelling
         if path and path in self.modules and self.blocks and not path.startswith(f"{self.blocks}."):
             raise ValueError(

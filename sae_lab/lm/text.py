@@ -189,7 +189,7 @@ class Text:
         """The same contexts in groups for one pass of a model: of similar length, so that little padding is computed,
         and of at most ``tokens`` tokens or one context.
 
-        At least a hundred documents are mixed, in a fixed order, so that the first groups hold many topics.
+        At least a hundred documents are shuffled at a time, with fixed seeds: the first groups hold many topics.
         """
         for number, waiting in enumerate(_windows(self.contexts(tokenizer, prefix, length, pack))):
             random = np.random.default_rng(number)
@@ -231,8 +231,8 @@ def _cut(documents: Iterable[tuple[int, Iterable[list[int]]]], lead: list[int], 
         yield Context(lead + waiting, owners[: len(lead)] + owners)
 
 
-WINDOW_DOCUMENTS, WINDOW_CONTEXTS = 100, 1000  # least of a window, in which contexts are mixed and sorted by length
-WINDOW_TOKENS = 600_000  # largest size of a window, even with fewer documents
+WINDOW_DOCUMENTS, WINDOW_CONTEXTS = 100, 1000  # least size of a window: contexts are shuffled in it
+WINDOW_TOKENS = 600_000  # largest size of a window, which may then hold fewer documents
 PASS_COST = 32  # fixed cost of a pass in tokens: a pass is split only if that saves more padding
 PASS_CONTEXTS = 128  # largest number in a pass
 
@@ -280,7 +280,7 @@ def load_text(
     Args:
         source: None, the bundled Wikipedia sample (96 articles, about 545k tokens); "mix", that and web, news,
             essays, reviews, stories, abstracts and a little code (needs the package sae-probes); a list of str (to
-            hold none out, pass the list itself on: ``sl.harvest(lm, site, documents)``); a file or folder of .txt (one
+            hold none out, skip load_text: ``sl.harvest(lm, site, documents)``); a file or folder of .txt (one
             document a file), .json/.jsonl, .parquet or .csv; a loaded dataset of ``datasets``; else a hub dataset id,
             which is streamed.
         column: the column of text. split: of a hub dataset or a ``DatasetDict``.

@@ -23,7 +23,7 @@ _KINDS = "a str, token ids, chat messages ({'role', 'content'}), or a list of on
 SAID[Prompts] = _KINDS
 
 _MARKS = 0xF0000  # private-use characters, which no template holds: the n-th replaces message n's characters
-_KEPT = (r"\s", r"\s|<[^<>]*>|\[[^\[\]]*\]")  # not replaced, for templates that strip space, and that look for tags
+_KEPT = (r"\s", r"\s|<[^<>]*>|\[[^\[\]]*\]")  # not replaced: space, which templates strip; then tags, which some read
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 PIECE, MARGIN, TRIES = 1 << 17, 512, 8  # characters of a long text's pieces; characters around a cut; cuts tried
 
