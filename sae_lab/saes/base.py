@@ -21,7 +21,7 @@ from sae_lab.types import Batch, Codes, Output, Site, TokenMask, check_feature
 log = logging.getLogger(__name__)
 
 AUX_WEIGHT = 1 / 32  # Gao et al. 2024
-EVERY = slice(None)  # all features, where act is asked for some
+EVERY = slice(None)  # all features: act's default
 SPARSE_BELOW = 0.1  # share of features on, up to which sparse gradients are cheaper than dense ones
 CALIBRATION_ROWS = 4096  # encoded at a time: pre-activations of all rows would be large
 BYTES_A_CODE = 64  # while codes are sorted: value and feature twice over, and five numbers of eight bytes
@@ -56,7 +56,7 @@ class SparseCoder(nn.Module):
         W_enc "d_in d_sae", W_dec "d_sae d_out" (training keeps rows at unit norm), b_enc " d_sae", b_dec " d_out".
         f_scale " d_sae": 99.9th percentile of each feature's activations where it fires, on training text; 0: dead.
         pre_bias: whether b_dec is subtracted from x.
-        input_norm: what each x is brought to before it is read; undone afterwards: "none", "layer" (mean 0, standard
+        input_norm: how each x is normalised before encoding, which x_hat undoes: "none", "layer" (mean 0, standard
             deviation 1) or "length" (norm √d_in).
         reads, writes: its sites. meta: facts of its training (model, token mask, dead features, text).
     """
@@ -69,11 +69,11 @@ class SparseCoder(nn.Module):
     input_norm: Literal["none", "layer", "length"] = "none"
     code_units: tuple[str, ...] = ("b_enc",)  # parameters and buffers that scale as the codes do, for fold
     out_units: tuple[str, ...] = ("b_dec",)  # those that scale as x_hat does
-    sparsity_name: str | None = None  # the argument that says how sparse codes are, and that may change in training
-    select = kernels.Selector()  # who chooses the largest pre-activations: several ranks put theirs here
+    sparsity_name: str | None = None  # the argument that sets sparsity (such as k), which may change in training
+    select = kernels.Selector()  # chooses the largest pre-activations; several ranks set one that spans them
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """A family's arguments are checked as those of its base."""
+        """Check the arguments of a family's constructor and methods, as those of this class are checked."""
         super().__init_subclass__(**kwargs)
         for name, method in list(vars(cls).items()):
             if name == "__init__" or hasattr(getattr(SparseCoder, name, None), "as_annotated"):
@@ -105,9 +105,9 @@ class SparseCoder(nn.Module):
         self.writes: tuple[Site, ...] = ()
         self.meta: dict[str, Any] = {}
         self.path: str | None = None  # what it was loaded from or last saved to: a folder, or a name that sl.load knows
-        self.in_raw_units = False  # training scales activations; afterwards the weights serve raw ones
+        self.in_raw_units = False  # False in training, which scales activations; True: weights fit raw ones
         self.scratch: kernels.Memory | None = None  # training's
-        self.progress = 1.0  # of training, 0 to 1: what warms up or anneals in act reads it
+        self.progress = 1.0  # of training, 0 to 1: for an act that warms up or anneals
 
     def _make_weights(self, generator: torch.Generator) -> None:
         """W_dec random unit rows; W_enc its transpose (random unit columns for a transcoder). The encoder's memory
@@ -120,7 +120,7 @@ class SparseCoder(nn.Module):
         self.W_dec = nn.Parameter(directions)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """Weights stay float32, whatever they are cast to: a coder computes in float32, and ``.half()`` only rounds."""
+        """Keep weights in float32 under any cast: a coder computes in float32, and ``.half()`` rounds its weights."""
         super()._apply(fn, recurse)
         other = [t for t in (*self.parameters(), *self.buffers()) if t.is_floating_point() and t.dtype != torch.float32]
         for tensor in other:
@@ -130,8 +130,8 @@ class SparseCoder(nn.Module):
         return self
 
     def eval_act(self) -> tuple[Callable[..., Tensor], dict[str, Any]]:
-        """(a function of ``saes.portable``, the family's own tensors and numbers): how codes are made of
-        pre-activations in eval mode. A family that names none works on this machine only, and defines ``act``."""
+        """(a function of ``saes.portable``, the family's own tensors and numbers) that make codes of pre-activations in
+        eval mode. A family without ``eval_act`` works on this machine only, and defines ``act``."""
         return portable.by_itself, {"coder": self}
 
     def act(self, pre: Float[Tensor, "..."], features: Tensor | slice = EVERY) -> Codes | Tensor:
@@ -176,7 +176,7 @@ class SparseCoder(nn.Module):
         Codes come out in units of the target. With one number for both, only biases and thresholds change; else W_enc
         and W_dec are rescaled too. ValueError for a scale that is not positive and finite.
         """
-        if self.input_norm != "none":  # what it reads has no unit
+        if self.input_norm != "none":  # normalised activations have no unit
             return
         into = self._per_column(scale, self.in_shape)
         out = self._per_column(scale if target_scale is None else target_scale, self.out_shape)
@@ -203,7 +203,7 @@ class SparseCoder(nn.Module):
 
     def choose_sites(self, sites: Sequence[Site]) -> tuple[tuple[Site, ...], tuple[Site, ...]]:
         """(reads, writes) among a store's sites: those set on the coder, else the store's only one; a transcoder reads
-        the first and writes the second. ValueError where several are possible, with the remedy."""
+        the first and writes the second. ValueError, with the remedy, if several choices are possible."""
         if self.transcodes:
             if self.reads and self.writes:
                 return self.reads, self.writes
@@ -291,7 +291,7 @@ class SparseCoder(nn.Module):
         return x_hat.reshape(*f.shape[:-1], *self.out_shape)
 
     def directions(self) -> Float[Tensor, "d_sae d_out"]:
-        """Rows of W_dec at unit norm; a row of zeros stays one."""
+        """Rows of W_dec at unit norm; a row of zeros stays zero."""
         return nn.functional.normalize(self.W_dec.detach().float(), dim=1)
 
     @as_annotated
@@ -324,8 +324,8 @@ class SparseCoder(nn.Module):
     @as_annotated
     @torch.no_grad()
     def silent(self, x: Float[Tensor, "..."], tokens: Tensor | None = None) -> Float[Tensor, "..."]:
-        """``sae.silent(x)``: x_hat of rows x if no feature fired: b_dec, with a skip, a lookup or the mean that an
-        ``input_norm`` took off."""
+        """``sae.silent(x)``: x_hat of rows x if no feature fired: b_dec, plus the contributions of a skip, a lookup
+        and the mean that an ``input_norm`` subtracts."""
         rows, lead = self._rows(x)
         nothing = torch.zeros(0, device=rows.device)
         none = Codes(nothing, nothing.long(), nothing.new_zeros(len(rows) + 1).long(), self.d_sae)
@@ -420,7 +420,7 @@ class SparseCoder(nn.Module):
         """x_hat of float rows x and their codes, with an ``input_norm`` undone."""
         rows, mean, size = self._enter(x)
         x_hat = self._write(codes, rows, None if tokens is None else tokens.reshape(-1))
-        return x_hat if size is None or self.transcodes else x_hat * size + mean  # a transcoder's target was never so
+        return x_hat if size is None or self.transcodes else x_hat * size + mean  # a transcoder's target is left raw
 
     def _rows(self, x: Tensor) -> tuple[Tensor, torch.Size]:
         """(x as float rows, its leading axes). ValueError for a width that is not the coder's."""
@@ -432,7 +432,7 @@ class SparseCoder(nn.Module):
         return x.reshape(-1, self.d_in).float(), x.shape[: x.dim() - axes]
 
     def _enter(self, x: Tensor) -> tuple[Tensor, Tensor | float, Tensor | None]:
-        """(normalised rows, mean, size), with x = rows·size + mean; size None where nothing is to undo."""
+        """(normalised rows, mean, size), with x = rows·size + mean; size None without an ``input_norm``."""
         return portable.entered(self.input_norm, x)
 
     def check_sparsity(self, value: float) -> None:
@@ -453,8 +453,8 @@ class SparseCoder(nn.Module):
         self.config[self.sparsity_name] = value
 
     def training_threshold(self, codes: Codes | Tensor) -> Tensor | None:
-        """The least code that is on, in training, where activations have norm √d_in; None in families without a
-        threshold. codes: of the last batch."""
+        """The threshold in training, where activations have norm √d_in: the least code that is on. None in families
+        without a threshold. codes: of the last batch."""
         return None
 
     def loss(self, batch: Batch, *, progress: float, dead: Tensor) -> dict[str, Tensor]:
@@ -481,10 +481,10 @@ class SparseCoder(nn.Module):
     @as_annotated
     @torch.no_grad()
     def calibrate(self, blocks: Iterable[Tensor], unseen: Tensor | None = None) -> dict[str, int | float]:
-        """Fit ``f_scale`` on training activations and count dead features, final weights; fit the threshold on
-        activations that training never saw (None: on the training ones, which flatter the coder).
+        """With the final weights, fit ``f_scale`` and count dead features on training activations; fit the threshold on
+        activations that training never saw (None: on training activations, which the coder fits better).
 
-        Returns {"dead": the share that fires on none of them, "tokens": how many there were, "l0": eval-mode L0}.
+        Returns {"dead": share of features that never fire on them, "tokens": their number, "l0": eval-mode L0}.
         """
         parts = [part for x in blocks for part in x.split(CALIBRATION_ROWS)]
         with self.reusing(CALIBRATION_ROWS):
@@ -497,7 +497,7 @@ class SparseCoder(nn.Module):
     @torch.no_grad()
     def _fit_scale(self, codes: Codes) -> None:
         """``f_scale`` from positive codes on the CPU."""
-        # A positive float's bits are ordered as it is: one sort, of whole numbers, by feature and then by value.
+        # The bits of positive floats, as integers, have the floats' order: one integer sort, by feature, then value.
         ordered = ((codes.features << 32) | codes.values.view(torch.int32)).sort().values
         counts = torch.bincount(codes.features, minlength=self.d_sae)
         place = counts.cumsum(0) - counts + (QUANTILE * (counts - 1)).long().clamp_min(0)
@@ -508,7 +508,7 @@ class SparseCoder(nn.Module):
 
     @contextmanager
     def reusing(self, rows: int) -> Iterator[None]:
-        """Within, passes without gradients over up to this many rows write their pre-activations into one buffer."""
+        """While open, passes without gradients over at most ``rows`` rows write pre-activations into one buffer."""
         before, self.scratch = self.scratch, kernels.Memory(rows, self.d_sae, self.W_dec.device)
         try:
             yield
@@ -546,7 +546,7 @@ class SparseCoder(nn.Module):
         return self.reads[0]
 
     def feature(self, feature: Any) -> int:
-        """The feature's number, checked."""
+        """A feature's number, checked."""
         return check_feature(feature, self.d_sae)
 
     @property
@@ -603,7 +603,7 @@ def weighted_sum(codes: Codes | Tensor, directions: Tensor) -> Tensor:
 
 
 def calibration_cost(coder: SparseCoder, x: Tensor, unseen: Tensor | None, rows: int) -> Cost:
-    """What ``coder.calibrate`` will take on ``rows`` rows. A trial on x tells, and leaves the coder calibrated."""
+    """The cost of ``coder.calibrate`` on ``rows`` rows, from a trial on x, which leaves the coder calibrated."""
     with costs.peak() as peak:
         facts, seconds = costs.timed(coder.calibrate, [x], unseen)
     larger = min(CALIBRATION_ROWS, rows) / len(x)  # rows encoded at a time

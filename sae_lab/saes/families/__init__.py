@@ -1,5 +1,5 @@
-"""One short file per family of coder, and one line here: ``sl.Family``, ``sl.load`` and the tests of every family's
-contract need no more."""
+"""One short file per family of coder. A new family needs its file and one line here: ``sl.Family``, ``sl.load`` and the
+tests that all families share then find it."""
 
 from sae_lab.saes.base import SparseCoder
 from sae_lab.saes.families.batchtopk import BatchTopK as BatchTopK

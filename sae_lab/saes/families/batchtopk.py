@@ -10,7 +10,7 @@ from sae_lab.saes.base import Wiring
 from sae_lab.saes.families.topk import TopK
 from sae_lab.types import Codes
 
-SPARE = 1000  # one code in a thousand may be on or off more than k says, where the gap between two is wider
+SPARE = 1000  # θ may leave on up to one code in a thousand more or fewer than k, for a wider gap
 
 
 class BatchTopK(TopK):
@@ -18,12 +18,12 @@ class BatchTopK(TopK):
     tokens may differ in how many they take (Bussmann et al. 2024, arXiv:2412.06410).
 
         training:   f = relu(the rows·k largest of pre in the batch), others 0
-        eval mode:  f = pre·1[pre > θ], by which a row's codes depend on that row alone
+        eval mode:  f = pre·1[pre > θ], so that a row's codes depend on that row alone
 
     Loss: mse + AuxK. θ is ``threshold``, fitted after training so that k features are active on average (within a
     thousandth). It is NaN until then, and eval mode raises ValueError. It lies in the middle of the widest gap between
-    two codes, so that rounding turns none of them on or off. (The paper takes the mean over batches of the least code
-    chosen, at which a code may lie.)
+    two codes, so that rounding turns none of them on or off. (The paper's θ is the mean over batches of the least
+    chosen code, and a code may be equal to it.)
 
     Args: as of ``sl.TopK``; k: active features per token on average.
     """
@@ -65,7 +65,7 @@ class BatchTopK(TopK):
         n = self.k * sum(map(len, blocks))
         if not n:
             raise ValueError("the threshold is fitted on activations, got no row of them")
-        most = n + n // SPARE + 1  # of them, the largest decide
+        most = n + n // SPARE + 1  # the largest pre-activations, which suffice to find θ
         values, least = self.threshold.new_empty(0), 0.0
         for x in blocks:
             pre = self._ranked(self._read(self._enter(self._rows(x)[0])[0]))
@@ -76,15 +76,15 @@ class BatchTopK(TopK):
         self.threshold.copy_(widest_gap(self.select.everywhere(values), n, n // SPARE))
 
     def _ranked(self, pre: Tensor) -> Tensor:
-        """That of which the largest are chosen."""
+        """The numbers of which the largest are chosen."""
         return pre
 
 
 def widest_gap(values: Float[Tensor, " some"], n: int, spare: int) -> Tensor:
-    """The middle of the widest gap between two neighbours among values > 0, so that n of them lie above it, up to
-    ``spare`` more or fewer; 0 where there are no more than n.
+    """The middle of the widest gap between two neighbours among values > 0 that leaves n of them above it, up to
+    ``spare`` more or fewer; 0 for at most n values.
 
-    Where all these are equal, and there is no gap, they fall together below it.
+    If these neighbours are all equal, so that there is no gap, none of them exceeds the result.
     """
     ordered = values.sort().values
     if len(ordered) <= n:

@@ -23,16 +23,16 @@ class Crosscoder(BatchTopK):
     or one site of several models (``torch.stack([a, b], 1)``). In training each layer is scaled to norm √d_in. W_enc is
     "layer·d_in d_sae" and W_dec "d_sae layer·d_in"; ``decoder_norms`` tells which layers a feature writes to.
 
-    Rows of W_dec have unit norm over all layers together, so that a code counts as the root of Σ_l ‖f_i·W_dec[i, l]‖².
-    Lindsey et al. count Σ_l ‖f_i·W_dec[i, l]‖, by which a feature of one layer is cheaper than one that writes as much
-    to several. ``selection`` and ``norm_penalty`` each count so; theirs is the penalty alone on f = relu, which is
-    norm_penalty with k=d_sae.
+    Rows of W_dec have unit norm over all layers together, so that f_i is the root of Σ_l ‖f_i·W_dec[i, l]‖². Lindsey et
+    al. use Σ_l ‖f_i·W_dec[i, l]‖ as a feature's strength, by which a feature of one layer costs less than one that
+    writes as much to several. ``selection`` and ``norm_penalty`` each use that strength; norm_penalty with k=d_sae is
+    their crosscoder, f = relu with the penalty alone.
 
     Args:
         d_in: width of one layer. layers: at least 2. k: active features per token on average.
         causal: a feature reads one layer and writes that and later ones; the dictionary has one equal group of features
-            for each layer. Else every feature reads and writes all.
-        selection: what BatchTopK takes the largest of, in training and by θ: "codes", f_i; or "decoder_norms",
+            for each layer. Else every feature reads and writes all layers.
+        selection: what BatchTopK ranks in training and compares with θ: "codes", f_i; or "decoder_norms",
             f_i·Σ_l ‖W_dec[i, l]‖.
         norm_penalty: weight λ of λ·Σ_i f_i·Σ_l ‖W_dec[i, l]‖ in the loss; 0: none.
         k_aux, seed: as of ``sl.TopK``.
@@ -56,7 +56,7 @@ class Crosscoder(BatchTopK):
         self.config |= {"norm_penalty": norm_penalty} if norm_penalty else {}
         self.layers, self.causal, self.selection, self.norm_penalty = layers, causal, selection, norm_penalty
         self.in_shape = self.out_shape = (layers, d_in)
-        if selection == "decoder_norms":  # θ is one number for f·norms, and so one a feature for f
+        if selection == "decoder_norms":  # one θ for f·norms is one θ per feature for f
             self.register_buffer("threshold", torch.full((d_sae,), float("nan")))
             self.register_buffer("layer_scale", torch.ones(layers))
             self.layer_scale: Tensor  # W_dec times it, layer by layer, is the W_dec of training: fold sets it

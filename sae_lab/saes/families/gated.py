@@ -15,8 +15,8 @@ class Gated(SparseCoder):
 
         f = 1[pre > 0]·relu(e^r_mag·(pre − b_enc) + b_mag), b_enc the gate's bias
 
-    Loss: mse + sparsity · Σrelu(pre) + ‖target − relu(pre)·W̄_dec − b̄_dec‖², the bar a stopped gradient: the penalty
-    shrinks the gate, not the codes.
+    Loss: mse + sparsity · Σrelu(pre) + ‖target − relu(pre)·W̄_dec − b̄_dec‖², the bar a stopped gradient, so that
+    the penalty shrinks the gate's pre-activations and not the codes.
 
     Args: sparsity: weight of the penalty. d_in, d_sae, seed, d_out, skip: see ``sl.SparseCoder``.
     """

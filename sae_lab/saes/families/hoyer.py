@@ -15,8 +15,8 @@ class Hoyer(L1):
 
     Loss: mse + sparsity · (Σf)²/Σf².
 
-    Args: sparsity: weight of the penalty, which is at most d_sae: larger by about d_in/L0 than for L1. The others as of
-    ``sl.L1``.
+    Args: sparsity: weight of the penalty, about d_in/L0 times that of L1 (the penalty is at most d_sae). The others as
+    of ``sl.L1``.
     """
 
     def penalty(self, f: Codes | Tensor, progress: float) -> Float[Tensor, ""]:

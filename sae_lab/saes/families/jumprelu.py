@@ -47,14 +47,14 @@ class JumpReLU(SparseCoder):
         return _Jump.apply(pre, self.threshold[features], self.bandwidth)
 
     def training_threshold(self, codes: Codes | Tensor) -> Tensor:
-        """The mean over features."""
+        """The mean θ over features."""
         return self.threshold.detach().mean()
 
     def eval_act(self):
         return portable.above, {"floor": self.threshold.clamp_min(0)}
 
     def reach(self, pre: Float[Tensor, "batch d_sae"]) -> Bool[Tensor, "batch d_sae"]:
-        """θ learns from what is a little below it too."""
+        """In training also a little below θ, since θ learns from there."""
         return pre > (self.threshold - self.bandwidth / 2 if self.training else self.threshold)
 
     def terms(self, batch: Batch, out: Output, *, progress: float, dead: Tensor) -> dict[str, Tensor]:

@@ -22,8 +22,8 @@ class L1(SparseCoder):
 
     Args:
         sparsity: weight of the penalty; 5 is the usual start.
-        drop: in eval mode, codes up to it are set to 0; in units of activations of norm √d_in. The buffer ``floor``
-            holds it in units of raw activations after training.
+        drop: codes of at most ``drop`` are set to 0 in eval mode; in units of activations of norm √d_in. After training
+            the buffer ``floor`` holds it in units of raw activations.
         d_in, d_sae, seed, d_out, skip: see ``sl.SparseCoder``.
     """
 
@@ -48,7 +48,7 @@ class L1(SparseCoder):
         return pre.relu() if self.training else super().act(pre, features)
 
     def penalty(self, f: Codes | Tensor, progress: float) -> Float[Tensor, ""]:
-        """What ``sparsity`` multiplies."""
+        """The penalty, without its weight ``sparsity``."""
         return losses.l1(f)
 
     def terms(self, batch: Batch, out: Output, *, progress: float, dead: Tensor) -> dict[str, Tensor]:

@@ -39,7 +39,7 @@ class MatrixSAE(TopK):
 
     @torch.no_grad()
     def set_features(self, features: Tensor, directions: Tensor, reads: Tensor) -> None:
-        """The nearest rank-one atoms."""
+        """Replace features, each by the rank-one atom nearest to its direction."""
         left, _, right = torch.linalg.svd(directions.reshape(len(features), self._matrix_rows, -1), full_matrices=False)
         self.V[features], self.W[features] = left[:, :, 0].to(self.V), right[:, 0].to(self.W)
         self.W_enc[:, features] = reads.to(self.W_enc).T

@@ -9,7 +9,7 @@ from sae_lab.saes.base import Wiring
 from sae_lab.saes.families.l1 import L1
 from sae_lab.types import Batch, Codes
 
-STEPS = 20  # in which p falls: each needs a new weight
+STEPS = 20  # in which p falls; each changes the weight c
 
 
 class PAnneal(L1):
@@ -18,8 +18,8 @@ class PAnneal(L1):
 
         f = relu(pre)
 
-    Loss: mse + sparsity · c · Σf^p. p falls from 1 to ``p_end`` between a tenth and nine tenths of training; where p
-    changes, c changes so that the penalty of that batch stays the same.
+    Loss: mse + sparsity · c · Σf^p. p falls from 1 to ``p_end`` between a tenth and nine tenths of training; when p
+    changes, c changes with it, so that the penalty of that batch stays the same.
 
     Args: sparsity: weight of the penalty. p_end: the last p, in (0, 1]. The others as of ``sl.L1``.
     """

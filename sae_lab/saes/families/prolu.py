@@ -25,7 +25,7 @@ class ProLU(L1):
 
 
 class _Switch(torch.autograd.Function):
-    """``portable.unlowered``. pre depends on b: its gradient of 1 there is the one b is to get."""
+    """``portable.unlowered`` with ProLU's gradients. b gets its gradient through pre, which contains b."""
 
     @staticmethod
     def forward(ctx, pre, b, floor):

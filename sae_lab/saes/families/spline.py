@@ -15,10 +15,10 @@ class Spline(TopK):
 
         f = relu(the k largest of h(pre)), others 0; h_i(p) = p + Σ_b bend[i, b]·B_b(p)
 
-    B_b: hats on ``knots`` even places from −span to span. It starts as TopK (bend = 0). Loss: mse + AuxK.
+    B_b: hat functions at ``knots`` evenly spaced points from −span to span; bend starts at 0 (TopK). Loss: mse + AuxK.
 
-    Args: knots: at least 2. span: where the hats end, in pre-activations (activations have norm √d_in in training). The
-    others as of ``sl.TopK``.
+    Args: knots: at least 2. span: the last knot, in units of pre-activations (activations have norm √d_in in training).
+    The others as of ``sl.TopK``.
     """
 
     takes_multi = False

@@ -16,8 +16,8 @@ class Switch(TopK):
         p = softmax((x − b_router)·W_router), e = argmax p
         f = p_e · relu(the k largest pre of part e), others 0
 
-    Loss: mse + balance · d_in · experts · Σ_e share_e · mean p_e (1 where the experts share alike) + AuxK. AuxK is an
-    addition: the authors' code trains without it. b_router starts at the geometric median of the first batch.
+    Loss: mse + balance · d_in · experts · Σ_e share_e · mean p_e + AuxK; experts · Σ is 1 if all experts get
+    equal shares. The authors' code trains without AuxK. b_router starts at the geometric median of the first batch.
 
     Args: experts: parts; must divide d_sae. balance: weight of the balance, per dimension of x. The others as of
     ``sl.TopK``.
@@ -47,13 +47,13 @@ class Switch(TopK):
 
     @torch.no_grad()
     def begin(self, batch: Batch) -> None:
-        """b_router, which is taken from x, at the geometric median of x, unless it is set."""
+        """Start from the first batch: b_router at the geometric median of x, unless it is set."""
         super().begin(batch)
         if not bool(self.b_router.any()):
             self.b_router.copy_(losses.geometric_median(batch.x.flatten(1)))
 
     def route(self, x: Tensor) -> Tensor:
-        """p, "batch experts"."""
+        """The router's probabilities p, "batch experts"."""
         return portable.routes(x, self.eval_act()[1])
 
     def eval_act(self):

@@ -40,7 +40,7 @@ class Tokenized(BatchTopK):
         if batch.tokens is not None and not bool(self.lookup.any()):
             sums = torch.zeros_like(self.lookup).index_add_(0, batch.tokens, batch.target - self.b_dec)
             counts = torch.bincount(batch.tokens, minlength=len(self.lookup))
-            self.lookup.copy_(sums / (counts + 1)[:, None])  # rare tokens start nearer to no opinion
+            self.lookup.copy_(sums / (counts + 1)[:, None])  # rare tokens start nearer to 0
 
     def _write(self, codes: Codes | Tensor, x: Tensor | None, tokens: Tensor | None) -> Tensor:
         self._check_tokens(tokens)

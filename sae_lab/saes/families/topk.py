@@ -20,7 +20,7 @@ class TopK(SparseCoder):
 
     Args:
         k: active features per token. k_aux: dead features that fit the residual; None: d_in/2.
-        multi: Multi-TopK, 4 in the paper: the coder stays good when more than k features are read out. 1: without.
+        multi: Multi-TopK, 4 in the paper: the coder also reconstructs well with more than k features. 1: without it.
         d_in, d_sae, seed, d_out, skip: see ``sl.SparseCoder``.
     """
 

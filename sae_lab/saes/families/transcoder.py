@@ -2,7 +2,7 @@ from sae_lab.saes.families.batchtopk import BatchTopK
 
 
 class Transcoder(BatchTopK):
-    """``sl.Transcoder(d_in=576, d_sae=4608, k=32)``: the sparse stand-in of a layer, from its input x to its output
+    """``sl.Transcoder(d_in=576, d_sae=4608, k=32)``: a sparse replacement for a layer, from its input x to its output
     y (Dunefsky et al. 2024, arXiv:2406.11944).
 
         f = BatchTopK of x·W_enc + b_enc

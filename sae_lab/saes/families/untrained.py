@@ -1,4 +1,4 @@
-"""Coders that nobody trained: what any measure of a trained one has to be read against.
+"""Untrained coders: the baselines with which to compare any score of a trained coder.
 
 sl.evals.report([sae, *sl.saes.baselines(sae, store).values()])
 """
@@ -23,15 +23,15 @@ NAMES = ("mean", "identity", "PCA", "random")
 def baselines(
     sae: SparseCoder, x: Float[Tensor, "rows d_in"], names: Iterable[str] = NAMES, seed: int = 0
 ) -> dict[str, SparseCoder]:
-    """Coders of sae's width and site that deserve known scores, by name.
+    """Baseline coders of sae's d_in and site, by name; their scores say what those of sae are worth.
 
     - "mean": no feature ever fires, x_hat is the mean of x: FVU 1, and what mean ablation costs.
-    - "identity": 2·d_in features, f = relu(±x), x_hat = x exactly: FVU 0, nothing sparse about it.
-    - "PCA": k pairs of features, f = relu(±(x − mean)·V) of the k first components, k sae's mean L0 on x: the best
-      linear code of that many numbers, which are not sparse but the same for every token.
-    - "random": sae's d_sae random unit directions, the k strongest of each token, at the one scale that fits x best.
+    - "identity": 2·d_in features, f = relu(±x), x_hat = x exactly: FVU 0, and not sparse.
+    - "PCA": k pairs of features, f = relu(±(x − mean)·V) of the k first components; k is sae's mean L0 on x: the best
+      linear code of k numbers, the same k components for every token.
+    - "random": d_sae random unit directions, the k strongest of each token, at the one scale that fits x best.
 
-    x: activations at the site, on which mean, components and scale are fitted. They take over sae's site, mask and
+    x: activations at the site, on which mean, components and scale are fitted. The baselines have sae's site, mask and
     model. Raises ValueError for an unknown name and for a coder that does not reconstruct what it reads.
     """
     names = tuple(names)

@@ -26,7 +26,7 @@ class VQ(SparseCoder):
 
     def __init__(self, d_in: int, d_sae: int, seed: int = 0):
         super().__init__(d_in, d_sae, {}, seed=seed)
-        del self.b_enc  # it follows from the book
+        del self.b_enc  # it is computed from the book
 
     @property
     def W_enc(self) -> Tensor:  # type: ignore[override]
@@ -55,7 +55,7 @@ class VQ(SparseCoder):
         self.W_dec.copy_(batch.target[rows] - self.b_dec)
 
     def fold(self, scale: float | Tensor, target_scale: float | Tensor | None = None) -> None:
-        """The book is in units of activations, and its codes in none."""
+        """Rescale the book, which has the units of activations; its codes, 0 or 1, have none."""
         assert target_scale is None or target_scale is scale, "a code book has one scale"
         super().fold(scale, scale)
         with torch.no_grad():
