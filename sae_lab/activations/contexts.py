@@ -1,4 +1,4 @@
-"""Evaluation text: contexts spread over documents, so that a standard error clustered by document means something."""
+"""Evaluation text: contexts spread over many documents, as a standard error clustered by document requires."""
 
 from itertools import islice
 
@@ -12,8 +12,8 @@ MOST_DOCUMENTS = 64
 
 
 def context_length(coder: SparseCoder, lm: LM, tokens: int, context: int | None = None) -> int:
-    """The length ``context``, by default that of the coder's training, else 128 tokens. ValueError for a length that
-    the model cannot read, and for no tokens."""
+    """Tokens of an evaluation context: ``context``; None: the coder's training context, else 128. ValueError for a
+    length that the model cannot read, and for ``tokens`` < 1."""
     context = trained_context(coder) if context is None else context
     if tokens < 1:
         raise ValueError(f"tokens must be positive, got {tokens}")
@@ -23,7 +23,7 @@ def context_length(coder: SparseCoder, lm: LM, tokens: int, context: int | None 
 
 
 def trained_context(coder: SparseCoder) -> int:
-    """Tokens of a context in training; 128 where the coder does not know."""
+    """Tokens of a context in training; 128 if the coder has no record of it."""
     return int(coder.meta.get("context") or 128)
 
 
@@ -43,7 +43,7 @@ def spread_contexts(lm: LM, text: Documents, tokens: int, length: int) -> list[C
     if not by_document:
         raise ValueError("the evaluation text is empty: it needs a document of at least two tokens")
     each = -(-tokens // (length * len(by_document)))
-    while True:  # documents shorter than their share leave it to the others
+    while True:  # the rest of a short document's share goes to the others
         chosen = [
             contexts[i]
             for contexts in by_document.values()

@@ -1,4 +1,4 @@
-"""harvest(): one pass of a language model writes a store, shard by shard, and goes on where it was interrupted."""
+"""harvest(): one pass of a language model over text writes a store, shard by shard; an interrupted one is resumed."""
 
 import json
 import logging
@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 MAX_NORM = 4.0  # in medians: attention sinks and massive activations lie above (the bundled model's at 6 medians)
 FORWARD_TOKENS = 1408  # per forward pass at most: eleven contexts of 128, and a shard is three such passes
 SHARD_TOKENS = 4096
-ORDER = 3  # which contexts stand in which shard: another number for another rule
+ORDER = 3  # version of the rule that puts contexts into shards
 
 
 @as_annotated
@@ -55,18 +55,18 @@ def harvest(
     """``store = sl.harvest(lm, site, text)``: read ``tokens`` kept activations at the sites into a store on disk, or
     open the store if it exists.
 
-    One pass serves all sites and stops at the deepest. Killed at any moment and called again, it goes on from the last
-    whole shard; asked for more tokens, it adds shards; a damaged shard is made again.
+    One pass serves all sites and stops at the deepest. After an interruption the same call goes on from the last whole
+    shard; a call for more tokens adds shards; a damaged shard is made again.
 
     Args:
         path: a folder; None is one in the cache, named by model, sites, text and settings.
         context: tokens the model sees at once, prefix included.
         pack: let contexts span documents.
-        mask: which tokens count; None is ``lm.mask()`` and a norm of at most 4 medians of the first shard.
-        coder: keep its codes in place of activations, by its own mask. They are smaller, also on the way from a server;
-            such a store can be indexed (``sl.index_features``) with that coder, and not trained on.
+        mask: which tokens are kept; None: ``lm.mask()`` with a largest norm of 4 medians of the first shard.
+        coder: keep the coder's codes, under its mask, in place of activations. They take less disk, and less traffic
+            from a server; such a store can be indexed (``sl.index_features``) with that coder, but not trained on.
 
-    Of a model on a server the tokens that count are chosen there, and their activations come in half precision.
+    With a model on a server, the server applies the mask and sends the activations in half precision.
 
     Raises ValueError when the folder holds a store of another model, site or text (the difference is named), the text
     is empty or shorter than a context, or activations are not finite.
@@ -78,7 +78,7 @@ def _harvest(
     lm: LM, sites: Site | str | Iterable[Site | str], text: Documents, tokens: int, path: str | Path | None,
     context: int, pack: bool, mask: TokenMask | None, coder: SparseCoder | None,
 ) -> "_Harvest":  # fmt: skip
-    """The call of ``harvest``, checked."""
+    """A call of ``harvest`` with checked arguments."""
     if tokens < 1 or context < 2:
         raise ValueError(f"harvest needs tokens >= 1 and context >= 2, got tokens={tokens}, context={context}")
     text = as_text(text)
@@ -159,7 +159,7 @@ class _Harvest:
                 if number >= len(good) or not good[number]:
                     tensors, excluded = self._read(passes)
                     if writing is not None:
-                        writing.result()  # its errors are ours
+                        writing.result()  # raises its error here
                     writing = writer.submit(self._write, number, tensors, excluded)
                     rows = len(tensors["token"])
                 else:
@@ -205,7 +205,7 @@ class _Harvest:
         return manifest
 
     def rows_there(self) -> float:
-        """Rows of whole shards, told by their size alone; infinite where the text was read to its end."""
+        """Rows of the whole shards, judged by file size alone; infinite if the text was read to its end."""
         if not (self.folder / "manifest.json").exists():
             return 0
         manifest = self._open()
@@ -236,7 +236,7 @@ class _Harvest:
             yield group
 
     def _write(self, number: int, tensors: dict[str, Tensor], excluded: int) -> None:
-        """A shard on disk, and then in the manifest. In a thread, while the model reads the next one."""
+        """Write a shard to disk, then into the manifest; in a thread, while the model reads the next shard."""
         name, rows = f"{number:06d}.safetensors", sum(s["rows"] for s in self.manifest["shards"][:number])
         opened = f", or open it with sl.Store({str(self.folder)!r})" if rows else ""
         kept = f"the store there holds {rows} whole tokens: make room and call harvest again to go on{opened}"
@@ -285,7 +285,7 @@ class _Harvest:
         return kept, {s.key: self._pack(s, x[kept]) for s, x in acts.items()}
 
     def _read_packed(self, batches: list[TokenBatch]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The same, chosen and packed where the model is."""
+        """``_read_whole``, with the tokens chosen and packed where the model runs."""
         mask, scales = TokenMask.from_dict(self.manifest["mask"]), self.manifest["scales"]
         common = {"special": list(mask.special_ids), "skip_first": mask.skip_first}
         after = {
@@ -310,7 +310,7 @@ class _Harvest:
         return kept, tensors
 
     def _packed_form(self, batch: TokenBatch) -> dict[Site, Any]:
-        """What ``packed`` makes at each site."""
+        """The form of what ``packed`` returns at each site."""
         keep = Bool[Tensor, f"{int(batch.mask.sum())}"]
 
         def rows(found: Any, width: int) -> bool:
@@ -329,7 +329,7 @@ class _Harvest:
         return torch.cat([part["keep"] for part in found]), codes
 
     def _fix_mask(self, acts: dict[Site, Tensor], ids: Tensor, positions: Tensor) -> TokenMask:
-        """The store's mask and scales: decided on the first shard, then kept."""
+        """The store's mask; it and the scales are fixed on the first shard."""
         for site, x in acts.items():
             self._require_finite(site, x, ids, positions)
         if self.manifest["mask"] is None:
@@ -340,7 +340,7 @@ class _Harvest:
             limits = {s.key: MAX_NORM * m for s, m in medians.items()}
             mask = self.mask or TokenMask(base.special_ids, base.skip_first, limits)
             self.manifest["mask"] = mask.to_dict()
-            # A power of two changes no digit; values come out near 1, far from float16's limits.
+            # Division by a power of two is exact, and brings values near 1, far from float16's limits.
             self.manifest["scales"] = {
                 s.key: 2.0 ** round(np.log2(max(m, 1e-30) / self.lm.width(s) ** 0.5)) for s, m in medians.items()
             }
@@ -378,7 +378,7 @@ def cost(
     lm: LM, sites: Site | str | Iterable[Site | str], text: Documents, tokens: int, path: str | Path | None,
     context: int, pack: bool, mask: TokenMask | None, coder: SparseCoder | None,
 ) -> Cost:  # fmt: skip
-    """What ``harvest`` will take with these arguments. Tried: a shard of the text's first documents, or as much of it
+    """The cost of ``harvest`` with these arguments. The trial harvests a shard of the first documents, or as much of it
     as a slow model reads in a few seconds, into a folder that is deleted."""
     call, once = timed(_harvest, lm, sites, text, tokens, path, context, pack, mask, coder)
     there = call.rows_there()
@@ -427,7 +427,7 @@ def _tokens(contexts: list[Context]) -> int:
 
 
 def _documents(text: Text) -> float:
-    """How many there are; infinite for a stream, whose end is not known."""
+    """The number of documents; infinite for a stream, whose length is not known."""
     try:
         return len(text)
     except TypeError:
@@ -435,7 +435,7 @@ def _documents(text: Text) -> float:
 
 
 def ahead(items: Iterable[T]) -> Iterator[T]:
-    """The same items; a thread makes the next one while the present one is worked on."""
+    """The same items; a thread makes the next item while the caller works on this one."""
     iterator, end = iter(items), object()
     with ThreadPoolExecutor(1, "sae_lab reads ahead") as thread:
         waiting: Future[Any] = thread.submit(next, iterator, end)

@@ -44,14 +44,14 @@ def read_codes(lm: LM, coder: SparseCoder, batch: TokenBatch) -> Coded:
 
 
 def coded(lm: LM, coder: SparseCoder, batch: TokenBatch, x: Float[Tensor, "batch pos d"]) -> Coded:
-    """The same, from activations x that have been read at the coder's site."""
+    """``read_codes`` from activations x that have been read at the coder's site."""
     mask = coder.mask or lm.mask()
     keep = mask.keep(batch.ids, batch.positions, {coder.site: x.to(batch.ids.device)}) & batch.mask
     return Coded(coder.codes_of(x[keep.to(x.device)]), keep.cpu())
 
 
 def read_there(lm: LM, coder: SparseCoder, batches: Iterable[TokenBatch]) -> list[dict[str, Tensor]]:
-    """What ``sparse_rows`` makes of each batch where the model runs."""
+    """``sparse_rows`` of each batch, computed where the model runs."""
     site, mask = coder.site, coder.mask or lm.mask()
     after = partial(
         sparse_rows, plan=coder.portable(whole=False), special=list(mask.special_ids), skip_first=mask.skip_first,
@@ -80,7 +80,7 @@ def read_some(
 
 def require_fits(coder: SparseCoder, lm: LM, writes: bool = True) -> None:
     """ValueError unless the model has the sites that a coder reads, and with ``writes`` those it writes, each with the
-    coder's width. For a coder without a site too."""
+    coder's width. ValueError also for a coder without a site."""
     reads = coder.reads or (coder.site,)
     wanted = [("reads", site, coder.in_shape[-1]) for site in reads]
     wanted += [("writes", site, coder.out_shape[-1]) for site in coder.writes or reads] if writes else []
@@ -93,7 +93,7 @@ def require_fits(coder: SparseCoder, lm: LM, writes: bool = True) -> None:
 
 
 def sparse_form(batch: TokenBatch, coder: SparseCoder) -> dict[str, Any]:
-    """The form of what ``sparse_rows`` makes, and its bytes at most, as arguments of ``lm.run``."""
+    """The form of what ``sparse_rows`` returns, and its expected bytes, as arguments of ``lm.run``."""
     many, d_sae = int(batch.mask.sum()), coder.d_sae
     parts = {
         "values": Float[Tensor, "codes"], "features": Int[Tensor, "codes"], "counts": Int[Tensor, "kept"],
@@ -107,7 +107,7 @@ def sparse_form(batch: TokenBatch, coder: SparseCoder) -> dict[str, Any]:
         fits = len(counts) == int(found["keep"].sum()) and int(counts.sum()) == len(features)
         return fits and bool((counts >= 0).all()) and bool(((features >= 0) & (features < d_sae)).all())
 
-    return {"form": sparse_codes, "expected": many * d_sae}  # 8 bytes a code: answers.SLACK makes it as many as can be
+    return {"form": sparse_codes, "expected": many * d_sae}  # 8 bytes a code; times answers.SLACK, enough for all codes
 
 
 @no_type_check
@@ -121,7 +121,7 @@ def sparse_rows(x, tokens, plan, special, skip_first, limit):
         keep &= (rows.norm(dim=-1) <= limit).cpu()
     at_home(plan, x.device)
     values, features, counts = [], [], []
-    for part in rows[keep.to(x.device)].split(1024):  # dense codes of all would be large
+    for part in rows[keep.to(x.device)].split(1024):  # dense codes of all rows would be large
         codes = encode(plan, part)
         on = codes > 0
         counts.append(on.sum(-1).int().cpu())
@@ -136,7 +136,7 @@ def sparse_rows(x, tokens, plan, special, skip_first, limit):
 
 @no_type_check
 def some_codes(x, tokens, plan, limit):
-    """Of real tokens: "codes" of the plan's features, dense, "tokens features"; "loud": whether the norm is above the
+    """For real tokens: "codes" of the plan's features, dense, "tokens features"; "loud": whether the norm is above the
     limit."""
     at_home(plan, x.device)
     rows = x[tokens.mask.to(x.device)].float()

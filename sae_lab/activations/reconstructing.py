@@ -1,4 +1,4 @@
-"""How much of the activations, and of the model's behaviour, a coder keeps."""
+"""How well a coder's reconstruction keeps the activations and the model's loss."""
 
 import math
 from dataclasses import field
@@ -22,16 +22,16 @@ from sae_lab.saes.base import SparseCoder
 from sae_lab.stats import clustered_error
 from sae_lab.types import Site, TokenBatch, Write
 
-AT_STAKE = 0.1  # nats/token that an ablation must cost, and
-SURE = 3  # how many of its standard errors, for a share of that cost to mean something
+AT_STAKE = 0.1  # CE recovered is undefined if ablation costs less than this, in nats/token,
+SURE = 3  # or less than this number of its standard errors
 
 
 @result
 class Reconstruction(Result):
     """Result of ``sl.evals.reconstruction``.
 
-    Losses are nats/token; ``ce_recovered`` is 1 for the identity and 0 for mean ablation; NaN where the ablation costs
-    too little for a share of it to mean something (see ``recovered``).
+    Losses are nats/token; ``ce_recovered`` is 1 for the identity and 0 for mean ablation; NaN if the ablation costs too
+    little to take a share of it (see ``recovered``).
     """
 
     l0: float = figure("L0", "active features per token, eval mode", digits=2)
@@ -59,13 +59,13 @@ class Reconstruction(Result):
     documents: int
     excluded: float
     mask: str
-    token_deltas: Tensor = field(repr=False, compare=False)  # ΔCE of each predicted token, and
-    token_documents: Tensor = field(repr=False, compare=False)  # the document it stands in
+    token_deltas: Tensor = field(repr=False, compare=False)  # ΔCE of each predicted token
+    token_documents: Tensor = field(repr=False, compare=False)  # each predicted token's document
 
     def minus(self, other: "Reconstruction") -> tuple[float, float]:
-        """(ΔCE of this less that of another coder's, standard error): paired by token, clustered by document.
+        """(this coder's ΔCE minus the other's, standard error): paired by token, clustered by document.
 
-        ValueError where they were not measured on the same tokens.
+        ValueError if the two were not measured on the same tokens.
         """
         if not torch.equal(self.token_documents, other.token_documents):
             raise ValueError("these two were not measured on the same tokens: give both evals the same text and tokens")
@@ -104,7 +104,7 @@ def reconstruction(
     FVU = Σ‖y−ŷ‖²/Σ‖y−ȳ‖² over kept tokens, y the activation that the coder reconstructs. ΔCE = CE(spliced) − CE(clean)
     over every predicted token; tokens that the mask leaves out pass unchanged. CE recovered = 1 − ΔCE/ΔCE(ablated); NaN
     where ablation costs less than .1 nats or less than three of its standard errors.
-    Controls: mean and zero ablation, and PCA of rank k of y fitted on these same activations (which favours PCA).
+    Controls: mean and zero ablation, and PCA of y, of rank k, fitted on these same activations (which favours PCA).
 
     Args:
         text: held-out documents, e.g. ``text.held_out``. tokens: how many to read.
@@ -150,7 +150,7 @@ def reconstruction(
 class Measured(NamedTuple):
     """Texts and a coder's reconstructions; rows are the tokens of all contexts, one after another."""
 
-    site: Site  # where the reconstruction goes in
+    site: Site  # where the reconstruction is spliced in
     contexts: list[Context]
     y: Tensor  # the activations to reconstruct, "tokens d_out"
     y_hat: Tensor
@@ -173,8 +173,8 @@ def read_and_reconstruct(
     """One pass to the coder's site, and its reconstruction there, in eval mode. ValueError where no token is kept."""
     at, layer = _splice_site(coder, lm, site)
     mask = coder.mask or lm.mask()
-    # One context at a time, as they are spliced later: another shape rounds differently, and the identity must cost 0.
-    # On a server that would be eight times the requests.
+    # One context at a time, as in the spliced passes: another shape rounds differently, and the identity must cost 0.
+    # On a server eight at a time, for fewer requests.
     at_once = 8 if lm.remote else 1
     texts = [c.ids for c in contexts]
     batches = [pad(texts[start : start + at_once]) for start in range(0, len(texts), at_once)]
@@ -192,27 +192,27 @@ def read_and_reconstruct(
 
 
 def too_little(ablated: float, error: float) -> str:
-    """Why a share of an ablation's cost (nats/token ± its standard error) would mean nothing; "" if it means something.
-    An error of NaN, as of a single document, does not count."""
+    """Why an ablation's cost (nats/token ± its standard error) is too small to take a share of it; "" if it is not. An
+    error of NaN, as with a single document, is ignored."""
     if not ablated >= AT_STAKE:
         return f"below {AT_STAKE}"
     return f"below {SURE} of its standard errors ({error:.2f})" if ablated < SURE * error else ""
 
 
 def recovered(cost: float, ablated: float, error: float) -> float:
-    """1 − cost/ablated, the share of an ablation's cost that a coder does not lose; NaN where the ablation costs less
-    than .1 nats or less than three of its standard errors (``error``)."""
+    """1 − cost/ablated, the share of an ablation's cost that a coder recovers; NaN if the ablation costs less than .1
+    nats or less than three of its standard errors (``error``)."""
     return math.nan if too_little(ablated, error) else 1 - cost / ablated
 
 
 def said_of(ablation: str, cost: float, error: float) -> str:
-    """The cost of an ablation in words, and whether it is too small to give a share of it."""
+    """The cost of an ablation in words, and whether it is too small to take a share of it."""
     why = too_little(cost, error)
     return f"{ablation} costs {cost:.2f}" + (f", {why}: a share of that says nothing" if why else "")
 
 
 def _splice_site(coder: SparseCoder, lm: LM, site: Site | str | None) -> tuple[Site, int | None]:
-    """(where the reconstruction goes in, its place among a crosscoder's layers)."""
+    """(the site where the reconstruction is spliced in, its number among a crosscoder's layers)."""
     require_fits(coder, lm)
     writes = coder.writes or coder.reads
     at = Site.of(site) if site is not None else writes[-1]
@@ -235,7 +235,7 @@ def _reconstruct(coder: SparseCoder, x: Tensor, ids: Tensor) -> tuple[Tensor, Te
 
 
 def _measure(coder: SparseCoder, y: Tensor, y_hat: Tensor, active: Tensor, kept: Tensor) -> dict[str, Any]:
-    """What needs only activations: L0, FVU, and PCA of rank k."""
+    """The measures that need only activations: L0, FVU, and PCA of rank k."""
     error = (y - y_hat).pow(2).sum(-1).double()
     yk = y[kept].double()
     mean = yk.mean(0)
@@ -257,11 +257,11 @@ def _measure(coder: SparseCoder, y: Tensor, y_hat: Tensor, active: Tensor, kept:
 def _losses(
     lm: LM, site: Site, contexts: list[Context], kept: Tensor, x_hat: Tensor, measured: dict[str, Any]
 ) -> tuple[Float[Tensor, "variants predicted"], Tensor]:
-    """Loss per predicted token when the site is clean, spliced, mean-ablated, zeroed, cut to PCA; and its document.
+    """Loss per predicted token when the site is clean, spliced, mean-ablated, zeroed, cut to PCA; and the document.
 
     One context at a time, all variants in one pass: layers below the site run once, for a batch of one, and the write
-    makes it a batch of five. If a write cannot (mid-block the stream is changed in place; other heads keep their batch;
-    masks are made for the embeddings' batch; BLOOM and others refuse), the batch is five from the start.
+    makes it a batch of five. Where a write cannot do so (mid-block the stream is changed in place; other heads keep
+    their batch; masks fit the embeddings' batch; BLOOM and others refuse), the batch is five from the start.
     """
     from tqdm.auto import tqdm
 
@@ -282,7 +282,7 @@ def _losses(
 
 
 def fixes_the_batch(site: Site) -> bool:
-    """Whether a write at this site must leave the number of texts as it is."""
+    """Whether a write at this site must keep the batch size."""
     return site.kind in ("resid_mid", "embed", "module") or site.head is not None
 
 
@@ -293,14 +293,14 @@ def repeated(batch: TokenBatch, times: int) -> TokenBatch:
 
 
 def _may_grow(lm: LM, site: Site, context: Context) -> bool:
-    """Whether a write may make one row five: tried on a few tokens, where all five must then cost the same."""
+    """Whether a write may turn one row into five: tried on a few tokens, where all five must have the same loss."""
     batch = pad([context.ids[:4]])
     five = repeated(batch, 5)
     try:
         losses = lm.run(
             batch, writes=[Write(site, five_of_one)], logits=partial(losses_of_each, ids=five.ids, mask=five.mask)
         )[1][:, 1:]
-    except Exception:  # each model has its error for this
+    except Exception:  # each model raises another type
         return False
     return losses.shape[0] == 5 and bool(torch.allclose(losses, losses[:1].expand_as(losses), rtol=1e-2))
 
@@ -313,8 +313,8 @@ def five_of_one(x, tokens):
 
 @no_type_check
 def variants(x, tokens, x_hat, keep, mean, basis):
-    """Of one text's x: itself, its reconstruction, the mean, zero, and its PCA, in one batch; left-out tokens stay as
-    they are. A function of torch alone, see ``saes.portable``."""
+    """Five variants of a text's x in one batch: x, its reconstruction, the mean, zero, its PCA; tokens that the mask
+    leaves out keep x. A function of torch alone, see ``saes.portable``."""
     mean, basis, keep, x_hat = mean.to(x.device), basis.to(x.device), keep.to(x.device), x_hat[None].to(x.device)
     x = x[:1]
     rows = x.float()
@@ -330,5 +330,5 @@ def variants(x, tokens, x_hat, keep, mean, basis):
 
 @no_type_check
 def losses_of_each(logits, tokens, ids, mask):
-    """Losses of the tokens that went in once, in each of the variants that came out."""
+    """Losses of one row of tokens under each variant of the batch."""
     return token_losses(logits, SimpleNamespace(ids=ids, mask=mask))

@@ -1,10 +1,10 @@
-"""Activations as training and indexing read them: a ``Store`` on disk, or ``Rows`` of a plain tensor.
+"""Activations for training and indexing: a ``Store`` on disk, or ``Rows`` of a plain tensor.
 
 A store is a folder that ``harvest`` wrote: ``manifest.json`` and safetensors shards. Each row belongs to an item that
-the network read at once and to a place in it; of text, the item is a context and the place a token's position. A shard
-has for every row its activations at each site (float16 after a per-site power-of-two scale), "context" (the item),
-"position" (the place), "document" (a group of items, which are not independent) and "token". The token ids, "token"
-and "ids" with "lengths" for whole contexts, are columns that a store of text has.
+the network read at once, and to a place in the item; in text, the item is a context and the place a token's position. A
+shard has for every row its activations at each site (float16 after a per-site power-of-two scale), "context" (the
+item), "position" (the place) and "document" (a group of items that are not independent). A store of text also has token
+ids: "token" for every row, and "ids" with "lengths" for whole contexts.
 """
 
 import json
@@ -34,7 +34,7 @@ _REMEDY = "call sl.harvest again with the same path to remake it"
 
 
 class Runs:
-    """Rows of a store as runs of consecutive rows; ``runs[i]`` is the i-th of them all."""
+    """Rows of a store as runs of consecutive rows; ``runs[i]`` is the i-th row over all runs."""
 
     def __init__(self, starts: np.ndarray, lengths: np.ndarray):
         self._starts = starts
@@ -50,14 +50,14 @@ class Runs:
 
 
 def split_runs(starts: np.ndarray, lengths: np.ndarray, groups: np.ndarray) -> tuple[Runs, Runs]:
-    """(training rows, reserved rows). Every fifth group is reserved, none of fewer than five. Settings that must hold
-    on new text, like BatchTopK's threshold, are fitted on reserved rows, since training rows flatter a coder."""
+    """(training rows, reserved rows). Every fifth group is reserved; of fewer than five groups, none. Settings that
+    must hold on new text, like BatchTopK's threshold, are fitted on reserved rows, which training never saw."""
     reserved = groups % RESERVE_EVERY == RESERVE_EVERY - 1
     return Runs(starts[~reserved], lengths[~reserved]), Runs(starts[reserved], lengths[reserved])
 
 
 def shuffled(rows: Runs, step: int, batch_size: int, seed: int) -> np.ndarray:
-    """Batch ``step`` of an endless stream of passes over these rows, each pass in its own random order."""
+    """Batch ``step`` of an endless stream of passes over these rows, each pass in a new random order."""
     n = len(rows)
     at = np.arange(step * batch_size, (step + 1) * batch_size, dtype=np.int64)
     out = np.empty(batch_size, np.int64)
@@ -70,8 +70,8 @@ def shuffled(rows: Runs, step: int, batch_size: int, seed: int) -> np.ndarray:
 def permute(index: np.ndarray, n: int, key: int) -> np.ndarray:
     """A random-looking permutation of 0..n-1, evaluated only at ``index``.
 
-    Four Feistel rounds permute a power of four at least n; what lands outside is permuted again until it lands inside
-    (Black & Rogaway 2002, "Ciphers with arbitrary finite domains").
+    Four Feistel rounds permute 0..m-1, m a power of four ≥ n; a number ≥ n is permuted again until it is below n (Black
+    & Rogaway 2002, "Ciphers with arbitrary finite domains").
     """
     half = max(1, (int(n - 1).bit_length() + 1) // 2)
     low = np.uint64((1 << half) - 1)
@@ -93,7 +93,7 @@ def permute(index: np.ndarray, n: int, key: int) -> np.ndarray:
 
 @as_annotated
 class Shuffled:
-    """Base of what serves shuffled batches."""
+    """Base of the classes that serve shuffled batches."""
 
     _split: Any  # (training rows, reserved rows)
     _x: Callable[[np.ndarray], Tensor]
@@ -101,8 +101,8 @@ class Shuffled:
     __len__: Callable[..., int]
 
     def batch(self, step: Count, batch_size: Count, seed: int = 0) -> Batch:
-        """Batch number ``step`` of an endless shuffled stream, in which each pass has every training row once, in a new
-        order. It costs O(batch_size), since the order is computed and not stored."""
+        """Batch number ``step`` of an endless shuffled stream: each pass has every training row once, in a new order.
+        It costs O(batch_size), since the order is computed and not stored."""
         return self._batch(shuffled(self._split[0], step, batch_size, seed))
 
     @property
@@ -116,7 +116,7 @@ class Shuffled:
         return self._x(rows[np.arange(min(most, len(rows)))]) if len(rows) else None
 
     def unseen(self, most: Count) -> Batch:
-        """At most ``most`` rows that no batch holds; of a store too small to reserve any, the last rows."""
+        """At most ``most`` rows that no batch holds; the last rows if the store is too small to reserve any."""
         reserved = self._split[1]
         last = np.arange(max(0, len(self) - most), len(self))
         return self._batch(reserved[np.arange(min(most, len(reserved)))] if len(reserved) else last)
@@ -130,7 +130,7 @@ class Shuffled:
 
 @as_annotated
 class Store(Shuffled):
-    """Activations on disk. ``Store(path)`` opens what ``harvest`` made; ``rows=1000`` limits it to the first 1,000.
+    """Activations on disk. ``Store(path)`` opens a store of ``harvest``; ``rows=1000`` limits it to the first 1,000.
 
     ``len(store)`` is the number of kept tokens; ``store.at(site)`` chooses one of several sites.
     """
@@ -189,14 +189,14 @@ class Store(Shuffled):
         return f"{zlib.crc32(content.encode()):08x}-{self._rows}"
 
     def at(self, site: Site | str) -> "Store":
-        """This store, reading one of its sites. ValueError, which lists the sites, for another."""
+        """This store, reading one of its sites. ValueError, which lists the sites, for a site it does not have."""
         site = Site.of(site)
         if site not in self.sites:
             raise ValueError(f"this store has no {site}; it has {', '.join(map(repr, self.sites))}")
         return Store(self.path, self._rows, site)
 
     def view(self, reads: Sequence[Site], writes: Sequence[Site]) -> "Store":
-        """This store, its batches with x from ``reads`` and target from ``writes`` (several: stacked as layers)."""
+        """This store; batches have x from ``reads`` and target from ``writes`` (several sites: stacked as layers)."""
         for site in (*reads, *writes):
             self.at(site)
         return Store(self.path, self._rows, reads=reads, writes=writes)
@@ -238,7 +238,7 @@ class Store(Shuffled):
         )
 
     def _tensor(self, shard: int, key: str) -> files.Table:
-        """A tensor of a shard (bfloat16 as its raw bits). ValueError where codes stand in its place, or nothing."""
+        """A tensor of a shard (bfloat16 as its raw bits). ValueError if the shard lacks it, or holds codes instead."""
         maps = self._maps[shard]
         if key in maps:
             return maps[key]
@@ -251,7 +251,7 @@ class Store(Shuffled):
         raise ValueError(f"{file} is no shard of this store (it has no {key!r}): {_REMEDY}")
 
     def codes(self, first: Count, last: Count, d_sae: Count) -> Codes:
-        """Codes of rows first to last - 1, of a store of codes."""
+        """Codes of rows ``first`` to ``last - 1``, from a store of codes."""
         parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
         for shard in range(*(np.searchsorted(self._starts, [first, last - 1], side="right") - [1, 0])):
             counts, begin = self._tensor(shard, "counts"), self._starts[shard]
@@ -288,7 +288,7 @@ class Store(Shuffled):
                 out[here] = torch.from_numpy(part).view(torch.bfloat16).float().numpy() if bits else part
         if scale is None:
             return torch.from_numpy(out).long()
-        out *= scale  # numpy: a thread that reads ahead leaves torch's threads alone
+        out *= scale  # in numpy, so that a thread that reads ahead does not use torch's threads
         return torch.from_numpy(out)
 
     def _x(self, rows: np.ndarray) -> Tensor:
@@ -301,7 +301,7 @@ class Store(Shuffled):
 
     @cached_property
     def _split(self) -> tuple[Runs, Runs]:
-        """(training rows, reserved rows): whole documents are reserved, or contexts where documents are few."""
+        """(training rows, reserved rows): whole documents are reserved, or contexts if documents are few."""
         numbered = [m["context"] + first for m, first in zip(self._maps, self._context_starts, strict=False)]
         context = np.concatenate(numbered)[: len(self)]
         starts = np.flatnonzero(np.diff(context, prepend=-1))
@@ -390,7 +390,7 @@ class Rows(Shuffled):
 
 
 class ReadAhead:
-    """Batches by number, read in their order or not. The one after the last asked for is read by a thread meanwhile."""
+    """Batches by number, in any order. After each batch, a thread reads the next one ahead."""
 
     def __init__(self, read: Callable[[int], Batch], total: int):
         self._read, self._total = read, total
@@ -407,7 +407,7 @@ class ReadAhead:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """A store's manifest. ValueError for a folder without one, or with one that is no store's."""
+    """A store's manifest. ValueError for a folder without a manifest, or with one that no store has written."""
     file = Path(folder) / "manifest.json"
     if not file.exists():
         raise ValueError(
@@ -428,7 +428,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def _check(manifest: dict[str, Any]) -> None:
-    """ValueError for a part of another type than ``harvest`` writes."""
+    """ValueError for an entry whose type is not the one that ``harvest`` writes."""
     for shard in manifest["shards"]:
         for key, kind in _SHARD.items():
             if type(shard[key]) is not kind or (kind is int and not 0 <= shard[key] < 1 << 40):

@@ -1,4 +1,4 @@
-"""Rows whose truth is known: what ``sae_lab.worlds`` makes, and what matching and sweeps are measured on."""
+"""Synthetic rows whose true features are known, made by ``sae_lab.worlds``: matching and sweeps are tested on them."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -12,16 +12,16 @@ from sae_lab.types import Codes
 
 @dataclass(frozen=True, repr=False)
 class World:
-    """Data with its truth: ``x = codes · dictionary (+ noise)``. Unpacks as ``x, codes, dictionary, labels``.
+    """Data with its true features: ``x = codes · dictionary (+ noise)``. Unpacks as ``x, codes, dictionary, labels``.
 
     Attributes:
         x: activations, ``samples d``, float32. Rows are independent of each other.
         codes: the true codes, sparse (``codes.dense()`` or ``f``: ``samples n``).
         dictionary: the true directions, ``n d``, unit rows, in descending order of ``labels["probability"]``.
-        labels: facts about every feature, each of length n: "probability" (with which it fires), "parent" (the feature
-            without which it never fires; -1: none), "group" (number of the group it fires together with; -1: none); of
+        labels: facts about every feature, each of length n: "probability" (of firing), "parent" (a feature fires only
+            if its parent does; -1: no parent), "group" (features of one group fire together; -1: no group); from
             ``product`` also "attribute".
-        l0: features active per row, the mean over these very samples.
+        l0: features active per row, the mean over these samples.
         settings: what ``planted`` or ``product`` was called with.
     """
 

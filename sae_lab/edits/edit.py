@@ -4,8 +4,8 @@ An edit turns codes z into z' for some features. With ``error="keep"`` (SAELens:
 (z' - z) to the activation, so that the reconstruction error stays, and an edit that changes no code leaves logits
 bit-equal. With ``error="drop"`` the activation becomes the reconstruction from z'.
 
-Classes here hold and check the user's settings; ``grouping`` says how a list of edits acts together; the model runs
-the functions of ``rules``, bound to a few tensors. So an edit runs in any nnsight trace, also on a server without
+Classes here hold and check the user's settings; ``grouping`` joins the edits of a list that act together; the model
+runs the functions of ``rules``, bound to a few tensors. So an edit runs in any nnsight trace, also on a server without
 sae_lab:
 
     steer = sl.Steer(sae, 7).inside(lm, prompt)
@@ -43,7 +43,7 @@ Rule = Callable[..., Tensor]  # (z "tokens features", rows, positions) -> z', se
 Change = Callable[..., Tensor]  # (x "tokens d_out", read "tokens d_in", ids, rows, positions, at) -> x'
 
 SHOWN = 60  # tokens in an error
-DRAWS = 1 << 14  # of resampled codes; a token takes one by its row and position
+DRAWS = 1 << 14  # of resampled codes; a token's row and position choose one of them
 
 # The arguments of every edit; ``Edit.__init_subclass__`` adds them to each class's docstring.
 CODER = """\
@@ -65,7 +65,7 @@ class Edit:
     """Base of all edits: ``lm.generate(prompt, edits=[sl.Steer(sae, 7), sl.Ablate(sae, 9)])``, and so in ``lm.logits``,
     ``lm.loss``, ``lm.read``, ``lm.stream`` and ``lm.compare``.
 
-    What a list means:
+    How the edits of a list act:
 
     - Edits of one coder at one site are a group. They act on the codes of the activation at the site, one after the
       other in the order of the list, and the change of the codes is written once. So ``[Clamp(a), Clamp(b)]`` is
@@ -75,10 +75,9 @@ class Edit:
       the edits that follow are a new group, which encodes the changed activation. (A transcoder reads at another site,
       so its codes go on from its own earlier edits.)
     - Edits at other sites may stand anywhere in the list: an edit reads what edits at earlier sites have written.
-    - Which tokens count is decided on the model without edits. Where the coder's mask has a largest norm, it is
-      compared with the activation before the first edit at the site; where an edit at an earlier site changes that
-      activation too, with the activation of one extra pass without edits, and a new token then counts unless it is
-      special.
+    - The coder's mask, applied to the model without edits, decides which tokens an edit may change. A mask's largest
+      norm is compared with the activation before the first edit at the site. If an edit at an earlier site changes that
+      activation too, one extra pass without edits gives the activation, and a new token counts unless it is special.
     """
 
     coder: SparseCoder
@@ -89,10 +88,10 @@ class Edit:
 
     ERRORS = ("keep", "drop")
     ON_CODES = True  # whether it changes codes (``rule``), or the activation itself (``change``)
-    IN_F_SCALE = False  # whether its setting is in units of f_scale, which the features must then have
+    IN_F_SCALE = False  # whether its setting is in units of f_scale: its features must have one
 
     def __init_subclass__(cls) -> None:
-        """Each class's docstring names all arguments, its own in its section "Args:" and those of every edit."""
+        """Add the arguments that every edit has to the section "Args:" of the class's docstring."""
         if cls.__doc__ and WHERE not in cls.__doc__:
             text, _, own = inspect.cleandoc(cls.__doc__).partition("\n\nArgs:\n")
             cls.__doc__ = f"{text}\n\nArgs:\n{CODER}{own + chr(10) if own else ''}{WHERE}"
@@ -112,7 +111,7 @@ class Edit:
 
     @property
     def features(self) -> list[int]:
-        """The features it changes, each checked, each once."""
+        """The numbers of the features that the edit changes, checked and without repeats."""
         feature = getattr(self, "feature", None)
         if feature is None:
             return list(range(self.coder.d_sae))
@@ -120,7 +119,7 @@ class Edit:
         return list(dict.fromkeys(self.coder.feature(i) for i in many))
 
     def rule(self, lm: "LM", batch: TokenBatch) -> Rule:
-        """z' from z: a function of ``rules`` with its settings bound."""
+        """A function of ``rules`` that makes z' from z, with its settings bound."""
         raise NotImplementedError
 
     @property
@@ -136,19 +135,19 @@ class Edit:
 
     @property
     def write_site(self) -> Site:
-        """Where activations change."""
+        """The site whose activations change."""
         return self.coder.writes[0] if self.coder.writes else self.read_site
 
     def writes(self, lm: "LM", batch: TokenBatch, new: int = 0) -> list[Write]:
         """The writes of this edit alone, for these prompts and at most ``new`` new tokens.
 
-        ValueError when a site has another width, a feature has no scale, or the prompts lack a place the edit names.
+        ValueError if a site has another width, a feature no f_scale, or the prompts lack a row or position of the edit.
         """
         return self.together([self], lm, batch, new)
 
     @staticmethod
     def together(edits: Sequence[Any], lm: "LM", batch: TokenBatch, new: int = 0) -> list[Write]:
-        """The writes of a list of edits. ValueError for what one of them refuses, and for edits that exclude each
+        """The writes of a list of edits. ValueError as from ``writes`` of each edit, and for edits that exclude each
         other."""
         return grouping.together(edits, lm, batch, new)
 
@@ -156,8 +155,8 @@ class Edit:
         """The edit as a function for your own nnsight trace of these prompts' token ids (``lm.tokenize(prompts).ids``),
         here or on a server: (x "batch pos d" where it writes; for a transcoder also x where it reads) -> x'.
 
-        more: edits of the same coder, which form one group with this one. Where the coder's mask has a largest norm,
-        one pass over the prompts finds which tokens count.
+        more: edits of the same coder, which form one group with this one. If the coder's mask has a largest norm,
+        one pass over the prompts finds the tokens that the mask keeps.
         """
         from sae_lab.lm import remote
 
@@ -172,8 +171,8 @@ class Edit:
         return partial(rules.inside, tokens=batch.plain(), edit=writes[0].fn)
 
     def check(self, lm: "LM", batch: TokenBatch, new: int = 0) -> None:
-        """ValueError where it cannot act on these prompts and ``new`` new tokens."""
-        _ = self.read_site  # one site, and known
+        """ValueError if the edit cannot act on these prompts and ``new`` new tokens."""
+        _ = self.read_site  # raises unless the coder has exactly one site
         require_fits(self.coder, lm)
         if self.coder.training:
             raise ValueError("an edit needs the coder in eval mode, where a token's codes are its own: call sae.eval()")
@@ -192,15 +191,15 @@ class Edit:
             )
 
     def amount(self) -> Float[Tensor, " features"] | None:
-        """The number it adds to every token's codes, so that none need be made; None if it depends on the codes."""
+        """What the edit adds to every token's codes, if the codes do not matter (they are then not made); else None."""
         return None
 
     def error_of_another_run(self, lm: "LM") -> dict[str, Tensor] | None:
-        """The reconstruction error that replaces the coder's, see ``rules.coded``; None: none does."""
+        """The reconstruction error that replaces the coder's, see ``rules.coded``; None: the coder's error stays."""
         return None
 
     def change(self) -> Change:
-        """x' from x, of an edit that makes no codes: a function of ``rules`` with its settings bound."""
+        """A function of ``rules`` that makes x' from x, with its settings bound, for an edit without codes."""
         raise NotImplementedError
 
     @property
@@ -208,7 +207,7 @@ class Edit:
         return self.coder.f_scale[self.features]
 
     def _check_places(self, lm: "LM", batch: TokenBatch, new: int) -> None:
-        """ValueError where the prompts lack a row or position that the edit names."""
+        """ValueError if the prompts lack a row or position that the edit names."""
         rows = batch.row_numbers.tolist()
         if missing := [r for r in _listed(self.rows) if r not in rows]:
             raise ValueError(f"rows={self.rows} names prompt {missing[0]}, and there are {len(rows)}, from 0 on")
@@ -231,7 +230,7 @@ class Edit:
             self._check_text(lm, batch, wanted, new)
 
     def _check_text(self, lm: "LM", batch: TokenBatch, wanted: Tensor, new: int) -> None:
-        """ValueError where ``positions`` names no token of these prompts, nor, with new tokens, of the vocabulary."""
+        """ValueError if ``positions`` names no token of these prompts or, with new tokens, of the vocabulary."""
         ours = rules.among(batch.row_numbers, self.rows)
         ids = batch.ids[ours][batch.mask[ours]]
         if not len(ids) or bool(wanted[ids].any()) or (new and bool(wanted.any())):
@@ -244,7 +243,7 @@ class Edit:
         )
 
     def place(self, lm: "LM") -> dict[str, Any]:
-        """Which tokens it names, see ``rules.named``."""
+        """The tokens that the edit names, see ``rules.named``."""
         wanted = self._wanted(lm)
         positions = self.positions if wanted is None else None
         return {"rows": self.rows, "steps": self.steps, "positions": positions, "wanted": wanted}
@@ -261,7 +260,7 @@ class Edit:
         return wanted
 
     def measured(self, x: Float[Tensor, "batch pos d_in"]) -> dict[str, Float[Tensor, "batch pos"]]:
-        """The codes of its features, by name, in activations x at the site it reads."""
+        """The codes of the edit's features, by name, for activations x at the site that the edit reads."""
         codes = self.coder.encode(x.to(self.coder.W_dec.device))
         return {f"{self.read_site.key} #{feature}": codes[..., feature].cpu() for feature in self.features}
 
@@ -274,7 +273,7 @@ class Edit:
         return f"{type(self).__name__}({', '.join([at, *(f'{k}={v!r}' for k, v in self._settings().items())])})"
 
     def to_json(self) -> str:
-        """The edit as text; ``sl.Edit.from_json`` makes it again. Of the coder the text holds the path it was saved to
+        """The edit as text; ``sl.Edit.from_json`` makes it again. The text names the coder by the path it was saved to
         or loaded from, and a hash of its weights.
 
         ValueError for a coder that was never saved, and for positions given by a function.
@@ -291,9 +290,9 @@ class Edit:
 
     @staticmethod
     def from_json(text: str, coder: SparseCoder | None = None) -> "Edit":
-        """An edit from the text of ``to_json``. coder: the one it acts with; None loads it from the path in the text.
+        """An edit from the text of ``to_json``. coder: the edit's coder; None loads it from the path in the text.
 
-        ValueError for another text, and for a coder with other weights.
+        ValueError for any other text, and for a coder with other weights.
         """
         try:
             found = json.loads(text)
@@ -329,8 +328,8 @@ class Steer(FeatureEdit):
 
     Args:
         feature: one or several.
-        strength: 1 adds the activation that the feature's strongest 0.1 % of firings reach (f_scale). 1 to 2 steers
-            fluent text; above 4 most text breaks.
+        strength: 1 adds f_scale, the activation that the strongest 0.1 % of the feature's firings reach. 1 to 2 steers
+            and keeps text fluent; above 4 most text breaks.
     """
 
     strength: float = 1.0
@@ -379,14 +378,14 @@ class Scale(FeatureEdit):
 @as_annotated
 @dataclass(frozen=True, repr=False)
 class Ablate(FeatureEdit):
-    """``sl.Ablate(sae, 7)``: take a feature out, z' = 0, or another value that says nothing of this token.
+    """``sl.Ablate(sae, 7)``: take a feature out: z' = 0, or a code that is independent of the token.
 
     Args:
         feature: one or several.
         to: "zero"; "mean", the mean code over the reference; or "resample", the codes at tokens drawn from the
             reference (several features together, from the same token).
         reference: prompts, for "mean" and "resample".
-        seed: of the draws; a token's draw depends on its row and position alone.
+        seed: of the draws; with it, a token's row and position fix its draw.
     """
 
     to: str = "zero"
@@ -423,8 +422,8 @@ class Patch(Edit):
     position.
 
     Args:
-        source: prompts of the other run: one for all rows, or one for each row; of the same token lengths, unless
-            ``positions`` says where.
+        source: prompts of the other run: one for all rows, or one for each row; of the same token lengths as the
+            prompts, unless ``positions`` is given.
         feature: one or several; None, all.
         error: also "patch", which takes the source's reconstruction error too; with all features the activation then
             becomes the source's.
@@ -503,7 +502,7 @@ class Project(FeatureEdit):
 @as_annotated
 @dataclass(frozen=True, repr=False)
 class Push(Edit):
-    """``Push(sae, vector)``: x' = x + vector, where the coder writes: the control that steering is measured against."""
+    """``Push(sae, vector)``: x' = x + vector at the site that the coder writes: a control for steering."""
 
     vector: Float[Tensor, " d_out"]
     ON_CODES = False
@@ -525,7 +524,7 @@ def _codes_of(edit: Edit, lm: "LM", prompts: Prompts) -> tuple[Tensor, Tensor, T
 
 
 def _listed(chosen: Any) -> list[int]:
-    """The numbers that are named one by one."""
+    """The row or position numbers that a setting names one by one."""
     if chosen is None or isinstance(chosen, slice | str) or callable(chosen):
         return []
     return [chosen] if isinstance(chosen, int) else list(chosen)

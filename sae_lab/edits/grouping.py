@@ -1,4 +1,4 @@
-"""The groups of a list of edits (see ``Edit``): which act together on codes, and which tokens count for them."""
+"""Groups of edits (see ``Edit``): the edits of a list that act together on codes, and the tokens they may change."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,8 +20,8 @@ Edit = Any  # ``edits.edit.Edit``, which imports this module
 
 @dataclass(eq=False)
 class Group:
-    """Edits that act together (several on codes, or one on the activation), or one ``write`` of another object. when:
-    of the written site, see ``SiteMap.when``; earlier: of a coder that reads elsewhere, edits of earlier groups."""
+    """Edits that act together (several on codes, or one on the activation), or one ``write`` of a user's class. when:
+    of the written site, see ``SiteMap.when``; earlier: edits of the same transcoder in earlier groups."""
 
     when: int
     edits: list[Edit] = field(default_factory=list)
@@ -34,8 +34,8 @@ class Group:
 
 
 def together(edits: Sequence[Any], lm: "LM", batch: TokenBatch, new: int = 0, alone: bool = True) -> list[Write]:
-    """The writes of a list of edits, for these prompts and at most ``new`` new tokens; ValueError for what an edit
-    refuses. alone: whether no other code changes the activations that they read."""
+    """The writes of a list of edits, for these prompts and at most ``new`` new tokens. ValueError as from
+    ``Edit.writes``. alone: whether nothing but these edits changes the activations that they read."""
     groups, when = _grouped(edits, lm, batch, new), lm._sites.when
     limited = [g for g in groups if g.edits and _limit(g, lm) is not None]
     unseen = [g for g in limited if not alone or any(other.when < when(g.first.read_site) for other in groups)]
@@ -46,7 +46,7 @@ def together(edits: Sequence[Any], lm: "LM", batch: TokenBatch, new: int = 0, al
 
 
 def _grouped(edits: Sequence[Any], lm: "LM", batch: TokenBatch, new: int) -> list[Group]:
-    """The groups; those that write one place act in this order. (All heads and one head are one place.)"""
+    """The groups, in the order in which those at one place act. (All heads and one head are one place.)"""
     groups: list[Group] = []
     for edit in edits:
         if not hasattr(edit, "together"):  # a user's own class
@@ -89,20 +89,20 @@ def _mask(group: Group, lm: "LM") -> TokenMask:
 
 
 def _limit(group: Group, lm: "LM") -> float | None:
-    """The largest norm, at the site a group reads, of tokens that count."""
+    """The largest norm of tokens that count, at the site that a group reads; None: no limit."""
     return _mask(group, lm).max_norm.get(group.first.read_site.key)
 
 
 def _write(group: Group, groups: Sequence[Group], norms: Any, lm: "LM", batch: TokenBatch) -> Write:
-    """A group as one write. norms: of the prompts' tokens by site in a pass without edits, where only that pass tells
-    which tokens count."""
+    """A group as one write. norms: of the prompts' tokens in a pass without edits, for the sites where only such a pass
+    shows which tokens count."""
     edit, edits, mask, limit = group.first, [*group.earlier, *group.edits], _mask(group, lm), _limit(group, lm)
     reads, writes, done = edit.read_site, edit.write_site, len(group.earlier)
     loud = before = None
     if norms is not None:
         loud = torch.zeros(int(batch.row_numbers.max()) + 1, batch.mask.shape[1], dtype=torch.bool)
         loud[batch.row_numbers] = ~(norms[reads] <= limit) & batch.mask  # by the rows' numbers among the user's prompts
-    elif limit is not None:  # whether another group writes, before this one, at the place where this one reads
+    elif limit is not None:  # whether another group writes, before this one, where this one reads
         when = lm._sites.when(reads)
         others = groups[: groups.index(group)] if group.when == when else groups
         before = any(g.when == when for g in others)

@@ -1,6 +1,6 @@
 """What edits do, as functions of torch alone, which run in any trace: here, or on a server without sae_lab.
 
-``edited`` is what a ``Write`` calls, for one edit or for a group (``grouping``). It finds the tokens they touch, and
+A ``Write`` calls ``edited``, for one edit or for a group (``grouping``). It finds the tokens that the edits touch, and
 gives their activations to a *change*; the change of most edits is ``coded``, which gives the tokens' codes to each
 edit's *rule*. Changes and rules also get each token's row among the user's prompts and its absolute position. All
 settings are keywords, bound with functools.partial. See ``saes.portable`` on ``no_type_check``.
@@ -58,9 +58,9 @@ def norms(x, tokens):
 
 @no_type_check
 def edited(x, tokens, *read, mask, places, done, elsewhere, change):
-    """x, with the tokens changed that a group of edits touches. read: with ``elsewhere`` activations to encode, from
-    another site; then with mask["before"] those that decide which tokens count. places: of each edit, see ``named``;
-    done: the number of edits that were written before."""
+    """x after a group of edits. read: with ``elsewhere``, the activations to encode, from another site; with
+    mask["before"], next, the activations that decide which tokens count. places: of each edit, see ``named``; done: the
+    number of the group's first edits that were written before."""
     at = [named(tokens, place) for place in places]
     if not any(bool(here.any()) for here in at[done:]):
         return x
@@ -80,7 +80,7 @@ def edited(x, tokens, *read, mask, places, done, elsewhere, change):
 
 @no_type_check
 def inside(x, *read, tokens, edit):
-    """``edited`` for a user's own trace, with the tokens bound."""
+    """``edited`` for a user's own trace, with the tokens as a setting."""
     return edit(x, tokens, *read)
 
 
@@ -88,9 +88,9 @@ def inside(x, *read, tokens, edit):
 def coded(x, read, ids, rows, positions, at, *, plan, drop, done, parts):
     """x + W_dec·(z' - z), or with ``drop`` the reconstruction from z'.
 
-    parts: of each edit its "columns" of z, its "rule", and its "error": None, or {"wrong", "there"}, the reconstruction
-    error of another run, "rows pos d_out", and which tokens have one. The first ``done`` parts are edits of earlier
-    groups: a coder that reads at another site does not see in its codes what they have written.
+    parts: for each edit its "columns" of z, its "rule", and its "error": None, or {"wrong", "there"}: another run's
+    reconstruction error, "rows pos d_out", and which tokens have one. The first ``done`` parts are edits of earlier
+    groups: if the coder reads at another site, its codes do not show what these edits have written.
     """
     with torch.no_grad():
         at_home(plan, x.device)
@@ -110,8 +110,8 @@ def coded(x, read, ids, rows, positions, at, *, plan, drop, done, parts):
 
 @no_type_check
 def shifted(x, read, ids, rows, positions, at, *, plan, done, amounts):
-    """x + W_dec·(sum of the edits' amounts): ``coded`` for edits that add the same to the codes of every token, which
-    need no codes. amounts: of each edit (columns, what it adds to them)."""
+    """x + W_dec·(sum of the edits' amounts): ``coded`` without codes, for edits that add the same to every token's
+    codes. amounts: for each edit (columns, what it adds to them)."""
     at_home(plan, x.device)
     change = x.new_zeros(len(x), len(plan["W_some"]), dtype=torch.float32)
     for here, (columns, amount) in zip(at[done:], amounts, strict=True):
@@ -134,7 +134,7 @@ def ruled(z, at, rows, positions, parts):
 
 @no_type_check
 def errors(ours, at, rows, positions, parts):
-    """The coder's reconstruction error ``ours``, replaced by that of other runs at the tokens that have one."""
+    """The coder's reconstruction error ``ours``, replaced by another run's at the tokens for which the run has one."""
     new = ours.clone()
     for here, part in zip(at, parts, strict=True):
         if part["error"] is not None:
@@ -148,7 +148,7 @@ def errors(ours, at, rows, positions, parts):
 
 @no_type_check
 def projected(x, read, ids, rows, positions, at, *, basis):
-    """x less its part in the span of orthonormal columns, "d_out directions"."""
+    """x minus its projection onto the span of the orthonormal columns of basis, "d_out directions"."""
     q, x = basis.to(x.device), x.float()
     return x - (x @ q) @ q.T
 
@@ -176,13 +176,13 @@ def multiplied(z, rows, positions, *, factor):
 
 @no_type_check
 def drawn(z, rows, positions, *, seen, draws):
-    """Codes of other tokens, "n features": a token's draw depends on its row and position alone."""
+    """Codes of reference tokens, "n features": a token's row and position fix its draw."""
     return seen[draws[(positions + 7919 * rows) % len(draws)]].to(z)
 
 
 @no_type_check
 def of_another_run(z, rows, positions, *, codes, keep):
-    """codes "rows pos features" where keep says that a token which counts stands there, else z."""
+    """The other run's codes, "rows pos features", at the tokens that keep marks, else z."""
     row, position, known = in_source(keep, rows, positions)
     there = known & keep[row, position]
     return torch.where(there[:, None].to(z.device), codes[row, position].to(z), z)
@@ -190,7 +190,7 @@ def of_another_run(z, rows, positions, *, codes, keep):
 
 @no_type_check
 def in_source(table, rows, positions):
-    """Of each token: its row and position in a table "rows pos" of another run (one row serves all), and whether the
-    table has that position."""
+    """For each token, its row and position in a table "rows pos" of another run (a single row serves all rows), and
+    whether the table has that position."""
     row = torch.zeros_like(rows) if len(table) == 1 else rows
     return row, positions.clamp_max(table.shape[1] - 1), positions < table.shape[1]
