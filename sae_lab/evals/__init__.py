@@ -1,4 +1,4 @@
-"""What is measured. Every result has named fields, prints as a table, and has ``.to_pandas()``."""
+"""Evaluations of coders. Every result has named fields, prints as a table, and has ``.to_pandas()``."""
 
 from sae_lab.activations.reconstructing import Reconstruction, reconstruction
 from sae_lab.evals.absorbing import Absorption, absorption

@@ -1,4 +1,4 @@
-"""Absorption: a general feature is silent where a more special one fires, whose direction has taken its part over."""
+"""Absorption: a general feature is silent where a more specific one fires, which has absorbed the general direction."""
 
 import math
 import re
@@ -20,21 +20,21 @@ from sae_lab.saes.base import SparseCoder
 from sae_lab.stats import f1, mean_and_error, with_error
 
 Convention = Literal["sae_lab", "saebench"]
-LEAST_F1 = {"sae_lab": 0.8, "saebench": 0.6}  # of a letter's probe: below, the activations hardly tell the letter
+LEAST_F1 = {"sae_lab": 0.8, "saebench": 0.6}  # of a letter's probe: below, x hardly predicts the letter
 LEAST_WORDS = 60  # of a letter
 COSINE = 0.025  # with the probe, of a feature that absorbs
-SHARE = 0.4  # of the word's projection on the probe, that it must bring
-WEAK = 0.1  # of that projection: what the main features may still bring where they are "silent or weak"
-F1_JUMP = 0.03  # by which another main feature must raise the F1 of those before
+SHARE = 0.4  # of the word's projection on the probe: at least this from the absorbing feature
+WEAK = 0.1  # of that projection: at most this from main features that are "silent or weak"
+F1_JUMP = 0.03  # by which another main feature must raise the F1 of the main features before it
 MOST_MAIN = 10
-PARTIAL_COSINE, PARTIAL_FEATURES = 0.1, 3  # SAEBench's absorption fraction: who may absorb, and how many together
-_PENALTY = 0.1  # C of the probes: of .01, .1 and 1 that with the best F1 on the bundled model
+PARTIAL_COSINE, PARTIAL_FEATURES = 0.1, 3  # SAEBench's absorption fraction: least cosine, most absorbing features
+_PENALTY = 0.1  # C of the probes: the value of .01, .1 and 1 with the best F1 on the bundled model
 SHUFFLED = "shuffled letters"
 _BATCH = 512
 
 
 class Case(NamedTuple):
-    """An absorbed word: the feature that fires in the main ones' place, and the share of the projection it brings."""
+    """An absorbed word: the feature that fires in place of the main ones, and its share of the projection."""
 
     letter: str
     word: str
@@ -44,7 +44,7 @@ class Case(NamedTuple):
 
 class Letter(NamedTuple):
     """One letter. probe_f1, k1_f1, main_f1: of the model's probe, of the best single feature and of the main features,
-    on test words. words: test words that the probe gets right. silent: share of these in which the main features are.
+    on test words. words: test words that the probe gets right. silent: share of these with silent main features.
     rate, fraction: NaN where probe_f1 is too low. control: the rate by probes of shuffled letters."""
 
     letter: str
@@ -110,9 +110,9 @@ def absorption(
     seed: int = 0,
     convention: str = "sae_lab",
 ) -> Absorption:
-    """``sl.evals.absorption(sae, lm)``: share of words in which another feature takes the part of their first letter's.
+    """``sl.evals.absorption(sae, lm)``: share of words whose first letter's features another feature replaces.
 
-    Words are single tokens (a space and small letters), about as many of each letter, split 60/20/20. Per letter: p,
+    Words are single tokens (a space and small letters), about equally many per letter, split 60/20/20. Per letter: p,
     the unit direction of a logistic probe of x at the word's token; the main features, the first k by (mean of the
     letter − mean of others)/deviation on train, where k grows as long as the F1 of a probe of them rises by .03 on
     validation. Of the test words that the probe gets right, a word is absorbed if the main features bring at most .1 of
@@ -122,8 +122,8 @@ def absorption(
     of probes trained on shuffled letters.
 
     After Chanin et al. 2024 (arXiv:2409.14507), whose prompt is "{word} has the first letter:" after examples: what
-    follows the word cannot change its activation and is not read; ``before`` is the text in front of it. They ask
-    which feature matters most for the model's answer, we which brings a large share of the projection.
+    follows the word cannot change its activation and is not read; ``before`` is the text in front of it. They ask which
+    feature matters most for the model's answer; this measure asks which one brings a large share of the projection.
 
     ``convention="saebench"`` (Karvonen et al. 2025, arXiv:2503.09532): P = x·p, a feature brings f·cosine; the main
     features must be silent, and the largest of all must be the one that absorbs; letters from F1 .6; ``fraction`` is
@@ -146,7 +146,7 @@ def absorption(
         own = draw.permutation(np.flatnonzero(letters == letter))
         part[own] = np.digitize(np.arange(len(own)), [0.6 * len(own), 0.8 * len(own)])
     shuffled = letters.copy()
-    for n in range(3):  # as many of each letter in every part
+    for n in range(3):  # the same letters in every part
         shuffled[part == n] = draw.permutation(letters[part == n])
     W_dec = sae.directions().cpu().numpy()
     found: list[Letter] = []
@@ -195,8 +195,8 @@ def absorption(
 
 
 class Judged(NamedTuple):
-    """Of each word: whether its main features are silent, whether it is absorbed, the strongest feature beside the main
-    ones, its share of the projection, and the absorption fraction."""
+    """For each word: whether its main features are silent, whether it is absorbed, the strongest feature besides the
+    main ones, that feature's share of the projection, and the absorption fraction."""
 
     silent: np.ndarray
     absorbed: np.ndarray
@@ -211,7 +211,7 @@ def judge(
 ) -> Judged:  # fmt: skip
     """The criteria of ``absorption`` for strengths ``words d_sae`` and activations ``words d`` of words of one letter.
 
-    p: the unit direction of its probe. f_base, x_base: means over words of other letters. silent: if known already."""
+    p: the unit direction of the letter's probe. f_base, x_base: means over words of other letters. silent: if known."""
     main = list(main)
     cosine = W_dec @ p / np.linalg.norm(W_dec, axis=1).clip(1e-8)
     if convention == "saebench":
@@ -230,8 +230,8 @@ def judge(
 
 
 def _fraction(f: np.ndarray, x: np.ndarray, p: np.ndarray, cosine: np.ndarray, main: list[int]) -> np.ndarray:
-    """SAEBench's absorption fraction: a/(a + m), m what the main features bring and a what the strongest three others
-    do of the rest, 1 where m is not positive; 0 where these bring less than .4 of the projection."""
+    """SAEBench's absorption fraction a/(a + m): m is what the main features bring, a what the three strongest others do
+    of the rest of the projection; 1 if m is not positive; 0 if the three bring less than .4 of the projection."""
     brings, projection = f * cosine, x @ p
     own = brings[:, main].sum(1)
     others = np.where(cosine >= PARTIAL_COSINE, brings, 0.0).clip(0)
@@ -293,7 +293,7 @@ def _read(sae: SparseCoder, lm: LM, ids: list[int], before: str) -> tuple[np.nda
 
 
 def _probe(x: np.ndarray, y: np.ndarray, part: np.ndarray) -> tuple[np.ndarray, float, np.ndarray]:
-    """A logistic probe of x: (its unit direction in x, its F1 on test, what it says of every word)."""
+    """A logistic probe of x: (its unit direction in x, its F1 on test, its prediction for every word)."""
     from sklearn.linear_model import LogisticRegression
 
     train = part == 0

@@ -29,13 +29,13 @@ _MEASURES = ("stability", "shared", "orderedness", "agreement")
 
 @result
 class Pair(Result):
-    """How two dictionaries agree, ``b``'s features matched one to one with ``a``'s.
+    """Agreement of two dictionaries, with features of ``b`` matched one to one with those of ``a``.
 
     Attributes:
         stability_shuffled: stability of the same pairs in a random order; ``*_random``: of b matched with random rows.
-        agreement: over pairs of which both fire on the rows, ``compared`` of them; NaN without rows. agreement_se:
-            jackknife over groups of documents; agreement_shuffled: of shuffled pairs.
-        correlations: of every row of b, NaN where it has none. match: the match of decoders.
+        agreement: mean over the ``compared`` pairs whose features both fire on the rows; NaN without rows.
+            agreement_se: jackknife over groups of documents; agreement_shuffled: of shuffled pairs.
+        correlations: for every feature of b, NaN where it is not compared. match: the match of decoders.
     """
 
     a: str
@@ -65,7 +65,7 @@ class Pair(Result):
 
 @result
 class Consistency(Result):
-    """Result of ``sl.evals.consistency``: a ``Pair`` for every two coders; ``rows``, ``documents`` of activations."""
+    """Result of ``sl.evals.consistency``: a ``Pair`` for every two coders; ``rows``, ``documents``: numbers of them."""
 
     names: tuple[str, ...]
     pairs: tuple[Pair, ...]
@@ -74,12 +74,12 @@ class Consistency(Result):
 
     @property
     def mean(self) -> dict[str, float]:
-        """Mean of each measure over the pairs (of agreement over those that have one)."""
+        """Mean of each measure over the pairs (of agreement, over pairs that have it)."""
         return {m: _mean([getattr(p, m) for p in self.pairs]) for m in _MEASURES}
 
     @property
     def neighbours(self) -> float:
-        """Mean stability of coders that follow each other in the order given: layers, or checkpoints."""
+        """Mean stability of neighbours in the order of the coders: adjacent layers, or successive checkpoints."""
         beside = set(zip(self.names, self.names[1:], strict=False))
         return _mean([p.stability for p in self.pairs if (p.a, p.b) in beside])
 
@@ -116,7 +116,7 @@ def consistency(
 ) -> Consistency:  # fmt: skip
     """``sl.evals.consistency(a, b, x=store)``: whether coders (seeds, layers, checkpoints) share features.
 
-    Features of every two are matched one to one, so that the sum of their decoder cosines is largest (``sl.match``):
+    Features of every two coders are matched one to one so as to maximise the sum of decoder cosines (``sl.match``):
     stability (Stab) is the mean cosine of pairs (Fel et al. 2025, arXiv:2502.12892), orderedness (Ord) Spearman's
     correlation of their row numbers (Wang et al. 2025, arXiv:2512.02194). Agreement compares activations:
 
@@ -125,8 +125,8 @@ def consistency(
     Controls: the match of random rows, and shuffled pairs. Two decoders may agree while their encoders do not.
 
     Args:
-        coders: two or more, in the order of layers or checkpoints, or in any; worlds and tensors of directions too,
-            without x.
+        coders: two or more, in the order of layers or checkpoints if they have one; without x also worlds and tensors
+            of directions.
         x: activations that all coders read; or a list, one for each coder, row by row of the same tokens: other layers
             (``store.at(site)``), or another model's activations on the same text. None: decoders only.
         names: of the coders, for the table.
@@ -179,7 +179,7 @@ def _pair(
 ) -> Pair:  # fmt: skip
     """Every measure of one match. codes: of a and of b, and the fold of each row."""
     at_b = (matched.permutation >= 0).nonzero().flatten()
-    at_b = at_b[matched.cosines[at_b].argsort(descending=True, stable=True)]  # shuffled by rank, not by number
+    at_b = at_b[matched.cosines[at_b].argsort(descending=True, stable=True)]  # so that the shuffle depends on the rank
     at_a = matched.permutation[at_b]
     other = _derange(len(at_a), seed)
     rows = (s.dictionary if isinstance(s, World) else s if isinstance(s, Tensor) else s.W_dec for s in (a, b))
@@ -218,7 +218,7 @@ def _pair(
 
 
 def _derange(n: int, seed: int) -> Tensor:
-    """A random order of n in which no place keeps its number, if n is above 1."""
+    """A random permutation of 0..n-1 without a fixed point, if n is above 1."""
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
     return torch.empty_like(order).scatter_(0, order, order.roll(1))  # along one random cycle
 
@@ -250,11 +250,11 @@ def paired_sums(
 
 
 def correlation(sums: Float[Tensor, "six pairs"]) -> Float[Tensor, " pairs"]:
-    """Pearson's r of every pair; NaN where one of them does not vary."""
+    """Pearson's r of every pair; NaN where one of the two does not vary."""
     n, f, g, ff, gg, fg = sums
     spread = (ff - f * f / n).clamp_min(0) * (gg - g * g / n).clamp_min(0)
     r = (fg - f * g / n) / spread.sqrt()
-    # A feature left out with its fold keeps sums of rounding: a variance below that is none.
+    # Without its fold, a feature's sums may hold rounding alone: a variance that small counts as 0.
     real = ((ff - f * f / n) > 1e-12 * ff) & ((gg - g * g / n) > 1e-12 * gg) & (ff > 1e-12) & (gg > 1e-12)
     return torch.where(real, r, math.nan).clamp(-1, 1)
 
@@ -267,8 +267,8 @@ def _mean(values: Sequence[float]) -> float:
 class Transfer(Result):
     """Result of ``sl.evals.transfer``: ``at_home`` and ``elsewhere``, two reconstructions by the same coder.
 
-    ``ce_difference``: ΔCE elsewhere less at home, in nats/token, ± ``ce_difference_se``; ``paired``: whether both saw
-    the same tokens, so that the error is that of paired differences.
+    ``ce_difference``: ΔCE elsewhere minus ΔCE at home, in nats/token, ± ``ce_difference_se``; ``paired``: whether both
+    were measured on the same tokens, so that the error is that of paired differences.
     """
 
     at_home: Reconstruction
@@ -310,7 +310,7 @@ def transfer(
     """``sl.evals.transfer(sae, lm, text, other_lm=chat)``: ``reconstruction`` here, and on another model or other text.
 
     Give ``other_lm``, ``other_text``, or both. With the same text and tokeniser the two are paired by token. PCA is
-    fitted to each anew: it tells how hard each is to reconstruct.
+    fitted to each separately, and shows how hard each is to reconstruct.
 
     Raises ValueError without other_lm and other_text, and where ``evals.reconstruction`` does.
     """

@@ -1,4 +1,4 @@
-"""Which L0: decoder cosines of coders trained at several (Chanin & Garriga-Alonso 2025, arXiv:2508.16560)."""
+"""Choose L0: decoder cosines of coders trained at several L0 (Chanin & Garriga-Alonso 2025, arXiv:2508.16560)."""
 
 from collections.abc import Iterable
 from dataclasses import field
@@ -13,7 +13,7 @@ from sae_lab.evals.sampling import encoded, evenly, named, require, sample
 from sae_lab.results import Result, result
 from sae_lab.saes.base import SparseCoder
 
-_TAG = 0x434F4E54524F4C  # the control's range of seeds: no coder starts from these rows
+_TAG = 0x434F4E54524F4C  # sets the control's seeds apart from those with which coders start
 _CHUNK = 2048
 MOST_PROJECTIONS = 2**24  # entries of x·W_decᵀ that are sorted at once
 
@@ -24,10 +24,10 @@ class L0Choice(Result):
 
     Attributes:
         l0: active features per row; fvu: fraction of variance unexplained, on the same rows.
-        c_dec: mean absolute cosine of two decoder rows; c_dec_random: of as many random rows, the control.
-        s_n: the (n·rows)-th largest decoder projection, in units of x; s_n_centred: the same with the mean of these
-            rows subtracted from x in b_dec's place.
-        projected: on how many of the rows s_n was taken.
+        c_dec: mean absolute cosine of two decoder rows; c_dec_random: of d_sae random rows, the control.
+        s_n: the (n·rows)-th largest decoder projection, in units of x; s_n_centred: the same, with the rows' mean
+            subtracted from x instead of b_dec.
+        projected: the number of rows that s_n uses.
     """
 
     names: tuple[str, ...]
@@ -44,7 +44,7 @@ class L0Choice(Result):
 
     @property
     def best_index(self) -> int:
-        """Where c_dec is least."""
+        """The index of the coder whose c_dec is least."""
         return int(np.argmin(self.c_dec))
 
     @property
@@ -54,7 +54,7 @@ class L0Choice(Result):
 
     @property
     def best_l0(self) -> float:
-        """Its L0."""
+        """The L0 of ``best``."""
         return self.l0[self.best_index]
 
     @property
@@ -84,22 +84,22 @@ def choose_l0(
     """``sl.evals.choose_l0(coders, store)``: choose among coders of one width and several L0 by their decoders.
 
     c_dec = mean over pairs i < j of |cos(W_dec[i], W_dec[j])|: a coder whose L0 is too low mixes correlated features
-    into its directions, one whose L0 is too high finds degenerate ones, and both make directions alike. s_n = the
-    (n·B)-th largest of the B·d_sae entries of (x − b_dec)·W_decᵀ, index counted from 0: mixed directions project on
-    rows that they have nothing to do with. Both should be least at the true L0, beyond which FVU goes on falling. The
-    paper takes n from somewhat above the guessed L0 up to d_sae/2, prefers c_dec, and where that is flat takes the
-    elbow on the side of low L0; ``best`` is the least c_dec. Rows of W_dec have unit norm here; a row of zeros has
-    cosine 0 with all.
+    into its directions, one whose L0 is too high finds degenerate ones, and both raise the cosines. s_n = the (n·B)-th
+    largest of the B·d_sae entries of (x − b_dec)·W_decᵀ, index counted from 0: rows of x project even on mixed
+    directions whose features are off. Both should be least at the true L0, while FVU keeps falling beyond it. The paper
+    takes n from somewhat above the guessed L0 up to d_sae/2, prefers c_dec, and where c_dec is flat takes the elbow on
+    the side of low L0; ``best`` has the least c_dec. Rows of W_dec have unit norm here; a row of zeros has cosine 0
+    with all.
 
     On planted worlds (tests/evals/test_choosing.py): averaged over seeds, c_dec is least at the true L0 if features are
     correlated and fewer than dimensions; a single seed can miss it by 30 %. With more features than dimensions c_dec
-    falls with L0 throughout. s_n as published is *largest* just below the true L0, for every n tried: b_dec takes up
-    the mean of x in all coders but the right one. ``s_n_centred``, ours, subtracts the rows' mean instead: least at 0.6
-    to 1.3 times the true L0 for n of 1.2 to 1.8 times it, where it is flat; with n = d_sae/2 it says nothing.
+    falls with L0 throughout. s_n as published is *largest* just below the true L0, for every n tried: b_dec
+    absorbs the mean of x in all coders but the one with the true L0. ``s_n_centred``, which sae_lab adds, subtracts the
+    rows' mean: its flat minimum lies at 0.6 to 1.3 times the true L0 for n of 1.2 to 1.8 times it; n = d_sae/2 fails.
 
     Args:
-        coders: trained, in eval mode, of equal d_in and d_sae, and reading what they reconstruct; two at least.
-        x: activations ``rows d_in`` (used evenly over their length), or a Store (of which the rows that no batch held).
+        coders: two or more trained coders in eval mode, of equal d_in and d_sae, that reconstruct what they read.
+        x: activations ``rows d_in`` (spread evenly over them), or a Store (its rows that no training batch held).
         tokens: how many rows at most.
 
     Raises ValueError for coders that cannot be compared, a decoder of zeros, and an x of another width.

@@ -1,4 +1,4 @@
-"""Bits per token: what a coder's codes and its residual cost at a fixed distortion."""
+"""Bits per token: the description length of a coder's codes and residual at a fixed distortion."""
 
 import math
 from collections.abc import Iterable
@@ -20,7 +20,7 @@ from sae_lab.types import Codes
 
 
 class Bits(NamedTuple):
-    """Bits per token of one coder. which: the active features; values: their sizes; residual: what is left."""
+    """Bits per token of one coder. which: the active features; values: their strengths; residual: x − x_hat."""
 
     which: float
     values: float
@@ -38,8 +38,8 @@ class DescriptionLength(Result):
     Attributes:
         which, values, residual: bits of the active set, of the values, and of the residual; ``bits``: their sum,
             ``bits_se`` its standard error (jackknife over groups of documents).
-        precision: distortion that each value was coded at, in squared units of x.
-        behind, behind_se: bits more than the preferred coder's, and the standard error of that difference.
+        precision: distortion of each coded value, in squared units of x.
+        behind, behind_se: bits beyond those of the coder with the fewest, and the standard error of that difference.
         dense: bits of the raw activations without a coder, the control; PCA of any rank costs the same.
     """
 
@@ -63,7 +63,7 @@ class DescriptionLength(Result):
 
     @property
     def best_index(self) -> int:
-        """Which coder costs least."""
+        """The index of the coder with the fewest bits."""
         return int(np.argmin(self.bits))
 
     @property
@@ -106,7 +106,7 @@ class DescriptionLength(Result):
 
 
 class _Sums(NamedTuple):
-    """What the bits are made of, as sums over rows."""
+    """The sums over rows from which bits are computed."""
 
     rows: Tensor
     counts: Tensor
@@ -121,7 +121,7 @@ class _Sums(NamedTuple):
 def description_length(
     coders: SparseCoder | Iterable[SparseCoder], x: Tensor | Store, *, rho: float = 0.1, tokens: int = 16_384
 ) -> DescriptionLength:
-    """``sl.evals.description_length(coders, store)``: bits per token of codes and residual, to choose k and width by.
+    """``sl.evals.description_length(coders, store)``: bits per token of codes and residual, to choose k and width.
 
         which    = Σᵢ H(πᵢ),                        H(p) = −p·log₂p − (1−p)·log₂(1−p)
         values   = Σᵢ πᵢ·max(0, ½·log₂(σᵢ²/v))
@@ -129,18 +129,18 @@ def description_length(
 
     Feature i fires in a share πᵢ of rows, where its value (``SparseCoder.strengths``: in units of x, dᵢ the unit
     decoder row) has variance σᵢ². A value sent at distortion v leaves an error of min(σᵢ², v), which is part of the
-    residual; v is the power of √2 (times D/d) that makes the sum least. D = rho·E‖x − x̄‖². λ: eigenvalues of C. Every
-    number costs what a Gaussian of its variance would (reverse water-filling), an upper bound. Probabilities, means,
+    residual; v is the power of √2 (times D/d) with the smallest sum. D = rho·E‖x − x̄‖². λ: eigenvalues of C. Every
+    number costs the bits of a Gaussian of its variance (reverse water-filling), an upper bound. Probabilities, means,
     variances and the dictionary are free, which favours wide coders.
 
-    Control: ``dense``, R(cov(x); D), the cost of a coder of all zeros, and of PCA of any rank with dense codes.
+    Control: ``dense``, R(cov(x); D): the bits of a coder of all zeros, and of PCA of any rank with dense codes.
 
     After Ayonrinde, Pearce & Sharkey 2024 (arXiv:2410.11179). They quantise codes and compare coders of about equal
     reconstruction; here the residual counts too, so that coders of any L0 and width compare.
 
     Args:
-        coders: one or several in eval mode, that reconstruct what they read. x: activations ``rows d_in`` (used evenly
-            over their length), or a Store (of which the rows that no batch held).
+        coders: one or several in eval mode, that reconstruct what they read. x: activations ``rows d_in`` (evenly
+            spread over them), or a Store (its rows that no training batch held).
         rho: distortion over variance, as FVU; a coder whose FVU is below it has little residual to pay for.
         tokens: how many rows N at most. Bits of few rows are too low: by about d²/3N for the covariance alone.
 
@@ -197,7 +197,7 @@ def description_length(
 
 
 def _sums(codes: Codes, error: Tensor, folds: Tensor) -> tuple[_Sums, list[_Sums]]:
-    """(the sums over all rows, those without each fold; none of one fold)."""
+    """(the sums over all rows, the sums without each fold; no such sums if there is one fold)."""
     n, place, values = int(folds.max()) + 1, folds[codes.rows] * codes.d_sae + codes.features, codes.values.double()
     counts, sums, squares = (summed(v, place, n, codes.d_sae) for v in (torch.ones_like(values), values, values**2))
     each = [error[folds == g] for g in range(n)]
@@ -213,7 +213,7 @@ def _covariance(sums: _Sums) -> Float[Tensor, "d d"]:
 
 
 def bits_at(sums: _Sums, unit: Tensor, distortion: float, v: float) -> Bits:
-    """Bits per token with every value sent at distortion v. unit: the decoder's rows, which the values are along."""
+    """Bits per token with every value sent at distortion v. unit: the decoder's unit rows."""
     share = sums.counts / sums.rows
     some = sums.counts.clamp_min(1)
     spread = (sums.squares / some - (sums.sums / some) ** 2).clamp_min(0)
@@ -235,7 +235,7 @@ def gaussian_bits(variances: Float[Tensor, " d"], distortion: float) -> float:
     ascending = variances.double().clamp_min(0).sort().values
     if distortion >= float(ascending.sum()):
         return 0.0
-    below = ascending.cumsum(0) - ascending  # what the smaller ones leave as error
+    below = ascending.cumsum(0) - ascending  # the error from the smaller variances
     level = (distortion - below) / torch.arange(len(ascending), 0, -1)
     theta = level[(level <= ascending).nonzero()[0, 0]]
     return float(0.5 * (ascending / theta).clamp_min(1).log2().sum())

@@ -1,4 +1,4 @@
-"""Composed features: a row of the decoder that is the sum of two true directions, where features go together."""
+"""Composed features: decoder rows that are sums of two true directions, as when features fire together."""
 
 import math
 from dataclasses import field
@@ -14,9 +14,9 @@ from sae_lab.evals.sampling import share_of
 from sae_lab.results import Result, figure, result
 from sae_lab.saes.base import SparseCoder
 
-EXPLAINED = 0.8  # of a unit row's squared length, by what is said to explain it
-SMALLER_PART = 1 / 3  # of the larger coefficient: below, the second direction is a trace and no part
-_TAG = 0x434F4D504F5345  # the control's range of seeds
+EXPLAINED = 0.8  # least share of a unit row's squared length, for directions that explain it
+SMALLER_PART = 1 / 3  # of the larger coefficient: with less, the second direction is no part
+_TAG = 0x434F4D504F5345  # sets the control's seeds apart from those with which coders start
 _CHUNK = 256
 
 
@@ -50,9 +50,9 @@ def composition(sae: SparseCoder, world: World) -> Composition:
 
     For a unit row w: R₁ = max_i cos(w, dᵢ)₊², R₂ = max_{i<j} of the squared length of w's projection on the plane of dᵢ
     and dⱼ, over pairs whose coefficients are both positive and the smaller at least ⅓ of the larger. ``single``: R₁ is
-    at least .8; ``composed``: it is not, but R₂ is. (d₁ + d₂ at right angles: R₁ = .5, R₂ = 1.) Which features go
-    together is the world's ``labels["group"]`` or, of ``worlds.product``, ``labels["attribute"]``. Control: as many
-    random rows; and, for the pairs, how many of all pairs go together.
+    at least .8; ``composed``: R₁ is below .8 and R₂ at least .8. (Of d₁ + d₂ at right angles R₁ = .5, R₂ = 1.) The
+    world's ``labels["group"]`` or, from ``worlds.product``, ``labels["attribute"]`` tell which features fire together.
+    Controls: an equal number of random rows; and, for the pairs, the share of all pairs that fire together.
 
     ValueError for a world of another width or of one feature, and for a decoder of zeros.
     """
@@ -94,7 +94,7 @@ def composition(sae: SparseCoder, world: World) -> Composition:
 def explained(
     rows: Float[Tensor, "rows d"], directions: Float[Tensor, "n d"]
 ) -> tuple[Float[Tensor, " rows"], Float[Tensor, " rows"], Int[Tensor, "rows 2"]]:
-    """(R₁, R₂, the pair) of every row, see ``composition``; R₂ 0 where no pair has two such coefficients."""
+    """(R₁, R₂, the pair) of every row, see ``composition``; R₂ is 0 if no pair has such coefficients."""
     rows, directions = (torch.nn.functional.normalize(t, dim=1) for t in (rows, directions))
     overlap = directions @ directions.T
     volume = (1 - overlap**2).clamp_min(1e-6)

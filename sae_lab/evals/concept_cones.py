@@ -26,13 +26,13 @@ class Cones(Result):
     """Result of ``sl.evals.cones``: means over concepts, one entry for every size.
 
     Attributes:
-        sizes: how many features a concept may use; best_size: the one with the largest held_out.
-        r2: share of the concept's squared length that they explain; held_out: on coordinates that the fit did not see.
+        sizes: how many features a concept may use; best_size: the size with the largest held_out.
+        r2: share of the concept's squared length that its features explain; held_out: r2 on held-out coordinates.
         r2_random, held_out_random: of random directions, the controls. held_out_se: over concepts.
-        correlation: of the concept's activation with that of its features on rows of x, ``correlation_shuffled`` with
+        correlation: of the concept's activation with that of its features on rows of x; ``correlation_shuffled``: with
             the features of another concept; NaN without x.
-        per_concept: r2 of every concept, ``concepts sizes``; ``features``, ``weights``: those chosen at the largest
-            size, in the order in which they came in, -1 and 0 where no further feature helps.
+        per_concept: r2 of every concept, ``concepts sizes``; ``features``, ``weights``: those of the largest size, in
+            the order of choice; feature -1 with weight 0 after the last feature that helps.
     """
 
     sizes: tuple[int, ...]
@@ -56,12 +56,12 @@ class Cones(Result):
 
     @property
     def best_size(self) -> int:
-        """The number of features whose combination fits unseen coordinates best."""
+        """The number of features whose combination fits held-out coordinates best."""
         return self.sizes[self.best_index]
 
     @property
     def interior(self) -> bool:
-        """Whether that is neither the smallest nor the largest size tried."""
+        """Whether ``best_size`` is neither the smallest nor the largest size tried."""
         return 0 < self.best_index < len(self.sizes) - 1
 
     def figures(self) -> list[Figure]:
@@ -102,19 +102,19 @@ def cones(
 
         ĉ = Σ_{i in S} w_i·d_i,  w ≥ 0, |S| ≤ m;   r² = 1 − ‖c − ĉ‖²/‖c‖²
 
-    S grows greedily: the row of largest positive correlation with what is left comes in, and all weights are fitted
-    anew. Held out: in a random orthonormal basis S and w are fitted on one half of the coordinates and r² is taken on
-    the other, and the other way round; it falls where more features fit what is accidental. Correlation: of the
+    S grows greedily: the row with the largest positive correlation with the residual is added, and all weights are
+    fitted again. Held out: in a random orthonormal basis S and w are fitted on one half of the coordinates and r² is
+    taken on the other half, then the halves are swapped; held-out r² falls once features overfit. Correlation: of the
     concept's activation on rows of x (its label, or x·c) with Σ w_i·f_i.
 
     After the "concept cones" that compare a concept bottleneck's directions with an SAE's rows; the fit, its controls
-    and the held-out coordinates are ours. Random directions have an r² too, larger the wider the dictionary: read r²
-    against it.
+    and the held-out coordinates are additions of sae_lab. Compare r² with that of random directions, which grows with
+    the width of the dictionary.
 
     Args:
         concepts: directions ``concepts d_out``, such as a probe's weights; None: difference of the means of rows with
             and without each label.
-        x: activations ``rows d_in`` (used evenly), or a Store (of which the rows no batch held); for correlations.
+        x: activations ``rows d_in`` (spread evenly), or a Store (its rows that training left out); for correlations.
         labels: ``rows concepts``, of all rows of x: concepts' activations; booleans where concepts is None.
         sizes: numbers of features, ascending.
 
@@ -207,7 +207,7 @@ def fit(
 
 
 def _held_out(W: Tensor, c: Tensor, sizes: Sequence[int]) -> Tensor:
-    """r² on each half of the coordinates of what was fitted on the other; the mean of the two, ``concepts sizes``."""
+    """r² on each half of the coordinates of a fit on the other half; the mean of both, ``concepts sizes``."""
     half, out = W.shape[1] // 2, torch.zeros(len(c), len(sizes))
     parts = (slice(0, half), slice(half, None))
     for seen, unseen in (parts, parts[::-1]):
@@ -220,7 +220,7 @@ def _held_out(W: Tensor, c: Tensor, sizes: Sequence[int]) -> Tensor:
 
 
 def _correlations(f: Codes, truth: Tensor, features: Tensor, weights: Tensor) -> tuple[tuple[float, ...], ...]:
-    """Mean correlation of concepts' activations with their features', and with the next concept's; one a size."""
+    """For each size, mean correlation of concepts' activations with their features', and with the next concept's."""
     found, rows = [], len(f.offsets) - 1
     for at in range(features.shape[1]):
         table = torch.zeros(f.d_sae, len(truth.T), dtype=torch.float64)

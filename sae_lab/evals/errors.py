@@ -38,11 +38,11 @@ class Errors(Result):
     """Result of ``sl.evals.pathological_errors``. KL in nats/token, of the model's next token, over kept tokens.
 
     Attributes:
-        kl: x replaced by x_hat; kl_noise: for each of NOISES, by noise as long as each token's error.
-        ratio, ratio_se, low, high: kl over kl_noise, and its 95 % interval.
+        kl: with x replaced by x_hat; kl_noise: by x + noise of the error's norm at each token, for each of NOISES.
+        ratio, ratio_se, low, high: kl over kl_noise, its standard error, and its 95 % interval.
         curve, curve_noise: KL at x + alpha·error, and at x + alpha·isotropic noise, at ``alphas``.
-        by_position: ratio to isotropic noise of positions from ``edges[i]`` on.
-        token_kl: ``1 + noises, kept tokens``.
+        by_position: ratio to isotropic noise for positions from ``edges[i]`` to the next edge.
+        token_kl: KL of every token, ``1 + noises, kept tokens``.
     """
 
     kl: float = figure("KL of x_hat", "nats/token", control="_isotropic", control_name="isotropic noise", best="low",
@@ -127,7 +127,7 @@ def pathological_errors(
     site: Site | str | None = None,
     seed: int = 0,
 ) -> Errors:
-    """``sl.evals.pathological_errors(sae, lm, text.held_out)``: KL of spliced x_hat against noise as long as its error.
+    """``sl.evals.pathological_errors(sae, lm, text.held_out)``: KL of spliced x_hat against noise of its error's norm.
 
     ratio = mean KL(p(x) ‖ p(x + e)) / mean KL(p(x) ‖ p(x + |e|·u)), e = x_hat − x, u a unit vector, all kept tokens of
     a context changed at once. u is drawn in five ways (NOISES): uniformly; with mean and covariance of the errors; with
@@ -197,7 +197,7 @@ def pathological_errors(
 def equal_norm_noises(
     x: Float[Tensor, "tokens d"], error: Float[Tensor, "tokens d"], kept: Tensor, seed: int = 0
 ) -> dict[str, Float[Tensor, "tokens d"]]:
-    """For each of NOISES one vector a token, as long as its error. Means and covariances are those of kept tokens."""
+    """For each of NOISES one vector per token, of its error's norm. Means and covariances are those of kept tokens."""
     generator = torch.Generator().manual_seed(seed)
     plain = torch.randn(3, *error.shape, generator=generator)
     rows, errors = x[kept].double(), error[kept].double()
@@ -235,7 +235,7 @@ def _divergences(
 ) -> tuple[Tensor, Tensor]:
     """KL from the clean run at every token: ``1 + noises, tokens``; of the curve ``2 alphas, tokens of the quarter``.
 
-    One context at a time, all variants in one pass, so that what lies before the site runs once (see reconstruction).
+    One context at a time, all variants in one pass, so that layers before the site run once (see reconstruction).
     """
     from tqdm.auto import tqdm
 
@@ -258,15 +258,15 @@ def _divergences(
 
 @no_type_check
 def beside(x, tokens, new, keep):
-    """One text's x, and below it each of its replacements at the kept tokens. A function of torch alone, see
-    ``saes.portable``."""
+    """A batch: one text's x, then x with each of the replacements ``new`` at the kept tokens. A function of torch
+    alone, see ``saes.portable``."""
     x = x[:1]
     return torch.cat([x, torch.where(keep.to(x.device).unsqueeze(-1), new.to(x.device, x.dtype), x)])
 
 
 @no_type_check
 def kl_from_first(logits, tokens):
-    """KL(first ‖ row) of the next token at every position, for each row behind the first: "rows pos", nats."""
+    """KL(first ‖ row) of the next token at every position, for each row after the first: "rows pos", nats."""
     clean = logits[0].float().log_softmax(-1)
     p = clean.exp()
     divergences = [(p * (clean - row.float().log_softmax(-1))).sum(-1) for row in logits[1:]]

@@ -1,4 +1,4 @@
-"""Board games: does a coder find the board that a model of game transcripts keeps? (Karvonen et al. 2024,
+"""Board games: does a coder find the board that a model of game transcripts tracks? (Karvonen et al. 2024,
 arXiv:2408.00113)."""
 
 import copy
@@ -25,7 +25,7 @@ OTHELLO_GPT = Path(__file__).parent.parent / "data" / "othello-6x6"  # made by b
 STATE, DISCS = ("mine", "theirs", "empty"), ("mine", "theirs")
 LEVELS = 10  # thresholds: 0, .1 ... .9 of a feature's maximum
 PRECISION = 0.95
-LEAST_FIRINGS = 10  # on training positions; the precision of fewer says little
+LEAST_FIRINGS = 10  # on training positions; precision over fewer is too noisy
 LEAST_CASES = 20  # of a property, and of its opposite, in either half of the games
 AUROC = 0.9
 _FROM_PRECISE = f"F1 of boards from features of precision {PRECISION}"
@@ -36,17 +36,17 @@ _GAMES_AT_ONCE = 64
 
 @result
 class BoardScores(Result):
-    """What one set of features knows of boards.
+    """How well one set of features tells boards.
 
     Attributes:
-        features: how many features fire at all on training positions; l0: how many at one position.
-        coverage: mean over mine/theirs/empty of every square of the best feature's test F1; ``coverage_se``: jackknife
+        features: how many features fire at all on training positions; l0: how many fire at one position.
+        coverage: the best feature's test F1, mean over mine/theirs/empty of every square; ``coverage_se``: jackknife
             over 20 groups of test games. legal: the same mean over legal moves.
         above: properties (mine/theirs/empty) for which the best feature's test AUROC is above .9.
         reconstruction: F1 of test boards (mine and theirs) put together from features of high precision;
             ``reconstruction_se``: clustered by game. precise: how many features have a property with high precision.
-        best, threshold, f1: of each property the feature that is best on training positions, its threshold (share of
-            its maximum there) and its test F1. auroc_best, auroc: the feature of best training AUROC, and its test one.
+        best, threshold, f1: for each property the feature that is best on training positions, its threshold (share of
+            its maximum there) and its test F1. auroc_best, auroc: the feature of best training AUROC, its test AUROC.
         of_state: how many properties are mine/theirs/empty.
     """
 
@@ -80,7 +80,7 @@ class BoardGames(Result):
         always: coverage of a feature that is always on.
         properties: names of what was looked for; of_state: which of them are mine/theirs/empty. dropped: how many were
             too rare or too common to measure.
-        positions, games: measured on, half of them for choosing. excluded: share of positions that the mask left out.
+        positions, games: their numbers; half serve to choose features. excluded: share of positions outside the mask.
     """
 
     coder: BoardScores
@@ -122,8 +122,8 @@ class BoardGames(Result):
     _records = "_sets"
 
     def by_property(self):
-        """One row a property: the coder's best feature, its threshold and test F1; its feature of best AUROC, and it;
-        test F1 of the controls' best."""
+        """One row per property: the coder's best feature, with threshold and test F1; its feature of best AUROC, with
+        that AUROC; the test F1 of each control's best feature."""
         import pandas as pd
 
         own = self.coder
@@ -154,8 +154,8 @@ def board_games(
     """``sl.evals.board_games(sae, lm, games)``: how well features tell the board: coverage, AUROC, reconstruction.
 
     A classifier is a feature and a threshold t of 0, .1 ... .9: on where f > t·max f. Coverage is the mean over
-    properties of the largest F1 of any classifier. For the reconstruction, a property is said to hold where any
-    classifier is on whose precision for it is at least .95; F1 is taken over each board (mine and theirs of all
+    properties of the largest F1 of any classifier. The reconstruction predicts a property where any classifier is on
+    whose precision for it is at least .95; F1 is taken over each board (mine and theirs of all
     squares), then averaged. Maxima, classifiers and precisions are found on the first half of the games, all scores
     on the other half; the paper takes the largest F1 on the positions it is measured on.
 
@@ -164,8 +164,8 @@ def board_games(
 
     Controls: MLP neurons of the same block (models with ``h.N.mlp.act``, else none), coordinates of the activations
     themselves, boards of other games at the same move, and, if given, a coder trained on a model with random weights.
-    A feature that is always on has an F1 of 2p/(1 + p) for a property of probability p; dense features hardly fall
-    below it, sparse ones may.
+    A feature that is always on has an F1 of 2p/(1 + p) for a property of probability p; dense features reach about
+    that, sparse ones may score lower.
 
     Args:
         games: held out from the model's training and the coder's: ``sl.worlds.othello(6, games=600, seed=1)``.
@@ -177,7 +177,7 @@ def board_games(
     if len(games) < 40:
         raise ValueError(f"board_games needs 40 games or more, half of them to choose features on, got {len(games)}")
     site, mask = coder.site, coder.mask or lm.mask()
-    path = f"transformer.h.{site.layer}.mlp.act"  # where the neurons of this block come out in models like GPT-2
+    path = f"transformer.h.{site.layer}.mlp.act"  # its output: the block's neurons, in models like GPT-2
     has_neurons = site.layer is not None and any(name == path for name, _ in lm._module.named_modules())
     neurons = [Site(path)] if has_neurons else []
     read = _read(lm, [site, *neurons], games, mask)
@@ -222,7 +222,7 @@ def othello_gpt() -> LM:
 
 @as_annotated
 def untrained_twin(lm: LM, seed: int = 0) -> LM:
-    """A model of the same architecture and tokenizer with random weights: the control for what training puts there."""
+    """A model of the same architecture and tokenizer with random weights: a control for what the model has learnt."""
     module: Any = lm._module
     config = copy.deepcopy(module.config)
     config._name_or_path = f"untrained-{seed}-{Path(lm.id).name}"
@@ -240,8 +240,8 @@ class _Read(NamedTuple):
 
 
 def game_batch(lm: LM, games: Games) -> TokenBatch:
-    """Games as the model reads them: the prefix, then all moves but the last that could be; position t + 1 holds move
-    t. ValueError for a model that has not one token for each square, or no prefix."""
+    """Games as the model reads them: the prefix, then all moves but a full game's last; position t + 1 holds move t.
+    ValueError for a model without one token for each square, or without a prefix."""
     names = [square_name(s, games.size) for s in range(games.size**2)]
     known = lm.tokenizer.get_vocab()
     if missing := [name for name in names if name not in known]:
@@ -275,7 +275,7 @@ def _read(lm: LM, sites: list[Site], games: Games, mask: TokenMask) -> _Read:
 
 
 class _Data(NamedTuple):
-    """What is true of every position: labels ``positions properties``; and which half and game it belongs to."""
+    """The labels of every position, ``positions properties``, and the half and game that it belongs to."""
 
     labels: np.ndarray
     train: np.ndarray
@@ -284,7 +284,7 @@ class _Data(NamedTuple):
 
 
 def _positive(x: Tensor, train: np.ndarray) -> Codes:
-    """Coordinates as features: how far each is above its least value on training positions."""
+    """Coordinates as features: each minus its least value on training positions."""
     return kernels.above(x - x[torch.from_numpy(train)].min(0).values, 0.0)
 
 
@@ -298,13 +298,13 @@ def _probed(x: Tensor, data: _Data) -> Tensor:
 
 
 def _measurable(labels: np.ndarray, train: np.ndarray) -> np.ndarray:
-    """Properties with enough cases and enough counterexamples in both halves."""
+    """Whether each property has enough positive and negative cases in both halves."""
     halves = [labels[train], labels[~train]]
     return np.all([(h.sum(0) >= LEAST_CASES) & ((~h).sum(0) >= LEAST_CASES) for h in halves], 0)
 
 
 def _shuffled(data: _Data, move: np.ndarray, seed: int) -> _Data:
-    """Every position with the board of another game at the same move, within its half."""
+    """Every position with the board of another game at the same move, from the same half."""
     rng = np.random.default_rng(np.random.SeedSequence([0x424F415244, seed]))
     place, other = (np.lexsort((order, move, data.train)) for order in (np.arange(len(move)), rng.random(len(move))))
     labels = np.empty_like(data.labels)
@@ -315,7 +315,7 @@ def _shuffled(data: _Data, move: np.ndarray, seed: int) -> _Data:
 def _score(codes: Codes, data: _Data) -> BoardScores:
     """Choose classifiers on one half, measure them on the other. Tables are ``features levels properties``."""
     train, y = data.train, data.labels.astype(np.float32)
-    order = by_content(codes)  # so that of equal classifiers one is chosen whatever its feature's number
+    order = by_content(codes)  # so that the choice among equal classifiers ignores feature numbers
     codes = codes._replace(features=order.argsort()[codes.features])
     onehot, level, most = _levels(codes, train)
     hits = _at_least((onehot[train].T @ y[train]).reshape(codes.d_sae, LEVELS, -1))
@@ -327,7 +327,7 @@ def _score(codes: Codes, data: _Data) -> BoardScores:
     scores = f1((on & test).sum(0), on.sum(0), test.sum(0))
     state = np.isin(data.kinds, STATE)
     precise = (hits >= PRECISION * firings) & (firings >= LEAST_FIRINGS)
-    # What is on at a threshold is on at all lower ones: from the lowest precise threshold on, a level says "yes".
+    # A feature on at a threshold is on at all lower ones: levels from the lowest precise threshold on predict "yes".
     discs = np.isin(data.kinds, DISCS)
     says = np.maximum.accumulate(precise[:, :, discs], 1).astype(np.float32)
     said = onehot[~train] @ says.reshape(-1, int(discs.sum())) > 0
@@ -361,7 +361,7 @@ def _at_least(counts: np.ndarray) -> np.ndarray:
 
 def _levels(codes: Codes, train: np.ndarray) -> tuple[Any, Any, np.ndarray]:
     """(a 1 for every firing, "positions features·levels"; level + 1, "positions features"; each feature's maximum on
-    training positions). A feature is at level l above l/10 of its maximum and up to (l + 1)/10, at 9 also above it."""
+    training positions). A feature is at level l from l/10 to (l + 1)/10 of its maximum; level 9 has no upper end."""
     from scipy.sparse import csr_matrix
 
     rows, n = codes.rows.numpy(), len(codes.offsets) - 1

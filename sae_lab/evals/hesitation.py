@@ -1,4 +1,4 @@
-"""Features of uncertainty and features of wrong answers, told apart on questions whose answers are known."""
+"""Features of uncertainty and of wrong answers, told apart on questions with known answers."""
 
 import math
 from collections.abc import Sequence
@@ -24,9 +24,9 @@ from sae_lab.saes.base import SparseCoder
 from sae_lab.stats import auroc, mean_and_error
 
 PASS_ROWS = 16  # questions that go through the model together
-DRAWS = 5  # of random features that are ablated in the others' place
+DRAWS = 5  # sets of random features, ablated as a control
 SHUFFLED = "labels shuffled"
-LEAST = 5  # questions on which a feature fires, among those it is chosen on
+LEAST = 5  # questions of the choosing half on which a feature fires
 QUESTIONS = Path(__file__).parent.parent / "data" / "questions.json"  # countries and capitals, pairs of opposites
 
 
@@ -41,7 +41,7 @@ class Question(NamedTuple):
 @as_annotated
 def synthetic_qa(seed: int = 0, n: int = 240) -> list[Question]:
     """``n`` questions made by rule, a quarter of each kind: sums and products of numbers of one or two digits,
-    capitals, opposites. Three solved examples of its kind, drawn anew, precede each. ValueError for fewer than four."""
+    capitals, opposites. Each follows three solved examples of its kind, drawn for it. ValueError for n below 4."""
     if n < 4:
         raise ValueError(f"n must be at least 4, one question of each kind, got {n}")
     random = np.random.default_rng(seed)
@@ -55,7 +55,7 @@ def synthetic_qa(seed: int = 0, n: int = 240) -> list[Question]:
     out = []
     for i, (kind, pool) in enumerate(pools.items()):
         wanted = n // 4 + (i < n % 4)
-        for start in range(0, wanted, len(pool)):  # a round for each time that all were asked, with other examples
+        for start in range(0, wanted, len(pool)):  # rounds over all questions, each round with other examples
             for asked in random.permutation(len(pool))[: wanted - start]:
                 shown = random.choice([j for j in range(len(pool)) if j != asked], 3, replace=False)
                 lines = [f"{pool[j][0]}{pool[j][1]}" for j in shown]
@@ -71,9 +71,9 @@ class Uncertainty(Result):
         cells: questions that are certain and correct, certain and incorrect, uncertain and correct, uncertain and
             incorrect.
         *_shuffled: the same with labels shuffled.
-        auroc_entropy: AUROC of the model's own certainty. accuracy_change: of ablating ``suppressed``, on other
-            questions than those they were found on; accuracy_change_random: of random features.
-        features: numbers, by class, the strongest first.
+        auroc_entropy: AUROC of the model's entropy. accuracy_change: from ablating ``suppressed``, on questions other
+            than those on which these features were found; accuracy_change_random: from ablating random features.
+        features: their numbers, by class, the strongest first.
     """
 
     accuracy: float
@@ -144,23 +144,23 @@ def uncertainty(
         sl.evals.uncertainty(sae, lm, prompts, answers, groups=kinds)
 
     Uncertain: the next token's entropy is above its group's median. Correct: every token of the answer is the
-    likeliest. Each live feature f is fitted by f ~ b·uncertain + c·incorrect within groups (least squares on what
-    departs from the group's mean); t_b and t_c say which it goes with: pure uncertainty |t_b| > threshold ≥ |t_c|, pure
-    incorrectness the other way round, confounded both. Control: both labels of a question shuffled together within
+    likeliest. Each live feature f is fitted by f ~ b·uncertain + c·incorrect within groups (least squares on deviations
+    from the group's mean); the t statistics class it: pure uncertainty |t_b| > threshold ≥ |t_c|, pure incorrectness
+    |t_c| > threshold ≥ |t_b|, confounded if both exceed it. Control: both labels of a question shuffled together within
     groups.
 
-    AUROC: in each of several random halves the three features whose AUROC for correctness is farthest from 1/2, put
-    together by logistic regression, are measured on the other half. Within groups, only pairs of questions of one group
-    are compared: a feature of a hard kind of question then has 1/2.
+    AUROC: on several random halves, the three features whose AUROC for correctness is farthest from 1/2 are combined by
+    logistic regression, which is scored on the other half. Within groups, only pairs of questions of one group are
+    compared: a feature that only marks a hard kind of question then scores 1/2.
 
     Suppression: the features with the largest min(t_b, t_c) > 0 on one half are ablated while the other half is
     answered; control: random features that fire about as often on these questions, mean of five draws.
 
     Args:
-        prompts, answers: text that together is the question and its solution. groups: the kind of each question.
+        prompts, answers: questions, and the text that continues each. groups: the kind of each question.
         threshold: of |t|. suppress: features to ablate at most, 0 for none.
 
-    Raises ValueError where prompts and answers do not fit, or all answers are right, or all wrong.
+    Raises ValueError if prompts and answers do not match, or fewer than 8 answers are right or fewer than 8 wrong.
     """
     rows, starts = _tokenized(lm, prompts, answers)
     n = len(rows)
@@ -175,7 +175,7 @@ def uncertainty(
             "give easier or harder ones, or more"
         )
     uncertain = entropy > _of_groups(entropy, group, np.median)
-    order = np.argsort(-codes.sum(0), kind="stable")  # ties and draws then go by rank, not by number
+    order = np.argsort(-codes.sum(0), kind="stable")  # so that ties and draws depend on rank
     live = order[(codes > 0).sum(0)[order] >= LEAST]
     if len(live) < 3:
         raise ValueError(f"{len(live)} features fire on {LEAST} questions or more, three are needed: add questions")
@@ -231,7 +231,7 @@ def _answered(
     question; without a coder no strengths."""
     correct, entropy = np.zeros(len(rows), bool), np.zeros(len(rows))
     codes = np.zeros((len(rows), coder.d_sae if coder else 0), np.float32)
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # of like length: little padding
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # similar lengths together, for little padding
     for first in range(0, len(rows), PASS_ROWS):
         part = order[first : first + PASS_ROWS]
         batch, last = pad([rows[i] for i in part]), torch.tensor([starts[i] - 1 for i in part])
@@ -240,7 +240,7 @@ def _answered(
         sites, writes = [coder.site] if coder else [], Ablate.together(edits, lm, batch)
         acts, said = lm.run(batch, sites, writes, logits=of_logits, form=form)
         right = (said["greedy"][:, :-1] == batch.ids[:, 1:]) | ~batch.mask[:, 1:]
-        before = torch.arange(right.shape[1]) < last[:, None]  # the tokens of the prompt are not asked for
+        before = torch.arange(right.shape[1]) < last[:, None]  # only the answer's tokens are checked
         correct[part] = (right | before).all(1).numpy()
         entropy[part] = said["entropy"].numpy()
         if coder:
@@ -255,7 +255,7 @@ def _answered(
 
 @no_type_check
 def greedy_and_entropy(logits, tokens, last):
-    """The likeliest next token everywhere, and the entropy of the next token, nats, at one position of each row."""
+    """The likeliest next token at every position, and its distribution's entropy, nats, at one position of each row."""
     scores = logits[torch.arange(len(logits)), last.to(logits.device)].float().log_softmax(-1)
     return {"greedy": logits.argmax(-1).cpu(), "entropy": -(scores.exp() * scores).sum(-1).cpu()}
 
@@ -271,9 +271,9 @@ def association(
     incorrect: Bool[np.ndarray, " questions"],
     group: np.ndarray,
 ) -> Float[np.ndarray, "two features"]:
-    """t of b and of c in f ~ b·uncertain + c·incorrect, all less their group's mean: each with the other held fixed."""
+    """t of b and of c in f ~ b·uncertain + c·incorrect, with each group's mean subtracted from all three."""
     x = np.stack([uncertain, incorrect], 1).astype(float)
-    rounding = 1e-12 * np.square(f, dtype=float).mean(0) + 1e-30  # the variance of one that does not vary
+    rounding = 1e-12 * np.square(f, dtype=float).mean(0) + 1e-30  # the variance that rounding gives a constant feature
     x, f = x - _of_groups(x, group), f - _of_groups(f, group)
     inverse = np.linalg.pinv(x.T @ x)
     slopes = inverse @ x.T @ f
@@ -295,7 +295,7 @@ def _shuffled_t(f: np.ndarray, uncertain: np.ndarray, correct: np.ndarray, group
 
 
 def _within(group: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """A random order of the questions in which each stays in its group."""
+    """A random permutation of the questions within their groups."""
     order = np.empty(len(group), int)
     for g in np.unique(group):
         members = np.flatnonzero(group == g)
@@ -304,7 +304,7 @@ def _within(group: np.ndarray, random: np.random.Generator) -> np.ndarray:
 
 
 def _auroc_within(scores: np.ndarray, positive: np.ndarray, group: np.ndarray) -> float:
-    """AUROC over pairs of one group."""
+    """AUROC over pairs of questions of the same group."""
     total, pairs = 0.0, 0
     for here in (group == g for g in np.unique(group)):
         if many := int((positive & here).sum()) * int((~positive & here).sum()):
@@ -315,8 +315,8 @@ def _auroc_within(scores: np.ndarray, positive: np.ndarray, group: np.ndarray) -
 def _predict(
     f: np.ndarray, correct: np.ndarray, group: np.ndarray, splits: int, random: np.random.Generator
 ) -> dict[str, float]:
-    """AUROC of three features on unseen halves, with labels as they are and shuffled. Halves overlap from split to
-    split: the variance of their mean is var·(1/splits + 1), both halves being equal (Nadeau & Bengio 2003)."""
+    """AUROC of three features on held-out halves, with true and with shuffled labels. Halves of different splits
+    overlap, so the variance of their mean is var·(1/splits + 1), for halves of equal size (Nadeau & Bengio 2003)."""
     found = np.array([
         [*_three(f, correct, group, random), *_three(f, random.permutation(correct), group, random)]
         for _ in range(splits)
@@ -328,7 +328,7 @@ def _predict(
 
 
 def _three(f: np.ndarray, correct: np.ndarray, group: np.ndarray, random: np.random.Generator) -> tuple[float, float]:
-    """(AUROC, AUROC within groups) on one half of three features that were chosen and put together on the other."""
+    """(AUROC, AUROC within groups) on one half of three features chosen and combined on the other half."""
     from sklearn.linear_model import LogisticRegression
 
     train = _half(correct, random)
@@ -342,7 +342,7 @@ def _three(f: np.ndarray, correct: np.ndarray, group: np.ndarray, random: np.ran
 
 
 def _half(correct: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """Half of the right and half of the wrong answers."""
+    """A random half of the questions, with half of the right and half of the wrong answers."""
     chosen = np.zeros(len(correct), bool)
     for side in (True, False):
         members = random.permutation(np.flatnonzero(correct == side))
@@ -354,7 +354,7 @@ def _suppressed(
     lm: LM, coder: SparseCoder, rows: list[list[int]], starts: list[int], codes: np.ndarray, uncertain: np.ndarray,
     correct: np.ndarray, group: np.ndarray, most: int, random: np.random.Generator,
 ) -> dict[str, float | tuple[int, ...]]:  # fmt: skip
-    """Accuracy on one half with features ablated that were found on the other, and with random ones."""
+    """Accuracy on one half after ablating features found on the other half, and after ablating random ones."""
     found = _half(correct, random)
     firings = (codes[found] > 0).sum(0)
     order = np.argsort(-codes[found].sum(0), kind="stable")
@@ -378,7 +378,7 @@ def _suppressed(
 
 
 def _alike(chosen: np.ndarray, others: np.ndarray, firings: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """For each chosen feature one of the ten others that fire about as often, each taken once."""
+    """For each chosen feature a random one of the ten others of most similar firing rate; none is drawn twice."""
     taken: list[int] = []
     for feature in chosen:
         free = others[~np.isin(others, taken)]
