@@ -71,8 +71,8 @@ class Uncertainty(Result):
         cells: questions that are certain and correct, certain and incorrect, uncertain and correct, uncertain and
             incorrect.
         *_shuffled: the same with labels shuffled.
-        auroc_entropy: AUROC of the model's entropy. accuracy_change: from ablating ``suppressed``, on questions other
-            than those on which these features were found; accuracy_change_random: from ablating random features.
+        auroc_entropy: AUROC for correctness of −entropy. accuracy_change: from ablating ``suppressed``, on questions
+            other than those on which these were found; accuracy_change_random: from ablating random features.
         features: their numbers, by class, the strongest first.
     """
 

@@ -1,4 +1,4 @@
-"""Whether a feature means more than its tokens: its top tokens are put into unrelated text."""
+"""Whether a feature needs more than its tokens to fire: its top tokens are inserted into unrelated text."""
 
 from collections.abc import Sequence
 from dataclasses import field
@@ -21,13 +21,13 @@ from sae_lab.stats import with_error
 
 ENOUGH = 0.5  # share of texts in which a feature must activate to count as activated by its tokens
 NEAR = 25  # tokens on each side, in order of frequency, that count as equally frequent
-FEWEST = 3  # firings on a token that make it a top token, if any token has that many
+FEWEST = 3  # firings on a token that a top token needs; fewer count if no token has that many
 ROWS = 64  # texts that go through the model together
 
 
 class Injected(NamedTuple):
-    """One feature's outcome. rate: share of ``texts`` in which it reaches the threshold; random_rate: of the same with
-    random tokens; reached: mean peak in units of its typical activation; example: the first text that activates it."""
+    """One feature's outcome. rate: share of ``texts`` in which it reaches the threshold; random_rate: the same share
+    with random tokens; reached: mean peak over its typical activation; example: the first text that activates it."""
 
     feature: int
     tokens: tuple[str, ...]
@@ -41,8 +41,8 @@ class Injected(NamedTuple):
 
 @result
 class Injection(Result):
-    """Result of ``sl.evals.token_injection``. ``found``: every feature; ``counterexamples``: those that activate, so
-    that their tokens are enough for them."""
+    """Result of ``sl.evals.token_injection``. ``found``: every feature; ``counterexamples``: features that the inserted
+    tokens activate without their usual context."""
 
     activated: float = figure(
         "features activated", f"in {ENOUGH:.0%} of texts or more, by {{tokens}} of their top tokens",
@@ -66,7 +66,7 @@ class Injection(Result):
 
     @property
     def counterexamples(self) -> tuple[Injected, ...]:
-        """Features that their tokens alone activate, the surest first."""
+        """Features that their tokens alone activate, the clearest first."""
         return tuple(sorted((f for f in self.found if f.rate >= ENOUGH), key=lambda f: -f.rate))
 
     _records = "found"
@@ -102,20 +102,20 @@ def token_injection(
 
     Each feature's top tokens are inserted into neutral text, at random places.
 
-    A feature activates in a text where its peak reaches share·(its median activation where it fires in the index's
-    store). Neutral: a text in which, untouched, it does not. Top tokens: largest mean activation per occurrence in the
-    store, zeros counted, among tokens on which it fires three times. Control: for each a random token that is equally
-    frequent in the store, at the same place. A feature that reads tokens activates in all texts; one that reads a
-    context, in few; random tokens activate neither.
+    A feature activates in a text if its peak reaches share·(its median activation where it fires in the index's store).
+    A neutral text does not activate it before insertion. Top tokens: largest mean activation per occurrence in the
+    store, zeros counted, among tokens on which it fires three times. Control: each top token replaced by a random token
+    of equal frequency in the store. A feature that reads tokens activates in all texts; one that reads a context, in
+    few; random tokens activate neither.
 
     Args:
         index: of this coder, over text in which the features fire. features: which to test.
-        text: where to put tokens, e.g. ``text.held_out``. tokens: how many to put in. texts: how many, of ``length``
-            tokens.
+        text: where to insert tokens, e.g. ``text.held_out``. tokens: how many to insert. texts: how many texts, of
+            ``length`` tokens.
 
-    Raises ValueError for features that never fire in the store, and for text that leaves nothing neutral.
+    Raises ValueError for features that never fire in the store, and for text without a neutral piece.
 
-    Cue tokens that explain "reasoning features" away: GeorgeMLP/reasoning-probing, whose rates are 45 to 90 %.
+    GeorgeMLP/reasoning-probing finds that cue tokens activate 45 to 90 % of "reasoning features".
     """
     if coder.d_sae != index.d_sae:
         raise ValueError(f"the coder has {coder.d_sae} features, the index {index.d_sae}: use an index of this coder")
@@ -185,7 +185,7 @@ def _top_tokens(
 
 
 def _as_frequent(token: int, top: list[int], by_count: np.ndarray, random: np.random.Generator) -> int:
-    """A random token among the nearest in frequency, none of the top ones."""
+    """A random token of those nearest in frequency, without the top tokens."""
     at = int(np.flatnonzero(by_count == token)[0])
     near = by_count[max(0, at - NEAR) : at + NEAR + 1]
     near = near[~np.isin(near, top)]

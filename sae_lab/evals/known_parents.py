@@ -1,4 +1,4 @@
-"""Absorption with known truth: planted parents and children."""
+"""Absorption where the true features are known: planted parents and children."""
 
 import numpy as np
 import torch
@@ -47,9 +47,9 @@ def planted_absorption(sae: SparseCoder, world: World, rows: int = 20_000) -> Pl
     """Absorption of known parents by known children: ``sl.evals.planted_absorption(sae, world)``.
 
     A parent's and a child's features are those matched one to one with their true directions (``sl.match``).
-    gap = P(parent's feature fires | parent fires, no child does) − P(... | parent and a child of its own fire);
+    gap = P(parent's feature fires | parent fires, no child does) − P(... | parent and one of its children fire);
     leak = cos(W_dec of the child's feature, the parent's true direction). Controls: the gap for children of other
-    parents (own ones silent), and the leak with other parents. Absorbed: gap near 1, leak near √½.
+    parents (with the parent's children silent), and the leak with other parents. Absorbed: gap near 1, leak near √½.
 
     ValueError for a world without ``hierarchy=`` or of another width.
     """

@@ -1,4 +1,4 @@
-"""How alike the inputs are that a feature fires on: the monosemanticity score."""
+"""Similarity of the inputs on which a feature fires: the monosemanticity score."""
 
 from dataclasses import field
 from typing import Any
@@ -29,11 +29,11 @@ class Monosemanticity(Result):
         score_se: jackknife over groups of documents.
         neurons: score of x's coordinates, each as two neurons (its positive and its negative part); ``neurons_raw``:
             of the coordinates scaled from their least to their largest value, as published.
-        random: of random directions that fire on as many rows as features do, those where they are largest.
-        p_neurons, p_random: of one-sided Mann-Whitney tests, features above these.
-        shuffled: of the features' activations given to other rows, which is the mean cosine of two rows.
-        features: live ones, with at least ``least`` firings.
-        per_feature: score of all d_sae, NaN where it is not live.
+        random: of random directions, each firing on as many rows as a feature, where its projection is largest.
+        p_neurons, p_random: of one-sided Mann-Whitney tests that features score above neurons, random directions.
+        shuffled: of the features with activations shuffled over rows: the mean cosine of two rows.
+        features: number of live features, with at least ``least`` firings.
+        per_feature: score of all d_sae features, NaN for one that is not live.
     """
 
     score: float = figure("monosemanticity", "mean over live features", control="shuffled",
@@ -80,21 +80,21 @@ def monosemanticity(
         MS_k = Σ_{i<j} a_ik·a_jk·cos(E_i, E_j) / Σ_{i<j} a_ik·a_jk
              = (‖Σᵢ a_ik·Eᵢ‖² − Σᵢ a_ik²) / ((Σᵢ a_ik)² − Σᵢ a_ik²)        (unit Eᵢ: linear in the rows)
 
-    a: a feature's activations scaled from its least value to its largest over these rows, 0 to 1. E: the mean over rows
-    is subtracted, and rows have unit norm. 1: all inputs are one; 0: no more alike than any two.
+    a: a feature's activations, rescaled from their range over these rows to 0..1. E: the mean over rows is subtracted,
+    and rows have unit norm. 1: all inputs are identical; 0: no more alike than two random inputs.
 
-    The score rises with sparsity alone, and where E is x itself any direction's largest projections are alike: compare
-    with ``random``, which is both. Another E (another layer's activations, a model's embeddings of the same inputs)
-    asks whether the inputs are alike to something the coder has not seen.
+    The score rises with sparsity alone, and with E = x the rows of any direction's largest projections are alike:
+    compare with ``random``, directions of equal sparsity. Another E (another layer's activations, a model's embeddings
+    of the same inputs) tests similarity by data that the coder has not seen.
 
     Pach et al. 2025 (arXiv:2504.02821), on images; there E is an image encoder's, not centred.
 
     Args:
-        x: activations ``rows d_in`` (used evenly), or a Store (of which the rows no batch held).
+        x: activations ``rows d_in`` (spread evenly), or a Store (its rows that no training batch held).
         embeddings: ``rows e`` of the same rows, or a Store of the same tokens (``store.at(another_site)``); None: x.
-        tokens: how many rows at most. least: firings a live feature has, two at least.
+        tokens: how many rows at most. least: firings that make a feature live, at least 2.
 
-    Raises ValueError for embeddings of other rows, and where no feature is live.
+    Raises ValueError for embeddings of other rows, and if no feature is live.
     """
     if least < 2:
         raise ValueError(f"least must be at least 2 (a score is of pairs), got {least}")
@@ -156,13 +156,13 @@ def _embeddings(x: Tensor | Store, embeddings: Tensor | Store | None, rows: Samp
 
 
 def unit(E: Float[Tensor, "rows e"]) -> Float[Tensor, "rows e"]:
-    """E less its mean, rows of unit norm."""
+    """E minus its mean, with rows scaled to unit norm."""
     return normalize(E - E.mean(0), dim=1)
 
 
 def _scaled(codes: Codes) -> Codes:
-    """Activations from each feature's least value to its largest, as 0 to 1; negative codes count as 0. The least value
-    is 0 where a feature is off in some row."""
+    """Activations with each feature's range rescaled to 0..1; negative codes count as 0. The least value of a feature
+    that is off in some row is 0."""
     values, rows = codes.values.double().clamp_min(0), len(codes.offsets) - 1
     most = torch.zeros(codes.d_sae, dtype=torch.float64).scatter_reduce(0, codes.features, values, "amax")
     least = torch.full_like(most, torch.inf).scatter_reduce(0, codes.features, values, "amin")
@@ -191,7 +191,7 @@ def _score(vectors: Tensor, a: Tensor, squares: Tensor) -> Tensor:
 
 
 def _dense_scores(x: Tensor, E: Tensor) -> Tensor:
-    """Of x's coordinates, each scaled from its least value to its largest."""
+    """The scores of x's coordinates, each rescaled from its range to 0..1."""
     least, most = x.amin(0), x.amax(0)
     a = (x - least).double() / (most - least).clamp_min(1e-30).double()
     return _score(a.T @ normalize(E.double(), dim=1), a.sum(0), a.pow(2).sum(0))
@@ -206,7 +206,7 @@ def _both_signs(x: Tensor) -> Codes:
 def _random_directions(x: Tensor, fired: Tensor, generator: torch.Generator) -> Codes:
     """Codes of random directions: each fires on as many rows as a feature, by its excess over a threshold."""
     drawn = torch.randperm(len(fired), generator=generator)[:RANDOM_FEATURES]
-    chosen = fired.sort().values[drawn]  # in whatever order features stand
+    chosen = fired.sort().values[drawn]  # whatever the order of features
     directions = normalize(torch.randn(x.shape[1], len(chosen), generator=generator), dim=0)
     rows, values, features = [], [], []
     centred = x - x.mean(0)

@@ -66,7 +66,7 @@ class Positional(Result):
 
     @property
     def _counted(self) -> dict[str, np.ndarray]:
-        """Of the features that count, the most positional first."""
+        """The columns for the features that count, the most positional first."""
         chosen = (self.firings >= self.min_firings).nonzero().flatten()
         chosen = chosen[self.r2[chosen].nan_to_num(-torch.inf).argsort(descending=True, stable=True)]
         columns = {name: getattr(self, name)[chosen].numpy() for name in ("r2", "r2_shuffled", "firings")}
@@ -90,17 +90,17 @@ def positional(
     """``sl.evals.positional(sae, lm, store)``: share of each feature's variance that a token's position explains.
 
     R² = Σ_b n_b·(m_b − m)²/Σ(f − m)², b bins of positions, m_b a feature's mean activation in bin b; zeros count. One
-    pass in O(active codes); what is held is ``bins d_sae``. Control: each context's positions rotated by a random
+    pass in O(active codes), with memory for ``bins d_sae``. Control: each context's positions rotated by a random
     number of tokens, which leaves bursts of activity whole. Chance is (bins − 1)/(tokens − 1) for independent firings,
-    and (bins − 1)/(contexts − 1) where a context's firings go together.
+    and (bins − 1)/(contexts − 1) if all firings of a context are dependent.
 
     Args:
         data: a store at the coder's site (read in its order), or text, of which the model reads ``tokens``.
         bins: of positions, of equal width; fewer where contexts are shorter. min_firings: tokens on which a feature
             must fire to be counted (R² of a feature that fires once is 1/n_b).
-        context: of text: tokens the model sees at once; None is what the coder was trained with, else 128.
+        context: for text: tokens the model sees at once; None: the coder's training context, else 128.
 
-    Raises ValueError for a store of another width, and where nothing is left to measure.
+    Raises ValueError for a store of another width, and if no token or no feature is left to measure.
 
     Positional features of the first layer: Chughtai & Lau 2024.
     """
@@ -153,7 +153,7 @@ def positional(
 
 
 class _Tally:
-    """Sums over tokens that the R² of every feature is made from, with true positions and with rotated ones."""
+    """Sums over tokens from which every feature's R² is computed, with true positions and with rotated ones."""
 
     def __init__(self, bins: int, d_sae: int, seed: int):
         self.sums = torch.zeros(2, bins, d_sae, dtype=torch.double)
@@ -173,7 +173,7 @@ class _Tally:
 
 
 def rotated(positions: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """Each context's positions moved round by a random number of tokens. A context ends where they rise no more."""
+    """Each context's positions, rotated by a random number of tokens. A context ends where positions stop rising."""
     out = positions.copy()
     starts = np.flatnonzero(np.diff(positions, prepend=positions[0] + 1 if len(positions) else 0) <= 0)
     for first, end in zip(starts, np.append(starts[1:], len(positions)), strict=True):

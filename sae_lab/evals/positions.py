@@ -30,8 +30,8 @@ class ByPosition(Result):
     """Result of ``sl.evals.by_position``: one entry a bin of positions, ``edges[i]`` to ``edges[i + 1] - 1``.
 
     ``fvu``, ``ce_delta`` (nats/token) and ``ce_recovered`` (against mean ablation) with standard errors; ``pca_*`` the
-    control, PCA of rank k; ``ce_clean`` the model's own loss. ``rise``: ΔCE beyond the training context less that in
-    the second half of it; ``pca_rise`` the same of PCA. NaN where nothing lies beyond, and for what is recovered in a
+    control, PCA of rank k; ``ce_clean`` the model's own loss. ``rise``: ΔCE beyond the training context minus ΔCE in
+    its second half; ``pca_rise`` the same for PCA. ``rise`` is NaN if no position lies beyond, ``ce_recovered`` in a
     bin where ablation costs too little (as in ``sl.evals.reconstruction``).
     """
 
@@ -103,16 +103,16 @@ def by_position(
     """``sl.evals.by_position(sae, lm, text.held_out)``: FVU and ΔCE by position, also beyond the training context.
 
     FVU of a bin = Σ‖y−ŷ‖²/Σ‖y−ȳ‖² over its kept tokens, ȳ over all kept tokens. ΔCE = CE(spliced) − CE(clean) of the
-    tokens predicted there, the whole context being spliced. Only contexts of full length count, so that every bin reads
+    tokens predicted there, with the whole context spliced. Only contexts of full length count, so that every bin reads
     the same texts. Control: PCA of rank k, fitted on these activations of all positions.
 
     Args:
-        tokens: how many to choose contexts from. context: tokens the model sees at once; None is twice what the coder
-            was trained with, or what the model can read.
+        tokens: how many to choose contexts from. context: tokens the model sees at once; None: twice the coder's
+            training context, or at most what the model can read.
         edges: where bins start, and the end of the last: increasing, at most ``context``; None: the training context
             cut at its sixteenth, eighth, quarter and half, and from its end in halves of it.
 
-    Raises ValueError for edges that are none, and for text without two documents that fill a context.
+    Raises ValueError for edges that do not increase, and for text without two documents that fill a context.
     """
     trained = trained_context(coder)
     context = context_length(coder, lm, tokens, min(2 * trained, lm.max_length) if context is None else context)
@@ -181,7 +181,7 @@ def by_position(
 class Hill(Result):
     """Result of ``sl.evals.hill``. ``half_l0``: the L0 at which half of the loss is recovered; ``slope``: Hill's n.
 
-    Both and their errors are NaN where the points do not tell them. ``rmse``: of the fit, of lost = 1 − recovered;
+    Both and their errors are NaN if the points do not determine them. ``rmse``: of the fit, for lost = 1 − recovered;
     ``line_rmse``: of a straight line, the control.
     """
 
@@ -196,7 +196,7 @@ class Hill(Result):
     lost: tuple[float, ...] = field(repr=False)
 
     def lost_at(self, l0: float) -> float:
-        """1 − recovered that the curve gives at an L0."""
+        """The curve's 1 − recovered at an L0."""
         return float(_hill(1 / l0, math.log(1 / self.half_l0), self.slope))
 
     _below = "{_coders}; ± of the least squares fit"
@@ -210,12 +210,12 @@ class Hill(Result):
 def hill(results: Sequence[Reconstruction | tuple[Any, Any]]) -> Hill:
     """``sl.evals.hill(results)``: a Hill curve through coders, lost = sⁿ/(sⁿ + hⁿ), s = 1/L0, lost = 1 − CE recovered.
 
-    Without a single active feature the mean is all that is left, which recovers 0: the curve goes to 1 as 1/L0 grows.
-    h = 1/(L0 at half). Fitted by least squares in (log h, n); standard errors from its covariance, the spread of the
-    points about the curve being their error. Control: a straight line in 1/L0, with two parameters too.
+    With no active feature the reconstruction is the mean, which recovers 0: the curve goes to 1 as 1/L0 grows.
+    h = 1/(L0 at half). Fitted by least squares in (log h, n); standard errors from its covariance, with the spread of
+    the points about the curve as their error. Control: a straight line in 1/L0, also with two parameters.
 
-    Args: results: of ``sl.evals.reconstruction`` on the same text, or pairs (L0, CE recovered): three at least. Where
-            they do not tell the parameters (all recover alike), these and their errors are NaN.
+    Args: results: of ``sl.evals.reconstruction`` on the same text, or pairs (L0, CE recovered): at least three. If they
+            do not determine the parameters (all recover equally), these and their errors are NaN.
 
     Raises ValueError for fewer, for equal L0, and for an L0 of 0.
     """
@@ -233,13 +233,13 @@ def hill(results: Sequence[Reconstruction | tuple[Any, Any]]) -> Hill:
     slope, offset = np.polyfit(np.log(s), odds, 1)  # log odds = n·(log s − log h): a start from which it converges
     start = (-offset / slope, slope) if slope > 0.05 else (float(np.log(s).max()) + 1, 1.0)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", OptimizeWarning)  # errors of NaN say that there is no covariance
+        warnings.simplefilter("ignore", OptimizeWarning)  # without a covariance the errors are NaN
         try:
             (log_h, n), covariance = curve_fit(_hill, s, lost, p0=start, maxfev=20_000)
         except RuntimeError:  # the search does not end
             (log_h, n), covariance = (math.nan, math.nan), np.full((2, 2), math.nan)
     errors = np.sqrt(np.diag(covariance))
-    told = bool(np.isfinite(errors).all())  # else any flat curve fits, and its L0 at half is where the search stopped
+    told = bool(np.isfinite(errors).all())  # else any flat curve fits, and half_l0 is arbitrary
     line = np.polyval(np.polyfit(s, lost, 1), s)
     return Hill(
         half_l0=math.exp(-log_h) if told else math.nan,

@@ -21,23 +21,23 @@ from sae_lab.types import Site, as_sites
 
 PIP_LINE = "pip install --no-deps sae-probes==0.4.2"
 SKIPPED = (95, 106, 107)  # toxic and hateful posts
-MOST_CLASSES = 50  # above, a target is a number (a year, a latitude), and no class of it a task
+MOST_CLASSES = 50  # above, the labels are numbers (a year, a latitude), no classes
 # One of each kind: topic, sentiment, grammar, register, programming language, a person's attribute, text written by a
-# machine, a fact about what a name means. (Not 161 to 163, where every other class is source code; nor those whose
-# label is of the last words of long texts, such as 56 to 64, which a cut at the default length takes away.)
+# machine, a fact about what a name means. (Not 161 to 163, in which every other class is source code; nor sets such as
+# 56 to 64, whose label depends on the last words of long texts, which the default length cuts off.)
 DEFAULT_SETS = (
     "139_news_class_Politics", "92_glue_sst2", "87_glue_cola", "96_spam_is", "159_code_Python", "5_hist_fig_ismale",
     "110_aimade_humangpt3", "154_athlete_sport_football",
 )  # fmt: skip
 _TOKENS = 1024  # read at once: more is no faster
-_HALF = 6e4  # the largest number that half precision has room for
+_HALF = 6e4  # the largest number that is kept in half precision
 
 
 @as_annotated
 @dataclass(frozen=True, repr=False)
 class ProbeSet:
-    """Texts with a yes or no each. ``labels``: True at ``positive``; of several classes the commonest, against all
-    others.
+    """Texts with a binary label each. ``labels``: True for the class ``positive``; of several classes this is the
+    commonest, against all others.
 
     Raises ValueError for labels of one class, or of more than 50 (numbers).
     """
@@ -49,7 +49,7 @@ class ProbeSet:
 
     @classmethod
     def of(cls, name: str, texts: Sequence[str], labels: Any) -> "ProbeSet":
-        """From texts and labels of any kind. Of two classes, the one that sorts last is the positive one."""
+        """A set from texts and labels of any kind. Of two classes, the one that sorts last is positive."""
         texts, values = list(texts), [str(label) for label in np.asarray(labels).tolist()]
         if len(texts) != len(values):
             raise ValueError(f"{name}: every text needs a label, got {len(texts)} texts and {len(values)} labels")
@@ -68,7 +68,7 @@ class ProbeSet:
         """At most ``examples`` examples, half of either class, drawn without replacement; each text once."""
         draw = np.random.default_rng([seed, *self.name.encode()])
         order = draw.permutation(len(self.texts))
-        first = {self.texts[i]: i for i in order[::-1]}  # of equal texts the first drawn
+        first = {self.texts[i]: i for i in order[::-1]}  # the first of equal texts
         order = np.array([i for i in order if first[self.texts[i]] == i])
         each = min(examples // 2, *(int((self.labels[order] == label).sum()) for label in (False, True)))
         chosen = np.concatenate([order[self.labels[order] == label][:each] for label in (False, True)])
@@ -99,8 +99,8 @@ def probe_set(name: str) -> ProbeSet:
 
 
 def as_probe_sets(data: Any = None) -> list[ProbeSet]:
-    """What ``probing`` takes as data, as sets: None (``DEFAULT_SETS``), names, a pair (texts, labels), a dict of such
-    pairs by name, or ProbeSets."""
+    """The ``data`` argument of ``probing`` as a list of sets: None (``DEFAULT_SETS``), names, a pair (texts, labels), a
+    dict of such pairs by name, or ProbeSets."""
     if isinstance(data, Mapping):
         return [ProbeSet.of(str(name), *pair) for name, pair in data.items()]
     many: list[Any] = [data] if isinstance(data, str | ProbeSet) else list(DEFAULT_SETS if data is None else data)
@@ -118,7 +118,7 @@ def as_probe_sets(data: Any = None) -> list[ProbeSet]:
 class ReadSet:
     """A probe set as a model reads it: activations of all real tokens but the prefix, text by text.
 
-    x: ``tokens d``, half precision where that has room. ids, positions: of these tokens. offsets: where each text
+    x: ``tokens d``, in half precision if no value overflows. ids, positions: of these tokens. offsets: where each text
     begins. labels: of the texts.
     """
 
@@ -166,7 +166,7 @@ def read_probe_sets(
 
 
 def read_sets(lm: LM, site: Site, sets: Sequence[ProbeSet], examples: int, tokens: int, seed: int) -> Iterator[ReadSet]:
-    """The sets one after the other, with progress."""
+    """Each set as ``lm`` reads it at the site, one after the other, with a progress bar."""
     from tqdm.auto import tqdm
 
     check_least(8, examples=examples)
@@ -179,7 +179,7 @@ def read_sets(lm: LM, site: Site, sets: Sequence[ProbeSet], examples: int, token
 def _read(lm: LM, site: Site, one: ProbeSet, tokens: int, bar: Any) -> ReadSet:
     rows = [tuple(ids[:tokens]) for ids in encode_texts(lm.tokenizer, list(one.texts))]
     prefix = [] if lm.prefix_id is None else [lm.prefix_id]
-    first = {ids: number for number, ids in list(enumerate(rows))[::-1]}  # equal ones would be in train and test
+    first = {ids: number for number, ids in list(enumerate(rows))[::-1]}  # a copy could be in train and test
     chosen = sorted(number for ids, number in first.items() if ids)
     texts = [[*prefix, *rows[number]] for number in chosen]
     acts: list[Tensor] = [torch.empty(0)] * len(texts)

@@ -1,4 +1,4 @@
-"""k-sparse probing: how well a few features tell two kinds of text apart, beside probes that need no coder."""
+"""k-sparse probing: how well a few features tell two kinds of text apart, compared with probes without a coder."""
 
 import math
 import warnings
@@ -23,8 +23,8 @@ from sae_lab.types import Site, TokenMask
 Pooling = Literal["mean", "max", "last"]
 Convention = Literal["sae_lab", "saebench"]
 PENALTIES = (0.001, 0.01, 0.1, 1.0)  # C of the logistic regressions tried: the inverse of the L2 penalty
-SHARES = (0.6, 0.2)  # of the texts in train and in validation; the rest is test
-PCA_COMPONENTS = 64  # among which the control chooses
+SHARES = (0.6, 0.2)  # of the texts, for train and for validation; the rest is test
+PCA_COMPONENTS = 64  # from which the control chooses
 BASES = ("features", "neurons", "pca")
 CHOSEN, ALL = "chosen", "all"
 _ROWS = 2048  # encoded at a time
@@ -32,7 +32,7 @@ _ROWS = 2048  # encoded at a time
 
 class ProbeScore(NamedTuple):
     """One probe on one dataset's test texts. setting: k, "chosen" (k chosen on validation) or "all" (dense). inputs:
-    how many it read. penalty: the C chosen. shuffled_...: mean over shuffled labels, everything else the same."""
+    their number. penalty: the C chosen. shuffled_...: mean over shuffled labels, everything else the same."""
 
     dataset: str
     probe: str
@@ -74,13 +74,13 @@ class Probing(Result):
         return mean_and_error(self.values(probe, setting, what))
 
     def gain(self, other: str, setting: int | str, what: str = "accuracy") -> tuple[float, float]:
-        """(mean of features less another probe, standard error): paired by dataset. "dense" has one setting only."""
+        """(mean of features minus another probe, standard error): paired by dataset. "dense" has one setting only."""
         others = self.values(other, ALL if other == "dense" else setting, what)
         return mean_and_error(self.values("features", setting, what) - others)
 
     @property
     def best(self) -> int | str:
-        """The setting the differences are taken at: the k chosen on validation, else the largest."""
+        """The setting at which probes are compared: "chosen" (k chosen on validation), else the largest k."""
         return max(self.k) if self.convention == "saebench" else CHOSEN
 
     @property
@@ -141,22 +141,22 @@ def probing(
     """``sl.evals.probing(sae, lm)``: probes of k features on labelled texts, and of the activations without a coder.
 
     A text's code is the mean, the maximum or the last of its tokens' codes (``pooling``; tokens that the mask leaves
-    out do not count), as ``SparseCoder.strengths``. Features are ranked on the training texts by |mean₁ −
-    mean₀|/deviation; a logistic regression on the first k, inputs standardised on train, with the L2 penalty of least
-    log loss on validation, gives accuracy and AUROC on test texts ("chosen": k too was chosen on validation). Split
-    60/20/20, both classes equal: chance is .5.
+    out do not count), in ``SparseCoder.strengths``. Features are ranked on the training texts by |mean₁ −
+    mean₀|/deviation; a logistic regression reads the first k, standardised on train, with the L2 penalty of least log
+    loss on validation; accuracy and AUROC are of test texts ("chosen": k is also chosen on validation). Split 60/20/20,
+    both classes equal: chance is .5.
 
     Controls, chosen and fitted the same way: k coordinates of x (``neurons``); k of the first 64 principal components
-    of the training texts' x (``pca``); all of x (``dense``); and everything again with shuffled labels, which must give
-    .5. x is pooled as the codes are. In Kantamneni et al. 2025 (arXiv:2502.16681) features do not beat dense probes.
+    of the training texts' x (``pca``); all of x (``dense``); and all of these with shuffled labels, which must give .5.
+    x is pooled as the codes are. In Kantamneni et al. 2025 (arXiv:2502.16681) features do not beat dense probes.
 
     After Gurnee et al. 2023 (arXiv:2305.01610). ``convention="saebench"``: what SAEBench does (Karvonen et al. 2025,
-    arXiv:2503.09532): ranked by |mean₁ − mean₀| alone, C = 1, inputs as they are, trained on train and validation
-    together, mean pooling; theirs are k of 1, 2 and 5, 4,000 training texts and contexts of 128.
+    arXiv:2503.09532): ranked by |mean₁ − mean₀| alone, C = 1, inputs not standardised, trained on train and validation
+    together, mean pooling; SAEBench takes k of 1, 2 and 5, 4,000 training texts and contexts of 128.
 
     Args:
         data: names of probe sets (None: ``DEFAULT_SETS``, eight kinds), a pair (texts, labels), a dict of such pairs by
-            name, or what ``read_probe_sets`` returns (then examples and tokens are what it read).
+            name, or the result of ``read_probe_sets`` (``examples`` and ``tokens`` are then its own).
         k: how many features. shuffles: how often labels are shuffled; 0 leaves that control out (NaN).
 
     Raises ValueError for a k above d_sae or above the number of training texts, labels of one class, and activations of
@@ -255,7 +255,7 @@ def pooled(
 
 
 class Fit(NamedTuple):
-    """One probe's test scores, the C and the validation loss it was chosen by, and how many inputs it has."""
+    """One probe's test scores, its C, its validation loss (by which C and k are chosen), and its number of inputs."""
 
     accuracy: float
     auroc: float
@@ -307,7 +307,7 @@ def ranked(inputs: np.ndarray, labels: np.ndarray, scaled: bool = True) -> np.nd
 
 
 def _probe(inputs: np.ndarray, labels: np.ndarray, parts: tuple[np.ndarray, ...], ours: bool) -> Fit:
-    """The logistic regression of least validation loss, on test."""
+    """The test scores of the logistic regression of least validation loss."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import log_loss, roc_auc_score
@@ -320,7 +320,7 @@ def _probe(inputs: np.ndarray, labels: np.ndarray, parts: tuple[np.ndarray, ...]
         inputs = (inputs - inputs[train].mean(0)) / np.where(deviation > 0, deviation, 1)
     fits = []
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # the others of the penalties are there for that
+        warnings.simplefilter("ignore", ConvergenceWarning)  # then another penalty is chosen
         for penalty in PENALTIES if ours else (1.0,):
             model = LogisticRegression(C=penalty, max_iter=1000).fit(inputs[train], labels[train])
             loss = log_loss(labels[validation], model.predict_proba(inputs[validation])[:, 1]) if ours else math.nan

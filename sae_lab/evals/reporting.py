@@ -28,7 +28,7 @@ class Report(Result):
     Attributes:
         found: {eval: a list of ``Figure`` for each coder}, empty where the eval does not apply.
         left_out: {(eval, coder's name): why it was not measured}.
-        seconds: {eval: how long it took, over all coders; 0 where all of it was in the cache}.
+        seconds: {eval: how long it took for all coders; 0 if the cache had all of it}.
     """
 
     names: tuple[str, ...]
@@ -38,14 +38,14 @@ class Report(Result):
     settings: dict[str, Any] = field(compare=False)
 
     def figures(self) -> list[Figure]:
-        """Of the first coder."""
+        """All figures of the first coder."""
         return [figure for lists in self.found.values() for figure in lists[0]]
 
     def __getitem__(self, eval: str) -> tuple[list[Figure], ...]:
         return self.found[eval]
 
     def value(self, measure: str, name: str | None = None) -> Figure:
-        """The figure of that measure of a coder (None: the first). KeyError with the known ones."""
+        """A coder's figure (None: the first coder's) of a measure. KeyError, listing the measures, for another name."""
         coder = 0 if name is None else self.names.index(name)
         known = {figure.measure: figure for lists in self.found.values() for figure in lists[coder]}
         if measure not in known:
@@ -91,7 +91,7 @@ class Report(Result):
 
     @property
     def _times(self) -> str:
-        took = sum(self.seconds.values())  # nothing for what was kept
+        took = sum(self.seconds.values())  # 0 for cached results
         each = ", ".join(f"{title} {s:.0f}" for title, s in self.seconds.items() if s >= 1)
         return f"\n{took:.0f} s: {each}" if took >= 1 else ""
 
@@ -109,10 +109,10 @@ def report(
 ) -> Report:
     """``sl.evals.report({"a": sae, "b": other}, lm, text)``: every eval that applies, in one table with controls.
 
-    Statistics of codes are taken on ``tokens`` tokens of ``text``, what needs the spliced model on ``lm_tokens`` tokens
-    of ``text.held_out``; probing and absorption bring their texts and words. Each coder reads its site; coders of one
-    site share its harvest. Results are kept in the cache (kind "evals") by coder, model, text and settings: an
-    interrupted report continues, and one with another coder measures only that one.
+    Statistics of codes are taken on ``tokens`` tokens of ``text``, evals of the spliced model on ``lm_tokens`` tokens
+    of ``text.held_out``; probing and absorption use texts and words of their own. Each coder reads its site; coders of
+    one site share its harvest. Results are kept in the cache (kind "evals") by coder, model, text and settings: an
+    interrupted report continues, and a report with one more coder measures only that one.
 
     Args:
         coders: in eval mode, trained at a site of ``lm``; a mapping gives them names.
@@ -134,7 +134,7 @@ def report(
     for name, coder in named.items():
         if coder.training:
             raise ValueError(f"coder {name!r} is in training mode: call sae.eval()")
-        _ = coder.reads or coder.site  # one that knows no site is told so
+        _ = coder.reads or coder.site  # raises for a coder without a site
         made_for = coder.meta.get("model_fingerprint")
         if made_for is not None and made_for != lm.fingerprint():
             raise ValueError(
@@ -156,7 +156,7 @@ def report(
                 begin = time.perf_counter()
                 try:
                     figures = SECTIONS[title](inputs)
-                except ValueError as err:  # this eval has a rule that this coder breaks, and says which
+                except ValueError as err:  # the eval does not apply to this coder, and says why
                     left_out[title, name], figures = str(err), []
                 else:
                     _keep(file, figures)
@@ -192,7 +192,7 @@ def _file(title: str, inputs: Inputs, settings: dict[str, Any]) -> Path:
 
 
 def _kept(file: Path) -> list[Figure] | None:
-    """What an earlier report found; None without a readable file."""
+    """The figures of an earlier report; None without a readable file."""
     try:
         return [Figure(**one) for one in json.loads(file.read_text(encoding="utf-8"))]
     except FileNotFoundError:

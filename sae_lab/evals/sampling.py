@@ -1,4 +1,4 @@
-"""What the evals of codes share: rows to measure on, what a coder makes of them, and what they ask of a coder."""
+"""What the evals of codes share: sampled rows, a coder's codes of them, and checks of the coder."""
 
 import math
 from typing import Any, NamedTuple, get_args
@@ -19,8 +19,8 @@ _CHUNK = 2048
 
 
 class Sample(NamedTuple):
-    """Rows that an eval is measured on. number: their place in x. documents: clusters of dependent rows; each row of a
-    tensor is one of its own. tokens: ids, of a store."""
+    """Rows on which an eval is measured. number: their place in x. documents: clusters of dependent rows; each row of a
+    tensor is a cluster. tokens: ids, from a store."""
 
     x: Tensor
     number: Int[Tensor, " rows"]
@@ -29,12 +29,12 @@ class Sample(NamedTuple):
 
     @property
     def folds(self) -> Int[Tensor, " rows"]:
-        """The group of documents, one of ten, that each row is in."""
+        """Each row's group of documents, a number from 0 to 9."""
         return self.documents.unique(return_inverse=True)[1] % FOLDS
 
 
 def sample(x: Tensor | Store, tokens: int, coder: SparseCoder) -> Sample:
-    """At most ``tokens`` rows, spread evenly over a tensor, or over the held-out rows of a store (all, without any).
+    """At most ``tokens`` rows, spread evenly over a tensor, or over a store's held-out rows (over all if it has none).
 
     ValueError for fewer than two rows, NaN, and a coder in training mode.
     """
@@ -91,29 +91,29 @@ def summed(values: Tensor, place: Tensor, *shape: int) -> Tensor:
 
 
 def share_of(which: Tensor, among: Tensor) -> float:
-    """The share of ``among`` in which it is true; NaN of none."""
+    """The share of ``among`` in which ``which`` is true; NaN if ``among`` is empty."""
     return float(which[among].float().mean())
 
 
 def without_each(sums: Tensor) -> Tensor:
-    """From sums over each fold, along the first axis: the sums over all folds but one, for each."""
+    """For each fold the sum over all other folds, from sums over each fold along the first axis."""
     return sums.sum(0) - sums
 
 
 def by_content(codes: Codes) -> Int[Tensor, " d_sae"]:
-    """Features by the sum of their codes, the largest first: an order that does not depend on features' numbers, to
-    draw from."""
+    """Features by the sum of their codes, the largest first: with this order random draws do not depend on features'
+    numbers."""
     return summed(codes.values.abs(), codes.features, codes.d_sae).argsort(descending=True, stable=True)
 
 
 def named(coder: SparseCoder) -> str:
-    """Family and settings: ``TopK(seed=0, k=32)``."""
+    """A coder's family and settings, such as ``TopK(seed=0, k=32)``."""
     settings = {key: v for key, v in coder.config.items() if key not in ("d_in", "d_sae", "d_out") and v is not None}
     return f"{type(coder).__name__}({', '.join(f'{key}={v}' for key, v in settings.items())})"
 
 
 def require(*coders: SparseCoder, reconstructs: str = "") -> None:
-    """ValueError for a coder in training mode, and for a transcoder where the eval ``reconstructs`` cannot take it."""
+    """ValueError for a coder in training mode; with the name of an eval in ``reconstructs``, also for a transcoder."""
     for coder in coders:
         if coder.training:
             raise ValueError(f"evals need coders in eval mode, got {named(coder)} in training: call sae.eval()")
@@ -122,6 +122,6 @@ def require(*coders: SparseCoder, reconstructs: str = "") -> None:
 
 
 def require_choice(name: str, value: str, choices: Any) -> None:
-    """ValueError for a value that is none of a ``Literal``'s."""
+    """ValueError for a value that is not among those of a ``Literal``."""
     if value not in get_args(choices):
         raise ValueError(f"{name} must be one of {', '.join(get_args(choices))}, got {value!r}")

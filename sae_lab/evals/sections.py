@@ -1,4 +1,4 @@
-"""The evals of ``sl.evals.report``: what each takes of a coder, and which of its figures stand in the table."""
+"""The evals of ``sl.evals.report``: the inputs of each, and the figures that it adds to the table."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ DENSE = 0.1  # of tokens: a feature that fires on more of them is called dense
 
 @dataclass
 class Inputs:
-    """What the sections of one coder are measured on. ``shared``: what coders of one report have in common."""
+    """The inputs of one coder's sections. ``shared``: results that all coders of one report share."""
 
     coder: SparseCoder
     lm: LM
@@ -38,7 +38,7 @@ class Inputs:
     shared: dict[Any, Any]
 
     def once(self, key: Any, make: Callable[[], Any]) -> Any:
-        """What an earlier section, or another coder, made under this key."""
+        """The value under this key, made on the first call by any section of any coder."""
         if key not in self.shared:
             self.shared[key] = make()
         return self.shared[key]
@@ -51,7 +51,7 @@ class Inputs:
 
     @property
     def spliced(self) -> tuple[SparseCoder, LM, Text, int]:
-        """What evals take that splice the coder into the model."""
+        """The arguments of evals that splice the coder into the model."""
         return self.coder, self.lm, self.text.held_out, self.lm_tokens
 
 
@@ -84,7 +84,7 @@ def _probing(given: Inputs) -> list[Figure]:
     return _some(found, *accuracies, "less dense", "shuffled")
 
 
-VERSION = 4  # of what the sections find: figures that another version left in the cache are measured again
+VERSION = 4  # of the sections: cached figures of another version are measured again
 SECTIONS: dict[str, Callable[[Inputs], list[Figure]]] = {
     "reconstruction": lambda of: _some(reconstruction(*of.spliced), "l0", "fvu", "ce_delta", "ce_recovered"),
     "by position": lambda of: _some(by_position(*of.spliced), "rise", "fvu_rise"),

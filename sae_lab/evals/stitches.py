@@ -1,4 +1,4 @@
-"""Which features of a larger coder a smaller one lacks: each is put into the smaller one, one at a time."""
+"""Which features of a larger coder a smaller one lacks: each is inserted into the smaller one, one at a time."""
 
 from dataclasses import field
 
@@ -22,17 +22,17 @@ class Stitching(Result):
     """Result of ``sl.evals.stitching``. Shares are of the large coder's features that fire on these rows.
 
     Attributes:
-        novel: share of features without a row of the small decoder at ``threshold`` or above; the others are
+        novel: share of features with no row of the small decoder at a cosine of ``threshold`` or above; the others are
             reconstruction features. ``*_se``: jackknife over groups of documents.
-        novel_help_shuffled: share of novel features that lower the error when their activations are given to other
+        novel_help_shuffled: share of novel features that lower the error when their activations are shuffled over
             rows.
-        swap_better: share of reconstruction features with a lower error in the place of the nearest small feature than
-            beside it. swap_help: share with which the error does not rise.
-        fvu_small, fvu_novel, fvu_large: variance unexplained by the small coder, by it with all novel features at once,
-            and by the large one.
-        cosines, nearest: of every large feature, the largest cosine with a row of the small decoder, and which.
-        inserted, swapped: change of the mean squared error of a row by each; NaN where it never fires (``swapped``:
-            also for novel ones).
+        swap_better: share of reconstruction features with a lower error in place of the nearest small feature than
+            beside it. swap_help: share of reconstruction features whose swap does not raise the error.
+        fvu_small, fvu_novel, fvu_large: variance unexplained by the small coder, by the small coder with all novel
+            features, and by the large coder.
+        cosines, nearest: for every large feature, the largest cosine with a row of the small decoder, and that row.
+        inserted, swapped: change of the mean squared error of a row by each large feature; NaN if it never fires
+            (``swapped``: also for novel features).
     """
 
     novel: float = figure("novel", "no small feature at a cosine of {threshold:g}")
@@ -85,17 +85,17 @@ def stitching(
         swapped_j = E‖e + f_i·c_i − g_j·d_j‖² − E‖e‖²,  i the nearest small feature
 
     f, c: codes (``SparseCoder.strengths``) and unit decoder rows of the small coder; g, d: of the large one. A feature
-    is novel if no small decoder row has a cosine of ``threshold`` with it: the small coder lacks it, and with it the
-    error falls. Else it is a reconstruction feature, which the small coder has too: inserted beside that one the error
-    rises, in its place it rises less. All from sums over active features: no pass per feature.
+    is novel if no small decoder row has a cosine of ``threshold`` with it: the small coder lacks it, and inserting it
+    should lower the error. Else it is a reconstruction feature, which the small coder has too: beside the nearest small
+    feature it should raise the error, in its place raise it less. Sums over active features: no pass per feature.
 
-    Leask et al. 2025 (arXiv:2502.04878). They swap groups of features in turn; here each alone, and all novel ones
-    together (``fvu_novel``).
+    Leask et al. 2025 (arXiv:2502.04878) swap groups of features in turn; here each is swapped alone, and all novel ones
+    are inserted together (``fvu_novel``).
 
-    Args: small, large: two coders of the same activations, in eval mode. x: activations ``rows d_in`` (used evenly), or
-    a Store (of which the rows no batch held). tokens: how many rows at most.
+    Args: small, large: two coders of the same activations, in eval mode. x: activations ``rows d_in`` (spread evenly),
+    or a Store (its rows that no training batch held). tokens: how many rows at most.
 
-    Raises ValueError for coders of other widths, or that transcode, and where no feature of the large one fires.
+    Raises ValueError for coders of other widths, or that transcode, and if no feature of the large one fires.
     """
     if not -1 <= threshold <= 1:
         raise ValueError(f"threshold is a cosine from -1 to 1, got {threshold}")
@@ -163,7 +163,7 @@ def _inserted(g: Codes, error: Tensor, d: Tensor, folds: Tensor) -> Float[Tensor
 
 
 def _removed(f: Codes, g: Codes, error: Tensor, c: Tensor, d: Tensor, nearest: Tensor) -> Float[Tensor, " d_large"]:
-    """What it adds to inserted_j that small feature i = nearest[j] goes: E[f_i²]·‖c_i‖² + 2·E[f_i·(e·c_i)] −
+    """swapped_j − inserted_j, for removing small feature i = nearest[j]: E[f_i²]·‖c_i‖² + 2·E[f_i·(e·c_i)] −
     2·E[f_i·g_j]·(c_i·d_j)."""
     along = kernels.inner_products(error, c, f.features, f.offsets).double()
     values = f.values.double()
