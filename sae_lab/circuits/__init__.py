@@ -1,4 +1,4 @@
-"""Which parts of a model make it answer as it does: patching, its estimates by gradient, circuits, heads, edges."""
+"""Which parts of a model cause its answer: patching, attribution patching, feature circuits, heads, edges."""
 
 from sae_lab.circuits.attributing import Attribution, attribution
 from sae_lab.circuits.direct import DirectEffects, direct_effects

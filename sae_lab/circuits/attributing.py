@@ -1,4 +1,4 @@
-"""Effects of patching features: estimated by gradient, and measured."""
+"""Effects of patching features: estimated by gradient, and measured by patches."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,8 +23,8 @@ Place = tuple[int, int]  # position, feature (-1: the coder's error)
 
 
 class Estimates(Result):
-    """Base of results whose effects are estimated by gradient, some of them patched too. The last two columns of
-    their table are the estimate and the "truth", NaN for a node that was not patched."""
+    """Base of results whose effects are estimated by gradient, and for some nodes also measured by a patch. The last
+    two columns of their table are the estimate and the "truth", as measured: NaN for a node that was not patched."""
 
     _shown, _digits = 8, ".4f"
     steps: int
@@ -46,14 +46,14 @@ class Estimates(Result):
 
 @dataclass(frozen=True, repr=False)
 class Attribution(Estimates):
-    """Result of ``circuits.attribution``. Its table has one row a node that was patched, or all nodes with an effect
-    if none was.
+    """Result of ``circuits.attribution``. Its table has one row per patched node; if none was patched, one row per node
+    with an effect.
 
     Attributes:
         effects: "pos d_sae": estimated effect of patching each feature, mean over prompts, in units of the metric; 0
             for a feature that is active in neither run.
-        error: " pos": the same of the coder's error.
-        true_effects: by (position, feature), of the nodes that were patched; feature -1 is the error.
+        error: " pos": the same for the coder's error.
+        true_effects: measured, by (position, feature), of the nodes that were patched; feature -1 is the error.
         base, source: the metric's mean over the prompts, and over the sources.
         steps: 1: the gradient at the prompts; more: integrated gradients over that many points.
     """
@@ -97,8 +97,8 @@ def attribution(
 
     Args:
         coder: an SAE at one site. prompts, sources, metric: as for ``patching``; the metric must be differentiable.
-        check: the number of features that are also patched, drawn from those active in either run, evenly over the
-            order of their estimates; with it the error is patched at every position.
+        check: the number of features that are also patched, evenly spread over the ranking of those active in either
+            run by their estimates; above 0, the error is also patched at every position.
 
     Raises ValueError as ``patching``, and for a coder that does not write where it reads.
     """
@@ -134,7 +134,7 @@ def attribution(
 
 
 def evenly(count: int, wanted: int) -> list[int]:
-    """Some of ``count`` numbers, evenly spaced, the first and the last included."""
+    """``wanted`` of the numbers below ``count``, evenly spaced, with the first and the last."""
     return np.unique(np.linspace(0, count - 1, min(wanted, count)).round().astype(int)).tolist()
 
 

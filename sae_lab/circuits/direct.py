@@ -32,8 +32,8 @@ class DirectEffects(Result):
             that is unknown. active: the number of features active at the token.
         effects: "n targets". promoted: of each feature, the tokens that it promotes most, with their effects.
         others: " targets", of active features that are not listed. error: of the part that the coder does not
-            reconstruct. bias: of what the coder writes beside features. rest: of the rest of the stream, and of the
-            biases of norm and head.
+            reconstruct. bias: of what the coder writes besides features (b_dec, a skip). rest: of the rest of the
+            stream, and of the biases of norm and head.
         logits: " targets", the model's own, centred over the vocabulary.
         targets: token ids. names: their texts. position, tokens, site: of the token and the coder.
         note: a limit of these numbers, or "".
@@ -68,7 +68,7 @@ class DirectEffects(Result):
         return table | {"promotes": [", ".join(repr(t) for t, _ in row) for row in self.promoted]}
 
     def parts(self) -> dict[str, list[float]]:
-        """The parts of each target's logit: of features, error, bias and rest, and the logit, their sum."""
+        """The parts of each target's logit: features, error, bias and rest; and the logit, which is their sum."""
         features = self.effects.sum(0) + self.others
         parts = {"features": features, "error": self.error, "bias": self.bias, "rest": self.rest, "logit": self.logits}
         return {name: part.tolist() for name, part in parts.items()}
@@ -103,18 +103,18 @@ def direct_effects(
     s: what the final norm divides by at this position in the full model, held fixed; the direction is centred if that
     norm centres, and gain is the norm's (1+w for Gemma). With s fixed, logits are linear in the residual stream: the
     effects of all features, of the coder's error, of what it writes beside features (b_dec, a skip) and of the rest of
-    the stream add up to the model's own centred logits. A coder at attn_z writes through W_O, and the norm behind it if
-    the model has one, whose scale is fixed too. Effects through later layers are left out: see ``circuits.attribution``
+    the stream add up to the model's own centred logits. A coder at attn_z writes through W_O, and through a norm after
+    it if the model has one, with fixed scale. Effects through later layers are left out: see ``circuits.attribution``
     or an ablation for these. With Gemma 2's softcapping the effects are on the logits before the cap (``note``).
 
     Args:
         coder: an SAE or transcoder that writes to the residual stream, or at attn_z.
-        prompt: one, or what ``circuits.read_prompt`` gave for it. position: None: the last token.
-        on: the tokens whose logits count: texts of one token each, or ids. None: the prompt's next token, and after the
+        prompt: one prompt, or the result of ``circuits.read_prompt`` for it. position: None: the last token.
+        on: the tokens whose logits count: texts of one token each, or ids. None: the prompt's next token, or after the
             last token the model's most likely one.
         n: how many features are listed, None: all; by: the strongest by "activation", or by "effect" (its size) on the
             first target.
-        promoted: how many tokens are named that a feature promotes most.
+        promoted: how many of the tokens that a feature promotes most are named.
 
     Raises ValueError for a coder at mlp_in or a module's path, which do not lead to the stream directly; a token that
     the coder's mask leaves out, a position that does not exist, targets that are not one token, a model on a server,
@@ -164,8 +164,8 @@ def direct_effects(
 def _vectors(
     coder: SparseCoder, way: WayOut, reading: PromptReading, position: int, features: Tensor, values: Tensor
 ) -> tuple[Float[Tensor, "n d"], Float[Tensor, "3 d"]]:
-    """(the features' parts of the stream at a token; its parts of error, bias and rest), in front of W_U and divided
-    by the norms' scales."""
+    """(the features' parts of the stream at a token; the parts of error, bias and rest), as W_U reads them: divided by
+    the norms' scales."""
     site = written(coder)
     matrix, scales = way.maps[site]
     device = coder.W_dec.device

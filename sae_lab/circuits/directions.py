@@ -1,4 +1,4 @@
-"""How few directions carry a difference between two runs: an SAE's features against PCA, neurons and random axes."""
+"""How few directions carry the difference between two runs: an SAE's features against PCA, neurons and random axes."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -44,10 +44,10 @@ class DirectionCurves(Result):
     Attributes:
         kl: by method, "prompts numbers": KL(source ‖ patched) at the last token, nats, of prompts that the ranking
             did not use.
-        edit: by method, "prompts numbers": norm of the edit over the norm of the whole difference (1: as long as
-            replacing the activations themselves).
+        edit: by method, "prompts numbers": norm of the edit over the norm of the whole difference between the runs (1:
+            that of replacing the activations).
         numbers: how many directions are patched, the same for all methods; the first is 0: none (or the error alone).
-        directions: by method, how many directions there are: those that differ between the runs of any prompt.
+        directions: by method, the number of directions that differ between the runs of any prompt.
         site, ranked: the site; the number of prompts that the ranking used.
     """
 
@@ -84,7 +84,7 @@ class DirectionCurves(Result):
         needs fewer directions (or a smaller edit).
 
         against: "number": over log n, from n = 1 to the largest; "edit": over the norm of the edit, in the range of
-        both curves, each drawn with straight lines between its points (NaN if they have no range in common).
+        both curves, with straight lines between the points of a curve (NaN if they have no range in common).
 
         Raises ValueError for an unknown method or axis.
         """
@@ -137,8 +137,8 @@ class _Method:
     rest: Tensor | None = None
 
     def ranked(self, gradient: Tensor, rows: Tensor, each: bool) -> tuple[Tensor, Tensor]:
-        """(positions, directions) of all nodes, the one whose patch should lower the divergence most first. A node is
-        a direction at every position (position -1), or where ``each`` at one."""
+        """(positions, directions) of all nodes, first the node whose patch should lower the divergence most. A node is
+        a direction at every position (position -1), or with ``each`` at one position."""
         scores = -(self.changes[rows] * (gradient @ self.directions.T)).sum(0)
         scores = scores if each else scores.sum(0, keepdim=True)
         order = scores.flatten().argsort(descending=True, stable=True)
@@ -169,7 +169,7 @@ def patched_directions(
     """``patched_directions(lm, sae, prompts, sources)``: how near n patched directions bring the model to its answer in
     the other run, for every n: the IOI experiment of Cunningham et al. 2023, arXiv:2309.08600.
 
-    Patching a set S takes the sources' coefficients of S and leaves all others, at the same positions for all methods:
+    Patching a set S takes the sources' coefficients of S and keeps all others, at the same positions for all methods:
 
         features            x + Σ_S (f_source - f)_i·W_dec_i        (the coder's error stays as in the prompt; with an
                                                                     input_norm in the size of the prompt's own x)
@@ -177,7 +177,7 @@ def patched_directions(
         a basis U           x + Σ_S ((x_source - x)·u_i) u_i        all directions together give the source's x
 
     Half of the prompts (drawn by ``seed``) rank the directions of all methods, the others are scored. The gradient g of
-    KL(source ‖ patched) by the activations is averaged over ``steps`` points from prompt to source; direction i's score
+    KL(source ‖ patched) in the activations is averaged over ``steps`` points from prompt to source; direction i's score
     is the reduction estimated for it alone, -Σ (change of i's coefficient)·(direction_i·g), summed over tokens and
     prompts. The n directions with the highest scores are patched together.
 
@@ -186,8 +186,8 @@ def patched_directions(
         prompts, sources: at least four of each, all of one token length; a source is its prompt's counterfactual.
         bases: more methods by name, "n d": at most d orthonormal rows, such as ``principal_axes`` for PCA. Always
             measured are "neurons" (the axes of the site), "random" (a random rotation, by ``seed``) and "differences":
-            the principal axes of x_source - x in the ranking half, an upper bar, since they are made from the runs.
-        numbers: how many directions; a number above a method's directions means all of them.
+            the principal axes of x_source - x in the ranking half, a ceiling, since they are fitted to the runs.
+        numbers: how many directions to patch; a number above a method's directions means all of them.
         positions: of the patch; None: all but position 0 and the tokens that the coder's mask leaves out.
         each_position: True: a direction at one position is chosen and counted by itself; False: a direction is patched
             at all positions and counts once.
@@ -288,7 +288,7 @@ def _methods(
 
 
 def _divergences(lm: LM, site: Site, runs: _Runs, edits: Sequence[Tensor]) -> Float[np.ndarray, "prompts numbers"]:
-    """KL(source ‖ patched) for each edit; several edits' prompts go together."""
+    """KL(source ‖ patched) for each edit; the prompts of several edits run in one batch."""
     n, found = len(runs.x), []
     rows = torch.arange(n).repeat(len(edits))
     for part in torch.arange(len(rows)).split(ROWS):

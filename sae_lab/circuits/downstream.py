@@ -1,4 +1,4 @@
-"""What one feature does to the features of later coders."""
+"""Effects of one feature on the features of later coders."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -26,12 +26,12 @@ class DownstreamEffects(Result):
     later feature that changed, the largest |z| first.
 
     Attributes:
-        feature, site: the feature that was ablated, or steered by ``strength``, and where.
+        feature, site: the feature that was ablated, or steered by ``strength``, and its site.
         changes, z: {later site: " d_sae"}: change of each later feature, and its z-score among the controls' changes.
         before: mean codes without the change. control_mean, control_sd: of the controls' changes.
         against: the kind of controls; controls: the features, if they were features.
         beyond, largest: how many later features have |z| > 3, and the largest |z|. beyond_controls, largest_controls:
-            the same of each control, scored among the other controls: what chance gives.
+            the same for each control, scored among the other controls: the level of chance.
     """
 
     feature: int
@@ -86,22 +86,22 @@ def effects_of(
     controls: int = 30,
     seed: int = 0,
 ) -> DownstreamEffects:
-    """``effects_of(lm, sae_8, 2681, prompts, [sae_16])``: change one feature, and read all features of later coders:
-    which of them depend on it? ("Causal Graphs of GPT-2-Small's Residual Stream", LessWrong 2024, does so for every
+    """``effects_of(lm, sae_8, 2681, prompts, [sae_16])``: change one feature, and find the features of later coders
+    that depend on it. ("Causal Graphs of GPT-2-Small's Residual Stream", LessWrong 2024, does so for every
     feature; the controls are added here.)
 
-    The feature's part of the activation is taken away wherever it fires (``strength=None``), or strength·f_scale·W_dec
-    is added at every token that counts; the coder's error stays. A later feature j's change c_j is the mean over those
-    tokens of its code's change, and
+    The feature's part of the activation is subtracted wherever it fires (``strength=None``), or strength·f_scale·W_dec
+    is added at every token that the mask keeps; the coder's error stays. A later feature j's change c_j is the mean
+    change of its code over the kept tokens, and
 
         z_j = (c_j - mean_g c_gj) / max(sd_g c_gj, s0_j)
 
     over controls g. s0_j is the median of the non-zero standard deviations over the same coder's features (of codes
-    times the norms of their decoder rows, divided by j's norm): a feature that no control moved gets no infinite score.
-    Controls: "features" ablates others that are active on these prompts and whose part has a norm (root of its sum of
-    squares over tokens) within a factor of two of the feature's, or the nearest if these are too few; when steering,
-    the same change along other active features' directions. "directions" makes at every token a change of the same norm
-    in a random direction.
+    times the norms of their decoder rows, divided by j's norm), so that a feature which no control moved gets a finite
+    score. Controls: "features" ablates other features active on these prompts whose part has a norm (root of its sum of
+    squares over tokens) within a factor of two of the feature's, or the nearest if these are too few; when steering, it
+    makes the same change along other active features' directions. "directions" makes a change of the same norm in a
+    random direction at every token.
 
     Args:
         coder: an SAE, or a transcoder (it is changed where it writes). later: coders that read sites computed later.
@@ -157,7 +157,7 @@ def _later(lm: LM, at: Site, later: Sequence[SparseCoder]) -> dict[Site, SparseC
 def _change(
     coder: SparseCoder, feature: int, x: Tensor, keep: Tensor, strength: float | None
 ) -> Float[Tensor, "batch pos d"]:
-    """The change of the activations."""
+    """The change of the activations by ablating or steering the feature."""
     z = coder.eval().encode(x)[..., feature] * keep.to(x)
     if strength is None:
         if not bool(z.any()):
@@ -192,7 +192,7 @@ def _controls(
     z = coder.encode(x) * keep.unsqueeze(-1).to(x)
     sizes = coder.strengths(z, x).square().sum((0, 1)).sqrt().cpu()
     sizes[feature] = 0.0
-    active = sizes.argsort(descending=True)[: int(sizes.count_nonzero())]  # a draw goes by size, not by number
+    active = sizes.argsort(descending=True)[: int(sizes.count_nonzero())]  # so that a draw depends on size
     if len(active) < count:
         raise ValueError(
             f"{count} controls need {count} other features active on the prompts, there are {len(active)}: pass more "
@@ -235,7 +235,7 @@ def _changes(
 
 def _z(change: Tensor, controls: Tensor, norms: Tensor) -> Tensor:
     """z-scores among the controls' changes; the standard deviation is at least its median over moved features. Codes
-    are times the norms of decoder rows: features of one coder then compare, in any unit of their codes."""
+    are multiplied by the norms of decoder rows, so that features of one coder compare in any unit of their codes."""
     change, controls = change * norms, controls * norms
     sd = controls.std(0)
     moved = sd[sd > 0]
@@ -245,6 +245,6 @@ def _z(change: Tensor, controls: Tensor, norms: Tensor) -> Tensor:
 
 
 def _extent(z: dict[Site, Tensor]) -> tuple[int, float]:
-    """How many z-scores are above 3 in size, and the largest size."""
+    """How many |z| are above 3, and the largest |z|."""
     sizes = torch.cat(list(z.values())).abs()
     return int((sizes > FAR).sum()), float(sizes.max())

@@ -1,4 +1,4 @@
-"""Whether a circuit alone does what the model does."""
+"""Faithfulness of circuits: how much of the model's metric a circuit alone keeps."""
 
 from collections.abc import Collection, Sequence
 from functools import partial
@@ -13,7 +13,7 @@ from sae_lab.circuits.nodes import ERROR, Node, Scene
 from sae_lab.results import Result, result
 from sae_lab.types import Site, Write
 
-Kept = dict[Site, tuple[Tensor, Tensor]]  # which features "pos d_sae" and errors " pos" stay as the model makes them
+Kept = dict[Site, tuple[Tensor, Tensor]]  # which features "pos d_sae" and errors " pos" belong to the circuit
 
 
 @result
@@ -22,14 +22,14 @@ class Faithfulness(Result):
 
         (m(C) - m(∅)) / (m(M) - m(∅)),   m the mean over prompts.
 
-    C runs with everything outside it, errors included, at its mean; ∅ has everything at its mean; M is the model. Its
-    table has one row a size, beside the empty circuit (0 by definition) and the complete graph.
+    C runs with every node outside it, errors included, at the node's mean; ∅ has all nodes at their means; M is the
+    model. The table has a row for each size, and rows for the empty circuit (0 by definition) and the complete graph.
 
     Attributes:
-        full, empty: m(M) and m(∅). complete: m of the complete graph, run as circuits are.
+        full, empty: m(M) and m(∅). complete: m of the complete graph, run as a circuit.
         sizes: numbers of nodes, the strongest first. circuit, no_errors: faithfulness of those nodes, and of the
             features among them.
-        random, random_sd: of equally many active nodes drawn at random: mean and standard deviation over ``draws``.
+        random, random_sd: of equal numbers of active nodes drawn at random: mean and deviation over ``draws``.
         all_features, all_errors: of all features without an error, and of all errors without a feature.
     """
 
@@ -66,7 +66,7 @@ class Faithfulness(Result):
 def faithfulness(
     scene: Scene, nodes: Sequence[Node], metric: Metric, full: float, sizes: Sequence[int], draws: int, seed: int
 ) -> Faithfulness:
-    """Run circuits of the first n nodes, for each n of sizes, and their controls. full: m(M)."""
+    """Faithfulness of circuits of the first n nodes, for each n of sizes, and of their controls. full: m(M)."""
 
     def value(stays: Kept) -> float:
         return float(measured(scene.lm, scene.batch, metric, _writes(scene, stays)).mean())
@@ -113,8 +113,8 @@ def _everything(scene: Scene, features: bool = True, errors: bool = True) -> Kep
 def _writes(scene: Scene, stays: Kept) -> list[Write]:
     """At every site: x + (mean codes - codes)·W_dec outside the circuit + (mean error - error) outside it.
 
-    Codes and errors are those of the activation that arrives: a node of the circuit is what the circuit before it
-    makes of it. If everything stays, nothing is added and x is bit-equal.
+    Codes and errors are those of the activation in the circuit's run, so that a node's value follows from the circuit
+    before it. If all nodes stay, nothing is added and x is bit-equal.
     """
 
     def write(x: Tensor, tokens: Any, at: Site) -> Tensor:

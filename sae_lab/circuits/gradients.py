@@ -1,4 +1,4 @@
-"""Gradients at several sites of one pass, and their mean over points between two runs."""
+"""Gradients at several sites in one pass, and their mean over points between two runs."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,11 +17,11 @@ Values = Callable[[dict[Site, Tensor], Tensor], Sequence[Tensor]]
 
 
 def gradients(lm: LM, batch: TokenBatch, at: Sequence[Site], values: Values) -> list[dict[Site, Tensor]]:
-    """The gradient of each number that ``values(activations, logits)`` gives, by the activations at every site.
+    """The gradient of each number that ``values(activations, logits)`` gives, with respect to every site's activations.
 
     One pass forward, one backward for each number. activations: {site: "batch pos d" float32} as the model computes
-    them. A gradient at a site goes through all that the model does after it, later sites of ``at`` included; it is 0
-    for a number that does not depend on the site.
+    them. A gradient at a site goes through the whole model after the site, later sites of ``at`` included; it is 0 for
+    a number that does not depend on the site.
     """
     import nnsight
 

@@ -1,4 +1,4 @@
-"""Feature circuits: which features, errors and edges between them make a model answer as it does."""
+"""Feature circuits: the features, errors and edges between them that cause a model's answer."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from sae_lab.saes.base import SparseCoder
 
 @dataclass(frozen=True, repr=False)
 class FeatureCircuit(Estimates):
-    """Result of ``circuits.feature_circuit``. Its table has one row a node, the strongest first.
+    """Result of ``circuits.feature_circuit``. Its table has one row per node, the strongest first.
 
     Attributes:
         nodes: {Node(site, position, feature): effect}, all active features and all errors (feature -1), the largest
@@ -27,7 +27,7 @@ class FeatureCircuit(Estimates):
         true_effects: the measured change, of the nodes that were patched.
         faithfulness: of circuits of the strongest nodes; None with sizes=().
         base, source: the metric's mean over the prompts, and over the sources.
-        steps, baseline: how effects were estimated. tokens: the first prompt's, by position.
+        steps, baseline: the arguments of the estimate. tokens: the first prompt's, by position.
     """
 
     nodes: dict[Node, float]
@@ -89,21 +89,21 @@ def feature_circuit(
 
     z', error': the source's at the same position (``baseline="source"``), or the mean over the reference ("mean").
     g: dm/dx on the prompts' run (``steps=1``), or its mean over ``steps`` points between x and x', one site at a time
-    (integrated gradients). Edges: what replacing a node does through a later one, see ``circuits.nodes``; g on the
-    prompts' run. Faithfulness: see ``circuits.Faithfulness``. A token that any coder's mask leaves out at any site has
-    no nodes, and stays as it is in every run, the empty circuit's too.
+    (integrated gradients). Edges: the effect of replacing a node through a later node, see ``circuits.nodes``; g on
+    the prompts' run. Faithfulness: see ``circuits.Faithfulness``. A token that any coder's mask leaves out at any site
+    has no nodes, and no run changes it, not even the empty circuit's.
 
     Args:
         coders: SAEs at different sites of this model, in any order.
-        prompts, sources: equally many, all of one token length. The circuit is one for all prompts: a node is a
+        prompts, sources: equal numbers, all of one token length. All prompts share one circuit: a node is a
             feature at a position. metric: (logits, tokens) -> a number for each row, such as ``logit_difference``.
         reference: prompts that means are taken over: position by position if they are as long as the prompts, else
             over all their tokens; None: the prompts and the sources.
         sizes: numbers of nodes that circuits are run with; ``()``: none. Sizes above the number of nodes are left out.
         edges: the number of strongest nodes between which all edges are estimated.
-        check: the number of features that are also patched, evenly over the order of their estimates; with it all
-            errors are patched too. Only nodes that replacement changes count (none before the first word in which
-            prompts and sources differ).
+        check: the number of features that are also patched, evenly spread over the ranking by estimates; above 0, all
+            errors are patched too. Nodes that replacement leaves unchanged (all those before the first word in which
+            prompts and sources differ) are skipped.
         draws, seed: of random circuits.
 
     Raises ValueError for prompts and sources that do not pair up, a coder that is no SAE of one site, two coders of one

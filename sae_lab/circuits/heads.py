@@ -15,7 +15,7 @@ from sae_lab.results import Result, by_column, result
 from sae_lab.saes.base import SparseCoder
 from sae_lab.types import Site, TokenBatch, check_feature
 
-CAPTURE = "sae_lab_capture"  # the name under which transformers knows the attention that keeps its pattern
+CAPTURE = "sae_lab_capture"  # transformers' name for the attention that keeps its pattern
 
 
 class Attention(NamedTuple):
@@ -33,13 +33,13 @@ class Attention(NamedTuple):
 @result
 class HeadAttribution(Result):
     """Result of ``circuits.head_attribution`` at one token: what each head's output, and through it each earlier
-    token, adds to a feature's pre-activation. Its table has one row a head and source.
+    token, adds to a feature's pre-activation. Its table has one row per head and source.
 
     Attributes:
-        parts: "head src": their sum is pre - bias, with bias = b_enc_i - b_dec·W_enc_i, which no head adds.
+        parts: "head src": their sum is pre - bias, with bias = b_enc_i - b_dec·W_enc_i, which belongs to no head.
         heads: " head": Σ_src parts. shares: " head": heads / Σ heads, which sum to 1.
         written: " head": share of ‖W_dec_i‖² in each head's columns, from the weights alone; they sum to 1.
-        pre, bias, activation: of the feature at the token. position: the token's. tokens: the prompt's.
+        pre, bias, activation: of the feature at the token. position: of the token. tokens: of the prompt.
     """
 
     parts: Float[Tensor, "head src"]
@@ -84,8 +84,8 @@ def head_attribution(
 
         pre_i = Σ_h z_h·W_enc[h, i] + bias = Σ_h Σ_src pattern[h, dest, src] · (v[h, src]·W_enc[h, i]) + bias
 
-    W_enc[h] are the rows of W_enc that read head h. It is exact given the pattern; how queries and keys made the
-    pattern is not attributed.
+    W_enc[h] are the rows of W_enc that read head h. The sum is exact for a given pattern; queries and keys, which make
+    the pattern, get no attribution.
 
     Args:
         coder: an SAE at ``attn_z``, all heads. prompt: one, a text or token ids. position: the token; None: where the
@@ -129,8 +129,8 @@ def _check_coder(coder: SparseCoder) -> None:
 def attention(lm: LM, batch: TokenBatch | str | Sequence[str], layer: int) -> Attention:
     """``attention(lm, prompt, layer=8)``: the attention pattern of one layer's heads and the values they read.
 
-    z is the model's own. For one pass the model's attention is replaced by a plain one that keeps its pattern, and is
-    then put back, also after an error.
+    z comes from an unchanged pass. For another pass the model's attention is replaced by a plain one that keeps its
+    pattern, and then restored, also after an error.
 
     Raises ValueError for a layer that does not exist, a model whose attention transformers cannot replace, and one
     whose z is not the patterns' weighted sum of values.
@@ -155,7 +155,7 @@ def attention(lm: LM, batch: TokenBatch | str | Sequence[str], layer: int) -> At
 
 @contextmanager
 def _keeping(model: Any, layer: int, kept: dict[str, Tensor]) -> Iterator[None]:
-    """A stretch in which attention is computed step by step, and one layer's pattern and values go into ``kept``."""
+    """While open, attention is computed step by step, and one layer's pattern and values go into ``kept``."""
     from transformers.masking_utils import AttentionMaskInterface, eager_mask
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -189,7 +189,7 @@ def _keeping(model: Any, layer: int, kept: dict[str, Tensor]) -> Iterator[None]:
 def head_shares(
     lm: LM, coder: SparseCoder, prompts: str | Sequence[str] | Sequence[Sequence[int]]
 ) -> Float[Tensor, "d_sae head"]:
-    """``head_shares(lm, sae, prompts)``: the share of each head in what makes each feature fire on these prompts
+    """``head_shares(lm, sae, prompts)``: the share of each head in each feature's pre-activation on these prompts
     (Kissane et al. 2024, arXiv:2406.17759): Σ z_h·W_enc[h, i] over the tokens where it fires, divided by the sum over
     heads, so that a row sums to 1; NaN for a feature that never fires. Position 0 and the tokens that the coder's mask
     leaves out do not count.

@@ -1,4 +1,4 @@
-"""Edges from a feature that writes the residual stream to one that reads it, from the weights alone."""
+"""Edges from a feature that writes to the residual stream to one that reads it, from the weights alone."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -24,14 +24,14 @@ LISTED = 32  # downstream features that ``check_edges`` takes by default
 
 @result
 class EdgeCheck(Result):
-    """Result of ``circuits.check_edges``: what edges predict beside what subtracting the upstream feature does. Its
-    table has one row a downstream feature: means over the tokens at which the upstream one fires.
+    """Result of ``circuits.check_edges``: changes that edges predict, and changes by subtracting the upstream feature.
+    Its table has one row per downstream feature: means over the tokens at which the upstream one fires.
 
     Attributes, "tokens features":
         predicted: -f·edge (over the norm's scale at the token). frozen: the change of the downstream feature's
-            pre-activation with attention, the MLPs between and the norm's scale held. free: with all of these as the
-            change makes them. pre: the pre-activation before.
-        feature, features: upstream; downstream.
+            pre-activation with attention, the MLPs between and the norm's scale held fixed. free: its change with none
+            of these fixed. pre: the pre-activation before the change.
+        feature, features: the upstream feature; the downstream ones.
     """
 
     predicted: Float[np.ndarray, "tokens features"]
@@ -54,12 +54,12 @@ class EdgeCheck(Result):
 
     @property
     def slope(self) -> float:
-        """Of free on predicted, through 0: 1 if neither the layers between nor the norm's scale answer the change."""
+        """Slope of free on predicted, through 0: 1 if the layers between and the norm's scale ignore the change."""
         return float((self.predicted * self.free).sum() / max((self.predicted**2).sum(), 1e-12))
 
     @property
     def correlation(self) -> float:
-        """Pearson's, of predicted and free."""
+        """Pearson's correlation of predicted and free."""
         return float(np.corrcoef(self.predicted.ravel(), self.free.ravel())[0, 1])
 
     @property
@@ -78,15 +78,15 @@ def invariant_edges(
 
         edge_ij = A(W_dec_i)·W_enc_j,   and at a token   Δpre_j = f_i·edge_ij / s
 
-    A takes a direction to where the downstream coder reads: by W_O for an upstream coder at attn_z; by the gain of the
-    MLP's norm (1+w for Gemma) for a downstream one at mlp_in, centred if that norm centres. s, what the norm divides by
-    (``norm_scale``), differs from token to token and is no part of the edge; s = 1 if the downstream coder reads the
-    stream itself. Edges are the direct path: attention and MLPs between are left out. An edge is in units of the
+    A maps a direction to the site that the downstream coder reads: by W_O for an upstream coder at attn_z; by the gain
+    of the MLP's norm (1+w for Gemma) for a downstream one at mlp_in, centred if that norm centres. s, the norm's
+    divisor (``norm_scale``), differs between tokens and is not part of the edge; s = 1 if the downstream coder reads
+    the stream itself. Edges are the direct path: attention and MLPs between are left out. An edge is in units of the
     downstream code over the upstream one.
 
     Args:
         upstream: an SAE or transcoder whose output is part of the residual stream, or at attn_z.
-        downstream: one that reads the stream, or mlp_in, at a later place. features: upstream ones; None: all.
+        downstream: a coder that reads the stream, or mlp_in, at a later site. features: upstream ones; None: all.
 
     Raises ValueError for coders at other sites, or in the wrong order, for a model without a norm before its MLP, and
     for a coder at attn_z in a model that norms what attention adds.
@@ -99,7 +99,7 @@ def invariant_edges(
 @as_annotated
 @torch.no_grad()
 def norm_scale(lm: LM, site: Site | str, prompts: Prompts) -> Float[Tensor, "batch pos"]:
-    """``norm_scale(lm, "mlp_in-8", prompts)``: what the norm before the MLP divides by, √(mean square + ε); of the
+    """``norm_scale(lm, "mlp_in-8", prompts)``: the divisor of the norm before the MLP, √(mean square + ε); of the
     centred stream if the norm centres.
 
     site: at ``mlp_in``. Raises ValueError for another site.
@@ -115,10 +115,10 @@ def check_edges(
     lm: LM, upstream: SparseCoder, downstream: SparseCoder, feature: int, prompts: Prompts,
     features: Sequence[int] | None = None,
 ) -> EdgeCheck:  # fmt: skip
-    """``check_edges(lm, transcoder_8, transcoder_10, 1571, prompts)``: edges against the model, with one upstream
-    feature's f·W_dec subtracted wherever it fires.
+    """``check_edges(lm, transcoder_8, transcoder_10, 1571, prompts)``: compare edges with the model when one upstream
+    feature's f·W_dec is subtracted wherever it fires.
 
-    features: downstream; None: the 32 with the largest |edge| times the norm of their decoder rows.
+    features: downstream ones; None: the 32 with the largest |edge| times the norm of their decoder rows.
 
     Raises ValueError as ``invariant_edges``, and for a feature that fires at no token of the prompts (position 0 and
     the tokens that the mask leaves out do not count).
@@ -126,7 +126,7 @@ def check_edges(
     writes, reads = _ends(lm, upstream, downstream)
     feature, batch = check_feature(feature, upstream.d_sae), lm.tokenize(prompts)
     edge = invariant_edges(lm, upstream, downstream, [feature])[0]
-    sizes = edge.abs() * downstream.W_dec.norm(dim=1).cpu()  # free of the unit of a downstream code
+    sizes = edge.abs() * downstream.W_dec.norm(dim=1).cpu()  # independent of the unit of downstream codes
     chosen = sizes.topk(min(LISTED, len(edge))).indices.tolist() if features is None else list(features)
     chosen = [check_feature(f, downstream.d_sae) for f in chosen]
     before = _norm(lm, reads)[1] if reads.kind == "mlp_in" else reads
@@ -157,7 +157,7 @@ def check_edges(
 
 
 def _ends(lm: LM, upstream: SparseCoder, downstream: SparseCoder) -> tuple[Site, Site]:
-    """(where the one writes, where the other reads), checked."""
+    """(the site that the upstream coder writes, the site that the downstream one reads), checked."""
     require_here(lm, "an edge, which is made of the model's weights,")
     for coder, name in ((upstream, "the upstream coder"), (downstream, "the downstream coder")):
         if len(coder.reads) != 1 or len(coder.writes) != 1:
@@ -169,14 +169,14 @@ def _ends(lm: LM, upstream: SparseCoder, downstream: SparseCoder) -> tuple[Site,
     if reads.kind not in ("resid_pre", "resid_mid", "resid_post", "mlp_in"):
         raise ValueError(f"the downstream coder must read the residual stream or mlp_in, this one reads {reads}")
     for site in (writes, reads):
-        lm.width(site)  # ValueError where the model has no such place
+        lm.width(site)  # ValueError if the model has no such site
     if lm._sites.when(writes) >= lm._sites.when(reads) or writes == reads:
         raise ValueError(f"the upstream coder must write before the downstream one reads: {writes} is after {reads}")
     return writes, reads
 
 
 def _arriving(lm: LM, directions: Tensor, writes: Site, reads: Site) -> Float[Tensor, "n d"]:
-    """Directions as the downstream coder reads them, without the norm's division."""
+    """Directions mapped to the site that the downstream coder reads, without the norm's division."""
     x = directions.float().cpu()
     if writes.kind == "attn_z":
         block = lm._sites.layers[writes.layer or 0]
@@ -194,7 +194,7 @@ def _norm(lm: LM, site: Site) -> tuple[Any, Site]:
     if site.kind != "mlp_in":
         raise ValueError(f"the norm before an MLP goes with a site at mlp_in, got {site}")
     before = Site("resid_mid", site.layer)
-    lm.width(before)  # ValueError where the model has no such place
+    lm.width(before)  # ValueError if the model has no such site
     path = lm._sites.layers[site.layer or 0].before_mlp
     if path is None:
         raise ValueError(f"this model has no norm before its MLP: set the coder to read {before}")

@@ -1,4 +1,4 @@
-"""A feature read through an MLP: the direction in front of the MLP that moves the feature, token by token."""
+"""A feature linearised through an MLP: for each token, the direction before the MLP that moves the feature."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -16,22 +16,22 @@ from sae_lab.results import Result, result
 from sae_lab.saes.base import SparseCoder
 from sae_lab.types import Site, TokenBatch, Write
 
-BEHIND = ("mlp_in", "mlp_out", "resid_post")  # sites behind an MLP or its norm
+BEHIND = ("mlp_in", "mlp_out", "resid_post")  # sites after an MLP or its norm
 
 
 @result
 class PulledBack(Result):
-    """Result of ``circuits.pull_back``. Its table has one row a size: size, r, slope, and the r of three controls.
+    """Result of ``circuits.pull_back``. Its table has one row per size: size, r, slope, and the r of three controls.
 
     Attributes:
         directions: "batch pos d": the pulled-back direction at each token; 0 at tokens that the mask leaves out.
         feature, site, at: the feature, the site that its coder reads, the site of the directions.
-        sizes: how far towards another token's activation a change goes; 1 is all the way.
+        sizes: of a change, as a share of the way to another token's activation.
         r: Pearson's correlation of predicted and true change of the pre-activation, by size. slope: of the true change
             on the predicted one, by least squares through 0; 1 if the prediction is right.
-        mean_direction: r with the mean of the directions used at every token. random: r with a random direction of
-            the same norm at each token. other_token: r with the direction of another token.
-        changes: the number of changes that each r is taken over.
+        mean_direction: r with the mean direction used at every token. random: r with a random direction of the same
+            norm at each token. other_token: r with the direction of another token.
+        changes: the number of changes in each r.
     """
 
     directions: Float[Tensor, "batch pos d"]
@@ -69,16 +69,16 @@ def pull_back(
 
         d_t = J(x_t)ᵀ·W_enc[:, feature],     pre(x_t + δ) ≈ pre(x_t) + d_t·δ
 
-    J(x_t): the Jacobian of what the coder reads by the activation x_t at ``at`` of the same layer and token, all else
+    J(x_t): the Jacobian of the coder's input in the activation x_t at ``at`` of the same layer and token, all else
     fixed ("Case Studies in Reverse-Engineering Sparse Autoencoder Features by Using MLP Linearization", Dunefsky et
-    al. 2024, Alignment Forum). d_t is exact for small δ; for larger ones it is measured with δ = s·(x_u - x_t), u
-    another token drawn at random, for each size s.
+    al. 2024, Alignment Forum). d_t is exact for small δ; its error for larger ones is measured with δ = s·(x_u - x_t),
+    u another token drawn at random, for each size s.
 
     Args:
         coder: reads mlp_out or resid_post of a layer; or, with ``at="resid_mid"``, its mlp_in, as transcoders do (then
             only the norm lies between). From mlp_in to resid_post only the MLP's part changes; from resid_mid the
-            stream itself changes too, which is linear, so that r says less about the MLP.
-        at: "mlp_in", or "resid_mid", the stream in front of the MLP's norm.
+            stream also changes, which is linear, so that r says less about the MLP.
+        at: "mlp_in", or "resid_mid", the stream before the MLP's norm.
         prompts: of any lengths. sizes: s above. draws: other tokens for each token. seed: of these and of the controls.
 
     Raises ValueError for a coder that reads other sites, or normalises what it reads, and for too few tokens.
@@ -103,7 +103,7 @@ def pull_back(
         raise ValueError(f"pull_back compares at least three tokens, these prompts have {int(keep.sum())}: pass more")
     w = coder.W_enc[:, feature].detach()
     counted = keep.unsqueeze(-1).to(w)
-    # From here to there no token sees another, so one backward pass of the sum gives every token's own derivative.
+    # Between these sites no token sees another, so one backward pass of the sum gives each token's derivative.
     (found,) = gradients(lm, batch, [before, site], lambda read, _: [((read[site] * counted) @ w).sum()])
     directions = found[before] * counted
     r, slope, mean, other, random = _compared(lm, batch, acts, before, site, w, directions, keep, sizes, draws, seed)
@@ -141,7 +141,7 @@ def _compared(
 def _read_after(
     lm: LM, batch: TokenBatch, at: Site, site: Site, keep: Tensor, step: Float[Tensor, "tokens d"]
 ) -> Float[Tensor, "tokens d_in"]:
-    """What the coder reads at the tokens that count, all of them changed by their step."""
+    """The coder's input at the tokens that count, each changed by its step."""
     by = step.new_zeros(*keep.shape, step.shape[-1])
     by[keep] = step
     return lm.run(batch, [site], [Write(at, partial(plus, by=by))], logits=False)[0][site][keep].double()

@@ -1,4 +1,4 @@
-"""Metrics of a model's answers, and the functions of torch alone that circuit work sends to where the model is."""
+"""Metrics of a model's answers, and the functions of torch alone that run where the model runs."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -13,7 +13,7 @@ from sae_lab.lm.model import LM
 from sae_lab.lm.tokens import label
 from sae_lab.types import TokenBatch, Write
 
-ROWS = 32  # prompts, or copies of them, that go through the model together
+ROWS = 32  # prompts, or copies of them, in one batch
 Metric = Callable[[Tensor, TokenBatch], Tensor]  # (logits "batch pos vocab", tokens) -> a number for each row
 
 
@@ -41,7 +41,7 @@ def log_probability(lm: LM, answer: Sequence[str] | str) -> Metric:
 def kl_from(lm: LM, sources: Sequence[str] | str) -> Metric:
     """``metric = kl_from(lm, sources)``: KL(source ‖ prompt) of the next token after each prompt's last one, nats.
 
-    0 where a prompt predicts what its source does. It needs no answer, and counts every change of the prediction.
+    0 if a prompt and its source predict the same. It needs no answer, and counts every change of the prediction.
 
     Args: sources: one for each row of the prompts.
     """
@@ -67,12 +67,12 @@ def one_token(lm: LM, token: str | int, what: str = "a target") -> int:
 
 
 def measured(lm: LM, batch: TokenBatch, metric: Metric, writes: Sequence[Write] = ()) -> Float[Tensor, " batch"]:
-    """The metric's numbers, one a row, with activations changed by ``writes``."""
+    """The metric's numbers, one per row, with activations changed by ``writes``."""
     return numbers(lm.run(batch, writes=writes, logits=partial(of_metric, metric=metric))[1], batch)
 
 
 def numbers(value: Any, batch: TokenBatch) -> Tensor:
-    """The metric's answer. ValueError unless it is one number for each row."""
+    """What a metric returned. ValueError unless it is one number for each row."""
     if not isinstance(value, Tensor) or value.shape != (len(batch.ids),):
         shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"a metric gives one number for each row, {len(batch.ids)} here, this one gave {shape}")
@@ -81,26 +81,26 @@ def numbers(value: Any, batch: TokenBatch) -> Tensor:
 
 @no_type_check
 def of_metric(logits, tokens, metric):
-    """The metric's answer: numbers on the CPU, or anything else as it is."""
+    """What the metric returns: tensors on the CPU, anything else unchanged."""
     value = metric(logits.float(), tokens)
     return value.cpu() if isinstance(value, torch.Tensor) else value
 
 
 @no_type_check
 def final_logits(logits, tokens):
-    """Logits of what follows each row's last token, "batch vocab"."""
+    """Logits of the token after each row's last token, "batch vocab"."""
     return logits[torch.arange(len(logits)), tokens.mask.sum(1) - 1]
 
 
 @no_type_check
 def final_log_chances(logits, tokens):
-    """Log-probabilities of what follows each row's last token, "batch vocab"."""
+    """Log-probabilities of the token after each row's last token, "batch vocab"."""
     return final_logits(logits, tokens).float().log_softmax(-1)
 
 
 @no_type_check
 def picked(x, tokens, answer):
-    """Of each row of x the entry of its answer, of which there is one for all of the user's prompts or one for each."""
+    """The entry of each row of x at its answer. answer: one for all of the user's prompts, or one for each."""
     rows = tokens.row_numbers
     ids = answer.expand(int(rows.max()) + 1)[rows] if len(answer) == 1 else answer[rows]
     return x[torch.arange(len(rows)), ids.to(x.device)]
@@ -108,20 +108,20 @@ def picked(x, tokens, answer):
 
 @no_type_check
 def difference(logits, tokens, right, wrong):
-    """What ``logit_difference`` measures."""
+    """The numbers of ``logit_difference``."""
     last = final_logits(logits, tokens)
     return picked(last, tokens, right) - picked(last, tokens, wrong)
 
 
 @no_type_check
 def log_chance(logits, tokens, answer):
-    """What ``log_probability`` measures."""
+    """The numbers of ``log_probability``."""
     return picked(final_log_chances(logits, tokens), tokens, answer)
 
 
 @no_type_check
 def kl_to(logits, tokens, given):
-    """What ``kl_from`` measures; given: the sources' log-probabilities, "prompts vocab"."""
+    """The numbers of ``kl_from``. given: the sources' log-probabilities, "prompts vocab"."""
     last = final_log_chances(logits, tokens)
     wanted = given[tokens.row_numbers].to(last.device)
     return (wanted.exp() * (wanted - last)).sum(-1)
@@ -129,7 +129,7 @@ def kl_to(logits, tokens, given):
 
 @no_type_check
 def placed(x, tokens, where, put):
-    """x with one position of each row, ``where``, replaced."""
+    """x with ``put`` in place of one position, ``where``, of each row."""
     out = x.clone()
     out[torch.arange(len(x)), where] = put.to(x)
     return out
@@ -137,7 +137,7 @@ def placed(x, tokens, where, put):
 
 @no_type_check
 def shifted(x, tokens, where, by):
-    """x with something added at one position of each row."""
+    """x with ``by`` added at one position, ``where``, of each row."""
     out = x.clone()
     out[torch.arange(len(x)), where] += by.to(x)
     return out
@@ -145,5 +145,5 @@ def shifted(x, tokens, where, by):
 
 @no_type_check
 def plus(x, tokens, by):
-    """x with something added at every position."""
+    """x with ``by`` added at every position."""
     return x + by.to(x)

@@ -1,5 +1,5 @@
-"""Nodes of a circuit, features and errors of several coders at a position: what replacing each would do, alone and
-through another."""
+"""Nodes of a circuit, features and errors of several coders at a position: the effect of replacing each, in total and
+through another node."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ class Node(NamedTuple):
 
 
 class Edge(NamedTuple):
-    """What replacing ``upstream`` would do to the metric through ``downstream``, mean over prompts."""
+    """The effect of replacing ``upstream`` on the metric through ``downstream``, mean over prompts."""
 
     upstream: Node
     downstream: Node
@@ -48,11 +48,11 @@ class Parts(NamedTuple):
 
 @dataclass(frozen=True, repr=False)
 class Scene:
-    """Everything that circuits of some coders on some prompts are measured with.
+    """The data with which circuits of some coders on some prompts are measured.
 
     coders: by site, in the order in which the model computes them. batch: the prompts. keep: "batch pos", the tokens
-    that have nodes; the others stay unchanged in every run. x, clean: activations and their parts. other: the parts
-    that replace them, "batch pos ...". means: the mean parts over the reference prompts, "pos ...".
+    that have nodes; the others stay unchanged in every run. x, clean: activations and their parts. other: the
+    replacement parts, "batch pos ...". means: the mean parts over the reference prompts, "pos ...".
     """
 
     lm: LM
@@ -76,8 +76,8 @@ class Scene:
         return added * self.keep[at][:, None].to(added)
 
     def changes(self, node: Node) -> bool:
-        """Whether replacing the node adds more than rounding. Before the first word in which prompt and source differ
-        it adds nothing."""
+        """Whether replacing the node changes x by more than rounding. Before the first word in which prompt and source
+        differ it changes nothing."""
         return bool(self.change(node).norm() > 1e-5 * self.x[node.site][:, node.position].norm())
 
     def active(self) -> dict[Site, Bool[Tensor, "pos d_sae"]]:
@@ -107,7 +107,7 @@ def in_order(lm: LM, coders: Sequence[SparseCoder]) -> dict[Site, SparseCoder]:
 def scene_of(
     lm: LM, coders: dict[Site, SparseCoder], runs: Runs, baseline: str, reference: Sequence[str] | None
 ) -> Scene:
-    """The scene of these runs: the parts of both, and mean parts over the reference (None: over both runs)."""
+    """The scene of these runs: the parts of both runs, and mean parts over the reference (None: over both runs)."""
     batch, theirs = runs.batch, runs.theirs
     keep = kept(lm, list(coders.values()), (batch, runs.x), (theirs, runs.given))
     others = lm.tokenize(torch.cat([batch.ids, theirs.ids]) if reference is None else list(reference))
@@ -143,7 +143,7 @@ def _mean_parts(lm: LM, coders: Mapping[Site, SparseCoder], reference: TokenBatc
 
 
 def slopes_of(scene: Scene, metric: Metric, steps: int) -> dict[Site, Float[Tensor, "batch pos d"]]:
-    """dm/dx at every site: on the prompts' run (steps 1), or its mean over points up to the replaced activation."""
+    """dm/dx at every site: on the prompts' run (steps 1), or the mean over points between x and its replacement."""
     lm, batch = scene.lm, scene.batch
     if steps == 1:
         return gradients(lm, batch, list(scene.coders), lambda _, logits: [metric(logits, batch).sum()])[0]
@@ -171,8 +171,8 @@ def ranked(scene: Scene, slopes: Acts) -> dict[Node, float]:
 
 
 def checked(scene: Scene, nodes: Mapping[Node, float], count: int, metric: Metric, base: float) -> dict[Node, float]:
-    """True effects, each by a patch: of ``count`` features, evenly over the order of their estimates, and of the
-    errors. Nodes that replacement does not change are left out: their effect is 0 by any method."""
+    """Effects measured by a patch each: of ``count`` features, evenly spread over their ranking, and of the errors.
+    Nodes that replacement does not change are left out: their effect is 0 by any method."""
     if not count:
         return {}
     features = [node for node in nodes if node.feature != ERROR and scene.changes(node)]
@@ -193,8 +193,8 @@ def edge_effects(scene: Scene, nodes: Sequence[Node], slopes: Acts) -> list[Edge
 
     d: the code of the downstream feature, with dm/dd = W_dec[d]·dm/dx, or the downstream error, a vector, with dm/dx
     itself. x_u: the activation at u's site and position. Δ_u: what replacing u adds to it. All derivatives are those
-    of the prompts' run. dd/dx_u runs through everything between the two sites, nodes of sites in between included, so
-    that if later layers see one site alone, the effects of u on all nodes there add up to the effect of u by gradient.
+    of the prompts' run. dd/dx_u goes through the whole model between the two sites, nodes in between included, so that
+    if later layers see one site alone, the effects of u on all nodes there add up to the effect of u by gradient.
 
     slopes: dm/dx at every site, "batch pos d", of the metric summed over prompts.
     """

@@ -1,4 +1,4 @@
-"""Prompts paired with their sources, and the checks that circuit work has in common."""
+"""Prompts paired with their sources, and the checks that the functions of ``circuits`` share."""
 
 from collections.abc import Mapping, Sequence
 from difflib import SequenceMatcher
@@ -21,7 +21,7 @@ Acts = Mapping[Site, Tensor]
 class Runs(NamedTuple):
     """The model's runs on prompts and on their sources: tokens, activations at some sites, the metric's mean.
 
-    batch, x, base: of the prompts. theirs, given, source: of the sources.
+    batch, x, base: those of the prompts. theirs, given, source: those of the sources.
     """
 
     batch: TokenBatch
@@ -45,7 +45,7 @@ def both_runs(lm: LM, prompts: Sequence[str], sources: Sequence[str], metric: Me
 
 
 def paired(lm: LM, prompts: Sequence[str], sources: Sequence[str]) -> tuple[TokenBatch, TokenBatch]:
-    """Prompts and sources as tokens. ValueError unless their numbers are equal, and all lengths."""
+    """Prompts and sources as tokens. ValueError unless they are equal in number and all of one length."""
     if len(prompts) != len(sources) or not prompts:
         raise ValueError(f"give one source for each prompt: got {len(prompts)} prompts and {len(sources)} sources")
     lengths = [len(lm.tokenize(p).ids[0]) for p in [*prompts, *sources]]
@@ -100,7 +100,7 @@ def check_positions(positions: Sequence[int], length: int) -> None:
 
 
 def require_here(lm: LM, what: str) -> None:
-    """ValueError for a model on a server, where something needs its weights or gradients at several sites."""
+    """ValueError for a model on a server. what: the function that needs weights, or gradients at several sites."""
     if lm.remote:
         raise ValueError(f"{what} needs the model on this machine: load it without remote=")
 

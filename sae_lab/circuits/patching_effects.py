@@ -1,4 +1,4 @@
-"""Activation patching: which places of a model carry what makes it answer as it does, by patch and by gradient."""
+"""Activation patching: which layers and positions of a model cause its answer, by patch and by gradient."""
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,20 +19,20 @@ from sae_lab.lm.model import LM
 from sae_lab.results import Result, by_column, result
 from sae_lab.types import Site, Write
 
-TOKENS = 512  # of copies that go through the model together: their logits are many
+TOKENS = 512  # of copies in one batch, since their logits take much memory
 KINDS = ("resid_post", "attn_out", "mlp_out")
 Cell = tuple[str, int, int]  # kind, layer, position
 
 
 @result
 class PatchGrid(Result):
-    """Result of ``circuits.patching`` and ``circuits.patching_estimate``. Its table has one row a patch.
+    """Result of ``circuits.patching`` and ``circuits.patching_estimate``. Its table has one row per patch.
 
     Attributes:
-        values: "kind layer pos": the share of the metric's change that one patch brings, (patched - base) / (source -
-            base), of means over prompts; 0: nothing, 1: all of it.
+        values: "kind layer pos": the share of the metric's change that one patch causes, (patched - base) / (source -
+            base), of means over prompts; 0: none of it, 1: all of it.
         base, source: the metric's mean over the prompts, and over the sources.
-        kinds, layers, positions: the axes. tokens: of each position the token of the first prompt, and of its source.
+        kinds, layers, positions: the axes. tokens: for each position, the first prompt's token and its source's.
         estimated: whether values are estimates by gradient.
     """
 
@@ -78,7 +78,7 @@ def patching(
     prompts are the corrupted ones).
 
     Args:
-        prompts, sources: equally many, all of one token length.
+        prompts, sources: equal numbers, all of one token length.
         metric: (logits, tokens) -> a number for each row, such as ``logit_difference``.
         layers, positions: None: all; position 0, whose activation no prompt changes, is left out.
 
@@ -98,8 +98,8 @@ def patching(
 def patched_cells(
     lm: LM, prompts: Sequence[str], sources: Sequence[str], metric: Metric, cells: Iterable[Cell]
 ) -> Iterator[dict[Cell, float]]:
-    """``for found in patched_cells(lm, prompts, sources, metric, cells)``: patches of some cells, (kind, layer,
-    position), as they are done: {cell: share of the metric's change}, a few at a time.
+    """``for found in patched_cells(lm, prompts, sources, metric, cells)``: patch some cells, (kind, layer, position),
+    and yield the results as they come: {cell: share of the metric's change}, a few at a time.
 
     The numbers are those of ``patching``; a cell is computed when the iterator gets to it. Raises ValueError as
     ``patching``.
@@ -124,9 +124,9 @@ def patching_estimate(
     """``patching_estimate(lm, prompts, sources, metric)``: attribution patching, (x_source - x)·dm/dx, at every kind,
     layer and position by one backward pass.
 
-    What each patch would do if the metric were linear in the activation (Nanda 2023; Syed et al. 2023,
+    The effect that each patch would have if the metric were linear in the activation (Nanda 2023; Syed et al. 2023,
     arXiv:2310.10348), in the unit of ``patching``. Arguments and errors are those of ``patching``; the metric must be
-    differentiable, and the model on this machine. A patch of what attention or an MLP adds changes the stream little,
+    differentiable, and the model on this machine. A patch of attention's or an MLP's output changes the stream little,
     and is estimated well; a patch of the whole stream at a token is a large change, and its estimate can be far off
     (benchmarks/patching.py).
     """
@@ -154,8 +154,8 @@ def _grid(
 def _axes(
     lm: LM, runs: Runs, layers: Sequence[int] | None, positions: Sequence[int] | None
 ) -> tuple[list[int], list[int]]:
-    """The layers and positions asked for, or all but position 0. ValueError for a position that the prompts do not
-    have, and where patches have nothing to bring."""
+    """(layers, positions): those asked for; None: all layers, and all positions but 0. ValueError for a position that
+    the prompts do not have, and if prompts and sources have the same metric."""
     base, source, length = runs.base, runs.source, runs.batch.ids.shape[1]
     if not (math.isfinite(base) and math.isfinite(source)):
         raise ValueError(f"a metric is finite, this one is {base} for prompts and {source} for sources")
@@ -170,7 +170,7 @@ def _axes(
 
 
 def _patched(lm: LM, runs: Runs, metric: Metric, cells: list[Cell]) -> Iterator[dict[Cell, float]]:
-    """Shares of the metric's change, a pass at a time: the positions of one site go together, as copies of the
+    """Shares of the metric's change, pass by pass: one pass patches several positions of a site, each in a copy of the
     prompts."""
     by_site: dict[Site, list[int]] = {}
     for kind, layer, position in cells:

@@ -20,7 +20,7 @@ from sae_lab.saes.base import SparseCoder
 from sae_lab.types import Site, TokenBatch
 
 AT_A_TIME = 128  # positions whose logits are made together
-_KNOWN: WeakKeyDictionary[LM, float] = WeakKeyDictionary()  # of each checked model the factor of its logits
+_KNOWN: WeakKeyDictionary[LM, float] = WeakKeyDictionary()  # the factor of the logits, for each checked model
 
 
 @dataclass(frozen=True)
@@ -28,11 +28,11 @@ class WayOut:
     """How the residual stream of one prompt becomes logits:  logits = cap((M·x/s + shift)·W_U + bias).
 
     Attributes:
-        stream: "pos d": the stream after the last block. normed: "pos d_model": what the final norm makes of it.
-        scale: " pos": s, what that norm divides by. shift: " d_model": what it adds.
+        stream: "pos d": the stream after the last block. normed: "pos d_model": the final norm's output.
+        scale: " pos": s, that norm's divisor. shift: " d_model": its bias.
         W_U: "vocab d_model", mean: its mean row. bias: " vocab", or None. cap: of Gemma 2's softcapping, or None.
-        maps: {site: (M "d_site d_model", s1 " pos")}: x written at a site is x·M/s1 in front of W_U; s1 is s, times
-            what a norm behind W_O divides by, if the model has one.
+        maps: {site: (M "d_site d_model", s1 " pos")}: x written at a site reaches W_U as x·M/s1; s1 is s, times the
+            divisor of a norm after W_O, if the model has one.
         acts: {site: "pos d_site"}: activations at the sites that coders read and write.
     """
 
@@ -48,7 +48,7 @@ class WayOut:
     acts: dict[Site, Tensor]
 
     def logits(self, normed: Float[Tensor, "n d_model"]) -> Float[Tensor, "n vocab"]:
-        """The model's own logits, before a cap."""
+        """The model's logits before a cap."""
         found = normed @ self.W_U.float().T
         return found if self.bias is None else found + self.bias
 
@@ -68,20 +68,20 @@ class PromptReading:
         self._acts: dict[Site, Tensor] = {}
         self._way: WayOut | None = None
         self._losses: Tensor | None = None
-        self._coding, self._passing = threading.RLock(), threading.RLock()  # codes do not wait for the whole model
+        self._coding, self._passing = threading.RLock(), threading.RLock()  # codes need not wait for a whole pass
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     def position(self, position: Any) -> int:
-        """The position. ValueError for one that the prompt does not have."""
+        """The position, checked. ValueError for one that the prompt does not have."""
         if isinstance(position, bool) or not isinstance(position, int) or not 0 <= position < len(self):
             raise ValueError(f"position must be an int from 0 to {len(self) - 1} in this prompt, got {position!r}")
         return position
 
     def codes(self, coder: SparseCoder) -> Coded:
-        """Codes of the tokens that count, as ``sl.features`` gives them. The first call runs the model up to the last
-        of the coders' sites."""
+        """Codes of the tokens that the mask keeps, as from ``sl.features``. The first call runs the model up to the
+        last of the coders' sites."""
         with self._coding:
             if id(coder) not in self._codes and self.lm.remote:
                 self._codes[id(coder)] = read_codes(self.lm, coder, self.batch)
@@ -103,8 +103,8 @@ class PromptReading:
         return codes.features[part][order], values
 
     def along(self, coder: SparseCoder, what: str | int = "strongest") -> Float[Tensor, " pos"]:
-        """``reading.along(sae, 812)``: one number a token: the activation of a feature, the "strongest" activation, or
-        the number of "active" features; NaN at tokens that the coder's mask leaves out."""
+        """``reading.along(sae, 812)``: one number per token: a feature's activation, the "strongest" activation, or the
+        number of "active" features; NaN at tokens that the coder's mask leaves out."""
         codes, keep = self.codes(coder)
         if what == "active":
             found = codes.offsets.diff().float()
@@ -125,7 +125,7 @@ class PromptReading:
     def way_out(self) -> WayOut:
         """The way from the stream to the logits, for direct effects and losses; the first call runs the model.
 
-        Raises ValueError for a model on a server, and one that makes its logits in another way than ``WayOut``.
+        Raises ValueError for a model on a server, and for one whose logits do not follow the formula of ``WayOut``.
         """
         require_here(self.lm, "a direct effect, which is made of the model's weights,")
         with self._passing:
@@ -156,7 +156,7 @@ def read_prompt(lm: LM, coders: Sequence[SparseCoder] | SparseCoder, prompt: Pro
         sl.circuits.direct_effects(lm, sae, reading, 3)             # their effects on the next token
         reading.losses()
 
-    Raises ValueError for several prompts, one that is too long, and a coder whose site has another width here.
+    Raises ValueError for several prompts, one that is too long, and a coder whose site has another width in this model.
     """
     return PromptReading(lm, prompt, [coders] if isinstance(coders, SparseCoder) else coders)
 
@@ -174,7 +174,7 @@ def written(coder: SparseCoder) -> Site:
 
 
 def reaches_the_stream(site: Site) -> bool:
-    """Whether a site is part of the residual stream, or leads there through W_O alone."""
+    """Whether writes at a site are part of the residual stream, or reach it through W_O alone."""
     return site.kind not in ("mlp_in", "module")
 
 
@@ -203,7 +203,7 @@ def _read_to_the_end(lm: LM, batch: TokenBatch, coders: Sequence[SparseCoder]) -
 
 
 def _unembedding(lm: LM) -> tuple[Tensor, Tensor | None]:
-    """(W_U "vocab d", bias), times the factor of the model's logits."""
+    """(W_U "vocab d", bias), multiplied by the factor of the model's logits."""
     head: Any = lm._module.get_output_embeddings()
     weight, factor = getattr(head, "weight", None), _KNOWN[lm]
     if not isinstance(weight, Tensor) or not weight.is_floating_point():  # 8-bit weights: ask the module
@@ -225,18 +225,18 @@ def _normed(lm: LM, x: Float[Tensor, "pos d"]) -> tuple[Tensor, Tensor]:
 
 
 def _divisor(passed: Float[Tensor, "pos d"], out: Float[Tensor, "pos d"]) -> Float[Tensor, " pos"]:
-    """s in out = passed/s."""
+    """The divisor s in out = passed/s."""
     return passed.square().sum(-1) / (passed * out).sum(-1)
 
 
 def norm_divisor(norm: Any, x: Float[Tensor, "pos d"]) -> Float[Tensor, " pos"]:
-    """The scale of a norm of any class: what it divides these activations by."""
+    """The scale of a norm of any class: its divisor for these activations."""
     shift = passes.called(norm, torch.zeros_like(x[:1]))
     return _divisor(passes.past(norm, x), passes.called(norm, x) - shift).to(x.device)
 
 
 def _require_handed_on(lm: LM, site: Site) -> None:
-    """ValueError unless later layers only add to what is written at the site."""
+    """ValueError if a later layer scales or norms the stream instead of only adding to it."""
     first = 0 if site.layer is None else site.layer
     for number, block in enumerate(lm._sites.layers[first:], first):
         own = number == site.layer
