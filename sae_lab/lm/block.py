@@ -34,7 +34,7 @@ class Block:
     missing: dict[str, str] = field(default_factory=dict)
     w_o: str | None = None  # attention's output projection, which reads attn_z
     after_attention: str | None = None  # the norm between W_O and the stream (Gemma, OLMo 2)
-    w_o_factor: float | None = None  # the stream gains this factor · the output of W_O (or of that norm); None: nothing
+    w_o_factor: float | None = None  # the stream gains this · the output of W_O (or of that norm); None: no such factor
     adds: bool = False  # whether resid_post is resid_pre plus what the sub-layers add
     hands_on: bool = False  # whether the next block reads resid_post unchanged
     before_mlp: str | None = None  # the norm between resid_mid and mlp_in
