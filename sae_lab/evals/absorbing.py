@@ -110,7 +110,7 @@ def absorption(
     seed: int = 0,
     convention: str = "sae_lab",
 ) -> Absorption:
-    """``sl.evals.absorption(sae, lm)``: share of words whose first letter's features another feature replaces.
+    """``sl.evals.absorption(sae, lm)``: share of words where another feature replaces the first letter's features.
 
     Words are single tokens (a space and small letters), about equally many per letter, split 60/20/20. Per letter: p,
     the unit direction of a logistic probe of x at the word's token; the main features, the first k by (mean of the

@@ -22,7 +22,7 @@ class Comparison(Shown):
 
     Attributes:
         tokens: the prompt's.
-        kl: " pos", nats: KL(without ‖ with) of the distributions of the token after each token.
+        kl: " pos", nats: KL(without ‖ with) of the next-token distribution after each token.
         logprob, logprob_edited: " pos", nats: of each token given those before it; NaN at position 0.
         features: the edited features by name: (codes without, codes with), " pos" each, measured where the edit reads.
         perplexity, perplexity_edited: exp of the mean loss of the prompt's tokens.

@@ -515,7 +515,7 @@ class LM:
     @as_annotated
     def lens(self, directions: Float[Tensor, "n d"], at: Site | str, of: Callable[[Tensor], Any] | None = None) -> Any:
         """Logit lens of directions written at a site: W_dec·diag(gain)·W_U, "n vocab", arbitrary units; None for a site
-        outside the residual stream (``mlp_in``, unknown modules).
+        that does not write to the residual stream (``mlp_in``, unknown modules).
 
         At ``attn_z`` the directions first go through W_O (and the norm that some models have after it). The gain is
         the final norm's (1+w for Gemma); directions are centred if that norm centres.
@@ -535,7 +535,7 @@ class LM:
 
     def _way(self, site: Site) -> dict[str, Any] | None:
         """The modules between a site and the logits, without the later layers, as ``passes.lens`` takes them; None if
-        the site lies outside the residual stream, or a module on the way is neither a norm nor a linear map."""
+        the site does not write to the residual stream, or a module on the way is neither a norm nor a linear map."""
         at = self._sites
         if site.kind in ("mlp_in", "module") or not self._has_a_way_out:
             return None

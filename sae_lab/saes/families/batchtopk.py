@@ -10,7 +10,7 @@ from sae_lab.saes.base import Wiring
 from sae_lab.saes.families.topk import TopK
 from sae_lab.types import Codes
 
-SPARE = 1000  # θ may leave on up to one code in a thousand more or fewer than k, for a wider gap
+SPARE = 1000  # for a wider gap around θ, one code in a thousand more or fewer than k may be on
 
 
 class BatchTopK(TopK):

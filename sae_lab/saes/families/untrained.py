@@ -23,7 +23,7 @@ NAMES = ("mean", "identity", "PCA", "random")
 def baselines(
     sae: SparseCoder, x: Float[Tensor, "rows d_in"], names: Iterable[str] = NAMES, seed: int = 0
 ) -> dict[str, SparseCoder]:
-    """Baseline coders of sae's d_in and site, by name; their scores say what those of sae are worth.
+    """Baseline coders of sae's d_in and site, by name: compare sae's scores with theirs.
 
     - "mean": no feature ever fires, x_hat is the mean of x: FVU 1, and what mean ablation costs.
     - "identity": 2·d_in features, f = relu(±x), x_hat = x exactly: FVU 0, and not sparse.
