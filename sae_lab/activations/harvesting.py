@@ -297,7 +297,7 @@ class _Harvest:
             for batch in batches
         ]
         keeps = {s: torch.cat([part[s]["keep"] for part in found]) for s in self.sites}
-        kept = torch.stack(list(keeps.values())).all(0)  # a token left out at one site is left out at all
+        kept = torch.stack(list(keeps.values())).all(0)  # a token left out at one site is left out at every site
         tensors = {}
         for s in self.sites:
             parts = [part[s]["x"] for part in found]
@@ -335,7 +335,7 @@ class _Harvest:
         if self.manifest["mask"] is None:
             base = self.mask or self.lm.mask()
             usual = base.keep(ids, positions)
-            usual = usual if bool(usual.any()) else torch.ones_like(usual)  # those of later shards may count
+            usual = usual if bool(usual.any()) else torch.ones_like(usual)  # no token of this shard counts: take all
             medians = {s: float(x[usual].norm(dim=-1).median()) for s, x in acts.items()}
             limits = {s.key: MAX_NORM * m for s, m in medians.items()}
             mask = self.mask or TokenMask(base.special_ids, base.skip_first, limits)

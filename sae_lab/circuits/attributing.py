@@ -91,8 +91,8 @@ def attribution(
     """``attribution(lm, sae, prompts, sources, metric)``: attribution patching, (z_source - z)·(W_dec·dm/dx), by one
     backward pass for all features at all positions.
 
-    The effects are those of ``sl.Patch``: with an ``input_norm`` the new code is written in the size of the prompt's
-    own activation. With ``steps`` > 1 the gradient is the mean over that many points between the activations of both
+    The effects are those of ``sl.Patch``: with an ``input_norm`` the new code is written at the scale of the prompt's
+    activation. With ``steps`` > 1 the gradient is the mean over that many points between the activations of both
     runs (integrated gradients, as in Marks et al. 2024, arXiv:2403.19647). The coder's error, x - x_hat, is a node.
 
     Args:

@@ -172,7 +172,7 @@ def patched_directions(
     Patching a set S takes the sources' coefficients of S and keeps all others, at the same positions for all methods:
 
         features            x + Σ_S (f_source - f)_i·W_dec_i        (the coder's error stays as in the prompt; with an
-                                                                    input_norm in the size of the prompt's own x)
+                                                                    input_norm at the scale of the prompt's x)
         features and error  the same, and the error as in the source: all features together give the source's x
         a basis U           x + Σ_S ((x_source - x)·u_i) u_i        all directions together give the source's x
 

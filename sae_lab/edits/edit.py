@@ -73,8 +73,8 @@ class Edit:
       reconstruction error, or drops it: all its edits must agree.
     - An edit of another coder at that site ends the group, and so does an edit of the activation itself (``Project``):
       the edits that follow are a new group, which encodes the changed activation. (A transcoder reads at another site,
-      so its codes go on from its own earlier edits.)
-    - Edits at other sites may stand anywhere in the list: an edit reads what edits at earlier sites have written.
+      so its new group starts from the codes that its earlier edits have set.)
+    - The order of edits at different sites does not matter: an edit reads what edits at earlier sites have written.
     - The coder's mask, applied to the model without edits, decides which tokens an edit may change. A mask's largest
       norm is compared with the activation before the first edit at the site. If an edit at an earlier site changes that
       activation too, one extra pass without edits gives the activation, and a new token counts unless it is special.

@@ -127,7 +127,7 @@ def absorption(
 
     ``convention="saebench"`` (Karvonen et al. 2025, arXiv:2503.09532): P = x·p, a feature brings f·cosine; the main
     features must be silent, and the largest of all must be the one that absorbs; letters from F1 .6; ``fraction`` is
-    their absorption fraction. Main features are found as above, theirs by an L1 probe.
+    their absorption fraction. Main features are found as above; SAEBench finds them by an L1 probe.
 
     Raises ValueError for a coder of another model, a transcoder, or a tokenizer with too few such words.
     """

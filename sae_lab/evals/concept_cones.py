@@ -135,7 +135,7 @@ def cones(
             truth = labels[rows.number]
     elif concepts is None or labels is not None:
         raise ValueError("labels are of rows: give x, the activations they belong to")
-    if concepts is None:  # mean of rows with each label less that of those without
+    if concepts is None:  # mean of rows with each label minus mean of rows without it
         if rows is None or truth is None or truth.dtype != torch.bool:
             raise ValueError("without concepts, labels must be booleans (rows, concepts): directions come from them")
         count, n = truth.sum(0), len(truth)

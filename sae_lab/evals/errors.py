@@ -133,14 +133,14 @@ def pathological_errors(
     a context changed at once. u is drawn in five ways (NOISES): uniformly; with mean and covariance of the errors; with
     the covariance of the activations; the error of another token; and with e's part along x, so that x + |e|·u has the
     norm of x_hat and its angle to x. 95 % interval: delta method on log ratio, clustered by document, Student's t.
-    The curve goes from x to x_hat, and as far along uniform noise, on the first quarter of the contexts.
+    The curve goes from x to x_hat, and equally far along uniform noise, on the first quarter of the contexts.
 
     Args:
         tokens: how many to read. context: tokens the model sees at once; None is what the coder was trained with, else
             128. alphas: shares of the error at which the curve is measured, besides 1.
 
     Published with norm-preserving noise: 2 to 4 (Gurnee 2024, "SAE reconstruction errors are (empirically)
-    pathological"); noise with the covariance of activations leaves less of it (Giglemiani et al. 2024, Heimersheim &
+    pathological"); noise with the covariance of activations: a smaller ratio (Giglemiani et al. 2024, Heimersheim &
     Mendel 2024: interpolation and sensitive directions).
     """
     from scipy.stats import t

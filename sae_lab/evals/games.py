@@ -72,14 +72,14 @@ class BoardGames(Result):
     """Result of ``sl.evals.board_games``.
 
     Attributes:
-        coder: the scores of the coder's features. controls: the same of "untrained" (a coder of a model with random
-            weights, where one was given), "neurons" (of the MLP of the same block), "basis" (coordinates of the
-            activations, either sign), "probe" (one linear probe for each property, which is no control but what the
-            activations hold) and "shuffled" (the coder's own features, and boards of other games at the same move,
-            which leaves what the number of the move tells).
+        coder: the scores of the coder's features. controls: the scores of "untrained" (a coder of a model with random
+            weights, if one was given), "neurons" (of the MLP of the same block), "basis" (coordinates of the
+            activations, either sign), "probe" (one linear probe for each property: a ceiling, the information in the
+            activations) and "shuffled" (the coder's features, with boards of other games at the same move: what the
+            move number alone predicts).
         always: coverage of a feature that is always on.
-        properties: names of what was looked for; of_state: which of them are mine/theirs/empty. dropped: how many were
-            too rare or too common to measure.
+        properties: names of the properties; of_state: which of them are mine/theirs/empty. dropped: how many were too
+            rare or too common to measure.
         positions, games: their numbers; half serve to choose features. excluded: share of positions outside the mask.
     """
 

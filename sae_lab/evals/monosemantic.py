@@ -140,7 +140,7 @@ def monosemanticity(
 
 
 def _embeddings(x: Tensor | Store, embeddings: Tensor | Store | None, rows: Sample) -> tuple[Tensor, str]:
-    """(the embedding of each sampled row, what it is)."""
+    """(the embedding of each sampled row, the embedding's name)."""
     if embeddings is None:
         return rows.x.flatten(1), "x itself"
     if len(embeddings) != len(x):

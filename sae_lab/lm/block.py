@@ -337,7 +337,7 @@ class _Reader:
         return tuple(seen.shape[:-1]) in ((ROWS, TOKENS), (ROWS * TOKENS,))
 
     def _heads(self) -> None:
-        """attn_z: what W_O reads, the first module with a matrix behind attention's mixing of tokens."""
+        """attn_z: what W_O reads, the first module with a matrix after attention has mixed tokens."""
         block, flow = self.found, self.flow
         made = self._made_of(self.leave.form, {})
         sources = {a for a in made if flow.atoms[a].softmax and flow.over_scores(a)}

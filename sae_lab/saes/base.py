@@ -110,8 +110,8 @@ class SparseCoder(nn.Module):
         self.progress = 1.0  # of training, 0 to 1: for an act that warms up or anneals
 
     def _make_weights(self, generator: torch.Generator) -> None:
-        """W_dec random unit rows; W_enc its transpose (random unit columns for a transcoder). The encoder's memory
-        lies feature by feature, as its gradients do."""
+        """W_dec random unit rows; W_enc its transpose (random unit columns for a transcoder). The encoder is
+        stored feature by feature, as its gradients are."""
         directions = nn.functional.normalize(torch.randn(self.d_sae, self.d_in, generator=generator), dim=1)
         if not self.tied:
             self.W_enc = nn.Parameter(directions.clone().T)

@@ -7,7 +7,7 @@ from sae_lab.types import Codes
 
 
 class Hoyer(L1):
-    """``sl.Hoyer(d_in=576, d_sae=4608, sparsity=50.0)``: a penalty that shrinking all codes alike does not lower
+    """``sl.Hoyer(d_in=576, d_sae=4608, sparsity=50.0)``: a penalty that scaling all codes down does not lower
     (Hoyer-Square, Yang et al. 2019, arXiv:1908.09979; on SAEs Quaisley 2024, "Alternative sparsity methods for SAEs
     with OthelloGPT").
 

@@ -9,8 +9,8 @@ from sae_lab.types import Batch, Codes
 
 
 class Tokenized(BatchTopK):
-    """``sl.Tokenized(d_in=576, d_sae=4608, vocab=len(lm.tokenizer), k=32)``: the part that follows from the token
-    alone is looked up, so that the codes hold what its context adds (Dooms & Wilhelm 2024, "Tokenized SAEs").
+    """``sl.Tokenized(d_in=576, d_sae=4608, vocab=len(lm.tokenizer), k=32)``: the part of x that the token alone
+    determines is looked up, so that the codes hold what its context adds (Dooms & Wilhelm 2024, "Tokenized SAEs").
 
         f as of BatchTopK
         x_hat = f·W_dec + b_dec + lookup[token]
