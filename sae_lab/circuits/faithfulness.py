@@ -29,7 +29,7 @@ class Faithfulness(Result):
         full, empty: m(M) and m(∅). complete: m of the complete graph, run as a circuit.
         sizes: numbers of nodes, the strongest first. circuit, no_errors: faithfulness of those nodes, and of the
             features among them.
-        random, random_sd: of equal numbers of active nodes drawn at random: mean and deviation over ``draws``.
+        random, random_sd: of equal numbers of active nodes drawn at random: mean and standard deviation over ``draws``.
         all_features, all_errors: of all features without an error, and of all errors without a feature.
     """
 

@@ -69,7 +69,7 @@ def pull_back(
 
         d_t = J(x_t)ᵀ·W_enc[:, feature],     pre(x_t + δ) ≈ pre(x_t) + d_t·δ
 
-    J(x_t): the Jacobian of the coder's input in the activation x_t at ``at`` of the same layer and token, all else
+    J(x_t): the Jacobian of the coder's input at x_t, the activation at ``at`` of the same layer and token, all else
     fixed ("Case Studies in Reverse-Engineering Sparse Autoencoder Features by Using MLP Linearization", Dunefsky et
     al. 2024, Alignment Forum). d_t is exact for small δ; its error for larger ones is measured with δ = s·(x_u - x_t),
     u another token drawn at random, for each size s.

@@ -129,7 +129,7 @@ def description_length(
 
     Feature i fires in a share πᵢ of rows, where its value (``SparseCoder.strengths``: in units of x, dᵢ the unit
     decoder row) has variance σᵢ². A value sent at distortion v leaves an error of min(σᵢ², v), which is part of the
-    residual; v is the power of √2 (times D/d) with the smallest sum. D = rho·E‖x − x̄‖². λ: eigenvalues of C. Every
+    residual; v is the power of √2 (times D/d) that minimises the sum. D = rho·E‖x − x̄‖². λ: eigenvalues of C. Every
     number costs the bits of a Gaussian of its variance (reverse water-filling), an upper bound. Probabilities, means,
     variances and the dictionary are free, which favours wide coders.
 

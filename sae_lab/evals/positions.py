@@ -108,7 +108,7 @@ def by_position(
 
     Args:
         tokens: how many to choose contexts from. context: tokens the model sees at once; None: twice the coder's
-            training context, or at most what the model can read.
+            training context, at most what the model can read.
         edges: where bins start, and the end of the last: increasing, at most ``context``; None: 0, ``context``, and
             between them 1/16, 1/8, 1/4, 1/2, 1, 3/2, 2 and 3 times the training context.
 

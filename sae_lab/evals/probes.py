@@ -320,7 +320,7 @@ def _probe(inputs: np.ndarray, labels: np.ndarray, parts: tuple[np.ndarray, ...]
         inputs = (inputs - inputs[train].mean(0)) / np.where(deviation > 0, deviation, 1)
     fits = []
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # then another penalty is chosen
+        warnings.simplefilter("ignore", ConvergenceWarning)  # if one penalty does not converge, others do
         for penalty in PENALTIES if ours else (1.0,):
             model = LogisticRegression(C=penalty, max_iter=1000).fit(inputs[train], labels[train])
             loss = log_loss(labels[validation], model.predict_proba(inputs[validation])[:, 1]) if ours else math.nan
