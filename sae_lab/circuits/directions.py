@@ -176,8 +176,8 @@ def patched_directions(
         features and error  the same, and the error as in the source: all features together give the source's x
         a basis U           x + Σ_S ((x_source - x)·u_i) u_i        all directions together give the source's x
 
-    Half of the prompts (drawn by ``seed``) rank the directions of all methods, the others are scored. The gradient g of
-    KL(source ‖ patched) in the activations is averaged over ``steps`` points from prompt to source; direction i's score
+    Half of the prompts (drawn by ``seed``) rank the directions of all methods, the others are scored. g, the gradient
+    of KL(source ‖ patched) at the site, is averaged over ``steps`` points from prompt to source; direction i's score
     is the reduction estimated for it alone, -Σ (change of i's coefficient)·(direction_i·g), summed over tokens and
     prompts. The n directions with the highest scores are patched together.
 

@@ -236,7 +236,7 @@ def norm_divisor(norm: Any, x: Float[Tensor, "pos d"]) -> Float[Tensor, " pos"]:
 
 
 def _require_handed_on(lm: LM, site: Site) -> None:
-    """ValueError if a later layer scales or norms the stream instead of only adding to it."""
+    """ValueError if a layer after the site scales or norms the stream instead of only adding to it."""
     first = 0 if site.layer is None else site.layer
     for number, block in enumerate(lm._sites.layers[first:], first):
         own = number == site.layer
