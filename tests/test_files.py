@@ -126,7 +126,7 @@ def test_meta_is_checked_by_type(saved, name, value):
     config["meta"][name] = value
     (saved / "config.json").write_text(json.dumps(config))
     save_file(load_file(saved / "sae.safetensors"), saved / "sae.safetensors", {"config": json.dumps(config)})
-    with pytest.raises(ValueError, match=rf"config.json is no coder's config that this version reads: .*{name}"):
+    with pytest.raises(ValueError, match=rf"config.json is not a coder's config that this version can read: .*{name}"):
         sl.load(saved)
 
 

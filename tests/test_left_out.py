@@ -52,6 +52,6 @@ def test_a_metric_that_differs_by_rounding_is_no_difference(tiny_lm):
     def metric(size):
         return lambda logits, batch: 1 + size * (batch.ids == red).any(1) + 0 * logits[:, -1, 5]
 
-    with pytest.raises(ValueError, match="a patch has nothing to bring over"):
+    with pytest.raises(ValueError, match="there is no difference to patch"):
         sl.circuits.patching(tiny_lm, *PAIRS, metric(1.2e-7), layers=[0])
     assert sl.circuits.patching(tiny_lm, *PAIRS, metric(1e-3), layers=[0]).source == pytest.approx(1)

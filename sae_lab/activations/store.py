@@ -422,7 +422,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         _check(manifest)
     except (ValueError, KeyError, TypeError, AttributeError) as err:
         raise ValueError(
-            f"{file} is no manifest this version reads ({err}): delete the folder and harvest again"
+            f"{file} is not a manifest that this version can read ({err}): delete the folder and harvest again"
         ) from err
     return manifest
 

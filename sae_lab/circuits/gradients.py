@@ -33,7 +33,7 @@ def gradients(lm: LM, batch: TokenBatch, at: Sequence[Site], values: Values) -> 
         for s in order:
             place = lm._sites.place(s)
             if place.less:
-                raise ValueError(f"{s} is a difference of two tensors in this model: nothing has a gradient by it")
+                raise ValueError(f"{s} is a difference of two tensors in this model: there is no gradient of it")
             there: Any = read(lm._nn, place, batch.ids.shape[1])
             here = value_of(there, place, {})
             # A leaf of zeros added to the activation has the activation's gradient and cuts nothing off.

@@ -192,7 +192,7 @@ def _arriving(lm: LM, directions: Tensor, writes: Site, reads: Site) -> Float[Te
 def _norm(lm: LM, site: Site) -> tuple[Any, Site]:
     """(the norm before an MLP, the site of the norm's input)."""
     if site.kind != "mlp_in":
-        raise ValueError(f"the norm before an MLP goes with a site at mlp_in, got {site}")
+        raise ValueError(f"norm_scale needs a site at mlp_in, got {site}")
     before = Site("resid_mid", site.layer)
     lm.width(before)  # ValueError if the model has no such site
     path = lm._sites.layers[site.layer or 0].before_mlp

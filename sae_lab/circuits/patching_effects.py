@@ -161,8 +161,8 @@ def _axes(
         raise ValueError(f"a metric is finite, this one is {base} for prompts and {source} for sources")
     if abs(base - source) < 1e-6 * max(abs(base), abs(source)) or base == source:  # equal up to rounding
         raise ValueError(
-            f"the metric is {base:.4g} for the prompts and for the sources too, so a patch has nothing to bring over: "
-            "take sources that the model answers otherwise, or another metric"
+            f"the metric is {base:.4g} for the prompts and for the sources too, so there is no difference to patch: "
+            "take sources with another answer, or another metric"
         )
     check_positions(positions or (), length)
     layers = list(range(lm.n_layers)) if layers is None else list(layers)

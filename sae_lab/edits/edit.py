@@ -399,7 +399,7 @@ class Ablate(FeatureEdit):
         if (self.to == "zero") != (self.reference is None):
             raise ValueError(
                 f"Ablate(to={self.to!r}) takes "
-                + ("no reference" if self.to == "zero" else "reference=, the prompts whose codes stand in")
+                + ("no reference" if self.to == "zero" else "reference=, prompts whose codes replace the feature's")
             )
 
     def rule(self, lm: "LM", batch: TokenBatch) -> Rule:

@@ -112,7 +112,7 @@ def choose_l0(
         raise ValueError(f"coders must have equal d_in and d_sae, got {widths}: c_dec depends on both")
     require(*coders, reconstructs="choose_l0")
     if flat := [named(c) for c in coders if int(c.W_dec.detach().flatten(1).any(1).sum()) < 2]:  # c_dec would be 0
-        raise ValueError(f"choose_l0 compares decoder rows: fewer than two of {flat[0]} are not zero, leave it out")
+        raise ValueError(f"choose_l0 compares decoder rows, {flat[0]} has fewer than two not 0: leave it out")
     most = widths[0][1] // 2
     n = most if n is None else n
     if not 1 <= n <= most:

@@ -27,7 +27,7 @@ class WordHits(Result):
 
 
 def words_for(features: Sequence[int], words: Mapping[int, str] | None) -> tuple[str, ...]:
-    """The word of each feature without spaces at its ends, "" for none."""
+    """Each feature's word, stripped; "" for a feature without one."""
     return tuple("" if words is None else words.get(f, "").strip() for f in features)
 
 

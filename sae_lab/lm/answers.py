@@ -126,7 +126,7 @@ def status(text: str | bytes, id: str | None, scrub: Callable[[str], str]) -> An
         head = text[:2000].decode(errors="replace") if isinstance(text, bytes) else text[:2000]
         raise NoAnswer(f"this is no status of a job: {head or 'nothing'}") from None
     if not _is_name(found.id, scrub) or (id is not None and found.id != id):
-        raise NoAnswer(f"it speaks of a job {found.id[:200]!r}, which is none of ours")
+        raise NoAnswer(f"it answers about job {found.id[:200]!r}, which this session did not send")
     if found.status != Status.COMPLETED:
         return ResponseModel(id=found.id, status=found.status, description=scrub(found.description))
     if not isinstance(found.data, str) or scrub(found.data) != found.data:
@@ -189,7 +189,7 @@ def loaded(content: bytes, most: int, packed: bool) -> Any:
         plan = archive.read(names[0])
     for op, argument, _ in pickletools.genops(plan):
         if op.name == "GLOBAL" and not _LOADED.fullmatch(str(argument)):
-            raise NoAnswer(f"its result is more than tensors, numbers and text: it names {argument}")
+            raise NoAnswer(f"its result holds {argument}: only tensors, numbers and text are read")
     found = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     try:
         files.check_plain(found, most)

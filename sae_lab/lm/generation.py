@@ -102,7 +102,7 @@ def _one_token(words: list[str], vocab: int) -> list[int]:
     from sae_lab.lm.remote import NDIFError
 
     if len(words) != 1 or not words[0].removeprefix("-").isdecimal() or not -1 <= int(words[0][:12]) < vocab:
-        raise NDIFError("the server said a next token that this model does not have: make the call again, or here")
+        raise NDIFError("the server returned a token that is not in this model's vocabulary: repeat the call")
     return [int(words[0])]
 
 

@@ -35,7 +35,7 @@ def no_code(source: Any, kwargs: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Arguments with which transformers and datasets neither run a folder's own code nor ask whether to. ValueError for
     a source that needs its own code, and for ``trust_remote_code=True``."""
     if kwargs.get("trust_remote_code"):
-        raise ValueError(f"trust_remote_code is never on in sae_lab: load {str(source)!r} yourself, and pass that")
+        raise ValueError(f"sae_lab never sets trust_remote_code: load {str(source)!r} yourself and pass the model")
     try:
         yield kwargs | {"trust_remote_code": False}
     except (ValueError, ImportError) as err:
@@ -68,7 +68,7 @@ def outline(model: str | nn.Module | None, tokenizer: Any, device: Any, dtype: A
             tokenizer = tokenizer or AutoTokenizer.from_pretrained(source, **kwargs)
             empty = TransformersModel(source, task="text-generation", tokenizer=tokenizer, **kwargs)
     except OSError as err:
-        raise ValueError(f"no model {name!r} on the hub, or no way to it: its config is needed here ({err})") from err
+        raise ValueError(f"no config of {name!r}: it is not on the hub, or the hub is out of reach ({err})") from err
     empty.repo_id = name
     know_id(name)
     return empty, tokenizer, name
@@ -94,7 +94,7 @@ def load(model: str | nn.Module | None, tokenizer: Any, device: Any, dtype: Any,
     if isinstance(model, nn.Module):
         if kwargs or dtype is not None:
             raise ValueError(
-                "a loaded model comes as it is: dtype and from_pretrained's arguments need an id or folder"
+                "dtype and from_pretrained's arguments do not apply to a loaded model: pass an id or a folder"
             )
         name = getattr(model.config, "_name_or_path", "") or type(model).__name__
         if tokenizer is None:

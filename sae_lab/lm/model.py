@@ -349,7 +349,7 @@ class LM:
         self._require_known(batch.ids)
         place = passes.plain(self._sites.place(site))
         if place.less:
-            raise ValueError(f"{site} is a difference of two tensors in this model: nothing has a gradient by it")
+            raise ValueError(f"{site} is a difference of two tensors in this model: there is no gradient of it")
         inputs = {"input_ids": batch.ids.to(self.device), "use_cache": False}
         nn, tokens, x, found = self._nn, batch.plain(), x.detach(), cast(Tensor, None)
         form = Float[Tensor, " ".join(map(str, x.shape))]

@@ -158,7 +158,7 @@ class SiteMap:
             )
         if seen.calls > 1:
             raise ValueError(
-                f"module {path!r} runs {seen.calls} times in one pass, so that its output is no one place: take a "
+                f"module {path!r} runs {seen.calls} times in one pass, so its output is not a single site: take a "
                 "module that runs once"
             )
         if tuple(seen.shape[:-1]) not in ((ROWS, TOKENS), (ROWS * TOKENS,)):

@@ -86,7 +86,7 @@ class SparseCoder(nn.Module):
         super().__init__()
         check_least(1, d_in=d_in, d_sae=d_sae, d_out=d_in if d_out is None else d_out)
         if skip and d_out is None:
-            raise ValueError("skip=True needs d_out: it is a transcoder's, an SAE's would be the identity")
+            raise ValueError("skip=True needs d_out: only a transcoder has a skip, an SAE's would learn the identity")
         self.config = {"d_in": d_in, "d_sae": d_sae, "seed": seed, **config}
         self.config |= ({} if d_out is None else {"d_out": d_out}) | ({"skip": True} if skip else {})
         self.transcodes = d_out is not None
@@ -340,7 +340,7 @@ class SparseCoder(nn.Module):
         Raises ValueError for a coder of several layers.
         """
         if len(self.in_shape) > 1:
-            raise ValueError(f"a {type(self).__name__} reads several sites at once: no edit or reading takes it along")
+            raise ValueError(f"a {type(self).__name__} reads several sites at once: edits and readings need a coder of one")
         act, own = self.eval_act()
         pick: Any = slice(None) if features is None or list(features) == list(range(self.d_sae)) else list(features)
         with torch.no_grad():
@@ -439,7 +439,7 @@ class SparseCoder(nn.Module):
         """ValueError for a value that the constructor would refuse, and in families without ``sparsity_name``."""
         if self.sparsity_name is None:
             raise ValueError(
-                f"a {type(self).__name__} has no argument that says how sparse its codes are (as k, or sparsity): "
+                f"a {type(self).__name__} has no argument that sets the sparsity of its codes (such as k or sparsity): "
                 "change the learning rate, or train another family"
             )
         check_k(value, self.d_sae) if self.sparsity_name == "k" else check_weight(self.sparsity_name, value)

@@ -154,11 +154,11 @@ class Selector:
         return top_of_batch(pre, round(k * len(pre)))
 
     def among(self, pre: Float[Tensor, "batch d_sae"], features: Int[Tensor, " some"], k: int) -> Codes | None:
-        """The k largest of each row among some features, or all of these where they are fewer; None for none."""
+        """The k largest of each row among ``features`` (all of them if they are fewer); None without features."""
         return top_among(pre, features, min(k, len(features))) if len(features) else None
 
     def everywhere(self, values: Float[Tensor, " some"]) -> Float[Tensor, " all"]:
-        """Values of the features that are here, with those of features held elsewhere."""
+        """These values and, of a coder split over ranks, those of the other ranks."""
         return values
 
 

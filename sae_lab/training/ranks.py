@@ -71,7 +71,7 @@ class Ranks(Process, kernels.Selector):
 
     @contextmanager
     def choosing(self, coder: SparseCoder) -> Iterator[None]:
-        """While open, a coder of which every rank holds all chooses among the rows of all ranks."""
+        """While open, a coder that every rank holds whole chooses among the rows of all ranks."""
         if self.row_shares > 1:
             coder.select = self
         try:
@@ -151,7 +151,7 @@ class Ranks(Process, kernels.Selector):
         for rank, other in enumerate(others, 1):
             if wrong := differences(other, first):
                 raise ValueError(
-                    f"rank {rank} trains otherwise than rank 0: it differs in {wrong}. Every rank must run the same "
+                    f"rank {rank} and rank 0 train with different settings: {wrong}. Every rank must run the same "
                     "script, with fixed seeds and folders that all of them see"
                 )
 

@@ -117,7 +117,7 @@ class PatchingGrid(Linked):
 
     @quick
     def align(self, prompt: str, source: str, right: str, wrong: str) -> dict[str, Any]:
-        """The tokens of what is being typed."""
+        """Tokens of the prompts as they are typed."""
         return PatchRun.sides(self.lm, prompt, source, right, wrong)
 
     @beside

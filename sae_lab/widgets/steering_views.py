@@ -68,7 +68,7 @@ def dose_view(result: DoseResponse, prompt: str) -> dict[str, Any]:
 
 
 def _first_new(tokens: Sequence[Token], prompt: str) -> int:
-    """The first token with a character behind the prompt."""
+    """The first token with a character after the prompt."""
     return next((i for i, token in enumerate(tokens) if token.end > len(prompt)), len(tokens))
 
 

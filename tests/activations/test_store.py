@@ -289,7 +289,7 @@ def test_hostile_manifests(harvest, tmp_path, content, monkeypatch):
     (path / "manifest.json").write_bytes(content)
     for call in (lambda: Store(path), lambda: harvest(tokens=100, path=path)):
         with pytest.raises(
-            ValueError, match=r"is no manifest this version reads .*: delete the folder and harvest again"
+            ValueError, match=r"is not a manifest that this version can read .*: delete the folder and harvest again"
         ):
             call()
     assert not (tmp_path / "exploded").exists()

@@ -196,7 +196,7 @@ REFUSED = [
     (lambda lm: edges(lm, make(lm, Site("mlp_in", 0)), transcoder(lm)), "write to the residual stream"),
     (lambda lm: edges(lm, make(lm), make(lm, Site("attn_z", 2))), "read the residual stream or mlp_in"),
     (lambda lm: circuits.check_edges(lm, make(lm), transcoder(lm), 64, PROMPT), "from 0 to 63"),
-    (lambda lm: circuits.norm_scale(lm, "resid_mid-1", PROMPT), "goes with a site at mlp_in"),
+    (lambda lm: circuits.norm_scale(lm, "resid_mid-1", PROMPT), "norm_scale needs a site at mlp_in"),
 ]
 
 

@@ -116,8 +116,8 @@ def test_tokens_side_by_side(tiny_lm):
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda lm, m: circuits.patching_estimate(lm, [PROMPT], [PROMPT], m), "a patch has nothing to bring over"),
-        (lambda lm, m: circuits.patching(lm, [PROMPT], [PROMPT], m), "a patch has nothing to bring over"),
+        (lambda lm, m: circuits.patching_estimate(lm, [PROMPT], [PROMPT], m), "there is no difference to patch"),
+        (lambda lm, m: circuits.patching(lm, [PROMPT], [PROMPT], m), "there is no difference to patch"),
         (lambda lm, m: circuits.patching_estimate(lm, [PROMPT], ["A red fox"], m), "prompt 0 has 10, source 0 has 4"),
         (
             lambda lm, m: circuits.patching_estimate(lm, [PROMPT], [OTHER], lambda out, _: (out[:, -1, 5] > 0) * 1.0),

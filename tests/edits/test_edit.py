@@ -728,7 +728,7 @@ def test_generated_positions_may_be_named(tiny_lm, sae, live):
     [
         (lambda s: sl.Scale(s, 3, float("nan")), "factor must be a number, got nan"),
         (lambda s: sl.Ablate(s, 3, to="median"), "to must be 'zero', 'mean' or 'resample', got 'median'"),
-        (lambda s: sl.Ablate(s, 3, to="mean"), "takes reference=, the prompts whose codes stand in"),
+        (lambda s: sl.Ablate(s, 3, to="mean"), "takes reference=, prompts whose codes replace"),
         (lambda s: sl.Ablate(s, 3, reference=[OTHER]), "takes no reference"),
         (lambda s: sl.Project(s, 3, error="drop"), "error must be 'keep', got 'drop'"),
         (lambda s: sl.Patch(s, OTHER, 64), "feature must be an int from 0 to 63"),

@@ -362,7 +362,7 @@ def test_choose_l0(world, of_world):
     assert pairs.c_dec == pytest.approx((1 / (pca.d_sae - 1),) * 2) and 0 < pairs.fvu[0] < 1
     # A decoder of zeros would have the least c_dec there can be, and be the one that is chosen.
     for pair in ([of_world["mean"]] * 2, [identity, mute(16)]):
-        with pytest.raises(ValueError, match=r"fewer than two of L1\(.*\) are not zero, leave it out"):
+        with pytest.raises(ValueError, match=r"L1\(.*\) has fewer than two not 0: leave it out"):
             choose_l0(pair, world.x)
 
 

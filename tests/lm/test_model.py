@@ -273,7 +273,7 @@ def test_loading_is_refused(make_module, tokenizer, tmp_path):
         sl.LM(make_module("llama"))
     with pytest.raises(ValueError, match="trust_remote_code is never on"):
         sl.LM("any/model", trust_remote_code=True)
-    with pytest.raises(ValueError, match="a loaded model comes as it is: dtype"):
+    with pytest.raises(ValueError, match="dtype and from_pretrained's arguments do not apply to a loaded model"):
         sl.LM(make_module("llama"), tokenizer=tokenizer, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match=r"no model at '/no/such/folder': pass a hub id, a folder with config.json"):
         sl.LM("/no/such/folder")

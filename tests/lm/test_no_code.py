@@ -93,5 +93,5 @@ def test_a_folder_of_documents_with_a_script(folder, tmp_path):
 
 @pytest.mark.parametrize("call", [sl.LM, sl.load_text])
 def test_who_asks_for_it_is_told(call):
-    with pytest.raises(ValueError, match="trust_remote_code is never on in sae_lab: load"):
+    with pytest.raises(ValueError, match="sae_lab never sets trust_remote_code: load"):
         call("any/thing", trust_remote_code=True)

@@ -758,7 +758,7 @@ def test_our_own_format_keeps_how_x_is_read(tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     del config["input_norm"]  # a config that does not say it is none
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="is no coder's config that this version reads: 'input_norm'"):
+    with pytest.raises(ValueError, match="is not a coder's config that this version can read: 'input_norm'"):
         sl.load(tmp_path)
 
 

@@ -71,14 +71,14 @@ def test_hostile_weights(saved, tmp_path, what):
 @pytest.mark.parametrize("what", HOSTILE)
 def test_hostile_configs(saved, what):
     (saved / "config.json").write_bytes(HOSTILE[what])
-    with pytest.raises(ValueError, match=r"config.json is no coder's config that this version reads"):
+    with pytest.raises(ValueError, match=r"config.json is not a coder's config that this version can read"):
         sl.load(saved)
 
 
 @pytest.mark.parametrize("content", [b"[]", b"null", b"3", b'"x"', b"{}", b'{"format": "other", "version": 1}'])
 def test_configs_that_are_other_json(saved, content):
     (saved / "config.json").write_bytes(content)
-    with pytest.raises(ValueError, match=r"config.json is no coder's config that this version reads"):
+    with pytest.raises(ValueError, match=r"config.json is not a coder's config that this version can read"):
         sl.load(saved)
 
 
@@ -101,7 +101,7 @@ def test_truncated_weights(saved, share):
 def test_truncated_config(saved):
     file = saved / "config.json"
     file.write_bytes(file.read_bytes()[:-20])
-    with pytest.raises(ValueError, match="is no coder's config that this version reads"):
+    with pytest.raises(ValueError, match="is not a coder's config that this version can read"):
         sl.load(saved)
 
 
@@ -162,7 +162,7 @@ def test_a_newer_version(saved, both):
         ({"reads": None}, "its 'reads' is NoneType, not list"),
         ({"reads": ["nowhere"]}, "unknown site 'nowhere'"),
         ({"meta": []}, "its 'meta' is list, not dict"),
-        ({"version": "new"}, "is no coder's config that this version reads"),
+        ({"version": "new"}, "is not a coder's config that this version can read"),
     ],
 )
 def test_configs_that_name_no_coder(saved, change, words):
@@ -179,7 +179,7 @@ def test_a_file_of_a_coder_finds_its_folder(saved, monkeypatch):
         assert coder.fingerprint() == sl.load(saved).fingerprint() and coder.path == str(saved.resolve())
     coder = sl.load(saved.parent, id=saved.name)
     assert coder.path == str(saved.resolve()), "so that edits with it can be written down"
-    with pytest.raises(ValueError, match="was written by sae_lab, which notes that: leave out k, reads"):
+    with pytest.raises(ValueError, match="was written by sae_lab, which records these: leave out k, reads"):
         sl.load(saved, k=3, reads="resid_post-1")
 
 

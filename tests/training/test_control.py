@@ -89,7 +89,7 @@ def test_ordered_keeps_its_own_start_of_k(data):
     free, fixed = sl.Ordered(D_IN, D_SAE, k=3), sl.Ordered(D_IN, D_SAE, k=3, k_start=5)
     free.set_sparsity(4)
     assert (free.k, free.k_start) == (4, sl.Ordered(D_IN, D_SAE, k=4).k_start)
-    with pytest.raises(ValueError, match="k must be at most k_start=5, got 6: k_start=None goes along with k"):
+    with pytest.raises(ValueError, match="k must be at most k_start=5, got 6: k_start=None makes it follow k"):
         fixed.set_sparsity(6)
 
 
@@ -124,7 +124,7 @@ def test_a_family_without_sparsity(data):
     def ask(event):
         if event.kind == "start":
             assert event.control.sparsity is None
-            with pytest.raises(ValueError, match="a VQ has no argument that says how sparse its codes are"):
+            with pytest.raises(ValueError, match="a VQ has no argument that sets the sparsity of its codes"):
                 event.control.set(sparsity=3)
             said.append(True)
 

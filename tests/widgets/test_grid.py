@@ -225,7 +225,7 @@ def test_metrics_chosen_and_written(lm, monkeypatch):
         ((PROMPT, ""), {}, "the source is empty"),
         (("x " * 150, OTHER), {}, "shows up to 128 tokens, the prompt has"),
         (("x" * 100_000, OTHER), {}, "tokens"),
-        ((PROMPT, PROMPT), {}, "a patch has nothing to bring over"),
+        ((PROMPT, PROMPT), {}, "there is no difference to patch"),
         ((PROMPT, OTHER), {"answers": (" the old", " sea")}, "an answer is one token, ' the old' is 2"),
         ((PROMPT, OTHER), {"answers": (" the", "")}, "needs the wrong answer, one token such as ' Mary': it is empty"),
         ((PROMPT, OTHER), {"answers": " the"}, "answers are two"),

@@ -37,7 +37,7 @@ class Ordered(BatchTopK):
     def check_sparsity(self, value: float) -> None:
         super().check_sparsity(value)
         if self.config["k_start"] is not None and value > self.k_start:
-            raise ValueError(f"k must be at most k_start={self.k_start}, got {value}: k_start=None goes along with k")
+            raise ValueError(f"k must be at most k_start={self.k_start}, got {value}: k_start=None makes it follow k")
 
     def set_sparsity(self, value: float) -> None:
         super().set_sparsity(value)

@@ -50,7 +50,7 @@ class Checkpoint:
     def say(self, facts: dict[str, Any]) -> None:
         """What the caller knows goes before what the files say: ``model``, ``reads``, ``writes``, ``centred``."""
         if self.ours is not None and (wrong := sorted(SAID & {n for n, v in facts.items() if v is not None})):
-            raise ValueError(f"{self.where} was written by sae_lab, which notes that: leave out {', '.join(wrong)}")
+            raise ValueError(f"{self.where} was written by sae_lab, which records these: leave out {', '.join(wrong)}")
         if surplus := sorted({"scale", "k"} & set(facts.get("said", ())) - self.used):
             raise ValueError(f"{self.where}: its files say what {', '.join(surplus)} would: leave that out")
         self.model = facts.get("model") or self.model

@@ -36,7 +36,7 @@ def read(folder: Path, said: dict[str, Any]) -> SparseCoder:
     """The coder in a folder. said: what the caller says of it, which is refused: the files note all of it."""
     file = folder / "config.json"
     if file.is_file() and (names := sorted(said.get("said", ()))):
-        raise ValueError(f"{folder} was written by sae_lab, which notes that: leave out {', '.join(names)}")
+        raise ValueError(f"{folder} was written by sae_lab, which records these: leave out {', '.join(names)}")
     config = _read_config(file)
     weights, inside = _read_weights(folder / "sae.safetensors")
     if inside is not None and inside != config:
@@ -95,7 +95,7 @@ def _read_config(file: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise ValueError(f"no coder in {file.parent}: it has no config.json (sae.save writes one)") from None
     except (ValueError, KeyError, TypeError) as err:
-        raise ValueError(f"{file} is no coder's config that this version reads: {err}") from err
+        raise ValueError(f"{file} is not a coder's config that this version can read: {err}") from err
 
 
 def _checked(config: dict[str, Any]) -> dict[str, Any]:
