@@ -49,7 +49,7 @@ class Score:
     """Scores of one explanation on one feature's passages.
 
     detection, fuzzing: balanced accuracy, .5 by chance; simulation: Pearson correlation, 0 by chance; NaN for too few
-    passages or answers. by_kind: of detection, the share of passages called firing, for each kind of passage
+    passages or answers. by_kind: the share of passages that detection judged as firing, for each kind of passage
     (``Passage.kind``) and each fifth of the activations, 5 the strongest. unanswered: passages without an answer that
     can be read, which do not count.
     """

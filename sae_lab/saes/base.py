@@ -340,7 +340,7 @@ class SparseCoder(nn.Module):
         Raises ValueError for a coder of several layers.
         """
         if len(self.in_shape) > 1:
-            raise ValueError(f"a {type(self).__name__} reads several sites at once: edits and readings need a coder of one")
+            raise ValueError(f"a {type(self).__name__} reads several sites at once: edits need a coder of one site")
         act, own = self.eval_act()
         pick: Any = slice(None) if features is None or list(features) == list(range(self.d_sae)) else list(features)
         with torch.no_grad():

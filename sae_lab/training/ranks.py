@@ -119,7 +119,7 @@ class Ranks(Process, kernels.Selector):
 
     def _chosen(self, values: Tensor, n: int) -> tuple[Tensor, Tensor]:
         """(which of this rank's values are among the n largest of their row over all ranks; whether that is certain: a
-        rank whose every value was chosen may hold back others). Of equal values the first rank's go first."""
+        rank whose every value was chosen may hold back others). Of equal values the lower rank's are chosen."""
         offered = self.gather(values)  # rank, row, value
         least = offered.transpose(0, 1).flatten(1).topk(n).values.amin(1)[:, None]
         above, equal = ~(offered <= least), offered == least  # NaN counts as large, and shows in the loss
