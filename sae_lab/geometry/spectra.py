@@ -20,8 +20,8 @@ class Patterns(Result):
     """Result of ``sl.geometry.patterns``.
 
     Attributes:
-        rank: the finding: leading patterns that are stronger than the pattern of equal number after shuffling. There may
-            be more than ``looked``.
+        rank: the finding: leading patterns stronger than the pattern of equal number after shuffling. There may be more
+            than ``looked``.
         explained: share of the (scaled) variance in these patterns; ``shuffled``: of shuffled activations.
         strength, noise: singular values, and the largest over shuffles of each: both ``looked``.
         features: ``looked d_sae``, unit vectors, 0 for features that never fire; ``contexts``: ``looked contexts``.
