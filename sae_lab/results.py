@@ -170,9 +170,9 @@ UNDEFINED = "undefined"  # what a table shows for NaN
 class Figure(NamedTuple):
     """One measured number, with its control.
 
-    error: its standard error; control: the same measure on data without the effect (``control_name`` says what was
-    shuffled, drawn or left out), NaN without one. meaning: a few words, with units. best: "high" or "low"; "" if neither
-    is better. digits: after the point, or a format such as ".1%". key: the field of the result that holds the value.
+    error: its standard error. control: the same measure on data without the effect, NaN without a control;
+    control_name: what was shuffled, drawn or left out. meaning: a few words, with units. best: "high" or "low", "" if
+    neither. digits: after the point, or a format such as ".1%". key: the field of the result that holds the value.
     """
 
     measure: str
