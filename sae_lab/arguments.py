@@ -66,12 +66,12 @@ def as_annotated(fn: F) -> F:
         except TypeError as err:  # names the missing or unknown argument
             unknown = re.search("unexpected keyword argument '(.*)'", str(err))
             meant = near(unknown[1], signature.parameters) if unknown else ""
-            raise TypeError(f"{_takes(fn, signature)}: {err}{meant}") from None
+            raise TypeError(f"{_takes(fn, signature, args)}: {err}{meant}") from None
         for name, value in bound.arguments.items():
             hint = hints.get(name, Any)
             made = [fit(v, hint) for v in value] if name in several else [fit(value, hint)]
             if any(m is _NO for m in made):
-                raise ValueError(_refusal(fn, signature, hints, bound.arguments, name)) from None
+                raise ValueError(f"{_takes(fn, signature, args)}: {_refusal(hints, bound.arguments, name)}") from None
             bound.arguments[name] = tuple(made) if name in several else made[0]
         return fn(*bound.args, **bound.kwargs)
 
@@ -232,17 +232,20 @@ def _number(value: Any, kind: Any) -> Any:
     return int(plain) if whole and (kind is int or plain >= 0) else _NO
 
 
-def _takes(fn: Any, signature: inspect.Signature) -> str:
+def _takes(fn: Any, signature: inspect.Signature, args: tuple[Any, ...]) -> str:
+    """A call in words; of a method that is inherited, with the class of its object."""
     parameters = signature.parameters
     names = [n for n, p in parameters.items() if p.kind <= p.POSITIONAL_OR_KEYWORD and n not in ("self", "cls")][:4]
-    return f"{fn.__qualname__.removesuffix('.__init__')}({', '.join(names)}{', ...' * (len(parameters) > 4)})"
+    inherited = "self" in parameters and args and hasattr(type(args[0]), fn.__name__)
+    said = f"{type(args[0]).__name__}.{fn.__name__}" if inherited else fn.__qualname__
+    return f"{said.removesuffix('.__init__')}({', '.join(names)}{', ...' * (len(parameters) > 4)})"
 
 
-def _refusal(fn: Any, signature: inspect.Signature, hints: dict[str, Any], given: Mapping[str, Any], name: str) -> str:
+def _refusal(hints: dict[str, Any], given: Mapping[str, Any], name: str) -> str:
     value, wrong = given[name], [o for o in given if o != name and fit(given[o], hints.get(o, Any)) is _NO]
     fits = [o for o in wrong if fit(value, hints[o]) is not _NO and fit(given[o], hints[name]) is not _NO]
     remedy = f"{name} and {fits[0]} are swapped" if fits else _remedy(value, hints[name])
-    said = f"{_takes(fn, signature)}: {name} must be {words(hints[name])}, got {_got(value, hints[name])}"
+    said = f"{name} must be {words(hints[name])}, got {_got(value, hints[name])}"
     return f"{said}: {remedy}" if remedy else said
 
 

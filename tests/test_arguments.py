@@ -108,6 +108,17 @@ def test_python_says_what_is_missing():
         takes(int)(5, other=3)
 
 
+def test_a_message_names_the_class_of_the_object():
+    """And not the class from which it has the method."""
+    notes = sl.notes(sl.TopK(8, 16, k=2))
+    with pytest.raises(ValueError, match=r"^Notes.__getitem__\(feature\): feature must be a whole number, got '3'"):
+        notes["3"]
+    with pytest.raises(ValueError, match=r"^Explanations.__getitem__\(feature\): feature must be"):
+        notes.explanations["3"]
+    with pytest.raises(TypeError, match=r"^Notes.write\(feature, label, text, ...\): missing a required argument"):
+        notes.write()
+
+
 @pytest.fixture
 def coder(tiny_lm, small_text, tmp_path):
     store = sl.harvest(tiny_lm, "resid_post-1", small_text, tokens=400, path=tmp_path / "s", context=32)

@@ -383,6 +383,11 @@ class Rows(Shuffled):
         target = self.target[rows].float() if self.has_target else x
         return Batch(x, target, None if self.tokens is None else self.tokens[rows].long())
 
+    def blocks(self, size: Count = 8192) -> Iterator[tuple[np.ndarray, Tensor]]:  # views, where the base would copy
+        for start in range(0, len(self), size):
+            x = self.x[start : start + size].float()
+            yield np.arange(start, start + len(x)), x
+
     @cached_property
     def _split(self) -> tuple[Runs, Runs]:
         starts = np.arange(0, len(self), 128)

@@ -400,9 +400,7 @@ def _raw(tokenizer: Any, token_id: int) -> str | bytes | None:
 
 def _bytes_label(raw: str | bytes) -> str:
     """The bytes of a token in the vocabulary's spelling: SentencePiece's <0xE2>, or byte-level BPE's stand-ins."""
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
-
-    table = {stand_in: byte for byte, stand_in in bytes_to_unicode().items()}
+    table = _byte_alphabet()
     if isinstance(raw, str) and re.fullmatch(r"(<0x[0-9A-Fa-f]{2}>)+", raw):
         found = bytes.fromhex(re.sub(r"<0x|>", "", raw))
     elif isinstance(raw, str) and all(c in table for c in raw):
@@ -410,3 +408,10 @@ def _bytes_label(raw: str | bytes) -> str:
     else:
         found = raw if isinstance(raw, bytes) else raw.encode("utf-8", "surrogatepass")
     return "⟨" + " ".join(f"{byte:02X}" for byte in found) + "⟩"
+
+
+@lru_cache
+def _byte_alphabet() -> dict[str, int]:
+    from transformers.convert_slow_tokenizer import bytes_to_unicode  # makes it anew at each call
+
+    return {stand_in: byte for byte, stand_in in bytes_to_unicode().items()}

@@ -79,6 +79,7 @@ class SparseCoder(nn.Module):
             if name == "__init__" or hasattr(getattr(SparseCoder, name, None), "as_annotated"):
                 setattr(cls, name, as_annotated(method))
 
+    @as_annotated
     def __init__(
         self, d_in: int, d_sae: int, config: dict[str, Any], *, seed: int = 0, d_out: int | None = None,
         skip: bool = False,

@@ -235,8 +235,9 @@ class Training:
 
     def fold(self) -> None:
         """Back to raw units: what the user gets."""
-        self.coder.scratch, self.coder.in_raw_units, self.coder.progress = None, True, 1.0
-        self.coder.fold(self.scale, self.target_scale)
+        with checkpoint.whole_step():
+            self.coder.fold(self.scale, self.target_scale)
+            self.coder.scratch, self.coder.in_raw_units, self.coder.progress = None, True, 1.0
 
     def end(self, data: Callable[[Store | Rows], CalibrationData] | None = None) -> Run:
         """Fit thresholds, save, and return the run. data: a ``calibration_data`` that several coders share."""

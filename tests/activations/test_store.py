@@ -591,6 +591,7 @@ def test_tensors_serve_batches_like_a_store():
     epoch = torch.cat([rows.batch(step, 20, seed=1).x for step in range(5)])
     assert epoch.dtype == torch.float32 and torch.equal(epoch.sort(0).values, x.half().float().sort(0).values)
     assert torch.equal(torch.cat([b for _, b in rows.blocks(30)]), x.half().float())
+    assert [b.data_ptr() for _, b in Rows(x).blocks(30)] == [x[i:].data_ptr() for i in range(0, 100, 30)], "no copies"
     assert rows.fingerprint == Rows(x.half()).fingerprint != Rows(x.half() + 1).fingerprint
 
 

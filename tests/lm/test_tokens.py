@@ -3,6 +3,7 @@
 import json
 import random
 from copy import deepcopy
+from importlib import import_module
 from itertools import chain
 
 import numpy as np
@@ -136,6 +137,14 @@ def test_what_follows_a_broken_character_is_itself(tiny_lm):
     after = tiny_lm.tokenizer("a", add_special_tokens=False)["input_ids"]
     assert [t.label for t in tiny_lm.token_strings(half + after)][-1] == "a"
     assert [t.label for t in tiny_lm.tokens("x\ufffdb")][-1] == "b"
+
+
+def test_the_bytes_of_tokens_are_looked_up_in_one_table(tiny_lm, monkeypatch):
+    module = import_module("transformers.convert_slow_tokenizer")
+    made, make = [], module.bytes_to_unicode
+    monkeypatch.setattr(module, "bytes_to_unicode", lambda: made.append(1) or make())
+    labels = [t.label for t in tiny_lm.tokens("🦖 and 🙂")]
+    assert sum(label.startswith("⟨") for label in labels) > 1 >= len(made), "it takes longer than all else"
 
 
 def test_the_vocabulary(spm_lm, tiny_lm, sentencepiece, make_module, tokenizer):

@@ -103,6 +103,16 @@ def test_a_family_without_a_way_to_make_codes_is_told_so():
         Empty(D, F, {})(torch.randn(2, D))
 
 
+def test_a_family_without_annotations_takes_whole_numbers_only():
+    class Plain(sl.SparseCoder):
+        def __init__(self, d_in, d_sae):
+            super().__init__(d_in, d_sae, {})
+
+    for width in ("8", 8.5, True):
+        with pytest.raises(ValueError, match="d_in must be a whole number, got"):
+            Plain(width, F)
+
+
 def test_a_crosscoder_is_refused():
     with pytest.raises(ValueError, match="reads several sites at once"):
         sl.saes.Crosscoder(D, F, layers=2, k=4).portable()

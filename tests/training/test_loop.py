@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -480,6 +481,24 @@ def test_interrupted_without_a_path(data):
         sl.train(sae, data, config(steps=200), callbacks=[stopper("step", 150)])
     fvu = (sae(data).x_hat - data).pow(2).sum() / (data - data.mean(0)).pow(2).sum()
     assert fvu < 0.6, "it stays usable, in raw units"
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_interrupted_on_the_way_to_raw_units(ends, data):
+    """At the end, or after another Ctrl-C: the coder gets there."""
+
+    class Interrupted(sl.TopK):
+        def fold(self, *scales):
+            os.kill(os.getpid(), signal.SIGINT)
+            super().fold(*scales)
+
+    sae, plain = Interrupted(D_IN, D_SAE, k=3), coder("TopK")
+    with pytest.raises(KeyboardInterrupt):
+        sl.train(sae, data, config(), callbacks=[] if ends else [stopper("step", 20)])
+    with suppress(KeyboardInterrupt):
+        sl.train(plain, data, config(), callbacks=[] if ends else [stopper("step", 20)])
+    assert sae.in_raw_units and sae.scratch is None
+    assert torch.equal(sae.W_dec, plain.W_dec) and torch.equal(sae.b_dec, plain.b_dec)
 
 
 @pytest.mark.parametrize("saved", [False, True])
