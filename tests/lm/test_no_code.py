@@ -8,6 +8,8 @@ import pytest
 import transformers
 
 import sae_lab as sl
+from sae_lab import cache
+from sae_lab.lm import bundled
 
 CODE = """
 open({ran!r}, "w").write("x")
@@ -95,3 +97,14 @@ def test_a_folder_of_documents_with_a_script(folder, tmp_path):
 def test_who_asks_for_it_is_told(call):
     with pytest.raises(ValueError, match="sae_lab never sets trust_remote_code: load"):
         call("any/thing", trust_remote_code=True)
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"remote": True}, {"model": "any/thing"}])
+def test_and_at_once(kwargs, monkeypatch):
+    """Not after a minute in which the bundled model is converted, or seconds in which the hub is asked."""
+    asked = []
+    monkeypatch.setattr(bundled, "folder", lambda: asked.append("bundled") or bundled.HUB_ID)
+    monkeypatch.setattr(cache, "hub_answers", lambda: asked.append("hub"))
+    with pytest.raises(ValueError, match="trust_remote_code is never on in sae_lab: load"):
+        sl.LM(**kwargs, trust_remote_code=True)
+    assert not asked
