@@ -58,6 +58,12 @@ def test_pages_load_nothing_from_other_hosts(pages):
     assert not [(page, found) for page, text in pages.items() for found in re.findall(loads, text)]
 
 
+def test_inherited_methods_of_a_store_are_in_the_api(site):
+    text = (site / "api/activations/index.html").read_text(encoding="utf-8")
+    names = ("at", "batch", "blocks", "reserved", "rows", "training_rows", "unseen")
+    assert not [name for name in names if f'id="sae_lab.activations.store.Store.{name}"' not in text]
+
+
 def test_every_public_name_is_in_the_api(site):
     text = unescape(" ".join(page.read_text(encoding="utf-8") for page in (site / "api").rglob("*.html")))
     headings = set(re.findall(r"\bsl\.[\w.]+|sae_lab\.[\w.]+", text))
