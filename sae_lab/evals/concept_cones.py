@@ -143,10 +143,10 @@ def cones(
             raise ValueError(f"every label needs rows with and without it, got {count.tolist()} of {n} rows with")
         concepts = (truth.T.float() / count[:, None] - (~truth).T.float() / (n - count)[:, None]) @ rows.x.flatten(1)
     W = coder.directions().cpu()
-    if concepts.shape[1] != W.shape[1] or not bool(concepts.any(1).all()):
+    if concepts.shape[1] != W.shape[1] or not len(concepts) or not bool(concepts.any(1).all()):
         raise ValueError(
-            f"concepts must be directions of width {W.shape[1]}, which the coder writes, and none of them zero, got "
-            f"{tuple(concepts.shape)} with {int((~concepts.any(1)).sum())} that are zero"
+            f"concepts must be directions of width {W.shape[1]}, which the coder writes, one or more and none of them "
+            f"zero, got {tuple(concepts.shape)} with {int((~concepts.any(1)).sum())} that are zero"
         )
     c = normalize(concepts.detach().float().cpu(), dim=1)
     if truth is not None and truth.shape[1] != len(c):

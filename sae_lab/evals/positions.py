@@ -155,6 +155,7 @@ def by_position(
             float((pca - clean)[b].mean()),
         )
         bins.append(row)
+
     def beyond(top: Tensor, bottom: Tensor, at: Tensor, of: Tensor) -> tuple[float, float]:
         return ratio_difference(top, bottom, at >= trained, (at >= trained // 2) & (at < trained), of)
 

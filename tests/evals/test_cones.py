@@ -148,6 +148,8 @@ GOOD = torch.eye(6)
     [
         ({"concepts": torch.ones(2, 5)}, "concepts must be directions of width 6, which the coder writes"),
         ({"concepts": torch.zeros(2, 6)}, r"none of them zero, got \(2, 6\) with 2 that are zero"),
+        ({"concepts": torch.zeros(0, 6)}, r"one or more and none of them zero, got \(0, 6\)"),
+        ({"concepts": None, "labels": torch.ones(40, 0) > 0}, r"one or more and none of them zero, got \(0, 6\)"),
         ({"concepts": torch.full((2, 6), math.nan)}, "concepts must be a Tensor of floats .* with NaN or Inf"),
         ({"sizes": (2, 1)}, "sizes must be ascending integers from 1 to 3"),
         ({"sizes": (1, 9)}, "sizes must be ascending integers from 1 to 3"),
