@@ -2,6 +2,7 @@
 
 import math
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure as Drawing
@@ -25,22 +26,22 @@ def measures(result: Result) -> Drawing:
     if not rows:
         raise ValueError(f"this {type(result).__name__} holds no number to draw")
     names = list(dict.fromkeys(name for _, those in rows for name, _ in those))
-    looks = {name: look(i) | {"linestyle": "none", "clip_on": False} for i, name in enumerate(names)}
+    looks: dict[str, dict[str, Any]] = {name: look(i) | {"linestyle": "none"} for i, name in enumerate(names)}
     figure, axes = subplots(1, height=0.4 + 0.06 * len(names), width=6.0, rows=len(rows[:MOST]))
     for axis, (measure, those) in zip(axes, rows, strict=False):
         for name, found in those:
             y = -names.index(name)
             error = None if math.isnan(found.error) else found.error
-            axis.errorbar(found.value, y, xerr=error, capsize=2, **looks[name])
+            axis.errorbar(found.value, y, xerr=error, capsize=2, clip_on=False, **looks[name])
             if not math.isnan(found.control):
-                axis.plot(found.control, y, **looks[name] | {"marker": "x", "markersize": 5})
+                axis.plot(found.control, y, clip_on=False, **looks[name] | {"marker": "x", "markersize": 5})
         axis.margins(x=0.12)
         axis.set(yticks=[], ylim=(-len(names) + 0.4, 0.6))
         axis.spines["left"].set_visible(False)
         axis.tick_params(axis="x", labelsize=6, pad=1)
         axis.set_ylabel(plain(measure), rotation=0, ha="right", va="center", fontsize=8)
     if len(names) > 1:
-        marks = [axes[0].plot([], [], **one)[0] for one in looks.values()]
+        marks = [axes[0].plot([], [], **one)[0] for one in looks.values()]  # clipped: else they leave no layout
         figure.legend(marks, [plain(name) for name in names], loc="outside lower center", ncols=min(5, len(names)))
     return figure
 

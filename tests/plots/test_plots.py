@@ -176,6 +176,15 @@ def test_a_report_has_a_marker_a_coder():
         sl.plot(Report(("one",), {}, {}, {}, {}))
 
 
+@pytest.mark.filterwarnings("error")  # matplotlib warns where it finds no layout
+def test_the_legend_of_a_report_leaves_room_for_the_axes():
+    found = {"a": tuple([EvalFigure("F1", f1, 0.05, 0.9), EvalFigure("L0", 9.0)] for f1 in (0.7, 0.6, 0.5))}
+    figure = sl.plot(Report(("one", "two", "three"), found, {}, {}, {}))
+    figure.savefig(io.BytesIO())
+    boxes = [axis.get_tightbbox() for axis in figure.axes]
+    assert boxes[0].y0 >= boxes[1].y1, "numbers of one row are not under the next"
+
+
 def test_a_hill_curve():
     result = sl.evals.hill([(4, 0.5), (8, 0.7), (16, 0.84)])
     (axis,) = drawn(sl.plot(result))
