@@ -31,8 +31,7 @@ def cofiring(offsets: np.ndarray, rows: np.ndarray, tokens: int, first: int | No
     """
     d_sae = len(offsets) - 1
     counts = np.diff(offsets)
-    most = min(DENSE_BYTES // (4 * d_sae), int((counts > DENSE * tokens).sum()))
-    dense = np.sort(np.argsort(-counts, kind="stable")[:most])
+    dense = _dense(counts, tokens)
     by_token = _fires(offsets, rows, tokens, np.arange(d_sae), dense, np.int8).T.tocsr()  # 9 bytes a code, the most
     by_token.data = np.ones(by_token.nnz, np.int32)  # a product adds in the type of its factors
     with_dense = _with_dense(offsets, rows, tokens, dense)
@@ -55,6 +54,12 @@ def cofiring(offsets: np.ndarray, rows: np.ndarray, tokens: int, first: int | No
         ids[part, :n] = torch.where(found, top.indices, -1).numpy()
         both[part, :n] = torch.where(found, together.gather(1, top.indices), 0).numpy()
     return {"cofiring": ids, "cofiring_counts": both}
+
+
+def _dense(counts: np.ndarray, tokens: int) -> np.ndarray:
+    """Features that fire on more than a share of DENSE of the tokens, as many as a table of DENSE_BYTES holds."""
+    most = min(DENSE_BYTES // (4 * len(counts)), int((counts > DENSE * tokens).sum()))
+    return np.sort(np.argsort(-counts, kind="stable")[:most])
 
 
 def _fires(
