@@ -83,7 +83,7 @@ class LM:
         from nnsight import TransformersModel
 
         if kwargs.get("trust_remote_code"):  # before the bundled model is converted or the hub asked
-            raise ValueError("trust_remote_code is never on in sae_lab: load the model yourself, pass LM(model, ...)")
+            raise ValueError("sae_lab never sets trust_remote_code: load the model yourself, pass LM(model, ...)")
         if model is None and prefix == "auto":
             prefix = bundled.PREFIX_ID
         self._server: Any = None
