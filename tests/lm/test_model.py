@@ -271,7 +271,7 @@ def test_an_empty_prompt_is_the_prefix_alone(tiny_lm):
 def test_loading_is_refused(make_module, tokenizer, tmp_path):
     with pytest.raises(ValueError, match=r"needs its tokenizer: sl\.LM\(module, tokenizer="):
         sl.LM(make_module("llama"))
-    with pytest.raises(ValueError, match="trust_remote_code is never on"):
+    with pytest.raises(ValueError, match="sae_lab never sets trust_remote_code"):
         sl.LM("any/model", trust_remote_code=True)
     with pytest.raises(ValueError, match="dtype and from_pretrained's arguments do not apply to a loaded model"):
         sl.LM(make_module("llama"), tokenizer=tokenizer, dtype=torch.bfloat16)

@@ -105,6 +105,6 @@ def test_and_at_once(kwargs, monkeypatch):
     asked = []
     monkeypatch.setattr(bundled, "folder", lambda: asked.append("bundled") or bundled.HUB_ID)
     monkeypatch.setattr(cache, "hub_answers", lambda: asked.append("hub"))
-    with pytest.raises(ValueError, match="trust_remote_code is never on in sae_lab: load"):
+    with pytest.raises(ValueError, match="sae_lab never sets trust_remote_code: load"):
         sl.LM(**kwargs, trust_remote_code=True)
     assert not asked

@@ -53,7 +53,7 @@ def test_the_key_is_in_nothing_that_is_shown(monkeypatch):
     [
         ({"dtype": None, "device": "cpu"}, "device and dtype are the server's"),
         ({"device_map": "auto"}, "it takes no device_map"),
-        ({"trust_remote_code": True}, "trust_remote_code is never on"),
+        ({"trust_remote_code": True}, "sae_lab never sets trust_remote_code"),
     ],
 )
 def test_what_a_model_there_does_not_take(arguments, message):
