@@ -187,7 +187,9 @@ def other_columns(rows: Any, rng: np.random.Generator) -> Any:
     from scipy import sparse
 
     drawn = [rng.choice(rows.shape[1], n, replace=False) for n in np.diff(rows.indptr)]
-    return sparse.csr_matrix((rows.data, np.concatenate(drawn), rows.indptr), rows.shape)
+    made = sparse.csr_matrix((rows.data, np.concatenate(drawn), rows.indptr), rows.shape, copy=True)
+    made.sort_indices()  # products of rows i and j then add in the same order as those of j and i
+    return made
 
 
 def _middle(values: np.ndarray) -> float:

@@ -321,6 +321,14 @@ def test_a_shuffle_keeps_each_features_values():
     assert np.allclose(np.sort(shuffled, 1), np.sort(rows.toarray(), 1)) and not np.allclose(shuffled, rows.toarray())
 
 
+def test_cosines_of_the_control_of_codes_are_symmetric_to_the_last_bit():
+    """HDBSCAN refuses distances that differ by more than 1e-7 of themselves."""
+    random = np.random.default_rng(0)
+    dense = torch.from_numpy((random.random((4000, 60)) * (random.random((4000, 60)) < 0.5)).astype(np.float32))
+    found = geometry.clusters(codes_of(dense), min_cluster_size=5)
+    assert [c.name for c in found.controls] == ["other tokens"]
+
+
 def test_the_control_of_codes_gives_each_feature_as_many_other_tokens():
     rng = np.random.default_rng(0)
     dense = torch.from_numpy(rng.random((60, 6)) < [0.1, 0.8, 0.3, 0.9, 0.2, 0.5]).float()  # counts in no order
