@@ -28,8 +28,8 @@ class Snapshot:
 
 
 def block(*lines: object) -> Html:
-    """Lines of HTML in one element, those that are None left out."""
-    return tag("div", joined(["", *(line for line in lines if line is not None), ""], "\n"))
+    """Parts in one element, those that are None left out."""
+    return tag("div", *(line for line in lines if line is not None))
 
 
 def table(head: Sequence[object], rows: Sequence[Sequence[object]]) -> Html | None:

@@ -165,6 +165,7 @@ def test_static_html_escapes_every_text(index):
     view["groups"][0]["contexts"][0]["tokens"][0] = attack
     view["promoted"] = view["suppressed"] = [[attack, 1.0]]
     html = sae_lab.widgets.static_html.feature_html(view)
+    assert "<div>↵" not in html and "</p>↵" not in html  # the mark of a new line is for texts, not between elements
     assert "<img" not in html
     assert html.count("&lt;img src=x onerror=alert(1)&gt;") >= 5
 
