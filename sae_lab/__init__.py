@@ -8,9 +8,8 @@
 Names are loaded when first used, so that importing the package costs next to nothing.
 """
 
-import ast
+from functools import cache as once  # sae_lab.cache is a module
 from importlib import import_module
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -65,28 +64,30 @@ if TYPE_CHECKING:
     from sae_lab.widgets import TokenFeatures as TokenFeatures
     from sae_lab.widgets import TrainingMonitor as TrainingMonitor
 
-# {name: its module} and the names of modules, read off the imports above.
-_IMPORTS = [n for n in ast.walk(ast.parse(Path(__file__).read_text("utf-8"))) if isinstance(n, ast.ImportFrom)]
-_FOUND = {a.name: str(n.module) for n in _IMPORTS for a in n.names if a.name == a.asname}
-_HOME = {name: home.removeprefix("sae_lab.") for name, home in _FOUND.items() if home != "sae_lab"}
-_MODULES = [name for name, home in _FOUND.items() if home == "sae_lab"]
+
+@once
+def _homes() -> dict[str, str]:
+    """The module of each name that is imported above ("sae_lab" of a module); read when a name is first asked for."""
+    import ast
+
+    with open(__file__, encoding="utf-8") as f:
+        imports = [n for n in ast.walk(ast.parse(f.read())) if isinstance(n, ast.ImportFrom)]
+    return {a.name: str(n.module) for n in imports for a in n.names if a.name == a.asname}
 
 
 def _names() -> list[str]:
-    return [*_HOME, *_MODULES, *import_module("sae_lab.saes").FAMILIES, "__version__"]
+    return [*_homes(), *import_module("sae_lab.saes").FAMILIES, "__version__"]
 
 
 def __getattr__(name: str) -> Any:
     if name == "__all__":
         value = _names()
-    elif name in _HOME:
-        value = getattr(import_module(f"sae_lab.{_HOME[name]}"), name)
-    elif name in _MODULES:
-        value = import_module(f"sae_lab.{name}")
-    elif name == "checkpoint":  # a training's files, for scripts that look into them; no part of the API
-        value = import_module("sae_lab.training.checkpoint")
     elif name.startswith("_"):  # tools ask modules for dunder names: no reason to load torch
         raise AttributeError(f"module 'sae_lab' has no attribute {name!r}; see dir(sae_lab)")
+    elif home := _homes().get(name):
+        value = import_module(f"sae_lab.{name}") if home == "sae_lab" else getattr(import_module(home), name)
+    elif name == "checkpoint":  # a training's files, for scripts that look into them; no part of the API
+        value = import_module("sae_lab.training.checkpoint")
     elif name not in (known := _names()):
         return import_module("sae_lab.spelling").no_attribute("sae_lab", known)(name)
     else:
