@@ -19,7 +19,7 @@ WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
 def is_bar(output) -> bool:
-    """Whether this is a progress bar: a widget without HTML, which ours have."""
+    """A progress bar is a widget without HTML; our widgets have HTML."""
     return WIDGET in (data := output.get("data", {})) and "text/html" not in data
 
 
