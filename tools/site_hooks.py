@@ -45,12 +45,13 @@ def for_site(text: str) -> str:
 
 def names(rooms: list[str]) -> list[tuple[str, str]]:
     """(what a user types, where it is defined) of every public name of these rooms, classes after functions."""
-    found = {f"sl.{name}": f"sae_lab.{home}.{name}" for name, home in sl._HOME.items() if home.split(".")[0] in rooms}
+    homes = sl._homes()
+    found = {f"sl.{n}": f"{home}.{n}" for n, home in homes.items() if home.partition(".")[2].split(".")[0] in rooms}
     for room in rooms:
         if room in PACKAGES:
             module = import_module(f"sae_lab.{room}")
             typed = {path.rsplit(".", 1)[1] for path in found.values()}
-            prefix = "sl" if room in sl._MODULES else "sae_lab"
+            prefix = "sl" if homes.get(room) == "sae_lab" else "sae_lab"
             found |= {f"{prefix}.{room}.{n}": f"sae_lab.{room}.{n}" for n in module.__all__ if n not in typed}
     if "saes" in rooms:
         for name, value in vars(sl.saes).items():
