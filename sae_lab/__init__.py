@@ -75,13 +75,17 @@ def _homes() -> dict[str, str]:
     return {a.name: str(n.module) for n in imports for a in n.names if a.name == a.asname}
 
 
+# Families that sl.<Tab> shows; the others are reached as sl.Gated too, and listed under sl.saes.
+_SHOWN = ("TopK", "BatchTopK", "JumpReLU", "Transcoder")
+
+
 def _names() -> list[str]:
     return [*_homes(), *import_module("sae_lab.saes").FAMILIES, "__version__"]
 
 
 def __getattr__(name: str) -> Any:
     if name == "__all__":
-        value = _names()
+        value = __dir__()
     elif name.startswith("_"):  # tools ask modules for dunder names: no reason to load torch
         raise AttributeError(f"module 'sae_lab' has no attribute {name!r}; see dir(sae_lab)")
     elif home := _homes().get(name):
@@ -97,4 +101,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted(_names())
+    return sorted([*_homes(), *_SHOWN, "__version__"])

@@ -156,6 +156,16 @@ def test_every_name_at_the_door_opens():
     assert run(code).splitlines()[0].endswith(" set()")
 
 
+def test_tab_shows_four_families_and_at_most_sixty_names():
+    from sae_lab.saes import FAMILIES
+
+    shown = set(dir(sae_lab))
+    assert shown & set(FAMILIES) == {"TopK", "BatchTopK", "JumpReLU", "Transcoder"}
+    assert len(shown) <= 60
+    assert all(getattr(sae_lab, name) is family for name, family in FAMILIES.items())
+    assert set(FAMILIES) <= set(dir(sae_lab.saes))
+
+
 def test_main_names_are_there():
     for name in ("LM", "Site", "load_text", "harvest", "Store", "cache"):
         assert hasattr(sae_lab, name)

@@ -752,7 +752,7 @@ def _takes_a_coder(fn: Any) -> bool:
 def _public() -> set[str]:
     """Names under ``sl`` and its rooms of what takes a coder, and what a FeatureIndex has."""
     found = {f"FeatureIndex.{name}" for name in vars(sl.FeatureIndex) if not name.startswith("_")}
-    for name in dir(sl):
+    for name in {*dir(sl), *sl.saes.FAMILIES}:
         value = getattr(sl, name)
         if not inspect.ismodule(value):
             found |= {name} if callable(value) and _takes_a_coder(value) else set()

@@ -67,8 +67,9 @@ def test_inherited_methods_of_a_store_are_in_the_api(site):
 def test_every_public_name_is_in_the_api(site):
     text = unescape(" ".join(page.read_text(encoding="utf-8") for page in (site / "api").rglob("*.html")))
     headings = set(re.findall(r"\bsl\.[\w.]+|sae_lab\.[\w.]+", text))
-    packages = {name for name, home in sl._homes().items() if home == "sae_lab"}  # rooms: their names are looked at below
-    missing = [name for name in dir(sl) if f"sl.{name}" not in headings and name not in {*packages, "__version__"}]
+    packages = {name for name, home in sl._homes().items() if home == "sae_lab"}  # rooms: looked at below
+    names = {*dir(sl), *sl.saes.FAMILIES} - {*packages, "__version__"}
+    missing = [name for name in names if f"sl.{name}" not in headings]
     for package in ("circuits", "evals", "explain", "geometry", "worlds"):
         names = [f"sl.{package}.{name}" for name in getattr(sl, package).__all__]
         missing += [name for name in names if name not in headings]

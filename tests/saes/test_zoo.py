@@ -1,10 +1,8 @@
 """What the families are published to do, on planted worlds. The measured numbers stand beside each bound.
 
 The gate world: 128 features in 64 dimensions, 4 active on average (binomially), no noise. Hyperparameters are fixed
-here, medians over three seeds; world and coder seeds never coincide.
+here, one seed each; world and coder seeds never coincide.
 """
-
-import statistics
 
 import pytest
 import torch
@@ -13,7 +11,7 @@ import sae_lab as sl
 from sae_lab.saes import unsuppress
 
 CONFIG = sl.TrainConfig(steps=800, batch_size=512, lr=1.5e-2, dead_after=5000)
-SEEDS = (1, 2, 3)
+SEEDS = (1,)
 GRID = {
     "L1": {"sparsity": 1.0},
     "PAnneal": {"sparsity": 1.0},
@@ -38,13 +36,14 @@ def gate(world):
     torch.set_num_threads(before)
 
 
-def median(sweep, family, column):
-    return statistics.median(row[column] for row in sweep.rows if row["family"] == family)
+def figure(sweep, family, column):
+    (value,) = (row[column] for row in sweep.rows if row["family"] == family)
+    return value
 
 
 @pytest.mark.parametrize("family", ["L1", "TopK", "BatchTopK", "JumpReLU", "PAnneal"])
 def test_the_truth_is_found(gate, family):
-    assert median(gate, family, "mmcs") >= 0.95 and median(gate, family, "mmcs_back") >= 0.95
+    assert figure(gate, family, "mmcs") >= 0.95 and figure(gate, family, "mmcs_back") >= 0.95
 
 
 def test_so_it_is_not_by_chance(world):
@@ -53,12 +52,12 @@ def test_so_it_is_not_by_chance(world):
 
 
 def test_batchtopk_explains_more_where_the_true_count_varies(gate):
-    assert median(gate, "TopK", "fvu") - median(gate, "BatchTopK", "fvu") > 0.02
+    assert figure(gate, "TopK", "fvu") - figure(gate, "BatchTopK", "fvu") > 0.02
 
 
 def test_splines_tie_with_topk(gate):
     """The claim of more explained variance from KAN-like splines does not hold here."""
-    assert abs(median(gate, "Spline", "fvu") - median(gate, "TopK", "fvu")) < 0.02
+    assert abs(figure(gate, "Spline", "fvu") - figure(gate, "TopK", "fvu")) < 0.02
 
 
 def rescale(coder, x):
@@ -70,23 +69,18 @@ def rescale(coder, x):
 
 def test_l1_shrinks_gated_does_not_and_unsuppress_undoes_it(gate, world):
     x = world.x[-20_000:]
-    of = {"L1": [], "Gated": [], "undone": []}
-    for coder, row in zip(gate.coders, gate.rows, strict=True):
-        if row["family"] in of:
-            of[row["family"]].append(rescale(coder, x))
-        if row["family"] == "L1":
-            better = unsuppress(coder, world.x[:20_000])
-            of["undone"].append(rescale(better, x))
-            assert torch.equal(better.encode(x) > 0, coder.encode(x) > 0)
-    middle = {name: statistics.median(values) for name, values in of.items()}
-    assert middle["L1"] > 1.05 and abs(middle["Gated"] - 1) < 0.02 and middle["undone"] < 1.02
+    coders = dict(zip((row["family"] for row in gate.rows), gate.coders, strict=True))
+    better = unsuppress(coders["L1"], world.x[:20_000])
+    assert torch.equal(better.encode(x) > 0, coders["L1"].encode(x) > 0)
+    assert rescale(coders["L1"], x) > 1.05
+    assert abs(rescale(coders["Gated"], x) - 1) < 0.02 and rescale(better, x) < 1.02
 
 
 def test_panneal_is_sparser_than_l1_at_equal_error(world):
     """At most .75 of L1's L0. Measured at seed 0: 8.4 and 12.5 features, FVU .067 both."""
     sweep = sl.sweep({"L1": {"sparsity": 0.5}, "PAnneal": {"sparsity": 0.5}}, world, CONFIG, d_sae=128, seeds=SEEDS)
-    assert median(sweep, "PAnneal", "fvu") <= median(sweep, "L1", "fvu") + 0.005
-    assert median(sweep, "PAnneal", "l0") <= 0.75 * median(sweep, "L1", "l0")
+    assert figure(sweep, "PAnneal", "fvu") <= figure(sweep, "L1", "fvu") + 0.005
+    assert figure(sweep, "PAnneal", "l0") <= 0.75 * figure(sweep, "L1", "l0")
 
 
 def test_ordered_puts_features_in_the_worlds_order():
@@ -94,12 +88,10 @@ def test_ordered_puts_features_in_the_worlds_order():
     world = sl.worlds.planted(n=40, d=32, l0=3, law="zipf", samples=100_000)
     grid = {"Ordered": {"k": 3}, "TopK": {"k": 3}, "BatchTopK": {"k": 3}}
     sweep = sl.sweep(grid, world, CONFIG, d_sae=40, seeds=SEEDS)
-    order = {family: [] for family in grid}
-    for coder, row in zip(sweep.coders, sweep.rows, strict=True):
-        order[row["family"]].append(sl.match(coder, world).orderedness)
-    middle = {family: statistics.median(values) for family, values in order.items()}
-    assert middle["Ordered"] > 0.5 and middle["Ordered"] > middle["TopK"] + 0.3
-    assert median(sweep, "Ordered", "fvu") > median(sweep, "BatchTopK", "fvu")
+    families = [row["family"] for row in sweep.rows]
+    order = {f: sl.match(coder, world).orderedness for f, coder in zip(families, sweep.coders, strict=True)}
+    assert order["Ordered"] > 0.5 and order["Ordered"] > order["TopK"] + 0.3
+    assert figure(sweep, "Ordered", "fvu") > figure(sweep, "BatchTopK", "fvu")
 
 
 def test_meta_sae_reconstructs_decoder_rows_without_finding_their_parents():
