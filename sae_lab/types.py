@@ -161,12 +161,12 @@ class TokenBatch:
         names = ("ids", "mask", "positions", "row_numbers", "step")
         return SimpleNamespace(**{name: getattr(self, name) for name in names})
 
-    def role_mask(self, role: str) -> Bool[Tensor, "batch pos"]:
-        """True at the tokens of one role ("user", "assistant", ...). ValueError for prompts that are no chat."""
+    def role_mask(self, *roles: str) -> Bool[Tensor, "batch pos"]:
+        """True at the tokens of these roles ("user", "assistant", ...). ValueError for prompts that are no chat."""
         if self.roles is None:
             raise ValueError("these prompts carry no roles: pass chat messages ([{'role': ..., 'content': ...}])")
         width = self.ids.shape[1]
-        return torch.tensor([[r == role for r in row] + [False] * (width - len(row)) for row in self.roles])
+        return torch.tensor([[r in roles for r in row] + [False] * (width - len(row)) for row in self.roles])
 
 
 @as_annotated
@@ -176,12 +176,15 @@ class TokenMask:
 
     A token is left out when its id is special, when it stands at position 0 (an attention sink in most models), or
     when its activation's norm at any known site exceeds ``max_norm[site.key]`` (4x the median norm of a store's
-    first shard). A token left out at one site of a store is left out at all.
+    first shard). A token left out at one site of a store is left out at all. In chats, ``roles`` names the roles whose
+    tokens count ("template": tokens that the chat template adds); empty, all roles. Plain text has no roles, and edits
+    act on tokens of every role.
     """
 
     special_ids: tuple[int, ...] = ()
     skip_first: bool = True
     max_norm: Mapping[str, float] = field(default_factory=dict)
+    roles: tuple[str, ...] = ()
 
     def keep(
         self,
@@ -201,8 +204,16 @@ class TokenMask:
                 kept &= (x.float().norm(dim=-1) <= limit).to(kept.device)
         return kept
 
+    def of(
+        self, batch: TokenBatch, acts: Mapping[Site, Float[Tensor, "batch pos d"]] | None = None
+    ) -> Bool[Tensor, "batch pos"]:
+        """True at the tokens of a batch that count, by ``keep`` and by role; False at padding."""
+        kept = self.keep(batch.ids, batch.positions, acts) & batch.mask
+        return kept & batch.role_mask(*self.roles) if self.roles and batch.roles is not None else kept
+
     def to_dict(self) -> dict[str, Any]:
-        return {"special_ids": list(self.special_ids), "skip_first": self.skip_first, "max_norm": dict(self.max_norm)}
+        same = {"special_ids": list(self.special_ids), "skip_first": self.skip_first, "max_norm": dict(self.max_norm)}
+        return same | ({"roles": list(self.roles)} if self.roles else {})
 
     @classmethod
     def from_dict(cls, d: Mapping[str, Any]) -> "TokenMask":
@@ -216,12 +227,16 @@ class TokenMask:
             isinstance(site, str) and type(limit) in (int, float) and limit >= 0 for site, limit in norms.items()
         ):
             raise ValueError(f"a mask's max_norm must give sites numbers from 0 on, got {str(norms)[:60]}")
-        return cls(tuple(ids), first, dict(norms))
+        roles = d.get("roles", ())
+        if not isinstance(roles, list | tuple) or not all(isinstance(role, str) and role for role in roles):
+            raise ValueError(f"a mask's roles must be a list of names, got {str(roles)[:60]}")
+        return cls(tuple(ids), first, dict(norms), tuple(roles))
 
     def __str__(self) -> str:
         rules = [f"{len(self.special_ids)} special ids"] if self.special_ids else []
         rules += ["position 0"] if self.skip_first else []
         rules += [f"norm > {limit:.4g} at {visible(site)}" for site, limit in self.max_norm.items()]
+        rules += [f"chat tokens of other roles than {', '.join(map(visible, self.roles))}"] if self.roles else []
         return "left out: " + (", ".join(rules) or "nothing")
 
 

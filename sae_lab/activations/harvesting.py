@@ -5,7 +5,7 @@ import logging
 import platform
 import tempfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,7 +25,7 @@ from sae_lab.costs import Cost, timed
 from sae_lab.lm import forms
 from sae_lab.lm.model import LM
 from sae_lab.lm.passes import packed
-from sae_lab.lm.text import WINDOW_DOCUMENTS, Context, Documents, Text, as_text
+from sae_lab.lm.text import WINDOW_DOCUMENTS, Context, Documents, Text, as_text, padded
 from sae_lab.lm.tokens import pad
 from sae_lab.saes.base import SparseCoder
 from sae_lab.types import Site, TokenBatch, TokenMask, as_sites
@@ -50,6 +50,7 @@ def harvest(
     context: int = 128,
     pack: bool = False,
     mask: TokenMask | None = None,
+    roles: str | Sequence[str] = (),
     coder: SparseCoder | None = None,
 ) -> Store:
     """``store = sl.harvest(lm, site, text)``: read ``tokens`` kept activations at the sites into a store on disk, or
@@ -63,6 +64,8 @@ def harvest(
         context: tokens the model sees at once, prefix included.
         pack: let contexts span documents.
         mask: which tokens are kept; None: ``lm.mask()`` with a largest norm of 4 medians of the first shard.
+        roles: of chats, keep only tokens of these roles ("assistant", "user"...; "template": what the chat template
+            adds). They become part of the store's mask, and so of the mask of a coder trained on it.
         coder: keep the coder's codes, under its mask, in place of activations. They take less disk, and less traffic
             from a server; such a store can be indexed (``sl.index_features``) with that coder, but not trained on.
 
@@ -71,12 +74,12 @@ def harvest(
     Raises ValueError when the folder holds a store of another model, site or text (the difference is named), the text
     is empty or shorter than a context, or activations are not finite.
     """
-    return _harvest(lm, sites, text, tokens, path, context, pack, mask, coder).run(tokens)
+    return _harvest(lm, sites, text, tokens, path, context, pack, mask, roles, coder).run(tokens)
 
 
 def _harvest(
     lm: LM, sites: Site | str | Iterable[Site | str], text: Documents, tokens: int, path: str | Path | None,
-    context: int, pack: bool, mask: TokenMask | None, coder: SparseCoder | None,
+    context: int, pack: bool, mask: TokenMask | None, roles: str | Sequence[str], coder: SparseCoder | None,
 ) -> "_Harvest":  # fmt: skip
     """A call of ``harvest`` with checked arguments."""
     if tokens < 1 or context < 2:
@@ -86,9 +89,12 @@ def _harvest(
     if coder is not None:
         if wanted != [coder.site]:
             raise ValueError(f"a store of codes has the site its coder reads, {coder.site!r}, got {wanted}")
-        if mask is not None:
-            raise ValueError("a store of codes is made by the coder's own mask: leave mask= out")
+        if mask is not None or roles:
+            raise ValueError("a store of codes is made by the coder's own mask: leave mask= and roles= out")
         mask = coder.mask or lm.mask()
+    roles = (roles,) if isinstance(roles, str) else tuple(roles)
+    if mask is not None and roles:
+        mask, roles = replace(mask, roles=roles), ()
     for site in wanted:
         lm.width(site)  # an unknown site is refused before anything is written
     if context > lm.max_length:
@@ -105,12 +111,14 @@ def _harvest(
         "order": ORDER,
         "mask": "default" if mask is None else mask.to_dict(),
     }
+    if roles:
+        identity["roles"] = list(roles)
     if coder is not None:
         identity["coder"] = coder.fingerprint()
     if path is None:
         digest = f"{zlib.crc32(json.dumps(identity, sort_keys=True).encode()):08x}-{text.fingerprint[:8]}"
         path = cache.root() / "stores" / f"{'+'.join(s.key for s in wanted)[:60]}-{digest}"
-    return _Harvest(lm, wanted, text, Path(path).expanduser(), identity, mask, coder)
+    return _Harvest(lm, wanted, text, Path(path).expanduser(), identity, mask, roles, coder)
 
 
 @dataclass
@@ -123,6 +131,7 @@ class _Harvest:
     folder: Path
     identity: dict[str, Any]
     mask: TokenMask | None
+    roles: tuple[str, ...] = ()
     coder: SparseCoder | None = None
 
     def run(self, tokens: int) -> Store:
@@ -258,7 +267,9 @@ class _Harvest:
         ids = torch.tensor([i for c in contexts for i in c.ids])
         positions = torch.cat([torch.arange(int(n)) for n in lengths])
         documents = torch.tensor([d for c in contexts for d in c.documents])
-        batches = [pad([c.ids for c in group]) for group in passes]
+        batches = [padded(group) for group in passes]
+        if self.manifest["mask"] is None:
+            self._require_roles(contexts)
         if self.coder is not None:
             kept, found = self._read_codes(batches, self.coder)
         elif self.lm.remote and self.manifest["mask"] is not None:
@@ -281,7 +292,8 @@ class _Harvest:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """(which tokens count, their activations)."""
         acts = read_real(self.lm, self.sites, batches)
-        kept = self._fix_mask(acts, ids, positions).keep(ids, positions, acts)
+        mask = self._fix_mask(acts, ids, positions)
+        kept = mask.keep(ids, positions, acts) & _counted(mask, batches)
         return kept, {s.key: self._pack(s, x[kept]) for s, x in acts.items()}
 
     def _read_packed(self, batches: list[TokenBatch]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -297,7 +309,8 @@ class _Harvest:
             for batch in batches
         ]
         keeps = {s: torch.cat([part[s]["keep"] for part in found]) for s in self.sites}
-        kept = torch.stack(list(keeps.values())).all(0)  # a token left out at one site is left out at every site
+        # A token left out at one site is left out at every site.
+        kept = torch.stack(list(keeps.values())).all(0) & _counted(mask, batches)
         tensors = {}
         for s in self.sites:
             parts = [part[s]["x"] for part in found]
@@ -328,6 +341,21 @@ class _Harvest:
         codes = {name: torch.cat([part[name] for part in found]).contiguous() for name in names}
         return torch.cat([part["keep"] for part in found]), codes
 
+    def _require_roles(self, contexts: list[Context]) -> None:
+        """ValueError if the mask keeps tokens of some roles, and the first contexts have none of them."""
+        wanted = self.mask.roles if self.mask is not None else self.roles
+        found = {role for c in contexts for role in c.roles or ()}
+        if wanted and not found:
+            raise ValueError(
+                f"roles={wanted} keeps tokens of a chat's roles, and this text holds plain documents: pass chats "
+                "(lists of {'role', 'content'}), or leave roles out"
+            )
+        if wanted and not found & set(wanted):
+            raise ValueError(
+                f"no token of the first {len(contexts)} contexts is of roles={wanted}: their roles are "
+                f"{', '.join(sorted(found))}"
+            )
+
     def _fix_mask(self, acts: dict[Site, Tensor], ids: Tensor, positions: Tensor) -> TokenMask:
         """The store's mask; it and the scales are fixed on the first shard."""
         for site, x in acts.items():
@@ -338,7 +366,7 @@ class _Harvest:
             usual = usual if bool(usual.any()) else torch.ones_like(usual)  # no token of this shard counts: take all
             medians = {s: float(x[usual].norm(dim=-1).median()) for s, x in acts.items()}
             limits = {s.key: MAX_NORM * m for s, m in medians.items()}
-            mask = self.mask or TokenMask(base.special_ids, base.skip_first, limits)
+            mask = self.mask or TokenMask(base.special_ids, base.skip_first, limits, self.roles)
             self.manifest["mask"] = mask.to_dict()
             # Division by a power of two is exact, and brings values near 1, far from float16's limits.
             self.manifest["scales"] = {
@@ -374,13 +402,18 @@ class _Harvest:
         return store
 
 
+def _counted(mask: TokenMask, batches: list[TokenBatch]) -> Bool[Tensor, " tokens"]:
+    """Which real tokens of the batches the mask keeps by id, position and role."""
+    return torch.cat([mask.of(batch)[batch.mask] for batch in batches])
+
+
 def cost(
     lm: LM, sites: Site | str | Iterable[Site | str], text: Documents, tokens: int, path: str | Path | None,
-    context: int, pack: bool, mask: TokenMask | None, coder: SparseCoder | None,
+    context: int, pack: bool, mask: TokenMask | None, roles: str | Sequence[str], coder: SparseCoder | None,
 ) -> Cost:  # fmt: skip
     """The cost of ``harvest`` with these arguments. The trial harvests a shard of the first documents, or as much of it
     as a slow model reads in a few seconds, into a folder that is deleted."""
-    call, once = timed(_harvest, lm, sites, text, tokens, path, context, pack, mask, coder)
+    call, once = timed(_harvest, lm, sites, text, tokens, path, context, pack, mask, roles, coder)
     there = call.rows_there()
     if there >= tokens:
         return Cost(f"{call.folder} holds these tokens")

@@ -46,19 +46,31 @@ def read_codes(lm: LM, coder: SparseCoder, batch: TokenBatch) -> Coded:
 def coded(lm: LM, coder: SparseCoder, batch: TokenBatch, x: Float[Tensor, "batch pos d"]) -> Coded:
     """``read_codes`` from activations x that have been read at the coder's site."""
     mask = coder.mask or lm.mask()
-    keep = mask.keep(batch.ids, batch.positions, {coder.site: x.to(batch.ids.device)}) & batch.mask
+    keep = mask.of(batch, {coder.site: x.to(batch.ids.device)})
     return Coded(coder.codes_of(x[keep.to(x.device)]), keep.cpu())
 
 
 def read_there(lm: LM, coder: SparseCoder, batches: Iterable[TokenBatch]) -> list[dict[str, Tensor]]:
-    """``sparse_rows`` of each batch, computed where the model runs."""
+    """``sparse_rows`` of each batch, computed where the model runs, and of the roles that the mask keeps."""
     site, mask = coder.site, coder.mask or lm.mask()
     after = partial(
         sparse_rows, plan=coder.portable(whole=False), special=list(mask.special_ids), skip_first=mask.skip_first,
         limit=mask.max_norm.get(site.key),
     )  # fmt: skip
-    passes = (lm.run(b, [site], logits=False, after=after, **sparse_form(b, coder))[0] for b in batches)
-    return [found[site] for found in passes]
+    return [
+        _of_roles(lm.run(b, [site], logits=False, after=after, **sparse_form(b, coder))[0][site], mask.of(b)[b.mask])
+        for b in batches
+    ]
+
+
+def _of_roles(found: dict[str, Tensor], counts: Bool[Tensor, " real"]) -> dict[str, Tensor]:
+    """What ``sparse_rows`` gave, without tokens that do not count."""
+    row = counts[found["keep"]]
+    if bool(row.all()):
+        return found
+    code = torch.repeat_interleave(row, found["counts"].long())
+    kept = {"values": found["values"][code], "features": found["features"][code], "counts": found["counts"][row]}
+    return kept | {"keep": found["keep"] & counts}
 
 
 @torch.no_grad()
@@ -73,7 +85,7 @@ def read_some(
     found = lm.run(batch, [site], logits=False, after=after, form=form, expected=expected)[0][site]
     codes = found["codes"].new_zeros(*batch.mask.shape, len(features))
     codes[batch.mask] = found["codes"]
-    keep = mask.keep(batch.ids, batch.positions) & batch.mask
+    keep = mask.of(batch)
     keep[batch.mask] &= ~found["loud"]
     return codes, keep
 

@@ -14,7 +14,7 @@ from sae_lab.activations.contexts import context_length, spread_contexts
 from sae_lab.activations.reading import read_real, require_fits
 from sae_lab.arguments import as_annotated
 from sae_lab.lm.model import LM, token_losses
-from sae_lab.lm.text import Context, Documents
+from sae_lab.lm.text import Context, Documents, padded
 from sae_lab.lm.tokens import pad
 from sae_lab.results import Result, figure, result
 from sae_lab.saes import kernels
@@ -176,12 +176,12 @@ def read_and_reconstruct(
     # One context at a time, as in the spliced passes: another shape rounds differently, and the identity must cost 0.
     # On a server eight at a time, for fewer requests.
     at_once = 8 if lm.remote else 1
-    texts = [c.ids for c in contexts]
-    batches = [pad(texts[start : start + at_once]) for start in range(0, len(texts), at_once)]
+    batches = [padded(contexts[start : start + at_once]) for start in range(0, len(contexts), at_once)]
     with coder.evaluating():
         acts = read_real(lm, list(dict.fromkeys([*coder.reads, at])), batches)
-        ids = torch.tensor([i for text in texts for i in text])
-        kept = mask.keep(ids, torch.cat([torch.arange(len(text)) for text in texts]), acts)
+        ids = torch.cat([batch.ids[batch.mask] for batch in batches])
+        kept = mask.keep(ids, torch.cat([batch.positions[batch.mask] for batch in batches]), acts)
+        kept &= torch.cat([mask.of(batch)[batch.mask] for batch in batches])  # by role
         if not kept.any():
             raise ValueError(f"the coder's mask leaves out every token ({mask}): evaluate with another mask or text")
         if coder.meta.get("centred"):  # trained without the mean coordinate, which norms ignore

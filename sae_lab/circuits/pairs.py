@@ -84,7 +84,7 @@ def kept(lm: LM, coders: Sequence[SparseCoder], *runs: tuple[TokenBatch, Acts]) 
     keep = runs[0][0].mask.clone()
     for batch, acts in runs:
         for mask in masks:
-            keep &= mask.keep(batch.ids, batch.positions, {s: x.cpu() for s, x in acts.items()})
+            keep &= mask.of(batch, {s: x.cpu() for s, x in acts.items()})
     if not keep.any():
         raise ValueError(
             f"the coders' masks leave out every token of these prompts ({'; '.join(dict.fromkeys(map(str, masks)))}): "

@@ -237,7 +237,7 @@ def _read(
         for number, template in enumerate(templates):
             batch = lm.tokenize([template.split("{}")[0] + word for word in words])
             x = lm.run(batch, [site], logits=False)[0][site].float().cpu()
-            keep = mask.keep(batch.ids, batch.positions, {site: x}) & batch.mask
+            keep = mask.of(batch, {site: x})
             last = batch.mask.sum(1) - 1
             here = torch.arange(len(words)), last
             if not keep[here].all():

@@ -15,6 +15,7 @@ from sae_lab.arguments import Count, as_annotated
 from sae_lab.lm import tokens as tok
 from sae_lab.lm.loading import no_code
 from sae_lab.spelling import check_text
+from sae_lab.types import TokenBatch
 
 log = logging.getLogger(__name__)
 
@@ -46,10 +47,18 @@ class Dataset(Protocol):
 
 
 class Context(NamedTuple):
-    """Tokens that the model reads in one row. documents: for each token, the number of its document."""
+    """Tokens that the model reads in one row. documents: for each token, the number of its document; roles: of a chat,
+    each token's role."""
 
     ids: list[int]
     documents: list[int]
+    roles: list[str] | None = None
+
+
+def padded(contexts: Sequence[Context]) -> TokenBatch:
+    """Contexts as one batch, with roles if all are of chats."""
+    roles = [c.roles for c in contexts if c.roles is not None]
+    return tok.pad([c.ids for c in contexts], roles if len(roles) == len(contexts) else None)
 
 
 class File(NamedTuple):
@@ -81,7 +90,7 @@ class Held:
 
     column_names = ("text",)
 
-    def __init__(self, documents: list[str | File]):
+    def __init__(self, documents: "list[Document]"):
         self._documents = documents
 
     def __len__(self) -> int:
@@ -97,15 +106,22 @@ class Held:
         return Held([self._documents[i] for i in rows])
 
 
-def _parts(document: "str | File") -> Iterator[str]:
+Document = str | File | tok.Chat
+
+
+def _parts(document: Document) -> Iterator[str]:
+    """The text of a document in parts; of a chat, role and content of each message."""
     if isinstance(document, File):
         return document.parts()
+    if tok.is_chat(document):
+        return (str(m.get(key)) for m in document for key in ("role", "content"))
     return (document[start : start + PART] for start in range(0, len(document), PART))
 
 
 @as_annotated
 class Text:
-    """Documents (str), iterable and sliceable, with a held-out part: ``text = sl.load_text(...)``.
+    """Documents (str, or chats: lists of messages), iterable and sliceable, with a held-out part:
+    ``text = sl.load_text(...)``.
 
     Args:
         data: a ``datasets.Dataset`` or ``IterableDataset``, or ``Held``. column: its column of text.
@@ -131,21 +147,24 @@ class Text:
     def __bool__(self) -> bool:
         return not hasattr(self._data, "select") or len(self) > 0
 
-    def __iter__(self) -> Iterator[str]:
+    def __iter__(self) -> Iterator[Any]:
         for row in self._data:
             yield self._document(row)
 
-    def _document(self, row: dict[str, Any]) -> str:
+    def _document(self, row: dict[str, Any]) -> Any:
         document = row[self._column]
         if isinstance(document, File):
             return "".join(document.parts())
-        if document is not None and not isinstance(document, str):
+        if document is None or document == []:  # a missing value is an empty document
+            return ""
+        if not isinstance(document, str) and not tok.is_chat(document):
             raise ValueError(
-                f"the column {self._column!r} of {self.name} holds {type(document).__name__}, not text: pass column="
+                f"the column {self._column!r} of {self.name} holds {type(document).__name__}, neither text nor chat "
+                "messages: pass column="
             )
-        return document or ""  # a missing value is an empty document
+        return document
 
-    def __getitem__(self, at: int | slice) -> "str | Text":
+    def __getitem__(self, at: int | slice) -> Any:
         if isinstance(at, int):
             if hasattr(self._data, "select"):
                 return self._document(self._data[at])
@@ -173,15 +192,20 @@ class Text:
         """Contexts of at most ``length`` tokens, each of which starts with the prefix token.
 
         A document's last context may be shorter. With ``pack`` a context may hold several documents, with the prefix
-        token between them, and only the last one is shorter.
+        token between them, and only the last one is shorter. A chat starts as its template begins it, as in
+        ``lm.tokenize``; where a long chat is cut, the next context starts with the prefix token.
         """
         room = length - (prefix is not None)
         if room < 1:
             raise ValueError(f"a context needs room for a token besides the prefix, got length={length}")
         lead = [prefix] if prefix is not None else []
         documents = enumerate(self._tokenized(tokenizer))
-        joined = [documents] if pack else ([document] for document in documents)
-        return chain.from_iterable(_cut(several, lead, room) for several in joined)
+        if pack:
+            return _cut(documents, lead, room)
+        return chain.from_iterable(
+            _cut_chat(n, of, lead, room) if isinstance(of, tok.ChatTokens) else _cut([(n, of)], lead, room)
+            for n, of in documents
+        )
 
     def passes(
         self, tokenizer: Any, prefix: int | None, length: Count, pack: bool = False, tokens: Count = 1408
@@ -197,25 +221,42 @@ class Text:
             for i in random.permutation(len(groups)):
                 yield groups[i]
 
-    def _tokenized(self, tokenizer: Any) -> Iterator[Iterable[list[int]]]:
+    def _tokenized(self, tokenizer: Any) -> Iterator[Iterable[list[int]] | tok.ChatTokens]:
         """The ids of each document; a long document's come in parts. Short documents are tokenized 16 at a time."""
 
-        def long(row: dict[str, Any]) -> bool:
+        def kind(row: dict[str, Any]) -> str:
             document = row[self._column]
-            return isinstance(document, File) or (isinstance(document, str) and len(document) > LONG)
+            if isinstance(document, File) or (isinstance(document, str) and len(document) > LONG):
+                return "long"
+            return "chat" if tok.is_chat(document) else "short"
 
-        for is_long, rows in groupby(self._data, long):
-            if is_long:
+        for of, rows in groupby(self._data, kind):
+            if of == "long":
                 yield from (tok.encode_parts(tokenizer, _parts(row[self._column])) for row in rows)
-            while not is_long and (texts := [self._document(row) for row in islice(rows, 16)]):
+            if of == "chat":
+                yield from (tok.chat_tokens(tokenizer, row[self._column]) for row in rows)
+            while of == "short" and (texts := [self._document(row) for row in islice(rows, 16)]):
                 yield from ([ids] for ids in tok.encode_texts(tokenizer, texts))
 
 
-def _cut(documents: Iterable[tuple[int, Iterable[list[int]]]], lead: list[int], room: int) -> Iterator[Context]:
+def _cut_chat(number: int, chat: tok.ChatTokens, lead: list[int], room: int) -> Iterator[Context]:
+    """Contexts of one chat. The prefix token is added where it is cut only: templates have their own beginning."""
+    ids, roles = chat
+    start, end = 0, room + len(lead)
+    while start < len(ids):
+        before = lead if start else []
+        said = ["template"] * len(before) + roles[start:end]
+        yield Context(before + ids[start:end], [number] * len(said), said)
+        start, end = end, end + room
+
+
+def _cut(documents: Iterable[tuple[int, Any]], lead: list[int], room: int) -> Iterator[Context]:
     """Contexts of documents laid end to end with the prefix between them. documents: (number, ids in parts) each."""
     waiting: list[int] = []
     owners: list[int] = []
     for number, parts in documents:
+        if isinstance(parts, tok.ChatTokens):
+            raise ValueError("pack=True joins plain documents, and this text holds chats: leave pack out")
         between = lead if waiting else []
         for at, ids in enumerate(parts):
             ids = ids[len(lead) :] if at == 0 and ids[:1] == lead else ids  # the text itself may start with the prefix
@@ -283,7 +324,9 @@ def load_text(
             hold none out, skip load_text: ``sl.harvest(lm, site, documents)``); a file or folder of .txt (one
             document a file), .json/.jsonl, .parquet or .csv; a loaded dataset of ``datasets``; else a hub dataset id,
             which is streamed.
-        column: the column of text. split: of a hub dataset or a ``DatasetDict``.
+        column: the column of text, or of chats: lists of messages, {"role", "content"} each. The model's chat template
+            makes their tokens; ``sl.harvest(..., roles=("assistant",))`` keeps those of a role.
+        split: of a hub dataset or a ``DatasetDict``.
         **kwargs: passed on to ``datasets.load_dataset``.
     """
     from datasets import load_dataset
@@ -321,7 +364,7 @@ def load_text(
     return _split(data, column, str(source), _digest(repr((source, split, column, sorted(kwargs.items()))).encode()))
 
 
-Documents = Text | Sequence[str] | Dataset  # the text argument of functions that hold nothing out
+Documents = Text | Sequence[str] | Sequence[tok.Chat] | Dataset  # the text argument of functions that hold nothing out
 
 
 def as_text(source: Any) -> Text:
@@ -329,7 +372,8 @@ def as_text(source: Any) -> Text:
     dataset, with nothing held out. ValueError for anything else."""
     if isinstance(source, Text):
         return source
-    return _from_memory([source] if isinstance(source, str) else source, "text", "train", whole=True)
+    one = isinstance(source, str) or tok.is_chat(source)
+    return _from_memory([source] if one else source, "text", "train", whole=True)
 
 
 def _from_memory(source: Any, column: str, split: str, whole: bool = False) -> Text:
@@ -364,11 +408,16 @@ def _from_memory(source: Any, column: str, split: str, whole: bool = False) -> T
 
 
 def from_documents(documents: Iterable[Any], name: str = "list", whole: bool = False) -> Text:
-    """A Text of documents in memory, split unless ``whole``. ValueError for a document that is no str or holds half a
-    surrogate pair, and for documents that are all empty."""
+    """A Text of documents in memory, split unless ``whole``. ValueError for a document that is neither str nor chat or
+    holds half a surrogate pair, for texts among chats, and for documents that are all empty."""
     documents = list(documents)
-    if bad := [i for i, d in enumerate(documents) if not isinstance(d, str | File)]:
-        raise ValueError(f"every document must be a str; document {bad[0]} is {type(documents[bad[0]]).__name__}")
+    if bad := [i for i, d in enumerate(documents) if not isinstance(d, str | File) and not tok.is_chat(d)]:
+        raise ValueError(
+            f"every document must be a str, or every one a list of chat messages ({{'role', 'content'}}); document "
+            f"{bad[0]} is {type(documents[bad[0]]).__name__}"
+        )
+    if len({tok.is_chat(d) for d in documents}) > 1:
+        raise ValueError("documents are all texts or all chats, got both: make two lists, and two stores")
     if not any(part.strip() for d in documents for part in _parts(d)):
         raise ValueError(
             f"{'the text' if name == 'list' else name} is empty: pass at least one document with a word in it"
@@ -454,7 +503,9 @@ def _digest(data: bytes) -> str:
 def _split(data: Any, column: str, name: str, fingerprint: str) -> Text:
     """A Text with every tenth document held out; of fewer than ten documents the last; of one document none."""
     if hasattr(data, "select"):
-        if not isinstance(data, Held) and not any(d.strip() for d in Text(data, column, name, fingerprint)):
+        if not isinstance(data, Held) and not any(
+            tok.is_chat(d) or d.strip() for d in Text(data, column, name, fingerprint)
+        ):
             raise ValueError(f"{name} is empty: it needs at least one document with a word in it")
         if len(data) == 1:
             return Text(data, column, name, fingerprint)

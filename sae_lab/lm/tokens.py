@@ -4,7 +4,7 @@ import re
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -71,7 +71,7 @@ def tokenize(tokenizer: Any, prompts: Prompts, prefix: int | None) -> TokenBatch
     if all(isinstance(p, str) for p in many):
         rows = [begun(ids, prefix) for ids in encode_texts(tokenizer, many)]
     elif all(isinstance(p, list | tuple) and p and isinstance(p[0], dict) for p in many):
-        rows, roles = map(list, zip(*(_chat(tokenizer, chat) for chat in many), strict=True))
+        rows, roles = map(list, zip(*(chat_tokens(tokenizer, chat) for chat in many), strict=True))
     elif all(isinstance(p, list | tuple) and all(type(i) is int for i in p) for p in many):
         rows = [list(p) for p in many]
     else:
@@ -221,9 +221,20 @@ def pad(rows: list[list[int]], roles: list[list[str]] | None = None) -> TokenBat
     return TokenBatch(ids, positions < lengths[:, None], positions, roles)
 
 
-def _chat(tokenizer: Any, messages: Sequence[Any]) -> tuple[list[int], list[str]]:
-    """(ids of a chat in the model's template, each token's role); the role of the template's own tokens is "template".
-    If the last message is not the assistant's, the template's opening of its answer follows."""
+def is_chat(document: Any) -> bool:
+    """Whether this is a list of messages."""
+    return isinstance(document, list | tuple) and bool(document) and all(isinstance(m, dict) for m in document)
+
+
+class ChatTokens(NamedTuple):
+    """Ids of a chat in the model's template, and each token's role: "template" for the template's own tokens."""
+
+    ids: list[int]
+    roles: list[str]
+
+
+def chat_tokens(tokenizer: Any, messages: Sequence[Any]) -> ChatTokens:
+    """A chat as tokens. If the last message is not the assistant's, the template's opening of its answer follows."""
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError("this model's tokenizer has no chat template: pass plain text instead of messages")
     for m in messages:
@@ -242,7 +253,7 @@ def _chat(tokenizer: Any, messages: Sequence[Any]) -> tuple[list[int], list[str]
     for start, end in encoded["offset_mapping"]:
         own = [n for n in owners[start:end] if n is not None]
         roles.append(messages[own[-1]]["role"] if own else "template")
-    return encoded["input_ids"], roles
+    return ChatTokens(encoded["input_ids"], roles)
 
 
 def _render(tokenizer: Any, messages: Chat, contents: dict[int, str] | None = None) -> str:
