@@ -140,7 +140,7 @@ def test_another_column(tmp_path):
     assert list(sl.load_text(file, column="stars")) == ["5"], "a cell of a .csv is text, whatever it says"
     table = tmp_path / "reviews.parquet"
     pd.read_csv(file).to_parquet(table)
-    with pytest.raises(ValueError, match=r"the column 'stars' of reviews.parquet holds int, not text: pass column="):
+    with pytest.raises(ValueError, match=r"the column 'stars' of reviews.parquet holds int, neither text nor chat messages: pass column="):
         list(sl.load_text(table, column="stars"))
 
 
@@ -239,7 +239,7 @@ def test_a_loaded_dataset():
         sl.load_text(both, split="val")
     with pytest.raises(ValueError, match="this Dataset has no column 'body': pass column= one of text, n"):
         sl.load_text(data, column="body")
-    with pytest.raises(ValueError, match="the column 'n' of dataset holds int, not text"):
+    with pytest.raises(ValueError, match="the column 'n' of dataset holds int, neither text nor chat messages"):
         sl.load_text(data, column="n")
     with pytest.raises(ValueError, match="this Dataset is empty: it needs at least one document"):
         sl.load_text(data.select([]))
@@ -299,7 +299,7 @@ def test_files_that_are_refused(tmp_path, no_hub):
     [
         ([], "the text is empty: pass at least one document"),
         (["", "  \n"], "the text is empty"),
-        (["a", 5], "every document must be a str; document 1 is int"),
+        (["a", 5], "every document must be a str, or every one a list of chat messages .*; document 1 is int"),
         (["a", "x\ud83d"], r"document 1 holds half a surrogate pair at character 1 .*: repair it with text.encode"),
         ("", "load_text got an empty name"),
     ],
