@@ -113,9 +113,9 @@ def _parts(document: Document) -> Iterator[str]:
     """The text of a document in parts; of a chat, role and content of each message."""
     if isinstance(document, File):
         return document.parts()
-    if tok.is_chat(document):
-        return (str(m.get(key)) for m in document for key in ("role", "content"))
-    return (document[start : start + PART] for start in range(0, len(document), PART))
+    if isinstance(document, str):
+        return (document[start : start + PART] for start in range(0, len(document), PART))
+    return (str(message.get(key)) for message in document for key in ("role", "content"))
 
 
 @as_annotated
