@@ -155,7 +155,7 @@ class Text:
         document = row[self._column]
         if isinstance(document, File):
             return "".join(document.parts())
-        if document is None or document == []:  # a missing value is an empty document
+        if document is None or (isinstance(document, list) and not document):  # a missing value is an empty document
             return ""
         if not isinstance(document, str) and not tok.is_chat(document):
             raise ValueError(
