@@ -275,7 +275,11 @@ def _removed(folder: Path, unsure: bool) -> bool:
     if lock is None or not (lock.is_locked or unsure):
         return False
     try:
-        shutil.rmtree(folder)
+        if folder.is_symlink():  # the link goes; what it points to is the user's
+            (folder / LOCK).unlink(missing_ok=True)
+            folder.unlink()
+        else:
+            shutil.rmtree(folder)
     finally:
         lock.release()
     return True

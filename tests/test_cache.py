@@ -58,10 +58,15 @@ def test_list_and_clear(root):
     assert cache.clear() == 3.0 and (root / "mine.txt").exists(), "only what sae_lab made is cleared"
 
 
-def test_the_sessions_cache_only_links_to_the_model(cache_folder):
-    """So that a test that clears the cache does not delete the converted model."""
-    assert cache.root() == cache_folder
-    assert all(f.is_symlink() for folder in (cache_folder / "models").glob("*") for f in folder.iterdir())
+def test_clearing_deletes_links_and_not_what_they_point_to(root, tmp_path):
+    """The tests' own cache links to the converted model: a test that clears the cache must not delete that."""
+    put(tmp_path / "elsewhere" / "weights", 10)
+    (root / "models" / "m").mkdir(parents=True)
+    (root / "models" / "m" / "weights").symlink_to(tmp_path / "elsewhere" / "weights")
+    (root / "models" / "whole").symlink_to(tmp_path / "elsewhere")
+    sl.cache.clear()
+    assert list((root / "models").iterdir()) == []
+    assert os.listdir(tmp_path / "elsewhere") == ["weights"]
 
 
 def test_a_folder_that_cannot_be_made(tmp_path):
