@@ -4,7 +4,7 @@ import { stat } from "node:fs/promises";
 import { fileURLToPath } from "node:url";
 import { build } from "esbuild";
 
-const ALL = ["inspector", "edits", "tokens", "steering", "patching", "monitor", "feature_map"];
+const ALL = ["inspector", "edits", "tokens", "steering", "patching", "monitor", "feature_map", "site"];
 // `node build.mjs steering` builds one.
 const WIDGETS = process.argv.length > 2 ? process.argv.slice(2) : ALL;
 // anywidget stores the source in every instance, hence in every notebook that saves widget state.
@@ -19,7 +19,7 @@ for (const name of WIDGETS) {
     entryPoints: { [name]: `src/${name}/index.ts` },
     outdir: out,
     bundle: true,
-    format: "esm",
+    format: name === "site" ? "iife" : "esm", // a page from disk may not load modules
     target: "es2022",
     minify: true,
     charset: "utf8",

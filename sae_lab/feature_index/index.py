@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -264,6 +265,16 @@ class FeatureIndex:
         """Read explanations that Neuronpedia exports, or what ``notes.save`` wrote; see ``sl.notes(sae).load``. Your
         own notes stay as they are. Returns the number of features that have labels now."""
         return self.notes.load(source, model, layer)
+
+    def to_site(self, path: str | Path) -> Path:
+        """``index.to_site("features")``: write a folder with all features as a page, and return its index.html.
+
+        The page opens from disk, or from any web server, without Python or a network: list, search and sort over all
+        features, their contexts, figures and labels, a link per feature (index.html#812). Texts stay texts, and the
+        page may ask no other host for anything. A page that was written there before is replaced; ValueError for a
+        folder that holds another page.
+        """
+        return import_module("sae_lab.widgets.site").write(self, path)  # a face, which the core may not import
 
     def score(self, feature: int, text: str) -> live.Scored:
         """A feature's activation at each token of a new text: one pass to the coder's site."""

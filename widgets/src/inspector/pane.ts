@@ -56,6 +56,7 @@ export function pane(options: PaneOptions, signal: AbortSignal): Pane {
   const parts = [
     heading(view, options.live ? "" : options.note.label, ...actions(options, signal)),
     options.live ? options.noteEditor : null,
+    !options.live && options.note.text ? h("p", { class: "saelab-explanation" }, options.note.text) : null,
     ...(view.explanations ?? []).map(explanation),
     stats(view),
     options.pair && comparison(view, options.pair, options.open, signal),

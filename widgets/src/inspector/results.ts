@@ -15,12 +15,18 @@ export function results(open: (feature: number) => void, signal: AbortSignal): R
   const list = h("div", { class: "saelab-results", role: "listbox", "aria-label": "Features" });
   const note = h("div", { class: "saelab-dim saelab-results-note", role: "status" });
   const chosen = choosing(list, "feature", open, signal);
+  let shown: Row[] = [];
   return {
     element: h("section", { class: "saelab-side", "aria-label": "Feature list", "data-needs": "model" }, note, list),
     show(rows, text) {
       setText(note, text);
-      list.replaceChildren(...rows.map(option));
-      list.scrollTop = 0;
+      const longer = shown.length > 0 && rows.length > shown.length && shown.every((row, i) => row === rows[i]);
+      if (longer) list.append(...rows.slice(shown.length).map(option)); // the place and the focus stay
+      else {
+        list.replaceChildren(...rows.map(option));
+        list.scrollTop = 0;
+      }
+      shown = rows;
       chosen.mark();
     },
     select: chosen.select,
