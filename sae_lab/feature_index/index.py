@@ -12,7 +12,7 @@ import numpy as np
 from sae_lab import files, noting
 from sae_lab.activations.store import Store
 from sae_lab.arguments import Count, as_annotated
-from sae_lab.feature_index import live, query
+from sae_lab.feature_index import exporting, live, query
 from sae_lab.feature_index.annotations import Note, Notes
 from sae_lab.feature_index.labels import Labels
 from sae_lab.feature_index.summaries import BINS, QUANTILE_CONTEXTS, QUARTERS, TOP_CONTEXTS
@@ -135,6 +135,7 @@ class FeatureIndex:
         self.d_sae: int = facts["d_sae"]
         self.site = Site.of(facts["site"])
         log = noting.of(coder) if coder is not None else noting.by_id(facts["notes"])
+        self._log = log
         self.notes = Notes(log, self.d_sae, lm.id, self.site.layer)
         self.explanations = self.notes.explanations
         self.tokens_seen: int = facts["rows"]
@@ -275,6 +276,23 @@ class FeatureIndex:
         folder that holds another page.
         """
         return import_module("sae_lab.widgets.site").write(self, path)  # a face, which the core may not import
+
+    def to_neuronpedia(
+        self, path: str | Path, model: str | None = None, layer: str | None = None, author: str = ""
+    ) -> Path:
+        """``index.to_neuronpedia("export", "gpt2-small", "8-res-mine")``: write the files that Neuronpedia imports.
+
+        They go into the folder path/model/layer, which is new and is returned: features, their contexts, and what you
+        and others say of them, as its importer reads them (github.com/hijohnnylin/neuronpedia). Explanations of other
+        sources than Neuronpedia's own keep their source in ``notes``.
+
+        Args: model, layer: Neuronpedia's names of both; None: made of the model's id, the site and d_sae. author: the
+        name shown beside the coder.
+
+        Raises ValueError for names that its addresses cannot hold, for a layer of another number, and for a folder that
+        exists.
+        """
+        return exporting.write(self, self._log.all(), path, model, layer, author)
 
     def score(self, feature: int, text: str) -> live.Scored:
         """A feature's activation at each token of a new text: one pass to the coder's site."""

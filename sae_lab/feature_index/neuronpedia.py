@@ -1,5 +1,6 @@
-"""Explanations that Neuronpedia exports: lines of JSON, often gzipped, one explanation of one feature a line."""
+"""Explanations as Neuronpedia exports and imports them: lines of JSON, often gzipped, one explanation of a feature each."""
 
+import hashlib
 import json
 import re
 import sys
@@ -18,8 +19,10 @@ from sae_lab.noting import SAID, Said
 SUFFIXES = (".jsonl", ".jsonl.gz")
 MOST_LABELS = 1_000_000  # of one source: each takes some 300 bytes of memory and its text
 MOST_NAMES = 1_000  # of models and of layers, for messages
-OURS = "sae_lab"  # typeName of explanations that this library wrote; explanationModelName is then who said it
+OURS = "sae_lab"  # begins the notes of explanations that this library wrote; behind it stands who said it
+CREATOR = "clkht01d40000jv08hvalcvly"  # the user whom every Neuronpedia has, for uploads (its prisma/seed.ts)
 TIMEOUT = 60  # seconds without a byte
+_BACKSLASHES = re.compile(r"\\\\|\\u0000")
 _SAME = {"gpt2": "gpt2small", "gpt2small": "gpt2small"}
 
 
@@ -119,7 +122,9 @@ def _record(line: tuple[str, int, bytes]) -> Record | None:
             raise TypeError(f"index is {type(feature).__name__}, description is {type(text).__name__}")
         made = [str(fields[key])[:200] for key in ("explanationModelName", "typeName") if fields.get(key)]
         model, layer = (str(fields.get(key, ""))[:200] for key in ("modelId", "layer"))
-        source = sys.intern(made[0] if made[1:] == [OURS] else ", ".join(["neuronpedia", *made]))
+        noted = str(fields.get("notes") or "")
+        ours = noted.removeprefix(f"{OURS}: ")[:200] if noted.startswith(f"{OURS}: ") else ""
+        source = sys.intern(ours or ", ".join(["neuronpedia", *made]))
         f"{text}{source}{model}{layer}".encode()  # half a surrogate pair is no text
         return Record(int(feature), text.strip(), source, sys.intern(model), sys.intern(layer), where)
     except (ValueError, LookupError, TypeError, AttributeError) as err:
@@ -127,16 +132,32 @@ def _record(line: tuple[str, int, bytes]) -> Record | None:
 
 
 def lines(feature: int, fields: dict[str, Any], model: str, layer: str) -> Iterator[bytes]:
-    """What is said of a feature (see ``sae_lab.noting``) as lines of this format."""
+    """What is said of a feature (see ``sae_lab.noting``) as lines of this format, which the importer takes: its names
+    of explainers must be there already, so that others than its own go into ``notes``."""
     for field, value in fields.items():
         source = field.removeprefix(SAID)
         made = source.split(", ")[1:] if source.startswith("neuronpedia, ") else []
-        names = made if len(made) == 2 else [source, OURS]
+        names = made if len(made) == 2 else [None, None]
         for text in [value] if isinstance(value, str) else [one["text"] for one in value]:
-            record = {"modelId": model, "layer": layer, "index": str(feature), "description": text}
+            record = {"id": identity("explanation", model, layer, feature, source, text), "modelId": model}
+            record |= {"layer": layer, "index": str(feature), "description": text, "authorId": CREATOR}
             record |= {"explanationModelName": names[0], "typeName": names[1]}
+            record |= {"notes": None if len(made) == 2 else f"{OURS}: {source}"}
             if text:
-                yield json.dumps(record, ensure_ascii=False).encode() + b"\n"
+                yield as_line(record)
+
+
+def identity(*parts: object) -> str:
+    """The key of a row in its tables, the same for the same content: what is imported twice is there once."""
+    return "c" + hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:24]
+
+
+def as_line(record: dict[str, Any]) -> bytes:
+    """One line. The importer replaces the letters \\u0000 anywhere, also where they are part of a text with backslashes:
+    a character 0 becomes a space here already, and each backslash is written by its number."""
+    text = json.dumps(record, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    safe = _BACKSLASHES.sub(lambda found: " " if found[0] == r"\u0000" else r"\u005c", text)
+    return safe.encode("utf-8", "replace") + b"\n"
 
 
 def _files(source: str | Path) -> Iterator[tuple[str, BufferedIOBase]]:

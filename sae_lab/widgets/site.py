@@ -128,7 +128,7 @@ def _listing(index: FeatureIndex) -> dict[str, Any]:
 
 def _page(index: FeatureIndex) -> str:
     coder = "" if index.coder is None else f" of a {type(index.coder).__name__}"
-    title = f"Features{coder} at {index.site} of {index.lm.id}"
+    title = f"Features{coder} at {index.site.key} of {index.lm.id}"
     live = int((index.counts > 0).sum())
     text = index.store.identity.get("text", "")
     facts = f"{index.d_sae:,} features, of which {live:,} fire on the {index.tokens_seen:,} tokens of {text!r}."

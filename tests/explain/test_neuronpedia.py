@@ -5,13 +5,15 @@ import http.server
 import json
 import threading
 from functools import partial
+from pathlib import Path
 
 import pytest
 
-from sae_lab.feature_index import FeatureIndex
+from sae_lab.feature_index import FeatureIndex, exporting
 
 # Names of models that are the same, without a file for each pair.
 from sae_lab.feature_index.neuronpedia import _same_model, read_labels
+from sae_lab.noting import Said
 from sae_lab.widgets import FeatureInspector
 
 ATTACK = "<img src=x onerror=alert(1)>"
@@ -158,3 +160,90 @@ def test_nothing_is_kept_of_what_does_not_fit(token_index, tmp_path):
     with pytest.raises(ValueError, match="a label of feature 99"):
         token_index.load_labels(write(tmp_path / "x.jsonl", line(0, "a"), line(99, "b")), model="tiny")
     assert len(token_index.explanations) == 0 and not token_index.notes.file.exists()
+
+
+# ---------------------------------------------------------------------------------------------- what it imports
+
+SCHEMA = json.loads((Path(__file__).parent / "neuronpedia_schema.json").read_text())["tables"]
+KINDS = {"String": str, "Int": int, "Float": (int, float), "Boolean": bool, "Visibility": str}
+TABLES = {"model.jsonl": "Model", "sourceset.jsonl": "SourceSet", "source.jsonl": "Source", "features": "Neuron",
+          "activations": "Activation", "explanations": "Explanation"}  # fmt: skip
+
+
+def imported(file):
+    """The rows of a file, read as Neuronpedia's importer reads them; AssertionError for what its tables do not take."""
+    data = file.read_bytes()
+    text = (gzip.decompress(data) if file.suffix == ".gz" else data).decode().replace("\\u0000", " ")
+    rows = [json.loads(line) for line in text.strip().split("\n")]
+    columns = SCHEMA[TABLES[file.name if file.parent.name not in TABLES else file.parent.name]]
+    for row in rows:
+        assert row.keys() == rows[0].keys(), "the columns are those of the first line"
+        assert row.keys() <= columns.keys()
+        assert {c for c, kind in columns.items() if kind[-1] not in "?=]"} <= row.keys(), "what must be there"
+        for name, value in row.items():
+            kind = columns[name].rstrip("=")
+            if value is None:
+                assert kind.endswith("?"), name
+                continue
+            values = value if kind.endswith("[]") else [value]
+            of = KINDS[kind.rstrip("?").removesuffix("[]")]
+            assert all(isinstance(v, of) and (of is bool or not isinstance(v, bool)) for v in values), (name, value)
+    return rows
+
+
+def test_what_the_importer_reads(token_index, tmp_path, monkeypatch):
+    monkeypatch.setattr(exporting, "SIZE", 5)  # three files
+    token_index.annotate(0, "months \x00 \u2028 \\u0000", "a\nnote " + "x" * 10_000)
+    token_index.explanations.write({
+        3: [Said(ATTACK, "neuronpedia, gpt-4o, auto"), Said("\u05e9\u05dc\u05d5\u05dd 👩‍🚀", "mine, of today", {"f1": 0.5})],
+    })  # fmt: skip
+    folder = token_index.to_neuronpedia(tmp_path, "tiny", "e-res-mine", author="we")
+    assert folder == tmp_path / "tiny" / "e-res-mine"
+    rows = {}
+    for file in sorted(folder.rglob("*.jsonl*")):
+        name = file.name if file.parent == folder else file.parent.name
+        rows[name] = [*rows.get(name, []), *imported(file)]
+    assert rows.keys() == TABLES.keys()
+    features, activations, said = (rows[name] for name in ("features", "activations", "explanations"))
+    assert [int(row["index"]) for row in features] == list(range(13))
+    assert [row["frac_nonzero"] for row in features] == token_index.density.tolist()
+    assert {row["sourceSetName"] for row in features} == {"res-mine"} == {row["name"] for row in rows["sourceset.jsonl"]}
+    [source] = rows["source.jsonl"]
+    assert (source["id"], source["setName"], source["modelId"]) == ("e-res-mine", "res-mine", "tiny")
+    # A context of ours is a row, and its bounds are those of its quarter of the activations.
+    view = token_index[2]
+    here = [row for row in activations if row["index"] == "2"]
+    assert [row["tokens"] for row in here] == [c.tokens for group in view.groups for c in group["contexts"]]
+    assert len({row["id"] for row in activations}) == len(activations)
+    assert all(row["values"][row["maxValueTokenIndex"]] == row["maxValue"] == max(row["values"]) for row in activations)
+    assert {row["binMin"] for row in here[:12]} == {-1} and here[0]["binMax"] == pytest.approx(view.max, rel=1e-4)
+    quarters = {(row["binMin"], row["binMax"]): row["binContains"] for row in here[12:]}
+    assert all(low <= high for low, high in quarters)
+    if len(quarters) == 4:
+        assert sum(quarters.values()) == pytest.approx(view.density)
+    # What is said, and by whom: its own explainers by their names, which it knows; others in the notes.
+    assert {(r["index"], r["description"], r["typeName"], r["explanationModelName"], r["notes"]) for r in said} == {
+        ("0", "months   \u2028 \\u0000", None, None, "sae_lab: label"),
+        ("0", "a\nnote " + "x" * 10_000, None, None, "sae_lab: text"),
+        ("3", ATTACK, "auto", "gpt-4o", None),
+        ("3", "\u05e9\u05dc\u05d5\u05dd 👩‍🚀", None, None, "sae_lab: mine, of today"),
+    }
+    assert labels(folder / "explanations", model_id="tiny").keys() == {0, 3}
+    with pytest.raises(ValueError, match="is there already: delete it, or name another path"):
+        token_index.to_neuronpedia(tmp_path, "tiny", "e-res-mine")
+    again = token_index.to_neuronpedia(tmp_path / "again", "tiny", "e-res-mine", author="we")
+    for file in folder.rglob("*.jsonl*"):  # what is imported twice is there once
+        assert (again / file.relative_to(folder)).read_bytes() == file.read_bytes()
+
+
+def test_names_that_its_addresses_can_hold(token_index, built, tmp_path):
+    for names, words in (
+        (("Tiny Model", None), "model must be lower-case letters, digits, dots and dashes, got 'Tiny Model'"),
+        ((None, "res"), "layer must be the number of the layer, e, and a name in lower case, got 'res'"),
+        ((None, "../../x"), "layer must be"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            token_index.to_neuronpedia(tmp_path, *names)
+    assert list(tmp_path.iterdir()) == []
+    folder = token_index.to_neuronpedia(tmp_path)
+    assert folder.name == "e-embed-13" and imported(folder / "model.jsonl")[0]["id"] == folder.parent.name

@@ -347,9 +347,10 @@ def test_lines_of_neuronpedia(sae, tmp_path):
     notes = sl.notes(sae)
     notes.write(3, "months")
     [record] = map(json.loads, notes.save(tmp_path / "x.jsonl", "neuronpedia", "gpt2-small", "8-res-jb").open())
+    assert record.pop("id").startswith("c") and record.pop("authorId")
     assert record == {
         "modelId": "gpt2-small", "layer": "8-res-jb", "index": "3", "description": "months",
-        "explanationModelName": "label", "typeName": "sae_lab",
+        "explanationModelName": None, "typeName": None, "notes": "sae_lab: label",
     }  # fmt: skip
 
 
