@@ -129,14 +129,14 @@ def test_the_widgets_mark_the_same_characters():
 
 
 def test_the_widgets_put_text_into_a_page_by_one_file():
-    """``dom.ts`` marks what is not seen. Where a page or a link is made: CircuitsVis in a box without an origin, and a
-    download."""
+    """``dom.ts`` marks what is not seen. Where a page or a link is made: CircuitsVis in a box without an origin, a
+    download, and a feature's number as the address within its page."""
     sources = {str(file.relative_to(SOURCES)): file.read_text() for file in SOURCES.rglob("*.ts")}
     ways = r"\.(textContent|innerText) =[^=]|(inner|outer|Adjacent)HTML|document\.write|DOMParser|\beval\(|new Function"
     assert [name for name, text in sources.items() if re.search(ways, text)] == ["shared/dom.ts"]
     links = r"srcdoc|\bhref\b|window\.open|location\b|javascript:"
     assert sorted(name for name, text in sources.items() if re.search(links, text)) == [
-        "patching/attention.ts", "patching/exporting.ts",
+        "patching/attention.ts", "patching/exporting.ts", "site/index.ts",
     ]  # fmt: skip
     assert 'sandbox: "allow-scripts",' in sources["patching/attention.ts"]
     assert "default-src 'none'" in sources["patching/attention.ts"].replace("\\", "")

@@ -5,7 +5,8 @@ from collections import defaultdict
 from pathlib import Path
 
 SOURCES = Path(__file__).parents[2] / "widgets" / "src"
-WIDGETS = sorted(folder.name for folder in SOURCES.iterdir() if folder.name != "shared")
+# The page of all features ("site") stands alone with the inspector.
+WIDGETS = sorted({folder.name for folder in SOURCES.iterdir()} - {"shared", "site"})
 
 
 def selectors(file):

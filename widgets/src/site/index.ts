@@ -47,7 +47,7 @@ function chunk(first: number): Promise<Chunk> {
 
 /** The feature that the address names; null where it names none, NaN where it names none of this coder. */
 function named(list: Listing): number | null {
-  const text = decodeURIComponent(location.hash.slice(1));
+  const text = location.hash.slice(1);
   if (text === "") return null;
   return /^\d{1,9}$/.test(text) && Number(text) < list.d_sae ? Number(text) : Number.NaN;
 }
