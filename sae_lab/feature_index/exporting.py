@@ -1,12 +1,11 @@
 """An index as the files that Neuronpedia imports: ``index.to_neuronpedia(path)``.
 
 Its importer (apps/webapp/app/api/admin/import/route.ts and lib/db/import.ts) takes, from a folder <model>/<source>, one
-object each of ``model.jsonl``, ``sourceset.jsonl`` and ``source.jsonl``, and rows of three tables: ``features`` (table
-Neuron), ``activations`` and ``explanations``, a thousand features a file. It reads a file's columns from its first line.
+object each of ``model.jsonl``, ``sourceset.jsonl`` and ``source.jsonl``, and the rows of three tables: ``features``
+(table Neuron), ``activations`` and ``explanations``, a thousand features a file. A file's first line has its columns.
 """
 
 import gzip
-import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -34,7 +33,7 @@ def write(
     layer = layer if layer is not None else f"{number}-{site.kind.replace('_', '-')}-{index.d_sae}"
     source = _SOURCE.fullmatch(layer)
     if not _NAME.fullmatch(model):
-        raise ValueError(f"model must be lower-case letters, digits, dots and dashes, got {model!r}: model='gpt2-small'")
+        raise ValueError(f"model must be lower-case letters, digits, dots and dashes, got {model!r}: say model='mine'")
     if source is None or (source[1] != str(number) and site.layer is not None):
         raise ValueError(
             f"layer must be the number of the layer, {number}, and a name in lower case, got {layer!r}: say "
@@ -86,7 +85,8 @@ def _about(index: Any, model: str, layer: str, name: str, author: str) -> dict[s
         "source": {
             "id": layer, "modelId": model, "setName": name, "hasDashboards": True, "dataset": facts.get("text"),
             "num_prompts": int(index.store.contexts(np.array([index.tokens_seen - 1]))[0]) + 1,
-            "num_tokens_in_prompt": facts.get("context"), "notes": f"{index.tokens_seen:,} tokens, by sae_lab", **creator,
+            "num_tokens_in_prompt": facts.get("context"), "notes": f"{index.tokens_seen:,} tokens, by sae_lab",
+            **creator,
         },
     }  # fmt: skip
 

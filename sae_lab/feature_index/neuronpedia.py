@@ -1,4 +1,4 @@
-"""Explanations as Neuronpedia exports and imports them: lines of JSON, often gzipped, one explanation of a feature each."""
+"""Explanations as Neuronpedia exports and imports them: lines of JSON, often gzipped, one of one feature a line."""
 
 import hashlib
 import json
@@ -153,8 +153,8 @@ def identity(*parts: object) -> str:
 
 
 def as_line(record: dict[str, Any]) -> bytes:
-    """One line. The importer replaces the letters \\u0000 anywhere, also where they are part of a text with backslashes:
-    a character 0 becomes a space here already, and each backslash is written by its number."""
+    """One line. The importer replaces the letters \\u0000 anywhere, also in a text that has them behind a backslash: a
+    character 0 becomes a space here already, and each backslash is written by its number."""
     text = json.dumps(record, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     safe = _BACKSLASHES.sub(lambda found: " " if found[0] == r"\u0000" else r"\u005c", text)
     return safe.encode("utf-8", "replace") + b"\n"

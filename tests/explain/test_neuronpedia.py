@@ -195,7 +195,8 @@ def test_what_the_importer_reads(token_index, tmp_path, monkeypatch):
     monkeypatch.setattr(exporting, "SIZE", 5)  # three files
     token_index.annotate(0, "months \x00 \u2028 \\u0000", "a\nnote " + "x" * 10_000)
     token_index.explanations.write({
-        3: [Said(ATTACK, "neuronpedia, gpt-4o, auto"), Said("\u05e9\u05dc\u05d5\u05dd 👩‍🚀", "mine, of today", {"f1": 0.5})],
+        3: [Said(ATTACK, "neuronpedia, gpt-4o, auto"),
+            Said("\u05e9\u05dc\u05d5\u05dd 👩‍🚀", "mine, of today", {"f1": 0.5})],
     })  # fmt: skip
     folder = token_index.to_neuronpedia(tmp_path, "tiny", "e-res-mine", author="we")
     assert folder == tmp_path / "tiny" / "e-res-mine"
@@ -207,7 +208,7 @@ def test_what_the_importer_reads(token_index, tmp_path, monkeypatch):
     features, activations, said = (rows[name] for name in ("features", "activations", "explanations"))
     assert [int(row["index"]) for row in features] == list(range(13))
     assert [row["frac_nonzero"] for row in features] == token_index.density.tolist()
-    assert {row["sourceSetName"] for row in features} == {"res-mine"} == {row["name"] for row in rows["sourceset.jsonl"]}
+    assert {row["sourceSetName"] for row in features} == {"res-mine"} == {r["name"] for r in rows["sourceset.jsonl"]}
     [source] = rows["source.jsonl"]
     assert (source["id"], source["setName"], source["modelId"]) == ("e-res-mine", "res-mine", "tiny")
     # A context of ours is a row, and its bounds are those of its quarter of the activations.
