@@ -59,7 +59,7 @@ async function start(list: Listing): Promise<void> {
   theme();
   const get = async (feature: number) => opened(list, await chunk(feature - (feature % list.size)), feature);
   const wrong = () => `no feature “${location.hash.slice(1)}” here: the address ends in # and a number from 0 to ${list.d_sae - 1}`;
-  const at = named(list);
+  const [began, at] = [location.hash, named(list)];
   const first = at === null || Number.isNaN(at) ? (list.best[0] ?? 0) : at;
   const place = document.getElementById("panel") as HTMLElement;
   const shown = await get(first).catch((error: Error) => {
@@ -81,6 +81,7 @@ async function start(list: Listing): Promise<void> {
   const open = async () => {
     const feature = model.get("feature") as number;
     const view = model.get("view") as State["view"];
+    if (feature === view.feature) return; // it is shown already
     try {
       const next = await get(feature);
       if (!next || feature !== model.get("feature")) return; // another was asked for meanwhile
@@ -110,12 +111,14 @@ async function start(list: Listing): Promise<void> {
   model.on("change:feature", () => void open());
   model.on("change:query", search);
   model.on("change:sort", search);
-  addEventListener("hashchange", () => {
+  const follow = () => {
     const feature = named(list);
     if (Number.isNaN(feature)) model.set("error", wrong());
     else if (feature !== null) model.set("feature", feature);
-  });
+  };
+  addEventListener("hashchange", follow);
   inspector.render({ model: model as unknown as AnyModel<State>, el: place });
+  if (location.hash !== began) follow(); // it changed while the first feature was on its way
 
   const box = place.querySelector(".saelab-results") as HTMLElement;
   const more = () => {
