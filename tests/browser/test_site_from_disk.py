@@ -18,16 +18,16 @@ def index(make_tiny, small_text, tmp_path_factory):
     """A tiny coder's, whose text and labels try to be more than text."""
     folder = tmp_path_factory.mktemp("site")
     lm = make_tiny("llama")
-    text = sl.load_text([f"{ATTACK} {document}" for document in small_text[:9]])
-    store = sl.harvest(lm, sl.Site("resid_post", 1), text, 900, context=48, path=folder / "store")
-    coder = sl.TopK(48, 230, k=6).eval()
+    text = sl.load_text([f"{ATTACK} {document}" for document in small_text[:5]])
+    store = sl.harvest(lm, sl.Site("resid_post", 1), text, 700, context=48, path=folder / "store")
+    coder = sl.TopK(48, 120, k=4).eval()
     coder.reads = coder.writes = (sl.Site("resid_post", 1),)
     return sl.index_features(coder, lm, store, path=folder / "index")
 
 
 @pytest.fixture
 def folder(index, tmp_path, monkeypatch):
-    monkeypatch.setattr(site, "SIZE", 100)  # three files
+    monkeypatch.setattr(site, "SIZE", 50)  # three files
     live = index.order("best")
     index.annotate(int(live[0]), ATTACK, f"{RIGHT_TO_LEFT} 👩‍🚀 " + "long " * 2_000)
     index.annotate(int(live[1]), "x" * 10_000)
@@ -52,11 +52,11 @@ def test_from_disk(index, folder, tmp_path):
         assert widest == 0, "a label of 10,000 characters does not widen the page"
 
         # Each feature has an address; another file is loaded when one of its features is opened.
-        for feature in (3, 150, 229):
+        for feature in (3, 60, 119):
             page.evaluate(f"location.hash = '{feature}'")
             expect(panel.locator("h3")).to_have_text(f"Feature {feature}")
         page.go_back()
-        expect(panel.locator("h3")).to_have_text("Feature 150")
+        expect(panel.locator("h3")).to_have_text("Feature 60")
         page.goto(f"file://{folder}/index.html#999")
         expect(panel.get_by_role("alert")).to_contain_text("no feature “999” here")
 
@@ -115,10 +115,10 @@ def test_from_disk(index, folder, tmp_path):
         assert blocked.startswith("https://127.0.0.1:9")
 
         # A file that was left behind is named, and what is shown stays.
-        (folder / "features-100.js").unlink()
+        (folder / "features-50.js").unlink()
         page.goto("about:blank")
         page.goto(f"file://{folder}/index.html#1")
-        page.evaluate("location.hash = '150'")
-        expect(panel.get_by_role("alert")).to_contain_text("features-100.js is not beside this page")
+        page.evaluate("location.hash = '60'")
+        expect(panel.get_by_role("alert")).to_contain_text("features-50.js is not beside this page")
         expect(panel.locator("h3")).to_have_text("Feature 1")
         shutil.rmtree(folder)
