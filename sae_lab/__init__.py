@@ -29,9 +29,12 @@ if TYPE_CHECKING:
     from sae_lab.edits.edit import Edit as Edit
     from sae_lab.edits.edit import Patch as Patch
     from sae_lab.edits.edit import Project as Project
+    from sae_lab.edits.edit import Push as Push
     from sae_lab.edits.edit import Scale as Scale
     from sae_lab.edits.edit import Splice as Splice
     from sae_lab.edits.edit import Steer as Steer
+    from sae_lab.edits.vector import Vector as Vector
+    from sae_lab.evals.fitting import fit_probe as fit_probe
     from sae_lab.feature_index import FeatureIndex as FeatureIndex
     from sae_lab.feature_index import features as features
     from sae_lab.feature_index import index_features as index_features

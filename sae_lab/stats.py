@@ -23,6 +23,13 @@ def with_error(**measured: Sequence[float] | np.ndarray) -> dict[str, float]:
     return {name: mean for name, (mean, _) in found.items()} | {f"{name}_se": se for name, (_, se) in found.items()}
 
 
+def share_interval(share: float, n: float) -> tuple[float, float]:
+    """95 % interval of a share seen in n independent trials (Wilson 1927): also of shares of 0 and 1."""
+    z = 1.96
+    centre, half = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return max(0.0, (centre - half) / (1 + z * z / n)), min(1.0, (centre + half) / (1 + z * z / n))
+
+
 def jackknife(left_out: Iterable[float]) -> float:
     """Standard error from the estimates without each of G groups: √((G−1)/G·Σ(θ_g − θ̄)²); NaN for one group."""
     values = torch.tensor(list(left_out), dtype=torch.float64)

@@ -15,6 +15,8 @@ from sae_lab.saes.base import SparseCoder
 from sae_lab.saes.portable import at_home, encode, some
 from sae_lab.types import Codes, Site, TokenBatch
 
+PASS_TOKENS = 4096  # tokens in one pass of the model
+
 
 def read_real(lm: LM, sites: Sequence[Site], batches: Iterable[TokenBatch]) -> dict[Site, Float[Tensor, "tokens _"]]:
     """Activations of all real tokens of the batches, one after another, on the CPU."""
@@ -23,6 +25,16 @@ def read_real(lm: LM, sites: Sequence[Site], batches: Iterable[TokenBatch]) -> d
         for s, x in lm.run(batch, sites, logits=False)[0].items():
             read[s].append(x[batch.mask.to(x.device)].cpu())
     return {s: torch.cat(parts) for s, parts in read.items()}
+
+
+def alike(lengths: list[int]) -> list[list[int]]:
+    """Texts by number, in groups of like length, each small enough for one pass."""
+    groups: list[list[int]] = [[]]
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if groups[-1] and (len(groups[-1]) + 1) * lengths[i] > PASS_TOKENS:
+            groups.append([])
+        groups[-1].append(i)
+    return groups
 
 
 class Coded(NamedTuple):

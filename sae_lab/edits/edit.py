@@ -29,6 +29,8 @@ from torch import Tensor
 from sae_lab.activations.reading import read_some, require_fits
 from sae_lab.arguments import as_annotated
 from sae_lab.edits import grouping, rules
+from sae_lab.edits.conditions import Condition, Firing, require_scale
+from sae_lab.edits.vector import Vector
 from sae_lab.saes.base import SparseCoder
 from sae_lab.saes.io import opening
 from sae_lab.types import Site, TokenBatch, Write
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
 Positions = int | slice | Sequence[int] | str | Callable[[str], bool] | None
 Numbers = int | slice | Sequence[int] | None
 Prompts = str | Sequence[str]
+When = Sequence[Any] | None  # (what, level, scope), see ``WHERE``
 Rule = Callable[..., Tensor]  # (z "tokens features", rows, positions) -> z', see ``rules``
 Change = Callable[..., Tensor]  # (x "tokens d_out", read "tokens d_in", ids, rows, positions, at) -> x'
 
@@ -56,6 +59,12 @@ WHERE = """\
     rows: prompts of the batch, by number from 0: an int, a slice or a list; None, all.
     steps: passes of a generation: 0 is the pass over the prompt, n the pass over the n-th new token; None, all.
     error: the reconstruction error, x - x_hat: "keep" it, or "drop" it.
+    when: None, always; or (what, level, scope): where the code of ``what`` exceeds level times its f_scale. what: a
+        feature of this edit's coder (7), one of another coder ((sae, 7)), or a ``sl.Vector``, at this edit's site or an
+        earlier one; its code is of the activation that reaches its site, before any edit there. scope: "token", at
+        those tokens alone; "so far", from the first of them on; "prompt", everywhere if the prompt has one (CAST, Lee
+        et al. 2024, arXiv:2409.05907); outside ``lm.generate`` and ``lm.stream`` the whole text is the prompt.
+        ``edit.firing(lm, texts)`` measures how often it holds where it should not.
 """
 
 
@@ -85,6 +94,7 @@ class Edit:
     rows: Numbers = field(default=None, kw_only=True)
     steps: Numbers = field(default=None, kw_only=True)
     error: str = field(default="keep", kw_only=True)
+    when: When = field(default=None, kw_only=True)
 
     ERRORS = ("keep", "drop")
     ON_CODES = True  # whether it changes codes (``rule``), or the activation itself (``change``)
@@ -94,7 +104,8 @@ class Edit:
         """Add the arguments that every edit has to the section "Args:" of the class's docstring."""
         if cls.__doc__ and WHERE not in cls.__doc__:
             text, _, own = inspect.cleandoc(cls.__doc__).partition("\n\nArgs:\n")
-            cls.__doc__ = f"{text}\n\nArgs:\n{CODER}{own + chr(10) if own else ''}{WHERE}"
+            coder = "" if "vector" in cls.__annotations__ else CODER
+            cls.__doc__ = f"{text}\n\nArgs:\n{coder}{own + chr(10) if own else ''}{WHERE}"
 
     def __post_init__(self):
         if self.error not in self.ERRORS:
@@ -108,6 +119,27 @@ class Edit:
                 raise ValueError(f"{name} must be a finite number, got {value}")
         if not self.features:
             raise ValueError("an edit needs at least one feature")
+        _ = self.condition  # raises for one that cannot be right
+
+    @property
+    def condition(self) -> Condition | None:
+        """``when``, understood. ValueError for anything that is no condition."""
+        return None if self.when is None else Condition.of(self.when, None if hasattr(self, "vector") else self.coder)
+
+    @property
+    def subjects(self) -> list[SparseCoder | Vector]:
+        """The coder or vector that the edit is made with; then that of its condition, unless it is the same."""
+        first, what = getattr(self, "vector", self.coder), self.condition and self.condition.what
+        other = what[0] if isinstance(what, list | tuple) else what
+        return [first] if other is first or not isinstance(other, SparseCoder | Vector) else [first, other]
+
+    def firing(self, lm: "LM", texts: Sequence[str]) -> Firing:
+        """``edit.firing(lm, held_out)``: how often ``when`` holds on texts where it should not, each read as a prompt,
+        per token and per text. ValueError for an edit without ``when``."""
+        if self.condition is None:
+            raise ValueError("this edit has no when=, so it acts on every text: give it a condition")
+        self.condition.check(lm, self.write_site)
+        return self.condition.firing(lm, texts)
 
     @property
     def features(self) -> list[int]:
@@ -153,7 +185,8 @@ class Edit:
 
     def inside(self, lm: "LM", prompts: Prompts, *more: "Edit") -> Callable[..., Tensor]:
         """The edit as a function for your own nnsight trace of these prompts' token ids (``lm.tokenize(prompts).ids``),
-        here or on a server: (x "batch pos d" where it writes; for a transcoder also x where it reads) -> x'.
+        here or on a server: (x "batch pos d" where it writes; for a transcoder also x where it reads; with ``when``
+        also x where the condition reads) -> x'.
 
         more: edits of the same coder, which form one group with this one. If the coder's mask has a largest norm,
         one pass over the prompts finds the tokens that the mask keeps.
@@ -177,18 +210,10 @@ class Edit:
         if self.coder.training:
             raise ValueError("an edit needs the coder in eval mode, where a token's codes are its own: call sae.eval()")
         self._check_places(lm, batch, new)
-        if not self.IN_F_SCALE:
-            return
-        if self.coder.meta.get("f_scale") == "unknown" and not bool(self.coder.f_scale.any()):
-            raise ValueError(
-                "this coder's file does not say how strongly its features fire, the unit of edits: load it with "
-                "sl.load(..., check=store), or call sae.calibrate([activations])"
-            )
-        if silent := [f for f in self.features if not self.coder.f_scale[f]]:
-            raise ValueError(
-                f"feature {silent[0]} never fired on training text, so it has no scale to measure strength in: choose "
-                f"a live feature, or set sae.f_scale[{silent[0]}] yourself"
-            )
+        if self.IN_F_SCALE:
+            require_scale(self.coder, self.features)
+        if self.condition is not None:
+            self.condition.check(lm, self.write_site)
 
     def amount(self) -> Float[Tensor, " features"] | None:
         """What the edit adds to every token's codes, if the codes do not matter (they are then not made); else None."""
@@ -243,10 +268,11 @@ class Edit:
         )
 
     def place(self, lm: "LM") -> dict[str, Any]:
-        """The tokens that the edit names, see ``rules.named``."""
+        """The tokens that the edit names, see ``rules.named``, and its condition."""
         wanted = self._wanted(lm)
         positions = self.positions if wanted is None else None
-        return {"rows": self.rows, "steps": self.steps, "positions": positions, "wanted": wanted}
+        when = self.condition and self.condition.plain(lm)
+        return {"rows": self.rows, "steps": self.steps, "positions": positions, "wanted": wanted, "when": when}
 
     def _wanted(self, lm: "LM") -> Tensor | None:
         """For each token id whether ``positions`` means it; None where positions are given by number."""
@@ -266,51 +292,55 @@ class Edit:
 
     def _settings(self) -> dict[str, Any]:
         """The settings that differ from the defaults, by name."""
-        return {f.name: v for f in fields(self) if f.name != "coder" and (v := getattr(self, f.name)) != f.default}
+        named = [f for f in fields(self) if f.name not in ("coder", "vector")]
+        return {f.name: v for f in named if (v := getattr(self, f.name)) != f.default}
 
     def __repr__(self) -> str:
         at = repr(self.coder.site) if self.coder.reads else type(self.coder).__name__
-        return f"{type(self).__name__}({', '.join([at, *(f'{k}={v!r}' for k, v in self._settings().items())])})"
+        at = repr(self.vector) if isinstance(self, Push) else at
+        told = self._settings() | ({} if self.condition is None else {"when": self.condition})
+        return f"{type(self).__name__}({', '.join([at, *(f'{k}={v!r}' for k, v in told.items())])})"
 
     def to_json(self) -> str:
-        """The edit as text; ``sl.Edit.from_json`` makes it again. The text names the coder by the path it was saved to
-        or loaded from, and a hash of its weights.
+        """The edit as text; ``sl.Edit.from_json`` makes it again. The text names a coder by the path it was saved to or
+        loaded from, and a hash of its weights; vectors stand in it whole.
 
         ValueError for a coder that was never saved, and for positions given by a function.
         """
-        if self.coder.path is None:
-            raise ValueError("this coder was never saved, and the text names it by its path: call sae.save(path) first")
+        subject = self.subjects[0]
+        kept = {"vector" if isinstance(subject, Vector) else "coder": _kept(subject)}
         if callable(self.positions):
             raise ValueError(
                 "a function of tokens cannot be written down: give positions by number or as a token's text"
             )
         settings = {k: _plain(v) for k, v in self._settings().items()}
-        coder = {"path": self.coder.path, "fingerprint": self.coder.fingerprint()}
-        return json.dumps({"edit": type(self).__name__, "coder": coder, **settings})
+        if self.condition is not None:
+            settings["when"] = [_kept(self.condition.what), self.condition.level, self.condition.scope]
+        return json.dumps({"edit": type(self).__name__, **kept, **settings})
 
     @staticmethod
     def from_json(text: str, coder: SparseCoder | None = None) -> "Edit":
-        """An edit from the text of ``to_json``. coder: the edit's coder; None loads it from the path in the text.
+        """An edit from the text of ``to_json``. coder: the edit's coder, if it has one; None loads it from the path in
+        the text.
 
         ValueError for any other text, and for a coder with other weights.
         """
         try:
             found = json.loads(text)
-            kind, named = EDITS[found.pop("edit")], found.pop("coder")
-            path, fingerprint = named["path"], named["fingerprint"]
+            kind = EDITS[found.pop("edit")]
+            kept = dict(found.pop("vector" if kind is Push else "coder"))
+            what, level, scope = found.pop("when", None) or (None, None, None)
         except (ValueError, KeyError, TypeError, AttributeError) as err:
             raise ValueError(f"this is no edit of sae_lab ({err!r}): pass what edit.to_json() returned") from err
-        coder = opening.load(path) if coder is None else coder
-        if coder.fingerprint() != fingerprint:
-            raise ValueError(
-                f"this edit was made with a coder of weights {fingerprint}, this one ({path}) has "
-                f"{coder.fingerprint()}: a feature's number means nothing in another coder; pass coder= the right one"
-            )
+        subject = _loaded(kept, coder)
+        if what is not None:
+            same = isinstance(what, dict) and "path" in what and what.get("fingerprint") == kept.get("fingerprint")
+            found["when"] = [_loaded(what, subject if same else None), level, scope]
         unknown = set(found) - {f.name for f in fields(kind)}
         if unknown:
             raise ValueError(f"{kind.__name__} knows no {', '.join(sorted(unknown))}")
         settings: dict[str, Any] = {k: slice(*v["slice"]) if isinstance(v, dict) else v for k, v in found.items()}
-        return kind(coder, **settings)
+        return kind(subject, **settings)
 
 
 @as_annotated
@@ -502,19 +532,63 @@ class Project(FeatureEdit):
 @as_annotated
 @dataclass(frozen=True, repr=False)
 class Push(Edit):
-    """``Push(sae, vector)``: x' = x + vector at the site that the coder writes: a control for steering."""
+    """``sl.Push(vector, strength=2.0)``: push along a vector, x' = x + strength·f_scale·u, as ``sl.Steer`` along a
+    feature. It keeps the reconstruction error, since a vector reconstructs nothing.
 
-    vector: Float[Tensor, " d_out"]
-    ON_CODES = False
+    Args:
+        vector: an ``sl.Vector`` with a scale, see ``vector.calibrated``.
+        strength: 1 adds f_scale, the code that the strongest 0.1 % of the tokens above the mean reach.
+    """
 
-    def change(self) -> Change:
-        return partial(rules.pushed, vector=self.vector)
+    coder: SparseCoder = field(init=False, repr=False)
+    vector: Vector
+    strength: float = 1.0
+    ERRORS = ("keep",)
+
+    def __post_init__(self):
+        object.__setattr__(self, "coder", self.vector.coder)
+        super().__post_init__()
+
+    def check(self, lm: "LM", batch: TokenBatch, new: int = 0) -> None:
+        self.vector.require_fits(lm, measured=True)
+        super().check(lm, batch, new)
+
+    def amount(self) -> Tensor:
+        return self.strength * self._scale
+
+    def rule(self, lm: "LM", batch: TokenBatch) -> Rule:
+        return partial(rules.added, amount=self.amount())
 
     def measured(self, x: Tensor) -> dict[str, Tensor]:
-        return {}
+        return {f"{self.read_site.key} {self.vector.name}": codes for codes in super().measured(x).values()}
 
 
-EDITS = {cls.__name__: cls for cls in (Steer, Clamp, Scale, Ablate, Patch, Splice, Project)}
+EDITS = {cls.__name__: cls for cls in (Steer, Clamp, Scale, Ablate, Patch, Splice, Project, Push)}
+
+
+def _kept(what: Any) -> Any:
+    """A coder, one with a feature, a feature of the edit's own, or a vector, as JSON holds it."""
+    if isinstance(what, Vector | int):
+        return what.to_dict() if isinstance(what, Vector) else what
+    coder, feature = (what, {}) if isinstance(what, SparseCoder) else (what[0], {"feature": int(what[1])})
+    if coder.path is None:
+        raise ValueError("this coder was never saved, and the text names it by its path: call sae.save(path) first")
+    return {"path": coder.path, "fingerprint": coder.fingerprint(), **feature}
+
+
+def _loaded(kept: Any, coder: SparseCoder | None) -> Any:
+    """What ``_kept`` was given. coder: None loads it from its path."""
+    if not isinstance(kept, dict) or "direction" in kept:
+        return Vector.from_dict(kept) if isinstance(kept, dict) else kept
+    if not isinstance(path := kept.get("path"), str):
+        raise ValueError(f"this is no edit of sae_lab (its coder is {kept!r:.60}): pass what edit.to_json() returned")
+    coder = opening.load(path) if coder is None else coder
+    if coder.fingerprint() != kept.get("fingerprint"):
+        raise ValueError(
+            f"this edit was made with a coder of weights {kept.get('fingerprint')}, this one ({path}) has "
+            f"{coder.fingerprint()}: a feature's number means nothing in another coder; pass coder= the right one"
+        )
+    return (coder, kept["feature"]) if "feature" in kept else coder
 
 
 def _codes_of(edit: Edit, lm: "LM", prompts: Prompts) -> tuple[Tensor, Tensor, TokenBatch]:

@@ -109,11 +109,12 @@ def _write(group: Group, groups: Sequence[Group], norms: Any, lm: "LM", batch: T
     counts = {"special": list(mask.special_ids), "skip_first": mask.skip_first, "limit": limit}
     counts |= {"loud": loud, "before": before}
     change = _coded(edits, done, lm, batch) if edit.ON_CODES else edit.change()
-    fn = partial(
-        rules.edited, mask=counts, places=[e.place(lm) for e in edits], done=done, elsewhere=reads != writes,
-        change=change,
-    )  # fmt: skip
-    return Write(writes, fn, (reads,) if reads != writes else (), (reads,) if before else ())
+    elsewhere, first, places = reads != writes, (reads,) if before else (), [e.place(lm) for e in edits]
+    conditions = [place["when"] for place in places if place["when"]]
+    for number, when in enumerate(conditions, elsewhere + len(first)):
+        when["read"] = number
+    fn = partial(rules.edited, mask=counts, places=places, done=done, elsewhere=elsewhere, change=change)
+    return Write(writes, fn, (reads,) if elsewhere else (), (*first, *(when.pop("site") for when in conditions)))
 
 
 def _coded(edits: Sequence[Edit], done: int, lm: "LM", batch: TokenBatch) -> Any:

@@ -38,6 +38,40 @@ def named(tokens, place):
 
 
 @no_type_check
+def along(x, tokens, direction):
+    """Of each real token, x·direction and the norm of x, "tokens 2"."""
+    rows = x[tokens.mask.to(x.device)].float()
+    return torch.stack([rows @ direction.to(rows), rows.norm(dim=-1)], dim=1).cpu()
+
+
+@no_type_check
+def holds(x, tokens, when):
+    """Whether an edit's condition holds, "batch pos", told from the activations at the condition's site.
+
+    when: the "plan" of one feature's code, the "level" that it must exceed, the "mask" of tokens that are looked at,
+    and the "scope". "memory": rows in which it has held, for passes that read the newest token alone; a pass from
+    position 0 begins anew.
+    """
+    at_home(when["plan"], x.device)
+    look = counting(x, tokens, when["mask"])
+    on = torch.zeros_like(look)
+    parts = x[look.to(x.device)].float().split(1024)  # dense codes of all tokens would be large
+    codes = [some(when["plan"], encode(when["plan"], part))[:, 0] for part in parts if len(part)]
+    if codes:
+        on[look] = (torch.cat(codes) > when["level"]).cpu()
+    if when["scope"] == "token":
+        return on
+    if when["scope"] == "prompt":
+        on = on & (torch.as_tensor(tokens.step) == 0)
+    rows, memory = tokens.row_numbers.tolist(), when["memory"]
+    if int(tokens.positions[0, 0]) == 0:
+        memory.update({row: False for row in rows})
+    since = on.cummax(1).values | torch.tensor([memory[row] for row in rows])[:, None]
+    memory.update(dict(zip(rows, since[:, -1].tolist(), strict=True)))
+    return since if when["scope"] == "so far" else since[:, -1:].expand_as(since)
+
+
+@no_type_check
 def counting(x, tokens, mask):
     """Whether a token counts, "batch pos". mask: the coder's "special", "skip_first" and "limit" of the norm; "loud":
     which tokens of the prompts exceed the limit without edits, "prompts pos", or None: the norm of x is compared."""
@@ -59,13 +93,16 @@ def norms(x, tokens):
 @no_type_check
 def edited(x, tokens, *read, mask, places, done, elsewhere, change):
     """x after a group of edits. read: with ``elsewhere``, the activations to encode, from another site; with
-    mask["before"], next, the activations that decide which tokens count. places: of each edit, see ``named``; done: the
+    mask["before"], next, the activations that decide which tokens count; then those of the edits' conditions. places:
+    of each edit, see ``named``, and its "when", see ``holds``, with the number of its activations in read; done: the
     number of the group's first edits that were written before."""
+    whens = [place["when"] for place in places]
     at = [named(tokens, place) for place in places]
+    at = [h if w is None else h & holds(read[w["read"]], tokens, w) for h, w in zip(at, whens, strict=True)]
     if not any(bool(here.any()) for here in at[done:]):
         return x
     source = read[0] if elsewhere else x
-    counts = counting(read[-1] if mask["before"] else source, tokens, mask)
+    counts = counting(read[int(elsewhere)] if mask["before"] else source, tokens, mask)
     at = [here & counts for here in at]
     keep = torch.stack(at[done:]).any(0)
     if not bool(keep.any()):
@@ -151,12 +188,6 @@ def projected(x, read, ids, rows, positions, at, *, basis):
     """x minus its projection onto the span of the orthonormal columns of basis, "d_out directions"."""
     q, x = basis.to(x.device), x.float()
     return x - (x @ q) @ q.T
-
-
-@no_type_check
-def pushed(x, read, ids, rows, positions, at, *, vector):
-    """x + vector."""
-    return x + vector.to(x)
 
 
 @no_type_check

@@ -8,6 +8,7 @@ from sae_lab.evals.codelength import DescriptionLength, description_length
 from sae_lab.evals.composing import Composition, composition
 from sae_lab.evals.concept_cones import Cones, cones
 from sae_lab.evals.errors import Errors, pathological_errors
+from sae_lab.evals.fitting import Probe, fit_probe
 from sae_lab.evals.games import BoardGames, BoardScores, board_games, othello_gpt, untrained_twin
 from sae_lab.evals.hesitation import Question, Uncertainty, synthetic_qa, uncertainty
 from sae_lab.evals.injection import Injection, token_injection
@@ -26,10 +27,10 @@ from sae_lab.spelling import no_attribute
 __all__ = [
     "DEFAULT_SETS", "SECTIONS", "Absorption", "BoardGames", "BoardScores", "ByPosition", "Composition", "Cones",
     "Consistency", "DescriptionLength", "Errors", "Figure", "Hill", "Injection", "L0Choice", "Monosemanticity",
-    "Pair", "PlantedAbsorption", "Positional", "ProbeData", "ProbeSet", "Probing", "Question", "Reconstruction",
-    "Report", "Result", "Stitching", "Transfer", "Uncertainty", "absorption", "available_sets", "board_games",
-    "by_position", "choose_l0", "composition", "cones", "consistency", "description_length", "hill",
-    "monosemanticity", "othello_gpt", "pathological_errors", "planted_absorption", "positional", "probe_set",
+    "Pair", "PlantedAbsorption", "Positional", "Probe", "ProbeData", "ProbeSet", "Probing", "Question",
+    "Reconstruction", "Report", "Result", "Stitching", "Transfer", "Uncertainty", "absorption", "available_sets",
+    "board_games", "by_position", "choose_l0", "composition", "cones", "consistency", "description_length", "fit_probe",
+    "hill", "monosemanticity", "othello_gpt", "pathological_errors", "planted_absorption", "positional", "probe_set",
     "probing", "read_probe_sets", "reconstruction", "report", "stitching", "synthetic_qa", "token_injection",
     "transfer", "uncertainty", "untrained_twin",
 ]  # fmt: skip

@@ -255,13 +255,15 @@ def pooled(
 
 
 class Fit(NamedTuple):
-    """One probe's test scores, its C, its validation loss (by which C and k are chosen), and its number of inputs."""
+    """One probe's test scores, its C, its validation loss (by which C and k are chosen), and its number of inputs.
+    weights: of the inputs as they are, not standardised."""
 
     accuracy: float
     auroc: float
     penalty: float
     loss: float
     inputs: int
+    weights: np.ndarray
 
 
 def pipeline(
@@ -278,11 +280,11 @@ def pipeline(
     directions = np.linalg.svd(centred[train], full_matrices=False)[2]  # principal components of the training texts
     for name, basis in zip(BASES, (codes, x, centred @ directions[:PCA_COMPONENTS].T), strict=True):
         order = ranked(basis[train], labels[train], scaled=ours)
-        fits = {str(n): _probe(basis[:, order[:n]], labels, parts, ours) for n in k}
+        fits = {str(n): fit_logistic(basis[:, order[:n]], labels, parts, ours) for n in k}
         out |= {(name, setting): fit for setting, fit in fits.items()}
         if ours:
             out[name, CHOSEN] = min(fits.values(), key=lambda fit: (fit.loss, fit.inputs))
-    out["dense", ALL] = _probe(x, labels, parts, ours)
+    out["dense", ALL] = fit_logistic(x, labels, parts, ours)
     return out
 
 
@@ -306,7 +308,7 @@ def ranked(inputs: np.ndarray, labels: np.ndarray, scaled: bool = True) -> np.nd
     return np.argsort(-gap, kind="stable")
 
 
-def _probe(inputs: np.ndarray, labels: np.ndarray, parts: tuple[np.ndarray, ...], ours: bool) -> Fit:
+def fit_logistic(inputs: np.ndarray, labels: np.ndarray, parts: tuple[np.ndarray, ...], ours: bool) -> Fit:
     """The test scores of the logistic regression of least validation loss."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
@@ -315,9 +317,11 @@ def _probe(inputs: np.ndarray, labels: np.ndarray, parts: tuple[np.ndarray, ...]
     train, validation, test = parts
     if not inputs.shape[1]:  # a coder that never fires
         inputs = np.zeros((len(labels), 1))
+    unit: Any = 1.0
     if ours:
         deviation = inputs[train].std(0)
-        inputs = (inputs - inputs[train].mean(0)) / np.where(deviation > 0, deviation, 1)
+        unit = np.where(deviation > 0, deviation, 1)
+        inputs = (inputs - inputs[train].mean(0)) / unit
     fits = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # if one penalty does not converge, others do
@@ -332,4 +336,5 @@ def _probe(inputs: np.ndarray, labels: np.ndarray, parts: tuple[np.ndarray, ...]
         penalty=penalty,
         loss=float(loss),
         inputs=inputs.shape[1],
+        weights=model.coef_[0] / unit,
     )

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sae_lab.arguments import as_annotated
 from sae_lab.edits.edit import Push, Steer
+from sae_lab.edits.vector import Vector, text_means
 from sae_lab.feature_index.directions import extremes
 from sae_lab.lm.model import LM
 from sae_lab.lm.text import load_text
@@ -133,7 +134,7 @@ def dose_response(
     ids = _single_tokens(lm, targets)
     Steer(coder, feature).writes(lm, lm.tokenize(prompts[0]))  # refuses what it must, before anything runs
     write = (coder.f_scale[feature] * coder.W_dec[feature]).detach().cpu()
-    methods = _directions(lm, coder, write, examples, seeds)
+    methods, at = _directions(lm, coder, write, examples, seeds), coder.writes[0] if coder.writes else coder.site
     total, done = 1 + (len(strengths) - 1) * sum(map(len, methods.values())) + (ask is not None), count()
 
     def measure(edits: list[Any], ask: str = "") -> tuple[Tensor, Tensor]:
@@ -146,7 +147,8 @@ def dose_response(
     for method, directions in methods.items():
         for strength in strengths:
             norm = strength * float(write.norm())
-            results = [measure([Push(coder, norm * d)]) if strength else clean for d in directions]
+            pushes = [Push(Vector(d, at, f_scale=norm, mask=coder.mask)) for d in directions]
+            results = [measure([push]) if strength else clean for push in pushes]
             rows.append({"method": method, "strength": strength, "norm": norm} | _row(results, clean))
     if ask is not None:
         rows.append({"method": PROMPT, "strength": math.nan, "norm": 0.0} | _row([measure([], ask)], clean))
@@ -165,29 +167,13 @@ def _directions(
     random = torch.randn(seeds, len(write), generator=torch.Generator().manual_seed(0))
     found = {FEATURE: [write], RANDOM: list(random)}
     if examples is not None:
-        positive, negative = (_mean_activation(lm, coder, _texts(side)) for side in examples)
-        found[MEANS] = [positive - negative]
+        sites = [coder.writes[0] if coder.writes else coder.site, *coder.reads]
+        sides = [text_means(lm, list(dict.fromkeys(sites)), _texts(side), coder.mask or lm.mask()) for side in examples]
+        found[MEANS] = [sides[0][0].mean(0) - sides[1][0].mean(0)]
     for method, directions in found.items():
         if any(float(d.norm()) == 0 for d in directions):
             raise ValueError(f"the {method} has no length: its positive and negative examples must differ")
     return {method: [d / d.norm() for d in directions] for method, directions in found.items()}
-
-
-def _mean_activation(lm: LM, coder: SparseCoder, texts: list[str]) -> Float[Tensor, " d"]:
-    """The mean over texts of each text's mean activation, over the tokens that count, at the site the coder writes."""
-    if not texts:
-        raise ValueError("examples are positive and negative texts, at least one of each")
-    site = coder.writes[0] if coder.writes else coder.site
-    mask, sites = coder.mask or lm.mask(), list(dict.fromkeys((*coder.reads, site)))
-    means = []
-    for one in texts:
-        reading = lm.read(one, sites)
-        acts = {s: reading[s].cpu() for s in sites}
-        keep = mask.keep(reading.ids, reading.batch.positions, acts) & reading.mask
-        if not keep.any():
-            raise ValueError(f"the mask leaves out every token of the example {one!r} ({mask}): give a longer text")
-        means.append(reading[site][keep].mean(0).cpu())
-    return torch.stack(means).mean(0)
 
 
 def _single_tokens(lm: LM, targets: tuple[str, ...]) -> list[int]:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy import ndarray
 
-from sae_lab.activations.reading import read_codes, require_fits
+from sae_lab.activations.reading import alike, read_codes, require_fits
 from sae_lab.arguments import as_annotated, check_least
 from sae_lab.lm.model import LM
 from sae_lab.results import Result, result
@@ -16,7 +16,6 @@ from sae_lab.saes.base import SparseCoder
 from sae_lab.stats import Ranks, area, sparse_ranks
 
 Pooling = Literal["max", "mean", "last", "token"]
-PASS_TOKENS = 4096  # tokens in one pass of the model
 PERMUTATIONS = 999  # for every feature; where fewer than FEW reach its AUROC, 10 and then 100 times as many
 FEW = 10
 CELLS = 1 << 22  # permuted labels in memory at once
@@ -178,7 +177,7 @@ def _encode(lm: LM, coder: SparseCoder, texts: list[str], labels: list[Any], poo
     tokens: list[tuple[ndarray, ndarray]] = []  # of those that count: (text, position)
     codes: list[tuple[ndarray, ndarray, ndarray]] = []  # (which of these tokens, feature, value)
     before = 0
-    for group in _groups(lengths):
+    for group in alike(lengths):
         found, keep = read_codes(lm, coder, lm.tokenize([texts[i] for i in group]))
         row, position = (t.numpy() for t in keep.nonzero(as_tuple=True))
         tokens.append((np.array(group)[row], position))
@@ -208,17 +207,6 @@ def _encode(lm: LM, coder: SparseCoder, texts: list[str], labels: list[Any], poo
     else:
         np.maximum.at(pooled, which, value)
     return _Examples(example, feature, pooled, np.arange(len(texts)), np.array(labels, bool), density)
-
-
-def _groups(lengths: list[int]) -> list[list[int]]:
-    """Texts of like length in groups, each small enough for one pass."""
-    order = sorted(range(len(lengths)), key=lengths.__getitem__)
-    groups: list[list[int]] = [[]]
-    for i in order:
-        if groups[-1] and (len(groups[-1]) + 1) * lengths[i] > PASS_TOKENS:
-            groups.append([])
-        groups[-1].append(i)
-    return groups
 
 
 def _ranks(examples: _Examples, chosen: ndarray, live: ndarray) -> tuple[ndarray, Ranks]:

@@ -619,9 +619,10 @@ def _padded(x: Tensor, batch: TokenBatch) -> Tensor:
 def _require_travelling(writes: Iterable[Write]) -> None:
     """ValueError for edits that need a coder's class, which a server does not have."""
     for w in writes:
-        change = getattr(w.fn, "keywords", {}).get("change")
-        plan = getattr(change, "keywords", {}).get("plan") or {}
-        if coder := plan.get("own", {}).get("coder"):
+        settings = getattr(w.fn, "keywords", {})
+        plans = [getattr(settings.get("change"), "keywords", {}).get("plan") or {}]
+        plans += [place["when"]["plan"] for place in settings.get("places", ()) if place["when"]]
+        if coder := next((c for plan in plans if (c := plan.get("own", {}).get("coder"))), None):
             raise ValueError(
                 f"a {type(coder).__name__} does not say how its codes are made without this library, so no edit with "
                 "it runs on a server: give the family eval_act, see sae_lab.saes.portable"

@@ -1,10 +1,13 @@
 """The Python behind a view: what "copy as code" gives."""
 
 import sys
+from collections.abc import Iterable, Mapping
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from sae_lab.edits.edit import Edit
+from sae_lab.edits.vector import Vector
 from sae_lab.lm import bundled
 from sae_lab.lm.model import LM
 from sae_lab.saes.base import SparseCoder
@@ -28,24 +31,45 @@ def lm_line(lm: LM, name: str = "lm") -> str:
     return f"{name} = sl.LM({lm.id!r})"
 
 
-def coder_line(coder: SparseCoder, name: str = "sae") -> str:
-    """The line that loads the coder again; a comment for a coder that was not saved."""
+def coder_line(coder: SparseCoder | Vector, name: str = "sae") -> str:
+    """The line that loads the coder again; a comment for a coder that was not saved. A vector stands in the line."""
+    if isinstance(coder, Vector):
+        return f"{name} = sl.Vector.from_dict({coder.to_dict()!r})"
     if coder.path is None:
         return f"# {name}: your {type(coder).__name__}, not saved yet: {name}.save(path), then {name} = sl.load(path)"
     return f"{name} = sl.load({coder.path!r})"
 
 
-def header(lm: LM | None = None, **coders: SparseCoder) -> list[str]:
+def header(lm: LM | None = None, **coders: SparseCoder | Vector) -> list[str]:
     """The first lines of all code: import, model, coders."""
     lines = ["import sae_lab as sl", ""]
     lines += [lm_line(lm)] if lm is not None else []
     return [*lines, *(coder_line(coder, name) for name, coder in coders.items())]
 
 
-def expression(edit: Edit, coder: str = "sae") -> str:
-    """An edit as the call that makes it: ``sl.Steer(sae, 7, strength=2.0)``."""
-    settings = dict(edit._settings())
+def named(edits: Iterable[Edit]) -> dict[int, tuple[str, Any]]:
+    """The coders and vectors of edits, by id: (the name each has in code, the thing)."""
+    things = {id(thing): thing for edit in edits for thing in edit.subjects}
+    counts = {kind: count() for kind in ("sae", "vector")}
+    found = {}
+    for key, thing in things.items():
+        kind = "vector" if isinstance(thing, Vector) else "sae"
+        number = next(counts[kind])
+        found[key] = name_of(thing, f"{kind}_{number}" if number else kind), thing
+    return found
+
+
+def expression(edit: Edit, names: Mapping[int, tuple[str, Any]] | None = None) -> str:
+    """An edit as the call that makes it: ``sl.Steer(sae, 7, strength=2.0)``. names: as ``named`` gives them."""
+    names = named([edit]) if names is None else names
+    coder, settings = names[id(edit.subjects[0])][0], dict(edit._settings())
     first = [repr(settings.pop("feature"))] if "feature" in settings else []
     if callable(settings.get("positions")):
         settings["positions"] = "..."  # a function cannot be written down
-    return f"sl.{type(edit).__name__}({', '.join([coder, *first, *(f'{k}={v!r}' for k, v in settings.items())])})"
+    told = {name: repr(value) for name, value in settings.items()}
+    if edit.condition is not None:
+        name, what = names[id(edit.subjects[-1])][0], edit.condition.what
+        what = f"({name}, {edit.condition.feature})" if isinstance(what, list | tuple) else what
+        what = name if isinstance(what, Vector) else what
+        told["when"] = f"({what}, {edit.condition.level!r}, {edit.condition.scope!r})"
+    return f"sl.{type(edit).__name__}({', '.join([coder, *first, *(f'{k}={v}' for k, v in told.items())])})"

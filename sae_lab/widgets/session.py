@@ -16,7 +16,7 @@ from sae_lab.edits.edit import Edit
 from sae_lab.results import Html, tag
 from sae_lab.saes.base import SparseCoder
 
-from .coding import expression, header, name_of
+from .coding import expression, header, named
 from .panel import STATIC, Panel, quick
 from .static_html import code, table
 
@@ -139,7 +139,7 @@ class EditStack(Panel):
 
     def _row(self, key: int) -> dict[str, Any]:
         edit, on = self._entries[key]
-        return {"key": key, "on": on, "label": repr(edit), "code": expression(edit, name_of(edit.coder, "sae"))}
+        return {"key": key, "on": on, "label": repr(edit), "code": expression(edit)}
 
     def _show(self) -> None:
         self.rows = [self._row(key) for key in self._entries]
@@ -176,11 +176,9 @@ class EditStack(Panel):
             self._show()
 
     def code(self) -> str:
-        active = list(self)
-        coders = {id(edit.coder): edit.coder for edit in active}
-        names = {key: name_of(c, f"sae_{i}" if i else "sae") for i, (key, c) in enumerate(coders.items())}
-        calls = [f"    {expression(edit, names[id(edit.coder)])}," for edit in active]
-        return "\n".join([*header(None, **{names[key]: c for key, c in coders.items()}), "edits = [", *calls, "]"])
+        active, names = list(self), named(self)
+        calls = [f"    {expression(edit, names)}," for edit in active]
+        return "\n".join([*header(None, **dict(names.values())), "edits = [", *calls, "]"])
 
     def _html(self) -> Html:
         rows = [["on" if row["on"] else "off", code(row["code"])] for row in self.rows]
@@ -222,7 +220,7 @@ class Session:
         session = Session(notes)
         session.selection.pick(**selection)
         for entry in edits:
-            coder = known.get(entry["edit"]["coder"]["fingerprint"])
+            coder = known.get(entry["edit"].get("coder", {}).get("fingerprint"))  # a vector stands in the file
             edit = Edit.from_json(json.dumps(entry["edit"]), coder)
             known.setdefault(edit.coder.fingerprint(), edit.coder)
             session.edits.add(edit, entry["on"])

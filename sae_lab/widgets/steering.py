@@ -11,7 +11,8 @@ from typing import Any
 import torch
 import traitlets
 
-from sae_lab.edits.edit import Steer
+from sae_lab.edits.edit import Push, Steer
+from sae_lab.edits.vector import Vector
 from sae_lab.feature_index.dosing import DoseResponse, dose_response, neutral_texts, promoted
 from sae_lab.lm.comparing import Comparison
 from sae_lab.lm.model import LM
@@ -30,7 +31,7 @@ SEEDS = 2  # random directions beside it
 BASELINES = 16  # texts kept
 LONGEST = 1024  # tokens that are compared: the logits of all are in memory at once
 
-Strengths = int | Iterable[int] | Mapping[int, float] | None
+Strengths = int | Vector | Iterable[int | Vector] | Mapping[Any, float] | None
 
 
 class SteeringSliders(Linked):
@@ -39,12 +40,13 @@ class SteeringSliders(Linked):
         sliders = sl.SteeringSliders(lm, sae, {12: 2.0})
         lm.generate(sliders.prompt, edits=sliders.session.edits)   # what it shows
 
-    A slider is an ``sl.Steer`` of this coder in ``session.edits``; other edits of the session act too. The steered text
-    is compared token by token, without and with the edits (``lm.compare``).
+    A slider is an ``sl.Steer`` of this coder or an ``sl.Push`` in ``session.edits``; other edits of the session act
+    too. The steered text is compared token by token, without and with the edits (``lm.compare``).
 
     Args:
         lm: the model. coder: the coder whose features are steered.
-        features: a feature, several, or {feature: strength in units of f_scale}; None: the session's selected one.
+        features: a feature or ``sl.Vector``, several, or {feature: strength in units of f_scale}; None: the session's
+            selected one.
         prompt: a text; None: the session's, else "I went to the".
         session: what it shares with other widgets (``sl.Session``); None: a new one.
         max_new_tokens: at most how many tokens are generated.
@@ -157,26 +159,29 @@ class SteeringSliders(Linked):
             self.version = next(self._numbers)
 
     def _entries(self) -> list[tuple[int, Any, bool]]:
-        """The sliders: every ``sl.Steer`` of this coder."""
+        """The sliders: every ``sl.Steer`` of this coder, and every ``sl.Push``."""
         edits = self.session.edits.entries()
-        return [entry for entry in edits if type(entry[1]) is Steer and entry[1].coder is self._coder]
+        return [e for e in edits if type(e[1]) is Push or (type(e[1]) is Steer and e[1].coder is self._coder)]
 
-    def _find(self, feature: int) -> int | None:
-        """The key of the plain slider of a feature."""
-        rows = (slider_row(*entry) for entry in self._entries())
-        return next((row["key"] for row in rows if row["features"] == [feature] and not row["more"]), None)
+    def _find(self, edit: Steer | Push) -> int | None:
+        """The key of the plain slider of the same feature or vector."""
+        same = [e for e in self._entries() if e[1].coder is edit.coder and e[1].features == edit.features]
+        return next((key for key, e, on in same if not slider_row(key, e, on)["more"]), None)
 
-    def _steer(self, feature: int, strength: float) -> Steer:
+    def _steer(self, feature: int | Vector, strength: float) -> Steer | Push:
         """A slider's edit. ValueError where the model would refuse it."""
-        edit = Steer(self._coder, self._coder.feature(feature), strength=float(strength))
+        if isinstance(feature, Vector):
+            edit: Any = Push(feature, strength=float(strength))
+        else:
+            edit = Steer(self._coder, self._coder.feature(feature), strength=float(strength))
         edit.writes(self._lm, self._lm.tokenize([[0]]))
         return edit
 
-    def add(self, feature: int, strength: float = 1.0) -> int:
-        """Add a slider for a feature, or give the one it has this strength (in units of f_scale). Returns its key in
-        ``session.edits``."""
+    def add(self, feature: int | Vector, strength: float = 1.0) -> int:
+        """Add a slider for a feature or a vector, or give the one it has this strength (in units of f_scale). Returns
+        its key in ``session.edits``."""
         edit = self._steer(feature, strength)
-        if (key := self._find(edit.features[0])) is None:
+        if (key := self._find(edit)) is None:
             return self.session.edits.add(edit)
         self.session.edits.replace(key, edit)
         return key
@@ -184,7 +189,7 @@ class SteeringSliders(Linked):
     @quick
     def add_feature(self, feature: int) -> None:
         """Add a slider at strength 1, unless the feature has one."""
-        if self._find(self._coder.feature(feature)) is None:
+        if self._find(Steer(self._coder, self._coder.feature(feature))) is None:
             self.add(feature)
 
     @quick
@@ -307,7 +312,7 @@ class SteeringSliders(Linked):
     def _measure_dose(self, progress: Callable[[int, int], None] | None) -> None:
         features = [f for row in self.sliders for f in row["features"]]
         if not features:
-            raise ValueError("a dose response needs a slider: add a feature first")
+            raise ValueError("a dose response needs a slider of a feature: add a feature first")
         if not self.prompt:
             raise ValueError(NO_PROMPT)
         feature = int(self.selected) if self.selected in features else features[0]  # type: ignore[arg-type]
@@ -324,8 +329,8 @@ class SteeringSliders(Linked):
         """Prompt, sliders and settings as plain data; ``session.save`` keeps the session's other edits. ValueError for
         a slider of several features, or with further settings."""
         for row in self.sliders:
-            if row["more"] or len(row["features"]) > 1:
-                what = row["more"] or f"several features {row['features']}"
+            if row["more"] or len(row["features"]) != 1:
+                what = row["more"] or (f"the vector {row['vector']!r}" if row["vector"] else row["features"])
                 raise ValueError(
                     f"a preset keeps sliders of one feature at every token, not {what}: use session.save(path)"
                 )
@@ -402,7 +407,8 @@ class SteeringSliders(Linked):
         return steering_html(self.sliders, self.others, texts, self.comparison, results, note)
 
     def __repr__(self) -> str:
-        rows = ", ".join(f"{'+'.join(map(str, row['features']))}: {row['strength']:g}" for row in self.sliders)
+        named = [row["vector"] or "+".join(map(str, row["features"])) for row in self.sliders]
+        rows = ", ".join(f"{name}: {row['strength']:g}" for name, row in zip(named, self.sliders, strict=True))
         return f"SteeringSliders({{{rows}}}, prompt={self.prompt!r})"
 
 

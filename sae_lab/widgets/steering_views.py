@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from sae_lab.edits.edit import Steer
+from sae_lab.edits.edit import Push, Steer
 from sae_lab.feature_index.dosing import DoseResponse
 from sae_lab.lm.comparing import Comparison, differing
 from sae_lab.lm.tokens import Token
@@ -16,11 +16,15 @@ from .static_html import block, code, dotted, figure, table
 FEATURES = 12  # whose activations are shown: an edit may change all of them
 
 
-def slider_row(key: int, edit: Steer, on: bool) -> dict[str, Any]:
-    """A slider as the screen shows it. scales: f_scale of its features. more: its further settings, in words."""
-    more = {k: v for k, v in edit._settings().items() if k not in ("feature", "strength")}
+def slider_row(key: int, edit: Steer | Push, on: bool) -> dict[str, Any]:
+    """A slider as the screen shows it. vector: the name of the vector that it has in place of features. scales: f_scale
+    of its features, or of the vector. more: its further settings, in words."""
+    more = {k: v for k, v in edit._settings().items() if k not in ("feature", "strength", "when")}
+    more |= {} if edit.condition is None else {"when": edit.condition}
+    vector = (edit.vector.name or "unnamed vector") if isinstance(edit, Push) else ""
     return {
-        "key": key, "on": on, "features": edit.features, "strength": float(edit.strength),
+        "key": key, "on": on, "features": [] if vector else edit.features, "vector": vector,
+        "strength": float(edit.strength),
         "scales": [float(edit.coder.f_scale[f]) for f in edit.features],
         "more": ", ".join(f"{name}={value!r}" for name, value in more.items()),
     }  # fmt: skip
@@ -85,7 +89,7 @@ def steering_html(
     rows = [
         [
             "on" if row["on"] else "off",
-            ", ".join(map(str, row["features"])) + (f" ({row['more']})" if row["more"] else ""),
+            (row["vector"] or ", ".join(map(str, row["features"]))) + (f" ({row['more']})" if row["more"] else ""),
             f"{row['strength']:g}",
             ", ".join(figure(row["strength"] * scale) for scale in row["scales"]),
         ]

@@ -289,7 +289,7 @@ class TokenFeatures(Linked):
         if self._reading is not None:
             edit.writes(self._lm, self._reading.batch)  # ValueError where it could not act
         self.session.edits.add(edit)
-        return f"{expression(edit, name_of(edit.coder, 'sae'))} is in session.edits, {len(self.session.edits)} on"
+        return f"{expression(edit)} is in session.edits, {len(self.session.edits)} on"
 
     def code(self) -> str:
         name = name_of(self._coder, "sae")

@@ -117,6 +117,7 @@ class Things:
         self.x = torch.randn(8, 48)
         self.edit = sl.Steer(self.coder, int(self.coder.f_scale.argmax()))
         self.reading = self.lm.read("a fox", self.site)
+        self.vector = sl.Vector(torch.ones(48), self.site, f_scale=1.0)
         self.session = sl.Session()
         self.stack = self.session.edits
         self.world = sl.worlds.planted(16, 8, 2.0, samples=500)
@@ -141,6 +142,8 @@ class Things:
             "results": [(1.0, 2.0), (2.0, 1.0)], "words": ["a", "b"], "part": "explain",
             "tokenizer": self.tokenizer, "labels": [0, 1], "position": 1, "rows": slice(0, 2), "edit": self.edit,
             "activations": self.x.abs(), "other": "plain", "result": self.sweep,
+            "positive": ["a fox"], "negative": ["a dog"], "direction": torch.ones(48), "vector": self.vector,
+            "found": self.vector.to_dict(),
         }  # fmt: skip
 
     def right(self, p: inspect.Parameter) -> Any:

@@ -641,9 +641,10 @@ def test_edits_as_json(tiny_lm, sae, live, tmp_path):
 
 
 def test_shift_tab_documents_every_argument():
-    for edit in (sl.Steer, sl.Clamp, sl.Scale, sl.Ablate, sl.Patch, sl.Splice, sl.Project):
+    for edit in (sl.Steer, sl.Clamp, sl.Scale, sl.Ablate, sl.Patch, sl.Splice, sl.Project, sl.Push):
         names = list(inspect.signature(edit).parameters)
-        assert {"coder", "positions", "rows", "steps", "error"} <= set(names)
+        subject = "vector" if edit is sl.Push else "coder"
+        assert {subject, "positions", "rows", "steps", "error", "when"} <= set(names)
         told = re.findall(r"^    (\w+): ", inspect.getdoc(edit) or "", re.MULTILINE)
         assert set(told) == set(names), edit
 

@@ -6,7 +6,6 @@ import torch
 
 import sae_lab as sl
 from sae_lab.explain.selfexplain import Implant
-from sae_lab.feature_index.dosing import Push
 from sae_lab.lm.generation import continued
 from sae_lab.lm.model import listed_edits
 from sae_lab.types import Site, TokenMask
@@ -23,6 +22,11 @@ def sae(make_tiny):
 @pytest.fixture(scope="module")
 def live(make_tiny, sae):
     return firing(make_tiny("llama"), sae)
+
+
+def pushing(sae, vector):
+    """x' = x + vector at the tokens that this coder's mask keeps."""
+    return sl.Push(sl.Vector(vector, sae.site, f_scale=float(vector.norm()), mask=sae.mask))
 
 
 def after(lm, edits, site=SITE, prompt=PROMPT):
@@ -114,7 +118,7 @@ def test_another_coder_or_a_vector_ends_a_group(tiny_lm, sae, live):
     between = {
         "coder": (sl.Ablate(other, h), written(first, other, put([h], 0.0))),
         "project": (sl.Project(sae, live[2]), torch.cat([first[:1], first[1:] - (first[1:] @ v)[:, None] * v])),
-        "push": (Push(sae, 3 * v), torch.cat([first[:1], first[1:] + 3 * v])),
+        "push": (pushing(sae, 3 * v), torch.cat([first[:1], first[1:] + 3 * v])),
         "implant": (Implant(SITE, 3, v[None]), first.index_put((torch.tensor(3),), v)),
     }
     for name, (edit, then) in between.items():
@@ -230,12 +234,12 @@ def test_a_loud_edit_before_leaves_the_later_one_its_tokens(tiny_lm):
     loud = sl.Steer(sae, f, strength=40.0)
     x = after(tiny_lm, [loud])
     assert (x[1:].norm(dim=-1) > sae.mask.max_norm[SITE.key]).all()
-    vector = Push(sae, 100 * sae.W_dec[f].detach())
+    vector = pushing(sae, 100 * sae.W_dec[f].detach())
     for first, edit, by in ((loud, sl.Steer(sae, g), sae.W_dec[g] * sae.f_scale[g]),
                             (loud, sl.Steer(other, h), other.W_dec[h] * other.f_scale[h]),
                             (vector, sl.Steer(other, h), other.W_dec[h] * other.f_scale[h]),
-                            (Implant(SITE, 3, 100 * x[:1]), Push(sae, x[1]), x[1]),
-                            (loud, Push(other, x[1]), x[1])):  # fmt: skip
+                            (Implant(SITE, 3, 100 * x[:1]), pushing(sae, x[1]), x[1]),
+                            (loud, pushing(other, x[1]), x[1])):  # fmt: skip
         one, two = (after(tiny_lm, edits) for edits in ([first], [first, edit]))
         assert near((two - one)[1:], by.detach().expand_as(one[1:]), 1e-3), edit  # of a difference of large numbers
         assert torch.equal(one[0], two[0])

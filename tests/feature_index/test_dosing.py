@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import sae_lab as sl
+from sae_lab.edits.vector import text_means
 from sae_lab.feature_index import dosing
 from sae_lab.types import Site, TokenMask
 from tests.edits.test_edit import LONGER, OTHER, PROMPT, firing, make
@@ -63,7 +64,7 @@ def test_controls_have_the_same_norm(tiny_lm, sae, result):
     for texts in ([PROMPT, OTHER], [LONGER]):
         means.append(torch.stack([tiny_lm.read(t, SITE)[SITE][0, 1:].mean(0) for t in texts]).mean(0))
     vector = means[0] - means[1]
-    push = dosing.Push(sae, norms[-1] * vector / vector.norm())
+    push = sl.Push(sl.Vector(vector, SITE, f_scale=norms[-1], mask=sae.mask))
     row = table[(table.method == "difference in means") & (table.strength == 3.0)].iloc[0]
     by_hand = [log_odds(tiny_lm, p, [push]) for p in (PROMPT, OTHER)]
     assert row.log_odds == pytest.approx(sum(by_hand) / 2, abs=1e-3)
@@ -171,12 +172,10 @@ def test_the_difference_in_means_leaves_out_what_the_mask_does(tiny_lm):
     assert 1 <= int(kept.sum()) < len(x) - 1
     for site in (before, after):
         mask = TokenMask((), True, {site.key: limit})
-        coder = make(tiny_lm, before, mask=mask)
-        coder.writes = (after,)
-        found = dosing._mean_activation(tiny_lm, coder, [PROMPT])
+        found = text_means(tiny_lm, [after, before], [PROMPT], mask)[0][0]
         assert torch.allclose(found, x[kept].mean(0), atol=1e-6) and not torch.allclose(found, x[1:].mean(0), atol=1e-3)
-    with pytest.raises(ValueError, match=r"leaves out every token of the example 'The ship.*give a longer text"):
-        dosing._mean_activation(tiny_lm, make(tiny_lm, before, mask=TokenMask((), True, {before.key: 0.0})), [PROMPT])
+    with pytest.raises(ValueError, match=r"leaves out every token of 'The ship.*give a longer text"):
+        text_means(tiny_lm, [before], [PROMPT], TokenMask((), True, {before.key: 0.0}))
 
 
 @pytest.mark.parametrize(
@@ -192,7 +191,7 @@ def test_the_difference_in_means_leaves_out_what_the_mask_does(tiny_lm):
         ({"prompts": []}, "at least one prompt"),
         ({"text": []}, "at least one prompt, one target, one other text"),
         ({"examples": ([PROMPT], [PROMPT])}, "the difference in means has no length"),
-        ({"examples": ([PROMPT], [])}, "positive and negative texts, at least one of each"),
+        ({"examples": ([PROMPT], [])}, "at least one text of each kind, got none"),
         ({"feature": 999}, "feature must be an int from 0 to 63"),
     ],
 )

@@ -100,6 +100,25 @@ def test_generation(far, near, coders):
     assert pieces == list(near.stream(BASE, edits=steps, max_new_tokens=6))
 
 
+def test_vectors_and_conditions(far, near, coders):
+    """What a condition has seen in the prompt is known in the passes of the new tokens."""
+    text = sl.load_text([SOURCE, BASE, *PROMPTS] * 3)
+    there, here = (sl.Vector.difference(lm, SITE, PROMPTS, [SOURCE], text=text) for lm in (far, near))
+    same(there.direction, here.direction)
+    assert there.f_scale == pytest.approx(here.f_scale, rel=1e-4)
+    vector = here.calibrated(far, text)  # its model's name there
+    x = near.read(PROMPTS, SITE)[SITE]
+    code = coders["topk"].encode(x)[..., 3] / coders["topk"].f_scale[3]
+    for what, most in ((vector, float((x[:, 1:] @ vector.unit).max() - vector.centre) / vector.f_scale),
+                       ((coders["topk"], 3), float(code[:, 1:].max()))):  # fmt: skip
+        for scope in ("token", "so far", "prompt"):
+            edits = [sl.Push(vector, 6.0, when=(what, 0.5 * most, scope))]
+            local = [sl.Push(here, 6.0, when=(here if what is vector else what, 0.5 * most, scope))]
+            same(far.logits(BASE, edits=edits), near.logits(BASE, edits=local))
+            assert far.generate(PROMPTS, edits, max_new_tokens=6) == near.generate(PROMPTS, local, max_new_tokens=6)
+            assert repr(edits[0].firing(far, PROMPTS)) == repr(local[0].firing(near, PROMPTS))
+
+
 def test_a_stream_can_be_left(far, near):
     stream = far.stream(BASE, max_new_tokens=40)
     assert next(stream) == next(near.stream(BASE, max_new_tokens=1))

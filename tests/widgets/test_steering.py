@@ -174,7 +174,7 @@ def test_sliders_are_the_edits_of_the_session(widget, sae, live):
     edits = widget.session.edits
     [row] = widget.sliders
     assert row == {
-        "key": 0, "on": True, "features": [live[0]], "strength": 3.0,
+        "key": 0, "on": True, "features": [live[0]], "vector": "", "strength": 3.0,
         "scales": [float(sae.f_scale[live[0]])], "more": "",
     }  # fmt: skip
     widget.set_strength(row["key"], -1.5)
@@ -220,6 +220,38 @@ def test_features_in_every_form(tiny_lm, sae, live):
     assert strengths(live[:2]) == {live[0]: 1.0, live[1]: 1.0}
     assert strengths({live[0]: -2}) == {live[0]: -2.0}
     assert strengths(None) == {}
+
+
+def test_vectors_have_sliders_too(tiny_lm, sae, live, monkeypatch):
+    direction = torch.randn(48, generator=torch.Generator().manual_seed(0))
+    vector = sl.Vector(direction, sae.site, ATTACK, f_scale=3.0)
+    widget = SteeringSliders(tiny_lm, sae, {live[0]: 3.0, vector: 2.0}, PROMPT, max_new_tokens=4)
+    assert [(r["features"], r["vector"], r["strength"], r["scales"]) for r in widget.sliders][1] == (
+        [], ATTACK, 2.0, [3.0]
+    )
+    [key] = [r["key"] for r in widget.sliders if r["vector"]]
+    widget.run()
+    edits = [sl.Steer(sae, live[0], 3.0), sl.Push(vector, 2.0)]
+    assert widget.steered == tiny_lm.generate(PROMPT, edits, max_new_tokens=4)
+    assert any(ATTACK in m["name"] for m in widget.comparison["measures"])
+    Screen(widget, monkeypatch).call("set_strength", key=key, strength=0.5)
+    assert [r["strength"] for r in widget.sliders] == [3.0, 0.5] and widget.add(vector, 1.0) == key
+    assert f"{ATTACK}: 1" in repr(widget) and ATTACK not in widget._html()
+    condition = sl.Push(vector, 1.0, when=((sae, live[1]), 0.5, "prompt"))
+    widget.session.edits.add(condition)
+    assert "0.5, 'prompt'" in widget.sliders[-1]["more"]
+    with pytest.raises(ValueError, match=r"a preset keeps sliders of one feature.*use session.save\(path\)"):
+        widget.preset()
+    scope = {}
+    source = [line for line in widget.session.edits.code().split("\n") if not line.startswith("# sae")]
+    exec("\n".join(source), scope | {"sae": sae}, scope)
+    assert [repr(e) for e in scope["edits"]] == [repr(e) for e in widget.session.edits]
+    widget.session.edits.clear()
+    widget.add(vector)
+    with pytest.raises(ValueError, match="a dose response needs a slider of a feature"):
+        widget.measure()
+    with pytest.raises(ValueError, match="has width 40"):
+        widget.add(sl.Vector(torch.ones(40), sae.site, f_scale=1.0))
 
 
 def test_it_opens_on_the_selection_and_follows_it(tiny_lm, sae, live):

@@ -54,7 +54,7 @@ class Kernel {
 }
 
 const slider = (key: number, feature: number, strength: number, more = {}) => ({
-  key, on: true, features: [feature], strength, scales: [40], more: "", ...more,
+  key, on: true, features: [feature], vector: "", strength, scales: [40], more: "", ...more,
 });
 
 function comparison() {
@@ -130,6 +130,16 @@ describe("what is there", () => {
     kernel.put({ others: [{ key: 5, on: true, label: ATTACK, code: ATTACK }], error: ATTACK });
     expect(el.querySelector("img")).toBeNull();
     expect(text("Steered")).toContain("<img");
+  });
+
+  it("names a vector where it has no feature", () => {
+    const kernel = open({ sliders: [slider(0, 7, 2), slider(1, 0, 1, { features: [], vector: "praise" })] });
+    expect(by("Vector praise on")).not.toBeNull();
+    expect(by("Strength of vector praise")).not.toBeNull();
+    button("praise").click();
+    expect(kernel.saved).toHaveLength(0);
+    by("Remove vector praise").click();
+    expect(kernel.last("remove")?.args).toEqual({ key: 1 });
   });
 
   it("shows strength and amount", () => {

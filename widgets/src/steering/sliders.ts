@@ -91,14 +91,15 @@ export function sliders(actions: SliderActions, signal: AbortSignal): Sliders {
 }
 
 function slider(first: SliderRow, actions: SliderActions, signal: AbortSignal): Line {
-  const name = first.features.join(" + ");
-  const box = h("input", { type: "checkbox", "aria-label": `Feature ${name} on`, "data-needs": "kernel" });
+  const name = first.vector || first.features.join(" + ");
+  const kind = first.vector ? "vector" : "feature";
+  const box = h("input", { type: "checkbox", "aria-label": `${first.vector ? "Vector" : "Feature"} ${name} on`, "data-needs": "kernel" });
   const select = () => row.features[0] !== undefined && actions.select(row.features[0]);
-  const title = button(name, select, signal, { class: "saelab-feature-name", title: "Make it the selected feature" });
+  const title = button(name, select, signal, { class: "saelab-feature-name", title: first.vector ? "A vector" : "Make it the selected feature" });
   const amount = h("small", { class: "saelab-amount" });
-  const removing = { class: "saelab-remove", "aria-label": `Remove feature ${name}`, title: "Remove", "data-needs": "kernel" };
+  const removing = { class: "saelab-remove", "aria-label": `Remove ${kind} ${name}`, title: "Remove", "data-needs": "kernel" };
   const remove = button("×", () => actions.remove(row.key), signal, removing);
-  const label = `Strength of feature ${name}`;
+  const label = `Strength of ${kind} ${name}`;
   const range = h("input", { type: "range", min: -REACH, max: REACH, step: STEP, "aria-label": label });
   const exact = h("input", { type: "number", step: STEP, "aria-label": `${label}, exact` });
   let row = first;

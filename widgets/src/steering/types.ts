@@ -5,6 +5,8 @@ export interface SliderRow {
   key: number;
   on: boolean;
   features: number[];
+  /** The name of the vector that it has in place of features; "": none. */
+  vector: string;
   /** In units of f_scale. */
   strength: number;
   scales: number[];
