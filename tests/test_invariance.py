@@ -294,15 +294,16 @@ def _(s, lab):
 
 
 @case(
-    "FeatureIndex.order", "FeatureIndex.find", "FeatureIndex.best", "FeatureIndex.search", "FeatureIndex.top_tokens",
+    "FeatureIndex.order", "FeatureIndex.best", "FeatureIndex.search", "FeatureIndex.top_tokens",
     "FeatureIndex.norm",
 )
 def _(s, lab):
     index = _index(s, lab)
     return {
         "by norm": index.norm[index.order("norm")], "by density": sorted(index.density[index.order()]),
-        "found": sorted(map(s.back, index.find("density>1%", limit=D_SAE))), "norm": s.of_features(index.norm),
-        "searched": sorted(map(s.back, index.search("the", limit=D_SAE))),
+        "found": sorted(map(s.back, index.search("density>1%", limit=D_SAE).features)),
+        "norm": s.of_features(index.norm),
+        "searched": sorted(map(s.back, index.search("the", limit=D_SAE).features)),
         "top": [index.top_tokens(s.at(i)) for i in range(0, D_SAE, 7)],
         "best": sorted(index._readability[index.best(4)]),
     }  # fmt: skip

@@ -24,6 +24,7 @@ REASONS = {
     "_index": "the index behind a widget: what its panel shows is compared with it",
     "_on": "the grid's measurement, to be stopped between two of its passes",
     "_stats": "the arrays of an index file, compared with sums over dense codes",
+    "_places": "the rows on which a word stands, compared with the text",
     "_score": "the figures of planted labels by hand; board_games itself needs a model of the game",
     "_Data": "planted labels, as above",
     "_measurable": "of planted labels, as above",

@@ -124,7 +124,7 @@ def token_injection(
         raise ValueError(f"share must lie above 0 and be at most 1, got {share}: 0.5 is half the typical activation")
     chosen = [coder.feature(f) for f in features]
     if not chosen:
-        raise ValueError("no features given: pass a few, e.g. index.find('because')")
+        raise ValueError("no features given: pass a few, e.g. index.search('because').features")
     if silent := [f for f in chosen if index.counts[f] == 0]:
         raise ValueError(f"feature {silent[0]} never fires in the index's store, so it has no top tokens: leave it out")
     random = np.random.default_rng(seed)

@@ -124,6 +124,7 @@ def _build(coder: SparseCoder, lm: LM, store: Store, folder: Path, identity: dic
         rows, values = _place(folder, -(-len(store) // BLOCK), offsets)
         tables = {"offsets": offsets, "f_scale": coder.f_scale.cpu().numpy()}
         tables |= summarise(store, offsets, rows, values)
+        tables["per_row"] = _by_row(folder, len(store), tables["max"])
         labels = Labels.decode(lm)
         tables["readability"] = readability(lm, labels, tables["top_tokens"])
         bar.set_description("index: co-firing")
@@ -210,6 +211,26 @@ def _place(folder: Path, blocks: int, offsets: np.ndarray) -> tuple[np.ndarray, 
     return rows, values
 
 
+def _by_row(folder: Path, many: int, largest: np.ndarray) -> np.ndarray:
+    """All codes by row of the store: ``row_features.npy`` and ``row_values.npy``, in parts of the feature's largest
+    activation, which half precision holds. Returns each row's number of codes."""
+    per_row, at = np.zeros(many, np.int32), 0
+    small = np.uint16 if len(largest) <= 1 << 16 else np.int32
+    total = np.load(folder / "rows.npy", mmap_mode="r").shape[0]
+    with cache.atomic(folder / "row_features.npy") as of_features, cache.atomic(folder / "row_values.npy") as of_values:
+        features, values = cache.mapped(of_features, small, total), cache.mapped(of_values, np.float16, total)
+        for first in range(0, many, BLOCK):
+            block, _ = files.read_tensors(folder / f"block-{first // BLOCK:06d}.safetensors")
+            found, rows, size = (block[name].numpy() for name in ("features", "rows", "values"))
+            order, part = np.argsort(rows, kind="stable"), slice(at, at + len(rows))
+            features[part], values[part] = found[order], (size / largest[found])[order]
+            per_row[first : first + BLOCK] = np.bincount(rows - first, minlength=min(BLOCK, many - first))
+            at += len(rows)
+        features.flush()
+        values.flush()
+    return per_row
+
+
 def cost(coder: SparseCoder, lm: LM, store: Store, path: str | Path | None, rebuild: bool) -> Cost:
     """What ``index_features`` will take with these arguments. Tried: every stage on the first block of rows, and those
     that compare features on some of the features."""
@@ -230,6 +251,7 @@ def cost(coder: SparseCoder, lm: LM, store: Store, path: str | Path | None, rebu
         offsets = np.concatenate([[0], counts.cumsum()])
         (rows, values), placing = timed(_place, scratch, 1, offsets)
         stats, counting = timed(summarise, first, offsets, rows, values)
+        _, turning = timed(_by_row, scratch, len(first), stats["max"])
         _, sorting = timed(strongest_first, counts, block["values"])
         labels, decoding = timed(Labels.decode, lm)
         labels.write(scratch / "labels.json")
@@ -247,7 +269,7 @@ def cost(coder: SparseCoder, lm: LM, store: Store, path: str | Path | None, rebu
     alive = live if blocks == 1 else d_sae  # more text wakes more of them
     pairs = float((np.bincount(block["rows"]).astype(float) ** 2).sum()) * blocks
     seconds = (
-        once + left * coding + blocks * (placing + sorting) + decoding
+        once + left * coding + blocks * (placing + turning + sorting) + decoding
         + counting * alive / max(1, live) + judging * alive / len(busiest)
         + meeting * d_sae / tried + PAIR_SECONDS * pairs
         + looking * (d_sae + RANDOM) / (few.d_sae + RANDOM)
@@ -255,7 +277,9 @@ def cost(coder: SparseCoder, lm: LM, store: Store, path: str | Path | None, rebu
     )  # fmt: skip
     codes = int(len(block["values"]) * blocks)
     tables = stats | together | near | {name: table for name, table in logits.items() if name != "lens_random"}
-    kept = 8 * codes + words + d_sae * (16 + sum(table[0].nbytes for table in tables.values()))  # 16: _build's own
+    by_row = (4 if d_sae <= 1 << 16 else 6) * codes + 4 * len(store)
+    per_feature = 16 + sum(table[0].nbytes for table in tables.values())  # 16: _build's own
+    kept = 8 * codes + by_row + words + d_sae * per_feature
     cosines = d_sae * coder.W_dec.shape[1] * 4 + CHUNK_BYTES
     met = 9 * codes + min(DENSE_BYTES, 4 * d_sae**2) + min(CHUNK_BYTES, 20 * d_sae**2)
     on_gpu = coder.W_dec.is_cuda

@@ -23,36 +23,35 @@ CELLS = 1 << 22  # permuted labels in memory at once
 
 @result
 class FoundFeatures(Result):
-    """Result of ``sl.find_features``, the most telling feature first. ``.best`` is its number.
+    """Result of ``index.search`` and ``sl.find_features``, the best first: ``.best`` is its number, ``.features`` are
+    all. ``searched`` says what was looked for.
 
-    Columns of ``to_pandas()``: feature; auroc: chance that the feature is stronger at a positive example than at a
-    negative one (ties count half), on the examples it was ranked on; held_out: the same on the held-out examples;
-    mean_difference: mean pooled code at positives less that at negatives, all examples; density: share of all tokens
-    on which it fires; p: two-sided, by permutation of the labels of all examples; q: p after Benjamini and Hochberg
-    over all features that fire on these texts.
+    Columns of ``to_pandas()``: feature, density (share of all tokens on which it fires), and from an index tokens
+    (those it fires on most) and label; the others say what the order comes from, see ``index.search`` and
+    ``sl.find_features``.
     """
 
     table: dict[str, ndarray] = field(repr=False)
-    pooling: str
-    positives: int
-    negatives: int
-    mask: str
+    searched: str
+
+    @property
+    def features(self) -> list[int]:
+        """All features found, the best first."""
+        return self.table["feature"].tolist()
 
     @property
     def best(self) -> int:
-        """The feature with the largest AUROC."""
+        """The first feature. ValueError where none was found."""
+        if not len(self.table["feature"]):
+            raise ValueError(f"no feature was found for {self.searched}: look for another word, or for less at once")
         return int(self.table["feature"][0])
 
     def top(self, n: int = 10) -> "FoundFeatures":
         """The first n rows."""
         return replace(self, table={name: column[:n] for name, column in self.table.items()})
 
-    @property
-    def _examples(self) -> str:
-        return "tokens" if self.pooling == "token" else f"texts, pooled by {self.pooling}"
-
     _records, _gap, _shown, _digits = "table", " ", 10, ".3g"
-    _below = "{table[feature]!n} features; {positives} positive and {negatives} negative {_examples}; {mask}"
+    _below = "{table[feature]!n} features; {searched}"
 
 
 class _Examples(NamedTuple):
@@ -78,7 +77,7 @@ def find_features(
     permutations: int = PERMUTATIONS,
     seed: int = 0,
 ) -> FoundFeatures:
-    """Rank features by how well they tell positive examples from negative ones.
+    """Rank features by how well they tell positive examples from negative ones. With an index, ``index.search`` does.
 
         sl.find_features(lm, sae, positives, negatives)
         sl.find_features(lm, sae, texts, labels)                              # a label (0 or 1) for each text
@@ -90,6 +89,11 @@ def find_features(
         held_out: share of the texts that features are not ranked on; only the AUROC there is free of selection.
         permutations: of the labels, for p: of texts' labels among texts, of tokens' labels within their text. Features
             whose AUROC fewer than 10 permutations reach get 10, then 100 times as many.
+
+    Columns of the result: auroc: chance that the feature is stronger at a positive example than at a negative one (ties
+    count half), on the examples it was ranked on; held_out: the same on the held-out examples; mean_difference: mean
+    pooled code at positives less that at negatives, all examples; density: on these texts; p: two-sided, by permutation
+    of the labels of all examples; q: p after Benjamini and Hochberg over all features that fire on these texts.
 
     Raises ValueError where a class has fewer than two texts (or tokens) on either side of the split, labels do not fit,
     or the coder is at another width.
@@ -132,7 +136,8 @@ def find_features(
     order = np.lexsort((-table["mean_difference"], -auroc))
     table = {name: column[order] for name, column in table.items()}
     positives, mask = int(examples.label.sum()), coder.mask or lm.mask()
-    return FoundFeatures(table, pooling, positives, len(examples.label) - positives, str(mask))
+    what = "tokens" if pooling == "token" else f"texts, pooled by {pooling}"
+    return FoundFeatures(table, f"{positives} positive and {len(examples.label) - positives} negative {what}; {mask}")
 
 
 def _labelled(texts: Sequence[str], against: Any) -> tuple[list[str], list[Any]]:

@@ -12,7 +12,7 @@ import numpy as np
 from sae_lab import files, noting
 from sae_lab.activations.store import Store
 from sae_lab.arguments import Count, as_annotated
-from sae_lab.feature_index import exporting, live, query
+from sae_lab.feature_index import exporting, finding, live, query, searching
 from sae_lab.feature_index.annotations import Note, Notes
 from sae_lab.feature_index.labels import Labels
 from sae_lab.feature_index.summaries import BINS, QUANTILE_CONTEXTS, QUARTERS, TOP_CONTEXTS
@@ -21,8 +21,9 @@ from sae_lab.results import visible
 from sae_lab.saes.base import SparseCoder
 from sae_lab.types import Site, check_feature
 
-VERSION = 2
-CHECKED = ("rows.npy", "values.npy", "labels.json")  # their checksums stand in index.json
+VERSION = 3
+# Their checksums stand in index.json.
+CHECKED = ("rows.npy", "values.npy", "row_features.npy", "row_values.npy", "labels.json")
 TABLES = (
     "offsets", "f_scale", "mean", "max", "histogram", "top_tokens", "shown", "readability", "cofiring",
     "cofiring_counts", "neighbours", "cosines",
@@ -30,6 +31,8 @@ TABLES = (
 SIZED = 4096  # rows of the store whose mean size ``norm`` uses for a coder with an input_norm
 REMEDY = "index again with sl.index_features(coder, lm, store, ..., rebuild=True); labels and notes stay"
 BEFORE, AFTER = 24, 12  # tokens shown around an activation
+PERMUTATIONS = 100  # of the labels of examples
+LABEL_LETTERS = 80  # of an explanation in a list
 READABLE_DENSITY = (5e-4, 1e-2)  # rarer features have too few contexts to judge, denser ones are rarely about one thing
 
 
@@ -99,6 +102,8 @@ def read_facts(file: Path) -> dict[str, Any]:
     try:
         facts = files.read_json(file)
         whole = {"site": str, "notes": str, "d_sae": int, "rows": int} if file.name == "index.json" else {}
+        if whole and type(facts.get("version")) is int and facts["version"] < VERSION:
+            whole = {}  # of an earlier version of this library: it is made again
         for key, kind in {"coder": str, "store": str, **whole}.items():
             if type(facts[key]) is not kind or (kind is int and not 0 < facts[key] < 1 << 40):
                 raise ValueError(f"its {key!r} is {facts[key]!r:.60}")
@@ -123,7 +128,7 @@ def read_tables(folder: Path, d_sae: int) -> dict[str, files.Table]:
 class FeatureIndex:
     """All features of a coder over a store. Made and opened by ``sl.index_features``.
 
-    ``index[i]`` opens a feature; ``index.search("Paris")`` finds features by token; ``index.order("density")`` sorts
+    ``index[i]`` opens a feature; ``index.search("Paris")`` finds features; ``index.order("density")`` sorts
     them (``mean`` and ``max`` are in units of codes);
     ``density``, ``mean``, ``max``, ``counts``, ``norm`` are arrays over features; ``notes`` are what you wrote on
     them. With the model and the coder at hand (``lm``, ``coder``) it also scores new text.
@@ -141,8 +146,8 @@ class FeatureIndex:
         self.tokens_seen: int = facts["rows"]
         blocks = facts["blocks"]
         self._stats = stats = read_tables(self.path, self.d_sae)
-        self._rows, self._values = (
-            files.map_npy(self.path / name, blocks[name], REMEDY) for name in ("rows.npy", "values.npy")
+        self._rows, self._values, self._row_features, self._row_values = (
+            files.map_npy(self.path / name, blocks[name], REMEDY) for name in CHECKED[:4]
         )
         self._offsets = np.asarray(stats["offsets"])
         self.counts = np.diff(self._offsets)
@@ -192,20 +197,6 @@ class FeatureIndex:
     def _column(self, name: str) -> np.ndarray:
         return self.counts if name == "count" else getattr(self, name)
 
-    def find(self, line: str, limit: Count = 50) -> list[int]:
-        """Live features by a line such as ``war density>0.1% norm<20 label:weapons``: text among their top tokens,
-        limits on density, norm, max, mean and count, text among your notes and among explanations; all must hold.
-        Without tokens the most readable come first. ValueError for a limit that is no number."""
-        asked = query.parse(line)
-        holds = asked.holds(self._column, self.d_sae) & (self.counts > 0)
-        if asked.label is not None:
-            noted = np.zeros(self.d_sae, bool)
-            noted[self.notes.find(asked.label) + self.explanations.find(asked.label)] = True
-            holds &= noted
-        order = self.search(asked.tokens, self.d_sae) if asked.tokens else self.order("best")
-        order = np.asarray(order, np.int64)
-        return order[holds[order]][:limit].tolist()
-
     @cached_property
     def density_histogram(self) -> dict[str, list[int] | list[float]]:
         """Live features by log10 of their density: counts and edges, from a whole power of ten to 0."""
@@ -227,19 +218,101 @@ class FeatureIndex:
         middling = (self.density >= low) & (self.density <= high)
         return np.asarray(self._stats["readability"]) + middling
 
-    def search(self, text: str, limit: Count = 50) -> list[int]:
-        """Features with a top token that contains ``text`` (case ignored), those with the strongest matches first."""
-        needle = text.strip().lower()
-        if not needle:
-            return []
-        weight = np.zeros(len(self._labels.lower) + 1)  # of a token; the last, of -1, stays 0
-        for i, label in enumerate(self._labels.lower):
-            if needle in label:
-                weight[i] = 2 if label.strip() == needle else 1
-        top = np.asarray(self._stats["top_tokens"])
-        score = weight[top] @ (1 / (1 + np.arange(top.shape[1])))
-        order = np.argsort(-score, kind="stable")
-        return order[score[order] > 0][:limit].tolist()
+    @cached_property
+    def _places(self) -> searching.Places:
+        tokens = self.store.rows(np.arange(self.tokens_seen), "token").numpy().astype(np.int32)
+        return searching.Places(self.lm, self._labels, tokens)
+
+    def search(
+        self, what: str | Sequence[str], against: Sequence[str] | None = None, limit: Count = 50,
+        pooling: finding.Pooling = "max",
+    ) -> finding.FoundFeatures:  # fmt: skip
+        """Find features by words, by a sentence, by conditions, or by examples.
+
+            index.search("war")                             # one to three words: what fires on them
+            index.search("The army marched at dawn")        # four words or more: what fires in this sentence
+            index.search('"At dawn" density<1%')            # quotation marks: a sentence, however short
+            index.search("war density>0.1% label:weapons")  # conditions, with words or without
+            index.search(texts, against=other_texts)        # what tells the ones from the others
+
+        ``.best`` is the number of the first feature, ``.features`` are all, ``.searched`` says what was looked for.
+        Columns of the table, beside density, tokens and label: for words recall (the share of their places in the store
+        on which the feature fires), share (of its activation, what lies there) and relevance = recall·share^¼; plurals
+        count as the word, and what you labelled so comes first. For a sentence times (its mean code there over that on
+        the store), peak and token (the largest code, and where) and relevance = (mean code there - mean code on the
+        store)·log(1/density). For examples those of ``sl.find_features``.
+
+        Args:
+            what: a line, or a list of texts. Conditions are density, norm, max, mean and count with >, <, >= or <=, and
+                ``label:`` with text of your notes or of explanations; all must hold. Without words or a sentence the
+                most readable features come first.
+            against: texts of the other kind; see ``sl.find_features``, which is called with 100 permutations: p is at
+                least .01.
+            limit: the most features to give.
+            pooling: of each text with ``against``: "max", "mean" or "last" code over its tokens.
+
+        ValueError for a limit that is no number, a sentence beyond the model's length, and a sentence or examples on an
+        index without its coder.
+        """
+        if against is not None:
+            texts = [what] if isinstance(what, str) else what
+            coder = self._at_hand("a search by examples")
+            found = finding.find_features(self.lm, coder, texts, against, pooling=pooling, permutations=PERMUTATIONS)
+            return self._described(found.table, found.searched, limit)
+        if not isinstance(what, str):
+            raise ValueError(f"a list of {len(what)} texts needs others beside it: index.search(texts, against=others)")
+        asked = query.parse(what)
+        holds = asked.holds(self._column, self.d_sae) & (self.counts > 0)
+        if asked.label is not None:
+            said = np.zeros(self.d_sae, bool)
+            said[self.notes.find(asked.label) + self.explanations.find(asked.label)] = True
+            holds &= said
+        if asked.kind == "words":
+            table, searched = self._by_words(asked)
+        elif asked.kind == "sentence":
+            coder = self._at_hand("a search by a sentence")
+            table = searching.on_sentence(self.lm, coder, asked.text, self.density, self.mean)
+            searched = str(asked)
+        else:
+            order = self.order("best")
+            table, searched = {"feature": order, "max": self.max[order]}, str(asked) or "all live features"
+        kept = holds[table["feature"]]
+        return self._described({name: column[kept] for name, column in table.items()}, searched, limit)
+
+    def _by_words(self, asked: query.Query) -> tuple[dict[str, np.ndarray], str]:
+        words = list(dict.fromkeys(asked.text.lower().split()))
+        found = [self._places.of(word) for word in words]
+        table = searching.relevance([rows for rows, _ in found], self._codes_on, self.counts * self.mean)
+        mine = np.zeros(self.d_sae, bool)
+        mine[self.notes.find(asked.text)] = True
+        order = np.lexsort((-table["relevance"], ~mine))  # first what you named so yourself
+        order = order[(table["relevance"] > 0)[order] | mine[order]]
+        told = [f"{word} ({len(rows):,} in the store{'' if whole else ', as a part of tokens'})"
+                for word, (rows, whole) in zip(words, found, strict=True)]  # fmt: skip
+        table = {"feature": order} | {name: column[order] for name, column in table.items()}
+        return table, str(asked._replace(text=", ".join(told)))
+
+    @cached_property
+    def _row_ends(self) -> np.ndarray:
+        return np.asarray(self._stats["per_row"]).cumsum(dtype=np.int64)
+
+    def _codes_on(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(features, activations) of all codes on some rows of the store."""
+        many = np.asarray(self._stats["per_row"])[rows]
+        behind = many.cumsum()
+        at = np.arange(behind[-1] if len(rows) else 0) + np.repeat(self._row_ends[rows] - behind, many)
+        features = self._row_features[at].astype(np.int64)
+        return features, self._row_values[at].astype(np.float64) * self.max[features]
+
+    def _described(self, table: dict[str, np.ndarray], searched: str, limit: int) -> finding.FoundFeatures:
+        """The first rows of what was found, with what is known of each feature."""
+        table = {name: column[:limit] for name, column in table.items()}
+        features = table["feature"]
+        table.setdefault("density", self.density[features])
+        table["tokens"] = np.array([" ".join(map(visible, self.top_tokens(i))) for i in features.tolist()], object)
+        labels = [self.notes[i].label or self.explanations.label(i)[:LABEL_LETTERS] for i in features.tolist()]
+        table["label"] = np.array(labels, object)
+        return finding.FoundFeatures(table, searched)
 
     def top_tokens(self, feature: int, n: Count = 5) -> list[str]:
         """The tokens a feature fires on most."""

@@ -3,7 +3,7 @@
 import operator
 import re
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -15,11 +15,18 @@ _CONDITION = re.compile(rf"(?:^|(?<=\s))({'|'.join(COLUMNS)})\s*(>=|<=|>|<)\s*(\
 _LABEL = re.compile(r"(?:^|(?<=\s))label:(?:\"([^\"]*)\"|(\S*))", re.IGNORECASE)
 
 
-class Query(NamedTuple):
-    """tokens: text to find among top tokens. label: text to find among notes, None: not asked. limits: (column,
-    comparison, value), all of which must hold."""
+MOST_WORDS = 3
+RULE = f"one to {MOST_WORDS} words, or a sentence of more words or in quotation marks; density>0.1%, label:word"
+# From a quotation mark at the beginning of a word to the last one, or to the end of what is not typed to its end yet.
+_QUOTED = re.compile(r"(?:^|(?<=\s))[\"“](.*?)(?:[\"”](?=[^\"”]*$)|$)", re.DOTALL)
 
-    tokens: str
+
+class Query(NamedTuple):
+    """kind: whether ``text`` is "words", or a "sentence" for the model; "" for neither. label: text to find among
+    notes, None: not asked. limits: (column, comparison, value), all of which must hold."""
+
+    kind: Literal["words", "sentence", ""]
+    text: str
     label: str | None
     limits: list[tuple[str, str, float]]
 
@@ -30,13 +37,27 @@ class Query(NamedTuple):
             found &= _COMPARE[sign](np.asarray(columns(column)), value)
         return found
 
+    def __str__(self) -> str:
+        """What is searched, in words."""
+        conditions = [f"{column} {sign} {value:g}" for column, sign, value in self.limits]
+        conditions += [f"label with “{self.label}”"] if self.label is not None else []
+        asked = {"words": "words: ", "sentence": "sentence: "}.get(self.kind, "") + self.text
+        return "; ".join(filter(None, [asked, ", ".join(conditions)]))
+
 
 def parse(line: str) -> Query:
-    """A line as a query. ValueError where a limit is no number."""
-    limits = [(column.lower(), sign, _number(column, value)) for column, sign, value in _CONDITION.findall(line)]
-    rest = _CONDITION.sub(" ", line)
-    labels = [quoted or plain for quoted, plain in _LABEL.findall(rest)]
-    return Query(_LABEL.sub(" ", rest).strip(), " ".join(labels) if labels else None, limits)
+    """A line as a query. What is left beside the conditions is a sentence where it has more than MOST_WORDS words, or
+    stands in quotation marks, in which no condition is looked for. ValueError where a limit is no number."""
+    labels = [quoted or plain for quoted, plain in _LABEL.findall(line)]
+    rest = _LABEL.sub(" ", line)
+    found = _QUOTED.search(rest)
+    around = rest[: found.start()] + " " + rest[found.end() :] if found else rest
+    if found and _CONDITION.sub(" ", around).strip():  # a quotation within what is typed
+        found, around = None, rest
+    limits = [(column.lower(), sign, _number(column, value)) for column, sign, value in _CONDITION.findall(around)]
+    text = (found[1] if found else _CONDITION.sub(" ", around)).strip()
+    kind = "" if not text else "sentence" if found or len(text.split()) > MOST_WORDS else "words"
+    return Query(kind, text, " ".join(labels) if labels else None, limits)
 
 
 def _number(column: str, text: str) -> float:

@@ -1,7 +1,7 @@
 """FeatureInspector: search, open, read, try, compare and note the features of one sparse coder."""
 
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -9,6 +9,7 @@ import traitlets
 
 from sae_lab.edits.edit import Ablate, Steer
 from sae_lab.feature_index import FeatureIndex
+from sae_lab.feature_index.finding import FoundFeatures
 from sae_lab.results import Html
 from sae_lab.types import check_feature
 
@@ -24,7 +25,7 @@ FROZEN_CONTEXTS = 6  # of a group, in a page without a kernel: fifty features st
 _SORTS = {
     "best": "most readable first", "density": "by density", "max": "by max activation", "norm": "by norm at f_scale",
 }  # fmt: skip
-_HELP = "try a shorter piece of the word, or conditions such as density>0.1% norm<20 label:word"
+_HELP = "try another word, a sentence in quotation marks, or conditions such as density>0.1% norm<20 label:word"
 
 
 class FeatureInspector(Linked):
@@ -39,13 +40,14 @@ class FeatureInspector(Linked):
             index's site, else ``index.best()``.
         session: what it shares with other widgets (``sl.Session``); None: a new one.
 
-    Traits that can be read, set and observed: ``feature``, the open one; ``query``, what to list, as ``index.find``
-    takes it (text among top tokens, conditions, labels; "": all live features); ``sort``: "best" (most readable first),
-    "density" (share of tokens), "max" (activation) or "norm" (of the decoder row times f_scale); ``pinned``, a feature
-    to compare with, or None. Read only: ``view``, what is shown of the feature, as ``index[feature].to_dict()``;
-    ``note``, your label and text on it; ``pair``, its comparison with the pinned one; ``results``, the list, a dict of
-    feature, density, max, tokens and label each; ``results_note``, what the list is; ``overview``, a histogram of log10
-    density over the live features; ``live``, whether model and coder are loaded; ``error``, why the last action failed.
+    Traits that can be read, set and observed: ``feature``, the open one; ``query``, what to list, a line as
+    ``index.search`` takes it (one to three words, a sentence, conditions; "": all live features); ``sort``: "best" (as
+    the search has them, else most readable first), "density" (share of tokens), "max" (activation) or "norm" (of the
+    decoder row times f_scale); ``pinned``, a feature to compare with, or None. Read only: ``view``, what is shown of
+    the feature, as ``index[feature].to_dict()``; ``note``, your label and text on it; ``pair``, its comparison with the
+    pinned one; ``results``, the list, a dict of feature, density, max, tokens, label and why (why it was found) each;
+    ``results_note``, what the list is; ``overview``, a histogram of log10 density over the live features; ``live``,
+    whether model and coder are loaded; ``error``, why the last action failed.
 
     Raises ValueError for a ``feature`` or ``pinned`` that is not an int from 0 to ``d_sae - 1``.
     """
@@ -70,11 +72,13 @@ class FeatureInspector(Linked):
         self._index, self.d_sae = index, index.d_sae
         self._site = "" if index.site is None else index.site.key
         self._tried = ""  # the text that was scored last
+        self._examples: list[list[str]] | None = None  # those that the list comes from
+        self._found: FoundFeatures | None = None
         self.session = session or Session()
         if feature is None:
             feature = self._feature_of(self._site, self.d_sae)
         feature = self._valid_feature(index.best() if feature is None else feature)
-        results, note = self._listing("", "best")
+        results, note = self._listing("best")
         # The whole state goes into the first message, so that a view can be drawn at once.
         super().__init__(
             self.session, feature=feature, view=self._index[feature].to_dict(), results=results, results_note=note,
@@ -92,7 +96,7 @@ class FeatureInspector(Linked):
         try:
             return check_feature(feature, self.d_sae)
         except ValueError as error:
-            remedy = "index.best() names a live one, index.search(text) finds features by token"
+            remedy = "index.best() names a live one, index.search(text) finds others"
             raise ValueError(f"{error}; {remedy}") from None
 
     _open = checked("feature")(_valid_feature)
@@ -118,16 +122,42 @@ class FeatureInspector(Linked):
                 for row in self.results
             ]
 
-    def _on_search(self, _change: object) -> None:
+    def _on_search(self, change: Any) -> None:
         with self._lock:
-            self.error = ""
-            try:
-                results, note = self._listing(self.query, self.sort)
-            except ValueError as error:  # a condition that is not typed to its end
-                self.error = str(error)
-                return
-            with self.hold_sync():
-                self.results, self.results_note = results, note
+            if change["name"] == "sort":
+                return self._list(self._found)
+            self._examples = None
+            self._list_found(lambda: self._index.search(self.query, limit=RESULTS) if self.query.strip() else None)
+
+    @beside
+    def find_by_examples(self, job: Job, examples: str, against: str) -> bool:
+        """List what tells examples from others, one text a line; of no texts at all, what ``query`` says. Returns
+        whether it could; else ``error`` says why."""
+        both = [[line for line in text.splitlines() if line.strip()] for text in (examples, against)]
+        if not any(both):
+            self._on_search({"name": "query"})
+            return not self.error
+        self._list_found(lambda: self._index.search(both[0], against=both[1], limit=RESULTS), job)
+        self._examples = self._examples if self.error else both
+        return not self.error
+
+    def _list_found(self, search: Callable[[], FoundFeatures | None], job: Job | None = None) -> None:
+        self.error = ""
+        try:
+            found = search()
+        except ValueError as error:  # a condition that is not typed to its end, too few examples
+            self.error = str(error)
+            return
+        if job is not None:
+            job.check()
+        with self._lock:
+            self._list(found)
+
+    def _list(self, found: FoundFeatures | None) -> None:
+        self._found = found
+        results, note = self._listing(self.sort)
+        with self.hold_sync():
+            self.results, self.results_note = results, note
 
     def _on_pinned(self, _change: object) -> None:
         with self._lock, self._reported():
@@ -142,20 +172,23 @@ class FeatureInspector(Linked):
         tokens = {"tokens": index.top_tokens(other, 8), "tokens_here": index.top_tokens(feature, 8)}
         return index.compare(feature, other).to_dict() | {"view": {k: view[k] for k in kept}} | tokens
 
-    def _listing(self, query: str, sort: str) -> tuple[list[dict[str, Any]], str]:
-        """The rows to list, and what the list is: its query and order in words."""
-        if query.strip() == "":
+    def _listing(self, sort: str) -> tuple[list[dict[str, Any]], str]:
+        """The rows to list, and what the list is: what was searched, and the order, in words."""
+        found = self._found
+        if found is None:
             live = self._index.order(sort)
-            features, note = live[:RESULTS], f"{min(RESULTS, len(live)):,} of {len(live):,} live features"
-        else:
-            features = self._index.find(query, limit=RESULTS)
-            if not features:
-                return [], f"no feature for “{query}”; {_HELP}"
-            if sort != "best":  # a search comes best first
-                values = getattr(self._index, sort)
-                features = sorted(features, key=lambda feature: -values[feature])
-            note = f"{f'first {RESULTS}' if len(features) == RESULTS else len(features)} for “{query}”"
-        return [self._row(int(feature)) for feature in features], f"{note}, {_SORTS[sort]}"
+            note = f"{min(RESULTS, len(live)):,} of {len(live):,} live features, {_SORTS[sort]}"
+            return [self._row(int(feature)) for feature in live[:RESULTS]], note
+        if not found.features:
+            return [], f"no feature for {found.searched}; {_HELP}"
+        whys = dict(zip(found.features, map(_why, found.to_pandas().to_dict("records")), strict=True))
+        features = found.features
+        if sort != "best":  # a search comes best first
+            values = getattr(self._index, sort)
+            features = sorted(features, key=lambda feature: -values[feature])
+        many = f"first {RESULTS}" if len(features) == RESULTS else len(features)
+        order = "best first" if sort == "best" else _SORTS[sort]
+        return [self._row(i) | {"why": whys[i]} for i in features], f"{many} for {found.searched}; {order}"
 
     def _row(self, feature: int) -> dict[str, Any]:
         return {
@@ -240,6 +273,10 @@ class FeatureInspector(Linked):
         ]  # fmt: skip
         if self.pinned is not None:
             lines.append(f"print({name}.compare({self.feature}, {self.pinned}))")
+        if self._examples is not None:
+            lines.append(f"print({name}.search({self._examples[0]!r}, against={self._examples[1]!r}))")
+        elif self.query.strip():
+            lines.append(f"print({name}.search({self.query!r}))")
         if self._tried:
             lines.append(f"print({name}.score({self.feature}, {self._tried!r}))")
         return "\n".join(lines)
@@ -249,6 +286,15 @@ class FeatureInspector(Linked):
 
     def _html(self) -> Html:
         return feature_html(self.view, self.note)
+
+
+def _why(row: dict[str, Any]) -> str:
+    """Why a feature was found, from its row of the search's table."""
+    if "recall" in row:
+        return f"on {row['recall']:.0%} of their places, which hold {row['share']:.0%} of its activation"
+    if "held_out" in row:
+        return f"AUROC {row['held_out']:.2f} held out"
+    return f"{row['times']:,.1f} × the usual, most on “{row['token'].strip()}”" if "peak" in row else ""
 
 
 def _small(view: dict[str, Any]) -> dict[str, Any]:

@@ -147,7 +147,7 @@ def test_beside_the_index(token_index, tmp_path):
     again = FeatureIndex(token_index.path, token_index.store, token_index.lm, token_index.coder)
     assert again.notes[3] == ("mine", "a note")
     assert len(again.explanations) == 2 and [s.text for s in again.explanations[3]] == [ATTACK]
-    assert again.find("label:articles") == [0] and again.find("label:mine") == [3]
+    assert again.search("label:articles").features == [0] and again.search("label:mine").features == [3]
     panel = FeatureInspector(again, feature=3)
     assert {r["feature"]: r["label"] for r in panel.results}[0] == "articles"
     html = panel.snapshot()._repr_html_()

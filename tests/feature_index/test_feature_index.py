@@ -1,6 +1,7 @@
 """The feature index and the feature table, against dense recomputation."""
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -13,8 +14,10 @@ import torch
 from torch.nn import functional as F
 
 import sae_lab as sl
-from sae_lab.feature_index import Context, FeatureIndex, build, chunks, cofiring, directions, summaries
+from sae_lab.feature_index import Context, FeatureIndex, build, chunks, cofiring, directions, searching, summaries
+from sae_lab.feature_index.index import CHECKED
 from sae_lab.feature_index.labels import Labels
+from sae_lab.feature_index.searching import stem
 from sae_lab.types import Site, TokenMask
 
 SITE = Site("resid_post", 1)
@@ -387,40 +390,126 @@ def test_best(index):
     assert index.counts[index.best()] > 0
 
 
-def test_search(index, dense, store):
-    feature = int(index.order("max")[0])
-    token = store.rows(np.arange(ROWS), "token").numpy()
-    # The tokens that it fires on most, by their summed activations.
-    totals = {}
-    for row in np.flatnonzero(dense[:, feature]):
-        totals[token[row]] = totals.get(token[row], 0) + dense[row, feature]
-    ordered = sorted(totals, key=totals.get, reverse=True)
-    names = index.top_tokens(feature, 8)
-    assert len(names) == min(8, len(ordered))
-    if index.counts[feature] <= 64:
-        assert names[0] == index._labels[int(ordered[0])]
-    word = max((n for n in names if n.strip().isalpha()), key=len).strip()
-    for query in (word, word.upper(), f" {word} "):
-        found = index.search(query)
-        assert feature in found and len(found) == len(set(found))
-    assert all(any(word.lower() in t.lower() for t in index.top_tokens(f, 8)) for f in found)
-    assert index.search(word, limit=1) == found[:1]
-    assert index.search("") == index.search("   ") == index.search("xyzzyx") == []
+@pytest.fixture
+def token(store):
+    return store.rows(np.arange(ROWS), "token").numpy()
 
 
-def test_search_is_the_naive_scan(index, tiny_module_lm):
-    labels = [[tiny_module_lm.token_strings([int(i)])[0].label if i >= 0 else None for i in row]
-              for row in index._stats["top_tokens"]]  # fmt: skip
-    for query in ("e", "th", "The", " and", "a", "."):
-        needle = query.strip().lower()
-        score = np.zeros(96)
-        for feature, row in enumerate(labels):
-            for rank, label in enumerate(row):
-                if label is not None and needle in label.lower():
-                    score[feature] += (1 + (label.strip().lower() == needle)) / (1 + rank)
-        found = index.search(query, limit=96)
-        assert set(found) == set(np.flatnonzero(score)) and len(set(found)) == len(found)
-        assert (np.diff(score[found]) <= 1e-9).all()
+def test_a_word_is_searched_as_a_dense_scan_does(index, dense, token, tiny_module_lm):
+    """recall, share and relevance, from all codes on the tokens of the word."""
+    labels = [(t, index.token_labels([t])[0]) for t in set(token.tolist())]
+    words = {t: w.strip().lower() for t, w in labels if w[:1] == " " and w[1:].isalpha()}
+    common = sorted(words, key=lambda t: -(token == t).sum())[5:9]
+    for word in (words[t] for t in common):
+        rows, whole = index._places.of(word)
+        assert whole and len(rows)
+        recall = (dense[rows] > 0).mean(0)
+        share = dense[rows].sum(0) / np.maximum(dense.sum(0), 1e-9)
+        found = index.search(word.upper(), limit=96)
+        assert set(found.features) == set(np.flatnonzero(recall * share))
+        table = found.to_pandas().set_index("feature")
+        assert np.allclose(table.recall, recall[table.index])
+        assert np.allclose(table.share, share[table.index], atol=1e-3)
+        assert np.allclose(table.relevance, table.recall * table.share**0.25)
+        assert table.relevance.is_monotonic_decreasing
+        assert f"words: {word} ({len(rows)} in the store)" in found.searched and found.best == found.features[0]
+        assert index.search(word, limit=1).features == [found.best]
+        assert found.table["tokens"][0].split() == " ".join(index.top_tokens(found.best)).split()
+
+
+def test_words_are_searched_as_one(index, dense):
+    rows = [index._places.of(word)[0] for word in ("the", "and")]
+    found = index.search("the and", limit=96).to_pandas().set_index("feature")
+    recall = np.mean([(dense[r] > 0).mean(0) for r in rows], 0)
+    share = dense[np.concatenate(rows)].sum(0) / np.maximum(dense.sum(0), 1e-9)
+    assert np.allclose(found.recall, recall[found.index]) and np.allclose(found.share, share[found.index], atol=1e-3)
+
+
+def test_of_a_frequent_word_some_occurrences_are_looked_at(index, monkeypatch):
+    every = index.search("the", limit=96).to_pandas().set_index("feature")
+    rows = len(index._places.of("the")[0])
+    monkeypatch.setattr(searching, "LOOKED_AT", rows // 2)
+    some = index.search("the", limit=96).to_pandas().set_index("feature")
+    shared = every.index.intersection(some.index)[:5]
+    for name in ("recall", "share"):
+        assert 0 < (every[name] - some[name])[shared].abs().max() < 0.2
+
+
+def test_where_a_word_stands(tiny_module_lm, index, token):
+    """Whole words, also of several tokens; not the parts of longer ones. Else tokens that hold the letters."""
+    texts = index.token_labels(token)
+    text = "".join(texts)
+    spans = np.cumsum([len(t) for t in texts])
+    for word in ("the", "river", "ship", "ships", "she"):
+        wanted = {stem(word), stem(word) + "s"}
+        ends = [m.end() for m in re.finditer(r"[^\W_]+", text) if m[0].lower() in wanted]
+        rows, whole = index._places.of(word)
+        if whole:
+            assert set(rows) <= set(np.searchsorted(spans, ends)), word  # words may end at gaps of the store, too
+    rows, whole = index._places.of("tio")
+    assert not whole and all("tio" in texts[r].lower() for r in rows)
+    assert index._places.of("xyzzyx")[0].size == 0
+
+
+def test_a_search_that_finds_nothing(index):
+    found = index.search("xyzzyx")
+    assert found.features == [] and "0 features" in repr(found) and "xyzzyx (0 in the store" in found.searched
+    with pytest.raises(ValueError, match=r"no feature was found for words: xyzzyx .*: look for another word"):
+        found.best  # noqa: B018
+    assert index.search("   ").searched == "all live features"
+    assert index.search("", limit=96).features == index.order("best").tolist()
+
+
+def test_conditions_hold_for_words_too(index):
+    plain, limit = index.search("the", limit=96).features, float(np.median(index.density))
+    kept = index.search(f"the density<{limit}", limit=96)
+    assert kept.features == [i for i in plain if index.density[i] < limit] and 0 < len(kept.features) < len(plain)
+    assert f"; density < {limit:g}" in kept.searched
+
+
+def test_what_you_named_so_comes_first(index, sae, store, tiny_module_lm):
+    own = sl.index_features(sae, tiny_module_lm, store, path=index.path)  # its notes are this test's
+    last = own.search("the", limit=96).features[-1]
+    own.annotate(last, "The Article")
+    found = own.search("the", limit=96)
+    assert found.best == last and found.table["label"][0] == "The Article"
+    assert own.search("label:article").features == [last]
+
+
+def test_a_sentence_is_the_dense_codes_of_one_pass(index, sae, tiny_module_lm):
+    text = "The ship went down the river at dawn"
+    with torch.no_grad():
+        codes = sae.encode(tiny_module_lm.read(text, SITE)[SITE][0, 1:]).numpy()
+    found = index.search(text, limit=96)
+    usual = index.density * index.mean
+    assert set(found.features) == set(np.flatnonzero(codes.mean(0) > usual))
+    assert f"sentence: {text}" in found.searched
+    table = found.to_pandas().set_index("feature")
+    relevance = (codes.mean(0) - usual) * -np.log(index.density)
+    assert np.allclose(table.relevance, relevance[table.index], atol=1e-4) and table.relevance.is_monotonic_decreasing
+    assert np.allclose(table.times, (codes.mean(0) / usual)[table.index], rtol=1e-3)
+    assert np.allclose(table.peak, codes.max(0)[table.index], atol=1e-4)
+    labels = [t.label for t in tiny_module_lm.tokens(text)][1:]
+    assert [t for t in table.token] == [labels[i] for i in codes.argmax(0)[table.index]]
+    assert index.search(f'"{text}"', limit=96).features == found.features
+
+
+def test_examples_are_what_find_features_says(index, sae, tiny_module_lm):
+    ships, crows = [f"The ship number {i} sailed" for i in range(6)], [f"A crow of {i} sat there" for i in range(6)]
+    found = index.search(ships, against=crows, limit=5)
+    plain = sl.find_features(tiny_module_lm, sae, ships, crows)
+    assert found.features == plain.features[:5] and np.array_equal(found.table["held_out"], plain.table["held_out"][:5])
+    assert "6 positive and 6 negative texts, pooled by max" in found.searched and "tokens" in found.table
+    with pytest.raises(ValueError, match=r"a list of 6 texts needs others beside it: index.search\(texts, against="):
+        index.search(ships)
+
+
+def test_without_the_coder_words_are_found_and_sentences_refused(index, store, tiny_module_lm):
+    bare = FeatureIndex(index.path, store, tiny_module_lm)
+    assert bare.search("the").features == index.search("the").features
+    for ask in (lambda: bare.search("one two three four"), lambda: bare.search(["a"], against=["b"])):
+        with pytest.raises(ValueError, match=r"a search by .* needs the coder: open the index by sl\.index_features"):
+            ask()
 
 
 def test_labels_are_the_models(index, tiny_module_lm, store):
@@ -458,8 +547,7 @@ def test_out_of_range(index):
 
 def test_opened_again_without_work(index, sae, tiny_module_lm, store, monkeypatch):
     before, times = files(index.path), {f.name: f.stat().st_mtime_ns for f in index.path.iterdir()}
-    made = ["index.json", "labels.json", "rows.npy", "stats.safetensors", "values.npy"]
-    assert sorted(before) == made, "nothing is left over"
+    assert set(before) == {"index.json", "stats.safetensors", *CHECKED}, "nothing is left over"
     monkeypatch.setattr(sae, "sparse_codes", lambda *_: pytest.fail("it encodes again"))
     again = sl.index_features(sae, tiny_module_lm, store, path=index.path)
     assert {f.name: f.stat().st_mtime_ns for f in index.path.iterdir()} == times

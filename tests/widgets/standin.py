@@ -9,6 +9,7 @@ import re
 import numpy as np
 
 from sae_lab.feature_index import FeatureIndex
+from sae_lab.feature_index.finding import FoundFeatures
 
 TEXT = """<|endoftext|>In March the river rose over the old stone bridge, and by April the town had a new one.
 The council met in June. "We cannot wait until December," said the mayor, "it must open before winter."
@@ -116,8 +117,9 @@ class StandIn(FeatureIndex):
             return live
         return live[np.argsort(-getattr(self, by)[live], kind="stable")]
 
-    def find(self, text, limit=50):
-        return [f for f in self.codes if any(text in token for token in self.top_tokens(f, 99))][:limit]
+    def search(self, text, against=None, limit=50):
+        found = [f for f in self.codes if any(text in token for token in self.top_tokens(f, 99))][:limit]
+        return FoundFeatures({"feature": np.array(found, np.int64)}, f"words: {text}")
 
     def top_tokens(self, feature, n=5):
         if feature not in self.codes:

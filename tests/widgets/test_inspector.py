@@ -116,7 +116,7 @@ def test_search_and_sort(panel, index):
     panel.query = "Ju"
     assert [row["feature"] for row in panel.results] == [812]
     panel.query = "zebra"
-    assert panel.results == [] and "no feature for “zebra”" in panel.results_note
+    assert panel.results == [] and "no feature for words: zebra" in panel.results_note
     panel.query = "e"
     densities = [row["density"] for row in panel.results]
     assert len(densities) > 2 and densities == sorted(densities, reverse=True)

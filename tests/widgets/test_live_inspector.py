@@ -61,7 +61,7 @@ def test_notes_follow_the_coder(panel, real_index, lab, screen):
     assert kind == "done" and panel.note == note == {"label": "rivers", "text": "<b>see</b> also 3"}
     again = sl.index_features(lab.sae, lab.lm, lab.store, path=real_index.path)
     assert again.notes[panel.feature].label == "rivers" == sl.notes(lab.sae)[panel.feature].label
-    assert again.find("label:RIVER") == [panel.feature]
+    assert again.search("label:RIVER").features == [panel.feature]
     assert "<b>see</b>" not in panel.snapshot()._repr_html_()
     panel.query = "label:river"
     assert [row["feature"] for row in panel.results] == [panel.feature]
@@ -138,10 +138,44 @@ def test_conditions(panel, real_index):
     panel.query = "norm>0"
     assert panel.error == "" and len(panel.results) > 0
     middle = float(np.median(real_index.norm))
-    assert all(real_index.norm[i] < middle for i in real_index.find(f"norm<{middle}"))
+    assert all(real_index.norm[i] < middle for i in real_index.search(f"norm<{middle}").features)
     panel.sort = "norm"
     values = [real_index.norm[row["feature"]] for row in panel.results]
     assert values == sorted(values, reverse=True)
+
+
+def test_a_sentence_is_read_and_each_row_says_why(panel, real_index):
+    panel.query = TEXT
+    found = real_index.search(TEXT)
+    assert [row["feature"] for row in panel.results] == found.features and f"sentence: {TEXT}" in panel.results_note
+    assert f"× the usual, most on “{found.table['token'][0].strip()}”" in panel.results[0]["why"]
+    assert f"index.search({TEXT!r})" in panel.code()
+    panel.query = "the"
+    assert "words: the (" in panel.results_note and "of its activation" in panel.results[0]["why"]
+    panel.query = "density>0"
+    assert panel.results[0]["why"] == "" and "density > 0; best first" in panel.results_note
+    panel.query = "river " * 400
+    assert "at most 256" in panel.error and panel.results[0]["why"] == ""
+    panel.query = ""
+    assert "live features" in panel.results_note and "why" not in panel.results[0]
+
+
+def test_examples_against_others(panel, real_index, screen):
+    ships, crows = ([f"{what} number {i}" for i in range(6)] for what in ("The ship", "A crow"))
+    view = screen(panel)
+    assert view.call("find_by_examples", examples="\n".join(ships) + "\n\n", against="\n".join(crows)) == ("done", True)
+    found = real_index.search(ships, against=crows)
+    assert [row["feature"] for row in panel.results] == found.features
+    assert panel.results[0]["why"] == f"AUROC {found.table['held_out'][0]:.2f} held out"
+    assert "6 positive and 6 negative texts" in panel.results_note and "against=['A crow number 0'" in panel.code()
+    panel.sort = "density"
+    assert "6 positive" in panel.results_note
+    densities = [row["density"] for row in panel.results]
+    assert densities == sorted(densities, reverse=True)
+    view.call("find_by_examples", examples="\n".join(ships), against="one")
+    assert "each class needs two examples" in panel.error and "6 positive" in panel.results_note
+    view.call("find_by_examples", examples=" ", against="")
+    assert "live features" in panel.results_note and panel.error == ""
 
 
 def test_a_pinned_feature_is_compared(panel, real_index, lab):

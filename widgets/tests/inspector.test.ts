@@ -171,6 +171,31 @@ describe("search and sort", () => {
     expect(model.saved).toEqual([{ query: "cat" }]);
   });
 
+  it("searches by two lists of examples, and says when Python has read them", async () => {
+    mount();
+    const toggle = all("button").find((b) => b.textContent === "By examples")!;
+    expect(one(".saelab-examples").hidden).toBe(true);
+    toggle.click();
+    expect(toggle.getAttribute("aria-expanded")).toBe("true");
+    expect(one(".saelab-examples").hidden).toBe(false);
+    const [texts, against] = all(".saelab-examples textarea") as HTMLTextAreaElement[];
+    expect(document.activeElement).toBe(texts);
+    texts!.value = "a\nb";
+    against!.value = "c";
+    all("button").find((b) => b.textContent === "Find features")!.click();
+    expect(model.sent.at(-1)).toMatchObject({ method: "find_by_examples", args: { examples: "a\nb", against: "c" } });
+    expect(one(".saelab-examples small").textContent).toBe("reading…");
+    model.reply("find_by_examples", true);
+    await vi.waitFor(() => expect(one(".saelab-examples small").textContent).toContain("AUROC on the other half"));
+  });
+
+  it("says why a feature was found", () => {
+    mount();
+    model.fromPython("results", [{ feature: 405, density: 0.01, max: 2, tokens: [" red"], label: "", why: "AUROC 0.97 held out" }]);
+    expect(one(".saelab-result-why").textContent).toBe("AUROC 0.97 held out");
+    expect(one(".saelab-result").getAttribute("aria-label")).toContain("AUROC 0.97 held out");
+  });
+
   it("lists what Python found and sends the order", () => {
     const root = mount();
     const sort = one("select") as HTMLSelectElement;

@@ -1,4 +1,4 @@
-// The bar on top: which feature, a search by token, and the order of the list.
+// The bar on top: which feature, a search, and the order of the list.
 import { button, choice, h, setText } from "../shared/dom";
 import { integer } from "../shared/format";
 import type { Sort } from "./types";
@@ -38,8 +38,10 @@ export function controls(actions: ControlActions, signal: AbortSignal): Controls
   const search = h("input", {
     type: "search",
     class: "saelab-search",
-    placeholder: "token, density>0.1%, norm<20, label:word",
-    title: "Text among top tokens; density, norm, max, mean, count with > or <; label: text of your notes",
+    placeholder: "1 to 3 words, or a longer sentence, or density>0.1% label:word",
+    title:
+      "One to three words: features that fire on them. Four or more, or quotation marks: a sentence, and what fires in it. " +
+      "Conditions: density, norm, max, mean, count with > or <; label: text of your notes",
     "aria-label": "Search features",
     spellcheck: "false",
     autocomplete: "off",

@@ -27,7 +27,7 @@ export function frozenInspector(model: FrozenModel): void {
     const by = model.get("sort") as Sort;
     const found = rows.filter((row) => [row.label, ...row.tokens].some((text) => text.toLowerCase().includes(query)));
     if (by !== "best") found.sort((a, b) => b[by] - a[by]);
-    model.set("results_note", `${found.length} of the ${rows.length} features kept in this page`);
+    model.set("results_note", `${found.length} of the ${rows.length} features kept in this page, by a piece of their tokens or label`);
     model.set("results", found);
   };
   model.on("change:query", list);

@@ -5,6 +5,7 @@ import { onChange, send } from "../shared/model";
 import { panel, widget } from "../shared/panel";
 import type { Mode } from "./contexts";
 import { controls } from "./controls";
+import { examples } from "./examples";
 import { frozenInspector } from "./frozen";
 import { noteEditor } from "./note";
 import { type Pane, pane } from "./pane";
@@ -34,7 +35,8 @@ const inspector = widget<State>((model, el, signal) => {
     if (feature !== model.get("feature")) ask({ feature });
   };
   const bar = controls({ open, search: (query) => ask({ query }), sort: (by: Sort) => ask({ sort: by }), complain }, signal);
-  bar.element.append(frame.codeButton);
+  const byExamples = examples(call, complain, signal);
+  bar.element.append(byExamples.toggle, frame.codeButton);
   const list = results(open, signal);
 
   let mode: Mode = "stacked";
@@ -88,7 +90,7 @@ const inspector = widget<State>((model, el, signal) => {
     list.show(model.get("results"), model.get("results_note"));
     settle();
   };
-  root.append(bar.element, h("div", { class: "saelab-body" }, list.element, detail), says);
+  root.append(bar.element, byExamples.element, h("div", { class: "saelab-body" }, list.element, detail), says);
   onChange(model, ["feature"], settle, signal);
   onChange(model, ["view", "pair"], showFeature, signal);
   onChange(model, ["pinned"], () => model.get("pinned") === null && showFeature(), signal);

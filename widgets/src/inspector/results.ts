@@ -44,11 +44,12 @@ function option(row: Row): HTMLElement {
       "data-row": true,
       "data-cell": true,
       "data-feature": row.feature,
-      "aria-label": `Feature ${row.feature}, density ${percent(row.density)}, max ${number(row.max)}, fires on ${tokens}${row.label ? `, label ${row.label}` : ""}`,
+      "aria-label": `Feature ${row.feature}, density ${percent(row.density)}, max ${number(row.max)}, fires on ${tokens}${row.label ? `, label ${row.label}` : ""}${row.why ? `, ${row.why}` : ""}`,
     },
     h("span", { class: "saelab-result-id" }, String(row.feature)),
     h("span", { class: "saelab-result-numbers" }, `${percent(row.density)} · max ${number(row.max)}`),
     row.label ? h("span", { class: "saelab-result-label" }, row.label) : null,
     h("span", { class: "saelab-result-tokens" }, ...row.tokens.map(tokenChip)),
+    row.why ? h("span", { class: "saelab-result-why" }, row.why) : null,
   );
 }

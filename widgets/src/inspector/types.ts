@@ -61,6 +61,8 @@ export interface Row {
   max: number;
   tokens: string[];
   label: string;
+  /** Why a search found it. */
+  why?: string;
 }
 
 export type Sort = "best" | "density" | "max" | "norm";
