@@ -20,18 +20,21 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
-from weakref import WeakValueDictionary
+from typing import Any, NamedTuple, TypeVar
+from weakref import WeakMethod, WeakValueDictionary
 from zlib import crc32
 
 from filelock import FileLock
 
 from sae_lab import cache, files
+from sae_lab.results import Name, visible
 from sae_lab.spelling import check_text
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 SAID = "said:"
+TOKENS = 4  # of a name that is made of tokens
 WAIT = 60  # seconds for another process to finish writing
 _ID = re.compile(r"[0-9a-f]{16,64}")
 _BEGIN = b'{"feature": '
@@ -259,7 +262,9 @@ class Log:
         """Call the listeners with the changed features; without a lock, since they take locks of their own."""
         with self._lock:
             changed, self._untold = self._untold, set()
-        for listener in list(self.listeners) if changed else ():
+        HEAR[:] = [method for method in HEAR if method() is not None]
+        everywhere = [heard for method in HEAR if (heard := method()) is not None]
+        for listener in [*self.listeners, *everywhere] if changed else ():
             try:
                 listener(changed)
             except Exception:  # a panel's, for example; the notes are on disk
@@ -315,7 +320,9 @@ def _checked(field: str, value: Any) -> Any:
     return value if said is not value else [{"text": one["text"], "scores": one["scores"]} for one in said]
 
 
-_LOGS: WeakValueDictionary[str, Log] = WeakValueDictionary()  # one for each file: all panels listen to the same
+_LOGS: dict[str, Log] = {}  # one for each file: all panels listen to the same, and none is read twice
+HEAR: list[WeakMethod[Any]] = []  # methods that are called after each change of any log in this process
+INDEXES: WeakValueDictionary[str, Any] = WeakValueDictionary()  # the feature index of a coder that was opened last
 
 
 def by_id(id: str) -> Log:
@@ -323,7 +330,7 @@ def by_id(id: str) -> Log:
     if not is_id(id):
         raise ValueError(f"a coder's id is 16 to 64 hexadecimal digits, got {id!r}: the file that names it is damaged")
     file = root() / "notes" / f"{id}.jsonl"
-    return _LOGS.setdefault(str(file), Log(file))
+    return _LOGS.get(str(file)) or _LOGS.setdefault(str(file), Log(file))
 
 
 def of(coder: Any) -> Log:
@@ -332,6 +339,74 @@ def of(coder: Any) -> Log:
     if is_id(before) and not found.file.exists() and (file := by_id(before).file).exists():
         found.merge(file)
     return found
+
+
+class Names:
+    """What a coder's features are called, for tables and screens: ``names[7]``, ``names.of([7, 9])``.
+
+    A name is the feature's label; else the tokens it fires on most, where an index of the coder is open; else what
+    somebody else says of it; else "". It is looked up when it is asked for. A result keeps this and not the coder; a
+    coder that is trained on has other names.
+    """
+
+    def __init__(self, coder: Any = None, index: Any = None):
+        self._meta, self._index = getattr(coder, "meta", {}), index
+        if self._meta and not is_id(self._meta.get("id")) and any((root() / "notes").glob("*.jsonl")):
+            coder.id  # noqa: B018 (a hash of its weights: made only where there are notes)
+
+    @property
+    def index(self) -> Any:
+        """The feature index, the one given or the one that was opened last; None where none is open."""
+        return INDEXES.get(str(self._meta.get("id"))) if self._index is None else self._index
+
+    @property
+    def _log(self) -> Any:
+        """The log of the coder; before it has one, that of the coder it was trained on from."""
+        if self._index is not None:
+            return self._index.notes._log
+        id, before = self._meta.get("id"), self._meta.get("trained_from")
+        found = by_id(id) if is_id(id) else None
+        return by_id(before) if found and is_id(before) and not found.file.exists() else found
+
+    def of(self, features: Iterable[Any]) -> dict[int, str]:
+        """The names of those features that have one."""
+        if (log := self._log) is None:
+            return {}
+        with suppress(ValueError):  # notes that cannot be read hinder no table: ``sl.notes`` says why
+            log.refresh()
+        index = self.index
+        named = ((i, _named(log._values(i), index, i)) for i in dict.fromkeys(map(int, features)) if i >= 0)
+        return {i: name for i, name in named if name}
+
+    @property
+    def labels(self) -> dict[int, str]:
+        """The labels of all features that have one."""
+        found = {} if (log := self._log) is None else log.all()
+        return {feature: fields["label"] for feature, fields in found.items() if "label" in fields}
+
+    def __getitem__(self, feature: int) -> str:
+        return self.of([feature]).get(int(feature), "")
+
+    def numbered(self, feature: int) -> str:
+        """``812 'months'``: the number, and the name cut to a few words if there is one."""
+        return f"{feature} {str(name)!r}" if (name := Name(self[feature])) else f"{feature}"
+
+
+def names_of(coders: Mapping[T, Any], index: Any = None) -> dict[T, Names]:
+    """Names for each coder. index: a feature index of one, or several. ValueError for an index of none of them."""
+    many = [] if index is None else [index] if hasattr(index, "notes") else list(index)
+    given = {one.notes.file.stem: one for one in many}
+    if given and not given.keys() <= {coder.id for coder in coders.values()}:
+        raise ValueError("index is of another coder: pass what sl.index_features(coder, lm, store) gives for this one")
+    return {key: Names(coder, given.get(coder.id) if given else None) for key, coder in coders.items()}
+
+
+def _named(fields: Mapping[str, Any], index: Any, feature: int) -> str:
+    if label := fields.get("label"):
+        return label
+    if tokens := [] if index is None else index.top_tokens(feature, TOKENS):
+        return " ".join(visible(token).strip() or "·" for token in tokens)
+    return next((one["text"] for field in reversed(fields) if field.startswith(SAID) for one in fields[field]), "")
 
 
 def beside(coder: Any, folder: Path) -> Path:

@@ -14,6 +14,7 @@ from numbers import Number
 from operator import attrgetter
 from string import Formatter
 from typing import Any, NamedTuple, TypeVar, dataclass_transform
+from unicodedata import combining
 
 import numpy as np
 
@@ -26,8 +27,15 @@ HIDDEN = (
     "FE00-FE0F FEFF FFA0 FFF0-FFFB 1BCA0-1BCA3 1D173-1D17A E0000-E0FFF"
 )
 _NOT_IN_SCRIPT = re.compile("[<>&\u2028\u2029\ud800-\udfff]")
+# A mark of an emoji's form, or a join of two, behind an emoji: the only hidden ones that draw something.
+_EMOJI = "[\u203c\u2049\u2122-\u2bff\u3030\u303d\u3297\u3299\U0001f000-\U0001faff]"
+_JOINS = "\ufe0f\u200d" + "".join(map(chr, range(0x1F3FB, 0x1F400)))
+LONGEST, MOST_TITLE = 40, 10_000  # characters of a short name, and of the whole that is shown
 GLYPHS = {"\n": "↵", "\t": "⇥", "\r": "␍", "\u00a0": "⍽"}
-_HIDDEN = re.compile("[" + re.sub("[0-9A-F]+", lambda m: f"\\U{m[0]:0>8}", HIDDEN).replace(" ", "") + "]")
+_HIDDEN = re.compile(
+    f"(?!(?:(?<={_EMOJI})|(?<={_EMOJI}\ufe0f))[\ufe0f\u200d])["
+    + re.sub("[0-9A-F]+", lambda m: f"\\U{m[0]:0>8}", HIDDEN).replace(" ", "") + "]"
+)
 
 
 def visible(text: object) -> str:
@@ -41,8 +49,39 @@ def visible_lines(text: str) -> str:
     return "\n".join(map(visible, text.split("\n")))
 
 
+def counted(number: int, noun: str) -> str:
+    """``1 feature``, ``1,024 features``."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
 class Html(str):
     """Text that is HTML already, made by ``tag`` and ``joined``. Otherwise joined it is plain text, and escaped."""
+
+
+class Name(str):
+    """A name that people gave, in one line of at most ``LONGEST`` characters; ``whole`` has all of it. In HTML it is
+    set apart from the direction of the text around it, and says the whole to who points at it."""
+
+    whole: str
+
+    def __new__(cls, whole: str, longest: int = LONGEST) -> "Name":
+        line, end = " ".join(whole.split()), longest - 1
+        while 0 < end < len(line) and (line[end] in _JOINS or line[end - 1] == "\u200d" or combining(line[end])):
+            end -= 1  # no character is torn from its marks
+        self = super().__new__(cls, line if len(line) <= longest else f"{line[:end].rstrip()}…")
+        self.whole = whole
+        return self
+
+
+class Beside(str):
+    """Texts one behind the other, names among them, as one cell of a table."""
+
+    html: "Html"
+
+    def __new__(cls, *parts: str, between: str = "") -> "Beside":
+        self = super().__new__(cls, between.join(parts))
+        self.html = joined(parts, between)
+        return self
 
 
 def joined(parts: Iterable[object], between: object = "") -> Html:
@@ -51,6 +90,10 @@ def joined(parts: Iterable[object], between: object = "") -> Html:
 
 
 def escaped(part: object) -> Html:
+    if isinstance(part, Name):
+        return tag("bdi", str(part), **({} if part == part.whole else {"title": part.whole[:MOST_TITLE]}))
+    if isinstance(part, Beside):
+        return part.html
     return part if isinstance(part, Html) else Html(_html.escape(visible(part)))
 
 
@@ -280,7 +323,12 @@ class Result(Shown):
         if found := self.figures():
             return [("", "value", "control", ""), *((f.measure, f.text, f.control_text, f.meaning) for f in found)]
         table = self.to_pandas()
-        return frame_rows(self._printed(table).head(self._shown) if len(table) else table, self._digits, "")
+        shown = self._printed(table).head(self._shown) if len(table) else table
+        if not (named := {"feature", "name"} <= {*shown.columns}) or not shown["name"].any():  # features have no names
+            return frame_rows(shown.drop(columns="name") if named else shown, self._digits, "")
+        at = list(shown.columns).index("name")
+        head, *rows = frame_rows(shown, self._digits, "")
+        return [head, *((*row[:at], Name(row[at]), *row[at + 1 :]) for row in rows)]
 
     def _sides(self) -> str:
         return self._align or ("<" if self._columns or self.figures() else ">")

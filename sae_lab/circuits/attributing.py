@@ -1,7 +1,7 @@
 """Effects of patching features: estimated by gradient, and measured by patches."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -15,6 +15,7 @@ from sae_lab.circuits.gradients import mean_gradient, require_slope
 from sae_lab.circuits.metric import ROWS, Metric, measured, shifted
 from sae_lab.circuits.pairs import both_runs, copied, kept, require_sae
 from sae_lab.lm.model import LM
+from sae_lab.noting import Names
 from sae_lab.results import Result, by_column
 from sae_lab.saes.base import SparseCoder
 from sae_lab.types import Site, TokenBatch, Write
@@ -55,7 +56,7 @@ class Attribution(Estimates):
         error: " pos": the same for the coder's error.
         true_effects: measured, by (position, feature), of the nodes that were patched; feature -1 is the error.
         base, source: the metric's mean over the prompts, and over the sources.
-        steps: 1: the gradient at the prompts; more: integrated gradients over that many points.
+        steps: 1: the gradient at the prompts; more: integrated gradients over that many points. names: of features.
     """
 
     effects: Float[Tensor, "pos d_sae"]
@@ -64,6 +65,7 @@ class Attribution(Estimates):
     base: float
     source: float
     steps: int
+    names: Names = field(default_factory=Names)
 
     _records, _sorted = "_nodes", "estimate"
     _above = "metric {base:.3f} → {source:.3f} with the sources; {_how}:"
@@ -73,8 +75,10 @@ class Attribution(Estimates):
         places = list(self.true_effects) or [(p, f) for p, f in self.effects.nonzero().tolist()]
         estimates = [float(self.error[p] if f < 0 else self.effects[p, f]) for p, f in places]
         truth = [self.true_effects.get(place, float("nan")) for place in places]
-        rows = [(*place, *effects) for place, *effects in zip(places, estimates, truth, strict=True)]
-        return by_column("position feature estimate truth", rows)
+        names = self.names.of(f for _, f in places)
+        called = [names.get(f, "") for _, f in places]
+        rows = [(*place, *rest) for place, *rest in zip(places, called, estimates, truth, strict=True)]
+        return by_column("position feature name estimate truth", rows)
 
 
 @as_annotated
@@ -130,7 +134,7 @@ def attribution(
         rows = coder.directions()
         added = {(p, f): wrong[:, p] if f < 0 else changes[:, p, f, None] * rows[f] for p, f in nodes}
         truth = true_effects(lm, batch, site, keep, added, metric, runs.base)
-    return Attribution(found, error.sum(0) / n, truth, runs.base, runs.source, steps)
+    return Attribution(found, error.sum(0) / n, truth, runs.base, runs.source, steps, Names(coder))
 
 
 def evenly(count: int, wanted: int) -> list[int]:

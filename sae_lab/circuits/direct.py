@@ -13,6 +13,7 @@ from sae_lab.circuits.metric import one_token
 from sae_lab.circuits.prompt import PromptReading, WayOut, reaches_the_stream, read_prompt, written
 from sae_lab.lm.model import LM
 from sae_lab.lm.tokens import Prompts, Token, label
+from sae_lab.noting import Names
 from sae_lab.results import Result, result
 from sae_lab.saes.base import SparseCoder
 from sae_lab.types import Site
@@ -36,7 +37,7 @@ class DirectEffects(Result):
             stream, and of the biases of norm and head.
         logits: " targets", the model's own, centred over the vocabulary.
         targets: token ids. names: their texts. position, tokens, site: of the token and the coder.
-        note: a limit of these numbers, or "".
+        note: a limit of these numbers, or "". called: the names of features.
     """
 
     features: Int[Tensor, " n"]
@@ -56,6 +57,7 @@ class DirectEffects(Result):
     site: Site
     tokens: list[Token] = field(repr=False)
     note: str = ""
+    called: Names = field(default_factory=Names, repr=False)
 
     _records, _shown = "_listed", 1000
     _below = "{note}"
@@ -65,6 +67,8 @@ class DirectEffects(Result):
         own = {"feature": self.features, "activation": self.values, "in_f_scale": self.scaled}
         effects = {f"effect on {name!r}": column for name, column in zip(self.names, self.effects.T, strict=True)}
         table = {name: column.tolist() for name, column in (own | effects).items()}
+        names = self.called.of(features := table.pop("feature"))
+        table = {"feature": features, "name": [names.get(f, "") for f in features]} | table
         return table | {"promotes": [", ".join(repr(t) for t, _ in row) for row in self.promoted]}
 
     def parts(self) -> dict[str, list[float]]:
@@ -158,6 +162,7 @@ def direct_effects(
         bias=bias, rest=rest, logits=logits, targets=targets, names=[label(lm.tokenizer, t) for t in targets],
         active=len(features), position=position, site=site, tokens=reading.tokens,
         note=f"This model caps its logits at ±{way.cap:g}, effects are on those before the cap." if way.cap else "",
+        called=Names(coder),
     )  # fmt: skip
 
 

@@ -1,6 +1,8 @@
 """Effects of one feature on the features of later coders."""
 
+from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import field
 from functools import partial
 from typing import Any
 
@@ -12,6 +14,7 @@ from sae_lab.arguments import as_annotated, check_least
 from sae_lab.circuits.metric import ROWS, plus
 from sae_lab.circuits.pairs import copied, kept
 from sae_lab.lm.model import LM
+from sae_lab.noting import Names
 from sae_lab.results import Result, by_column, result
 from sae_lab.saes.base import SparseCoder
 from sae_lab.types import Site, TokenBatch, Write
@@ -32,6 +35,7 @@ class DownstreamEffects(Result):
         against: the kind of controls; controls: the features, if they were features.
         beyond, largest: how many later features have |z| > 3, and the largest |z|. beyond_controls, largest_controls:
             the same for each control, scored among the other controls: the level of chance.
+        names: of features, by site.
     """
 
     feature: int
@@ -48,6 +52,7 @@ class DownstreamEffects(Result):
     largest: float
     beyond_controls: tuple[int, ...]
     largest_controls: tuple[float, ...]
+    names: dict[Site, Names] = field(default_factory=lambda: defaultdict(Names))
 
     _records, _shown, _digits = "_changed", 8, ".4f"
 
@@ -56,8 +61,9 @@ class DownstreamEffects(Result):
         counts = sorted(self.beyond_controls)
         beaten = sum(one >= self.largest for one in self.largest_controls)
         return (
-            f"feature {self.feature} of {self.site.key} {what}: {self.beyond} later features with |z| > {FAR:g} (the "
-            f"controls, {len(counts)} {self.against}: median {counts[len(counts) // 2]}), the largest "
+            f"feature {self.names[self.site].numbered(self.feature)} of {self.site.key} {what}: {self.beyond} later "
+            f"features with |z| > {FAR:g} (the controls, {len(counts)} {self.against}: median "
+            f"{counts[len(counts) // 2]}), the largest "
             f"{self.largest:.1f} ({beaten} controls reach it); the strongest:"
         )
 
@@ -65,11 +71,11 @@ class DownstreamEffects(Result):
     def _changed(self) -> dict[str, list[Any]]:
         columns = (self.before, self.changes, self.control_mean, self.control_sd, self.z)
         rows = [
-            (s.key, f, *(float(column[s][f]) for column in columns))
+            (s.key, f, self.names[s][f], *(float(column[s][f]) for column in columns))
             for s, change in self.changes.items()
             for f in change.nonzero().flatten().tolist()
         ]
-        names = "site feature before change control_mean control_sd z"
+        names = "site feature name before change control_mean control_sd z"
         return by_column(names, sorted(rows, key=lambda row: -abs(row[-1])))
 
 
@@ -137,6 +143,7 @@ def effects_of(
         before={s: b.cpu() for s, b in before.items()}, control_mean={s: one[1:].mean(0) for s, one in found.items()},
         control_sd={s: one[1:].std(0) for s, one in found.items()}, against=against, controls=chosen, beyond=beyond,
         largest=largest, beyond_controls=tuple(n for n, _ in chance), largest_controls=tuple(z for _, z in chance),
+        names={s: Names(c) for s, c in {**by_site, at: coder}.items()},
     )  # fmt: skip
 
 

@@ -1,7 +1,8 @@
 """Feature circuits: the features, errors and edges between them that cause a model's answer."""
 
+from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from sae_lab.arguments import as_annotated, check_least
@@ -12,8 +13,10 @@ from sae_lab.circuits.metric import Metric
 from sae_lab.circuits.nodes import Edge, Node, checked, edge_effects, in_order, ranked, scene_of, slopes_of
 from sae_lab.circuits.pairs import both_runs
 from sae_lab.lm.model import LM
+from sae_lab.noting import Names
 from sae_lab.results import by_column
 from sae_lab.saes.base import SparseCoder
+from sae_lab.types import Site
 
 
 @dataclass(frozen=True, repr=False)
@@ -27,7 +30,8 @@ class FeatureCircuit(Estimates):
         true_effects: the measured change, of the nodes that were patched.
         faithfulness: of circuits of the strongest nodes; None with sizes=().
         base, source: the metric's mean over the prompts, and over the sources.
-        steps, baseline: the arguments of the estimate. tokens: the first prompt's, by position.
+        steps, baseline: the arguments of the estimate. tokens: the first prompt's, by position. names: of features, by
+            site.
     """
 
     nodes: dict[Node, float]
@@ -39,6 +43,7 @@ class FeatureCircuit(Estimates):
     steps: int
     baseline: str
     tokens: tuple[str, ...]
+    names: dict[Site, Names] = field(default_factory=lambda: defaultdict(Names))
 
     _records = "_table"
     _above = (
@@ -48,18 +53,25 @@ class FeatureCircuit(Estimates):
 
     @property
     def _table(self) -> dict[str, list[Any]]:
+        named = {s: names.of(n.feature for n in self.nodes if n.site == s) for s, names in self.names.items()}
+        truth = [self.true_effects.get(n, float("nan")) for n in self.nodes]
         rows = [
-            (n.site.key, n.position, self.tokens[n.position], n.feature, effect, self.true_effects.get(n, float("nan")))
-            for n, effect in self.nodes.items()
+            (s.key, p, self.tokens[p], f, named.get(s, {}).get(f, ""), *effects)
+            for (s, p, f), *effects in zip(self.nodes, self.nodes.values(), truth, strict=True)
         ]
-        return by_column("site position token feature effect truth", rows)
+        return by_column("site position token feature name effect truth", rows)
+
+    def name(self, node: Node) -> str:
+        """What the node's feature is called, "" for one without a name and for an error."""
+        return self.names[node.site][node.feature]
 
     def edges_to_pandas(self):
-        """One row an edge, the strongest first: upstream, downstream, effect."""
+        """One row an edge, the strongest first: upstream, its name, downstream, its name, effect."""
         import pandas as pd
 
-        rows = [(repr(e.upstream), repr(e.downstream), e.effect) for e in self.edges]
-        return pd.DataFrame(rows, columns=Edge._fields)
+        ends = ((e.upstream, e.downstream, e.effect) for e in self.edges)
+        rows = [(repr(up), self.name(up), repr(down), self.name(down), effect) for up, down, effect in ends]
+        return pd.DataFrame(rows, columns=["upstream", "upstream_name", "downstream", "downstream_name", "effect"])
 
 
 @as_annotated
@@ -128,4 +140,5 @@ def feature_circuit(
     curve = faithfulness(scene, list(nodes), metric, runs.base, sizes, draws, seed) if sizes else None
     truth = checked(scene, nodes, check, metric, runs.base)
     tokens = tuple(token.label for token in lm.tokens(runs.batch.ids[0].tolist()))
-    return FeatureCircuit(nodes, links, truth, curve, runs.base, runs.source, steps, baseline, tokens)
+    names = {site: Names(coder) for site, coder in by_site.items()}
+    return FeatureCircuit(nodes, links, truth, curve, runs.base, runs.source, steps, baseline, tokens, names)

@@ -1,6 +1,7 @@
 """Edges from a feature that writes to the residual stream to one that reads it, from the weights alone."""
 
 from collections.abc import Sequence
+from dataclasses import field
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from sae_lab.circuits.prompt import norm_divisor
 from sae_lab.lm import passes
 from sae_lab.lm.model import LM
 from sae_lab.lm.tokens import Prompts
+from sae_lab.noting import Names
 from sae_lab.results import Result, result
 from sae_lab.saes.base import SparseCoder
 from sae_lab.types import Site, Write, check_feature
@@ -31,7 +33,7 @@ class EdgeCheck(Result):
         predicted: -f·edge (over the norm's scale at the token). frozen: the change of the downstream feature's
             pre-activation with attention, the MLPs between and the norm's scale held fixed. free: its change with none
             of these fixed. pre: the pre-activation before the change.
-        feature, features: the upstream feature; the downstream ones.
+        feature, features: the upstream feature; the downstream ones. names: of upstream and of downstream features.
     """
 
     predicted: Float[np.ndarray, "tokens features"]
@@ -40,10 +42,11 @@ class EdgeCheck(Result):
     pre: Float[np.ndarray, "tokens features"]
     feature: int
     features: list[int]
+    names: tuple[Names, Names] = field(default_factory=lambda: (Names(), Names()))
 
     _records, _sorted, _shown, _digits = "_means", "predicted", 8, ".4f"
     _above = (
-        "feature {feature} taken out at {predicted!n} tokens: predicted and frozen differ by at most {error:.1e} of "
+        "feature {_called} taken out at {predicted!n} tokens: predicted and frozen differ by at most {error:.1e} of "
         "the largest; free: slope {slope:.3f}, correlation {correlation:.3f}"
     )
 
@@ -63,9 +66,14 @@ class EdgeCheck(Result):
         return float(np.corrcoef(self.predicted.ravel(), self.free.ravel())[0, 1])
 
     @property
+    def _called(self) -> str:
+        return self.names[0].numbered(self.feature)
+
+    @property
     def _means(self) -> dict[str, Any]:
-        names = ("predicted", "frozen", "free", "pre")
-        return {"feature": self.features} | {name: getattr(self, name).mean(0) for name in names}
+        names, called = ("predicted", "frozen", "free", "pre"), self.names[1].of(self.features)
+        own = {"feature": self.features, "name": [called.get(f, "") for f in self.features]}
+        return own | {name: getattr(self, name).mean(0) for name in names}
 
 
 @as_annotated
@@ -153,7 +161,7 @@ def check_edges(
     frozen, moved = (((x - base[reads])[places] @ W_enc).cpu().numpy() for x in (fixed, free))
     predicted = -(f / scale)[places].unsqueeze(-1).cpu() * edge[chosen]
     pre = downstream(base[reads][places].to(downstream.W_dec.device)).pre[:, chosen].cpu().numpy()
-    return EdgeCheck(predicted.numpy(), frozen, moved, pre, feature, chosen)
+    return EdgeCheck(predicted.numpy(), frozen, moved, pre, feature, chosen, (Names(upstream), Names(downstream)))
 
 
 def _ends(lm: LM, upstream: SparseCoder, downstream: SparseCoder) -> tuple[Site, Site]:

@@ -26,6 +26,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sae_lab import noting
 from sae_lab.activations.reading import read_some, require_fits
 from sae_lab.arguments import as_annotated
 from sae_lab.edits import grouping, rules
@@ -149,6 +150,11 @@ class Edit:
             return list(range(self.coder.d_sae))
         many = feature if isinstance(feature, Sequence) else [feature]
         return list(dict.fromkeys(self.coder.feature(i) for i in many))
+
+    @property
+    def names(self) -> noting.Names:
+        """What the coder's features are called."""
+        return noting.Names(self.coder)
 
     def rule(self, lm: "LM", batch: TokenBatch) -> Rule:
         """A function of ``rules`` that makes z' from z, with its settings bound."""
@@ -299,7 +305,11 @@ class Edit:
         at = repr(self.coder.site) if self.coder.reads else type(self.coder).__name__
         at = repr(self.vector) if isinstance(self, Push) else at
         told = self._settings() | ({} if self.condition is None else {"when": self.condition})
-        return f"{type(self).__name__}({', '.join([at, *(f'{k}={v!r}' for k, v in told.items())])})"
+        shown = {name: repr(value) for name, value in told.items()}
+        if "feature" in shown:
+            named = ", ".join(map(self.names.numbered, self.features))
+            shown["feature"] = f"[{named}]" if isinstance(getattr(self, "feature", 0), Sequence) else named
+        return f"{type(self).__name__}({', '.join([at, *(f'{k}={v}' for k, v in shown.items())])})"
 
     def to_json(self) -> str:
         """The edit as text; ``sl.Edit.from_json`` makes it again. The text names a coder by the path it was saved to or

@@ -11,6 +11,7 @@ from sae_lab import cache, files, noting
 from sae_lab.arguments import as_annotated
 from sae_lab.feature_index import neuronpedia
 from sae_lab.noting import SAID, Said
+from sae_lab.results import MOST_TITLE
 from sae_lab.saes.base import SparseCoder
 from sae_lab.spelling import check_text
 from sae_lab.types import check_feature
@@ -110,6 +111,10 @@ class Notes(OfFeatures[Note]):
         fields = {name: value for name, value in given.items() if value is not None}
         for name, value in fields.items():
             check_text(value, name)
+        if len(fields.get("label", "")) > MOST_TITLE:
+            raise ValueError(
+                f"a label has at most {MOST_TITLE:,} characters, got {len(fields['label']):,}: put more into its text"
+            )
         feature = check_feature(feature, self.d_sae)
         self._log.write({feature: fields}, seen, typed)
         return self[feature]

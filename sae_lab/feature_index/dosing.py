@@ -13,10 +13,11 @@ from torch import Tensor
 from sae_lab.arguments import as_annotated
 from sae_lab.edits.edit import Push, Steer
 from sae_lab.edits.vector import Vector, text_means
-from sae_lab.feature_index.directions import extremes
+from sae_lab.feature_index.summaries import TOP_TOKENS
 from sae_lab.lm.model import LM
 from sae_lab.lm.text import load_text
 from sae_lab.lm.tokens import pad
+from sae_lab.noting import Names
 from sae_lab.results import Result, result
 from sae_lab.saes.base import SparseCoder
 from sae_lab.stats import mean_and_error
@@ -38,6 +39,7 @@ class DoseResponse(Result):
     rows: list[dict[str, Any]] = field(repr=False)
     feature: int
     target: tuple[str, ...]
+    names: Names = field(default_factory=Names, repr=False)
 
     def at_cost(self, cost: float) -> dict[str, float]:
         """Each method's log-odds at this cost (nats/token), linear between its strengths; NaN if none of its strengths
@@ -55,20 +57,15 @@ class DoseResponse(Result):
         reached = max(r["cost"] for r in self.rows if r["method"] == FEATURE)
         even = ", ".join(f"{m} {v:.2f}" for m, v in self.at_cost(reached / 2).items())
         return (
-            f"feature {self.feature}, target {', '.join(map(repr, self.target))}; log-odds where each costs "
-            f"{reached / 2:.3f} nats/token: {even}"
+            f"feature {self.names.numbered(self.feature)}, target {', '.join(map(repr, self.target))}; log-odds where "
+            f"each costs {reached / 2:.3f} nats/token: {even}"
         )
 
 
-def promoted(lm: LM, coder: SparseCoder, feature: int, n: int = 3) -> list[str]:
-    """The n single tokens that a feature's direction promotes most by the logit lens; none where the coder does not
-    write to the residual stream. Of the ten most promoted tokens, only those that encode to themselves count."""
-    site = coder.writes[0] if coder.writes else coder.site
-    found = lm.lens(coder.W_dec[[coder.feature(feature)]].detach(), site, of=extremes)
-    if found is None:
-        return []
-    texts = [(i, lm.tokenizer.decode([i])) for i in found["up_ids"][0].tolist()]
-    return [t for i, t in texts if lm.tokenizer(t, add_special_tokens=False)["input_ids"] == [i]][:n]
+def own_tokens(lm: LM, index: Any, feature: int, n: int = 3) -> list[str]:
+    """The n tokens that a feature fires on most, of those that encode to one token; none without an index."""
+    texts = [] if index is None else index.top_tokens(feature, TOP_TOKENS)
+    return [t for t in texts if len(lm.tokenizer(t, add_special_tokens=False)["input_ids"]) == 1][:n]
 
 
 def neutral_texts(n: int = 4, characters: int = 300) -> list[str]:
@@ -152,7 +149,7 @@ def dose_response(
             rows.append({"method": method, "strength": strength, "norm": norm} | _row(results, clean))
     if ask is not None:
         rows.append({"method": PROMPT, "strength": math.nan, "norm": 0.0} | _row([measure([], ask)], clean))
-    return DoseResponse(rows, coder.feature(feature), targets)
+    return DoseResponse(rows, coder.feature(feature), targets, Names(coder))
 
 
 def _texts(given: str | Sequence[str]) -> list[str]:

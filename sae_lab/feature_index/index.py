@@ -17,7 +17,7 @@ from sae_lab.feature_index.annotations import Note, Notes
 from sae_lab.feature_index.labels import Labels
 from sae_lab.feature_index.summaries import BINS, QUANTILE_CONTEXTS, QUARTERS, TOP_CONTEXTS
 from sae_lab.lm.model import LM
-from sae_lab.results import visible
+from sae_lab.results import Name, visible
 from sae_lab.saes.base import SparseCoder
 from sae_lab.types import Site, check_feature
 
@@ -58,7 +58,7 @@ class FeatureView:
 
     neighbours: (feature, cosine of the decoder rows). cofiring: (feature, Jaccard index n_ij / (n_i + n_j - n_ij),
     n_ij: the number of tokens on which both fire), up to 32. explanations: what others say of it, as {text, source,
-    scores}.
+    scores}. tokens: those it fires on most. names: {number: name} of it and of the features beside it.
     """
 
     feature: int
@@ -77,6 +77,8 @@ class FeatureView:
     neighbours: list[tuple[int, float]]
     cofiring: list[tuple[int, float, int]]
     explanations: list[dict[str, Any]] = field(default_factory=list)
+    tokens: list[str] = field(default_factory=list)
+    names: dict[str, str] = field(default_factory=dict)
 
     @property
     def top(self) -> list[Context]:
@@ -88,8 +90,11 @@ class FeatureView:
         return asdict(self)
 
     def __str__(self) -> str:
-        head = f"feature {self.feature}: fires on {self.density:.3%} of tokens, max {self.max:.2f}"
-        words = f"promotes {' '.join(repr(t) for t, _ in self.promoted[:6])}" if self.promoted else ""
+        name = visible(Name(self.names.get(str(self.feature), "")))
+        head = f"feature {self.feature}{f' ({name})' if name else ''}: fires on {self.density:.3%} of tokens"
+        head += f", max {self.max:.2f}"
+        promoted = [] if self.lens_note else self.promoted  # of a noisy lens the tokens may be chance
+        words = f"promotes {' '.join(repr(t) for t, _ in promoted[:6])}" if promoted else ""
         others = f"fires with {', '.join(f'{i} ({j:.2f})' for i, j, _ in self.cofiring[:6])}" if self.cofiring else ""
         said = [visible(f"explained: {one['text']} ({one['source']})") for one in self.explanations[:2]]
         return "\n".join([head, *said, words, others, *(str(c) for c in self.top[:6])])
@@ -143,6 +148,7 @@ class FeatureIndex:
         self._log = log
         self.notes = Notes(log, self.d_sae, lm.id, self.site.layer)
         self.explanations = self.notes.explanations
+        noting.INDEXES[log.file.stem] = self
         self.tokens_seen: int = facts["rows"]
         blocks = facts["blocks"]
         self._stats = stats = read_tables(self.path, self.d_sae)
@@ -166,6 +172,11 @@ class FeatureIndex:
             f"FeatureIndex({self.d_sae} features, {live} live on {self.tokens_seen:,} tokens, {self.site}, "
             f"{self.bytes / 1e6:,.1f} MB)"
         )
+
+    @property
+    def names(self) -> noting.Names:
+        """What features are called: ``index.names[7]``, your label, else its top tokens, else an explanation."""
+        return noting.Names(index=self)
 
     @property
     def bytes(self) -> int:
@@ -411,7 +422,14 @@ class FeatureIndex:
             neighbours=list(near),
             cofiring=self._cofiring(feature),
             explanations=[said._asdict() for said in self.explanations[feature]],
+            tokens=self.top_tokens(feature, 8),
+            names=self.names_around(feature),
         )
+
+    def names_around(self, feature: int) -> dict[str, str]:
+        """{number: name} of a feature, its neighbours and those it fires with."""
+        around = (feature, *self._stats["neighbours"][feature].tolist(), *self._stats["cofiring"][feature].tolist())
+        return {str(i): name for i, name in self.names.of(around).items()}
 
     def __iter__(self) -> Iterator[FeatureView]:
         return (self[i] for i in range(self.d_sae))
@@ -431,10 +449,8 @@ class FeatureIndex:
     def _lens_note(self, feature: int) -> str:
         if "lens_kurtosis" not in self._stats:
             return f"no logit lens: {self.site} is not written to the residual stream"
-        kurtosis = float(self._stats["lens_kurtosis"][feature])
-        above = f"1 % of random directions have a kurtosis above {self._noise:.2f}"
-        chance = f"these tokens may be chance: {above}, this feature has {kurtosis:.2f}"
-        return "" if kurtosis > self._noise else chance
+        sharp = float(self._stats["lens_kurtosis"][feature]) > self._noise
+        return "" if sharp else "These tokens may be chance: random directions are as sharp as this one."
 
     @cached_property
     def _noise(self) -> float:

@@ -1,7 +1,7 @@
 """sl.features: which features are active at each token of a prompt. Needs a coder and a model, no index."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import field, replace
 
 import numpy as np
 import torch
@@ -11,8 +11,11 @@ from sae_lab.activations.reading import read_codes, require_fits
 from sae_lab.arguments import as_annotated
 from sae_lab.lm.model import LM
 from sae_lab.lm.tokens import Prompts, Token
-from sae_lab.results import Result, result
+from sae_lab.noting import Names
+from sae_lab.results import Beside, Name, Result, result
 from sae_lab.saes.base import SparseCoder
+
+WORDS = 24  # letters of a name between two numbers
 
 
 @result
@@ -20,7 +23,8 @@ class FeatureTable(Result):
     """Active features, one entry each, strongest first within a token.
 
     prompt, position, feature: int tensors; value: float tensor (activations). tokens: the tokens of each prompt;
-    left_out: (prompt, position) of tokens that the coder's mask leaves out, which have no features.
+    left_out: (prompt, position) of tokens that the coder's mask leaves out, which have no features. names: what the
+    features are called.
     """
 
     prompt: Tensor
@@ -29,6 +33,7 @@ class FeatureTable(Result):
     value: Tensor
     tokens: list[list[Token]]
     left_out: set[tuple[int, int]]
+    names: Names = field(default_factory=Names, repr=False)
 
     def top(self, n: int = 5) -> "FeatureTable":
         """Only the n strongest features of each token."""
@@ -44,17 +49,25 @@ class FeatureTable(Result):
         """The token of each entry."""
         return [self.tokens[b][p].label for b, p in zip(self.prompt.tolist(), self.position.tolist(), strict=True)]
 
-    _records = ("prompt", "position", "token", "feature", "value")
+    @property
+    def name(self) -> list[str]:
+        """The feature's name of each entry, "" where it has none."""
+        found = self.names.of(self.feature.unique().tolist())
+        return [found.get(f, "") for f in self.feature.tolist()]
+
+    _records = ("prompt", "position", "token", "feature", "name", "value")
     _align = "><"
 
     def _rows(self) -> list[tuple[str, ...]]:
         """(token, its features) for every token."""
         entries: dict[tuple[int, int], list[str]] = {}
-        columns = (self.prompt, self.position, self.feature, self.value)
-        for b, p, f, v in zip(*(c.tolist() for c in columns), strict=True):
-            entries.setdefault((b, p), []).append(f"{f} ({v:.1f})")
+        columns = [c.tolist() for c in (self.prompt, self.position, self.feature, self.value)]
+        for b, p, f, v, name in zip(*columns, self.name, strict=True):
+            named = [f"{f}", Name(name, WORDS), f"({v:.1f})"]
+            entries.setdefault((b, p), []).append(Beside(*filter(None, named), between=" "))
+        left_out = {place: ["left out"] for place in self.left_out}
         rows = [
-            (repr(token.label), "left out" if (b, p) in self.left_out else "  ".join(entries.get((b, p), ["-"])))
+            (repr(token.label), Beside(*(left_out | entries).get((b, p), ["-"]), between="  "))
             for b, row in enumerate(self.tokens)
             for p, token in enumerate(row)
         ]
@@ -79,4 +92,4 @@ def features(lm: LM, coder: SparseCoder, prompts: Prompts | Sequence[str]) -> Fe
     ]
     left_out = {(int(b), int(p)) for b, p in (~keep & batch.mask).nonzero().tolist()}
     rows, found, values = codes.rows[order], codes.features[order], codes.values[order]
-    return FeatureTable(prompt[rows], position[rows], found, values, tokens, left_out)
+    return FeatureTable(prompt[rows], position[rows], found, values, tokens, left_out, Names(coder))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sae_lab.arguments import as_annotated, check_least, is_finite
+from sae_lab.noting import Names
 from sae_lab.results import Result, figure, result
 from sae_lab.saes import kernels
 from sae_lab.saes.base import SparseCoder
@@ -42,7 +43,7 @@ class Clusters(Result):
         silent: rows of zeros, which lie in no cluster.
         labels: ``rows``, the cluster of each row, tightest first, -1 where in none; ``cosines``: the mean cosine within
             each cluster; ``points``: ``rows 2``, a map to look at, NaN for silent rows.
-        controls: the same clustering of rows without clusters.
+        controls: the same clustering of rows without clusters. names: what a coder's features are called.
     """
 
     n: int = figure("clusters", "density-based: more of them is no finding", control="_first.clusters",
@@ -62,6 +63,7 @@ class Clusters(Result):
     labels: Tensor = field(repr=False, compare=False)
     cosines: Tensor = field(repr=False, compare=False)
     points: Tensor = field(repr=False, compare=False)
+    names: Names = field(default_factory=Names, repr=False, compare=False)
 
     _below = (
         "{rows:,} features{_silent} by {by}; min_cluster_size {min_cluster_size}, min_samples {min_samples}; {_nothing}"
@@ -158,6 +160,7 @@ def clusters(
         rows=len(norms), silent=len(norms) - len(live), min_cluster_size=min_cluster_size, min_samples=min_samples,
         layout=layout, by="activations" if isinstance(what, Codes) else "direction", controls=tuple(controls),
         labels=labels, cosines=torch.from_numpy(within), points=points,
+        names=Names(what if isinstance(what, SparseCoder) else None),
     )  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """Pictures of circuits: the map of patches, estimates against truth, the graph of features."""
 
 from collections.abc import Sequence
+from textwrap import wrap
 from typing import Any
 
 import numpy as np
@@ -11,12 +12,14 @@ from matplotlib.lines import Line2D
 from sae_lab.circuits import Attribution, Edge, FeatureCircuit, Node, PatchGrid
 from sae_lab.circuits.nodes import ERROR
 from sae_lab.plots.style import COLOURS, GREY, NEGATIVE, POSITIVE, draw, plain, subplots
+from sae_lab.results import Name
 from sae_lab.types import KINDS, Site
 
 NODES, EDGES = 30, 60  # how many are drawn at most, the strongest
 DASHED = (0, (3, 1.6))
+LETTERS = 11  # of a line of a name below its node
 SIDE = 0.62  # inches from one node of a cell to the next
-NOTICEABLE = 0.15  # share of the largest value from which a negative cell of a map is marked
+NOTICEABLE = 0.15  # share of the largest value from which a negative cell of a map is marked, an effect named
 
 
 @draw.register
@@ -54,16 +57,23 @@ def attribution(result: Attribution) -> Figure:
         ("the SAE's error", table[is_error], COLOURS[1], "s"),
     ):
         axis.scatter(part["estimate"], part["truth"], s=13, color=colour, marker=marker, label=name)
-    axis.axline((0, 0), slope=1, color=GREY, linewidth=1, linestyle="--")
-    axis.set(xlabel="estimate", ylabel="effect of the patch", title="units of the metric")
+    axis.axline((0, 0), slope=1, color=GREY, linewidth=1, linestyle="--", label="estimate = measured")
+    large = table[~is_error & (table["truth"].abs() >= NOTICEABLE * table["truth"].abs().max())]
+    for row in large.itertuples():
+        left = row.estimate < table["estimate"].mean()
+        axis.annotate(
+            plain(result.names.numbered(row.feature)), (row.estimate, row.truth), xytext=(6 if left else -6, 4),
+            textcoords="offset points", fontsize=7, ha="left" if left else "right",
+        )  # fmt: skip
+    axis.set(xlabel="estimate (units of the metric)", ylabel="measured by a patch", title="effects of features")
     axis.legend()
     return figure
 
 
 @draw.register
 def graph(circuit: FeatureCircuit) -> Figure:
-    """Sites upward, tokens from left to right. A node is a feature (a disc with its number) or an error (a square); its
-    area, and the width of an edge, is the size of the effect. Negative effects: hollow nodes, dashed edges.
+    """Sites upward, tokens from left to right. A node is a feature (a disc with its number and name) or an error (a
+    square); its area, and the width of an edge, is the size of the effect. Negative: hollow nodes, dashed edges.
 
     Only the strongest edges are drawn, with their ends; without edges, the strongest nodes.
     """
@@ -83,7 +93,7 @@ def graph(circuit: FeatureCircuit) -> Figure:
     axis.tick_params(length=0)
     axis.spines[["left", "bottom"]].set_visible(False)
     more = f"{len(nodes)} of {len(circuit.nodes):,} nodes, {len(edges)} of {len(circuit.edges):,} edges"
-    axis.set_title(f"{more}; metric {circuit.base:.2f}, {circuit.source:.2f} with the sources", loc="left")
+    axis.set_title(f"{more}\nmetric {circuit.base:.2f}, {circuit.source:.2f} with the sources", loc="left")
     _legend(axis, bool(edges))
     return figure
 
@@ -144,10 +154,16 @@ def _draw_nodes(
             facecolor=colour if effect >= 0 else "white", edgecolor=colour, linewidth=1.4,
         )  # fmt: skip
         axis.annotate(
-            "error" if node.feature == ERROR else str(node.feature), places[node], xytext=(0, -9.5), fontsize=6.5,
+            "error" if node.feature == ERROR else _called(circuit, node), places[node], xytext=(0, -9.5), fontsize=6.5,
             textcoords="offset points", ha="center", va="top", zorder=3,
             bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.4},
         )  # fmt: skip
+
+
+def _called(circuit: FeatureCircuit, node: Node) -> str:
+    """The number, and the name below it in two short lines."""
+    words = wrap(Name(circuit.name(node), 2 * LETTERS), LETTERS)[:2]
+    return "\n".join([str(node.feature), *map(plain, words)])
 
 
 def _legend(axis: Axes, edges: bool) -> None:

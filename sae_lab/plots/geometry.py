@@ -5,6 +5,7 @@ from matplotlib.figure import Figure
 
 from sae_lab.geometry import Circular, Clusters, Patterns
 from sae_lab.plots.style import COLOURS, GREY, MARKERS, draw, plain, subplots
+from sae_lab.results import Name
 
 NAMED = 7  # clusters that get a colour and a marker of their own
 
@@ -17,13 +18,18 @@ def clusters(result: Clusters) -> Figure:
     axis.scatter(*points.T, s=1.5, color=GREY, linewidths=0, rasterized=True)
     for number in range(min(NAMED, result.tight)):
         own = points[labels == number]
-        axis.scatter(*own.T, s=14, color=COLOURS[number], marker=MARKERS[number], linewidths=0, label=str(number))
-    axis.set(xticks=[], yticks=[], title=plain(f"{result.rows:,} features by {result.by} ({result.layout})"))
+        named = result.names.of(members := result.members(number))
+        called = f"{number}: {Name(next(iter(named.values())), 18)}" if named else f"{number} ({len(members)} features)"
+        axis.scatter(*own.T, s=16, color=COLOURS[number], marker=MARKERS[number], linewidths=0, label=plain(called))
+    axis.set(xticks=[], yticks=[], title=plain(f"{result.rows:,} features by {result.by}"))
+    axis.set(xlabel=f"first axis ({result.layout})", ylabel="second axis")
+    if result.tight:
+        axis.legend(title="tightest clusters", loc="center right", bbox_to_anchor=(-0.08, 0.5), fontsize=7)
     tight.plot(np.arange(1, result.n + 1), result.cosines.numpy(), color=COLOURS[0], label="found")
     for number, control in enumerate(result.controls):
         if control.clusters:
             tight.axhline(control.largest, color=COLOURS[number + 1], linestyle=("--", ":")[number], label=control.name)
-    tight.set(xlabel="cluster, tightest first", title=f"mean cosine within: {result.tight} above controls")
+    tight.set(xlabel="cluster, tightest first", ylabel="mean cosine within", title=f"{result.tight} above controls")
     tight.legend()
     return figure
 
@@ -40,10 +46,15 @@ def circular(result: Circular) -> Figure:
         x, y = points.numpy().T
         axis.plot([*x, x[0]], [*y, y[0]], color=GREY, linewidth=0.8, zorder=0)
         axis.plot(x, y, "o", color=COLOURS[0])
-        for name, across, up in zip(result.names, x, y, strict=True):
-            axis.annotate(plain(name), (across, up), xytext=(4, 3), textcoords="offset points", fontsize=8)
-        axis.margins(0.15)
-        axis.set(xticks=[], yticks=[], title=title, aspect="equal")
+        for name, across, up in zip(result.names, x, y, strict=True):  # away from the middle, clear of the line
+            right, high = np.array([across - x.mean(), up - y.mean()]) / np.hypot(np.ptp(x), np.ptp(y))
+            side, level = ("left" if right > 0 else "right"), ("bottom" if high > 0 else "top")
+            offset = (5 if right > 0 else -5, 3 if high > 0 else -3)
+            axis.annotate(
+                plain(name), (across, up), xytext=offset, textcoords="offset points", fontsize=8, ha=side, va=level
+            )
+        axis.margins(0.3, 0.15)
+        axis.set(xticks=[], yticks=[], title=title, aspect="equal", xlabel="first axis", ylabel="second axis")
     return figure
 
 

@@ -1,6 +1,7 @@
 """FeatureMap: features as points, one of which a click selects for all widgets of the session."""
 
 import base64
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,38 +9,42 @@ import numpy as np
 import torch
 import traitlets
 
-from sae_lab.results import Html, tag
+from sae_lab import noting
+from sae_lab.results import Html, counted, joined, tag
 from sae_lab.types import check_feature
 
 from .coding import name_of
 from .panel import STATIC, checked, quick
 from .session import Linked, Session
-from .static_html import block, table
+from .static_html import block, numbered, table
 
-TOKENS = 5  # of a label
 FROZEN_LABELS = 2_000  # in a page without a kernel
 GROUPS_LISTED = 20
+FOUND = 500  # features that a search marks
 MOST = 100_000  # points
+MOST_GROUPS = 32_000
 _FULL = 65_535
 
 
 class FeatureMap(Linked):
-    """Features as points on a plane: hovering says what one is, a click selects it for the whole session.
+    """Features as points on a plane: hovering says what one is, a click selects it for the whole session. It zooms, has
+    a legend, finds features by name, and colours them by group or by your labels.
 
         session = sl.Session()
         sl.FeatureMap(index, sl.geometry.clusters(sae), session=session)
         sl.FeatureInspector(index, session=session)
 
     Args:
-        source: a feature index, whose notes and top tokens are the labels; or a coder, which has none.
+        source: a feature index, or a coder, whose features are called by your labels and what others say of them.
         points: ``d_sae 2`` in any unit (NaN: no point), or a result with ``points`` and ``labels``, such as that of
             ``sl.geometry.clusters``. At most 100,000 points.
         groups: ``d_sae``, a group's number from 0 for each feature, drawn as a colour and a shape, or -1; None: the
             result's labels.
         session: what it shares with other widgets (``sl.Session``); None: a new one.
 
-    Traits: ``feature``, the selected one, an int or None, can be read, set and observed. Read only: ``points``,
-    ``features`` and ``groups`` of what is drawn, in base64; ``note``, what the groups are; ``error``.
+    Traits that can be read, set and observed: ``feature``, the selected one, an int or None; ``colour``, what colours
+    points: "groups" or "labels". Read only: ``points``, ``features`` and ``groups`` of what is drawn, in base64;
+    ``legend``, the largest groups, a dict of group, name and count each; ``note``, what the groups are; ``error``.
 
     Raises ValueError for points or groups of another shape, more points, and a feature that the coder does not have.
     """
@@ -53,6 +58,8 @@ class FeatureMap(Linked):
     features = traitlets.Unicode("").tag(sync=True)
     groups = traitlets.Unicode("").tag(sync=True)
     note = traitlets.Unicode("").tag(sync=True)
+    colour = traitlets.Enum(["groups", "labels"], "groups").tag(sync=True)
+    legend = traitlets.List(traitlets.Dict()).tag(sync=True)
 
     def __init__(
         self, source: Any, points: Any, groups: Sequence[int] | Any = None, *, session: Session | None = None
@@ -64,13 +71,28 @@ class FeatureMap(Linked):
         self._on = np.flatnonzero(np.isfinite(places).all(1))
         if len(self._on) > MOST:
             raise ValueError(f"a map shows at most {MOST:,} points, got {len(self._on):,}: set others to NaN")
-        own = self._groups[self._on]
+        self._names = noting.Names(*((None, source) if hasattr(source, "top_tokens") else (source, None)))
         super().__init__(
             session or Session(), points=_packed(places[self._on]), features=_base64(self._on.astype("<u4")),
-            groups=_base64(own.astype("<i2")), note=_note(own),
+            colour="groups" if (self._groups >= 0).any() else "labels",
         )  # fmt: skip
         self.feature = self._feature_of(self._site, self.d_sae)
+        self.observe(self._rename, "colour")
         self._link()
+
+    def _rename(self, _change: object = None) -> None:
+        """Colour the points, by what they are called now."""
+        own, called = self._groups[self._on], {}
+        if self.colour == "labels":
+            said = self._names.labels
+            labels = [said.get(int(i), "") for i in self._on]
+            called = dict(enumerate(name for name, _ in Counter(filter(None, labels)).most_common(MOST_GROUPS)))
+            numbers = {name: group for group, name in called.items()}
+            own = np.array([numbers.get(label, -1) for label in labels], np.int64)
+        largest = Counter(own[own >= 0].tolist()).most_common(GROUPS_LISTED)
+        with self.hold_sync():
+            self.groups, self.note = _base64(own.astype("<i2")), _note(own, self.colour)
+            self.legend = [{"group": group, "name": called.get(group, ""), "count": count} for group, count in largest]
 
     @checked("feature")
     def _valid(self, feature: Any) -> int | None:
@@ -78,16 +100,17 @@ class FeatureMap(Linked):
 
     @quick
     def label(self, feature: int) -> str:
-        """A feature's label: yours and its top tokens; "" for a map of a coder."""
-        feature = check_feature(feature, self.d_sae)
-        if not hasattr(self._source, "top_tokens"):
-            return ""
-        own = self._source.notes[feature].label
-        tokens = " ".join(repr(token)[1:-1] for token in self._source.top_tokens(feature, TOKENS))
-        return f"{own} ({tokens})" if own else tokens
+        """What a feature is called."""
+        return self._names[check_feature(feature, self.d_sae)]
+
+    @quick
+    def find(self, text: str) -> list[int]:
+        """The features on the map with this number, or with this text in their name, case ignored."""
+        names, text, on = self._names.of(self._on), text.strip().lower(), self._on.tolist()
+        return [i for i in on if text == str(i) or text in names.get(i, "").lower()][:FOUND] if text else []
 
     def _frozen(self) -> dict[str, Any]:
-        return {"labels": {str(i): self.label(int(i)) for i in self._on[:FROZEN_LABELS]}}
+        return {"labels": {str(i): name for i, name in self._names.of(self._on[:FROZEN_LABELS]).items()}}
 
     def code(self) -> str:
         name = name_of(self._source, "index" if hasattr(self._source, "top_tokens") else "sae")
@@ -102,10 +125,10 @@ class FeatureMap(Linked):
         text = f"Map of {len(self._on):,} features{'; ' + self.note if self.note else ''}."
         return block(tag("p", text), table(["group", "features", "first of them"], rows))
 
-    def _members(self, group: int) -> str:
-        first = np.flatnonzero(self._groups == group)[:4]
-        said = [(int(i), self.label(int(i))) for i in first if i in self._on]
-        return "; ".join(f"{i} {label}".strip() for i, label in said)
+    def _members(self, group: int) -> Html:
+        first = self._on[self._groups[self._on] == group][:4].tolist()
+        names = {str(i): name for i, name in self._names.of(first).items()}
+        return joined((numbered(i, names) for i in first), "; ")
 
     def __repr__(self) -> str:
         return f"FeatureMap({len(self._on):,} of {self.d_sae:,} features, feature={self.feature})"
@@ -131,9 +154,9 @@ def _packed(places: np.ndarray) -> str:
     return _base64(np.rint(share * _FULL).astype("<u2"))
 
 
-def _note(groups: np.ndarray) -> str:
-    inside = int((groups >= 0).sum())
-    return f"{inside:,} in {len(np.unique(groups[groups >= 0]))} groups, the others grey" if inside else ""
+def _note(groups: np.ndarray, colour: str) -> str:
+    inside, many = int((groups >= 0).sum()), len(np.unique(groups[groups >= 0]))
+    return f"{inside:,} in {counted(many, colour[:-1])}, the others grey" if inside else ""
 
 
 def _base64(array: np.ndarray) -> str:

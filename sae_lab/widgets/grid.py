@@ -8,7 +8,9 @@ import traitlets
 
 from sae_lab.circuits.pairs import require_sae
 from sae_lab.circuits.patching_effects import KINDS, Cell
+from sae_lab.feature_index import FeatureIndex
 from sae_lab.lm.model import LM
+from sae_lab.noting import names_of
 from sae_lab.results import Html, number, tag, visible
 from sae_lab.saes.base import SparseCoder
 from sae_lab.training.checkpoint import whole_step
@@ -42,6 +44,7 @@ class PatchingGrid(Linked):
         coder: an SAE, or several: at a cell of its site, the features that carry the effect are listed.
         kinds: the kinds of site that are patched.
         session: what it shares with other widgets (``sl.Session``); None: a new one.
+        index: a coder's feature index, or several: their top tokens name features without a label; None: those open.
 
     Traits that can be read, set and observed: ``kind``; ``cell``, the open one, [layer, position] or []; ``feature``,
     the chosen one of the open cell, an int or None. Read only: ``view``, prompts, tokens, axes and estimates;
@@ -75,15 +78,24 @@ class PatchingGrid(Linked):
         coder: SparseCoder | Sequence[SparseCoder] | None = None,
         kinds: Sequence[str] = KINDS,
         session: Session | None = None,
+        index: FeatureIndex | Sequence[FeatureIndex] | None = None,
     ) -> None:
         self.lm = lm
         self._kinds = tuple(kinds)
         self._coders = _by_site(coder, self._kinds, lm)
+        self._names = names_of(self._coders, index)
         self._waiting: dict[int, list[int]] = {}
         self._on = PatchRun.of(lm, prompt, source, Measure.of(metric, answers), self._kinds)
         super().__init__(session or Session(), view=self._on.view(self._coders), kind=self._kinds[0])
         self.observe(self._choose_feature, ["kind", "cell"])
+        self.observe(self._rename, "features")
         self._link()
+
+    def _called(self) -> dict[str, str]:
+        """By "site number": each site has a coder of its own."""
+        listed = {site: {f for key, cell in self.features.items() if key.rpartition(":")[0] == site
+                         for f, _ in cell["features"]} for site in self._coders}  # fmt: skip
+        return {f"{s} {f}": name for s, features in listed.items() for f, name in self._names[s].of(features).items()}
 
     def run(
         self, prompt: str | None = None, source: str | None = None, metric: Any = None,

@@ -117,6 +117,8 @@ class FeatureInspector(Linked):
                 self.note = self._index.notes[self.feature]._asdict()
                 said = self._index.explanations[self.feature]
                 self.view = self.view | {"explanations": [one._asdict() for one in said]}
+            self.view = self.view | {"names": self._index.names_around(self.feature)}
+            self.pair = self.pair and self.pair | {"name": self._index.names[self.pinned]}
             self.results = [
                 row | {"label": self._label(row["feature"])} if row["feature"] in features else row
                 for row in self.results
@@ -170,7 +172,8 @@ class FeatureInspector(Linked):
         view = index[other].to_dict()
         kept = ("feature", "density", "count", "mean", "max", "f_scale", "promoted", "suppressed", "lens_note")
         tokens = {"tokens": index.top_tokens(other, 8), "tokens_here": index.top_tokens(feature, 8)}
-        return index.compare(feature, other).to_dict() | {"view": {k: view[k] for k in kept}} | tokens
+        shown = {"view": {k: view[k] for k in kept}, "name": index.names[other]}
+        return index.compare(feature, other).to_dict() | shown | tokens
 
     def _listing(self, sort: str) -> tuple[list[dict[str, Any]], str]:
         """The rows to list, and what the list is: what was searched, and the order, in words."""

@@ -10,12 +10,13 @@ import pathlib
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
+from weakref import WeakMethod
 
 import anywidget
 import torch
 import traitlets
 
-from sae_lab import cache
+from sae_lab import cache, noting
 from sae_lab.arguments import as_annotated
 from sae_lab.results import Html
 
@@ -159,6 +160,11 @@ class Panel(anywidget.AnyWidget):
             job = self._jobs[number] = Job(self, number)
             # A daemon: a kernel that ends does not wait for a generation.
             threading.Thread(target=self._answer, args=(number, lambda: method(job, **args)), daemon=True).start()
+
+    def _hear_names(self, show: Callable[..., Any]) -> None:
+        """Call this method now, and whenever somebody writes on features, for as long as the panel lives."""
+        noting.HEAR.append(WeakMethod(show))
+        show()
 
     def _answer(self, number: int, call: Callable[[], Any]) -> None:
         try:

@@ -13,7 +13,7 @@ import traitlets
 from sae_lab import cache
 from sae_lab.arguments import Count, as_annotated
 from sae_lab.edits.edit import Edit
-from sae_lab.results import Html, tag
+from sae_lab.results import Html, Name, tag
 from sae_lab.saes.base import SparseCoder
 
 from .coding import expression, header, named
@@ -22,6 +22,7 @@ from .static_html import code, table
 
 VERSION = 1  # of files
 TOGETHER = 0.1  # seconds within which changes of a stack go to the screen as one
+NAMED = 4  # features of an edit whose names are shown
 SELECTED = ("prompt", "token", "feature", "site")
 
 T = TypeVar("T")
@@ -82,7 +83,7 @@ class EditStack(Panel):
     Args:
         edits: ``sl.Steer``, ``sl.Ablate``, ... They act in this order.
 
-    Trait, read only: ``rows``, a dict of key, on, label and code for each edit.
+    Trait, read only: ``rows``, a dict of key, on, label, code and the features' name for each edit.
     """
 
     _esm = STATIC / "edits.js"
@@ -98,6 +99,7 @@ class EditStack(Panel):
         super().__init__()
         for edit in edits:
             self.add(edit)
+        self._hear_names(self._show)
 
     def add(self, edit: Any, on: bool = True) -> int:
         """Put an edit behind the others. Returns its key. ValueError for another object."""
@@ -139,10 +141,12 @@ class EditStack(Panel):
 
     def _row(self, key: int) -> dict[str, Any]:
         edit, on = self._entries[key]
-        return {"key": key, "on": on, "label": repr(edit), "code": expression(edit)}
+        name = " + ".join(edit.names.of(edit.features[:NAMED]).values()) if hasattr(edit, "feature") else ""
+        return {"key": key, "on": on, "label": repr(edit), "code": expression(edit), "name": name}
 
-    def _show(self) -> None:
-        self.rows = [self._row(key) for key in self._entries]
+    def _show(self, _change: object = None) -> None:
+        with self._lock:
+            self.rows = [self._row(key) for key in self._entries]
 
     def send_state(self, key: Any = None) -> None:
         """Sends edits that are added in a row together: all rows for each of a thousand would take seconds."""
@@ -181,8 +185,8 @@ class EditStack(Panel):
         return "\n".join([*header(None, **dict(names.values())), "edits = [", *calls, "]"])
 
     def _html(self) -> Html:
-        rows = [["on" if row["on"] else "off", code(row["code"])] for row in self.rows]
-        return table(["edit", "code"], rows) or tag("p", "No edits.")
+        rows = [["on" if row["on"] else "off", code(row["code"]), Name(row["name"])] for row in self.rows]
+        return table(["edit", "code", "feature"], rows) or tag("p", "No edits.")
 
     def __repr__(self) -> str:
         return f"EditStack({len(self)} of {len(self._entries)} on)"
@@ -235,9 +239,13 @@ class Linked(Panel):
 
     A subclass names the traits that choose (``_chooses``), says what they choose (``_chosen``, the arguments of
     ``Selection.pick``), takes up what another panel chose (``_take``), and calls ``_link`` at the end of ``__init__``.
+    One that shows features by their numbers says which names they have (``_called``, by what ``names`` calls them) and
+    calls ``_rename`` where it shows others.
     One that chooses a feature of one coder needs ``_site`` and ``d_sae`` alone. While a panel tells the session what is
     chosen it does not listen, and while it takes something up it does not tell: so nothing echoes.
     """
+
+    names = traitlets.Dict().tag(sync=True)
 
     _chooses: tuple[str, ...] = ()
     _telling = _linked = False
@@ -263,8 +271,16 @@ class Linked(Panel):
         mine = selected.site == site and selected.feature is not None and selected.feature < d_sae
         return selected.feature if mine else None
 
+    def _called(self) -> Mapping[Any, str]:
+        """The names of the features that are shown, by number."""
+        return {}
+
+    def _rename(self, _change: object = None) -> None:
+        self.names = {str(feature): name for feature, name in self._called().items()}
+
     def _link(self, unlink: Callable[[], None] = lambda: None) -> None:
         """unlink: called on closing."""
+        self._hear_names(self._rename)
         self.observe(self._tell, list(self._chooses))
         self.session.selection.observe(self._hear, list(SELECTED))
         self._linked, self._unlink = True, unlink

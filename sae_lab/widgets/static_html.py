@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sae_lab.arguments import as_annotated
-from sae_lab.results import Html, html_table, joined, number, tag, visible
+from sae_lab.results import Html, Name, html_table, joined, number, tag, visible
 
 # A saved notebook has this HTML beside every panel that was shown: these limits keep it small.
 TOP_CONTEXTS = 8
@@ -37,23 +37,28 @@ def table(head: Sequence[object], rows: Sequence[Sequence[object]]) -> Html | No
     return html_table([head, *rows], wraps=True) if rows else None
 
 
+def numbered(feature: int, names: Mapping[str, str]) -> Html:
+    """A feature's number, and its name if it has one."""
+    return joined([feature, *([" ", Name(name)] if (name := names.get(str(feature), "")) else [])])
+
+
 def feature_html(view: Mapping[str, Any], note: Mapping[str, str] | None = None) -> Html:
     """A feature, from ``FeatureView.to_dict()``, and your note on it."""
-    label = f": {note['label']}" if note and note["label"] else ""
+    names = view.get("names", {})
     numbers = {
         "density": f"{figure(100 * view['density'])} %",
         "fires on": f"{view['count']:,} of {view['tokens_seen']:,} tokens",
         **{name: figure(view[name]) for name in ("mean", "max", "f_scale")},
     }
-    near = ", ".join(f"{feature} ({cosine:.2f})" for feature, cosine in view["neighbours"])
+    near = joined((joined([numbered(i, names), f" ({cosine:.2f})"]) for i, cosine in view["neighbours"]), ", ")
     return block(
-        tag("p", tag("b", "Feature ", view["feature"]), f" of {view['d_sae']:,}{label}"),
+        tag("p", tag("b", "Feature ", numbered(view["feature"], names)), f" of {view['d_sae']:,}"),
         tag("p", note["text"]) if note and note["text"] else None,
         *(_explanation(said) for said in view.get("explanations", [])),
         table(list(numbers), [list(numbers.values())]),
         _contexts(view["groups"]),
         *_lens(view),
-        tag("p", f"Nearest decoder rows (cosine): {near or 'none'}"),
+        tag("p", "Nearest decoder rows (cosine): ", near or "none"),
     )
 
 
@@ -96,9 +101,11 @@ def _lens(view: Mapping[str, Any]) -> list[Html | None]:
     def words(pairs: Sequence[Sequence[Any]]) -> Html:
         return joined((joined([code(token), f" {value:.2f}"]) for token, value in pairs[:LENS_TOKENS]), ", ")
 
-    caution = tag("p", tag("b", "Caution:"), " ", view["lens_note"]) if view["lens_note"] else None
     rows = [["promoted", words(view["promoted"])], ["suppressed", words(view["suppressed"])]]
-    return [caution, table(["logit lens", "tokens (arbitrary units)"], rows)]
+    found = table(["logit lens", "tokens (arbitrary units)"], rows)
+    if not view["lens_note"]:
+        return [found]
+    return [tag("details", tag("summary", "Logit lens: ", view["lens_note"]), *([found] if view["promoted"] else []))]
 
 
 def dotted(token: str) -> str:

@@ -13,9 +13,11 @@ import traitlets
 
 from sae_lab.edits.edit import Push, Steer
 from sae_lab.edits.vector import Vector
-from sae_lab.feature_index.dosing import DoseResponse, dose_response, neutral_texts, promoted
+from sae_lab.feature_index import FeatureIndex
+from sae_lab.feature_index.dosing import DoseResponse, dose_response, neutral_texts, own_tokens
 from sae_lab.lm.comparing import Comparison
 from sae_lab.lm.model import LM
+from sae_lab.noting import names_of
 from sae_lab.results import Html
 from sae_lab.saes.base import SparseCoder
 
@@ -50,9 +52,10 @@ class SteeringSliders(Linked):
         prompt: a text; None: the session's, else "I went to the".
         session: what it shares with other widgets (``sl.Session``); None: a new one.
         max_new_tokens: at most how many tokens are generated.
+        index: the coder's feature index, whose top tokens name features without a label; None: one that is open.
 
     Traits that can be read, set and observed: ``prompt``; ``temperature`` (0 is greedy); ``seed``; ``max_new_tokens``;
-    ``target``, tokens whose log-odds (nats) the dose response measures, empty: those that the feature promotes most;
+    ``target``, tokens whose log-odds (nats) the dose response measures, empty: those that the feature fires on most;
     ``autorun``, whether every change generates anew; ``selected``, the session's feature if it is of this coder.
     Results: ``baseline`` and ``steered``, whole texts as ``lm.generate`` gives them; ``comparison``, values token by
     token; ``dose``, the last dose response. ``version`` counts the settings and ``shown`` is the version that the
@@ -87,9 +90,9 @@ class SteeringSliders(Linked):
 
     def __init__(
         self, lm: LM, coder: SparseCoder, features: Strengths = None, prompt: str | None = None, *,
-        session: Session | None = None, max_new_tokens: int = 30,
+        session: Session | None = None, max_new_tokens: int = 30, index: FeatureIndex | None = None,
     ) -> None:  # fmt: skip
-        self._lm, self._coder = lm, coder
+        self._lm, self._coder, self._names = lm, coder, names_of({0: coder}, index)[0]
         self._site = coder.site.key if coder.reads else ""
         self._numbers = itertools.count(1)
         self._baselines: dict[tuple[Any, ...], str] = {}
@@ -147,7 +150,12 @@ class SteeringSliders(Linked):
         keys = {key for key, _, _ in mine}
         self.sliders = [slider_row(*entry) for entry in mine]
         self.others = [row for row in self.session.edits.rows if row["key"] not in keys]
+        self._rename()
         self._changed()
+
+    def _called(self) -> dict[int, str]:
+        measured = [self.dose["feature"]] if self.dose else []
+        return self._names.of([*(f for row in self.sliders for f in row["features"]), *measured])
 
     def _changed(self, _: object = None) -> None:
         """Counts another version if the settings would generate something else."""
@@ -282,12 +290,12 @@ class SteeringSliders(Linked):
         before, after = self._lm.tokens(prompt + baseline), self._lm.tokens(prompt + steered)
         if len(after) > LONGEST:
             return None, {"note": f"a text of more than {LONGEST:,} tokens is not compared"}
-        ours = [f"{self._coder.site.key} #{f}" for row in self.sliders for f in row["features"]]
+        called = {f"{self._coder.site.key} #{f}": self._names[f] for row in self.sliders for f in row["features"]}
         try:
-            comparison = limited(self._lm.compare(prompt + steered, edits), ours)
+            comparison = limited(self._lm.compare(prompt + steered, edits), list(called))
         except ValueError as err:  # an edit may name a token that was not generated
             return None, {"note": f"not compared: {err}"}
-        return comparison, compared_view(comparison, before, prompt)
+        return comparison, compared_view(comparison, before, prompt, called)
 
     @beside
     def measure_dose(self, job: Job) -> None:
@@ -316,14 +324,18 @@ class SteeringSliders(Linked):
         if not self.prompt:
             raise ValueError(NO_PROMPT)
         feature = int(self.selected) if self.selected in features else features[0]  # type: ignore[arg-type]
-        target, prompt = list(self.target) or promoted(self._lm, self._coder, feature), self.prompt
+        target, prompt = list(self.target) or own_tokens(self._lm, self._names.index, feature), self.prompt
         if not target:
-            raise ValueError("this coder does not write to the residual stream, so no lens names a target: type one")
+            raise ValueError(
+                "a dose needs target tokens, and no index of this coder tells which ones the feature fires on: type "
+                "some, or open sl.index_features(coder, lm, store)"
+            )
         self._measured = dose_response(
             self._lm, self._coder, feature, [prompt], target, neutral_texts(),
             strengths=STRENGTHS, seeds=SEEDS, progress=progress,
         )  # fmt: skip
         self.dose = dose_view(self._measured, prompt)
+        self._rename()
 
     def preset(self) -> dict[str, Any]:
         """Prompt, sliders and settings as plain data; ``session.save`` keeps the session's other edits. ValueError for
@@ -404,7 +416,7 @@ class SteeringSliders(Linked):
         if self.shown != self.version:
             note = "not generated yet for these settings" if self.shown < 0 else f"{note}; settings changed since"
         texts, results = (self.baseline, self.steered), (self._compared, self._measured)
-        return steering_html(self.sliders, self.others, texts, self.comparison, results, note)
+        return steering_html(self.sliders, self.names, self.others, texts, self.comparison, results, note)
 
     def __repr__(self) -> str:
         named = [row["vector"] or "+".join(map(str, row["features"])) for row in self.sliders]

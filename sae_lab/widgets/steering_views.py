@@ -1,7 +1,7 @@
 """What SteeringSliders sends to the screen, and its form without scripts."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -9,9 +9,9 @@ from sae_lab.edits.edit import Push, Steer
 from sae_lab.feature_index.dosing import DoseResponse
 from sae_lab.lm.comparing import Comparison, differing
 from sae_lab.lm.tokens import Token
-from sae_lab.results import Html, joined, tag
+from sae_lab.results import Html, Name, joined, tag
 
-from .static_html import block, code, dotted, figure, table
+from .static_html import block, code, dotted, figure, numbered, table
 
 FEATURES = 12  # whose activations are shown: an edit may change all of them
 
@@ -36,10 +36,14 @@ def limited(result: Comparison, ours: Sequence[str]) -> Comparison:
     return replace(result, features={name: result.features[name] for name in names[:FEATURES]})
 
 
-def compared_view(result: Comparison, before: Sequence[Token], prompt: str) -> dict[str, Any]:
+def compared_view(
+    result: Comparison, before: Sequence[Token], prompt: str, called: Mapping[str, str]
+) -> dict[str, Any]:
     """A comparison of the steered text, with the tokens that only one of the two continuations has.
 
-    {baseline, steered: [{text, mark}], measures: [{name, group, values}], perplexity: [without, with], mean_kl,
+    called: what measures of features are called, by their name.
+
+    {baseline, steered: [{text, mark}], measures: [{name, label, group, values}], perplexity: [without, with], mean_kl,
     next: [[token, log-probability without, with]]}; a token's mark is "prompt", "new" (not in the other text) or "".
     Measures of one group share a scale.
     """
@@ -50,9 +54,11 @@ def compared_view(result: Comparison, before: Sequence[Token], prompt: str) -> d
         for tokens, at, mark in zip((before, result.tokens), starts, marks, strict=True)
     ]
     measures = [
-        {"name": name, "group": name.removesuffix(" with edits").removesuffix(" without"), "values": _sent(v.tolist())}
+        {"name": name, "label": f"{name} {Name(called.get(group, ''))}".strip(), "group": group,
+         "values": _sent(v.tolist())}
         for name, v in result.measures().items()
-    ]
+        for group in [name.removesuffix(" with edits").removesuffix(" without")]
+    ]  # fmt: skip
     return {
         "baseline": strips[0], "steered": strips[1], "measures": measures,
         "perplexity": _sent([result.perplexity, result.perplexity_edited]),
@@ -82,14 +88,15 @@ def _sent(values: Iterable[float]) -> list[float | None]:
 
 
 def steering_html(
-    sliders: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]], texts: tuple[str, str],
-    comparison: dict[str, Any], tables: Sequence[Comparison | DoseResponse | None], note: str,
+    sliders: Sequence[dict[str, Any]], names: Mapping[str, str], others: Sequence[dict[str, Any]],
+    texts: tuple[str, str], comparison: dict[str, Any], tables: Sequence[Comparison | DoseResponse | None], note: str,
 ) -> Html:  # fmt: skip
     """Sliders, the two texts and the results, as script-free HTML."""
     rows = [
         [
             "on" if row["on"] else "off",
-            (row["vector"] or ", ".join(map(str, row["features"]))) + (f" ({row['more']})" if row["more"] else ""),
+            joined([row["vector"] or joined((numbered(f, names) for f in row["features"]), ", "),
+                    f" ({row['more']})" if row["more"] else ""]),
             f"{row['strength']:g}",
             ", ".join(figure(row["strength"] * scale) for scale in row["scales"]),
         ]

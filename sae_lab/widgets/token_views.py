@@ -11,7 +11,7 @@ from sae_lab.circuits.prompt import PromptReading
 from sae_lab.results import Html, joined, tag
 from sae_lab.saes.base import SparseCoder
 
-from .static_html import block, code, figure, marked, table
+from .static_html import block, code, figure, marked, numbered, table
 
 PROMOTED = 4  # tokens named for each feature
 PAGE_TOKENS, PAGE_FEATURES = 128, 20  # whose features a page without a kernel keeps: it stays small
@@ -89,23 +89,25 @@ def pages_of(
 
 
 def html_of(
-    text: Mapping[str, Any], detail: Mapping[str, Any], fires: Sequence[float | None] | None, feature: int | None
-) -> Html:
+    text: Mapping[str, Any], detail: Mapping[str, Any], fires: Sequence[float | None] | None, feature: int | None,
+    names: Mapping[str, str],
+) -> Html:  # fmt: skip
     """The text, marked where features are active, or the chosen one; and the features of the chosen token."""
     if not text:
         return block(tag("p", "No text yet."))
     values = text["strongest"] if fires is None else fires
-    what = "strongest activation" if fires is None else f"activation of feature {feature}"
+    what = ["strongest activation"] if fires is None else ["activation of feature ", numbered(feature or 0, names)]
     at = detail.get("position", 0)
     start = max(0, min(at - STATIC_TOKENS // 2, len(values) - STATIC_TOKENS))
     pairs = list(zip(text["labels"], values, strict=True))[start : start + STATIC_TOKENS]
     shown = (marked(label, value, start + i == at) for i, (label, value) in enumerate(pairs))
     before, after = "… " if start else "", " …" if start + STATIC_TOKENS < len(values) else ""
-    lines = [tag("p", tag("b", text["site"]), f", marked: {what}"), tag("p", before, *shown, after, dir="auto")]
-    return block(*lines, *_detail_html(detail))
+    head = tag("p", tag("b", text["site"]), ", marked: ", *what)
+    lines = [head, tag("p", before, *shown, after, dir="auto")]
+    return block(*lines, *_detail_html(detail, names))
 
 
-def _detail_html(detail: Mapping[str, Any]) -> list[Html | None]:
+def _detail_html(detail: Mapping[str, Any], names: Mapping[str, str]) -> list[Html | None]:
     if not detail:
         return []
     active = "left out" if detail["active"] is None else f"{detail['active']} active features"
@@ -116,7 +118,8 @@ def _detail_html(detail: Mapping[str, Any]) -> list[Html | None]:
         return lines
     head: list[object] = ["feature", "activation", "× f_scale"]
     rows: list[list[object]] = [
-        [r["feature"], figure(r["value"]), figure(r["scaled"])] for r in detail["rows"][:STATIC_FEATURES]
+        [numbered(r["feature"], names), figure(r["value"]), figure(r["scaled"])]
+        for r in detail["rows"][:STATIC_FEATURES]
     ]
     if detail["effects"]:
         head += [joined(["direct effect on ", code(detail["target"]), " (logits)"]), "promotes"]

@@ -10,8 +10,10 @@ from sae_lab.circuits.direct import ORDERS
 from sae_lab.circuits.metric import one_token
 from sae_lab.circuits.prompt import PromptReading, check_coder, reaches_the_stream, read_prompt, written
 from sae_lab.edits.edit import Ablate, Edit, Steer
+from sae_lab.feature_index import FeatureIndex
 from sae_lab.lm.model import LM
 from sae_lab.lm.tokens import Chat
+from sae_lab.noting import names_of
 from sae_lab.results import Html
 from sae_lab.saes.base import SparseCoder
 from sae_lab.spelling import check_text
@@ -37,6 +39,8 @@ class TokenFeatures(Linked):
         token: the position to open, an int (0 is the prefix token); None: the last one that the coder's mask keeps.
         session: what it shares with other widgets (``sl.Session``); None: a new one.
         n: how many features are listed.
+        index: the feature index of a coder, or several: their top tokens name features without a label; None: those
+            that are open.
 
     Traits that can be read, set and observed: ``prompt``; ``coder``, a name; ``token``, a position; ``feature``, an int
     or None; ``strip``, what colours the tokens: "strongest" (activation), "active" (number of features), "feature"
@@ -77,12 +81,14 @@ class TokenFeatures(Linked):
         token: int | None = None,
         session: Session | None = None,
         n: int = 20,
+        index: FeatureIndex | Sequence[FeatureIndex] | None = None,
     ) -> None:
         if n < 1:
             raise ValueError(f"n must be at least 1, got {n}")
         self._lm, self._n, self._by_name = lm, n, _named(coder)
         for one in self._by_name.values():
             check_coder(lm, one)
+        self._names = names_of(self._by_name, index)
         self._reading: PromptReading | None = None
         self._read_prompt: Any = ""
         self._why_not = ""  # there are no direct effects
@@ -98,7 +104,12 @@ class TokenFeatures(Linked):
         self.observe(self._on_token, ["token", "target", "sort"])
         self.observe(self._on_feature, "feature")
         self.observe(self._on_strip, "strip")
+        self.observe(self._rename, ["detail", "feature"])
         self._link()
+
+    def _called(self) -> dict[int, str]:
+        shown = [row["feature"] for row in self.detail.get("rows", [])]
+        return self._names[self.coder].of(shown if self.feature is None else [*shown, self.feature])
 
     @property
     def _coder(self) -> SparseCoder:
@@ -307,10 +318,13 @@ class TokenFeatures(Linked):
             return {"pages": {}, "firing": {}}
         with self._lock:
             pages = pages_of(self._reading, self._coder, self.token or 0, self.target, self._n, self.detail)
-            return pages | {"losses": self.losses or (along(self._reading) if self._reading.is_through else [])}
+            names = self._names[self.coder].of(pages["firing"])
+            losses = self.losses or (along(self._reading) if self._reading.is_through else [])
+            return pages | {"names": {str(f): name for f, name in names.items()}, "losses": losses}
 
     def _html(self) -> Html:
-        return html_of(self.text, self.detail, self.fires if self.strip == "feature" else None, self.feature)
+        fires = self.fires if self.strip == "feature" else None
+        return html_of(self.text, self.detail, fires, self.feature, self.names)
 
     def __repr__(self) -> str:
         what = f"{len(self._reading or ())} tokens, token={self.token}, feature={self.feature}"

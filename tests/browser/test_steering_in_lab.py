@@ -166,6 +166,8 @@ def test_steering_in_jupyterlab(tmp_path: pathlib.Path) -> None:
         strip.locator("[tabindex='0']").focus()
         page.keyboard.press("End")
         expect(sliders.locator(".saelab-comparison .saelab-readout")).to_contain_text("change of log-probability")
+        sliders.get_by_label("Target tokens").fill(" the")  # no index is open that would name some
+        sliders.get_by_label("Target tokens").press("Enter")
         sliders.get_by_role("button", name="Dose response").click()
         expect(sliders.get_by_role("img", name="Cost")).to_be_visible(timeout=30_000)
         expect(sliders.get_by_role("button", name="Dose response")).to_be_visible(timeout=30_000)

@@ -297,7 +297,7 @@ def test_random_circuits_depend_on_the_seed_alone(scene):
 def test_the_tables(scene):
     _, _, result = scene
     table = result.to_pandas()
-    assert list(table.columns) == ["site", "position", "token", "feature", "effect", "truth"]
+    assert list(table.columns) == ["site", "position", "token", "feature", "name", "effect", "truth"]
     assert len(table) == len(result.nodes) and table.truth.notna().sum() == 26
     assert len(result.edges_to_pandas()) == len(result.edges) and "gradient; the strongest" in repr(result)
     curve = result.faithfulness.to_pandas()

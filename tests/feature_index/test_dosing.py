@@ -122,17 +122,13 @@ def test_progress_tells_every_measurement_and_may_end_it(tiny_lm, sae):
     assert len(heard) == 3
 
 
-def test_promoted_tokens_are_the_lenss_and_single(tiny_lm, sae):
-    feature = firing(tiny_lm, sae)[0]
-    found = dosing.promoted(tiny_lm, sae, feature)
-    logits = tiny_lm.lens(sae.W_dec[[feature]].detach(), SITE)[0]
-    ids = [tiny_lm.tokenizer(t, add_special_tokens=False)["input_ids"] for t in found]
-    assert 1 <= len(found) <= 3 and all(len(i) == 1 for i in ids)
-    values = [float(logits[i[0]]) for i in ids]
-    assert values == sorted(values, reverse=True) and values[-1] >= float(logits.topk(10).values[-1])
-    assert sl.dose_response(tiny_lm, sae, feature, [PROMPT], found, [OTHER], strengths=[0.0]).target == tuple(found)
-    nowhere = make(tiny_lm, sl.Site("mlp_in", 1))
-    assert dosing.promoted(tiny_lm, nowhere, 0) == []
+def test_own_tokens_are_the_indexs_and_single(tiny_lm):
+    class Index:
+        def top_tokens(self, feature, n):
+            return [" the", "⟨E2⟩", " of", " and", " in"][:n] if feature == 7 else []
+
+    assert dosing.own_tokens(tiny_lm, Index(), 7) == [" the", " of", " and"]
+    assert dosing.own_tokens(tiny_lm, Index(), 8) == dosing.own_tokens(tiny_lm, None, 7) == []
 
 
 def test_neutral_texts_are_held_out():

@@ -49,6 +49,22 @@ class StandInView:
         return self._view
 
 
+class StandInLog:
+    """What names are read from."""
+
+    def __init__(self, notes):
+        self.notes = notes
+
+    def refresh(self):
+        pass
+
+    def _values(self, feature):
+        return self.notes[feature]._asdict()
+
+    def all(self):
+        return {feature: self._values(feature) for feature in self.notes.written}
+
+
 class StandInNote:
     def __init__(self, label="", text=""):
         self.label, self.text = label, text
@@ -61,10 +77,10 @@ class StandInNotes:
     """Notes that live as long as the index."""
 
     def __init__(self):
-        self.all, self.listeners = {}, []
+        self.written, self.listeners, self._log = {}, [], StandInLog(self)
 
     def __getitem__(self, feature):
-        return self.all.get(feature, StandInNote())
+        return self.written.get(feature, StandInNote())
 
 
 class NoExplanations:
@@ -95,7 +111,7 @@ class StandIn(FeatureIndex):
         self.density_histogram = {"counts": counts.tolist(), "edges": edges.tolist()}
 
     def annotate(self, feature, label=None, text=None):
-        self.notes.all[feature] = StandInNote(label, text)
+        self.notes.written[feature] = StandInNote(label, text)
         return self.notes[feature]
 
     def _codes(self, words, strength):

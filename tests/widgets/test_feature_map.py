@@ -16,6 +16,7 @@ from sae_lab.widgets.feature_map import FeatureMap, _packed
 
 from .standin import StandIn
 from .test_inspector import WIDGET_VIEW, Tags
+from .test_names import spelled
 
 
 def array(text, kind):
@@ -83,17 +84,22 @@ def test_a_result_brings_points_and_groups(lab):
     assert array(shown.groups, "<i2").tolist() == found.labels.tolist()
     plain = FeatureMap(lab.sae, found.points)
     assert plain.points == shown.points and plain.note == ""
-    assert FeatureMap(lab.sae, found, torch.zeros(96, dtype=torch.long)).note == "96 in 1 groups, the others grey"
+    assert FeatureMap(lab.sae, found, torch.zeros(96, dtype=torch.long)).note == "96 in 1 group, the others grey"
 
 
 def test_labels(shown, real_index, lab, places, screen):
     feature = int(real_index.best())
     kind, label = screen(shown).call("label", feature=feature)
-    first = real_index.top_tokens(feature, 1)[0]
-    assert kind == "done" and label.startswith(repr(first)[1:-1])
+    assert (kind, label) == ("done", spelled(real_index, feature))
+    assert feature in shown.find(label) and shown.find(f" {feature} ") == [feature] and shown.find(" ") == []
     real_index.annotate(feature, label="mine")
-    assert shown.label(feature).startswith("mine (")
-    assert FeatureMap(lab.sae, places).label(0) == ""
+    assert shown.label(feature) == FeatureMap(lab.sae, places).label(feature) == "mine"
+    shown.colour = "labels"
+    assert shown.legend == [{"group": 0, "name": "mine", "count": 1}] and shown.note.startswith("1 in 1 label,")
+    real_index.annotate(feature, label="")
+    assert shown.legend == [] and max(array(shown.groups, "<i2")) == -1
+    shown.colour = "groups"
+    assert [row["count"] for row in shown.legend] == [10, 10, 10]
     assert screen(shown).call("label", feature=96) == ("error", "feature must be an int from 0 to 95, got 96")
 
 
@@ -119,10 +125,11 @@ def test_what_is_refused(lab, places, monkeypatch):
 
 
 def test_the_static_form_has_no_script(shown, monkeypatch):
-    monkeypatch.setattr(shown, "label", lambda feature: "<script>alert(1)</script>")
+    # A name that could not be written here without a coder's notes.
+    monkeypatch.setattr(shown._names, "of", lambda features: dict.fromkeys(features, "<script>alert(1)</script>"))
     html = shown.snapshot()._repr_html_()
     tags = Tags(html)
-    assert tags.tags <= {"div", "p", "table", "tr", "th", "td"} and "<script>alert(1)</script>" in tags.text
+    assert tags.tags <= {"div", "p", "table", "tr", "th", "td", "bdi"} and "<script>alert(1)</script>" in tags.text
     assert "Map of 95 features; 30 in 3 groups" in tags.text
     data, _ = shown._repr_mimebundle_() or ({}, {})
     assert WIDGET_VIEW in data

@@ -176,7 +176,7 @@ def test_a_snapshot_stays_as_it_was(panel):
     panel.feature = 17
     assert snapshot._repr_html_() == before
     assert repr(snapshot) == "Snapshot(FeatureInspector(feature=812, d_sae=4608))"
-    assert "Caution:" in panel.snapshot()._repr_html_()  # feature 17 has a lens note
+    assert "<details><summary>Logit lens: the final norm" in panel.snapshot()._repr_html_()  # 17 has a lens note
 
 
 def test_white_space_is_visible_in_the_static_form():

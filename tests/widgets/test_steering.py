@@ -392,6 +392,7 @@ def test_a_change_meanwhile_leaves_the_texts_marked_as_old(widget, screen):
 
 def test_closing_while_it_generates(tiny_lm, sae, live, caplog):
     widget = SteeringSliders(tiny_lm, sae, live[0], PROMPT, max_new_tokens=200)
+    widget.target = [" the"]
     before = threading.active_count()
     widget._on_message(None, {"call": 1, "method": "stream"}, None)
     widget._on_message(None, {"call": 2, "method": "measure_dose"}, None)
@@ -433,6 +434,7 @@ def test_the_dose_response_is_that_of_the_function(widget, screen, tiny_lm, sae,
 
 
 def test_a_dose_response_can_be_stopped_and_gives_way(widget, screen):
+    widget.target = [" the"]
     number = screen.call("measure_dose")
     screen.wait(number, "partial", seconds=60)
     assert widget.measuring
@@ -447,11 +449,9 @@ def test_a_dose_response_can_be_stopped_and_gives_way(widget, screen):
     widget._on_message(None, {"cancel": waits}, None)
 
 
-def test_no_target_typed_takes_what_the_feature_promotes(widget, tiny_lm, sae, live):
-    widget.measure()
-    direction = sae.W_dec[live[0]].detach()
-    best = int(tiny_lm.lens(direction[None], sae.site)[0].argmax())
-    assert widget.dose["target"][0] == tiny_lm.tokenizer.decode([best])
+def test_a_dose_without_a_target_or_a_slider(widget):
+    with pytest.raises(ValueError, match="no index of this coder tells which ones the feature fires on: type some"):
+        widget.measure()
     widget.target = [" riverboats and"]
     with pytest.raises(ValueError, match="a target is one token"):
         widget.measure()

@@ -14,6 +14,11 @@ const given = () => ({
   features: base64(new Uint32Array([7, 12, 3, 90_000, 5])),
   groups: base64(new Int16Array([-1, 0, 0, 3, -1])),
   note: "3 in 2 groups",
+  colour: "groups",
+  legend: [
+    { group: 0, name: "", count: 2 },
+    { group: 3, name: ATTACK, count: 1 },
+  ],
   error: "",
 });
 
@@ -164,6 +169,49 @@ describe("the widget", () => {
     expect(said()).toContain("Point at a feature");
     model.fromPython("features" as never, base64(new Uint32Array([1, 2, 3, 4, 8])) as never);
     expect(said()).toContain("Feature 8");
+  });
+
+  it("finds features by name, rings them, and Enter opens one after the other", () => {
+    const box = el.querySelector<HTMLInputElement>("input[type=search]")!;
+    box.value = "war";
+    box.dispatchEvent(new Event("input"));
+    vi.advanceTimersByTime(200);
+    expect(model.sent.at(-1)).toMatchObject({ method: "find", args: { text: "war" } });
+    model.reply("find", [3, 5]);
+    return vi.waitFor(() => {
+      expect(el.querySelector(".saelab-feature_map-search small")!.textContent).toBe("2 features found, Enter opens the next");
+      for (const feature of [3, 5, 3]) {
+        box.dispatchEvent(new KeyboardEvent("keydown", { key: "Enter" }));
+        expect(model.saved.at(-1)).toEqual({ feature });
+      }
+    });
+  });
+
+  it("zooms to a place, moves, and shows all again", () => {
+    const wheel = (more: WheelEventInit) => stage().dispatchEvent(new WheelEvent("wheel", { deltaY: -120, cancelable: true, ...more }));
+    expect(wheel({})).toBe(true); // the page scrolls
+    expect(wheel({ ctrlKey: true })).toBe(false);
+    expect(Number(stage().dataset.zoom)).toBeCloseTo(Math.E, 1);
+    expect(key("+") && key("0")).toBe(true);
+    expect(stage().dataset.zoom).toBe("1.00");
+    for (const _ of [1, 2]) key("+");
+    pointer("pointerdown", 50, 50);
+    pointer("pointermove", 80, 50);
+    pointer("pointerup", 80, 50);
+    pointer("click", 80, 50);
+    expect(model.saved).toEqual([]); // a drag chooses nothing
+    expect(el.querySelector("[aria-label=Larger]")).not.toBeNull();
+  });
+
+  it("has a legend, whose groups can stand alone, and colours by label", () => {
+    const groups = () => [...el.querySelectorAll<HTMLElement>(".saelab-feature_map-legend button")];
+    expect(groups().map((one) => one.textContent)).toEqual(["02", `${ATTACK.slice(0, 23)}…1`]);
+    groups()[1]!.click();
+    expect(groups().map((one) => one.getAttribute("aria-pressed"))).toEqual(["false", "true"]);
+    const colours = el.querySelector<HTMLSelectElement>("select")!;
+    colours.value = "labels";
+    colours.dispatchEvent(new Event("change"));
+    expect(model.saved.at(-1)).toEqual({ colour: "labels" });
   });
 
   it("draws anew in the other theme", async () => {

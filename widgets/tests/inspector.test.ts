@@ -68,7 +68,8 @@ describe("render", () => {
     expect(el.querySelector(".saelab-caution")).toBeNull();
     expect(one(".saelab-lens h4").textContent).toContain("arbitrary units");
     model.fromPython("view", { ...view(812), lens_note: "no final norm" });
-    expect(one(".saelab-caution").textContent).toBe("Caution: no final norm");
+    expect(one(".saelab-lens details").hasAttribute("open")).toBe(false); // read only by who asks for it
+    expect(one(".saelab-caution").textContent).toBe("no final norm");
   });
 
   it("shows a dead feature", () => {

@@ -101,6 +101,8 @@ export function view(feature: number): FeatureView {
     lens_note: "",
     neighbours: [[17, 0.61], [405, 0.5]],
     cofiring: [[405, 0.2, 31]],
+    tokens: [" cat", " dog"],
+    names: { "812": "pets", "17": ATTACK },
   };
 }
 

@@ -59,7 +59,7 @@ const view = (): View => ({
 });
 
 const state = (changes: Partial<State> = {}): State => ({
-  view: view(), truth: [["resid_post", 2, 3, 0.875]], kind: "resid_post", cell: [], feature: null, features: {}, progress: [], error: "", ...changes,
+  view: view(), truth: [["resid_post", 2, 3, 0.875]], kind: "resid_post", cell: [], feature: null, features: {}, names: {}, progress: [], error: "", ...changes,
 });
 
 let kernel: Kernel;

@@ -82,7 +82,7 @@ function comparison() {
 function state(changes: Partial<State> = {}): State {
   return {
     prompt: "I went", temperature: 0, seed: 0, max_new_tokens: 30, target: [], autorun: true, sliders: [slider(0, 7, 2)],
-    others: [], selected: null, baseline: `I went home${ATTACK}`, steered: `I went to war${ATTACK}`,
+    others: [], names: {}, selected: null, baseline: `I went home${ATTACK}`, steered: `I went to war${ATTACK}`,
     comparison: comparison(), dose: {}, version: 1, shown: 1, running: false, measuring: false, d_sae: 100, error: "",
     ...changes,
   };

@@ -58,7 +58,7 @@ function detail(position: number): Detail {
 function state(changes: Partial<State> = {}): State {
   return {
     prompt: "The cat", coder: "sae", coders: [{ name: "sae", site: "resid_post-1", d_sae: 1000 }], token: 2, feature: null,
-    strip: "strongest", sort: "activation", target: "", text, losses: [], fires: [], detail: detail(2), error: "", ...changes,
+    strip: "strongest", sort: "activation", target: "", text, losses: [], fires: [], names: {}, detail: detail(2), error: "", ...changes,
   };
 }
 

@@ -1,15 +1,20 @@
 // FeatureMap: one point a feature; a click, or the arrows and Enter, select it for the whole session.
-import { h, setText } from "../shared/dom";
-import { integer } from "../shared/format";
+import { button, choice, h, setText } from "../shared/dom";
+import { counted } from "../shared/format";
 import { freezer } from "../shared/frozen";
 import { onChange, send } from "../shared/model";
+import { nameOf } from "../shared/name";
 import { panel, widget } from "../shared/panel";
 import { latest } from "../shared/rpc";
 import { Cloud } from "./cloud";
+import { legend } from "./legend";
 import { plot } from "./plot";
 import type { State } from "./types";
 
 const HOVER_MS = 60;
+const SEARCH_MS = 200;
+const STEP = 1.6; // of a zoom
+const DRAGGED = 4; // pixels that make a click a drag
 const KEYS: Record<string, [number, number]> = {
   ArrowLeft: [-1, 0],
   ArrowRight: [1, 0],
@@ -25,10 +30,11 @@ const map = widget<State>((model, el, signal) => {
     class: "saelab-feature_map-stage",
     role: "application",
     tabindex: 0,
-    "aria-label": "Features as points: arrows go to the nearest, Enter opens it",
+    "aria-label": "Features as points: arrows go to the nearest, Enter opens it, plus and minus zoom, 0 shows all",
     "data-needs": "model",
   });
   const soon = latest(HOVER_MS, signal);
+  const typed = latest(SEARCH_MS, signal);
   let cloud = new Cloud(model);
   let here = -1; // the point under the pointer or the keys
   let byKeys = false; // a page that scrolls under a pointer at rest moves nothing
@@ -39,8 +45,8 @@ const map = widget<State>((model, el, signal) => {
     return feature === null ? -1 : cloud.indexOf(feature);
   };
   const mark = () => drawn.mark(here, point());
-  const say = (text: string) => {
-    setText(said, text);
+  const say = (text: string, name = "") => {
+    said.replaceChildren(text, ...(name ? [": ", nameOf(name, 200) ?? ""] : []));
   };
   const at = (index: number) => {
     if (index === here) return;
@@ -55,7 +61,7 @@ const map = widget<State>((model, el, signal) => {
     say(name);
     soon((still) => {
       const asked = frame.call<string>("label", { feature: cloud.features[shown] }, { signal: still });
-      void asked.then((label) => label && say(`${name}: ${label}`));
+      void asked.then((label) => label && say(name, label));
     });
   };
   const choose = (index: number) => {
@@ -64,9 +70,56 @@ const map = widget<State>((model, el, signal) => {
     mark();
   };
 
+  // ---- search, zoom, legend
+  let alone: number | null = null;
+  const groups = legend((group) => {
+    alone = group === alone ? null : group;
+    drawn.show(cloud, alone);
+    groups.show(model.get("legend"), alone);
+  }, signal);
+  const hits = h("small", { role: "status" });
+  let hit: number[] = [];
+  const search = h("input", { type: "search", placeholder: "a name, or a number", "aria-label": "Find features", spellcheck: "false", autocomplete: "off", dir: "auto" });
+  const find = async (still: AbortSignal) => {
+    const features = search.value.trim() ? await frame.call<number[]>("find", { text: search.value }, { signal: still }) : [];
+    hit = features.map((feature) => cloud.indexOf(feature));
+    drawn.found(hit);
+    setText(hits, search.value.trim() ? `${counted(hit.length, "feature")} found${hit.length ? ", Enter opens the next" : ""}` : "");
+  };
+  search.addEventListener("input", () => typed((still) => void find(still)), { signal });
+  search.addEventListener(
+    "keydown",
+    (event) => {
+      if (event.key === "Enter" && hit.length) choose(hit[(hit.indexOf(point()) + 1) % hit.length] ?? -1);
+    },
+    { signal },
+  );
+  const colours = choice("Colour features by", [["groups", "group"], ["labels", "your labels"]], (colour) => send(model, { colour: colour as State["colour"] }), signal);
+  colours.dataset.needs = "kernel";
+  const zooms = (text: string, label: string, factor: number) => button(text, () => drawn.zoom(factor), signal, { "aria-label": label, title: label, "data-needs": "model" });
+  stage.addEventListener(
+    "wheel",
+    (event) => {
+      if (!event.ctrlKey && !event.metaKey) return; // the page scrolls
+      event.preventDefault();
+      const box = stage.getBoundingClientRect();
+      drawn.zoom(Math.exp(-event.deltaY / 120), (event.clientX - box.left) / (box.width || 1), (event.clientY - box.top) / (box.height || 1));
+    },
+    { signal, passive: false },
+  );
+  let held: [number, number] | null = null; // where the pointer went down, then where it was last
+  let dragged = false;
+  stage.addEventListener("pointerdown", (event) => ((held = [event.clientX, event.clientY]), (dragged = false)), { signal });
+  for (const end of ["pointerup", "pointercancel", "pointerleave"] as const) stage.addEventListener(end, () => (held = null), { signal });
+
   stage.addEventListener(
     "pointermove",
     (event) => {
+      if (held && (dragged || Math.hypot(event.clientX - held[0], event.clientY - held[1]) > DRAGGED)) {
+        drawn.pan(event.clientX - held[0], event.clientY - held[1]);
+        [held, dragged] = [[event.clientX, event.clientY], true];
+        return;
+      }
       if (byKeys && event.movementX === 0 && event.movementY === 0) return;
       byKeys = false;
       at(drawn.nearest(event));
@@ -74,7 +127,7 @@ const map = widget<State>((model, el, signal) => {
     { signal },
   );
   stage.addEventListener("pointerleave", () => byKeys || at(-1), { signal });
-  stage.addEventListener("click", (event) => choose(drawn.nearest(event)), { signal });
+  stage.addEventListener("click", (event) => dragged || choose(drawn.nearest(event)), { signal });
   stage.addEventListener(
     "keydown",
     (event) => {
@@ -82,9 +135,15 @@ const map = widget<State>((model, el, signal) => {
       const way = KEYS[event.key];
       const from = here >= 0 ? here : point();
       byKeys = true;
-      if (way) at(from < 0 ? cloud.middle() : cloud.next(from, way));
+      if (way) {
+        at(from < 0 ? cloud.middle() : cloud.next(from, way));
+        drawn.reveal(here);
+      }
       else if (event.key === "Enter" || event.key === " ") choose(here);
       else if (event.key === "Escape") at(-1);
+      else if (event.key === "+" || event.key === "=") drawn.zoom(STEP);
+      else if (event.key === "-") drawn.zoom(1 / STEP);
+      else if (event.key === "0") drawn.zoom(0);
       else return;
       event.preventDefault();
     },
@@ -93,28 +152,44 @@ const map = widget<State>((model, el, signal) => {
   const show = () => {
     cloud = new Cloud(model);
     here = -2; // none that there is: the words are said anew
-    setText(count, `${integer(cloud.length)} features${model.get("note") ? `; ${model.get("note")}` : ""}`);
-    drawn.show(cloud);
+    setText(count, `${counted(cloud.length, "feature")}${model.get("note") ? `; ${model.get("note")}` : ""}`);
+    if (!model.get("legend").some(({ group }) => group === alone)) alone = null;
+    colours.value = model.get("colour");
+    groups.show(model.get("legend"), alone);
+    drawn.show(cloud, alone);
     at(-1);
     frame.ready(true);
   };
   const follow = () => {
     here = -2;
     at(-1);
+    drawn.reveal(point());
   };
   frame.root.append(
     h("div", { class: "saelab-bar-row" }, h("h3", {}, "Features"), count, frame.codeButton),
+    h(
+      "div",
+      { class: "saelab-bar-row" },
+      h("span", { class: "saelab-feature_map-search", "data-needs": "model" }, search, hits),
+      h("label", { "data-needs": "kernel" }, h("small", {}, "colour by "), colours),
+      h("span", { class: "saelab-feature_map-zoom", role: "group", "aria-label": "Zoom", title: "Ctrl and the wheel zoom too, dragging moves" }, zooms("−", "Smaller", 1 / STEP), zooms("+", "Larger", STEP), zooms("All", "Show all", 0)),
+    ),
     stage,
+    groups.element,
     said,
   );
   onChange(model, ["feature"], follow, signal);
-  onChange(model, ["points", "features", "groups"], show, signal);
+  onChange(model, ["points", "features", "groups", "legend", "colour"], show, signal);
   show();
 });
 
-const labelOf = (labels: unknown, feature: unknown): string => (labels as Record<string, string>)[String(feature)] ?? "";
+// A page without a kernel has the names of its features.
+const answer = (method: string, { feature, text }: Record<string, unknown>, labels: Record<string, string>): unknown => {
+  if (method === "label") return labels[String(feature)] ?? "";
+  const wanted = String(text).trim().toLowerCase();
+  const holds = ([number, name]: [string, string]) => number === wanted || name.toLowerCase().includes(wanted);
+  return method === "find" ? Object.entries(labels).filter(holds).map(([number]) => Number(number)) : undefined;
+};
 
-export const freeze = freezer(map, undefined, (method, args, model) =>
-  method === "label" ? labelOf(model.get("labels") ?? {}, args.feature) : undefined,
-);
+export const freeze = freezer(map, undefined, (method, args, model) => answer(method, args, (model.get("labels") ?? {}) as Record<string, string>));
 export default map;

@@ -4,13 +4,24 @@ import type { Cloud } from "./cloud";
 
 const EDGE = 10; // around the points
 const REACH = 12; // pixels from the pointer to a point
-const SHAPES = 4;
-const HUES = 6;
+export const SHAPES = 4;
+export const HUES = 6;
+const MOST_ZOOM = 64;
+const ALONE = 0.12; // how much of the others is left beside a group that is shown alone
 
 export interface Plot {
-  show(cloud: Cloud): void;
+  /** alone: the group in full colour, the others faint; null: all. */
+  show(cloud: Cloud, alone: number | null): void;
   /** Ring the point under the pointer, and the selected one; -1: none. */
   mark(here: number, selected: number): void;
+  /** Ring what a search found. */
+  found(points: number[]): void;
+  /** Larger by a factor, around a place of the stage from 0 to 1; 0: all of it again. */
+  zoom(factor: number, x?: number, y?: number): void;
+  /** Move what is shown by pixels. */
+  pan(right: number, down: number): void;
+  /** Move a point to the middle if it is out of sight. */
+  reveal(point: number): void;
   /** The point under the pointer. */
   nearest(event: MouseEvent): number;
 }
@@ -20,11 +31,15 @@ export function plot(stage: HTMLElement, root: HTMLElement, signal: AbortSignal)
   stage.append(below, above);
   let cloud: Cloud | null = null;
   let marked: [number, number] = [-1, -1];
+  let hits: number[] = [];
+  let only: number | null = null;
+  let [scale, left, top] = [1, 0, 0]; // of what is shown, in shares of the whole
 
   const size = () => ({ width: stage.clientWidth - 2 * EDGE, height: stage.clientHeight - 2 * EDGE });
   const place = (index: number): [number, number] => {
     const { width, height } = size();
-    return [EDGE + (cloud?.x(index) ?? 0) * width, EDGE + (cloud?.y(index) ?? 0) * height];
+    const [x, y] = [((cloud?.x(index) ?? 0) - left) * scale, ((cloud?.y(index) ?? 0) - top) * scale];
+    return [EDGE + x * width, EDGE + y * height];
   };
   const clean = (canvas: HTMLCanvasElement): CanvasRenderingContext2D | null => {
     if (!stage.clientWidth) return null; // not on show: its size will be observed
@@ -40,13 +55,14 @@ export function plot(stage: HTMLElement, root: HTMLElement, signal: AbortSignal)
   const drawAll = () => {
     const context = clean(below);
     if (!context || !cloud) return;
-    const radius = Math.max(1, Math.min(3, 150 / Math.sqrt(cloud.length)));
+    const radius = Math.max(1, Math.min(3, 150 / Math.sqrt(cloud.length))) * Math.min(2.5, Math.sqrt(scale));
     const hues = Array.from({ length: HUES }, (_, i) => colour(`group-${i}`));
     const none = colour("dim");
-    context.globalAlpha = 0.75;
     for (let index = 0; index < cloud.length; index += 1) {
       const group = cloud.group(index);
       const [x, y] = place(index);
+      if (x < 0 || y < 0 || x > stage.clientWidth || y > stage.clientHeight) continue;
+      context.globalAlpha = only === null || only === group ? 0.75 : ALONE;
       context.fillStyle = group < 0 ? none : (hues[group % HUES] ?? none);
       if (group < 0) context.fillRect(x - radius / 2, y - radius / 2, radius, radius);
       else shape(context, group % SHAPES, x, y, 1.5 * radius);
@@ -56,6 +72,7 @@ export function plot(stage: HTMLElement, root: HTMLElement, signal: AbortSignal)
     const context = clean(above);
     if (!context || !cloud) return;
     const [here, selected] = marked;
+    for (const index of hits) ring(context, place(index), 5, 2, colour("hot-ring"));
     if (selected >= 0) ring(context, place(selected), 8, 3, colour("focus"));
     if (here < 0) return;
     const group = cloud.group(here);
@@ -67,6 +84,10 @@ export function plot(stage: HTMLElement, root: HTMLElement, signal: AbortSignal)
   const draw = () => {
     drawAll();
     drawMarks();
+  };
+  const within = () => {
+    [left, top] = [left, top].map((at) => Math.max(0, Math.min(1 - 1 / scale, at))) as [number, number];
+    draw();
   };
   // Its size and its colours are the page's.
   const resized = typeof ResizeObserver === "undefined" ? null : new ResizeObserver(draw);
@@ -80,20 +101,45 @@ export function plot(stage: HTMLElement, root: HTMLElement, signal: AbortSignal)
   });
 
   return {
-    show(points) {
-      cloud = points;
+    show(points, alone) {
+      [cloud, only] = [points, alone];
       draw();
     },
     mark(here, selected) {
       marked = [here, selected];
       drawMarks();
     },
+    found(points) {
+      hits = points;
+      drawMarks();
+    },
+    zoom(factor, x = 0.5, y = 0.5) {
+      const next = factor ? Math.max(1, Math.min(MOST_ZOOM, scale * factor)) : 1;
+      [left, top] = [left + x / scale - x / next, top + y / scale - y / next];
+      scale = next;
+      stage.dataset.zoom = scale.toFixed(2);
+      within();
+    },
+    pan(right, down) {
+      const { width, height } = size();
+      left -= right / (width || 1) / scale;
+      top -= down / (height || 1) / scale;
+      within();
+    },
+    reveal(point) {
+      if (!cloud || point < 0) return;
+      const [x, y] = [cloud.x(point), cloud.y(point)];
+      const seen = [x - left, y - top].every((at) => at >= 0 && at <= 1 / scale);
+      if (seen) return;
+      [left, top] = [x - 0.5 / scale, y - 0.5 / scale];
+      within();
+    },
     nearest(event) {
       if (!cloud) return -1;
-      const { left, top } = stage.getBoundingClientRect();
+      const box = stage.getBoundingClientRect();
       const { width, height } = size();
-      const [x, y] = [event.clientX - left - EDGE, event.clientY - top - EDGE];
-      return cloud.nearest(x / (width || 1), y / (height || 1), width, height, REACH);
+      const [x, y] = [event.clientX - box.left - EDGE, event.clientY - box.top - EDGE];
+      return cloud.nearest(left + x / (width || 1) / scale, top + y / (height || 1) / scale, width * scale, height * scale, REACH);
     },
   };
 }

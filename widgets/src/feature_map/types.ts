@@ -1,5 +1,12 @@
 // What Python sends. Arrays come as base64: a hundred thousand points are a megabyte.
 
+export interface Group {
+  group: number;
+  /** A label, where colours stand for labels. */
+  name: string;
+  count: number;
+}
+
 export type State = {
   /** The selected feature. */
   feature: number | null;
@@ -11,5 +18,8 @@ export type State = {
   groups: string;
   /** What the groups are. */
   note: string;
+  colour: "groups" | "labels";
+  /** The largest groups. */
+  legend: Group[];
   error: string;
 };

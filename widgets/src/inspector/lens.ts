@@ -7,17 +7,19 @@ import type { FeatureView } from "./types";
 export function lens(view: FeatureView): HTMLElement {
   const all = [...view.promoted, ...view.suppressed].map(([, value]) => Math.abs(value));
   const scale = Math.max(...all, Number.MIN_VALUE);
+  const columns = h(
+    "div",
+    { class: "saelab-lens-columns" },
+    column("promoted", view.promoted, scale),
+    column("suppressed", view.suppressed, scale),
+  );
+  const title = ["Logit lens ", h("small", {}, "arbitrary units")];
+  if (view.lens_note === "") return h("section", { class: "saelab-lens", "aria-label": "Logit lens" }, h("h4", {}, ...title), columns);
+  // Tokens that may be chance are read only by who asks for them.
   return h(
     "section",
     { class: "saelab-lens", "aria-label": "Logit lens" },
-    h("h4", {}, "Logit lens ", h("small", {}, "arbitrary units")),
-    view.lens_note !== "" ? h("p", { class: "saelab-caution", role: "note" }, `Caution: ${view.lens_note}`) : null,
-    h(
-      "div",
-      { class: "saelab-lens-columns" },
-      column("promoted", view.promoted, scale),
-      column("suppressed", view.suppressed, scale),
-    ),
+    h("details", {}, h("summary", {}, "Logit lens"), h("p", { class: "saelab-caution", role: "note" }, view.lens_note), all.length > 0 ? columns : null),
   );
 }
 

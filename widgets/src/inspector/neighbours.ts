@@ -1,6 +1,7 @@
 // Features that point the same way, and features that fire on the same tokens; a click opens one.
 import { button, h } from "../shared/dom";
-import { integer, number } from "../shared/format";
+import { counted, number } from "../shared/format";
+import { inWords, numbered } from "../shared/name";
 import type { FeatureView } from "./types";
 
 const COFIRING = 10;
@@ -9,11 +10,11 @@ export function neighbours(view: FeatureView, open: (feature: number) => void, s
   const near = view.neighbours.map(([feature, cosine]) => [feature, number(cosine), `cosine ${number(cosine)}`] as const);
   const together = view.cofiring
     .slice(0, COFIRING)
-    .map(([feature, jaccard, both]) => [feature, number(jaccard), `Jaccard ${number(jaccard)}, ${integer(both)} tokens`] as const);
+    .map(([feature, jaccard, both]) => [feature, number(jaccard), `Jaccard ${number(jaccard)}, ${counted(both, "token")}`] as const);
   const opener = (feature: number, value: string, meaning: string) => {
-    const label = `Open feature ${feature}, ${meaning}`;
+    const label = `Open feature ${inWords(feature, view.names)}, ${meaning}`;
     const made = button("", () => open(feature), signal, { class: "saelab-neighbour", title: meaning, "aria-label": label });
-    made.append(h("span", {}, String(feature)), h("small", {}, value));
+    made.append(...numbered(feature, view.names), h("small", {}, value));
     return made;
   };
   const group = (title: string, unit: string, rows: (readonly [number, string, string])[]) =>

@@ -28,8 +28,8 @@ interface Field {
 const PAUSE_MS = 600;
 
 export function noteEditor(write: (note: Typed) => Promise<Note>, signal: AbortSignal): NoteEditor {
-  const label = h("input", { type: "text", class: "saelab-note-label", placeholder: "label", "aria-label": "Label", maxlength: 200 });
-  const text = h("textarea", { rows: 1, placeholder: "notes", "aria-label": "Notes" });
+  const label = h("input", { type: "text", class: "saelab-note-label", placeholder: "label", "aria-label": "Label", dir: "auto", maxlength: 10_000 });
+  const text = h("textarea", { rows: 1, placeholder: "notes", "aria-label": "Notes", dir: "auto" });
   const says = h("small", { role: "status" });
   const field = (name: Name, input: Field["input"]): Field => ({ name, input, known: "", seen: "", typed: 0 });
   const fields = [field("label", label), field("text", text)];

@@ -1,6 +1,6 @@
 // One feature: everything right of the list. Rebuilt whenever Python sends another view.
 import { button, choice, h, setText } from "../shared/dom";
-import { integer, number, percent } from "../shared/format";
+import { counted, number, percent } from "../shared/format";
 import { type Bins, histogram } from "../shared/histogram";
 import type { Call } from "../shared/rpc";
 import { tokenLabel, valueText } from "../shared/tokens";
@@ -54,7 +54,7 @@ export function pane(options: PaneOptions, signal: AbortSignal): Pane {
     setText(readout, at === null ? HINT : describe(at, view.max));
   };
   const parts = [
-    heading(view, options.live ? "" : options.note.label, ...actions(options, signal)),
+    heading(view, options.note.label || (view.explanations?.[0]?.text ?? ""), ...actions(options, signal)),
     options.live ? options.noteEditor : null,
     !options.live && options.note.text ? h("p", { class: "saelab-explanation" }, options.note.text) : null,
     ...(view.explanations ?? []).map(explanation),
@@ -87,7 +87,7 @@ export function pane(options: PaneOptions, signal: AbortSignal): Pane {
 /** What somebody else says of the feature, who, and how well it told where the feature fires. */
 function explanation({ text, source, scores }: NonNullable<FeatureView["explanations"]>[number]): HTMLElement {
   const said = [source, ...Object.entries(scores).map(([name, value]) => `${name} ${number(value)}`)];
-  return h("p", { class: "saelab-explanation" }, text, " ", h("small", {}, said.join(", ")));
+  return h("p", { class: "saelab-explanation" }, h("bdi", {}, text), " ", h("small", {}, said.join(", ")));
 }
 
 function actions(options: PaneOptions, signal: AbortSignal): HTMLElement[] {
@@ -137,7 +137,7 @@ function silent(view: FeatureView): HTMLElement {
     "section",
     { "aria-label": "Contexts" },
     h("h4", {}, "Contexts"),
-    h("p", { class: "saelab-dim" }, `It fires on none of these ${integer(view.tokens_seen)} tokens.`),
+    h("p", { class: "saelab-dim" }, `It fires on none of these ${counted(view.tokens_seen, "token")}.`),
   );
 }
 

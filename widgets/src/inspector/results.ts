@@ -2,6 +2,7 @@
 import { h, setText } from "../shared/dom";
 import { number, percent } from "../shared/format";
 import { choosing } from "../shared/keyboard";
+import { inWords, nameOf } from "../shared/name";
 import { tokenChip, tokenLabel } from "../shared/tokens";
 import type { Row } from "./types";
 
@@ -44,11 +45,11 @@ function option(row: Row): HTMLElement {
       "data-row": true,
       "data-cell": true,
       "data-feature": row.feature,
-      "aria-label": `Feature ${row.feature}, density ${percent(row.density)}, max ${number(row.max)}, fires on ${tokens}${row.label ? `, label ${row.label}` : ""}${row.why ? `, ${row.why}` : ""}`,
+      "aria-label": `Feature ${inWords(row.feature, { [row.feature]: row.label })}, density ${percent(row.density)}, max ${number(row.max)}, fires on ${tokens}${row.why ? `, ${row.why}` : ""}`,
     },
     h("span", { class: "saelab-result-id" }, String(row.feature)),
     h("span", { class: "saelab-result-numbers" }, `${percent(row.density)} · max ${number(row.max)}`),
-    row.label ? h("span", { class: "saelab-result-label" }, row.label) : null,
+    row.label ? h("span", { class: "saelab-result-label" }, nameOf(row.label)) : null,
     h("span", { class: "saelab-result-tokens" }, ...row.tokens.map(tokenChip)),
     row.why ? h("span", { class: "saelab-result-why" }, row.why) : null,
   );

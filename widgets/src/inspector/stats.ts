@@ -2,19 +2,21 @@
 import { h } from "../shared/dom";
 import { figures } from "../shared/figures";
 import { integer, number, percent } from "../shared/format";
+import { nameOf } from "../shared/name";
 import { tokenChip } from "../shared/tokens";
 import type { FeatureView } from "./types";
 
-const PEAK_TOKENS = 6;
+const TOP_TOKENS = 5;
 
+/** The same label and tokens as in the list. */
 export function heading(view: FeatureView, label: string, ...buttons: HTMLElement[]): HTMLElement {
   return h(
     "div",
     { class: "saelab-heading" },
     // Focus comes here when the control that opened the feature is redrawn.
     h("h3", { tabindex: -1 }, `Feature ${view.feature}`),
-    label ? h("em", { class: "saelab-result-label" }, label) : null,
-    h("span", { class: "saelab-peaks" }, ...peakTokens(view).map(tokenChip)),
+    nameOf(label),
+    h("span", { class: "saelab-peaks" }, ...view.tokens.slice(0, TOP_TOKENS).map(tokenChip)),
     h("span", { class: "saelab-actions" }, ...buttons),
   );
 }
@@ -28,10 +30,4 @@ export function stats(view: FeatureView): HTMLElement {
     ["f_scale", number(view.f_scale), "99.9th percentile of activation: the unit of steering strength"],
   ];
   return figures(pairs.map(([name, value, meaning]) => ({ name, value, meaning })), "saelab-stats");
-}
-
-function peakTokens(view: FeatureView): string[] {
-  const contexts = view.groups[0]?.contexts ?? [];
-  const peaks = contexts.map((context) => context.tokens[context.peak] ?? "");
-  return [...new Set(peaks)].slice(0, PEAK_TOKENS);
 }

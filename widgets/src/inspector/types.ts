@@ -1,5 +1,6 @@
 // What Python sends; the shapes mirror FeatureView.to_dict() and FeatureInspector's traits.
 import type { Bins } from "../shared/histogram";
+import type { Names } from "../shared/name";
 import type { Strip } from "../shared/tokens";
 
 export interface Context extends Strip {
@@ -31,6 +32,10 @@ export interface FeatureView {
   cofiring: [number, number, number][];
   /** what others say of it: explainers, and labels that were loaded */
   explanations?: { text: string; source: string; scores: Record<string, number> }[];
+  /** those it fires on most */
+  tokens: string[];
+  /** of it and of the features beside it */
+  names: Names;
 }
 
 export interface Note {
@@ -51,6 +56,8 @@ export interface PairView {
   only: [number, number];
   jaccard: number;
   view: Pick<FeatureView, Kept>;
+  /** of the pinned one */
+  name?: string;
   tokens: string[];
   tokens_here: string[];
 }

@@ -2,6 +2,7 @@
 import { button, h } from "../shared/dom";
 import { figures } from "../shared/figures";
 import { integer, number } from "../shared/format";
+import { inWords, type Names, numbered } from "../shared/name";
 import { tokenChip } from "../shared/tokens";
 import type { Features, Values, View } from "./types";
 
@@ -17,6 +18,8 @@ export interface Opened {
   kind: string;
   cell: number[];
   features: Features | undefined;
+  /** By "site number". */
+  names: Names;
   /** The feature last chosen here. */
   chosen: number | null;
 }
@@ -43,7 +46,7 @@ export function detail(opened: Opened, actions: DetailActions, signal: AbortSign
     ),
     patch,
     ...(kind.startsWith("attn") ? [attention(layer, actions, signal)] : []),
-    ...(view.coders.includes(`${kind}-${layer}`) ? [features(opened, actions, signal)] : []),
+    ...(view.coders.includes(`${kind}-${layer}`) ? [features(opened, `${kind}-${layer}`, actions, signal)] : []),
   ];
 }
 
@@ -59,7 +62,7 @@ function attention(layer: number, actions: DetailActions, signal: AbortSignal): 
   );
 }
 
-function features({ features: found, chosen }: Opened, actions: DetailActions, signal: AbortSignal): HTMLElement {
+function features({ features: found, chosen, names }: Opened, site: string, actions: DetailActions, signal: AbortSignal): HTMLElement {
   const title = h("h4", {}, "Features ", h("small", {}, "share of the change, by gradient"));
   if (!found) return h("section", { "aria-label": "Features" }, title, h("p", { class: "saelab-dim" }, "…"));
   if (found.features.length === 0) {
@@ -70,10 +73,11 @@ function features({ features: found, chosen }: Opened, actions: DetailActions, s
   const rows = found.features.map(([feature, share]) => {
     const bar = h("span", { class: "saelab-effect-bar", "data-sign": share < 0 ? "minus" : "plus" });
     bar.style.width = `${((100 * Math.abs(share)) / most).toFixed(1)}%`;
-    const label = `Select feature ${feature}, share ${number(share)}`;
+    const called = { [feature]: names[`${site} ${feature}`] ?? "" };
+    const label = `Select feature ${inWords(feature, called)}, share ${number(share)}`;
     const pressed = { "aria-label": label, "aria-pressed": String(feature === chosen), "data-feature": feature };
     const row = button("", () => actions.feature(feature), signal, pressed);
-    row.append(bar, h("span", {}, String(feature)), h("span", { class: "saelab-feature-share" }, number(share)));
+    row.append(bar, ...numbered(feature, called), h("span", { class: "saelab-feature-share" }, number(share)));
     return h("li", {}, row);
   });
   const total = found.features.reduce((sum, [, share]) => sum + share, 0) + found.others + found.error;

@@ -171,7 +171,7 @@ function draw(model: AnyModel<State>, el: HTMLElement, signal: AbortSignal): voi
         attention.show(name, frame.call<AttentionAnswer>("attention_page", { layer: cell[0], source }));
       },
     };
-    side.replaceChildren(...detail({ view, values, kind, cell, features: model.get("features")[key], chosen: model.get("feature") }, actions, shown.signal));
+    side.replaceChildren(...detail({ view, values, kind, cell, features: model.get("features")[key], names: model.get("names"), chosen: model.get("feature") }, actions, shown.signal));
     if (focused !== null) side.querySelector<HTMLElement>(focused ? `[data-feature="${focused}"]` : "h4")?.focus({ preventScroll: true });
     grid.select(atOf(cell));
   };
@@ -210,7 +210,7 @@ function draw(model: AnyModel<State>, el: HTMLElement, signal: AbortSignal): voi
   );
   onChange(model, ["view"], showView, signal);
   onChange(model, ["truth"], () => (showGrid(), showDetail()), signal);
-  onChange(model, ["features", "feature"], showDetail, signal);
+  onChange(model, ["features", "feature", "names"], showDetail, signal);
   onChange(model, ["kind"], () => (grid.clearBlock(), showGrid(), wantFeatures(), showDetail()), signal);
   onChange(model, ["cell"], () => (wantFeatures(), showDetail()), signal);
   onChange(model, ["progress"], () => (bar.progress(model.get("progress")), settled()), signal);

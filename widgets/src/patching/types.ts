@@ -1,4 +1,5 @@
 // What Python sends.
+import type { Names } from "../shared/name";
 
 /** Tokens of both texts side by side; null where the other one has a token more. */
 export interface Sides {
@@ -53,6 +54,8 @@ export type State = {
   /** The chosen one of the open cell. */
   feature: number | null;
   features: Record<string, Features>;
+  /** By "site number". */
+  names: Names;
   progress: number[];
   error: string;
 };

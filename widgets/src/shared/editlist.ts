@@ -1,11 +1,14 @@
 // The session's edits: a switch and a way out for each.
 import { focusedIn, h } from "./dom";
+import { nameOf } from "./name";
 
 export interface EditRow {
   key: number;
   on: boolean;
   label: string;
   code: string;
+  /** of its features */
+  name?: string;
 }
 
 export interface EditActions {
@@ -49,7 +52,7 @@ export function editList(actions: EditActions, signal: AbortSignal): EditList {
           h(
             "li",
             { "data-key": row.key, "data-on": row.on },
-            h("label", {}, h("input", { type: "checkbox", checked: row.on }), h("code", {}, row.code)),
+            h("label", {}, h("input", { type: "checkbox", checked: row.on }), h("code", {}, row.code), nameOf(row.name)),
             h("button", { type: "button", "aria-label": `Remove ${row.code}`, title: "Remove" }, "×"),
           ),
         ),

@@ -8,8 +8,10 @@ const GLYPHS: Record<string, string> = { "\n": "↵", "\t": "⇥", "\r": "␍", 
 
 /** A class of a regular expression (with the flag u) that matches one such character. */
 export const HIDDEN_CLASS = `[${HIDDEN.replace(/[0-9A-F]+/g, "\\u{$&}").replaceAll(" ", "")}]`;
-const ALL = new RegExp(HIDDEN_CLASS, "gu");
-const BUT_LAYOUT = new RegExp(`(?![\\n\\t])${HIDDEN_CLASS}`, "gu");
+// A mark of an emoji's form, or a join of two, behind an emoji: the only hidden ones that draw something.
+const DRAWN = "(?!(?<=[\\u203c\\u2049\\u2122-\\u2bff\\u3030\\u303d\\u3297\\u3299\\u{1f000}-\\u{1faff}]\\ufe0f?)[\\ufe0f\\u200d])";
+const ALL = new RegExp(DRAWN + HIDDEN_CLASS, "gu");
+const BUT_LAYOUT = new RegExp(`${DRAWN}(?![\\n\\t])${HIDDEN_CLASS}`, "gu");
 
 export function markOf(character: string): string {
   const code = character.codePointAt(0) ?? 0;

@@ -6,7 +6,7 @@ import type { Context, FeatureView, Note, Row } from "../inspector/types";
 /** document, position, peak, tokens as numbers of the table, [place, activation, ...] where it fires, places left out */
 type PackedContext = [number, number, number, number[], number[], number[]];
 
-type PackedFeature = Omit<FeatureView, "groups" | "histogram" | "d_sae" | "tokens_seen"> & {
+type PackedFeature = Omit<FeatureView, "groups" | "histogram" | "d_sae" | "tokens_seen" | "tokens" | "names"> & {
   histogram: number[];
   groups: [string, PackedContext[]][];
   note: Note;
@@ -54,6 +54,10 @@ export function row(list: Listing, feature: number): Row {
 export const tokens = (list: Listing, feature: number): string[] =>
   (list.tokens[feature] ?? []).map((number) => list.texts[number] ?? "");
 
+/** A feature's label, else what it fires on most. */
+const called = (list: Listing, feature: number): string =>
+  list.labels[feature] || tokens(list, feature).slice(0, 4).map((token) => token.trim() || token).join(" ");
+
 export function opened(list: Listing, chunk: Chunk, feature: number): { view: FeatureView; note: Note } | undefined {
   const packed = chunk.features[feature - chunk.first];
   if (!packed) return undefined;
@@ -65,6 +69,8 @@ export function opened(list: Listing, chunk: Chunk, feature: number): { view: Fe
     d_sae: list.d_sae,
     tokens_seen: list.tokens_seen,
     histogram: { counts: histogram, edges },
+    tokens: tokens(list, feature),
+    names: Object.fromEntries([feature, ...packed.neighbours.map(([i]) => i), ...packed.cofiring.map(([i]) => i)].map((i) => [i, called(list, i)])),
     groups: groups.map(([label, contexts]) => ({ label, contexts: contexts.map((one) => context(chunk.texts, one)) })),
   };
   return { view, note };

@@ -82,9 +82,9 @@ export function comparison(choose: (position: number) => void, signal: AbortSign
       element.hidden = !comparison.measures;
       setText(note, comparison.note ?? "");
       note.hidden = !comparison.note;
-      const names = (comparison.measures ?? []).map((m) => m.name);
+      const named = comparison.measures ?? [];
       const before = select.value;
-      select.replaceChildren(...names.map((name) => h("option", { value: name, selected: name === before }, name)));
+      select.replaceChildren(...named.map(({ name, label }) => h("option", { value: name, selected: name === before }, label ?? name)));
       const [without, with_] = comparison.perplexity ?? [];
       setText(summary, `perplexity ${number(without)} → ${number(with_)} with the edits · mean KL ${number(comparison.mean_kl)} nats`);
       const changes = (comparison.next ?? []).slice(0, NEXT).map(([token, a, b]) => h("span", {}, tokenChip(token), ` ${number(a)} → ${number(b)}`));

@@ -1,12 +1,13 @@
 // Dose and response of one feature, on demand: what it buys and what it costs, beside random directions.
 import { lineChart } from "../shared/chart";
 import { button, h, setText } from "../shared/dom";
+import { type Names, numbered } from "../shared/name";
 import { tokenLabel } from "../shared/tokens";
 import type { Dose } from "./types";
 
 export interface DoseView {
   element: HTMLElement;
-  show(dose: Dose, target: string[]): void;
+  show(dose: Dose, target: string[], names: Names): void;
   progress(done: number, total: number): void;
   /** Whether it is being measured. */
   busy(yes: boolean): void;
@@ -26,8 +27,8 @@ export function dose(actions: DoseActions, signal: AbortSignal): DoseView {
   const target = h("input", {
     type: "text",
     "aria-label": "Target tokens, | between them",
-    placeholder: "most promoted",
-    title: "Tokens whose log-odds are measured, with | between them; a leading space counts. Empty: those that the feature promotes most.",
+    placeholder: "its top tokens",
+    title: "Tokens whose log-odds are measured, with | between them; a leading space counts. Empty: those that the feature fires on most.",
     spellcheck: "false",
     autocomplete: "off",
   });
@@ -50,13 +51,14 @@ export function dose(actions: DoseActions, signal: AbortSignal): DoseView {
       charts,
       caption,
     ),
-    show(dose, tokens) {
+    show(dose, tokens, names) {
       const series = dose.series ?? [];
       charts.hidden = caption.hidden = series.length === 0;
       response.show(series.map((s) => ({ name: s.name, x: s.strength, y: s.log_odds })));
       cost.show(series.map((s) => ({ name: s.name, x: s.strength, y: s.cost })));
-      const names = (dose.target ?? []).map(tokenLabel).join(" or ");
-      setText(says, `Feature ${dose.feature} alone: the next token after ${tokenLabel(dose.prompt ?? "")} is ${names}.`);
+      const wanted = (dose.target ?? []).map(tokenLabel).join(" or ");
+      const next = ` alone: the next token after ${tokenLabel(dose.prompt ?? "")} is ${wanted}.`;
+      says.replaceChildren("Feature ", ...numbered(dose.feature ?? 0, names).flatMap((part) => [part, " "]), next.trim());
       target.value = tokens.join("|");
     },
     progress(done, total) {

@@ -109,13 +109,13 @@ const steering = widget<State>((model, el, signal) => {
     setText(how, `${greedy ? "greedy" : sampled}, at most ${model.get("max_new_tokens")} new tokens`);
   };
   const showSliders = () => {
-    rows.show(model.get("sliders"), model.get("selected"), model.get("d_sae"));
+    rows.show(model.get("sliders"), model.get("selected"), model.get("d_sae"), model.get("names"));
     list.show(model.get("others"));
     others.hidden = model.get("others").length === 0;
     measured.mark(row(model.get("dose").feature)?.strength ?? null);
   };
   const showDose = () => {
-    measured.show(model.get("dose"), model.get("target"));
+    measured.show(model.get("dose"), model.get("target"), model.get("names"));
     measured.busy(model.get("measuring"));
     measured.mark(row(model.get("dose").feature)?.strength ?? null);
   };
@@ -154,9 +154,9 @@ const steering = widget<State>((model, el, signal) => {
   frame.root.addEventListener("keydown", (event) => event.key === "Escape" && model.get("running") && stop(), { signal });
 
   onChange(model, ["prompt", "temperature", "seed", "max_new_tokens", "autorun", "running"], showControls, signal);
-  onChange(model, ["sliders", "others", "selected", "d_sae"], showSliders, signal);
+  onChange(model, ["sliders", "others", "selected", "d_sae", "names"], showSliders, signal);
   onChange(model, ["shown", "running"], showTexts, signal);
-  onChange(model, ["dose", "target", "measuring"], showDose, signal);
+  onChange(model, ["dose", "target", "measuring", "names"], showDose, signal);
   onChange(model, ["version"], changed, signal);
   onChange(model, ["error"], () => showControls(), signal); // a refused setting is put right
   showControls();

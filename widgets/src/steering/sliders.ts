@@ -1,11 +1,12 @@
 // One slider a feature, in units of f_scale.
 import { button, focusedIn, h, setText } from "../shared/dom";
 import { number } from "../shared/format";
+import { inWords, type Names, nameOf } from "../shared/name";
 import type { SliderRow } from "./types";
 
 export interface Sliders {
   element: HTMLElement;
-  show(rows: SliderRow[], selected: number | null, d_sae: number): void;
+  show(rows: SliderRow[], selected: number | null, d_sae: number, names: Names): void;
 }
 
 export interface SliderActions {
@@ -24,7 +25,7 @@ const PAUSE_MS = 150;
 
 interface Line {
   element: HTMLElement;
-  show(row: SliderRow, selected: boolean): void;
+  show(row: SliderRow, selected: boolean, names: Names): void;
 }
 
 export function sliders(actions: SliderActions, signal: AbortSignal): Sliders {
@@ -57,7 +58,7 @@ export function sliders(actions: SliderActions, signal: AbortSignal): Sliders {
       none,
       h("div", { class: "saelab-add", "data-needs": "kernel" }, input, add, addSelected),
     ),
-    show(rows, selected, d_sae) {
+    show(rows, selected, d_sae, names) {
       size = d_sae;
       picked = selected;
       input.max = String(d_sae - 1);
@@ -81,11 +82,11 @@ export function sliders(actions: SliderActions, signal: AbortSignal): Sliders {
           lines.set(row.key, line);
         }
         if (list.children[rows.indexOf(row)] !== line.element) list.insertBefore(line.element, list.children[rows.indexOf(row)] ?? null);
-        line.show(row, row.features.length === 1 && row.features[0] === selected);
+        line.show(row, row.features.length === 1 && row.features[0] === selected, names);
       }
       const there = rows.some((row) => row.features.length === 1 && row.features[0] === selected);
       addSelected.hidden = selected === null || there;
-      setText(addSelected, `Add selected (${selected})`);
+      setText(addSelected, `Add selected (${inWords(selected ?? 0, names)})`);
     },
   };
 }
@@ -96,6 +97,7 @@ function slider(first: SliderRow, actions: SliderActions, signal: AbortSignal): 
   const box = h("input", { type: "checkbox", "aria-label": `${first.vector ? "Vector" : "Feature"} ${name} on`, "data-needs": "kernel" });
   const select = () => row.features[0] !== undefined && actions.select(row.features[0]);
   const title = button(name, select, signal, { class: "saelab-feature-name", title: first.vector ? "A vector" : "Make it the selected feature" });
+  const called = h("span", { class: "saelab-slider-called" });
   const amount = h("small", { class: "saelab-amount" });
   const removing = { class: "saelab-remove", "aria-label": `Remove ${kind} ${name}`, title: "Remove", "data-needs": "kernel" };
   const remove = button("×", () => actions.remove(row.key), signal, removing);
@@ -145,11 +147,16 @@ function slider(first: SliderRow, actions: SliderActions, signal: AbortSignal): 
       "li",
       { "data-key": first.key },
       h("div", { class: "saelab-slider-head" }, box, title, amount, remove),
+      called,
       more,
       h("div", { class: "saelab-slider-row", "data-needs": "kernel" }, range, exact),
     ),
-    show(next, selected) {
+    show(next, selected, names) {
       row = next;
+      const known = row.features.map((feature) => nameOf(names[feature], 60)).filter((name) => name !== null);
+      called.replaceChildren(...known.flatMap((name, i) => (i ? [" + ", name] : [name])));
+      called.hidden = known.length === 0;
+      if (known.length) range.setAttribute("aria-label", `Strength of feature ${row.features.map((feature) => inWords(feature, names)).join(" + ")}`);
       box.checked = row.on;
       setText(more, row.more);
       more.hidden = row.more === "";

@@ -1,5 +1,6 @@
 // Baseline and steered text, side by side: plain while they come, then token by token with their differences.
 import { h, setText } from "../shared/dom";
+import { counted } from "../shared/format";
 import { type StripToken, tokenStrip } from "../shared/strip";
 import { readable } from "../shared/visible";
 import type { Comparison, Side, TextToken } from "./types";
@@ -59,7 +60,7 @@ function column(name: string, signal: AbortSignal) {
       element.dataset.stale = "false";
       text.append(readable(piece));
       pieces++;
-      setText(count, `${pieces} tokens…`);
+      setText(count, `${counted(pieces, "token")}…`);
     },
     show(whole: string, tokens: TextToken[] | undefined) {
       text = null;
@@ -74,7 +75,7 @@ function column(name: string, signal: AbortSignal) {
       strip.show(tokens.slice(first).map(plain));
       const news = tokens.filter((token) => token.mark !== "prompt");
       const differ = news.filter((token) => token.mark === "new").length;
-      setText(count, `${news.length} tokens${differ ? `, ${differ} not in the other text` : ""}`);
+      setText(count, `${counted(news.length, "token")}${differ ? `, ${differ} not in the other text` : ""}`);
     },
   };
 }

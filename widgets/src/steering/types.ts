@@ -1,4 +1,5 @@
 // What Python sends; the shapes mirror sae_lab/widgets/steering_views.py.
+import type { Names } from "../shared/name";
 import type { EditRow } from "../shared/editlist";
 
 export interface SliderRow {
@@ -21,6 +22,8 @@ export interface TextToken {
 
 export interface Measure {
   name: string;
+  /** The name, with what its feature is called. */
+  label?: string;
   /** Measures of one group are drawn on one scale: one, or a pair, with and without the edits. */
   group: string;
   values: (number | null)[];
@@ -55,6 +58,7 @@ export type State = {
   autorun: boolean;
   sliders: SliderRow[];
   others: EditRow[];
+  names: Names;
   selected: number | null;
   baseline: string;
   steered: string;

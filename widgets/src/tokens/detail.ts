@@ -1,13 +1,14 @@
 // The chosen token: its active features, what each does to the next token, and what they add up to.
 import { focusedIn, h, setText } from "../shared/dom";
-import { integer, number } from "../shared/format";
+import { counted, number } from "../shared/format";
+import { inWords, type Names, nameOf } from "../shared/name";
 import { makeTabStop, rovingFocus } from "../shared/keyboard";
 import { tokenChip, tokenLabel } from "../shared/tokens";
 import type { Detail, Row, Sort, Wish } from "./types";
 
 export interface DetailBox {
   element: HTMLElement;
-  show(detail: Detail | null, sort: Sort): void;
+  show(detail: Detail | null, sort: Sort, names: Names): void;
   /** Mark the chosen feature's row. */
   select(feature: number | null): void;
 }
@@ -51,7 +52,7 @@ export function detailBox(wish: (what: Wish) => void, signal: AbortSignal): Deta
 
   return {
     element: h("div", { class: "saelab-token-detail" }, head, note, sum, h("div", { class: "saelab-features-box" }, table)),
-    show(detail, sort) {
+    show(detail, sort, names) {
       const held = focusedIn(table);
       const again = held?.dataset.sort ?? held?.dataset.feature;
       table.hidden = !detail || detail.rows.length === 0;
@@ -62,12 +63,12 @@ export function detailBox(wish: (what: Wish) => void, signal: AbortSignal): Deta
       if (!detail) return;
       head.append(
         h("h4", {}, `Token ${detail.position} `, tokenChip(detail.label)),
-        h("small", {}, detail.active === null ? "left out" : `${integer(detail.active)} active features`, listed(detail)),
+        h("small", {}, detail.active === null ? "left out" : counted(detail.active, "active feature"), listed(detail)),
       );
       columns.replaceChildren(...headings(detail, sort));
       const strongest = Math.max(...detail.rows.map((row) => row.value), Number.MIN_VALUE);
       const rows = [...detail.rows].sort((a, b) => (sort === "effect" ? size(b) - size(a) : b.value - a.value));
-      body.replaceChildren(...rows.map((row) => line(row, strongest, detail.effects)));
+      body.replaceChildren(...rows.map((row) => line(row, strongest, detail.effects, names)));
       mark();
       if (again === undefined) return;
       const next = table.querySelector<HTMLElement>(`button[data-sort="${again}"], button[data-feature="${again}"]`);
@@ -94,7 +95,7 @@ function headings(detail: Detail, sort: Sort): HTMLElement[] {
   };
   const plain = (name: string, title: string) => h("th", { scope: "col", title }, name);
   const found = [
-    plain("feature", "Its number in the coder"),
+    plain("feature", "Its number in the coder, and its name"),
     sortable("activation", "activation", "Sort by activation"),
     plain("× f_scale", "In units of the 99.9th percentile of its activations on training text"),
   ];
@@ -107,8 +108,8 @@ function headings(detail: Detail, sort: Sort): HTMLElement[] {
   ];
 }
 
-function line(row: Row, strongest: number, effects: boolean): HTMLElement {
-  const name = `Feature ${row.feature}, activation ${number(row.value)}`;
+function line(row: Row, strongest: number, effects: boolean, names: Names): HTMLElement {
+  const name = `Feature ${inWords(row.feature, names)}, activation ${number(row.value)}`;
   const pick = h(
     "button",
     { type: "button", class: "saelab-pick", "data-cell": true, "data-feature": row.feature, "data-needs": "model", "aria-label": name, tabindex: -1 },
@@ -117,7 +118,7 @@ function line(row: Row, strongest: number, effects: boolean): HTMLElement {
   const meter = h("span", { class: "saelab-meter", "aria-hidden": "true" });
   meter.style.setProperty("--saelab-share", (row.value / strongest).toFixed(3));
   const cells = [
-    h("th", { scope: "row" }, pick),
+    h("th", { scope: "row" }, pick, nameOf(names[row.feature])),
     h("td", { class: "saelab-number" }, meter, h("span", {}, number(row.value))),
     h("td", { class: "saelab-number" }, number(row.scaled)),
   ];

@@ -1,8 +1,9 @@
 // TokenFeatures: a prompt as a strip of tokens, and the features of the chosen one.
 import { button, choice, h, setText } from "../shared/dom";
-import { integer, number } from "../shared/format";
+import { counted, number } from "../shared/format";
 import { type FrozenModel, freezer } from "../shared/frozen";
 import { onChange, send } from "../shared/model";
+import { nameOf } from "../shared/name";
 import { panel, widget } from "../shared/panel";
 import { latest } from "../shared/rpc";
 import { type StripToken, tokenStrip } from "../shared/strip";
@@ -102,7 +103,7 @@ const it = widget<State>((model, el, signal) => {
       return;
     }
     const largest = Math.max(0, ...along.map((value) => value ?? 0));
-    setText(readout, largest > 0 ? `${integer(along.length)} tokens, largest ${number(largest)}` : "");
+    setText(readout, largest > 0 ? `${counted(along.length, "token")}, largest ${number(largest)}` : "");
   };
   const showText = () => {
     const text = model.get("text") as Text;
@@ -127,7 +128,7 @@ const it = widget<State>((model, el, signal) => {
   const showDetail = () => {
     const found = shownDetail();
     targetRow.hidden = !found?.effects;
-    detail.show(found, model.get("sort"));
+    detail.show(found, model.get("sort"), model.get("names"));
     target.value = model.get("target");
     target.placeholder = found?.target && found.target_is !== "chosen" ? `${found.target_is}: ${tokenLabel(found.target)}` : "the next token";
   };
@@ -139,10 +140,12 @@ const it = widget<State>((model, el, signal) => {
     meaning.querySelector<HTMLOptionElement>('[value="feature"]')!.disabled = feature === null;
     setText(done, "");
     if (feature === null) return;
-    if (feature === unmeasured) return about.replaceChildren(h("b", {}, `Feature ${feature}`));
+    const name = nameOf(model.get("names")[feature]);
+    const head = [h("b", {}, `Feature ${feature}`), ...(name ? [" ", name] : [])];
+    if (feature === unmeasured) return about.replaceChildren(...head);
     const here = fires[model.get("token") ?? -1];
     const most = Math.max(0, ...fires.map((value) => value ?? 0));
-    about.replaceChildren(h("b", {}, `Feature ${feature}`), ` ${number(here ?? 0)} here, at most ${number(most)} in this text`);
+    about.replaceChildren(...head, ` ${number(here ?? 0)} here, at most ${number(most)} in this text`);
   };
   const choose = () => {
     strip.select(model.get("token"));
@@ -172,7 +175,7 @@ const it = widget<State>((model, el, signal) => {
   onChange(model, ["prompt"], () => prompt.show(model.get("prompt")), signal);
   onChange(model, ["text", "losses", "strip"], showText, signal);
   onChange(model, ["fires"], () => ((unmeasured = null), showText(), showFeature()), signal);
-  onChange(model, ["detail", "sort", "target"], () => (showDetail(), showFeature()), signal);
+  onChange(model, ["detail", "sort", "target", "names"], () => (showDetail(), showFeature()), signal);
   onChange(model, ["detail", "error"], () => frame.ready(true), signal);
   onChange(model, ["token"], showToken, signal);
   onChange(model, ["feature"], showFeature, signal);
@@ -193,7 +196,7 @@ function cell(text: string, value: number | null | undefined, by: StripValue): S
 function noteOf(value: number | null | undefined, by: StripValue): string {
   if (value === undefined || (value === null && by === "loss")) return "no value";
   if (value === null) return "excluded by the token mask";
-  if (by === "active") return `${integer(value)} active features`;
+  if (by === "active") return counted(value, "active feature");
   if (by === "loss") return `loss ${number(value)} nats`;
   return value === 0 ? "silent" : number(value);
 }

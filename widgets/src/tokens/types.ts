@@ -1,5 +1,7 @@
 // What Python sends; see sae_lab/widgets/tokens.py and token_views.py.
 
+import type { Names } from "../shared/name";
+
 export type Message = { role: string; content: string };
 export type Prompt = string | Message[];
 export type StripValue = "strongest" | "active" | "feature" | "loss";
@@ -46,6 +48,7 @@ export type State = {
   text: Text | Record<string, never>;
   losses: (number | null)[];
   fires: (number | null)[];
+  names: Names;
   detail: Detail | Record<string, never>;
   error: string;
 };
