@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sae_lab.arguments import as_annotated
-from sae_lab.results import Html, Name, html_table, joined, number, tag, visible
+from sae_lab.results import Html, Name, counted, html_table, joined, number, tag, visible
 
 # A saved notebook has this HTML beside every panel that was shown: these limits keep it small.
 TOP_CONTEXTS = 8
@@ -47,7 +47,7 @@ def feature_html(view: Mapping[str, Any], note: Mapping[str, str] | None = None)
     names = view.get("names", {})
     numbers = {
         "density": f"{figure(100 * view['density'])} %",
-        "fires on": f"{view['count']:,} of {view['tokens_seen']:,} tokens",
+        "fires on": f"{view['count']:,} of {counted(view['tokens_seen'], 'token')}",
         **{name: figure(view[name]) for name in ("mean", "max", "f_scale")},
     }
     near = joined((joined([numbered(i, names), f" ({cosine:.2f})"]) for i, cosine in view["neighbours"]), ", ")

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sae_lab.circuits.direct import direct_effects
 from sae_lab.circuits.prompt import PromptReading
-from sae_lab.results import Html, joined, tag
+from sae_lab.results import Html, counted, joined, tag
 from sae_lab.saes.base import SparseCoder
 
 from .static_html import block, code, figure, marked, numbered, table
@@ -110,7 +110,7 @@ def html_of(
 def _detail_html(detail: Mapping[str, Any], names: Mapping[str, str]) -> list[Html | None]:
     if not detail:
         return []
-    active = "left out" if detail["active"] is None else f"{detail['active']} active features"
+    active = "left out" if detail["active"] is None else counted(detail["active"], "active feature")
     lines: list[Html | None] = [tag("p", f"Token {detail['position']} ", code(detail["label"]), f", {active}")]
     if detail["note"]:
         lines.append(tag("p", detail["note"]))

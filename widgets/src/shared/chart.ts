@@ -163,9 +163,9 @@ export function lineChart(options: ChartOptions, signal: AbortSignal): Chart {
       const y0 = options.zero ? Math.min(0, ...ys) : Math.min(...ys);
       range = { x0: xs[0] ?? 0, x1: xs.at(-1) ?? 1, y0: ys.length ? y0 : 0, y1: ys.length ? Math.max(...ys) : 1 };
       lines.replaceChildren(...series.map((s, i) => path(s, i, px, py)));
-      setText(left, xText(range.x0));
+      setText(left, range.x0 === range.x1 ? "" : xText(range.x0));
       setText(right, xText(range.x1));
-      setText(low, number(range.y0));
+      setText(low, range.y0 === range.y1 ? "" : number(range.y0)); // a line that is flat has one value
       setText(high, number(range.y1));
       legend.hidden = series.length < 2;
       legend.replaceChildren(...series.map((s, i) => key(s.name, i)));

@@ -75,9 +75,9 @@ export function histogram(
     h(
       "div",
       { class: "saelab-axis", "aria-hidden": "true" },
-      h("span", {}, number(low)),
+      h("span", {}, total ? number(low) : "none"),
       dashed && reference && h("span", { class: "saelab-axis-note" }, `┆ ${reference.name} ${number(reference.value)}`),
-      h("span", {}, number(high)),
+      h("span", {}, total ? number(high) : ""),
     ),
   );
   return {
