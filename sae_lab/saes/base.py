@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from sae_lab import costs, noting
 from sae_lab.arguments import as_annotated, check_least
 from sae_lab.costs import Cost
-from sae_lab.saes import kernels, losses, portable, writing
+from sae_lab.results import Shown
+from sae_lab.saes import kernels, losses, portable, publishing, writing
 from sae_lab.saes.kernels import T
 from sae_lab.types import Batch, Codes, Output, Site, TokenMask, check_feature
 
@@ -582,6 +583,21 @@ class SparseCoder(nn.Module):
         that is no float or cannot hold the weights.
         """
         return writing.save(self, path, format, dtype)
+
+    @as_annotated
+    def push_to_hub(self, repo: str, private: bool | None = None, report: Shown | None = None) -> str:
+        """``sae.push_to_hub("user/name")``: put the coder on the Hugging Face hub, in one commit; returns its address.
+
+        ``sl.load("user/name")`` reads it; so does SAELens, ``SAE.from_pretrained("user/name", "saelens")``, where its
+        format can hold the coder. The model card has the facts of the training and the figures of
+        ``sae.meta["card"]``; text that you write around them on the hub stays. Your labels and notes are not sent:
+        ``sl.notes(sae).save(file)`` writes them. The token is that of ``hf auth login``, or HF_TOKEN.
+
+        Args: private: whether a new repository is; None: as your account has it. report: a result whose table goes
+        into the card, such as that of ``sl.evals.report(sae)``. Raises ValueError where the hub refuses or cannot be
+        reached, where private=True meets a public repository, and for one that holds something else than a coder.
+        """
+        return publishing.push(self, repo, private, report)
 
     def extra_repr(self) -> str:
         at = f", at {', '.join(map(repr, self.reads))}" if self.reads else ""
