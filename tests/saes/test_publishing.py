@@ -1,4 +1,4 @@
-"""``sae.push_to_hub`` through the real client to a small hub on this machine; what it took, ``sl.load`` and SAELens read."""
+"""``sae.push_to_hub`` through the real client to a small hub here; what it took, ``sl.load`` and SAELens read."""
 
 import base64
 import functools
@@ -18,6 +18,7 @@ from tests.saes.test_exchange import X, close
 # The loopback hub, and where the client is pointed at it.
 from tests.saes.test_releases import COMMIT, Hub, _point_at
 
+SAELENS = ("cfg.json", "sae_weights.safetensors")
 ATTACK = "<script>alert(1)</script> | `x` \u202e"
 
 
@@ -113,7 +114,7 @@ def test_there_and_back(hub, coder, tmp_path):
     assert address.startswith("http://127.0.0.1:") and address.endswith("/user/name") and coder.path == "here"
     repo = root / "user" / "name"
     files = {str(f.relative_to(repo)) for f in repo.rglob("*") if f.is_file()}
-    assert files == {"README.md", "config.json", "sae.safetensors", "saelens/cfg.json", "saelens/sae_weights.safetensors"}
+    assert files == {"README.md", "config.json", "sae.safetensors"} | {f"saelens/{name}" for name in SAELENS}
     assert Taking.private == {"user/name": True} and all(one.endswith("Bearer hf_secret") for one in asked)
     again = sl.load("user/name")
     assert again.fingerprint() == coder.fingerprint() and again.meta["card"] == coder.meta["card"]
@@ -159,7 +160,7 @@ def test_a_hub_that_refuses(hub, coder, status, words, at):
 
 def test_no_network(hub, coder, monkeypatch, tmp_path):
     _point_at(monkeypatch, "http://127.0.0.1:9", tmp_path / "cache")
-    with pytest.raises(ValueError, match="the hub cannot be reached for user/name .*: check the network, HF_ENDPOINT"):
+    with pytest.raises(ValueError, match=r"the hub cannot be reached for user/name .*: check the network, HF_ENDPOINT"):
         coder.push_to_hub("user/name")
 
 
@@ -170,7 +171,7 @@ def test_what_is_there_already(hub, coder):
     model = root / "user" / "model"
     model.mkdir(parents=True)
     (model / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match="user/model holds something else .* take another name"):
+    with pytest.raises(ValueError, match=r"user/model holds something else .* take another name"):
         coder.push_to_hub("user/model")
     (root / "user" / "public").mkdir()
     with pytest.raises(ValueError, match="user/public is public, and private=True does not change that"):
