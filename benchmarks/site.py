@@ -23,8 +23,8 @@ import sae_lab as sl
 RESULTS = Path(__file__).parent / "results" / "site.json"
 WORDS = (
     "For the {features:,} features of the bundled coder and {tokens:,} tokens of text, the page takes {site_ms:.0f} ms "
-    "of the processor and {site_KB:.1f} KB on disk a feature ({site_MB:.0f} MB in all, in {files} files), Neuronpedia's "
-    "files {neuronpedia_ms:.0f} ms and {neuronpedia_KB:.1f} KB."
+    "of the processor and {site_KB:.1f} KB on disk a feature ({site_MB:.0f} MB in all, in {files} files), "
+    "Neuronpedia's files {neuronpedia_ms:.0f} ms and {neuronpedia_KB:.1f} KB."
 )
 
 

@@ -36,10 +36,10 @@ def push(coder: Any, repo: str, private: bool | None, report: Shown | None) -> s
         text = f"{BEGIN}\n{_card(coder, repo, lens, report)}\n{END}\n"
         with _told(repo, lambda: new):
             try:
-                info = api.repo_info(repo)
+                info = api.model_info(repo)
             except RepositoryNotFoundError:
                 api.create_repo(repo, private=private)
-                info, new = api.repo_info(repo), True
+                info, new = api.model_info(repo), True
             there = {file.rfilename for file in info.siblings or ()}
             if private and not info.private:
                 raise ValueError(f"{repo} is public, and private=True does not change that: do it in its settings")
