@@ -20,12 +20,12 @@ from steps import processor
 
 import sae_lab as sl
 
-RESULTS = Path(__file__).parent / "results" / "site.json"
+RESULTS = Path(__file__).parent / "results" / "feature_page.json"
 WORDS = (
     "For the {features:,} features of the bundled coder and {tokens:,} tokens of text, the page takes {site_ms:.0f} ms "
-    "of the processor and {site_KB:.1f} KB on disk a feature ({site_MB:.0f} MB in all, in {files} files), "
-    "Neuronpedia's files {neuronpedia_ms:.0f} ms and {neuronpedia_KB:.1f} KB."
+    "of the processor and {site_KB:.1f} KB on disk a feature ({site_MB:.0f} MB in all, in {files} files)."
 )
+MORE = " Neuronpedia's files take {neuronpedia_ms:.0f} ms and {neuronpedia_KB:.1f} KB a feature."
 
 
 def size(folder: Path) -> int:
@@ -55,7 +55,8 @@ def main() -> None:
     RESULTS.write_text(json.dumps(found, indent=1) + "\n")
     print(json.dumps(found, indent=1))
     if args.docs:
-        put("docs/howto/share.md", "site", WORDS.format(**found))
+        words = WORDS + MORE * ("neuronpedia_ms" in found)
+        put("docs/howto/share.md", "site", words.format(**found))
 
 
 if __name__ == "__main__":
