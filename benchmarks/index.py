@@ -32,12 +32,11 @@ from typing import Any
 import numpy as np
 import torch
 from pages import put
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from steps import processor
 
 import sae_lab as sl
 from sae_lab.activations.harvesting import _crc
-from sae_lab.activations.store import memory_map
 from sae_lab.feature_index.labels import Labels
 
 RESULTS = Path(__file__).parent / "results" / "index.json"
@@ -77,7 +76,7 @@ def make_store(lm: sl.LM, folder: Path, tokens: int) -> None:
         for shard in shards:
             if written >= tokens:
                 break
-            tensors = {name: torch.from_numpy(np.array(a)) for name, a in memory_map(real.path / shard["file"]).items()}
+            tensors = load_file(real.path / shard["file"])
             for name in ("ids", "token"):
                 tensors[name] = places[tensors[name].long()].int()
             tensors["document"] += 100_000 * turn

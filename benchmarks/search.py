@@ -46,10 +46,9 @@ from scipy.sparse import csr_array, load_npz, save_npz
 from steps import processor
 
 import sae_lab as sl
-from sae_lab.activations.reading import read_codes
+from sae_lab.activations.reading import alike, read_codes
 from sae_lab.evals.probe_sets import available_sets, probe_set
-from sae_lab.feature_index import searching
-from sae_lab.feature_index.finding import _groups
+from sae_lab.feature_index import query, searching
 from sae_lab.lm.text import mix_sources
 from sae_lab.stats import auroc
 
@@ -105,7 +104,7 @@ def nouns(found: Sequence[str]) -> list[str]:
 def largest(lm: sl.LM, sae: Any, texts: list[str]) -> csr_array:
     """Each feature's largest code in each text, "texts features"."""
     rows, features, values = [], [], []
-    for group in _groups([len(lm.tokenize(text).ids[0]) for text in texts]):
+    for group in alike([len(lm.tokenize(text).ids[0]) for text in texts]):
         codes, keep = read_codes(lm, sae, lm.tokenize([texts[i] for i in group]))
         rows.append(np.array(group)[keep.nonzero()[:, 0].numpy()[codes.rows.numpy()]])
         features.append(codes.features.numpy())
@@ -161,13 +160,16 @@ class Words:
         self._place = {i: place for place, i in enumerate(needed)}
         self._holds = holds
         self.codes: Any = None
+        self._areas: dict[str, np.ndarray] = {}
 
     def aurocs(self, word: str) -> np.ndarray:
         """Of each feature, how well it tells stretches with the word from those without."""
         stemmed = searching.stem(word)
         others = [i for i in self.others if not any(searching.stem(other) == stemmed for other in self._holds[i])]
         rows = [self._place[i] for i in (*self.having[word], *others)]
-        return auroc(self.codes[rows].toarray(), np.arange(len(rows)) < len(self.having[word]))
+        if word not in self._areas:
+            self._areas[word] = auroc(self.codes[rows].toarray(), np.arange(len(rows)) < len(self.having[word]))
+        return self._areas[word]
 
 
 def words_found(index: sl.FeatureIndex, words: Words, some: list[str], found: dict[str, int]) -> dict[str, float]:
@@ -184,15 +186,17 @@ def first_by_label(index: sl.FeatureIndex, word: str, weight: np.ndarray) -> int
 
 def meaning(lm: sl.LM, index: sl.FeatureIndex, some: list[str]) -> tuple[dict[str, int], dict[str, int]]:
     """The first feature of each word by matching strings of labels, and by their mean embedding."""
-    labels = [[t.strip() for t in index.top_tokens(i, 8) if t.strip().isalpha() and len(t.strip()) > 2]
-              for i in range(len(index))]  # fmt: skip
+    stripped = [label.strip() for label in index._labels.alone]
+    labels = [[stripped[t] for t in row if t >= 0 and stripped[t].isalpha() and len(stripped[t]) > 2]
+              for row in np.asarray(index._stats["top_tokens"]).tolist()]  # fmt: skip
+
+    table = lm.embedding(torch.arange(lm.vocab_size)).float().numpy()
 
     def embedded(texts: list[str]) -> np.ndarray:
-        ids = [lm.tokenize(" " + " ".join(texts)).ids[0]]
-        x = lm.embedding(ids[0][1:] if ids[0][0] == lm.prefix_id else ids[0]).float().numpy()
-        return x.mean(0) - centre
+        ids = lm.tokenizer.encode(" " + " ".join(texts), add_special_tokens=False)
+        return table[ids].mean(0) - centre
 
-    centre = lm.embedding(torch.arange(0, lm.vocab_size, 7)).float().numpy().mean(0)
+    centre = table.mean(0)
     vectors = np.array([embedded(label) if label else 0 * centre for label in labels])
     vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-9)
     matching, nearest = {}, {}
@@ -204,7 +208,7 @@ def meaning(lm: sl.LM, index: sl.FeatureIndex, some: list[str]) -> tuple[dict[st
 
 def measure_words(lm: sl.LM, index: sl.FeatureIndex, words: Words) -> dict[str, Any]:
     listed, random = list(words.having), np.random.default_rng(0)
-    tables = {word: index.search(word, limit=len(index)).table for word in listed}
+    tables = {word: index._by_words(query.parse(word))[0] for word in listed}  # of all features
 
     def first(score: Callable[[Any, Any], Any]) -> dict[str, int]:
         of = {w: score(t["share"], t["recall"]) for w, t in tables.items()}
@@ -282,7 +286,7 @@ def measure_sentences(lm: sl.LM, index: sl.FeatureIndex, found: dict[str, Texts]
         areas = texts.aurocs()
         rights.setdefault("any feature", {})[name] = [float(np.nanmax(areas) >= GOOD_SENTENCE)]
         for sentence in texts.sentences:
-            table = index.search(f'"{sentence}"', limit=len(index)).table
+            table = searching.on_sentence(lm, index.coder, sentence, index.density, index.mean)  # all features
             here = np.zeros(len(index))
             here[table["feature"]] = table["times"] * usual[table["feature"]]
             held = set(index.lm.tokenize(sentence).ids[0].tolist())
