@@ -51,7 +51,8 @@ class Condition(NamedTuple):
     @classmethod
     def of(cls, when: Any, own: SparseCoder | None) -> "Condition":
         """From the argument. own: the edit's coder, whose features may be given by number; None: an edit without."""
-        what, level, scope = when if isinstance(when, list | tuple) and len(when) == 3 else (None, None, None)
+        given: Any = when if isinstance(when, list | tuple) and len(when) == 3 else (None, None, None)
+        what, level, scope = given
         pair = isinstance(what, list | tuple) and len(what) == 2 and isinstance(what[0], SparseCoder)
         coder, feature = what if pair else (own, what) if type(what) is int else (None, 0)
         coder = what.coder if isinstance(what, Vector) else coder

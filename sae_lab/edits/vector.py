@@ -249,7 +249,7 @@ class Vector:
 
     def to_dict(self) -> dict[str, Any]:
         """The whole vector as plain data, for JSON; the direction as base64 of little-endian float32."""
-        return {**self._facts(), "direction": base64.b64encode(self.direction.numpy().astype("<f4")).decode()}
+        return {**self._facts(), "direction": base64.b64encode(self.direction.numpy().astype("<f4").tobytes()).decode()}
 
     @staticmethod
     def from_dict(found: Mapping[str, Any]) -> "Vector":

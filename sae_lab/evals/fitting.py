@@ -38,7 +38,7 @@ class Probe(Result):
 
 @as_annotated
 def fit_probe(
-    lm: LM, site: Site | str, texts: Sequence[str], labels: Sequence[Any], *, name: str = "", shuffles: int = 5,
+    lm: LM, site: Site | str, texts: Sequence[str], labels: Any, *, name: str = "", shuffles: int = 5,
     seed: int = 0, text: Documents | None = None,
 ) -> Probe:  # fmt: skip
     """``probe = sl.fit_probe(lm, site, texts, labels)``: logistic regression on texts' mean activations;
@@ -49,7 +49,7 @@ def fit_probe(
     control is the same with shuffled labels. Accurate probes can steer worse than ``sl.Vector.difference``.
 
     Args:
-        labels: one a text, of two classes; the one that sorts last is positive. Of more classes, the commonest is.
+        labels: one a text, of two classes, the one that sorts last is positive; of more classes, the commonest is.
         name: of the vector; "": the positive class. shuffles: of the labels, at least 1. seed: of split and shuffles.
         text: where the vector's scale is measured, see ``sl.Vector.calibrated``.
 
@@ -68,8 +68,6 @@ def fit_probe(
     chance = [fit_logistic(x, draw.permutation(one.labels), parts, True) for _ in range(shuffles)]
     vector = Vector(torch.tensor(fit.weights), site, name or one.positive, mask=mask, model=lm.id)
     error = float(np.sqrt(fit.accuracy * (1 - fit.accuracy) / len(parts[2])))
-    shuffled = [float(np.mean([getattr(c, of) for c in chance])) for of in ("accuracy", "auroc")]
-    return Probe(
-        fit.accuracy, error, fit.auroc, *shuffled, vector.calibrated(lm, text), one.positive, len(one.texts),
-        len(parts[2]), fit.penalty,
-    )  # fmt: skip
+    shuffled = (float(np.mean([getattr(c, of) for c in chance])) for of in ("accuracy", "auroc"))
+    scores = (fit.accuracy, error, fit.auroc, *shuffled)
+    return Probe(*scores, vector.calibrated(lm, text), one.positive, len(one.texts), len(parts[2]), fit.penalty)

@@ -28,7 +28,7 @@ def text(small_text):
 def test_the_probe_of_two_kinds(make_tiny, text):
     lm = make_tiny("llama")
     texts, labels = two_kinds(40)
-    found = sl.fit_probe(lm, SITE, texts, labels, text=text)
+    found = sl.fit_probe(lm, SITE, texts, np.array(labels), text=text)
     one = ProbeSet.of("texts", texts, labels).balanced(80)
     train, validation, test = split(one.labels, [0])
     assert (found.texts, found.held_out) == (80, len(test)) and not set(test) & {*train, *validation}
