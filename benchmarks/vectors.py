@@ -111,7 +111,8 @@ def main() -> None:
     found = json.loads(RESULTS.read_text()) if RESULTS.exists() and (args.only or args.docs) else {}
     if not args.docs:
         lm, documents = sl.LM(), sl.load_text().held_out
-        wiki = [document[at : at + 300] for document in documents for at in (0, 1000, 2000)][:24]
+        pieces = (document[at : at + 300] for document in documents for at in (0, 1000, 2000))
+        wiki = [piece for piece in pieces if len(piece) == 300][:24]
         found |= {name: measure(lm, name, wiki) for name in ([args.only] if args.only else CONTRASTS)}
         RESULTS.write_text(json.dumps(found, indent=1))
     write(found)
