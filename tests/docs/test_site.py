@@ -71,7 +71,7 @@ def test_every_public_name_is_in_the_api(site):
     names = {*dir(sl), *sl.saes.FAMILIES} - {*packages, "__version__"}
     missing = [name for name in names if f"sl.{name}" not in headings]
     for package in ("circuits", "evals", "explain", "geometry", "worlds"):
-        names = [f"sl.{package}.{name}" for name in getattr(sl, package).__all__]
+        names = [f"sl.{package}.{name}" for name in getattr(sl, package).__all__ if not hasattr(sl, name)]
         missing += [name for name in names if name not in headings]
     assert not missing, missing
 
