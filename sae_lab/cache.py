@@ -1,5 +1,5 @@
-"""The cache of converted models, stores, indexes and figures of evals (``SAE_LAB_CACHE`` moves it), and how all files
-are written.
+"""The cache of converted models, stores, indexes, figures of evals and coders that were not saved (``SAE_LAB_CACHE``
+moves it), and how all files are written.
 
 A file is written in a temporary folder beside its place and then renamed (``atomic``, ``together``); its mode follows
 the umask; a full disk ends in one sentence (``told``). One process at a time writes into a folder (``sole_writer``).
@@ -25,7 +25,7 @@ from filelock import FileLock, Timeout
 
 log = logging.getLogger(__name__)
 
-KINDS = ("models", "stores", "indexes", "evals")
+KINDS = ("models", "stores", "indexes", "evals", "coders")
 LOCK = ".lock"  # the file that a folder holds while somebody writes into it
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a full disk, a quota, a limit on the size of files
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP)  # from file systems without locks

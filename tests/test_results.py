@@ -136,7 +136,7 @@ def test_the_widgets_put_text_into_a_page_by_one_file():
     assert [name for name, text in sources.items() if re.search(ways, text)] == ["shared/dom.ts"]
     links = r"srcdoc|\bhref\b|window\.open|location\b|javascript:"
     assert sorted(name for name, text in sources.items() if re.search(links, text)) == [
-        "patching/attention.ts", "patching/exporting.ts", "site/index.ts",
+        "patching/attention.ts", "shared/exporting.ts", "site/index.ts",
     ]  # fmt: skip
     assert 'sandbox: "allow-scripts",' in sources["patching/attention.ts"]
     assert "default-src 'none'" in sources["patching/attention.ts"].replace("\\", "")

@@ -139,7 +139,7 @@ class FeatureIndex:
     them. With the model and the coder at hand (``lm``, ``coder``) it also scores new text.
     """
 
-    def __init__(self, path: Path, store: Store, lm: LM, coder: SparseCoder | None = None):
+    def __init__(self, path: str | Path, store: Store, lm: LM, coder: SparseCoder | None = None):
         self.path, self.store, self.lm, self.coder = Path(path), store, lm, coder
         facts = read_facts(self.path / "index.json")
         self.d_sae: int = facts["d_sae"]

@@ -106,7 +106,7 @@ class SparseCoder(nn.Module):
         self.reads: tuple[Site, ...] = ()
         self.writes: tuple[Site, ...] = ()
         self.meta: dict[str, Any] = {}
-        self.path: str | None = None  # what it was loaded from or last saved to: a folder, or a name that sl.load knows
+        self.path = None
         self.in_raw_units = False  # False in training, which scales activations; True: weights fit raw ones
         self.scratch: kernels.Memory | None = None  # training's
         self.progress = 1.0  # of training, 0 to 1: for an act that warms up or anneals
@@ -563,6 +563,25 @@ class SparseCoder(nn.Module):
                 digest.update(rows.cpu().half().contiguous().numpy().tobytes())
             self.meta["id"] = digest.hexdigest()[:16]
         return self.meta["id"]
+
+    @property
+    def path(self) -> str | None:
+        """What it was loaded from or last saved to: a folder, or a name that ``sl.load`` knows."""
+        return self._path
+
+    @path.setter
+    def path(self, path: str | None) -> None:
+        self._path, self._weights_there = path, self._marks()
+
+    @property
+    def is_saved(self) -> bool:
+        """Whether ``sl.load(sae.path)`` gives it as it is now: it has a path, and no weight has changed since."""
+        return self._path is not None and self._marks() == self._weights_there
+
+    def _marks(self) -> list[tuple[int, int]]:
+        """What changes with the weights; torch counts changes in place."""
+        tensors = self.state_dict().values()
+        return [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
 
     def fingerprint(self) -> str:
         """A hash of family, config and all weights, and of ``input_norm`` and ``pre_bias`` where they were changed."""

@@ -1,11 +1,13 @@
 """The Python behind a view: what "copy as code" gives."""
 
+import copy
 import sys
 from collections.abc import Iterable, Mapping
 from itertools import count
 from pathlib import Path
 from typing import Any
 
+from sae_lab import cache
 from sae_lab.edits.edit import Edit
 from sae_lab.edits.vector import Vector
 from sae_lab.lm import bundled
@@ -32,12 +34,15 @@ def lm_line(lm: LM, name: str = "lm") -> str:
 
 
 def coder_line(coder: SparseCoder | Vector, name: str = "sae") -> str:
-    """The line that loads the coder again; a comment for a coder that was not saved. A vector stands in the line."""
+    """The line that loads the coder again, as it is now: one that is not saved so is written into the cache. A vector
+    stands in the line."""
     if isinstance(coder, Vector):
         return f"{name} = sl.Vector.from_dict({coder.to_dict()!r})"
-    if coder.path is None:
-        return f"# {name}: your {type(coder).__name__}, not saved yet: {name}.save(path), then {name} = sl.load(path)"
-    return f"{name} = sl.load({coder.path!r})"
+    path = coder.path
+    if not coder.is_saved:
+        folder = cache.root() / "coders" / coder.fingerprint()
+        path = str(folder if (folder / "config.json").exists() else copy.copy(coder).save(folder))
+    return f"{name} = sl.load({path!r})"
 
 
 def header(lm: LM | None = None, **coders: SparseCoder | Vector) -> list[str]:
@@ -57,6 +62,17 @@ def named(edits: Iterable[Edit]) -> dict[int, tuple[str, Any]]:
         number = next(counts[kind])
         found[key] = name_of(thing, f"{kind}_{number}" if number else kind), thing
     return found
+
+
+def index_lines(index: Any) -> list[str]:
+    """The lines that open a feature index again, import, model and coder included."""
+    name, lm, sae = name_of(index, "index"), name_of(index.lm, "lm"), name_of(index.coder, "sae")
+    store, path = name_of(index.store, "store"), repr(str(index.path))
+    opened = f"{store} = sl.Store({str(index.store.path)!r}, {len(index.store)}, {index.site.key!r})"
+    lines = ["import sae_lab as sl", "", lm_line(index.lm, lm)]
+    if index.coder is None:
+        return [*lines, opened, f"{name} = sl.FeatureIndex({path}, {store}, {lm})"]
+    return [*lines, coder_line(index.coder, sae), opened, f"{name} = sl.index_features({sae}, {lm}, {store}, {path})"]
 
 
 def expression(edit: Edit, names: Mapping[int, tuple[str, Any]] | None = None) -> str:

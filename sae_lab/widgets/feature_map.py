@@ -13,7 +13,7 @@ from sae_lab import noting
 from sae_lab.results import Html, counted, joined, tag
 from sae_lab.types import check_feature
 
-from .coding import name_of
+from .coding import header, index_lines, name_of
 from .panel import STATIC, checked, quick
 from .session import Linked, Session
 from .static_html import block, numbered, table
@@ -68,6 +68,7 @@ class FeatureMap(Linked):
         self._site = site.key if (site := getattr(source, "site", None)) is not None else ""
         given, groups = getattr(points, "points", points), getattr(points, "labels", None) if groups is None else groups
         places, self._groups = _checked(given, groups, self.d_sae)
+        self._places = places
         self._on = np.flatnonzero(np.isfinite(places).all(1))
         if len(self._on) > MOST:
             raise ValueError(f"a map shows at most {MOST:,} points, got {len(self._on):,}: set others to NaN")
@@ -112,11 +113,19 @@ class FeatureMap(Linked):
     def _frozen(self) -> dict[str, Any]:
         return {"labels": {str(i): name for i, name in self._names.of(self._on[:FROZEN_LABELS]).items()}}
 
+    def data(self) -> dict[str, Any]:
+        """What is shown as plain data for a JSON file: the number, place and group of each feature, and the one that is
+        selected."""
+        on, places = self._on.tolist(), self._places[self._on]
+        columns = {"features": on, "x": places[:, 0].tolist(), "y": places[:, 1].tolist()}
+        return columns | {"groups": self._groups[self._on].tolist(), "feature": self.feature, "note": self.note}
+
     def code(self) -> str:
-        name = name_of(self._source, "index" if hasattr(self._source, "top_tokens") else "sae")
-        if self.feature is None:
-            return f"{name}  # nothing is selected"
-        return f"{name}[{self.feature}]" if hasattr(self._source, "top_tokens") else f"{name}.W_dec[{self.feature}]"
+        index = hasattr(self._source, "top_tokens")
+        name = name_of(self._source, "index" if index else "sae")
+        lines = index_lines(self._source) if index else header(None, **{name: self._source})
+        what = "# nothing is selected" if self.feature is None else f"{name}{'' if index else '.W_dec'}[{self.feature}]"
+        return "\n".join([*lines, what])
 
     def _html(self) -> Html:
         own = self._groups[self._on]

@@ -13,7 +13,7 @@ from sae_lab.feature_index.finding import FoundFeatures
 from sae_lab.results import Html
 from sae_lab.types import check_feature
 
-from .coding import coder_line, lm_line, name_of
+from .coding import index_lines, name_of
 from .panel import STATIC, Job, beside, checked, quick
 from .session import Linked, Session
 from .static_html import feature_html
@@ -74,6 +74,7 @@ class FeatureInspector(Linked):
         self._tried = ""  # the text that was scored last
         self._examples: list[list[str]] | None = None  # those that the list comes from
         self._found: FoundFeatures | None = None
+        self._kept: list[int] | None = None  # the features of a page that is written
         self.session = session or Session()
         if feature is None:
             feature = self._feature_of(self._site, self.d_sae)
@@ -84,8 +85,6 @@ class FeatureInspector(Linked):
             self.session, feature=feature, view=self._index[feature].to_dict(), results=results, results_note=note,
             note=index.notes[feature]._asdict(), overview=dict(index.density_histogram), live=index.coder is not None,
         )  # fmt: skip
-        if self.session.selection.feature is None:
-            self.session.selection.pick(**self._chosen())
         self.observe(self._on_feature, "feature")
         self.observe(self._on_search, ["query", "sort"])
         self.observe(self._on_pinned, "pinned")
@@ -249,12 +248,15 @@ class FeatureInspector(Linked):
     def to_html(self, path: str | pathlib.Path, features: Iterable[int] | None = None) -> pathlib.Path:
         """Write the panel as one HTML file without kernel or network: these features (None: the open one and those
         listed, 50 at most), with search, order and hover. Fifty features stay under 1 MB. Returns the path."""
-        kept = [row["feature"] for row in self.results] if features is None else map(self._valid_feature, features)
-        self._kept = [int(i) for i in dict.fromkeys([self.feature, *kept])][:RESULTS]
-        return super().to_html(path)
+        self._kept = None if features is None else list(map(self._valid_feature, features))
+        try:
+            return super().to_html(path)
+        finally:
+            self._kept = None
 
     def _frozen(self) -> dict[str, Any]:
-        index, chosen = self._index, self._kept
+        listed = [row["feature"] for row in self.results] if self._kept is None else self._kept
+        index, chosen = self._index, [int(i) for i in dict.fromkeys([self.feature, *listed])][:RESULTS]
         norms = index.norm if index.coder is not None else np.zeros(index.d_sae)
         rows = [self._row(i) | {"norm": float(norms[i])} for i in chosen]
         return {
@@ -264,16 +266,8 @@ class FeatureInspector(Linked):
         }  # fmt: skip
 
     def code(self) -> str:
-        index = self._index
-        if index.coder is None:
-            return f"index[{self.feature}]"
-        lm, sae = name_of(index.lm, "lm"), name_of(index.coder, "sae")
-        store, name = name_of(index.store, "store"), name_of(index, "index")
-        lines = [
-            "import sae_lab as sl", "", lm_line(index.lm, lm), coder_line(index.coder, sae),
-            f"{store} = sl.Store({str(index.store.path)!r}, {len(index.store)}, {index.site.key!r})",
-            f"{name} = sl.index_features({sae}, {lm}, {store}, {str(index.path)!r})", f"print({name}[{self.feature}])",
-        ]  # fmt: skip
+        name = name_of(self._index, "index")
+        lines = [*index_lines(self._index), f"print({name}[{self.feature}])"]
         if self.pinned is not None:
             lines.append(f"print({name}.compare({self.feature}, {self.pinned}))")
         if self._examples is not None:

@@ -330,6 +330,10 @@ class TrainingMonitor(Panel):
     def _frozen(self) -> dict[str, Any]:
         return self.now()
 
+    def data(self) -> dict[str, Any]:
+        """What is shown now as plain data for a JSON file: the traits by their names, the curves as of this moment."""
+        return self._state() | self.now()
+
     def _html(self) -> Html:
         with self._lock:
             return html_of(self._status(), self._copy(), self.changes)

@@ -15,11 +15,13 @@ from weakref import WeakMethod
 import anywidget
 import torch
 import traitlets
+from IPython.utils.generics import complete_object
 
 from sae_lab import cache, noting
 from sae_lab.arguments import as_annotated
 from sae_lab.results import Html
 
+from .kept_form import KeptForm
 from .standalone import page
 from .static_html import Snapshot
 
@@ -98,6 +100,8 @@ class Panel(anywidget.AnyWidget):
     """
 
     error = traitlets.Unicode("").tag(sync=True)
+    _kept_key = traitlets.Unicode("").tag(sync=True)
+    _kept_at = traitlets.Int(0).tag(sync=True)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -106,12 +110,18 @@ class Panel(anywidget.AnyWidget):
     def __init__(self, *, lock: Any = None, **state: Any) -> None:
         self._jobs: dict[int, Job] = {}
         self._lock = lock or threading.RLock()
-        super().__init__(**state)
+        self._kept_form = KeptForm(self._locked_html, lambda times: self.set_trait("_kept_at", times))
+        super().__init__(_kept_key=self._kept_form.key, **state)
         self.on_msg(self._on_message)
+        self.observe(self._kept_form.changed)
 
     def _html(self) -> Html:
         """What it shows, as HTML without scripts or style sheets."""
         raise NotImplementedError
+
+    def _locked_html(self) -> Html:
+        with self._lock:
+            return self._html()
 
     def code(self) -> str:
         """The Python that computes what is shown now, without the widget."""
@@ -130,17 +140,36 @@ class Panel(anywidget.AnyWidget):
         """Write what is shown now as one HTML file that needs no kernel and no network. Hovering and sorting work; what
         would ask the model is left out. Returns the path."""
         path = pathlib.Path(path)
-        esm, css = (str(getattr(self, name)) for name in ("_esm", "_css"))
-        ours = set(self.traits(sync=True)) - set(anywidget.AnyWidget.class_traits(sync=True))
-        names = sorted(n for n in ours if not n.startswith("_"))
-        state = {n: getattr(self, n) for n in names} | self._frozen()
         with cache.atomic(path) as temporary:
-            temporary.write_text(page(repr(self), esm, css, state, self._html()), encoding="utf-8")
+            temporary.write_text(self._page(), encoding="utf-8")
         return path
+
+    def _page(self) -> str:
+        esm, css = (str(getattr(self, name)) for name in ("_esm", "_css"))
+        return page(repr(self), esm, css, self._state() | self._frozen(), self._html())
+
+    def _state(self) -> dict[str, Any]:
+        """The traits that are its own."""
+        ours = set(self.traits(sync=True)) - set(anywidget.AnyWidget.class_traits(sync=True))
+        return {n: getattr(self, n) for n in sorted(ours) if not n.startswith("_")}
+
+    def data(self) -> dict[str, Any]:
+        """What is shown now as plain data for a JSON file: the traits by their names."""
+        return self._state()
+
+    @beside
+    def export(self, job: Job, what: str) -> Any:
+        """For the screen: the text of the "page" that ``to_html`` writes, or the "data"."""
+        return self._page() if what == "page" else self.data()
 
     @quick
     def copy_code(self) -> str:
         return self.code()
+
+    def __dir__(self) -> list[str]:
+        """Its own traits and methods, which a name behind a dot completes; what ipywidgets brings works as ever."""
+        own = {name for name in object.__dir__(self) if not name.startswith("_")} - set(dir(anywidget.AnyWidget))
+        return sorted(own | {"close", "observe", "unobserve"})
 
     def _on_message(self, _: Any, content: Any, __: Any) -> None:
         if not isinstance(content, dict):
@@ -189,6 +218,8 @@ class Panel(anywidget.AnyWidget):
         """Take the widget off the page; what still runs for it stops."""
         for job in list(getattr(self, "_jobs", {}).values()):  # an __init__ that raised has made none
             job.cancel()
+        if hasattr(self, "_kept_form"):
+            self._kept_form.close()
         super().close()
 
     def set_state(self, sync_data: dict[str, Any]) -> None:
@@ -211,12 +242,26 @@ class Panel(anywidget.AnyWidget):
             self.error = in_words(error)
             raise
 
+    def _ipython_display_(self) -> None:
+        """Two outputs: the live view, and beside it the form that a saved notebook keeps."""
+        from IPython.display import publish_display_data
+
+        data, metadata = self._repr_mimebundle_() or ({"text/plain": repr(self)}, {})
+        publish_display_data({**data, "text/html": ""}, metadata)
+        self._kept_form.show()
+
     def _repr_mimebundle_(self, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]] | None:
         bundle = super()._repr_mimebundle_(**kwargs)
         if bundle is None:  # it has no view
             return None
         data, metadata = bundle
         return {**data, "text/html": self._html(), "text/plain": repr(self)}, metadata
+
+
+@complete_object.register(Panel)
+def _completions(panel: Panel, _: Any) -> list[str]:
+    """IPython without Jedi asks here: it would add the names of the class."""
+    return dir(panel)
 
 
 def in_words(error: BaseException) -> str:

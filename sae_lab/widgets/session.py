@@ -201,29 +201,50 @@ class Session:
         sl.FeatureInspector(index, session=session)                   # ...and it opens here
         lm.generate("I went to the", edits=session.edits)
 
-    Attributes: selection (``Selection``), edits (``EditStack``), notes: a text of yours.
+    Selection and edits are shared. A prompt belongs to its widget, which a token of the selection reaches only if it
+    has that prompt. A new widget changes nothing of the session but by what it is given.
+
+    Args:
+        notes: a text of yours.
+        share: "prompt": a prompt that is typed in one widget is taken up by the others too.
+
+    Attributes: selection (``Selection``), edits (``EditStack``), notes, share.
     """
 
-    def __init__(self, notes: str = "") -> None:
-        self.selection, self.edits, self.notes = Selection(), EditStack(), notes
+    def __init__(self, notes: str = "", share: str | None = None) -> None:
+        if share not in (None, "prompt"):
+            raise ValueError(f"share must be 'prompt' or None, got {share!r}: selection and edits are always shared")
+        self.selection, self.edits, self.notes, self.share = Selection(), EditStack(), notes, share
 
     def save(self, path: str | pathlib.Path) -> pathlib.Path:
-        """Write selection, edits and notes as one JSON file. Returns the path. ValueError for edits whose coder was not
-        saved, or whose positions are a function."""
-        edits = [{"on": on, "edit": json.loads(edit.to_json())} for _, edit, on in self.edits.entries()]
-        content = {"selection": self.selection.to_dict(), "edits": edits, "notes": self.notes}
-        return write_kept(pathlib.Path(path), "session", content)
+        """Write selection, edits and notes as one JSON file. Returns the path. Coders that are not saved as they are
+        now are saved beside it, in the folder ``session.coders`` for ``session.json``. ValueError for edits whose
+        positions are a function."""
+        path, edits = pathlib.Path(path), []
+        for _, edit, on in self.edits.entries():
+            for coder in [] if callable(edit.positions) else edit.subjects:
+                if isinstance(coder, SparseCoder) and not coder.is_saved:
+                    coder.save(_beside(path, coder.fingerprint()))
+            edits.append({"on": on, "edit": json.loads(edit.to_json())})
+        content = {"selection": self.selection.to_dict(), "edits": edits, "notes": self.notes, "share": self.share}
+        return write_kept(path, "session", content)
 
     @staticmethod
     def load(path: str | pathlib.Path, coders: Iterable[SparseCoder] = ()) -> "Session":
         """A session from its file. coders: those that its edits are to use; others are loaded from where they were
         saved. ValueError for a file of another kind, and for a coder that is gone or has changed."""
-        parts = ("notes", "selection", "edits")
-        notes, selection, edits = read_kept(pathlib.Path(path), "session", lambda kept: [kept[part] for part in parts])
+        path, parts = pathlib.Path(path), ("notes", "selection", "edits")
+        notes, selection, edits, share = read_kept(
+            path, "session", lambda kept: [*(kept[part] for part in parts), kept.get("share")]
+        )
         known = {coder.fingerprint(): coder for coder in coders}
-        session = Session(notes)
+        session = Session(notes, share)
         session.selection.pick(**selection)
         for entry in edits:
+            for kept in (entry["edit"].get("coder"), (entry["edit"].get("when") or [None])[0]):
+                weights = kept.get("fingerprint") if isinstance(kept, dict) else None
+                if weights and (folder := _beside(path, weights)).exists():
+                    kept["path"] = str(folder)  # it may have been moved together with the file
             coder = known.get(entry["edit"].get("coder", {}).get("fingerprint"))  # a vector stands in the file
             edit = Edit.from_json(json.dumps(entry["edit"]), coder)
             known.setdefault(edit.coder.fingerprint(), edit.coder)
@@ -232,6 +253,11 @@ class Session:
 
     def __repr__(self) -> str:
         return f"Session({self.selection!r}, {self.edits!r}{', with notes' if self.notes else ''})"
+
+
+def _beside(path: pathlib.Path, fingerprint: str) -> pathlib.Path:
+    """The folder of a coder that a session file has with it."""
+    return path.with_name(f"{path.stem}.coders") / fingerprint
 
 
 class Linked(Panel):
@@ -264,6 +290,11 @@ class Linked(Panel):
         """name: which part of the selection has changed, one of ``SELECTED``."""
         if (feature := self._feature_of(self._site, self.d_sae)) is not None:
             self.feature = feature
+
+    @property
+    def _shared_prompt(self) -> str:
+        """The prompt to take up from other panels; "": none."""
+        return self.session.selection.prompt if self.session.share == "prompt" else ""
 
     def _feature_of(self, site: str, d_sae: int) -> int | None:
         """The selected feature, if it is one at this site and below ``d_sae``."""

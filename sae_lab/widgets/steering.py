@@ -47,8 +47,8 @@ class SteeringSliders(Linked):
 
     Args:
         lm: the model. coder: the coder whose features are steered.
-        features: a feature or ``sl.Vector``, several, or {feature: strength in units of f_scale}; None: the session's
-            selected one.
+        features: a feature or ``sl.Vector``, several, or {feature: strength in units of f_scale}; a slider that is
+            there keeps its strength unless one is given. None: the session's selected one, if it has no edits yet.
         prompt: a text; None: the session's, else "I went to the".
         session: what it shares with other widgets (``sl.Session``); None: a new one.
         max_new_tokens: at most how many tokens are generated.
@@ -106,12 +106,14 @@ class SteeringSliders(Linked):
         session = session or Session()
         prompt = (session.selection.prompt or PROMPT) if prompt is None else prompt
         super().__init__(session, prompt=prompt, max_new_tokens=max_new_tokens, d_sae=coder.d_sae)
-        session.selection.prompt = self.prompt
         given = [] if features is None else features if isinstance(features, Iterable) else [features]
         for feature in given:
-            self.add(feature, features[feature] if isinstance(features, Mapping) else 1.0)
-        self._take("feature")
-        if features is None and self.selected is not None and not any(self._entries()):
+            if isinstance(features, Mapping):
+                self.add(feature, features[feature])
+            elif self._find(self._steer(feature, 1.0)) is None:
+                self.add(feature)
+        self.selected = self._feature_of(session.selection.site and self._site, self.d_sae)
+        if features is None and self.selected is not None and not session.edits.rows:
             self.add(self.selected)
         self._follow_edits()
         self.observe(self._changed, ["prompt", "temperature", "seed", "max_new_tokens"])
@@ -142,8 +144,7 @@ class SteeringSliders(Linked):
     def _take(self, name: str) -> None:
         selected = self.session.selection
         self.selected = self._feature_of(selected.site and self._site, self.d_sae)  # a feature without a site counts
-        if selected.prompt:
-            self.prompt = selected.prompt
+        self.prompt = self._shared_prompt or self.prompt
 
     def _follow_edits(self, _: object = None) -> None:
         mine = self._entries()

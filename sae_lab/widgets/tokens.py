@@ -258,7 +258,7 @@ class TokenFeatures(Linked):
 
     def _take(self, name: str) -> None:
         selected = self.session.selection
-        if name == "prompt" and selected.prompt not in ("", self.prompt):
+        if name == "prompt" and self._shared_prompt not in ("", self.prompt):
             # On a thread: the click that selected it does not wait for the model.
             threading.Thread(target=self._follow, args=(selected.prompt, selected.token), daemon=True).start()
         elif name == "token" and selected.prompt in ("", self.prompt):

@@ -104,7 +104,8 @@ def test_the_patching_grid_in_jupyterlab(tmp_path: pathlib.Path) -> None:
             "PatchingGrid(log-probability ' John', 3 kinds × 8 layers × 14 positions, 0 patched)"
         )
         with notebook.page.expect_download() as saved:
-            grid.get_by_role("button", name="Export").click()
+            grid.locator("summary", has_text="Export").click()
+            grid.get_by_role("button", name="Table").click()
         assert saved.value.path().read_text(encoding="utf-8").count("\n") == 1 + 3 * 8 * 14
 
         notebook.python("grid.patch('resid_post', layers=[3, 4, 5]); grid.kind = 'resid_post'; grid.cell = [4, 8]")

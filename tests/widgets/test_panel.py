@@ -4,8 +4,13 @@ import json
 import threading
 import time
 
+import nbformat
 import pytest
 import torch
+from IPython.core.completer import provisionalcompleter
+from IPython.core.interactiveshell import InteractiveShell
+from nbclient import NotebookClient
+from nbconvert import HTMLExporter
 
 import sae_lab as sl
 from sae_lab.widgets import EditStack
@@ -104,11 +109,61 @@ def test_the_page_escapes_what_it_holds(lab, tmp_path):
     assert set(json.loads(state)) == {"rows", "error"}
 
 
-def test_code_names_what_it_needs(lab):
-    fresh = sl.TopK(48, 96, 5).eval()
-    assert coder_line(fresh).startswith("# sae: your TopK, not saved yet")
+def test_code_names_what_it_needs(lab, tmp_path, monkeypatch):
+    monkeypatch.setenv("SAE_LAB_CACHE", str(tmp_path))
     assert coder_line(lab.sae, "mine") == f"mine = sl.load({lab.sae.path!r})"
+    fresh = sl.TopK(48, 96, 5).eval()
+    scope = {"sl": sl}
+    exec(coder_line(fresh), scope)  # from a copy in the cache
+    assert scope["sae"].fingerprint() == fresh.fingerprint() and fresh.path is None
+    fresh.save(tmp_path / "own")
+    assert coder_line(fresh) == f"sae = sl.load({str(tmp_path / 'own')!r})"
+    with torch.no_grad():
+        fresh.b_dec += 1  # what was saved is another coder now
+    exec(coder_line(fresh), scope)
+    assert scope["sae"].fingerprint() == fresh.fingerprint() and not fresh.is_saved
+    assert [entry.kind for entry in sl.cache.list()] == ["coders", "coders"]
     assert name_of(lab, "lab") == "lab"  # outside a notebook there are no variables to find
     edit = sl.Steer(lab.sae, [1, 2], strength=0.5, positions=slice(2, 4), rows=[0])
     assert expression(edit) == "sl.Steer(sae, [1, 2], positions=slice(2, 4, None), rows=[0], strength=0.5)"
     assert repr(eval(expression(edit), {"sl": sl, "sae": lab.sae})) == repr(edit)
+
+
+CELLS = [
+    """from sae_lab.widgets import EditStack
+stack = EditStack()
+stack""",
+    """import sae_lab as sl
+sae = sl.TopK(8, 16, k=2).eval()
+sae.f_scale += 1
+stack.add(sl.Steer(sae, 7, strength=1.5))
+stack._html = lambda: 1 / 0""",
+    """del stack._html
+_ = stack.add(sl.Steer(sae, 7, strength=2.5))""",
+]
+
+
+def test_a_notebook_that_ran_holds_the_last_state():
+    """On a real kernel. The last cell changes the panel, and nobody waits behind it. A form that fails ends nothing."""
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in CELLS])
+    NotebookClient(notebook, timeout=120).execute()
+    live, form = notebook.cells[0].outputs
+    assert live.data["text/html"] == "" and live.data["text/plain"] == "EditStack(0 of 0 on)"
+    assert set(form.data) == {"text/html"} and "<script" not in form.data["text/html"]
+    assert "strength=1.5" in form.data["text/html"] and "strength=2.5" in form.data["text/html"]
+    notebook.metadata.pop("widgets", None)  # nbclient keeps their state, JupyterLab does not
+    page, _ = HTMLExporter(exclude_input=True).from_notebook_node(notebook)
+    assert page.count("strength=2.5") == 1
+
+
+def test_a_dot_and_tab_give_its_own_names(counter):
+    own = {"rows", "error", "add", "code", "data", "to_html", "observe", "close"}
+    assert own <= set(dir(counter)) and not {"add_traits", "keys", "set_state", "comm"} & set(dir(counter))
+    assert counter.has_trait("rows")  # what is not listed is still there
+    shell = InteractiveShell()
+    shell.user_ns["counter"] = counter
+    for jedi in (True, False):
+        shell.Completer.use_jedi = jedi
+        with provisionalcompleter():
+            found = [c.text.lstrip(".") for c in shell.Completer.completions("counter.", 8)]
+        assert found == dir(counter)

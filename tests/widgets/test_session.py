@@ -1,5 +1,8 @@
 """Selection, edit stack and session: linked, iterable where edits go, whole on disk."""
 
+import os
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -88,10 +91,48 @@ def test_what_cannot_be_kept_is_refused_and_the_file_stays(lab, tmp_path):
     session = Session()
     path = session.save(tmp_path / "session.json")
     before = path.read_bytes()
-    session.edits.add(sl.Ablate(sl.TopK(48, 96, 5).eval(), 1))
-    with pytest.raises(ValueError, match=r"sae\.save\(path\)"):
+    session.edits.add(sl.Ablate(lab.sae, 1, positions=lambda tokens: tokens.mask))
+    with pytest.raises(ValueError, match="a function of tokens cannot be written down"):
         session.save(path)
-    assert path.read_bytes() == before
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+def test_coders_that_are_not_saved_go_with_the_session(lab, tmp_path):
+    session, fresh, changed = Session(share="prompt"), sl.TopK(48, 96, 5).eval(), sl.TopK(48, 96, 6).eval()
+    changed.save(tmp_path / "changed")
+    with torch.no_grad():
+        changed.b_enc += 1
+    coders = (fresh, changed, lab.sae)
+    for coder in coders:
+        session.edits.add(sl.Ablate(coder, 1))
+    (tmp_path / "here").mkdir()
+    path = session.save(tmp_path / "here" / "session.json")
+    assert len(list((path.parent / "session.coders").iterdir())) == 2, "one is saved already"
+    moved = path.parent.rename(tmp_path / "there") / path.name
+    again = Session.load(moved)
+    assert [e.coder.fingerprint() for e in again.edits] == [coder.fingerprint() for coder in coders]
+    assert again.share == "prompt"
+    with pytest.raises(ValueError, match="share"):
+        Session(share="tokens")
+
+
+def test_a_new_widget_changes_nothing_that_stands(real_index, lab):
+    """Neither the selection, nor other widgets' prompts, nor edits but those it is given."""
+    session, live = Session(), [int(f) for f in real_index.order("max")[:2]]
+    tokens = sl.TokenFeatures(lab.lm, lab.sae, TEXT, session=session)
+    sliders = sl.SteeringSliders(lab.lm, lab.sae, {live[0]: 3.0}, "One", session=session)
+    session.selection.pick(feature=live[1], site=lab.sae.site.key)
+    sliders.shown = sliders.version  # as after a run
+    before = (session.selection.to_dict(), list(map(repr, session.edits)), tokens.detail, tokens.strip)
+    sl.FeatureInspector(real_index, feature=3, session=session)
+    sl.FeatureMap(lab.sae, torch.zeros(96, 2), session=session)
+    sl.PatchingGrid(lab.lm, "One two", "One ten", session=session)
+    sl.SteeringSliders(lab.lm, lab.sae, session=session)
+    sl.SteeringSliders(lab.lm, lab.sae, live[0], "Another", session=session)
+    assert (session.selection.to_dict(), list(map(repr, session.edits)), tokens.detail, tokens.strip) == before
+    assert (tokens.prompt, sliders.prompt) == (TEXT, "One") and sliders.shown == sliders.version
+    sl.SteeringSliders(lab.lm, lab.sae, {live[0]: 1.0}, session=session)  # this one says so
+    assert [edit.strength for edit in session.edits] == [1.0]
 
 
 LATER = '{"sae_lab session": 99, "selection": {}, "edits": [], "notes": ""}'
@@ -127,7 +168,34 @@ def test_a_feature_of_another_coder_at_the_same_site_moves_no_panel(real_index, 
     session = Session()
     inspector = sl.FeatureInspector(real_index, session=session)
     maps = sl.FeatureMap(lab.sae, torch.zeros(96, 2), session=session)
-    before = inspector.feature
+    before = maps.feature = inspector.feature
     session.selection.pick(feature=4000, site=lab.sae.site.key)  # of a wider coder, say
     assert inspector.feature == maps.feature == before
     assert session.selection.feature == 4000, "nor is it put right: nothing echoes"
+
+
+def test_copied_code_runs_as_pasted(lab, real_index, tmp_path, monkeypatch):
+    """All of it in a fresh interpreter, a scope each; the weights of ``sae`` are in no file."""
+    monkeypatch.setenv("SAE_LAB_CACHE", str(tmp_path / "cache"))
+    lab.lm._module.save_pretrained(tmp_path)  # a model from a folder: one that was handed over has no name
+    lab.lm.tokenizer.save_pretrained(tmp_path)
+    lm, sae = sl.LM(str(tmp_path)), sl.load(lab.folder / "sae")
+    index = sl.index_features(lab.sae, lm, lab.store, real_index.path)
+    alone = sl.FeatureIndex(index.path, lab.store, lm)
+    with torch.no_grad():
+        sae.b_dec += 0.01
+    session, feature = Session(), index.best()
+    session.edits.add(sl.Steer(sae, feature))
+    drawn = sl.FeatureMap(alone, torch.zeros(96, 2))
+    drawn.feature = 3
+    panels = [
+        session.edits, drawn, sl.FeatureMap(sae, torch.zeros(96, 2)), sl.FeatureInspector(alone),
+        sl.FeatureInspector(index),
+        sl.TokenFeatures(lm, sae, TEXT, session=session), sl.SteeringSliders(lm, sae, prompt="One", session=session),
+        sl.PatchingGrid(lm, "One two", "One ten", coder=sae),
+        sl.TrainingMonitor(sl.TopK(48, 64, 3), lab.store, sl.TrainConfig(steps=2, batch_size=64)),
+    ]  # fmt: skip
+    told = "\n".join(f"exec({panel.code()!r}, {{}})" for panel in panels)
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    ran = subprocess.run([sys.executable, "-c", told], capture_output=True, text=True, check=False, env=env)
+    assert ran.returncode == 0, ran.stderr

@@ -148,7 +148,7 @@ def test_code_gives_the_same(widget, tiny_lm, sae, live):
     widget.temperature, widget.seed = 0.7, 11
     widget.run()
     source = widget.code()
-    assert "your TopK, not saved yet" in source and f"sl.Steer(sae, {live[0]}, strength=3.0)" in source
+    assert "sae = sl.load(" in source and f"sl.Steer(sae, {live[0]}, strength=3.0)" in source
     here = re.sub(r"^lm = .*$", "", source, flags=re.M)  # a model made in a test has no name to load it by
     space = {"lm": tiny_lm, "sae": sae}
     exec(here, space)
@@ -255,7 +255,7 @@ def test_vectors_have_sliders_too(tiny_lm, sae, live, monkeypatch):
 
 
 def test_it_opens_on_the_selection_and_follows_it(tiny_lm, sae, live):
-    session = Session()
+    session = Session(share="prompt")
     session.selection.pick(feature=live[0], site=sae.site.key, prompt=OTHER)
     widget = SteeringSliders(tiny_lm, sae, session=session)
     assert widget.prompt == OTHER and [r["features"] for r in widget.sliders] == [[live[0]]]
@@ -268,10 +268,10 @@ def test_it_opens_on_the_selection_and_follows_it(tiny_lm, sae, live):
     assert (session.selection.prompt, session.selection.feature) == (OTHER, live[2])
     assert session.selection.site == sae.site.key and widget.selected == live[2]
     given = SteeringSliders(tiny_lm, sae, live[0], PROMPT, session=session)
-    assert session.selection.prompt == given.prompt == widget.prompt == PROMPT
+    assert session.selection.prompt == widget.prompt == OTHER and given.prompt == PROMPT
     given.close()
-    session.selection.prompt = OTHER
-    assert widget.prompt == OTHER and given.prompt == PROMPT, "a closed one follows nothing"
+    session.selection.prompt = "A third"
+    assert widget.prompt == "A third" and given.prompt == PROMPT, "a closed one follows nothing"
     assert SteeringSliders(tiny_lm, sae).prompt == "I went to the"
 
 

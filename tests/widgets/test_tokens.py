@@ -278,7 +278,7 @@ def test_a_click_does_not_wait_for_the_whole_model(panel, monkeypatch):
 
 
 def test_a_new_widget_leaves_the_session_as_it_is(tiny_lm, sae):
-    session = sl.Session()
+    session = sl.Session(share="prompt")
     first = TokenFeatures(tiny_lm, sae, PROMPT, token=2, session=session)
     TokenFeatures(tiny_lm, sae, "Another text", session=session)
     assert first.prompt == PROMPT and session.selection.to_dict()["prompt"] == ""
@@ -287,6 +287,23 @@ def test_a_new_widget_leaves_the_session_as_it_is(tiny_lm, sae):
     session.selection.pick(prompt="Two", token=50)
     settle(lambda: first.prompt == "Two" and first.detail.get("effects"))
     assert first.token == len(first.text["labels"]) - 1, "there is no token 50"
+
+
+def test_a_prompt_is_a_widgets_own(tiny_lm, sae):
+    session = sl.Session()
+    first = TokenFeatures(tiny_lm, sae, PROMPT, token=2, session=session)
+    second = TokenFeatures(tiny_lm, sae, "Another text", token=1, session=session)
+    sliders = sl.SteeringSliders(tiny_lm, sae, prompt="Mine", session=session)
+    second.prompt = "A third text"
+    second.token = 2
+    second.feature = second.detail["rows"][0]["feature"]
+    assert session.selection.to_dict() == {"prompt": "A third text", "token": 2, "feature": second.feature,
+                                           "site": sae.site.key}  # fmt: skip
+    assert (first.prompt, first.token, first.feature) == (PROMPT, 2, second.feature)
+    assert (sliders.prompt, sliders.selected) == ("Mine", second.feature)
+    session.selection.pick(prompt=PROMPT, token=3)
+    assert first.token == 3 and second.prompt == "A third text"
+    assert TokenFeatures(tiny_lm, sae, session=session).prompt == PROMPT, "without one it begins with the session's"
 
 
 def test_edits_from_the_screen(panel, tiny_lm, sae):
@@ -303,7 +320,7 @@ def test_edits_from_the_screen(panel, tiny_lm, sae):
 
 
 def test_the_session_is_followed(tiny_lm, sae):
-    session = sl.Session()
+    session = sl.Session(share="prompt")
     panel, twin = (TokenFeatures(tiny_lm, sae, PROMPT, session=session) for _ in range(2))
     panel.token = 4
     assert twin.token == 4 and twin.detail["position"] == 4

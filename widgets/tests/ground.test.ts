@@ -2,6 +2,7 @@
 import { afterEach, describe, expect, it, vi } from "vitest";
 import edits, { freeze } from "../src/edits/index";
 import { lineChart } from "../src/shared/chart";
+import { drawing } from "../src/shared/exporting";
 import { FrozenModel } from "../src/shared/frozen";
 import { caller, latest } from "../src/shared/rpc";
 import { tokenStrip } from "../src/shared/strip";
@@ -211,6 +212,74 @@ describe("the edit stack", () => {
     await Promise.resolve(); // an observer sees what was drawn
     expect(el.querySelector<HTMLElement>("ul")!.inert).toBe(true);
     expect(el.querySelectorAll("li").length).toBe(2);
+  });
+});
+
+describe("the frame", () => {
+  const make = (more: Record<string, unknown>) => {
+    const model = new MockModel({ ...state(), rows: [], ...more } as never);
+    const el = put(document.createElement("div"));
+    const end = edits.render({ model: model as never, el });
+    return { model, el, end, root: el.querySelector<HTMLElement>(".saelab-edits")! };
+  };
+
+  it("hides the form that a saved notebook keeps, and says where it is not renewed", () => {
+    vi.useFakeTimers();
+    const form = put(document.createElement("div"));
+    form.className = "k1 saelab-at-1";
+    const { model, el, end } = make({ _kept_key: "k1", _kept_at: 1 });
+    expect(getComputedStyle(form).display).toBe("none");
+    const outdated = el.querySelector<HTMLElement>(".saelab-outdated")!;
+    model.fromPython("_kept_at" as never, 2 as never);
+    form.className = "k1 saelab-at-2";
+    vi.advanceTimersByTime(2100);
+    expect(outdated.hidden).toBe(true);
+    model.fromPython("_kept_at" as never, 3 as never);
+    vi.advanceTimersByTime(2100);
+    expect(outdated.hidden).toBe(false);
+    expect(outdated.textContent).toContain("Run the cell again");
+    end();
+    el.remove();
+    expect(getComputedStyle(form).display).not.toBe("none");
+  });
+
+  it("exports page and data as Python gives them", async () => {
+    const saved: [string, Blob][] = [];
+    URL.createObjectURL = (blob) => (saved.push(["", blob as Blob]), "blob:x");
+    URL.revokeObjectURL = () => undefined;
+    const click = vi.spyOn(HTMLAnchorElement.prototype, "click").mockImplementation(function (this: HTMLAnchorElement) {
+      saved.at(-1)![0] = this.download;
+    });
+    const { model, el } = make({});
+    const menu = el.querySelector<HTMLDetailsElement>(".saelab-export")!;
+    for (const [name, value] of [["Page", "<p>a</p>"], ["Data", { rows: [] }]] as const) {
+      menu.open = true;
+      [...menu.querySelectorAll("button")].find((b) => b.textContent === name)!.click();
+      expect(menu.open).toBe(false);
+      model.reply("export", value);
+      await new Promise((resolve) => setTimeout(resolve));
+    }
+    expect(model.sent.map(({ args }) => args?.what)).toEqual(["page", "data"]);
+    expect(saved.map(([name, blob]) => [name, blob.type])).toEqual([
+      ["edits.html", "text/html"],
+      ["edits.json", "application/json"],
+    ]);
+    click.mockRestore();
+  });
+
+  it("draws itself with what is typed and with its style sheets", () => {
+    const style = document.createElement("style");
+    style.textContent = ".saelab { color: var(--jp-ui-font-color1); } .other { color: red; }";
+    put(style);
+    const { root } = make({});
+    const field = document.createElement("input");
+    root.append(field);
+    field.value = "<b>&";
+    const drawn = new DOMParser().parseFromString(drawing(root), "image/svg+xml");
+    expect(drawn.querySelector("parsererror")).toBeNull();
+    expect(drawn.querySelector("input")?.getAttribute("value")).toBe("<b>&");
+    expect(drawn.documentElement.textContent).toContain("--jp-ui-font-color1");
+    expect(drawn.documentElement.textContent).not.toContain(".other");
   });
 });
 

@@ -249,6 +249,8 @@ describe("texts and metric", () => {
     expect(kernel.calls("rerun")[0]?.args).toEqual({ prompt: "The big fox", source: "The fox", measure: "logit difference", right: " the", wrong: " sea" });
     await kernel.answer("rerun", "prompt and source need as many tokens", "error");
     expect(el.querySelector('[role="alert"]')?.textContent).toContain("as many tokens");
+    expect(root().dataset.stale).toBe("true"); // the grid below is of the text before
+    expect(el.querySelector(".saelab-old")?.textContent).toContain("as they were computed");
     expect(root().dataset.ready).toBe("1");
     expect(prompt().value).toBe("The big fox"); // what was typed stays
   });

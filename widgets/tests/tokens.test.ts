@@ -272,6 +272,14 @@ describe("the prompt", () => {
     expect(one(".saelab-error").textContent).toContain("reads at most 8192");
     expect(root.dataset.ready).toBe("1");
     expect(all(".saelab-strip .saelab-token").length).toBe(5);
+    expect(root.dataset.stale).toBe("true"); // they are not of the text above
+    expect(one(".saelab-old").textContent).toContain("Below: the text before");
+    type(area(), "shorter");
+    press(area(), "Enter");
+    await turn();
+    model.reply("", "done");
+    await turn();
+    expect(root.dataset.stale).toBe("false");
   });
 
   it("shows a chat by its messages", async () => {

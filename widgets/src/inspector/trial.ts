@@ -43,6 +43,8 @@ export function trial(call: Call, found: (value: number | null) => void, hover: 
       found(null);
       return;
     }
+    strip.element.dataset.stale = "true"; // of the text before, or of another feature
+    found(null);
     next((signal) => {
       setText(says, "scoring…");
       const asked = performance.now();
@@ -52,6 +54,7 @@ export function trial(call: Call, found: (value: number | null) => void, hover: 
         const largest = Math.max(0, ...values.map((v) => v ?? 0));
         strip.show(scored.tokens.map((token, i) => ({ text: token, value: values[i] ?? null })));
         strip.element.hidden = false;
+        strip.element.dataset.stale = "false";
         setText(says, `largest ${number(largest)}, ${max > 0 ? `${Math.round((100 * largest) / max)} % of the maximum on the store` : "it never fired on the store"}`);
         element.dataset.scoreMs = (performance.now() - asked).toFixed(0);
         found(largest);

@@ -19,13 +19,3 @@ export function asCsv(view: View, values: Values): string {
 }
 
 const quoted = (text: string) => `"${text.replaceAll('"', '""')}"`;
-
-/** Offer a text as a download: a page without a network can do that too. */
-export function download(name: string, text: string): void {
-  const url = URL.createObjectURL(new Blob([text], { type: "text/csv" }));
-  const link = document.createElement("a");
-  link.href = url;
-  link.download = name;
-  link.click();
-  setTimeout(() => URL.revokeObjectURL(url), 1000);
-}

@@ -18,7 +18,7 @@ interface Field {
   get(): string;
 }
 
-export function form(run: (asked: Asked) => void, typed: (asked: Asked) => void, signal: AbortSignal): Form {
+export function form(run: (asked: Asked) => void, typed: (asked: Asked) => void, differs: (yes: boolean) => void, signal: AbortSignal): Form {
   const source = field(h("textarea", { rows: 1, spellcheck: "false", "aria-label": "Source: the text that patches come from" }), "source");
   const prompt = field(h("textarea", { rows: 1, spellcheck: "false", "aria-label": "Prompt: the text that is patched" }), "prompt");
   const right = field(h("input", { type: "text", spellcheck: "false", autocomplete: "off", "aria-label": "Right answer" }), "right");
@@ -44,6 +44,7 @@ export function form(run: (asked: Asked) => void, typed: (asked: Asked) => void,
     const now = asked();
     const changed = shown !== null && (Object.keys(now) as (keyof Asked)[]).some((name) => now[name] !== shown?.[name]);
     start.toggleAttribute("data-changed", changed);
+    differs(changed);
     start.title = changed ? "The texts or the metric have changed: compute" : "Compute again";
   };
   const element = h(

@@ -1,6 +1,7 @@
 // PatchingGrid: layers by positions, estimates at once, patches on a click.
 import type { AnyModel } from "@anywidget/types";
 import { button, focusedIn, h, setText } from "../shared/dom";
+import { download } from "../shared/exporting";
 import { number } from "../shared/format";
 import { freezer } from "../shared/frozen";
 import { type At, type Block, heatGrid } from "../shared/heat";
@@ -9,7 +10,7 @@ import { panel, widget } from "../shared/panel";
 import { latest } from "../shared/rpc";
 import { tokenLabel, tokenNodes } from "../shared/tokens";
 import { detail } from "./detail";
-import { asCsv, download } from "./exporting";
+import { asCsv } from "./exporting";
 import { type Asked, form } from "./form";
 import { type AttentionAnswer, frame as attentionFrame } from "./attention";
 import { sidesView } from "./sides";
@@ -67,7 +68,11 @@ function draw(model: AnyModel<State>, el: HTMLElement, signal: AbortSignal): voi
       frame.complain("");
       showSides(found);
     });
-  const fields = form(run, typed, signal);
+  const differs = (yes: boolean) => {
+    const { prompt, metric } = model.get("view");
+    frame.stale(yes ? `Below: “${tokenLabel(prompt)}”, ${metric}, as they were computed. Run computes what stands above.` : "");
+  };
+  const fields = form(run, typed, differs, signal);
 
   // ---- the grid
 
@@ -198,12 +203,13 @@ function draw(model: AnyModel<State>, el: HTMLElement, signal: AbortSignal): voi
     settled();
   };
 
-  const save = () => download("patching.csv", asCsv(model.get("view"), values));
-  const exporter = button("Export", save, signal, { title: "The table as a CSV file" });
+  const save = () => download("patching.csv", "text/csv", asCsv(model.get("view"), values));
+  frame.exports.append(button("Table", save, signal, { title: "The effects as a CSV file" }));
   frame.root.append(
-    h("div", { class: "saelab-bar-row saelab-patching-bar" }, h("h3", {}, "Patching"), kinds, frame.codeButton, exporter),
+    h("div", { class: "saelab-bar-row saelab-patching-bar" }, h("h3", {}, "Patching"), kinds, frame.codeButton),
     fields.element,
     sides.element,
+    frame.old,
     summary,
     h("div", { class: "saelab-patching-body" }, h("div", { class: "saelab-patching-grid" }, grid.element, bar.element), side),
     attention.element,

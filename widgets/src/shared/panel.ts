@@ -1,6 +1,7 @@
 // The frame of every widget: theme, keys, complaints, whether Python is there, and "copy as code".
 import type { AnyModel, RenderProps } from "@anywidget/types";
 import { button, h, setText } from "./dom";
+import { exportMenu } from "./exporting";
 import { guardKeys } from "./keyboard";
 import { onChange } from "./model";
 import { type Call, caller } from "./rpc";
@@ -17,8 +18,14 @@ export interface Panel {
   complain(message: string): void;
   /** Whether the widget shows what was asked for: `data-ready` on the root, which tests and eyes wait for. */
   ready(yes: boolean): void;
-  /** A "copy as code" button, for the widget's bar. */
+  /** "Copy as code" and "Export", for the widget's bar. */
   codeButton: HTMLElement;
+  /** The menu in it, for what only this widget exports. */
+  exports: HTMLElement;
+  /** Where that is said: between the question and what stands below. */
+  old: HTMLElement;
+  /** Say that what stands below belongs to an earlier question, and grey it; "": it does not. */
+  stale(words: string): void;
   connection(): Connection;
 }
 
@@ -83,8 +90,11 @@ export function panel<T extends { error: string } & Record<string, unknown>>(
     });
   };
 
+  const old = h("div", { class: "saelab-old", role: "status", hidden: true });
+  const exports = exportMenu({ ask: (what) => call("export", { what }), root, name }, signal);
   guardKeys(root, signal);
   followTheme(root, signal);
+  hideKept(model as unknown as AnyModel<Kept>, root, lost, signal);
   el.append(root);
   onChange(model, ["error"], () => complain(model.get("error")), signal);
   complain(model.get("error"));
@@ -96,9 +106,37 @@ export function panel<T extends { error: string } & Record<string, unknown>>(
       root.dataset.ready = yes ? "1" : "0";
       root.setAttribute("aria-busy", String(!yes));
     },
-    codeButton: codeButton(code, call, signal),
+    codeButton: h("span", { class: "saelab-hand-on" }, codeButton(code, call, signal), exports),
+    exports,
     connection: () => state,
+    old,
+    stale: (words) => {
+      setText(old, words);
+      old.hidden = words === "";
+      root.dataset.stale = String(words !== "");
+    },
   };
+}
+
+type Kept = { _kept_key?: string; _kept_at?: number };
+const ARRIVES_MS = 2000;
+const OUTDATED = "This page was loaded after the cell ran: saved now, the notebook shows an earlier state of this. Run the cell again.";
+
+/**
+ * While the view lives, the form that a saved notebook keeps beside it is not to be seen (kept_form.py). Where its
+ * renewals do not arrive, the panel says so.
+ */
+function hideKept(model: AnyModel<Kept>, root: HTMLElement, lost: HTMLElement, signal: AbortSignal): void {
+  const key = model.get("_kept_key");
+  if (!key) return;
+  root.append(h("style", {}, `.${key}, .jp-OutputArea-child:has(.${key}) { display: none !important; }`));
+  const outdated = h("div", { class: "saelab-lost saelab-outdated", role: "status", hidden: true }, OUTDATED);
+  lost.after(outdated);
+  const check = () => {
+    const there = document.querySelector(`.${key}`);
+    outdated.hidden = signal.aborted || !there || there.matches(`.saelab-at-${model.get("_kept_at")}`);
+  };
+  onChange(model, ["_kept_at"], () => setTimeout(check, ARRIVES_MS), signal);
 }
 
 /** Puts the Python behind the view on the clipboard, and shows it, since a page may not be allowed to write there. */

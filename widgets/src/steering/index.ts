@@ -126,8 +126,8 @@ const steering = widget<State>((model, el, signal) => {
     if (current() || began !== model.get("version")) {
       columns.show(model.get("baseline"), model.get("steered"), model.get("comparison"));
       strip.show(model.get("comparison"));
+      columns.stale(!current());
     }
-    columns.stale(!current() && began !== model.get("version"));
     strip.stale(!current());
     if (current()) waiting = false;
     frame.ready(!waiting);

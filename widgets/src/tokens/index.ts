@@ -36,8 +36,10 @@ const it = widget<State>((model, el, signal) => {
       prompt.say("reading…");
       await frame.call("read", { prompt: text }, { signal: abort });
       frame.ready(true);
+      frame.stale("");
       prompt.say("");
     };
+    frame.stale((model.get("text") as Text).labels ? `Below: the text before, ${quoted(model.get("prompt"))}.` : "");
     for (const other of [typing, running]) other(() => undefined); // the text before is no longer wanted
     (live ? typing : running)((abort) => void run(abort));
   };
@@ -166,13 +168,14 @@ const it = widget<State>((model, el, signal) => {
   frame.root.append(
     h("div", { class: "saelab-bar-row" }, h("h3", {}, "Token features"), coder, site, frame.codeButton),
     prompt.element,
+    frame.old,
     h("div", { class: "saelab-bar-row" }, by, readout),
     empty,
     stage,
     chosen,
     h("div", { class: "saelab-token-body" }, targetRow, detail.element),
   );
-  onChange(model, ["prompt"], () => prompt.show(model.get("prompt")), signal);
+  onChange(model, ["prompt"], () => (prompt.show(model.get("prompt")), frame.stale("")), signal);
   onChange(model, ["text", "losses", "strip"], showText, signal);
   onChange(model, ["fires"], () => ((unmeasured = null), showText(), showFeature()), signal);
   onChange(model, ["detail", "sort", "target", "names"], () => (showDetail(), showFeature()), signal);
@@ -187,6 +190,11 @@ const it = widget<State>((model, el, signal) => {
   showFeature();
   frame.ready(true);
 });
+
+function quoted(prompt: Prompt): string {
+  const text = typeof prompt === "string" ? prompt : prompt.map(({ content }) => content).join(" / ");
+  return `“${text.length > 60 ? `${text.slice(0, 60)}…` : text}”`;
+}
 
 function cell(text: string, value: number | null | undefined, by: StripValue): StripToken {
   if (value === undefined || (value === null && by === "loss")) return { text, value: 0, note: "no value" };
