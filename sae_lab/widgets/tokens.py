@@ -318,7 +318,8 @@ class TokenFeatures(Linked):
             return {"pages": {}, "firing": {}}
         with self._lock:
             pages = pages_of(self._reading, self._coder, self.token or 0, self.target, self._n, self.detail)
-            names = self._names[self.coder].of(pages["firing"])
+            chosen = [] if self.feature is None else [self.feature]
+            names = self._names[self.coder].of([*pages["firing"], *chosen])
             losses = self.losses or (along(self._reading) if self._reading.is_through else [])
             return pages | {"names": {str(f): name for f, name in names.items()}, "losses": losses}
 
