@@ -243,7 +243,7 @@ class Session:
         for entry in edits:
             for kept in (entry["edit"].get("coder"), (entry["edit"].get("when") or [None])[0]):
                 weights = kept.get("fingerprint") if isinstance(kept, dict) else None
-                if weights and (folder := _beside(path, weights)).exists():
+                if kept and weights and (folder := _beside(path, weights)).exists():
                     kept["path"] = str(folder)  # it may have been moved together with the file
             coder = known.get(entry["edit"].get("coder", {}).get("fingerprint"))  # a vector stands in the file
             edit = Edit.from_json(json.dumps(entry["edit"]), coder)
