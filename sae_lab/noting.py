@@ -364,7 +364,7 @@ class Names:
         """The log of the coder; before it has one, that of the coder it was trained on from."""
         if self._index is not None:
             return self._index.notes._log
-        id, before = self._meta.get("id"), self._meta.get("trained_from")
+        id, before = str(self._meta.get("id")), str(self._meta.get("trained_from"))
         found = by_id(id) if is_id(id) else None
         return by_id(before) if found and is_id(before) and not found.file.exists() else found
 
@@ -406,7 +406,8 @@ def _named(fields: Mapping[str, Any], index: Any, feature: int) -> str:
         return label
     if tokens := [] if index is None else index.top_tokens(feature, TOKENS):
         return " ".join(visible(token).strip() or "·" for token in tokens)
-    return next((one["text"] for field in reversed(fields) if field.startswith(SAID) for one in fields[field]), "")
+    said = [one["text"] for field in reversed(list(fields)) if field.startswith(SAID) for one in fields[field]]
+    return next(iter(said), "")
 
 
 def beside(coder: Any, folder: Path) -> Path:

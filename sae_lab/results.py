@@ -324,7 +324,7 @@ class Result(Shown):
             return [("", "value", "control", ""), *((f.measure, f.text, f.control_text, f.meaning) for f in found)]
         table = self.to_pandas()
         shown = self._printed(table).head(self._shown) if len(table) else table
-        if not (named := {"feature", "name"} <= {*shown.columns}) or not shown["name"].any():  # features have no names
+        if not (named := {"feature", "name"} <= {*shown.columns}) or not any(shown["name"]):  # features have no names
             return frame_rows(shown.drop(columns="name") if named else shown, self._digits, "")
         at = list(shown.columns).index("name")
         head, *rows = frame_rows(shown, self._digits, "")

@@ -307,7 +307,7 @@ class Edit:
         told = self._settings() | ({} if self.condition is None else {"when": self.condition})
         shown = {name: repr(value) for name, value in told.items()}
         if "feature" in shown:
-            named = ", ".join(map(self.names.numbered, self.features))
+            named = ", ".join([self.names.numbered(feature) for feature in self.features])
             shown["feature"] = f"[{named}]" if isinstance(getattr(self, "feature", 0), Sequence) else named
         return f"{type(self).__name__}({', '.join([at, *(f'{k}={v}' for k, v in shown.items())])})"
 
