@@ -68,6 +68,8 @@ def fit_probe(
     chance = [fit_logistic(x, draw.permutation(one.labels), parts, True) for _ in range(shuffles)]
     vector = Vector(torch.tensor(fit.weights), site, name or one.positive, mask=mask, model=lm.id)
     error = float(np.sqrt(fit.accuracy * (1 - fit.accuracy) / len(parts[2])))
-    shuffled = (float(np.mean([getattr(c, of) for c in chance])) for of in ("accuracy", "auroc"))
-    scores = (fit.accuracy, error, fit.auroc, *shuffled)
-    return Probe(*scores, vector.calibrated(lm, text), one.positive, len(one.texts), len(parts[2]), fit.penalty)
+    return Probe(
+        fit.accuracy, error, fit.auroc, float(np.mean([c.accuracy for c in chance])),
+        float(np.mean([c.auroc for c in chance])), vector.calibrated(lm, text), one.positive, len(one.texts),
+        len(parts[2]), fit.penalty,
+    )  # fmt: skip

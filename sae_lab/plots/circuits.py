@@ -59,10 +59,10 @@ def attribution(result: Attribution) -> Figure:
         axis.scatter(part["estimate"], part["truth"], s=13, color=colour, marker=marker, label=name)
     axis.axline((0, 0), slope=1, color=GREY, linewidth=1, linestyle="--", label="estimate = measured")
     large = table[~is_error & (table["truth"].abs() >= NOTICEABLE * table["truth"].abs().max())]
-    for row in large.itertuples():
-        left = row.estimate < table["estimate"].mean()
+    for feature, estimate, truth in zip(large["feature"], large["estimate"], large["truth"], strict=True):
+        left = estimate < table["estimate"].mean()
         axis.annotate(
-            plain(result.names.numbered(row.feature)), (row.estimate, row.truth), xytext=(6 if left else -6, 4),
+            plain(result.names.numbered(int(feature))), (estimate, truth), xytext=(6 if left else -6, 4),
             textcoords="offset points", fontsize=7, ha="left" if left else "right",
         )  # fmt: skip
     axis.set(xlabel="estimate (units of the metric)", ylabel="measured by a patch", title="effects of features")

@@ -35,6 +35,7 @@ def folder(index, tmp_path, monkeypatch):
     return index.to_site(tmp_path / "site").parent
 
 
+@pytest.mark.browser
 def test_from_disk(index, folder, tmp_path):
     best = index.order("best").tolist()
     pictures = screenshots(tmp_path)
