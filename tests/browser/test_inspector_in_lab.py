@@ -45,7 +45,9 @@ def test_the_inspector_in_jupyterlab(tmp_path: pathlib.Path) -> None:
         found.first.click()
         expect(panel).to_have_attribute("data-feature", "17")
         assert notebook.python("print(panel.feature, panel.query)") == "17 grey"
-        expect(panel.get_by_role("note")).to_contain_text("Caution")
+        lens = panel.get_by_role("region", name="Logit lens")  # a noisy one is folded
+        lens.locator("summary").click()
+        expect(lens.get_by_role("note")).to_contain_text("trust the order")
 
         # From the kernel to the screen.
         notebook.python("panel.query = ''; panel.feature = 405")
@@ -144,7 +146,7 @@ def test_a_live_inspector_in_jupyterlab(tmp_path: pathlib.Path) -> None:
 
         # The kernel restarts: the panel says so, and offers nothing that would not work.
         notebook.restart_kernel()
-        expect(panel.locator(".saelab-lost")).to_contain_text("run the cell again")
+        expect(panel.locator(".saelab-lost").first).to_contain_text("run the cell again")
         expect(panel).to_have_attribute("data-connection", "lost")
         assert panel.locator("[data-needs]:not([inert])").count() == 0
         expect(panel.locator(".saelab-context").first).to_be_visible()

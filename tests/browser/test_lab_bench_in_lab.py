@@ -2,6 +2,7 @@
 feature, steer with it, patch it, copy the code; the copied code gives the numbers that are on screen."""
 
 import pathlib
+import re
 import time
 
 import numpy as np
@@ -72,7 +73,7 @@ def test_find_steer_patch_and_copy(tmp_path: pathlib.Path, cache_folder: pathlib
         # Steer: from the inspector to a slider; what is on screen is what lm.generate gives.
         notebook.python("session.edits.clear()")
         inspector.get_by_role("button", name="Steer", exact=True).click()
-        span = sliders.get_by_label(f"Strength of feature {feature}", exact=True)
+        span = sliders.get_by_label(re.compile(rf"^Strength of feature {feature}\b"))
         span.focus()
         for _ in range(4):
             notebook.page.keyboard.press("ArrowRight")
@@ -135,7 +136,7 @@ def test_find_steer_patch_and_copy(tmp_path: pathlib.Path, cache_folder: pathlib
         # The kernel restarts: every widget says so, keeps what it shows, and offers nothing that would not work.
         notebook.restart_kernel()
         for widget in (tokens, inspector, sliders, grid, monitor):
-            expect(widget.locator(".saelab-lost")).to_contain_text("run the cell again")
+            expect(widget.locator(".saelab-lost").first).to_contain_text("run the cell again")
             expect(widget).to_have_attribute("data-connection", "lost")
             assert widget.locator("[data-needs]:not([inert])").count() == 0
         expect(sliders.get_by_role("region", name="Steered", exact=True)).not_to_be_empty()

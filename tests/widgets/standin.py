@@ -170,6 +170,8 @@ class StandIn(FeatureIndex):
             "lens_note": "the final norm is not folded in: trust the order" if feature == 17 else "",
             "neighbours": [[other, round(0.61 - 0.07 * i, 2)] for i, other in enumerate(others)],
             "cofiring": [[other, round(0.31 - 0.05 * i, 2), 9 - i] for i, other in enumerate(others)],
+            "tokens": list(promoted),
+            "names": {},
         }
         return StandInView(view)
 
