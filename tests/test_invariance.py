@@ -735,6 +735,8 @@ WITHOUT_FIGURES = {
     "evals.report": "its sections are the functions here",
     "evals.BoardGames": "a result", "evals.DescriptionLength": "a result", "evals.L0Choice": "a result",
     "FeatureIndex.bytes": "the size of files",
+    "FeatureIndex.names": "what features are called", "FeatureIndex.names_around": "what features are called",
+    "FeatureIndex.to_site": "files of what the index shows", "FeatureIndex.to_neuronpedia": "files of what it shows",
     "FeatureIndex.token_labels": "of token ids", "FeatureIndex.annotate": "it keeps what it is told",
     "FeatureIndex.load_labels": "it keeps what a file says", "notes": "it keeps what it is told",
 }  # fmt: skip

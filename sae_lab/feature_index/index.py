@@ -428,6 +428,7 @@ class FeatureIndex:
 
     def names_around(self, feature: int) -> dict[str, str]:
         """{number: name} of a feature, its neighbours and those it fires with."""
+        feature = check_feature(feature, self.d_sae)
         around = (feature, *self._stats["neighbours"][feature].tolist(), *self._stats["cofiring"][feature].tolist())
         return {str(i): name for i, name in self.names.of(around).items()}
 

@@ -23,7 +23,7 @@ PARTS = (
     f"${{{RUNS}}}", "]]>", "&lt;", "$\\frac{", "\\$", "_", "CircuitsVis.render(", "{}", "{0}", "\x00", "\x1b[2J",
     "\x1b]0;owned\x07", "\u202e", "\u200b", "\u2066", "\ufeff", "\u2028", "\r\n", "\u00ad", "\U000e0041", "\x9b31m",
 )  # fmt: skip
-ELEMENTS = {"table", "tr", "th", "td", "p", "br", "b", "i", "div", "mark", "code"}
+ELEMENTS = {"table", "tr", "th", "td", "p", "br", "b", "i", "div", "mark", "code", "bdi"}
 PAGE = {"html", "head", "meta", "title", "style", "body", "noscript", "script"}
 ATTRIBUTES = {"style", "title", "dir", "id", "type", "lang", "charset", "name", "content", "crossorigin"}
 SITE = sl.Site("resid_post", 1)

@@ -47,7 +47,7 @@ def test_from_disk(index, folder, tmp_path):
         expect(panel).to_have_attribute("data-ready", "1")
         # Text is text: neither elements nor a turned direction of reading come of it.
         assert page.locator("img, main script, main a").count() == 0
-        expect(panel.locator(".saelab-heading em")).to_contain_text("</script><img")
+        expect(panel.locator(".saelab-heading .saelab-name")).to_contain_text("</script><img")
         expect(panel).to_contain_text("U+202Eevil")
         widest = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
         assert widest == 0, "a label of 10,000 characters does not widen the page"

@@ -115,7 +115,7 @@ def test_a_true_effect_is_that_of_the_edit(attributed):
 
 def test_without_an_effect_the_table_is_empty():
     nothing = circuits.Attribution(torch.zeros(2, 4), torch.zeros(2), {}, 1.0, 1.0, 1)
-    assert nothing.to_pandas().shape == (0, 4) and repr(nothing).endswith("truth") and "truth" in nothing._repr_html_()
+    assert nothing.to_pandas().shape == (0, 5) and repr(nothing).endswith("truth") and "truth" in nothing._repr_html_()
 
 
 def test_silent_nodes_have_no_effect(attributed):

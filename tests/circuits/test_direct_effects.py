@@ -131,7 +131,7 @@ def test_the_order_and_the_table(tiny_lm):
     assert best.effects[:, 0].abs().tolist() == pytest.approx(sorted(whole.effects[:, 0].abs().tolist())[:-4:-1])
     assert torch.allclose(best.effects.sum(0) + best.others, whole.effects.sum(0) + whole.others, atol=1e-5)
     frame = best.to_pandas()
-    assert list(frame.columns[:3]) == ["feature", "activation", "in_f_scale"] and len(frame) == 3
+    assert list(frame.columns[:4]) == ["feature", "name", "activation", "in_f_scale"] and len(frame) == 3
     assert "position 3" in repr(best) and "8 active features" in repr(best)
 
 

@@ -116,7 +116,8 @@ def test_a_view(index, dense, sae):
     assert view.max == pytest.approx(codes.max(), rel=1e-4) and view.mean == pytest.approx(codes.mean(), rel=1e-4)
     assert view.f_scale == float(sae.f_scale[feature])
     text = str(view)
-    assert text.startswith(f"feature {feature}: fires on ") and "promotes" in text and f"max {view.max:.2f}" in text
+    assert re.match(rf"feature {feature} \(.+\): fires on ", text)
+    assert "promotes" in text and f"max {view.max:.2f}" in text
 
 
 def test_histograms_hold_every_activation(index, dense):
@@ -793,7 +794,7 @@ def test_top(table):
 
 def test_to_pandas(table):
     df = table.to_pandas()
-    assert list(df) == ["prompt", "position", "token", "feature", "value"] and len(df) == len(table.value)
+    assert list(df) == ["prompt", "position", "token", "feature", "name", "value"] and len(df) == len(table.value)
     row = df.iloc[0]
     assert row["token"] == table.tokens[row["prompt"]][row["position"]].label
 
