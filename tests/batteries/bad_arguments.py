@@ -129,6 +129,7 @@ class Things:
         self.passages = self.corpus.passages(self.edit.feature, "explain", 2, 2)
         self.sweep = sl.sweep([sl.TopK(48, 64, k=4)], self.store, self.config)
         self.folder = folder / "new"
+        self.node = sl.circuits.Node(self.site, 1, 1)
         self.own = {type(t).__name__: t for t in vars(self).values()}
         self.by_name = {
             "model": self.module, "coder": self.coder, "sae": self.coder, "small": self.coder, "large": self.coder,
@@ -143,7 +144,7 @@ class Things:
             "tokenizer": self.tokenizer, "labels": [0, 1], "position": 1, "rows": slice(0, 2), "edit": self.edit,
             "activations": self.x.abs(), "other": "plain", "result": self.sweep,
             "positive": ["a fox"], "negative": ["a dog"], "direction": torch.ones(48), "vector": self.vector,
-            "found": self.vector.to_dict(), "node": sl.circuits.Node(self.site, 1, 1),
+            "found": self.vector.to_dict(),
         }  # fmt: skip
 
     def right(self, p: inspect.Parameter) -> Any:

@@ -117,7 +117,8 @@ def test_a_view(index, dense, sae):
     assert view.f_scale == float(sae.f_scale[feature])
     text = str(view)
     assert re.match(rf"feature {feature} \(.+\): fires on ", text)
-    assert "promotes" in text and f"max {view.max:.2f}" in text
+    assert ("promotes" in text) == (not view.lens_note), "a noisy logit lens is left out"
+    assert f"max {view.max:.2f}" in text
 
 
 def test_histograms_hold_every_activation(index, dense):
