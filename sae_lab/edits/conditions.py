@@ -92,10 +92,11 @@ class Condition(NamedTuple):
         if not texts:
             raise ValueError("texts must be at least one text where the condition should not hold, got none")
         when, parts, places = self.plain(lm), [], []
+        site = when.pop("site")  # a server has no such type
         for group in alike([len(lm.tokenize(one).ids[0]) for one in texts]):
             batch = lm.tokenize([texts[i] for i in group])
             form = Bool[Tensor, " ".join(map(str, batch.ids.shape))]
-            after, site = partial(rules.holds, when=when), when["site"]
+            after = partial(rules.holds, when=when)
             held = lm.run(batch, [site], logits=False, after=after, form=form)[0][site]
             real = (self.coder.mask or lm.mask()).keep(batch.ids, batch.positions) & batch.mask
             parts.append(held[real].float())

@@ -73,7 +73,7 @@ def test_find_steer_patch_and_copy(tmp_path: pathlib.Path, cache_folder: pathlib
         # Steer: from the inspector to a slider; what is on screen is what lm.generate gives.
         notebook.python("session.edits.clear()")
         inspector.get_by_role("button", name="Steer", exact=True).click()
-        span = sliders.get_by_label(re.compile(rf"^Strength of feature {feature}\b"))
+        span = sliders.get_by_role("slider", name=re.compile(rf"^Strength of feature {feature}\b"))
         span.focus()
         for _ in range(4):
             notebook.page.keyboard.press("ArrowRight")
