@@ -11,6 +11,7 @@ from numpy import ndarray
 from sae_lab.activations.reading import alike, read_codes, require_fits
 from sae_lab.arguments import as_annotated, check_least
 from sae_lab.lm.model import LM
+from sae_lab.noting import Names
 from sae_lab.results import Result, result
 from sae_lab.saes.base import SparseCoder
 from sae_lab.stats import Ranks, area, sparse_ranks
@@ -26,8 +27,8 @@ class FoundFeatures(Result):
     """Result of ``index.search`` and ``sl.find_features``, the best first: ``.best`` is its number, ``.features`` are
     all. ``searched`` says what was looked for.
 
-    Columns of ``to_pandas()``: feature, density (share of all tokens on which it fires), and from an index tokens
-    (those it fires on most) and label; the others say what the order comes from, see ``index.search`` and
+    Columns of ``to_pandas()``: feature, density (share of all tokens on which it fires), label (yours), and from an index
+    tokens (those it fires on most); the others say what the order comes from, see ``index.search`` and
     ``sl.find_features``.
     """
 
@@ -93,7 +94,8 @@ def find_features(
     Columns of the result: auroc: chance that the feature is stronger at a positive example than at a negative one (ties
     count half), on the examples it was ranked on; held_out: the same on the held-out examples; mean_difference: mean
     pooled code at positives less that at negatives, all examples; density: on these texts; p: two-sided, by permutation
-    of the labels of all examples; q: p after Benjamini and Hochberg over all features that fire on these texts.
+    of the labels of all examples; q: p after Benjamini and Hochberg over all features that fire on these texts; label:
+    what you called it (``sl.notes``).
 
     Raises ValueError where a class has fewer than two texts (or tokens) on either side of the split, labels do not fit,
     or the coder is at another width.
@@ -135,6 +137,8 @@ def find_features(
     }
     order = np.lexsort((-table["mean_difference"], -auroc))
     table = {name: column[order] for name, column in table.items()}
+    labels = Names(coder).labels
+    table["label"] = np.array([labels.get(i, "") for i in table["feature"].tolist()], object)
     positives, mask = int(examples.label.sum()), coder.mask or lm.mask()
     what = "tokens" if pooling == "token" else f"texts, pooled by {pooling}"
     return FoundFeatures(table, f"{positives} positive and {len(examples.label) - positives} negative {what}; {mask}")

@@ -67,8 +67,7 @@ def test_tokens_with_labels_of_their_own(tiny_lm, sae):
 def test_labels_and_two_lists_say_the_same(tiny_lm, sae):
     by_lists = sl.find_features(tiny_lm, sae, SHIPS, CROWS, held_out=0)
     by_labels = sl.find_features(tiny_lm, sae, SHIPS + CROWS, [1] * len(SHIPS) + [0] * len(CROWS), held_out=0)
-    for name, column in by_lists.table.items():
-        assert np.array_equal(column, by_labels.table[name], equal_nan=True), name
+    assert by_lists.to_pandas().equals(by_labels.to_pandas())
 
 
 class Planted:
@@ -146,11 +145,18 @@ def test_the_held_out_half_is_the_honest_one():
 def test_what_it_prints(tiny_lm, sae):
     found = sl.find_features(tiny_lm, sae, SHIPS, CROWS)
     assert found.best == found.to_pandas().feature[0] and len(found.top(3).to_pandas()) == 3
-    assert list(found.to_pandas()) == ["feature", "auroc", "held_out", "mean_difference", "density", "p", "q"]
+    assert list(found.to_pandas()) == ["feature", "auroc", "held_out", "mean_difference", "density", "p", "q", "label"]
     assert (found.table["q"] >= found.table["p"] - 1e-12).all()
     assert "12 positive and 12 negative texts, pooled by max" in repr(found) and "left out" in repr(found)
     assert "<table" in found._repr_html_()
     assert sae.training is False
+
+
+def test_features_bear_their_labels(tiny_lm, sae):
+    found = sl.find_features(tiny_lm, sae, SHIPS, CROWS, permutations=9)
+    sl.notes(sae).write(found.best, "the first side")
+    label = sl.find_features(tiny_lm, sae, SHIPS, CROWS, permutations=9).to_pandas().set_index("feature").label
+    assert label[found.best] == "the first side" and set(label.drop(found.best)) == {""}
 
 
 def test_a_feature_of_the_shipped_coder(lm):
