@@ -27,8 +27,8 @@ class FoundFeatures(Result):
     """Result of ``index.search`` and ``sl.find_features``, the best first: ``.best`` is its number, ``.features`` are
     all. ``searched`` says what was looked for.
 
-    Columns of ``to_pandas()``: feature, density (share of all tokens on which it fires), label (yours), and from an index
-    tokens (those it fires on most); the others say what the order comes from, see ``index.search`` and
+    Columns of ``to_pandas()``: feature, density (share of all tokens on which it fires), label (yours), and from an
+    index tokens (those it fires on most); the others say what the order comes from, see ``index.search`` and
     ``sl.find_features``.
     """
 
