@@ -28,6 +28,7 @@ from sae_lab.types import Batch, Codes, Site, TokenMask
 
 VERSION = 1
 RESERVE_EVERY = 5  # one document in five is kept from training: thresholds are fitted there
+WATCHED = 2048  # rows that a training is measured on while it runs
 _MANIFEST = {"identity", "mask", "scales", "complete", "shards"}
 _SHARD = {"file": str, "rows": int, "contexts": int, "excluded": int, "bytes": int, "crc32": int}
 _REMEDY = "call sl.harvest again with the same path to remake it"
@@ -120,6 +121,12 @@ class Shuffled:
         reserved = self._split[1]
         last = np.arange(max(0, len(self) - most), len(self))
         return self._batch(reserved[np.arange(min(most, len(reserved)))] if len(reserved) else last)
+
+    @cached_property
+    def watched(self) -> Batch | None:
+        """``WATCHED`` rows, evenly spread over those that no batch holds; None if there are none."""
+        rows = self._split[1]
+        return self._batch(rows[np.linspace(0, len(rows) - 1, min(WATCHED, len(rows))).astype(int)]) if len(rows) else None
 
     def blocks(self, size: Count = 8192) -> Iterator[tuple[np.ndarray, Tensor]]:
         """(rows, activations) in the order of the text, each row once."""

@@ -71,6 +71,8 @@ class SparseCoder(nn.Module):
     code_units: tuple[str, ...] = ("b_enc",)  # parameters and buffers that scale as the codes do, for fold
     out_units: tuple[str, ...] = ("b_dec",)  # those that scale as x_hat does
     sparsity_name: str | None = None  # the argument that sets sparsity (such as k), which may change in training
+    holds_l0 = False  # True: where target_l0 is set, the penalty of terms brings L0 to it
+    target_l0: float | None = None  # training sets it, by TrainConfig(target_l0=)
     select = kernels.Selector()  # chooses the largest pre-activations; several ranks set one that spans them
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

@@ -26,6 +26,10 @@ class TrainConfig:
         dead_after: a feature that fires on none of this many tokens counts as dead, and AuxK revives it.
         log_every: steps from one row of ``Run.history`` to the next.
         checkpoint_every: steps from one checkpoint to the next (only with ``path=``).
+        target_l0: active features per token, in eval mode on held-out tokens, to which a penalty is brought: of a
+            JumpReLU by sparsity·(L0/target_l0 − 1)² in place of sparsity·L0, of L1, Gated and their kin by moving
+            ``sparsity``, which rests for the last fifth of training. ``Run.reached`` says how near it came. None: the
+            coder's ``sparsity`` stays as it is. Families with k refuse it, as do several processes.
         shard: what several processes (``sl.train`` under torchrun) divide: "batch", each takes its rows of every batch;
             "features", each holds a part of the coder, which may then be wider than one device can hold.
     """
@@ -40,6 +44,7 @@ class TrainConfig:
     dead_after: int = 100_000
     log_every: int = 1
     checkpoint_every: int = 100
+    target_l0: float | None = None
     shard: Shard = "batch"
 
     def __post_init__(self):
@@ -49,6 +54,8 @@ class TrainConfig:
         check_least(1, **{name: value for name in counts if (value := getattr(self, name)) is not None})
         if self.lr is not None:
             check_lr(self.lr)
+        if self.target_l0 is not None and not 0 < self.target_l0 < math.inf:
+            raise ValueError(f"target_l0 must be a positive number, got {self.target_l0}: 32 is a usual L0")
         if self.shard not in get_args(Shard):
             raise ValueError(f"shard must be one of {', '.join(get_args(Shard))}, got {self.shard!r}")
         if not (0 <= self.warmup <= 1 and 0 <= self.decay <= 1 and self.warmup + self.decay <= 1):

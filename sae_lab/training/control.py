@@ -21,18 +21,18 @@ class Control:
     ``sparsity_name`` ("k" or "sparsity"), or "stop" (old: the steps planned, new: the steps taken).
 
     Attributes: lr: the peak now. last: the step at which training ends. changes: those made. output: that of the last
-    batch, while callbacks hear of its step. paused; over: nothing can be changed any more.
+    batch, while callbacks hear of its step. aimed: ``target_l0`` sets the sparsity, and nobody else. paused; over: nothing can be changed any more.
     """
 
     def __init__(self, coder: SparseCoder, lr: float, steps: int, planned: Iterable[Mapping[str, Any]] = (),
-                 refused: str = "") -> None:  # fmt: skip
+                 refused: str = "", aimed: bool = False) -> None:  # fmt: skip
         self.coder, self.lr, self.last = coder, lr, steps
         self.paused = self.over = False
         self.changes: list[Change] = []
         self.output: Output | None = None
         self._turn = threading.Condition(threading.RLock())
         self._asked: list[tuple[str, Any]] = []
-        self._refused = refused
+        self._refused, self.aimed = refused, aimed
         self._planned = sorted(map(self._plan, planned), key=lambda change: change[0])
         if self._planned:
             self._require_open()
@@ -161,6 +161,9 @@ class Control:
             self.coder.set_sparsity(new)
 
     def _check_sparsity(self, value: Any) -> None:
+        if self.aimed:
+            name = self.coder.sparsity_name
+            raise ValueError(f"target_l0 sets {name} in this training, got {name}={value!r}: train without target_l0")
         if self.coder.sparsity_name and not is_number(value):
             raise ValueError(f"{self.coder.sparsity_name} must be a number, got {value!r}")
         self.coder.check_sparsity(value)

@@ -1,11 +1,12 @@
 """The training loop: data -> batch -> loss -> step. It sees coders and batches, never a family by name."""
 
+import copy
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
-from functools import partial
+from functools import cache, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,21 +15,27 @@ from uuid import uuid4
 import torch
 from torch import Tensor
 
-from sae_lab.activations.store import ReadAhead, Rows, Store
-from sae_lab.saes import kernels
+from sae_lab.activations.store import WATCHED, ReadAhead, Rows, Store
+from sae_lab.lm.model import LM
+from sae_lab.lm.text import Documents
+from sae_lab.saes import kernels, losses
 from sae_lab.saes.base import SparseCoder
 from sae_lab.training import checkpoint
 from sae_lab.training.adam import Adam
+from sae_lab.training.aiming import Aim, Reached
 from sae_lab.training.checkpoint import Found
 from sae_lab.training.config import TrainConfig
 from sae_lab.training.control import Control
 from sae_lab.training.process import ALONE, Process
 from sae_lab.training.run import Event, Metrics, Run
+from sae_lab.training.watching import CrossEntropy
 from sae_lab.types import Batch, Codes, Output
 
 log = logging.getLogger(__name__)
 
 CALIBRATION_TOKENS = 100_000  # at most: threshold, f_scale and dead features are taken on them
+HELD_OUT_EVERY = 65_536  # tokens from one held-out measurement to the next, which then costs 1 % of the time
+MEASURED_AT_ONCE = 512  # held-out rows
 MAX_GRADIENT = 1e18  # Adam squares it, in float32
 CalibrationData = tuple[list[Tensor], Tensor | None]
 
@@ -40,10 +47,17 @@ class Training:
     def __init__(
         self, coder: SparseCoder, rows: Store | Rows, config: TrainConfig, path: Path | None, callbacks: tuple,
         process: Process = ALONE, *, changes: Iterable[Mapping[str, Any]] = (), label: str = "",
+        watch: tuple[LM, Documents] | None = None,
     ):  # fmt: skip
         process.require(coder, config.batch_size)
         many = "" if process.size == 1 else f"{process.size} processes train this coder: only one alone can be changed"
-        self.control = Control(coder, config.peak(coder.d_sae), config.total_steps, changes, many)
+        if many and (config.target_l0 is not None or watch is not None):
+            raise ValueError(f"target_l0 and watch need one process, got {process.size}: start one, or leave them out")
+        if watch is not None and not isinstance(rows, Store):
+            raise ValueError("watch splices the coder in at its site, which only a store knows: train on a store")
+        self.watch = watch
+        self.aim = None if config.target_l0 is None else Aim(coder, config.target_l0)
+        self.control = Control(coder, config.peak(coder.d_sae), config.total_steps, changes, many, self.aim is not None)
         self.label = label or type(coder).__name__
         self.rows, self.config, self.path, self.callbacks, self.process = rows, config, path, callbacks, process
         self.whole = self.coder = coder  # coder: the part of it that this process trains
@@ -54,6 +68,7 @@ class Training:
             "initial_weights": checkpoint.fingerprint(coder),
         }
         self.trained_from = coder.id if coder.meta else None  # what was said of its features goes on from there
+        self.cross_entropy: CrossEntropy | None = None
         self.step = self.kept = 0  # kept: the step of the checkpoint on disk
         self.history: list[Metrics] = []
         self.scale: Tensor  # activations are multiplied by it: a number, or one per layer
@@ -116,8 +131,11 @@ class Training:
             self.idle += config.batch_size
             self.idle[fired] = 0
             self.step += 1
+            active = self._active(out) if logged or self.aim else 0.0
+            if self.aim:
+                self.aim.follow(active, config.total_steps, self.step / config.total_steps)
             if logged:
-                self._record(batch, out, metrics, lr)
+                self._record(batch, out, active, metrics, lr)
         if logged:
             self.control.output = out
             self.emit("step")
@@ -164,17 +182,20 @@ class Training:
                 )
         return metrics
 
-    def _record(self, batch: Batch, out: Output, terms: Metrics, lr: float) -> None:
-        """A row of the history: figures of the whole batch."""
+    def _active(self, out: Output) -> float:
+        """L0 of the whole batch."""
+        process, codes = self.process, out.codes.values if isinstance(out.codes, Codes) else out.codes
+        return int(process.over_features(process.over_rows((codes > 0).sum()))) / self.config.batch_size
+
+    def _record(self, batch: Batch, out: Output, l0: float, terms: Metrics, lr: float) -> None:
+        """A row of the history: figures of the whole batch, and now and then of held-out tokens."""
         process, tokens = self.process, self.step * self.config.batch_size
-        codes = out.codes.values if isinstance(out.codes, Codes) else out.codes
         mean = process.over_rows(batch.target.mean(0)) / process.row_shares
         parts = zip(out.x_hat.detach().split(512), batch.target.split(512), strict=True)  # small ones: see Memory
         error, variance = process.over_rows(
             torch.stack([torch.stack([(y - t).square().sum(), (t - mean).square().sum()]) for y, t in parts]).sum(0)
         )
         dead = process.over_features((self.idle > self.config.dead_after).sum())
-        active = process.over_features(process.over_rows((codes > 0).sum()))
         self.history.append(
             {
                 "step": self.step,
@@ -182,12 +203,31 @@ class Training:
                 "passes": tokens / self.rows.training_rows,
                 "loss": sum(terms.values()),
                 "fvu": float(error / variance),
-                "l0": int(active) / self.config.batch_size,
+                "l0": l0,
                 "dead": int(dead) / self.whole.d_sae,
                 "lr": lr,
             }
             | terms
+            | self._held_out(l0)
+            | (self.cross_entropy(self._snapshot) if self.cross_entropy else {})
         )
+
+    def _held_out(self, l0: float) -> Metrics:
+        """FVU and L0 of held-out tokens, at the last step and where the step is due, whatever was measured before: the
+        history of a resumed run is that of an unbroken one. l0: of the batch."""
+        config, found = self.config, {}
+        every = max(1, HELD_OUT_EVERY // config.batch_size)
+        if self.aim:  # which goes by it
+            found["coefficient"] = self.aim.coefficient
+            every = max(1, min(every, config.total_steps // 20))
+        every = max(every, config.total_steps // 300)
+        due = self.step // every != (self.step - config.log_every) // every
+        if self.rows.watched is None or not (due or self.step == self.control.last):
+            return found
+        held = measured(self.coder, self._scaled(self._on_device(self.rows.watched)), self.process)
+        if self.aim:
+            self.aim.correct(held["l0"], l0)
+        return found | {f"{name}_held_out": value for name, value in held.items()}
 
     def begin(self, first: Callable[[Store | Rows], Batch] | None = None) -> Run | None:
         """Get ready for the first step, or the one after the checkpoint. Returns the run if it is finished already.
@@ -208,6 +248,8 @@ class Training:
         coder = self.coder = self.process.own_part(self.whole)
         self.parameters = dict(coder.named_parameters())
         if found is None:
+            if self.aim:
+                self.aim.apply()
             self._start(first(self.rows) if first else first_batch(self.rows, self.config))
         self.idle = torch.zeros(coder.d_sae, dtype=torch.long, device=coder.W_dec.device)  # tokens since it fired
         self.adam = Adam(coder)
@@ -220,6 +262,8 @@ class Training:
         if not coder.dense:
             rows = self.config.batch_size // self.process.row_shares
             coder.scratch = kernels.Memory(rows, coder.d_sae, coder.W_dec.device)
+        if self.watch is not None:
+            self.cross_entropy = CrossEntropy(self.watch, self._snapshot)
         coder.train()
         return None
 
@@ -238,16 +282,25 @@ class Training:
         with checkpoint.whole_step():
             self.coder.fold(self.scale, self.target_scale)
             self.coder.scratch, self.coder.in_raw_units, self.coder.progress = None, True, 1.0
+            if self.aim:
+                self.aim.release()
 
     def end(self, data: Callable[[Store | Rows], CalibrationData] | None = None) -> Run:
         """Fit thresholds, save, and return the run. data: a ``calibration_data`` that several coders share."""
         self.control.close()
         self.fold()
-        facts = self._calibrate(data or partial(calibration_data, step=self.step))
+        data = cache(data or partial(calibration_data, step=self.step))
+        facts = self._calibrate(data)
         coder = self.coder = self.whole
         coder.in_raw_units, coder.progress = True, 1.0
-        self._stamp(facts)
-        run = Run(coder.eval(), self.config, self.history, self.path, self.control.changes)
+        reached = None
+        if self.aim:
+            self.aim.settle()
+            unseen = data(self.rows)[1]
+            l0 = facts["l0"] if unseen is None else len(coder.codes_of(unseen).values) / len(unseen)
+            reached = self.aim.reached(l0, 0 if unseen is None else len(unseen))
+        self._stamp(facts, reached)
+        run = Run(coder.eval(), self.config, self.history, self.path, self.control.changes, reached)
         if self.path is not None and self.process.first:
             checkpoint.finish(self.path, coder, self._header())
         self.emit("end")
@@ -267,9 +320,9 @@ class Training:
         process.rejoin(coder, self.whole)
         return process.from_first(facts)
 
-    def _stamp(self, facts: Metrics) -> None:
+    def _stamp(self, facts: Metrics, reached: Reached | None) -> None:
         """The coder's meta: all that it takes to use it later, such as site, mask and model."""
-        rows, coder = self.rows, self.whole
+        coder = self.whole
         meta: dict[str, Any] = {
             "dead": facts["dead"],
             "dead_tokens": int(facts["tokens"]),
@@ -278,15 +331,33 @@ class Training:
         }
         if self.control.changes:
             meta["changes"] = self.control.changes
-        if isinstance(rows, Store):
-            coder.reads, coder.writes = rows.reads, rows.writes
-            meta |= {key: rows.identity[key] for key in ("model", "model_fingerprint", "prefix_id", "text", "context")}
-            meta["mask"] = rows.mask.to_dict()
-            meta["excluded"] = rows.excluded
+        if reached:
+            meta["reached"] = reached._asdict()
+        meta |= self._place(coder)
         if self.trained_from is not None:
             meta["trained_from"] = self.trained_from
         coder.meta = meta
         coder.id  # noqa: B018 (made now, on every rank alike)
+
+    def _place(self, coder: SparseCoder) -> dict[str, Any]:
+        """Set the coder's sites; what its meta is to say of them."""
+        rows = self.rows
+        if not isinstance(rows, Store):
+            return {}
+        coder.reads, coder.writes = rows.reads, rows.writes
+        facts = {key: rows.identity[key] for key in ("model", "model_fingerprint", "prefix_id", "text", "context")}
+        return facts | {"mask": rows.mask.to_dict(), "excluded": rows.excluded}
+
+    def _snapshot(self) -> SparseCoder:
+        """A copy of the coder as it would be if training ended now: in raw units, with a threshold, in eval mode."""
+        scratch, self.coder.scratch = self.coder.scratch, None
+        coder, self.coder.scratch = copy.deepcopy(self.coder), scratch
+        coder.fold(self.scale, self.target_scale)
+        coder.in_raw_units, coder.progress = True, 1.0
+        coder.meta = self._place(coder)
+        rows = self.rows.watched or self.rows.batch(0, WATCHED, self.config.seed)
+        coder.fit_threshold([rows.x.to(coder.W_dec.device)])
+        return coder.eval()
 
     def leave(self, error: BaseException) -> None:
         """Interrupted or failed: keep what can be continued, and leave the coder usable in raw units. It notes which
@@ -318,7 +389,8 @@ class Training:
         self.whole.load_state_dict(done.state_dict())
         self.whole.reads, self.whole.writes, self.whole.meta = done.reads, done.writes, done.meta
         self.whole.path, self.whole.in_raw_units = done.path, True
-        return Run(self.whole.eval(), self.config, header["history"], self.path, header["changes"])
+        reached = Reached(**done.meta["reached"]) if "reached" in done.meta else None
+        return Run(self.whole.eval(), self.config, header["history"], self.path, header["changes"], reached)
 
     def interrupted(self) -> Found | None:
         """The checkpoint of this run."""
@@ -341,6 +413,7 @@ class Training:
 
     def _header(self) -> dict[str, Any]:
         known = {"run": self.id, "trained_from": self.trained_from}
+        known |= {"aim": self.aim.state} if self.aim else {}
         return self.identity | known | {"history": self.history, "changes": self.control.changes}
 
     def _restore(self, found: Found) -> None:
@@ -352,6 +425,9 @@ class Training:
         self.scale = torch.tensor(scale, device=device)
         self.target_scale = None if target_scale is None else torch.tensor(target_scale, device=device)
         checkpoint.unpack(self.path, found.tensors, self.coder, self.adam, self.idle)
+        if self.aim:
+            self.aim.state = found.header["aim"]
+            self.aim.apply()
 
     def emit(self, kind: str, error: BaseException | None = None) -> None:
         """Tell the callbacks."""
@@ -382,6 +458,23 @@ class Training:
                 bar.set_postfix_str(text, refresh=False)
 
             yield show
+
+
+@torch.no_grad()
+def measured(coder: SparseCoder, batch: Batch, process: Process = ALONE) -> dict[str, float]:
+    """fvu and l0 of rows, in eval mode. A coder in training whose threshold is fitted at the end chooses among these
+    rows, as it will be fitted on such."""
+    active, x_hats, device = 0, [], coder.W_dec.device
+    chooses = coder.training and type(coder).fit_threshold is not SparseCoder.fit_threshold
+    with nullcontext() if chooses else coder.evaluating(), coder.reusing(MEASURED_AT_ONCE):
+        for start in range(0, len(batch.x), MEASURED_AT_ONCE):
+            part = slice(start, start + MEASURED_AT_ONCE)
+            tokens = None if batch.tokens is None else batch.tokens[part].to(device)
+            out = coder.output(batch.x[part].to(device), tokens)
+            codes = out.codes.values if isinstance(out.codes, Codes) else out.codes
+            active += int(process.over_features((codes > 0).sum()))
+            x_hats.append(out.x_hat.cpu())
+    return {"fvu": float(losses.fvu(torch.cat(x_hats), batch.target.cpu())), "l0": active / len(batch.x)}
 
 
 def first_batch(rows: Store | Rows, config: TrainConfig) -> Batch:

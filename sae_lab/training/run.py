@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from sae_lab.activations.store import Rows, Store
 from sae_lab.saes.base import SparseCoder
+from sae_lab.training.aiming import Reached
 from sae_lab.training.config import TrainConfig
 from sae_lab.training.control import Change, Control
 
@@ -38,6 +39,7 @@ class Run:
     """A finished training: the coder, its config, and one row of metrics per logged step.
 
     changes: what was changed while it ran, {"step", "what", "old", "new"} each (see ``Control``).
+    reached: with ``TrainConfig(target_l0=)``, the L0 that was reached, on held-out tokens; else None.
     """
 
     coder: SparseCoder
@@ -45,6 +47,7 @@ class Run:
     history: list[Metrics] = field(repr=False)
     path: Path | None = None
     changes: list[Change] = field(default_factory=list)
+    reached: Reached | None = None
 
     @property
     def stopped(self) -> bool:
@@ -52,7 +55,9 @@ class Run:
         return any(change["what"] == "stop" for change in self.changes)
 
     def to_pandas(self):
-        """The history: step, tokens, passes, loss, fvu, l0, dead, lr and the loss terms."""
+        """The history: step, tokens, passes, loss, fvu, l0, dead, lr and the loss terms, of each batch; fvu_held_out and
+        l0_held_out, on tokens that no batch holds, where they were measured (``Training.held_out``); coefficient, the
+        weight of the penalty, with ``target_l0``; ce_delta, with ``watch``."""
         import pandas as pd
 
         return pd.DataFrame(self.history)
@@ -61,7 +66,9 @@ class Run:
         m, meta = self.history[-1], self.coder.meta
         return (
             f"Run({type(self.coder).__name__}, {m['tokens']:,} tokens in {m['passes']:.1f} passes: last batch "
-            f"FVU {m['fvu']:.3f}, L0 {m['l0']:.1f}; dead {meta['dead']:.2%} on {meta['dead_tokens']:,} tokens"
+            f"FVU {m['fvu']:.3f}, L0 {m['l0']:.1f}"
+            + ("; held-out FVU {fvu_held_out:.3f}, L0 {l0_held_out:.1f}".format(**m) if "fvu_held_out" in m else "")
+            + f"; dead {meta['dead']:.2%} on {meta['dead_tokens']:,} tokens"
             f"{''.join(f'; {_words(change)}' for change in self.changes)})"
         )
 

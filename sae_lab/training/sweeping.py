@@ -21,10 +21,10 @@ from sae_lab.feature_index.matching import match
 from sae_lab.lm.model import LM
 from sae_lab.lm.text import Documents
 from sae_lab.results import Result, result
-from sae_lab.saes import FAMILIES, SparseCoder, losses
+from sae_lab.saes import FAMILIES, SparseCoder
 from sae_lab.saes.kernels import Memory
 from sae_lab.training.config import TrainConfig
-from sae_lab.training.loop import Training, calibration_data, first_batch
+from sae_lab.training.loop import Training, calibration_data, first_batch, measured
 from sae_lab.training.ranks import ranks_started
 from sae_lab.training.run import Event, Run
 from sae_lab.training.start import rows_for
@@ -131,8 +131,8 @@ def sweep(
     unseen = cache(lambda rows: rows.unseen(MEASURED))
     for training, run, row in zip(trainings, runs, varied, strict=True):
         batch = unseen(training.rows)
-        measured, tokens = _measure(run.coder, batch), len(batch.x)
-        row = row | measured | {"dead": run.coder.meta["dead"]} | ({"changed": True} if run.changes else {})
+        tokens = len(batch.x)
+        row = row | measured(run.coder, batch) | {"dead": run.coder.meta["dead"]} | ({"changed": True} if run.changes else {})
         if world is not None:
             found = match(run.coder, world)
             row |= {"mmcs": found.b_to_a, "mmcs_back": found.a_to_b}
@@ -251,16 +251,3 @@ def _run(trainings: list[Training]) -> list[Run]:
     return [runs[number] for number in range(len(trainings))]
 
 
-@torch.no_grad()
-def _measure(coder: SparseCoder, batch: Batch) -> dict[str, float]:
-    """l0 and fvu in eval mode."""
-    active, x_hats = 0, []
-    device = coder.W_dec.device
-    with coder.reusing(4096):
-        for start in range(0, len(batch.x), 4096):
-            part = slice(start, start + 4096)
-            x = batch.x[part].to(device)
-            out = coder(x, None if batch.tokens is None else batch.tokens[part].to(device))
-            active += int((out.codes if isinstance(out.codes, Tensor) else out.codes.values).gt(0).sum())
-            x_hats.append(out.x_hat.cpu())
-    return {"l0": active / len(batch.x), "fvu": float(losses.fvu(torch.cat(x_hats), batch.target.cpu()))}

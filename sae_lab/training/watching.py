@@ -2,19 +2,28 @@
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from sae_lab.activations.contexts import spread_contexts, trained_context
+from sae_lab.activations.reading import require_fits
+from sae_lab.edits.edit import Splice
+from sae_lab.lm.model import LM
+from sae_lab.lm.text import Documents
 from sae_lab.saes.base import SparseCoder
 from sae_lab.training.run import Event, Metrics
 
 POINTS = 300  # of a curve, at most
-MEASURES = ("loss", "fvu", "l0", "dead", "threshold", "cosine", "lr")
+MEASURES = (
+    "loss", "fvu", "fvu_held_out", "l0", "l0_held_out", "ce_delta", "dead", "threshold", "cosine", "lr", "coefficient",
+)  # fmt: skip
 SAMPLE = 256  # rows of W_dec whose nearest others are looked for
 SHARE = 0.005  # of the time, that looking for them may take
+CE_TOKENS = 1024
+CE_SHARE = 0.02  # of the time, that splicing may take
 
 
 @torch.no_grad()
@@ -30,6 +39,41 @@ def decoder_cosine(coder: SparseCoder, rows: int = SAMPLE, seed: int = 0) -> flo
     return float(cosines.amax(1).mean())
 
 
+class CrossEntropy:
+    """``sl.train(sae, store, config, watch=(lm, text.held_out))``: {"ce_delta": CE with the coder spliced in - CE
+    without, nats/token} of about 1,024 tokens, as often as costs ``CE_SHARE`` of the time, its start included.
+
+    Raises ValueError at the start for a model that the coder is not of, and where a coder cannot be spliced in.
+    """
+
+    def __init__(self, watch: tuple[LM, Documents], snapshot: Callable[[], SparseCoder]) -> None:
+        self.began = time.perf_counter()
+        if len(watch) != 2 or not isinstance(watch[0], LM):
+            raise ValueError(f"watch is a model and held-out text, watch=(lm, text.held_out), got {watch!r}")
+        self.lm, text = watch
+        coder = snapshot()
+        require_fits(coder, self.lm)
+        self.texts = [c.ids for c in spread_contexts(self.lm, text, CE_TOKENS, trained_context(coder))]
+        self.clean = self._loss()
+        before = time.perf_counter()
+        self._loss(Splice(coder))  # what cannot be is refused now, and the cost is known
+        now = time.perf_counter()
+        self.cost, self.spent = now - before, now - self.began
+
+    def __call__(self, snapshot: Callable[[], SparseCoder]) -> Metrics:
+        start = time.perf_counter()
+        if self.spent + self.cost > CE_SHARE * (start - self.began):
+            return {}
+        found = {"ce_delta": self._loss(Splice(snapshot())) - self.clean}
+        self.cost = time.perf_counter() - start
+        self.spent += self.cost
+        return found
+
+    def _loss(self, *edits: Splice) -> float:
+        parts = [self.lm.loss(part, edits, per_token=True).flatten() for part in self.texts]
+        return float(torch.cat(parts).nanmean())
+
+
 class Curves:
     """A callback for ``sl.train`` or ``sl.sweep`` that keeps a curve of each measure for each coder.
 
@@ -37,8 +81,8 @@ class Curves:
         sl.train(sae, store, config, callbacks=[curves])
 
     ``lines`` {label: {"step": [...], "loss": [...], ...}}: at most ``POINTS`` points a curve, each the mean of equally
-    many steps and standing at the last of them; None where a measure is not known. Measures: those of ``Run.history``;
-    threshold, of families that have one, in units of activations of norm √d_in; cosine, ``decoder_cosine``, taken as
+    many steps and standing at the last of them; None where a measure is not known. Measures: those of ``Run.history``,
+    some of which are taken now and then; threshold, of families that have one, in units of activations of norm √d_in; cosine, ``decoder_cosine``, taken as
     often as costs ``SHARE`` of the time.
     """
 

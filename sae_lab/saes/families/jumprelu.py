@@ -9,6 +9,11 @@ from sae_lab.saes.base import EVERY, SparseCoder, Wiring, check_weight
 from sae_lab.saes.families.l1 import WARM_UP
 from sae_lab.types import Batch, Codes, Output
 
+# With target_l0. What an active feature may cost (stiffness·share of sparsity), by the share that L0 is off: a feature
+# too many costs about 1, so that L0 ends within some hundredths. Adam remembers large gradients for thousands of
+# steps, in which θ would hardly move: hence the start at a few times the target, and no more cost beyond NEAR.
+STIFFNESS, NEAR, HEAD = 50.0, 1.25, 4
+
 
 class JumpReLU(SparseCoder):
     """``sl.JumpReLU(d_in=576, d_sae=4608, sparsity=1.0)``: each feature has a threshold that is learnt
@@ -16,7 +21,8 @@ class JumpReLU(SparseCoder):
 
         f = relu(pre)·1[pre > θ], θ the parameter ``threshold`` " d_sae"
 
-    Loss: mse + sparsity · L0. A step has no gradient, so θ gets that of a kernel estimate, a rectangle of width ε:
+    Loss: mse + sparsity · L0; with ``TrainConfig(target_l0=T)`` mse + sparsity · 25T · (L0/T − 1)² (Gemma Scope 2, 2025),
+    from 1.25 T on with the slope that it has there, and θ starts where 4T features are active. A step has no gradient, so θ gets that of a kernel estimate, a rectangle of width ε:
     ∂f/∂θ = −θ/ε and ∂L0/∂θ = −1/ε where |pre − θ| < ε/2, else 0.
 
     Args:
@@ -27,6 +33,7 @@ class JumpReLU(SparseCoder):
     """
 
     elementwise = True
+    holds_l0 = True
     sparsity_name = "sparsity"
     code_units = ("b_enc", "threshold")
 
@@ -64,8 +71,19 @@ class JumpReLU(SparseCoder):
             on = _Step.apply(near, self.threshold[out.codes.features], self.bandwidth)
         else:
             on = _Step.apply(out.pre, self.threshold, self.bandwidth)
-        l0 = on.sum() / len(out.pre)
-        return super().terms(batch, out, progress=progress, dead=dead) | {"sparsity": weight * l0}
+        cost = l0 = on.sum() / len(out.pre)
+        if self.target_l0 is not None:
+            held = (l0.detach() / NEAR).clamp_min(self.target_l0)
+            cost = STIFFNESS / 2 * held * (l0 / held - 1).square()
+        return super().terms(batch, out, progress=progress, dead=dead) | {"sparsity": weight * cost}
+
+    @torch.no_grad()
+    def begin(self, batch: Batch) -> None:
+        super().begin(batch)
+        if self.target_l0 is not None and bool((self.threshold == self.config["start"]).all()):  # else trained before
+            pre = self._read(self._rows(batch.x[:1024])[0]).flatten()
+            most = min(len(pre), round(HEAD * self.target_l0 * len(batch.x[:1024])))
+            self.threshold.clamp_min_(pre.topk(most, sorted=False).values.min())
 
     @torch.no_grad()
     def project(self) -> None:

@@ -1,0 +1,117 @@
+"""``TrainConfig(target_l0=)``: while a coder trains, its L0 is brought to a target."""
+
+import logging
+import math
+from typing import Any, NamedTuple
+
+from sae_lab.saes.base import SparseCoder
+
+log = logging.getLogger(__name__)
+
+WANTED = 50_000  # held-out tokens that an L0 is measured on in the end
+BEGINS, FROZEN = 0.05, 0.8  # shares of training between which the coefficient is moved
+GAIN = 10.0  # over a whole training the logarithm of the coefficient moves by this times its mean error
+MOST = 1.0  # the error counts no more than this: at the start L0 is far off whatever the coefficient
+MEMORY = 0.9  # of the mean of log L0 over steps, which is less noisy than a batch's
+TRUST = 0.5  # in one held-out measurement
+NEAR = 0.3  # a penalty that holds L0 by itself is corrected only where log L0 is as near as this
+
+
+class Reached(NamedTuple):
+    """What came of ``TrainConfig(target_l0=)``: ``run.reached``. l0: in eval mode, on ``tokens`` kept tokens that no
+    training step saw (0: the data is too small to reserve any; it was then measured on training tokens). tolerance:
+    by which share of the target l0 may be off."""
+
+    target: float
+    l0: float
+    tokens: int
+    tolerance: float
+
+    @property
+    def within(self) -> bool:
+        """Whether l0 is as near to the target as it should be."""
+        return abs(self.l0 / self.target - 1) <= self.tolerance
+
+    def tell(self) -> "Reached":
+        """Log what is not as it should be."""
+        if not self.within:
+            log.warning(
+                "L0 is %.1f and not within %.0f %% of target_l0=%g: train for more steps, or start nearer to it with "
+                "another sparsity (or start, of a JumpReLU)", self.l0, 100 * self.tolerance, self.target,
+            )  # fmt: skip
+        if self.tokens < WANTED:
+            log.warning("L0 was measured on %d held-out tokens, fewer than %d: harvest more", self.tokens, WANTED)
+        return self
+
+
+class Aim:
+    """Brings a coder's L0 to a target. A family whose penalty holds L0 by itself (``holds_l0``) is told what the
+    penalty is to hold, corrected by how held-out tokens differ from it. Of any other, the logarithm of the penalty's
+    weight follows log L0 - log target, by an integral controller that rests for the last fifth of training.
+
+    The coder's ``config`` keeps the weight that it was made with until ``settle``.
+    """
+
+    def __init__(self, coder: SparseCoder, target: float):
+        name, family = coder.sparsity_name, type(coder).__name__
+        if name == "k":
+            raise ValueError(
+                f"target_l0 is for families with a penalty, and k is the L0 of a {family}: build it with "
+                f"k={max(1, round(target))} and leave target_l0={target:g} out"
+            )
+        if name is None:
+            raise ValueError(
+                f"target_l0 needs a penalty whose weight can change, a {family} has none: leave target_l0={target:g} "
+                "out, or train a JumpReLU, an L1 or a Gated"
+            )
+        if target >= coder.d_sae:
+            raise ValueError(f"target_l0 must be below d_sae={coder.d_sae}, got {target:g}: 32 is a usual L0")
+        if not coder.config[name] > 0:
+            raise ValueError(f"with target_l0 the coder's {name} must be above 0, got 0: 1 will do, it is moved")
+        self.coder, self.target, self.name = coder, target, name
+        self.tolerance = 0.05 if coder.holds_l0 else 0.1
+        # coefficient: log of the penalty's weight. l0: running mean of log L0 of batches. gap: held-out log L0 minus it.
+        self.state = {"coefficient": math.log(coder.config[name]), "l0": math.nan, "gap": 0.0}
+
+    @property
+    def coefficient(self) -> float:
+        """The weight of the penalty."""
+        return math.exp(self.state["coefficient"])
+
+    def apply(self) -> None:
+        """Set what the coder's loss goes by."""
+        if self.coder.holds_l0:
+            self.coder.target_l0 = self.target * math.exp(-self.state["gap"])
+        else:
+            setattr(self.coder, self.name, self.coefficient)
+
+    def follow(self, l0: float, steps: int, done: float) -> None:
+        """After each step. l0: of its batch. steps: of the training. done: the share of them taken."""
+        state, now = self.state, math.log(max(l0, 0.01))
+        state["l0"] = now if math.isnan(state["l0"]) else MEMORY * state["l0"] + (1 - MEMORY) * now
+        if not self.coder.holds_l0 and BEGINS <= done < FROZEN:
+            error = state["l0"] + state["gap"] - math.log(self.target)
+            state["coefficient"] += GAIN / steps * max(-MOST, min(MOST, error))
+        self.apply()
+
+    def correct(self, held_out: float, batch: float) -> None:
+        """After a held-out measurement. held_out, batch: L0 of both, of the same weights or nearly."""
+        state, held = self.state, math.log(max(held_out, 0.01))
+        if not self.coder.holds_l0:
+            state["gap"] += TRUST * (held - math.log(max(batch, 0.01)) - state["gap"])
+        elif abs(off := held - math.log(self.target)) < NEAR:
+            state["gap"] += TRUST * off
+        self.apply()
+
+    def release(self) -> None:
+        """Training is over, or was left: the coder has its own penalty again."""
+        self.coder.target_l0 = None
+        setattr(self.coder, self.name, self.coder.config[self.name])
+
+    def settle(self) -> None:
+        """Training is complete: the coefficient that gave this L0 becomes an argument of the coder."""
+        if not self.coder.holds_l0:
+            self.coder.set_sparsity(self.coefficient)
+
+    def reached(self, l0: float, tokens: int) -> Reached:
+        return Reached(self.target, l0, tokens, self.tolerance).tell()
