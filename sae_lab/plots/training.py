@@ -14,12 +14,21 @@ L0 = "L0 (active features per token)"
 
 @draw.register
 def run(result: Run) -> Figure:
-    """FVU, L0 and dead features over training."""
+    """FVU and L0 of the batch and of held-out tokens, and dead features over training; ΔCE and the coefficient of a
+    penalty where there are any."""
     history = result.to_pandas()
-    names = {"fvu": "FVU of the batch", "l0": L0, "dead": "dead features (share)"}
+    names = {"fvu": "FVU", "l0": L0, "dead": "dead features (share)", "ce_delta": "ΔCE, held-out (nats/token)",
+             "coefficient": "coefficient of the penalty"}  # fmt: skip
+    names = {name: label for name, label in names.items() if name in history}
     figure, axes = subplots(len(names), height=2.6)
     for axis, (name, label) in zip(axes, names.items(), strict=True):
-        axis.plot(history["tokens"] / 1e6, history[name], color=COLOURS[0])
+        known = history.dropna(subset=name)
+        axis.plot(known["tokens"] / 1e6, known[name], color=COLOURS[0], label="batch")
+        if (held := f"{name}_held_out") in history:
+            known = history.dropna(subset=held)
+            axis.plot(known["tokens"] / 1e6, known[held], color=COLOURS[1], linestyle="--", marker=".", label="held-out")
+            label += f"\ngap (held-out − batch) {known[held].iloc[-1] - known[name].iloc[-1]:+.2g}"
+            axis.legend()
         axis.set(xlabel="million tokens", title=label, ylim=(0, None))
     axes[0].set_ylim(0, min(1.0, 1.05 * max(row["fvu"] for row in result.history)))
     return figure

@@ -17,9 +17,8 @@ from sae_lab.saes.base import SparseCoder
 from sae_lab.training.run import Event, Metrics
 
 POINTS = 300  # of a curve, at most
-MEASURES = (
-    "loss", "fvu", "fvu_held_out", "l0", "l0_held_out", "ce_delta", "dead", "threshold", "cosine", "lr", "coefficient",
-)  # fmt: skip
+MEASURES = ("loss", "fvu", "l0", "dead", "threshold", "cosine", "lr",
+            "fvu_held_out", "l0_held_out", "ce_delta", "coefficient")  # fmt: skip
 SAMPLE = 256  # rows of W_dec whose nearest others are looked for
 SHARE = 0.005  # of the time, that looking for them may take
 CE_TOKENS = 1024

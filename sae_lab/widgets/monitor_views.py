@@ -13,13 +13,13 @@ from sae_lab.training import checkpoint
 from sae_lab.training.config import TrainConfig
 from sae_lab.training.control import Change, Control
 from sae_lab.training.run import Run
-from sae_lab.training.watching import MEASURES
 
 from .coding import name_of
 from .static_html import block, figure, table
 
-NAMES = {"loss": "loss", "fvu": "FVU", "l0": "L0", "dead": "dead", "threshold": "threshold",
-         "cosine": "decoder cosine", "lr": "learning rate"}  # fmt: skip
+NAMES = {"loss": "loss", "fvu": "FVU", "fvu_held_out": "FVU, held-out", "l0": "L0", "l0_held_out": "L0, held-out",
+         "ce_delta": "ΔCE, held-out", "dead": "dead", "threshold": "threshold", "cosine": "decoder cosine",
+         "lr": "learning rate", "coefficient": "coefficient"}  # fmt: skip
 
 
 @dataclass
@@ -42,21 +42,24 @@ class Watched:
 def html_of(status: Mapping[str, Any], curves: Mapping[str, Any], changes: Sequence[Mapping[str, Any]]) -> Html:
     """The state, the last value of each measure and coder, and the changes."""
     steps = f": step {status['step']:,} of {status['steps']:,}, {status['tokens']:,} tokens" if status["steps"] else ""
-    rows = [[label, *(_last(line[name], name) for name in MEASURES)] for label, line in curves.items()]
+    known = [name for name in NAMES if any(v is not None for line in curves.values() for v in line[name])]
+    rows = [[label, *(_last(line, name) for name in known)] for label, line in curves.items()]
     made = [[c["coder"], f"{c['step']:,}", c["what"], *(figure(c[k], ".4g") for k in ("old", "new"))] for c in changes]
     return block(
         tag("p", tag("b", "Training"), f" {status['state']}{steps}"),
         tag("p", status["why"]) if status["why"] else None,
-        table(["coder", *(NAMES[name] for name in MEASURES)], rows),
+        table(["coder", *(NAMES[name] for name in known)], rows),
         table(["coder", "step", "changed", "from", "to"], made),
     )
 
 
-def _last(values: Sequence[float | None], name: str) -> str:
-    known = [value for value in values if value is not None]
-    if not known:
+def _last(line: Mapping[str, Sequence[float | None]], name: str) -> str:
+    at = max((i for i, value in enumerate(line[name]) if value is not None), default=None)
+    if at is None:
         return "–"
-    return f"{figure(100 * known[-1])} %" if name == "dead" else figure(known[-1])
+    value, batch = line[name][at], line.get(name.removesuffix("_held_out"), line[name])[at]
+    gap = f" (gap {value - batch:+.2g})" if name.endswith("_held_out") and batch is not None else ""
+    return f"{figure(100 * value)} %" if name == "dead" else figure(value) + gap
 
 
 def code_of(watched: list[Watched], opened: Run | None, task: tuple[Any, ...], initial: str) -> str:

@@ -22,12 +22,12 @@ def x():
     """Sums of 3 of 32 unit directions, with a little noise."""
     g = torch.Generator().manual_seed(0)
     dictionary = F.normalize(torch.randn(32, D, generator=g), dim=1)
-    codes = torch.zeros(12_000, 32).scatter_(1, torch.rand(12_000, 32, generator=g).topk(3).indices, 1.0)
-    return (codes * (1 + torch.rand(codes.shape, generator=g))) @ dictionary + 0.1 * torch.randn(12_000, D, generator=g)
+    codes = torch.zeros(6_000, 32).scatter_(1, torch.rand(6_000, 32, generator=g).topk(3).indices, 1.0)
+    return (codes * (1 + torch.rand(codes.shape, generator=g))) @ dictionary + 0.1 * torch.randn(6_000, D, generator=g)
 
 
-def config(target=None, steps=400, **more):
-    return sl.TrainConfig(**{"steps": steps, "batch_size": 256, "lr": 5e-3, "target_l0": target, "log_every": 10, **more})
+def config(target=None, steps=200, **more):
+    return sl.TrainConfig(**{"steps": steps, "batch_size": 128, "lr": 1e-2, "target_l0": target, "log_every": 5, **more})
 
 
 def unseen(rows):
@@ -45,12 +45,12 @@ def l0_of(coder, rows):
 def test_held_out_figures_stand_beside_the_batch(x, family):
     """At the last step they are those of the finished coder on the tokens that no batch held."""
     coder = getattr(sl, family)(D, N)
-    run = sl.train(coder, x, config(steps=60, batch_size=4096, log_every=1))
+    run = sl.train(coder, x, config(steps=40, batch_size=4096, log_every=1))
     table = run.to_pandas()
     held = table.dropna(subset="fvu_held_out")
-    assert held["step"].tolist() == [16, 32, 48, 60], "once in 65,536 tokens, and at the end"
+    assert held["step"].tolist() == [16, 32, 40], "once in 65,536 tokens, and at the end"
     batch = Rows(x).watched
-    assert len(batch.x) == 2048 and len(unseen(x)) > 2048
+    assert len(batch.x) == len(unseen(x)) < 2048
     seen = {tuple(row) for row in Rows(x).batch(0, Rows(x).training_rows).x.tolist()}
     assert not any(tuple(row) in seen for row in batch.x.tolist())
     fvu = float(losses.fvu(coder(batch.x).x_hat.detach(), batch.x))
@@ -62,7 +62,7 @@ def test_held_out_figures_stand_beside_the_batch(x, family):
 def test_a_coder_that_learns_by_heart_shows_it():
     """Noise can only be learnt by heart: the batch's FVU falls, that of held-out tokens does not."""
     noise = torch.randn(1200, D, generator=torch.Generator().manual_seed(0))
-    row = sl.train(sl.TopK(D, 512, k=2), noise, config(steps=400, lr=2e-2)).history[-1]
+    row = sl.train(sl.TopK(D, 512, k=2), noise, config(lr=2e-2)).history[-1]
     assert row["fvu_held_out"] > row["fvu"] + 0.05
 
 
@@ -76,8 +76,8 @@ def test_data_too_small_to_hold_any_out(x):
 
 @pytest.mark.parametrize(
     ("family", "arguments", "share"),
-    [("JumpReLU", {}, 0.05), ("L1", {"sparsity": 0.1}, 0.1), ("L1", {"drop": 0.3}, 0.1), ("Gated", {}, 0.1),
-     ("PAnneal", {}, 0.1), ("Hoyer", {}, 0.1)],
+    [("JumpReLU", {}, 0.05), ("L1", {"sparsity": 0.1}, 0.1), ("L1", {"drop": 0.1}, 0.1), ("Gated", {}, 0.1),
+     ("PAnneal", {}, 0.1)],
 )  # fmt: skip
 def test_the_target_is_reached_in_eval_mode_on_held_out_tokens(x, family, arguments, share):
     coder = getattr(sl, family)(D, N, **arguments)
@@ -90,8 +90,8 @@ def test_the_target_is_reached_in_eval_mode_on_held_out_tokens(x, family, argume
     if family == "JumpReLU":
         assert coder.sparsity == coder.config["sparsity"] == 1.0 and path.nunique() == 1
     else:
-        assert path.loc[320:].nunique() == 1, "it rests for the last fifth"
-        assert path.loc[:310].nunique() > 20 and path.iloc[-1] == coder.sparsity == coder.config["sparsity"]
+        assert path.loc[165:].nunique() == 1, "it rests for the last fifth"
+        assert path.loc[:155].nunique() > 20 and path.iloc[-1] == coder.sparsity == coder.config["sparsity"]
     assert coder.target_l0 is None
 
 
@@ -116,7 +116,7 @@ def test_data_of_which_nothing_is_held_out_says_so(x):
 
 
 @pytest.mark.parametrize("family", ["JumpReLU", "L1"])
-@pytest.mark.parametrize("at", [5, 130, 350])
+@pytest.mark.parametrize("at", [5, 50])
 def test_a_resumed_run_is_an_unbroken_one(x, family, at, tmp_path):
     def stop(event):
         if event.kind == "step" and event.step == at:
@@ -125,18 +125,18 @@ def test_a_resumed_run_is_an_unbroken_one(x, family, at, tmp_path):
     def fresh():
         return getattr(sl, family)(D, N, sparsity=0.5)
 
-    whole = sl.train(fresh(), x, config(6.0, log_every=5))
+    whole = sl.train(fresh(), x, config(6.0, steps=60))
     left = fresh()
     with pytest.raises(KeyboardInterrupt):
-        sl.train(left, x, config(6.0, log_every=5), path=tmp_path, callbacks=[stop])
+        sl.train(left, x, config(6.0, steps=60), path=tmp_path, callbacks=[stop])
     assert left.sparsity == left.config["sparsity"] == 0.5 and left.target_l0 is None
-    run = sl.train(fresh(), x, config(6.0, log_every=5), path=tmp_path)
+    run = sl.train(fresh(), x, config(6.0, steps=60), path=tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(run.coder.state_dict().values(), whole.coder.state_dict().values()))
     assert run.history == whole.history and run.reached == whole.reached and run.coder.sparsity == whole.coder.sparsity
-    opened = sl.train(fresh(), x, config(6.0, log_every=5), path=tmp_path)
+    opened = sl.train(fresh(), x, config(6.0, steps=60), path=tmp_path)
     assert opened.reached == run.reached and opened.history == run.history
     with pytest.raises(ValueError, match="config target_l0: 6.0 there, 7.0 now"):
-        sl.train(fresh(), x, config(7.0, log_every=5), path=tmp_path)
+        sl.train(fresh(), x, config(7.0, steps=60), path=tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -180,7 +180,7 @@ def test_nobody_else_sets_the_sparsity(x):
 
 def test_the_quadratic_penalty_of_a_jumprelu(x):
     """By hand: the loss term and its slope in L0, near the target and far from it."""
-    for target, slope in ((10.0, 50 * (12 / 10 - 1)), (14.0, 50 * (12 / 14 - 1)), (4.0, 50 * 0.25)):
+    for target, slope in ((10.0, 50 * (12 / 10 - 1)), (14.0, 50 * (12 / 14 - 1)), (4.0, 50 * 1.0)):
         coder = sl.JumpReLU(4, 12, sparsity=2.0).train()
         coder.target_l0 = target
         with torch.no_grad():
@@ -188,20 +188,14 @@ def test_the_quadratic_penalty_of_a_jumprelu(x):
             coder.b_enc.fill_(0.2)  # all 12 are on, within the kernel around the threshold of .1
         batch = sl.Batch(torch.zeros(8, 4), torch.zeros(8, 4))
         term = coder.loss(batch, progress=1.0, dead=torch.zeros(12, dtype=torch.bool))["sparsity"]
-        held = max(target, 12 / 1.25)
+        held = max(target, 12 / 2)
         assert float(term) == pytest.approx(2 * 25 * held * (12 / held - 1) ** 2)
         (gradient,) = torch.autograd.grad(term, coder.threshold)
         assert gradient == pytest.approx(torch.full((12,), -2 * slope / 0.5))  # ∂L0/∂θ is -1/ε
 
 
 def test_a_jumprelu_with_a_target_starts_near_it(x):
-    starts = {}
-    for target in (None, 3.0):
-        coder = sl.JumpReLU(D, N)
-        sl.train(coder, x, config(target, steps=1, log_every=1, lr=1e-12),
-                 callbacks=[lambda e, t=target: starts.setdefault(t, e.metrics.get("l0"))])  # fmt: skip
-    coder = sl.JumpReLU(D, N)
-    first = sl.train(coder, x, config(3.0, steps=1, log_every=1, lr=1e-12)).history[0]["l0"]
+    first = sl.train(sl.JumpReLU(D, N), x, config(3.0, steps=1, log_every=1, lr=1e-12)).history[0]["l0"]
     plain = sl.train(sl.JumpReLU(D, N), x, config(steps=1, log_every=1, lr=1e-12)).history[0]["l0"]
     assert first == pytest.approx(12, rel=0.1) and plain > 24
 

@@ -62,6 +62,8 @@ function curve(n: number): Curve {
   return {
     step: up, loss: up.map((i) => 100 / i), fvu: up.map((i) => 1 / i), l0: up.map(() => 32), dead: up.map(() => 0.125),
     threshold: up.map(() => null), cosine: up.map((i) => (i % 3 ? null : 0.4)), lr: up.map(() => 2e-3),
+    fvu_held_out: up.map((i) => (i % 3 ? null : 1 / i + 0.05)), l0_held_out: up.map(() => null), ce_delta: up.map(() => null),
+    coefficient: up.map(() => null),
   };
 }
 
@@ -125,17 +127,29 @@ describe("what it shows", () => {
     expect(one("[data-measure=cosine] path").getAttribute("d")).toMatch(/^M[^M]*L[^M]*L[^M]*$/);
   });
 
+  it("draws held-out tokens beside the batch, and names their gap", () => {
+    open();
+    const [batch, held] = all("[data-measure=fvu] .saelab-chart-plot path");
+    expect(held!.classList.contains("saelab-dotted")).toBe(true);
+    expect(held!.dataset.series).toBe(batch!.dataset.series);
+    expect(one("[data-measure=fvu] small.saelab-dim").textContent).toBe("dotted: held-out tokens; gap (held-out − batch) +0.050");
+    expect(one("[data-measure=fvu] svg").getAttribute("aria-label")).toContain("BatchTopK, held-out from 0.38 to 0.16");
+    expect(one("[data-measure=l0] small.saelab-dim").hidden).toBe(true);
+    expect(el.querySelector("[data-measure=fvu_held_out]")).toBeNull();
+  });
+
   it("shows the last figures that are known", () => {
     open({ curves: { BatchTopK: curve(10) } });
     expect(one(".saelab-monitor-stats").textContent).toBe(
-      "Loss10.0FVU0.10L032.0Dead features13 %Threshold–Decoder cosine0.40Learning rate0.0020",
+      "Loss10.0FVU0.10FVU, held-out0.16L032.0Dead features13 %Decoder cosine0.40Learning rate0.0020",
     );
   });
 
   it("has a line and a row for each coder of a sweep, told apart without colour", () => {
     open({ lines: [line("TopK k=2"), line(ATTACK)], curves: { "TopK k=2": curve(5), [ATTACK]: curve(7) } });
     expect(all(".saelab-monitor-table tbody tr")).toHaveLength(2);
-    expect(all("[data-measure=fvu] .saelab-chart-plot path").map((p) => p.getAttribute("stroke-dasharray"))).toEqual(["", "6 3"]);
+    expect(all("[data-measure=fvu] .saelab-chart-plot path").map((p) => p.getAttribute("stroke-dasharray"))).toEqual(["", "6 3", "0.1 4", "0.1 4"]);
+    expect(one("[data-measure=fvu] small.saelab-dim").textContent).toBe("dotted: held-out tokens");
     expect(all(".saelab-monitor-body > .saelab-chart-legend > span").map((s) => s.textContent)).toEqual(["TopK k=2", ATTACK]);
     expect(el.querySelector("img")).toBeNull();
   });

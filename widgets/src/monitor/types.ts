@@ -35,8 +35,12 @@ export interface Change {
   new: number;
 }
 
-export const MEASURES = ["loss", "fvu", "l0", "dead", "threshold", "cosine", "lr"] as const;
+export const MEASURES = [
+  "loss", "fvu", "l0", "dead", "threshold", "cosine", "lr", "fvu_held_out", "l0_held_out", "ce_delta", "coefficient",
+] as const;
 export type Measure = (typeof MEASURES)[number];
+/** What is drawn in the chart of another measure. */
+export const HELD_OUT: Partial<Record<Measure, Measure>> = { fvu: "fvu_held_out", l0: "l0_held_out" };
 
 /** Of one coder; null where a measure is not known. */
 export type Curve = { step: number[] } & Record<Measure, (number | null)[]>;

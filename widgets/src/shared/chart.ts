@@ -8,6 +8,8 @@ export interface Series {
   x: number[];
   /** null: no value there. */
   y: (number | null)[];
+  /** The number of the line that this one goes with: it has that line's colour, and is dotted. */
+  beside?: number;
 }
 
 export interface ChartOptions {
@@ -167,8 +169,9 @@ export function lineChart(options: ChartOptions, signal: AbortSignal): Chart {
       setText(right, xText(range.x1));
       setText(low, range.y0 === range.y1 ? "" : number(range.y0)); // a line that is flat has one value
       setText(high, number(range.y1));
-      legend.hidden = series.length < 2;
-      legend.replaceChildren(...series.map((s, i) => key(s.name, i)));
+      const keys = series.filter((s) => s.beside === undefined);
+      legend.hidden = keys.length < 2;
+      legend.replaceChildren(...keys.map((s, i) => key(s.name, i)));
       picture.setAttribute("aria-label", visible(describe(options.label, series)));
       placeMark();
       placeNotes();
@@ -198,7 +201,14 @@ function path(series: Series, index: number, px: (x: number) => number, py: (y: 
     const alone = move === "M" && !Number.isFinite(series.y[i + 1] ?? NaN); // a short line: one of no length is not drawn
     return `${move}${px(x).toFixed(1)} ${py(y).toFixed(1)}${alone ? "m-2 0h4" : ""}`;
   });
-  return svg("path", { class: "saelab-line", d: d.join(""), "data-series": index % 6, "stroke-dasharray": DASHES[index % 6] });
+  const own = series.beside ?? index;
+  const dotted = series.beside !== undefined;
+  return svg("path", {
+    class: dotted ? "saelab-line saelab-dotted" : "saelab-line",
+    d: d.join(""),
+    "data-series": own % 6,
+    "stroke-dasharray": dotted ? "0.1 4" : DASHES[own % 6],
+  });
 }
 
 function key(name: string, index: number): HTMLElement {
