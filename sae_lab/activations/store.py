@@ -126,7 +126,8 @@ class Shuffled:
     def watched(self) -> Batch | None:
         """``WATCHED`` rows, evenly spread over those that no batch holds; None if there are none."""
         rows = self._split[1]
-        return self._batch(rows[np.linspace(0, len(rows) - 1, min(WATCHED, len(rows))).astype(int)]) if len(rows) else None
+        spread = np.linspace(0, len(rows) - 1, min(WATCHED, len(rows))).astype(int)
+        return self._batch(rows[spread]) if len(rows) else None
 
     def blocks(self, size: Count = 8192) -> Iterator[tuple[np.ndarray, Tensor]]:
         """(rows, activations) in the order of the text, each row once."""

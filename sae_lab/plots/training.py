@@ -26,7 +26,7 @@ def run(result: Run) -> Figure:
         axis.plot(known["tokens"] / 1e6, known[name], color=COLOURS[0], label="batch")
         if (held := f"{name}_held_out") in history:
             known = history.dropna(subset=held)
-            axis.plot(known["tokens"] / 1e6, known[held], color=COLOURS[1], linestyle="--", marker=".", label="held-out")
+            axis.plot(known["tokens"] / 1e6, known[held], color=COLOURS[1], linestyle="--", label="held-out")
             label += f"\ngap (held-out − batch) {known[held].iloc[-1] - known[name].iloc[-1]:+.2g}"
             axis.legend()
         axis.set(xlabel="million tokens", title=label, ylim=(0, None))
@@ -38,7 +38,8 @@ def run(result: Run) -> Figure:
 def sweep(result: Sweep) -> Figure:
     """What is lost against L0, a line a family: nearer to the lower left is better. A point is the mean over seeds."""
     table = result.to_pandas()
-    measures = {"fvu": "FVU, unseen tokens", "ce_delta": "ΔCE (nats/token)", "mmcs": "MMCS, true features found"}
+    fvu = f"FVU, {'held-out' if result.held_out else 'training'} tokens"
+    measures = {"fvu": fvu, "ce_delta": "ΔCE (nats/token)", "mmcs": "MMCS, true features found"}
     shown = [name for name in measures if name in table]
     figure, axes = subplots(len(shown), height=3.2)
     varied = [c for c in table.columns if c not in (*MEASURES, "seed")]

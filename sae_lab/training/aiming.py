@@ -2,7 +2,7 @@
 
 import logging
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from sae_lab.saes.base import SparseCoder
 
@@ -10,8 +10,10 @@ log = logging.getLogger(__name__)
 
 WANTED = 50_000  # held-out tokens that an L0 is measured on in the end
 BEGINS, FROZEN = 0.05, 0.8  # shares of training between which the coefficient is moved
+START = 0.1  # of the coder's sparsity: L0 comes from above, for features that went out come back slowly
 GAIN = 10.0  # over a whole training the logarithm of the coefficient moves by this times its mean error
 MOST = 1.0  # the error counts no more than this: at the start L0 is far off whatever the coefficient
+AHEAD = 0.1  # the error is what it would be after this share of training, if L0 went on as it does: weights lag behind
 MEMORY = 0.9  # of the mean of log L0 over steps, which is less noisy than a batch's
 TRUST = 0.5  # in one held-out measurement
 NEAR = 0.3  # a penalty that holds L0 by itself is corrected only where log L0 is as near as this
@@ -46,8 +48,8 @@ class Reached(NamedTuple):
 
 class Aim:
     """Brings a coder's L0 to a target. A family whose penalty holds L0 by itself (``holds_l0``) is told what the
-    penalty is to hold, corrected by how held-out tokens differ from it. Of any other, the logarithm of the penalty's
-    weight follows log L0 - log target, by an integral controller that rests for the last fifth of training.
+    penalty is to hold, corrected by how held-out tokens differ from it. Of any other, an integral controller moves the
+    logarithm of the penalty's weight by log L0 - log target, and rests for the last fifth of training.
 
     The coder's ``config`` keeps the weight that it was made with until ``settle``.
     """
@@ -70,8 +72,10 @@ class Aim:
             raise ValueError(f"with target_l0 the coder's {name} must be above 0, got 0: 1 will do, it is moved")
         self.coder, self.target, self.name = coder, target, name
         self.tolerance = 0.05 if coder.holds_l0 else 0.1
-        # coefficient: log of the penalty's weight. l0: running mean of log L0 of batches. gap: held-out log L0 minus it.
-        self.state = {"coefficient": math.log(coder.config[name]), "l0": math.nan, "gap": 0.0}
+        start = coder.config[name] * (1 if coder.holds_l0 else START)
+        # All are logarithms: the penalty's weight; the running mean of batches' L0, and its growth in a step; what
+        # held-out L0 is above it.
+        self.state = {"coefficient": math.log(start), "l0": math.log(coder.d_sae), "slope": 0.0, "gap": 0.0}
 
     @property
     def coefficient(self) -> float:
@@ -88,9 +92,11 @@ class Aim:
     def follow(self, l0: float, steps: int, done: float) -> None:
         """After each step. l0: of its batch. steps: of the training. done: the share of them taken."""
         state, now = self.state, math.log(max(l0, 0.01))
-        state["l0"] = now if math.isnan(state["l0"]) else MEMORY * state["l0"] + (1 - MEMORY) * now
+        grown = (1 - MEMORY) * (now - state["l0"])
+        state["l0"] += grown
+        state["slope"] += (1 - MEMORY) * (grown - state["slope"])
         if not self.coder.holds_l0 and BEGINS <= done < FROZEN:
-            error = state["l0"] + state["gap"] - math.log(self.target)
+            error = state["l0"] + AHEAD * steps * state["slope"] + state["gap"] - math.log(self.target)
             state["coefficient"] += GAIN / steps * max(-MOST, min(MOST, error))
         self.apply()
 

@@ -21,7 +21,8 @@ class Control:
     ``sparsity_name`` ("k" or "sparsity"), or "stop" (old: the steps planned, new: the steps taken).
 
     Attributes: lr: the peak now. last: the step at which training ends. changes: those made. output: that of the last
-    batch, while callbacks hear of its step. aimed: ``target_l0`` sets the sparsity, and nobody else. paused; over: nothing can be changed any more.
+    batch, while callbacks hear of its step. aimed: ``target_l0`` sets the sparsity, and nobody else. paused; over:
+    nothing can be changed any more.
     """
 
     def __init__(self, coder: SparseCoder, lr: float, steps: int, planned: Iterable[Mapping[str, Any]] = (),

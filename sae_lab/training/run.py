@@ -55,9 +55,9 @@ class Run:
         return any(change["what"] == "stop" for change in self.changes)
 
     def to_pandas(self):
-        """The history: step, tokens, passes, loss, fvu, l0, dead, lr and the loss terms, of each batch; fvu_held_out and
-        l0_held_out, on tokens that no batch holds, where they were measured (``Training.held_out``); coefficient, the
-        weight of the penalty, with ``target_l0``; ce_delta, with ``watch``."""
+        """The history: step, tokens, passes, loss, fvu, l0, dead, lr and the loss terms, of the batch; fvu_held_out and
+        l0_held_out, of up to 2,048 tokens that no batch holds, in eval mode, and with ``watch`` ce_delta, in the rows
+        where they were measured; with ``target_l0`` coefficient, the weight of the penalty."""
         import pandas as pd
 
         return pd.DataFrame(self.history)
@@ -67,8 +67,8 @@ class Run:
         return (
             f"Run({type(self.coder).__name__}, {m['tokens']:,} tokens in {m['passes']:.1f} passes: last batch "
             f"FVU {m['fvu']:.3f}, L0 {m['l0']:.1f}"
-            + ("; held-out FVU {fvu_held_out:.3f}, L0 {l0_held_out:.1f}".format(**m) if "fvu_held_out" in m else "")
-            + f"; dead {meta['dead']:.2%} on {meta['dead_tokens']:,} tokens"
+            f"{'; held-out FVU {fvu_held_out:.3f}, L0 {l0_held_out:.1f}'.format(**m) if 'fvu_held_out' in m else ''}"
+            f"; dead {meta['dead']:.2%} on {meta['dead_tokens']:,} tokens"
             f"{''.join(f'; {_words(change)}' for change in self.changes)})"
         )
 

@@ -9,7 +9,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from sae_lab.activations.reconstructing import reconstruction
@@ -50,9 +49,14 @@ class Sweep(Result):
     runs: list[Run]
     rows: list[dict[str, Any]] = field(repr=False)
     tokens: int = 0
+    held_out: bool = True  # False: the data is too small to reserve any
 
-    _below = "l0 and fvu on {tokens:,} tokens that no training step saw"
+    _below = "l0 and fvu on {tokens:,} tokens {_which}"
     _records, _shown = "rows", sys.maxsize  # every coder is printed
+
+    @property
+    def _which(self) -> str:
+        return "that no training step saw" if self.held_out else "of training: there are too few to hold any out"
 
     def to_pandas(self):
         """One row a coder."""
@@ -132,7 +136,8 @@ def sweep(
     for training, run, row in zip(trainings, runs, varied, strict=True):
         batch = unseen(training.rows)
         tokens = len(batch.x)
-        row = row | measured(run.coder, batch) | {"dead": run.coder.meta["dead"]} | ({"changed": True} if run.changes else {})
+        row = row | measured(run.coder, batch) | {"dead": run.coder.meta["dead"]}
+        row |= {"changed": True} if run.changes else {}
         if world is not None:
             found = match(run.coder, world)
             row |= {"mmcs": found.b_to_a, "mmcs_back": found.a_to_b}
@@ -140,7 +145,7 @@ def sweep(
             result = reconstruction(run.coder, lm, text)
             row |= {name: getattr(result, name) for name in ("ce_delta", "ce_delta_se", "ce_recovered")}
         table.append(row)
-    return Sweep(coders, runs, table, tokens)
+    return Sweep(coders, runs, table, tokens, all(t.rows.watched is not None for t in trainings))
 
 
 def _coders(

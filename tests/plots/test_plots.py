@@ -53,7 +53,7 @@ def test_a_sweep():
     sweep = sl.sweep(grid, world, CONFIG, d_sae=16, seeds=(0, 1))
     figure = sl.plot(sweep)
     axes = drawn(figure)
-    assert [axis.get_title() for axis in axes] == ["FVU, unseen tokens", "MMCS, true features found"]
+    assert [axis.get_title() for axis in axes] == ["FVU, held-out tokens", "MMCS, true features found"]
     assert all(axis.get_xlabel() == "L0 (active features per token)" for axis in axes)
     assert sorted(legend(figure)) == ["L1", "TopK"]
     table = sweep.to_pandas()
@@ -72,7 +72,7 @@ def test_the_axes_are_what_was_measured():
     one = {"family": "TopK", "l0": 2.0, "fvu": 0.5}
     assert len(drawn(sl.plot(made_up(one)))) == 1
     figure = sl.plot(made_up(one | {"ce_delta": 0.1}, {"family": "L1", "l0": 3.0, "fvu": 0.4, "ce_delta": 0.05}))
-    assert [axis.get_title() for axis in drawn(figure)] == ["FVU, unseen tokens", "ΔCE (nats/token)"]
+    assert [axis.get_title() for axis in drawn(figure)] == ["FVU, held-out tokens", "ΔCE (nats/token)"]
     assert points(figure.axes[1]) == [(2.0, 0.1), (3.0, 0.05)]
 
 

@@ -21,9 +21,10 @@ class JumpReLU(SparseCoder):
 
         f = relu(pre)·1[pre > θ], θ the parameter ``threshold`` " d_sae"
 
-    Loss: mse + sparsity · L0; with ``TrainConfig(target_l0=T)`` mse + sparsity · 25T · (L0/T − 1)² (Gemma Scope 2, 2025),
-    from 2T on with the slope that it has there, and θ starts where 4T features are active. A step has no gradient, so θ gets that of a kernel estimate, a rectangle of width ε:
-    ∂f/∂θ = −θ/ε and ∂L0/∂θ = −1/ε where |pre − θ| < ε/2, else 0.
+    Loss: mse + sparsity · L0; with ``TrainConfig(target_l0=T)`` mse + sparsity · 25T · (L0/T − 1)² (Gemma Scope 2,
+    2025), beyond 2T with the slope that it has there, and θ starts where 4T features are active. A step has no
+    gradient, so θ gets that of a kernel estimate, a rectangle of width ε: ∂f/∂θ = −θ/ε and ∂L0/∂θ = −1/ε where
+    |pre − θ| < ε/2, else 0.
 
     Args:
         sparsity: cost of an active feature, in squared error (activations have norm √d_in in training).
