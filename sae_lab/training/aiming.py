@@ -34,17 +34,6 @@ class Reached(NamedTuple):
         """Whether l0 is as near to the target as it should be."""
         return abs(self.l0 / self.target - 1) <= self.tolerance
 
-    def tell(self) -> "Reached":
-        """Log what is not as it should be."""
-        if not self.within:
-            log.warning(
-                "L0 is %.1f and not within %.0f %% of target_l0=%g: train for more steps, or start nearer to it with "
-                "another sparsity (or start, of a JumpReLU)", self.l0, 100 * self.tolerance, self.target,
-            )  # fmt: skip
-        if self.tokens < WANTED:
-            log.warning("L0 was measured on %d held-out tokens, fewer than %d: harvest more", self.tokens, WANTED)
-        return self
-
 
 class Aim:
     """Brings a coder's L0 to a target. A family whose penalty holds L0 by itself (``holds_l0``) is told what the
@@ -56,16 +45,9 @@ class Aim:
 
     def __init__(self, coder: SparseCoder, target: float):
         name, family = coder.sparsity_name, type(coder).__name__
-        if name == "k":
-            raise ValueError(
-                f"target_l0 is for families with a penalty, and k is the L0 of a {family}: build it with "
-                f"k={max(1, round(target))} and leave target_l0={target:g} out"
-            )
-        if name is None:
-            raise ValueError(
-                f"target_l0 needs a penalty whose weight can change, a {family} has none: leave target_l0={target:g} "
-                "out, or train a JumpReLU, an L1 or a Gated"
-            )
+        if name is None or name == "k":
+            instead = f"leave it out and set k={max(1, round(target))}" if name else "train a JumpReLU, L1 or Gated"
+            raise ValueError(f"target_l0={target:g} needs a penalty, and a {family} has none: {instead}")
         if target >= coder.d_sae:
             raise ValueError(f"target_l0 must be below d_sae={coder.d_sae}, got {target:g}: 32 is a usual L0")
         if not coder.config[name] > 0:
@@ -120,4 +102,11 @@ class Aim:
             self.coder.set_sparsity(self.coefficient)
 
     def reached(self, l0: float, tokens: int) -> Reached:
-        return Reached(self.target, l0, tokens, self.tolerance).tell()
+        """What came of it; what is not as it should be is logged."""
+        found = Reached(self.target, l0, tokens, self.tolerance)
+        if not found.within:
+            log.warning("L0 is %.1f, not within %.0f %% of target_l0=%g: train for more steps", l0,
+                        100 * self.tolerance, self.target)  # fmt: skip
+        if tokens < WANTED:
+            log.warning("L0 was measured on %d held-out tokens, fewer than %d: harvest more", tokens, WANTED)
+        return found

@@ -54,12 +54,12 @@ def html_of(status: Mapping[str, Any], curves: Mapping[str, Any], changes: Seque
 
 
 def _last(line: Mapping[str, Sequence[float | None]], name: str) -> str:
-    at = max((i for i, value in enumerate(line[name]) if value is not None), default=None)
-    if at is None:
-        return "–"
-    value, batch = line[name][at], line.get(name.removesuffix("_held_out"), line[name])[at]
-    gap = f" (gap {value - batch:+.2g})" if name.endswith("_held_out") and batch is not None else ""
-    return f"{figure(100 * value)} %" if name == "dead" else figure(value) + gap
+    beside = line[name.removesuffix("_held_out")]  # of the batch
+    for value, batch in zip(reversed(line[name]), reversed(beside), strict=True):
+        if value is not None:
+            gap = f" (gap {value - batch:+.2g})" if name.endswith("_held_out") and batch is not None else ""
+            return f"{figure(100 * value)} %" if name == "dead" else figure(value) + gap
+    return "–"
 
 
 def code_of(watched: list[Watched], opened: Run | None, task: tuple[Any, ...], initial: str) -> str:

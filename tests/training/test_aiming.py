@@ -144,9 +144,9 @@ def test_a_resumed_run_is_an_unbroken_one(x, family, at, tmp_path):
 @pytest.mark.parametrize(
     ("coder", "target", "words"),
     [
-        (sl.TopK(D, N, k=3), 6, "k is the L0 of a TopK: build it with k=6 and leave target_l0=6 out"),
-        (sl.Matryoshka(D, N, k=3), 6.0, "k is the L0 of a Matryoshka: build it with k=6"),
-        (sl.VQ(D, N), 6, "target_l0 needs a penalty whose weight can change, a VQ has none: leave target_l0=6 out"),
+        (sl.TopK(D, N, k=3), 6, "target_l0=6 needs a penalty, and a TopK has none: leave it out and set k=6"),
+        (sl.Matryoshka(D, N, k=3), 6.0, "a Matryoshka has none: leave it out and set k=6"),
+        (sl.VQ(D, N), 6, "target_l0=6 needs a penalty, and a VQ has none: train a JumpReLU, L1 or Gated"),
         (sl.L1(D, N), 64, "target_l0 must be below d_sae=64, got 64"),
         (sl.L1(D, N, sparsity=0), 6, "with target_l0 the coder's sparsity must be above 0, got 0"),
     ],
