@@ -13,6 +13,8 @@ import traitlets
 from torch import Tensor
 
 from sae_lab.activations.store import Store
+from sae_lab.lm.model import LM
+from sae_lab.lm.text import Documents
 from sae_lab.results import Html
 from sae_lab.saes.base import SparseCoder
 from sae_lab.training import checkpoint
@@ -47,6 +49,7 @@ class TrainingMonitor(Panel):
         coder, data, config: as for ``sl.train``; None, all three, for a monitor that is a callback.
         path: a folder for the coder and its checkpoints; None: nothing is saved.
         session: kept as ``monitor.session``; a training has nothing to select.
+        watch: as for ``sl.train``.
 
     Attributes: ``run``, the ``Run`` of ``start`` when it is done, else None; ``state``: "waiting", "running",
     "pausing", "paused", "stopping", "finishing" (thresholds are fitted), "done", "stopped", "interrupted" or "failed".
@@ -75,6 +78,7 @@ class TrainingMonitor(Panel):
     def __init__(
         self, coder: SparseCoder | None = None, data: Store | Tensor | Batch | None = None,
         config: TrainConfig | None = None, *, path: str | Path | None = None, session: Session | None = None,
+        watch: tuple[LM, Documents] | None = None,
     ) -> None:  # fmt: skip
         given = [thing is not None for thing in (coder, data, config)]
         if any(given) != all(given) or (path is not None and not all(given)):
@@ -84,7 +88,7 @@ class TrainingMonitor(Panel):
             )
         self.session = session or Session()
         self.run: Run | None = None
-        self._task = (coder, data, config, path)
+        self._task, self._watch = (coder, data, config, path), watch
         self._initial = checkpoint.fingerprint(coder) if coder is not None else ""
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
@@ -130,7 +134,7 @@ class TrainingMonitor(Panel):
         coder, data, config, path = self._task
         assert coder is not None and data is not None and config is not None
         try:
-            run = train(coder, data, config, path=path, callbacks=[self])
+            run = train(coder, data, config, path=path, callbacks=[self], watch=self._watch)
         except BaseException as error:
             self._failure = error
             log.warning("the training of the monitor failed", exc_info=error)
@@ -314,8 +318,8 @@ class TrainingMonitor(Panel):
     def _show_lines(self) -> None:
         self.lines = [
             {
-                "label": w.label, "sparsity_name": w.control.coder.sparsity_name, "sparsity": w.control.sparsity,
-                "lr": w.control.lr, "over": w.over,
+                "label": w.label, "sparsity_name": None if w.control.aimed else w.control.coder.sparsity_name,
+                "sparsity": w.control.sparsity, "lr": w.control.lr, "over": w.over,
             }
             for w in self._watched.values()
         ]  # fmt: skip

@@ -132,7 +132,7 @@ describe("what it shows", () => {
     const [batch, held] = all("[data-measure=fvu] .saelab-chart-plot path");
     expect(held!.classList.contains("saelab-dotted")).toBe(true);
     expect(held!.dataset.series).toBe(batch!.dataset.series);
-    expect(one("[data-measure=fvu] small.saelab-dim").textContent).toBe("dotted: held-out tokens; gap (held-out − batch) +0.050");
+    expect(one("[data-measure=fvu] small.saelab-dim").textContent).toBe("dotted: held-out tokens, gap +0.050");
     expect(one("[data-measure=fvu] svg").getAttribute("aria-label")).toContain("BatchTopK, held-out from 0.38 to 0.16");
     expect(one("[data-measure=l0] small.saelab-dim").hidden).toBe(true);
     expect(el.querySelector("[data-measure=fvu_held_out]")).toBeNull();

@@ -37,7 +37,7 @@ export function charts(signal: AbortSignal): Charts {
     made[measure] = lineChart({ label, x: "step", whole: true, height: 96, zero: !log && measure !== "cosine", log }, signal);
     made[measure].element.title = meaning + (log ? " (logarithmic)" : "");
     made[measure].element.dataset.measure = measure;
-    beside[measure] = h("small", { class: "saelab-dim", hidden: true });
+    beside[measure] = h("small", { class: "saelab-dim", hidden: true, title: "gap: held-out − batch" });
     made[measure].element.append(beside[measure]);
   }
   const grid = h("div", { class: "saelab-monitor-charts" }, ...DRAWN.map((measure) => made[measure].element));
@@ -60,7 +60,7 @@ export function charts(signal: AbortSignal): Charts {
         if (held && labels.some((name) => last(curves[name]![held]) !== null)) {
           series.push(...labels.map((name, i) => ({ ...line(`${name}, held-out`, curves[name]!, held), beside: i })));
           const only = labels.length === 1 ? gap(curves[labels[0]!]!, measure) : "";
-          setText(beside[measure], `dotted: held-out tokens${only && `; ${only}`}`);
+          setText(beside[measure], `dotted: held-out tokens${only && `, ${only}`}`);
           beside[measure].hidden = false;
         } else beside[measure].hidden = true;
         made[measure].element.hidden = !series.some(({ y }) => y.some((value) => value !== null));
@@ -79,12 +79,12 @@ function line(name: string, curve: Curves[string], measure: Measure): Series {
   return { name, x: at.map((i) => step[i]!), y: at.map((i) => values[i] ?? null) };
 }
 
-/** By how much held-out tokens differ from the batch, where both are known last. */
+/** What held-out tokens have above the batch, where both are known last. */
 function gap(curve: Curves[string], measure: Measure): string {
   const held = curve[HELD_OUT[measure]!];
   const at = held.reduce<number>((found, value, i) => (value === null ? found : i), -1);
   const batch = curve[measure][at];
-  return at < 0 || batch === null || batch === undefined ? "" : `gap (held-out − batch) ${held[at]! < batch ? "−" : "+"}${number(Math.abs(held[at]! - batch))}`;
+  return at < 0 || batch === null || batch === undefined ? "" : `gap ${held[at]! < batch ? "−" : "+"}${number(Math.abs(held[at]! - batch))}`;
 }
 
 function remark(change: Change, several: boolean): string {
