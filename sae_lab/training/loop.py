@@ -16,8 +16,6 @@ import torch
 from torch import Tensor
 
 from sae_lab.activations.store import WATCHED, ReadAhead, Rows, Store
-from sae_lab.lm.model import LM
-from sae_lab.lm.text import Documents
 from sae_lab.saes import kernels, losses
 from sae_lab.saes.base import SparseCoder
 from sae_lab.training import checkpoint
@@ -47,7 +45,7 @@ class Training:
     def __init__(
         self, coder: SparseCoder, rows: Store | Rows, config: TrainConfig, path: Path | None, callbacks: tuple,
         process: Process = ALONE, *, changes: Iterable[Mapping[str, Any]] = (), label: str = "",
-        watch: tuple[LM, Documents] | None = None,
+        watch: tuple[Any, Any] | None = None,
     ):  # fmt: skip
         process.require(coder, config.batch_size)
         many = "" if process.size == 1 else f"{process.size} processes train this coder: only one alone can be changed"

@@ -11,8 +11,6 @@ from torch import Tensor
 from sae_lab import cache
 from sae_lab.activations.store import Rows, Store
 from sae_lab.arguments import as_annotated
-from sae_lab.lm.model import LM
-from sae_lab.lm.text import Documents
 from sae_lab.saes.base import SparseCoder
 from sae_lab.saes.families.batchtopk import BatchTopK
 from sae_lab.training.config import TrainConfig, one_pass
@@ -32,7 +30,7 @@ def train(
     path: str | Path | None = None,
     callbacks: Iterable[Callable[[Event], Any]] = (),
     changes: Iterable[Mapping[str, Any]] = (),
-    watch: tuple[LM, Documents] | None = None,
+    watch: tuple[Any, Any] | None = None,
 ) -> Run:
     """Train a coder in place: ``run = sl.train(sae, store, sl.TrainConfig(tokens=1_000_000), path="runs/mine")``.
     Returns a ``Run``; the coder is then in eval mode.

@@ -12,7 +12,6 @@ from sae_lab.activations.contexts import spread_contexts, trained_context
 from sae_lab.activations.reading import require_fits
 from sae_lab.edits.edit import Splice
 from sae_lab.lm.model import LM
-from sae_lab.lm.text import Documents
 from sae_lab.saes.base import SparseCoder
 from sae_lab.training.run import Event, Metrics
 
@@ -45,7 +44,7 @@ class CrossEntropy:
     Raises ValueError at the start for a model that the coder is not of, and where a coder cannot be spliced in.
     """
 
-    def __init__(self, watch: tuple[LM, Documents], snapshot: Callable[[], SparseCoder]) -> None:
+    def __init__(self, watch: tuple[Any, Any], snapshot: Callable[[], SparseCoder]) -> None:
         self.began = time.perf_counter()
         if len(watch) != 2 or not isinstance(watch[0], LM):
             raise ValueError(f"watch is a model and held-out text, watch=(lm, text.held_out), got {watch!r}")

@@ -13,8 +13,6 @@ import traitlets
 from torch import Tensor
 
 from sae_lab.activations.store import Store
-from sae_lab.lm.model import LM
-from sae_lab.lm.text import Documents
 from sae_lab.results import Html
 from sae_lab.saes.base import SparseCoder
 from sae_lab.training import checkpoint
@@ -78,7 +76,7 @@ class TrainingMonitor(Panel):
     def __init__(
         self, coder: SparseCoder | None = None, data: Store | Tensor | Batch | None = None,
         config: TrainConfig | None = None, *, path: str | Path | None = None, session: Session | None = None,
-        watch: tuple[LM, Documents] | None = None,
+        watch: tuple[Any, Any] | None = None,
     ) -> None:  # fmt: skip
         given = [thing is not None for thing in (coder, data, config)]
         if any(given) != all(given) or (path is not None and not all(given)):
