@@ -12,6 +12,7 @@ WANTED = 50_000  # held-out tokens that an L0 is measured on in the end
 BEGINS, FROZEN = 0.05, 0.8  # shares of training between which the coefficient is moved
 START = 0.1  # of the coder's sparsity: L0 comes from above, for features that went out come back slowly
 GAIN = 20.0  # over a whole training the logarithm of the coefficient moves by this times its mean error
+FASTEST = 1 / 30  # and in a step by this share of it at most: in short trainings weights could not follow
 MOST = 1.0  # the error counts no more than this: at the start L0 is far off whatever the coefficient
 AHEAD = 0.1  # the error is what it would be after this share of training, if L0 went on as it does: weights lag behind
 MEMORY = 0.9  # of the mean of log L0 over steps, which is less noisy than a batch's
@@ -79,7 +80,7 @@ class Aim:
         state["slope"] += (1 - MEMORY) * (grown - state["slope"])
         if not self.coder.holds_l0 and BEGINS <= done < FROZEN:
             error = state["l0"] + AHEAD * steps * state["slope"] + state["gap"] - math.log(self.target)
-            state["coefficient"] += GAIN / steps * max(-MOST, min(MOST, error))
+            state["coefficient"] += min(GAIN / steps, FASTEST) * max(-MOST, min(MOST, error))
         self.apply()
 
     def correct(self, held_out: float, batch: float) -> None:
