@@ -460,7 +460,7 @@ class Training:
 
 @torch.no_grad()
 def measured(coder: SparseCoder, batch: Batch, process: Process = ALONE) -> dict[str, float]:
-    """fvu and l0 of rows, in eval mode. A coder in training whose threshold is fitted at the end chooses among these
+    """l0 and fvu of rows, in eval mode. A coder in training whose threshold is fitted at the end chooses among these
     rows, as it will be fitted on such."""
     active, x_hats, device = 0, [], coder.W_dec.device
     chooses = coder.training and type(coder).fit_threshold is not SparseCoder.fit_threshold
@@ -472,7 +472,7 @@ def measured(coder: SparseCoder, batch: Batch, process: Process = ALONE) -> dict
             codes = out.codes.values if isinstance(out.codes, Codes) else out.codes
             active += int(process.over_features((codes > 0).sum()))
             x_hats.append(out.x_hat.cpu())
-    return {"fvu": float(losses.fvu(torch.cat(x_hats), batch.target.cpu())), "l0": active / len(batch.x)}
+    return {"l0": active / len(batch.x), "fvu": float(losses.fvu(torch.cat(x_hats), batch.target.cpu()))}
 
 
 def first_batch(rows: Store | Rows, config: TrainConfig) -> Batch:

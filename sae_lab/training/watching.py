@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from sae_lab.activations.contexts import spread_contexts, trained_context
-from sae_lab.activations.reading import require_fits
 from sae_lab.edits.edit import Splice
 from sae_lab.lm.model import LM
 from sae_lab.saes.base import SparseCoder
@@ -50,7 +49,8 @@ class CrossEntropy:
             raise ValueError(f"watch is a model and held-out text, watch=(lm, text.held_out), got {watch!r}")
         self.lm, text = watch
         coder = snapshot()
-        require_fits(coder, self.lm)
+        if self.lm.fingerprint() != coder.meta["model_fingerprint"]:
+            raise ValueError(f"watch needs the model of the store, {coder.meta['model']}, got {self.lm}: load that one")
         self.texts = [c.ids for c in spread_contexts(self.lm, text, CE_TOKENS, trained_context(coder))]
         self.clean = self._loss()
         before = time.perf_counter()

@@ -182,7 +182,7 @@ def test_nobody_else_sets_the_sparsity(x):
 
 def test_the_quadratic_penalty_of_a_jumprelu(x):
     """By hand: the loss term and its slope in L0, near the target and far from it."""
-    for target, slope in ((10.0, 50 * (12 / 10 - 1)), (14.0, 50 * (12 / 14 - 1)), (4.0, 50 * 1.0)):
+    for target, slope in ((10.0, 50 * (12 / 10 - 1)), (14.0, 50 * (12 / 14 - 1)), (4.0, 50 * 0.25)):
         coder = sl.JumpReLU(4, 12, sparsity=2.0).train()
         coder.target_l0 = target
         with torch.no_grad():
@@ -190,8 +190,8 @@ def test_the_quadratic_penalty_of_a_jumprelu(x):
             coder.b_enc.fill_(0.2)  # all 12 are on, within the kernel around the threshold of .1
         batch = sl.Batch(torch.zeros(8, 4), torch.zeros(8, 4))
         term = coder.loss(batch, progress=1.0, dead=torch.zeros(12, dtype=torch.bool))["sparsity"]
-        held = max(target, 12 / 2)
-        assert float(term) == pytest.approx(2 * 25 * held * (12 / held - 1) ** 2)
+        held = max(target, 12 / 1.25)
+        assert term.item() == pytest.approx(2 * 25 * held * (12 / held - 1) ** 2)
         (gradient,) = torch.autograd.grad(term, coder.threshold)
         assert gradient == pytest.approx(torch.full((12,), -2 * slope / 0.5))  # ∂L0/∂θ is -1/ε
 
@@ -245,5 +245,5 @@ def test_what_cannot_be_watched(store, make_tiny, small_text, x):
         train(sl.TopK(48, 64, k=4), store, settings, watch=(small_text, make_tiny("llama")))
     with pytest.raises(ValueError, match="its site, which only a store knows: train on a store"):
         train(sl.TopK(D, N, k=4), x, settings, watch=(make_tiny("llama"), small_text))
-    with pytest.raises(ValueError, match="model"):
+    with pytest.raises(ValueError, match="watch needs the model of the store, LlamaForCausalLM, got"):
         train(sl.TopK(48, 64, k=4), store, settings, watch=(make_tiny("gpt2"), small_text))

@@ -12,7 +12,7 @@ from sae_lab.types import Batch, Codes, Output
 # With target_l0. What an active feature may cost (stiffness·share of sparsity), by the share that L0 is off: a feature
 # too many costs about 1, so that L0 ends within some hundredths. Adam remembers large gradients for thousands of
 # steps, in which θ would hardly move: hence the start at a few times the target, and no more cost beyond NEAR.
-STIFFNESS, NEAR, HEAD = 50.0, 2.0, 4
+STIFFNESS, NEAR, HEAD = 50.0, 1.25, 4
 
 
 class JumpReLU(SparseCoder):
@@ -22,7 +22,7 @@ class JumpReLU(SparseCoder):
         f = relu(pre)·1[pre > θ], θ the parameter ``threshold`` " d_sae"
 
     Loss: mse + sparsity · L0; with ``TrainConfig(target_l0=T)`` mse + sparsity · 25T · (L0/T − 1)² (Gemma Scope 2,
-    2025), beyond 2T with the slope that it has there, and θ starts where 4T features are active. A step has no
+    2025), beyond 1.25T with the slope that it has there, and θ starts where 4T features are active. A step has no
     gradient, so θ gets that of a kernel estimate, a rectangle of width ε: ∂f/∂θ = −θ/ε and ∂L0/∂θ = −1/ε where
     |pre − θ| < ε/2, else 0.
 
