@@ -27,7 +27,7 @@ class TrainConfig:
         log_every: steps from one row of ``Run.history`` to the next.
         checkpoint_every: steps from one checkpoint to the next (only with ``path=``).
         target_l0: active features per token, in eval mode on held-out tokens, to which a penalty is to bring them: a
-            JumpReLU's by sparsity·(L0/target_l0 − 1)² in place of sparsity·L0; that of L1, Gated and their kin by a
+            JumpReLU's by a cost of (L0/target_l0 − 1)² in place of one of L0; that of L1, Gated and their kin by a
             controller, which moves ``sparsity``, from a tenth of the coder's, and rests for the last fifth of training.
             ``Run.reached`` says how near it came. Families with k refuse it, as do several processes.
         shard: what several processes (``sl.train`` under torchrun) divide: "batch", each takes its rows of every batch;

@@ -254,5 +254,3 @@ def _run(trainings: list[Training]) -> list[Run]:
                 t.leave(err)
         raise
     return [runs[number] for number in range(len(trainings))]
-
-

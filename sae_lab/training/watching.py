@@ -81,8 +81,7 @@ class Curves:
     ``lines`` {label: {"step": [...], "loss": [...], ...}}: at most ``POINTS`` points a curve, each the mean of equally
     many steps and standing at the last of them; None where a measure is not known. Measures: those of ``Run.history``,
     some of which are taken now and then; threshold, of families that have one, in units of activations of norm √d_in;
-    cosine, ``decoder_cosine``, taken as
-    often as costs ``SHARE`` of the time.
+    cosine, ``decoder_cosine``, taken as often as costs ``SHARE`` of the time.
     """
 
     def __init__(self) -> None:
