@@ -20,8 +20,8 @@ PEERS = {"SAELens": "sae_lens", "TransformerLens": "transformer_lens", "dictiona
 NOT_HERE = {"Neuronpedia"}  # its client is not installed: docs.neuronpedia.org has the call
 SMALLER = {
     "tokens=1_000_000": "tokens=5_000", "tokens=100_000": "tokens=10_000", "tokens=20_000": "tokens=10_000",
-    "8 * lm.width(site)": "lm.width(site)", "steps=1_000": "steps=5", "tokens=2_048": "tokens=256",
-    "harvest(lm, sae.site, text)": "harvest(lm, sae.site, text, tokens=10_000)",
+    "8 * lm.width(site)": "lm.width(site)", "steps=1_000": "steps=5", "steps=20": "steps=4",
+    "tokens=2_048": "tokens=256", "harvest(lm, sae.site, text)": "harvest(lm, sae.site, text, tokens=10_000)",
     "text.held_out))": "text.held_out, tokens=256))",
 }  # fmt: skip
 
