@@ -5,12 +5,15 @@
 The bundled model's residual stream after layer 8; coders of 1,152 features; the seed is of the coder and of the order
 of tokens. L0 is in eval mode, on tokens that no training step saw. Beside it what the same coder has without a target.
 Also measured: the CPU time of training with the held-out figures over that without. Writes
-benchmarks/results/targets.json and, with --docs, the table in docs/howto/train.md.
+benchmarks/results/targets.json after each training, so that the same call goes on where one was killed, and, with
+--docs, the table in docs/howto/train.md.
 """
 
 import argparse
 import json
 import time
+from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from statistics import mean, median
 from unittest.mock import patch
@@ -26,22 +29,22 @@ TARGETS, SEEDS, FAMILIES, WIDTH = (16.0, 32.0, 64.0), (0, 1, 2), ("JumpReLU", "L
 RESULTS = Path(__file__).parent / "results" / "targets.json"
 
 
-def targets(store: Store, steps: int, batch_size: int) -> list[dict]:
-    rows = []
-    for seed in SEEDS:
-        for family in FAMILIES:
-            for target in (*TARGETS, *(None,) * (seed == 0)):
-                start = time.process_time()
-                config = sl.TrainConfig(steps=steps, batch_size=batch_size, seed=seed, target_l0=target)
-                run = sl.train(getattr(sl, family)(store.width, WIDTH, seed=seed), store, config)
-                last = run.history[-1]
-                row = {"family": family, "seed": seed, "target": target, "l0": run.reached and run.reached.l0}
-                row |= {"within": run.reached and run.reached.within, "held_out": run.reached and run.reached.tokens}
-                row |= {name: last[name] for name in ("l0_held_out", "fvu", "fvu_held_out", "dead")}
-                row |= {"coefficient": last.get("coefficient"), "cpu_s": time.process_time() - start}
-                rows.append(row)
-                print(row, flush=True)
-    return rows
+def trainings() -> Iterator[tuple[int, str, float | None]]:
+    """(seed, family, target) of each; without a target once a family."""
+    for seed, family in product(SEEDS, FAMILIES):
+        for target in (*TARGETS, *(None,) * (seed == 0)):
+            yield seed, family, target
+
+
+def trained(store: Store, facts: dict, seed: int, family: str, target: float | None) -> dict:
+    start = time.process_time()
+    config = sl.TrainConfig(steps=facts["steps"], batch_size=facts["batch_size"], seed=seed, target_l0=target)
+    run = sl.train(getattr(sl, family)(store.width, WIDTH, seed=seed), store, config)
+    last = run.history[-1]
+    row = {"family": family, "seed": seed, "target": target, "l0": run.reached and run.reached.l0}
+    row |= {"within": run.reached and run.reached.within, "held_out": run.reached and run.reached.tokens}
+    row |= {name: last[name] for name in ("l0_held_out", "fvu", "fvu_held_out", "dead")}
+    return row | {"coefficient": last.get("coefficient"), "cpu_s": time.process_time() - start}
 
 
 def overhead(store: Store, steps: int, batch_size: int) -> dict[str, float]:
@@ -77,6 +80,20 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def page(facts: dict) -> str:
+    """The table, and what it was measured on."""
+    rows = facts["rows"]
+    held = next(row["held_out"] for row in rows if row["held_out"])
+    text = (
+        f"{table(rows)}\n\nOne L0 per seed, on {held:,} held-out tokens; {facts['d_sae']:,} features, "
+        f"{facts['steps']} steps of {facts['batch_size']} tokens, {facts['tokens']:,} tokens harvested."
+    )
+    if "overhead" in facts:
+        ratio = facts["overhead"]["ratio"]
+        text += f" Training with the held-out figures took {ratio:.2f} times the CPU time of training without."
+    return text
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, default=300_000, help="to harvest")
@@ -85,18 +102,20 @@ def main() -> None:
     parser.add_argument("--docs", action="store_true")
     args = parser.parse_args()
     store = sl.harvest(sl.LM(), sl.Site("resid_post", 8), sl.load_text(), tokens=args.tokens)
-    rows = targets(store, args.steps, args.batch_size)
     facts = {"machine": processor(), "tokens": len(store), "steps": args.steps, "batch_size": args.batch_size}
-    facts |= {"d_sae": WIDTH, "overhead": overhead(store, 20, 4096)}
-    RESULTS.write_text(json.dumps(facts | {"rows": rows}, indent=1))
+    facts |= {"d_sae": WIDTH}
+    before = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    facts = before if facts.items() <= before.items() and "overhead" not in before else facts | {"rows": []}
+    known = {(row["seed"], row["family"], row["target"]) for row in facts["rows"]}
+    for which in trainings():
+        if which not in known:
+            facts["rows"].append(trained(store, facts, *which))
+            print(facts["rows"][-1], flush=True)
+            RESULTS.write_text(json.dumps(facts, indent=1))
+    if "overhead" not in facts:
+        RESULTS.write_text(json.dumps(facts | {"overhead": overhead(store, 20, 4096)}, indent=1))
     if args.docs:
-        held = next(row["held_out"] for row in rows if row["held_out"])
-        put(
-            "docs/howto/train.md", "targets",
-            f"{table(rows)}\n\nL0 of three seeds each, on {held:,} held-out tokens; {WIDTH:,} features, {args.steps} "
-            f"steps of {args.batch_size} tokens, {len(store):,} tokens harvested. Training with the held-out figures "
-            f"took {facts['overhead']['ratio']:.2f} times the CPU time of training without.",
-        )  # fmt: skip
+        put("docs/howto/train.md", "targets", page(json.loads(RESULTS.read_text())))
 
 
 if __name__ == "__main__":
