@@ -88,6 +88,9 @@ def page(facts: dict) -> str:
         f"{table(rows)}\n\nOne L0 per seed, on {held:,} held-out tokens; {facts['d_sae']:,} features, "
         f"{facts['steps']} steps of {facts['batch_size']} tokens, {facts['tokens']:,} tokens harvested."
     )
+    planned = len(list(trainings()))
+    if len(rows) < planned:
+        text += f" Of {planned} trainings {len(rows)} were measured."
     if "overhead" in facts:
         ratio = facts["overhead"]["ratio"]
         text += f" Training with the held-out figures took {ratio:.2f} times the CPU time of training without."
