@@ -12,7 +12,7 @@ from sae_lab.circuits.linearizing import PulledBack, pull_back
 from sae_lab.circuits.metric import Metric, kl_from, log_probability, logit_difference
 from sae_lab.circuits.nodes import Edge, Node
 from sae_lab.circuits.pairs import aligned_tokens
-from sae_lab.circuits.patching_effects import PatchGrid, patched_cells, patching, patching_estimate
+from sae_lab.circuits.patching_effects import PatchGrid, patched_cells, patched_together, patching, patching_estimate
 from sae_lab.circuits.prompt import PromptReading, read_prompt
 from sae_lab.spelling import no_attribute
 
@@ -21,8 +21,8 @@ __all__ = [
     "EdgeCheck", "Faithfulness", "FeatureCircuit", "HeadAttribution", "Metric", "Node", "PatchGrid", "PromptReading",
     "PulledBack", "aligned_tokens", "attention", "attribution", "check_edges", "direct_effects", "effects_of",
     "feature_circuit", "head_attribution", "head_shares", "invariant_edges", "kl_from", "log_probability",
-    "logit_difference", "norm_scale", "patched_cells", "patched_directions", "patching", "patching_estimate",
-    "principal_axes", "pull_back", "read_prompt",
+    "logit_difference", "norm_scale", "patched_cells", "patched_directions", "patched_together", "patching",
+    "patching_estimate", "principal_axes", "pull_back", "read_prompt",
 ]  # fmt: skip
 
 __getattr__ = no_attribute(__name__, __all__)

@@ -1,6 +1,5 @@
 """Effects of patching features: estimated by gradient, and measured by patches."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -15,6 +14,7 @@ from sae_lab.circuits.gradients import mean_gradient, require_slope
 from sae_lab.circuits.metric import ROWS, Metric, measured, shifted
 from sae_lab.circuits.pairs import both_runs, copied, kept, require_sae
 from sae_lab.lm.model import LM
+from sae_lab.lm.tokens import Texts
 from sae_lab.noting import Names
 from sae_lab.results import Result, by_column
 from sae_lab.saes.base import SparseCoder
@@ -85,8 +85,8 @@ class Attribution(Estimates):
 def attribution(
     lm: LM,
     coder: SparseCoder,
-    prompts: Sequence[str],
-    sources: Sequence[str],
+    prompts: Texts,
+    sources: Texts,
     metric: Metric,
     *,
     steps: int = 1,

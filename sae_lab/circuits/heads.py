@@ -11,6 +11,7 @@ from torch import Tensor
 from sae_lab.arguments import as_annotated
 from sae_lab.circuits.pairs import kept, require_here, require_linear, require_sae
 from sae_lab.lm.model import LM
+from sae_lab.lm.tokens import Prompts
 from sae_lab.results import Result, by_column, result
 from sae_lab.saes.base import SparseCoder
 from sae_lab.types import Site, TokenBatch, check_feature
@@ -126,7 +127,7 @@ def _check_coder(coder: SparseCoder) -> None:
 
 @as_annotated
 @torch.no_grad()
-def attention(lm: LM, batch: TokenBatch | str | Sequence[str], layer: int) -> Attention:
+def attention(lm: LM, batch: Prompts, layer: int) -> Attention:
     """``attention(lm, prompt, layer=8)``: the attention pattern of one layer's heads and the values they read.
 
     z comes from an unchanged pass. For another pass the model's attention is replaced by a plain one that keeps its

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sae_lab.arguments import as_annotated
 from sae_lab.lm.model import LM
-from sae_lab.lm.tokens import label
+from sae_lab.lm.tokens import Texts, label
 from sae_lab.types import TokenBatch, Write
 
 ROWS = 32  # prompts, or copies of them, in one batch
@@ -38,7 +38,7 @@ def log_probability(lm: LM, answer: Sequence[str] | str) -> Metric:
 
 
 @as_annotated
-def kl_from(lm: LM, sources: Sequence[str] | str) -> Metric:
+def kl_from(lm: LM, sources: str | Texts) -> Metric:
     """``metric = kl_from(lm, sources)``: KL(source ‖ prompt) of the next token after each prompt's last one, nats.
 
     0 if a prompt and its source predict the same. It needs no answer, and counts every change of the prediction.
@@ -128,10 +128,10 @@ def kl_to(logits, tokens, given):
 
 
 @no_type_check
-def placed(x, tokens, where, put):
-    """x with ``put`` in place of one position, ``where``, of each row."""
+def placed(x, tokens, rows, where, put):
+    """x with ``put`` in place of the positions ``where`` of these rows, one by one."""
     out = x.clone()
-    out[torch.arange(len(x)), where] = put.to(x)
+    out[rows, where] = put.to(x)
     return out
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from sae_lab.arguments import as_annotated
 from sae_lab.circuits.metric import Metric, numbers, of_metric
 from sae_lab.lm.model import LM
+from sae_lab.lm.tokens import Prompt, Texts
 from sae_lab.saes.base import SparseCoder
 from sae_lab.types import Site, TokenBatch
 
@@ -32,7 +33,7 @@ class Runs(NamedTuple):
     source: float
 
 
-def both_runs(lm: LM, prompts: Sequence[str], sources: Sequence[str], metric: Metric, at: Sequence[Site] = ()) -> Runs:
+def both_runs(lm: LM, prompts: Texts, sources: Texts, metric: Metric, at: Sequence[Site] = ()) -> Runs:
     """One pass over the prompts and one over their sources. ValueError as ``paired``, and for a metric that does not
     give one number a row."""
     batch, theirs = paired(lm, prompts, sources)
@@ -44,7 +45,7 @@ def both_runs(lm: LM, prompts: Sequence[str], sources: Sequence[str], metric: Me
     return Runs(batch, theirs, *acts, *means)
 
 
-def paired(lm: LM, prompts: Sequence[str], sources: Sequence[str]) -> tuple[TokenBatch, TokenBatch]:
+def paired(lm: LM, prompts: Texts, sources: Texts) -> tuple[TokenBatch, TokenBatch]:
     """Prompts and sources as tokens. ValueError unless they are equal in number and all of one length."""
     if len(prompts) != len(sources) or not prompts:
         raise ValueError(f"give one source for each prompt: got {len(prompts)} prompts and {len(sources)} sources")
@@ -65,8 +66,9 @@ def copied(batch: TokenBatch, times: int) -> TokenBatch:
 
 
 @as_annotated
-def aligned_tokens(lm: LM, prompt: str, source: str) -> list[tuple[str | None, str | None]]:
-    """``aligned_tokens(lm, prompt, source)``: the tokens of both texts side by side, as difflib matches them.
+def aligned_tokens(lm: LM, prompt: Prompt, source: Prompt) -> list[tuple[str | None, str | None]]:
+    """``aligned_tokens(lm, prompt, source)``: the tokens of two texts, or two chats, side by side, as difflib matches
+    them.
 
     Equal tokens share a pair; a token without a partner is paired with None.
     """

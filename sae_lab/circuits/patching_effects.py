@@ -1,7 +1,7 @@
 """Activation patching: which layers and positions of a model cause its answer, by patch and by gradient."""
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import field
 from functools import partial
 from itertools import product
@@ -16,6 +16,7 @@ from sae_lab.circuits.gradients import gradients, require_slope
 from sae_lab.circuits.metric import ROWS, Metric, measured, placed
 from sae_lab.circuits.pairs import Runs, both_runs, check_positions, copied, require_here
 from sae_lab.lm.model import LM
+from sae_lab.lm.tokens import Texts
 from sae_lab.results import Result, by_column, result
 from sae_lab.types import Site, Write
 
@@ -65,8 +66,8 @@ class PatchGrid(Result):
 @as_annotated
 def patching(
     lm: LM,
-    prompts: Sequence[str],
-    sources: Sequence[str],
+    prompts: Texts,
+    sources: Texts,
     metric: Metric,
     *,
     kinds: Sequence[str] = KINDS,
@@ -78,7 +79,7 @@ def patching(
     prompts are the corrupted ones).
 
     Args:
-        prompts, sources: equal numbers, all of one token length.
+        prompts, sources: texts, or chats; equal numbers, all of one token length.
         metric: (logits, tokens) -> a number for each row, such as ``logit_difference``.
         layers, positions: None: all; position 0, whose activation no prompt changes, is left out.
 
@@ -96,7 +97,7 @@ def patching(
 
 @as_annotated
 def patched_cells(
-    lm: LM, prompts: Sequence[str], sources: Sequence[str], metric: Metric, cells: Iterable[Cell]
+    lm: LM, prompts: Texts, sources: Texts, metric: Metric, cells: Iterable[Cell]
 ) -> Iterator[dict[Cell, float]]:
     """``for found in patched_cells(lm, prompts, sources, metric, cells)``: patch some cells, (kind, layer, position),
     and yield the results as they come: {cell: share of the metric's change}, a few at a time.
@@ -111,10 +112,27 @@ def patched_cells(
 
 
 @as_annotated
+def patched_together(lm: LM, prompts: Texts, sources: Texts, metric: Metric, cells: Iterable[Cell]) -> float:
+    """``patched_together(lm, prompts, sources, metric, cells)``: all these cells, (kind, layer, position), patched in
+    one run: the share of the metric's change that they cause together.
+
+    It is not the sum of what each causes alone (``patched_cells``): cells on one path carry the same effect, and a
+    patched cell no longer hears of the patches before it. Raises ValueError as ``patching``, and without cells.
+    """
+    places = [(0, Site(str(kind), int(layer)), int(position)) for kind, layer, position in cells]
+    if not places:
+        raise ValueError("patched_together needs at least one cell, (kind, layer, position), got none")
+    runs = both_runs(lm, prompts, sources, metric, list(dict.fromkeys(site for _, site, _ in places)))
+    _axes(lm, runs, None, [position for *_, position in places])
+    mean = float(measured(lm, runs.batch, metric, _writes(places, runs.given)).float().mean())
+    return (mean - runs.base) / (runs.source - runs.base)
+
+
+@as_annotated
 def patching_estimate(
     lm: LM,
-    prompts: Sequence[str],
-    sources: Sequence[str],
+    prompts: Texts,
+    sources: Texts,
     metric: Metric,
     *,
     kinds: Sequence[str] = KINDS,
@@ -170,21 +188,31 @@ def _axes(
 
 
 def _patched(lm: LM, runs: Runs, metric: Metric, cells: list[Cell]) -> Iterator[dict[Cell, float]]:
-    """Shares of the metric's change, pass by pass: one pass patches several positions of a site, each in a copy of the
-    prompts."""
-    by_site: dict[Site, list[int]] = {}
-    for kind, layer, position in cells:
-        by_site.setdefault(Site(kind, layer), []).append(position)
+    """Shares of the metric's change, pass by pass: one pass patches several cells, each in a copy of the prompts."""
     n, length = runs.batch.ids.shape
     at_once = max(1, min(ROWS, TOKENS // length) // n)
-    for site, positions in by_site.items():
-        given = lm.run(runs.theirs, [site], logits=False)[0][site]
-        for start in range(0, len(positions), at_once):
-            part = positions[start : start + at_once]
-            copies = copied(runs.batch, len(part))
-            where = torch.tensor(part).repeat_interleave(n)
-            put = given[:, part].transpose(0, 1).flatten(0, 1)  # the activation that each copy gets
-            write = Write(site, partial(placed, where=where, put=put))
-            means = measured(lm, copies, metric, [write]).float().view(len(part), n).mean(1)
-            shares = (means - runs.base) / (runs.source - runs.base)
-            yield {(site.kind, site.layer or 0, p): float(v) for p, v in zip(part, shares, strict=True)}
+    cells, given = sorted(cells, key=lambda cell: cell[:2]), dict[Site, Tensor]()
+    for start in range(0, len(cells), at_once):
+        part = cells[start : start + at_once]
+        places = [(copy, Site(kind, layer), position) for copy, (kind, layer, position) in enumerate(part)]
+        sites = {site for _, site, _ in places}
+        given = {site: x for site, x in given.items() if site in sites}
+        if new := sites - set(given):
+            given |= lm.run(runs.theirs, new, logits=False)[0]
+        values = measured(lm, copied(runs.batch, len(part)), metric, _writes(places, given)).float()
+        shares = (values.view(len(part), n).mean(1) - runs.base) / (runs.source - runs.base)
+        yield dict(zip(part, shares.tolist(), strict=True))
+
+
+def _writes(places: Sequence[tuple[int, Site, int]], given: Mapping[Site, Tensor]) -> list[Write]:
+    """The writes of (copy of the prompts, site, position) each, of what the sources' run has there."""
+    by_site: dict[Site, list[tuple[int, int]]] = {}
+    for copy, site, position in places:
+        by_site.setdefault(site, []).append((copy, position))
+    found = []
+    for site, here in by_site.items():
+        n, (copies, positions) = len(given[site]), torch.tensor(here).T
+        rows, where = (copies[:, None] * n + torch.arange(n)).flatten(), positions.repeat_interleave(n)
+        put = given[site][:, positions].transpose(0, 1).flatten(0, 1)  # the activation that each copy gets
+        found.append(Write(site, partial(placed, rows=rows, where=where, put=put)))
+    return found

@@ -16,7 +16,7 @@ from sae_lab.edits.vector import Vector, text_means
 from sae_lab.feature_index.summaries import TOP_TOKENS
 from sae_lab.lm.model import LM
 from sae_lab.lm.text import load_text
-from sae_lab.lm.tokens import pad
+from sae_lab.lm.tokens import Texts, is_chat, pad
 from sae_lab.noting import Names
 from sae_lab.results import Result, result
 from sae_lab.saes.base import SparseCoder
@@ -86,7 +86,7 @@ def dose_response(
     lm: LM,
     coder: SparseCoder,
     feature: int,
-    prompts: str | Sequence[str],
+    prompts: str | Texts,
     target: str | Sequence[str],
     text: str | Sequence[str],
     *,
@@ -107,6 +107,7 @@ def dose_response(
     ``.at_cost``: steering the feature is worth its cost only if it beats every control.
 
     Args:
+        prompts: texts, or chats, which go through the model's template.
         target: a token, or several that count together; each must be one token of this model.
         text: other texts, on which the cost is measured, the same edit at every token.
         seeds: of random directions.
@@ -116,7 +117,9 @@ def dose_response(
     empty list, another text too short to have a loss, an example without a token that counts, a direction of no length,
     a coder with an ``input_norm``, and what ``sl.Steer`` refuses.
     """
-    prompts, targets, text = _texts(prompts), tuple(_texts(target)), _texts(text)
+    prompts, targets, text = [prompts] if isinstance(prompts, str) else prompts, tuple(_texts(target)), _texts(text)
+    if ask is not None and any(map(is_chat, prompts)):
+        raise ValueError("ask is put before texts, and these prompts are chats: ask in one of their messages")
     strengths = [float(s) for s in strengths]
     if not prompts or not text or not targets or seeds < 1:
         raise ValueError("dose_response needs at least one prompt, one target, one other text and one seed")
@@ -137,7 +140,8 @@ def dose_response(
     def measure(edits: list[Any], ask: str = "") -> tuple[Tensor, Tensor]:
         if progress is not None:
             progress(next(done), total)
-        return _log_odds(lm, [ask + p for p in prompts], ids, edits), _losses(lm, text, edits, ask)
+        asked: Any = [ask + p for p in prompts] if ask else prompts
+        return _log_odds(lm, asked, ids, edits), _losses(lm, text, edits, ask)
 
     clean = measure([])
     rows = []
@@ -184,7 +188,7 @@ def _single_tokens(lm: LM, targets: tuple[str, ...]) -> list[int]:
     return ids
 
 
-def _log_odds(lm: LM, prompts: list[str], target: list[int], edits: list[Any]) -> Float[Tensor, " prompt"]:
+def _log_odds(lm: LM, prompts: Texts, target: list[int], edits: list[Any]) -> Float[Tensor, " prompt"]:
     """Of the target as the next token after each prompt."""
     last = lm.tokenize(prompts).mask.sum(1) - 1
     logits = lm.logits(prompts, edits=edits)[torch.arange(len(last)), last]

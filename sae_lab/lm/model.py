@@ -193,14 +193,15 @@ class LM:
             )
 
     @as_annotated
-    def tokens(self, prompt: Prompts) -> list[Token]:
+    def tokens(self, prompt: Prompts, answer: str = "") -> list[Token]:
         """One prompt's tokens, one per position: strings that join to the text, with ``.id``, ``.start``, ``.end``.
+        answer: what the model said to a text or a chat; its tokens follow the prompt's.
 
         The prefix is "", and so is a token that ends within a character's bytes (the token that completes the character
         holds it); ``.label`` is what to show for either. The text is the tokenizer's: some tokenizers lowercase it, or
         replace unknown characters by <unk>.
         """
-        ids = self.tokenize(prompt).ids
+        ids = self.tokenize(tokens.answered(self.tokenizer, prompt, answer)).ids
         if not tokens.is_single(prompt):
             raise ValueError(f"lm.tokens takes one prompt, got a list of {len(ids)}: call it for each")
         return self.token_strings(ids[0].tolist(), tokens.prefixed(self.tokenizer, prompt, self.prefix_id))
@@ -459,13 +460,14 @@ class LM:
         return empty_state(self._module, self.device)
 
     @as_annotated
-    def compare(self, prompt: Prompts, edits: Edits) -> Comparison:
+    def compare(self, prompt: Prompts, edits: Edits, answer: str = "") -> Comparison:
         """One prompt without and with the edits, token by token: KL of the next-token distributions, log-probabilities,
-        the edited features' activations, perplexity."""
+        the edited features' activations, perplexity. answer: what the model said to a text or a chat, as ``lm.stream``
+        gives it; it is compared too."""
         if not tokens.is_single(prompt):
             raise ValueError("lm.compare takes one prompt, got several: call it for each")
         found = listed_edits(edits)
-        batch = self.tokenize(prompt)
+        batch = self.tokenize(tokens.answered(self.tokenizer, prompt, answer))
         reads = list(dict.fromkeys(edit.read_site for edit in found))
         before, clean = self.run(batch, reads)
         after, edited = self.run(batch, reads, self._writes(found, batch))
@@ -473,7 +475,7 @@ class LM:
         for edit in found:
             was, now = edit.measured(before[edit.read_site]), edit.measured(after[edit.read_site])
             measured |= {name: (codes[0], now[name][0]) for name, codes in was.items()}
-        return compared(self.tokens(prompt), batch, clean, edited, measured, self.tokenizer)
+        return compared(self.tokens(prompt, answer), batch, clean, edited, measured, self.tokenizer)
 
     def _writes(self, edits: Iterable[Any], batch: TokenBatch, new: int = 0) -> list[Write]:
         """The writes of a list of edits. Edits that act together share theirs (``Edit.together``)."""

@@ -15,12 +15,16 @@ from sae_lab.spelling import check_text
 from sae_lab.types import TokenBatch
 
 Chat = Sequence[dict[str, str]]
+Prompt = str | Chat
+Texts = Sequence[str] | Sequence[Chat]
 Prompts = (
     str | Sequence[str] | Sequence[int | np.integer] | Sequence[Sequence[int]] | Tensor | np.ndarray | dict[str, str]
     | Chat | Sequence[Chat] | TokenBatch
 )  # fmt: skip
 _KINDS = "a str, token ids, chat messages ({'role', 'content'}), or a list of one kind"
 SAID[Prompts] = _KINDS
+SAID[Prompt] = "a text or chat messages ({'role', 'content'})"
+SAID[Texts] = "texts, or chats (lists of messages)"
 
 _MARKS = 0xF0000  # private-use characters, which no template holds: the n-th replaces message n's characters
 _KEPT = (r"\s", r"\s|<[^<>]*>|\[[^\[\]]*\]")  # not replaced: space, which templates strip; then tags, which some read
@@ -89,6 +93,16 @@ def begun(ids: list[int], prefix: int | None) -> list[int]:
 def prefixed(tokenizer: Any, prompt: Prompts, prefix: int | None) -> bool:
     """Whether one prompt's first token is the prefix rather than a token of the text."""
     return isinstance(prompt, str) and prefix is not None and encode_texts(tokenizer, [prompt])[0][:1] != [prefix]
+
+
+def answered(tokenizer: Any, prompt: Prompts, answer: str) -> Prompts:
+    """A text or a chat with the model's answer behind it."""
+    if not answer or isinstance(prompt, str):
+        return prompt + answer if answer else prompt  # type: ignore[operator]
+    if not is_chat(prompt):
+        raise ValueError(f"an answer follows a text or a chat, got a {type(prompt).__name__}: leave answer out")
+    ids, roles = chat_tokens(tokenizer, prompt, answer)  # type: ignore[arg-type]
+    return pad([ids], [roles])
 
 
 def _as_list(prompts: Any) -> list[Any]:
@@ -233,14 +247,20 @@ class ChatTokens(NamedTuple):
     roles: list[str]
 
 
-def chat_tokens(tokenizer: Any, messages: Sequence[Any]) -> ChatTokens:
-    """A chat as tokens. If the last message is not the assistant's, the template's opening of its answer follows."""
+def check_chat(tokenizer: Any, messages: Sequence[Any]) -> None:
+    """ValueError for a tokenizer without a chat template, and for messages that are none."""
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError("this model's tokenizer has no chat template: pass plain text instead of messages")
     for m in messages:
         if not isinstance(m, dict) or not all(isinstance(m.get(key), str) for key in ("role", "content")):
             raise ValueError(f"a chat message is {{'role': str, 'content': str}}, got {m!r}")
         check_text(m["content"], "a chat message")
+
+
+def chat_tokens(tokenizer: Any, messages: Sequence[Any], answer: str = "") -> ChatTokens:
+    """A chat as tokens. If the last message is not the assistant's, the template's opening of its answer follows.
+    answer: what the model said to it, at the end."""
+    check_chat(tokenizer, messages)
     text = _render(tokenizer, messages)
     owners = _owners(tokenizer, messages, text)
     if not getattr(tokenizer, "is_fast", False):
@@ -248,11 +268,11 @@ def chat_tokens(tokenizer: Any, messages: Sequence[Any]) -> ChatTokens:
             f"a {type(tokenizer).__name__} does not give its tokens' places in a chat: pass plain text, or a fast "
             "tokenizer"
         )
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    encoded = tokenizer(text + answer, add_special_tokens=False, return_offsets_mapping=True)
     roles = []
     for start, end in encoded["offset_mapping"]:
         own = [n for n in owners[start:end] if n is not None]
-        roles.append(messages[own[-1]]["role"] if own else "template")
+        roles.append("assistant" if end > len(text) else messages[own[-1]]["role"] if own else "template")
     return ChatTokens(encoded["input_ids"], roles)
 
 

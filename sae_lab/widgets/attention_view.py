@@ -4,12 +4,13 @@ from typing import Any
 
 from sae_lab import circuits
 from sae_lab.lm.model import LM
+from sae_lab.lm.tokens import Prompt
 from sae_lab.results import Html, in_script, tag, visible
 
 DIGITS = 4  # of a pattern's numbers
 
 
-def attention_heads(lm: LM, prompt: str, layer: int) -> Any:
+def attention_heads(lm: LM, prompt: Prompt, layer: int) -> Any:
     """What each token of a prompt attends to, in all heads of a layer (CircuitsVis' ``attention_heads``).
 
     CircuitsVis itself asks the internet and loads from a CDN; this does not. ValueError as for ``circuits.attention``,

@@ -10,6 +10,7 @@ from sae_lab.circuits.pairs import require_sae
 from sae_lab.circuits.patching_effects import KINDS, Cell
 from sae_lab.feature_index import FeatureIndex
 from sae_lab.lm.model import LM
+from sae_lab.lm.tokens import Prompt
 from sae_lab.noting import names_of
 from sae_lab.results import Html, number, tag, visible
 from sae_lab.saes.base import SparseCoder
@@ -18,7 +19,8 @@ from sae_lab.types import Site
 from sae_lab.widgets.attention_view import attention_heads
 from sae_lab.widgets.measures import Measure
 from sae_lab.widgets.panel import STATIC, Job, beside, checked, quick
-from sae_lab.widgets.patching_run import PatchRun
+from sae_lab.widgets.patching_run import Block, PatchRun
+from sae_lab.widgets.prompting import in_words
 from sae_lab.widgets.session import Linked, Session
 from sae_lab.widgets.static_html import block, dotted, table
 
@@ -30,13 +32,19 @@ class PatchingGrid(Linked):
 
         grid = sl.PatchingGrid(lm, prompt, source, answers=(" Paris", " Rome"))   # estimates at once
         grid.patch(layers=[8], positions=[3, 4])                                  # true values, as a click gets them
+        grid.patch_together("mlp_out", positions=[4])                             # a column in one run: one number
 
     Estimates come from one backward pass (``circuits.patching_estimate``), true values from one forward pass for every
-    few cells (``circuits.patched_cells``). Both are shares of the metric's change: 0 nothing, 1 all of it.
+    few cells (``circuits.patched_cells``). Both are shares of the metric's change: 0 nothing, 1 all of it. In the grid
+    each cell is patched alone. A click on the header of a row (a layer) or a column (a position) patches all its cells
+    together in one run, whose one number stands in the header (``patch_together``), and then each of them alone. The
+    former is not the sum of the latter: cells on one path carry the same effect.
 
     Args:
-        lm: the model. prompt, source: texts with the same number of tokens: the run that is patched, and the one that
-            patches come from.
+        lm: the model. prompt, source: two texts, or two chats (messages, {"role", "content"} each, which go through the
+            model's chat template with its opening of an answer), with the same number of tokens: the run that is
+            patched, and the one that patches come from. On screen a chat stays a chat, with a box for each message;
+            ``run`` changes from one to the other.
         metric: None: the logit difference of ``answers`` (nats), or without them "KL from the source" (nats); a name:
             "logit difference", "log-probability" (nats), "KL from the source"; or a differentiable function
             (logits, tokens) -> a number for each row.
@@ -48,11 +56,12 @@ class PatchingGrid(Linked):
 
     Traits that can be read, set and observed: ``kind``; ``cell``, the open one, [layer, position] or []; ``feature``,
     the chosen one of the open cell, an int or None. Read only: ``view``, prompts, tokens, axes and estimates;
-    ``truth``, [kind, layer, position, value] of each true patch; ``features``, those of the cells that were opened;
-    ``progress``, [done, all] while patches run, else []; ``error``, why the last action failed.
+    ``truth``, [kind, layer, position, value] of each true patch; ``joint``, [kind, layers, positions, value] of each
+    block that was patched together; ``features``, those of the cells that were opened; ``progress``, [done, all] while
+    patches run, else []; ``error``, why the last action failed.
 
-    Raises ValueError for texts that are empty or of unequal length, an answer that is not one token, and a coder that
-    is no SAE at a site of the grid.
+    Raises ValueError for prompts that are empty or of unequal length, a text beside a chat, a chat that the model has
+    no template for, an answer that is not one token, and a coder that is no SAE at a site of the grid.
     """
 
     _esm = STATIC / "patching.js"
@@ -61,6 +70,7 @@ class PatchingGrid(Linked):
 
     view = traitlets.Dict().tag(sync=True)
     truth = traitlets.List().tag(sync=True)
+    joint = traitlets.List().tag(sync=True)
     kind = traitlets.Unicode().tag(sync=True)
     cell = traitlets.List(traitlets.Int()).tag(sync=True)
     feature = traitlets.Int(None, allow_none=True, min=0).tag(sync=True)
@@ -70,8 +80,8 @@ class PatchingGrid(Linked):
     def __init__(
         self,
         lm: LM,
-        prompt: str,
-        source: str,
+        prompt: Prompt,
+        source: Prompt,
         metric: Any = None,
         *,
         answers: Sequence[str] | None = None,
@@ -98,7 +108,7 @@ class PatchingGrid(Linked):
         return {f"{s} {f}": name for s, features in listed.items() for f, name in self._names[s].of(features).items()}
 
     def run(
-        self, prompt: str | None = None, source: str | None = None, metric: Any = None,
+        self, prompt: Prompt | None = None, source: Prompt | None = None, metric: Any = None,
         answers: Sequence[str] | None = None,
     ) -> None:  # fmt: skip
         """Take other prompts or another metric; what is None stays as it is."""
@@ -109,11 +119,17 @@ class PatchingGrid(Linked):
     def patch(
         self, kind: str | None = None, layers: Sequence[int] | None = None, positions: Sequence[int] | None = None
     ) -> None:
-        """Patch a block of cells that were not patched yet. None: the kind that is shown, all layers, all positions."""
-        kind = self.kind if kind is None else kind
-        layers = self._on.estimate.layers if layers is None else layers
-        positions = self._on.estimate.positions if positions is None else positions
-        self._patch(self._on, [(kind, layer, p) for layer in layers for p in positions])
+        """Patch a block of cells that were not patched yet, each alone. None: the kind that is shown, all layers, all
+        positions."""
+        self._patch(self._on, _cells(self._block(kind, layers, positions)))
+
+    def patch_together(
+        self, kind: str | None = None, layers: Sequence[int] | None = None, positions: Sequence[int] | None = None
+    ) -> float:
+        """``grid.patch_together("mlp_out", positions=[4])``: patch a block of cells together, in one run. Returns the
+        share of the metric's change that they cause jointly, which is not the sum of what each causes alone
+        (``patch``). None: as for ``patch``, so ``layers=[8]`` is a row and ``positions=[4]`` a column."""
+        return self._patch_together(self._on, self._block(kind, layers, positions))
 
     def attention(self, layer: int, source: bool = False) -> Any:
         """A layer's attention patterns on the prompt, or on the source, drawn by CircuitsVis without a network."""
@@ -128,17 +144,25 @@ class PatchingGrid(Linked):
         return self._on.code({site: coder for site, coder in self._coders.items() if site in opened})
 
     @quick
-    def align(self, prompt: str, source: str, right: str, wrong: str) -> dict[str, Any]:
+    def align(self, prompt: Prompt, source: Prompt, right: str, wrong: str) -> dict[str, Any]:
         """Tokens of the prompts as they are typed."""
         return PatchRun.sides(self.lm, prompt, source, right, wrong)
 
     @beside
-    def rerun(self, job: Job, prompt: str, source: str, measure: str, right: str, wrong: str) -> None:
+    def rerun(self, job: Job, prompt: Prompt, source: Prompt, measure: str, right: str, wrong: str) -> None:
         self._begin(prompt, source, self._on.measure.chosen(measure, right, wrong), job)
 
     @beside
     def patch_cells(self, job: Job, cells: list[list[Any]]) -> None:
         self._patch(self._on, [(str(kind), int(layer), int(position)) for kind, layer, position in cells], job)
+
+    @beside
+    def patch_line(self, job: Job, kind: str, layers: list[int], positions: list[int]) -> None:
+        """Patch a row or a column: its cells together, then each alone."""
+        run, block = self._on, self._block(kind, layers, positions)
+        self._patch_together(run, block)
+        job.check()
+        self._patch(run, _cells(block), job)
 
     @quick
     def stop(self) -> None:
@@ -165,7 +189,7 @@ class PatchingGrid(Linked):
         except ValueError as error:
             return {"why": str(error)}
 
-    def _begin(self, prompt: str, source: str, measure: Measure, job: Job | None = None) -> None:
+    def _begin(self, prompt: Prompt, source: Prompt, measure: Measure, job: Job | None = None) -> None:
         run = PatchRun.of(self.lm, prompt, source, measure, self._kinds)
         with self._lock:
             if job is not None:
@@ -175,15 +199,33 @@ class PatchingGrid(Linked):
                     other.cancel()
             with whole_step(), self.hold_sync():  # Ctrl-C leaves view and run together
                 self._on = run
-                self.error, self.truth, self.features = "", [], {}
+                self.error, self.truth, self.joint, self.features = "", [], [], {}
                 self.view = run.view(self._coders)
                 if self.cell and not run.has(self.kind, *self.cell):
                     self.cell = []
 
+    def _block(self, kind: str | None, layers: Sequence[int] | None, positions: Sequence[int] | None) -> Block:
+        grid = self._on.estimate
+        axes = (grid.layers if layers is None else layers), (grid.positions if positions is None else positions)
+        layers, positions = (tuple(sorted(set(axis))) for axis in axes)
+        return (self.kind if kind is None else kind), layers, positions
+
+    def _patch_together(self, run: PatchRun, block: Block) -> float:
+        _require(run, _cells(block))
+        if block not in run.joint:
+            try:
+                self._count([0, 1])
+                run.patch_together(block)
+            finally:
+                with whole_step(), self._lock:
+                    if run is self._on:
+                        self.joint = run.together()
+                    self._count([])
+        return run.joint[block]
+
     def _patch(self, run: PatchRun, cells: Iterable[Cell], job: Job | None = None) -> None:
         cells = [cell for cell in dict.fromkeys(cells) if cell not in run.true]
-        if wrong := [cell for cell in cells if not run.has(*cell)]:
-            raise ValueError(f"this grid has no cell {wrong[0]}: (kind, layer, position) of grid.to_pandas()")
+        _require(run, cells)
         if not cells:
             return
         try:
@@ -256,24 +298,46 @@ class PatchingGrid(Linked):
     def _html(self) -> Html:
         grid, run, i = self._on.estimate, self._on, self._kinds.index(self.kind)
         head = ["layer", *(dotted(a) if a == b else f"{dotted(a)} ← {dotted(b)}" for a, b in grid.tokens)]
-        rows = []
+        layers, positions, rows = tuple(grid.layers), tuple(grid.positions), []
+        beside = [run.joint.get((self.kind, (layer,), positions)) for layer in layers]
+        below = [run.joint.get((self.kind, layers, (p,))) for p in positions]
         for j in reversed(range(len(grid.layers))):  # the last layer on top
             true = [run.true.get((self.kind, grid.layers[j], p)) for p in grid.positions]
             estimates = grid.values[i, j].tolist()
             pairs = zip(estimates, true, strict=True)
-            cells = [f"~{number(e, 2)}" if t is None else tag("b", number(t, 2)) for e, t in pairs]
-            rows.append([str(grid.layers[j]), *cells])
+            cells = [f"~{number(e, 2)}" if t is None else _bold(t) for e, t in pairs]
+            rows.append([str(grid.layers[j]), *cells, *([_bold(beside[j])] if set(beside) != {None} else [])])
+        if set(beside) != {None}:
+            head.append("together")
+        if set(below) != {None}:
+            rows.append(["together", *map(_bold, below)])
         words = tag(
             "p", f"{self.kind}: share of the change of {run.measure.name}, {grid.base:.3g} → {grid.source:.3g}, that "
-            "one patch brings; ", tag("b", "bold"), ": true patches, ~: estimates by gradient.",
+            "one patch brings; ", tag("b", "bold"), ": true patches, ~: estimates by gradient; together: all cells of "
+            "a row or column in one run.",
         )  # fmt: skip
-        texts = table(["prompt", "source"], [[dotted(run.prompt), dotted(run.source)]])
+        texts = table(["prompt", "source"], [[dotted(in_words(run.prompt)), dotted(in_words(run.source))]])
         return block(texts, words, table(head, rows))
 
     def __repr__(self) -> str:
         grid = self._on.estimate
         size = f"{len(grid.kinds)} kinds × {len(grid.layers)} layers × {len(grid.positions)} positions"
         return f"PatchingGrid({visible(self._on.measure.name)}, {size}, {len(self._on.true)} patched)"
+
+
+def _bold(value: float | None) -> Html | str:
+    return "" if value is None else tag("b", number(value, 2))
+
+
+def _cells(block: Block) -> list[Cell]:
+    kind, layers, positions = block
+    return [(kind, layer, position) for layer in layers for position in positions]
+
+
+def _require(run: PatchRun, cells: list[Cell]) -> None:
+    """ValueError for a cell that the grid does not have."""
+    if wrong := [cell for cell in cells if not run.has(*cell)]:
+        raise ValueError(f"this grid has no cell {wrong[0]}: (kind, layer, position) of grid.to_pandas()")
 
 
 def _by_site(coder: SparseCoder | Sequence[SparseCoder] | None, kinds: Sequence[str], lm: LM) -> dict[str, SparseCoder]:

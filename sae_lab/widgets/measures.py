@@ -8,6 +8,7 @@ from typing import Any
 
 from sae_lab import circuits
 from sae_lab.lm.model import LM
+from sae_lab.lm.tokens import Prompt
 
 from .coding import name_of
 
@@ -69,7 +70,7 @@ class Measure:
             return getattr(self.function, "__name__", type(self.function).__name__)
         return f"{self.kind} {' − '.join(map(repr, self._answers))}".rstrip()
 
-    def built(self, lm: LM, source: str) -> circuits.Metric:
+    def built(self, lm: LM, source: Prompt) -> circuits.Metric:
         """The metric. ValueError for an answer that is not one token."""
         self.checked()
         if self.kind == WRITTEN:

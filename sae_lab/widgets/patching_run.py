@@ -8,13 +8,16 @@ from typing import Any
 from sae_lab import circuits
 from sae_lab.circuits.patching_effects import KINDS, Cell
 from sae_lab.lm.model import LM
+from sae_lab.lm.tokens import Prompt, is_chat
 from sae_lab.results import visible
 from sae_lab.saes.base import SparseCoder
 
 from .coding import coder_line, header, name_of
 from .measures import ANSWERS, WRITTEN, Measure
+from .prompting import checked_prompt
 
 MAX_TOKENS = 128  # columns that still make a picture
+Block = tuple[str, tuple[int, ...], tuple[int, ...]]  # kind, layers, positions
 
 
 @dataclass
@@ -23,29 +26,32 @@ class PatchRun:
     the run before changes that one only."""
 
     lm: LM
-    prompt: str
-    source: str
+    prompt: Prompt
+    source: Prompt
     measure: Measure
     metric: circuits.Metric
     estimate: circuits.PatchGrid
     true: dict[Cell, float] = field(default_factory=dict)
+    joint: dict[Block, float] = field(default_factory=dict)
     effects: dict[str, circuits.Attribution] = field(default_factory=dict)
 
     @staticmethod
-    def of(lm: LM, prompt: str, source: str, measure: Measure, kinds: Sequence[str]) -> "PatchRun":
+    def of(lm: LM, prompt: Prompt, source: Prompt, measure: Measure, kinds: Sequence[str]) -> "PatchRun":
         """Estimate all cells. ValueError for texts of unequal length, and for a metric that cannot be built."""
-        _check_texts(lm, prompt, source)
+        prompt, source = _checked(lm, prompt, source)
         _check_pair(lm, prompt, source)
         metric = measure.built(lm, source)
-        # A prefix token at position 0 is the same in both texts.
-        positions = list(range(0 if lm.prefix_id is None else 1, len(lm.tokens(prompt))))
+        # At position 0 stands the prefix token, or of a chat mostly a token of the template: the same in both.
+        ours, theirs = (lm.tokenize(one).ids[0].tolist() for one in (prompt, source))
+        alike = ours[0] == theirs[0] and (lm.prefix_id is not None or is_chat(prompt))
+        positions = list(range(int(alike), len(ours)))
         estimate = circuits.patching_estimate(lm, [prompt], [source], metric, kinds=kinds, positions=positions)
         return PatchRun(lm, prompt, source, measure, metric, estimate)
 
     @staticmethod
-    def sides(lm: LM, prompt: str, source: str, right: str, wrong: str) -> dict[str, Any]:
+    def sides(lm: LM, prompt: Prompt, source: Prompt, right: str, wrong: str) -> dict[str, Any]:
         """The tokens of both texts side by side, and those of the answers."""
-        _check_texts(lm, prompt, source)
+        prompt, source = _checked(lm, prompt, source)
         pairs, lengths = _aligned(lm, prompt, source)
         ids = [lm.tokenizer(side, add_special_tokens=False)["input_ids"] if side else [] for side in (right, wrong)]
         answers = [[token.label for token in lm.token_strings(row)] if row else [] for row in ids]
@@ -54,7 +60,9 @@ class PatchRun:
     def view(self, coders: Mapping[str, SparseCoder]) -> dict[str, Any]:
         """What the screen shows before any patch."""
         grid, measure = self.estimate, self.measure
+        [roles] = self.lm.tokenize(self.prompt).roles or [[]]
         return {
+            "roles": [roles[p] for p in grid.positions] if roles else [],
             "prompt": self.prompt, "source": self.source,
             "measure": measure.kind, "right": measure.right, "wrong": measure.wrong, "metric": measure.name,
             "measures": [
@@ -78,6 +86,17 @@ class PatchRun:
             self.true = self.true | found  # a new dict: another thread may be reading the old one
             done += len(found)
             yield done
+
+    def patch_together(self, block: Block) -> None:
+        """Patch the cells of a block in one run."""
+        kind, layers, positions = block
+        cells = [(kind, layer, p) for layer in layers for p in positions]
+        found = circuits.patched_together(self.lm, [self.prompt], [self.source], self.metric, cells)
+        self.joint = self.joint | {block: found}
+
+    def together(self) -> list[list[Any]]:
+        """The blocks that were patched together, for the screen."""
+        return [[kind, [*layers], [*positions], value] for (kind, layers, positions), value in self.joint.items()]
 
     def truth(self) -> list[list[Any]]:
         """The true patches for the screen."""
@@ -113,7 +132,7 @@ class PatchRun:
     def code(self, coders: Mapping[str, SparseCoder]) -> str:
         """The Python that gives these numbers, and the effects of these coders' features."""
         kinds = "" if self.estimate.kinds == KINDS else f", kinds={list(self.estimate.kinds)!r}"
-        where = ", positions=range(len(lm.tokens(prompt)))" if self.lm.prefix_id is None else ""
+        where = "" if self.estimate.positions[0] else ", positions=range(len(lm.tokens(prompt)))"
         lines = [
             *header(self.lm), f"prompt = {self.prompt!r}", f"source = {self.source!r}", *self.measure.code(),
             f"estimate = sl.circuits.patching_estimate(lm, [prompt], [source], metric{kinds}{where})",
@@ -124,6 +143,10 @@ class PatchRun:
             lines += ["cells = [", *rows, "]", "true = {}"]
             lines += ["for found in sl.circuits.patched_cells(lm, [prompt], [source], metric, cells):"]
             lines += ["    true |= found"]
+        for number, (kind, layers, positions) in enumerate(self.joint):
+            cells = f"[({kind!r}, layer, p) for layer in {list(layers)} for p in {list(positions)}]"
+            lines += [f"cells = {cells}"]
+            lines += [f"together_{number} = sl.circuits.patched_together(lm, [prompt], [source], metric, cells)"]
         for number, coder in enumerate(coders.values()):
             name = name_of(coder, f"sae_{number}" if number else "sae")
             lines += [coder_line(coder, name)]
@@ -131,7 +154,14 @@ class PatchRun:
         return "\n".join(lines)
 
 
-def _check_texts(lm: LM, prompt: str, source: str) -> None:
+def _checked(lm: LM, prompt: Prompt, source: Prompt) -> tuple[Prompt, Prompt]:
+    """Both, as texts or as chats. ValueError for one of each, an empty one, and one that is too long."""
+    if is_chat(prompt) != is_chat(source):
+        raise ValueError(
+            "prompt and source are both texts or both chats, since a patch goes to the same token, got "
+            f"{'a chat and a text' if is_chat(prompt) else 'a text and a chat'}: give both as messages"
+        )
+    prompt, source = checked_prompt(prompt, lm), checked_prompt(source, lm)
     for name, text in (("prompt", prompt), ("source", source)):
         if not text:
             raise ValueError(f"the {name} is empty: type some text, e.g. 'When Mary and John went to the store, John'")
@@ -140,9 +170,10 @@ def _check_texts(lm: LM, prompt: str, source: str) -> None:
                 f"a patching grid shows up to {MAX_TOKENS} tokens, the {name} has {length:,}: shorten it, or use "
                 "circuits.patching(..., positions=)"
             )
+    return prompt, source
 
 
-def _check_pair(lm: LM, prompt: str, source: str) -> None:
+def _check_pair(lm: LM, prompt: Prompt, source: Prompt) -> None:
     """ValueError with both token lists side by side if their lengths differ."""
     pairs, lengths = _aligned(lm, prompt, source)
     if lengths[0] == lengths[1]:
@@ -160,7 +191,7 @@ def _check_pair(lm: LM, prompt: str, source: str) -> None:
     )
 
 
-def _aligned(lm: LM, prompt: str, source: str) -> tuple[list[Any], list[int]]:
+def _aligned(lm: LM, prompt: Prompt, source: Prompt) -> tuple[list[Any], list[int]]:
     """(pairs of tokens, None where the other text has one more; how many tokens each text has)."""
     pairs = list(circuits.aligned_tokens(lm, prompt, source))
     return pairs, [sum(pair[i] is not None for pair in pairs) for i in (0, 1)]

@@ -17,7 +17,8 @@ from sae_lab.results import Html, Name, tag
 from sae_lab.saes.base import SparseCoder
 
 from .coding import expression, header, named
-from .panel import STATIC, Panel, quick
+from .panel import STATIC, Panel, checked, quick
+from .prompting import checked_prompt
 from .static_html import code, table
 
 VERSION = 1  # of files
@@ -33,14 +34,17 @@ class Selection(traitlets.HasTraits):
 
         session.selection.pick(feature=7, site="resid_post-8")
 
-    Attributes: prompt, a text; token, an absolute position in it (0 is the prefix token) or None; feature, an int or
-    None; site, the ``site.key`` of the coder that the feature belongs to. Another prompt sets token to None.
+    Attributes: prompt, a text or chat messages; token, an absolute position in it (0 is the first one, the prefix) or
+    None; feature, an int or None; site, the ``site.key`` of the coder that the feature belongs to. Another prompt sets
+    token to None.
     """
 
-    prompt = traitlets.Unicode("")
+    prompt = traitlets.Any("")
     token = traitlets.Int(None, allow_none=True, min=0)
     feature = traitlets.Int(None, allow_none=True, min=0)
     site = traitlets.Unicode("")
+
+    _valid_prompt = checked("prompt")(lambda self, prompt: checked_prompt(prompt))
 
     def __init__(self) -> None:
         self._lock = threading.RLock()  # of all panels of the session: with two, two clicks could wait for each other
@@ -292,7 +296,7 @@ class Linked(Panel):
             self.feature = feature
 
     @property
-    def _shared_prompt(self) -> str:
+    def _shared_prompt(self) -> Any:
         """The prompt to take up from other panels; "": none."""
         return self.session.selection.prompt if self.session.share == "prompt" else ""
 

@@ -17,12 +17,14 @@ from sae_lab.feature_index import FeatureIndex
 from sae_lab.feature_index.dosing import DoseResponse, dose_response, neutral_texts, own_tokens
 from sae_lab.lm.comparing import Comparison
 from sae_lab.lm.model import LM
+from sae_lab.lm.tokens import Prompt
 from sae_lab.noting import names_of
 from sae_lab.results import Html
 from sae_lab.saes.base import SparseCoder
 
 from .coding import lm_line, name_of
 from .panel import STATIC, Job, beside, checked, quick
+from .prompting import checked_prompt
 from .session import VERSION, Linked, Session, read_kept, write_kept
 from .steering_views import compared_view, dose_view, limited, slider_row, steering_html
 
@@ -49,7 +51,9 @@ class SteeringSliders(Linked):
         lm: the model. coder: the coder whose features are steered.
         features: a feature or ``sl.Vector``, several, or {feature: strength in units of f_scale}; a slider that is
             there keeps its strength unless one is given. None: the session's selected one, if it has no edits yet.
-        prompt: a text; None: the session's, else "I went to the".
+        prompt: a text, or chat messages ({"role", "content"} each), which go through the model's chat template with
+            its opening of an answer; None: the session's, else "I went to the". On screen a chat stays a chat, with a
+            box for each message, and a text stays a text; set ``prompt`` to change from one to the other.
         session: what it shares with other widgets (``sl.Session``); None: a new one.
         max_new_tokens: at most how many tokens are generated.
         index: the coder's feature index, whose top tokens name features without a label; None: one that is open.
@@ -69,7 +73,7 @@ class SteeringSliders(Linked):
     _css = STATIC / "steering.css"
     _chooses = ("prompt", "selected")
 
-    prompt = traitlets.Unicode(PROMPT).tag(sync=True)
+    prompt = traitlets.Any(PROMPT).tag(sync=True)
     temperature = traitlets.Float(0.0).tag(sync=True)
     seed = traitlets.Int(0).tag(sync=True)
     max_new_tokens = traitlets.Int(30).tag(sync=True)
@@ -89,7 +93,7 @@ class SteeringSliders(Linked):
     d_sae = traitlets.Int(0).tag(sync=True)
 
     def __init__(
-        self, lm: LM, coder: SparseCoder, features: Strengths = None, prompt: str | None = None, *,
+        self, lm: LM, coder: SparseCoder, features: Strengths = None, prompt: Prompt | None = None, *,
         session: Session | None = None, max_new_tokens: int = 30, index: FeatureIndex | None = None,
     ) -> None:  # fmt: skip
         self._lm, self._coder, self._names = lm, coder, names_of({0: coder}, index)[0]
@@ -120,6 +124,10 @@ class SteeringSliders(Linked):
         session.edits.observe(self._follow_edits, "rows")
         self._link(lambda: session.edits.unobserve(self._follow_edits, "rows"))
 
+    @checked("prompt")
+    def _valid_prompt(self, prompt: Any) -> Prompt:
+        return checked_prompt(prompt, self._lm)
+
     @checked("temperature")
     def _valid_temperature(self, value: float) -> float:
         return _within("temperature", value, 0, math.inf, "0 (greedy) or a positive number")
@@ -144,7 +152,10 @@ class SteeringSliders(Linked):
     def _take(self, name: str) -> None:
         selected = self.session.selection
         self.selected = self._feature_of(selected.site and self._site, self.d_sae)  # a feature without a site counts
-        self.prompt = self._shared_prompt or self.prompt
+        try:
+            self.prompt = self._shared_prompt or self.prompt
+        except ValueError as err:  # another model's chat
+            self.error = str(err)
 
     def _follow_edits(self, _: object = None) -> None:
         mine = self._entries()
@@ -257,7 +268,7 @@ class SteeringSliders(Linked):
         if not prompt:
             raise ValueError(NO_PROMPT)
         settings = self._settings()
-        key = (prompt, *settings.values())
+        key = (repr(prompt), *settings.values())
         streams = {"steered": self._lm.stream(prompt, edits, **settings)} if edits else {}
         if key in self._baselines:
             hear("baseline", self._baselines[key])
@@ -280,23 +291,25 @@ class SteeringSliders(Linked):
     def _settings(self) -> dict[str, Any]:
         return {"max_new_tokens": self.max_new_tokens, "temperature": self.temperature, "seed": self.seed}
 
-    def _start(self, prompt: str) -> str:
+    def _start(self, prompt: Prompt) -> str:
         """What the texts begin with: the prompt without its special tokens."""
         return self._lm.tokenizer.decode(self._lm.tokenize(prompt).ids[0], skip_special_tokens=True)
 
     def _compare(
-        self, prompt: str, baseline: str, steered: str, edits: list[Any]
+        self, prompt: Prompt, baseline: str, steered: str, edits: list[Any]
     ) -> tuple[Comparison | None, dict[str, Any]]:
         """(the comparison, what is shown of it). The prompt has its special tokens here: the model reads them."""
-        before, after = self._lm.tokens(prompt + baseline), self._lm.tokens(prompt + steered)
+        lm = self._lm
+        before, after = lm.tokens(prompt, baseline), lm.tokens(prompt, steered)
         if len(after) > LONGEST:
             return None, {"note": f"a text of more than {LONGEST:,} tokens is not compared"}
         called = {f"{self._coder.site.key} #{f}": self._names[f] for row in self.sliders for f in row["features"]}
         try:
-            comparison = limited(self._lm.compare(prompt + steered, edits), list(called))
+            comparison = limited(lm.compare(prompt, edits, steered), list(called))
         except ValueError as err:  # an edit may name a token that was not generated
             return None, {"note": f"not compared: {err}"}
-        return comparison, compared_view(comparison, before, prompt, called)
+        [roles] = lm.tokenize(prompt).roles or [[]]
+        return comparison, compared_view(comparison, before, lm.tokens(prompt)[-1].end, roles, called)
 
     @beside
     def measure_dose(self, job: Job) -> None:
@@ -401,13 +414,13 @@ class SteeringSliders(Linked):
         lm = name_of(self._lm, "lm")
         settings = ", ".join(f"{name}={value!r}" for name, value in self._settings().items())
         start = self._start(self.prompt)
-        text = "steered" if start == self.prompt else f"prompt + steered[{len(start)}:]"
+        text = "steered, edits" if start == self.prompt else f"prompt, edits, answer=steered[{len(start)}:]"
         return "\n".join(
             [
                 *source[:2], lm_line(self._lm, lm), *source[2:], f"prompt = {self.prompt!r}",
                 f"baseline = {lm}.generate(prompt, {settings})",
                 f"steered = {lm}.generate(prompt, edits=edits, {settings})",
-                f"comparison = {lm}.compare({text}, edits)", "print(baseline, steered, comparison, sep='\\n\\n')",
+                f"comparison = {lm}.compare({text})", "print(baseline, steered, comparison, sep='\\n\\n')",
             ]
         )  # fmt: skip
 

@@ -8,9 +8,10 @@ from typing import Any
 from sae_lab.edits.edit import Push, Steer
 from sae_lab.feature_index.dosing import DoseResponse
 from sae_lab.lm.comparing import Comparison, differing
-from sae_lab.lm.tokens import Token
+from sae_lab.lm.tokens import Prompt, Token
 from sae_lab.results import Html, Name, joined, tag
 
+from .prompting import in_words
 from .static_html import block, code, dotted, figure, numbered, table
 
 FEATURES = 12  # whose activations are shown: an edit may change all of them
@@ -37,22 +38,26 @@ def limited(result: Comparison, ours: Sequence[str]) -> Comparison:
 
 
 def compared_view(
-    result: Comparison, before: Sequence[Token], prompt: str, called: Mapping[str, str]
+    result: Comparison, before: Sequence[Token], length: int, roles: Sequence[str], called: Mapping[str, str]
 ) -> dict[str, Any]:
     """A comparison of the steered text, with the tokens that only one of the two continuations has.
 
-    called: what measures of features are called, by their name.
+    length: the prompt's, in characters. roles: those of a chat's tokens, else none. called: what measures of features
+    are called, by their name.
 
-    {baseline, steered: [{text, mark}], measures: [{name, label, group, values}], perplexity: [without, with], mean_kl,
-    next: [[token, log-probability without, with]]}; a token's mark is "prompt", "new" (not in the other text) or "".
-    Measures of one group share a scale.
+    {baseline, steered: [{text, mark, role of the prompt's in a chat}], measures: [{name, label, group, values}],
+    perplexity: [without, with], mean_kl, next: [[token, log-probability without, with]]}; a token's mark is "prompt",
+    "new" (not in the other text) or "". Measures of one group share a scale.
     """
-    starts = [_first_new(tokens, prompt) for tokens in (before, result.tokens)]
+    starts = [_first_new(tokens, length) for tokens in (before, result.tokens)]
     marks = differing([str(t) for t in before[starts[0] :]], [str(t) for t in result.tokens[starts[1] :]])
     strips = [
         [{"text": t.label, "mark": "prompt" if i < at else "new" if mark[i - at] else ""} for i, t in enumerate(tokens)]
         for tokens, at, mark in zip((before, result.tokens), starts, marks, strict=True)
     ]
+    for strip in strips:
+        for token, role in zip(strip, roles, strict=False):
+            token["role"] = role
     measures = [
         {"name": name, "label": f"{name} {Name(called.get(group, ''))}".strip(), "group": group,
          "values": _sent(v.tolist())}
@@ -67,19 +72,19 @@ def compared_view(
     }  # fmt: skip
 
 
-def dose_view(result: DoseResponse, prompt: str) -> dict[str, Any]:
+def dose_view(result: DoseResponse, prompt: Prompt) -> dict[str, Any]:
     """{feature, target, prompt, series: [{name, strength, log_odds, cost}]}: one line a method."""
     series = []
     for name in dict.fromkeys(row["method"] for row in result.rows):
         rows = [row for row in result.rows if row["method"] == name]
         columns = {key: _sent([row[key] for row in rows]) for key in ("strength", "log_odds", "cost")}
         series.append({"name": name, **columns})
-    return {"feature": result.feature, "target": list(result.target), "prompt": prompt, "series": series}
+    return {"feature": result.feature, "target": list(result.target), "prompt": in_words(prompt), "series": series}
 
 
-def _first_new(tokens: Sequence[Token], prompt: str) -> int:
+def _first_new(tokens: Sequence[Token], length: int) -> int:
     """The first token with a character after the prompt."""
-    return next((i for i, token in enumerate(tokens) if token.end > len(prompt)), len(tokens))
+    return next((i for i, token in enumerate(tokens) if token.end > length), len(tokens))
 
 
 def _sent(values: Iterable[float]) -> list[float | None]:
@@ -118,7 +123,7 @@ def steering_html(
 def _text(whole: str, tokens: Sequence[dict[str, Any]] | None) -> object:
     if not tokens:
         return dotted(whole)
-    if not whole.startswith(tokens[0]["text"]):
+    if "role" not in tokens[0] and not whole.startswith(tokens[0]["text"]):
         tokens = tokens[1:]  # the prefix token
     texts = ((dotted(token["text"]), token["mark"]) for token in tokens)
     return joined(tag("mark", text) if mark == "new" else text for text, mark in texts)

@@ -12,13 +12,14 @@ from sae_lab.circuits.prompt import PromptReading, check_coder, reaches_the_stre
 from sae_lab.edits.edit import Ablate, Edit, Steer
 from sae_lab.feature_index import FeatureIndex
 from sae_lab.lm.model import LM
-from sae_lab.lm.tokens import Chat
+from sae_lab.lm.tokens import Prompt
 from sae_lab.noting import names_of
 from sae_lab.results import Html
 from sae_lab.saes.base import SparseCoder
 from sae_lab.spelling import check_text
 from sae_lab.widgets.coding import expression, header, name_of
 from sae_lab.widgets.panel import STATIC, Job, beside, checked, quick
+from sae_lab.widgets.prompting import checked_prompt
 from sae_lab.widgets.session import Linked, Session
 from sae_lab.widgets.token_views import along, detail_of, html_of, pages_of, text_of
 
@@ -76,7 +77,7 @@ class TokenFeatures(Linked):
         self,
         lm: LM,
         coder: SparseCoder | Sequence[SparseCoder] | Mapping[str, SparseCoder],
-        prompt: str | Chat = "",
+        prompt: Prompt = "",
         *,
         token: int | None = None,
         session: Session | None = None,
@@ -116,10 +117,8 @@ class TokenFeatures(Linked):
         return self._by_name[self.coder]
 
     def _readable(self, prompt: Any) -> Any:
-        if not isinstance(prompt, str) and not (isinstance(prompt, list) and all(isinstance(m, dict) for m in prompt)):
-            raise ValueError(f"prompt must be a text or a list of {{'role', 'content'}}, got {type(prompt).__name__}")
-        check_text(prompt if isinstance(prompt, str) else "".join(str(m.get("content")) for m in prompt), "the prompt")
-        if len(prompt):
+        prompt = checked_prompt(prompt, self._lm)
+        if prompt:
             self._lm.tokenize(prompt)
         return prompt
 
@@ -252,8 +251,7 @@ class TokenFeatures(Linked):
             self._show_losses()
 
     def _chosen(self) -> dict[str, Any]:
-        # A chat is no text that other widgets could take up.
-        chosen = {"prompt": self.prompt if isinstance(self.prompt, str) else "", "token": self.token}
+        chosen = {"prompt": self.prompt, "token": self.token}
         return chosen if self.feature is None else chosen | {"feature": self.feature, "site": self._coder.site.key}
 
     def _take(self, name: str) -> None:
@@ -270,7 +268,7 @@ class TokenFeatures(Linked):
                 self.coder = self.coder if self.coder in names else names[0]
                 self.feature = selected.feature
 
-    def _follow(self, prompt: str, token: int | None) -> None:
+    def _follow(self, prompt: Prompt, token: int | None) -> None:
         try:
             self._read(prompt, token=token)
         except ValueError as err:

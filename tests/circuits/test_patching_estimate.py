@@ -1,5 +1,7 @@
 """Patching by one gradient against patches in truth; patches as they come; metrics; tokens side by side."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -68,9 +70,9 @@ def test_many_prompts_give_the_mean_over_them(tiny_lm):
 def test_cells_come_as_they_are_done(tiny_lm, monkeypatch):
     lm, metric = tiny_lm, metric_of(tiny_lm)
     whole = circuits.patching(lm, [PROMPT], [OTHER], metric)
-    cells = [("mlp_out", 1, 3), ("resid_post", 0, 2), ("mlp_out", 1, 9)]
+    cells = [(kind, layer, p) for p in range(1, 10) for layer in range(lm.n_layers) for kind in whole.kinds]
     parts = list(circuits.patched_cells(lm, [PROMPT], [OTHER], metric, cells))
-    assert [sorted(p) for p in parts] == [[("mlp_out", 1, 3), ("mlp_out", 1, 9)], [("resid_post", 0, 2)]]
+    assert [len(part) for part in parts] == [32, 32, 17], "cells of several layers and kinds share a pass"
     for (kind, layer, p), share in {k: v for part in parts for k, v in part.items()}.items():
         there = whole.values[whole.kinds.index(kind), layer, whole.positions.index(p)]
         assert share == pytest.approx(float(there), abs=1e-4)
@@ -78,8 +80,61 @@ def test_cells_come_as_they_are_done(tiny_lm, monkeypatch):
     monkeypatch.setattr(lm, "run", lambda *args, **kwargs: passes.append(1) or run(*args, **kwargs))
     coming = circuits.patched_cells(lm, [PROMPT], [OTHER], metric, cells)
     assert len(passes) == 2 and next(coming) and len(passes) == 4  # what is not asked for is not computed
+    assert len(list(coming)) == 2 and len(passes) <= 8, "one pass of the source for the sites that are new"
     with pytest.raises(ValueError, match="position 10 is beyond"):
         circuits.patched_cells(lm, [PROMPT], [OTHER], metric, [("mlp_out", 1, 10)])
+
+
+def test_cells_patched_together(tiny_lm):
+    lm, metric = tiny_lm, metric_of(tiny_lm)
+    together = partial(circuits.patched_together, lm, [PROMPT], [OTHER], metric)
+    # The whole stream of a layer from the source is the source's run, whatever stands before.
+    assert together([("resid_post", 0, p) for p in range(1, 10)]) == pytest.approx(1.0, abs=1e-4)
+    whole = circuits.patching(lm, [PROMPT], [OTHER], metric)
+    assert together([("mlp_out", 1, 3)]) == pytest.approx(float(whole.values[2, 1, 2]), abs=1e-4)
+    column = [("attn_out", layer, 9) for layer in range(lm.n_layers)]
+    sites, batch = [Site("attn_out", layer) for layer in range(lm.n_layers)], lm.tokenize(PROMPT)
+    given = lm.read(OTHER, sites)
+
+    def put(x, tokens, of):
+        return torch.cat([x[:, :9], given[of][:, 9:]], dim=1)
+
+    logits = lm.run(batch, writes=[Write(site, partial(put, of=site)) for site in sites])[1]
+    true = (float(metric(logits.float(), batch)) - whole.base) / (whole.source - whole.base)
+    assert together(column) == pytest.approx(true, abs=1e-4)
+    assert together(column) != pytest.approx(float(whole.values[1, :, -1].sum()), abs=1e-2), "no sum of the cells' own"
+    pairs = [PROMPT, OTHER], [OTHER, PROMPT]
+    metrics = circuits.logit_difference(lm, [" the", " sea"], [" sea", " the"])
+    two = circuits.patching(lm, *pairs, metrics, kinds=["mlp_out"], layers=[1], positions=[3])
+    several = circuits.patched_together(lm, *pairs, metrics, [("mlp_out", 1, 3)])
+    assert several == pytest.approx(float(two.values), abs=1e-4), "the mean over prompts"
+    with pytest.raises(ValueError, match="needs at least one cell"):
+        together([])
+    with pytest.raises(ValueError, match="position 10 is beyond"):
+        together([("mlp_out", 1, 10)])
+
+
+CHATS = [[{"role": "user", "content": f"The {what} went home."}] for what in ("ship", "fox")]
+
+
+def test_chats_are_patched_as_the_texts_that_their_template_makes(tiny_lm):
+    lm, metric = tiny_lm, metric_of(tiny_lm)
+    render = partial(lm.tokenizer.apply_chat_template, tokenize=False, add_generation_prompt=True)
+    texts = [[render(chat)] for chat in CHATS]
+    at = [("mlp_out", 1, 26)]
+    for call in (
+        circuits.patching_estimate,
+        partial(circuits.patching, kinds=["mlp_out"], layers=[1], positions=[26]),
+        partial(circuits.patched_together, cells=at),
+    ):
+        of_chats, of_texts = call(lm, [CHATS[0]], [CHATS[1]], metric), call(lm, *texts, metric)
+        same = [getattr(found, "values", found) for found in (of_chats, of_texts)]
+        same = [torch.as_tensor(found) for found in same]
+        assert torch.allclose(*same, atol=1e-5) and bool(same[0].abs().max() > 0)
+    assert circuits.aligned_tokens(lm, *CHATS) == circuits.aligned_tokens(lm, texts[0][0], texts[1][0])
+    logits = lm.logits(CHATS[0])
+    of_chat, of_text = (circuits.kl_from(lm, one)(logits, lm.tokenize(CHATS[0])) for one in (CHATS[1], texts[1][0]))
+    assert torch.allclose(of_chat, of_text, atol=1e-5) and float(of_chat) > 0
 
 
 def test_log_probability(tiny_lm):

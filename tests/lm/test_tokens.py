@@ -281,6 +281,23 @@ def test_roles_of_the_bundled_model(lm):
     assert text_of(lm, batch, "user") == "You What is 2+2? "
 
 
+def test_an_answer_behind_its_prompt(tiny_lm):
+    lm, answer = tiny_lm, " Four. <b>"
+    render = lm.tokenizer.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=True)
+    strings = lm.tokens(CHAT, answer)
+    assert [t.id for t in strings] == [t.id for t in lm.tokens(render + answer)] and "".join(strings) == render + answer
+    ids, roles = chat_tokens(lm.tokenizer, CHAT, answer)
+    assert lm.tokenizer.decode([i for i, role in zip(ids, roles, strict=True) if role == "assistant"]).endswith(answer)
+    assert roles[: len(lm.tokens(CHAT))] == lm.tokenize(CHAT).roles[0], "the prompt's are as without an answer"
+    assert lm.tokens("2+2 is", " four") == lm.tokens("2+2 is four") and lm.tokens([5, 6]) == lm.tokens([5, 6], "")
+    of_chat, of_text = lm.compare(CHAT, [], answer), lm.compare(render + answer, [])
+    assert torch.allclose(of_chat.logprob, of_text.logprob, atol=1e-5, equal_nan=True)
+    assert len(of_chat.tokens) == len(ids)
+    for wrong in ([5, 6], [CHAT]):
+        with pytest.raises(ValueError, match="an answer follows a text or a chat, got a list: leave answer out"):
+            lm.compare(wrong, [], answer) if wrong == [5, 6] else lm.tokens(wrong, answer)
+
+
 @pytest.fixture
 def templated(make_module, tokenizer):
     """templated(template): a model with this chat template."""

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 import time
+from copy import deepcopy
 
 import numpy as np
 import pytest
@@ -106,21 +107,21 @@ def test_progress_and_cancel(grid, wire, monkeypatch):
     run = grid.lm.run
 
     def slow(*args, **kwargs):
-        if len(grid.truth) >= 9:  # after the first of three passes
+        if len(grid.truth) >= 32:  # after the first of three passes
             gate.wait(10)
         return run(*args, **kwargs)
 
     monkeypatch.setattr(grid.lm, "run", slow)
-    cells = [["resid_post", layer, p] for layer in range(3) for p in range(1, 10)]
+    cells = [[kind, layer, p] for kind in grid.view["kinds"] for layer in range(3) for p in range(1, 10)]
     number = wire.start("patch_cells", cells=cells)
-    while len(grid.truth) < 9:
+    while len(grid.truth) < 32:
         time.sleep(0.005)
-    assert grid.progress == [9, 27]
+    assert grid.progress == [32, 81]
     assert wire.call("align", prompt=PROMPT, source=OTHER, right="", wrong="")[0] == "done"  # the kernel is free
     assert wire.call("stop") == ("done", None)
     gate.set()
     assert wire.end(number)[0] == "cancelled"
-    assert grid.progress == [] and seen[0] == [0, 27] and 9 <= len(grid.truth) < 27
+    assert grid.progress == [] and seen[0] == [0, 81] and 32 <= len(grid.truth) < 81
 
 
 def test_another_run_ends_the_patches_of_the_one_before(grid, wire, monkeypatch):
@@ -368,6 +369,72 @@ def test_built_files_are_small_and_self_contained(name):
     assert 0 < len(built.encode()) < 60_000 and "innerHTML" not in built and "https://" not in built
 
 
+def test_lines_are_patched_together_and_alone(grid, wire, lm):
+    """A column from the screen, a row from Python: one number for all, beside those of the cells."""
+    metric, column = circuits.logit_difference(lm, *ANSWERS), [("attn_out", layer, 9) for layer in range(LAYERS)]
+    assert wire.call("patch_line", kind="attn_out", layers=[0, 1, 2], positions=[9]) == ("done", None)
+    [(kind, layers, positions, value)] = grid.joint
+    assert (kind, layers, positions) == ("attn_out", [0, 1, 2], [9]) and grid.progress == []
+    assert value == pytest.approx(circuits.patched_together(lm, [PROMPT], [OTHER], metric, column), abs=1e-4)
+    alone = {tuple(cell): share for *cell, share in grid.truth}
+    assert list(alone) == column and value != pytest.approx(sum(alone.values()), abs=1e-2)
+    row = grid.patch_together(layers=[1])  # of the kind that is shown
+    assert row == pytest.approx(1.0, abs=1e-3) and grid.joint[1][:3] == ["resid_post", [1], list(range(1, 10))]
+    assert grid.patch_together(layers=[1]) == row and len(grid.joint) == 2 and len(grid.truth) == 3
+    html = grid.snapshot().html
+    assert "<th>together</th>" in html and f"<b>{row:.2f}</b>" in html
+    grid.kind = "attn_out"
+    assert "<td>together</td>" in grid.snapshot().html and f"<b>{value:.2f}".replace("-", "−") in grid.snapshot().html
+    space = {"lm": lm}
+    exec("\n".join(line for line in grid.code().splitlines() if not line.startswith("lm = ")), space)
+    assert (space["together_0"], space["together_1"]) == pytest.approx((value, row), abs=1e-4)
+    with pytest.raises(ValueError, match=r"this grid has no cell \('mlp_out', 9, 1\)"):
+        grid.patch_together("mlp_out", layers=[9])
+    grid.run(prompt=OTHER, source=PROMPT)
+    assert grid.joint == [] and "together_0" not in grid.code()
+
+
+CHATS = [[{"role": "user", "content": f"The {what} went to sea, the"}] for what in ("ship", "fox")]
+
+
+def test_chats(lm, monkeypatch, tmp_path):
+    grid = sl.PatchingGrid(lm, *CHATS, answers=ANSWERS)
+    wire, view = Wire(grid, monkeypatch), grid.view
+    asked = lm.tokenize(CHATS[0])
+    assert view["positions"] == list(range(1, asked.ids.shape[1])) and view["roles"] == asked.roles[0][1:]
+    assert view["prompt"] == CHATS[0] and [" ship", " fox"] in view["tokens"] and ["<|im_end|>"] * 2 in view["tokens"]
+    at = view["positions"][view["tokens"].index([" ship", " fox"])]
+    assert wire.call("patch_cells", cells=[["mlp_out", 1, at]])[0] == "done"
+    estimate = circuits.patching_estimate(lm, [CHATS[0]], [CHATS[1]], circuits.logit_difference(lm, *ANSWERS))
+    assert np.allclose(view["estimate"], estimate.values, atol=1e-5)
+    grid.cell = [1, at]
+    assert (grid.session.selection.prompt, grid.session.selection.token) == (CHATS[0], at)
+    assert "user: The ship went" in grid.snapshot().html
+    space = {"lm": lm}
+    exec("\n".join(line for line in grid.code().splitlines() if not line.startswith("lm = ")), space)
+    assert space["prompt"] == CHATS[0] and space["true"] == {("mlp_out", 1, at): pytest.approx(grid.truth[0][3])}
+    texts = {"prompt": CHATS[1], "source": CHATS[0], "measure": "KL from the source", "right": "", "wrong": ""}
+    assert wire.call("rerun", **texts)[0] == "done" and grid.view["prompt"] == CHATS[1] and grid.truth == []
+    assert grid.attention(1)._repr_html_()
+    json.dumps(grid.get_state(), allow_nan=False)
+    longer = [{"role": "system", "content": "Be brief."}, *CHATS[1]]
+    kind, value = wire.call("rerun", **texts | {"source": longer})
+    assert kind == "error" and "prompt and source need the same number of tokens" in value
+    assert grid.view["source"] == CHATS[0]
+    with pytest.raises(ValueError, match="both texts or both chats, since .*, got a chat and a text: give both as"):
+        sl.PatchingGrid(lm, CHATS[0], OTHER)
+    grid.run(PROMPT, OTHER)  # from Python a chat becomes a text
+    assert grid.view["prompt"] == PROMPT and grid.view["roles"] == []
+
+
+def test_a_chat_without_a_template(make_tiny, tokenizer):
+    lm = make_tiny("llama", seed=3)
+    lm.tokenizer = deepcopy(tokenizer)
+    lm.tokenizer.chat_template = None
+    with pytest.raises(ValueError, match="no chat template: pass plain text instead of messages"):
+        sl.PatchingGrid(lm, *CHATS, answers=ANSWERS)
+
+
 def test_a_prompt_that_is_no_text(lm):
-    with pytest.raises(ValueError, match="prompt must be a str, got 3"):
+    with pytest.raises(ValueError, match="prompt must be a text or chat messages .*, got 3"):
         sl.PatchingGrid(lm, 3, OTHER)

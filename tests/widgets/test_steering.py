@@ -5,6 +5,7 @@ import math
 import re
 import threading
 import time
+from copy import deepcopy
 
 import pytest
 import torch
@@ -165,6 +166,72 @@ def test_a_special_token_in_the_prompt_is_read_but_not_shown(tiny_lm, sae, live)
     space = {"lm": tiny_lm, "sae": sae}
     exec(re.sub(r"^lm = .*$", "", widget.code(), flags=re.M), space)
     assert space["comparison"].perplexity == pytest.approx(widget.comparison["perplexity"][0])
+
+
+CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Where did the <b>ship</b> go?"}]
+
+
+def test_a_chat_goes_through_the_template(tiny_lm, sae, live, tmp_path):
+    widget = SteeringSliders(tiny_lm, sae, {live[0]: 3.0}, CHAT, max_new_tokens=5)
+    widget.run()
+    assert widget.steered == tiny_lm.generate(CHAT, widget.session.edits, max_new_tokens=5)
+    assert widget.baseline == tiny_lm.generate(CHAT, max_new_tokens=5) != widget.steered
+    start = widget.steered.index("assistant\n") + len("assistant\n")
+    compared = tiny_lm.compare(CHAT, widget.session.edits, widget.steered[start:])
+    assert widget.comparison["measures"][0]["values"] == pytest.approx(compared.kl.tolist(), abs=1e-6)
+    asked, shown = tiny_lm.tokenize(CHAT), widget.comparison["steered"]
+    prompt, said = shown[: asked.ids.shape[1]], shown[asked.ids.shape[1] :]
+    assert [t["role"] for t in prompt] == asked.roles[0] and {t["mark"] for t in prompt} == {"prompt"}
+    assert prompt[0] == {"text": "<|im_start|>", "mark": "prompt", "role": "template"}
+    assert len(said) == len(tiny_lm.tokens(CHAT, widget.steered[start:])) - len(prompt)
+    assert said and not any("role" in t or t["mark"] == "prompt" for t in said)
+    html = widget._html()
+    assert "&lt;|im_start|&gt;" in html and "<b>ship" not in html and "the <b" not in html
+    space = {"lm": tiny_lm, "sae": sae}
+    exec(re.sub(r"^lm = .*$", "", widget.code(), flags=re.M), space)
+    assert (space["prompt"], space["steered"]) == (CHAT, widget.steered)
+    assert space["comparison"].perplexity_edited == pytest.approx(widget.comparison["perplexity"][1])
+    # Each way in which it is kept holds the messages.
+    another = SteeringSliders(tiny_lm, sae)
+    another.load(widget.save(tmp_path / "chat.json"))
+    assert another.prompt == CHAT
+    widget.select(token=3)
+    widget.session.save(tmp_path / "session.json")
+    session = Session.load(tmp_path / "session.json", [sae])
+    assert session.selection.prompt == CHAT and SteeringSliders(tiny_lm, sae, session=session).prompt == CHAT
+    widget.target = [" the"]
+    widget.measure()
+    assert widget.dose["prompt"] == "system: Be brief.\nuser: Where did the <b>ship</b> go?"
+    # What is typed in a box, and a change to plain text from Python; the widget's messages are its own.
+    typed = [CHAT[0], {"role": "user", "content": "Bye"}]
+    widget.set_state({"prompt": typed})
+    typed[1]["content"] = "changed"
+    assert widget.error == "" and widget.prompt[1]["content"] == "Bye" and widget.shown < widget.version
+    widget.prompt = PROMPT
+    widget.run()
+    assert widget.steered.startswith(PROMPT) and "role" not in widget.comparison["steered"][0]
+
+
+def test_a_chat_that_cannot_be(make_module, tokenizer, tiny_lm, sae, live):
+    plain = deepcopy(tokenizer)
+    plain.chat_template = None
+    lm = sl.LM(make_module("llama", len(tokenizer)), tokenizer=plain)
+    words = "this model's tokenizer has no chat template: pass plain text instead of messages"
+    with pytest.raises(ValueError, match=words):
+        SteeringSliders(lm, make(lm), prompt=CHAT)
+    session = Session(share="prompt")
+    follows, leads = SteeringSliders(lm, make(lm), prompt=PROMPT, session=session), SteeringSliders(
+        tiny_lm, sae, live[0], session=session
+    )
+    leads.prompt = CHAT
+    assert (follows.prompt, follows.error, session.selection.prompt) == (PROMPT, words, CHAT)
+    for wrong, said in [(7, "prompt must be a text or a list"), ([{"role": "user"}], "a chat message is"),
+                        (["a"], "prompt must be a text or a list")]:  # fmt: skip
+        with pytest.raises(ValueError, match=said):
+            leads.prompt = wrong
+        assert leads.prompt == CHAT
+    with pytest.raises(ValueError, match="prompt must be a text or a list"):
+        session.selection.prompt = 7
 
 
 # ---- sliders and the session

@@ -136,7 +136,9 @@ def test_a_chat(lm):
     panel.prompt = [{"role": "user", "content": "And now?"}]
     assert panel.text["labels"] == [t.label for t in lm.tokens(panel.prompt)]
     panel.token = 2
-    assert panel.session.selection.prompt == "", "no text that another widget could take up"
+    assert panel.session.selection.prompt == panel.prompt
+    other = TokenFeatures(lm, coder, session=panel.session)
+    assert (other.prompt, other.token) == (panel.prompt, 2)
 
 
 def test_without_direct_effects(tiny_lm):

@@ -50,6 +50,7 @@ const view = (): View => ({
   layers: [0, 1, 2],
   positions: [1, 2, 3],
   tokens: [["The", "The"], [ATTACK, " fox"], [" to", " to"]],
+  roles: [],
   estimate: [
     [[0, 0.5, 0.001], [0, -0.25, 0.1], [0, 0, 1]],
     [[0, 0.1, 0], [0, 0.2, 0], [0, 0.3, 0]],
@@ -59,7 +60,7 @@ const view = (): View => ({
 });
 
 const state = (changes: Partial<State> = {}): State => ({
-  view: view(), truth: [["resid_post", 2, 3, 0.875]], kind: "resid_post", cell: [], feature: null, features: {}, names: {}, progress: [], error: "", ...changes,
+  view: view(), truth: [["resid_post", 2, 3, 0.875]], joint: [], kind: "resid_post", cell: [], feature: null, features: {}, names: {}, progress: [], error: "", ...changes,
 });
 
 let kernel: Kernel;
@@ -103,7 +104,7 @@ describe("the grid", () => {
 
   it.each([[{ value: 0.294, sure: false }, ".29"], [{ value: -1.004, sure: true }, "−1.00"], [{ value: 0.001, sure: true }, "0"], [{ value: 0.001, sure: false }, ""], [{ value: null, sure: false }, ""]])(
     "%j reads %s",
-    (value, text) => expect(short({ ...value, label: "" })).toBe(text),
+    (value, text) => expect(short(value)).toBe(text),
   );
 
   it("patches a cell on a click and on Enter, and opens it; a patched one is only opened", () => {
@@ -137,6 +138,16 @@ describe("the grid", () => {
     key(cell(1, 2), "PageUp");
     expect(focused()).toEqual([0, 2]);
     key(cell(0, 2), "ArrowUp");
+    expect(focused()).toEqual([-1, 2]); // the column's name
+    key(cell(-1, 2), "ArrowUp");
+    key(cell(-1, 2), "ArrowLeft");
+    key(cell(-1, 1), "Home");
+    key(cell(-1, 0), "ArrowLeft");
+    expect(focused()).toEqual([-1, 0]);
+    key(cell(-1, 0), "ArrowDown");
+    key(cell(0, 0), "ArrowLeft");
+    expect(focused()).toEqual([0, -1]); // the row's
+    key(cell(0, -1), "End");
     expect(focused()).toEqual([0, 2]);
     kernel.set("truth", []);
     expect(focused()).toEqual([0, 2]);
@@ -165,6 +176,42 @@ describe("the grid", () => {
     expect(el.querySelectorAll("[data-block]")).toHaveLength(0);
     key(cell(2, 2), "a", { ctrlKey: true });
     expect(el.querySelectorAll("[data-block]")).toHaveLength(9);
+  });
+
+  it("patches a row or a column by its name: together, and each alone", async () => {
+    expect(cell(-1, 1).getAttribute("role")).toBe("columnheader");
+    expect(cell(-1, 1).title).toContain("resid_post of 3 layers: a click or Enter patches all together in one run");
+    cell(-1, 1).click();
+    expect(kernel.calls("patch_line")[0]?.args).toEqual({ kind: "resid_post", layers: [0, 1, 2], positions: [2] });
+    expect(kernel.calls("patch_cells")).toHaveLength(0);
+    key(cell(0, -1), "Enter");
+    expect(kernel.calls("patch_line")[1]?.args).toEqual({ kind: "resid_post", layers: [2], positions: [1, 2, 3] });
+    kernel.set("joint", [["resid_post", [0, 1, 2], [2], 0.625], ["attn_out", [2], [1, 2, 3], -0.5]]);
+    expect(cell(-1, 1).querySelector(".saelab-heat-number")?.textContent).toBe(".63");
+    expect(cell(-1, 1).getAttribute("aria-label")).toMatch(/all patched together in one run 0.63$/);
+    expect(cell(0, -1).querySelector(".saelab-heat-number")?.textContent).toBe(""); // of the other kind
+    kernel.set("truth", [["resid_post", 0, 2, 0.5], ["resid_post", 1, 2, 0.25], ["resid_post", 2, 2, 0]]);
+    expect(cell(-1, 1).getAttribute("aria-label")).toContain("in one run 0.63, the sum of each alone 0.75");
+    cell(-1, 1).click(); // all is known
+    expect(kernel.calls("patch_line")).toHaveLength(2);
+    cell(-1, 1).focus();
+    expect(el.querySelector(".saelab-readout")?.textContent).toContain("the sum of each alone 0.75");
+    expect(kernel.state.cell).toEqual([]);
+  });
+
+  it("keeps blocks to cells", () => {
+    pointer(cell(0, 0), "pointerdown");
+    pointer(cell(-1, 1), "pointerover");
+    expect(el.querySelectorAll("[data-block]")).toHaveLength(0);
+    pointer(cell(1, 1), "pointerover");
+    expect(el.querySelectorAll("[data-block]")).toHaveLength(4);
+    pointer(cell(-1, 0), "pointerdown"); // a name is not a corner of a block
+    cell(-1, 0).click();
+    expect(el.querySelectorAll("[data-block]")).toHaveLength(0);
+    expect(kernel.calls("patch_line")).toHaveLength(1);
+    cell(0, 0).focus();
+    key(cell(0, 0), "ArrowUp", { shiftKey: true });
+    expect(focused()).toEqual([0, 0]);
   });
 
   it("changes kind", () => {
@@ -253,6 +300,28 @@ describe("texts and metric", () => {
     expect(el.querySelector(".saelab-old")?.textContent).toContain("as they were computed");
     expect(root().dataset.ready).toBe("1");
     expect(prompt().value).toBe("The big fox"); // what was typed stays
+  });
+
+  it("keeps a chat a chat, and says whose each token is", async () => {
+    const chat = (content: string) => [{ role: "system", content: "Be brief." }, { role: "user", content }];
+    open({ view: { ...view(), prompt: chat("A dog"), source: chat("A fox"), roles: ["template", "user", "user"] } });
+    const areas = [...el.querySelectorAll("textarea")];
+    expect(areas.map((a) => a.getAttribute("aria-label"))).toEqual([
+      "Source, message of system", "Source, message of user", "Prompt, message of system", "Prompt, message of user",
+    ]);
+    expect(el.querySelector(".saelab-prompt-field")?.textContent).toBe("system");
+    expect(cell(-1, 0).getAttribute("aria-label")).toContain("token 1 of the chat template: “The”");
+    expect(cell(-1, 0).hasAttribute("data-dim")).toBe(true);
+    expect(cell(-1, 1).getAttribute("aria-label")).toContain("token 2 of the user's message");
+    expect(button("Run").hasAttribute("data-changed")).toBe(false);
+    type(areas[3]!, "A cat");
+    expect(button("Run").hasAttribute("data-changed")).toBe(true);
+    expect(el.querySelector(".saelab-old")?.textContent).toContain("user: A dog");
+    key(areas[3]!, "Enter");
+    expect(kernel.calls("rerun")[0]?.args).toMatchObject({ prompt: chat("A cat"), source: chat("A fox") });
+    await kernel.answer("rerun", null);
+    kernel.set("view", { ...view(), prompt: "A dog" }); // from Python
+    expect(el.querySelectorAll("textarea")).toHaveLength(2);
   });
 
   it("asks for the answers that the metric needs", () => {

@@ -132,6 +132,30 @@ describe("what is there", () => {
     expect(text("Steered")).toContain("<img");
   });
 
+  it("keeps a chat a chat, and shows its template as what it is", () => {
+    const chat = [{ role: "system", content: "Be brief." }, { role: "user", content: "Hi" }];
+    const template = { text: "<|im_start|>", mark: "prompt" as const, role: "template" };
+    const said = { text: "Hi", mark: "prompt" as const, role: "user" };
+    const seen = { ...comparison(), steered: [template, said, { text: " there", mark: "new" as const }], baseline: [template, said] };
+    const kernel = open({ prompt: chat, comparison: seen, steered: "user\nHi there", version: 1, shown: 1 });
+    const areas = [...el.querySelectorAll("textarea")];
+    expect(areas.map((area) => [area.getAttribute("aria-label"), area.value])).toEqual([["Message of system", "Be brief."], ["Message of user", "Hi"]]);
+    expect(text("Steered")).toBe("<|im_start|>Hi there");
+    const first = by("Steered").querySelector<HTMLElement>("[data-role]")!;
+    expect([first.dataset.role, first.title]).toEqual(["template", "“<|im_start|>” of the chat template"]);
+    expect(by("Steered").querySelectorAll<HTMLElement>("[data-role]")[1]?.title).toContain("of the user's message");
+    areas[1]!.value = "Bye";
+    fire(areas[1]!, "input");
+    vi.advanceTimersByTime(600);
+    expect(kernel.saved).toEqual([{ prompt: [chat[0], { role: "user", content: "Bye" }] }]);
+    button("Run").click();
+    vi.advanceTimersByTime(30);
+    kernel.reply(kernel.last("stream"), "partial", { side: "steered", text: "!" });
+    expect(text("Steered")).toBe("system: Be brief.\nuser: Bye!");
+    kernel.put({ prompt: "plain" }); // from Python
+    expect(el.querySelectorAll("textarea")).toHaveLength(1);
+  });
+
   it("names a vector where it has no feature", () => {
     const kernel = open({ sliders: [slider(0, 7, 2), slider(1, 0, 1, { features: [], vector: "praise" })] });
     expect(by("Vector praise on")).not.toBeNull();

@@ -1,9 +1,10 @@
 // What is compared and by which number: two texts, a metric, its answers.
 import { h } from "../shared/dom";
+import { alike, type Prompt, promptFields } from "../shared/prompt";
 import { tokenChip } from "../shared/tokens";
 import type { Sides, View } from "./types";
 
-export type Asked = { prompt: string; source: string; measure: string; right: string; wrong: string };
+export type Asked = { prompt: Prompt; source: Prompt; measure: string; right: string; wrong: string };
 
 export interface Form {
   element: HTMLElement;
@@ -19,8 +20,8 @@ interface Field {
 }
 
 export function form(run: (asked: Asked) => void, typed: (asked: Asked) => void, differs: (yes: boolean) => void, signal: AbortSignal): Form {
-  const source = field(h("textarea", { rows: 1, spellcheck: "false", "aria-label": "Source: the text that patches come from" }), "source");
-  const prompt = field(h("textarea", { rows: 1, spellcheck: "false", "aria-label": "Prompt: the text that is patched" }), "prompt");
+  const source = promptFields({ label: "Source: the text that patches come from", message: "Source, message", rows: 1 });
+  const prompt = promptFields({ label: "Prompt: the text that is patched", message: "Prompt, message", rows: 1 });
   const right = field(h("input", { type: "text", spellcheck: "false", autocomplete: "off", "aria-label": "Right answer" }), "right");
   const wrong = field(h("input", { type: "text", spellcheck: "false", autocomplete: "off", "aria-label": "Wrong answer" }), "wrong");
   const chips = { right: h("span", { class: "saelab-answer" }), wrong: h("span", { class: "saelab-answer" }) };
@@ -42,7 +43,7 @@ export function form(run: (asked: Asked) => void, typed: (asked: Asked) => void,
     right.element.hidden = !wanted.includes("right");
     wrong.element.hidden = !wanted.includes("wrong");
     const now = asked();
-    const changed = shown !== null && (Object.keys(now) as (keyof Asked)[]).some((name) => now[name] !== shown?.[name]);
+    const changed = shown !== null && (Object.keys(now) as (keyof Asked)[]).some((name) => !alike(now[name], shown?.[name]));
     start.toggleAttribute("data-changed", changed);
     differs(changed);
     start.title = changed ? "The texts or the metric have changed: compute" : "Compute again";
@@ -50,8 +51,8 @@ export function form(run: (asked: Asked) => void, typed: (asked: Asked) => void,
   const element = h(
     "form",
     { class: "saelab-patching-form", "data-needs": "kernel", "aria-label": "Prompts and metric" },
-    source.element,
-    prompt.element,
+    h("div", { class: "saelab-text-field" }, h("span", { "aria-hidden": "true" }, "source"), source.element),
+    h("div", { class: "saelab-text-field" }, h("span", { "aria-hidden": "true" }, "prompt"), prompt.element),
     h("div", { class: "saelab-bar-row" }, h("label", {}, "metric ", measure), right.element, wrong.element, start),
   );
   element.addEventListener(
@@ -85,8 +86,8 @@ export function form(run: (asked: Asked) => void, typed: (asked: Asked) => void,
     asked,
     show(view) {
       shown = view;
-      source.set(view.source);
-      prompt.set(view.prompt);
+      source.show(view.source);
+      prompt.show(view.prompt);
       right.set(view.right);
       wrong.set(view.wrong);
       measure.replaceChildren(...view.measures.map(([kind, name]) => h("option", { value: kind }, name ?? kind ?? "")));
@@ -105,11 +106,11 @@ export function form(run: (asked: Asked) => void, typed: (asked: Asked) => void,
 }
 
 /** A field with its name. What it cannot hold, such as a line break in one line, stays as it was until it is changed. */
-function field(input: HTMLInputElement | HTMLTextAreaElement, name: string): Field {
+function field(input: HTMLInputElement, name: string): Field {
   let given = "";
   let held = "";
   return {
-    element: h("label", { class: input.localName === "textarea" ? "saelab-text-field" : "saelab-answer-field" }, h("span", {}, name), input),
+    element: h("label", { class: "saelab-answer-field" }, h("span", {}, name), input),
     set(value) {
       given = value;
       input.value = value;

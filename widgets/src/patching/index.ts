@@ -2,11 +2,12 @@
 import type { AnyModel } from "@anywidget/types";
 import { button, focusedIn, h, setText } from "../shared/dom";
 import { download } from "../shared/exporting";
-import { number } from "../shared/format";
+import { counted, number } from "../shared/format";
 import { freezer } from "../shared/frozen";
 import { type At, type Block, heatGrid } from "../shared/heat";
 import { onChange, send } from "../shared/model";
 import { panel, widget } from "../shared/panel";
+import { promptWords } from "../shared/prompt";
 import { latest } from "../shared/rpc";
 import { tokenLabel, tokenNodes } from "../shared/tokens";
 import { detail } from "./detail";
@@ -28,7 +29,7 @@ function draw(model: AnyModel<State>, el: HTMLElement, signal: AbortSignal): voi
   const kinds = h("div", { class: "saelab-segments", role: "group", "aria-label": "Kind of site" });
   const side = h("div", { class: "saelab-cell-detail", role: "region", "aria-label": "The open cell" });
   const attention = attentionFrame(signal);
-  let values = new Values(model.get("view"), model.get("truth"));
+  let values = new Values(model.get("view"), model.get("truth"), model.get("joint"));
   let block: Block | null = null;
 
   // ---- what is asked of Python
@@ -50,6 +51,12 @@ function draw(model: AnyModel<State>, el: HTMLElement, signal: AbortSignal): voi
     const unknown = cells.filter((cell) => values.patched(...cell) === null);
     if (unknown.length && frame.connection() === "live") void ask("patch_cells", { cells: unknown }, patches.signal);
   };
+  // A whole row or column: all its cells in one run, then each alone.
+  const patchLine = (at: At) => {
+    const { kind, layers, positions, whole, alone } = lineAt(at);
+    const known = whole !== null && alone.length === layers.length * positions.length;
+    if (!known && frame.connection() === "live") void ask("patch_line", { kind, layers, positions }, patches.signal);
+  };
   const stop = () => {
     void frame.call("stop"); // those of other views too
     patches.abort();
@@ -70,7 +77,7 @@ function draw(model: AnyModel<State>, el: HTMLElement, signal: AbortSignal): voi
     });
   const differs = (yes: boolean) => {
     const { prompt, metric } = model.get("view");
-    frame.stale(yes ? `Below: “${tokenLabel(prompt)}”, ${metric}, as they were computed. Run computes what stands above.` : "");
+    frame.stale(yes ? `Below: ${tokenLabel(promptWords(prompt))}, ${metric}, as they were computed. Run computes what stands above.` : "");
   };
   const fields = form(run, typed, differs, signal);
 
@@ -93,7 +100,30 @@ function draw(model: AnyModel<State>, el: HTMLElement, signal: AbortSignal): voi
     }
     return found;
   };
+  const lineAt = (at: At) => {
+    const { layers: all, positions: places } = model.get("view");
+    const [layer, position] = cellOf(at);
+    const kind = model.get("kind");
+    const [layers, positions] = at.row < 0 ? [all, [position]] : [[layer], places];
+    const cells = layers.flatMap((l) => positions.map((p) => values.patched(kind, l, p)));
+    return { kind, layers, positions, whole: values.together(kind, layers, positions), alone: cells.filter((v) => v !== null) };
+  };
+  const tokenAt = (column: number): string => {
+    const { tokens, positions, roles } = model.get("view");
+    const [ours = "", theirs = ""] = tokens[column] ?? [];
+    const role = roles[column] === "template" ? " of the chat template" : roles[column] ? ` of the ${roles[column]}'s message` : "";
+    return `token ${positions[column]}${role}: ${tokenLabel(ours)}${ours === theirs ? "" : ` ← ${tokenLabel(theirs)}`}`;
+  };
+  const lineLabel = (at: At): string => {
+    const { kind, layers, positions, whole, alone } = lineAt(at);
+    const name = at.row < 0 ? `${tokenAt(at.column)}; ${kind} of ${counted(layers.length, "layer")}` : `${kind} of layer ${layers[0]} at ${counted(positions.length, "token")}`;
+    if (whole === null) return `${name}: a click or Enter patches all together in one run, whose number stands here, and then each alone`;
+    const all = layers.length * positions.length;
+    const sum = alone.length === all ? `, the sum of each alone ${number(alone.reduce((a, b) => a + b, 0))}` : "";
+    return `${name}: all patched together in one run ${number(whole)}${sum}`;
+  };
   const labelOf = (at: At): string => {
+    if (at.row < 0 || at.column < 0) return lineLabel(at);
     const [layer, position] = cellOf(at);
     const [ours = "", theirs = ""] = model.get("view").tokens[at.column] ?? [];
     const kind = model.get("kind");
@@ -108,6 +138,7 @@ function draw(model: AnyModel<State>, el: HTMLElement, signal: AbortSignal): voi
       label: "Effects of patches, layers by tokens",
       corner: "layer",
       choose: (at) => {
+        if (at.row < 0 || at.column < 0) return patchLine(at);
         const cell = cellOf(at);
         patch([[model.get("kind"), ...cell]]);
         send(model, { cell });
@@ -138,7 +169,7 @@ function draw(model: AnyModel<State>, el: HTMLElement, signal: AbortSignal): voi
   const showGrid = () => {
     const view = model.get("view");
     const kind = model.get("kind");
-    values = new Values(view, model.get("truth"));
+    values = new Values(view, model.get("truth"), model.get("joint"));
     const rows = [...view.layers].reverse();
     const cells = rows.map((layer, row) =>
       view.positions.map((position, column) => {
@@ -148,12 +179,14 @@ function draw(model: AnyModel<State>, el: HTMLElement, signal: AbortSignal): voi
       }),
     );
     const scale = Math.max(...cells.flat().map((cell) => Math.abs(cell.value ?? 0)), 1e-9);
+    const line = (at: At) => ({ label: lineLabel(at), whole: lineAt(at).whole });
     const columns = view.tokens.map(([ours, theirs], i) => ({
       nodes: ours === theirs ? tokenNodes(ours, "dot") : [...tokenNodes(ours, "dot"), "\n←", ...tokenNodes(theirs, "dot")],
-      label: `token ${view.positions[i]}: ${tokenLabel(ours)}${ours === theirs ? "" : ` ← ${tokenLabel(theirs)}`}`,
+      ...line({ row: -1, column: i }),
       marked: ours !== theirs,
+      dim: view.roles[i] === "template",
     }));
-    grid.show({ rows: rows.map(String), columns, cells, scale });
+    grid.show({ rows: rows.map((layer, row) => ({ nodes: [String(layer)], ...line({ row, column: -1 }) })), columns, cells, scale });
     grid.select(atOf(model.get("cell")));
     bar.scale(scale);
     if (block) bar.block(cellsOf(block).filter((cell) => values.patched(...cell) === null).length);
@@ -215,7 +248,7 @@ function draw(model: AnyModel<State>, el: HTMLElement, signal: AbortSignal): voi
     attention.element,
   );
   onChange(model, ["view"], showView, signal);
-  onChange(model, ["truth"], () => (showGrid(), showDetail()), signal);
+  onChange(model, ["truth", "joint"], () => (showGrid(), showDetail()), signal);
   onChange(model, ["features", "feature", "names"], showDetail, signal);
   onChange(model, ["kind"], () => (grid.clearBlock(), showGrid(), wantFeatures(), showDetail()), signal);
   onChange(model, ["cell"], () => (wantFeatures(), showDetail()), signal);

@@ -12,7 +12,7 @@ export interface Toolbar {
   progress(progress: number[]): void;
 }
 
-const HINT = "Enter or a click patches a cell; drag, or shift and the arrows, choose a block";
+const HINT = "Enter or a click patches a cell, on the name of a row or column all of it; drag, or shift and the arrows, choose a block";
 
 export function toolbar(actions: { patch(): void; stop(): void }, signal: AbortSignal): Toolbar {
   const readout = h("small", { class: "saelab-readout" }, HINT);

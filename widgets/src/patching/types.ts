@@ -1,5 +1,6 @@
 // What Python sends.
 import type { Names } from "../shared/name";
+import type { Prompt } from "../shared/prompt";
 
 /** Tokens of both texts side by side; null where the other one has a token more. */
 export interface Sides {
@@ -11,8 +12,8 @@ export interface Sides {
 }
 
 export interface View {
-  prompt: string;
-  source: string;
+  prompt: Prompt;
+  source: Prompt;
   measure: string;
   right: string;
   wrong: string;
@@ -28,6 +29,8 @@ export interface View {
   positions: number[];
   /** [prompt's, source's] at each position. */
   tokens: [string, string][];
+  /** Of a chat: whose message the prompt's token at each position belongs to, or "template". */
+  roles: string[];
   /** kind, layer, position. */
   estimate: number[][][];
   /** Keys of the sites whose features can be listed. */
@@ -46,9 +49,13 @@ export interface Features {
 /** kind, layer, position, value. */
 export type Patch = [string, number, number, number];
 
+/** kind, layers, positions, value: of cells that were patched in one run. */
+export type Joint = [string, number[], number[], number];
+
 export type State = {
   view: View;
   truth: Patch[];
+  joint: Joint[];
   kind: string;
   cell: number[];
   /** The chosen one of the open cell. */
@@ -63,16 +70,23 @@ export type State = {
 /** Values by cell, for one state of the traits. */
 export class Values {
   private true = new Map<string, number>();
+  private joint = new Map<string, number>();
 
   constructor(
     private view: View,
     truth: Patch[],
+    joint: Joint[] = [],
   ) {
+    for (const [kind, layers, positions, value] of joint) this.joint.set(JSON.stringify([kind, layers, positions]), value);
     for (const [kind, layer, position, value] of truth) this.true.set(`${kind} ${layer} ${position}`, value);
   }
 
   patched(kind: string, layer: number, position: number): number | null {
     return this.true.get(`${kind} ${layer} ${position}`) ?? null;
+  }
+
+  together(kind: string, layers: number[], positions: number[]): number | null {
+    return this.joint.get(JSON.stringify([kind, layers, positions])) ?? null;
   }
 
   estimate(kind: string, layer: number, position: number): number | null {

@@ -1,5 +1,5 @@
 // A grid of signed numbers: read as colour with a number or a sign, walked with the arrows, cells and blocks chosen.
-import { focusedIn, h } from "./dom";
+import { type Attributes, focusedIn, h } from "./dom";
 import { makeTabStop } from "./keyboard";
 
 export interface HeatCell {
@@ -11,26 +11,33 @@ export interface HeatCell {
   label: string;
 }
 
-export interface HeatColumn {
+/** A row or a column: its name, which is chosen as a cell is, and one number of the whole line. */
+export interface HeatLine {
   nodes: (Node | string)[];
   label: string;
+  whole: number | null;
   /** Set apart by a line below and a mark. */
   marked?: boolean;
+  /** Set apart as no part of the text. */
+  dim?: boolean;
 }
 
 export interface HeatData {
-  /** Row headings, the top one first. */
-  rows: string[];
-  columns: HeatColumn[];
+  /** The top one first. */
+  rows: HeatLine[];
+  columns: HeatLine[];
   cells: HeatCell[][];
   /** The value at full strength. */
   scale: number;
 }
 
+/** A cell; row -1: the name of a column; column -1: the name of a row. */
 export interface At {
   row: number;
   column: number;
 }
+
+const isLine = ({ row, column }: At) => row < 0 || column < 0;
 
 /** Cells from a corner to the opposite one, both within. */
 export interface Block {
@@ -42,7 +49,7 @@ export interface HeatOptions {
   label: string;
   /** What the rows are, in the corner. */
   corner: string;
-  /** A click on a cell, or Enter. */
+  /** A click on a cell or the name of a line, or Enter. */
   choose(at: At): void;
   /** The cell under the pointer or the focus. */
   hover?(at: At | null): void;
@@ -69,6 +76,7 @@ export function heatGrid(options: HeatOptions, signal: AbortSignal): HeatGrid {
     "aria-multiselectable": "true",
   });
   let cells: HTMLElement[][] = [];
+  let heads: { rows: HTMLElement[]; columns: HTMLElement[] } = { rows: [], columns: [] };
   let selected: At | null = null;
   let anchor: At | null = null; // where a block begins
   let block: Block | null = null;
@@ -78,7 +86,11 @@ export function heatGrid(options: HeatOptions, signal: AbortSignal): HeatGrid {
     const cell = (target as HTMLElement | null)?.closest?.<HTMLElement>("[data-cell]");
     return cell ? { row: Number(cell.dataset.row), column: Number(cell.dataset.column) } : null;
   };
-  const cellAt = (where: At | null) => (where ? cells[where.row]?.[where.column] : undefined);
+  const cellAt = (where: At | null) => {
+    if (where === null) return undefined;
+    if (where.row < 0) return heads.columns[where.column];
+    return where.column < 0 ? heads.rows[where.row] : cells[where.row]?.[where.column];
+  };
   const within = ({ row, column }: At) =>
     block !== null && row >= block.rows[0] && row <= block.rows[1] && column >= block.columns[0] && column <= block.columns[1];
   const mark = () => {
@@ -126,7 +138,7 @@ export function heatGrid(options: HeatOptions, signal: AbortSignal): HeatGrid {
       setBlock(null);
     } else {
       const to = moved(here, event.key, last);
-      if (!to) return;
+      if (!to || (event.shiftKey && (isLine(to) || isLine(here)))) return;
       if (!event.shiftKey) setBlock(null);
       else if (block === null) anchor = here;
       focus(to);
@@ -138,8 +150,13 @@ export function heatGrid(options: HeatOptions, signal: AbortSignal): HeatGrid {
   const pointerdown = (event: PointerEvent) => {
     const here = at(event.target);
     if (!here || event.button !== 0) return;
+    if (isLine(here)) {
+      setBlock(null);
+      return;
+    }
     if (event.shiftKey) {
-      anchor = at(focusedIn(element)) ?? selected ?? here;
+      const focused = at(focusedIn(element));
+      anchor = focused && !isLine(focused) ? focused : (selected ?? here);
       setBlock(here);
       event.preventDefault(); // no selection of text
       return;
@@ -151,7 +168,7 @@ export function heatGrid(options: HeatOptions, signal: AbortSignal): HeatGrid {
   const pointerover = (event: PointerEvent) => {
     const here = at(event.target);
     options.hover?.(here);
-    if (!dragging || !here || !anchor) return;
+    if (!dragging || !here || !anchor || isLine(here)) return;
     if (event.buttons === 0) dragging = false; // let go outside
     else if (block !== null || here.row !== anchor.row || here.column !== anchor.column) setBlock(here);
   };
@@ -177,7 +194,15 @@ export function heatGrid(options: HeatOptions, signal: AbortSignal): HeatGrid {
       element.dataset.dense = String(data.columns.length > ROOMY);
       element.style.setProperty("--saelab-columns", String(data.columns.length));
       cells = data.cells.map((line, row) => line.map((cell, column) => draw(cell, { row, column }, data.scale)));
-      element.replaceChildren(header(options.corner, data.columns), ...cells.map((line, row) => rowOf(data.rows[row] ?? "", line)));
+      heads = {
+        columns: data.columns.map((line, column) => head(line, "columnheader", { row: -1, column }, data.scale)),
+        rows: data.rows.map((line, row) => head(line, "rowheader", { row, column: -1 }, data.scale)),
+      };
+      const corner = h("span", { role: "columnheader", class: "saelab-heat-corner" }, options.corner);
+      const row = (...parts: HTMLElement[]) => h("div", { class: "saelab-heat-row", role: "row" }, ...parts);
+      const top = row(corner, ...heads.columns);
+      top.classList.add("saelab-heat-head");
+      element.replaceChildren(top, ...cells.map((line, i) => row(...heads.rows.slice(i, i + 1), ...line)));
       mark();
       const home = cellAt(stop) ?? cellAt(selected) ?? cells[0]?.[0];
       if (home) makeTabStop(element, home);
@@ -194,9 +219,9 @@ export function heatGrid(options: HeatOptions, signal: AbortSignal): HeatGrid {
 
 function moved({ row, column }: At, key: string, last: At): At | null {
   const steps: Record<string, At> = {
-    ArrowUp: { row: Math.max(0, row - 1), column },
+    ArrowUp: { row: Math.max(column < 0 ? 0 : -1, row - 1), column },
     ArrowDown: { row: Math.min(last.row, row + 1), column },
-    ArrowLeft: { row, column: Math.max(0, column - 1) },
+    ArrowLeft: { row, column: Math.max(row < 0 ? 0 : -1, column - 1) },
     ArrowRight: { row, column: Math.min(last.column, column + 1) },
     Home: { row, column: 0 },
     End: { row, column: last.column },
@@ -206,26 +231,24 @@ function moved({ row, column }: At, key: string, last: At): At | null {
   return steps[key] ?? null;
 }
 
-function header(corner: string, columns: HeatColumn[]): HTMLElement {
+function head({ nodes, label, whole, marked, dim }: HeatLine, role: string, { row, column }: At, scale: number): HTMLElement {
+  const more = { title: label, "aria-label": label, "data-marked": marked, "data-dim": dim };
+  const name = h("span", { class: "saelab-heat-name" }, ...nodes);
   return h(
-    "div",
-    { class: "saelab-heat-row saelab-heat-head", role: "row" },
-    h("span", { role: "columnheader", class: "saelab-heat-corner" }, corner),
-    ...columns.map((column) =>
-      h(
-        "span",
-        { role: "columnheader", "data-marked": column.marked, title: column.label, "aria-label": column.label },
-        h("span", {}, ...column.nodes),
-      ),
-    ),
+    "span",
+    { role, tabindex: -1, "data-cell": true, "data-row": row, "data-column": column, ...more },
+    name,
+    tinted({ value: whole, sure: whole !== null }, scale, { "aria-hidden": "true" }),
   );
 }
 
-function rowOf(heading: string, line: HTMLElement[]): HTMLElement {
-  return h("div", { class: "saelab-heat-row", role: "row" }, h("span", { role: "rowheader" }, heading), ...line);
+function draw(cell: HeatCell, { row, column }: At, scale: number): HTMLElement {
+  const { label } = cell;
+  const place = { role: "gridcell", tabindex: -1, "data-cell": true, "data-row": row, "data-column": column };
+  return tinted(cell, scale, { ...place, title: label, "aria-label": label });
 }
 
-function draw(cell: HeatCell, { row, column }: At, scale: number): HTMLElement {
+function tinted(cell: Omit<HeatCell, "label">, scale: number, more: Attributes): HTMLElement {
   const value = cell.value ?? 0;
   const share = Math.min(1, Math.abs(value) / (scale || 1));
   const sign = value > 0 ? "+" : value < 0 ? "−" : "";
@@ -233,16 +256,10 @@ function draw(cell: HeatCell, { row, column }: At, scale: number): HTMLElement {
     "span",
     {
       class: "saelab-heat-cell",
-      role: "gridcell",
-      tabindex: -1,
-      "data-cell": true,
-      "data-row": row,
-      "data-column": column,
       "data-sign": value > 0 ? "plus" : value < 0 ? "minus" : "none",
       "data-sure": cell.sure,
       "data-nil": short(cell) === "0",
-      title: cell.label,
-      "aria-label": cell.label,
+      ...more,
     },
     h("span", { class: "saelab-heat-number", "aria-hidden": "true" }, short(cell)),
     h("span", { class: "saelab-heat-mark", "aria-hidden": "true" }, share >= 0.15 ? sign : ""),
@@ -252,7 +269,7 @@ function draw(cell: HeatCell, { row, column }: At, scale: number): HTMLElement {
 }
 
 /** Two digits: ".29", "−.07", "1.01"; an estimate of next to nothing is left out. */
-export function short({ value, sure }: HeatCell): string {
+export function short({ value, sure }: Omit<HeatCell, "label">): string {
   if (value === null) return "";
   const text = Math.abs(value).toFixed(2);
   if (text === "0.00") return sure ? "0" : "";

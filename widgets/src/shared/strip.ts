@@ -12,6 +12,8 @@ export interface StripToken {
   note?: string;
   /** More for the eye: "new" (only on this side), "same"... as data-mark. */
   mark?: string;
+  /** Of a chat: "user", "assistant"..., "template", as data-role. */
+  role?: string;
 }
 
 export interface StripOptions {
@@ -70,7 +72,7 @@ function span(token: StripToken, position: number, scale: number, options: Strip
   const { value } = token;
   const label = `${tokenLabel(token.text)} ${token.note ?? (value === null ? "excluded by the token mask" : number(value))}`;
   const chosen = options.choose ? { role: "option", tabindex: -1, "aria-label": label } : {};
-  const cell = tokenCell(token.text, position, value, scale, { "data-mark": token.mark, title: label, ...chosen });
+  const cell = tokenCell(token.text, position, value, scale, { "data-mark": token.mark, "data-role": token.role, title: label, ...chosen });
   if (options.numbers && value) cell.append(h("small", { "aria-hidden": "true" }, number(value)));
   return cell;
 }

@@ -1,5 +1,6 @@
 // The bar on top: prompt, settings of generation, run and stop.
 import { button, h, setText } from "../shared/dom";
+import { type Prompt, promptFields } from "../shared/prompt";
 import type { State } from "./types";
 
 export interface Bar {
@@ -17,7 +18,8 @@ export interface BarActions {
 const TYPING_PAUSE_MS = 500;
 
 export function bar(actions: BarActions, codeButton: HTMLElement, signal: AbortSignal): Bar {
-  const prompt = h("textarea", { rows: 2, "aria-label": "Prompt", spellcheck: "false", title: "Shift+Enter runs, Escape stops" });
+  const fields = promptFields({ label: "Prompt", message: "Message", rows: 2, title: "Shift+Enter runs, Escape stops" });
+  const prompt = fields.element;
   const auto = h("input", { type: "checkbox" });
   const numbers = {
     temperature: h("input", { type: "number", min: 0, step: 0.1 }),
@@ -27,7 +29,7 @@ export function bar(actions: BarActions, codeButton: HTMLElement, signal: AbortS
   let running = false;
 
   let pause: ReturnType<typeof setTimeout> | undefined;
-  let typed: string | null = null; // not sent yet
+  let typed: Prompt | null = null; // not sent yet
   const send = () => {
     clearTimeout(pause);
     if (typed !== null) actions.set({ prompt: typed });
@@ -37,7 +39,7 @@ export function bar(actions: BarActions, codeButton: HTMLElement, signal: AbortS
   prompt.addEventListener(
     "input",
     () => {
-      typed = prompt.value;
+      typed = fields.get();
       clearTimeout(pause);
       pause = setTimeout(send, TYPING_PAUSE_MS);
     },
@@ -86,7 +88,7 @@ export function bar(actions: BarActions, codeButton: HTMLElement, signal: AbortS
       start.dataset.running = String(running);
       auto.checked = state.autorun;
       // A late answer must not take away what is typed meanwhile.
-      if (typed === null && prompt.value !== state.prompt) prompt.value = state.prompt;
+      if (typed === null) fields.show(state.prompt);
       numbers.temperature.value = String(state.temperature);
       numbers.seed.value = String(state.seed);
       numbers.max_new_tokens.value = String(state.max_new_tokens);

@@ -55,7 +55,7 @@ export function comparison(choose: (position: number) => void, signal: AbortSign
     strip.show(
       (shown.steered ?? []).map((token, i) => {
         const value = measure.values[i] ?? null;
-        return { text: token.text, value: value ?? 0, note: `${measure.name} ${number(value)}`, mark: token.mark === "prompt" ? "prompt" : "" };
+        return { text: token.text, value: value ?? 0, note: `${measure.name} ${number(value)}`, mark: token.mark === "prompt" ? "prompt" : "", role: token.role };
       }),
     );
     strip.select(chosen);

@@ -4,6 +4,7 @@ import { editList } from "../shared/editlist";
 import { freezer } from "../shared/frozen";
 import { onChange, send } from "../shared/model";
 import { panel, widget } from "../shared/panel";
+import { promptWords } from "../shared/prompt";
 import { latest } from "../shared/rpc";
 import { bar } from "./bar";
 import { comparison } from "./comparison";
@@ -29,7 +30,7 @@ const steering = widget<State>((model, el, signal) => {
     frame.complain("");
     frame.ready(false);
     newest((mine) => {
-      columns.begin(model.get("prompt"));
+      columns.begin(promptWords(model.get("prompt")));
       const partial = (value: unknown) => {
         const { side, text } = value as { side: Side; text: string };
         columns.hear(side, text);

@@ -71,7 +71,8 @@ function column(name: string, signal: AbortSignal) {
         setText(count, "");
         return;
       }
-      const first = whole.startsWith(tokens[0]?.text ?? "") ? 0 : 1; // the prefix token is no part of the text
+      const whose = tokens[0]?.role !== undefined; // a chat's template is shown as what it is
+      const first = whose || whole.startsWith(tokens[0]?.text ?? "") ? 0 : 1; // the prefix token is no part of the text
       strip.show(tokens.slice(first).map(plain));
       const news = tokens.filter((token) => token.mark !== "prompt");
       const differ = news.filter((token) => token.mark === "new").length;
@@ -81,6 +82,7 @@ function column(name: string, signal: AbortSignal) {
 }
 
 function plain(token: TextToken): StripToken {
-  const note = { prompt: "of the prompt", new: "not in the other text", "": "in both texts" }[token.mark];
-  return { text: token.text, value: 0, note, mark: token.mark };
+  const of = token.role === "template" ? "of the chat template" : token.role ? `of the ${token.role}'s message` : "of the prompt";
+  const note = { prompt: of, new: "not in the other text", "": "in both texts" }[token.mark];
+  return { text: token.text, value: 0, note, mark: token.mark, role: token.role };
 }

@@ -1,6 +1,7 @@
 // What Python sends; the shapes mirror sae_lab/widgets/steering_views.py.
 import type { Names } from "../shared/name";
 import type { EditRow } from "../shared/editlist";
+import type { Prompt } from "../shared/prompt";
 
 export interface SliderRow {
   key: number;
@@ -18,6 +19,8 @@ export interface SliderRow {
 export interface TextToken {
   text: string;
   mark: "prompt" | "new" | "";
+  /** Whose message of a chat it belongs to; "template": the chat template's own. */
+  role?: string;
 }
 
 export interface Measure {
@@ -50,7 +53,7 @@ export interface Dose {
 export type Side = "baseline" | "steered";
 
 export type State = {
-  prompt: string;
+  prompt: Prompt;
   temperature: number;
   seed: number;
   max_new_tokens: number;

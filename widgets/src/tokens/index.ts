@@ -4,13 +4,14 @@ import { counted, number } from "../shared/format";
 import { type FrozenModel, freezer } from "../shared/frozen";
 import { onChange, send } from "../shared/model";
 import { nameOf } from "../shared/name";
+import { type Prompt, promptWords } from "../shared/prompt";
 import { panel, widget } from "../shared/panel";
 import { latest } from "../shared/rpc";
 import { type StripToken, tokenStrip } from "../shared/strip";
 import { tokenLabel } from "../shared/tokens";
 import { detailBox } from "./detail";
 import { promptBox } from "./prompt";
-import type { Detail, Prompt, State, StripValue, Text, Wish } from "./types";
+import type { Detail, State, StripValue, Text, Wish } from "./types";
 
 const TYPING_PAUSE_MS = 350;
 const MEANINGS: [StripValue, string][] = [
@@ -192,7 +193,7 @@ const it = widget<State>((model, el, signal) => {
 });
 
 function quoted(prompt: Prompt): string {
-  const text = typeof prompt === "string" ? prompt : prompt.map(({ content }) => content).join(" / ");
+  const text = promptWords(prompt).replaceAll("\n", " / ");
   return `“${text.length > 60 ? `${text.slice(0, 60)}…` : text}”`;
 }
 

@@ -1,7 +1,7 @@
-// The prompt as it is typed: one text area, or one for each message of a chat.
+// The prompt as it is typed, read while it is short, with a button.
 import { button, h, setText } from "../shared/dom";
 import { integer } from "../shared/format";
-import type { Message, Prompt } from "./types";
+import { type Prompt, promptFields, promptWords } from "../shared/prompt";
 
 export interface PromptBox {
   element: HTMLElement;
@@ -22,23 +22,17 @@ const LIVE_CHARACTERS = 1500;
 const MOST_CHARACTERS = 1_000_000;
 
 export function promptBox(actions: PromptActions, signal: AbortSignal): PromptBox {
-  const fields = h("div", { class: "saelab-prompt-fields" });
+  const typed = promptFields({ label: "Prompt", message: "Message", rows: 2, placeholder: "Type a text" });
+  const fields = typed.element;
   const status = h("small", { role: "status" });
   const hint = h("small", {}, "Enter runs, Shift+Enter is a new line");
-  let roles: string[] | null = null;
-  const areas = () => [...fields.querySelectorAll("textarea")];
-
-  const typed = (): Prompt => {
-    const texts = areas().map((area) => area.value);
-    return roles === null ? (texts[0] ?? "") : texts.map((content, i): Message => ({ role: roles?.[i] ?? "user", content }));
-  };
-  const length = () => areas().reduce((sum, area) => sum + area.value.length, 0);
+  const length = () => promptWords(typed.get()).length;
   const read = (live: boolean) => {
     if (length() > MOST_CHARACTERS) {
       actions.complain(`a text has at most ${integer(MOST_CHARACTERS)} characters here, this one has ${integer(length())}: shorten it`);
       return;
     }
-    actions.read(typed(), live);
+    actions.read(typed.get(), live);
   };
   fields.addEventListener(
     "input",
@@ -67,33 +61,9 @@ export function promptBox(actions: PromptActions, signal: AbortSignal): PromptBo
       fields,
       h("div", { class: "saelab-prompt-bar" }, run, status, hint),
     ),
-    show(prompt) {
-      const same = JSON.stringify(typed()) === JSON.stringify(prompt) && areas().length > 0;
-      if (same) return; // the caret stays where it is
-      const messages = typeof prompt === "string" ? [{ role: "", content: prompt }] : prompt;
-      const kept = areas();
-      const newRoles = typeof prompt === "string" ? null : messages.map((m) => m.role);
-      if (JSON.stringify(newRoles) === JSON.stringify(roles) && kept.length === messages.length) {
-        messages.forEach((message, i) => (kept[i]!.value = message.content));
-        return;
-      }
-      roles = newRoles;
-      fields.replaceChildren(...messages.map((message) => field(message, roles !== null)));
-    },
+    show: typed.show,
     say(message) {
       setText(status, message);
     },
   };
-}
-
-function field(message: Message, chat: boolean): HTMLElement {
-  const area = h("textarea", {
-    rows: chat ? 1 : 2,
-    dir: "auto",
-    spellcheck: "false",
-    placeholder: "Type a text",
-    "aria-label": chat ? `Message of ${message.role}` : "Prompt",
-  });
-  area.value = message.content;
-  return h("div", { class: "saelab-prompt-field" }, chat ? h("small", { "aria-hidden": "true" }, message.role) : null, area);
 }

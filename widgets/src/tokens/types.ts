@@ -1,9 +1,8 @@
 // What Python sends; see sae_lab/widgets/tokens.py and token_views.py.
 
 import type { Names } from "../shared/name";
+import type { Prompt } from "../shared/prompt";
 
-export type Message = { role: string; content: string };
-export type Prompt = string | Message[];
 export type StripValue = "strongest" | "active" | "feature" | "loss";
 export type Sort = "activation" | "effect";
 
