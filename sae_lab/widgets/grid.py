@@ -310,7 +310,7 @@ class PatchingGrid(Linked):
         if set(beside) != {None}:
             head.append("together")
         if set(below) != {None}:
-            rows.append(["together", *map(_bold, below)])
+            rows.append(["together", *map(_bold, below), *([""] if set(beside) != {None} else [])])
         words = tag(
             "p", f"{self.kind}: share of the change of {run.measure.name}, {grid.base:.3g} → {grid.source:.3g}, that "
             "one patch brings; ", tag("b", "bold"), ": true patches, ~: estimates by gradient; together: all cells of "

@@ -231,7 +231,7 @@ class SteeringSliders(Linked):
     def select(self, feature: int | None = None, token: int | None = None) -> None:
         """Select a feature, or a token of the prompt, for the whole session."""
         if token is not None:
-            self.session.selection.pick(token=token)
+            self.session.selection.pick(prompt=self.prompt, token=token)
         if feature is not None:
             self.selected = feature
 

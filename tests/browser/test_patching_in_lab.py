@@ -110,8 +110,39 @@ def test_the_patching_grid_in_jupyterlab(tmp_path: pathlib.Path) -> None:
 
         notebook.python("grid.patch('resid_post', layers=[3, 4, 5]); grid.kind = 'resid_post'; grid.cell = [4, 8]")
         expect(grid.locator("[data-cell][data-sure]")).to_have_count(42)
+        # A column by its name, a row by the keyboard: together in one run, and each alone.
+        column = grid.locator("[role='columnheader'][data-column='7']")
+        expect(column).to_have_attribute("aria-label", re.compile("of 8 layers: a click or Enter patches all together"))
+        column.click()
+        expect(column).to_have_attribute("aria-label", re.compile("together in one run .*, the sum of each alone"))
+        grid.locator(CELL_AT.format(2, 0)).focus()
+        notebook.page.keyboard.press("ArrowLeft")
+        notebook.page.keyboard.press("Enter")
+        row = grid.locator("[role='rowheader'][data-row='2']")
+        expect(row).to_have_attribute("aria-label", re.compile("layer 5 at 14 tokens: all .* in one run 1.00, the sum"))
+        expect(row).to_be_focused()
+        expect(grid).to_have_attribute("data-ready", "1")
+        told = notebook.python("print([(layers, len(at)) for _, layers, at, _ in grid.joint], len(grid.truth))")
+        assert told == "[([0, 1, 2, 3, 4, 5, 6, 7], 1), ([5], 14)] 47"
         for theme, name in [(LIGHT, "light"), (DARK, "dark")]:
             notebook.set_theme(theme)
             expect(grid).to_have_attribute("data-saelab-theme", name)
+            assert notebook.accessibility_faults(".saelab-patching") == []
             notebook.screenshot(grid, folder / f"patching_{name}.png")
+
+        # A chat stays one: a box for each message, and the template's tokens are told apart.
+        notebook.python(
+            "text = 'When Mary and John went to the store, {} gave a drink to'\n"
+            "chat = lambda who: [{'role': 'user', 'content': text.format(who)}]\n"
+            "grid.run(chat('Mary'), chat('John'), metric='logit difference', answers=(' Mary', ' John'))"
+        )
+        message = grid.get_by_role("textbox", name="Prompt, message of user")
+        expect(message).to_have_value(re.compile("store, Mary"))
+        message.fill("When Mary and John went to the school, Mary gave a drink to")
+        message.press("Enter")
+        expect(grid.locator(".saelab-old")).to_be_hidden()
+        assert notebook.python("print(grid.view['prompt'][0]['content'][24:38], grid.error)") == "to the school,"
+        template = grid.get_by_role("columnheader", name="of the chat template: “<|im_end|>”")
+        expect(template.first).to_have_attribute("data-dim", "")
+        notebook.screenshot(grid, folder / "patching_chat.png")
         assert notebook.problems == []

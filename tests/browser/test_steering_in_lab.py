@@ -176,6 +176,20 @@ def test_steering_in_jupyterlab(tmp_path: pathlib.Path) -> None:
         expect(sliders).to_contain_text("saved as war.json")
         assert notebook.python("import os; print(os.path.exists('war.json'))") == "True"
 
+        # A chat: a box for each message, which stay messages; the template's tokens are shown as what they are.
+        notebook.python(
+            "widget.prompt = [{'role': 'system', 'content': 'Be brief.'}, {'role': 'user', 'content': 'Where?'}]"
+        )
+        expect(sliders.get_by_label("Message of system")).to_have_value("Be brief.")
+        sliders.get_by_label("Message of user").fill("A <b>red</b> fox")
+        sliders.get_by_label("Message of user").press("Shift+Enter")
+        expect(steered.locator("[data-role='user']").first).to_be_visible()
+        settled(notebook, sliders)
+        assert same_as_generate(notebook)
+        assert notebook.python("print(widget.prompt[1])") == "{'role': 'user', 'content': 'A <b>red</b> fox'}"
+        expect(steered.locator("[data-role='template']").first).to_have_text("<|im_start|>")
+        expect(steered).to_contain_text("A <b>red</b> fox<|im_end|>")
+
         folder = screenshots(tmp_path)
         for theme, name in [(LIGHT, "light"), (DARK, "dark")]:
             notebook.set_theme(theme)

@@ -286,7 +286,7 @@ def test_an_answer_behind_its_prompt(tiny_lm):
     render = lm.tokenizer.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=True)
     strings = lm.tokens(CHAT, answer)
     assert [t.id for t in strings] == [t.id for t in lm.tokens(render + answer)] and "".join(strings) == render + answer
-    ids, roles = chat_tokens(lm.tokenizer, CHAT, answer)
+    ids, roles = tok.chat_tokens(lm.tokenizer, CHAT, answer)
     assert lm.tokenizer.decode([i for i, role in zip(ids, roles, strict=True) if role == "assistant"]).endswith(answer)
     assert roles[: len(lm.tokens(CHAT))] == lm.tokenize(CHAT).roles[0], "the prompt's are as without an answer"
     assert lm.tokens("2+2 is", " four") == lm.tokens("2+2 is four") and lm.tokens([5, 6]) == lm.tokens([5, 6], "")

@@ -382,9 +382,11 @@ def test_lines_are_patched_together_and_alone(grid, wire, lm):
     assert row == pytest.approx(1.0, abs=1e-3) and grid.joint[1][:3] == ["resid_post", [1], list(range(1, 10))]
     assert grid.patch_together(layers=[1]) == row and len(grid.joint) == 2 and len(grid.truth) == 3
     html = grid.snapshot().html
-    assert "<th>together</th>" in html and f"<b>{row:.2f}</b>" in html
+    assert ">together</th>" in html and f"<b>{row:.2f}</b>" in html
     grid.kind = "attn_out"
-    assert "<td>together</td>" in grid.snapshot().html and f"<b>{value:.2f}".replace("-", "−") in grid.snapshot().html
+    grid.patch_together(layers=[2])
+    assert grid.snapshot().html.count(">together</t") == 2
+    assert ">together</td>" in grid.snapshot().html and f"<b>{value:.2f}".replace("-", "−") in grid.snapshot().html
     space = {"lm": lm}
     exec("\n".join(line for line in grid.code().splitlines() if not line.startswith("lm = ")), space)
     assert (space["together_0"], space["together_1"]) == pytest.approx((value, row), abs=1e-4)
@@ -421,7 +423,7 @@ def test_chats(lm, monkeypatch, tmp_path):
     kind, value = wire.call("rerun", **texts | {"source": longer})
     assert kind == "error" and "prompt and source need the same number of tokens" in value
     assert grid.view["source"] == CHATS[0]
-    with pytest.raises(ValueError, match="both texts or both chats, since .*, got a chat and a text: give both as"):
+    with pytest.raises(ValueError, match=r"both texts or both chats, since .*, got a chat and a text: give both as"):
         sl.PatchingGrid(lm, CHATS[0], OTHER)
     grid.run(PROMPT, OTHER)  # from Python a chat becomes a text
     assert grid.view["prompt"] == PROMPT and grid.view["roles"] == []
@@ -436,5 +438,5 @@ def test_a_chat_without_a_template(make_tiny, tokenizer):
 
 
 def test_a_prompt_that_is_no_text(lm):
-    with pytest.raises(ValueError, match="prompt must be a text or chat messages .*, got 3"):
+    with pytest.raises(ValueError, match=r"prompt must be a text or chat messages .*, got 3"):
         sl.PatchingGrid(lm, 3, OTHER)
