@@ -45,9 +45,9 @@ def kl_from(lm: LM, sources: str | Texts) -> Metric:
 
     Args: sources: one for each row of the prompts.
     """
-    sources = [sources] if isinstance(sources, str) else list(sources)
-    form = Float[Tensor, f"{len(sources)} {lm.vocab_size}"]
-    return partial(kl_to, given=lm.run(lm.tokenize(sources), logits=final_log_chances, form=form)[1].cpu())
+    many: Texts = [sources] if isinstance(sources, str) else sources
+    form = Float[Tensor, f"{len(many)} {lm.vocab_size}"]
+    return partial(kl_to, given=lm.run(lm.tokenize(many), logits=final_log_chances, form=form)[1].cpu())
 
 
 def _answers(lm: LM, answers: Sequence[str] | str) -> Tensor:

@@ -140,7 +140,7 @@ def dose_response(
     def measure(edits: list[Any], ask: str = "") -> tuple[Tensor, Tensor]:
         if progress is not None:
             progress(next(done), total)
-        asked: Any = [ask + p for p in prompts] if ask else prompts
+        asked: Any = [ask + str(p) for p in prompts] if ask else prompts
         return _log_odds(lm, asked, ids, edits), _losses(lm, text, edits, ask)
 
     clean = measure([])

@@ -16,10 +16,10 @@ from sae_lab.types import TokenBatch
 
 Chat = Sequence[dict[str, str]]
 Prompt = str | Chat
-Texts = Sequence[str] | Sequence[Chat]
+Texts = Sequence[Prompt]
 Prompts = (
-    str | Sequence[str] | Sequence[int | np.integer] | Sequence[Sequence[int]] | Tensor | np.ndarray | dict[str, str]
-    | Chat | Sequence[Chat] | TokenBatch
+    Prompt | Texts | Sequence[int | np.integer] | Sequence[Sequence[int]] | Tensor | np.ndarray | dict[str, str]
+    | TokenBatch
 )  # fmt: skip
 _KINDS = "a str, token ids, chat messages ({'role', 'content'}), or a list of one kind"
 SAID[Prompts] = _KINDS

@@ -1,6 +1,7 @@
 """Patching by one gradient against patches in truth; patches as they come; metrics; tokens side by side."""
 
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -114,7 +115,7 @@ def test_cells_patched_together(tiny_lm):
         together([("mlp_out", 1, 10)])
 
 
-CHATS = [[{"role": "user", "content": f"The {what} went home."}] for what in ("ship", "fox")]
+CHATS: list[Any] = [[{"role": "user", "content": f"The {what} went home."}] for what in ("ship", "fox")]
 
 
 def test_chats_are_patched_as_the_texts_that_their_template_makes(tiny_lm):
@@ -122,12 +123,13 @@ def test_chats_are_patched_as_the_texts_that_their_template_makes(tiny_lm):
     render = partial(lm.tokenizer.apply_chat_template, tokenize=False, add_generation_prompt=True)
     texts = [[render(chat)] for chat in CHATS]
     at = [("mlp_out", 1, 26)]
-    for call in (
+    calls: list[Any] = [
         circuits.patching_estimate,
         partial(circuits.patching, kinds=["mlp_out"], layers=[1], positions=[26]),
         partial(circuits.patched_together, cells=at),
-    ):
-        of_chats, of_texts = call(lm, [CHATS[0]], [CHATS[1]], metric), call(lm, *texts, metric)
+    ]
+    for call in calls:
+        of_chats, of_texts = call(lm, CHATS[0], CHATS[1], metric), call(lm, *texts, metric)
         same = [getattr(found, "values", found) for found in (of_chats, of_texts)]
         same = [torch.as_tensor(found) for found in same]
         assert torch.allclose(*same, atol=1e-5) and bool(same[0].abs().max() > 0)
