@@ -78,11 +78,15 @@ class FeatureMap(Linked):
             colour="groups" if (self._groups >= 0).any() else "labels",
         )  # fmt: skip
         self.feature = self._feature_of(self._site, self.d_sae)
-        self.observe(self._rename, "colour")
+        self.observe(self._rename, ["colour", "feature"])
         self._link()
+
+    def _called(self) -> dict[int, str]:
+        return {} if self.feature is None else self._names.of([self.feature])
 
     def _rename(self, _change: object = None) -> None:
         """Colour the points, by what they are called now."""
+        super()._rename()
         own, called = self._groups[self._on], {}
         if self.colour == "labels":
             said = self._names.labels
@@ -132,7 +136,8 @@ class FeatureMap(Linked):
         numbers = [int(g) for g in np.unique(own) if g >= 0][:GROUPS_LISTED]
         rows = [[str(g), f"{int((own == g).sum()):,}", self._members(g)] for g in numbers]
         text = f"Map of {len(self._on):,} features{'; ' + self.note if self.note else ''}."
-        return block(tag("p", text), table(["group", "features", "first of them"], rows))
+        chosen = None if self.feature is None else tag("p", "Selected: feature ", numbered(self.feature, self.names))
+        return block(tag("p", text), chosen, table(["group", "features", "first of them"], rows))
 
     def _members(self, group: int) -> Html:
         first = self._on[self._groups[self._on] == group][:4].tolist()

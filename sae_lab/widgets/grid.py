@@ -22,7 +22,7 @@ from sae_lab.widgets.panel import STATIC, Job, beside, checked, quick
 from sae_lab.widgets.patching_run import Block, PatchRun
 from sae_lab.widgets.prompting import in_words
 from sae_lab.widgets.session import Linked, Session
-from sae_lab.widgets.static_html import block, dotted, table
+from sae_lab.widgets.static_html import block, dotted, numbered, table
 
 TOP_FEATURES = 12
 
@@ -305,7 +305,7 @@ class PatchingGrid(Linked):
             true = [run.true.get((self.kind, grid.layers[j], p)) for p in grid.positions]
             estimates = grid.values[i, j].tolist()
             pairs = zip(estimates, true, strict=True)
-            cells = [f"~{number(e, 2)}" if t is None else _bold(t) for e, t in pairs]
+            cells = [f"~{number(round(e, 2) + 0.0, 2)}" if t is None else _bold(t) for e, t in pairs]
             rows.append([str(grid.layers[j]), *cells, *([_bold(beside[j])] if set(beside) != {None} else [])])
         if set(beside) != {None}:
             head.append("together")
@@ -317,7 +317,15 @@ class PatchingGrid(Linked):
             "a row or column in one run.",
         )  # fmt: skip
         texts = table(["prompt", "source"], [[dotted(in_words(run.prompt)), dotted(in_words(run.source))]])
-        return block(texts, words, table(head, rows))
+        return block(texts, words, table(head, rows), self._opened())
+
+    def _opened(self) -> Html | None:
+        """The features of the open cell, where they were listed."""
+        site = Site(self.kind, self.cell[0]).key if self.cell else ""
+        listed = self.features.get(f"{site}:{self.cell[1]}" if self.cell else "", {"features": []})["features"]
+        names = {str(f): self.names.get(f"{site} {f}", "") for f, _ in listed}
+        rows = [[numbered(f, names), number(share)] for f, share in listed]
+        return table([f"feature of {site}, token {self.cell[1]}" if rows else "", "share of the change"], rows)
 
     def __repr__(self) -> str:
         grid = self._on.estimate
@@ -326,7 +334,7 @@ class PatchingGrid(Linked):
 
 
 def _bold(value: float | None) -> Html | str:
-    return "" if value is None else tag("b", number(value, 2))
+    return "" if value is None else tag("b", number(round(value, 2) + 0.0, 2))  # + 0.0: no minus before a zero
 
 
 def _cells(block: Block) -> list[Cell]:

@@ -185,6 +185,16 @@ def opening_times(notebook: Notebook, inspector: Locator, rows: Iterable[int]) -
     return times
 
 
+def exported(notebook: Notebook, widget: Locator, what: str, folder: pathlib.Path) -> pathlib.Path:
+    """The file that a widget's Export gives."""
+    widget.locator("summary", has_text="Export").click()
+    with notebook.page.expect_download() as waiting:
+        widget.locator(".saelab-export").get_by_role("button", name=what).click()
+    path = folder / waiting.value.suggested_filename
+    waiting.value.save_as(path)
+    return path
+
+
 @contextlib.contextmanager
 def open_notebook(
     path: pathlib.Path,

@@ -6,9 +6,9 @@ import pathlib
 
 import pytest
 from nbconvert import HTMLExporter
-from playwright.sync_api import Locator, expect
+from playwright.sync_api import expect
 
-from .lab import DARK, LIGHT, Notebook, chromium, open_notebook, screenshots, watch, write_notebook
+from .lab import DARK, LIGHT, chromium, exported, open_notebook, screenshots, watch, write_notebook
 
 REPOSITORY = pathlib.Path(__file__).parents[2]
 TINY = (pathlib.Path(__file__).parent / "tiny.py").read_text(encoding="utf-8")
@@ -33,16 +33,6 @@ OTHERS = [
 ]
 # Whether the widget's element is still the one that was marked, and which field has the focus.
 SAME = "(root) => [root.dataset.mine, root.contains(document.activeElement) && document.activeElement.ariaLabel]"
-
-
-def exported(notebook: Notebook, widget: Locator, what: str, folder: pathlib.Path) -> pathlib.Path:
-    """The file that a widget's Export gives."""
-    widget.locator("summary", has_text="Export").click()
-    with notebook.page.expect_download() as waiting:
-        widget.locator(".saelab-export").get_by_role("button", name=what).click()
-    path = folder / waiting.value.suggested_filename
-    waiting.value.save_as(path)
-    return path
 
 
 @pytest.mark.browser

@@ -130,7 +130,9 @@ def test_the_static_form_has_no_script(shown, monkeypatch):
     html = shown.snapshot()._repr_html_()
     tags = Tags(html)
     assert tags.tags <= {"div", "p", "table", "tr", "th", "td", "bdi"} and "<script>alert(1)</script>" in tags.text
-    assert "Map of 95 features; 30 in 3 groups" in tags.text
+    assert "Map of 95 features; 30 in 3 groups" in tags.text and "Selected" not in tags.text
+    shown.feature = 7
+    assert "Selected: feature 7" in Tags(shown.snapshot()._repr_html_()).text
     data, _ = shown._repr_mimebundle_() or ({}, {})
     assert WIDGET_VIEW in data
 

@@ -159,6 +159,8 @@ def test_features_of_a_cell_add_up_to_its_estimate(lm, sae, monkeypatch):
     grid.set_state({"feature": feature})
     chosen = grid.session.selection
     assert (chosen.prompt, chosen.token, chosen.site, chosen.feature) == (PROMPT, 2, "resid_post-1", feature)
+    listed = Tags(grid.snapshot().html).text.partition("feature of resid_post-1, token 2")[2]
+    assert all(str(feature) in listed for feature, _ in found["features"])
     wire.call("open_features", kind="mlp_out", layer=1, position=2)  # no coder there
     assert len(grid.features) == 1
     assert "effects_0 = sl.circuits.attribution(lm, sae," in grid.code()

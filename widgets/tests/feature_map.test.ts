@@ -15,6 +15,7 @@ const given = () => ({
   groups: base64(new Int16Array([-1, 0, 0, 3, -1])),
   note: "3 in 2 groups",
   colour: "groups",
+  names: {},
   legend: [
     { group: 0, name: "", count: 2 },
     { group: 3, name: ATTACK, count: 1 },
@@ -111,6 +112,18 @@ describe("the widget", () => {
     expect(el.querySelector("img")).toBeNull();
     pointer("pointermove", 60, 20); // nothing there
     expect(said()).toContain("Point at a feature");
+  });
+
+  it("asks anew when the selected feature has another name", async () => {
+    model.fromPython("feature", 12);
+    vi.advanceTimersByTime(100);
+    model.reply("label", "cats");
+    await vi.runAllTimersAsync();
+    model.fromPython("names" as never, { 12: "dogs" } as never);
+    vi.advanceTimersByTime(100);
+    model.reply("label", "dogs");
+    await vi.runAllTimersAsync();
+    expect(said()).toBe("Feature 12, group 0: dogs");
   });
 
   it("does not say what comes when the pointer has left", async () => {

@@ -160,9 +160,12 @@ const map = widget<State>((model, el, signal) => {
     at(-1);
     frame.ready(true);
   };
-  const follow = () => {
+  const again = (index: number) => {
     here = -2;
-    at(-1);
+    at(index);
+  };
+  const follow = () => {
+    again(-1);
     drawn.reveal(point());
   };
   frame.root.append(
@@ -179,6 +182,7 @@ const map = widget<State>((model, el, signal) => {
     said,
   );
   onChange(model, ["feature"], follow, signal);
+  onChange(model, ["names"], () => again(here), signal); // a new label of the selected one
   onChange(model, ["points", "features", "groups", "legend", "colour"], show, signal);
   show();
 });

@@ -1,5 +1,7 @@
 // What Python sends. Arrays come as base64: a hundred thousand points are a megabyte.
 
+import type { Names } from "../shared/name";
+
 export interface Group {
   group: number;
   /** A label, where colours stand for labels. */
@@ -21,5 +23,7 @@ export type State = {
   colour: "groups" | "labels";
   /** The largest groups. */
   legend: Group[];
+  /** What the selected feature is called. */
+  names: Names;
   error: string;
 };
