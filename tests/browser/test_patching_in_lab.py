@@ -144,5 +144,7 @@ def test_the_patching_grid_in_jupyterlab(tmp_path: pathlib.Path) -> None:
         assert notebook.python("print(grid.view['prompt'][0]['content'][24:38], grid.error)") == "to the school,"
         template = grid.get_by_role("columnheader", name="of the chat template: “<|im_end|>”")
         expect(template.first).to_have_attribute("data-dim", "")
+        parted = grid.locator("[role='columnheader'][data-marked]").first
+        expect(parted).to_be_in_viewport()  # scrolled to, behind the template's system message
         notebook.screenshot(grid, folder / "patching_chat.png")
         assert notebook.problems == []

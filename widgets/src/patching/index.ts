@@ -231,6 +231,8 @@ function draw(model: AnyModel<State>, el: HTMLElement, signal: AbortSignal): voi
     grid.clearBlock();
     attention.hide();
     showGrid();
+    const parted = view.tokens.findIndex(([ours, theirs]) => ours !== theirs); // a template may fill what is in sight
+    requestAnimationFrame(() => grid.reveal(parted));
     wantFeatures();
     showDetail();
     settled();

@@ -63,6 +63,8 @@ export interface HeatGrid {
   /** Mark the open cell. */
   select(at: At | null): void;
   clearBlock(): void;
+  /** Scroll to a column, if it is out of sight. */
+  reveal(column: number): void;
 }
 
 /** So many columns still leave room for numbers. */
@@ -214,6 +216,10 @@ export function heatGrid(options: HeatOptions, signal: AbortSignal): HeatGrid {
       mark();
     },
     clearBlock: () => setBlock(null),
+    reveal(column) {
+      const { offsetLeft = 0, offsetWidth = 0 } = heads.columns[column] ?? {};
+      if (offsetLeft + offsetWidth > element.scrollLeft + element.clientWidth) element.scrollLeft = offsetLeft - element.clientWidth / 2;
+    },
   };
 }
 
