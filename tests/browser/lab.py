@@ -185,10 +185,10 @@ def opening_times(notebook: Notebook, inspector: Locator, rows: Iterable[int]) -
     return times
 
 
-def exported(notebook: Notebook, widget: Locator, what: str, folder: pathlib.Path) -> pathlib.Path:
+def exported(page: Page, widget: Locator, what: str, folder: pathlib.Path) -> pathlib.Path:
     """The file that a widget's Export gives."""
     widget.locator("summary", has_text="Export").click()
-    with notebook.page.expect_download() as waiting:
+    with page.expect_download() as waiting:
         widget.locator(".saelab-export").get_by_role("button", name=what).click()
     path = folder / waiting.value.suggested_filename
     waiting.value.save_as(path)

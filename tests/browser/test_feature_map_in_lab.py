@@ -105,12 +105,12 @@ def test_a_point_opens_its_feature(tmp_path: pathlib.Path) -> None:
         notebook.page.wait_for_timeout(1500)
         assert notebook.python(f"print({now})") == "True"
         strong, cell = notebook.python("print(sliders.sliders[0]['strength'], len(grid.truth))").split()
-        page, picture, data = (exported(notebook, inspector, what, folder) for what in ("Page", "Picture", "Data"))
+        page, picture, data = (exported(notebook.page, inspector, what, folder) for what in ("Page", "Picture", "Data"))
         assert json.loads(data.read_text(encoding="utf-8"))["note"]["label"] == "ends of words"
         assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 10_000
         for widget in (shown, tokens, sliders, grid, monitor, edits):
-            assert exported(notebook, widget, "Picture", folder).stat().st_size > 2_000
-            assert json.loads(exported(notebook, widget, "Data", folder).read_text(encoding="utf-8"))
+            assert exported(notebook.page, widget, "Picture", folder).stat().st_size > 2_000
+            assert json.loads(exported(notebook.page, widget, "Data", folder).read_text(encoding="utf-8"))
         notebook.page.keyboard.press("Control+s")
         notebook.page.wait_for_function(
             "() => !window.jupyterapp.shell.currentWidget.context.model.dirty", timeout=10_000

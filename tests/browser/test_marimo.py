@@ -1,11 +1,13 @@
 """The widgets in marimo: they draw, a click makes a round trip, the theme is followed, no other host is asked."""
 
 import contextlib
+import json
 import os
 import pathlib
 import secrets
 import subprocess
 import sys
+import textwrap
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -13,7 +15,7 @@ from collections.abc import Iterator
 import pytest
 from playwright.sync_api import Locator, expect
 
-from .lab import LOOPBACK, chromium, free_port, screenshots, watch
+from .lab import LOOPBACK, chromium, exported, free_port, screenshots, watch
 
 REPOSITORY = pathlib.Path(__file__).parents[2]
 NOTEBOOK = """
@@ -138,3 +140,95 @@ def test_widgets_in_marimo(tmp_path: pathlib.Path, theme: str) -> None:
         panel.screenshot(path=screenshots(tmp_path) / f"marimo_{theme}.png")
         assert [p for p in problems if "another host" in p] == []
         assert problems == []
+
+
+# The same day as in JupyterLab (test_working_day.py), on a tiny model.
+LABEL = "rivers in spring"
+DAY = """
+import marimo
+
+app = marimo.App(width="full")
+
+
+@app.cell
+def _():
+{tiny}
+    from sae_lab.widgets.feature_map import FeatureMap
+
+    points = torch.randn(96, 2).numpy()
+    session = sl.Session()
+    return FeatureMap, index, lm, points, sae, session, sl
+
+
+@app.cell
+def _(index, session, sl):
+    inspector = sl.FeatureInspector(index, session=session)
+    inspector
+    return
+
+
+@app.cell
+def _(lm, sae, session, sl):
+    tokens = sl.TokenFeatures(lm, sae, "The river rose in the spring", session=session)
+    tokens
+    return
+
+
+@app.cell
+def _(lm, sae, session, sl):
+    chat = [{{"role": "user", "content": "What does a river do?"}}]
+    sliders = sl.SteeringSliders(lm, sae, prompt=chat, session=session, max_new_tokens=4)
+    sliders
+    return
+
+
+@app.cell
+def _(lm, session, sl):
+    grid = sl.PatchingGrid(lm, "The river rose", "The river fell", session=session)
+    grid
+    return
+
+
+@app.cell
+def _(FeatureMap, index, points, session):
+    shown = FeatureMap(index, points, session=session)
+    shown
+    return
+
+
+if __name__ == "__main__":
+    app.run()
+"""
+
+
+@pytest.mark.browser
+def test_a_day_in_marimo(tmp_path: pathlib.Path) -> None:
+    tiny = (pathlib.Path(__file__).parent / "tiny.py").read_text(encoding="utf-8").partition('"""\n\n')[2]
+    path = tmp_path / "day.py"
+    path.write_text(DAY.format(tiny=textwrap.indent(tiny, "    ")).lstrip(), encoding="utf-8")
+    with marimo(path) as address, chromium((1400, 1400)) as page:
+        problems = watch(page)
+        page.goto(address)
+        inspector, tokens, sliders, grid, shown = (
+            ready(page.locator(f".saelab-{kind}"))
+            for kind in ("inspector", "tokens", "steering", "patching", "feature_map")
+        )
+        inspector.get_by_label("Search features").fill('"The river rose in the spring"')
+        expect(inspector).to_contain_text("for sentence", timeout=30_000)
+        inspector.locator(".saelab-result").first.click()
+        ready(inspector)
+        inspector.get_by_role("textbox", name="Label").fill(LABEL)
+        expect(inspector.locator(".saelab-note [role=status]")).to_contain_text("saved")
+        inspector.get_by_role("button", name="Steer", exact=True).click()
+        for widget in (inspector, tokens, sliders, shown):
+            expect(widget).to_contain_text(LABEL, timeout=30_000)
+        expect(sliders.locator("textarea").first).to_have_value("What does a river do?")
+        grid.locator(".saelab-heat [data-row='-1'][data-column='2']").click()
+        expect(grid).to_contain_text("patched together in one run", timeout=30_000)
+        page.screenshot(path=screenshots(tmp_path) / "marimo_day.png", full_page=True)
+        data = exported(page, inspector, "Data", tmp_path)
+        assert json.loads(data.read_text(encoding="utf-8"))["note"]["label"] == LABEL
+        written = exported(page, inspector, "Page", tmp_path)
+        assert problems == []
+        page.goto(f"file://{written}")
+        expect(page.locator(".saelab-inspector")).to_contain_text(LABEL)

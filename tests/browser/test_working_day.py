@@ -125,7 +125,7 @@ def test_from_a_sentence_to_a_page_on_disk(tmp_path: pathlib.Path) -> None:
         pictures(notebook, widgets, folder)
         for kind in WIDGETS:
             assert notebook.accessibility_faults(f".saelab-{kind}") == [], kind
-        page = exported(notebook, inspector, "Page", folder)
+        page = exported(notebook.page, inspector, "Page", folder)
         notebook.page.wait_for_timeout(1500)  # the saved form follows a second after the last action
         notebook.page.keyboard.press("Control+s")
         clean = "() => !window.jupyterapp.shell.currentWidget.context.model.dirty"
