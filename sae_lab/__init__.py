@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from sae_lab.saes import *  # noqa: F403 (the families)
     from sae_lab.saes import SparseCoder as SparseCoder
     from sae_lab.saes.io.opening import load as load
+    from sae_lab.saes.sets import TranscoderSet as TranscoderSet
     from sae_lab.training.config import TrainConfig as TrainConfig
     from sae_lab.training.estimating import estimate as estimate
     from sae_lab.training.run import Run as Run

@@ -1,0 +1,318 @@
+"""The local replacement model of one prompt: transcoders in place of MLPs, attention and norms held at the prompt's
+values, and what the transcoders leave unexplained as errors. In it every activation is linear in features, errors and
+tokens."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, cast, no_type_check
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from sae_lab.activations.reading import require_fits
+from sae_lab.circuits.pairs import require_here
+from sae_lab.circuits.prompt import _cap, _check_way_out, _unembedding
+from sae_lab.lm import passes
+from sae_lab.lm.holding import Holding
+from sae_lab.lm.model import LM
+from sae_lab.saes.base import SparseCoder
+from sae_lab.saes.sets import TranscoderSet
+from sae_lab.types import Codes, Site, TokenBatch, Write
+
+CLOSE = 1e-4  # share of the largest number in a sum, up to which float32 may be off
+Mlp = Callable[[int, Tensor, Tensor | None], Tensor]  # (layer, what the MLP gives, what its coder reads) -> mlp_out
+
+
+class Segment(NamedTuple):
+    """What lies between two layers' streams, as autograd has it: ``read`` and ``out`` are functions of ``stream`` and
+    ``mlp``. Each is "1 pos d"; None where a layer has no transcoder, and ``mlp`` and ``out`` behind the last layer."""
+
+    stream: Tensor
+    read: Tensor | None
+    mlp: Tensor | None
+    out: Tensor | None
+
+
+class Part(NamedTuple):
+    """A layer's MLP on the prompt. codes: of all positions in order. open: " pos", where the transcoder stands in; at
+    the others the whole MLP is an error. fixed: "pos d": what it adds without a feature or a skip. error: "pos d"."""
+
+    codes: Codes
+    open: Bool[Tensor, " pos"]
+    fixed: Float[Tensor, "pos d"]
+    error: Float[Tensor, "pos d"]
+
+
+class LocalModel:
+    """The local replacement model of a model with these transcoders on one prompt.
+
+    Attributes:
+        embed: "pos d", the tokens' embeddings. parts: by layer. normed: "pos d_model", what W_U reads. logits: " vocab",
+            those of the last position, before a cap. chances: their probabilities, after it. W_U, mean, b_U: of them.
+        columns: sources of a row: features by (layer, position, feature), errors by (layer, position), tokens.
+        layer, position, feature, value, pre: " features" of all active features. bias: " features", what the biases add
+            to each pre-activation.
+    """
+
+    def __init__(self, lm: LM, coders: TranscoderSet, batch: TokenBatch, first: str):
+        require_here(lm, "an attribution graph")
+        _check_coders(lm, coders)
+        self.lm, self.coders, self.batch, self.first = lm, coders, batch, first
+        self.length, self.n_layers = batch.ids.shape[1], lm.n_layers
+        self.held, self.end = Holding(), Site("resid_post", lm.n_layers - 1)
+        last = lm._sites.final_norm
+        self.out = self.end if last is None else Site(last)
+        self.reads = {layer: coders[layer].reads[0] for layer in coders.layers}
+        self._record()
+        self.parts = [self._part(layer) for layer in range(self.n_layers)]
+        self._list_features()
+        self.columns = len(self.layer) + (self.n_layers + 1) * self.length
+        self._silent = self.run(self._of_biases, embed=torch.zeros_like(self.embed))
+        self.bias = self.pre_of(self._silent) + self._read_bias
+        self.pre = self.pre_of(self._seen) + self._read_bias
+
+    # ---- the pass on the prompt
+
+    def _record(self) -> None:
+        """One pass that notes what is held and keeps each layer as a function of its stream and its MLP's output."""
+        import nnsight
+
+        lm, nn = self.lm, self.lm._nn
+        sites = [Site("embed"), *(Site("resid_pre", layer) for layer in range(self.n_layers))]
+        cuts = {s: True for s in [*sites, *(Site("mlp_out", layer) for layer in range(self.n_layers)), self.end]}
+        reads = [(s, False) for s in [*self.reads.values(), self.out]]
+        steps = sorted([*cuts.items(), *reads], key=lambda step: (lm._sites.when(step[0]), not step[1]))
+        plan = [(s.key, lm._sites.place(s), cut) for s, cut in steps]
+        if split := [key for key, place, _ in plan if place.less]:
+            raise ValueError(f"{split[0]} is a difference of two tensors in this model: a graph needs one module there")
+        inputs, length, take = {"input_ids": self.batch.ids.to(lm.device), "use_cache": False}, self.length, _take
+        found = cast(dict[str, Any], {})
+        with lm._lock, torch.enable_grad(), self.held.recording(), nn.trace(inputs):
+            found = nnsight.save({})
+            take(nn, plan, length, found)
+            found["logits"] = nn.output.logits[0, -1].detach().float()
+        values = {key: value for key, value in found.items() if key != "logits"}
+        self.embed = values["embed"].leaf.detach()[0]
+        self._mlp = [values[Site("mlp_out", layer).key].leaf.detach()[0] for layer in range(self.n_layers)]
+        streams = [values[Site("resid_pre", layer).key] for layer in range(self.n_layers)] + [values[self.end.key]]
+        read = {layer: values[("read", s.key)] for layer, s in self.reads.items()}
+        self._before = Segment(values["embed"].leaf, None, None, streams[0].value)
+        self._segments = [
+            Segment(streams[n].leaf, read.get(n), values[Site("mlp_out", n).key].leaf, streams[n + 1].value)
+            for n in range(self.n_layers)
+        ]
+        self._segments.append(Segment(streams[-1].leaf, values["read", self.out.key], None, None))
+        self._seen = {s: values["read", s.key].detach()[0] for s in [*self.reads.values(), self.out]}
+        self._unembed(found["logits"])
+
+    def _unembed(self, logits: Float[Tensor, " vocab"]) -> None:
+        """W_U, checked by the model's own logits."""
+        _check_way_out(self.lm)
+        W_U, bias = _unembedding(self.lm)
+        self.W_U, self.mean = W_U.float(), W_U.float().mean(0)
+        self.b_U = torch.zeros(len(self.W_U), device=W_U.device) if bias is None else bias
+        self.normed, cap = self._seen[self.out], _cap(self.lm)
+        self.logits = self.W_U @ self.normed[-1] + self.b_U
+        capped = self.logits if cap is None else cap * (self.logits / cap).tanh()
+        off, largest = float((capped - logits).abs().max()), float(logits.abs().max())
+        if not off <= CLOSE * largest:
+            raise ValueError(
+                f"this model's logits are off by {off:.3g} from those of its final norm and W_U (largest "
+                f"{largest:.3g}): no graph is made of a model whose logits are made in another way"
+            )
+        self.chances = logits.softmax(-1)
+
+    # ---- features
+
+    def _part(self, layer: int) -> Part:
+        out = self._mlp[layer]
+        if layer not in self.coders:
+            none = torch.zeros(0, device=out.device)
+            codes = Codes(none, none.long(), none.new_zeros(self.length + 1).long(), 0)
+            return Part(codes, torch.zeros(self.length, dtype=torch.bool, device=out.device), out * 0, out)
+        coder, x = self.coders[layer], self._seen[self.reads[layer]]
+        ids = self.batch.ids[0].to(x.device)
+        is_open = torch.ones_like(ids, dtype=torch.bool)
+        if self.first == "keep":
+            is_open = (coder.mask or self.lm.mask()).of(self.batch, {coder.site: x[None].cpu()})[0].to(x.device)
+        fires = is_open.clone()
+        if self.first == "drop":
+            fires[0] = False
+        found = coder.codes_of(x[fires])
+        counts = torch.zeros(self.length, dtype=torch.long)
+        counts[fires.cpu()] = found.offsets.diff()
+        offsets = torch.cat([torch.zeros(1, dtype=torch.long), counts.cumsum(0)]).to(x.device)
+        codes = Codes(found.values.to(x.device), found.features.to(x.device), offsets, coder.d_sae)
+        with torch.no_grad():
+            fixed = coder.silent(torch.zeros_like(x).to(coder.W_dec.device), ids.to(coder.W_dec.device)).to(out)
+            fixed = fixed * is_open[:, None]
+            made = fixed + self._skipped(layer, x, is_open)
+            made = made.index_add(0, codes.rows, codes.values[:, None] * _rows(coder.W_dec, codes.features))
+        return Part(codes, is_open, fixed, out - made)
+
+    def _skipped(self, layer: int, x: Tensor, is_open: Tensor) -> Tensor | float:
+        """What the transcoder's skip makes of what it reads."""
+        skip = self.coders[layer].W_skip if layer in self.coders else None
+        return 0.0 if skip is None else x @ skip.detach().to(x) * is_open[:, None]
+
+    def _list_features(self) -> None:
+        """All active features as columns: by layer, position, feature."""
+        layers, parts, self._start = [], [], [0]
+        for layer, part in enumerate(self.parts):
+            codes = part.codes
+            order = (codes.rows * max(1, codes.d_sae) + codes.features).argsort()
+            parts.append((codes.rows[order], codes.features[order], codes.values[order]))
+            layers.append(torch.full_like(order, layer))
+            self._start.append(self._start[-1] + len(order))
+            self.parts[layer] = part._replace(codes=codes._replace(values=parts[-1][2], features=parts[-1][1]))
+        self.layer = torch.cat(layers)
+        self.position, self.feature, self.value = (torch.cat(columns) for columns in zip(*parts, strict=True))
+        bias = [
+            self.coders[n].read_bias().detach().to(f.device)[f] if n in self.coders else f.float()
+            for n, (_, f, _) in enumerate(parts)
+        ]
+        self._read_bias = torch.cat(bias)
+
+    def directions(self, features: Int[Tensor, " some"]) -> Float[Tensor, "some d"]:
+        """What features, by number of column, read: columns of W_enc. They are of one layer."""
+        coder = self.coders[int(self.layer[features[0]])]
+        return _rows(coder.W_enc.T, self.feature[features])
+
+    def pre_of(self, acts: dict[Site, Tensor]) -> Float[Tensor, " features"]:
+        """Of each active feature, what it reads of these activations, without its encoder's bias."""
+        found = torch.zeros(len(self.layer), device=self.embed.device)
+        for layer, site in self.reads.items():
+            here = slice(self._start[layer], self._start[layer + 1])
+            W = _rows(self.coders[layer].W_enc.T, self.feature[here])
+            found[here] = (acts[site][self.position[here]] * W).sum(-1)
+        return found
+
+    # ---- rows
+
+    @torch.no_grad()
+    def rows(
+        self, layers: Sequence[int], positions: Int[Tensor, " n"], directions: Float[Tensor, "n d"]
+    ) -> Float[Tensor, "n columns"]:
+        """What each source adds to what these targets read, all targets in one sweep down the layers.
+
+        layers: of the targets, the highest first; ``n_layers`` for what reads W_U's input.
+        """
+        found = torch.zeros(len(layers), self.columns, device=directions.device)
+        flow = directions.new_zeros(0, 1, *self._segments[-1].stream.shape[1:])
+        for layer in range(self.n_layers, -1, -1):
+            old, new = len(flow), sum(1 for n in layers if n == layer)
+            if not old + new:
+                continue
+            stream, read, mlp, out = self._segments[layer]
+            flow = torch.cat([flow, flow.new_zeros(new, *flow.shape[1:])])
+            ends = [] if out is None else [(out, flow)]
+            into = None if read is None else read.new_zeros(old + new, *read.shape)
+            if mlp is not None and old:
+                grown = _pulled([(out, flow[:old])], mlp)[:, 0]
+                self._add_parts(found[:old], layer, grown)
+                skip = self.coders[layer].W_skip if layer in self.coders else None
+                if skip is not None and into is not None:
+                    into[:old, 0] = grown @ skip.detach().to(grown).T * self.parts[layer].open[:, None]
+            if into is not None:
+                at = slice(old, old + new)
+                into[torch.arange(old, old + new), 0, positions[at]] = directions[at]
+                ends.append((read, into))
+            flow = _pulled(ends, stream)
+        grown = _pulled([(self._before.out, flow)], self._before.stream)[:, 0]
+        found[:, -self.length :] = (grown * self.embed).sum(-1)
+        return found
+
+    def _add_parts(self, found: Tensor, layer: int, grown: Float[Tensor, "n pos d"]) -> None:
+        """Columns of a layer's features and errors. grown: the targets' gradient at mlp_out."""
+        part, begin = self.parts[layer], self._start[layer]
+        offsets = part.codes.offsets.tolist()
+        for p in range(self.length):
+            here = slice(offsets[p], offsets[p + 1])
+            if here.start < here.stop:
+                W = _rows(self.coders[layer].W_dec, part.codes.features[here])
+                found[:, begin + here.start : begin + here.stop] = grown[:, p] @ W.T * part.codes.values[here]
+        at = len(self.layer) + layer * self.length
+        found[:, at : at + self.length] = (grown * part.error).sum(-1)
+
+    # ---- passes on other activations
+
+    @torch.no_grad()
+    def run(self, mlp: Mlp, embed: Tensor | None = None, held: bool = True) -> dict[Site, Tensor]:
+        """Activations "pos d" at what the coders read and at W_U's input, with other embeddings and MLPs' outputs.
+        held: with attention and norms at the prompt's values."""
+        writes = [] if embed is None else [Write(Site("embed"), lambda x, tokens: embed[None].to(x))]
+
+        def change(x: Tensor, tokens: Any, *read: Tensor, layer: int) -> Tensor:
+            return mlp(layer, x[0].float(), read[0][0] if read else None)[None].to(x)
+
+        for layer in range(self.n_layers):
+            needs = (self.reads[layer],) if layer in self.reads else ()
+
+            def at_layer(x: Tensor, tokens: Any, *read: Tensor, layer: int = layer) -> Tensor:
+                return change(x, tokens, *read, layer=layer)
+
+            writes.append(Write(Site("mlp_out", layer), at_layer, needs))
+        sites = list(dict.fromkeys([*self.reads.values(), self.out]))
+        if not held:
+            found = self.lm.run(self.batch, sites, writes, logits=False)[0]
+        else:
+            with self.lm._lock, self.held.replaying():
+                found = self.lm.run(self.batch, sites, writes, logits=False)[0]
+        return {s: x[0] for s, x in found.items()}
+
+    def _of_biases(self, layer: int, x: Tensor, read: Tensor | None) -> Tensor:
+        """A layer without features and errors."""
+        part = self.parts[layer]
+        return part.fixed if read is None else part.fixed + self._skipped(layer, read, part.open)
+
+
+@no_type_check
+def _take(root, plan, length, found):
+    """Read or cut the sites of a plan, (key, place, whether it is cut), in the order of the model. A cut gives the model
+    a copy of the value that begins a graph of its own: the copy, and the value with the graph behind it."""
+    for key, place, cut in plan:
+        there = passes.read(root, place, length)
+        value = passes.value_of(there, place, {})
+        if not cut:
+            found["read", key] = value.clone()  # a model may change it in place later
+            continue
+        leaf = value.detach().clone().requires_grad_(True)
+        found[key] = Cut(leaf, value.clone())
+        passes.put(root, place, there.detach(), value.detach(), leaf.clone())
+
+
+class Cut(NamedTuple):
+    """leaf: the copy that the model goes on with. value: the same as a function of earlier leaves."""
+
+    leaf: Tensor
+    value: Tensor
+
+
+def _pulled(ends: Sequence[tuple[Any, Tensor]], back: Tensor) -> Tensor:
+    """Gradients "n 1 pos d" of several tensors, a batch of n each, pulled back to an earlier one."""
+    outs, grads = [out for out, _ in ends], [grad for _, grad in ends]
+    return torch.autograd.grad(outs, back, grads, retain_graph=True, is_grads_batched=True)[0]
+
+
+def _rows(table: Tensor, rows: Tensor) -> Tensor:
+    """Rows of a coder's weights, on the device of their numbers."""
+    return table.detach()[rows.to(table.device)].to(rows.device)
+
+
+def _check_coders(lm: LM, coders: TranscoderSet) -> None:
+    """ValueError for transcoders of another model, and for weights that are not float32."""
+    dtype = next(lm._module.parameters()).dtype
+    if dtype != torch.float32:
+        raise ValueError(f"a graph's sums are checked in float32, this model has {dtype}: load it with dtype=torch.float32")
+    own = None
+    for layer, coder in zip(coders.layers, coders, strict=True):
+        if layer >= lm.n_layers:
+            raise ValueError(f"this set has a transcoder of layer {layer}, {lm} has layers 0 to {lm.n_layers - 1}")
+        require_fits(coder, lm)
+        if made_for := coder.meta.get("model_fingerprint"):
+            own = own or lm.fingerprint()
+            if made_for != own:
+                raise ValueError(
+                    f"the transcoder of layer {layer} was trained on {coder.meta.get('model')} (weights {made_for}), "
+                    f"{lm} has other weights ({own}): load the model it was trained on"
+                )

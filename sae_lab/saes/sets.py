@@ -1,0 +1,158 @@
+"""Transcoders of one model, one a layer, as one object."""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sae_lab import cache, files
+from sae_lab.arguments import as_annotated
+from sae_lab.saes.base import SparseCoder
+from sae_lab.saes.io import ours
+
+FORMAT, VERSION, INDEX = "sae_lab transcoder set", 1, "set.json"
+READS = ("mlp_in", "resid_mid", "resid_pre")  # where the transcoder of a layer can read
+
+
+@as_annotated
+class TranscoderSet:
+    """``coders = sl.TranscoderSet([transcoder_0, transcoder_1, ...])``: transcoders of one model, one a layer.
+
+        coders[3]                     # the transcoder of layer 3; KeyError where that layer has none
+        for coder in coders: ...      # in the order of layers; coders.layers are their numbers
+        coders.save("folder")         # sl.TranscoderSet.load("folder")
+        sl.circuits.trace(lm, coders, prompt)
+
+    Layers may be missing. Each coder tells by ``reads`` and ``writes`` where it belongs: it reads mlp_in, resid_mid or
+    resid_pre of a layer and writes mlp_out of the same layer; ``skip=True`` is allowed, widths may differ.
+
+    Raises ValueError for no coder, a coder that is no transcoder, one that normalises its input, one at other sites,
+    two of one layer, and coders of different models.
+    """
+
+    def __init__(self, coders: Iterable[SparseCoder]):
+        self._coders: dict[int, SparseCoder] = {}
+        for coder in coders:
+            layer = _layer(coder)
+            if layer in self._coders:
+                raise ValueError(f"a set has one transcoder a layer, got two of layer {layer}: leave one of them out")
+            self._coders[layer] = coder.eval()
+        if not self._coders:
+            raise ValueError("a set needs at least one transcoder, got none: pass sl.TranscoderSet([transcoder])")
+        self._coders = dict(sorted(self._coders.items()))
+        for fact in ("model_fingerprint", "model"):
+            told = [(layer, c.meta[fact]) for layer, c in self._coders.items() if c.meta.get(fact, "unknown") != "unknown"]
+            if other := [(layer, model) for layer, model in told if model != told[0][1]]:
+                raise ValueError(
+                    f"the transcoders of a set belong to one model: layer {told[0][0]} has {fact} {told[0][1]}, layer "
+                    f"{other[0][0]} has {other[0][1]}: make a set of each model"
+                )
+            if len(told) == len(self):  # a model may have several names
+                break
+
+    @property
+    def layers(self) -> list[int]:
+        """The layers that have a transcoder."""
+        return list(self._coders)
+
+    def __iter__(self) -> Iterator[SparseCoder]:
+        return iter(self._coders.values())
+
+    def __len__(self) -> int:
+        return len(self._coders)
+
+    def __contains__(self, layer: object) -> bool:
+        return layer in self._coders
+
+    def __getitem__(self, layer: int) -> SparseCoder:
+        if layer not in self._coders:
+            raise KeyError(f"this set has no transcoder of layer {layer}; it has layers {_listed(self.layers)}")
+        return self._coders[layer]
+
+    def to(self, device: str | torch.device) -> "TranscoderSet":
+        """``coders.to("cuda")``: move all weights to a device; returns the set."""
+        for coder in self:
+            coder.to(device)
+        return self
+
+    def save(self, path: str | Path, dtype: torch.dtype = torch.float32) -> Path:
+        """``coders.save("folder")``: write each transcoder into a folder of its own inside, as ``sae.save`` does, and
+        an index, last. dtype: of the matrices. Returns the folder."""
+        folder = Path(path)
+        names = {layer: f"layer_{layer}" for layer in self.layers}
+        (folder / INDEX).unlink(missing_ok=True)  # until all are written the folder is no set
+        for layer, name in names.items():
+            self[layer].save(folder / name, dtype=dtype)
+        with cache.atomic(folder / INDEX) as temporary:
+            layers = {str(layer): name for layer, name in names.items()}
+            files.write_json(temporary, {"format": FORMAT, "version": VERSION, "layers": layers}, indent=2)
+        return folder
+
+    @staticmethod
+    def load(path: str | Path) -> "TranscoderSet":
+        """``sl.TranscoderSet.load("folder")``: read what ``save`` wrote. ValueError for anything else."""
+        folder = Path(path).expanduser()
+        try:
+            layers = _checked(files.read_json(folder / INDEX))
+        except FileNotFoundError:
+            raise ValueError(f"no transcoder set in {folder}: it has no {INDEX} (coders.save writes one)") from None
+        except (ValueError, KeyError, TypeError) as err:
+            raise ValueError(f"{folder / INDEX} is no set that this version can read: {err}") from err
+        coders = []
+        for layer, name in layers.items():
+            coder = ours.read(folder / name, {})
+            coder.path = str((folder / name).resolve())
+            if _layer(coder) != layer:
+                raise ValueError(f"{folder / name} holds a transcoder of layer {_layer(coder)}, {INDEX} says {layer}")
+            coders.append(coder)
+        return TranscoderSet(coders)
+
+    def __repr__(self) -> str:
+        widths = {coder.d_sae for coder in self}
+        width = f"{min(widths)}" if len(widths) == 1 else f"{min(widths)} to {max(widths)}"
+        kinds = "+".join(dict.fromkeys(type(coder).__name__ for coder in self))
+        return f"TranscoderSet({kinds}, layers {_listed(self.layers)}, {width} features a layer)"
+
+
+def _layer(coder: SparseCoder) -> int:
+    """The layer of a transcoder. ValueError unless it belongs into a set."""
+    reads, writes = coder.reads, coder.writes
+    if not coder.transcodes or len(coder.in_shape) > 1:
+        raise ValueError(f"a set takes transcoders, got a {type(coder).__name__} without d_out: pass sl.Transcoder(...)")
+    if len(reads) != 1 or len(writes) != 1:
+        raise ValueError(
+            f"a transcoder of a set reads one site and writes one, this one reads {reads} and writes {writes}: set "
+            "coder.reads = (sl.Site('mlp_in', 3),) and coder.writes = (sl.Site('mlp_out', 3),)"
+        )
+    if reads[0].kind not in READS or writes[0].kind != "mlp_out" or reads[0].layer != writes[0].layer:
+        raise ValueError(
+            f"a transcoder of a set reads {', '.join(READS)} of a layer and writes mlp_out of the same layer, this one "
+            f"reads {reads[0]} and writes {writes[0]}: set coder.reads and coder.writes to its layer's sites"
+        )
+    if coder.input_norm != "none":
+        raise ValueError(
+            f"a transcoder of a set is linear in what it reads, this one has input_norm={coder.input_norm!r}, which "
+            "rescales each token: take one with input_norm='none'"
+        )
+    return int(writes[0].layer or 0)
+
+
+def _checked(index: dict[str, Any]) -> dict[int, str]:
+    if index["format"] != FORMAT or index["version"] != VERSION:
+        raise ValueError(f"format {index['format']!r} version {index['version']}, this one reads {FORMAT!r} {VERSION}")
+    layers = {int(layer): name for layer, name in index["layers"].items()}
+    if wrong := [name for layer, name in layers.items() if name != f"layer_{layer}"]:  # no path leads out of the folder
+        raise ValueError(f"its folders are named layer_0, layer_1, ..., got {str(wrong[0])[:40]!r}")
+    return layers
+
+
+def _listed(layers: list[int]) -> str:
+    """Numbers as ranges: 0-3, 5."""
+    parts: list[list[int]] = []
+    for n in layers:
+        if parts and parts[-1][1] == n - 1:
+            parts[-1][1] = n
+        else:
+            parts.append([n, n])
+    return ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in parts)
