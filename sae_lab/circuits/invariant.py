@@ -26,34 +26,43 @@ LISTED = 32  # downstream features that ``check_edges`` takes by default
 
 @result
 class EdgeCheck(Result):
-    """Result of ``circuits.check_edges``: changes that edges predict, and changes by subtracting the upstream feature.
-    Its table has one row per downstream feature: means over the tokens at which the upstream one fires.
+    """Result of ``circuits.check_edges`` and ``graph.check``: changes that edges predict, and changes by taking the
+    upstream feature out. Its table has one row per downstream feature: means over the tokens at which the upstream one
+    fires; in a graph one token.
 
     Attributes, "tokens features":
         predicted: -f·edge (over the norm's scale at the token). frozen: the change of the downstream feature's
             pre-activation with attention, the MLPs between and the norm's scale held fixed. free: its change with none
             of these fixed. pre: the pre-activation before the change.
-        feature, features: the upstream feature; the downstream ones. names: of upstream and of downstream features.
+        total, responding: of a graph: what the graph predicts along all paths, and the change with attention and norms
+            held while later features are made anew; None for an edge from weights.
+        feature, features: the upstream feature; the downstream ones; in a graph their nodes. names: of upstream and of
+            downstream features. largest: " features": of a graph, the largest effect on each; None: the largest change.
     """
 
     predicted: Float[np.ndarray, "tokens features"]
     frozen: Float[np.ndarray, "tokens features"]
     free: Float[np.ndarray, "tokens features"]
     pre: Float[np.ndarray, "tokens features"]
-    feature: int
-    features: list[int]
-    names: tuple[Names, Names] = field(default_factory=lambda: (Names(), Names()))
+    feature: Any
+    features: list[Any]
+    names: tuple[Any, Any] = field(default_factory=lambda: (Names(), Names()))
+    total: Float[np.ndarray, "tokens features"] | None = None
+    responding: Float[np.ndarray, "tokens features"] | None = None
+    largest: Float[np.ndarray, " features"] | None = None
 
     _records, _sorted, _shown, _digits = "_means", "predicted", 8, ".4f"
     _above = (
-        "feature {_called} taken out at {predicted!n} tokens: predicted and frozen differ by at most {error:.1e} of "
+        "{_called} taken out at {predicted!n} tokens: predicted and frozen differ by at most {error:.1e} of "
         "the largest; free: slope {slope:.3f}, correlation {correlation:.3f}"
     )
 
     @property
     def error(self) -> float:
-        """Largest |predicted - frozen| over the largest |frozen|: rounding error, if the edges are right."""
-        return float(np.abs(self.predicted - self.frozen).max() / max(np.abs(self.frozen).max(), 1e-12))
+        """Largest |predicted - frozen| over the largest |frozen|, in a graph over the largest effect on that target:
+        rounding error, if the edges are right."""
+        largest = max(np.abs(self.frozen).max(), 1e-12) if self.largest is None else self.largest.clip(1e-12)
+        return float((np.abs(self.predicted - self.frozen) / largest).max())
 
     @property
     def slope(self) -> float:
@@ -62,18 +71,26 @@ class EdgeCheck(Result):
 
     @property
     def correlation(self) -> float:
-        """Pearson's correlation of predicted and free."""
+        """Pearson's correlation of predicted and free; NaN for a single change."""
+        if self.predicted.size < 2:
+            return float("nan")
         return float(np.corrcoef(self.predicted.ravel(), self.free.ravel())[0, 1])
 
     @property
     def _called(self) -> str:
-        return self.names[0].numbered(self.feature)
+        if isinstance(self.feature, int):
+            return f"feature {self.names[0].numbered(self.feature)}"
+        return ", ".join(f"{node!r} {self.names[0][node]}".strip() for node in self.feature)
 
     @property
     def _means(self) -> dict[str, Any]:
-        names, called = ("predicted", "frozen", "free", "pre"), self.names[1].of(self.features)
-        own = {"feature": self.features, "name": [called.get(f, "") for f in self.features]}
-        return own | {name: getattr(self, name).mean(0) for name in names}
+        if isinstance(self.feature, int):
+            called = self.names[1].of(self.features)
+            own = {"feature": self.features, "name": [called.get(f, "") for f in self.features]}
+        else:
+            own = {"node": [repr(n) for n in self.features], "name": [self.names[1][n] for n in self.features]}
+        measures = ("predicted", "frozen", "total", "responding", "free", "pre")
+        return own | {name: found.mean(0) for name in measures if (found := getattr(self, name)) is not None}
 
 
 @as_annotated

@@ -21,7 +21,8 @@ ERROR = -1
 
 
 class Node(NamedTuple):
-    """One feature of the coder at a site, or its error (feature -1), at one position."""
+    """One feature of the coder at a site, or its error (feature -1), at one position. In an ``AttributionGraph`` also a
+    token, at embed, and a logit, at resid_post of the last layer; both with the token's id."""
 
     site: Site
     position: int
@@ -32,7 +33,8 @@ class Node(NamedTuple):
 
 
 class Edge(NamedTuple):
-    """The effect of replacing ``upstream`` on the metric through ``downstream``, mean over prompts."""
+    """The effect of replacing ``upstream`` on the metric through ``downstream``, mean over prompts; in an
+    ``AttributionGraph`` what ``upstream`` adds to the pre-activation of ``downstream``."""
 
     upstream: Node
     downstream: Node

@@ -3,6 +3,8 @@ values, and what the transcoders leave unexplained as errors. In it every activa
 tokens."""
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import cached_property, partial
 from typing import Any, NamedTuple, cast, no_type_check
 
 import torch
@@ -20,7 +22,7 @@ from sae_lab.saes.sets import TranscoderSet
 from sae_lab.types import Codes, Site, TokenBatch, Write
 
 CLOSE = 1e-4  # share of the largest number in a sum, up to which float32 may be off
-Mlp = Callable[[int, Tensor, Tensor | None], Tensor]  # (layer, what the MLP gives, what its coder reads) -> mlp_out
+Mlp = Callable[[int, Tensor, Tensor | None], Tensor]  # (layer, mlp_out, what its coder reads) -> mlp_out
 
 
 class Segment(NamedTuple):
@@ -35,10 +37,12 @@ class Segment(NamedTuple):
 
 class Part(NamedTuple):
     """A layer's MLP on the prompt. codes: of all positions in order. open: " pos", where the transcoder stands in; at
-    the others the whole MLP is an error. fixed: "pos d": what it adds without a feature or a skip. error: "pos d"."""
+    the others the whole MLP is an error. fires: " pos", where it has features. fixed: "pos d": what it adds without a
+    feature or a skip. error: "pos d"."""
 
     codes: Codes
     open: Bool[Tensor, " pos"]
+    fires: Bool[Tensor, " pos"]
     fixed: Float[Tensor, "pos d"]
     error: Float[Tensor, "pos d"]
 
@@ -51,7 +55,7 @@ class LocalModel:
             those of the last position, before a cap. chances: their probabilities, after it. W_U, mean, b_U: of them.
         columns: sources of a row: features by (layer, position, feature), errors by (layer, position), tokens.
         layer, position, feature, value, pre: " features" of all active features. bias: " features", what the biases add
-            to each pre-activation.
+            to each pre-activation. silent: activations, by site, without features, errors and tokens.
     """
 
     def __init__(self, lm: LM, coders: TranscoderSet, batch: TokenBatch, first: str):
@@ -67,8 +71,8 @@ class LocalModel:
         self.parts = [self._part(layer) for layer in range(self.n_layers)]
         self._list_features()
         self.columns = len(self.layer) + (self.n_layers + 1) * self.length
-        self._silent = self.run(self._of_biases, embed=torch.zeros_like(self.embed))
-        self.bias = self.pre_of(self._silent) + self._read_bias
+        self.silent = self.run(self._of_biases, embed=torch.zeros_like(self.embed))
+        self.bias = self.pre_of(self.silent) + self._read_bias
         self.pre = self.pre_of(self._seen) + self._read_bias
 
     # ---- the pass on the prompt
@@ -129,7 +133,8 @@ class LocalModel:
         if layer not in self.coders:
             none = torch.zeros(0, device=out.device)
             codes = Codes(none, none.long(), none.new_zeros(self.length + 1).long(), 0)
-            return Part(codes, torch.zeros(self.length, dtype=torch.bool, device=out.device), out * 0, out)
+            closed = torch.zeros(self.length, dtype=torch.bool, device=out.device)
+            return Part(codes, closed, closed, torch.zeros_like(out), out)
         coder, x = self.coders[layer], self._seen[self.reads[layer]]
         ids = self.batch.ids[0].to(x.device)
         is_open = torch.ones_like(ids, dtype=torch.bool)
@@ -148,7 +153,7 @@ class LocalModel:
             fixed = fixed * is_open[:, None]
             made = fixed + self._skipped(layer, x, is_open)
             made = made.index_add(0, codes.rows, codes.values[:, None] * _rows(coder.W_dec, codes.features))
-        return Part(codes, is_open, fixed, out - made)
+        return Part(codes, is_open, fires, fixed, out - made)
 
     def _skipped(self, layer: int, x: Tensor, is_open: Tensor) -> Tensor | float:
         """What the transcoder's skip makes of what it reads."""
@@ -204,7 +209,7 @@ class LocalModel:
             if not old + new:
                 continue
             stream, read, mlp, out = self._segments[layer]
-            flow = torch.cat([flow, flow.new_zeros(new, *flow.shape[1:])])
+            flow = torch.cat([flow, flow.new_zeros(new, *flow.shape[1:])]) if new else flow
             ends = [] if out is None else [(out, flow)]
             into = None if read is None else read.new_zeros(old + new, *read.shape)
             if mlp is not None and old:
@@ -242,28 +247,44 @@ class LocalModel:
         held: with attention and norms at the prompt's values."""
         writes = [] if embed is None else [Write(Site("embed"), lambda x, tokens: embed[None].to(x))]
 
-        def change(x: Tensor, tokens: Any, *read: Tensor, layer: int) -> Tensor:
-            return mlp(layer, x[0].float(), read[0][0] if read else None)[None].to(x)
-
         for layer in range(self.n_layers):
-            needs = (self.reads[layer],) if layer in self.reads else ()
-
-            def at_layer(x: Tensor, tokens: Any, *read: Tensor, layer: int = layer) -> Tensor:
-                return change(x, tokens, *read, layer=layer)
-
-            writes.append(Write(Site("mlp_out", layer), at_layer, needs))
+            change = partial(_with_mlp, mlp=mlp, layer=layer)
+            writes.append(Write(Site("mlp_out", layer), change, (self.reads[layer],) if layer in self.reads else ()))
         sites = list(dict.fromkeys([*self.reads.values(), self.out]))
-        if not held:
+        with self.lm._lock, self.held.replaying() if held else nullcontext():
             found = self.lm.run(self.batch, sites, writes, logits=False)[0]
-        else:
-            with self.lm._lock, self.held.replaying():
-                found = self.lm.run(self.batch, sites, writes, logits=False)[0]
         return {s: x[0] for s, x in found.items()}
+
+    @cached_property
+    def base(self) -> dict[Site, Tensor]:
+        """Activations with everything held, nothing taken out."""
+        return self.run(lambda layer, x, read: self.held_mlp(layer, read))
+
+    def held_mlp(self, layer: int, read: Tensor | None) -> Float[Tensor, "pos d"]:
+        """mlp_out of the prompt, with the skip of what the transcoder reads now."""
+        out, part = self._mlp[layer], self.parts[layer]
+        if read is None or self.coders[layer].W_skip is None:
+            return out
+        return out + self._skipped(layer, read - self._seen[self.reads[layer]], part.open)
+
+    def responding_mlp(self, layer: int, read: Tensor, gone: Sequence[tuple[int, int]]) -> Float[Tensor, "pos d"]:
+        """mlp_out with the features of what the transcoder reads now, the prompt's errors, and without the features in
+        ``gone``, (position, feature)."""
+        part, coder = self.parts[layer], self.coders[layer]
+        codes = coder.encode(read.to(coder.W_dec.device)).to(read) * part.fires[:, None]
+        for position, feature in gone:
+            codes[position, feature] = 0.0
+        made = codes @ coder.W_dec.detach().to(read) + self._skipped(layer, read, part.open) + part.fixed
+        return made + part.error
 
     def _of_biases(self, layer: int, x: Tensor, read: Tensor | None) -> Tensor:
         """A layer without features and errors."""
         part = self.parts[layer]
         return part.fixed if read is None else part.fixed + self._skipped(layer, read, part.open)
+
+
+def _with_mlp(x: Tensor, tokens: Any, *read: Tensor, mlp: Mlp, layer: int) -> Tensor:
+    return mlp(layer, x[0].float(), read[0][0] if read else None)[None].to(x)
 
 
 @no_type_check

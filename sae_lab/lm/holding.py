@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-# Functions of torch whose results are held, by name: patterns of attention, divisors of norms, and gates in (0, 1). Not
+# Functions of torch whose results are held, by name: patterns of attention, divisors of norms, and gates above 0. Not
 # the activations of an MLP: what they return adds up, so that holding it would turn the prompt's own values into
 # constants of the model.
-HELD = {"softmax", "rsqrt", "sqrt", "sigmoid", "linalg_vector_norm", "vector_norm", "norm"}
+HELD = {"softmax", "rsqrt", "sqrt", "sigmoid", "softplus", "linalg_vector_norm", "vector_norm", "norm"}
 
 
 class Holding(TorchFunctionMode):

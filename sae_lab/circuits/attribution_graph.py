@@ -1,0 +1,379 @@
+"""Attribution graphs: what features, errors and tokens add to each other and to the logits, on one prompt."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from sae_lab.circuits import graph_checks, graph_files
+from sae_lab.circuits.invariant import EdgeCheck
+from sae_lab.circuits.nodes import ERROR, Edge, Node
+from sae_lab.circuits.replacement import LocalModel
+from sae_lab.lm.model import LM
+from sae_lab.noting import Names
+from sae_lab.results import Result, by_column, figure, result
+from sae_lab.saes.sets import TranscoderSet
+from sae_lab.types import Site
+
+KINDS = ("feature", "error", "token", "logit")
+
+
+@result
+class AttributionGraph(Result):
+    """Result of ``circuits.trace``: what each node adds to each other's pre-activation, directly, on one prompt.
+
+        graph.top(10)                   # the edges that carry most to the logits; into=node: those of one node
+        small = graph.prune()           # the nodes and edges that carry most of the influence
+        graph.check(graph.top(1)[0])    # an edge beside what the model does when its source is taken out
+        graph.save("graph.safetensors"); small.to_json("graph.json")
+
+    Nodes come in this order: features by (layer, position, number), errors by (layer, position), tokens, logits. As
+    ``Node``: a feature and an error (feature -1) are at mlp_out of their layer, a token at embed with its id, a logit
+    at resid_post of the last layer with its token's id (from the size of the vocabulary on: differences, directions).
+
+    Attributes:
+        effects: "targets sources": what a source adds to a target; targets are features and logits, sources are
+            features, errors and tokens. effects.sum(1) + rest + bias = pre.
+        pre, bias: " targets": a feature's pre-activation, a logit less the mean of the vocabulary; what weights alone
+            add to it. rest, rest_size: " targets": what nodes and edges that are not in the graph add, the sum and the
+            sum of sizes.
+        values: " nodes": activations of features, pre of logits, NaN for others. weights: " logits": probabilities; 1
+            for a difference or a direction. directions: "logits d_model": what each reads of the final norm's output.
+            influence: " nodes": the part of the logits' weights that flows through a
+            node, with rows of |effects| made to sum to 1. share: " nodes": the share of all influence that this node
+            and all with more have.
+        places: "nodes 3": (layer, position, number); layer -1 for tokens. counts: of the four kinds. tokens: of the
+            prompt. outputs: names of the logits. facts: model, token ids, settings. names: of features, by layer.
+        active: number of the prompt's active features. visited: share of them that have a row.
+        unvisited: share of incoming effects, weighted by the influence of their targets, from features without a row.
+        replacement, completeness: scores of the whole graph (Ameisen et al. 2025): the share of the influence that
+            comes from tokens and not from errors; the share of incoming effects that come from no error, weighted by
+            influence, over all nodes as published and over features and logits alone.
+    """
+
+    effects: Float[Tensor, "targets sources"]
+    places: Int[Tensor, "nodes 3"]
+    counts: tuple[int, int, int, int]
+    values: Float[Tensor, " nodes"]
+    pre: Float[Tensor, " targets"]
+    bias: Float[Tensor, " targets"]
+    rest: Float[Tensor, " targets"]
+    rest_size: Float[Tensor, " targets"]
+    weights: Float[Tensor, " logits"]
+    directions: Float[Tensor, "logits d_model"]
+    influence: Float[Tensor, " nodes"]
+    share: Float[Tensor, " nodes"]
+    tokens: list[str]
+    outputs: list[str]
+    facts: dict[str, Any]
+    active: int
+    visited: float = figure("visited", "share of {active:,} active features", digits=".1%")
+    unvisited: float = figure("unvisited", "share of incoming effects from features without a row", digits=".1%")
+    replacement: float = figure("replacement", "share of influence from tokens, not errors", best="high")
+    completeness: float = figure("completeness", "share of incoming effects from no error", best="high")
+    completeness_inner: float = figure("completeness, inner", "over features and logits alone", best="high")
+    names: Mapping[int, Any] = field(default_factory=dict)
+    local: Any = field(default=None, repr=False, compare=False)  # the LocalModel, for checks
+
+    _records = "_table"
+    _above = "{_said}"
+    _below = "{_prompt}"
+
+    # ---- nodes and edges
+
+    @cached_property
+    def nodes(self) -> list[Node]:
+        """All nodes, in order."""
+        last = self.n_layers - 1
+        sites = {"feature": "mlp_out", "error": "mlp_out", "token": "embed", "logit": "resid_post"}
+        found = []
+        for kind, (layer, position, number) in zip(self.kinds, self.places.tolist(), strict=True):
+            at = None if kind == "token" else last if kind == "logit" else layer
+            found.append(Node(Site(sites[kind], at), position, number))
+        return found
+
+    @cached_property
+    def kinds(self) -> list[str]:
+        """"feature", "error", "token" or "logit", by node."""
+        return [kind for kind, count in zip(KINDS, self.counts, strict=True) for _ in range(count)]
+
+    @property
+    def n_layers(self) -> int:
+        return int(self.facts["n_layers"])
+
+    @cached_property
+    def _numbers(self) -> dict[Node, int]:
+        return {node: i for i, node in enumerate(self.nodes)}
+
+    def number(self, node: Node) -> int:
+        """A node's place in the order of nodes. ValueError for one that is not in the graph."""
+        if node not in self._numbers:
+            raise ValueError(f"{node!r} is no node of this graph: take one of graph.nodes, graph.to_pandas() lists them")
+        return self._numbers[node]
+
+    def row(self, node: Node) -> int:
+        """The row of ``effects`` of a feature or a logit. ValueError for an error or a token, which read nothing."""
+        number = self.number(node)
+        if self.kinds[number] in ("error", "token"):
+            raise ValueError(f"{node!r} is a source alone, nothing adds to it: take a feature or a logit")
+        return number if number < self.counts[0] else number - sum(self.counts[1:3])
+
+    @property
+    def targets(self) -> list[Node]:
+        """The nodes of the rows of ``effects``."""
+        return self.nodes[: self.counts[0]] + self.nodes[sum(self.counts[:3]) :]
+
+    def effect(self, source: Node, target: Node) -> float:
+        """What the source adds to the target's pre-activation."""
+        number = self.number(source)
+        return float(self.effects[self.row(target), number]) if number < self.effects.shape[1] else 0.0
+
+    def top(self, n: int = 20, into: Node | None = None) -> list[Edge]:
+        """The n edges that carry most influence to the logits; into: those to one node with the largest effects."""
+        sizes = self.effects.abs() if into is not None else _edge_scores(self.effects, self.weights, self.counts[0])
+        rows = torch.arange(len(sizes)) if into is None else torch.tensor([self.row(into)])
+        sizes, targets = sizes[rows], self.targets
+        best = sizes.flatten().topk(min(n, int((sizes > 0).sum()))).indices
+        places = [(int(rows[i // sizes.shape[1]]), int(i % sizes.shape[1])) for i in best.tolist()]
+        return [Edge(self.nodes[s], targets[t], float(self.effects[t, s])) for t, s in places]
+
+    def name(self, node: Node) -> str:
+        """What a node is called: a feature's label, "" without one; a token; a logit's token."""
+        number = self.number(node)
+        kind = self.kinds[number]
+        if kind == "logit":
+            return self.outputs[number - sum(self.counts[:3])]
+        if kind == "token":
+            return self.tokens[node.position]
+        return self.names.get(node.site.layer or 0, {})[node.feature] if kind == "feature" and self._named(node) else ""
+
+    def _named(self, node: Node) -> bool:
+        names = self.names.get(node.site.layer or 0, {})
+        return isinstance(names, Names) or node.feature in names
+
+    # ---- pruning
+
+    def prune(self, nodes: float = 0.8, edges: float = 0.98) -> "AttributionGraph":
+        """The part of the graph that carries most, as published: the nodes with most influence, up to this share of
+        all, tokens and logits always; then the edges, up to this share; then no feature without an edge in and out, no
+        error without an edge out. What is left out goes into ``rest`` and ``rest_size``; the scores stay those of the
+        whole graph. ValueError for a share that is not from 0 to 1."""
+        for name, share in (("nodes", nodes), ("edges", edges)):
+            if not 0 <= share <= 1:
+                raise ValueError(f"{name} must be a share of the influence from 0 to 1, got {share}")
+        keep, linked = _pruned(self, nodes, edges)
+        features, sources = self.counts[0], self.effects.shape[1]
+        rows = torch.cat([keep[:features], keep[sources:]])
+        effects = self.effects * linked
+        left = self.effects - effects
+        counts = [int(part.sum()) for part in keep.split(list(self.counts))]
+        return replace(
+            self, effects=effects[rows][:, keep[:sources]], places=self.places[keep], counts=tuple(counts),
+            values=self.values[keep], pre=self.pre[rows], bias=self.bias[rows],
+            rest=(self.rest + left.sum(1))[rows], rest_size=(self.rest_size + left.abs().sum(1))[rows],
+            influence=self.influence[keep], share=self.share[keep],
+            facts={**self.facts, "nodes": nodes, "edges": edges},
+        )  # fmt: skip
+
+    # ---- checks and files
+
+    def check(
+        self, source: Edge | Node | Sequence[Node], targets: Sequence[Node] | Node | None = None
+    ) -> EdgeCheck:
+        """``graph.check(edge)``, ``graph.check(node, targets)``: edges beside what happens when their source is taken
+        out of the model: a feature's f·W_dec, an error or a token's embedding, or those of several nodes.
+
+        predicted: minus the edge. frozen: the change of the target's pre-activation with attention, norms and all other
+        MLPs' outputs held. total: minus the effect along all paths, by (I - A)⁻¹ of the graph. responding: the change
+        with attention, norms and errors held, while later features are made anew. free: the change with nothing held.
+
+        Args: targets: features and logits; None: the edge's, else all that the source has an edge to. Raises ValueError
+        for a node that is not in the graph, and for a graph from a file that was loaded without lm= and coders=.
+        """
+        return graph_checks.check(self, source, targets)
+
+    def save(self, path: str | Path) -> Path:
+        """``graph.save("graph.safetensors")``: write one file, which ``AttributionGraph.load`` reads."""
+        return graph_files.save(self, Path(path))
+
+    @staticmethod
+    def load(path: str | Path, lm: LM | None = None, coders: TranscoderSet | None = None) -> "AttributionGraph":
+        """``AttributionGraph.load("graph.safetensors", lm, coders)``: read what ``save`` wrote.
+
+        lm, coders: those that the graph was made with, for ``check``. Raises ValueError for a file of another kind or
+        version, and for a model or coders that give other activations.
+        """
+        graph = AttributionGraph(**graph_files.load(Path(path)))
+        return graph if lm is None or coders is None else graph_checks.connected(graph, lm, coders)
+
+    def to_json(self, path: str | Path, slug: str = "graph", scan: str | None = None) -> Path:
+        """``graph.prune().to_json("graph.json")``: write the graph as Neuronpedia and circuit-tracer read it (schema 1).
+
+        A feature of layer 0 whose node id would be that of an error gets another number in its id; the metadata says
+        so. slug, scan: the graph's name, and that of the transcoders on Neuronpedia; None: the model's name.
+        """
+        return graph_files.to_json(self, Path(path), slug, scan)
+
+    @staticmethod
+    def from_json(path: str | Path) -> "AttributionGraph":
+        """``AttributionGraph.from_json("graph.json")``: read a graph of Neuronpedia or circuit-tracer. Such a file has no
+        biases and no rest, which are NaN here. ValueError for another schema, and for a file that contradicts itself."""
+        return AttributionGraph(**graph_files.from_json(Path(path)))
+
+    # ---- shown
+
+    @property
+    def _said(self) -> str:
+        features, errors, tokens, _ = self.counts
+        edges = int(self.effects.count_nonzero())
+        ends = ", ".join(f"{n!r} {p:.2f}" for n, p in zip(self.outputs, self.weights.tolist(), strict=True))
+        return f"{features:,} features, {errors:,} errors, {tokens} tokens, {edges:,} edges to {ends}"
+
+    @property
+    def _prompt(self) -> str:
+        return "".join(self.tokens)
+
+    @property
+    def _table(self) -> dict[str, list[Any]]:
+        rows = [
+            (repr(n), k, self.tokens[n.position], self.name(n) if k in ("feature", "logit") else "", value, influence)
+            for n, k, value, influence in zip(
+                self.nodes, self.kinds, self.values.tolist(), self.influence.tolist(), strict=True
+            )
+        ]
+        rows.sort(key=lambda row: (row[1] != "logit", -row[5]))
+        return by_column("node kind token name value influence", rows)
+
+    def edges_to_pandas(self):
+        """One row an edge, the largest effect first: upstream, its name, downstream, its name, effect."""
+        import pandas as pd
+
+        targets, rows = self.targets, []
+        for t, s in self.effects.nonzero().tolist():
+            up, down = self.nodes[s], targets[t]
+            rows.append((repr(up), self.name(up), repr(down), self.name(down), float(self.effects[t, s])))
+        rows.sort(key=lambda row: -abs(row[4]))
+        return pd.DataFrame(rows, columns=["upstream", "upstream_name", "downstream", "downstream_name", "effect"])
+
+
+# ---- the published scores (Ameisen et al. 2025), with the conventions of circuit-tracer 0.5.0
+
+
+def shares(effects: Float[Tensor, "targets sources"]) -> Float[Tensor, "targets sources"]:
+    """|effects|, each row divided by its sum."""
+    sizes = effects.abs()
+    return sizes / sizes.sum(1, keepdim=True).clamp_min(1e-10)
+
+
+def influence_of(
+    shared: Float[Tensor, "targets sources"], weights: Float[Tensor, " logits"], features: int
+) -> Float[Tensor, " sources"]:
+    """w·(A + A² + ...) of a matrix whose rows are the features, then the logits of these weights."""
+    flow = weights @ shared[features:]
+    total = flow.clone()
+    for _ in range(features + 1):  # at most one step a layer: edges lead upwards
+        if not bool(flow[:features].any()):
+            return total
+        flow = flow[:features] @ shared[:features]
+        total += flow
+    raise ValueError("the edges of this graph lead round in a circle, so that influence has no end: it is no such graph")
+
+
+def scores(
+    effects: Float[Tensor, "targets sources"], rest_size: Float[Tensor, " targets"], weights: Float[Tensor, " logits"],
+    counts: Sequence[int],
+) -> dict[str, Any]:  # fmt: skip
+    """The fields of a graph that follow from its effects: influence, share and the scores."""
+    features, errors, tokens, logits = counts
+    shared = shares(effects)
+    found = influence_of(shared, weights, features)
+    influence = torch.cat([found, found.new_zeros(logits)])
+    of = torch.cat([found[:features], weights])  # of the targets
+    wrong, token = found[features : features + errors].sum(), found[features + errors :].sum()
+    explained = 1 - shared[:, features : features + errors].sum(1)
+    sources = found[features:].sum()  # errors and tokens have no inputs: nothing of them comes from an error
+    sizes = effects.abs().sum(1)
+    unseen = rest_size / (sizes + rest_size).clamp_min(1e-10)
+    return {
+        "influence": influence, "share": _cumulated(influence),
+        "replacement": float(token / (token + wrong)),
+        "completeness": float(((explained * of).sum() + sources) / (of.sum() + sources)),
+        "completeness_inner": float((explained * of).sum() / of.sum()),
+        "unvisited": float((unseen * of).sum() / of.sum()),
+    }  # fmt: skip
+
+
+def _cumulated(influence: Float[Tensor, " nodes"]) -> Float[Tensor, " nodes"]:
+    ordered, order = influence.sort(descending=True)
+    found = torch.zeros_like(influence)
+    found[order] = ordered.cumsum(0) / ordered.sum()
+    return found
+
+
+def _threshold(scores: Float[Tensor, " n"], share: float) -> float:
+    """The least score among the largest that make up this share of all."""
+    ordered = scores.sort(descending=True).values
+    place = int(torch.searchsorted(ordered.cumsum(0) / ordered.sum(), share))
+    return float(ordered[min(place, len(ordered) - 1)])
+
+
+def _edge_scores(effects: Tensor, weights: Tensor, features: int) -> Float[Tensor, "targets sources"]:
+    shared = shares(effects)
+    found = influence_of(shared, weights, features)
+    return shared * torch.cat([found[:features], weights])[:, None]
+
+
+def _pruned(
+    graph: AttributionGraph, nodes: float, edges: float
+) -> tuple[Bool[Tensor, " nodes"], Bool[Tensor, "targets sources"]]:
+    """(which nodes stay, which edges stay)."""
+    features, sources = graph.counts[0], graph.effects.shape[1]
+    inner = features + graph.counts[1]  # features and errors, of which some are left out
+    keep = graph.influence >= _threshold(graph.influence, nodes)
+    keep[inner:] = True
+    effects = graph.effects * torch.cat([keep[:features], keep[sources:]])[:, None] * keep[:sources]
+    found = _edge_scores(effects, graph.weights, features)
+    some = found[found > 0]
+    linked = (found > 0) & (found >= (_threshold(some, edges) if len(some) else 0.0))
+    while True:
+        before = keep.clone()
+        keep[:inner] &= linked[:, :inner].any(0)
+        keep[:features] &= linked[:features].any(1)
+        if torch.equal(keep, before):
+            return keep, linked
+        linked &= torch.cat([keep[:features], keep[sources:]])[:, None] & keep[:sources]
+
+
+def graph_of(
+    local: LocalModel, effects: Tensor, chosen: Int[Tensor, " features"], logits: Any, rest: Tensor, rest_size: Tensor
+) -> AttributionGraph:
+    """The graph of a local model. effects: rows of the chosen features, then of the logits. rest, rest_size: of each."""
+    length, layers, active = local.length, local.n_layers, len(local.layer)
+    errors = [(layer, p, ERROR) for layer in range(layers) for p in range(length)]
+    ids = local.batch.ids[0].tolist()
+    places = [
+        torch.stack([local.layer, local.position, local.feature], 1)[chosen].cpu(),
+        torch.tensor([*errors, *((-1, p, i) for p, i in enumerate(ids))]),
+        torch.tensor([(layers, length - 1, number) for number in logits.numbers]),
+    ]
+    counts = (len(chosen), len(errors), length, len(logits.numbers))
+    none = torch.full((len(errors) + length,), float("nan"))
+    weights = torch.tensor(logits.weights)
+    facts = {
+        "model": local.lm.id, "model_fingerprint": local.lm.fingerprint(), "n_layers": layers, "ids": ids,
+        "first": local.first, "layers": local.coders.layers,
+    }  # fmt: skip
+    return AttributionGraph(
+        effects=effects, places=torch.cat(places), counts=counts,
+        values=torch.cat([local.value[chosen].cpu(), none, logits.pre]),
+        pre=torch.cat([local.pre[chosen].cpu(), logits.pre]), bias=torch.cat([local.bias[chosen].cpu(), logits.bias]),
+        rest=rest, rest_size=rest_size, weights=weights, directions=logits.directions.cpu(), tokens=[t.label for t in local.lm.tokens(ids)],
+        outputs=logits.names, facts=facts, active=active, visited=len(chosen) / max(1, active),
+        names={layer: Names(coder) for layer, coder in zip(local.coders.layers, local.coders, strict=True)},
+        local=local, **scores(effects, rest_size, weights, counts),
+    )  # fmt: skip

@@ -1,0 +1,157 @@
+"""Edges of an attribution graph beside what the model does when their sources are taken out of it."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sae_lab.circuits.invariant import EdgeCheck
+from sae_lab.circuits.nodes import ERROR, Edge, Node
+from sae_lab.circuits.replacement import CLOSE, LocalModel
+from sae_lab.lm.model import LM
+from sae_lab.saes.sets import TranscoderSet
+from sae_lab.types import Site
+
+Sources = dict[int, list[tuple[int, Tensor]]]  # by layer (-1: embeddings): (position, what the node writes there)
+
+
+@torch.no_grad()
+def check(graph: Any, source: Any, targets: Any) -> EdgeCheck:
+    """See ``AttributionGraph.check``."""
+    local: LocalModel | None = graph.local
+    if local is None:
+        raise ValueError(
+            "a check runs the model, and this graph comes from a file: AttributionGraph.load(path, lm, coders) of a file "
+            "that graph.save wrote has one"
+        )
+    if isinstance(source, Edge):
+        source, targets = source.upstream, source.downstream if targets is None else targets
+    sources = [source] if isinstance(source, Node) else list(source)
+    numbers = [graph.number(node) for node in sources]
+    if not sources or any(n >= graph.effects.shape[1] for n in numbers):
+        raise ValueError(f"a source is a feature, an error or a token, got {sources}: a logit adds to nothing")
+    minus = -graph.effects[:, numbers].sum(1)
+    if targets is None:
+        listed = [node for node, effect in zip(graph.targets, minus.tolist(), strict=True) if effect and node not in sources]
+    else:
+        listed = [targets] if isinstance(targets, Node) else list(targets)
+    if not listed:
+        raise ValueError(f"{sources} has no edge in this graph: take another source, or name targets=")
+    rows = [graph.row(node) for node in listed]
+    own, base = _written(local, sources), local.base
+    runs = {
+        "frozen": _changed(local, own, sources, "held"), "responding": _changed(local, own, sources, "responding"),
+        "free": _changed(local, own, sources, "free"),
+    }  # fmt: skip
+    before = _read(graph, local, base, listed)
+    found = {name: (_read(graph, local, acts, listed) - before).cpu().numpy()[None] for name, acts in runs.items()}
+    largest = graph.effects.abs().max(1).values[rows].numpy()
+    named = _Called(graph)
+    return EdgeCheck(
+        minus[rows].numpy()[None], found["frozen"], found["free"], graph.pre[rows].numpy()[None], sources, listed,
+        (named, named), total=_total(graph, numbers)[rows].numpy()[None], responding=found["responding"],
+        largest=largest,
+    )  # fmt: skip
+
+
+class _Called:
+    """Names of nodes."""
+
+    def __init__(self, graph: Any):
+        self.graph = graph
+
+    def __getitem__(self, node: Node) -> str:
+        return self.graph.name(node)
+
+
+def _written(local: LocalModel, sources: Sequence[Node]) -> Sources:
+    """What each node adds to the stream."""
+    found: Sources = {}
+    for site, position, number in sources:
+        layer = -1 if site.kind == "embed" else int(site.layer or 0)
+        if layer < 0:
+            what = local.embed[position]
+        elif number == ERROR:
+            what = local.parts[layer].error[position]
+        else:
+            codes = local.parts[layer].codes
+            here = ((codes.rows == position) & (codes.features == number)).nonzero()[0, 0]
+            what = codes.values[here] * local.coders[layer].W_dec[number].detach().to(codes.values)
+        found.setdefault(layer, []).append((position, what))
+    return found
+
+
+def _changed(local: LocalModel, own: Sources, sources: Sequence[Node], way: str) -> dict[Site, Tensor]:
+    """Activations after the sources were taken out. way: what else stays: see ``AttributionGraph.check``."""
+    embed = _less(local.embed, own.get(-1, [])) if -1 in own else None
+    dead = {(n.site.layer, n.position, n.feature) for n in sources if n.site.kind == "mlp_out" and n.feature != ERROR}
+    errors = {n.site.layer: [] for n in sources}
+    for n in sources:
+        if n.site.kind == "mlp_out" and n.feature == ERROR:
+            errors[n.site.layer].append((n.position, local.parts[int(n.site.layer or 0)].error[n.position]))
+
+    def mlp(layer: int, x: Tensor, read: Tensor | None) -> Tensor:
+        if way == "free":
+            return _less(x, own.get(layer, []))
+        if way == "held" or read is None:
+            return _less(local.held_mlp(layer, read), own.get(layer, []))
+        gone = [(p, f) for at, p, f in dead if at == layer]
+        return _less(local.responding_mlp(layer, read, gone), errors.get(layer, []))
+
+    return local.run(mlp, embed, held=way != "free")
+
+
+def _less(x: Tensor, gone: Sequence[tuple[int, Tensor]]) -> Tensor:
+    x = x.clone()
+    for position, what in gone:
+        x[position] -= what.to(x)
+    return x
+
+
+def _read(graph: Any, local: LocalModel, acts: dict[Site, Tensor], targets: Sequence[Node]) -> Float[Tensor, " targets"]:
+    """What the targets read, without their biases."""
+    found = []
+    for node in targets:
+        if node.site.kind == "mlp_out":
+            coder = local.coders[int(node.site.layer or 0)]
+            x = acts[coder.reads[0]][node.position]
+            found.append(x @ coder.W_enc[:, node.feature].detach().to(x))
+        else:
+            at = graph.number(node) - sum(graph.counts[:3])
+            x = acts[local.out][-1]
+            found.append(x @ graph.directions[at].to(x))
+    return torch.stack(found)
+
+
+def _total(graph: Any, numbers: Sequence[int]) -> Float[Tensor, " targets"]:
+    """The change of each target when the sources are taken out and the features of the graph respond: one unit of a
+    feature adds effects / activation, along all paths, the sources themselves left at 0."""
+    features = graph.counts[0]
+    per_unit = graph.effects[:, :features] / graph.values[:features].clamp_min(1e-12)
+    direct = -graph.effects[:, numbers].sum(1)
+    alive = torch.ones(features)
+    alive[[n for n in numbers if n < features]] = 0.0
+    between = torch.eye(features) - per_unit[:features] * alive[:, None]
+    change = torch.linalg.solve_triangular(between, (direct[:features] * alive)[:, None], upper=False)[:, 0]
+    return direct + per_unit @ change
+
+
+def connected(graph: Any, lm: LM, coders: TranscoderSet) -> Any:
+    """The graph with its local model. ValueError for a model or coders that give other activations."""
+    ids = graph.facts.get("ids")
+    if ids is None:
+        raise ValueError("this graph does not say its token ids, so that the model cannot run on its prompt: trace anew")
+    local = LocalModel(lm, coders, lm.tokenize(ids), graph.facts["first"])
+    own = {place: i for i, place in enumerate(zip(local.layer.tolist(), local.position.tolist(), local.feature.tolist(), strict=True))}  # fmt: skip
+    places = [tuple(place) for place in graph.places[: graph.counts[0]].tolist()]
+    same = all(place in own for place in places)
+    if same and places:
+        values, now = graph.values[: len(places)], local.value.cpu()[[own[place] for place in places]]
+        same = float((values - now).abs().max()) <= CLOSE * float(values.abs().max())
+    if not same:
+        raise ValueError("this model and these coders give other activations than the graph has: load those it was made with")
+    return replace(graph, local=local)

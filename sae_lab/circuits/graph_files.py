@@ -1,0 +1,248 @@
+"""Attribution graphs in files: our own (tensors and JSON), and the JSON that Neuronpedia and circuit-tracer read."""
+
+import json
+import math
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sae_lab import cache, files
+from sae_lab.circuits.nodes import ERROR
+
+VERSION, SCHEMA = 1, 1
+NOTE = "sae_lab graph"
+TENSORS = ("effects", "places", "values", "pre", "bias", "rest", "rest_size", "weights", "directions", "influence",
+           "share")  # fmt: skip
+PLAIN = ("counts", "tokens", "outputs", "facts", "active", "visited", "unvisited", "replacement", "completeness",
+         "completeness_inner")  # fmt: skip
+TYPES = {"feature": "cross layer transcoder", "error": "mlp reconstruction error", "token": "embedding",
+         "logit": "logit"}  # fmt: skip
+
+
+def save(graph: Any, path: Path) -> Path:
+    tensors = {name: getattr(graph, name).contiguous() for name in TENSORS}
+    assert {*TENSORS, *PLAIN, "names", "local"} == {f.name for f in fields(graph)}
+    plain = {name: _unnan(getattr(graph, name)) for name in PLAIN}
+    labels = {repr(n): graph.name(n) for n in graph.nodes[: graph.counts[0]] if graph.name(n)}
+    with cache.atomic(path) as temporary:
+        files.write_tensors(tensors, temporary, {NOTE: json.dumps({"version": VERSION, "labels": labels, **plain})})
+    return path
+
+
+def load(path: Path) -> dict[str, Any]:
+    """The fields of a graph."""
+    try:
+        tensors, notes = files.read_tensors(path)
+        found = files.parse_json(notes[NOTE])
+        version = found["version"]
+    except (OSError, ValueError, KeyError, TypeError) as err:
+        raise ValueError(f"{path} holds no graph ({err!r}): give a file that graph.save(path) wrote") from err
+    if version != VERSION:
+        raise ValueError(f"{path} holds a graph of version {version}, this version of sae_lab reads {VERSION}: trace anew")
+    try:
+        named = {name: tensors[name] for name in TENSORS}
+        named |= {name: math.nan if found[name] is None else found[name] for name in PLAIN}
+        named["counts"] = tuple(map(int, named["counts"]))
+        named["names"] = _by_layer(named["places"][: named["counts"][0]], found["labels"])
+        _require_consistent(named)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as err:
+        raise ValueError(f"{path} holds a graph that contradicts itself ({err}): trace anew") from err
+    return named
+
+
+def _by_layer(places: Tensor, labels: dict[str, str]) -> dict[int, dict[int, str]]:
+    """Names of features by layer, from those by node."""
+    found: dict[int, dict[int, str]] = {}
+    for layer, position, number in places.tolist():
+        name = labels.get(f"mlp_out-{layer}@{position}/{number}")
+        if isinstance(name, str):
+            found.setdefault(layer, {})[number] = name
+    return found
+
+
+def _require_consistent(named: dict[str, Any]) -> None:
+    features, errors, tokens, logits = named["counts"]
+    targets, sources, nodes = features + logits, features + errors + tokens, sum(named["counts"])
+    shapes = {"effects": (targets, sources), "places": (nodes, 3), "weights": (logits,)}
+    shapes |= dict.fromkeys(("values", "influence", "share"), (nodes,))
+    shapes |= dict.fromkeys(("pre", "bias", "rest", "rest_size"), (targets,))
+    for name, shape in shapes.items():
+        if tuple(named[name].shape) != shape:
+            raise ValueError(f"{name} has shape {tuple(named[name].shape)}, its counts say {shape}")
+    length = len(named["tokens"])
+    positions, layers = named["places"][:, 1], named["places"][:, 0]
+    if bool(((positions < 0) | (positions >= length) | (layers < -1) | (layers > named["facts"]["n_layers"])).any()):
+        raise ValueError(f"a node stands outside its {length} tokens and {named['facts']['n_layers']} layers")
+    if len(named["outputs"]) != logits or len(named["directions"]) != logits:
+        raise ValueError(f"it has {logits} logits and {len(named['outputs'])} names of them")
+    if not bool(named["effects"].isfinite().all()):
+        raise ValueError("an effect is no finite number")
+
+
+def _unnan(value: Any) -> Any:
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+# ---- Neuronpedia's JSON
+
+
+def to_json(graph: Any, path: Path, slug: str, scan: str | None) -> Path:
+    ids, renumbered = _ids(graph)
+    listed = [_node(graph, i, ids[i]) for i in range(len(ids))]
+    rows = [*range(graph.counts[0]), *range(sum(graph.counts[:3]), len(ids))]
+    links = [
+        {"source": ids[s], "target": ids[rows[t]], "weight": float(graph.effects[t, s])}
+        for t, s in graph.effects.nonzero().tolist()
+    ]
+    meta = {
+        "slug": slug, "scan": scan or str(graph.facts["model"]), "transcoder_list": [],
+        "prompt_tokens": list(graph.tokens), "prompt": "".join(graph.tokens),
+        "node_threshold": graph.facts.get("nodes"), "schema_version": SCHEMA, "generator": {"name": "sae_lab"},
+        "renumbered": renumbered,
+    }  # fmt: skip
+    view = {"pinnedIds": [], "supernodes": [], "linkType": "both", "clickedId": "", "sg_pos": ""}
+    with cache.atomic(path) as temporary:
+        content = {"metadata": meta, "qParams": view, "nodes": listed, "links": links}
+        temporary.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+    return path
+
+
+def _ids(graph: Any) -> tuple[list[str], dict[str, str]]:
+    """(the node ids, {id of a feature that an error has too: the id it has instead}). A feature n of layer 0 and the
+    error of layer n at the same token have the same id in this schema."""
+    ids, renumbered, largest = [], {}, int(graph.places[:, 2].max()) + graph.n_layers
+    errors = {(layer, position) for (layer, position, number) in graph.places.tolist() if number == ERROR}
+    for kind, (layer, position, number) in zip(graph.kinds, graph.places.tolist(), strict=True):
+        if kind == "feature" and layer == 0 and (number, position) in errors:
+            renumbered[f"0_{number}_{position}"] = f"0_{largest + 1 + number}_{position}"
+            number = largest + 1 + number
+        parts = {
+            "feature": (layer, number), "error": (0, layer), "token": ("E", number), "logit": (layer + 1, number)
+        }  # fmt: skip
+        ids.append("{}_{}_{}".format(*parts[kind], position))
+    return ids, renumbered
+
+
+def _node(graph: Any, i: int, id: str) -> dict[str, Any]:
+    kind, (layer, position, number) = graph.kinds[i], graph.places[i].tolist()
+    name, logit = graph.name(graph.nodes[i]), i - sum(graph.counts[:3])
+    facts = {
+        "feature": (_cantor(layer, number), str(layer), f"{layer}_{number}-0", name),
+        "error": (ERROR, str(layer), f"{layer}_{position}-0", ""),
+        "token": (position, "E", f"E_{number}-{position}", ""),
+        "logit": (number, str(layer + 1), f"L_{number}-{position}", f'Output "{name}"'),
+    }
+    feature, at, js, clerp = facts[kind]
+    weight = float(graph.weights[logit]) if kind == "logit" else 0.0
+    return {
+        "node_id": id, "feature": feature, "layer": at, "ctx_idx": position, "feature_type": TYPES[kind],
+        "token_prob": weight, "is_target_logit": logit == 0, "run_idx": 0, "reverse_ctx_idx": 0, "jsNodeId": js,
+        "clerp": f"{clerp} (p={weight:.3f})" if kind == "logit" else clerp,
+        "influence": None if kind == "logit" else _unnan(float(graph.share[i])),
+        "activation": _unnan(float(graph.values[i])) if kind == "feature" else None,
+    }  # fmt: skip
+
+
+def _cantor(a: int, b: int) -> int:
+    return (a + b) * (a + b + 1) // 2 + b
+
+
+def _uncantor(code: int) -> tuple[int, int]:
+    total = (math.isqrt(8 * code + 1) - 1) // 2
+    b = code - total * (total + 1) // 2
+    return total - b, b
+
+
+def from_json(path: Path) -> dict[str, Any]:
+    """The fields of a graph in Neuronpedia's JSON."""
+    try:
+        content = files.read_json(path)
+        meta = content["metadata"]
+        schema = meta.get("schema_version", SCHEMA)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as err:
+        raise ValueError(f"{path} is no graph of Neuronpedia ({err!r}): give a JSON of metadata, nodes and links") from err
+    if schema not in (SCHEMA, None):
+        raise ValueError(f"{path} is a graph of schema {schema}, this version of sae_lab reads {SCHEMA}: export it anew")
+    try:
+        found = _read_nodes(content["nodes"], meta)
+        number, counts = found.pop("number"), found["counts"]
+        found["effects"] = _read_links(content["links"], number, counts)
+        _require_consistent(found)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as err:
+        raise ValueError(f"{path} holds a graph that contradicts itself ({err})") from err
+    return found
+
+
+def _read_nodes(nodes: list[dict[str, Any]], meta: dict[str, Any]) -> dict[str, Any]:
+    """All fields but the effects, and "number": the place of each node id."""
+    kinds = {name: kind for kind, name in TYPES.items()}
+    if unknown := [n["feature_type"] for n in nodes if n["feature_type"] not in kinds]:
+        raise ValueError(f"a node has the unknown type {str(unknown[0])[:40]!r}, known are {', '.join(kinds)}")
+    tokens, logits = list(map(str, meta["prompt_tokens"])), [n for n in nodes if n["feature_type"] == "logit"]
+    if not logits:
+        raise ValueError("it has no logit, from whose layer the number of layers is told")
+    layers = int(logits[0]["layer"]) - 1
+    places, order = [], []
+    for kind, name in TYPES.items():
+        mine = [(_place(node, kind, layers), node) for node in nodes if node["feature_type"] == name]
+        mine = mine if kind == "logit" else sorted(mine, key=lambda pair: pair[0])
+        places.append([place for place, _ in mine])
+        order += [node for _, node in mine]
+    number = {node["node_id"]: i for i, node in enumerate(order)}
+    if len(number) < len(order):
+        raise ValueError("two nodes have the same node_id")
+    counts, nan = tuple(map(len, places)), math.nan
+    targets = counts[0] + counts[3]
+    told = torch.tensor([nan if (v := node.get("influence")) is None else float(v) for node in order])
+    names: dict[int, dict[int, str]] = {}
+    for place, node in zip(places[0], order, strict=False):
+        if node.get("clerp"):
+            names.setdefault(place[0], {})[place[2]] = str(node["clerp"])
+    weights = torch.tensor([float(node.get("token_prob") or 0.0) for node in order[-counts[3] :]])
+    activations = [node.get("activation") for node in order]
+    return {
+        "number": number, "counts": counts, "places": torch.tensor([p for part in places for p in part]),
+        "values": torch.tensor([nan if v is None else float(v) for v in activations]), "names": names,
+        **{name: torch.full((targets,), nan) for name in ("pre", "bias", "rest", "rest_size")}, "weights": weights,
+        "directions": torch.zeros(counts[3], 0), "influence": torch.full((len(order),), nan), "share": told, "tokens": tokens, "active": counts[0],
+        "outputs": [_output(node) for node in order[-counts[3] :]],
+        "facts": {"model": meta.get("scan"), "n_layers": layers, "nodes": meta.get("node_threshold")},
+        **dict.fromkeys(("visited", "unvisited", "replacement", "completeness", "completeness_inner"), nan),
+    }  # fmt: skip
+
+
+def _place(node: dict[str, Any], kind: str, layers: int) -> list[int]:
+    """(layer, position, number) of a node; its feature's number is told by ``feature``, since ids may be renumbered."""
+    position = int(node["ctx_idx"])
+    if kind == "token":
+        return [-1, position, int(node["node_id"].split("_")[1])]
+    if kind == "logit":
+        return [layers, position, int(node["feature"])]
+    layer, number = int(node["layer"]), ERROR
+    if kind == "feature":
+        at, number = _uncantor(int(node["feature"]))
+        if at != layer:  # some exporters give the feature's own number
+            number = int(node["node_id"].split("_")[1])
+    return [layer, position, number]
+
+
+def _output(node: dict[str, Any]) -> str:
+    """The token of a logit: 'Output " Paris" (p=0.9)' or another text."""
+    text = str(node.get("clerp") or node["feature"])
+    begin, end = text.find('"'), text.rfind('"')
+    return text[begin + 1 : end] if text.startswith("Output") and end > begin else text
+
+
+def _read_links(links: list[dict[str, Any]], number: dict[str, int], counts: tuple[int, ...]) -> Tensor:
+    features, sources = counts[0], sum(counts[:3])
+    effects = torch.zeros(features + counts[3], sources)
+    for link in links:
+        source, target = number[link["source"]], number[link["target"]]
+        row = target if target < features else target - sources + features
+        if source >= sources or not (target < features or target >= sources):
+            raise ValueError(f"a link leads from {link['source']} to {link['target']}, which are no source and target")
+        effects[row, source] = float(link["weight"])
+    return effects

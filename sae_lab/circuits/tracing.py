@@ -1,0 +1,240 @@
+"""``trace``: the attribution graph of one prompt, features visited by their influence on the logits."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sae_lab.arguments import as_annotated, check_least
+from sae_lab.circuits.attribution_graph import AttributionGraph, graph_of
+from sae_lab.circuits.metric import one_token
+from sae_lab.circuits.nodes import Node
+from sae_lab.circuits.replacement import CLOSE, LocalModel
+from sae_lab.lm.model import LM
+from sae_lab.lm.tokens import Prompts, is_single, label
+from sae_lab.saes.base import SparseCoder
+from sae_lab.saes.sets import TranscoderSet
+from sae_lab.types import Site
+
+PROBABILITY, MOST_LOGITS = 0.95, 10  # targets by default: the fewest tokens of this probability (circuit-tracer)
+RANKED = 512  # features visited between two rankings of the others
+SWEEP_BYTES = 64_000_000  # of one stream's gradients in a sweep
+
+
+class Logits(NamedTuple):
+    """What the graph explains: names, numbers (token ids; from the vocabulary's size on: differences, directions),
+    weights, directions "logits d_model" that read the final norm's output, and the bias of W_U that each has."""
+
+    names: list[str]
+    numbers: list[int]
+    weights: list[float]
+    directions: Float[Tensor, "logits d_model"]
+    shift: Float[Tensor, " logits"]
+    pre: Float[Tensor, " logits"]
+    bias: Float[Tensor, " logits"]
+
+
+@as_annotated
+def trace(
+    lm: LM,
+    coders: TranscoderSet | Sequence[SparseCoder],
+    prompt: Prompts,
+    targets: Sequence[Any] | str | int | Tensor | None = None,
+    *,
+    first: str = "keep",
+    features: int = 4096,
+) -> AttributionGraph:
+    """``graph = trace(lm, coders, "The capital of France is")``: what features, errors and tokens add to each other and
+    to the logits after the prompt (attribution graphs, Ameisen et al. 2025, transformer-circuits.pub):
+
+        A[t, s] = activation(s) · <what s writes, carried to the place that t reads, direction that t reads>
+
+    Each layer's MLP is replaced by its transcoder; what that leaves unexplained is an error at each token, and so is the
+    whole MLP of a layer without one. Attention patterns, norms' divisors, gates and caps on scores keep the prompt's
+    values, so that the effects are exact and add up: for every feature and logit, what all sources add and what biases
+    add is its pre-activation (a logit: less the mean over the vocabulary, before a final cap) within 1e-4 of the
+    largest of them, in float32. Where it is not, there is no graph.
+
+    Args:
+        coders: ``sl.TranscoderSet``, or a list of transcoders. prompt: one, of at least two tokens.
+        targets: None: the fewest tokens that have probability .95, at most 10; or a token (" Paris", or its id), a
+            difference of two (" Paris", " Rome") as a tuple, a direction "d_model" that reads the final norm's output,
+            or a list of these.
+        first: "keep": tokens that a coder's mask leaves out, position 0 among them, have no features, and their whole
+            MLP is an error; "drop", as circuit-tracer: all tokens but position 0 have features, and there the
+            transcoder's b_dec and skip stay.
+        features: how many active features get a row. They are visited in the order of their influence, by the rows known
+            so far; what the others add is told as ``rest``.
+
+    Raises ValueError for several prompts or one token, a target that is no single token, coders of another model or
+    layer, weights that are not float32, a model on a server, one without the sites embed, resid_pre and mlp_out, and one
+    in which something else lies between, so that the sums do not hold.
+    """
+    check_least(1, features=features)
+    if first not in ("keep", "drop"):
+        raise ValueError(f"first must be 'keep' or 'drop', got {first!r}")
+    if not is_single(prompt):
+        raise ValueError("a graph is of one prompt, got several: call trace for each")
+    coders = coders if isinstance(coders, TranscoderSet) else TranscoderSet(coders)
+    batch = lm.tokenize(prompt)
+    if batch.ids.shape[1] < 2:
+        raise ValueError("a graph needs a prompt of at least two tokens, got one: nothing could lead to it from another")
+    wanted = _checked_targets(lm, targets)
+    local = LocalModel(lm, coders, batch, first)
+    logits = _logits(local, wanted)
+    tracer = Tracer(local, logits, min(features, len(local.layer)))
+    return tracer.graph()
+
+
+class Tracer:
+    """Rows of a graph, computed in the order of influence. rows: "logits + features columns", of the logits first."""
+
+    def __init__(self, local: LocalModel, logits: Logits, most: int):
+        self.local, self.logits, self.most = local, logits, most
+        self.first = len(logits.numbers)
+        self.rows = torch.zeros(self.first + most, local.columns)
+        self.visited = torch.zeros(0, dtype=torch.long)  # features by column, in the order of their rows
+        width = 4 * local.length * local.embed.shape[-1]
+        self.at_once = max(1, min(RANKED, SWEEP_BYTES // width))
+
+    def graph(self) -> AttributionGraph:
+        from tqdm.auto import tqdm
+
+        local = self.local
+        self._visit_logits()
+        with tqdm(total=self.most, unit="feature", desc="trace", dynamic_ncols=True, disable=None) as bar:
+            while (done := len(self.visited)) < self.most:
+                for part in self._next(min(RANKED, self.most - done)).split(self.at_once):
+                    self._visit(part)
+                    bar.update(len(part))
+        chosen, order = self.visited.sort()
+        keep = torch.cat([chosen, torch.arange(len(local.layer), local.columns)])
+        rows = torch.cat([self.first + order, torch.arange(self.first)])
+        sums, sizes = self.rows.sum(1)[rows], self.rows.abs().sum(1)[rows]
+        effects = self.rows[:, keep][rows]
+        rest, rest_size = sums - effects.sum(1), (sizes - effects.abs().sum(1)).clamp_min(0)
+        if len(chosen) == len(local.layer):
+            rest, rest_size = torch.zeros_like(rest), torch.zeros_like(rest_size)  # no rounding error in its place
+        return graph_of(local, effects, chosen, self.logits, rest, rest_size)
+
+    def _next(self, count: int) -> Int[Tensor, " count"]:
+        """The next features to visit, of the highest layers first: those with most influence by the rows so far."""
+        active = len(self.local.layer)
+        if self.most == active:
+            left = torch.arange(len(self.visited), active).flip(0) if len(self.visited) == 0 else self._left
+            self._left = left[count:]
+            return left[:count]
+        influence = self._influence()
+        influence[self.visited] = -1.0
+        best = influence.topk(count).indices
+        return best[self.local.layer[best].cpu().argsort(descending=True, stable=True)]
+
+    def _influence(self) -> Float[Tensor, " features"]:
+        """Of all active features on the logits, through the features that have a row: one pass down the layers."""
+        active = len(self.local.layer)
+        layers = self.local.layer.cpu()[self.visited]
+        found = self._passed_on(torch.arange(self.first), torch.tensor(self.logits.weights))[:active]
+        for layer in range(self.local.n_layers - 1, 0, -1):
+            here = (layers == layer).nonzero().flatten()
+            if len(here):
+                found += self._passed_on(self.first + here, found[self.visited[here]])[:active]
+        return found
+
+    def _passed_on(self, rows: Tensor, weights: Tensor) -> Float[Tensor, " columns"]:
+        sizes = self.rows[rows].abs()
+        return (weights / sizes.sum(1).clamp_min(1e-8)) @ sizes
+
+    def _visit(self, features: Int[Tensor, " n"]) -> None:
+        local, begin = self.local, self.first + len(self.visited)
+        here = features.to(local.layer.device)
+        layers = local.layer[here].tolist()
+        groups = [here[torch.tensor(layers, device=here.device) == n] for n in dict.fromkeys(layers)]
+        directions = torch.cat([local.directions(group) for group in groups])
+        found = local.rows(layers, local.position[here], directions).cpu()
+        nodes = [
+            Node(Site("mlp_out", int(n)), int(p), int(f))
+            for n, p, f in zip(layers, local.position[here].tolist(), local.feature[here].tolist(), strict=True)
+        ]
+        require_sum(found, local.bias[here].cpu(), local.pre[here].cpu(), nodes)
+        self.rows[begin : begin + len(features)] = found
+        self.visited = torch.cat([self.visited, features])
+
+    def _visit_logits(self) -> None:
+        local, logits = self.local, self.logits
+        last = torch.full((self.first,), local.length - 1, device=local.embed.device)
+        found = local.rows([local.n_layers] * self.first, last, logits.directions).cpu()
+        nodes = [Node(local.end, local.length - 1, number) for number in logits.numbers]
+        require_sum(found, logits.bias, logits.pre, nodes)
+        self.rows[: self.first] = found
+
+
+def require_sum(
+    rows: Float[Tensor, "n sources"], bias: Float[Tensor, " n"], pre: Float[Tensor, " n"], nodes: Sequence[Node]
+) -> None:
+    """ValueError unless each row and its bias sum to the node's pre-activation, within 1e-4 of the largest of these."""
+    total = rows.sum(1) + bias
+    largest = torch.stack([rows.abs().max(1).values, bias.abs(), pre.abs()]).max(0).values
+    off = (total - pre).abs() / largest.clamp_min(1e-12)
+    worst = int(off.nan_to_num(torch.inf).argmax())
+    if not float(off[worst]) <= CLOSE:
+        raise ValueError(
+            f"the sum rule fails at {nodes[worst]!r}: its sources and biases add up to {float(total[worst]):.6g} and its "
+            f"pre-activation is {float(pre[worst]):.6g}, so something that is not linear lies between, and no graph is "
+            "made of this model"
+        )
+
+
+def _checked_targets(lm: LM, targets: Any) -> list[Any] | None:
+    """Token ids, pairs of them and directions. ValueError for anything else."""
+    if targets is None:
+        return None
+    listed = [targets] if isinstance(targets, str | int | tuple | Tensor) else list(targets)
+    if not listed:
+        raise ValueError("targets must name at least one token, got none: leave it out for the likeliest ones")
+    return [_checked_target(lm, target) for target in listed]
+
+
+def _checked_target(lm: LM, target: Any) -> Any:
+    if isinstance(target, tuple):
+        if len(target) != 2:
+            raise ValueError(f"a tuple in targets is a difference of two tokens, got {len(target)}: (' Paris', ' Rome')")
+        return tuple(_checked_target(lm, one) for one in target)
+    if isinstance(target, Tensor):
+        width = lm._module.get_output_embeddings().weight.shape[1]
+        if target.shape != (width,) or not bool(target.isfinite().all()) or not bool(target.any()):
+            raise ValueError(f"a direction in targets has d_model={width} finite numbers, got {tuple(target.shape)}")
+        return target.float().to(lm.device)
+    if isinstance(target, bool) or not isinstance(target, str | int):
+        raise ValueError(f"targets are tokens, pairs of tokens or directions, got {target!r:.60}")
+    return one_token(lm, target)
+
+
+@torch.no_grad()
+def _logits(local: LocalModel, targets: list[Any] | None) -> Logits:
+    """The logits that the graph explains; None: the fewest tokens of probability .95, at most 10."""
+    lm, chances = local.lm, local.chances
+    if targets is None:
+        best = chances.topk(min(MOST_LOGITS, len(chances)))
+        cut = int(torch.searchsorted(best.values.cumsum(0), PROBABILITY)) + 1
+        targets = best.indices[:cut].tolist()
+    names, numbers, weights, directions, shift = [], [], [], [], []
+    centre, bias = local.mean, local.b_U - local.b_U.mean()
+    for i, target in enumerate(targets):
+        virtual = len(lm.vocabulary) + i
+        if isinstance(target, Tensor):
+            found = f"direction {i}", virtual, 1.0, target, bias.new_zeros(())
+        elif isinstance(target, tuple):
+            a, b = target
+            name = f"{label(lm.tokenizer, a)} − {label(lm.tokenizer, b)}"
+            found = name, virtual, 1.0, local.W_U[a] - local.W_U[b], bias[a] - bias[b]
+        else:
+            name = label(lm.tokenizer, target)
+            found = name, target, float(chances[target]), local.W_U[target] - centre, bias[target]
+        for column, value in zip((names, numbers, weights, directions, shift), found, strict=True):
+            column.append(value)
+    D, shifts = torch.stack(directions), torch.stack(shift)
+    silent = local.silent[local.out][-1]
+    pre, own = D @ local.normed[-1] + shifts, D @ silent + shifts
+    return Logits(names, numbers, weights, D, shifts, pre.cpu(), own.cpu())
