@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae_lab.circuits import graph_checks, graph_files
+from sae_lab.circuits.graph_scores import edge_scores, pruned, scores
 from sae_lab.circuits.invariant import EdgeCheck
 from sae_lab.circuits.nodes import ERROR, Edge, Node
 from sae_lab.circuits.replacement import LocalModel
@@ -50,7 +51,8 @@ class AttributionGraph(Result):
         places: "nodes 3": (layer, position, number); layer -1 for tokens. counts: of the four kinds. tokens: of the
             prompt. outputs: names of the logits. facts: model, token ids, settings. names: of features, by layer.
         active: number of the prompt's active features. visited: share of them that have a row.
-        unvisited: share of incoming effects, weighted by the influence of their targets, from features without a row.
+        left_out: share of incoming effects, weighted by the influence of their targets, that come from no node of the
+            whole graph: from active features without a row, and with first="drop" from MLPs at position 0.
         replacement, completeness: scores of the whole graph (Ameisen et al. 2025): the share of the influence that
             comes from tokens and not from errors; the share of incoming effects that come from no error, weighted by
             influence, over all nodes as published and over features and logits alone.
@@ -73,7 +75,7 @@ class AttributionGraph(Result):
     facts: dict[str, Any]
     active: int
     visited: float = figure("visited", "share of {active:,} active features", digits=".1%")
-    unvisited: float = figure("unvisited", "share of incoming effects from features without a row", digits=".1%")
+    left_out: float = figure("left out", "share of incoming effects from what is no node", best="low", digits=".1%")
     replacement: float = figure("replacement", "share of influence from tokens, not errors", best="high")
     completeness: float = figure("completeness", "share of incoming effects from no error", best="high")
     completeness_inner: float = figure("completeness, inner", "over features and logits alone", best="high")
@@ -113,7 +115,7 @@ class AttributionGraph(Result):
     def number(self, node: Node) -> int:
         """A node's place in the order of nodes. ValueError for one that is not in the graph."""
         if node not in self._numbers:
-            raise ValueError(f"{node!r} is no node of this graph: take one of graph.nodes, graph.to_pandas() lists them")
+            raise ValueError(f"{node!r} is no node of this graph: take one of graph.nodes (to_pandas() lists them)")
         return self._numbers[node]
 
     def row(self, node: Node) -> int:
@@ -135,7 +137,7 @@ class AttributionGraph(Result):
 
     def top(self, n: int = 20, into: Node | None = None) -> list[Edge]:
         """The n edges that carry most influence to the logits; into: those to one node with the largest effects."""
-        sizes = self.effects.abs() if into is not None else _edge_scores(self.effects, self.weights, self.counts[0])
+        sizes = self.effects.abs() if into is not None else edge_scores(self.effects, self.weights, self.counts[0])
         rows = torch.arange(len(sizes)) if into is None else torch.tensor([self.row(into)])
         sizes, targets = sizes[rows], self.targets
         best = sizes.flatten().topk(min(n, int((sizes > 0).sum()))).indices
@@ -166,7 +168,7 @@ class AttributionGraph(Result):
         for name, share in (("nodes", nodes), ("edges", edges)):
             if not 0 <= share <= 1:
                 raise ValueError(f"{name} must be a share of the influence from 0 to 1, got {share}")
-        keep, linked = _pruned(self, nodes, edges)
+        keep, linked = pruned(self.effects, self.influence, self.weights, self.counts, nodes, edges)
         features, sources = self.counts[0], self.effects.shape[1]
         rows = torch.cat([keep[:features], keep[sources:]])
         effects = self.effects * linked
@@ -212,7 +214,7 @@ class AttributionGraph(Result):
         return graph if lm is None or coders is None else graph_checks.connected(graph, lm, coders)
 
     def to_json(self, path: str | Path, slug: str = "graph", scan: str | None = None) -> Path:
-        """``graph.prune().to_json("graph.json")``: write the graph as Neuronpedia and circuit-tracer read it (schema 1).
+        """``graph.prune().to_json("graph.json")``: write a graph as Neuronpedia and circuit-tracer read it (schema 1).
 
         A feature of layer 0 whose node id would be that of an error gets another number in its id; the metadata says
         so. slug, scan: the graph's name, and that of the transcoders on Neuronpedia; None: the model's name.
@@ -221,8 +223,10 @@ class AttributionGraph(Result):
 
     @staticmethod
     def from_json(path: str | Path) -> "AttributionGraph":
-        """``AttributionGraph.from_json("graph.json")``: read a graph of Neuronpedia or circuit-tracer. Such a file has no
-        biases and no rest, which are NaN here. ValueError for another schema, and for a file that contradicts itself."""
+        """``AttributionGraph.from_json("graph.json")``: read a graph of Neuronpedia or circuit-tracer.
+
+        Such a file has no biases, no rest and no scores: they are NaN here. Raises ValueError for another schema, and
+        for a file that contradicts itself."""
         return AttributionGraph(**graph_files.from_json(Path(path)))
 
     # ---- shown
@@ -261,98 +265,10 @@ class AttributionGraph(Result):
         return pd.DataFrame(rows, columns=["upstream", "upstream_name", "downstream", "downstream_name", "effect"])
 
 
-# ---- the published scores (Ameisen et al. 2025), with the conventions of circuit-tracer 0.5.0
-
-
-def shares(effects: Float[Tensor, "targets sources"]) -> Float[Tensor, "targets sources"]:
-    """|effects|, each row divided by its sum."""
-    sizes = effects.abs()
-    return sizes / sizes.sum(1, keepdim=True).clamp_min(1e-10)
-
-
-def influence_of(
-    shared: Float[Tensor, "targets sources"], weights: Float[Tensor, " logits"], features: int
-) -> Float[Tensor, " sources"]:
-    """w·(A + A² + ...) of a matrix whose rows are the features, then the logits of these weights."""
-    flow = weights @ shared[features:]
-    total = flow.clone()
-    for _ in range(features + 1):  # at most one step a layer: edges lead upwards
-        if not bool(flow[:features].any()):
-            return total
-        flow = flow[:features] @ shared[:features]
-        total += flow
-    raise ValueError("the edges of this graph lead round in a circle, so that influence has no end: it is no such graph")
-
-
-def scores(
-    effects: Float[Tensor, "targets sources"], rest_size: Float[Tensor, " targets"], weights: Float[Tensor, " logits"],
-    counts: Sequence[int],
-) -> dict[str, Any]:  # fmt: skip
-    """The fields of a graph that follow from its effects: influence, share and the scores."""
-    features, errors, tokens, logits = counts
-    shared = shares(effects)
-    found = influence_of(shared, weights, features)
-    influence = torch.cat([found, found.new_zeros(logits)])
-    of = torch.cat([found[:features], weights])  # of the targets
-    wrong, token = found[features : features + errors].sum(), found[features + errors :].sum()
-    explained = 1 - shared[:, features : features + errors].sum(1)
-    sources = found[features:].sum()  # errors and tokens have no inputs: nothing of them comes from an error
-    sizes = effects.abs().sum(1)
-    unseen = rest_size / (sizes + rest_size).clamp_min(1e-10)
-    return {
-        "influence": influence, "share": _cumulated(influence),
-        "replacement": float(token / (token + wrong)),
-        "completeness": float(((explained * of).sum() + sources) / (of.sum() + sources)),
-        "completeness_inner": float((explained * of).sum() / of.sum()),
-        "unvisited": float((unseen * of).sum() / of.sum()),
-    }  # fmt: skip
-
-
-def _cumulated(influence: Float[Tensor, " nodes"]) -> Float[Tensor, " nodes"]:
-    ordered, order = influence.sort(descending=True)
-    found = torch.zeros_like(influence)
-    found[order] = ordered.cumsum(0) / ordered.sum()
-    return found
-
-
-def _threshold(scores: Float[Tensor, " n"], share: float) -> float:
-    """The least score among the largest that make up this share of all."""
-    ordered = scores.sort(descending=True).values
-    place = int(torch.searchsorted(ordered.cumsum(0) / ordered.sum(), share))
-    return float(ordered[min(place, len(ordered) - 1)])
-
-
-def _edge_scores(effects: Tensor, weights: Tensor, features: int) -> Float[Tensor, "targets sources"]:
-    shared = shares(effects)
-    found = influence_of(shared, weights, features)
-    return shared * torch.cat([found[:features], weights])[:, None]
-
-
-def _pruned(
-    graph: AttributionGraph, nodes: float, edges: float
-) -> tuple[Bool[Tensor, " nodes"], Bool[Tensor, "targets sources"]]:
-    """(which nodes stay, which edges stay)."""
-    features, sources = graph.counts[0], graph.effects.shape[1]
-    inner = features + graph.counts[1]  # features and errors, of which some are left out
-    keep = graph.influence >= _threshold(graph.influence, nodes)
-    keep[inner:] = True
-    effects = graph.effects * torch.cat([keep[:features], keep[sources:]])[:, None] * keep[:sources]
-    found = _edge_scores(effects, graph.weights, features)
-    some = found[found > 0]
-    linked = (found > 0) & (found >= (_threshold(some, edges) if len(some) else 0.0))
-    while True:
-        before = keep.clone()
-        keep[:inner] &= linked[:, :inner].any(0)
-        keep[:features] &= linked[:features].any(1)
-        if torch.equal(keep, before):
-            return keep, linked
-        linked &= torch.cat([keep[:features], keep[sources:]])[:, None] & keep[:sources]
-
-
 def graph_of(
     local: LocalModel, effects: Tensor, chosen: Int[Tensor, " features"], logits: Any, rest: Tensor, rest_size: Tensor
 ) -> AttributionGraph:
-    """The graph of a local model. effects: rows of the chosen features, then of the logits. rest, rest_size: of each."""
+    """The graph of a local model. effects: rows of the chosen features, then of the logits. rest, rest_size: theirs."""
     length, layers, active = local.length, local.n_layers, len(local.layer)
     errors = [(layer, p, ERROR) for layer in range(layers) for p in range(length)]
     ids = local.batch.ids[0].tolist()
@@ -372,7 +288,8 @@ def graph_of(
         effects=effects, places=torch.cat(places), counts=counts,
         values=torch.cat([local.value[chosen].cpu(), none, logits.pre]),
         pre=torch.cat([local.pre[chosen].cpu(), logits.pre]), bias=torch.cat([local.bias[chosen].cpu(), logits.bias]),
-        rest=rest, rest_size=rest_size, weights=weights, directions=logits.directions.cpu(), tokens=[t.label for t in local.lm.tokens(ids)],
+        rest=rest, rest_size=rest_size, weights=weights, directions=logits.directions.cpu(),
+        tokens=[token.label for token in local.lm.tokens(ids)],
         outputs=logits.names, facts=facts, active=active, visited=len(chosen) / max(1, active),
         names={layer: Names(coder) for layer, coder in zip(local.coders.layers, local.coders, strict=True)},
         local=local, **scores(effects, rest_size, weights, counts),

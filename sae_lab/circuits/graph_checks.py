@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -25,8 +24,8 @@ def check(graph: Any, source: Any, targets: Any) -> EdgeCheck:
     local: LocalModel | None = graph.local
     if local is None:
         raise ValueError(
-            "a check runs the model, and this graph comes from a file: AttributionGraph.load(path, lm, coders) of a file "
-            "that graph.save wrote has one"
+            "a check runs the model, and this graph was read without one: load a file that graph.save wrote with "
+            "AttributionGraph.load(path, lm, coders)"
         )
     if isinstance(source, Edge):
         source, targets = source.upstream, source.downstream if targets is None else targets
@@ -36,7 +35,8 @@ def check(graph: Any, source: Any, targets: Any) -> EdgeCheck:
         raise ValueError(f"a source is a feature, an error or a token, got {sources}: a logit adds to nothing")
     minus = -graph.effects[:, numbers].sum(1)
     if targets is None:
-        listed = [node for node, effect in zip(graph.targets, minus.tolist(), strict=True) if effect and node not in sources]
+        edges = zip(graph.targets, minus.tolist(), strict=True)
+        listed = [node for node, effect in edges if effect and node not in sources]
     else:
         listed = [targets] if isinstance(targets, Node) else list(targets)
     if not listed:
@@ -112,7 +112,9 @@ def _less(x: Tensor, gone: Sequence[tuple[int, Tensor]]) -> Tensor:
     return x
 
 
-def _read(graph: Any, local: LocalModel, acts: dict[Site, Tensor], targets: Sequence[Node]) -> Float[Tensor, " targets"]:
+def _read(
+    graph: Any, local: LocalModel, acts: dict[Site, Tensor], targets: Sequence[Node]
+) -> Float[Tensor, " targets"]:
     """What the targets read, without their biases."""
     found = []
     for node in targets:
@@ -144,14 +146,17 @@ def connected(graph: Any, lm: LM, coders: TranscoderSet) -> Any:
     """The graph with its local model. ValueError for a model or coders that give other activations."""
     ids = graph.facts.get("ids")
     if ids is None:
-        raise ValueError("this graph does not say its token ids, so that the model cannot run on its prompt: trace anew")
+        raise ValueError("this graph does not tell its token ids, on which a model would run: trace the prompt anew")
     local = LocalModel(lm, coders, lm.tokenize(ids), graph.facts["first"])
-    own = {place: i for i, place in enumerate(zip(local.layer.tolist(), local.position.tolist(), local.feature.tolist(), strict=True))}  # fmt: skip
+    columns = (column.tolist() for column in (local.layer, local.position, local.feature))
+    own = {place: i for i, place in enumerate(zip(*columns, strict=True))}
     places = [tuple(place) for place in graph.places[: graph.counts[0]].tolist()]
     same = all(place in own for place in places)
     if same and places:
         values, now = graph.values[: len(places)], local.value.cpu()[[own[place] for place in places]]
         same = float((values - now).abs().max()) <= CLOSE * float(values.abs().max())
     if not same:
-        raise ValueError("this model and these coders give other activations than the graph has: load those it was made with")
+        raise ValueError(
+            "this model and these coders give other activations than this graph has: load it with those of its making"
+        )
     return replace(graph, local=local)

@@ -16,7 +16,7 @@ VERSION, SCHEMA = 1, 1
 NOTE = "sae_lab graph"
 TENSORS = ("effects", "places", "values", "pre", "bias", "rest", "rest_size", "weights", "directions", "influence",
            "share")  # fmt: skip
-PLAIN = ("counts", "tokens", "outputs", "facts", "active", "visited", "unvisited", "replacement", "completeness",
+PLAIN = ("counts", "tokens", "outputs", "facts", "active", "visited", "left_out", "replacement", "completeness",
          "completeness_inner")  # fmt: skip
 TYPES = {"feature": "cross layer transcoder", "error": "mlp reconstruction error", "token": "embedding",
          "logit": "logit"}  # fmt: skip
@@ -41,7 +41,7 @@ def load(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError) as err:
         raise ValueError(f"{path} holds no graph ({err!r}): give a file that graph.save(path) wrote") from err
     if version != VERSION:
-        raise ValueError(f"{path} holds a graph of version {version}, this version of sae_lab reads {VERSION}: trace anew")
+        raise ValueError(f"{path} holds a graph of version {version}, this sae_lab reads version {VERSION}: trace anew")
     try:
         named = {name: tensors[name] for name in TENSORS}
         named |= {name: math.nan if found[name] is None else found[name] for name in PLAIN}
@@ -163,9 +163,9 @@ def from_json(path: Path) -> dict[str, Any]:
         meta = content["metadata"]
         schema = meta.get("schema_version", SCHEMA)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as err:
-        raise ValueError(f"{path} is no graph of Neuronpedia ({err!r}): give a JSON of metadata, nodes and links") from err
+        raise ValueError(f"{path} is no graph of Neuronpedia ({err!r}): give JSON of metadata, nodes, links") from err
     if schema not in (SCHEMA, None):
-        raise ValueError(f"{path} is a graph of schema {schema}, this version of sae_lab reads {SCHEMA}: export it anew")
+        raise ValueError(f"{path} is a graph of schema {schema}, this sae_lab reads schema {SCHEMA}: export it anew")
     try:
         found = _read_nodes(content["nodes"], meta)
         number, counts = found.pop("number"), found["counts"]
@@ -206,11 +206,12 @@ def _read_nodes(nodes: list[dict[str, Any]], meta: dict[str, Any]) -> dict[str, 
     return {
         "number": number, "counts": counts, "places": torch.tensor([p for part in places for p in part]),
         "values": torch.tensor([nan if v is None else float(v) for v in activations]), "names": names,
-        **{name: torch.full((targets,), nan) for name in ("pre", "bias", "rest", "rest_size")}, "weights": weights,
-        "directions": torch.zeros(counts[3], 0), "influence": torch.full((len(order),), nan), "share": told, "tokens": tokens, "active": counts[0],
+        "weights": weights, **{name: torch.full((targets,), nan) for name in ("pre", "bias", "rest", "rest_size")},
+        "directions": torch.zeros(counts[3], 0), "influence": torch.full((len(order),), nan), "share": told,
+        "tokens": tokens, "active": counts[0],
         "outputs": [_output(node) for node in order[-counts[3] :]],
         "facts": {"model": meta.get("scan"), "n_layers": layers, "nodes": meta.get("node_threshold")},
-        **dict.fromkeys(("visited", "unvisited", "replacement", "completeness", "completeness_inner"), nan),
+        **dict.fromkeys(("visited", "left_out", "replacement", "completeness", "completeness_inner"), nan),
     }  # fmt: skip
 
 

@@ -17,7 +17,6 @@ from sae_lab.circuits.prompt import _cap, _check_way_out, _unembedding
 from sae_lab.lm import passes
 from sae_lab.lm.holding import Holding
 from sae_lab.lm.model import LM
-from sae_lab.saes.base import SparseCoder
 from sae_lab.saes.sets import TranscoderSet
 from sae_lab.types import Codes, Site, TokenBatch, Write
 
@@ -51,8 +50,8 @@ class LocalModel:
     """The local replacement model of a model with these transcoders on one prompt.
 
     Attributes:
-        embed: "pos d", the tokens' embeddings. parts: by layer. normed: "pos d_model", what W_U reads. logits: " vocab",
-            those of the last position, before a cap. chances: their probabilities, after it. W_U, mean, b_U: of them.
+        embed: "pos d", the tokens' embeddings. parts: by layer. normed: "pos d_model", what W_U reads. logits:
+            " vocab", those of the last position, before a cap. chances: their probabilities, after it. W_U, mean, b_U.
         columns: sources of a row: features by (layer, position, feature), errors by (layer, position), tokens.
         layer, position, feature, value, pre: " features" of all active features. bias: " features", what the biases add
             to each pre-activation. silent: activations, by site, without features, errors and tokens.
@@ -109,6 +108,7 @@ class LocalModel:
         self._seen = {s: values["read", s.key].detach()[0] for s in [*self.reads.values(), self.out]}
         self._unembed(found["logits"])
 
+    @torch.no_grad()
     def _unembed(self, logits: Float[Tensor, " vocab"]) -> None:
         """W_U, checked by the model's own logits."""
         _check_way_out(self.lm)
@@ -245,7 +245,7 @@ class LocalModel:
     def run(self, mlp: Mlp, embed: Tensor | None = None, held: bool = True) -> dict[Site, Tensor]:
         """Activations "pos d" at what the coders read and at W_U's input, with other embeddings and MLPs' outputs.
         held: with attention and norms at the prompt's values."""
-        writes = [] if embed is None else [Write(Site("embed"), lambda x, tokens: embed[None].to(x))]
+        writes = [] if embed is None else [Write(Site("embed"), lambda x, tokens: embed[None].to(x, copy=True))]
 
         for layer in range(self.n_layers):
             change = partial(_with_mlp, mlp=mlp, layer=layer)
@@ -284,13 +284,14 @@ class LocalModel:
 
 
 def _with_mlp(x: Tensor, tokens: Any, *read: Tensor, mlp: Mlp, layer: int) -> Tensor:
-    return mlp(layer, x[0].float(), read[0][0] if read else None)[None].to(x)
+    found = mlp(layer, x[0].float(), read[0][0] if read else None)
+    return found[None].to(x, copy=True)  # some models, Falcon among them, change it in place
 
 
 @no_type_check
 def _take(root, plan, length, found):
-    """Read or cut the sites of a plan, (key, place, whether it is cut), in the order of the model. A cut gives the model
-    a copy of the value that begins a graph of its own: the copy, and the value with the graph behind it."""
+    """Read or cut the sites of a plan, (key, place, whether it is cut), in the order of the model. At a cut the model
+    goes on with a copy of the value, with which a new graph begins."""
     for key, place, cut in plan:
         there = passes.read(root, place, length)
         value = passes.value_of(there, place, {})
@@ -324,7 +325,7 @@ def _check_coders(lm: LM, coders: TranscoderSet) -> None:
     """ValueError for transcoders of another model, and for weights that are not float32."""
     dtype = next(lm._module.parameters()).dtype
     if dtype != torch.float32:
-        raise ValueError(f"a graph's sums are checked in float32, this model has {dtype}: load it with dtype=torch.float32")
+        raise ValueError(f"a graph's sums hold in float32, this model has {dtype}: load it with dtype=torch.float32")
     own = None
     for layer, coder in zip(coders.layers, coders, strict=True):
         if layer >= lm.n_layers:
@@ -334,6 +335,6 @@ def _check_coders(lm: LM, coders: TranscoderSet) -> None:
             own = own or lm.fingerprint()
             if made_for != own:
                 raise ValueError(
-                    f"the transcoder of layer {layer} was trained on {coder.meta.get('model')} (weights {made_for}), "
-                    f"{lm} has other weights ({own}): load the model it was trained on"
+                    f"the transcoder of layer {layer} was trained on {coder.meta.get('model', 'unknown')} (weights "
+                    f"{made_for}), {lm} has other weights ({own}): load the model it was trained on"
                 )

@@ -46,16 +46,16 @@ def trace(
     first: str = "keep",
     features: int = 4096,
 ) -> AttributionGraph:
-    """``graph = trace(lm, coders, "The capital of France is")``: what features, errors and tokens add to each other and
-    to the logits after the prompt (attribution graphs, Ameisen et al. 2025, transformer-circuits.pub):
+    """``graph = trace(lm, coders, "The capital of France is")``: what features, errors and tokens add to each other
+    and to the logits after the prompt (attribution graphs, Ameisen et al. 2025, transformer-circuits.pub):
 
         A[t, s] = activation(s) · <what s writes, carried to the place that t reads, direction that t reads>
 
-    Each layer's MLP is replaced by its transcoder; what that leaves unexplained is an error at each token, and so is the
-    whole MLP of a layer without one. Attention patterns, norms' divisors, gates and caps on scores keep the prompt's
-    values, so that the effects are exact and add up: for every feature and logit, what all sources add and what biases
-    add is its pre-activation (a logit: less the mean over the vocabulary, before a final cap) within 1e-4 of the
-    largest of them, in float32. Where it is not, there is no graph.
+    Each layer's MLP is replaced by its transcoder; what that leaves unexplained is an error at each token, and so is
+    the whole MLP of a layer without one. Attention patterns, norms' divisors and gates keep the prompt's values: then
+    the effects are exact and add up. What all sources and the biases add to a feature or a logit is its pre-activation
+    (a logit: less the mean over the vocabulary, before a final cap), within 1e-4 of the largest of these, in float32.
+    Where it is not, there is no graph.
 
     Args:
         coders: ``sl.TranscoderSet``, or a list of transcoders. prompt: one, of at least two tokens.
@@ -63,14 +63,14 @@ def trace(
             difference of two (" Paris", " Rome") as a tuple, a direction "d_model" that reads the final norm's output,
             or a list of these.
         first: "keep": tokens that a coder's mask leaves out, position 0 among them, have no features, and their whole
-            MLP is an error; "drop", as circuit-tracer: all tokens but position 0 have features, and there the
-            transcoder's b_dec and skip stay.
-        features: how many active features get a row. They are visited in the order of their influence, by the rows known
-            so far; what the others add is told as ``rest``.
+            MLP is an error; "drop", as circuit-tracer: all tokens but position 0 have features, and what the MLPs add
+            at position 0, but for the skip, is no part of the graph; ``rest`` tells it.
+        features: how many active features get a row. They are visited in the order of their influence, by the rows
+            known so far. ``rest`` tells what the others add.
 
     Raises ValueError for several prompts or one token, a target that is no single token, coders of another model or
-    layer, weights that are not float32, a model on a server, one without the sites embed, resid_pre and mlp_out, and one
-    in which something else lies between, so that the sums do not hold.
+    layer, weights that are not float32, a model on a server, one without the sites embed, resid_pre and mlp_out, and
+    one in which something else lies between, so that the sums do not hold.
     """
     check_least(1, features=features)
     if first not in ("keep", "drop"):
@@ -80,7 +80,7 @@ def trace(
     coders = coders if isinstance(coders, TranscoderSet) else TranscoderSet(coders)
     batch = lm.tokenize(prompt)
     if batch.ids.shape[1] < 2:
-        raise ValueError("a graph needs a prompt of at least two tokens, got one: nothing could lead to it from another")
+        raise ValueError("a graph needs a prompt of at least two tokens, got one: write a longer one")
     wanted = _checked_targets(lm, targets)
     local = LocalModel(lm, coders, batch, first)
     logits = _logits(local, wanted)
@@ -95,6 +95,9 @@ class Tracer:
         self.local, self.logits, self.most = local, logits, most
         self.first = len(logits.numbers)
         self.rows = torch.zeros(self.first + most, local.columns)
+        self.rest, self.rest_size = torch.zeros(self.first + most), torch.zeros(self.first + most)
+        errors = len(local.layer) + local.length * torch.arange(local.n_layers)  # columns of those at position 0
+        self.dropped = errors if local.first == "drop" else errors[:0]
         self.visited = torch.zeros(0, dtype=torch.long)  # features by column, in the order of their rows
         width = 4 * local.length * local.embed.shape[-1]
         self.at_once = max(1, min(RANKED, SWEEP_BYTES // width))
@@ -112,20 +115,19 @@ class Tracer:
         chosen, order = self.visited.sort()
         keep = torch.cat([chosen, torch.arange(len(local.layer), local.columns)])
         rows = torch.cat([self.first + order, torch.arange(self.first)])
-        sums, sizes = self.rows.sum(1)[rows], self.rows.abs().sum(1)[rows]
-        effects = self.rows[:, keep][rows]
-        rest, rest_size = sums - effects.sum(1), (sizes - effects.abs().sum(1)).clamp_min(0)
-        if len(chosen) == len(local.layer):
-            rest, rest_size = torch.zeros_like(rest), torch.zeros_like(rest_size)  # no rounding error in its place
+        gone = torch.ones(local.columns, dtype=torch.bool)
+        gone[keep] = False
+        for n, row in enumerate(self.rows):  # row by row, since all columns that go would be large
+            self.rest[n] += row[gone].sum()
+            self.rest_size[n] += row[gone].abs().sum()
+        effects, rest, rest_size = self.rows[:, keep][rows], self.rest[rows], self.rest_size[rows]
         return graph_of(local, effects, chosen, self.logits, rest, rest_size)
 
     def _next(self, count: int) -> Int[Tensor, " count"]:
         """The next features to visit, of the highest layers first: those with most influence by the rows so far."""
         active = len(self.local.layer)
-        if self.most == active:
-            left = torch.arange(len(self.visited), active).flip(0) if len(self.visited) == 0 else self._left
-            self._left = left[count:]
-            return left[:count]
+        if self.most == active:  # all of them, from the last on
+            return torch.arange(active).flip(0)[len(self.visited) :][:count]
         influence = self._influence()
         influence[self.visited] = -1.0
         best = influence.topk(count).indices
@@ -158,7 +160,7 @@ class Tracer:
             for n, p, f in zip(layers, local.position[here].tolist(), local.feature[here].tolist(), strict=True)
         ]
         require_sum(found, local.bias[here].cpu(), local.pre[here].cpu(), nodes)
-        self.rows[begin : begin + len(features)] = found
+        self._keep(begin, found)
         self.visited = torch.cat([self.visited, features])
 
     def _visit_logits(self) -> None:
@@ -167,7 +169,14 @@ class Tracer:
         found = local.rows([local.n_layers] * self.first, last, logits.directions).cpu()
         nodes = [Node(local.end, local.length - 1, number) for number in logits.numbers]
         require_sum(found, logits.bias, logits.pre, nodes)
-        self.rows[: self.first] = found
+        self._keep(0, found)
+
+    def _keep(self, begin: int, found: Float[Tensor, "n columns"]) -> None:
+        at = slice(begin, begin + len(found))
+        self.rest[at] = found[:, self.dropped].sum(1)
+        self.rest_size[at] = found[:, self.dropped].abs().sum(1)
+        found[:, self.dropped] = 0.0
+        self.rows[at] = found
 
 
 def require_sum(
@@ -180,9 +189,9 @@ def require_sum(
     worst = int(off.nan_to_num(torch.inf).argmax())
     if not float(off[worst]) <= CLOSE:
         raise ValueError(
-            f"the sum rule fails at {nodes[worst]!r}: its sources and biases add up to {float(total[worst]):.6g} and its "
-            f"pre-activation is {float(pre[worst]):.6g}, so something that is not linear lies between, and no graph is "
-            "made of this model"
+            f"the sum rule fails at {nodes[worst]!r}: its sources and biases add up to {float(total[worst]):.6g}, and "
+            f"its pre-activation is {float(pre[worst]):.6g}: something that is not linear lies between, and no "
+            "graph is made of this model"
         )
 
 
@@ -199,7 +208,7 @@ def _checked_targets(lm: LM, targets: Any) -> list[Any] | None:
 def _checked_target(lm: LM, target: Any) -> Any:
     if isinstance(target, tuple):
         if len(target) != 2:
-            raise ValueError(f"a tuple in targets is a difference of two tokens, got {len(target)}: (' Paris', ' Rome')")
+            raise ValueError(f"a tuple in targets is a difference of two tokens, got {len(target)}: (' a', ' b')")
         return tuple(_checked_target(lm, one) for one in target)
     if isinstance(target, Tensor):
         width = lm._module.get_output_embeddings().weight.shape[1]

@@ -19,8 +19,8 @@ HELD = {"softmax", "rsqrt", "sqrt", "sigmoid", "softplus", "linalg_vector_norm",
 
 
 class Holding(TorchFunctionMode):
-    """``held = Holding()``; in ``with held.recording():`` a pass of the model notes what is held, without a gradient; in
-    ``with held.replaying():`` a pass of the same prompt, on other activations, gets the noted values.
+    """``held = Holding()``: in ``with held.recording():`` a pass of the model notes what is held, without a gradient;
+    in ``with held.replaying():`` a pass of the same prompt, on other activations, gets the noted values.
 
     Raises ValueError where a replayed pass asks for more values, or others, than were noted.
     """

@@ -42,7 +42,8 @@ class TranscoderSet:
             raise ValueError("a set needs at least one transcoder, got none: pass sl.TranscoderSet([transcoder])")
         self._coders = dict(sorted(self._coders.items()))
         for fact in ("model_fingerprint", "model"):
-            told = [(layer, c.meta[fact]) for layer, c in self._coders.items() if c.meta.get(fact, "unknown") != "unknown"]
+            known = [(layer, coder.meta.get(fact) or "unknown") for layer, coder in self._coders.items()]
+            told = [(layer, model) for layer, model in known if model != "unknown"]
             if other := [(layer, model) for layer, model in told if model != told[0][1]]:
                 raise ValueError(
                     f"the transcoders of a set belong to one model: layer {told[0][0]} has {fact} {told[0][1]}, layer "
@@ -119,7 +120,7 @@ def _layer(coder: SparseCoder) -> int:
     """The layer of a transcoder. ValueError unless it belongs into a set."""
     reads, writes = coder.reads, coder.writes
     if not coder.transcodes or len(coder.in_shape) > 1:
-        raise ValueError(f"a set takes transcoders, got a {type(coder).__name__} without d_out: pass sl.Transcoder(...)")
+        raise ValueError(f"a set takes transcoders, got a {type(coder).__name__} without d_out: use sl.Transcoder")
     if len(reads) != 1 or len(writes) != 1:
         raise ValueError(
             f"a transcoder of a set reads one site and writes one, this one reads {reads} and writes {writes}: set "
