@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sae_lab.arguments import check_least
 from sae_lab.circuits import graph_checks, graph_files
 from sae_lab.circuits.graph_scores import edge_scores, pruned, scores
 from sae_lab.circuits.invariant import EdgeCheck
@@ -115,7 +116,7 @@ class AttributionGraph(Result):
     def number(self, node: Node) -> int:
         """A node's place in the order of nodes. ValueError for one that is not in the graph."""
         if node not in self._numbers:
-            raise ValueError(f"{node!r} is no node of this graph: take one of graph.nodes (to_pandas() lists them)")
+            raise ValueError(f"this graph has no node {node!r}, neither as source nor as target: take one of graph.nodes")
         return self._numbers[node]
 
     def row(self, node: Node) -> int:
@@ -137,6 +138,7 @@ class AttributionGraph(Result):
 
     def top(self, n: int = 20, into: Node | None = None) -> list[Edge]:
         """The n edges that carry most influence to the logits; into: those to one node with the largest effects."""
+        check_least(1, n=n)
         sizes = self.effects.abs() if into is not None else edge_scores(self.effects, self.weights, self.counts[0])
         rows = torch.arange(len(sizes)) if into is None else torch.tensor([self.row(into)])
         sizes, targets = sizes[rows], self.targets

@@ -43,7 +43,7 @@ def load(path: Path) -> dict[str, Any]:
     if version != VERSION:
         raise ValueError(f"{path} holds a graph of version {version}, this sae_lab reads version {VERSION}: trace anew")
     try:
-        named = {name: tensors[name] for name in TENSORS}
+        named: dict[str, Any] = {name: tensors[name] for name in TENSORS}
         named |= {name: math.nan if found[name] is None else found[name] for name in PLAIN}
         named["counts"] = tuple(map(int, named["counts"]))
         named["names"] = _by_layer(named["places"][: named["counts"][0]], found["labels"])

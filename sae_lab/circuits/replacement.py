@@ -210,7 +210,7 @@ class LocalModel:
                 continue
             stream, read, mlp, out = self._segments[layer]
             flow = torch.cat([flow, flow.new_zeros(new, *flow.shape[1:])]) if new else flow
-            ends = [] if out is None else [(out, flow)]
+            ends: list[tuple[Any, Tensor]] = [] if out is None else [(out, flow)]
             into = None if read is None else read.new_zeros(old + new, *read.shape)
             if mlp is not None and old:
                 grown = _pulled([(out, flow[:old])], mlp)[:, 0]

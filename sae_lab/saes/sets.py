@@ -19,7 +19,7 @@ READS = ("mlp_in", "resid_mid", "resid_pre")  # where the transcoder of a layer 
 class TranscoderSet:
     """``coders = sl.TranscoderSet([transcoder_0, transcoder_1, ...])``: transcoders of one model, one a layer.
 
-        coders[3]                     # the transcoder of layer 3; KeyError where that layer has none
+        coders[3]                     # the transcoder of layer 3; ValueError where that layer has none
         for coder in coders: ...      # in the order of layers; coders.layers are their numbers
         coders.save("folder")         # sl.TranscoderSet.load("folder")
         sl.circuits.trace(lm, coders, prompt)
@@ -68,7 +68,7 @@ class TranscoderSet:
 
     def __getitem__(self, layer: int) -> SparseCoder:
         if layer not in self._coders:
-            raise KeyError(f"this set has no transcoder of layer {layer}; it has layers {_listed(self.layers)}")
+            raise ValueError(f"this set has no transcoder of layer {layer}: it has layers {_listed(self.layers)}")
         return self._coders[layer]
 
     def to(self, device: str | torch.device) -> "TranscoderSet":

@@ -129,6 +129,11 @@ class Things:
         self.passages = self.corpus.passages(self.edit.feature, "explain", 2, 2)
         self.sweep = sl.sweep([sl.TopK(48, 64, k=4)], self.store, self.config)
         self.folder = folder / "new"
+        transcoder = sl.Transcoder(48, 64, k=4)
+        transcoder.threshold.fill_(0.5)
+        transcoder.reads, transcoder.writes = (sl.Site("mlp_in", 1),), (sl.Site("mlp_out", 1),)
+        self.coders = sl.TranscoderSet([transcoder])
+        self.graph = sl.circuits.trace(self.lm, self.coders, "a fox", features=5)
         self.node = sl.circuits.Node(self.site, 1, 1)
         self.own = {type(t).__name__: t for t in vars(self).values()}
         self.by_name = {

@@ -528,7 +528,7 @@ def test_a_model_in_which_something_else_lies_between(name):
 
 def test_nodes_that_are_refused(made):
     graph = made[2]
-    with pytest.raises(ValueError, match="is no node of this graph"):
+    with pytest.raises(ValueError, match="this graph has no node mlp_out-0@1/1000000"):
         graph.check(Node(Site("mlp_out", 0), 1, 10**6))
     with pytest.raises(ValueError, match="is a source alone"):
         graph.check(graph.nodes[0], graph.nodes[sum(graph.counts[:2])])
