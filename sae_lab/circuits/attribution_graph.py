@@ -6,18 +6,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae_lab.arguments import check_least
 from sae_lab.circuits import graph_checks, graph_files
-from sae_lab.circuits.graph_scores import edge_scores, pruned, scores
+from sae_lab.circuits.graph_scores import edge_scores, pruned
 from sae_lab.circuits.invariant import EdgeCheck
-from sae_lab.circuits.nodes import ERROR, Edge, Node
-from sae_lab.circuits.replacement import LocalModel
+from sae_lab.circuits.nodes import Edge, Node
 from sae_lab.lm.model import LM
-from sae_lab.noting import Names
 from sae_lab.results import Result, by_column, figure, result
 from sae_lab.saes.sets import TranscoderSet
 from sae_lab.types import Site
@@ -116,7 +115,7 @@ class AttributionGraph(Result):
     def number(self, node: Node) -> int:
         """A node's place in the order of nodes. ValueError for one that is not in the graph."""
         if node not in self._numbers:
-            raise ValueError(f"this graph has no node {node!r}, neither as source nor as target: take one of graph.nodes")
+            raise ValueError(f"this graph has no node {node!r}, as source or target: take one of graph.nodes")
         return self._numbers[node]
 
     def row(self, node: Node) -> int:
@@ -149,16 +148,21 @@ class AttributionGraph(Result):
     def name(self, node: Node) -> str:
         """What a node is called: a feature's label, "" without one; a token; a logit's token."""
         number = self.number(node)
-        kind = self.kinds[number]
-        if kind == "logit":
-            return self.outputs[number - sum(self.counts[:3])]
-        if kind == "token":
-            return self.tokens[node.position]
-        return self.names.get(node.site.layer or 0, {})[node.feature] if kind == "feature" and self._named(node) else ""
+        return self._names_of([number])[0]
 
-    def _named(self, node: Node) -> bool:
-        names = self.names.get(node.site.layer or 0, {})
-        return isinstance(names, Names) or node.feature in names
+    def _names_of(self, numbers: Sequence[int]) -> list[str]:
+        """What the nodes of these numbers are called, as ``name``."""
+        wanted = [(i, self.kinds[i], self.nodes[i]) for i in numbers]
+        known = {
+            layer: names.of(node.feature for _, kind, node in wanted if kind == "feature" and node.site.layer == layer)
+            for layer, names in self.names.items()
+        }
+        found = []
+        for i, kind, (site, position, number) in wanted:
+            named = known.get(site.layer, {}).get(number, "") if kind == "feature" else ""
+            named = self.tokens[position] if kind == "token" else named
+            found.append(self.outputs[i - sum(self.counts[:3])] if kind == "logit" else named)
+        return found
 
     # ---- pruning
 
@@ -246,53 +250,21 @@ class AttributionGraph(Result):
 
     @property
     def _table(self) -> dict[str, list[Any]]:
-        rows = [
-            (repr(n), k, self.tokens[n.position], self.name(n) if k in ("feature", "logit") else "", value, influence)
-            for n, k, value, influence in zip(
-                self.nodes, self.kinds, self.values.tolist(), self.influence.tolist(), strict=True
-            )
-        ]
-        rows.sort(key=lambda row: (row[1] != "logit", -row[5]))
+        names = self._names_of(range(len(self.nodes)))
+        tokens = [self.tokens[node.position] for node in self.nodes]
+        columns = map(repr, self.nodes), self.kinds, tokens, names, self.values.tolist(), self.influence.tolist()
+        rows = sorted(zip(*columns, strict=True), key=lambda row: (row[1] != "logit", -row[5]))
         return by_column("node kind token name value influence", rows)
 
     def edges_to_pandas(self):
         """One row an edge, the largest effect first: upstream, its name, downstream, its name, effect."""
         import pandas as pd
 
-        targets, rows = self.targets, []
-        for t, s in self.effects.nonzero().tolist():
-            up, down = self.nodes[s], targets[t]
-            rows.append((repr(up), self.name(up), repr(down), self.name(down), float(self.effects[t, s])))
-        rows.sort(key=lambda row: -abs(row[4]))
-        return pd.DataFrame(rows, columns=["upstream", "upstream_name", "downstream", "downstream_name", "effect"])
-
-
-def graph_of(
-    local: LocalModel, effects: Tensor, chosen: Int[Tensor, " features"], logits: Any, rest: Tensor, rest_size: Tensor
-) -> AttributionGraph:
-    """The graph of a local model. effects: rows of the chosen features, then of the logits. rest, rest_size: theirs."""
-    length, layers, active = local.length, local.n_layers, len(local.layer)
-    errors = [(layer, p, ERROR) for layer in range(layers) for p in range(length)]
-    ids = local.batch.ids[0].tolist()
-    places = [
-        torch.stack([local.layer, local.position, local.feature], 1)[chosen].cpu(),
-        torch.tensor([*errors, *((-1, p, i) for p, i in enumerate(ids))]),
-        torch.tensor([(layers, length - 1, number) for number in logits.numbers]),
-    ]
-    counts = (len(chosen), len(errors), length, len(logits.numbers))
-    none = torch.full((len(errors) + length,), float("nan"))
-    weights = torch.tensor(logits.weights)
-    facts = {
-        "model": local.lm.id, "model_fingerprint": local.lm.fingerprint(), "n_layers": layers, "ids": ids,
-        "first": local.first, "layers": local.coders.layers,
-    }  # fmt: skip
-    return AttributionGraph(
-        effects=effects, places=torch.cat(places), counts=counts,
-        values=torch.cat([local.value[chosen].cpu(), none, logits.pre]),
-        pre=torch.cat([local.pre[chosen].cpu(), logits.pre]), bias=torch.cat([local.bias[chosen].cpu(), logits.bias]),
-        rest=rest, rest_size=rest_size, weights=weights, directions=logits.directions.cpu(),
-        tokens=[token.label for token in local.lm.tokens(ids)],
-        outputs=logits.names, facts=facts, active=active, visited=len(chosen) / max(1, active),
-        names={layer: Names(coder) for layer, coder in zip(local.coders.layers, local.coders, strict=True)},
-        local=local, **scores(effects, rest_size, weights, counts),
-    )  # fmt: skip
+        nodes = np.array([*map(repr, self.nodes)], object)
+        names = np.array(self._names_of(range(len(nodes))), object)
+        t, s = self.effects.nonzero(as_tuple=True)
+        effects = self.effects[t, s]
+        order = effects.abs().argsort(descending=True)
+        up, down = s[order].numpy(), torch.tensor([self.number(node) for node in self.targets])[t[order]].numpy()
+        ends = {"upstream": nodes[up], "upstream_name": names[up], "downstream": nodes[down]}
+        return pd.DataFrame({**ends, "downstream_name": names[down], "effect": effects[order].numpy()})

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -15,7 +15,14 @@ from sae_lab.lm.model import LM
 from sae_lab.saes.sets import TranscoderSet
 from sae_lab.types import Site
 
-Sources = dict[int, list[tuple[int, Tensor]]]  # by layer (-1: embeddings): (position, what the node writes there)
+
+class Taken(NamedTuple):
+    """A node that is taken out. layer: -1: of the embeddings. what: what it adds there."""
+
+    layer: int
+    position: int
+    number: int
+    what: Tensor
 
 
 @torch.no_grad()
@@ -42,35 +49,21 @@ def check(graph: Any, source: Any, targets: Any) -> EdgeCheck:
     if not listed:
         raise ValueError(f"{sources} has no edge in this graph: take another source, or name targets=")
     rows = [graph.row(node) for node in listed]
-    own, base = _written(local, sources), local.base
-    runs = {
-        "frozen": _changed(local, own, sources, "held"), "responding": _changed(local, own, sources, "responding"),
-        "free": _changed(local, own, sources, "free"),
-    }  # fmt: skip
-    before = _read(graph, local, base, listed)
-    found = {name: (_read(graph, local, acts, listed) - before).cpu().numpy()[None] for name, acts in runs.items()}
-    largest = graph.effects.abs().max(1).values[rows].numpy()
-    named = _Called(graph)
+    taken, before, changes = _written(local, sources), _read(graph, local, local.base, listed), {}
+    for way in ("frozen", "responding", "free"):
+        now = _read(graph, local, _changed(local, taken, way), listed)
+        changes[way] = (now - before).cpu().numpy()[None]
+    called = {node: graph.name(node) for node in [*sources, *listed]}
     return EdgeCheck(
-        minus[rows].numpy()[None], found["frozen"], found["free"], graph.pre[rows].numpy()[None], sources, listed,
-        (named, named), total=_total(graph, numbers)[rows].numpy()[None], responding=found["responding"],
-        largest=largest,
+        predicted=minus[rows].numpy()[None], total=_total(graph, numbers)[rows].numpy()[None], **changes,
+        pre=graph.pre[rows].numpy()[None], feature=sources, features=listed, names=(called, called),
+        largest=graph.effects.abs().max(1).values[rows].numpy(),
     )  # fmt: skip
 
 
-class _Called:
-    """Names of nodes."""
-
-    def __init__(self, graph: Any):
-        self.graph = graph
-
-    def __getitem__(self, node: Node) -> str:
-        return self.graph.name(node)
-
-
-def _written(local: LocalModel, sources: Sequence[Node]) -> Sources:
+def _written(local: LocalModel, sources: Sequence[Node]) -> list[Taken]:
     """What each node adds to the stream."""
-    found: Sources = {}
+    found = []
     for site, position, number in sources:
         layer = -1 if site.kind == "embed" else int(site.layer or 0)
         if layer < 0:
@@ -81,34 +74,30 @@ def _written(local: LocalModel, sources: Sequence[Node]) -> Sources:
             codes = local.parts[layer].codes
             here = ((codes.rows == position) & (codes.features == number)).nonzero()[0, 0]
             what = codes.values[here] * local.coders[layer].W_dec[number].detach().to(codes.values)
-        found.setdefault(layer, []).append((position, what))
+        found.append(Taken(layer, position, number, what))
     return found
 
 
-def _changed(local: LocalModel, own: Sources, sources: Sequence[Node], way: str) -> dict[Site, Tensor]:
+def _changed(local: LocalModel, taken: Sequence[Taken], way: str) -> dict[Site, Tensor]:
     """Activations after the sources were taken out. way: what else stays: see ``AttributionGraph.check``."""
-    embed = _less(local.embed, own.get(-1, [])) if -1 in own else None
-    dead = {(n.site.layer, n.position, n.feature) for n in sources if n.site.kind == "mlp_out" and n.feature != ERROR}
-    errors = {n.site.layer: [] for n in sources}
-    for n in sources:
-        if n.site.kind == "mlp_out" and n.feature == ERROR:
-            errors[n.site.layer].append((n.position, local.parts[int(n.site.layer or 0)].error[n.position]))
 
     def mlp(layer: int, x: Tensor, read: Tensor | None) -> Tensor:
+        here = [one for one in taken if one.layer == layer]
         if way == "free":
-            return _less(x, own.get(layer, []))
-        if way == "held" or read is None:
-            return _less(local.held_mlp(layer, read), own.get(layer, []))
-        gone = [(p, f) for at, p, f in dead if at == layer]
-        return _less(local.responding_mlp(layer, read, gone), errors.get(layer, []))
+            return _less(x, here)
+        if way == "frozen" or read is None:
+            return _less(local.held_mlp(layer, read), here)
+        features = [(one.position, one.number) for one in here if one.number != ERROR]
+        return _less(local.responding_mlp(layer, read, features), [one for one in here if one.number == ERROR])
 
-    return local.run(mlp, embed, held=way != "free")
+    tokens = [one for one in taken if one.layer < 0]
+    return local.run(mlp, _less(local.embed, tokens) if tokens else None, held=way != "free")
 
 
-def _less(x: Tensor, gone: Sequence[tuple[int, Tensor]]) -> Tensor:
+def _less(x: Tensor, taken: Sequence[Taken]) -> Tensor:
     x = x.clone()
-    for position, what in gone:
-        x[position] -= what.to(x)
+    for one in taken:
+        x[one.position] -= one.what.to(x)
     return x
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -26,10 +27,25 @@ def save(graph: Any, path: Path) -> Path:
     tensors = {name: getattr(graph, name).contiguous() for name in TENSORS}
     assert {*TENSORS, *PLAIN, "names", "local"} == {f.name for f in fields(graph)}
     plain = {name: _unnan(getattr(graph, name)) for name in PLAIN}
-    labels = {repr(n): graph.name(n) for n in graph.nodes[: graph.counts[0]] if graph.name(n)}
+    labels = {repr(n): name for n, name in _named(graph).items() if name}
     with cache.atomic(path) as temporary:
         files.write_tensors(tensors, temporary, {NOTE: json.dumps({"version": VERSION, "labels": labels, **plain})})
     return path
+
+
+def _named(graph: Any) -> dict[Any, str]:
+    """What each node is called."""
+    return dict(zip(graph.nodes, graph._names_of(range(len(graph.nodes))), strict=True))
+
+
+class Labels:
+    """Names of features that a file tells."""
+
+    def __init__(self, known: dict[int, str]):
+        self.known = known
+
+    def of(self, features: Iterable[int]) -> dict[int, str]:
+        return {feature: self.known[feature] for feature in features if feature in self.known}
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -53,14 +69,14 @@ def load(path: Path) -> dict[str, Any]:
     return named
 
 
-def _by_layer(places: Tensor, labels: dict[str, str]) -> dict[int, dict[int, str]]:
+def _by_layer(places: Tensor, labels: dict[str, str]) -> dict[int, Labels]:
     """Names of features by layer, from those by node."""
     found: dict[int, dict[int, str]] = {}
     for layer, position, number in places.tolist():
         name = labels.get(f"mlp_out-{layer}@{position}/{number}")
         if isinstance(name, str):
             found.setdefault(layer, {})[number] = name
-    return found
+    return {layer: Labels(known) for layer, known in found.items()}
 
 
 def _require_consistent(named: dict[str, Any]) -> None:
@@ -91,7 +107,7 @@ def _unnan(value: Any) -> Any:
 
 def to_json(graph: Any, path: Path, slug: str, scan: str | None) -> Path:
     ids, renumbered = _ids(graph)
-    listed = [_node(graph, i, ids[i]) for i in range(len(ids))]
+    listed = [_node(graph, i, ids[i], name) for i, name in enumerate(_named(graph).values())]
     rows = [*range(graph.counts[0]), *range(sum(graph.counts[:3]), len(ids))]
     links = [
         {"source": ids[s], "target": ids[rows[t]], "weight": float(graph.effects[t, s])}
@@ -126,9 +142,9 @@ def _ids(graph: Any) -> tuple[list[str], dict[str, str]]:
     return ids, renumbered
 
 
-def _node(graph: Any, i: int, id: str) -> dict[str, Any]:
+def _node(graph: Any, i: int, id: str, name: str) -> dict[str, Any]:
     kind, (layer, position, number) = graph.kinds[i], graph.places[i].tolist()
-    name, logit = graph.name(graph.nodes[i]), i - sum(graph.counts[:3])
+    logit = i - sum(graph.counts[:3])
     facts = {
         "feature": (_cantor(layer, number), str(layer), f"{layer}_{number}-0", name),
         "error": (ERROR, str(layer), f"{layer}_{position}-0", ""),
@@ -193,7 +209,8 @@ def _read_nodes(nodes: list[dict[str, Any]], meta: dict[str, Any]) -> dict[str, 
         order += [node for _, node in mine]
     number = {node["node_id"]: i for i, node in enumerate(order)}
     if len(number) < len(order):
-        raise ValueError("two nodes have the same node_id")
+        twice = next(node["node_id"] for i, node in enumerate(order) if number[node["node_id"]] != i)
+        raise ValueError(f"two nodes have the id {twice!r}, so that its links are of either")
     counts, nan = tuple(map(len, places)), math.nan
     targets = counts[0] + counts[3]
     told = torch.tensor([nan if (v := node.get("influence")) is None else float(v) for node in order])
@@ -205,7 +222,8 @@ def _read_nodes(nodes: list[dict[str, Any]], meta: dict[str, Any]) -> dict[str, 
     activations = [node.get("activation") for node in order]
     return {
         "number": number, "counts": counts, "places": torch.tensor([p for part in places for p in part]),
-        "values": torch.tensor([nan if v is None else float(v) for v in activations]), "names": names,
+        "values": torch.tensor([nan if v is None else float(v) for v in activations]),
+        "names": {layer: Labels(known) for layer, known in names.items()},
         "weights": weights, **{name: torch.full((targets,), nan) for name in ("pre", "bias", "rest", "rest_size")},
         "directions": torch.zeros(counts[3], 0), "influence": torch.full((len(order),), nan), "share": told,
         "tokens": tokens, "active": counts[0],

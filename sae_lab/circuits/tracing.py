@@ -8,12 +8,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae_lab.arguments import as_annotated, check_least
-from sae_lab.circuits.attribution_graph import AttributionGraph, graph_of
+from sae_lab.circuits.attribution_graph import AttributionGraph
+from sae_lab.circuits.graph_scores import scores
 from sae_lab.circuits.metric import one_token
-from sae_lab.circuits.nodes import Node
+from sae_lab.circuits.nodes import ERROR, Node
 from sae_lab.circuits.replacement import CLOSE, LocalModel
 from sae_lab.lm.model import LM
 from sae_lab.lm.tokens import Prompts, is_single, label
+from sae_lab.noting import Names
 from sae_lab.saes.base import SparseCoder
 from sae_lab.saes.sets import TranscoderSet
 from sae_lab.types import Site
@@ -25,13 +27,12 @@ SWEEP_BYTES = 64_000_000  # of one stream's gradients in a sweep
 
 class Logits(NamedTuple):
     """What the graph explains: names, numbers (token ids; from the vocabulary's size on: differences, directions),
-    weights, directions "logits d_model" that read the final norm's output, and the bias of W_U that each has."""
+    weights, directions "logits d_model" that read the final norm's output, what each is, and what biases add to it."""
 
     names: list[str]
     numbers: list[int]
     weights: list[float]
     directions: Float[Tensor, "logits d_model"]
-    shift: Float[Tensor, " logits"]
     pre: Float[Tensor, " logits"]
     bias: Float[Tensor, " logits"]
 
@@ -121,7 +122,7 @@ class Tracer:
             self.rest[n] += row[gone].sum()
             self.rest_size[n] += row[gone].abs().sum()
         effects, rest, rest_size = self.rows[:, keep][rows], self.rest[rows], self.rest_size[rows]
-        return graph_of(local, effects, chosen, self.logits, rest, rest_size)
+        return _graph(local, effects, chosen, self.logits, rest, rest_size)
 
     def _next(self, count: int) -> Int[Tensor, " count"]:
         """The next features to visit, of the highest layers first: those with most influence by the rows so far."""
@@ -246,4 +247,36 @@ def _logits(local: LocalModel, targets: list[Any] | None) -> Logits:
     D, shifts = torch.stack(directions), torch.stack(shift)
     silent = local.silent[local.out][-1]
     pre, own = D @ local.normed[-1] + shifts, D @ silent + shifts
-    return Logits(names, numbers, weights, D, shifts, pre.cpu(), own.cpu())
+    return Logits(names, numbers, weights, D, pre.cpu(), own.cpu())
+
+
+def _graph(
+    local: LocalModel, effects: Tensor, chosen: Int[Tensor, " features"], logits: Logits, rest: Tensor,
+    rest_size: Tensor,
+) -> AttributionGraph:  # fmt: skip
+    """The graph of a local model. effects: rows of the chosen features, then of the logits. rest, rest_size: theirs."""
+    length, layers, active = local.length, local.n_layers, len(local.layer)
+    errors = [(layer, p, ERROR) for layer in range(layers) for p in range(length)]
+    ids = local.batch.ids[0].tolist()
+    places = [
+        torch.stack([local.layer, local.position, local.feature], 1)[chosen].cpu(),
+        torch.tensor([*errors, *((-1, p, i) for p, i in enumerate(ids))]),
+        torch.tensor([(layers, length - 1, number) for number in logits.numbers]),
+    ]
+    counts = (len(chosen), len(errors), length, len(logits.numbers))
+    none = torch.full((len(errors) + length,), float("nan"))
+    weights = torch.tensor(logits.weights)
+    facts = {
+        "model": local.lm.id, "model_fingerprint": local.lm.fingerprint(), "n_layers": layers, "ids": ids,
+        "first": local.first, "layers": local.coders.layers,
+    }  # fmt: skip
+    return AttributionGraph(
+        effects=effects, places=torch.cat(places), counts=counts,
+        values=torch.cat([local.value[chosen].cpu(), none, logits.pre]),
+        pre=torch.cat([local.pre[chosen].cpu(), logits.pre]), bias=torch.cat([local.bias[chosen].cpu(), logits.bias]),
+        rest=rest, rest_size=rest_size, weights=weights, directions=logits.directions.cpu(),
+        tokens=[token.label for token in local.lm.tokens(ids)],
+        outputs=logits.names, facts=facts, active=active, visited=len(chosen) / max(1, active),
+        names={layer: Names(coder) for layer, coder in zip(local.coders.layers, local.coders, strict=True)},
+        local=local, **scores(effects, rest_size, weights, counts),
+    )  # fmt: skip

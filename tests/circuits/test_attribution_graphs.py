@@ -146,8 +146,13 @@ def test_a_circuit_made_by_hand_is_found_whole_and_nothing_else(by_hand):
 # ---- sums and checks on many architectures
 
 
-@pytest.mark.parametrize("name", ["gpt2", "gpt_neox", "gemma2", "olmo2", "falcon:new", "bloom", "phi:qk norm"])
-@pytest.mark.parametrize("first", ["keep", "drop"])
+@pytest.mark.parametrize(
+    ("name", "first"),
+    [
+        ("gpt2", "keep"), ("gpt_neox", "keep"), ("gemma2", "keep"), ("olmo2", "keep"), ("falcon:new", "keep"),
+        ("bloom", "keep"), ("phi:qk norm", "keep"), ("gpt2", "drop"), ("gemma2", "drop"),
+    ],
+)  # fmt: skip
 def test_rows_sum_to_pre_activations(name, first):
     lm = sl.LM(tiny_models.build(name), tokenizer=tiny_models.tokenizer(), device="cpu")
     coders = transcoders(lm, layers=[0, 2, 3], reads="resid_pre" if name == "gpt_neox" else "mlp_in")
