@@ -40,14 +40,13 @@ class AttributionGraph(Result):
     Attributes:
         effects: "targets sources": what a source adds to a target; targets are features and logits, sources are
             features, errors and tokens. effects.sum(1) + rest + bias = pre.
-        pre, bias: " targets": a feature's pre-activation, a logit less the mean of the vocabulary; what weights alone
-            add to it. rest, rest_size: " targets": what nodes and edges that are not in the graph add, the sum and the
-            sum of sizes.
+        pre, bias: " targets": a feature's pre-activation, or a logit less the mean of the vocabulary; what the biases of
+            model and transcoders add to it. rest, rest_size: " targets": what nodes and edges that are not in the graph
+            add, the sum and the sum of sizes.
         values: " nodes": activations of features, pre of logits, NaN for others. weights: " logits": probabilities; 1
             for a difference or a direction. directions: "logits d_model": what each reads of the final norm's output.
-            influence: " nodes": the part of the logits' weights that flows through a
-            node, with rows of |effects| made to sum to 1. share: " nodes": the share of all influence that this node
-            and all with more have.
+        influence, share: " nodes": the part of the logits' weights that flows through a node, with rows of |effects|
+            made to sum to 1; the share of all influence that this node and all with more have.
         places: "nodes 3": (layer, position, number); layer -1 for tokens. counts: of the four kinds. tokens: of the
             prompt. outputs: names of the logits. facts: model, token ids, settings. names: of features, by layer.
         active: number of the prompt's active features. visited: share of them that have a row.
@@ -159,7 +158,7 @@ class AttributionGraph(Result):
         }
         found = []
         for i, kind, (site, position, number) in wanted:
-            named = known.get(site.layer, {}).get(number, "") if kind == "feature" else ""
+            named = known.get(site.layer or 0, {}).get(number, "") if kind == "feature" else ""
             named = self.tokens[position] if kind == "token" else named
             found.append(self.outputs[i - sum(self.counts[:3])] if kind == "logit" else named)
         return found
@@ -197,8 +196,9 @@ class AttributionGraph(Result):
         out of the model: a feature's f·W_dec, an error or a token's embedding, or those of several nodes.
 
         predicted: minus the edge. frozen: the change of the target's pre-activation with attention, norms and all other
-        MLPs' outputs held. total: minus the effect along all paths, by (I - A)⁻¹ of the graph. responding: the change
-        with attention, norms and errors held, while later features are made anew. free: the change with nothing held.
+        MLPs' outputs held. total: minus the effect along all paths, by (I - A)⁻¹ of the graph, as if all its features
+        stayed on; NaN for families whose codes are not their pre-activations. responding: the change with attention,
+        norms and errors held, while later features are made anew. free: the change with nothing held.
 
         Args: targets: features and logits; None: the edge's, else all that the source has an edge to. Raises ValueError
         for a node that is not in the graph, and for a graph from a file that was loaded without lm= and coders=.

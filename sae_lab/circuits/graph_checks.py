@@ -40,6 +40,8 @@ def check(graph: Any, source: Any, targets: Any) -> EdgeCheck:
     numbers = [graph.number(node) for node in sources]
     if not sources or any(n >= graph.effects.shape[1] for n in numbers):
         raise ValueError(f"a source is a feature, an error or a token, got {sources}: a logit adds to nothing")
+    if graph.facts["first"] == "drop" and (gone := [n for n in sources if (n.position, n.feature) == (0, ERROR)]):
+        raise ValueError(f"{gone[0]!r} is no part of a graph made with first='drop': trace it with first='keep'")
     minus = -graph.effects[:, numbers].sum(1)
     if targets is None:
         edges = zip(graph.targets, minus.tolist(), strict=True)
@@ -122,6 +124,8 @@ def _total(graph: Any, numbers: Sequence[int]) -> Float[Tensor, " targets"]:
     """The change of each target when the sources are taken out and the features of the graph respond: one unit of a
     feature adds effects / activation, along all paths, the sources themselves left at 0."""
     features = graph.counts[0]
+    if not torch.allclose(graph.values[:features], graph.pre[:features], rtol=1e-3):
+        return torch.full_like(graph.pre, float("nan"))  # a unit of the code is no unit of what it reads
     per_unit = graph.effects[:, :features] / graph.values[:features].clamp_min(1e-12)
     direct = -graph.effects[:, numbers].sum(1)
     alive = torch.ones(features)

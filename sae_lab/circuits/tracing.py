@@ -22,7 +22,7 @@ from sae_lab.types import Site
 
 PROBABILITY, MOST_LOGITS = 0.95, 10  # targets by default: the fewest tokens of this probability (circuit-tracer)
 RANKED = 512  # features visited between two rankings of the others
-SWEEP_BYTES = 64_000_000  # of one stream's gradients in a sweep
+SWEEP_BYTES = 24_000_000  # of a stream's gradients in a sweep: glibc maps and unmaps pieces above 32 MiB each time
 
 
 class Logits(NamedTuple):

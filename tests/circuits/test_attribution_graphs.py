@@ -260,6 +260,17 @@ def test_a_group_is_taken_out_at_once(made):
     assert "total" in found.to_pandas() and repr(sources[0]) in repr(found)
 
 
+def test_codes_that_are_no_pre_activations_have_no_total(made):
+    lm = made[0]
+    coder = sl.Gated(48, 40, d_out=48).eval()
+    coder.reads, coder.writes = (Site("mlp_in", 0),), (Site("mlp_out", 0),)
+    with torch.no_grad():
+        coder.r_mag.fill_(0.5)
+    graph = trace(lm, [coder], PROMPT, features=5)
+    found = graph.check(graph.nodes[0], graph.targets[-1])
+    assert found.error < 1e-4 and bool(found.total[0] != found.total[0])
+
+
 # ---- some of the features
 
 
@@ -539,5 +550,8 @@ def test_nodes_that_are_refused(made):
         graph.check(graph.nodes[0], graph.nodes[sum(graph.counts[:2])])
     with pytest.raises(ValueError, match="a logit adds to nothing"):
         graph.check(graph.targets[-1])
+    dropped = trace(made[0], made[1], PROMPT, features=3, first="drop")
+    with pytest.raises(ValueError, match="is no part of a graph made with first='drop'"):
+        dropped.check(Node(Site("mlp_out", 1), 0, -1), dropped.targets[-1])
     with pytest.raises(ValueError, match="nodes must be a share of the influence from 0 to 1, got 80"):
         graph.prune(80)
