@@ -40,9 +40,9 @@ class AttributionGraph(Result):
     Attributes:
         effects: "targets sources": what a source adds to a target; targets are features and logits, sources are
             features, errors and tokens. effects.sum(1) + rest + bias = pre.
-        pre, bias: " targets": a feature's pre-activation, or a logit less the mean of the vocabulary; what the biases of
-            model and transcoders add to it. rest, rest_size: " targets": what nodes and edges that are not in the graph
-            add, the sum and the sum of sizes.
+        pre, bias: " targets": a feature's pre-activation, or a logit less the mean of the vocabulary; what the biases
+            of model and transcoders add to it. rest, rest_size: " targets": what nodes and edges that are not in the
+            graph add, the sum and the sum of sizes.
         values: " nodes": activations of features, pre of logits, NaN for others. weights: " logits": probabilities; 1
             for a difference or a direction. directions: "logits d_model": what each reads of the final norm's output.
         influence, share: " nodes": the part of the logits' weights that flows through a node, with rows of |effects|

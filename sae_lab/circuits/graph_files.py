@@ -15,6 +15,8 @@ from sae_lab.circuits.nodes import ERROR
 
 VERSION, SCHEMA = 1, 1
 NOTE = "sae_lab graph"
+MOST_EFFECTS = 1 << 28  # numbers in memory for the edges of a graph in JSON, which names only those it has
+REFUSED = (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RuntimeError)
 TENSORS = ("effects", "places", "values", "pre", "bias", "rest", "rest_size", "weights", "directions", "influence",
            "share")  # fmt: skip
 PLAIN = ("counts", "tokens", "outputs", "facts", "active", "visited", "left_out", "replacement", "completeness",
@@ -27,7 +29,7 @@ def save(graph: Any, path: Path) -> Path:
     tensors = {name: getattr(graph, name).contiguous() for name in TENSORS}
     assert {*TENSORS, *PLAIN, "names", "local"} == {f.name for f in fields(graph)}
     plain = {name: _unnan(getattr(graph, name)) for name in PLAIN}
-    labels = {repr(n): name for n, name in _named(graph).items() if name}
+    labels = {repr(n): name for n, name in list(_named(graph).items())[: graph.counts[0]] if name}
     with cache.atomic(path) as temporary:
         files.write_tensors(tensors, temporary, {NOTE: json.dumps({"version": VERSION, "labels": labels, **plain})})
     return path
@@ -55,7 +57,7 @@ def load(path: Path) -> dict[str, Any]:
         found = files.parse_json(notes[NOTE])
         version = found["version"]
     except (OSError, ValueError, KeyError, TypeError) as err:
-        raise ValueError(f"{path} holds no graph ({err!r}): give a file that graph.save(path) wrote") from err
+        raise ValueError(f"{path} holds no graph ({_short(err)}): give a file that graph.save(path) wrote") from err
     if version != VERSION:
         raise ValueError(f"{path} holds a graph of version {version}, this sae_lab reads version {VERSION}: trace anew")
     try:
@@ -64,8 +66,8 @@ def load(path: Path) -> dict[str, Any]:
         named["counts"] = tuple(map(int, named["counts"]))
         named["names"] = _by_layer(named["places"][: named["counts"][0]], found["labels"])
         _require_consistent(named)
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as err:
-        raise ValueError(f"{path} holds a graph that contradicts itself ({err}): trace anew") from err
+    except REFUSED as err:
+        raise ValueError(f"{path} holds a graph that contradicts itself ({_short(err)}): trace anew") from err
     return named
 
 
@@ -88,14 +90,23 @@ def _require_consistent(named: dict[str, Any]) -> None:
     for name, shape in shapes.items():
         if tuple(named[name].shape) != shape:
             raise ValueError(f"{name} has shape {tuple(named[name].shape)}, its counts say {shape}")
-    length = len(named["tokens"])
-    positions, layers = named["places"][:, 1], named["places"][:, 0]
-    if bool(((positions < 0) | (positions >= length) | (layers < -1) | (layers > named["facts"]["n_layers"])).any()):
-        raise ValueError(f"a node stands outside its {length} tokens and {named['facts']['n_layers']} layers")
+    length, last = len(named["tokens"]), int(named["facts"]["n_layers"]) - 1
+    least, most = torch.tensor([[0, 0, -1, last + 1], [last, last, -1, last + 1]]).repeat_interleave(
+        torch.tensor(named["counts"]), dim=1
+    )  # layers, by kind
+    layers, positions, numbers = named["places"].unbind(1)
+    right = (least <= layers) & (layers <= most) & (positions >= 0) & (positions < length)
+    right &= (numbers >= 0) | ((numbers == ERROR) & (torch.arange(nodes) >= features))
+    if not bool(right.all()) or last < 0:
+        raise ValueError(f"a node stands outside its {length} tokens and {last + 1} layers")
     if len(named["outputs"]) != logits or len(named["directions"]) != logits:
         raise ValueError(f"it has {logits} logits and {len(named['outputs'])} names of them")
     if not bool(named["effects"].isfinite().all()):
         raise ValueError("an effect is no finite number")
+
+
+def _short(err: Exception) -> str:
+    return f"{'' if type(err) is ValueError else f'{type(err).__name__} '}{str(err)[:120]}"
 
 
 def _unnan(value: Any) -> Any:
@@ -179,7 +190,7 @@ def from_json(path: Path) -> dict[str, Any]:
         meta = content["metadata"]
         schema = meta.get("schema_version", SCHEMA)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as err:
-        raise ValueError(f"{path} is no graph of Neuronpedia ({err!r}): give JSON of metadata, nodes, links") from err
+        raise ValueError(f"{path} is no graph of Neuronpedia ({_short(err)}): give JSON of nodes and links") from err
     if schema not in (SCHEMA, None):
         raise ValueError(f"{path} is a graph of schema {schema}, this sae_lab reads schema {SCHEMA}: export it anew")
     try:
@@ -187,8 +198,8 @@ def from_json(path: Path) -> dict[str, Any]:
         number, counts = found.pop("number"), found["counts"]
         found["effects"] = _read_links(content["links"], number, counts)
         _require_consistent(found)
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as err:
-        raise ValueError(f"{path} holds a graph that contradicts itself ({err})") from err
+    except REFUSED as err:
+        raise ValueError(f"{path} holds a graph that contradicts itself ({_short(err)})") from err
     return found
 
 
@@ -257,6 +268,8 @@ def _output(node: dict[str, Any]) -> str:
 
 def _read_links(links: list[dict[str, Any]], number: dict[str, int], counts: tuple[int, ...]) -> Tensor:
     features, sources = counts[0], sum(counts[:3])
+    if (size := (features + counts[3]) * sources) > MOST_EFFECTS:
+        raise ValueError(f"its {len(number):,} nodes could have {size:,} edges, more than {MOST_EFFECTS:,}")
     effects = torch.zeros(features + counts[3], sources)
     for link in links:
         source, target = number[link["source"]], number[link["target"]]
