@@ -144,7 +144,7 @@ def connected(graph: Any, lm: LM, coders: TranscoderSet) -> Any:
     columns = (column.tolist() for column in (local.layer, local.position, local.feature))
     own = {place: i for i, place in enumerate(zip(*columns, strict=True))}
     places = [tuple(place) for place in graph.places[: graph.counts[0]].tolist()]
-    same = all(place in own for place in places)
+    same = len(own) == graph.active and all(place in own for place in places)
     if same and places:
         values, now = graph.values[: len(places)], local.value.cpu()[[own[place] for place in places]]
         same = float((values - now).abs().max()) <= CLOSE * float(values.abs().max())
@@ -152,4 +152,5 @@ def connected(graph: Any, lm: LM, coders: TranscoderSet) -> Any:
         raise ValueError(
             "this model and these coders give other activations than this graph has: load it with those of its making"
         )
+    local.close()
     return replace(graph, local=local)

@@ -227,6 +227,10 @@ class LocalModel:
         found[:, -self.length :] = (grown * self.embed).sum(-1)
         return found
 
+    def close(self) -> None:
+        """Free what only rows need; passes on other activations still run."""
+        self._segments, self._before = [], self._before._replace(stream=self.embed, out=None)
+
     def _add_parts(self, found: Tensor, layer: int, grown: Float[Tensor, "n pos d"]) -> None:
         """Columns of a layer's features and errors. grown: the targets' gradient at mlp_out."""
         part, begin = self.parts[layer], self._start[layer]
@@ -246,7 +250,6 @@ class LocalModel:
         """Activations "pos d" at what the coders read and at W_U's input, with other embeddings and MLPs' outputs.
         held: with attention and norms at the prompt's values."""
         writes = [] if embed is None else [Write(Site("embed"), lambda x, tokens: embed[None].to(x, copy=True))]
-
         for layer in range(self.n_layers):
             change = partial(_with_mlp, mlp=mlp, layer=layer)
             writes.append(Write(Site("mlp_out", layer), change, (self.reads[layer],) if layer in self.reads else ()))

@@ -85,8 +85,9 @@ def trace(
     wanted = _checked_targets(lm, targets)
     local = LocalModel(lm, coders, batch, first)
     logits = _logits(local, wanted)
-    tracer = Tracer(local, logits, min(features, len(local.layer)))
-    return tracer.graph()
+    graph = Tracer(local, logits, min(features, len(local.layer))).graph()
+    local.close()  # the graph keeps it, for checks
+    return graph
 
 
 class Tracer:
