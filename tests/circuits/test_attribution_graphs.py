@@ -186,6 +186,53 @@ def test_edges_are_what_taking_their_source_out_does(name):
     assert graph.check(node).error < 1e-4
 
 
+def plain_llama(lm, coders, prompt):
+    """A Llama written out, with detached patterns and scales, as circuit-tracer hooks it: leaves for embeddings and
+    MLPs' outputs, what each transcoder reads, and the final norm's output."""
+    model, ids = lm._module.model, lm.tokenize(prompt).ids[0]  # the weights, by their names in transformers
+
+    def norm(module, x):
+        return module.weight * x * (x.square().mean(-1, keepdim=True) + module.variance_epsilon).rsqrt().detach()
+
+    embed = model.embed_tokens(ids).detach().requires_grad_()
+    h, reads, leaves = embed, [], []
+    for n, block in enumerate(model.layers):
+        pattern = circuits.attention(lm, prompt, n).pattern[0]
+        v = block.self_attn.v_proj(norm(block.input_layernorm, h)).unflatten(-1, (2, -1)).transpose(0, 1)
+        z = pattern @ v.repeat_interleave(len(pattern) // 2, 0)
+        h = h + block.self_attn.o_proj(z.transpose(0, 1).flatten(1))
+        reads.append(norm(block.post_attention_layernorm, h))
+        leaves.append(block.mlp(reads[-1]).detach().requires_grad_())
+        skip = reads[-1] @ coders[n].W_skip.detach()
+        h = h + leaves[-1] + skip - skip.detach()
+    return embed, leaves, reads, norm(model.norm, h)
+
+
+def test_rows_are_those_of_a_plain_backward_pass(made):
+    lm, coders, _ = made
+    graph = trace(lm, coders, PROMPT, first="drop")
+    embed, leaves, reads, normed = plain_llama(lm, coders, PROMPT)
+    W_U = lm._module.lm_head.weight.detach()
+    outs = [coder(read.detach()) for coder, read in zip(coders, reads, strict=True)]
+    targets = graph.targets
+    for t in [*range(0, graph.counts[0], 17), *range(graph.counts[0], len(targets))]:
+        (site, position, number), expected = targets[t], torch.zeros(graph.effects.shape[1])
+        if t < graph.counts[0]:
+            read = reads[site.layer][position] @ coders[site.layer].W_enc[:, number].detach()
+        else:
+            read = normed[-1] @ (W_U[number] - W_U.mean(0))
+        *slopes, at_tokens = torch.autograd.grad(read, [*leaves, embed], retain_graph=True, materialize_grads=True)
+        for s, (source, kind) in enumerate(zip(graph.nodes[: len(expected)], graph.kinds, strict=False)):
+            if kind == "token":
+                expected[s] = at_tokens[source.position] @ embed[source.position].detach()
+                continue
+            coder, out = coders[source.site.layer], outs[source.site.layer]
+            error = (leaves[source.site.layer] - out.x_hat)[source.position] * (source.position > 0)
+            active = out.f[source.position, source.feature] * coder.W_dec[source.feature]
+            expected[s] = slopes[source.site.layer][source.position] @ (error if kind == "error" else active).detach()
+        assert torch.allclose(graph.effects[t], expected, atol=1e-4 * float(expected.abs().max())), targets[t]
+
+
 def test_an_edge_by_hand(made):
     """The last layer's feature on a logit: f·W_dec, over the final norm's scale, times its gain and W_U."""
     lm, coders, graph = made
