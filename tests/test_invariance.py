@@ -494,6 +494,36 @@ def _(s, lab):
     return {"edges": edges, "frozen": frozen, "error is rounding": check.error < 1e-3}
 
 
+@case("circuits.trace", refuses=NORMED)
+def _(s, lab):
+    transcoder = s.again(_transcoder(lab))
+    graph = sl.circuits.trace(lab.lm, sl.TranscoderSet([transcoder.coder]), TEXTS[0], [" king"])
+    sources, features = graph.nodes[: graph.effects.shape[1]], graph.nodes[: graph.counts[0]]
+    name = {n: (n.site.key, n.position, transcoder.back(n.feature) if n.site.kind == "mlp_out" else n.feature)
+            for n in graph.nodes}  # fmt: skip
+    unit = {n: float(transcoder.unit[name[n][2]]) for n in features}
+    effects = {(name[a], name[b]): float(graph.effects[graph.row(b), graph.number(a)]) * unit.get(b, 1.0)
+               for b in graph.targets for a in sources}  # fmt: skip
+    pruned = graph.prune()
+    return {"effects": effects, "replacement": graph.replacement, "kept": sorted(name[n] for n in pruned.nodes)}
+
+
+def _transcoder(lab: Any) -> SparseCoder:
+    """A JumpReLU from mlp_in to mlp_out whose thresholds lie in gaps, as those of ``_coder``."""
+    reads, writes = sl.Site("mlp_in", layer=1), sl.Site("mlp_out", layer=1)
+    x = lab.lm.read(TEXTS[0], reads)[reads][0].float()
+    coder = sl.JumpReLU(D, D_SAE, seed=6, d_out=D)
+    with torch.no_grad():
+        for tensor in (coder.W_enc, coder.W_dec):
+            tensor.copy_(tensor.half())
+        ascending = (x @ coder.W_enc + coder.b_enc).sort(dim=0).values[len(x) // 2 :]
+        widest = ascending.diff(dim=0).argmax(0, keepdim=True)
+        middle = (ascending.gather(0, widest) + ascending.gather(0, widest + 1))[0] / 2
+        coder.threshold.copy_(middle.clamp_min(0.05).half())
+    coder.reads, coder.writes = (reads,), (writes,)
+    return coder.eval()
+
+
 @case("circuits.pull_back", refuses=NORMED)
 def _(s, lab):
     later = s.again(lab.later)
@@ -731,7 +761,7 @@ WITHOUT_FIGURES = {
     "train": "it makes a coder, and refuses one with an input_norm",
     "sweep": "it makes coders", "meta_sae": "it trains on rows at unit norm, in their order",
     "saes.inform": "it makes a coder afresh",
-    "circuits.Edge": "a result",
+    "circuits.Edge": "a result", "TranscoderSet": "coders side by side",
     "evals.report": "its sections are the functions here",
     "evals.BoardGames": "a result", "evals.DescriptionLength": "a result", "evals.L0Choice": "a result",
     "FeatureIndex.bytes": "the size of files",
