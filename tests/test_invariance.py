@@ -494,7 +494,7 @@ def _(s, lab):
     return {"edges": edges, "frozen": frozen, "error is rounding": check.error < 1e-3}
 
 
-@case("circuits.trace", refuses=NORMED)
+@case("circuits.trace", without=NORMED)  # its edges are those of the coder's own norm
 def _(s, lab):
     transcoder = s.again(_transcoder(lab))
     graph = sl.circuits.trace(lab.lm, sl.TranscoderSet([transcoder.coder]), TEXTS[0], [" king"])

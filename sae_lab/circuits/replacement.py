@@ -2,6 +2,7 @@
 values, and what the transcoders leave unexplained as errors. In it every activation is linear in features, errors and
 tokens."""
 
+import copy
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import cached_property, partial
@@ -17,6 +18,8 @@ from sae_lab.circuits.prompt import _cap, _check_way_out, _unembedding
 from sae_lab.lm import passes
 from sae_lab.lm.holding import Holding
 from sae_lab.lm.model import LM
+from sae_lab.saes import portable
+from sae_lab.saes.base import SparseCoder
 from sae_lab.saes.sets import TranscoderSet
 from sae_lab.types import Codes, Site, TokenBatch, Write
 
@@ -66,6 +69,7 @@ class LocalModel:
         last = lm._sites.final_norm
         self.out = self.end if last is None else Site(last)
         self.reads = {layer: coders[layer].reads[0] for layer in coders.layers}
+        self._scales: dict[int, Tensor] = {}
         self._record()
         self.parts = [self._part(layer) for layer in range(self.n_layers)]
         self._list_features()
@@ -98,14 +102,16 @@ class LocalModel:
         self.embed = values["embed"].leaf.detach()[0]
         self._mlp = [values[Site("mlp_out", layer).key].leaf.detach()[0] for layer in range(self.n_layers)]
         streams = [values[Site("resid_pre", layer).key] for layer in range(self.n_layers)] + [values[self.end.key]]
-        read = {layer: values[("read", s.key)] for layer, s in self.reads.items()}
+        with torch.enable_grad():
+            read = {layer: self._entered(layer, values[("read", s.key)]) for layer, s in self.reads.items()}
         self._before = Segment(values["embed"].leaf, None, None, streams[0].value)
         self._segments = [
             Segment(streams[n].leaf, read.get(n), values[Site("mlp_out", n).key].leaf, streams[n + 1].value)
             for n in range(self.n_layers)
         ]
         self._segments.append(Segment(streams[-1].leaf, values["read", self.out.key], None, None))
-        self._seen = {s: values["read", s.key].detach()[0] for s in [*self.reads.values(), self.out]}
+        self._raw = {s: values["read", s.key].detach()[0] for s in [*self.reads.values(), self.out]}
+        self._seen = self._raw | {s: read[layer].detach()[0] for layer, s in self.reads.items()}
         self._unembed(found["logits"])
 
     @torch.no_grad()
@@ -126,6 +132,26 @@ class LocalModel:
             )
         self.chances = logits.softmax(-1)
 
+    def _entered(self, layer: int, x: Tensor, held: bool = True) -> Tensor:
+        """What a layer's coder reads, as its encoder gets it: x, or x after the coder's own ``input_norm``. held: with
+        the prompt's divisor, so that it is linear in x."""
+        kind = self.coders[layer].input_norm
+        if kind == "none":
+            return x
+        if not held:
+            return portable.entered(kind, x)[0]
+        centred = x - x.mean(-1, keepdim=True) if kind == "layer" else x
+        if layer not in self._scales:
+            sizes = [t.detach().norm(dim=-1).reshape(-1, 1) for t in (portable.entered(kind, x)[0], centred)]
+            self._scales[layer] = sizes[0] / sizes[1].clamp_min(1e-12)
+        return centred * self._scales[layer]
+
+    def _plain(self, layer: int) -> SparseCoder:
+        """A layer's coder, which takes what ``_entered`` gives."""
+        coder = copy.copy(self.coders[layer])  # of the same weights
+        coder.input_norm = "none"
+        return coder
+
     # ---- features
 
     def _part(self, layer: int) -> Part:
@@ -135,11 +161,12 @@ class LocalModel:
             codes = Codes(none, none.long(), none.new_zeros(self.length + 1).long(), 0)
             closed = torch.zeros(self.length, dtype=torch.bool, device=out.device)
             return Part(codes, closed, closed, torch.zeros_like(out), out)
-        coder, x = self.coders[layer], self._seen[self.reads[layer]]
+        coder, x = self._plain(layer), self._seen[self.reads[layer]]
         ids = self.batch.ids[0].to(x.device)
         is_open = torch.ones_like(ids, dtype=torch.bool)
         if self.first == "keep":
-            is_open = (coder.mask or self.lm.mask()).of(self.batch, {coder.site: x[None].cpu()})[0].to(x.device)
+            raw = {coder.site: self._raw[coder.site][None].cpu()}
+            is_open = (coder.mask or self.lm.mask()).of(self.batch, raw)[0].to(x.device)
         fires = is_open.clone()
         if self.first == "drop":
             fires[0] = False
@@ -247,16 +274,17 @@ class LocalModel:
 
     @torch.no_grad()
     def run(self, mlp: Mlp, embed: Tensor | None = None, held: bool = True) -> dict[Site, Tensor]:
-        """Activations "pos d" at what the coders read and at W_U's input, with other embeddings and MLPs' outputs.
-        held: with attention and norms at the prompt's values."""
+        """Activations "pos d" that the coders' encoders get and at W_U's input, with other embeddings and MLPs'
+        outputs. held: with attention and norms, the coders' own too, at the prompt's values."""
         writes = [] if embed is None else [Write(Site("embed"), lambda x, tokens: embed[None].to(x, copy=True))]
         for layer in range(self.n_layers):
-            change = partial(_with_mlp, mlp=mlp, layer=layer)
+            change = partial(_with_mlp, mlp=mlp, layer=layer, enter=partial(self._entered, layer, held=held))
             writes.append(Write(Site("mlp_out", layer), change, (self.reads[layer],) if layer in self.reads else ()))
         sites = list(dict.fromkeys([*self.reads.values(), self.out]))
         with self.lm._lock, self.held.replaying() if held else nullcontext():
             found = self.lm.run(self.batch, sites, writes, logits=False)[0]
-        return {s: x[0] for s, x in found.items()}
+        acts = {s: x[0] for s, x in found.items()}
+        return acts | {s: self._entered(layer, acts[s], held) for layer, s in self.reads.items()}
 
     @cached_property
     def base(self) -> dict[Site, Tensor]:
@@ -273,7 +301,7 @@ class LocalModel:
     def responding_mlp(self, layer: int, read: Tensor, gone: Sequence[tuple[int, int]]) -> Float[Tensor, "pos d"]:
         """mlp_out with the features of what the transcoder reads now, the prompt's errors, and without the features in
         ``gone``, (position, feature)."""
-        part, coder = self.parts[layer], self.coders[layer]
+        part, coder = self.parts[layer], self._plain(layer)
         codes = coder.encode(read.to(coder.W_dec.device)).to(read) * part.fires[:, None]
         for position, feature in gone:
             codes[position, feature] = 0.0
@@ -286,8 +314,8 @@ class LocalModel:
         return part.fixed if read is None else part.fixed + self._skipped(layer, read, part.open)
 
 
-def _with_mlp(x: Tensor, tokens: Any, *read: Tensor, mlp: Mlp, layer: int) -> Tensor:
-    found = mlp(layer, x[0].float(), read[0][0] if read else None)
+def _with_mlp(x: Tensor, tokens: Any, *read: Tensor, mlp: Mlp, layer: int, enter: Any) -> Tensor:
+    found = mlp(layer, x[0].float(), enter(read[0][0]) if read else None)
     return found[None].to(x, copy=True)  # some models, Falcon among them, change it in place
 
 

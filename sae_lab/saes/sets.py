@@ -1,15 +1,17 @@
 """Transcoders of one model, one a layer, as one object."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from sae_lab import cache, files
 from sae_lab.arguments import as_annotated
 from sae_lab.saes.base import SparseCoder
-from sae_lab.saes.io import ours
+from sae_lab.saes.io import checking, ours, tracer
+from sae_lab.types import Site
 
 FORMAT, VERSION, INDEX = "sae_lab transcoder set", 1, "set.json"
 READS = ("mlp_in", "resid_mid", "resid_pre")  # where the transcoder of a layer can read
@@ -21,14 +23,15 @@ class TranscoderSet:
 
         coders[3]                     # the transcoder of layer 3; ValueError where that layer has none
         for coder in coders: ...      # in the order of layers; coders.layers are their numbers
-        coders.save("folder")         # sl.TranscoderSet.load("folder")
+        coders.save("folder")         # sl.TranscoderSet.load("folder"), or a set of circuit-tracer
         sl.circuits.trace(lm, coders, prompt)
 
     Layers may be missing. Each coder tells by ``reads`` and ``writes`` where it belongs: it reads mlp_in, resid_mid or
-    resid_pre of a layer and writes mlp_out of the same layer; ``skip=True`` is allowed, widths may differ.
+    resid_pre of a layer and writes mlp_out of the same layer; ``skip=True`` and an ``input_norm`` are allowed, widths
+    may differ.
 
-    Raises ValueError for no coder, a coder that is no transcoder, one that normalises its input, one at other sites,
-    two of one layer, and coders of different models.
+    Raises ValueError for no coder, a coder that is no transcoder, one at other sites, one that lacks the gain of the
+    norm before its site, two of one layer, and coders of different models.
     """
 
     def __init__(self, coders: Iterable[SparseCoder]):
@@ -56,6 +59,23 @@ class TranscoderSet:
     def layers(self) -> list[int]:
         """The layers that have a transcoder."""
         return list(self._coders)
+
+    @property
+    def sites(self) -> list[Site]:
+        """All sites that they read and write."""
+        return [site for coder in self for site in (*coder.reads, *coder.writes)]
+
+    def check(self, activations: Mapping[Site, Tensor]) -> dict[int, dict[str, Any]]:
+        """``coders.check(lm.read(text, coders.sites))``: by layer, the FVU and L0 of each transcoder on these
+        activations, "batch pos d" by site, as ``coder.meta["check"]`` then has them. A warning names what is absurd,
+        such as an FVU above 1 of coders at the wrong site. Each row's first position is left out, and padding."""
+        found = {}
+        for layer, coder in self._coders.items():
+            x, y = (activations[site][:, 1:].flatten(0, 1) for site in (coder.reads[0], coder.writes[0]))
+            real = x.any(1) | y.any(1)
+            device = coder.W_dec.device
+            found[layer] = checking.check(coder, (x[real].to(device), y[real].to(device)))
+        return found
 
     def __iter__(self) -> Iterator[SparseCoder]:
         return iter(self._coders.values())
@@ -91,13 +111,24 @@ class TranscoderSet:
         return folder
 
     @staticmethod
-    def load(path: str | Path) -> "TranscoderSet":
-        """``sl.TranscoderSet.load("folder")``: read what ``save`` wrote. ValueError for anything else."""
-        folder = Path(path).expanduser()
+    def load(path: str | Path, id: str | None = None, model: str | None = None) -> "TranscoderSet":
+        """``sl.TranscoderSet.load("folder")``: read what ``save`` wrote, or a set of circuit-tracer: a folder with a
+        config.yaml, or a hub repository with one, such as ``load("mwhanna/qwen3-4b-transcoders")`` or
+        ``load("mwhanna/gemma-scope-2-270m-pt", "transcoder_all/width_16k_l0_small")``.
+
+        Each transcoder reads the place that the config names; one that was trained on a norm's output before the gain
+        reads the stream and normalises it. ``coders.check`` measures whether they fit the model.
+
+        Args: id: a folder inside. model: the hub's name of the model, where the config does not tell it. ValueError for
+        anything else, and for a cross-layer transcoder.
+        """
+        folder = Path(path).expanduser() / (id or "")
+        if not (folder / INDEX).is_file():
+            return TranscoderSet(tracer.read_set(path, id, model))
+        if model is not None:
+            raise ValueError(f"{folder} was written by sae_lab, which records the model: leave out model=")
         try:
             layers = _checked(files.read_json(folder / INDEX))
-        except FileNotFoundError:
-            raise ValueError(f"no transcoder set in {folder}: it has no {INDEX} (coders.save writes one)") from None
         except (ValueError, KeyError, TypeError) as err:
             raise ValueError(f"{folder / INDEX} is no set that this version can read: {err}") from err
         coders = []
@@ -131,10 +162,10 @@ def _layer(coder: SparseCoder) -> int:
             f"a transcoder of a set reads {', '.join(READS)} of a layer and writes mlp_out of the same layer, this one "
             f"reads {reads[0]} and writes {writes[0]}: set coder.reads and coder.writes to its layer's sites"
         )
-    if coder.input_norm != "none":
+    if coder.meta.get("needs_gain"):
         raise ValueError(
-            f"a transcoder of a set is linear in what it reads, this one has input_norm={coder.input_norm!r}, which "
-            "rescales each token: take one with input_norm='none'"
+            f"this transcoder was trained on {reads[0]} without the gain of the norm before it: pass model= when you "
+            "load it, or call sae_lab.saes.io.peers.fold_gain(coder, gain, bias) first"
         )
     return int(writes[0].layer or 0)
 

@@ -1,5 +1,6 @@
 """Attribution graphs: a circuit made by hand, sums, the model with parts taken out, pruning by hand, files."""
 
+import copy
 import json
 import math
 
@@ -184,6 +185,39 @@ def test_edges_are_what_taking_their_source_out_does(name):
         assert found.error < 1e-4 and found.predicted[0, 0] == pytest.approx(-edge.effect)
     node = graph.top(1)[0].upstream
     assert graph.check(node).error < 1e-4
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
+def test_coders_that_read_a_norms_output_before_its_gain(name):
+    """A coder that divides the stream itself, and the same with the gain of the model's norm folded in, which reads
+    mlp_in: one graph."""
+    lm = sl.LM(tiny_models.build(name), tokenizer=tiny_models.tokenizer(), device="cpu")
+    kind = "layer" if name == "gpt2" else "length"
+    after = transcoders(lm)
+    before = [copy.deepcopy(coder) for coder in after]
+    for layer, coder in enumerate(before):
+        block = lm._module.transformer.h[layer] if name == "gpt2" else lm._module.model.layers[layer]
+        norms = {"gpt2": "ln_2", "llama": "post_attention_layernorm", "gemma2": "pre_feedforward_layernorm"}
+        norm = getattr(block, norms[name])
+        gain = 1 + norm.weight if name == "gemma2" else norm.weight
+        assert float((gain.detach() - 1).abs().max()) > 0.05, "gains that matter"
+        shift = norm.bias if name == "gpt2" else torch.zeros_like(gain)
+        with torch.no_grad():
+            coder.b_enc += shift @ coder.W_enc
+            coder.b_dec += shift @ coder.W_skip
+            for weight in (coder.W_enc, coder.W_skip):
+                weight *= gain[:, None]
+                if kind == "layer":  # a LayerNorm divides by the deviation over d, a coder by that over d - 1
+                    weight *= (len(gain) / (len(gain) - 1)) ** 0.5
+        coder.input_norm, coder.reads = kind, (Site("resid_mid", layer),)
+    one, two = (trace(lm, sl.TranscoderSet(coders), PROMPT[:12]) for coders in (after, before))
+    assert off_the_sum(two) < 1e-4 and torch.equal(one.places, two.places)
+    for a, b in ((one.effects, two.effects), (one.values, two.values)):
+        assert torch.allclose(a, b, atol=2e-3 * float(b.nan_to_num().abs().max()), equal_nan=True), "the norms' epsilon"
+    expected, found = one.check(one.top(1)[0]), two.check(two.top(1)[0])
+    assert found.error < 1e-4
+    for way in ("responding", "free"):
+        assert getattr(found, way) == pytest.approx(getattr(expected, way), rel=0.01, abs=1e-3)
 
 
 def plain_llama(lm, coders, prompt):

@@ -52,7 +52,7 @@ def test_files_that_are_no_set(tmp_path, change, words):
     (folder / "set.json").write_text(json.dumps(change(index)))
     with pytest.raises(ValueError, match=words):
         sl.TranscoderSet.load(folder)
-    with pytest.raises(ValueError, match="it has no set"):
+    with pytest.raises(ValueError, match=r"it has no config.yaml; circuit-tracer's have one"):
         sl.TranscoderSet.load(tmp_path)
 
 
@@ -69,12 +69,6 @@ def wired(reads, writes):
     return coder
 
 
-def normalising():
-    coder = transcoder(0)
-    coder.input_norm = "layer"
-    return coder
-
-
 @pytest.mark.parametrize(
     ("make", "words"),
     [
@@ -84,7 +78,7 @@ def normalising():
         (lambda: [wired((), ())], "reads one site and writes one"),
         (lambda: [wired((sl.Site("mlp_in", 0),), (sl.Site("mlp_out", 1),))], "writes mlp_out of the same layer"),
         (lambda: [wired((sl.Site("attn_z", 0),), (sl.Site("mlp_out", 0),))], "reads mlp_in, resid_mid, resid_pre"),
-        (lambda: [normalising()], "input_norm='layer'"),
+        (lambda: [transcoder(0, needs_gain=True)], r"without the gain of the norm before it: pass model="),
         (lambda: [transcoder(0, model="a/b"), transcoder(1, model="a/c")], "layer 0 has model a/b, layer 1 has a/c"),
         (
             lambda: [transcoder(0, model_fingerprint="1"), transcoder(1, model_fingerprint="2")],

@@ -43,7 +43,7 @@ def check(coder: SparseCoder, data: Any, rows: int = ROWS) -> dict[str, Any]:
         if coder.meta.get("centred"):  # its x_hat has no part in the direction that the model's norms take away
             target, x_hat = (t - t.mean(-1, keepdim=True) for t in (target, x_hat))
         error += float((target - x_hat).square().sum())
-        target_sum += target.sum(0)
+        target_sum += target.sum(0).cpu()
         target_square += float(target.square().sum())
     spread = target_square - float(target_sum.square().sum()) / n
     fvu = error / spread if spread > 0 else None

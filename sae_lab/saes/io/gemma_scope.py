@@ -18,6 +18,7 @@ from sae_lab.saes.io.places import place, told
 
 ARCHIVE, WEIGHTS = "params.npz", "params.safetensors"
 NAMES = {"W_enc", "W_dec", "b_enc", "b_dec", "threshold"}
+RENAMED = {"w_enc": "W_enc", "w_dec": "W_dec", "affine_skip_connection": "W_skip"}  # of version 2
 _HOOKS = {"res": "hook_resid_post", "mlp": "hook_mlp_out", "att": "attn.hook_z", "transcoders": "ln2.hook_normalized"}
 _FOLDERS = {
     "resid_post": ("output", None),
@@ -71,15 +72,16 @@ def read_1(path: Path, facts: dict[str, Any]) -> Checkpoint:
     return found
 
 
-def read_2(folder: Path, facts: dict[str, Any]) -> Checkpoint:
-    path = facts.get("path") or folder.as_posix()
+def read_2(path: Path, facts: dict[str, Any]) -> Checkpoint:
+    """path: the folder, or a file of weights of any name."""
+    file = path if path.is_file() else path / WEIGHTS
+    folder, path = file.parent, facts.get("path") or path.as_posix()
     cfg = read_file(folder / "config.json") if (folder / "config.json").is_file() else {}
     if cfg.get("architecture", "jump_relu") != "jump_relu":
         raise ValueError(f"{folder}: architecture {cfg['architecture']!r} of Gemma Scope 2; supported: 'jump_relu'")
-    names = {"w_enc": "W_enc", "w_dec": "W_dec", "affine_skip_connection": "W_skip"}
-    t = {names.get(n, n): v for n, v in floats(read_file(folder / WEIGHTS), folder / WEIGHTS).items()}
+    t = {RENAMED.get(n, n): v for n, v in floats(read_file(file), file).items()}
     refuse_layered(folder, t, cfg)
-    must_hold(t, NAMES, folder / WEIGHTS, may=["W_skip"])
+    must_hold(t, NAMES, file, may=["W_skip"])
     found = Checkpoint("Gemma Scope 2", str(folder), "JumpReLU", t, pre_bias=False)
     into, out = cfg.get("hf_hook_point_in"), cfg.get("hf_hook_point_out")
     kind = next((k for k in _FOLDERS if re.search(rf"(?:^|/){k}(?:_all)?/", path)), None)

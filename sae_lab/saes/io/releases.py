@@ -97,11 +97,11 @@ def near(name: str) -> list[str]:
 def fetch(found: Found) -> Path:
     """Download what one coder needs, nothing else, and return its folder (or file) in the hub's cache."""
     if found.format == "file":
-        return _download(found.repo, found.path)
+        return download(found.repo, found.path)
     if found.format is None:
-        return _fetch_seen(found, _files(found))
+        return _fetch_seen(found, files_of(found.repo, found.path))
     needed, beside, _ = FILES[found.format]
-    files = [_download(found.repo, _join(found.path, name)) for name in needed]
+    files = [download(found.repo, _join(found.path, name)) for name in needed]
     for name in beside:
         _download_if_there(found.repo, _join(found.path, name))
     return files[0].parent
@@ -115,8 +115,8 @@ def _fetch_seen(found: Found, names: set[str]) -> Path:
         above = str(PurePosixPath(path).parent)
         about = ("config.yaml", "config.json", f"{PurePosixPath(path).stem}_cfg.json", "../config.json")
         for name in names & {_join("" if above == "." else above, name) for name in about}:
-            _download(found.repo, name)
-        return _download(found.repo, path)
+            download(found.repo, name)
+        return download(found.repo, path)
     below = {f.removeprefix(folder + "/" if folder else "") for f in names if f.startswith(folder and folder + "/")}
     kind = format_of(below)
     if kind is None and not set(OURS) <= below:
@@ -127,10 +127,10 @@ def _fetch_seen(found: Found, names: set[str]) -> Path:
             + (f"one of {len(known)}, such as {', '.join(map(repr, likely))}" if known else "but it seems to hold none")
         )
     needed, beside = FILES[kind][:2] if kind else (OURS, ())
-    files = [_download(found.repo, _join(folder, name)) for name in needed]
+    files = [download(found.repo, _join(folder, name)) for name in needed]
     for name in beside:
         if name in below or (name.startswith("..") and _join(folder, name) in names):
-            _download(found.repo, _join(folder, name))
+            download(found.repo, _join(folder, name))
     return files[0].parent
 
 
@@ -140,21 +140,21 @@ def _join(folder: str, name: str) -> str:
     return f"{folder}/{name}" if folder else name
 
 
-def _files(found: Found) -> set[str]:
-    """The repository's files."""
+def files_of(repo: str, path: str) -> set[str]:
+    """A repository's files. path: what is looked for, for messages."""
     from huggingface_hub import HfApi
 
-    with _hub(found.repo, found.path):
+    with _hub(repo, path):
         if not cache.hub_answers():
             raise ConnectionError
-        return set(HfApi().list_repo_files(found.repo))
+        return set(HfApi().list_repo_files(repo))
 
 
-def _download(repo: str, file: str) -> Path:
+def download(repo: str, file: str, revision: str | None = None) -> Path:
     from huggingface_hub import hf_hub_download
 
     with _hub(repo, file):
-        return Path(hf_hub_download(repo, file, local_files_only=not cache.hub_answers()))
+        return Path(hf_hub_download(repo, file, revision=revision, local_files_only=not cache.hub_answers()))
 
 
 def _download_if_there(repo: str, file: str) -> None:

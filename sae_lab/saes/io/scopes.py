@@ -48,6 +48,8 @@ def read_single(file: Path, facts: dict[str, Any]) -> Checkpoint:
     refuse_layered(file, content)
     if file.suffix == ".npz" and {*content, *(n.replace("w_", "W_") for n in content)} >= gemma_scope.NAMES:
         return gemma_scope.read_1(file, facts)
+    if content.keys() >= {"w_enc", "w_dec", "threshold"}:
+        return gemma_scope.read_2(file, facts)
     goodfire = {n.replace("_linear", ""): t for n, t in content.items()}
     if goodfire.keys() == set(_LINEAR) and (content.keys() != set(_LINEAR) or not dictionary_learning.config_of(file)):
         return _goodfire(goodfire, file, facts)
