@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from sae_lab.plots import plot as plot
     from sae_lab.saes import *  # noqa: F403 (the families)
     from sae_lab.saes import SparseCoder as SparseCoder
+    from sae_lab.saes.clt import CrossLayerTranscoder as CrossLayerTranscoder
     from sae_lab.saes.io.opening import load as load
     from sae_lab.saes.sets import TranscoderSet as TranscoderSet
     from sae_lab.training.config import TrainConfig as TrainConfig

@@ -18,6 +18,7 @@ from sae_lab.circuits.invariant import EdgeCheck
 from sae_lab.circuits.nodes import Edge, Node
 from sae_lab.lm.model import LM
 from sae_lab.results import Result, by_column, figure, result
+from sae_lab.saes.base import SparseCoder
 from sae_lab.saes.sets import TranscoderSet
 from sae_lab.types import Site
 
@@ -210,7 +211,7 @@ class AttributionGraph(Result):
         return graph_files.save(self, Path(path))
 
     @staticmethod
-    def load(path: str | Path, lm: LM | None = None, coders: TranscoderSet | None = None) -> "AttributionGraph":
+    def load(path: str | Path, lm: LM | None = None, coders: TranscoderSet | SparseCoder | None = None):
         """``AttributionGraph.load("graph.safetensors", lm, coders)``: read what ``save`` wrote.
 
         lm, coders: those that the graph was made with, for ``check``. Raises ValueError for a file of another kind or

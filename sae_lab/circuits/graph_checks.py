@@ -10,16 +10,19 @@ from torch import Tensor
 
 from sae_lab.circuits.invariant import EdgeCheck
 from sae_lab.circuits.nodes import ERROR, Edge, Node
-from sae_lab.circuits.replacement import CLOSE, LocalModel
+from sae_lab.circuits.replacement import CLOSE, LocalModel, as_set
 from sae_lab.lm.model import LM
+from sae_lab.saes.base import SparseCoder
 from sae_lab.saes.sets import TranscoderSet
-from sae_lab.types import Site
+from sae_lab.types import Codes, Site
 
 
 class Taken(NamedTuple):
-    """A node that is taken out. layer: -1: of the embeddings. what: what it adds there."""
+    """A node that is taken out. layer: where, -1: of the embeddings. source: the node's layer. what: what it adds
+    there."""
 
     layer: int
+    source: int
     position: int
     number: int
     what: Tensor
@@ -64,7 +67,7 @@ def check(graph: Any, source: Any, targets: Any) -> EdgeCheck:
 
 
 def _written(local: LocalModel, sources: Sequence[Node]) -> list[Taken]:
-    """What each node adds to the stream."""
+    """What each node adds to the stream, at each layer that it writes to."""
     found = []
     for site, position, number in sources:
         layer = -1 if site.kind == "embed" else int(site.layer or 0)
@@ -74,14 +77,20 @@ def _written(local: LocalModel, sources: Sequence[Node]) -> list[Taken]:
             what = local.parts[layer].error[position]
         else:
             codes = local.parts[layer].codes
-            here = ((codes.rows == position) & (codes.features == number)).nonzero()[0, 0]
-            what = codes.values[here] * local.coders[layer].W_dec[number].detach().to(codes.values)
-        found.append(Taken(layer, position, number, what))
+            here = ((codes.rows == position) & (codes.features == number)).nonzero()[0]
+            for at in range(layer, local.n_layers):
+                if layer in local.coders.sources(at):
+                    what = local.coders.written(layer, at, codes.features[here], codes.values[here])[0]
+                    found.append(Taken(at, layer, position, number, what))
+            continue
+        found.append(Taken(layer, layer, position, number, what))
     return found
 
 
 def _changed(local: LocalModel, taken: Sequence[Taken], way: str) -> dict[Site, Tensor]:
     """Activations after the sources were taken out. way: what else stays: see ``AttributionGraph.check``."""
+
+    now: dict[int, Codes] = {}
 
     def mlp(layer: int, x: Tensor, read: Tensor | None) -> Tensor:
         here = [one for one in taken if one.layer == layer]
@@ -89,8 +98,8 @@ def _changed(local: LocalModel, taken: Sequence[Taken], way: str) -> dict[Site, 
             return _less(x, here)
         if way == "frozen" or read is None:
             return _less(local.held_mlp(layer, read), here)
-        features = [(one.position, one.number) for one in here if one.number != ERROR]
-        return _less(local.responding_mlp(layer, read, features), [one for one in here if one.number == ERROR])
+        features = [(one.position, one.number) for one in here if one.number != ERROR and one.source == layer]
+        return _less(local.responding_mlp(layer, read, features, now), [one for one in here if one.number == ERROR])
 
     tokens = [one for one in taken if one.layer < 0]
     return local.run(mlp, _less(local.embed, tokens) if tokens else None, held=way != "free")
@@ -124,7 +133,7 @@ def _total(graph: Any, numbers: Sequence[int]) -> Float[Tensor, " targets"]:
     """The change of each target when the sources are taken out and the features of the graph respond: one unit of a
     feature adds effects / activation, along all paths, the sources themselves left at 0."""
     features = graph.counts[0]
-    if not torch.allclose(graph.values[:features], graph.pre[:features], rtol=1e-3):
+    if not graph.local.coders.linear or not torch.allclose(graph.values[:features], graph.pre[:features], rtol=1e-3):
         return torch.full_like(graph.pre, float("nan"))  # a unit of the code is no unit of what it reads
     per_unit = graph.effects[:, :features] / graph.values[:features].clamp_min(1e-12)
     direct = -graph.effects[:, numbers].sum(1)
@@ -135,12 +144,12 @@ def _total(graph: Any, numbers: Sequence[int]) -> Float[Tensor, " targets"]:
     return direct + per_unit @ change
 
 
-def connected(graph: Any, lm: LM, coders: TranscoderSet) -> Any:
+def connected(graph: Any, lm: LM, coders: TranscoderSet | SparseCoder) -> Any:
     """The graph with its local model. ValueError for a model or coders that give other activations."""
     ids = graph.facts.get("ids")
     if ids is None:
         raise ValueError("this graph does not tell its token ids, on which a model would run: trace the prompt anew")
-    local = LocalModel(lm, coders, lm.tokenize(ids), graph.facts["first"])
+    local = LocalModel(lm, as_set(coders), lm.tokenize(ids), graph.facts["first"])
     columns = (column.tolist() for column in (local.layer, local.position, local.feature))
     own = {place: i for i, place in enumerate(zip(*columns, strict=True))}
     places = [tuple(place) for place in graph.places[: graph.counts[0]].tolist()]

@@ -3,7 +3,8 @@ values, and what the transcoders leave unexplained as errors. In it every activa
 tokens."""
 
 import copy
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import cached_property, partial
 from typing import Any, NamedTuple, cast, no_type_check
@@ -18,10 +19,13 @@ from sae_lab.circuits.prompt import _cap, _check_way_out, _unembedding
 from sae_lab.lm import passes
 from sae_lab.lm.holding import Holding
 from sae_lab.lm.model import LM
-from sae_lab.saes import portable
+from sae_lab.saes import kernels, portable
 from sae_lab.saes.base import SparseCoder
+from sae_lab.saes.clt import CrossLayerTranscoder
 from sae_lab.saes.sets import TranscoderSet
 from sae_lab.types import Codes, Site, TokenBatch, Write
+
+log = logging.getLogger(__name__)
 
 CLOSE = 1e-4  # share of the largest number in a sum, up to which float32 may be off
 Mlp = Callable[[int, Tensor, Tensor | None], Tensor]  # (layer, mlp_out, what its coder reads) -> mlp_out
@@ -71,7 +75,9 @@ class LocalModel:
         self.reads = {layer: coders[layer].reads[0] for layer in coders.layers}
         self._scales: dict[int, Tensor] = {}
         self._record()
-        self.parts = [self._part(layer) for layer in range(self.n_layers)]
+        self.parts: list[Part] = []
+        for layer in range(self.n_layers):
+            self.parts.append(self._part(layer))
         self._list_features()
         self.columns = len(self.layer) + (self.n_layers + 1) * self.length
         self.silent = self.run(self._of_biases, embed=torch.zeros_like(self.embed))
@@ -155,6 +161,7 @@ class LocalModel:
     # ---- features
 
     def _part(self, layer: int) -> Part:
+        """Of a layer whose predecessors stand in ``parts``."""
         out = self._mlp[layer]
         if layer not in self.coders:
             none = torch.zeros(0, device=out.device)
@@ -179,8 +186,16 @@ class LocalModel:
             fixed = coder.silent(torch.zeros_like(x).to(coder.W_dec.device), ids.to(coder.W_dec.device)).to(out)
             fixed = fixed * is_open[:, None]
             made = fixed + self._skipped(layer, x, is_open)
-            made = made.index_add(0, codes.rows, codes.values[:, None] * _rows(coder.W_dec, codes.features))
+            made = made + self._written(layer, {n: part.codes for n, part in enumerate(self.parts)} | {layer: codes})
         return Part(codes, is_open, fires, fixed, out - made)
+
+    def _written(self, layer: int, codes: Mapping[int, Codes]) -> Float[Tensor, "pos d"]:
+        """What features write to mlp_out of a layer. codes: by their own layer."""
+        total = torch.zeros_like(self._mlp[layer])
+        for source in self.coders.sources(layer):
+            of = codes[source]
+            total.index_add_(0, of.rows, self.coders.written(source, layer, of.features, of.values))
+        return total
 
     def _skipped(self, layer: int, x: Tensor, is_open: Tensor) -> Tensor | float:
         """What the transcoder's skip makes of what it reads."""
@@ -259,16 +274,17 @@ class LocalModel:
         self._segments, self._before = [], self._before._replace(stream=self.embed, out=None)
 
     def _add_parts(self, found: Tensor, layer: int, grown: Float[Tensor, "n pos d"]) -> None:
-        """Columns of a layer's features and errors. grown: the targets' gradient at mlp_out."""
-        part, begin = self.parts[layer], self._start[layer]
-        offsets = part.codes.offsets.tolist()
-        for p in range(self.length):
-            here = slice(offsets[p], offsets[p + 1])
-            if here.start < here.stop:
-                W = _rows(self.coders[layer].W_dec, part.codes.features[here])
-                found[:, begin + here.start : begin + here.stop] = grown[:, p] @ W.T * part.codes.values[here]
+        """Columns of the features that write to a layer, and of its errors. grown: the targets' gradient at mlp_out."""
+        for source in self.coders.sources(layer):
+            codes, begin = self.parts[source].codes, self._start[source]
+            offsets = codes.offsets.tolist()
+            for p in range(self.length):
+                here = slice(offsets[p], offsets[p + 1])
+                if here.start < here.stop:
+                    what = self.coders.written(source, layer, codes.features[here], codes.values[here])
+                    found[:, begin + here.start : begin + here.stop] += grown[:, p] @ what.T
         at = len(self.layer) + layer * self.length
-        found[:, at : at + self.length] = (grown * part.error).sum(-1)
+        found[:, at : at + self.length] = (grown * self.parts[layer].error).sum(-1)
 
     # ---- passes on other activations
 
@@ -298,15 +314,17 @@ class LocalModel:
             return out
         return out + self._skipped(layer, read - self._seen[self.reads[layer]], part.open)
 
-    def responding_mlp(self, layer: int, read: Tensor, gone: Sequence[tuple[int, int]]) -> Float[Tensor, "pos d"]:
+    def responding_mlp(
+        self, layer: int, read: Tensor, gone: Sequence[tuple[int, int]], now: dict[int, Codes]
+    ) -> Float[Tensor, "pos d"]:
         """mlp_out with the features of what the transcoder reads now, the prompt's errors, and without the features in
-        ``gone``, (position, feature)."""
+        ``gone``, (position, feature). now: codes of earlier layers, to which those of this one are added."""
         part, coder = self.parts[layer], self._plain(layer)
         codes = coder.encode(read.to(coder.W_dec.device)).to(read) * part.fires[:, None]
         for position, feature in gone:
             codes[position, feature] = 0.0
-        made = codes @ coder.W_dec.detach().to(read) + self._skipped(layer, read, part.open) + part.fixed
-        return made + part.error
+        now[layer] = kernels.where(codes, codes > 0)
+        return self._written(layer, now) + self._skipped(layer, read, part.open) + part.fixed + part.error
 
     def _of_biases(self, layer: int, x: Tensor, read: Tensor | None) -> Tensor:
         """A layer without features and errors."""
@@ -352,12 +370,23 @@ def _rows(table: Tensor, rows: Tensor) -> Tensor:
     return table.detach()[rows.to(table.device)].to(rows.device)
 
 
+def as_set(coders: TranscoderSet | SparseCoder | Sequence[SparseCoder]) -> TranscoderSet:
+    """Transcoders of layers, or one cross-layer transcoder, as a set."""
+    if isinstance(coders, TranscoderSet):
+        return coders
+    coders = [coders] if isinstance(coders, SparseCoder) else list(coders)
+    clt = coders[0] if len(coders) == 1 else None
+    return clt.as_set() if isinstance(clt, CrossLayerTranscoder) else TranscoderSet(coders)
+
+
 def _check_coders(lm: LM, coders: TranscoderSet) -> None:
     """ValueError for transcoders of another model, and for weights that are not float32."""
     dtype = next(lm._module.parameters()).dtype
     if dtype != torch.float32:
         raise ValueError(f"a graph's sums hold in float32, this model has {dtype}: load it with dtype=torch.float32")
-    own = None
+    own, named = None, {coder.meta.get("model") for coder in coders if "model_fingerprint" not in coder.meta}
+    if other := {name for name in named if name and name.split("/")[-1].lower() != lm.id.split("/")[-1].lower()}:
+        log.warning("these transcoders are of the model %s, and this graph is of %s", ", ".join(sorted(other)), lm.id)
     for layer, coder in zip(coders.layers, coders, strict=True):
         if layer >= lm.n_layers:
             raise ValueError(f"this set has a transcoder of layer {layer}, {lm} has layers 0 to {lm.n_layers - 1}")

@@ -12,7 +12,7 @@ from sae_lab.circuits.attribution_graph import AttributionGraph
 from sae_lab.circuits.graph_scores import scores
 from sae_lab.circuits.metric import one_token
 from sae_lab.circuits.nodes import ERROR, Node
-from sae_lab.circuits.replacement import CLOSE, LocalModel
+from sae_lab.circuits.replacement import CLOSE, LocalModel, as_set
 from sae_lab.lm.model import LM
 from sae_lab.lm.tokens import Prompts, is_single, label
 from sae_lab.noting import Names
@@ -40,7 +40,7 @@ class Logits(NamedTuple):
 @as_annotated
 def trace(
     lm: LM,
-    coders: TranscoderSet | Sequence[SparseCoder],
+    coders: TranscoderSet | SparseCoder | Sequence[SparseCoder],
     prompt: Prompts,
     targets: Sequence[Any] | str | int | Tensor | None = None,
     *,
@@ -59,7 +59,8 @@ def trace(
     Where it is not, there is no graph.
 
     Args:
-        coders: ``sl.TranscoderSet``, or a list of transcoders. prompt: one, of at least two tokens.
+        coders: ``sl.TranscoderSet``, a list of transcoders, or ``sl.CrossLayerTranscoder``, whose features write at
+            all layers from their own on. prompt: one, of at least two tokens.
         targets: None: the fewest tokens that have probability .95, at most 10; or a token (" Paris", or its id), a
             difference of two (" Paris", " Rome") as a tuple, a direction "d_model" that reads the final norm's output,
             or a list of these.
@@ -78,7 +79,7 @@ def trace(
         raise ValueError(f"first must be 'keep' or 'drop', got {first!r}")
     if not is_single(prompt):
         raise ValueError("a graph is of one prompt, got several: call trace for each")
-    coders = coders if isinstance(coders, TranscoderSet) else TranscoderSet(coders)
+    coders = as_set(coders)
     batch = lm.tokenize(prompt)
     if batch.ids.shape[1] < 2:
         raise ValueError("a graph needs a prompt of at least two tokens, got one: write a longer one")

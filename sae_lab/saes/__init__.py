@@ -6,6 +6,7 @@ from sae_lab.saes.adapt import realign as realign
 from sae_lab.saes.adapt import resample as resample
 from sae_lab.saes.adapt import unsuppress as unsuppress
 from sae_lab.saes.base import SparseCoder as SparseCoder
+from sae_lab.saes.clt import CrossLayerTranscoder as CrossLayerTranscoder
 from sae_lab.saes.families import *  # noqa: F403
 from sae_lab.saes.families import FAMILIES as FAMILIES
 from sae_lab.saes.families.untrained import baselines as baselines

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae_lab import cache, files
@@ -30,9 +31,13 @@ class TranscoderSet:
     resid_pre of a layer and writes mlp_out of the same layer; ``skip=True`` and an ``input_norm`` are allowed, widths
     may differ.
 
+    Attributes: linear: whether what a feature writes is its value times a row of W_dec.
+
     Raises ValueError for no coder, a coder that is no transcoder, one at other sites, one that lacks the gain of the
     norm before its site, two of one layer, and coders of different models.
     """
+
+    linear = True
 
     def __init__(self, coders: Iterable[SparseCoder]):
         self._coders: dict[int, SparseCoder] = {}
@@ -90,6 +95,17 @@ class TranscoderSet:
         if layer not in self._coders:
             raise ValueError(f"this set has no transcoder of layer {layer}: it has layers {_listed(self.layers)}")
         return self._coders[layer]
+
+    def sources(self, target: int) -> list[int]:
+        """The layers whose features write to mlp_out of a layer."""
+        return [target] if target in self else []
+
+    def written(
+        self, layer: int, target: int, features: Int[Tensor, " some"], values: Float[Tensor, " some"]
+    ) -> Float[Tensor, "some d_out"]:
+        """What features of a layer write to mlp_out of a layer at these values."""
+        rows = self[layer].W_dec.detach()
+        return values[:, None] * rows[features.to(rows.device)].to(values)
 
     def to(self, device: str | torch.device) -> "TranscoderSet":
         """``coders.to("cuda")``: move all weights to a device; returns the set."""

@@ -291,12 +291,12 @@ def test_what_features_add_along_all_paths(made):
     by = share * graph.values[number] * coders[0].W_dec[source.feature].detach()
 
     def mlp(layer, x, read):
-        found = local.responding_mlp(layer, read, []).clone()
+        found = local.responding_mlp(layer, read, [], {}).clone()
         if layer == 0:
             found[source.position] -= by
         return found
 
-    base = local.run(lambda layer, x, read: local.responding_mlp(layer, read, []))
+    base = local.run(lambda layer, x, read: local.responding_mlp(layer, read, [], {}))
     now = local.run(mlp)
     change = ((now[local.out] - base[local.out])[-1] @ graph.directions.T) / share
     found = graph.check(source, graph.targets[-graph.counts[3] :])

@@ -75,7 +75,7 @@ def read_1(path: Path, facts: dict[str, Any]) -> Checkpoint:
 def read_2(path: Path, facts: dict[str, Any]) -> Checkpoint:
     """path: the folder, or a file of weights of any name."""
     file = path if path.is_file() else path / WEIGHTS
-    folder, path = file.parent, facts.get("path") or path.as_posix()
+    folder, address = file.parent, facts.get("path") or path.as_posix()
     cfg = read_file(folder / "config.json") if (folder / "config.json").is_file() else {}
     if cfg.get("architecture", "jump_relu") != "jump_relu":
         raise ValueError(f"{folder}: architecture {cfg['architecture']!r} of Gemma Scope 2; supported: 'jump_relu'")
@@ -84,8 +84,8 @@ def read_2(path: Path, facts: dict[str, Any]) -> Checkpoint:
     must_hold(t, NAMES, file, may=["W_skip"])
     found = Checkpoint("Gemma Scope 2", str(folder), "JumpReLU", t, pre_bias=False)
     into, out = cfg.get("hf_hook_point_in"), cfg.get("hf_hook_point_out")
-    kind = next((k for k in _FOLDERS if re.search(rf"(?:^|/){k}(?:_all)?/", path)), None)
-    layer = re.search(r"layer_(\d+)", path)
+    kind = next((k for k in _FOLDERS if re.search(rf"(?:^|/){k}(?:_all)?/", address)), None)
+    layer = re.search(r"layer_(\d+)", address)
     if into is None and kind and layer:  # some folders have no config.json
         into, out = (part and f"model.layers.{layer[1]}.{part}" for part in _FOLDERS[kind])
     if into is None and facts.get("reads") is None:

@@ -88,4 +88,5 @@ def refuse_layered(where: Path, content: dict[str, Any], config: dict[str, Any] 
     elif deep(r"w_d(ec)?|decoder\.weight"):
         kind = _CLT
     if kind:
-        raise ValueError(f"{where} holds {kind}: sl.load takes coders that read one place and write at one")
+        other = "; for a CLT see sl.CrossLayerTranscoder.load" if kind == _CLT else ""
+        raise ValueError(f"{where} holds {kind}: sl.load takes coders that read one place and write at one{other}")

@@ -15,6 +15,7 @@ from sae_lab.types import Site, TokenMask
 
 log = logging.getLogger(__name__)
 
+OTHERS: dict[str, type[SparseCoder]] = {}  # coders that are no family of one place: saes.clt adds its own
 SHIPPED = Path(__file__).parents[2] / "data" / "saes"  # made by benchmarks/train_shipped.py
 # What a coder's meta may hold, by type: it comes from files that anybody may have written.
 _NUMBER = (int, float)
@@ -47,7 +48,7 @@ def read(folder: Path, said: dict[str, Any]) -> SparseCoder:
 
 def build(config: dict[str, Any], weights: dict[str, torch.Tensor], where: Path) -> SparseCoder:
     """A coder from its config and weights, every tensor checked."""
-    family = FAMILIES.get(config["family"])
+    family = {**FAMILIES, **OTHERS}.get(config["family"])
     if family is None:
         raise ValueError(f"{where} holds a coder of family {config['family']!r}; known here: {', '.join(FAMILIES)}")
     try:

@@ -39,7 +39,7 @@ def source(path: str | Path, id: str | None) -> Source:
     """What lies at a folder, or at "user/name" or "user/name/folder" on the hub. id: a folder inside."""
     folder = Path(path).expanduser() / (id or "")
     if folder.is_dir():
-        names = [f.relative_to(folder).as_posix() for pattern in ("*", f"*/{CONFIG}") for f in folder.glob(pattern)]
+        names = [f.relative_to(folder).as_posix() for pattern in ("*", "*/*") for f in folder.glob(pattern)]
         return Source(str(folder), names, folder.joinpath)
     match = re.fullmatch(r"([\w.-]+/[\w.-]+)(/.+)?", str(path))
     if match is None:
