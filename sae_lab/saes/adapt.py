@@ -243,6 +243,8 @@ def realign(coder: SparseCoder, data: Tensor | Batch, rank: int | None = None, r
     variance. ridge: λ in units of the mean Σf² of a live feature.
     """
     _require_free_decoder(coder)
+    if getattr(coder, "causal", False):
+        raise ValueError(f"realign would let features of a causal {type(coder).__name__} write before their own layer")
     x, wanted, codes = _unexplained(coder, data)
     size = coder.sizes(x).reshape(-1, 1)
     wanted = wanted + size * coder.b_dec  # which is fitted anew, as a coefficient of the rows' sizes (1, mostly)

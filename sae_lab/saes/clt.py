@@ -49,6 +49,7 @@ class CrossLayerTranscoder(BatchTopK):
     """
 
     code_units = ("b_enc", "threshold")
+    causal = True
 
     def __init__(
         self, d_in: int, d_sae: int, layers: int, k: int = 32, activation: str = "batchtopk", k_aux: int | None = None,
@@ -210,8 +211,29 @@ class CrossLayerTranscoder(BatchTopK):
         blocks.mul_((at >= at[:, None])[:, None, :, None])
         super().project()
 
+    def _require_rows(self) -> None:
+        """ValueError where W_dec lies in files."""
+        if self.files is not None:
+            where = self.meta["source"]["path"]
+            raise ValueError(f"W_dec of this coder lies in files ({where}): clt.rows reads some rows")
+
+    def directions(self) -> Tensor:
+        self._require_rows()
+        return super().directions()
+
+    def strengths(self, codes: Any, x: Float[Tensor, "..."]) -> Any:
+        self._require_rows()
+        return super().strengths(codes, x)
+
+    def set_features(self, features: Tensor, directions: Tensor, reads: Tensor) -> None:
+        """reads: of all layers side by side; a feature takes its layer's part."""
+        self._require_rows()
+        own = reads.view(-1, *self.in_shape)[torch.arange(len(features)), (features // self.width).cpu()]
+        super().set_features(features, directions, own * self.layers**0.5)
+
     @torch.no_grad()
     def fold(self, scale: float | Tensor, target_scale: float | Tensor | None = None) -> None:
+        self._require_rows()
         into = self._per_column(scale, self.in_shape).view(self.in_shape)[:, 0]
         out = self._per_column(scale if target_scale is None else target_scale, self.out_shape)
         out = out.view(self.out_shape)[:, 0]
@@ -225,9 +247,9 @@ class CrossLayerTranscoder(BatchTopK):
             self.W_skip.mul_((into / out)[:, None, None])
 
     def terms(self, batch: Batch, out: Any, *, progress: float, dead: Tensor) -> dict[str, Tensor]:
-        if self.activation == "jumprelu" or self.files is not None:
-            raise ValueError("a cross-layer transcoder with activation='jumprelu', or from files, is not trained here: "
-                             "use activation='batchtopk'")  # fmt: skip
+        self._require_rows()
+        if self.activation == "jumprelu":
+            raise ValueError("the thresholds of activation='jumprelu' are not trained here: use 'batchtopk'")
         return super().terms(batch, out, progress=progress, dead=dead)
 
     def choose_sites(self, sites: Sequence[Site]) -> tuple[tuple[Site, ...], tuple[Site, ...]]:
@@ -280,8 +302,7 @@ class CrossLayerTranscoder(BatchTopK):
         return clt.eval()
 
     def save(self, path: str | Path, format: str = "sae_lab", dtype: torch.dtype = torch.float32) -> Path:
-        if self.files is not None:
-            raise ValueError(f"W_dec of this coder lies in files, {self.meta['source']['path']}: load it from there")
+        self._require_rows()
         return super().save(path, format, dtype)
 
 

@@ -5,7 +5,6 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from sae_lab import cache
@@ -83,7 +82,7 @@ def meta_sae(coder: SparseCoder, d_sae: int, k: int, config: TrainConfig, *, see
 
     Args: d_sae: parts to look for, fewer than the rows. k: parts of a row.
     """
-    rows = torch.nn.functional.normalize(coder.W_dec.detach(), dim=1)
+    rows = coder.directions()
     live = coder.f_scale > 0
     meta = BatchTopK(coder.d_out, d_sae, k, seed=seed).to(rows.device)
     return train(meta, rows[live] if bool(live.any()) else rows, config)

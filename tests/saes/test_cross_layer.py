@@ -149,7 +149,8 @@ def test_training_from_a_store_of_all_layers(make_tiny, small_text):
         (lambda: small().portable(), "reads several sites at once"),
         (lambda: small().choose_sites([Site("mlp_in", 0), Site("mlp_out", 0)]), "layers=3: it needs a store with what"),
         (lambda: small("jumprelu").loss(Batch(normal(4, L, D), normal(4, L, OUT)), progress=1.0,
-                                        dead=torch.zeros(L * W, dtype=torch.bool)), "is not trained here"),
+                                        dead=torch.zeros(L * W, dtype=torch.bool)), "are not trained here"),
+        (lambda: sl.saes.realign(small(), Batch(normal(9, L, D), normal(9, L, OUT))), "write before their own layer"),
     ],
 )  # fmt: skip
 def test_what_is_refused(call, words):
@@ -195,8 +196,6 @@ def test_circuit_tracers_files(tmp_path, threshold, dtype):
     assert clt.reads == tuple(Site("resid_mid", n) for n in range(L)) and clt.meta["model"] == "Qwen/Qwen3-4B"
     assert clt.writes == tuple(Site("mlp_out", n) for n in range(L)) and len(clt.W_dec) == 0, "it stays in its files"
     assert bool(clt.layer(1).W_dec.isnan().all())
-    with pytest.raises(ValueError, match="W_dec of this coder lies in files"):
-        clt.save(tmp_path / "ours")
     for call in (sl.load, sl.TranscoderSet.load):
         with pytest.raises(ValueError, match=r"sl.CrossLayerTranscoder.load"):
             call(tmp_path)
@@ -267,6 +266,37 @@ def test_eleuthers_files(tmp_path):
     close(clt(X).x_hat, y)
     assert clt.reads[1] == Site("mlp_in", 1) and clt.writes[1] == Site("mlp_out", 1)
     assert clt.meta["model"] == "HuggingFaceTB/SmolLM2-135M" and not clt.as_set().linear
+
+
+def test_what_needs_whole_decoders_refuses_those_in_files(tmp_path):
+    tracer_clt(tmp_path)
+    clt = sl.CrossLayerTranscoder.load(tmp_path)
+    batch = Batch(X, normal(9, L, D))
+    calls = [
+        lambda: clt.strengths(clt.encode(X), X), lambda: clt.codes_of(X, strengths=True), clt.directions,
+        lambda: clt.fold(2.0), lambda: sl.train(clt, batch, sl.TrainConfig(steps=1)), lambda: clt.save(tmp_path / "a"),
+        lambda: sl.saes.inform(clt, batch), lambda: sl.saes.unsuppress(clt, batch),
+        lambda: sl.saes.optimise_codes(clt, batch), lambda: sl.meta_sae(clt, 8, 2, sl.TrainConfig(steps=1)),
+    ]  # fmt: skip
+    for call in calls:
+        with pytest.raises(ValueError, match=r"W_dec of this coder lies in files \(.*\): clt.rows reads some rows"):
+            call()
+
+
+@pytest.mark.parametrize("change", ["resample", "inform"])
+def test_features_are_replaced_within_their_layers(change):
+    clt, x = small(), normal(200, L, D, seed=4)
+    batch, before = Batch(x, normal(200, L, OUT, seed=5)), small()
+    if change == "resample":
+        sl.saes.resample(clt, batch, torch.arange(L * W) % 7 == 0)
+    else:
+        sl.saes.inform(clt, batch)
+    blocks = clt.W_dec.view(L, W, L, OUT)
+    assert all(not blocks[n, :, t].any() for n in range(L) for t in range(n))
+    new = (torch.arange(L * W) % 7 == 0) if change == "resample" else torch.ones(L * W, dtype=torch.bool)
+    assert bool(((clt.W_dec - before.W_dec).abs().amax(1) > 0.01).eq(new).all())
+    close(clt.W_dec.norm(dim=1)[new], torch.ones(int(new.sum())))
+    assert bool(((clt.W_enc - before.W_enc).abs().amax(0) > 0.01).eq(new).all())
 
 
 def remove(name):
