@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 import sae_lab as sl
-from sae_lab.activations.harvesting import SHARD_TOKENS, _Harvest
+from sae_lab.activations.harvesting import SHARD_TOKENS, Harvest
 from sae_lab.lm.text import Context
 from sae_lab.lm.tokens import pad
 
@@ -68,9 +68,9 @@ def harvest_ratio(lm: sl.LM, text: sl.Text, sites: list[sl.Site], read_tokens: i
                     model(ids, use_cache=False)
         hook.remove()
 
-    read_shard = _Harvest._read
+    read_shard = Harvest._read
 
-    def interleaved(harvest: _Harvest, passes: list[list[Context]]) -> Any:
+    def interleaved(harvest: Harvest, passes: list[list[Context]]) -> Any:
         clock["fixed"] = clock["fixed"] or time.perf_counter() - start
         clock["waited"] += seconds(lambda: time.sleep(0.1))  # the shard before is being written meanwhile
         clock["bare"] += seconds(lambda: bare(passes))
@@ -78,7 +78,7 @@ def harvest_ratio(lm: sl.LM, text: sl.Text, sites: list[sl.Site], read_tokens: i
         return read_shard(harvest, passes)
 
     bare(list(islice(text.passes(lm.tokenizer, lm.prefix_id, CONTEXT), 1)))  # warms up
-    with tempfile.TemporaryDirectory() as folder, patch.object(_Harvest, "_read", interleaved):
+    with tempfile.TemporaryDirectory() as folder, patch.object(Harvest, "_read", interleaved):
         start = time.perf_counter()
         store = sl.harvest(lm, sites, text, read_tokens, path=Path(folder) / "store")
         harvesting = time.perf_counter() - start - clock["bare"] - clock["fixed"] - clock["waited"]

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from sae_lab import worlds as worlds
     from sae_lab.activations.harvesting import harvest as harvest
     from sae_lab.activations.store import Store as Store
+    from sae_lab.activations.streaming import Stream as Stream
     from sae_lab.edits.edit import Ablate as Ablate
     from sae_lab.edits.edit import Clamp as Clamp
     from sae_lab.edits.edit import Edit as Edit

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sae_lab import cache, costs, files
 from sae_lab.activations.reading import read_real, read_there
-from sae_lab.activations.store import VERSION, Store, read_manifest
+from sae_lab.activations.store import VERSION, Store, map_shard, read_manifest
 from sae_lab.arguments import as_annotated
 from sae_lab.costs import Cost, timed
 from sae_lab.lm import forms
@@ -74,13 +74,13 @@ def harvest(
     Raises ValueError when the folder holds a store of another model, site or text (the difference is named), the text
     is empty or shorter than a context, or activations are not finite.
     """
-    return _harvest(lm, sites, text, tokens, path, context, pack, mask, roles, coder).run(tokens)
+    return prepared(lm, sites, text, tokens, path, context, pack, mask, roles, coder).run(tokens)
 
 
-def _harvest(
+def prepared(
     lm: LM, sites: Site | str | Iterable[Site | str], text: Documents, tokens: int, path: str | Path | None,
     context: int, pack: bool, mask: TokenMask | None, roles: str | Sequence[str], coder: SparseCoder | None,
-) -> "_Harvest":  # fmt: skip
+) -> "Harvest":  # fmt: skip
     """A call of ``harvest`` with checked arguments."""
     if tokens < 1 or context < 2:
         raise ValueError(f"harvest needs tokens >= 1 and context >= 2, got tokens={tokens}, context={context}")
@@ -118,11 +118,11 @@ def _harvest(
     if path is None:
         digest = f"{zlib.crc32(json.dumps(identity, sort_keys=True).encode()):08x}-{text.fingerprint[:8]}"
         path = cache.root() / "stores" / f"{'+'.join(s.key for s in wanted)[:60]}-{digest}"
-    return _Harvest(lm, wanted, text, Path(path).expanduser(), identity, mask, roles, coder)
+    return Harvest(lm, wanted, text, Path(path).expanduser(), identity, mask, roles, coder)
 
 
 @dataclass
-class _Harvest:
+class Harvest:
     """One call of ``harvest``: it finds the missing shards, and makes them."""
 
     lm: LM
@@ -146,9 +146,46 @@ class _Harvest:
                 return store
             return self._make(tokens)
 
-    def _made(self, tokens: int) -> Store | None:
+    def open(self, on_disk: bool) -> None:
+        """Get ready for ``shard``."""
+        self.manifest = self._open() if on_disk else self._fresh()
+        self.good = self._judged()
+
+    def shard(self, number: int, passes: list[list[Context]], on_disk: bool) -> tuple[dict[str, np.ndarray], int]:
+        """(the tensors of a shard, as a store has them, bfloat16 as raw bits; how many tokens the mask leaves out).
+        on_disk: it is read from the folder, or written there."""
+        if on_disk and self.has(number):
+            entry = self.manifest["shards"][number]
+            tables = map_shard(self.folder / entry["file"], entry)
+            return {key: table[:] for key, table in tables.items()}, entry["excluded"]
+        tensors, excluded = self._read(passes)
+        if on_disk:
+            with cache.sole_writer(self.folder):
+                if (self.folder / "manifest.json").exists():  # another process may have written there
+                    self.manifest["shards"] = self._open()["shards"]
+                self._write(number, tensors, excluded)
+            self.good[number : number + 1] = [True]
+        raw = {k: t.view(torch.int16).numpy().view(np.uint16) for k, t in tensors.items() if t.dtype == torch.bfloat16}
+        return {key: t.numpy() for key, t in tensors.items() if key not in raw} | raw, excluded
+
+    def has(self, number: int) -> bool:
+        """Whether a shard lies whole in the folder."""
+        return number < len(self.good) and self.good[number]
+
+    def finish(self) -> None:
+        """The text has been read to its end into the folder."""
+        if not self.manifest["complete"]:
+            with cache.sole_writer(self.folder):
+                self.manifest = self._open() | {"complete": True}
+                self._save_manifest()
+
+    def _judged(self) -> list[bool]:
+        """Which shards of the manifest are whole."""
         files_of = [(self.folder / shard["file"], shard) for shard in self.manifest["shards"]]
-        self.good = [f.exists() and (f.stat().st_size, _crc(f)) == (s["bytes"], s["crc32"]) for f, s in files_of]
+        return [f.exists() and (f.stat().st_size, _crc(f)) == (s["bytes"], s["crc32"]) for f, s in files_of]
+
+    def _made(self, tokens: int) -> Store | None:
+        self.good = self._judged()
         have = sum(s["rows"] for s in self.manifest["shards"])
         return self._result(tokens) if all(self.good) and (have >= tokens or self.manifest["complete"]) else None
 
@@ -164,7 +201,7 @@ class _Harvest:
         bar = tqdm(total=tokens, unit="tok", desc="harvest " + "+".join(s.key for s in self.sites), dynamic_ncols=True)
         with bar, ThreadPoolExecutor(1, "sae_lab writes") as writer:
             writing: Future[None] | None = None
-            for number, passes in enumerate(ahead(self._shards())):
+            for number, passes in enumerate(ahead(self.shards())):
                 if number >= len(good) or not good[number]:
                     tensors, excluded = self._read(passes)
                     if writing is not None:
@@ -185,21 +222,9 @@ class _Harvest:
         return self._result(tokens)
 
     def _open(self) -> dict[str, Any]:
-        file = self.folder / "manifest.json"
-        if not file.exists():
-            import transformers
-
-            from sae_lab import __version__
-
+        if not (self.folder / "manifest.json").exists():
             cache.make_folder(self.folder)
-            versions = {
-                "sae_lab": __version__, "torch": torch.__version__, "transformers": transformers.__version__,
-                "python": platform.python_version(), "threads": torch.get_num_threads(),
-            }  # fmt: skip
-            return {
-                "format": "sae_lab store", "version": VERSION, "identity": self.identity, "mask": None, "scales": {},
-                "complete": False, "shards": [], "made_with": versions,
-            }  # fmt: skip
+            return self._fresh()
         manifest = read_manifest(self.folder)
         differences = [
             f"{key}: {manifest['identity'].get(key)!r} there, {value!r} now"
@@ -213,6 +238,20 @@ class _Harvest:
             )
         return manifest
 
+    def _fresh(self) -> dict[str, Any]:
+        import transformers
+
+        from sae_lab import __version__
+
+        versions = {
+            "sae_lab": __version__, "torch": torch.__version__, "transformers": transformers.__version__,
+            "python": platform.python_version(), "threads": torch.get_num_threads(),
+        }  # fmt: skip
+        return {
+            "format": "sae_lab store", "version": VERSION, "identity": self.identity, "mask": None, "scales": {},
+            "complete": False, "shards": [], "made_with": versions,
+        }  # fmt: skip
+
     def rows_there(self) -> float:
         """Rows of the whole shards, judged by file size alone; infinite if the text was read to its end."""
         if not (self.folder / "manifest.json").exists():
@@ -222,7 +261,7 @@ class _Harvest:
         whole = [shard["rows"] for shard in manifest["shards"] if sizes.get(shard["file"]) == shard["bytes"]]
         return float("inf") if manifest["complete"] and len(whole) == len(manifest["shards"]) else sum(whole)
 
-    def _shards(self) -> Iterator[list[list[Context]]]:
+    def shards(self) -> Iterator[list[list[Context]]]:
         """Passes of contexts in groups of about SHARD_TOKENS tokens: the same groups on every run."""
         length, group, count, seen = self.identity["context"], [], 0, 0
         tokenizer, prefix, pack = self.lm.tokenizer, self.lm.prefix_id, self.identity["pack"]
@@ -413,7 +452,7 @@ def cost(
 ) -> Cost:  # fmt: skip
     """The cost of ``harvest`` with these arguments. The trial harvests a shard of the first documents, or as much of it
     as a slow model reads in a few seconds, into a folder that is deleted."""
-    call, once = timed(_harvest, lm, sites, text, tokens, path, context, pack, mask, roles, coder)
+    call, once = timed(prepared, lm, sites, text, tokens, path, context, pack, mask, roles, coder)
     there = call.rows_there()
     if there >= tokens:
         return Cost(f"{call.folder} holds these tokens")
@@ -421,7 +460,7 @@ def cost(
     assert isinstance(first, Text)
     with tempfile.TemporaryDirectory() as scratch, costs.peak() as peak:
         trial = replace(call, text=first, folder=Path(scratch))
-        shards, cutting = timed(lambda: list(trial._shards()))
+        shards, cutting = timed(lambda: list(trial.shards()))
         all_passes = [contexts for shard in shards for contexts in shard]
         cut = sum(map(_tokens, all_passes))
         shortest = pad([min(all_passes, key=_tokens)[0].ids])

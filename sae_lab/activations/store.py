@@ -12,10 +12,10 @@ import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -106,10 +106,25 @@ class Shuffled:
         It costs O(batch_size), since the order is computed and not stored."""
         return self._batch(shuffled(self._split[0], step, batch_size, seed))
 
+    def first(self, rows: Count, seed: int = 0) -> Batch:
+        """About ``rows`` training rows, from which scales and biases start."""
+        return self.batch(0, rows, seed)
+
     @property
-    def training_rows(self) -> int:
-        """How many rows training sees in a pass; the others are reserved for fitting thresholds."""
+    def training_rows(self) -> int | None:
+        """How many rows training sees in a pass, None if that is not known; the others are reserved for fitting
+        thresholds."""
         return len(self._split[0])
+
+    def state(self, rows: Count) -> Any:
+        """What a checkpoint keeps, so that training goes on after so many rows; None where their number says it all."""
+        return None
+
+    def resume(self, state: Any) -> None:
+        """Go on from what ``state`` gave."""
+
+    def rest(self) -> None:
+        """Training is over."""
 
     def reserved(self, most: Count) -> Tensor | None:
         """At most ``most`` activations that no batch holds; None if the store is too small to reserve any."""
@@ -137,7 +152,85 @@ class Shuffled:
 
 
 @as_annotated
-class Store(Shuffled):
+class Harvested(Shuffled):
+    """Base of ``Store`` and ``Stream``: activations at sites of a model, of which some are read and some written."""
+
+    identity: dict[str, Any]
+    manifest: dict[str, Any]
+    sites: list[Site]
+    reads: tuple[Site, ...]
+    writes: tuple[Site, ...]
+    rows: Callable[[np.ndarray, str], Tensor]
+    _width: Callable[[Site], int]
+    _viewed: Callable[[Sequence[Site], Sequence[Site]], Self]
+
+    @property
+    def site(self) -> Site:
+        """The site whose activations are read. ValueError where there are several."""
+        if len(self.reads) != 1:
+            kind = type(self).__name__.lower()
+            raise ValueError(
+                f"this {kind} has several sites ({', '.join(map(repr, self.sites))}): choose with {kind}.at(site)"
+            )
+        return self.reads[0]
+
+    @property
+    def chosen(self) -> Sequence[Site]:
+        """The site chosen with ``at``, else all sites."""
+        return self.reads or self.sites
+
+    @property
+    def mask(self) -> TokenMask:
+        return TokenMask.from_dict(self.manifest["mask"])
+
+    def at(self, site: Site | str) -> Self:
+        """The same, reading one of its sites. ValueError, which lists the sites, for a site it does not have."""
+        return self.view([Site.of(site)], [])
+
+    def view(self, reads: Sequence[Site], writes: Sequence[Site]) -> Self:
+        """The same; batches have x from ``reads`` and target from ``writes`` (several sites: stacked as layers)."""
+        for site in (*reads, *writes):
+            if site not in self.sites:
+                kind = type(self).__name__.lower()
+                raise ValueError(f"this {kind} has no {site}; it has {', '.join(map(repr, self.sites))}")
+        return self._viewed(reads, writes)
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The shapes of a row of x and of target."""
+        return self._shape(self.reads), self._shape(self.writes)
+
+    def _shape(self, sites: Sequence[Site]) -> tuple[int, ...]:
+        widths = {s: self._width(s) for s in sites}
+        if len(set(widths.values())) > 1:
+            raise ValueError(f"sites that are stacked as layers must be equally wide, got {widths}")
+        width = next(iter(widths.values()))
+        return (width,) if len(sites) == 1 else (len(sites), width)
+
+    @property
+    def width(self) -> int:
+        return self._width(self.site)
+
+    def _x(self, rows: np.ndarray) -> Tensor:
+        return _stacked(partial(self.rows, rows), self.reads or (self.site,))
+
+    def _batch(self, rows: np.ndarray) -> Batch:
+        return self._made(partial(self.rows, rows))
+
+    def _made(self, read: Callable[[str], Tensor]) -> Batch:
+        """A batch. read: the rows of one tensor, by its name in a shard."""
+        x = _stacked(read, self.reads or (self.site,))
+        target = x if self.writes == self.reads else _stacked(read, self.writes)
+        return Batch(x, target, read("token"), read("position"))
+
+
+def _stacked(read: Callable[[str], Tensor], sites: Sequence[Site]) -> Tensor:
+    tensors = [read(s.key) for s in sites]
+    return tensors[0] if len(tensors) == 1 else torch.stack(tensors, 1)
+
+
+@as_annotated
+class Store(Harvested):
     """Activations on disk. ``Store(path)`` opens a store of ``harvest``; ``rows=1000`` limits it to the first 1,000.
 
     ``len(store)`` is the number of kept tokens; ``store.at(site)`` chooses one of several sites.
@@ -166,24 +259,6 @@ class Store(Shuffled):
             raise ValueError(f"the store {self.path} holds no whole shard yet: call harvest again with the same path")
 
     @property
-    def site(self) -> Site:
-        """The site whose activations are read. ValueError for a store of several sites."""
-        if len(self.reads) != 1:
-            raise ValueError(
-                f"this store has several sites ({', '.join(map(repr, self.sites))}): choose with store.at(site)"
-            )
-        return self.reads[0]
-
-    @property
-    def chosen(self) -> Sequence[Site]:
-        """The site chosen with ``at``, else all sites."""
-        return self.reads or self.sites
-
-    @property
-    def mask(self) -> TokenMask:
-        return TokenMask.from_dict(self.manifest["mask"])
-
-    @property
     def excluded(self) -> float:
         """The share of tokens that the mask leaves out."""
         out = sum(s["excluded"] for s in self.manifest["shards"])
@@ -196,41 +271,14 @@ class Store(Shuffled):
         content = json.dumps([self.identity, self.manifest["mask"], self._rows, sites])
         return f"{zlib.crc32(content.encode()):08x}-{self._rows}"
 
-    def at(self, site: Site | str) -> "Store":
-        """This store, reading one of its sites. ValueError, which lists the sites, for a site it does not have."""
-        site = Site.of(site)
-        if site not in self.sites:
-            raise ValueError(f"this store has no {site}; it has {', '.join(map(repr, self.sites))}")
-        return Store(self.path, self._rows, site)
-
-    def view(self, reads: Sequence[Site], writes: Sequence[Site]) -> "Store":
-        """This store; batches have x from ``reads`` and target from ``writes`` (several sites: stacked as layers)."""
-        for site in (*reads, *writes):
-            self.at(site)
+    def _viewed(self, reads: Sequence[Site], writes: Sequence[Site]) -> "Store":
         return Store(self.path, self._rows, reads=reads, writes=writes)
 
-    @property
-    def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The shapes of a row of x and of target."""
-        return self._shape(self.reads), self._shape(self.writes)
-
-    def _shape(self, sites: Sequence[Site]) -> tuple[int, ...]:
-        widths = {s: self._tensor(0, s.key).shape[1] for s in sites}
-        if len(set(widths.values())) > 1:
-            raise ValueError(f"sites that are stacked as layers must be equally wide, got {widths}")
-        width = next(iter(widths.values()))
-        return (width,) if len(sites) == 1 else (len(sites), width)
-
-    def _acts(self, rows: np.ndarray, sites: Sequence[Site]) -> Tensor:
-        tensors = [self.rows(rows, s.key) for s in sites]
-        return tensors[0] if len(tensors) == 1 else torch.stack(tensors, 1)
+    def _width(self, site: Site) -> int:
+        return self._tensor(0, site.key).shape[1]
 
     def __len__(self) -> int:
         return self._rows
-
-    @property
-    def width(self) -> int:
-        return self._tensor(0, self.site.key).shape[1]
 
     @property
     def row_bytes(self) -> int:
@@ -273,7 +321,7 @@ class Store(Shuffled):
 
     @cached_property
     def _maps(self) -> list[dict[str, files.Table]]:
-        return [_map(self.path / s["file"], s) for s in self.manifest["shards"]]
+        return [map_shard(self.path / s["file"], s) for s in self.manifest["shards"]]
 
     def rows(self, rows: np.ndarray, key: str) -> Tensor:
         """Any rows of one tensor ("token", "document", "position", or a site's key), in the order asked for.
@@ -298,14 +346,6 @@ class Store(Shuffled):
             return torch.from_numpy(out).long()
         out *= scale  # in numpy, so that a thread that reads ahead does not use torch's threads
         return torch.from_numpy(out)
-
-    def _x(self, rows: np.ndarray) -> Tensor:
-        return self._acts(rows, self.reads or (self.site,))
-
-    def _batch(self, rows: np.ndarray) -> Batch:
-        x = self._x(rows)
-        target = x if self.writes == self.reads else self._acts(rows, self.writes)
-        return Batch(x, target, self.rows(rows, "token"), self.rows(rows, "position"))
 
     @cached_property
     def _split(self) -> tuple[Runs, Runs]:
@@ -457,7 +497,7 @@ def _check(manifest: dict[str, Any]) -> None:
         TokenMask.from_dict(manifest["mask"])
 
 
-def _map(file: Path, shard: dict[str, Any]) -> dict[str, files.Table]:
+def map_shard(file: Path, shard: dict[str, Any]) -> dict[str, files.Table]:
     """A shard's tensors. ValueError if their numbers of rows are not those of the manifest."""
     tables = files.map_tensors(file, _REMEDY)
     if missing := sorted({"ids", "lengths", "token", "document", "position", "context"} - tables.keys()):

@@ -5,7 +5,7 @@ import numbers
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from sae_lab.activations.store import Rows, Store
+from sae_lab.activations.store import Harvested, Rows
 from sae_lab.arguments import Count, as_annotated, check_least
 
 MAX_LR = 1e30  # beyond it one step overflows float32 before the loss can say so
@@ -77,8 +77,11 @@ class TrainConfig:
         return peak * min(1.0, rise, fall)
 
 
-def one_pass(rows: Store | Rows) -> TrainConfig:
-    """The config of a training that is given none: every training row once."""
+def one_pass(rows: Harvested | Rows) -> TrainConfig:
+    """The config of a training that is given none: every training row once. ValueError for a stream, whose number of
+    rows is not known."""
+    if rows.training_rows is None:
+        raise ValueError("how long to train on a stream must be said: pass sl.TrainConfig(tokens=1_000_000)")
     return TrainConfig(tokens=rows.training_rows, batch_size=min(TrainConfig.batch_size, rows.training_rows))
 
 

@@ -15,7 +15,8 @@ from uuid import uuid4
 import torch
 from torch import Tensor
 
-from sae_lab.activations.store import WATCHED, ReadAhead, Rows, Store
+from sae_lab.activations.store import WATCHED, Harvested, ReadAhead, Rows
+from sae_lab.activations.streaming import Stream
 from sae_lab.saes import kernels, losses
 from sae_lab.saes.base import SparseCoder
 from sae_lab.training import checkpoint
@@ -43,7 +44,7 @@ class Training:
     ``end``; ``run`` does all of it."""
 
     def __init__(
-        self, coder: SparseCoder, rows: Store | Rows, config: TrainConfig, path: Path | None, callbacks: tuple,
+        self, coder: SparseCoder, rows: Harvested | Rows, config: TrainConfig, path: Path | None, callbacks: tuple,
         process: Process = ALONE, *, changes: Iterable[Mapping[str, Any]] = (), label: str = "",
         watch: tuple[Any, Any] | None = None,
     ):  # fmt: skip
@@ -51,8 +52,12 @@ class Training:
         many = "" if process.size == 1 else f"{process.size} processes train this coder: only one alone can be changed"
         if many and (config.target_l0 is not None or watch is not None):
             raise ValueError(f"target_l0 and watch need one process, got {process.size}: start one, or leave them out")
-        if watch is not None and not isinstance(rows, Store):
-            raise ValueError("watch splices the coder in at its site, which only a store knows: train on a store")
+        if watch is not None and not isinstance(rows, Harvested):
+            raise ValueError(
+                "watch splices the coder in at its site, which only a store or a stream knows: train on one of them"
+            )
+        if many and isinstance(rows, Stream):
+            raise ValueError(f"a stream feeds one process, got {process.size}: harvest a store first, or start one")
         self.watch = watch
         self.aim = None if config.target_l0 is None else Aim(coder, config.target_l0)
         self.control = Control(coder, config.peak(coder.d_sae), config.total_steps, changes, many, self.aim is not None)
@@ -198,7 +203,9 @@ class Training:
             {
                 "step": self.step,
                 "tokens": tokens,
-                "passes": tokens / self.rows.training_rows,
+            }
+            | ({"passes": tokens / known} if (known := self.rows.training_rows) else {})
+            | {
                 "loss": sum(terms.values()),
                 "fvu": float(error / variance),
                 "l0": l0,
@@ -227,7 +234,7 @@ class Training:
             self.aim.correct(held["l0"], l0)
         return found | {f"{name}_held_out": value for name, value in held.items()}
 
-    def begin(self, first: Callable[[Store | Rows], Batch] | None = None) -> Run | None:
+    def begin(self, first: Callable[[Harvested | Rows], Batch] | None = None) -> Run | None:
         """Get ready for the first step, or the one after the checkpoint. Returns the run if it is finished already.
         first: a ``first_batch`` that several coders share."""
         run = self.finished()
@@ -283,9 +290,10 @@ class Training:
             if self.aim:
                 self.aim.release()
 
-    def end(self, data: Callable[[Store | Rows], CalibrationData] | None = None) -> Run:
+    def end(self, data: Callable[[Harvested | Rows], CalibrationData] | None = None) -> Run:
         """Fit thresholds, save, and return the run. data: a ``calibration_data`` that several coders share."""
         self.control.close()
+        self.rows.rest()
         self.fold()
         data = cache(data or partial(calibration_data, step=self.step))
         facts = self._calibrate(data)
@@ -305,7 +313,7 @@ class Training:
         self.process.wait()  # nobody leaves before the files are there
         return run
 
-    def _calibrate(self, data: Callable[[Store | Rows], CalibrationData]) -> Metrics:
+    def _calibrate(self, data: Callable[[Harvested | Rows], CalibrationData]) -> Metrics:
         """Threshold, f_scale and dead features of the whole coder. One process does it for all, unless each has a
         part of the coder."""
         coder, process = self.coder, self.process
@@ -340,7 +348,7 @@ class Training:
     def _place(self, coder: SparseCoder) -> dict[str, Any]:
         """Set the coder's sites; what its meta is to say of them."""
         rows = self.rows
-        if not isinstance(rows, Store):
+        if not isinstance(rows, Harvested):
             return {}
         coder.reads, coder.writes = rows.reads, rows.writes
         facts = {key: rows.identity[key] for key in ("model", "model_fingerprint", "prefix_id", "text", "context")}
@@ -370,6 +378,7 @@ class Training:
         if interrupted and self.path is not None and self.process.first:
             log.warning("stopped at step %d; the same call with path=%r goes on from there", self.step, str(self.path))
         self.control.close()
+        self.rows.rest()
         if self.path is not None:
             self.whole.meta = self.whole.meta | {checkpoint.LEFT: checkpoint.left(self.whole, self.id)}
         try:
@@ -405,6 +414,7 @@ class Training:
             return
         scales = [self.scale.tolist(), None if self.target_scale is None else self.target_scale.tolist()]
         header = self._header() | {"step": self.step, "scale": scales}
+        header["data_at"] = self.rows.state(self.step * self.config.batch_size)
         far = f"the run is kept up to step {self.kept}" if self.kept else "nothing of this run is kept yet"
         checkpoint.write(self.path, header, tensors, f"{far}: make room there, and make the same call with a new coder")
         self.kept = self.step
@@ -422,6 +432,7 @@ class Training:
         scale, target_scale = found.header["scale"]
         self.scale = torch.tensor(scale, device=device)
         self.target_scale = None if target_scale is None else torch.tensor(target_scale, device=device)
+        self.rows.resume(found.header.get("data_at"))
         checkpoint.unpack(self.path, found.tensors, self.coder, self.adam, self.idle)
         if self.aim:
             self.aim.state = found.header["aim"]
@@ -440,9 +451,10 @@ class Training:
     def _bar(self) -> Iterator[Callable[[], None]]:
         from tqdm.auto import tqdm
 
-        total = self.config.total_steps
-        passes = total * self.config.batch_size / self.rows.training_rows
-        name = f"train {type(self.coder).__name__}, {passes:.2g} {'pass' if round(passes, 1) == 1 else 'passes'}"
+        total, name = self.config.total_steps, f"train {type(self.coder).__name__}"
+        if self.rows.training_rows:
+            passes = total * self.config.batch_size / self.rows.training_rows
+            name += f", {passes:.2g} {'pass' if round(passes, 1) == 1 else 'passes'}"
         quiet = not self.process.first or any(getattr(c, "shows_progress", False) for c in self.callbacks)
         with tqdm(total=total, initial=self.step, desc=name, dynamic_ncols=True, disable=quiet) as bar:
 
@@ -451,7 +463,8 @@ class Training:
                 if not self.history:  # log_every may lie ahead
                     return
                 m = self.history[-1]
-                text = f"pass {m['passes']:.1f}, loss {m['loss']:.1f}, FVU {m['fvu']:.3f}, "
+                text = f"pass {m['passes']:.1f}, " if "passes" in m else ""
+                text += f"loss {m['loss']:.1f}, FVU {m['fvu']:.3f}, "
                 text += f"L0 {m['l0']:.1f}, dead {m['dead']:.1%}"
                 bar.set_postfix_str(text, refresh=False)
 
@@ -475,12 +488,12 @@ def measured(coder: SparseCoder, batch: Batch, process: Process = ALONE) -> dict
     return {"l0": active / len(batch.x), "fvu": float(losses.fvu(torch.cat(x_hats), batch.target.cpu()))}
 
 
-def first_batch(rows: Store | Rows, config: TrainConfig) -> Batch:
+def first_batch(rows: Harvested | Rows, config: TrainConfig) -> Batch:
     """What scales and biases start from."""
-    return rows.batch(0, max(4096, config.batch_size), config.seed)
+    return rows.first(max(4096, config.batch_size), config.seed)
 
 
-def calibration_data(rows: Store | Rows, step: int) -> CalibrationData:
+def calibration_data(rows: Harvested | Rows, step: int) -> CalibrationData:
     """(training activations in blocks, activations that training never saw), 100,000 tokens each at most."""
     blocks = [x for _, x in islice(rows.blocks(), -(-CALIBRATION_TOKENS // 8192))]
     unseen = rows.reserved(CALIBRATION_TOKENS)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sae_lab.activations.store import Rows, Store
+from sae_lab.activations.store import Harvested, Rows
 from sae_lab.saes.base import SparseCoder
 from sae_lab.types import Batch
 
@@ -77,7 +77,7 @@ class Process:
         """Within, ``asked()`` says whether Ctrl-C came at any of several processes; one alone it interrupts at once."""
         return nullcontext(lambda: False)
 
-    def batch(self, rows: Store | Rows, step: int, batch_size: int, seed: int) -> Batch:
+    def batch(self, rows: Harvested | Rows, step: int, batch_size: int, seed: int) -> Batch:
         """This process's rows of a batch."""
         return rows.batch(step, batch_size, seed)
 

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sae_lab.activations.store import Rows, Store
+from sae_lab.activations.store import Harvested, Rows
 from sae_lab.saes import kernels
 from sae_lab.saes.base import SparseCoder
 from sae_lab.training.checkpoint import differences
@@ -65,7 +65,7 @@ class Ranks(Process, kernels.Selector):
                 _in_place(dist.all_reduce, p.grad)
                 p.grad.div_(self.row_shares)
 
-    def batch(self, rows: Store | Rows, step: int, batch_size: int, seed: int) -> Batch:
+    def batch(self, rows: Harvested | Rows, step: int, batch_size: int, seed: int) -> Batch:
         """This rank's rows of a batch: the shares of all ranks are the rows of a batch of one process."""
         return rows.batch(step * self.row_shares + self.rank % self.row_shares, batch_size // self.row_shares, seed)
 

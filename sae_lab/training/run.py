@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from sae_lab.activations.store import Rows, Store
+from sae_lab.activations.store import Harvested, Rows
 from sae_lab.saes.base import SparseCoder
 from sae_lab.training.aiming import Reached
 from sae_lab.training.config import TrainConfig
@@ -28,7 +28,7 @@ class Event(NamedTuple):
     config: TrainConfig
     control: Control
     history: list[Metrics]
-    data: Store | Rows
+    data: Harvested | Rows
     label: str
     path: Path | None = None
     error: BaseException | None = None
@@ -55,7 +55,7 @@ class Run:
         return any(change["what"] == "stop" for change in self.changes)
 
     def to_pandas(self):
-        """The history: step, tokens, passes, loss, fvu, l0, dead, lr and the loss terms, of the batch; fvu_held_out and
+        """The history: step, tokens, passes (not of a stream), loss, fvu, l0, dead, lr and the loss terms, of the batch; fvu_held_out and
         l0_held_out, of up to 2,048 tokens that no batch holds, in eval mode, and with ``watch`` ce_delta, in the rows
         where they were measured; with ``target_l0`` coefficient, the weight of the penalty."""
         import pandas as pd
@@ -64,8 +64,9 @@ class Run:
 
     def __repr__(self) -> str:
         m, meta = self.history[-1], self.coder.meta
+        passes = f" in {m['passes']:.1f} passes" if "passes" in m else ""
         return (
-            f"Run({type(self.coder).__name__}, {m['tokens']:,} tokens in {m['passes']:.1f} passes: last batch "
+            f"Run({type(self.coder).__name__}, {m['tokens']:,} tokens{passes}: last batch "
             f"FVU {m['fvu']:.3f}, L0 {m['l0']:.1f}"
             f"{'; held-out FVU {fvu_held_out:.3f}, L0 {l0_held_out:.1f}'.format(**m) if 'fvu_held_out' in m else ''}"
             f"; dead {meta['dead']:.2%} on {meta['dead_tokens']:,} tokens"

@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from sae_lab import cache
-from sae_lab.activations.store import Rows, Store
+from sae_lab.activations.store import Harvested, Rows, Store
+from sae_lab.activations.streaming import Stream
 from sae_lab.arguments import as_annotated
 from sae_lab.saes.base import SparseCoder
 from sae_lab.saes.families.batchtopk import BatchTopK
@@ -23,7 +24,7 @@ from sae_lab.types import Batch
 @as_annotated
 def train(
     coder: SparseCoder,
-    data: Store | Tensor | Batch,
+    data: Store | Stream | Tensor | Batch,
     config: TrainConfig | None = None,
     *,
     path: str | Path | None = None,
@@ -35,9 +36,10 @@ def train(
     Returns a ``Run``; the coder is then in eval mode.
 
     Args:
-        data: a store (a transcoder reads the first of its two sites and writes the second, a crosscoder takes all), a
-            (tokens, d_in) or (tokens, layers, d_in) tensor, or a ``Batch`` of all tokens with target or token ids.
-        config: None is one pass over the data.
+        data: a store or a stream (a transcoder reads the first of its two sites and writes the second, a crosscoder
+            takes all), a (tokens, d_in) or (tokens, layers, d_in) tensor, or a ``Batch`` of all tokens with target or
+            token ids.
+        config: None is one pass over the data; a stream needs one.
         path: a folder for checkpoints and the finished coder. The same call continues an interrupted run, changes
             included, to the weights of an unbroken one, and opens a finished run. One that was changed or stopped is
             opened by ``changes=`` that name what was done. None: nothing is written.
@@ -88,9 +90,9 @@ def meta_sae(coder: SparseCoder, d_sae: int, k: int, config: TrainConfig, *, see
     return train(meta, rows[live] if bool(live.any()) else rows, config)
 
 
-def rows_for(coder: SparseCoder, data: Store | Tensor | Batch) -> Store | Rows:
+def rows_for(coder: SparseCoder, data: Store | Stream | Tensor | Batch) -> Harvested | Rows:
     """What serves this coder its batches. ValueError where its sites or widths are not those of the data."""
-    if not isinstance(data, Store):
+    if not isinstance(data, Harvested):
         rows = Rows(data)
     elif data.writes != data.reads:  # a view that says what is read and written
         rows = data

@@ -12,7 +12,8 @@ from typing import Any
 from torch import Tensor
 
 from sae_lab.activations.reconstructing import reconstruction
-from sae_lab.activations.store import Store
+from sae_lab.activations.store import Harvested, Store
+from sae_lab.activations.streaming import Stream
 from sae_lab.activations.world import World
 from sae_lab.arguments import Count, as_annotated
 from sae_lab.cache import sole_writer
@@ -81,7 +82,7 @@ class Sweep(Result):
 @as_annotated
 def sweep(
     grid: Grid | Sequence[SparseCoder],
-    data: Store | Tensor | Batch | World,
+    data: Store | Stream | Tensor | Batch | World,
     config: TrainConfig,
     *,
     d_sae: Count | None = None,
@@ -112,8 +113,8 @@ def sweep(
         raise ValueError(f"a sweep runs in one process, torchrun started {ranks}: start one, or call sl.train for each")
     if (lm is None) != (text is None):
         raise ValueError("to measure ΔCE give lm and text, both: sl.sweep(..., lm=lm, text=text.held_out)")
-    if lm is not None and not isinstance(data, Store):
-        raise ValueError("ΔCE is measured at a site, which only a store knows: sweep on a store, or leave lm out")
+    if lm is not None and not isinstance(data, Harvested):
+        raise ValueError("ΔCE is measured at a site, which only a store or a stream knows: sweep on one of them, or leave lm out")
     world = data if isinstance(data, World) else None
     source = data.x if isinstance(data, World) else data
     coders, varied = _coders(grid, source, d_sae, seeds)
@@ -122,7 +123,7 @@ def sweep(
     for number, (coder, row) in enumerate(zip(coders, varied, strict=True)):
         name = "-".join([f"{number:03d}", row["family"], *(f"{k}={v}" for k, v in row.items() if k != "family")])
         folder = None if path is None else Path(path) / name
-        rows = rows_for(coder, source.at(row["site"]) if isinstance(source, Store) and "site" in row else source)
+        rows = rows_for(coder, source.at(row["site"]) if isinstance(source, Harvested) and "site" in row else source)
         same = (t.rows for t in trainings if t.rows.fingerprint == rows.fingerprint and t.rows.shapes == rows.shapes)
         rows = next(same, rows)  # one object for all that read the same rows
         trainings.append(Training(coder, rows, config, folder, callbacks, label=labels[number]))
@@ -149,7 +150,7 @@ def sweep(
 
 
 def _coders(
-    grid: Grid | Sequence[SparseCoder], data: Store | Tensor | Batch, d_sae: int | None, seeds: Iterable[int]
+    grid: Grid | Sequence[SparseCoder], data: Harvested | Tensor | Batch, d_sae: int | None, seeds: Iterable[int]
 ) -> tuple[list[SparseCoder], list[dict[str, Any]]]:
     """The coders, and for each the first entries of its row: family and the arguments that vary."""
     if not isinstance(grid, Mapping):
@@ -195,14 +196,14 @@ def _plain(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def _sites(family: str, arguments: Mapping[str, Any], data: Store | Tensor | Batch) -> list[Site | None]:
+def _sites(family: str, arguments: Mapping[str, Any], data: Harvested | Tensor | Batch) -> list[Site | None]:
     """The sites at which coders of a family are trained, each at one; [None] if the coder takes all there are."""
     takes_all = family in ("Transcoder", "SkipTranscoder", "Crosscoder") or "d_out" in arguments
-    return list(data.chosen) if isinstance(data, Store) and len(data.chosen) > 1 and not takes_all else [None]
+    return list(data.chosen) if isinstance(data, Harvested) and len(data.chosen) > 1 and not takes_all else [None]
 
 
-def _width(data: Store | Tensor | Batch, site: Site | None) -> int:
-    if isinstance(data, Store):
+def _width(data: Harvested | Tensor | Batch, site: Site | None) -> int:
+    if isinstance(data, Harvested):
         return data.at(site or data.chosen[0]).width
     return (data if isinstance(data, Tensor) else data.x).shape[-1]
 

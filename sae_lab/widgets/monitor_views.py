@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from sae_lab.activations.store import Rows, Store
+from sae_lab.activations.store import Harvested, Rows, Store
 from sae_lab.results import Html, tag
 from sae_lab.saes import FAMILIES
 from sae_lab.saes.base import SparseCoder
@@ -32,7 +32,7 @@ class Watched:
     path_of_coder: str | None
     control: Control
     config: TrainConfig
-    data: Store | Rows
+    data: Harvested | Rows
     path: Path | None
     step: int = 0
     sent: int = 0  # how many points the screen has

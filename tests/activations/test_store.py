@@ -21,7 +21,7 @@ import sae_lab as sl
 from sae_lab.activations import harvesting
 
 # One step of a harvest by itself: what a first shard fixes.
-from sae_lab.activations.harvesting import _Harvest
+from sae_lab.activations.harvesting import Harvest
 from sae_lab.activations.store import ReadAhead, Rows, Store, permute
 from sae_lab.types import Batch, Site, TokenMask
 
@@ -772,7 +772,7 @@ def test_a_first_shard_of_which_no_token_counts(make_tiny, tmp_path):
     """The norm limit is then that of all its tokens, not a number of its own, by which later ones would be left out."""
     lm, site = make_tiny("llama"), Site("resid_post", 0)
     x = lm.read("The ship went down the river", site)[site][0]
-    some = _Harvest(lm, [site], sl.load_text(["a"]), tmp_path, {}, TokenMask((), True, {}))
+    some = Harvest(lm, [site], sl.load_text(["a"]), tmp_path, {}, TokenMask((), True, {}))
     for mask in (None, some.mask):
         some.mask, some.manifest = mask, {"mask": None, "scales": {}}
         found = some._fix_mask({site: x}, torch.full((len(x),), 500), torch.zeros(len(x), dtype=torch.long))
