@@ -5,7 +5,7 @@ import logging
 import platform
 import tempfile
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -165,8 +165,7 @@ class Harvest:
                     self.manifest["shards"] = self._open()["shards"]
                 self._write(number, tensors, excluded)
             self.good[number : number + 1] = [True]
-        raw = {k: t.view(torch.int16).numpy().view(np.uint16) for k, t in tensors.items() if t.dtype == torch.bfloat16}
-        return {key: t.numpy() for key, t in tensors.items() if key not in raw} | raw, excluded
+        return in_numpy(tensors), excluded
 
     def has(self, number: int) -> bool:
         """Whether a shard lies whole in the folder."""
@@ -441,6 +440,12 @@ class Harvest:
         return store
 
 
+def in_numpy(tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+    """The same, bfloat16 as raw bits."""
+    raw = {k: t.view(torch.int16).numpy().view(np.uint16) for k, t in tensors.items() if t.dtype == torch.bfloat16}
+    return {key: t.numpy() for key, t in tensors.items() if key not in raw} | raw
+
+
 def _counted(mask: TokenMask, batches: list[TokenBatch]) -> Bool[Tensor, " tokens"]:
     """Which real tokens of the batches the mask keeps by id, position and role."""
     return torch.cat([mask.of(batch)[batch.mask] for batch in batches])
@@ -456,6 +461,13 @@ def cost(
     there = call.rows_there()
     if there >= tokens:
         return Cost(f"{call.folder} holds these tokens")
+    found, _, _ = tried(call, tokens, there)
+    return found._replace(seconds=once + found.seconds)
+
+
+def tried(call: Harvest, tokens: int, there: float) -> tuple[Cost, dict[str, Tensor], Mapping[str, float]]:
+    """(the cost of reading ``tokens`` rows of which some are there, the rows of the trial, their scales)."""
+    context = call.identity["context"]
     first = call.text[:WINDOW_DOCUMENTS]
     assert isinstance(first, Text)
     with tempfile.TemporaryDirectory() as scratch, costs.peak() as peak:
@@ -464,13 +476,13 @@ def cost(
         all_passes = [contexts for shard in shards for contexts in shard]
         cut = sum(map(_tokens, all_passes))
         shortest = pad([min(all_passes, key=_tokens)[0].ids])
-        timed(lm.run, shortest, call.sites, logits=False)  # the first pass is slow
-        _, warm = timed(lm.run, shortest, call.sites, logits=False)
+        timed(call.lm.run, shortest, call.sites, logits=False)  # the first pass is slow
+        _, warm = timed(call.lm.run, shortest, call.sites, logits=False)
         enough = max(context, costs.TRIAL_SECONDS / warm * int(shortest.mask.sum()))
         passes = [p for i, p in enumerate(shards[0]) if sum(map(_tokens, shards[0][:i])) < enough]
         trial.manifest = trial._open()
-        tensors, reading = timed(trial._read, passes)
-        _, writing = timed(trial._write, 0, *tensors)
+        (tensors, excluded), reading = timed(trial._read, passes)
+        _, writing = timed(trial._write, 0, tensors, excluded)
         manifest_bytes = (trial.folder / "manifest.json").stat().st_size
     [shard] = trial.manifest["shards"]
     read = sum(map(_tokens, passes))
@@ -480,9 +492,9 @@ def cost(
     rows = max(0.0, min(-((there - tokens) // shard_rows) * shard_rows, in_text - there))  # whole shards
     to_cut = min(-(-(there + rows) // (kept * cut)) * cut, in_text / kept)
     seconds = (reading + writing) / shard["rows"]
-    return Cost(
+    found = Cost(
         f"{read:,} tokens harvested in {reading + writing:.1f} s",
-        seconds=once + to_cut * cutting / cut + rows * seconds,
+        seconds=to_cut * cutting / cut + rows * seconds,
         disk=manifest_bytes + int(rows * shard["bytes"] / shard["rows"]),
         ram=peak.ram,
         vram=peak.vram,
@@ -492,6 +504,7 @@ def cost(
             "bytes per token": shard["bytes"] / shard["rows"],
         },
     )
+    return found, tensors, trial.manifest["scales"]
 
 
 def _tokens(contexts: list[Context]) -> int:

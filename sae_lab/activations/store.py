@@ -15,7 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property, partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from sae_lab.arguments import Count, as_annotated
 from sae_lab.results import visible
 from sae_lab.types import Batch, Codes, Site, TokenMask
 
+H = TypeVar("H", bound="Harvested")
 VERSION = 1
 RESERVE_EVERY = 5  # one document in five is kept from training: thresholds are fitted there
 WATCHED = 2048  # rows that a training is measured on while it runs
@@ -162,7 +163,7 @@ class Harvested(Shuffled):
     writes: tuple[Site, ...]
     rows: Callable[[np.ndarray, str], Tensor]
     _width: Callable[[Site], int]
-    _viewed: Callable[[Sequence[Site], Sequence[Site]], Self]
+    _viewed: Callable[[Sequence[Site], Sequence[Site]], Any]
 
     @property
     def site(self) -> Site:
@@ -183,11 +184,11 @@ class Harvested(Shuffled):
     def mask(self) -> TokenMask:
         return TokenMask.from_dict(self.manifest["mask"])
 
-    def at(self, site: Site | str) -> Self:
+    def at(self: H, site: Site | str) -> H:
         """The same, reading one of its sites. ValueError, which lists the sites, for a site it does not have."""
         return self.view([Site.of(site)], [])
 
-    def view(self, reads: Sequence[Site], writes: Sequence[Site]) -> Self:
+    def view(self: H, reads: Sequence[Site], writes: Sequence[Site]) -> H:
         """The same; batches have x from ``reads`` and target from ``writes`` (several sites: stacked as layers)."""
         for site in (*reads, *writes):
             if site not in self.sites:

@@ -22,9 +22,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sae_lab.activations.harvesting import Harvest, ahead, prepared
+from sae_lab.activations.harvesting import Harvest, ahead, in_numpy, prepared, tried
 from sae_lab.activations.store import RESERVE_EVERY, Harvested, Store, permute
 from sae_lab.arguments import Count, as_annotated, check_least
+from sae_lab.costs import Cost
 from sae_lab.lm.model import LM
 from sae_lab.lm.text import Context, Documents
 from sae_lab.results import visible
@@ -41,10 +42,10 @@ LEAST_BUFFER = 64  # rows; as few mix badly, and serve tests
 class Stream(Harvested):
     """``sl.train(sae, sl.Stream(lm, site, text), config)``: train on activations that come straight from the model.
 
-    The model reads on while the coder takes its steps, on a thread: two devices then work at the same time, while on
-    one CPU both share its cores. The text begins again where it ends. Every fifth document (in a text of fewer than ten,
-    every fifth context) is reserved, as in a store; those at the text's start are the held-out rows. Model and coder may
-    be on different devices and of different dtypes: the buffer is in main memory, in half precision.
+    The model reads on while the coder takes its steps, on a thread: two devices then work at the same time; on one CPU
+    both share its cores. A text that ends begins again. Every fifth document (in a text of fewer than ten, every fifth
+    context) is reserved, as in a store, and what stands of these at the start of the text are the held-out rows. Model
+    and coder may be on different devices and of different dtypes: the buffer is in main memory, in half precision.
 
     Args:
         sites: one or several, as for ``sl.harvest``; so are text, context, pack, mask and roles.
@@ -79,8 +80,7 @@ class Stream(Harvested):
     @property
     def manifest(self) -> dict[str, Any]:
         """The mask and the scales, which the first tokens of the text fix."""
-        assert self._source.head is not None
-        return self._source.call.manifest
+        return self._source.manifest
 
     @property
     def excluded(self) -> float:
@@ -149,20 +149,30 @@ class Stream(Harvested):
         """Go on from what ``state`` gave. ValueError for anything else."""
         values = [state.get(name) for name in ("half", *_Place._fields)] if isinstance(state, Mapping) else [None]
         if not all(type(value) is int and 0 <= value < 1 << 40 for value in values):
-            raise ValueError(f"a stream's place in its text is four whole numbers, got {state!r:.80}: start over")
+            raise ValueError(f"a stream's place in its text is four whole numbers, got {state!r:.80}: delete the checkpoint to start over")
         self._mixer.starts[values[0]] = _Place(*values[1:])
 
     def rest(self) -> None:
         """End the reading ahead, and free the buffer. The next batch fills it again."""
         self._mixer.rest()
 
-    def trial(self) -> tuple[Batch, int]:
-        """(a few rows of this text, as a batch; how many tokens the model read for them), for ``sl.estimate``."""
-        call = copy.copy(self._source.call)
-        call.open(on_disk=False)
-        passes = next(call.shards())
-        held = _Held.of(call.shard(0, passes, on_disk=False)[0], call.manifest["scales"])
-        return self._made(partial(held.get, np.arange(len(held)))), sum(len(c.ids) for p in passes for c in p)
+    def cost(self, rows: Count) -> tuple[Cost, Batch]:
+        """(the cost of reading so many training rows and of the memory that holds some, a few rows), for
+        ``sl.estimate``."""
+        call, half = self._source.call, self._source.rows
+        wanted = rows + 2 * half  # the buffer is filled first, and is full at the end
+        there = call.rows_there() if self._source.on_disk else 0
+        found, tensors, scales = tried(call, wanted, there)
+        held = _Held.of(in_numpy(tensors), scales)
+        memory = held.nbytes * (self.buffer + self.calibration[0]) // len(held)
+        seconds = max(0, wanted - there) / found.parts["tokens per second"]
+        cost = found._replace(seconds=seconds, disk=found.disk * self._source.on_disk, ram=found.ram + memory)
+        return cost, self._made(partial(held.get, np.arange(len(held))))
+
+    @property
+    def calibration(self) -> tuple[int, int]:
+        """(about how many rows stay in memory for calibration, how many of them are reserved)."""
+        return self._source.rows * 5 // 4, self._source.rows // 4
 
 
 class _Held:
@@ -275,14 +285,20 @@ class _Source:
                 whole = True
         if training == 0:
             raise ValueError(
-                f"no token of the text is left to train on: the mask leaves out {excluded:,} ({self.call.manifest['mask']}"
-                "): pass longer documents, or another mask="
+                f"no token of the text is left to train on: the mask leaves out {excluded:,} ({TokenMask.from_dict(self.call.manifest["mask"])}): pass longer "
+                "documents, or another mask="
             )
         if held_out == 0:
             log.warning("no token of this text is held out (it is too short): thresholds are fitted on training rows")
         bounds = np.cumsum([0, *map(len, parts)]).tolist()
         reserved = np.concatenate(flags)
         return _Head(_Held.joined(parts), reserved, bounds, excluded / (excluded + len(reserved)), whole)
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """Of the harvest, with the mask and the scales that its first shard fixes."""
+        self.head  # noqa: B018 (it reads that shard)
+        return self.call.manifest
 
     def parts(self, place: _Place) -> Iterator[_Part]:
         """Training rows from this shard on; the text begins again where it ends."""
@@ -401,8 +417,8 @@ class _Mixer:
         rows = int((~head.reserved).sum())
         if head.whole and rows < size:
             raise ValueError(
-                f"the text ends before a batch is full: it has {rows:,} training rows, batch_size is {size:,}: pass more "
-                f"text, or batch_size={rows}"
+                f"the text ends before a batch is full: it has {rows:,} training rows, batch_size is {size:,}: pass "
+                f"more text, or batch_size={rows}"
             )
         if size > self.half:
             raise ValueError(

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from sae_lab import costs
-from sae_lab.activations.store import Store
+from sae_lab.activations.store import Harvested, Rows, Store
+from sae_lab.activations.streaming import Stream
 from sae_lab.costs import TRIAL_SECONDS, Cost, timed
 from sae_lab.saes.base import SPARSE_BELOW, SparseCoder, calibration_cost
 from sae_lab.training.checkpoint import CHECKPOINT
@@ -29,11 +30,12 @@ DEAD = "minutes if a tenth of the features die"
 
 
 def cost(
-    coder: SparseCoder, data: Store | Tensor | Batch, config: TrainConfig | None, path: str | Path | None,
+    coder: SparseCoder, data: Harvested | Tensor | Batch, config: TrainConfig | None, path: str | Path | None,
     callbacks: Any, changes: Iterable[Mapping[str, Any]], watch: Any,
 ) -> Cost:  # fmt: skip
     """What ``train`` will take with these arguments. Tried: up to 20 steps, a checkpoint and a part of the calibration;
-    of a coder without k, a short training on small batches."""
+    of a coder without k, a short training on small batches; of a stream, a few passes of the model.
+    """
     rows = rows_for(coder, data)
     config = config or one_pass(rows)
     fresh, coder = coder, copy.deepcopy(coder)
@@ -44,6 +46,11 @@ def cost(
             return Cost(f"{path} holds the finished run")
         begun = found.header["step"] if (found := there.interrupted()) else 0
     steps = config.total_steps - begun
+    streamed, calibrated = None, _calibrated(rows)
+    if isinstance(rows, Stream):
+        same = rows.lm.device == coder.W_dec.device  # the model and the coder share it
+        streamed, sample = rows.cost(steps * config.batch_size)
+        rows = Rows(sample)
     longer = replace(config, tokens=None, steps=config.total_steps + 100)  # the trial may take more than there are
     with tempfile.TemporaryDirectory() as scratch, costs.peak() as peak:
         training, preparing = timed(Training, coder, rows, longer, None, ())
@@ -58,12 +65,20 @@ def cost(
         slow = _steps_until_sparse(training, fresh, config.total_steps)
         later = statistics.median(timed(training.one_step)[1] for _ in range(3))
     with_dead = _step_with_dead(training)
-    calibrating = _calibration(training, peak)
+    calibrating = _calibration(training, peak, *calibrated)
 
     slow = min(steps, max(0, slow - begun))
     stepping = slow * dense + (steps - slow) * later
+    ram, trial = max(peak.ram, calibrating.ram), f"{len(first)} of {steps:,} steps taken in {sum(first):.1f} s"
+    if isinstance(rows, Store):
+        ram += len(rows) * rows.row_bytes
+    if streamed is not None:
+        stepping = stepping + streamed.seconds if same else max(stepping, streamed.seconds)
+        ram, disk, trial = ram + streamed.ram, disk + streamed.disk, f"{streamed.trial}, {trial}"
     seconds = preparing + beginning + stepping + writing + calibrating.seconds
     parts = {"tokens per second": steps * config.batch_size / max(stepping, 1e-9)}
+    if streamed is not None:
+        parts["minutes of the model"] = streamed.seconds / 60
     parts["L0 taken for the end"] = calibrating.parts["L0"]
     if with_dead is not None:
         late = config.total_steps - max(begun, config.dead_after // config.batch_size)
@@ -71,13 +86,19 @@ def cost(
     if path is not None:
         parts["MB that stay on disk"] = kept / 1e6
     return Cost(
-        f"{len(first)} of {steps:,} steps taken in {sum(first):.1f} s",
+        trial,
         seconds=seconds,
         disk=disk,
-        ram=max(peak.ram, calibrating.ram) + (len(rows) * rows.row_bytes if isinstance(rows, Store) else 0),
-        vram=max(peak.vram, calibrating.vram),
+        ram=ram,
+        vram=max(peak.vram, calibrating.vram) + (streamed.vram if streamed else 0),
         parts=parts,
     )
+
+
+def _calibrated(rows: Harvested | Rows) -> tuple[int, int]:
+    """How many rows a coder is calibrated on, and how many of them training never saw."""
+    whole, reserved = rows.calibration if isinstance(rows, Stream) else (len(rows), len(rows) - rows.training_rows)
+    return min(whole, -(-CALIBRATION_TOKENS // 8192) * 8192), min(CALIBRATION_TOKENS, reserved)
 
 
 def _files(training: Training, folder: Path, config: TrainConfig, steps: int) -> tuple[float, int, int]:
@@ -123,13 +144,11 @@ def _step_with_dead(training: Training) -> float | None:
 
 
 @torch.no_grad()
-def _calibration(training: Training, steps: costs.Peak) -> Cost:
-    """What follows the last step: memory above what was in use before the first."""
+def _calibration(training: Training, steps: costs.Peak, whole: int, unseen: int) -> Cost:
+    """What follows the last step: memory above what was in use before the first. whole, unseen: see ``_calibrated``."""
     training.fold()
     coder, rows = training.coder, training.rows
     device = coder.W_dec.device
-    whole = min(len(rows), -(-CALIBRATION_TOKENS // 8192) * 8192)
-    unseen = min(CALIBRATION_TOKENS, len(rows) - rows.training_rows)
     block, reading = timed(lambda: next(rows.blocks(2048)))
     x = block[1].to(device)
     few = rows.reserved(-(-unseen * len(x) // whole))

@@ -69,7 +69,8 @@ def estimate(what: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Estimate
     The arguments are those of the call itself. A trial of a few seconds does the real work on a small piece, with a
     copy of the coder and in a folder that is deleted, and is scaled up. A store, a run or an index that exists already,
     or the finished part of one, costs nothing. The estimate is meant to be within a factor of 1.5 while the machine
-    stays as busy as it is.
+    stays as busy as it is. Of a training on a stream the model's time is added where model and coder are on one device,
+    else the longer of the two counts.
 
     Not known beforehand: how many features die, which slows steps down as AuxK revives them (the table says how much).
     A family without k begins with half of its features active: a few seconds of training on small batches tell when

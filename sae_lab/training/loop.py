@@ -198,13 +198,12 @@ class Training:
         error, variance = process.over_rows(
             torch.stack([torch.stack([(y - t).square().sum(), (t - mean).square().sum()]) for y, t in parts]).sum(0)
         )
+        known = self.rows.training_rows
+        passes = {"passes": tokens / known} if known else {}
         dead = process.over_features((self.idle > self.config.dead_after).sum())
         self.history.append(
-            {
-                "step": self.step,
-                "tokens": tokens,
-            }
-            | ({"passes": tokens / known} if (known := self.rows.training_rows) else {})
+            {"step": self.step, "tokens": tokens}
+            | passes
             | {
                 "loss": sum(terms.values()),
                 "fvu": float(error / variance),

@@ -114,7 +114,9 @@ def sweep(
     if (lm is None) != (text is None):
         raise ValueError("to measure ΔCE give lm and text, both: sl.sweep(..., lm=lm, text=text.held_out)")
     if lm is not None and not isinstance(data, Harvested):
-        raise ValueError("ΔCE is measured at a site, which only a store or a stream knows: sweep on one of them, or leave lm out")
+        raise ValueError(
+            "ΔCE is measured at a site, which only a store or a stream knows: sweep on one of them, or leave lm out"
+        )
     world = data if isinstance(data, World) else None
     source = data.x if isinstance(data, World) else data
     coders, varied = _coders(grid, source, d_sae, seeds)

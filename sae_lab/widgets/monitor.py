@@ -13,6 +13,7 @@ import traitlets
 from torch import Tensor
 
 from sae_lab.activations.store import Store
+from sae_lab.activations.streaming import Stream
 from sae_lab.results import Html
 from sae_lab.saes.base import SparseCoder
 from sae_lab.training import checkpoint
@@ -74,7 +75,7 @@ class TrainingMonitor(Panel):
     can_start = traitlets.Bool(False).tag(sync=True)
 
     def __init__(
-        self, coder: SparseCoder | None = None, data: Store | Tensor | Batch | None = None,
+        self, coder: SparseCoder | None = None, data: Store | Stream | Tensor | Batch | None = None,
         config: TrainConfig | None = None, *, path: str | Path | None = None, session: Session | None = None,
         watch: tuple[Any, Any] | None = None,
     ) -> None:  # fmt: skip

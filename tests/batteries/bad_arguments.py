@@ -110,6 +110,7 @@ class Things:
         self.text = sl.load_text(["The quick brown fox jumps over the lazy dog. " * 3, "Pack my box. " * 5] * 8)
         self.site = sl.Site("resid_post", 1)
         self.store = sl.harvest(self.lm, self.site, self.text, tokens=600, path=folder / "store", context=64)
+        self.stream = sl.Stream(self.lm, self.site, self.text, context=64, buffer=256)
         self.config = sl.TrainConfig(steps=5, batch_size=64)
         self.coder = sl.TopK(48, 64, k=4)
         self.run = sl.train(self.coder, self.store, self.config)

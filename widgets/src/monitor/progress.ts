@@ -50,7 +50,8 @@ export function progress(): Progress {
 
 function facts(status: Status): [string, string][] {
   const found: [string, string][] = [[integer(status.step), status.steps ? `of ${integer(status.steps)} steps` : "steps"]];
-  if (status.tokens) found.push([integer(status.tokens), "tokens"], [status.passes.toFixed(2), "passes over the data"]);
+  if (status.tokens) found.push([integer(status.tokens), "tokens"]);
+  if (status.passes) found.push([status.passes.toFixed(2), "passes over the data"]); // of a stream they are not known
   if (status.tokens_per_second !== null) found.push([number(status.tokens_per_second), "tokens/s"]);
   if (status.seconds_left !== null && status.state === "running") found.push([duration(status.seconds_left), "left"]);
   return found;
