@@ -46,9 +46,9 @@ def cost(
             return Cost(f"{path} holds the finished run")
         begun = found.header["step"] if (found := there.interrupted()) else 0
     steps = config.total_steps - begun
-    streamed, calibrated = None, _calibrated(rows)
+    streamed, calibrated, shared = None, _calibrated(rows), False
     if isinstance(rows, Stream):
-        same = rows.lm.device == coder.W_dec.device  # the model and the coder share it
+        shared = rows.lm.device == coder.W_dec.device
         streamed, sample = rows.cost(steps * config.batch_size)
         rows = Rows(sample)
     longer = replace(config, tokens=None, steps=config.total_steps + 100)  # the trial may take more than there are
@@ -73,7 +73,7 @@ def cost(
     if isinstance(rows, Store):
         ram += len(rows) * rows.row_bytes
     if streamed is not None:
-        stepping = stepping + streamed.seconds if same else max(stepping, streamed.seconds)
+        stepping = stepping + streamed.seconds if shared else max(stepping, streamed.seconds)
         ram, disk, trial = ram + streamed.ram, disk + streamed.disk, f"{streamed.trial}, {trial}"
     seconds = preparing + beginning + stepping + writing + calibrating.seconds
     parts = {"tokens per second": steps * config.batch_size / max(stepping, 1e-9)}
@@ -97,7 +97,7 @@ def cost(
 
 def _calibrated(rows: Harvested | Rows) -> tuple[int, int]:
     """How many rows a coder is calibrated on, and how many of them training never saw."""
-    whole, reserved = rows.calibration if isinstance(rows, Stream) else (len(rows), len(rows) - rows.training_rows)
+    whole, reserved = rows.calibration if isinstance(rows, Stream) else (len(rows), len(rows) - (rows.training_rows or 0))
     return min(whole, -(-CALIBRATION_TOKENS // 8192) * 8192), min(CALIBRATION_TOKENS, reserved)
 
 
