@@ -34,8 +34,7 @@ def cost(
     callbacks: Any, changes: Iterable[Mapping[str, Any]], watch: Any,
 ) -> Cost:  # fmt: skip
     """What ``train`` will take with these arguments. Tried: up to 20 steps, a checkpoint and a part of the calibration;
-    of a coder without k, a short training on small batches; of a stream, a few passes of the model.
-    """
+    of a coder without k, a short training on small batches; of a stream, a few passes of the model."""
     rows = rows_for(coder, data)
     config = config or one_pass(rows)
     fresh, coder = coder, copy.deepcopy(coder)
@@ -97,7 +96,8 @@ def cost(
 
 def _calibrated(rows: Harvested | Rows) -> tuple[int, int]:
     """How many rows a coder is calibrated on, and how many of them training never saw."""
-    whole, reserved = rows.calibration if isinstance(rows, Stream) else (len(rows), len(rows) - (rows.training_rows or 0))
+    known = rows.training_rows
+    whole, reserved = rows.calibration if isinstance(rows, Stream) else (len(rows), len(rows) - (known or 0))
     return min(whole, -(-CALIBRATION_TOKENS // 8192) * 8192), min(CALIBRATION_TOKENS, reserved)
 
 
