@@ -146,20 +146,17 @@ class Stream(Harvested):
         """End the reading ahead, and free the buffer. The next batch fills it again."""
         self._mixer.rest()
 
-    def cost(self, rows: Count) -> tuple[Cost, Batch]:
-        """(the cost of reading so many training rows and of the memory that holds some, a few rows), for
-        ``sl.estimate``."""
+    def cost(self, rows: Count) -> tuple[Cost, Batch, int]:
+        """(the cost of reading so many training rows and of the memory that holds some, a few rows, how many stay in
+        memory), for ``sl.estimate``."""
         call, half = self._source.call, self._source.rows
-        wanted = rows + 2 * half  # the buffer is filled first, and is full at the end
+        wanted, stay = rows + 2 * half, half * 5 // 4  # the buffer is filled first, and is full at the end
         there = call.rows_there() if self._source.on_disk else 0
         found, tensors, scales = tried(call, wanted, there)
         held = Held.of(in_numpy(tensors), scales)
-        memory = held.nbytes * (self.buffer + self.calibration[0]) // len(held)
-        seconds = max(0, wanted - there) / found.parts["tokens per second"]
-        cost = found._replace(seconds=seconds, disk=found.disk * self._source.on_disk, ram=found.ram + memory)
-        return cost, self._made(partial(held.get, np.arange(len(held))))
-
-    @property
-    def calibration(self) -> tuple[int, int]:
-        """(about how many rows stay in memory for calibration, how many of them are reserved)."""
-        return self._source.rows * 5 // 4, self._source.rows // 4
+        cost = found._replace(
+            seconds=max(0, wanted - there) / found.parts["tokens per second"],
+            disk=found.disk * self._source.on_disk,
+            ram=found.ram + held.nbytes * (self.buffer + stay) // len(held),
+        )
+        return cost, self._made(partial(held.get, np.arange(len(held)))), stay

@@ -45,10 +45,10 @@ def cost(
             return Cost(f"{path} holds the finished run")
         begun = found.header["step"] if (found := there.interrupted()) else 0
     steps = config.total_steps - begun
-    streamed, calibrated, shared = None, _calibrated(rows), False
+    streamed, calibrated, shared = None, 0, False
     if isinstance(rows, Stream):
         shared = rows.lm.device == coder.W_dec.device
-        streamed, sample = rows.cost(steps * config.batch_size)
+        streamed, sample, calibrated = rows.cost(steps * config.batch_size)
         rows = Rows(sample)
     longer = replace(config, tokens=None, steps=config.total_steps + 100)  # the trial may take more than there are
     with tempfile.TemporaryDirectory() as scratch, costs.peak() as peak:
@@ -64,7 +64,7 @@ def cost(
         slow = _steps_until_sparse(training, fresh, config.total_steps)
         later = statistics.median(timed(training.one_step)[1] for _ in range(3))
     with_dead = _step_with_dead(training)
-    calibrating = _calibration(training, peak, *calibrated)
+    calibrating = _calibration(training, peak, calibrated or len(rows))
 
     slow = min(steps, max(0, slow - begun))
     stepping = slow * dense + (steps - slow) * later
@@ -92,13 +92,6 @@ def cost(
         vram=max(peak.vram, calibrating.vram) + (streamed.vram if streamed else 0),
         parts=parts,
     )
-
-
-def _calibrated(rows: Harvested | Rows) -> tuple[int, int]:
-    """How many rows a coder is calibrated on, and how many of them training never saw."""
-    known = rows.training_rows
-    whole, reserved = rows.calibration if isinstance(rows, Stream) else (len(rows), len(rows) - (known or 0))
-    return min(whole, -(-CALIBRATION_TOKENS // 8192) * 8192), min(CALIBRATION_TOKENS, reserved)
 
 
 def _files(training: Training, folder: Path, config: TrainConfig, steps: int) -> tuple[float, int, int]:
@@ -144,11 +137,13 @@ def _step_with_dead(training: Training) -> float | None:
 
 
 @torch.no_grad()
-def _calibration(training: Training, steps: costs.Peak, whole: int, unseen: int) -> Cost:
-    """What follows the last step: memory above what was in use before the first. whole, unseen: see ``_calibrated``."""
+def _calibration(training: Training, steps: costs.Peak, known: int) -> Cost:
+    """What follows the last step: memory above what was in use before the first. known: rows, training's and others."""
     training.fold()
     coder, rows = training.coder, training.rows
     device = coder.W_dec.device
+    whole = min(known, -(-CALIBRATION_TOKENS // 8192) * 8192)
+    unseen = min(CALIBRATION_TOKENS, known * (len(rows) - (rows.training_rows or 0)) // len(rows))
     block, reading = timed(lambda: next(rows.blocks(2048)))
     x = block[1].to(device)
     few = rows.reserved(-(-unseen * len(x) // whole))

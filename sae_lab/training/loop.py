@@ -360,7 +360,7 @@ class Training:
         coder.fold(self.scale, self.target_scale)
         coder.in_raw_units, coder.progress = True, 1.0
         coder.meta = self._place(coder)
-        rows = self.rows.watched or self.rows.batch(0, WATCHED, self.config.seed)
+        rows = self.rows.watched or self.rows.first(WATCHED, self.config.seed)
         coder.fit_threshold([rows.x.to(coder.W_dec.device)])
         return coder.eval()
 
