@@ -238,9 +238,10 @@ class Mixer:
                 self._thread.shutdown(wait=False)
                 self._thread = None
 
-    def oldest(self, first: int) -> int:
-        """The oldest half of which rows are left before row ``first`` is served."""
-        return max(self._round(first)[0] - 2, 0)
+    def known(self, first: int) -> int:
+        """The half from which the text must be read to serve row ``first``: the last one whose place is known."""
+        oldest = max(self._round(first)[0] - 2, 0)
+        return max(half for half in list(self.starts) if half <= oldest)  # a list: a thread may add to it meanwhile
 
     def _round(self, first: int) -> tuple[int, int]:
         """(the round in which a row is served, its number there). Round 0 has a quarter of a half's rows, round 1 has
@@ -285,7 +286,7 @@ class Mixer:
         self._forget()
         self._held = self._held or self.source.head.held.empty(2 * self.half)
         self._seed, self._slots, self._free = seed, {}, list(range(2 * self.half))[::-1]
-        start = max(half for half in self.starts if half <= self.oldest(first))
+        start = self.known(first)
         self._placed, self._skip = start * self.half, self.starts[start].row
         self._parts = self.source.parts(self.starts[start])
         number, offset = self._round(first)

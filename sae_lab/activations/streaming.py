@@ -6,14 +6,14 @@ import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from sae_lab.activations.harvesting import in_numpy, prepared, tried
 from sae_lab.activations.mixing import Held, Mixer, Place, Source
-from sae_lab.activations.store import Harvested, Store, permute
+from sae_lab.activations.store import RESERVE_EVERY, Harvested, Store, permute
 from sae_lab.arguments import Count, as_annotated, check_least
 from sae_lab.costs import Cost
 from sae_lab.lm.model import LM
@@ -35,14 +35,15 @@ class Stream(Harvested):
 
     Args:
         sites: one or several, as for ``sl.harvest``; so are text, context, pack, mask and roles.
-        buffer: rows that are mixed, half of them new in each round. It takes 2 bytes a number; held-out rows and those
-            for calibration, which are the first of the text, take up to two thirds of that again.
+        buffer: rows that are mixed, half of them new in each round. It takes 2 bytes a number. The first rows of the
+            text, held-out ones and those for calibration, stay in memory beside it and take about two thirds of that
+            again (as much again and more where the first documents are long).
         keep: "disk" also writes the store that ``sl.harvest`` would write, and what lies there already is not read by
             the model again: ``stream.store`` opens it.
         path: of that store; None is its place in the cache.
 
     A training with ``path=`` that was interrupted goes on to the bits of an unbroken one: its checkpoint says where in
-    the text the buffer's rows stand, and they are read again.
+    the text the buffer's rows stand, and they are read again; the text before them is only cut into tokens.
 
     Raises ValueError as ``sl.harvest`` does, and for a buffer too small for a batch, and a text too short for one.
     """
@@ -50,7 +51,7 @@ class Stream(Harvested):
     def __init__(
         self, lm: LM, sites: Site | str | Iterable[Site | str], text: Documents, *, buffer: int = 65_536,
         context: int = 128, pack: bool = False, mask: TokenMask | None = None, roles: str | Sequence[str] = (),
-        keep: Literal["disk"] | None = None, path: str | Path | None = None,
+        keep: str | None = None, path: str | Path | None = None,
     ):  # fmt: skip
         if keep not in (None, "disk"):
             raise ValueError(f"keep must be 'disk' or None, got {keep!r}")
@@ -92,6 +93,7 @@ class Stream(Harvested):
 
     def _viewed(self, reads: Sequence[Site], writes: Sequence[Site]) -> "Stream":
         other = copy.copy(self)  # it reads the same buffer
+        vars(other).pop("watched", None)  # of the sites that were read before
         other.reads, other.writes = tuple(reads), tuple(writes) or tuple(reads)
         return other
 
@@ -129,7 +131,7 @@ class Stream(Harvested):
 
     def state(self, rows: Count) -> dict[str, int]:
         """Where in the text that stands which the buffer holds after so many training rows: for a checkpoint."""
-        half = max(half for half in self._mixer.starts if half <= self._mixer.oldest(rows))
+        half = self._mixer.known(rows)
         return {"half": half} | self._mixer.starts[half]._asdict()
 
     def resume(self, state: Mapping[str, Any]) -> None:
@@ -149,14 +151,17 @@ class Stream(Harvested):
     def cost(self, rows: Count) -> tuple[Cost, Batch, int]:
         """(the cost of reading so many training rows and of the memory that holds some, a few rows, how many stay in
         memory), for ``sl.estimate``."""
-        call, half = self._source.call, self._source.rows
-        wanted, stay = rows + 2 * half, half * 5 // 4  # the buffer is filled first, and is full at the end
-        there = call.rows_there() if self._source.on_disk else 0
-        found, tensors, scales = tried(call, wanted, there)
+        call, half, on_disk = self._source.call, self._source.rows, self._source.on_disk
+        wanted = rows + 2 * half  # the buffer is filled first, and is full at the end
+        with_reserved = RESERVE_EVERY / (RESERVE_EVERY - 1)
+        stay = int(half * with_reserved)
+        if on_disk:  # reserved rows are read too, and no row twice
+            wanted = int(wanted * with_reserved)
+        found, tensors, scales = tried(call, wanted, min(call.rows_there(), wanted) if on_disk else 0)
         held = Held.of(in_numpy(tensors), scales)
         cost = found._replace(
-            seconds=max(0, wanted - there) / found.parts["tokens per second"],
-            disk=found.disk * self._source.on_disk,
+            seconds=found.seconds if on_disk else wanted / found.parts["tokens per second"],
+            disk=found.disk * on_disk,
             ram=found.ram + held.nbytes * (self.buffer + stay) // len(held),
         )
         return cost, self._made(partial(held.get, np.arange(len(held)))), stay

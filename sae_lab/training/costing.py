@@ -45,10 +45,10 @@ def cost(
             return Cost(f"{path} holds the finished run")
         begun = found.header["step"] if (found := there.interrupted()) else 0
     steps = config.total_steps - begun
-    streamed, calibrated, shared = None, 0, False
+    streamed, shared, known, copied = None, False, len(rows), isinstance(rows, Harvested)
     if isinstance(rows, Stream):
         shared = rows.lm.device == coder.W_dec.device
-        streamed, sample, calibrated = rows.cost(steps * config.batch_size)
+        streamed, sample, known = rows.cost(steps * config.batch_size)
         rows = Rows(sample)
     longer = replace(config, tokens=None, steps=config.total_steps + 100)  # the trial may take more than there are
     with tempfile.TemporaryDirectory() as scratch, costs.peak() as peak:
@@ -64,7 +64,7 @@ def cost(
         slow = _steps_until_sparse(training, fresh, config.total_steps)
         later = statistics.median(timed(training.one_step)[1] for _ in range(3))
     with_dead = _step_with_dead(training)
-    calibrating = _calibration(training, peak, calibrated or len(rows))
+    calibrating = _calibration(training, peak, known, copied)
 
     slow = min(steps, max(0, slow - begun))
     stepping = slow * dense + (steps - slow) * later
@@ -137,8 +137,9 @@ def _step_with_dead(training: Training) -> float | None:
 
 
 @torch.no_grad()
-def _calibration(training: Training, steps: costs.Peak, known: int) -> Cost:
-    """What follows the last step: memory above what was in use before the first. known: rows, training's and others."""
+def _calibration(training: Training, steps: costs.Peak, known: int, copied: bool) -> Cost:
+    """What follows the last step: memory above what was in use before the first. known: rows, training's and others.
+    copied: they are calibrated on as copies."""
     training.fold()
     coder, rows = training.coder, training.rows
     device = coder.W_dec.device
@@ -149,7 +150,7 @@ def _calibration(training: Training, steps: costs.Peak, known: int) -> Cost:
     few = rows.reserved(-(-unseen * len(x) // whole))
     ram, vram = costs.in_use()  # gradients and Adam's moments are still there, and all that was loaded on the way
     found = calibration_cost(coder, x, None if few is None else few.to(device), whole)
-    held = (unseen + (whole if isinstance(rows, Store) else 0)) * x[0].numel() * 4  # all that is calibrated on
+    held = (unseen + whole * copied) * x[0].numel() * 4  # all that is calibrated on
     on_gpu = device.type == "cuda"
     return found._replace(
         seconds=found.seconds + reading * whole / len(x),
