@@ -113,7 +113,7 @@ def quality(lm: sl.LM, text: sl.Text, config: sl.TrainConfig) -> tuple[float, fl
 
 def memory(lm: sl.LM, text: sl.Text, rows: int, batch_size: int) -> dict[str, float]:
     """MB in use after each tenth of the rows, above those before the stream. The model's output is simulated."""
-    pool = torch.randn(FORWARD_TOKENS, CONTEXT, lm.width(SITE))[:, 0]
+    pool = torch.randn(FORWARD_TOKENS, lm.width(SITE))
 
     def simulated(lm: sl.LM, batch: Any, *args: Any, **kwargs: Any) -> Any:
         return {SITE: pool[: batch.ids.numel()].reshape(*batch.ids.shape, -1)}, None

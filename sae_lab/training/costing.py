@@ -45,7 +45,7 @@ def cost(
             return Cost(f"{path} holds the finished run")
         begun = found.header["step"] if (found := there.interrupted()) else 0
     steps = config.total_steps - begun
-    streamed, shared, known, copied = None, False, len(rows), isinstance(rows, Harvested)
+    streamed, shared, known, copied = None, False, 0, isinstance(rows, Harvested)
     if isinstance(rows, Stream):
         shared = rows.lm.device == coder.W_dec.device
         streamed, sample, known = rows.cost(steps * config.batch_size)
@@ -64,7 +64,7 @@ def cost(
         slow = _steps_until_sparse(training, fresh, config.total_steps)
         later = statistics.median(timed(training.one_step)[1] for _ in range(3))
     with_dead = _step_with_dead(training)
-    calibrating = _calibration(training, peak, known, copied)
+    calibrating = _calibration(training, peak, known or len(rows), copied)
 
     slow = min(steps, max(0, slow - begun))
     stepping = slow * dense + (steps - slow) * later

@@ -52,9 +52,10 @@ class TrainingMonitor(Panel):
 
     Attributes: ``run``, the ``Run`` of ``start`` when it is done, else None; ``state``: "waiting", "running",
     "pausing", "paused", "stopping", "finishing" (thresholds are fitted), "done", "stopped", "interrupted" or "failed".
-    Traits, read only: ``status``, a dict of state, step, steps, tokens, passes over the data, tokens_per_second,
-    seconds_left and more; ``curves``, {coder: {"step": [...], "loss": [...], ...}} as in ``Curves``, as of the last
-    pause or end; ``lines``, what may be changed of each coder; ``changes``, what was changed; ``can_start``; ``error``.
+    Traits, read only: ``status``, a dict of state, step, steps, tokens, passes over the data (0 of a stream),
+    tokens_per_second, seconds_left and more; ``curves``, {coder: {"step": [...], "loss": [...], ...}} as in ``Curves``,
+    as of the last pause or end; ``lines``, what may be changed of each coder; ``changes``, what was changed;
+    ``can_start``; ``error``.
 
     The training goes on whatever happens to the monitor, closing included. ``Run.changes`` has what was changed, and
     ``monitor.code()`` the call that does the same again. While a cell trains, clicks are heard on ipykernel 7 only;

@@ -263,7 +263,8 @@ def test_memory_is_flat(stream):
         if step % 50 == 0:
             found.append(tracemalloc.get_traced_memory()[0])
     tracemalloc.stop()
-    assert found[-1] - found[0] < 150 * 64 * 48 * 2 / 4, found  # a quarter of the batches that were served between
+    # Half of the rows that were served between; what the model has read ahead goes up and down by a tenth of them.
+    assert found[-1] - found[0] < 150 * 64 * 48 * 2 / 2, found
 
 
 # ---- interrupted
@@ -428,4 +429,5 @@ def test_an_estimate(stream, tmp_path):
     assert long.minutes > 10 * short.minutes > 0 and long.parts["minutes of the model"] > 0
     wide = sl.estimate(sl.train, coder(), stream(buffer=200_000), config(tokens=10_000))
     assert wide.ram - short.ram > 200_000 * 96 and short.disk == 0
-    assert sl.estimate(sl.train, coder(), stream(keep="disk", path=tmp_path / "s"), config(tokens=10_000)).disk > 0
+    kept = sl.estimate(sl.train, coder(), stream(keep="disk", path=tmp_path / "s"), config(tokens=10_000))
+    assert kept.disk > 0 and not (tmp_path / "s").exists()  # the trial wrote elsewhere

@@ -114,6 +114,8 @@ describe("what it shows", () => {
     expect(one(".saelab-state").textContent).toBe("▶ running");
     expect(one(".saelab-figures").textContent).toContain("491,520 tokens0.50 passes over the data9,000 tokens/s6 min 40 s left");
     expect(one("[role=progressbar]").getAttribute("aria-valuetext")).toBe("step 120 of 1,000");
+    kernel.set("status", status({ passes: 0 })); // of a stream they are not known
+    expect(one(".saelab-figures").textContent).toContain("491,520 tokens9,000 tokens/s");
     kernel.set("status", status({ state: "failed", why: `ValueError: ${ATTACK}` }));
     expect(one(".saelab-monitor-progress [role=alert]").textContent).toContain(ATTACK);
     expect(el.querySelector("img")).toBeNull();
