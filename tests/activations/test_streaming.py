@@ -263,7 +263,7 @@ def test_memory_is_flat(stream):
         if step % 50 == 0:
             found.append(tracemalloc.get_traced_memory()[0])
     tracemalloc.stop()
-    # Half of the rows that were served between; what the model has read ahead goes up and down by a tenth of them.
+    # Half of the rows that were served between; what the model has read ahead goes up and down by 15 % of them.
     assert found[-1] - found[0] < 150 * 64 * 48 * 2 / 2, found
 
 
