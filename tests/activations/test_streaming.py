@@ -270,18 +270,34 @@ def test_memory_is_flat(stream):
 # ---- interrupted
 
 
-@pytest.mark.parametrize("stop, total", [(7, 40), (25, 40), (60, 90)])  # early; later; in the text's second pass
-def test_a_resumed_run_is_an_unbroken_one(stream, tmp_path, stop, total):
+@pytest.mark.parametrize("stop, total, keep", [(7, 40, None), (25, 40, "disk"), (60, 90, None)])  # last: second pass
+def test_a_resumed_run_is_an_unbroken_one(stream, tmp_path, stop, total, keep):
+    def made(folder):
+        return stream(keep=keep, path=tmp_path / folder if keep else None)
+
     def interrupt(event):
         if event.kind == "step" and event.step == stop:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        sl.train(coder(), stream(), config(steps=total), path=tmp_path / "run", callbacks=[interrupt])
+        sl.train(coder(), made("kept"), config(steps=total), path=tmp_path / "run", callbacks=[interrupt])
     resumed, unbroken = coder(), coder()
-    run = sl.train(resumed, stream(), config(steps=total), path=tmp_path / "run")
-    assert run.history == sl.train(unbroken, stream(), config(steps=total)).history
+    run = sl.train(resumed, made("kept"), config(steps=total), path=tmp_path / "run")
+    assert run.history == sl.train(unbroken, made("other"), config(steps=total)).history
     assert same(resumed, unbroken)
+
+
+def test_a_resumed_sweep_is_an_unbroken_one(stream, tmp_path):
+    def interrupt(event):
+        if event.kind == "step" and event.step == 15:
+            raise KeyboardInterrupt  # the others are at step 14
+
+    def sweep(**kwargs):
+        return sl.sweep({"TopK": {"k": [2, 4]}}, stream([A, B]), config(steps=20), d_sae=96, **kwargs).coders
+
+    with pytest.raises(KeyboardInterrupt):
+        sweep(path=tmp_path, callbacks=[interrupt])
+    assert all(same(a, b) for a, b in zip(sweep(path=tmp_path), sweep(), strict=True))
 
 
 def train_own(folder, callbacks=()):
