@@ -1,4 +1,4 @@
-"""The buffer of a stream: rows as the model reads them come in in the order of the text and go out mixed.
+"""The buffer of a stream: rows come in as the model reads them, in the order of the text, and go out mixed.
 
 What is read, and which tokens count, is what ``sl.harvest`` would read: the reader is the same. Training rows are dealt
 in the order of the text into halves of the buffer. A quarter of a half's rows is served in the round in which the half
