@@ -30,8 +30,8 @@ class Stream(Harvested):
 
     The model reads on while the coder takes its steps, on a thread: two devices then work at the same time; on one CPU
     both share its cores. A text that ends begins again. Every fifth document (in a text of fewer than ten, every fifth
-    context) is kept from training, as in a store; those at the start of the text give the held-out rows. Model and coder
-    may be on different devices and of different dtypes: the buffer is in main memory, in half precision.
+    context) is kept from training, as in a store; those at the start of the text give the held-out rows. Model and
+    coder may be on different devices and of different dtypes: the buffer is in main memory, in half precision.
 
     Args:
         sites: one or several, as for ``sl.harvest``; so are text, context, pack, mask and roles.
