@@ -243,7 +243,7 @@ def test_what_cannot_be_watched(store, make_tiny, small_text, x):
     train, settings = sl.train, sl.TrainConfig(steps=2, batch_size=64)
     with pytest.raises(ValueError, match=r"watch is a model and held-out text, watch=\(lm, text.held_out\), got"):
         train(sl.TopK(48, 64, k=4), store, settings, watch=(small_text, make_tiny("llama")))
-    with pytest.raises(ValueError, match="its site, which only a store knows: train on a store"):
+    with pytest.raises(ValueError, match="its site, which only a store or a stream knows: train on one of them"):
         train(sl.TopK(D, N, k=4), x, settings, watch=(make_tiny("llama"), small_text))
     with pytest.raises(ValueError, match="watch needs the model of the store, LlamaForCausalLM, got"):
         train(sl.TopK(48, 64, k=4), store, settings, watch=(make_tiny("gpt2"), small_text))
