@@ -175,7 +175,8 @@ class Harvest:
         """The text has been read to its end into the folder."""
         if not self.manifest["complete"]:
             with cache.sole_writer(self.folder):
-                self.manifest = self._open() | {"complete": True}
+                self.manifest = self._open()
+                self.manifest["complete"] = True
                 self._save_manifest()
 
     def _judged(self) -> list[bool]:

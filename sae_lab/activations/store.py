@@ -157,7 +157,9 @@ class Harvested(Shuffled):
     """Base of ``Store`` and ``Stream``: activations at sites of a model, of which some are read and some written."""
 
     identity: dict[str, Any]
-    manifest: dict[str, Any]
+    manifest: Any  # of a store: a dict that is read once; of a stream: made when the text is
+    fingerprint: Any
+    excluded: Any
     sites: list[Site]
     reads: tuple[Site, ...]
     writes: tuple[Site, ...]

@@ -136,7 +136,9 @@ class Stream(Harvested):
 
     def resume(self, state: Mapping[str, Any]) -> None:
         """Go on from what ``state`` gave. ValueError for anything else."""
-        values = [state.get(name) for name in ("half", *Place._fields)] if isinstance(state, Mapping) else [None]
+        values: list[Any] = [None]
+        if isinstance(state, Mapping):
+            values = [state.get(name) for name in ("half", *Place._fields)]
         if not all(type(value) is int and 0 <= value < 1 << 40 for value in values):
             raise ValueError(
                 f"a stream's place in its text is four whole numbers, got {state!r:.80}: delete the checkpoint to "

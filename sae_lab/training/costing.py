@@ -30,7 +30,7 @@ DEAD = "minutes if a tenth of the features die"
 
 
 def cost(
-    coder: SparseCoder, data: Harvested | Tensor | Batch, config: TrainConfig | None, path: str | Path | None,
+    coder: SparseCoder, data: Store | Stream | Tensor | Batch, config: TrainConfig | None, path: str | Path | None,
     callbacks: Any, changes: Iterable[Mapping[str, Any]], watch: Any,
 ) -> Cost:  # fmt: skip
     """What ``train`` will take with these arguments. Tried: up to 20 steps, a checkpoint and a part of the calibration;

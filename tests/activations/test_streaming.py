@@ -195,7 +195,7 @@ def test_the_model_reads_while_the_coder_steps(stream, passes):
     assert {name.split("_")[0] for name, *_ in passes} == {"MainThread", "sae"}  # the start; all that follows
     wait()
     many = len(passes)
-    rows.watched, rows.reserved(50)  # these rows are still there
+    assert rows.watched is not None and rows.reserved(50) is not None  # these rows are still there
     assert len(passes) == many
 
 
