@@ -301,9 +301,11 @@ class CrossLayerTranscoder(BatchTopK):
                     "source": {"format": found.format, "path": found.where}}  # fmt: skip
         return clt.eval()
 
-    def save(self, path: str | Path, format: str = "sae_lab", dtype: torch.dtype = torch.float32) -> Path:
+    def save(
+        self, path: str | Path, format: str = "sae_lab", dtype: torch.dtype = torch.float32, bits: int | None = None
+    ) -> Path:
         self._require_rows()
-        return super().save(path, format, dtype)
+        return super().save(path, format, dtype, bits)
 
 
 class CrossLayerSet(TranscoderSet):

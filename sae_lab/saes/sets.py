@@ -113,14 +113,14 @@ class TranscoderSet:
             coder.to(device)
         return self
 
-    def save(self, path: str | Path, dtype: torch.dtype = torch.float32) -> Path:
+    def save(self, path: str | Path, dtype: torch.dtype = torch.float32, bits: int | None = None) -> Path:
         """``coders.save("folder")``: write each transcoder into a folder of its own inside, as ``sae.save`` does, and
-        an index, last. dtype: of the matrices. Returns the folder."""
+        an index, last. dtype, bits: of the matrices, as there. Returns the folder."""
         folder = Path(path)
         names = {layer: f"layer_{layer}" for layer in self.layers}
         (folder / INDEX).unlink(missing_ok=True)  # until all are written the folder is no set
         for layer, name in names.items():
-            self[layer].save(folder / name, dtype=dtype)
+            self[layer].save(folder / name, dtype=dtype, bits=bits)
         with cache.atomic(folder / INDEX) as temporary:
             layers = {str(layer): name for layer, name in names.items()}
             files.write_json(temporary, {"format": FORMAT, "version": VERSION, "layers": layers}, indent=2)

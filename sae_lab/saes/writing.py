@@ -13,14 +13,15 @@ import torch
 
 from sae_lab import cache, noting
 from sae_lab.files import write_tensors
+from sae_lab.saes import packing
 
-FORMAT, VERSION = "sae_lab coder", 1
+FORMAT, VERSION = "sae_lab coder", 2  # 2: matrices in 8 or 4 bits; others are written as version 1, as before
 FILES = ("config.json", "sae.safetensors")
 # Other formats: (the files by which one is known, what writes a coder into a folder).
 OTHERS: dict[str, tuple[tuple[str, ...], Callable[[Any, Path], Path]]] = {}
 
 
-def save(coder: Any, path: str | Path, format: str, dtype: torch.dtype) -> Path:
+def save(coder: Any, path: str | Path, format: str, dtype: torch.dtype, bits: int | None = None) -> Path:
     """Write a coder into the folder ``path``; see ``SparseCoder.save``."""
     folder, known = Path(path), {"sae_lab": FILES} | {name: files for name, (files, _) in OTHERS.items()}
     there = {name for name, files in known.items() if all((folder / file).exists() for file in files)}
@@ -31,18 +32,20 @@ def save(coder: Any, path: str | Path, format: str, dtype: torch.dtype) -> Path:
         )
     if dtype != torch.float32 and format != "sae_lab":
         raise ValueError(f"only the format 'sae_lab' is written in {dtype}: leave dtype= out for {format!r}")
+    if bits is not None and (bits not in packing.BITS or format != "sae_lab" or dtype != torch.float32):
+        raise ValueError(f"bits must be 8 or 4, in the format 'sae_lab' and without dtype=, got {bits} in {format!r}")
     if format not in known:
         raise ValueError(f"unknown format {format!r}; supported: {', '.join(known)}")
     coder.id  # noqa: B018 (made now, it goes into the file)
-    OTHERS[format][1](coder, folder) if format in OTHERS else _write(coder, folder, dtype)
+    OTHERS[format][1](coder, folder) if format in OTHERS else _write(coder, folder, dtype, bits)
     noting.save_beside(coder, folder)
     return folder
 
 
-def _write(coder: Any, folder: Path, dtype: torch.dtype) -> None:
+def _write(coder: Any, folder: Path, dtype: torch.dtype, bits: int | None) -> None:
     config = {
         "format": FORMAT,
-        "version": VERSION,
+        "version": 1 if bits is None else VERSION,
         "family": type(coder).__name__,
         "config": coder.config,
         "pre_bias": coder.pre_bias,
@@ -52,7 +55,10 @@ def _write(coder: Any, folder: Path, dtype: torch.dtype) -> None:
         "meta": coder.meta,
     }
     text = json.dumps(config, indent=2)
-    tensors = {name: _written(name, t, dtype) for name, t in coder.state_dict().items()}
+    tensors: dict[str, torch.Tensor] = {}
+    for name, t in coder.state_dict().items():
+        whole = bits is None or t.dim() < 2 or not t.is_floating_point()
+        tensors |= {name: _written(name, t, dtype)} if whole else packing.packed(name, t, bits or 8)
     with cache.together(folder) as temporary:
         write_tensors(tensors, temporary / "sae.safetensors", {"config": text})
         (temporary / "config.json").write_text(text)
@@ -66,5 +72,5 @@ def _written(name: str, t: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         return t
     if not dtype.is_floating_point or not bool(t.to(dtype).isfinite().all()):
         largest = float(t.abs().max())
-        raise ValueError(f"{dtype} cannot hold {name}, whose largest number is {largest:.3g}: save float32")
+        raise ValueError(f"{dtype} cannot hold {name}, whose largest number is {largest:.3g}: save float32, or bits=8")
     return t.to(dtype)

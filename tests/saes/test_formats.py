@@ -12,6 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import sae_lab as sl
+from sae_lab import files
+from sae_lab.saes import packing
 from tests.saes.conftest import make, normal
 
 
@@ -246,6 +248,7 @@ def test_saving_where_no_folder_can_be(tmp_path):
 KILLED = """
 import os, random, signal, sys, time, torch
 import sae_lab as sl
+from sae_lab import files
 torch.set_num_threads(1)
 coders = [sl.TopK(64, 2048, k=4, seed=seed) for seed in (1, 2)]
 known = {c.fingerprint() for c in coders}
@@ -290,6 +293,52 @@ def test_float16_rounds_matrices_only(tmp_path):
         assert read.state_dict()[name].dtype == torch.float32
         limit = 2**-11 * t.abs().max() if t.dim() == 2 else 0  # float16 has 11 bits
         assert (read.state_dict()[name] - t).abs().max() <= limit, name
+
+
+@pytest.mark.parametrize(("bits", "error"), [(8, 0.008), (4, 0.12)])
+@pytest.mark.parametrize("family", ["BatchTopK", "Gated", "Transcoder"])
+def test_matrices_in_few_bits(tmp_path, family, bits, error):
+    """64 numbers, of one feature, share a scale: rounding loses 1/(2·127) or 1/(2·7) of the largest of them at most."""
+    coder = make(family)
+    coder.W_enc.data[:, 3] *= 100  # the others must not be rounded by this feature's scale
+    if coder.W_enc.stride(0) == 1:
+        coder.W_enc.data = coder.W_enc.data.contiguous()  # the same file, however a matrix lies in memory
+    packed = coder.save(tmp_path / "packed", bits=bits) / "sae.safetensors"
+    half = coder.save(tmp_path / "half", dtype=torch.float16) / "sae.safetensors"
+    assert packed.stat().st_size < half.stat().st_size * (bits / 16 + 0.1) + 4_000
+    read = sl.load(tmp_path / "packed")
+    for name, t in coder.state_dict().items():
+        there = read.state_dict()[name]
+        if t.dim() < 2:
+            assert torch.equal(there.nan_to_num(), t.nan_to_num()), name
+            continue
+        axis = 0 if name == "W_enc" else 1
+        off = (there - t).norm(dim=axis) / t.norm(dim=axis).clamp_min(1e-9)
+        assert 0 < float(off.max()) < error, name
+    again = sl.load(read.save(tmp_path / "again", bits=8)).state_dict()["W_dec"]
+    if bits == 8:
+        assert torch.allclose(again, read.W_dec, atol=1e-6), "rounded numbers are rounded to themselves"
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("shape", [(5, 1), (7, 65), (2, 3, 130)])
+def test_rows_of_any_width_in_few_bits(shape, bits):
+    for name in ("W_enc", "W_skip"):
+        matrix = normal(*shape)
+        there = packing.unpacked(packing.packed(name, matrix, bits), {name: matrix.to("meta")})
+        assert set(there) == {name} and (there[name] - matrix).norm() < {8: 0.01, 4: 0.12}[bits] * matrix.norm()
+
+
+def test_a_damaged_file_of_few_bits(tmp_path):
+    coder = make("TopK")
+    file = coder.save(tmp_path / "a", bits=4) / "sae.safetensors"
+    tensors, notes = files.read_tensors(file)
+    for name, tensor in [("W_dec.scale", tensors["W_dec.scale"][:-1]), ("W_dec.int4", tensors["W_dec.int4"][:-32])]:
+        files.write_tensors(tensors | {name: tensor}, file, {"config": notes["config"]})
+        with pytest.raises(ValueError, match=r"W_dec\.int4 and W_dec\.scale do not fit the shape \(\d+, 16\) of W_dec"):
+            sl.load(tmp_path / "a")
+    with pytest.raises(ValueError, match="bits must be 8 or 4, in the format 'sae_lab' and without dtype=, got 3"):
+        coder.save(tmp_path / "b", bits=3)
 
 
 def test_a_dtype_that_cannot_hold_the_weights(tmp_path):

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from sae_lab import files
+from sae_lab.saes import packing
 from sae_lab.saes.base import SparseCoder
 from sae_lab.saes.families import FAMILIES
 from sae_lab.saes.io.layouts import must_hold
@@ -56,6 +57,10 @@ def build(config: dict[str, Any], weights: dict[str, torch.Tensor], where: Path)
             coder = family(**config["config"])
     except (TypeError, ValueError, RuntimeError, ArithmeticError, LookupError, AttributeError) as err:
         raise ValueError(f"{where}/config.json has a config that {config['family']} does not take ({err})") from err
+    try:
+        weights = packing.unpacked(weights, coder.state_dict())
+    except ValueError as err:
+        raise ValueError(f"{where}/sae.safetensors: {err}") from None
     check(coder, weights, f"{where}/sae.safetensors")
     assign(coder, weights)
     coder.pre_bias, coder.input_norm = config["pre_bias"], config["input_norm"]
