@@ -1,0 +1,168 @@
+"""Train a transcoder for each layer of the bundled model, pack them into few bits, and measure what they are worth.
+
+    python benchmarks/transcoders.py              # harvest, train, choose the bits, measure, write sae_lab/data
+    python benchmarks/transcoders.py --only train # one step: harvest, train, pack or measure
+
+One pass of the model serves all layers: what 30 MLPs read and write, 69 kB a token on disk (runs/transcoders; the store
+may be deleted after the training). Each step goes on where it was interrupted. The card is of the weights shipped, on
+held-out documents, each figure beside two controls: the weights in float32, and the MLP's own neurons, the k with the
+largest writes in place of the features.
+"""
+
+import argparse
+import contextlib
+import json
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import sae_lab as sl
+from sae_lab.activations.contexts import spread_contexts
+from sae_lab.lm.text import padded
+
+ROOT = Path(__file__).resolve().parent.parent
+WORK, PACKAGE = ROOT / "runs" / "transcoders", ROOT / "sae_lab" / "data" / "saes" / "smollm2-135m" / "transcoders"
+RESULTS = ROOT / "benchmarks" / "results" / "transcoders.json"
+K = 32
+BUDGET = 24e6  # bytes for the whole set
+# (every how many layers one, its width, the bits of its weights): each fits the budget.
+SHAPES = {"narrow": (1, 1248, 4), "every second": (2, 2496, 4), "fine": (1, 624, 8)}
+EVALUATED, CONTEXT, PROMPTS = 8_192, 128, 50
+
+
+def name(shape: str) -> str:
+    return shape.replace(" ", "-")
+
+
+def harvested(lm: sl.LM, tokens: int) -> sl.Store:
+    sites = [sl.Site(kind, layer) for layer in range(lm.n_layers) for kind in ("mlp_in", "mlp_out")]
+    return sl.harvest(lm, sites, sl.load_text("mix"), tokens, path=WORK / "store")
+
+
+def trained(store: sl.Store, layer: int, width: int, tokens: int) -> sl.SparseCoder:
+    reads, writes = sl.Site("mlp_in", layer), sl.Site("mlp_out", layer)
+    d = store.at(reads).width
+    coder = sl.Transcoder(d, width, k=K, d_out=store.at(writes).width)
+    coder.reads, coder.writes = (reads,), (writes,)
+    config = sl.TrainConfig(tokens=tokens, log_every=50)
+    sl.train(coder, store.view((reads,), (writes,)), config, path=WORK / f"{width}-{layer}")
+    return coder
+
+
+@contextlib.contextmanager
+def neurons(lm: sl.LM, k: int) -> Iterator[None]:
+    """Within, each MLP keeps k of its neurons on each token, those that write most, but at position 0."""
+    def kept(module: torch.nn.Linear, args: tuple[Tensor]) -> tuple[Tensor]:
+        (h,) = args
+        size = h.abs() * module.weight.norm(dim=0)
+        on = size >= size.topk(k, dim=-1).values[..., -1:]
+        on[:, 0] = True
+        return (h * on,)
+
+    down = [m for at, m in lm.module.named_modules() if at.endswith("mlp.down_proj")]
+    handles = [m.register_forward_pre_hook(kept) for m in down]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def replaced(lm: sl.LM, coders: sl.TranscoderSet | None) -> dict[str, float]:
+    """Loss, and how often the likeliest token stays the same, with all MLPs replaced: by a set, or by their neurons."""
+    contexts = spread_contexts(lm, sl.load_text("mix").held_out, EVALUATED, CONTEXT)
+    edits = [] if coders is None else [sl.Splice(coder) for coder in coders]
+    losses, same, clean_losses = [], [], []
+    for context in contexts:
+        batch = padded([context])
+        clean = lm.logits(batch)[0, :-1]
+        with neurons(lm, K) if coders is None else contextlib.nullcontext():
+            logits = lm.logits(batch, edits)[0, :-1]
+        answers = batch.ids[0, 1:]
+        clean_losses.append(torch.nn.functional.cross_entropy(clean, answers, reduction="none"))
+        losses.append(torch.nn.functional.cross_entropy(logits, answers, reduction="none"))
+        same.append(clean.argmax(-1) == logits.argmax(-1))
+    added = [float((a - b).mean()) for a, b in zip(losses, clean_losses, strict=True)]
+    return {
+        "loss": round(float(torch.cat(losses).mean()), 3),
+        "clean": round(float(torch.cat(clean_losses).mean()), 3),
+        "added": round(statistics.fmean(added), 3),
+        "added_se": round(statistics.stdev(added) / len(added) ** 0.5, 3),
+        "same_top": round(float(torch.cat(same).float().mean()), 3),
+    }
+
+
+def layers_of(lm: sl.LM, coders: sl.TranscoderSet) -> list[dict[str, float]]:
+    """Of each layer: FVU and L0 on kept tokens, and the loss added by this transcoder alone."""
+    text, rows = sl.load_text("mix").held_out, []
+    for coder in coders:
+        result = sl.evals.reconstruction(coder, lm, text, tokens=2_048, context=CONTEXT)
+        figures = ("fvu", "l0", "ce_delta", "ce_delta_se", "ce_delta_mean_ablation")
+        rows.append({"layer": coder.writes[0].layer} | {f: round(getattr(result, f), 4) for f in figures})
+        print(rows[-1], flush=True)
+    return rows
+
+
+def graphs(lm: sl.LM, coders: sl.TranscoderSet) -> dict[str, Any]:
+    """Scores of graphs: the next token of the first 20 of held-out documents."""
+    found = []
+    for document in sl.load_text("mix").held_out[:PROMPTS]:
+        graph = sl.circuits.trace(lm, coders, lm.tokenizer.decode(lm.tokenize(document).ids[0, 1:20]), features=1024)
+        found.append({f: getattr(graph, f) for f in ("replacement", "completeness", "completeness_inner", "visited")})
+        print(found[-1], flush=True)
+    return {key: [round(q, 3) for q in statistics.quantiles([one[key] for one in found], n=4)] for key in found[0]}
+
+
+def whole(shape: str, layers: int) -> sl.TranscoderSet:
+    """The set in float32, as it was trained."""
+    every, width, _ = SHAPES[shape]
+    return sl.TranscoderSet([sl.load(WORK / f"{width}-{layer}") for layer in range(0, layers, every)])
+
+
+def packed(shape: str, layers: int) -> Path:
+    _, _, bits = SHAPES[shape]
+    coders = whole(shape, layers)
+    folder = coders.save(WORK / name(shape), bits=bits)
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    assert size < BUDGET, f"{shape}: {size / 1e6:.1f} MB are more than {BUDGET / 1e6:.0f}"
+    return folder
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tokens", type=int, default=600_000, help="to harvest")
+    parser.add_argument("--train", type=int, default=2_400_000, help="tokens of training of each layer")
+    parser.add_argument("--only", choices=("harvest", "train", "pack", "measure"))
+    parser.add_argument("--shape", choices=SHAPES, action="append")
+    args = parser.parse_args()
+    steps = [args.only] if args.only else ["harvest", "train", "pack", "measure"]
+    lm = sl.LM()
+    if "harvest" in steps or "train" in steps:
+        store = harvested(lm, args.tokens)
+    for shape in args.shape or SHAPES:
+        every, width, _ = SHAPES[shape]
+        if "train" in steps:
+            for layer in range(0, lm.n_layers, every):
+                trained(store, layer, width, args.train)
+        if "pack" in steps:
+            packed(shape, lm.n_layers)
+        if "measure" in steps:
+            found = {}
+            for precision, coders in [
+                (shape, sl.TranscoderSet.load(WORK / name(shape))),
+                ("float32", whole(shape, lm.n_layers)),
+            ]:
+                found[precision] = {"replaced": replaced(lm, coders), "layers": layers_of(lm, coders)}
+                if precision == shape:
+                    found[precision]["graphs"] = graphs(lm, coders)
+            known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+            known |= {shape: {"width": width, "every": every, **found}, "neurons": replaced(lm, None)}
+            RESULTS.write_text(json.dumps(known, indent=1))
+
+
+if __name__ == "__main__":
+    main()
