@@ -96,14 +96,17 @@ def replaced(lm: sl.LM, coders: sl.TranscoderSet | None) -> dict[str, float]:
     }
 
 
-def layers_of(lm: sl.LM, coders: sl.TranscoderSet) -> list[dict[str, float]]:
-    """Of each layer: FVU and L0 on kept tokens, and the loss added by this transcoder alone."""
-    text, rows = sl.load_text("mix").held_out, []
-    for coder in coders:
-        result = sl.evals.reconstruction(coder, lm, text, tokens=2_048, context=CONTEXT)
-        figures = ("fvu", "l0", "ce_delta", "ce_delta_se", "ce_delta_mean_ablation")
-        rows.append({"layer": coder.writes[0].layer} | {f: round(getattr(result, f), 4) for f in figures})
-        print(rows[-1], flush=True)
+def layers_of(lm: sl.LM, coders: sl.TranscoderSet, alone: bool) -> list[dict[str, float]]:
+    """Of each layer: FVU and L0 but at position 0; with alone, the loss that this transcoder adds by itself."""
+    contexts = spread_contexts(lm, sl.load_text("mix").held_out, 2_048, CONTEXT)
+    batch = padded(contexts)
+    found = coders.check(lm.read(batch, coders.sites))
+    rows = [{"layer": layer, "fvu": round(c["fvu"], 4), "l0": round(c["l0"], 2)} for layer, c in found.items()]
+    if alone:
+        clean = lm.loss(batch, per_token=True)[:, 1:]
+        for row in rows:
+            cost = (lm.loss(batch, [sl.Splice(coders[row["layer"]])], per_token=True)[:, 1:] - clean).nanmean(1)
+            row |= {"added": round(float(cost.mean()), 4), "added_se": round(float(cost.std()) / len(cost) ** 0.5, 4)}
     return rows
 
 
@@ -156,7 +159,8 @@ def main() -> None:
                 (shape, sl.TranscoderSet.load(WORK / name(shape))),
                 ("float32", whole(shape, lm.n_layers)),
             ]:
-                found[precision] = {"replaced": replaced(lm, coders), "layers": layers_of(lm, coders)}
+                layers = layers_of(lm, coders, alone=precision == shape)
+                found[precision] = {"replaced": replaced(lm, coders), "layers": layers}
                 if precision == shape:
                     found[precision]["graphs"] = graphs(lm, coders)
             known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
