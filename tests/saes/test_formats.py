@@ -149,7 +149,7 @@ def test_values_that_are_not_finite(saved, name, value):
 @pytest.mark.parametrize("both", [False, True])
 def test_a_newer_version(saved, both):
     rewrite(saved, config=lambda c: c.update(version=99), both=both)
-    with pytest.raises(ValueError, match="format version 99 is newer than 1: upgrade sae_lab"):
+    with pytest.raises(ValueError, match="format version 99 is newer than 2: upgrade sae_lab"):
         sl.load(saved)
 
 
