@@ -1,6 +1,7 @@
 """Cross-layer transcoders: features that read the MLP input of a layer and write to its MLP output and later ones."""
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from sae_lab.saes.io import cross_layer, ours
 from sae_lab.saes.io.places import hub_id
 from sae_lab.saes.sets import TranscoderSet
 from sae_lab.types import Batch, Codes, Site
+
+log = logging.getLogger(__name__)
 
 ACTIVATIONS = ("batchtopk", "topk", "jumprelu")
 # (layer of the features, layer that they write to, their numbers in the layer) -> rows "some d_out"
@@ -93,7 +96,9 @@ class CrossLayerTranscoder(BatchTopK):
         """``clt.rows(3, 5, [0, 7])``: W_dec[3, 5] of two features of layer 3: what they write to layer 5 if they are 1.
         Where W_dec lies in files, only these rows are read. ValueError for a target before the layer."""
         if not 0 <= layer <= target < self.layers:
-            raise ValueError(f"features write to their layer and later ones of {self.layers}, got {layer} and {target}")
+            raise ValueError(f"features write to their layer and later of {self.layers}, got {layer} and {target}")
+        if len(features) and not 0 <= int(features.min()) <= int(features.max()) < self.width:
+            raise ValueError(f"features of a layer go from 0 to {self.width - 1}, got {features.tolist()[:5]}")
         if self.files is not None:
             return self.files(layer, target, features)
         return self.W_dec.view(self.layers, self.width, *self.out_shape)[layer, features, target]
@@ -124,6 +129,25 @@ class CrossLayerTranscoder(BatchTopK):
         coder.reads, coder.writes = self.reads[layer : layer + 1], self.writes[layer : layer + 1]
         coder.meta = {key: value for key, value in self.meta.items() if key != "id"}
         return coder.eval()
+
+    @as_annotated
+    @torch.no_grad()
+    def check(self, activations: Mapping[Site, Tensor]) -> dict[int, dict[str, float]]:
+        """``clt.check(lm.read(text, [*clt.reads, *clt.writes]))``: FVU and L0 by layer on these activations, "batch pos
+        d" by site, without each row's first position and padding. A warning names layers where FVU is above 1."""
+        rows = {site: acts[:, 1:].flatten(0, 1).to(self.b_dec) for site, acts in activations.items()}
+        x, y = (torch.stack([rows[site] for site in sites], 1) for sites in (self.reads, self.writes))
+        real = x.flatten(1).any(1)
+        with self.evaluating():
+            out = self(x[real])
+        error, spread = (t.square().sum((0, 2)) for t in (y[real] - out.x_hat, y[real] - y[real].mean(0)))
+        l0 = (out.f > 0).view(-1, self.layers, self.width).sum(-1).float().mean(0)
+        layers, fvu = [int(site.layer or 0) for site in self.reads], (error / spread).tolist()
+        figures = zip(layers, fvu, l0.tolist(), strict=True)
+        found = {layer: {"fvu": f, "l0": n, "tokens": int(real.sum())} for layer, f, n in figures}
+        if bad := [layer for layer, f in zip(layers, fvu, strict=True) if not f <= 1]:
+            log.warning("this coder does not fit the activations: FVU is above 1 in layers %s", bad)
+        return found
 
     def as_set(self) -> "CrossLayerSet":
         """Its layers as a ``TranscoderSet`` whose features write to later layers too, as ``sl.circuits.trace`` does."""
@@ -312,14 +336,24 @@ class CrossLayerSet(TranscoderSet):
     """The layers of a cross-layer transcoder as a set, whose features write to later layers too."""
 
     def __init__(self, clt: CrossLayerTranscoder):
-        if len(clt.reads) != clt.layers or len(clt.writes) != clt.layers:
+        at = [site.layer for site in clt.reads]
+        if len(at) != clt.layers or len(clt.writes) != clt.layers or at != sorted(at, key=lambda n: n or 0):
             raise ValueError(
                 f"this cross-layer transcoder does not know its {clt.layers} layers' sites: train it on a store, or "
-                "set clt.reads and clt.writes"
+                "set clt.reads and clt.writes, in the order of layers"
             )
         super().__init__([clt.layer(n) for n in range(clt.layers)])
         self.clt = clt
         self.linear = clt.offsets is None
+
+    def check(self, activations: Mapping[Site, Tensor]) -> dict[int, dict[str, Any]]:
+        return self.clt.check(activations)
+
+    def to(self, device: str | torch.device) -> "CrossLayerSet":
+        return CrossLayerSet(self.clt.to(device))
+
+    def save(self, path: str | Path, dtype: torch.dtype = torch.float32) -> Path:
+        return self.clt.save(path, dtype=dtype)
 
     def sources(self, target: int) -> list[int]:
         return [layer for layer in self.layers if layer <= target] if target in self else []

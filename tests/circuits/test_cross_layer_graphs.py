@@ -150,6 +150,10 @@ def test_what_is_refused(made):
     lost.reads = ()
     with pytest.raises(ValueError, match="does not know its 3 layers' sites: train it on a store"):
         trace(lm, lost, PROMPT)
+    turned = copy.deepcopy(clt)
+    turned.reads, turned.writes = clt.reads[::-1], clt.writes[::-1]
+    with pytest.raises(ValueError, match="in the order of layers"):
+        trace(lm, turned, PROMPT)
     with pytest.raises(ValueError, match=r"a transcoder of layer 3, .* has layers 0 to 2"):
         far = copy.deepcopy(clt)
         far.reads, far.writes = (tuple(Site(s.kind, s.layer + 1) for s in sites) for sites in (clt.reads, clt.writes))

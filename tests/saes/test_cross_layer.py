@@ -116,13 +116,13 @@ def test_fold(scales):
     close(out * after.x_hat, before.x_hat)
 
 
-def test_training_from_a_store_of_all_layers(make_tiny, small_text):
+def test_training_from_a_store_of_all_layers(make_tiny, small_text, tmp_path, caplog):
     """``sl.train`` finds what each MLP reads and writes, and leaves a coder that serves raw activations."""
     lm = make_tiny("llama")
     sites = [f"{kind}-{n}" for n in (1, 0, 2) for kind in ("mlp_out", "mlp_in")]
-    store = sl.harvest(lm, sites, small_text, tokens=3_000)
+    store = sl.harvest(lm, sites, small_text, tokens=2_000)
     clt = sl.CrossLayerTranscoder(48, 3 * 64, layers=3, k=24)
-    run = sl.train(clt, store, sl.TrainConfig(steps=60, batch_size=128))
+    run = sl.train(clt, store, sl.TrainConfig(steps=40, batch_size=128))
     assert clt.reads == tuple(Site("mlp_in", n) for n in range(3)) and run is not None
     assert clt.writes == tuple(Site("mlp_out", n) for n in range(3)) and not clt.training
     acts = lm.read("The river rose in March and the fox ran away", [*clt.reads, *clt.writes])
@@ -131,6 +131,17 @@ def test_training_from_a_store_of_all_layers(make_tiny, small_text):
     plain_error = (clt.b_dec.view(3, -1) - y).square().sum((0, 2)) / (y - y.mean(0)).square().sum((0, 2))
     assert bool((error < 0.95 * plain_error).all()), "each layer is better than its bias alone"
     assert float((clt.encode(x) > 0).sum(1).float().mean()) == pytest.approx(24, rel=0.5)
+    found = clt.check(lm.read("The river rose in March and the fox ran away", [*clt.reads, *clt.writes]))
+    assert [found[n]["fvu"] for n in range(3)] == pytest.approx(error.tolist(), rel=1e-4)
+    assert found[0]["tokens"] == len(x)
+    l0 = float((clt.encode(x) > 0).sum(1).float().mean())
+    assert sum(one["l0"] for one in found.values()) == pytest.approx(l0)
+    assert clt.as_set().check(acts).keys() == found.keys() and "does not fit" not in caplog.text
+    clt.b_dec.data += 100.0
+    clt.check(acts)
+    assert "FVU is above 1 in layers [0, 1, 2]" in caplog.text
+    clt.b_dec.data -= 100.0
+    assert sl.load(clt.as_set().save(tmp_path / "clt")).fingerprint() == clt.fingerprint(), "whole, not layer by layer"
     graph = sl.circuits.trace(lm, clt, "The river rose in March")
     assert graph.check(graph.top(1)[0]).error < 1e-4
 
@@ -143,7 +154,8 @@ def test_training_from_a_store_of_all_layers(make_tiny, small_text):
         (lambda: sl.CrossLayerTranscoder(8, 30, layers=3, activation="relu"), "one of batchtopk, topk, jumprelu, got"),
         (lambda: sl.CrossLayerTranscoder(8, 30, layers=3, k=7, activation="topk"), "k=7 must be a multiple"),
         (lambda: sl.CrossLayerTranscoder(8, 30, layers=3, k=31), "k must be an integer from 1 to d_sae=30, got 31"),
-        (lambda: small().rows(2, 1, [0]), "features write to their layer and later ones of 3, got 2 and 1"),
+        (lambda: small().rows(2, 1, [0]), "features write to their layer and later of 3, got 2 and 1"),
+        (lambda: small().rows(1, 2, [0, 10]), r"features of a layer go from 0 to 9, got \[0, 10\]"),
         (lambda: small().layer(3), "layer must be from 0 to 2, got 3"),
         (lambda: small()(normal(4, D)), r"x must end in \(3, 8\), got shape \(4, 8\)"),
         (lambda: small().portable(), "reads several sites at once"),
