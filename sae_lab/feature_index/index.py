@@ -1,7 +1,7 @@
 """FeatureIndex: everything about every feature, opened in milliseconds from memory-mapped files."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
@@ -86,8 +86,10 @@ class FeatureView:
         return self.groups[0]["contexts"] if self.groups else []
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as plain lists and numbers."""
-        return asdict(self)
+        """Everything as plain lists and numbers. The lists are this view's own."""
+        # Not dataclasses.asdict: it copies every token of every context, a quarter of what a click takes in Python.
+        groups = [group | {"contexts": [dict(vars(one)) for one in group["contexts"]]} for group in self.groups]
+        return vars(self) | {"groups": groups}
 
     def __str__(self) -> str:
         name = visible(Name(self.names.get(str(self.feature), "")))

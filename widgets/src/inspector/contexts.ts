@@ -83,12 +83,14 @@ function rowgroup(group: Group, scale: number, shown: Map<HTMLElement, Context>)
     shown.set(row, context);
     return row;
   });
-  return h(
+  const made = h(
     "div",
     { class: "saelab-group", role: "rowgroup", "aria-label": group.label },
     h("div", { class: "saelab-group-label", "aria-hidden": "true" }, group.label),
     ...rows,
   );
+  made.style.setProperty("--saelab-lines", String(rows.length));
+  return made;
 }
 
 function line(context: Context, scale: number): HTMLElement {

@@ -38,24 +38,25 @@ export function download(name: string, type: string, content: BlobPart): void {
 async function savePicture(root: HTMLElement, name: string): Promise<void> {
   const source = drawing(root);
   try {
-    download(`${name}.png`, "image/png", await painted(source, root));
+    download(`${name}.png`, "image/png", await painted(source));
   } catch {
     download(`${name}.svg`, "image/svg+xml", source);
   }
 }
 
-async function painted(source: string, { offsetWidth, offsetHeight }: HTMLElement): Promise<Blob> {
+async function painted(source: string): Promise<Blob> {
   const image = new Image();
   image.src = `data:image/svg+xml;charset=utf-8,${encodeURIComponent(source)}`;
   await image.decode();
   const scale = Math.max(2, window.devicePixelRatio);
-  const canvas = h("canvas", { width: Math.round(scale * offsetWidth), height: Math.round(scale * offsetHeight) });
+  const canvas = h("canvas", { width: Math.round(scale * image.width), height: Math.round(scale * image.height) });
   canvas.getContext("2d")?.drawImage(image, 0, 0, canvas.width, canvas.height);
   return new Promise((resolve, reject) => canvas.toBlob((blob) => (blob ? resolve(blob) : reject(new Error("too large")))));
 }
 
 /** The widget as an SVG that holds its HTML and the style sheets that it has. */
 export function drawing(root: HTMLElement): string {
+  root.dataset.whole = ""; // what is out of sight is laid out too
   const copy = root.cloneNode(true) as HTMLElement;
   const [live, copied] = [root, copy].map((from) => [...from.querySelectorAll<HTMLElement>("*")]) as [HTMLElement[], HTMLElement[]];
   live.forEach((element, i) => keep(element, copied[i]!));
@@ -63,6 +64,7 @@ export function drawing(root: HTMLElement): string {
   const own = getComputedStyle(root);
   for (const name of new Set(css.match(/--(?!saelab)[\w-]+/g))) copy.style.setProperty(name, own.getPropertyValue(name));
   const [width, height] = [root.offsetWidth, root.offsetHeight];
+  delete root.dataset.whole;
   copy.style.width = `${width}px`;
   copy.prepend(h("style", {}, css));
   const body = new XMLSerializer().serializeToString(copy);
