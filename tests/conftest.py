@@ -51,6 +51,8 @@ def cache_folder(tmp_path_factory):
             (mirror / file.name).symlink_to(file)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SAE_LAB_CACHE", str(root))
+        # What is made for a whole file of tests must not see the notes of whoever runs them.
+        patch.setenv("SAE_LAB_DATA", str(tmp_path_factory.mktemp("data")))
         patch.setenv("HF_DATASETS_CACHE", str(root / "datasets"))
         patch.setenv("TOKENIZERS_PARALLELISM", "false")  # silences a warning about forks
         yield root
