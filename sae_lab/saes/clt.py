@@ -352,8 +352,8 @@ class CrossLayerSet(TranscoderSet):
     def to(self, device: str | torch.device) -> "CrossLayerSet":
         return CrossLayerSet(self.clt.to(device))
 
-    def save(self, path: str | Path, dtype: torch.dtype = torch.float32) -> Path:
-        return self.clt.save(path, dtype=dtype)
+    def save(self, path: str | Path, dtype: torch.dtype = torch.float32, bits: int | None = None) -> Path:
+        return self.clt.save(path, dtype=dtype, bits=bits)
 
     def sources(self, target: int) -> list[int]:
         return [layer for layer in self.layers if layer <= target] if target in self else []

@@ -81,6 +81,9 @@ def test_plain_formulas(activation, tmp_path):
     back = sl.load(clt.save(tmp_path / "clt"))
     assert type(back) is sl.CrossLayerTranscoder and back.fingerprint() == clt.fingerprint() and back.is_saved
     assert (back.reads, back.writes) == (clt.reads, clt.writes) and torch.equal(back(x).x_hat, out.x_hat)
+    few = sl.load(clt.as_set().save(tmp_path / "few", bits=8))
+    close(few.W_dec, clt.W_dec, 0.01)
+    assert all(not few.W_dec.view(L, W, L, OUT)[n, :, t].any() for n in range(L) for t in range(n))
 
 
 @pytest.mark.parametrize("activation", ["batchtopk", "topk"])
