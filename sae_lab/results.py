@@ -90,7 +90,7 @@ def joined(parts: Iterable[object], between: object = "") -> Html:
 
 
 def escaped(part: object) -> Html:
-    if isinstance(part, Name):
+    if isinstance(part, Name) and part:
         return tag("bdi", str(part), **({} if part == part.whole else {"title": part.whole[:MOST_TITLE]}))
     if isinstance(part, Beside):
         return part.html
@@ -190,6 +190,17 @@ class Shown:
 
 
 class _Numbers(Formatter):
+    def vformat(self, format_string: str, args: Any, kwargs: Any) -> str:
+        parts, one = [], False
+        for words, name, spec, conversion in self.parse(format_string):
+            parts.append(_COUNTED.sub(_singular, words) if one else words)
+            if name is None:
+                continue
+            value = self.convert_field(self.get_field(name, args, kwargs)[0], conversion)
+            one = isinstance(value, int | np.integer) and value == 1
+            parts.append(self.format_field(value, spec or ""))
+        return "".join(parts)
+
     def get_value(self, key: Any, args: Any, kwargs: Any) -> Any:
         return args[0][key] if isinstance(args[0], Mapping) else getattr(args[0], key)
 
@@ -200,9 +211,21 @@ class _Numbers(Formatter):
         return UNDEFINED if isinstance(value, float) and math.isnan(value) else format(value, format_spec)
 
 
+# What a number counts: the plural right behind it, or behind one of these words.
+_COUNTED = re.compile(
+    "^( (?:(?:active|confounded|kept|live|matched|other|random|test|training) )?)"
+    r"([a-z]{2,}?)(ies|(?<=ss)es|(?<![asu])s)\b"
+)
+
+
+def _singular(found: re.Match[str]) -> str:
+    return found[1] + found[2] + "y" * (found[3] == "ies")
+
+
 def filled(text: str, values: Any) -> str:
     """A text with values in place of the names in braces: a mapping's entries, or an object's attributes. NaN reads
-    "undefined", an error of NaN is left out with its ±, and "{names!n}" is the number of names."""
+    "undefined", an error of NaN is left out with its ±, "{names!n}" is the number of names, and behind a number that is
+    1 the plural loses its ending: "{tokens:,} tokens" gives "1 token"."""
     return _Numbers().vformat(text, (values,), {}).replace(f" ± {UNDEFINED}", "")
 
 
@@ -324,11 +347,11 @@ class Result(Shown):
             return [("", "value", "control", ""), *((f.measure, f.text, f.control_text, f.meaning) for f in found)]
         table = self.to_pandas()
         shown = self._printed(table).head(self._shown) if len(table) else table
-        if not (named := {"feature", "name"} <= {*shown.columns}) or not any(shown["name"]):  # features have no names
-            return frame_rows(shown.drop(columns="name") if named else shown, self._digits, "")
-        at = list(shown.columns).index("name")
+        said = ["name", "label"] if "feature" in shown else []  # what people call features
+        if said and "name" in shown and not any(shown["name"]):
+            shown = shown.drop(columns="name")
         head, *rows = frame_rows(shown, self._digits, "")
-        return [head, *((*row[:at], Name(row[at]), *row[at + 1 :]) for row in rows)]
+        return [head, *(tuple(Name(c) if h in said else c for h, c in zip(head, row, strict=True)) for row in rows)]
 
     def _sides(self) -> str:
         return self._align or ("<" if self._columns or self.figures() else ">")

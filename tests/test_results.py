@@ -21,7 +21,9 @@ from sae_lab.results import (
     Html,
     Result,
     Shown,
+    counted,
     figure,
+    filled,
     frame_rows,
     html_table,
     joined,
@@ -169,6 +171,23 @@ def test_the_fields_of_a_result_are_its_figures():
     assert list(found.to_pandas()) == ["share", "share_se", "drawn", "dead", "rows", "seeds"]
     with pytest.raises(KeyError, match="Measured has no figure 'rows'; it has: share, dead"):
         found.figure("rows")
+
+
+@pytest.mark.parametrize(
+    ("text", "one", "many"),
+    [("{n:,} tokens", "1 token", "1,200 tokens"), ("{n} documents; {n} live features", "1 document; 1 live feature",
+      "1200 documents; 1200 live features"), ("of {n} properties", "of 1 property", "of 1200 properties"),
+     ("{n} classes", "1 class", "1200 classes"), ("{n} as, {n} across", "1 as, 1 across", "1200 as, 1200 across"),
+     ("{n} bias, {n} shuffles{n}", "1 bias, 1 shuffle1", "1200 bias, 1200 shuffles1200"),
+     ("{n:.1f} tokens", "1.0 token", "1200.0 tokens"), ("{{n}} {n}", "{n} 1", "{n} 1200")],
+)  # fmt: skip
+def test_one_of_a_thing_is_no_plural(text, one, many):
+    assert (filled(text, {"n": 1}), filled(text, {"n": 1200})) == (one, many)
+    assert filled("{n} tokens", {"n": 1.0}) == "1.0 tokens" and filled("{n!n} tokens", {"n": "a"}) == "1 token"
+    assert filled("{n} tokens ± {n}", {"n": math.nan}) == "undefined tokens"
+    assert (counted(1, "live feature"), counted(0, "token"), counted(1024, "token")) == (
+        "1 live feature", "0 tokens", "1,024 tokens",
+    )  # fmt: skip
 
 
 class Row(NamedTuple):

@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 from sae_lab.circuits import Attribution, Edge, FeatureCircuit, Node, PatchGrid
 from sae_lab.circuits.nodes import ERROR
 from sae_lab.plots.style import COLOURS, GREY, NEGATIVE, POSITIVE, draw, plain, subplots
-from sae_lab.results import Name
+from sae_lab.results import Name, counted
 from sae_lab.types import KINDS, Site
 
 NODES, EDGES = 30, 60  # how many are drawn at most, the strongest
@@ -34,9 +34,10 @@ def patches(grid: PatchGrid) -> Figure:
         axis.imshow(shown, origin="lower", aspect="auto", cmap="RdBu_r", vmin=-most, vmax=most)
         rows, columns = np.nonzero(shown < -NOTICEABLE * most)
         axis.scatter(columns, rows, marker="_", s=16, linewidths=1, color="black")
-        axis.set_xticks(range(len(labels)), labels, rotation=90, fontsize=7)
+        axis.set_xticks(range(len(labels)), labels, rotation=90)
         marks = range(0, len(grid.layers), max(1, len(grid.layers) // 8))
-        axis.set_yticks(list(marks), [str(grid.layers[i]) for i in marks], fontsize=7)
+        axis.set_yticks(list(marks), [str(grid.layers[i]) for i in marks])
+        axis.tick_params(axis="y", labelleft=axis is axes[0])  # the layers of all maps are the same
         axis.set(title=plain(kind))
         axis.spines[["top", "right"]].set_visible(True)
     axes[0].set_ylabel("layer")
@@ -63,9 +64,14 @@ def attribution(result: Attribution) -> Figure:
         left = estimate < table["estimate"].mean()
         axis.annotate(
             plain(result.names.numbered(int(feature))), (estimate, truth), xytext=(6 if left else -6, 4),
-            textcoords="offset points", fontsize=7, ha="left" if left else "right",
+            textcoords="offset points", fontsize=8, ha="left" if left else "right",
         )  # fmt: skip
-    axis.set(xlabel="estimate (units of the metric)", ylabel="measured by a patch", title="effects of features")
+    axis.set(xlabel="estimate (units of the metric)", ylabel="measured by a patch (units of the metric)")
+    axis.set_title("effects of features")
+    both = table[["estimate", "truth"]].to_numpy() if len(table) else np.zeros((1, 2))
+    room = 0.08 * float(np.ptp(both)) or 1.0
+    ends = float(both.min()) - room, float(both.max()) + room
+    axis.set(xlim=ends, ylim=ends)  # on equal scales one sees how far off an estimate is
     axis.legend()
     return figure
 
@@ -92,7 +98,8 @@ def graph(circuit: FeatureCircuit) -> Figure:
     axis.set(xlim=(-0.8, width - 0.2), ylim=(-0.55, len(sites) - 0.35))
     axis.tick_params(length=0)
     axis.spines[["left", "bottom"]].set_visible(False)
-    more = f"{len(nodes)} of {len(circuit.nodes):,} nodes, {len(edges)} of {len(circuit.edges):,} edges"
+    every = counted(len(circuit.nodes), "node"), counted(len(circuit.edges), "edge")
+    more = f"{len(nodes)} of {every[0]}, {len(edges)} of {every[1]}"
     axis.set_title(f"{more}\nmetric {circuit.base:.2f}, {circuit.source:.2f} with the sources", loc="left")
     _legend(axis, bool(edges))
     return figure

@@ -6,6 +6,7 @@ from matplotlib.figure import Figure
 from sae_lab.feature_index import FeatureIndex, FeatureView
 from sae_lab.feature_index.dosing import PROMPT, DoseResponse
 from sae_lab.plots.style import COLOURS, GREY, draw, legend_beside, look, plain, subplots
+from sae_lab.results import counted
 
 BINS = 48
 
@@ -30,8 +31,8 @@ def density(index: FeatureIndex) -> Figure:
         )  # fmt: skip
     powers = range(int(np.ceil(floor)), 1)
     axis.set_xticks(list(powers), [f"$10^{{{p}}}$" if p else "1" for p in powers])
-    title = f"{plain(index.site.key)}: {dead:,} of {index.d_sae:,} features dead ({dead / index.d_sae:.1%})"
-    axis.set(xlabel=f"density (share of {index.tokens_seen:,} tokens)", ylabel="features", title=title)
+    title = f"{plain(index.site.key)}: {dead:,} of {counted(index.d_sae, 'feature')} dead ({dead / index.d_sae:.1%})"
+    axis.set(xlabel=f"density (share of {counted(index.tokens_seen, 'token')})", ylabel="features", title=title)
     return figure
 
 

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 import sae_lab as sl
 from sae_lab.circuits import Edge, FeatureCircuit, Node, PatchGrid
 from sae_lab.evals.reporting import Report
+from sae_lab.plots.geometry import _around  # where names stand, of points by hand
 from sae_lab.plots.style import NEGATIVE, POSITIVE
 from sae_lab.results import Figure as EvalFigure
 from sae_lab.results import Result
@@ -283,3 +284,27 @@ def test_the_style_stays_inside():
     before = dict(matplotlib.rcParams)
     sl.plot(circuit()).savefig(io.BytesIO(), format="svg")
     assert dict(matplotlib.rcParams) == before
+
+
+# ---- names and axes that can be read
+
+
+def test_names_around_a_circle_cover_neither_each_other_nor_the_line():
+    """Also where all words but one lie on one side."""
+    angles = torch.tensor([0.0, 0.02, 0.04, 0.06, 0.08, 3.0])
+    points = torch.stack([angles.cos(), angles.sin()], 1)
+    places = _around(points.numpy())
+    distances = np.linalg.norm(places[:, None] - places[None], axis=-1)[~np.eye(6, dtype=bool)]
+    assert distances.min() > 0.5, "without the pushing 0.02"
+    assert np.allclose(np.hypot(*(places - points.numpy().mean(0)).T), np.hypot(*(places[0] - points.numpy().mean(0))))
+
+
+def test_estimates_and_truth_are_on_one_scale(tiny_lm):
+    coder = sl.TopK(48, 64, k=4).eval()
+    coder.reads = coder.writes = (Site("resid_post", 1),)
+    found = sl.circuits.attribution(tiny_lm, coder, ["the cat sat"], ["the dog sat"], lambda x, _: x[:, -1, 5], check=3)
+    (axis,) = drawn(sl.plot(found))
+    assert axis.get_xlim() == axis.get_ylim()
+    both = found.to_pandas()[["estimate", "truth"]].dropna().to_numpy()
+    assert len(both) and axis.get_xlim()[0] < both.min() and axis.get_xlim()[1] > both.max()
+    assert "units of the metric" in axis.get_ylabel()
