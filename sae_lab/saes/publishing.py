@@ -29,17 +29,18 @@ def push(coder: Any, repo: str, private: bool | None, report: Shown | None) -> s
 
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
         raise ValueError(f"a repository is named 'user/name', got {repo!r}")
-    api, new = HfApi(), False
+    api, done = HfApi(), set()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "coder"
         lens = _write(coder, folder)  # what can fail here fails before the hub is asked
         text = f"{BEGIN}\n{_card(coder, repo, lens, report)}\n{END}\n"
-        with _told(repo, lambda: new):
+        with _told(repo, done):
             try:
                 info = api.model_info(repo)
             except RepositoryNotFoundError:
                 api.create_repo(repo, private=private)
-                info, new = api.model_info(repo), True
+                done.add("made")
+                info = api.model_info(repo)
             there = {file.rfilename for file in info.siblings or ()}
             if private and not info.private:
                 raise ValueError(f"{repo} is public, and private=True does not change that: do it in its settings")
@@ -51,6 +52,7 @@ def push(coder: Any, repo: str, private: bool | None, report: Shown | None) -> s
             start, _, rest = before.partition(BEGIN)
             card = start + text + rest.partition(END)[2].lstrip("\n") if rest else f"{before}\n{text}"
             (folder / "README.md").write_text(card, encoding="utf-8")
+            done.add("sent")
             api.upload_folder(repo_id=repo, folder_path=folder, commit_message="A coder of sae_lab")
     return f"{api.endpoint}/{repo}"
 
@@ -73,21 +75,23 @@ def _write(coder: Any, folder: Path) -> str:
 
 
 @contextmanager
-def _told(repo: str, new: Any) -> Iterator[None]:
-    """What the hub refuses, as one sentence. A commit is whole or not there, so that nothing is half done."""
+def _told(repo: str, done: set[str]) -> Iterator[None]:
+    """What the hub refuses, as one sentence. A commit is whole or not there, so that nothing is half done. done: "made"
+    once the repository was, "sent" from when the files are."""
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     try:
         yield
     except Exception as err:
-        empty = ", and is there now, empty" if new() else ""
+        empty = ", and is there now, empty" if "made" in done else ""
         if isinstance(err, HfHubHTTPError):
             status = err.response.status_code
             why = _REASONS.get(status, f"it answers {status}: try again later")
             raise ValueError(f"the hub did not take {repo}, of which no file was changed{empty}; {why}") from err
         if isinstance(err, OfflineModeIsEnabled | OSError) or type(err).__module__.split(".")[0] in _TRANSPORT:
+            left = ", and whether it took the files is not known" if "sent" in done else empty
             raise ValueError(
-                f"the hub cannot be reached for {repo} ({type(err).__name__}){empty}: check the network, HF_ENDPOINT "
+                f"the hub cannot be reached for {repo} ({type(err).__name__}){left}: check the network, HF_ENDPOINT "
                 "and HF_HUB_OFFLINE, and push again"
             ) from err
         raise

@@ -147,6 +147,35 @@ def test_vectors_that_do_not_go_together(tiny_lm, make_tiny, ships):
         gpt2.logits(PROMPT, edits=[sl.Push(sl.Vector(one, SITE, f_scale=1.0), when=(ships, 1.0, "token"))])
 
 
+def alien(path, direction, site=SITE, model=""):
+    """A vector that was loaded from a file, as one gets it from somebody else."""
+    return sl.Vector.load(sl.Vector(direction, site, "alien", f_scale=1.0, model=model).save(path))
+
+
+@pytest.mark.parametrize(
+    ("width", "site", "model", "words"),
+    [(40, SITE, "", r"has width 40 and .* has width 48 there: use the model it was made on \(unknown\)"),
+     (40, SITE, "another", r"use the model it was made on \(another\)"),
+     (48, SITE, "another", r"was made on another, this model is LlamaForCausalLM, .*vector.calibrated\(lm\)"),
+     (48, Site("resid_post", 9), "", "layer")],
+)  # fmt: skip
+def test_a_loaded_vector_of_another_model_is_refused_wherever_it_goes(width, site, model, words, tiny_lm, sae, ships,
+                                                                      live, tmp_path):  # fmt: skip
+    vector = alien(tmp_path / "alien", torch.ones(width), site, model)
+    good = sl.Push(ships, 1.0)
+    for edit in (sl.Push(vector), sl.Push(ships, when=(vector, 1.0, "token")),
+                 sl.Steer(sae, live[0], when=(vector, 1.0, "prompt"))):  # fmt: skip
+        for again in (edit, sl.Edit.from_json(edit.to_json()) if isinstance(edit, sl.Push) else edit):
+            calls = [
+                lambda e=again: tiny_lm.logits(PROMPT, edits=[e]),
+                lambda e=again: tiny_lm.generate(PROMPT, edits=[good, e], max_new_tokens=2),
+                lambda e=again: tiny_lm.compare(PROMPT, [e]),
+            ]
+            for call in [*calls, *([lambda e=again: e.firing(tiny_lm, [PROMPT])] if edit.when else [])]:
+                with pytest.raises(ValueError, match=words):
+                    call()
+
+
 def test_saved_and_loaded(tiny_lm, ships, tmp_path):
     path = ships.save(tmp_path / "ships.safetensors")
     logits = tiny_lm.logits(PROMPT, edits=[sl.Push(ships)])

@@ -3,6 +3,7 @@
 import base64
 import functools
 import json
+import socket
 import threading
 from http.server import ThreadingHTTPServer
 from urllib.parse import unquote, urlparse
@@ -23,7 +24,7 @@ ATTACK = "<script>alert(1)</script> | `x` \u202e"
 
 
 class Taking(Hub):
-    """A hub that also takes: it makes repositories and commits files, or refuses with a status."""
+    """A hub that also takes: it makes repositories and commits files, or refuses with a status; 0: it hangs up."""
 
     refuse: dict[str, int] = {}  # noqa: RUF012 (each test sets its own)
     private: dict[str, bool] = {}  # noqa: RUF012
@@ -47,8 +48,11 @@ class Taking(Hub):
         self.asked.append(f"{kind} {self.headers.get('Authorization')}")
         if status := self.refuse.get(kind):
             return self._send(status, b'{"error": "no"}', Content_Type="application/json")
-        self._send(200, json.dumps(getattr(self, "_" + kind.split("/")[-1].replace("-", "_"))(path, body)).encode(),
-                   Content_Type="application/json")  # fmt: skip
+        answer = json.dumps(getattr(self, "_" + kind.split("/")[-1].replace("-", "_"))(path, body)).encode()
+        if kind in self.refuse:  # it did what was asked, and the answer is lost
+            self.close_connection = True
+            return self.connection.shutdown(socket.SHUT_RDWR)
+        self._send(200, answer, Content_Type="application/json")
 
     def _create(self, path, body):
         said = json.loads(body)
@@ -86,6 +90,7 @@ def hub(tmp_path, monkeypatch):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     _point_at(monkeypatch, f"http://127.0.0.1:{server.server_port}", tmp_path / "cache")
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)  # between its client's tries
     yield root, asked
     server.shutdown()
 
@@ -155,6 +160,20 @@ def test_a_hub_that_refuses(hub, coder, status, words, at):
     assert [f for f in hub[0].rglob("*") if f.is_file()] == []
     Taking.refuse.clear()
     coder.push_to_hub("user/name")  # and the next time it goes
+    assert sl.load("user/name").fingerprint() == coder.fingerprint()
+
+
+@pytest.mark.parametrize("at", ["repos/create", "preupload", "commit"])
+def test_a_connection_that_breaks(hub, coder, at):
+    """Nobody knows then whether the hub did what was asked: no word that it did not, and the next push is whole."""
+    Taking.refuse[at] = 0
+    with pytest.raises(ValueError, match=r"hub cannot be reached for user/name .*check the network.*again") as found:
+        coder.push_to_hub("user/name")
+    said = str(found.value)
+    assert "no file was changed" not in said and "\n" not in said
+    assert ("whether it took the files is not known" in said) == (at in ("preupload", "commit"))
+    Taking.refuse.clear()
+    coder.push_to_hub("user/name")
     assert sl.load("user/name").fingerprint() == coder.fingerprint()
 
 

@@ -317,8 +317,14 @@ def test_vectors_have_sliders_too(tiny_lm, sae, live, monkeypatch):
     widget.add(vector)
     with pytest.raises(ValueError, match="a dose response needs a slider of a feature"):
         widget.measure()
-    with pytest.raises(ValueError, match="has width 40"):
-        widget.add(sl.Vector(torch.ones(40), sae.site, f_scale=1.0))
+    rows = widget.sliders
+    for wrong, words in ((sl.Vector(torch.ones(40), sae.site, f_scale=1.0), "has width 40 and"),
+                         (sl.Vector(direction, sae.site, model="another", f_scale=1.0), "was made on another, this"),
+                         (sl.Vector(direction, "resid_post-9", f_scale=1.0), "layer")):  # fmt: skip
+        for take in (widget.add, lambda one: SteeringSliders(tiny_lm, sae, {one: 2.0}, PROMPT)):
+            with pytest.raises(ValueError, match=words):
+                take(wrong)
+    assert widget.sliders == rows, "what stood there stays"
 
 
 def test_it_opens_on_the_selection_and_follows_it(tiny_lm, sae, live):
