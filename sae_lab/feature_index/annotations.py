@@ -11,7 +11,7 @@ from sae_lab import cache, files, noting
 from sae_lab.arguments import as_annotated
 from sae_lab.feature_index import neuronpedia
 from sae_lab.noting import SAID, Said
-from sae_lab.results import MOST_TITLE
+from sae_lab.results import MOST_TITLE, counted
 from sae_lab.saes.base import SparseCoder
 from sae_lab.spelling import check_text
 from sae_lab.types import check_feature
@@ -96,7 +96,7 @@ class Notes(OfFeatures[Note]):
         return Note(fields.get("label", ""), fields.get("text", ""))
 
     def __repr__(self) -> str:
-        return f"Notes(on {len(self)} features, in {self.file})"
+        return f"Notes(on {counted(len(self), 'feature')}, in {self.file})"
 
     def write(
         self, feature: Any, label: str | None = None, text: str | None = None, *, seen: dict[str, str] | None = None,
@@ -118,6 +118,11 @@ class Notes(OfFeatures[Note]):
         feature = check_feature(feature, self.d_sae)
         self._log.write({feature: fields}, seen, typed)
         return self[feature]
+
+    def heading(self, feature: int) -> str:
+        """What stands beside a feature's top tokens: your label, else the first explanation that somebody else gave,
+        else "". (A name that stands alone, ``index.names[7]``, has the tokens before explanations.)"""
+        return self[feature].label or self.explanations.label(feature)
 
     def find(self, text: str) -> list[int]:
         """Features whose label or text contains this, case ignored."""

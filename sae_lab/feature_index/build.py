@@ -27,6 +27,7 @@ from sae_lab.feature_index.index import CHECKED, VERSION, FeatureIndex, read_fac
 from sae_lab.feature_index.labels import Labels
 from sae_lab.feature_index.summaries import readability, strongest_first, summarise
 from sae_lab.lm.model import LM
+from sae_lab.results import counted
 from sae_lab.saes.base import SparseCoder
 from sae_lab.saes.families.topk import TopK
 
@@ -285,7 +286,7 @@ def cost(coder: SparseCoder, lm: LM, store: Store, path: str | Path | None, rebu
     on_gpu = coder.W_dec.is_cuda
     at_once = max(peak.ram, met, cosines * (not on_gpu), 65 * len(store))  # 65: finding the token of every row
     return Cost(
-        f"{len(first):,} of {len(store):,} tokens coded in {coding:.1f} s",
+        f"{len(first):,} of {counted(len(store), 'token')} coded in {coding:.1f} s",
         seconds=seconds,
         disk=kept + int(12 * codes * left / blocks),  # the blocks are there until the end
         ram=min(len(store) * store.row_bytes, READ_BYTES) + 8 * codes + at_once,

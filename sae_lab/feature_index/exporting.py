@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from sae_lab import cache
 from sae_lab.feature_index import neuronpedia
 from sae_lab.feature_index.summaries import QUARTERS
+from sae_lab.results import counted
 
 SIZE = 1_000  # features in a file
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,127}")
@@ -80,12 +81,12 @@ def _about(index: Any, model: str, layer: str, name: str, author: str) -> dict[s
         },
         "sourceset": {
             "modelId": model, "name": name, "creatorName": author,
-            "description": f"{coder} {index.d_sae:,} features at {index.site.key}", **creator,
+            "description": f"{coder} {counted(index.d_sae, 'feature')} at {index.site.key}", **creator,
         },
         "source": {
             "id": layer, "modelId": model, "setName": name, "hasDashboards": True, "dataset": facts.get("text"),
             "num_prompts": int(index.store.contexts(np.array([index.tokens_seen - 1]))[0]) + 1,
-            "num_tokens_in_prompt": facts.get("context"), "notes": f"{index.tokens_seen:,} tokens, by sae_lab",
+            "num_tokens_in_prompt": facts.get("context"), "notes": f"{counted(index.tokens_seen, 'token')}, by sae_lab",
             **creator,
         },
     }  # fmt: skip

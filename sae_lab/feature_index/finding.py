@@ -12,7 +12,7 @@ from sae_lab.activations.reading import alike, read_codes, require_fits
 from sae_lab.arguments import as_annotated, check_least
 from sae_lab.lm.model import LM
 from sae_lab.noting import Names
-from sae_lab.results import Result, result
+from sae_lab.results import Result, counted, result
 from sae_lab.saes.base import SparseCoder
 from sae_lab.stats import Ranks, area, sparse_ranks
 
@@ -180,8 +180,8 @@ def _encode(lm: LM, coder: SparseCoder, texts: list[str], labels: list[Any], poo
     for text, length, label in zip(texts, lengths, labels, strict=True):
         if isinstance(label, list) and len(label) != length:
             raise ValueError(
-                f"a text has {length} tokens and {len(label)} labels: give one for each of lm.tokens(text), the prefix "
-                f"token at position 0 included ({text[:40]!r})"
+                f"a text has {counted(length, 'token')} and {counted(len(label), 'label')}: give one for "
+                f"each of lm.tokens(text), the prefix token at position 0 included ({text[:40]!r})"
             )
     tokens: list[tuple[ndarray, ndarray]] = []  # of those that count: (text, position)
     codes: list[tuple[ndarray, ndarray, ndarray]] = []  # (which of these tokens, feature, value)

@@ -17,7 +17,7 @@ from sae_lab.feature_index.annotations import Note, Notes
 from sae_lab.feature_index.labels import Labels
 from sae_lab.feature_index.summaries import BINS, QUANTILE_CONTEXTS, QUARTERS, TOP_CONTEXTS
 from sae_lab.lm.model import LM
-from sae_lab.results import Name, visible
+from sae_lab.results import Name, counted, visible
 from sae_lab.saes.base import SparseCoder
 from sae_lab.types import Site, check_feature
 
@@ -32,7 +32,6 @@ SIZED = 4096  # rows of the store whose mean size ``norm`` uses for a coder with
 REMEDY = "index again with sl.index_features(coder, lm, store, ..., rebuild=True); labels and notes stay"
 BEFORE, AFTER = 24, 12  # tokens shown around an activation
 PERMUTATIONS = 100  # of the labels of examples
-LABEL_LETTERS = 80  # of an explanation in a list
 READABLE_DENSITY = (5e-4, 1e-2)  # rarer features have too few contexts to judge, denser ones are rarely about one thing
 
 
@@ -171,8 +170,8 @@ class FeatureIndex:
     def __repr__(self) -> str:
         live = int((self.counts > 0).sum())
         return (
-            f"FeatureIndex({self.d_sae} features, {live} live on {self.tokens_seen:,} tokens, {self.site}, "
-            f"{self.bytes / 1e6:,.1f} MB)"
+            f"FeatureIndex({counted(self.d_sae, 'feature')}, {live} live on {counted(self.tokens_seen, 'token')}, "
+            f"{self.site}, {self.bytes / 1e6:,.1f} MB)"
         )
 
     @property
@@ -273,7 +272,8 @@ class FeatureIndex:
             found = finding.find_features(self.lm, coder, texts, against, pooling=pooling, permutations=PERMUTATIONS)
             return self._described(found.table, found.searched, limit)
         if not isinstance(what, str):
-            raise ValueError(f"a list of {len(what)} texts needs others beside it: index.search(texts, against=others)")
+            many = counted(len(what), "text")
+            raise ValueError(f"a list of {many} needs others beside it: index.search(texts, against=others)")
         asked = query.parse(what)
         holds = asked.holds(self._column, self.d_sae) & (self.counts > 0)
         if asked.label is not None:
@@ -300,7 +300,7 @@ class FeatureIndex:
         mine[self.notes.find(asked.text)] = True
         order = np.lexsort((-table["relevance"], ~mine))  # first what you named so yourself
         order = order[(table["relevance"] > 0)[order] | mine[order]]
-        told = [f"{word} ({len(rows):,} in the store{'' if whole else ', as a part of tokens'})"
+        told = [f"{Name(word)} ({len(rows):,} in the store{'' if whole else ', as a part of tokens'})"
                 for word, (rows, whole) in zip(words, found, strict=True)]  # fmt: skip
         table = {"feature": order} | {name: column[order] for name, column in table.items()}
         return table, str(asked._replace(text=", ".join(told)))
@@ -323,8 +323,7 @@ class FeatureIndex:
         features = table["feature"]
         table.setdefault("density", self.density[features])
         table["tokens"] = np.array([" ".join(map(visible, self.top_tokens(i))) for i in features.tolist()], object)
-        labels = [self.notes[i].label or self.explanations.label(i)[:LABEL_LETTERS] for i in features.tolist()]
-        table["label"] = np.array(labels, object)
+        table["label"] = np.array([self.notes.heading(i) for i in features.tolist()], object)
         return finding.FoundFeatures(table, searched)
 
     def top_tokens(self, feature: int, n: Count = 5) -> list[str]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sae_lab.activations.world import World
 from sae_lab.arguments import as_annotated
-from sae_lab.results import Figure, Result, figure, result
+from sae_lab.results import Figure, Result, counted, figure, result
 from sae_lab.saes.base import SparseCoder
 
 _TAG = 0x434F4E54524F4C  # seed of the control's rows; no coder has it, else an untrained one could be its own control
@@ -62,7 +62,7 @@ class Match(Result):
         return pd.DataFrame({name: {f.key: f.value for f in one.figures()} for name, one in both.items()}).T
 
     def _footer(self) -> str:
-        text = f"a: {self.rows[0]:,} rows, b: {self.rows[1]:,} rows"
+        text = f"a: {counted(self.rows[0], 'row')}, b: {counted(self.rows[1], 'row')}"
         text += f"; left out: {self.left_out[0]:,} of a, {self.left_out[1]:,} of b" if any(self.left_out) else ""
         missing = self.rows[1] > 0 and bool((self.permutation < 0).all())
         return text + (f"; no pairs above {MOST_ROWS:,} rows: match(..., hungarian=True)" if missing else "")

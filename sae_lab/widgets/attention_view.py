@@ -5,7 +5,7 @@ from typing import Any
 from sae_lab import circuits
 from sae_lab.lm.model import LM
 from sae_lab.lm.tokens import Prompt
-from sae_lab.results import Html, in_script, tag, visible
+from sae_lab.results import Html, counted, in_script, tag, visible
 
 DIGITS = 4  # of a pattern's numbers
 
@@ -25,7 +25,7 @@ def attention_heads(lm: LM, prompt: Prompt, layer: int) -> Any:
             return tag("div", Html(self.local_src), style=style)
 
         def __repr__(self) -> str:
-            return f"attention of layer {layer}, {len(names)} heads, {len(labels)} tokens"
+            return f"attention of layer {layer}, {counted(len(names), 'head')}, {counted(len(labels), 'token')}"
 
     pattern = circuits.attention(lm, prompt, layer).pattern[0]
     labels = [visible(token.label) for token in lm.tokens(prompt)]

@@ -135,7 +135,7 @@ class FeatureMap(Linked):
         own = self._groups[self._on]
         numbers = [int(g) for g in np.unique(own) if g >= 0][:GROUPS_LISTED]
         rows = [[str(g), f"{int((own == g).sum()):,}", self._members(g)] for g in numbers]
-        text = f"Map of {len(self._on):,} features{'; ' + self.note if self.note else ''}."
+        text = f"Map of {counted(len(self._on), 'feature')}{'; ' + self.note if self.note else ''}."
         chosen = None if self.feature is None else tag("p", "Selected: feature ", numbered(self.feature, self.names))
         return block(tag("p", text), chosen, table(["group", "features", "first of them"], rows))
 
@@ -145,7 +145,7 @@ class FeatureMap(Linked):
         return joined((numbered(i, names) for i in first), "; ")
 
     def __repr__(self) -> str:
-        return f"FeatureMap({len(self._on):,} of {self.d_sae:,} features, feature={self.feature})"
+        return f"FeatureMap({len(self._on):,} of {counted(self.d_sae, 'feature')}, feature={self.feature})"
 
 
 def _checked(points: Any, groups: Any, d_sae: int) -> tuple[np.ndarray, np.ndarray]:

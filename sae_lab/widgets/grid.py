@@ -12,7 +12,7 @@ from sae_lab.feature_index import FeatureIndex
 from sae_lab.lm.model import LM
 from sae_lab.lm.tokens import Prompt
 from sae_lab.noting import names_of
-from sae_lab.results import Html, number, tag, visible
+from sae_lab.results import Html, counted, number, tag, visible
 from sae_lab.saes.base import SparseCoder
 from sae_lab.training.checkpoint import whole_step
 from sae_lab.types import Site
@@ -313,8 +313,9 @@ class PatchingGrid(Linked):
             rows.append(["together", *map(_bold, below), *([""] if set(beside) != {None} else [])])
         words = tag(
             "p", f"{self.kind}: share of the change of {run.measure.name}, {grid.base:.3g} → {grid.source:.3g}, that "
-            "one patch brings; ", tag("b", "bold"), ": true patches, ~: estimates by gradient; together: all cells of "
-            "a row or column in one run.",
+            "one patch brings; ", tag("b", "bold"), ": true patches, ~: estimates by one gradient, which for a whole "
+            "residual stream can say 0.3 where the true patch gives 1; together: all cells of a row or column in one "
+            "run.",
         )  # fmt: skip
         texts = table(["prompt", "source"], [[dotted(in_words(run.prompt)), dotted(in_words(run.source))]])
         return block(texts, words, table(head, rows), self._opened())
@@ -329,7 +330,8 @@ class PatchingGrid(Linked):
 
     def __repr__(self) -> str:
         grid = self._on.estimate
-        size = f"{len(grid.kinds)} kinds × {len(grid.layers)} layers × {len(grid.positions)} positions"
+        axes = {"kind": grid.kinds, "layer": grid.layers, "position": grid.positions}
+        size = " × ".join(counted(len(axis), name) for name, axis in axes.items())
         return f"PatchingGrid({visible(self._on.measure.name)}, {size}, {len(self._on.true)} patched)"
 
 

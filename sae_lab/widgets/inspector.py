@@ -10,7 +10,7 @@ import traitlets
 from sae_lab.edits.edit import Ablate, Steer
 from sae_lab.feature_index import FeatureIndex
 from sae_lab.feature_index.finding import FoundFeatures
-from sae_lab.results import Html
+from sae_lab.results import Html, counted
 from sae_lab.types import check_feature
 
 from .coding import index_lines, name_of
@@ -19,7 +19,6 @@ from .session import Linked, Session
 from .static_html import feature_html
 
 RESULTS = 50
-LABEL_LETTERS = 80  # of an explanation that stands in the list
 TOKENS_PER_RESULT = 5
 FROZEN_CONTEXTS = 6  # of a group, in a page without a kernel: fifty features stay under 1 MB
 _SORTS = {
@@ -119,7 +118,7 @@ class FeatureInspector(Linked):
             self.view = self.view | {"names": self._index.names_around(self.feature)}
             self.pair = self.pair and self.pair | {"name": self._index.names[self.pinned]}
             self.results = [
-                row | {"label": self._label(row["feature"])} if row["feature"] in features else row
+                row | {"label": self._index.notes.heading(row["feature"])} if row["feature"] in features else row
                 for row in self.results
             ]
 
@@ -179,7 +178,7 @@ class FeatureInspector(Linked):
         found = self._found
         if found is None:
             live = self._index.order(sort)
-            note = f"{min(RESULTS, len(live)):,} of {len(live):,} live features, {_SORTS[sort]}"
+            note = f"{min(RESULTS, len(live)):,} of {counted(len(live), 'live feature')}, {_SORTS[sort]}"
             return [self._row(int(feature)) for feature in live[:RESULTS]], note
         if not found.features:
             return [], f"no feature for {found.searched}; {_HELP}"
@@ -198,12 +197,8 @@ class FeatureInspector(Linked):
             "density": float(self._index.density[feature]),
             "max": float(self._index.max[feature]),
             "tokens": list(self._index.top_tokens(feature, TOKENS_PER_RESULT)),
-            "label": self._label(feature),
+            "label": self._index.notes.heading(feature),
         }
-
-    def _label(self, feature: int) -> str:
-        """Your label, else the first explanation that somebody else gave."""
-        return self._index.notes[feature].label or self._index.explanations.label(feature)[:LABEL_LETTERS]
 
     @beside
     def score(self, job: Job, text: str) -> dict[str, Any]:
@@ -261,7 +256,7 @@ class FeatureInspector(Linked):
         rows = [self._row(i) | {"norm": float(norms[i])} for i in chosen]
         return {
             "query": "", "sort": "best", "live": False, "pinned": None, "pair": {}, "error": "", "results": rows,
-            "results_note": f"{len(rows)} features kept in this page",
+            "results_note": f"{counted(len(rows), 'feature')} kept in this page",
             "kept": {str(i): {"view": _small(index[i].to_dict()), "note": index.notes[i]._asdict()} for i in chosen},
         }  # fmt: skip
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sae_lab.activations.store import Harvested, Rows, Store
-from sae_lab.results import Html, tag
+from sae_lab.results import Html, counted, tag
 from sae_lab.saes import FAMILIES
 from sae_lab.saes.base import SparseCoder
 from sae_lab.training import checkpoint
@@ -41,7 +41,8 @@ class Watched:
 
 def html_of(status: Mapping[str, Any], curves: Mapping[str, Any], changes: Sequence[Mapping[str, Any]]) -> Html:
     """The state, the last value of each measure and coder, and the changes."""
-    steps = f": step {status['step']:,} of {status['steps']:,}, {status['tokens']:,} tokens" if status["steps"] else ""
+    at = f": step {status['step']:,} of {status['steps']:,}, {counted(status['tokens'], 'token')}"
+    steps = at if status["steps"] else ""
     known = [name for name in NAMES if any(v is not None for line in curves.values() for v in line[name])]
     rows = [[label, *(_last(line, name) for name in known)] for label, line in curves.items()]
     made = [[c["coder"], f"{c['step']:,}", c["what"], *(figure(c[k], ".4g") for k in ("old", "new"))] for c in changes]

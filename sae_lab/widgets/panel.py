@@ -20,6 +20,7 @@ from IPython.utils.generics import complete_object
 from sae_lab import cache, noting
 from sae_lab.arguments import as_annotated
 from sae_lab.results import Html
+from sae_lab.spelling import near
 
 from .kept_form import KeptForm
 from .standalone import page
@@ -150,8 +151,12 @@ class Panel(anywidget.AnyWidget):
 
     def _state(self) -> dict[str, Any]:
         """The traits that are its own."""
-        ours = set(self.traits(sync=True)) - set(anywidget.AnyWidget.class_traits(sync=True))
-        return {n: getattr(self, n) for n in sorted(ours) if not n.startswith("_")}
+        return {name: getattr(self, name) for name in self._state_names()}
+
+    @classmethod
+    def _state_names(cls) -> list[str]:
+        ours = set(cls.class_traits(sync=True)) - set(anywidget.AnyWidget.class_traits(sync=True))
+        return sorted(name for name in ours if not name.startswith("_"))
 
     def data(self) -> dict[str, Any]:
         """What is shown now as plain data for a JSON file: the traits by their names."""
@@ -170,6 +175,17 @@ class Panel(anywidget.AnyWidget):
         """Its own traits and methods, which a name behind a dot completes; what ipywidgets brings works as ever."""
         own = {name for name in object.__dir__(self) if not name.startswith("_")} - set(dir(anywidget.AnyWidget))
         return sorted(own | {"close", "observe", "unobserve"})
+
+    def __getattr__(self, name: str) -> Any:
+        meant = "" if name.startswith("_") else near(name, dir(self))
+        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}{meant}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """A name close to a trait's is a slip: as a new attribute it would change nothing on the screen, silently."""
+        known = name.startswith("_") or hasattr(type(self), name) or name in self.__dict__
+        if not known and (meant := near(name, self._state_names(), 0.8)):
+            raise AttributeError(f"{type(self).__name__} has no trait {name!r}{meant}")
+        super().__setattr__(name, value)
 
     def _on_message(self, _: Any, content: Any, __: Any) -> None:
         if not isinstance(content, dict):

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from sae_lab import __version__, cache
 from sae_lab.feature_index import FeatureIndex
 from sae_lab.feature_index.index import Context, FeatureView
-from sae_lab.results import in_script, joined, tag
+from sae_lab.results import Name, counted, html_table, in_script, joined, tag
 
 STATIC = Path(__file__).parent / "static"
 SIZE = 1_000  # features in a file
@@ -108,11 +108,13 @@ def _short(value: Any) -> Any:
 
 def _listing(index: FeatureIndex) -> dict[str, Any]:
     """All features in few words."""
-    texts, labels, said = _Texts(), {}, {}
+    texts, labels, said, explained = _Texts(), {}, {}, []
     for i in sorted({*index.notes, *index.explanations}):
         note, others = index.notes[i], [one.text for one in index.explanations[i]]
-        labels[i], *rest = [text for text in (note.label, *others, note.text) if text]
-        said |= {i: "\n".join(rest)} if rest else {}
+        heading, *rest = [text for text in (note.label, *others) if text] or [""]
+        labels |= {i: heading} if heading else {}
+        explained += [i] if heading and not note.label else []
+        said |= {i: text} if (text := "\n".join(filter(None, [*rest, note.text]))) else {}
     try:
         norm = _short(np.asarray(index.norm).tolist())
     except ValueError:  # no coder at hand, or a store of codes
@@ -122,7 +124,7 @@ def _listing(index: FeatureIndex) -> dict[str, Any]:
         "best": index.order("best").tolist(), "count": index.counts.tolist(), "norm": norm,
         **{name: _short(getattr(index, name).tolist()) for name in ("density", "mean", "max")},
         "tokens": [texts.numbers(index.top_tokens(i, 8)) for i in range(index.d_sae)],
-        "texts": list(texts), "labels": labels, "said": said,
+        "texts": list(texts), "labels": labels, "explained": explained, "said": said,
     }  # fmt: skip
 
 
@@ -131,12 +133,13 @@ def _page(index: FeatureIndex) -> str:
     title = f"Features{coder} at {index.site.key} of {index.lm.id}"
     live = int((index.counts > 0).sum())
     text = index.store.identity.get("text", "")
-    facts = f"{index.d_sae:,} features, of which {live:,} fire on the {index.tokens_seen:,} tokens of {text!r}."
-    rows = [(i, index.notes[i].label, " ".join(map(repr, index.top_tokens(i)))) for i in index.order("best").tolist()]
-    table = [("feature", "label", "fires on most"), *rows[:WITHOUT_SCRIPTS]]
-    cells = [tag("tr", *(tag("td", cell) for cell in row)) for row in table]
-    words = f"This page needs scripts to show a feature. The {len(table) - 1} most readable ones:"
+    many, tokens = counted(index.d_sae, "feature"), counted(index.tokens_seen, "token")
+    facts = f"{many}, of which {live:,} fire{'s' * (live == 1)} on the {tokens} of {text!r}."
+    first = index.order("best")[:WITHOUT_SCRIPTS].tolist()
+    rows = [(str(i), Name(index.notes.heading(i)), " ".join(map(repr, index.top_tokens(i)))) for i in first]
+    table = [("feature", "label", "fires on most"), *rows]
+    words = "This page needs scripts to show a feature; without them it lists the most readable ones:"
     return _PAGE.format(
         version=__version__, title=joined([title]), header=joined([tag("h1", title), tag("p", facts)]),
-        fallback=joined([tag("p", words), tag("table", *cells)]),
+        fallback=html_table(table, header=words, wraps=True),
     )  # fmt: skip

@@ -19,7 +19,7 @@ from sae_lab.lm.comparing import Comparison
 from sae_lab.lm.model import LM
 from sae_lab.lm.tokens import Prompt
 from sae_lab.noting import names_of
-from sae_lab.results import Html
+from sae_lab.results import Html, counted
 from sae_lab.saes.base import SparseCoder
 
 from .coding import lm_line, name_of
@@ -426,7 +426,7 @@ class SteeringSliders(Linked):
 
     def _html(self) -> Html:
         how = "greedy" if self.temperature == 0 else f"temperature {self.temperature:g}, seed {self.seed}"
-        note = f"{how}, at most {self.max_new_tokens} new tokens"
+        note = f"{how}, at most {counted(self.max_new_tokens, 'new token')}"
         if self.shown != self.version:
             note = "not generated yet for these settings" if self.shown < 0 else f"{note}; settings changed since"
         texts, results = (self.baseline, self.steered), (self._compared, self._measured)

@@ -14,7 +14,7 @@ from sae_lab.feature_index import FeatureIndex
 from sae_lab.lm.model import LM
 from sae_lab.lm.tokens import Prompt
 from sae_lab.noting import names_of
-from sae_lab.results import Html
+from sae_lab.results import Html, counted
 from sae_lab.saes.base import SparseCoder
 from sae_lab.spelling import check_text
 from sae_lab.widgets.coding import expression, header, name_of
@@ -326,7 +326,7 @@ class TokenFeatures(Linked):
         return html_of(self.text, self.detail, fires, self.feature, self.names)
 
     def __repr__(self) -> str:
-        what = f"{len(self._reading or ())} tokens, token={self.token}, feature={self.feature}"
+        what = f"{counted(len(self._reading or ()), 'token')}, token={self.token}, feature={self.feature}"
         return f"TokenFeatures({self._coder.site!r}, {what})"
 
 

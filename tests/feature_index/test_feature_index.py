@@ -496,6 +496,36 @@ def test_a_sentence_is_the_dense_codes_of_one_pass(index, sae, tiny_module_lm):
     assert index.search(f'"{text}"', limit=96).features == found.features
 
 
+ODD = {
+    "nothing": "", "spaces": " \t\n ", "signs": "?!…—", "hidden": "\x00\u202e\u200b", "a quotation mark": '"',
+    "both": '""', "another": "“", "not closed": '"the army', "closed first": 'army" the', "many quotes": '"' * 99,
+    "long": "x" * 400, "emoji": "👨‍👩‍👧‍👦" * 9, "label": "label:", "half a label": 'label:"', "half": "max>",
+    "sizes": "> 5 <", "a pattern": "[a-z]+(*", "backslash": "\\", "percent": "%", "braces": "{0} %s {x}",
+    "right to left": "שלום", "two of a kind": "max>0 max<0", "infinite": "max<inf", "a number": "1e999",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("line", ODD.values(), ids=ODD.keys())
+def test_whatever_is_typed_finds_features_or_none(index, line):
+    found = index.search(line, limit=5)
+    assert set(found.features) <= set(range(96)) and len(found.features) <= 5
+    for shown in (repr(found), found._repr_html_()):
+        assert "\x00" not in shown and "\u202e" not in shown and len(shown) < 5_000
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [("max>NaN", "max is compared with a number, got 'NaN'"), ("the densty>1%", "got 'densty'; did you mean density"),
+     ("word " * 10_000, "tokens and this model reads at most"), ("x" * 10_000, "this model reads at most"),
+     (7, "what must be"), (None, "what must be"),
+     (float("nan"), "what must be"), ([], "a list of 0 texts needs others"), ("\ud800", "half a surrogate pair"),
+     ('"\ud800 and so on"', "half a surrogate pair")],
+)  # fmt: skip
+def test_what_no_search_can_mean_is_refused_in_a_sentence(index, asked, words):
+    with pytest.raises(ValueError, match=words):
+        index.search(asked)
+
+
 def test_examples_are_what_find_features_says(index, sae, tiny_module_lm):
     ships, crows = [f"The ship number {i} sailed" for i in range(6)], [f"A crow of {i} sat there" for i in range(6)]
     found = index.search(ships, against=crows, limit=5)

@@ -82,6 +82,9 @@ class StandInNotes:
     def __getitem__(self, feature):
         return self.written.get(feature, StandInNote())
 
+    def heading(self, feature):
+        return self[feature].label
+
 
 class NoExplanations:
     def label(self, feature):

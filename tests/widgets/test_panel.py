@@ -156,6 +156,18 @@ def test_a_notebook_that_ran_holds_the_last_state():
     assert page.count("strength=2.5") == 1
 
 
+def test_a_slip_in_a_name_is_answered_with_its_own_traits(counter):
+    """As a plain attribute it would change nothing on the screen, and nobody would know why."""
+    with pytest.raises(AttributeError, match=r"^Counter has no trait 'row'; did you mean rows\?$"):
+        counter.row = []
+    with pytest.raises(AttributeError, match=r"^Counter has no attribute 'rwos'; did you mean rows\?$"):
+        counter.rwos  # noqa: B018
+    with pytest.raises(AttributeError, match=r"^Counter has no attribute '_repr_nothing_'$"):
+        counter._repr_nothing_  # noqa: B018  # as IPython asks of everything that is shown
+    counter.mine = counter.entries_of_mine = 3  # what is like no trait is the user's own
+    assert counter.mine == 3 and not hasattr(counter, "_mine")
+
+
 def test_a_dot_and_tab_give_its_own_names(counter):
     own = {"rows", "error", "add", "code", "data", "to_html", "observe", "close"}
     assert own <= set(dir(counter)) and not {"add_traits", "keys", "set_state", "comm"} & set(dir(counter))

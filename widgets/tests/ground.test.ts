@@ -167,6 +167,24 @@ describe("a chart", () => {
     expect(chosen).toEqual([1]);
   });
 
+  it("says the value where the line is: of a flat one at the bottom, of one point in the middle", () => {
+    const chart = lineChart({ label: "dead", x: "step", whole: true, zero: true, width: 200, height: 100 }, view().signal);
+    put(chart.element);
+    const said = () => [...chart.element.querySelectorAll(".saelab-chart-y span, .saelab-chart-x span")].map((s) => s.textContent);
+    const path = () => chart.element.querySelector(".saelab-chart-plot path")!.getAttribute("d");
+    chart.show([{ name: "a", x: [0, 1000], y: [0, 0] }]);
+    expect([said(), path()]).toEqual([["", "0", "0", "step", "1,000"], "M0.0 98.0L200.0 98.0"]);
+    chart.show([{ name: "a", x: [5], y: [3] }]);
+    expect([said(), path()]).toEqual([["3.00", "0", "", "step 5", ""], "M100.0 2.0m-2 0h4"]);
+  });
+
+  it("gives the ends of its axis in digits that tell them apart", () => {
+    const chart = lineChart({ label: "cosine", x: "step" }, view().signal);
+    put(chart.element);
+    chart.show([{ name: "a", x: [0, 1], y: [0.36118, 0.36142] }]);
+    expect([...chart.element.querySelectorAll(".saelab-chart-y span")].map((s) => s.textContent)).toEqual(["0.3614", "0.3612"]);
+  });
+
   it("is not broken by nothing", () => {
     const chart = lineChart({ label: "loss", x: "step" }, view().signal);
     put(chart.element);

@@ -72,6 +72,27 @@ describe("render", () => {
     expect(one(".saelab-caution").textContent).toBe("no final norm");
   });
 
+  it("says densities as shares, and goes on to an f_scale beyond all activations", () => {
+    mount({ view: { ...view(812), f_scale: 8, max: 4 } });
+    const axes = all(".saelab-histogram .saelab-axis").map((axis) => [...axis.children].map((part) => part.textContent));
+    expect(axes[0]!.slice(1)).toEqual(["┆ f_scale 8.00", "8.00"]);
+    expect(one(".saelab-reference").getAttribute("x1")).toBe("400.00");
+    expect(Number([...one(".saelab-activations .saelab-histogram-plot").querySelectorAll(".saelab-bar")].at(-1)!.getAttribute("x"))).toBeCloseTo(195);
+    expect(axes[1]).toEqual(["0.01 %", "10 %"]);
+    expect(one(".saelab-density .saelab-bar title").textContent).toBe("0.01 % to 0.1 %: 1 feature");
+  });
+
+  it("calls a feature the same in the list and in its header", () => {
+    const explanations = [{ text: "small animals", source: "a model", scores: {} }];
+    mount({ note: { label: "", text: "" }, view: { ...view(812), explanations } });
+    expect(one(".saelab-heading bdi").textContent).toBe("small animals");
+    model.fromPython("note", { label: ATTACK, text: "" });
+    model.fromPython("results", [{ ...state().results[0]!, label: ATTACK }]);
+    model.fromPython("view", { ...view(812), explanations });
+    expect(one(".saelab-heading bdi").textContent).toBe(one(".saelab-result bdi").textContent);
+    expect(one(".saelab-heading bdi").title).toBe(ATTACK);
+  });
+
   it("shows a dead feature", () => {
     const dead = { ...view(0), count: 0, density: 0, max: 0, mean: 0, f_scale: 0, groups: [], promoted: [] };
     dead.histogram = { counts: Array(40).fill(0), edges: Array(41).fill(0) };

@@ -154,6 +154,10 @@ describe("the grid", () => {
     expect(el.querySelectorAll('[data-cell][tabindex="0"]')).toHaveLength(1);
   });
 
+  it("says beside the key how far an estimate can be off", () => {
+    expect(document.querySelector(".saelab-patching-limit")!.textContent).toContain("it can say 0.3 where the true patch gives 1");
+  });
+
   it("chooses a block with shift and the arrows, and patches what is unknown of it", () => {
     cell(0, 1).focus();
     key(cell(0, 1), "ArrowDown", { shiftKey: true });

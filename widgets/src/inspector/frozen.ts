@@ -1,4 +1,5 @@
 // The inspector in a page without a kernel: its features, its list and its order come from the page.
+import { counted } from "../shared/format";
 import type { FrozenModel } from "../shared/frozen";
 import type { FeatureView, Note, Row, Sort } from "./types";
 
@@ -20,14 +21,14 @@ export function frozenInspector(model: FrozenModel): void {
       return;
     }
     model.set("feature", (model.get("view") as FeatureView).feature);
-    model.set("error", `feature ${feature} is not kept in this page; it holds ${rows.length} features`);
+    model.set("error", `feature ${feature} is not kept in this page; it holds ${counted(rows.length, "feature")}`);
   });
   const list = () => {
     const query = (model.get("query") as string).trim().toLowerCase();
     const by = model.get("sort") as Sort;
     const found = rows.filter((row) => [row.label, ...row.tokens].some((text) => text.toLowerCase().includes(query)));
     if (by !== "best") found.sort((a, b) => b[by] - a[by]);
-    model.set("results_note", `${found.length} of the ${rows.length} features kept in this page, by a piece of their tokens or label`);
+    model.set("results_note", `${found.length} of the ${counted(rows.length, "feature")} kept in this page, by a piece of their tokens or label`);
     model.set("results", found);
   };
   model.on("change:query", list);

@@ -102,11 +102,12 @@ function actions(options: PaneOptions, signal: AbortSignal): HTMLElement[] {
   ];
 }
 
-/** Where this feature stands among all: log10 of density. */
+/** Where this feature stands among all; the axis is log10 of density, and reads as shares. */
 function density(overview: Bins, view: FeatureView): HTMLElement {
-  const plot = histogram(overview, undefined, { what: "features", axis: "log10 density" });
+  const share = (power: number) => `${Number((100 * 10 ** power).toPrecision(2))} %`;
+  const plot = histogram(overview, undefined, { what: "feature", along: "density", text: share });
   if (view.density > 0) plot.pin(Math.log10(view.density));
-  return h("div", { class: "saelab-density" }, h("small", {}, "density of all live features; marked: this one"), plot.element);
+  return h("div", { class: "saelab-density" }, h("small", {}, "density of all live features, share of tokens (logarithmic); marked: this one"), plot.element);
 }
 
 function texts(options: PaneOptions, hover: (at: Hovered | null) => void, signal: AbortSignal): HTMLElement {

@@ -1,6 +1,6 @@
 // The hand on a training: start, pause, stop and save, another learning rate or sparsity.
 import { button, h, setText } from "../shared/dom";
-import { number } from "../shared/format";
+import { counted } from "../shared/format";
 import type { Line, Training } from "./types";
 
 export interface Hand {
@@ -133,5 +133,5 @@ function short(value: number): string {
 
 /** What was changed, for people: "k 32 → 16". */
 export function changeText(what: string, old: number, now: number): string {
-  return what === "stop" ? `stopped after ${number(now)} steps` : `${what} ${short(old)} → ${short(now)}`;
+  return what === "stop" ? `stopped after ${counted(now, "step")}` : `${what} ${short(old)} → ${short(now)}`;
 }

@@ -1,6 +1,6 @@
 // How far a training is: a state, a bar, and what the speed says.
 import { h, setText } from "../shared/dom";
-import { integer, number } from "../shared/format";
+import { counted, integer, number } from "../shared/format";
 import type { Status, Training } from "./types";
 
 export interface Progress {
@@ -49,12 +49,16 @@ export function progress(): Progress {
 }
 
 function facts(status: Status): [string, string][] {
-  const found: [string, string][] = [[integer(status.step), status.steps ? `of ${integer(status.steps)} steps` : "steps"]];
-  if (status.tokens) found.push([integer(status.tokens), "tokens"]);
+  const found: [string, string][] = [[integer(status.step), status.steps ? `of ${counted(status.steps, "step")}` : noun(status.step, "step")]];
+  if (status.tokens) found.push([integer(status.tokens), noun(status.tokens, "token")]);
   if (status.passes) found.push([status.passes.toFixed(2), "passes over the data"]); // of a stream they are not known
   if (status.tokens_per_second !== null) found.push([number(status.tokens_per_second), "tokens/s"]);
   if (status.seconds_left !== null && status.state === "running") found.push([duration(status.seconds_left), "left"]);
   return found;
+}
+
+function noun(count: number, one: string): string {
+  return count === 1 ? one : `${one}s`;
 }
 
 /** Seconds as a person says them. */

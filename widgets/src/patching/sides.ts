@@ -1,5 +1,6 @@
 // Both texts, token above token, and where they part.
 import { h, setText } from "../shared/dom";
+import { counted } from "../shared/format";
 import { tokenLabel, tokenNodes } from "../shared/tokens";
 import type { Sides } from "./types";
 
@@ -19,8 +20,8 @@ export function sidesView(): SidesView {
       const apart = sides.pairs.filter(([a, b]) => a !== b).length;
       const differ = apart === 0 ? "none differs" : `${apart} ${apart === 1 ? "differs" : "differ"} (marked ≠)`;
       const parted = ours !== theirs;
-      const gaps = `The prompt has ${ours} tokens, the source ${theirs}: a patch needs as many in both. Gaps (–) show where they part.`;
-      setText(note, parted ? gaps : `${ours} tokens each, ${differ}`);
+      const gaps = `The prompt has ${counted(ours, "token")}, the source ${theirs}: a patch needs as many in both. Gaps (–) show where they part.`;
+      setText(note, parted ? gaps : `${counted(ours, "token")} each, ${differ}`);
       note.classList.toggle("saelab-caution", parted);
     },
   };

@@ -12,6 +12,8 @@ export interface Toolbar {
   progress(progress: number[]): void;
 }
 
+// As docs/limits.md says.
+const LIMIT = "An estimate comes from one gradient: for a whole residual stream it can say 0.3 where the true patch gives 1.";
 const HINT = "Enter or a click patches a cell, on the name of a row or column all of it; drag, or shift and the arrows, choose a block";
 
 export function toolbar(actions: { patch(): void; stop(): void }, signal: AbortSignal): Toolbar {
@@ -32,8 +34,9 @@ export function toolbar(actions: { patch(): void; stop(): void }, signal: AbortS
     swatch(".5 estimate", false),
     swatch(".5 patched", true),
   );
+  const limit = h("small", { class: "saelab-patching-limit" }, LIMIT);
   return {
-    element: h("div", { class: "saelab-patching-tools" }, readout, h("div", { class: "saelab-bar-row" }, key, patch, running)),
+    element: h("div", { class: "saelab-patching-tools" }, readout, h("div", { class: "saelab-bar-row" }, key, patch, running), limit),
     say: (words) => setText(readout, words || HINT),
     block(cells) {
       patch.disabled = !cells;

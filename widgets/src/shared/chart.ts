@@ -71,6 +71,7 @@ export function lineChart(options: ChartOptions, signal: AbortSignal): Chart {
   const high = h("span", {});
   const left = h("span", {});
   const right = h("span", {});
+  const middle = h("span", {}, options.x);
   const legend = h("div", { class: "saelab-chart-legend" });
   const readout = h("small", { class: "saelab-readout", role: "status" });
   const element = h(
@@ -78,7 +79,7 @@ export function lineChart(options: ChartOptions, signal: AbortSignal): Chart {
     { class: "saelab-chart" },
     h("div", { class: "saelab-chart-title" }, h("strong", {}, options.label), readout),
     h("div", { class: "saelab-chart-frame" }, h("div", { class: "saelab-chart-y", "aria-hidden": "true" }, high, low), picture),
-    h("div", { class: "saelab-axis saelab-chart-x", "aria-hidden": "true" }, left, h("span", {}, options.x), right),
+    h("div", { class: "saelab-axis saelab-chart-x", "aria-hidden": "true" }, left, middle, right),
     legend,
   );
 
@@ -86,7 +87,7 @@ export function lineChart(options: ChartOptions, signal: AbortSignal): Chart {
   let xs: number[] = [];
   let range = { x0: 0, x1: 1, y0: 0, y1: 1 };
   let at: number | null = null;
-  const px = (x: number) => (width * (x - range.x0)) / (range.x1 - range.x0 || 1);
+  const px = (x: number) => (range.x1 === range.x0 ? width / 2 : (width * (x - range.x0)) / (range.x1 - range.x0));
   const scaled = options.log ? Math.log : (y: number) => y;
   const py = (y: number) => height - ((height - 4) * (scaled(y) - scaled(range.y0))) / (scaled(range.y1) - scaled(range.y0) || 1) - 2;
 
@@ -165,10 +166,13 @@ export function lineChart(options: ChartOptions, signal: AbortSignal): Chart {
       const y0 = options.zero ? Math.min(0, ...ys) : Math.min(...ys);
       range = { x0: xs[0] ?? 0, x1: xs.at(-1) ?? 1, y0: ys.length ? y0 : 0, y1: ys.length ? Math.max(...ys) : 1 };
       lines.replaceChildren(...series.map((s, i) => path(s, i, px, py)));
-      setText(left, range.x0 === range.x1 ? "" : xText(range.x0));
-      setText(right, xText(range.x1));
-      setText(low, range.y0 === range.y1 ? "" : number(range.y0)); // a line that is flat has one value
-      setText(high, number(range.y1));
+      const single = range.x0 === range.x1; // it stands in the middle, and so does its x
+      setText(left, single ? "" : xText(range.x0));
+      setText(middle, single ? `${options.x} ${xText(range.x0)}` : options.x);
+      setText(right, single ? "" : xText(range.x1));
+      const [least, most] = apart(range.y0, range.y1);
+      setText(low, least);
+      setText(high, most);
       const keys = series.filter((s) => s.beside === undefined);
       legend.hidden = keys.length < 2;
       legend.replaceChildren(...keys.map((s, i) => key(s.name, i)));
@@ -186,6 +190,14 @@ export function lineChart(options: ChartOptions, signal: AbortSignal): Chart {
       placeNotes();
     },
   };
+}
+
+/** Both ends of an axis, in as many digits as tell them apart. A flat line lies at the bottom, and has one value. */
+function apart(low: number, high: number): [string, string] {
+  if (low === high) return [number(low), ""];
+  const same = number(low) === number(high);
+  const digits = same ? [4, 5, 6, 7, 8].find((n) => low.toPrecision(n) !== high.toPrecision(n)) : undefined;
+  return digits ? [low.toPrecision(digits), high.toPrecision(digits)] : [number(low), number(high)];
 }
 
 function path(series: Series, index: number, px: (x: number) => number, py: (y: number) => number): SVGElement {

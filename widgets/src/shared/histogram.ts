@@ -1,6 +1,6 @@
 // A histogram as inline SVG, with a marker that other parts of a widget move.
 import { h, svg } from "./dom";
-import { integer, number } from "./format";
+import { counted, number } from "./format";
 
 export interface Bins {
   counts: number[];
@@ -15,10 +15,12 @@ export interface Histogram {
   pin(value: number | null): void;
 }
 
-export interface Counted {
-  /** What is counted, and along what. */
+/** What is counted (one of it), and along what. */
+export interface Axis {
   what: string;
-  axis: string;
+  along: string;
+  /** A place on the axis, in words. */
+  text(value: number): string;
 }
 
 const WIDTH = 400;
@@ -28,11 +30,13 @@ const HEIGHT = 100;
 export function histogram(
   bins: Bins,
   reference?: { name: string; value: number },
-  counted: Counted = { what: "tokens", axis: "activations" },
+  axis: Axis = { what: "token", along: "activations", text: number },
 ): Histogram {
   const low = bins.edges[0] ?? 0;
-  const high = bins.edges.at(-1) ?? 1;
+  // The named value may lie beyond all bars: the axis then goes on to it.
+  const high = Math.max(bins.edges.at(-1) ?? 1, reference && Number.isFinite(reference.value) ? reference.value : -Infinity);
   const span = high - low || 1;
+  const { text } = axis;
   const x = (value: number) => (WIDTH * (Math.min(high, Math.max(low, value)) - low)) / span;
   // Activations have a heavy tail: on a linear axis all but the first few bars would vanish.
   const tallest = Math.log1p(Math.max(1, ...bins.counts));
@@ -44,7 +48,7 @@ export function histogram(
     return svg(
       "rect",
       { class: "saelab-bar", x: left, y: HEIGHT - tall, width: Math.max(0, right - left - 1), height: tall },
-      svg("title", {}, `${number(bins.edges[i])} to ${number(bins.edges[i + 1])}: ${integer(count)} ${counted.what}`),
+      svg("title", {}, `${text(bins.edges[i] ?? low)} to ${text(bins.edges[i + 1] ?? high)}: ${counted(count, axis.what)}`),
     );
   });
   const marker = vertical("saelab-marker");
@@ -61,7 +65,7 @@ export function histogram(
       viewBox: `0 0 ${WIDTH} ${HEIGHT}`,
       preserveAspectRatio: "none",
       role: "img",
-      "aria-label": `Histogram of ${integer(total)} ${counted.axis === "activations" ? counted.axis : counted.what + " by " + counted.axis} from ${number(low)} to ${number(high)}, log counts`,
+      "aria-label": `Histogram of ${axis.along === "activations" ? counted(total, "activation") : `${counted(total, axis.what)} by ${axis.along}`} from ${text(low)} to ${text(high)}, log counts`,
     },
     ...bars,
     dashed,
@@ -75,9 +79,9 @@ export function histogram(
     h(
       "div",
       { class: "saelab-axis", "aria-hidden": "true" },
-      h("span", {}, total ? number(low) : "none"),
+      h("span", {}, total ? text(low) : "none"),
       dashed && reference && h("span", { class: "saelab-axis-note" }, `┆ ${reference.name} ${number(reference.value)}`),
-      h("span", {}, total ? number(high) : ""),
+      h("span", {}, total ? text(high) : ""),
     ),
   );
   return {

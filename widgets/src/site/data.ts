@@ -36,8 +36,9 @@ export interface Listing {
   norm: number[] | null;
   texts: string[];
   tokens: number[][];
-  /** a feature's label, and all else that is said of it, where there is any */
+  /** a feature's label, or the first explanation of an explained one, and all else that is said of it */
   labels: Record<string, string>;
+  explained: number[];
   said: Record<string, string>;
 }
 
@@ -54,9 +55,12 @@ export function row(list: Listing, feature: number): Row {
 export const tokens = (list: Listing, feature: number): string[] =>
   (list.tokens[feature] ?? []).map((number) => list.texts[number] ?? "");
 
-/** A feature's label, else what it fires on most. */
-const called = (list: Listing, feature: number): string =>
-  list.labels[feature] || tokens(list, feature).slice(0, 4).map((token) => token.trim() || token).join(" ");
+/** A feature's label, else what it fires on most, else an explanation: as everywhere where a name stands alone. */
+const called = (list: Listing, feature: number): string => {
+  const tops = tokens(list, feature).slice(0, 4).map((token) => token.trim() || token).join(" ");
+  const said = list.labels[feature] ?? "";
+  return list.explained.includes(feature) ? tops || said : said || tops;
+};
 
 export function opened(list: Listing, chunk: Chunk, feature: number): { view: FeatureView; note: Note } | undefined {
   const packed = chunk.features[feature - chunk.first];

@@ -3,7 +3,7 @@
 import type { AnyModel } from "@anywidget/types";
 import { h, setText } from "../shared/dom";
 import { FrozenModel } from "../shared/frozen";
-import { integer } from "../shared/format";
+import { counted, integer } from "../shared/format";
 import inspector from "../inspector/index";
 import type { Row, Sort, State } from "../inspector/types";
 import { type Chunk, type Listing, opened, row } from "./data";
@@ -72,7 +72,7 @@ async function start(list: Listing): Promise<void> {
   const rowOf = (feature: number): Row => rows.get(feature) ?? rows.set(feature, row(list, feature)).get(feature)!;
   const listed = () => features.slice(0, length).map(rowOf);
   const note = (query: string) =>
-    query ? `${integer(features.length)} for “${query}”` : `${integer(features.length)} live features of ${integer(list.d_sae)}`;
+    query ? `${integer(features.length)} for “${query.length > 80 ? `${query.slice(0, 80)}…` : query}”` : `${counted(features.length, "live feature")} of ${integer(list.d_sae)}`;
   const state: State = {
     feature: first, query: "", sort: "best", results: listed(), results_note: note(""), view: shown.view, note: shown.note,
     pinned: null, pair: {}, overview: list.overview, live: false, error: Number.isNaN(at) ? wrong() : "",

@@ -4,7 +4,7 @@ import type { Listing } from "./data";
 
 const COLUMNS = "density|norm|max|mean|count";
 const CONDITION = new RegExp(`(?:^|(?<=\\s))(${COLUMNS})\\s*(>=|<=|>|<)\\s*(\\S+)`, "gi");
-const LABEL = /(?:^|(?<=\s))label:(?:"([^"]*)"|(\S*))/gi;
+const LABEL = /(?:^|(?<=\s))label:(?:"([^"]*)(?:"|$)|(\S*))/gi;
 
 /** Live features that fit, in order. Error with the reason where the line cannot be read. */
 export function found(list: Listing, line: string, sort: Sort): number[] {
