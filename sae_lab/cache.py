@@ -69,7 +69,8 @@ class List(tuple[Entry, ...]):
     """Cache entries that print as a table."""
 
     def __repr__(self) -> str:
-        lines = [f"{root()}: {len(self)} entries, {sum(e.megabytes for e in self):.1f} MB"]
+        many = f"{len(self)} {'entry' if len(self) == 1 else 'entries'}"
+        lines = [f"{root()}: {many}, {sum(e.megabytes for e in self):.1f} MB"]
         lines += [f"  {e.kind:8} {e.megabytes:9.1f} MB  {e.name}" for e in self]
         return "\n".join(lines)
 

@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from sae_lab.arguments import as_annotated
-from sae_lab.results import visible
+from sae_lab.results import counted, visible
 
 LAYER_KINDS = ("resid_pre", "attn_z", "attn_out", "resid_mid", "mlp_in", "mlp_out", "resid_post")
 KINDS = ("embed", *LAYER_KINDS)
@@ -233,7 +233,7 @@ class TokenMask:
         return cls(tuple(ids), first, dict(norms), tuple(roles))
 
     def __str__(self) -> str:
-        rules = [f"{len(self.special_ids)} special ids"] if self.special_ids else []
+        rules = [counted(len(self.special_ids), "special id")] if self.special_ids else []
         rules += ["position 0"] if self.skip_first else []
         rules += [f"norm > {limit:.4g} at {visible(site)}" for site, limit in self.max_norm.items()]
         rules += [f"chat tokens of other roles than {', '.join(map(visible, self.roles))}"] if self.roles else []

@@ -27,6 +27,7 @@ from sae_lab.lm.model import LM
 from sae_lab.lm.passes import packed
 from sae_lab.lm.text import WINDOW_DOCUMENTS, Context, Documents, Text, as_text, padded
 from sae_lab.lm.tokens import pad
+from sae_lab.results import counted
 from sae_lab.saes.base import SparseCoder
 from sae_lab.types import Site, TokenBatch, TokenMask, as_sites
 
@@ -277,7 +278,7 @@ class Harvest:
             if seen == 0:
                 raise ValueError(f"the text {self.text.name!r} is empty: pass at least one document with a word in it")
             raise ValueError(
-                f"the text holds {seen} tokens, less than one context of {length}: "
+                f"the text holds {counted(seen, 'token')}, less than one context of {length}: "
                 f"pass more text, or context={max(seen, 2)}"
             )
         if group:
@@ -287,7 +288,8 @@ class Harvest:
         """Write a shard to disk, then into the manifest; in a thread, while the model reads the next shard."""
         name, rows = f"{number:06d}.safetensors", sum(s["rows"] for s in self.manifest["shards"][:number])
         opened = f", or open it with sl.Store({str(self.folder)!r})" if rows else ""
-        kept = f"the store there holds {rows} whole tokens: make room and call harvest again to go on{opened}"
+        whole = counted(rows, "whole token")
+        kept = f"the store there holds {whole}: make room and call harvest again to go on{opened}"
         with cache.told(self.folder / name, kept):
             with cache.atomic(self.folder / name) as temporary:
                 files.write_tensors(tensors, temporary)
@@ -391,7 +393,7 @@ class Harvest:
             )
         if wanted and not found & set(wanted):
             raise ValueError(
-                f"no token of the first {len(contexts)} contexts is of roles={wanted}: their roles are "
+                f"no token of the first {counted(len(contexts), 'context')} is of roles={wanted}: their roles are "
                 f"{', '.join(sorted(found))}"
             )
 
@@ -494,7 +496,7 @@ def tried(call: Harvest, tokens: int, there: float) -> tuple[Cost, dict[str, Ten
     to_cut = min(-(-(there + rows) // (kept * cut)) * cut, in_text / kept)
     seconds = (reading + writing) / shard["rows"]
     found = Cost(
-        f"{read:,} tokens harvested in {reading + writing:.1f} s",
+        f"{counted(read, 'token')} harvested in {reading + writing:.1f} s",
         seconds=to_cut * cutting / cut + rows * seconds,
         disk=manifest_bytes + int(rows * shard["bytes"] / shard["rows"]),
         ram=peak.ram,

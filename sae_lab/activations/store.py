@@ -23,7 +23,7 @@ from torch import Tensor
 
 from sae_lab import files
 from sae_lab.arguments import Count, as_annotated
-from sae_lab.results import visible
+from sae_lab.results import counted, visible
 from sae_lab.types import Batch, Codes, Site, TokenMask
 
 H = TypeVar("H", bound="Harvested")
@@ -292,7 +292,7 @@ class Store(Harvested):
         path = self.path.resolve()
         where = f"~/{path.relative_to(Path.home())}" if path.is_relative_to(Path.home()) else str(self.path)
         return (
-            f"Store({len(self):,} tokens of {self.identity['text']!r}, {visible(self.identity['model'])}, "
+            f"Store({counted(len(self), 'token')} of {self.identity['text']!r}, {visible(self.identity['model'])}, "
             f"{', '.join(map(repr, self.sites))}, {self.excluded:.1%} left out, {where!r})"
         )
 

@@ -7,6 +7,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
+from sae_lab.results import counted
 from sae_lab.types import Codes
 
 
@@ -47,10 +48,14 @@ class World:
         s = self.settings
         if "values" in s:
             attributes = " × ".join(map(str, s["values"]))
-            return f"World(attributes {attributes} in {s['d']} dimensions; {len(self.x):,} samples, seed {s['seed']})"
-        parts = [f"{len(self.dictionary)} features in {self.x.shape[1]} dimensions", f"{s['law']} law"]
+            return (
+                f"World(attributes {attributes} in {counted(s['d'], 'dimension')}; {counted(len(self.x), 'sample')}, "
+                f"seed {s['seed']})"
+            )
+        size = f"{counted(len(self.dictionary), 'feature')} in {counted(self.x.shape[1], 'dimension')}"
+        parts = [size, f"{s['law']} law"]
         parts += [f"exponent {s['exponent']}"] if s["law"] == "zipf" else []
         parts += [f"groups of {s['group']} at correlation {s['correlation']}"] if s["correlation"] else []
         parts += [f"{s['hierarchy']} children per parent"] if s["hierarchy"] else []
         parts += [f"noise {s['noise']}"] if s["noise"] else []
-        return f"World({', '.join(parts)}; {len(self.x):,} samples, L0 {self.l0:.2f}, seed {s['seed']})"
+        return f"World({', '.join(parts)}; {counted(len(self.x), 'sample')}, L0 {self.l0:.2f}, seed {s['seed']})"

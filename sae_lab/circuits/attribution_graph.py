@@ -17,7 +17,7 @@ from sae_lab.circuits.graph_scores import edge_scores, pruned
 from sae_lab.circuits.invariant import EdgeCheck
 from sae_lab.circuits.nodes import Edge, Node
 from sae_lab.lm.model import LM
-from sae_lab.results import Result, by_column, figure, result
+from sae_lab.results import Result, by_column, counted, figure, result
 from sae_lab.saes.base import SparseCoder
 from sae_lab.saes.sets import TranscoderSet
 from sae_lab.types import Site
@@ -243,7 +243,10 @@ class AttributionGraph(Result):
         features, errors, tokens, _ = self.counts
         edges = int(self.effects.count_nonzero())
         ends = ", ".join(f"{n!r} {p:.2f}" for n, p in zip(self.outputs, self.weights.tolist(), strict=True))
-        return f"{features:,} features, {errors:,} errors, {tokens} tokens, {edges:,} edges to {ends}"
+        return (
+            f"{counted(features, 'feature')}, {counted(errors, 'error')}, {counted(tokens, 'token')}, "
+            f"{counted(edges, 'edge')} to {ends}"
+        )
 
     @property
     def _prompt(self) -> str:

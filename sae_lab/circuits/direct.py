@@ -14,7 +14,7 @@ from sae_lab.circuits.prompt import PromptReading, WayOut, reaches_the_stream, r
 from sae_lab.lm.model import LM
 from sae_lab.lm.tokens import Prompts, Token, label
 from sae_lab.noting import Names
-from sae_lab.results import Result, result
+from sae_lab.results import Result, counted, result
 from sae_lab.saes.base import SparseCoder
 from sae_lab.types import Site
 
@@ -81,8 +81,9 @@ class DirectEffects(Result):
         sums = {name: ", ".join(f"{v:+.2f}" for v in part) for name, part in self.parts().items()}
         total = f"{sums.pop('logit')} = " + ", ".join(f"{name} {part}" for name, part in sums.items())
         return (
-            f"{self.site.key} at {self.tokens[self.position].label!r} (position {self.position}), {self.active} active "
-            f"features; logits, centred over the vocabulary, of {', '.join(map(repr, self.names))}: {total}"
+            f"{self.site.key} at {self.tokens[self.position].label!r} (position {self.position}), "
+            f"{counted(self.active, 'active feature')}; "
+            f"logits, centred over the vocabulary, of {', '.join(map(repr, self.names))}: {total}"
         )
 
 

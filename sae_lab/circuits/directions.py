@@ -15,7 +15,7 @@ from sae_lab.circuits.gradients import mean_gradient
 from sae_lab.circuits.metric import ROWS, final_log_chances, kl_to, measured, plus
 from sae_lab.circuits.pairs import check_positions, kept, paired, require_sae
 from sae_lab.lm.model import LM
-from sae_lab.results import Result, by_column, result
+from sae_lab.results import Result, by_column, counted, result
 from sae_lab.saes.base import SparseCoder
 from sae_lab.types import Site, TokenBatch, Write
 
@@ -33,7 +33,7 @@ class AreaDifference(NamedTuple):
     prompts: int
 
     def __repr__(self) -> str:
-        return f"{self.value:+.3f} nats (95 %: {self.low:+.3f} to {self.high:+.3f}; {self.prompts} prompts)"
+        return f"{self.value:+.3f} nats (95 %: {self.low:+.3f} to {self.high:+.3f}; {counted(self.prompts, 'prompt')})"
 
 
 @as_annotated

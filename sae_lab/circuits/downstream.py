@@ -15,7 +15,7 @@ from sae_lab.circuits.metric import ROWS, plus
 from sae_lab.circuits.pairs import copied, kept
 from sae_lab.lm.model import LM
 from sae_lab.noting import Names
-from sae_lab.results import Result, by_column, result
+from sae_lab.results import Result, by_column, counted, result
 from sae_lab.saes.base import SparseCoder
 from sae_lab.types import Site, TokenBatch, Write
 
@@ -60,11 +60,12 @@ class DownstreamEffects(Result):
         what = "ablated" if self.strength is None else f"steered by {self.strength:g}"
         counts = sorted(self.beyond_controls)
         beaten = sum(one >= self.largest for one in self.largest_controls)
+        reached = f"{counted(beaten, 'control')} reach{'es' * (beaten == 1)} it"
         return (
-            f"feature {self.names[self.site].numbered(self.feature)} of {self.site.key} {what}: {self.beyond} later "
-            f"features with |z| > {FAR:g} (the controls, {len(counts)} {self.against}: median "
-            f"{counts[len(counts) // 2]}), the largest "
-            f"{self.largest:.1f} ({beaten} controls reach it); the strongest:"
+            f"feature {self.names[self.site].numbered(self.feature)} of {self.site.key} {what}: "
+            f"{counted(self.beyond, 'later feature')} with |z| > {FAR:g} (the controls, {len(counts)} "
+            f"{self.against}: median {counts[len(counts) // 2]}), the largest {self.largest:.1f} "
+            f"({reached}); the strongest:"
         )
 
     @property

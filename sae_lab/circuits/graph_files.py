@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sae_lab import cache, files
 from sae_lab.circuits.nodes import ERROR
+from sae_lab.results import counted
 
 VERSION, SCHEMA = 1, 1
 NOTE = "sae_lab graph"
@@ -98,7 +99,7 @@ def _require_consistent(named: dict[str, Any]) -> None:
     right = (least <= layers) & (layers <= most) & (positions >= 0) & (positions < length)
     right &= (numbers >= 0) | ((numbers == ERROR) & (torch.arange(nodes) >= features))
     if not bool(right.all()) or last < 0:
-        raise ValueError(f"a node stands outside its {length} tokens and {last + 1} layers")
+        raise ValueError(f"a node stands outside its {counted(length, 'token')} and {counted(last + 1, 'layer')}")
     if len(named["outputs"]) != logits or len(named["directions"]) != logits:
         raise ValueError(f"it has {logits} logits and {len(named['outputs'])} names of them")
     if not bool(named["effects"].isfinite().all()):

@@ -13,6 +13,7 @@ from sae_lab.arguments import as_annotated
 from sae_lab.circuits.metric import Metric, numbers, of_metric
 from sae_lab.lm.model import LM
 from sae_lab.lm.tokens import Prompt, Texts
+from sae_lab.results import counted
 from sae_lab.saes.base import SparseCoder
 from sae_lab.types import Site, TokenBatch
 
@@ -48,7 +49,10 @@ def both_runs(lm: LM, prompts: Texts, sources: Texts, metric: Metric, at: Sequen
 def paired(lm: LM, prompts: Texts, sources: Texts) -> tuple[TokenBatch, TokenBatch]:
     """Prompts and sources as tokens. ValueError unless they are equal in number and all of one length."""
     if len(prompts) != len(sources) or not prompts:
-        raise ValueError(f"give one source for each prompt: got {len(prompts)} prompts and {len(sources)} sources")
+        raise ValueError(
+            "give one source for each prompt: got "
+            f"{counted(len(prompts), 'prompt')} and {counted(len(sources), 'source')}"
+        )
     lengths = [len(lm.tokenize(p).ids[0]) for p in [*prompts, *sources]]
     if odd := [i for i, n in enumerate(lengths) if n != lengths[0]]:
         which = f"prompt {odd[0]}" if odd[0] < len(prompts) else f"source {odd[0] - len(prompts)}"
@@ -98,7 +102,7 @@ def kept(lm: LM, coders: Sequence[SparseCoder], *runs: tuple[TokenBatch, Acts]) 
 def check_positions(positions: Sequence[int], length: int) -> None:
     """ValueError for a position that the prompts do not have."""
     if beyond := [p for p in positions if not 0 <= p < length]:
-        raise ValueError(f"position {beyond[0]} is beyond the prompts, which have {length} tokens")
+        raise ValueError(f"position {beyond[0]} is beyond the prompts, which have {counted(length, 'token')}")
 
 
 def require_here(lm: LM, what: str) -> None:

@@ -32,6 +32,7 @@ from sae_lab.arguments import as_annotated
 from sae_lab.edits import grouping, rules
 from sae_lab.edits.conditions import Condition, Firing, require_scale
 from sae_lab.edits.vector import Vector
+from sae_lab.results import counted
 from sae_lab.saes.base import SparseCoder
 from sae_lab.saes.io import opening
 from sae_lab.types import Site, TokenBatch, Write
@@ -247,7 +248,7 @@ class Edit:
             if beyond and bool(rules.among(torch.tensor(row), self.rows)):
                 raise ValueError(
                     f"position {beyond[0]} is beyond prompt {row}, whose last is {length - 1}"
-                    + (f" ({new} new tokens counted)" if new else "")
+                    + (f" ({counted(new, 'new token')} counted)" if new else "")
                     + ": count from the prefix token (0), or name the prompts that are long enough with rows="
                 )
         lengths = (batch.mask.sum(1)[rules.among(batch.row_numbers, self.rows)] + new).tolist()
@@ -489,7 +490,8 @@ class Patch(Edit):
         rows = batch.row_numbers.tolist()
         if len(lengths) not in (1, int(batch.row_numbers.max()) + 1):
             raise ValueError(
-                f"Patch has {len(lengths)} sources for {len(rows)} prompts: give one for all, or one for each"
+                f"Patch has {counted(len(lengths), 'source')} for {counted(len(rows), 'prompt')}: "
+                "give one for all, or one for each"
             )
         for row, length in zip(rows, batch.mask.sum(1).tolist(), strict=True):
             theirs = lengths[row if len(lengths) > 1 else 0]
@@ -497,11 +499,13 @@ class Patch(Edit):
                 continue
             if self.positions is None and length != theirs:
                 raise ValueError(
-                    f"prompt {row} has {length} tokens and its source {theirs}: a patch takes the codes at the same "
-                    "position, so give prompts of equal token lengths (lm.tokens(prompt) shows them), or positions="
+                    f"prompt {row} has {counted(length, 'token')} and its source {theirs}: a patch takes the codes "
+                    "at the same position, so give prompts of equal token lengths (lm.tokens(prompt) shows them), or "
+                    "positions="
                 )
             if beyond := [p for p in _listed(self.positions) if p >= theirs]:
-                raise ValueError(f"position {beyond[0]} is beyond the source of prompt {row}: it has {theirs} tokens")
+                has = counted(theirs, "token")
+                raise ValueError(f"position {beyond[0]} is beyond the source of prompt {row}: it has {has}")
         return partial(rules.of_another_run, codes=codes, keep=keep)
 
 

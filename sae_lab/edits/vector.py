@@ -19,6 +19,7 @@ from sae_lab.arguments import as_annotated, check_least
 from sae_lab.edits import rules
 from sae_lab.lm.model import LM
 from sae_lab.lm.text import Documents, as_text, load_text
+from sae_lab.results import counted
 from sae_lab.saes.base import QUANTILE, SparseCoder
 from sae_lab.saes.families.l1 import L1
 from sae_lab.types import Site, TokenMask
@@ -116,7 +117,8 @@ class Vector:
         means, mask = text_means(lm, [Site.of(site)], texts)
         centred = means - means.mean(0)
         if component >= (most := min(len(texts) - 1, means.shape[1])) or component < 0:
-            raise ValueError(f"component must be below {most}, got {component}: give more than {len(texts)} texts")
+            many = counted(len(texts), "text")
+            raise ValueError(f"component must be below {most}, got {component}: give more than {many}")
         axis = torch.linalg.svd(centred, full_matrices=False)[2][component]
         axis = axis if float(centred[0] @ axis) >= 0 else -axis
         return cls(axis, site, name or f"component {component}", mask=mask, model=lm.id).calibrated(lm, text)
@@ -148,7 +150,7 @@ class Vector:
         codes = (values - values.mean()).sort().values
         codes = codes[codes > 0]
         if not len(codes):
-            raise ValueError(f"x·u is the same at all {len(values)} tokens of this text: give a longer text")
+            raise ValueError(f"x·u is the same at all {counted(len(values), 'token')} of this text: give a longer text")
         scale = float(codes[int(QUANTILE * (len(codes) - 1))])
         return replace(mine, f_scale=scale, centre=float(values.mean()), mask=mask)
 

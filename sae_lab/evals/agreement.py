@@ -19,7 +19,7 @@ from sae_lab.evals.sampling import Sample, encoded, sample, summed
 from sae_lab.feature_index.matching import Match, match
 from sae_lab.lm.model import LM
 from sae_lab.lm.text import Documents
-from sae_lab.results import Figure, Result, figure, result
+from sae_lab.results import Figure, Result, counted, figure, result
 from sae_lab.saes.base import SparseCoder
 from sae_lab.stats import jackknife
 from sae_lab.types import Codes
@@ -86,7 +86,7 @@ class Consistency(Result):
     def figures(self) -> list[Figure]:
         if len(self.pairs) == 1:
             return self.pairs[0].figures()
-        meaning, found = f"mean of {len(self.pairs)} pairs of coders", []
+        meaning, found = f"mean of {counted(len(self.pairs), 'pair')} of coders", []
         for name, value in self.mean.items():
             random, control = ("shuffled pairs", "shuffled") if name == "agreement" else ("random rows", "random")
             against = _mean([getattr(p, f"{name}_{control}") for p in self.pairs])
@@ -103,7 +103,7 @@ class Consistency(Result):
 
     @property
     def _remark(self) -> str:
-        given = f"{self.rows:,} rows of {self.documents:,} documents"
+        given = f"{counted(self.rows, 'row')} of {counted(self.documents, 'document')}"
         return given if self.rows else "no activations given: agreement is undefined"
 
 

@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 from sae_lab.activations.store import Store
 from sae_lab.arguments import as_annotated
 from sae_lab.evals.sampling import encoded, require, sample
-from sae_lab.results import Figure, Result, result
+from sae_lab.results import Figure, Result, counted, result
 from sae_lab.saes.base import SparseCoder
 from sae_lab.types import Codes
 
@@ -88,7 +88,7 @@ class Cones(Result):
 
     @property
     def _remark(self) -> str:
-        text = f"; {self.rows:,} rows" if self.rows else "; no x given: correlations are undefined"
+        text = f"; {counted(self.rows, 'row')}" if self.rows else "; no x given: correlations are undefined"
         return text + "; the most stands at an end of the sizes tried" * (not self.interior)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from sae_lab.arguments import as_annotated
 from sae_lab.evals.sampling import by_content
 from sae_lab.lm.model import LM
-from sae_lab.results import Figure, Result, figure, result
+from sae_lab.results import Figure, Result, figure, filled, result
 from sae_lab.saes import kernels
 from sae_lab.saes.base import SparseCoder
 from sae_lab.stats import area, clustered_error, f1, jackknife, sparse_ranks
@@ -143,7 +143,7 @@ class BoardGames(Result):
 
     @property
     def _dropped(self) -> str:
-        return f"; {self.dropped} properties too rare or too common" * (self.dropped > 0)
+        return filled("; {dropped} properties too rare or too common", self) * (self.dropped > 0)
 
 
 @as_annotated

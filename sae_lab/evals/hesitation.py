@@ -178,7 +178,7 @@ def uncertainty(
     order = np.argsort(-codes.sum(0), kind="stable")  # so that ties and draws depend on rank
     live = order[(codes > 0).sum(0)[order] >= LEAST]
     if len(live) < 3:
-        raise ValueError(f"{len(live)} features fire on {LEAST} questions or more, three are needed: add questions")
+        raise ValueError(f"three features must fire on {LEAST} questions or more, got {len(live)}: add questions")
     f, random = codes[:, live], np.random.default_rng(seed)
     t = association(f, uncertain, ~correct, group)
     shuffled = np.mean([_classes(t, threshold).sum(1) for t in _shuffled_t(f, uncertain, correct, group, random)], 0)

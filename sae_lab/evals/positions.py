@@ -16,7 +16,7 @@ from sae_lab.activations.reconstructing import Reconstruction, _losses, _measure
 from sae_lab.arguments import as_annotated
 from sae_lab.lm.model import LM
 from sae_lab.lm.text import Documents
-from sae_lab.results import Figure, Result, figure, number, result
+from sae_lab.results import Figure, Result, counted, figure, number, result
 from sae_lab.saes.base import SparseCoder
 from sae_lab.stats import clustered_error, ratio_difference, ratio_error
 from sae_lab.types import Site
@@ -204,7 +204,7 @@ class Hill(Result):
 
     @property
     def _coders(self) -> str:
-        return f"{len(self.l0)} coders of L0 {self.l0[0]:.1f} to {self.l0[-1]:.1f}"
+        return f"{counted(len(self.l0), 'coder')} of L0 {self.l0[0]:.1f} to {self.l0[-1]:.1f}"
 
 
 @as_annotated

@@ -17,6 +17,7 @@ from torch import Tensor
 from sae_lab.arguments import as_annotated, check_least
 from sae_lab.lm.model import LM
 from sae_lab.lm.tokens import encode_texts, pad
+from sae_lab.results import counted
 from sae_lab.types import Site, as_sites
 
 PIP_LINE = "pip install --no-deps sae-probes==0.4.2"
@@ -52,7 +53,8 @@ class ProbeSet:
         """A set from texts and labels of any kind. Of two classes, the one that sorts last is positive."""
         texts, values = list(texts), [str(label) for label in np.asarray(labels).tolist()]
         if len(texts) != len(values):
-            raise ValueError(f"{name}: every text needs a label, got {len(texts)} texts and {len(values)} labels")
+            got = f"{counted(len(texts), 'text')} and {counted(len(values), 'label')}"
+            raise ValueError(f"{name}: every text needs a label, got {got}")
         classes, counts = np.unique(values, return_counts=True)
         if len(classes) < 2:
             raise ValueError(f"{name}: a probe tells two classes apart, got {len(classes)}: {classes.tolist()}")
@@ -75,7 +77,8 @@ class ProbeSet:
         return ProbeSet(self.name, tuple(self.texts[i] for i in chosen), self.labels[chosen], self.positive)
 
     def __repr__(self) -> str:
-        return f"ProbeSet({self.name!r}: {len(self.texts):,} texts, {self.labels.mean():.0%} {self.positive!r})"
+        many = counted(len(self.texts), "text")
+        return f"ProbeSet({self.name!r}: {many}, {self.labels.mean():.0%} {self.positive!r})"
 
 
 def available_sets() -> list[str]:
@@ -144,7 +147,7 @@ class ProbeData:
     def __repr__(self) -> str:
         size = sum(one.x.numel() * one.x.element_size() for one in self.sets) / 1e6
         names = ", ".join(one.name for one in self.sets)
-        return f"ProbeData({len(self.sets)} sets at {self.site}, {size:.0f} MB: {names})"
+        return f"ProbeData({counted(len(self.sets), 'set')} at {self.site}, {size:.0f} MB: {names})"
 
 
 @as_annotated

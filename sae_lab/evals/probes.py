@@ -192,7 +192,8 @@ def probing(
         key = [seed, *one.name.encode()]
         train, validation, test = map(len, split(labels, key))
         if not min(train, validation, test):
-            raise ValueError(f"{one.name}: {len(labels)} texts are too few to train, choose and test: pass at least 8")
+            got = len(labels)
+            raise ValueError(f"{one.name}: to train, choose and test takes at least 8 texts, got {got}: pass more")
         if max(k) > train:
             raise ValueError(
                 f"{one.name}: k must be at most its {train} training texts, got {max(k)}: lower k or raise examples"

@@ -17,7 +17,7 @@ from sae_lab.evals.probe_sets import read_probe_sets
 from sae_lab.evals.probes import probing
 from sae_lab.lm.model import LM
 from sae_lab.lm.text import Text
-from sae_lab.results import Figure, Result
+from sae_lab.results import Figure, Result, counted
 from sae_lab.saes.base import SparseCoder
 from sae_lab.types import Site
 
@@ -70,7 +70,7 @@ def _codes(given: Inputs) -> list[Figure]:
     share = found.firings / found.tokens
     dead, dense = (float(which.float().mean()) for which in (share == 0, share > DENSE))
     return [
-        Figure("dead", dead, meaning=f"features silent on {found.tokens:,} tokens", best="low", key="dead"),
+        Figure("dead", dead, meaning=f"features silent on {counted(found.tokens, 'token')}", best="low", key="dead"),
         Figure("dense", dense, meaning=f"features on in more than {DENSE:.0%} of tokens", best="low", key="dense"),
         *_some(found, "strong", "largest"),
     ]

@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 from sae_lab.arguments import Count, as_annotated
 from sae_lab.lm.model import LM
+from sae_lab.results import counted
 
 log = logging.getLogger(__name__)
 
@@ -104,7 +105,8 @@ class Asker:
     def summary(self) -> str:
         """How many questions were answered, and why tries failed."""
         why = "; ".join(f"{n} x {reason}" for reason, n in self.tries.most_common(5))
-        return f"{self.answered} of {self.asked} questions answered" + (f" (failed tries: {why})" if why else "")
+        tries = f" (failed tries: {why})" if why else ""
+        return f"{self.answered} of {counted(self.asked, 'question')} answered{tries}"
 
 
 def name_of(fn: Any) -> str:

@@ -18,7 +18,7 @@ from sae_lab.explain.words import WordHits, check_k, words_for
 from sae_lab.feature_index.directions import kurtosis
 from sae_lab.feature_index.index import FeatureIndex
 from sae_lab.lm.model import LM
-from sae_lab.results import Figure
+from sae_lab.results import Figure, counted
 from sae_lab.saes.base import SparseCoder
 from sae_lab.stats import mean_and_error
 from sae_lab.types import Site
@@ -100,7 +100,7 @@ class LensShape(WordHits):
             Figure("sharper than noise", float(sharp.mean()), control=0.01, control_name="by definition",
                    meaning=f"share of features with kurtosis > {self.noise:.2f}", best="high"),
             random("word promoted", *self._rate("hits"), control=self._rate("random_hits")[0],
-                   meaning=f"in the top {self.k}, of {self._named} features", best="high"),
+                   meaning=f"in the top {self.k}, of {counted(self._named, 'feature')}", best="high"),
         ]  # fmt: skip
         if self.input_hits:
             read, control = self._rate("input_hits"), self._rate("random_input_hits")[0]

@@ -21,7 +21,7 @@ from sae_lab.explain.explainers import RuleExplainer, explainer_prompt, read_exp
 from sae_lab.explain.scoring import MEASURES, Explanation, Score, check_scored, score
 from sae_lab.feature_index import FeatureIndex
 from sae_lab.noting import Said
-from sae_lab.results import Figure, Result, result
+from sae_lab.results import Figure, Result, counted, result
 from sae_lab.stats import mean_and_error
 from sae_lab.types import check_feature
 
@@ -111,7 +111,8 @@ class ExplainedFeatures(Result):
     def _footer(self) -> str:
         reasons = Counter(row.failure for row in self.failed).most_common(4)
         return (
-            f"{len(self.rows) - len(self.failed)} of {len(self.rows)} features scored, explained by {self.explainer}, "
+            f"{len(self.rows) - len(self.failed)} of {counted(len(self.rows), 'feature')} scored, "
+            f"explained by {self.explainer}, "
             f"judged by {self.judge}; ± over features, seed {self.seed}"
             + "".join(f"; {n} failed: {reason}" for reason, n in reasons) + f"; {self.asked}"
         )  # fmt: skip

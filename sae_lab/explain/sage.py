@@ -17,7 +17,7 @@ from sae_lab.arguments import as_annotated, check_least
 from sae_lab.explain.prompts import Example, Source, check_coder, random_examples, strongest_activations, top_examples
 from sae_lab.explain.scoring import pearson
 from sae_lab.lm.model import LM
-from sae_lab.results import Figure, Result, figure, result
+from sae_lab.results import Figure, Result, counted, figure, result
 from sae_lab.saes.base import SparseCoder
 
 Agent = Callable[[str], str]
@@ -105,7 +105,7 @@ class Sage(Result):
 
     def _footer(self) -> str:
         lines = [f"  {h.status:9} {h.right}/{len(h.evidence)} as it says: {h.statement}" for h in self.hypotheses]
-        head = f"feature {self.feature}, {self.rounds} rounds: {self.explanation or 'no explanation'}"
+        head = f"feature {self.feature}, {counted(self.rounds, 'round')}: {self.explanation or 'no explanation'}"
         return "\n".join([head, *lines, f"  single pass: {self.single_pass or 'none'}"])
 
 

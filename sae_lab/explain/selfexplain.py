@@ -16,7 +16,7 @@ from sae_lab.arguments import as_annotated, check_least
 from sae_lab.explain.prompts import check_coder, check_features
 from sae_lab.explain.words import WordHits, words_for
 from sae_lab.lm.model import LM
-from sae_lab.results import Figure
+from sae_lab.results import Figure, counted
 from sae_lab.saes.base import SparseCoder
 from sae_lab.types import Site, TokenBatch, Write
 
@@ -92,7 +92,7 @@ class SelfExplanations(WordHits):
         found = self._rate("hits")
         return [
             Figure("the word is named", *found, self.random_hit_rate, "random vectors",
-                   f"share of {self._named} features with a word", "high"),
+                   f"share of {counted(self._named, 'feature')} with a word", "high"),
             Figure("and not another's", *found, self.other_hit_rate, "other features' texts",
                    "share of texts with the feature's word", "high"),
             Figure("self-similarity", float(np.mean(self.similarity)), control=float(np.mean(self.random_similarity)),

@@ -13,7 +13,7 @@ from sae_lab.arguments import as_annotated
 from sae_lab.explain.prompts import check_coder, check_features, codes_of
 from sae_lab.explain.words import WordHits, check_k, words_for
 from sae_lab.lm.model import LM
-from sae_lab.results import Figure, by_column
+from sae_lab.results import Figure, by_column, counted
 from sae_lab.saes.base import SparseCoder
 
 
@@ -57,7 +57,7 @@ class TokenLists(WordHits):
         none = float(np.mean([not row for row in self.top]))
         return [
             Figure("word in the list", *self._rate("hits"), control=self._rate("other_hits")[0],
-                   control_name="other features' lists", meaning=f"top {self.k}, of {self._named} features",
+                   control_name="other features' lists", meaning=f"top {self.k}, of {counted(self._named, 'feature')}",
                    best="high"),
             Figure("tokens that fire", float(np.mean(self.share)), meaning="share of the tokens tried, mean", digits=4),
             Figure("no token fires it", none, meaning="share of features: they need context"),
@@ -74,7 +74,8 @@ class TokenLists(WordHits):
             for f, word, top in zip(self.features, self.words, self.top, strict=True)
         ]
         where = f"after {self.context!r}" if self.context else "after the prefix"
-        return "\n".join([f"{len(self.tokens):,} tokens, each alone {where}; {self.left_out:.1%} masked", *lines])
+        many = counted(len(self.tokens), "token")
+        return "\n".join([f"{many}, each alone {where}; {self.left_out:.1%} masked", *lines])
 
 
 @as_annotated

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sae_lab.arguments import as_annotated, check_least, is_finite
 from sae_lab.noting import Names
-from sae_lab.results import Result, figure, result
+from sae_lab.results import Result, counted, figure, result
 from sae_lab.saes import kernels
 from sae_lab.saes.base import SparseCoder
 from sae_lab.types import Codes
@@ -90,7 +90,7 @@ class Clusters(Result):
 
     @property
     def _nothing(self) -> str:
-        return "; ".join(f"{c.name}: {c.clusters} clusters, cosine {c.cosine:.3f}" for c in self.controls)
+        return "; ".join(f"{c.name}: {counted(c.clusters, 'cluster')}, cosine {c.cosine:.3f}" for c in self.controls)
 
 
 def _tightest(controls: Sequence[Control]) -> float:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sae_lab.arguments import as_annotated, check_least
 from sae_lab.geometry.clustering import other_columns
-from sae_lab.results import Figure, Result, figure, result
+from sae_lab.results import Figure, Result, counted, figure, result
 from sae_lab.saes import kernels
 from sae_lab.types import Codes
 
@@ -98,7 +98,7 @@ def patterns(
     if most < 1:
         raise ValueError(
             f"patterns are of features that vary over contexts, two of each at least: got {len(live)} that vary and "
-            f"{n} contexts"
+            f"{counted(n, 'context')}"
         )
     if not 1 <= looked <= most:
         raise ValueError(

@@ -14,6 +14,7 @@ import numpy as np
 from sae_lab.arguments import Count, as_annotated
 from sae_lab.lm import tokens as tok
 from sae_lab.lm.loading import no_code
+from sae_lab.results import counted
 from sae_lab.spelling import check_text
 from sae_lab.types import TokenBatch
 
@@ -183,7 +184,7 @@ class Text:
         return Text(part, self._column, self.name + label, f"{self.fingerprint}{label}", self._held_out)
 
     def __repr__(self) -> str:
-        documents = f"{len(self._data)} documents" if hasattr(self._data, "select") else "stream"
+        documents = counted(len(self._data), "document") if hasattr(self._data, "select") else "stream"
         held = self._held_out
         many = "no" if held is None else len(held) if hasattr(held._data, "select") else "with"
         return f"Text({self.name!r}, {documents}, {many} held_out)"

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from sae_lab import costs, noting
 from sae_lab.arguments import as_annotated, check_least
 from sae_lab.costs import Cost
-from sae_lab.results import Shown
+from sae_lab.results import Shown, counted
 from sae_lab.saes import kernels, losses, portable, publishing, writing
 from sae_lab.saes.kernels import T
 from sae_lab.types import Batch, Codes, Output, Site, TokenMask, check_feature
@@ -652,4 +652,4 @@ def calibration_cost(coder: SparseCoder, x: Tensor, unseen: Tensor | None, rows:
     larger = min(CALIBRATION_ROWS, rows) / len(x)  # rows encoded at a time
     codes = int(rows * facts["l0"]) * BYTES_A_CODE
     ram, vram = int(larger * peak.ram) + codes, int(larger * peak.vram)
-    return Cost(f"{len(x):,} rows", seconds * rows / len(x), 0, ram, vram, {"L0": float(facts["l0"])})
+    return Cost(counted(len(x), "row"), seconds * rows / len(x), 0, ram, vram, {"L0": float(facts["l0"])})

@@ -17,6 +17,7 @@ from sae_lab import costs
 from sae_lab.activations.store import Harvested, Rows, Store
 from sae_lab.activations.streaming import Stream
 from sae_lab.costs import TRIAL_SECONDS, Cost, timed
+from sae_lab.results import counted
 from sae_lab.saes.base import SPARSE_BELOW, SparseCoder, calibration_cost
 from sae_lab.training.checkpoint import CHECKPOINT
 from sae_lab.training.config import TrainConfig, one_pass
@@ -68,7 +69,7 @@ def cost(
 
     slow = min(steps, max(0, slow - begun))
     stepping = slow * dense + (steps - slow) * later
-    ram, trial = max(peak.ram, calibrating.ram), f"{len(first)} of {steps:,} steps taken in {sum(first):.1f} s"
+    ram, trial = max(peak.ram, calibrating.ram), f"{len(first)} of {counted(steps, 'step')} taken in {sum(first):.1f} s"
     if isinstance(rows, Store):
         ram += len(rows) * rows.row_bytes
     if streamed is not None:

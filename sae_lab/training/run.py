@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sae_lab.activations.store import Harvested, Rows
+from sae_lab.results import counted
 from sae_lab.saes.base import SparseCoder
 from sae_lab.training.aiming import Reached
 from sae_lab.training.config import TrainConfig
@@ -66,15 +67,15 @@ class Run:
         m, meta = self.history[-1], self.coder.meta
         passes = f" in {m['passes']:.1f} passes" if "passes" in m else ""
         return (
-            f"Run({type(self.coder).__name__}, {m['tokens']:,} tokens{passes}: last batch "
+            f"Run({type(self.coder).__name__}, {counted(int(m['tokens']), 'token')}{passes}: last batch "
             f"FVU {m['fvu']:.3f}, L0 {m['l0']:.1f}"
             f"{'; held-out FVU {fvu_held_out:.3f}, L0 {l0_held_out:.1f}'.format(**m) if 'fvu_held_out' in m else ''}"
-            f"; dead {meta['dead']:.2%} on {meta['dead_tokens']:,} tokens"
+            f"; dead {meta['dead']:.2%} on {counted(meta['dead_tokens'], 'token')}"
             f"{''.join(f'; {_words(change)}' for change in self.changes)})"
         )
 
 
 def _words(change: Change) -> str:
     if change["what"] == "stop":
-        return f"stopped after {change['new']:,} of {change['old']:,} steps"
+        return f"stopped after {change['new']:,} of {counted(change['old'], 'step')}"
     return f"{change['what']} {change['old']:.4g} to {change['new']:.4g} at step {change['step']:,}"

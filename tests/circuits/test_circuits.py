@@ -144,7 +144,7 @@ def test_pictures(tiny_lm, attributed):
     [
         (lambda lm, sae, m: circuits.patching(lm, [PROMPT], ["A red fox"], m), r"prompt 0 has 10, source 0 has 4"),
         (lambda lm, sae, m: circuits.patching(lm, [PROMPT, "A"], [OTHER] * 2, m), "prompt 0 has 10, prompt 1 has 2"),
-        (lambda lm, sae, m: circuits.patching(lm, [PROMPT], [OTHER, OTHER], m), "got 1 prompts and 2 sources"),
+        (lambda lm, sae, m: circuits.patching(lm, [PROMPT], [OTHER, OTHER], m), "got 1 prompt and 2 sources"),
         (lambda lm, sae, m: circuits.patching(lm, [PROMPT], [OTHER], m, positions=[10]), "position 10 is beyond"),
         (lambda lm, sae, m: circuits.patching(lm, [PROMPT], [OTHER], lambda out, _: out), "one number for each row, 1"),
         (lambda lm, sae, m: circuits.patching(lm, [PROMPT], [OTHER], lambda out, _: 3.0), "this one gave float"),

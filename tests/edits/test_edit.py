@@ -709,7 +709,7 @@ def test_compare(tiny_lm, sae, live):
             lambda s: sl.Patch(s, "A red", positions=5),
             "position 5 is beyond the source of prompt 0: it has 3 tokens",
         ),
-        (lambda s: sl.Patch(s, [OTHER, OTHER]), "Patch has 2 sources for 1 prompts"),
+        (lambda s: sl.Patch(s, [OTHER, OTHER]), "Patch has 2 sources for 1 prompt"),
     ],
 )
 def test_places_that_are_not_there(make_edit, words, tiny_lm, sae):
@@ -720,7 +720,7 @@ def test_places_that_are_not_there(make_edit, words, tiny_lm, sae):
 def test_generated_positions_may_be_named(tiny_lm, sae, live):
     edit = sl.Steer(sae, live[0], 6.0, positions=11)
     assert tiny_lm.generate(PROMPT, [edit], max_new_tokens=4)
-    with pytest.raises(ValueError, match=r"position 11 is beyond prompt 0, whose last is 10 \(1 new tokens counted\)"):
+    with pytest.raises(ValueError, match=r"position 11 is beyond prompt 0, whose last is 10 \(1 new token counted\)"):
         tiny_lm.generate(PROMPT, [edit], max_new_tokens=1)
 
 

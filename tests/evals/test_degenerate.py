@@ -271,7 +271,7 @@ def test_uncertainty(tiny_lm, coders):
     """Right and wrong answers take turns, so that nothing at the prompt's last token knows which it will be."""
     prompts, answers = answerable(tiny_lm)
     settings: dict[str, Any] = {"suppress": 0, "splits": 6}
-    with pytest.raises(ValueError, match="0 features fire on 5 questions or more, three are needed"):
+    with pytest.raises(ValueError, match="three features must fire on 5 questions or more, got 0"):
         uncertainty(coders["mean"], tiny_lm, prompts, answers, **settings)
     alike = uncertainty(constant(D), tiny_lm, prompts, answers, **settings)
     assert alike.auroc == alike.auroc_within == 0.5 and alike.live == 32 and not any(alike.features.values())

@@ -40,7 +40,7 @@ def test_labels_of_any_kind():
         ProbeSet.of("a", ["x", "y"], [1, 1])
     with pytest.raises(ValueError, match="a: labels must be at most 50 classes, got 60 values"):
         ProbeSet.of("a", ["x"] * 60, range(60))
-    with pytest.raises(ValueError, match="every text needs a label, got 1 texts and 2 labels"):
+    with pytest.raises(ValueError, match="every text needs a label, got 1 text and 2 labels"):
         ProbeSet.of("a", ["x"], [0, 1])
 
 

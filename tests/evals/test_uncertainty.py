@@ -225,5 +225,5 @@ def test_what_it_refuses(tiny_lm, known):
     silent = coder_at(sl.TopK(48, 96, k=8))
     with torch.no_grad():
         silent.W_enc.zero_()
-    with pytest.raises(ValueError, match="0 features fire on 5 questions or more, three are needed"):
+    with pytest.raises(ValueError, match="three features must fire on 5 questions or more, got 0"):
         uncertainty(silent, tiny_lm, prompts, answers)

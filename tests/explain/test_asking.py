@@ -23,7 +23,7 @@ def words(text):
 
 def test_an_answer_and_its_count():
     asker = Asker(lambda prompt: prompt)
-    assert asker.ask("ship", words).value == "ship" and asker.summary == "1 of 1 questions answered"
+    assert asker.ask("ship", words).value == "ship" and asker.summary == "1 of 1 question answered"
 
 
 def test_failures_are_retried_and_counted():

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sae_lab.results import counted
 from sae_lab.saes import kernels
 from sae_lab.saes.base import SparseCoder
 from sae_lab.types import Codes, Site
@@ -52,7 +53,7 @@ def check(coder: SparseCoder, data: Any, rows: int = ROWS) -> dict[str, Any]:
     problems = list(_problems(coder, getattr(data, "site", None), found))
     if coder.meta.get("f_scale") == "unknown":
         coder._fit_scale(codes)
-        coder.meta["f_scale"] = f"fitted by check on {n} rows"
+        coder.meta["f_scale"] = f"fitted by check on {counted(n, 'row')}"
     coder.meta["check"] = found | {"problems": problems}
     for problem in problems:
         log.warning("this coder does not fit the activations: %s", problem)
