@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from sae_lab.arguments import as_annotated
 from sae_lab.saes import kernels, portable
-from sae_lab.saes.base import SparseCoder
+from sae_lab.saes.base import EVERY, SparseCoder, check_weight
 from sae_lab.saes.families.batchtopk import BatchTopK
+from sae_lab.saes.families.jumprelu import JumpReLU
 from sae_lab.saes.families.topk import TopK
 from sae_lab.saes.io import cross_layer, ours
 from sae_lab.saes.io.places import hub_id
@@ -45,7 +46,7 @@ class CrossLayerTranscoder(BatchTopK):
         d_in: width of a layer's input. d_sae: features of all layers, a multiple of layers. layers: at least 2.
         k: active features per token over all layers, on average. k_aux, seed: as of ``sl.TopK``.
         activation: "batchtopk"; "topk", the k/layers largest of each layer; "jumprelu", each feature's own threshold,
-            as published ones have: it is not trained here.
+            with the penalty of ``sl.JumpReLU`` in place of k. sparsity, bandwidth, start: as there.
         d_out: width of an output; None: d_in. skip: add x_t·W_skip[t] to y_hat_t.
 
     W_enc is "d_in d_sae", W_dec "d_sae layers·d_out", with zeros at layers before a feature's own.
@@ -56,7 +57,8 @@ class CrossLayerTranscoder(BatchTopK):
 
     def __init__(
         self, d_in: int, d_sae: int, layers: int, k: int = 32, activation: str = "batchtopk", k_aux: int | None = None,
-        seed: int = 0, d_out: int | None = None, skip: bool = False,
+        seed: int = 0, d_out: int | None = None, skip: bool = False, sparsity: float = 1.0, bandwidth: float = 0.5,
+        start: float = 0.1,
     ):  # fmt: skip
         if layers < 2:
             raise ValueError(f"a cross-layer transcoder needs at least 2 layers, got {layers}: else use sl.Transcoder")
@@ -67,14 +69,20 @@ class CrossLayerTranscoder(BatchTopK):
         if activation == "topk" and k % layers:
             raise ValueError(f"activation='topk' has k/layers active features a layer: k={k} must be a multiple")
         self.layers, self.width, self.activation = layers, d_sae // layers, activation
-        out = d_in if d_out is None else d_out
+        out, k = d_in if d_out is None else d_out, min(k, d_sae) if activation == "jumprelu" else k
         super().__init__(d_in * layers, d_sae, k, k_aux, seed, d_out=out * layers)
         self.config |= {"d_in": d_in, "layers": layers, "activation": activation, "d_out": out}
         self.in_shape, self.out_shape = (layers, d_in), (layers, out)
         self.files: Rows | None = None  # rows of W_dec that lie in files: W_dec then has none
         self.offsets: Callable[[int, int, Tensor], Tensor] | None = None
         if activation == "jumprelu":
-            self.register_buffer("threshold", torch.zeros(d_sae))
+            check_weight("sparsity", sparsity)
+            check_weight("start", start)
+            check_weight("bandwidth", bandwidth)
+            self.config |= {"sparsity": sparsity, "bandwidth": bandwidth, "start": start}
+            self.elementwise, self.sparsity_name, self.sparsity, self.bandwidth = True, "sparsity", sparsity, bandwidth
+            del self.threshold
+            self.threshold = nn.Parameter(torch.full((d_sae,), float(start)))
         if skip:
             self.config["skip"] = True
             self.W_skip = nn.Parameter(torch.zeros(layers, d_in, out))
@@ -124,7 +132,7 @@ class CrossLayerTranscoder(BatchTopK):
             setattr(coder, name, nn.Parameter(tensor.detach()))
         coder.f_scale = self.f_scale[here]
         if self.activation != "topk":
-            coder.threshold = self.threshold[here] if self.activation == "jumprelu" else self.threshold
+            coder.threshold = (self.threshold[here] if self.activation == "jumprelu" else self.threshold).detach()
         coder.input_norm, coder.in_raw_units = self.input_norm, self.in_raw_units
         coder.reads, coder.writes = self.reads[layer : layer + 1], self.writes[layer : layer + 1]
         coder.meta = {key: value for key, value in self.meta.items() if key != "id"}
@@ -166,10 +174,16 @@ class CrossLayerTranscoder(BatchTopK):
         here = ((part, self._of(n)) for n, part in parts)
         return torch.cat([torch.addmm(self.b_enc[at], part, self.W_enc[:, at]) for part, at in here], 1)
 
-    def act(self, pre: Float[Tensor, "batch d_sae"]) -> Codes:
-        if self.activation == "batchtopk":
-            return super().act(pre)
-        return self._choose(pre, self.k) if self.activation == "topk" else kernels.above(pre, self.threshold)
+    def act(self, pre: Float[Tensor, "..."], features: Tensor | slice = EVERY) -> Any:
+        if self.activation == "jumprelu":
+            return JumpReLU.act(self, pre, features)  # type: ignore[arg-type]
+        return self._choose(pre, self.k) if self.activation == "topk" else super().act(pre)
+
+    def reach(self, pre: Float[Tensor, "batch d_sae"]) -> Tensor:
+        return JumpReLU.reach(self, pre)  # type: ignore[arg-type]
+
+    def training_threshold(self, codes: Any) -> Tensor | None:
+        return self.threshold.detach().mean() if self.activation == "jumprelu" else super().training_threshold(codes)
 
     def eval_act(self):
         return (portable.by_itself, {"coder": self}) if self.activation == "topk" else super().eval_act()
@@ -189,6 +203,10 @@ class CrossLayerTranscoder(BatchTopK):
         """Each code reads its layer's part of a row: rows are cut into one a layer, and W_enc has no zeros."""
         if not torch.is_grad_enabled():
             return codes
+        if isinstance(codes, Tensor):
+            parts = ((self._of(n), part) for n, part in enumerate(x.view(len(x), *self.in_shape).unbind(1)))
+            made = (kernels.encode_at(codes[:, at], p, self.W_enc[:, at], self.b_enc[at], None) for at, p in parts)
+            return torch.cat([*made], 1)
         layer = codes.rows * self.layers + codes.features // self.width
         order = layer.argsort(stable=True)
         parts = Codes(codes.values[order], codes.features[order], _offsets(layer, len(x) * self.layers), self.d_sae)
@@ -234,6 +252,8 @@ class CrossLayerTranscoder(BatchTopK):
         blocks = self.W_dec.view(self.layers, self.width, self.layers, -1)
         blocks.mul_((at >= at[:, None])[:, None, :, None])
         super().project()
+        if self.elementwise:  # it has thresholds of its own by now
+            self.threshold.clamp_min_(0)
 
     def _require_rows(self) -> None:
         """ValueError where W_dec lies in files."""
@@ -272,9 +292,10 @@ class CrossLayerTranscoder(BatchTopK):
 
     def terms(self, batch: Batch, out: Any, *, progress: float, dead: Tensor) -> dict[str, Tensor]:
         self._require_rows()
-        if self.activation == "jumprelu":
-            raise ValueError("the thresholds of activation='jumprelu' are not trained here: use 'batchtopk'")
-        return super().terms(batch, out, progress=progress, dead=dead)
+        terms = super().terms(batch, out, progress=progress, dead=dead)
+        if self.activation != "jumprelu":
+            return terms
+        return terms | {"sparsity": JumpReLU.penalty(self, out, progress)}  # type: ignore[arg-type]
 
     def choose_sites(self, sites: Sequence[Site]) -> tuple[tuple[Site, ...], tuple[Site, ...]]:
         if self.reads and self.writes:
@@ -317,7 +338,7 @@ class CrossLayerTranscoder(BatchTopK):
             t["threshold"] = torch.tensor(torch.nan)
         for name, tensor in t.items():
             tensor = tensor.T if name == "W_enc" else tensor
-            setattr(clt, name, tensor if name == "threshold" else nn.Parameter(tensor))
+            setattr(clt, name, tensor if activation == "topk" and name == "threshold" else nn.Parameter(tensor))
         clt.W_dec, clt.f_scale = nn.Parameter(torch.zeros(0, layers * d_out)), torch.zeros(d_sae)
         clt.files, clt.offsets, (clt.reads, clt.writes) = found.rows, found.offsets, ends
         clt.in_raw_units = True

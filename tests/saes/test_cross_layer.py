@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 import sae_lab as sl
+from sae_lab.saes import base
 from sae_lab.types import Batch, Codes, Site
 from tests.saes.conftest import normal
 from tests.saes.test_exchange import close
@@ -108,6 +109,47 @@ def test_loss_and_gradients_are_those_of_plain_formulas(activation):
             close(q.grad, p[parameter].grad.float())
 
 
+@pytest.mark.parametrize("sparse_below", [0.0, 1.1])
+def test_thresholds_learn_as_those_of_jumprelu(sparse_below, monkeypatch):
+    """A CLT whose features write to their own layer alone is a JumpReLU for each layer: losses add up, gradients are
+    theirs."""
+    monkeypatch.setattr(base, "SPARSE_BELOW", sparse_below)
+    clt = sl.CrossLayerTranscoder(D, L * W, L, activation="jumprelu", d_out=OUT, sparsity=0.3, start=0.2).train()
+    blocks = clt.W_dec.data.view(L, W, L, OUT)
+    blocks.mul_(torch.eye(L)[:, None, :, None])
+    clt.b_enc.data += 0.3 * normal(L * W, seed=1)
+    x, y, dead = normal(40, L, D, seed=2), normal(40, L, OUT, seed=3), torch.zeros(L * W, dtype=torch.bool)
+    whole = clt.loss(Batch(x, y), progress=1.0, dead=dead)
+    sum(whole.values()).backward()
+    total = 0.0
+    for n in range(L):
+        at, one = slice(n * W, (n + 1) * W), sl.JumpReLU(D, W, sparsity=0.3, start=0.2, d_out=OUT).train()
+        for name, tensor in (("W_enc", clt.W_enc[:, at]), ("b_enc", clt.b_enc[at]), ("W_dec", blocks[:, :, n][n])):
+            getattr(one, name).data.copy_(tensor)
+        part = one.loss(Batch(x[:, n], y[:, n]), progress=1.0, dead=dead[:W])
+        sum(part.values()).backward()
+        total += float(part["mse"].detach() + part["sparsity"].detach())
+        assert one.threshold.grad.abs().max() > 0.1
+        close(clt.threshold.grad[at], one.threshold.grad)
+        close(clt.W_enc.grad[:, at], one.W_enc.grad)
+        close(clt.W_dec.grad.view(L, W, L, OUT)[n, :, n], one.W_dec.grad)
+    assert total == pytest.approx(float(whole["mse"].detach() + whole["sparsity"].detach()), rel=1e-5)
+    clt.threshold.data -= 1.0
+    clt.project()
+    assert not clt.threshold.any(), "never below 0"
+
+
+@pytest.mark.parametrize("activation", ["topk", "jumprelu"])
+def test_training_of_the_other_activations(activation):
+    x = normal(600, L, D, seed=6)
+    y = torch.einsum("bld,ldo->blo", x.relu(), normal(L, D, OUT, seed=7)).cumsum(1)
+    clt = sl.CrossLayerTranscoder(D, L * 32, L, k=4 * L, activation=activation, d_out=OUT, sparsity=0.05, seed=1)
+    sl.train(clt, Batch(x, y), sl.TrainConfig(steps=150, batch_size=100, lr=3e-3))
+    fvu = float((clt(x).x_hat.detach() - y).square().sum() / (y - y.mean(0)).square().sum())
+    assert fvu < 0.6 and 1 < float((clt.encode(x) > 0).sum(1).float().mean()) < 40
+    assert clt.threshold.isfinite().all() == (activation == "jumprelu")
+
+
 @pytest.mark.parametrize("scales", [(3.7, 3.7), (torch.tensor([5.0, 0.2, 1.0]), torch.tensor([2.0, 0.5, 9.0]))])
 def test_fold(scales):
     clt, x = small(), normal(24, L, D, seed=5)
@@ -163,8 +205,7 @@ def test_training_from_a_store_of_all_layers(make_tiny, small_text, tmp_path, ca
         (lambda: small()(normal(4, D)), r"x must end in \(3, 8\), got shape \(4, 8\)"),
         (lambda: small().portable(), "reads several sites at once"),
         (lambda: small().choose_sites([Site("mlp_in", 0), Site("mlp_out", 0)]), "layers=3: it needs a store with what"),
-        (lambda: small("jumprelu").loss(Batch(normal(4, L, D), normal(4, L, OUT)), progress=1.0,
-                                        dead=torch.zeros(L * W, dtype=torch.bool)), "are not trained here"),
+        (lambda: sl.CrossLayerTranscoder(8, 30, layers=3, activation="jumprelu", sparsity=-1.0), "must be a number"),
         (lambda: sl.saes.realign(small(), Batch(normal(9, L, D), normal(9, L, OUT))), "write before their own layer"),
     ],
 )  # fmt: skip

@@ -66,6 +66,11 @@ class JumpReLU(SparseCoder):
         return pre > (self.threshold - self.bandwidth / 2 if self.training else self.threshold)
 
     def terms(self, batch: Batch, out: Output, *, progress: float, dead: Tensor) -> dict[str, Tensor]:
+        penalty = {"sparsity": JumpReLU.penalty(self, out, progress)}
+        return super().terms(batch, out, progress=progress, dead=dead) | penalty
+
+    def penalty(self, out: Output, progress: float) -> Tensor:
+        """The cost of L0, also for a coder of another class that has this one's attributes."""
         weight = self.sparsity * min(1.0, progress / WARM_UP)
         if isinstance(out.codes, Codes):
             near = out.pre[out.codes.rows, out.codes.features]
@@ -76,7 +81,7 @@ class JumpReLU(SparseCoder):
         if self.target_l0 is not None:
             held = (l0.detach() / NEAR).clamp_min(self.target_l0)
             cost = STIFFNESS / 2 * held * (l0 / held - 1).square()
-        return super().terms(batch, out, progress=progress, dead=dead) | {"sparsity": weight * cost}
+        return weight * cost
 
     @torch.no_grad()
     def begin(self, batch: Batch) -> None:
