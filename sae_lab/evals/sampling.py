@@ -49,7 +49,7 @@ def sample(x: Tensor | Store, tokens: int, coder: SparseCoder) -> Sample:
         every = len(unseen) if len(unseen) else len(store)
         where = evenly(every, min(tokens, every)).numpy()
         where = unseen[where] if len(unseen) else where
-        rows = torch.cat([store._acts(part, store.reads) for part in np.array_split(where, 1 + len(where) // 8192)])
+        rows = torch.cat([store._x(part) for part in np.array_split(where, 1 + len(where) // 8192)])
         found = Sample(rows, torch.from_numpy(where), store.rows(where, "document"), store.rows(where, "token"))
     if len(found.x) < 2:
         raise ValueError(f"x must have at least 2 rows, got {len(found.x)}")
