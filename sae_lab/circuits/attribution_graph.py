@@ -12,7 +12,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae_lab.arguments import check_least
-from sae_lab.circuits import graph_checks, graph_files
+from sae_lab.circuits import graph_checks, graph_faithfulness, graph_files
+from sae_lab.circuits.faithfulness import Faithfulness
 from sae_lab.circuits.graph_scores import edge_scores, pruned
 from sae_lab.circuits.invariant import EdgeCheck
 from sae_lab.circuits.nodes import Edge, Node
@@ -205,6 +206,21 @@ class AttributionGraph(Result):
         for a node that is not in the graph, and for a graph from a file that was loaded without lm= and coders=.
         """
         return graph_checks.check(self, source, targets)
+
+    def faithfulness(
+        self, sizes: Sequence[int] | None = None, errors: bool = True, draws: int = 3, seed: int = 0
+    ) -> Faithfulness:
+        """``graph.faithfulness()``: how much of the logits the n features with most influence keep by themselves, while
+        attention and norms respond: 1 is the model, 0 the model without any feature or error of its transcoders.
+
+        Args: sizes: numbers of features; None: 4, 16, 64, ... and all of the graph. errors: whether all errors stay;
+            ``no_errors`` of the result is without them in any case. draws, seed: of the controls, other active features
+            at the same layers and positions and of near norms (``random``). ``activation`` and ``gradient`` are other
+            rankings: by the norm of f·W_dec, and by f·gradient of the logits. Raises ValueError for a size that the
+            graph does not have, and for a graph from a file that was loaded without lm= and coders=.
+        """
+        check_least(1, draws=draws)
+        return graph_faithfulness.faithfulness(self, sizes, errors, draws, seed)
 
     def save(self, path: str | Path) -> Path:
         """``graph.save("graph.safetensors")``: write one file, which ``AttributionGraph.load`` reads."""

@@ -18,12 +18,13 @@ Kept = dict[Site, tuple[Tensor, Tensor]]  # which features "pos d_sae" and error
 
 @result
 class Faithfulness(Result):
-    """``circuit.faithfulness``: how much of the metric circuits of growing size keep,
+    """``circuit.faithfulness``, ``graph.faithfulness()``: how much of the metric circuits of growing size keep,
 
         (m(C) - m(∅)) / (m(M) - m(∅)),   m the mean over prompts.
 
     C runs with every node outside it, errors included, at the node's mean; ∅ has all nodes at their means; M is the
     model. The table has a row for each size, and rows for the empty circuit (0 by definition) and the complete graph.
+    Of an attribution graph, whose prompt is one: at 0 in place of the mean, and m are the logits, weighted as there.
 
     Attributes:
         full, empty: m(M) and m(∅). complete: m of the complete graph, run as a circuit.
@@ -31,6 +32,8 @@ class Faithfulness(Result):
             features among them.
         random, random_sd: of equal numbers of active nodes drawn at random: mean and standard deviation over ``draws``.
         all_features, all_errors: of all features without an error, and of all errors without a feature.
+        activation, gradient: of an attribution graph: of equal numbers of features with the largest writes, and with
+            the largest f·gradient; () where they were not measured.
     """
 
     full: float
@@ -44,22 +47,26 @@ class Faithfulness(Result):
     draws: int
     all_features: float
     all_errors: float
+    activation: tuple[float, ...] = ()
+    gradient: tuple[float, ...] = ()
 
     _records = "_curve"
     _above = (
-        "faithfulness: metric {full:.3f} of the model = 1, {empty:.3f} with all at its mean = 0; "
+        "faithfulness: metric {full:.3f} of the model = 1, {empty:.3f} without all nodes = 0; "
         "all errors without a feature: {all_errors:.3f}"
     )
 
     @property
     def _curve(self) -> dict[str, list[Any]]:
         whole, nan = (self.complete - self.empty) / (self.full - self.empty), float("nan")
+        more = {"activation": self.activation, "gradient": self.gradient}
         return {
             "nodes": ["0", *map(str, self.sizes), "all"],
             "circuit": [0.0, *self.circuit, whole],
             "no_errors": [0.0, *self.no_errors, self.all_features],
             "random": [nan, *self.random, nan],
             "random_sd": [nan, *self.random_sd, nan],
+            **{name: [0.0, *values, nan] for name, values in more.items() if values},
         }
 
 

@@ -28,15 +28,20 @@ class Taken(NamedTuple):
     what: Tensor
 
 
+def local_of(graph: Any, what: str) -> LocalModel:
+    """The graph's local model. ValueError for a graph that was read without one."""
+    if graph.local is None:
+        raise ValueError(
+            f"{what} runs the model, and this graph was read without one: load a file that graph.save wrote with "
+            "AttributionGraph.load(path, lm, coders)"
+        )
+    return graph.local
+
+
 @torch.no_grad()
 def check(graph: Any, source: Any, targets: Any) -> EdgeCheck:
     """See ``AttributionGraph.check``."""
-    local: LocalModel | None = graph.local
-    if local is None:
-        raise ValueError(
-            "a check runs the model, and this graph was read without one: load a file that graph.save wrote with "
-            "AttributionGraph.load(path, lm, coders)"
-        )
+    local = local_of(graph, "a check")
     if isinstance(source, Edge):
         source, targets = source.upstream, source.downstream if targets is None else targets
     sources = [source] if isinstance(source, Node) else list(source)
