@@ -215,9 +215,11 @@ class AttributionGraph(Result):
 
         Args: sizes: numbers of features; None: 4, 16, 64, ... and all of the graph. errors: whether all errors stay;
             ``no_errors`` of the result is without them in any case. draws, seed: of the controls, other active features
-            at the same layers and positions and of near norms (``random``). ``activation`` and ``gradient`` are other
-            rankings: by the norm of f·W_dec, and by f·gradient of the logits. Raises ValueError for a size that the
-            graph does not have, and for a graph from a file that was loaded without lm= and coders=.
+            at the same layers and positions and of near norms (``random``; NaN where there are too few).
+
+        ``activation`` and ``gradient`` of the result are other rankings: by the norm of f·W_dec, and by f·gradient of
+        the logits. Raises ValueError for a size that the graph does not have, and for a graph from a file that was
+        loaded without lm= and coders=.
         """
         check_least(1, draws=draws)
         return graph_faithfulness.faithfulness(self, sizes, errors, draws, seed)

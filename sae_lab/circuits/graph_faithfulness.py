@@ -46,7 +46,9 @@ def faithfulness(graph: Any, sizes: Sequence[int] | None, errors: bool, draws: i
     best = graph.influence[:count].argsort(descending=True)
     generator, norms = torch.Generator().manual_seed(seed), _norms(local)
     picks = [[_matched(local, columns[best[:n]], norms, generator) for n in sizes] for _ in range(draws)]
-    matched = np.array([[share(pick, errors) for pick in some] for some in picks])
+    enough = [[len(pick) == n for pick, n in zip(some, sizes, strict=True)] for some in picks]
+    drawn = [[share(pick, errors) for pick in some] for some in picks]
+    matched = np.where(enough, drawn, np.nan)
     gradient = _by_gradient(graph)
     return Faithfulness(
         full=full, empty=empty, complete=value(everything, True), sizes=tuple(sizes), circuit=curve(best),
@@ -76,9 +78,9 @@ def _norms(local: LocalModel) -> Float[Tensor, " active"]:
 
 def _matched(
     local: LocalModel, chosen: Int[Tensor, " some"], norms: Tensor, generator: torch.Generator
-) -> Int[Tensor, " some"]:
-    """As many other features: each at the same layer and position as one of the chosen, or, where none is left, in the
-    same layer, and of a near norm."""
+) -> Int[Tensor, " others"]:
+    """As many other features, or fewer where a layer has no more: each at the same layer and position as one of the
+    chosen, or, where none is left, in the same layer, and of a near norm."""
     free = torch.ones(len(norms), dtype=torch.bool)
     free[chosen] = False
     found = []
