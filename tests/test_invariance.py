@@ -508,6 +508,21 @@ def _(s, lab):
     return {"effects": effects, "replacement": graph.replacement, "kept": sorted(name[n] for n in pruned.nodes)}
 
 
+@case("circuits.trace_many", without=NORMED)
+def _(s, lab):
+    transcoder = s.again(_transcoder(lab))
+    coders = sl.TranscoderSet([transcoder.coder])
+    task = sl.circuits.trace_many(lab.lm, coders, [text[:40] for text in lab.text[:4]], [" king"] * 4, edges=1.0)
+
+    def at(key):
+        return (*key[:2], transcoder.back(key[2]) if key[0] == "feature" else key[2], key[3])
+
+    unit = {e.downstream: float(transcoder.unit[at(e.downstream)[2]]) if e.downstream[0] == "feature" else 1.0
+            for e in task.edges}  # fmt: skip
+    edges = {(at(e.upstream), at(e.downstream)): e.effect * unit[e.downstream] for e in task.edges}
+    return {"edges": edges, "carried": task.carried, "common": task.common}
+
+
 def _transcoder(lab: Any) -> SparseCoder:
     """A JumpReLU from mlp_in to mlp_out whose thresholds lie in gaps, as those of ``_coder``."""
     reads, writes = sl.Site("mlp_in", layer=1), sl.Site("mlp_out", layer=1)

@@ -15,16 +15,18 @@ from sae_lab.circuits.nodes import Edge, Node
 from sae_lab.circuits.pairs import aligned_tokens
 from sae_lab.circuits.patching_effects import PatchGrid, patched_cells, patched_together, patching, patching_estimate
 from sae_lab.circuits.prompt import PromptReading, read_prompt
+from sae_lab.circuits.task_graph import TaskEdge, TaskGraph, trace_many
 from sae_lab.circuits.tracing import trace
 from sae_lab.spelling import no_attribute
 
 __all__ = [
     "AreaDifference", "Attention", "Attribution", "AttributionGraph", "DirectEffects", "DirectionCurves",
     "DownstreamEffects", "Edge", "EdgeCheck", "Faithfulness", "FeatureCircuit", "HeadAttribution", "Metric", "Node",
-    "PatchGrid", "PromptReading", "PulledBack", "aligned_tokens", "attention", "attribution", "check_edges",
-    "direct_effects", "effects_of", "feature_circuit", "head_attribution", "head_shares", "invariant_edges", "kl_from",
-    "log_probability", "logit_difference", "norm_scale", "patched_cells", "patched_directions", "patched_together",
-    "patching", "patching_estimate", "principal_axes", "pull_back", "read_prompt", "trace",
+    "PatchGrid", "PromptReading", "PulledBack", "TaskEdge", "TaskGraph", "aligned_tokens", "attention", "attribution",
+    "check_edges", "direct_effects", "effects_of", "feature_circuit", "head_attribution", "head_shares",
+    "invariant_edges", "kl_from", "log_probability", "logit_difference", "norm_scale", "patched_cells",
+    "patched_directions", "patched_together", "patching", "patching_estimate", "principal_axes", "pull_back",
+    "read_prompt", "trace", "trace_many",
 ]  # fmt: skip
 
 __getattr__ = no_attribute(__name__, __all__)
