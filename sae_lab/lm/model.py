@@ -3,7 +3,7 @@
 import hashlib
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property, partial
 from typing import Any, cast
 
@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sae_lab.arguments import Count, as_annotated
-from sae_lab.lm import bundled, generation, loading, passes, tokens
+from sae_lab.lm import bundled, generation, inside, loading, passes, tokens
 from sae_lab.lm import site as sites
 from sae_lab.lm.block import SUMMED, broken_sums
 from sae_lab.lm.comparing import Comparison, compared
@@ -458,6 +458,18 @@ class LM:
     @cached_property
     def _empty_state(self) -> State | None:
         return empty_state(self._module, self.device)
+
+    @as_annotated
+    def edited(self, edits: Edits) -> AbstractContextManager[nn.Module]:
+        """``with lm.edited([sl.Steer(sae, 7)]) as module: ...``: the transformers module with the edits inside, for
+        tools that run it themselves: ``module(**inputs)``, ``module.generate``, lm-eval, a trainer.
+
+        Positions are read from ``input_ids`` and ``attention_mask``, rows padded on the right; a cache is followed from
+        the prompt on. In the block, calls of ``lm`` itself have their own edits and not these. A gradient takes what an
+        edit adds as a constant. Raises ValueError for edits that name rows or steps, for a model on a server, and in
+        the pass for inputs_embeds, other padding, and a cache of prompts that did not run in the block.
+        """
+        return inside.edited(self, listed_edits(edits))
 
     @as_annotated
     def compare(self, prompt: Prompts, edits: Edits, answer: str = "") -> Comparison:
