@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 T = TypeVar("T")
+ROOMS: dict[Any, Callable[..., "Cost"]] = {}  # what else ``sl.estimate`` knows: (function, what estimates its cost)
 TRIAL_SECONDS = 5  # how long passes and steps are tried, at least one pass and three steps
 
 

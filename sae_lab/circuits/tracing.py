@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sae_lab import costs
 from sae_lab.arguments import as_annotated, check_least
 from sae_lab.circuits.attribution_graph import AttributionGraph
 from sae_lab.circuits.graph_scores import scores
@@ -74,6 +75,13 @@ def trace(
     layer, weights that are not float32, a model on a server, one without the sites embed, resid_pre and mlp_out, and
     one in which something else lies between, so that the sums do not hold.
     """
+    graph = _tracer(lm, coders, prompt, targets, first, features).graph()
+    graph.local.close()  # the graph keeps it, for checks
+    return graph
+
+
+def _tracer(lm: LM, coders: Any, prompt: Prompts, targets: Any, first: str, features: int) -> "Tracer":
+    """Everything but the rows. ValueError as from ``trace``."""
     check_least(1, features=features)
     if first not in ("keep", "drop"):
         raise ValueError(f"first must be 'keep' or 'drop', got {first!r}")
@@ -85,10 +93,31 @@ def trace(
         raise ValueError("a graph needs a prompt of at least two tokens, got one: write a longer one")
     wanted = _checked_targets(lm, targets)
     local = LocalModel(lm, coders, batch, first)
-    logits = _logits(local, wanted)
-    graph = Tracer(local, logits, min(features, len(local.layer))).graph()
-    local.close()  # the graph keeps it, for checks
-    return graph
+    return Tracer(local, _logits(local, wanted), min(features, len(local.layer)))
+
+
+def cost(lm: LM, coders: Any, prompt: Prompts, targets: Any, first: str, features: int) -> costs.Cost:
+    """The cost of ``trace`` with these arguments. The trial makes the local model and the rows of the logits, and one
+    sweep for features drawn from all of them."""
+    with costs.peak() as peak:
+        tracer, once = costs.timed(_tracer, lm, coders, prompt, targets, first, features)
+        local, most, active = tracer.local, tracer.most, len(tracer.local.layer)
+        _, logits = costs.timed(tracer._visit_logits)
+        tried = torch.linspace(active - 1, 0, min(tracer.at_once, most)).round().long().unique().flip(0)
+        seconds = costs.timed(tracer._visit, tried)[1] if most else 0.0
+    rows, columns = tracer.first + most, local.columns
+    kept = rows * (most + columns - active)  # of the graph itself
+    ranking = columns * rows / 2e9 * (most / RANKED)  # each ranking reads the rows known so far
+    return costs.Cost(
+        f"{len(tried):,} of {most:,} features visited in {seconds:.1f} s",
+        seconds=once + logits + seconds * most / max(1, len(tried)) + ranking,
+        ram=peak.ram + 4 * (rows * columns + 2 * kept),
+        vram=peak.vram,
+        parts={"active features": active, "features visited": most, "MB that the graph takes": 4 * kept / 1e6},
+    )
+
+
+costs.ROOMS[trace] = cost
 
 
 class Tracer:

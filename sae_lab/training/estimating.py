@@ -1,4 +1,4 @@
-"""sl.estimate: what a harvest, a training or an index will take."""
+"""sl.estimate: what a harvest, a training, an index or a graph will take."""
 
 import inspect
 from collections.abc import Callable
@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from sae_lab import costs
 from sae_lab.activations import harvesting
 from sae_lab.activations.harvesting import harvest
 from sae_lab.arguments import as_annotated
@@ -52,6 +53,11 @@ class Estimate:
         return f"{self.what}: {self.probe}\n" + text_table([("", *row) for row in rows.items()])
 
 
+def _called(function: Callable[..., Any]) -> str:
+    """A public function as it is called."""
+    return f"sl.{'' if function in (harvest, train, index_features) else 'circuits.'}{function.__name__}"
+
+
 def _figure(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.2g}" if value < 10 else f"{value:.1f}"
 
@@ -62,7 +68,8 @@ def _size(size: int) -> str:
 
 @as_annotated
 def estimate(what: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Estimate:
-    """Minutes, disk and memory of a call of ``sl.harvest``, ``sl.train`` or ``sl.index_features``, before it is made.
+    """Minutes, disk and memory of a call of ``sl.harvest``, ``sl.train``, ``sl.index_features`` or
+    ``sl.circuits.trace``, before it is made.
 
         sl.estimate(sl.harvest, lm, site, text, tokens=2_000_000)
 
@@ -79,10 +86,10 @@ def estimate(what: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Estimate
 
     Raises ValueError for another function, and otherwise what the call itself would raise before its work begins.
     """
-    rooms = {harvest: harvesting.cost, train: costing.cost, index_features: build.cost}
+    rooms = {harvest: harvesting.cost, train: costing.cost, index_features: build.cost, **costs.ROOMS}
     room = next((cost for function, cost in rooms.items() if function is what), None)
     if room is None:
-        names = ", ".join(f"sl.{function.__name__}" for function in rooms)
+        names = ", ".join(_called(function) for function in rooms)
         raise ValueError(
             f"estimate knows {names}, got {getattr(what, '__name__', repr(what))}: pass one of them and its arguments"
         )

@@ -636,3 +636,18 @@ def test_nodes_that_are_refused(made):
         dropped.check(Node(Site("mlp_out", 1), 0, -1), dropped.targets[-1])
     with pytest.raises(ValueError, match="nodes must be a share of the influence from 0 to 1, got 80"):
         graph.prune(80)
+
+
+def test_what_a_graph_will_cost(made):
+    lm, coders, graph = made
+    found = sl.estimate(trace, lm, coders, PROMPT)
+    assert found.parts["active features"] == graph.active == found.parts["features visited"]
+    assert found.ram >= 4 * graph.effects.numel() and found.parts["MB that the graph takes"] == pytest.approx(
+        4e-6 * graph.effects.numel(), rel=0.01
+    )
+    assert 0 < found.minutes < 1 and found.disk == 0 and "features visited in" in found.probe
+    assert sl.estimate(trace, lm, coders, PROMPT, features=10).parts["features visited"] == 10
+    with pytest.raises(ValueError, match="a graph needs a prompt of at least two tokens"):
+        sl.estimate(trace, lm, coders, lm.tokenize("").ids[0].tolist())
+    with pytest.raises(ValueError, match=r"estimate knows sl\.harvest, .*, sl\.circuits\.trace, got attention"):
+        sl.estimate(sl.circuits.attention, lm, PROMPT)
