@@ -414,7 +414,7 @@ def test_wrong_arguments_are_the_calls_own(tiny_lm, small_text, store, coder, tm
 
 
 def test_other_functions_are_refused(tiny_lm):
-    with pytest.raises(ValueError, match=r"knows sl.harvest, sl.train, sl.index_features, got features: pass one"):
+    with pytest.raises(ValueError, match=r"knows sl.harvest, sl.train, sl.index_features,.* got features: pass one"):
         sl.estimate(sl.features, tiny_lm)
 
 
