@@ -449,7 +449,7 @@ def test_a_full_disk_leaves_a_usable_store(harvest, unbroken, tmp_path):
     if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode != 0:
         pytest.skip("a small disk can only be mounted by root; the test above stands in for it")
     try:
-        with pytest.raises(OSError, match=r"could not write .*No space left.* holds \d+ whole tokens: make room"):
+        with pytest.raises(OSError, match=r"could not write .*No space left.* holds [\d,]+ whole tokens: make room"):
             harvest(tokens=3000, path=disk / "s")
         store = Store(disk / "s")
         assert 0 < len(store) < 3000 and store.batch(0, 8).x.isfinite().all()
