@@ -21,9 +21,9 @@ NEAR = 5  # a control is drawn from so many features of the nearest norms
 def faithfulness(graph: Any, sizes: Sequence[int] | None, errors: bool, draws: int, seed: int) -> Faithfulness:
     """See ``AttributionGraph.faithfulness``."""
     local, count = local_of(graph, "faithfulness"), graph.counts[0]
-    if sizes is None:
-        sizes = [n for n in (4, 16, 64, 256, 1024, 4096) if n < count] + [count] * (count > 0)
-    if wrong := [n for n in sizes if not 0 < n <= count]:
+    usual = [n for n in (4, 16, 64, 256, 1024, 4096) if n < count] + [count] * (count > 0)
+    many: list[int] = usual if sizes is None else list(sizes)
+    if wrong := [n for n in many if not 0 < n <= count]:
         raise ValueError(f"sizes are numbers of features from 1 to {count}, those of this graph, got {wrong[0]}")
     columns = _columns(graph, local)
     weights, directions = graph.weights.to(local.embed), graph.directions.to(local.embed)
@@ -41,17 +41,17 @@ def faithfulness(graph: Any, sizes: Sequence[int] | None, errors: bool, draws: i
         return (value(kept, errors) - empty) / (full - empty)
 
     def curve(order: Int[Tensor, " features"], errors: bool = errors) -> tuple[float, ...]:
-        return tuple(share(columns[order[:n]], errors) for n in sizes)
+        return tuple(share(columns[order[:n]], errors) for n in many)
 
     best = graph.influence[:count].argsort(descending=True)
     generator, norms = torch.Generator().manual_seed(seed), _norms(local)
-    picks = [[_matched(local, columns[best[:n]], norms, generator) for n in sizes] for _ in range(draws)]
-    enough = [[len(pick) == n for pick, n in zip(some, sizes, strict=True)] for some in picks]
+    picks = [[_matched(local, columns[best[:n]], norms, generator) for n in many] for _ in range(draws)]
+    enough = [[len(pick) == n for pick, n in zip(some, many, strict=True)] for some in picks]
     drawn = [[share(pick, errors) for pick in some] for some in picks]
     matched = np.where(enough, drawn, np.nan)
     gradient = _by_gradient(graph)
     return Faithfulness(
-        full=full, empty=empty, complete=value(everything, True), sizes=tuple(sizes), circuit=curve(best),
+        full=full, empty=empty, complete=value(everything, True), sizes=tuple(many), circuit=curve(best),
         no_errors=curve(best, errors=False), random=tuple(matched.mean(0).tolist()),
         random_sd=tuple(matched.std(0).tolist()), draws=draws,
         all_features=share(everything, False), all_errors=share(nothing, True),

@@ -178,11 +178,9 @@ def _summed(
     drawn = np.random.default_rng(seed).multinomial(len(here), [1 / len(here)] * len(here), DRAWS) / len(here)
     low, high = np.quantile(drawn @ here, [0.025, 0.975], axis=0)
     share, other_share = (here != 0).mean(0), (there != 0).mean(0)
-    columns = (low, high, share, other, other_share)
     order = np.argsort(-np.abs(mean), kind="stable")
-    edges = [
-        TaskEdge(*listed[i], float(mean[i]), *(float(column[i]) for column in columns)) for i in order if share[i] > 0
-    ]
+    numbers = np.stack([mean, low, high, share, other, other_share], 1).tolist()
+    edges = [TaskEdge._make((*listed[i], *numbers[i])) for i in order if share[i] > 0]
     sure, once = (low * high > 0) & (share > 0), (here != 0).sum(0) == 1
     same = np.sign(mean) == np.sign(other)
     carried, common = ([_mean(what[which]) for which in (sure, once)] for what in (same, other_share))

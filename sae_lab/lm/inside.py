@@ -80,8 +80,8 @@ class _Inside:
         ids = kwargs.get("input_ids", args[0] if args else None)
         if ids is None:
             raise ValueError("edits need to know the tokens: call the module with input_ids, not with inputs_embeds")
-        past = kwargs.get("past_key_values")
-        seen = past.get_seq_length() if hasattr(past, "get_seq_length") else 0
+        past: Any = kwargs.get("past_key_values")
+        seen = 0 if past is None else past.get_seq_length()
         mask = kwargs.get("attention_mask")
         mask = torch.ones(len(ids), seen + ids.shape[1]) if mask is None else mask
         if mask.dim() != 2 or mask.shape[1] != seen + ids.shape[1]:

@@ -363,7 +363,7 @@ def test_pictures_say_what_the_results_say(tiny_lm, tiny_coder):
 
     found = geometry.clusters(blobs()[0], 8, 4)
     axes = pictures.clusters(found).axes
-    assert len(axes[0].collections) == 1 + found.tight and "6 of 6 clusters above controls" == axes[1].get_title()
+    assert len(axes[0].collections) == 1 + found.tight and axes[1].get_title() == "6 of 6 clusters above controls"
     circle = geometry.circular(tiny_coder, tiny_lm, draws=0)
     axes = pictures.circular(circle).axes
     assert [text.get_text() for text in axes[0].texts] == list(geometry.WEEKDAYS)
