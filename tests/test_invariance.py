@@ -776,7 +776,7 @@ WITHOUT_FIGURES = {
     "train": "it makes a coder, and refuses one with an input_norm",
     "sweep": "it makes coders", "meta_sae": "it trains on rows at unit norm, in their order",
     "saes.inform": "it makes a coder afresh",
-    "circuits.Edge": "a result", "TranscoderSet": "coders side by side",
+    "circuits.Edge": "a result", "circuits.TaskEdge": "a result", "TranscoderSet": "coders side by side",
     "evals.report": "its sections are the functions here",
     "evals.BoardGames": "a result", "evals.DescriptionLength": "a result", "evals.L0Choice": "a result",
     "FeatureIndex.bytes": "the size of files",

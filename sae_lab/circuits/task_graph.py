@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
-from sae_lab.arguments import check_least
+from sae_lab.arguments import as_annotated, check_least
 from sae_lab.circuits.attribution_graph import AttributionGraph
 from sae_lab.circuits.tracing import trace
 from sae_lab.lm.model import LM
@@ -90,6 +90,7 @@ class TaskGraph(Result):
         return by_column("upstream downstream effect low high share held_out held_out_share", rows)
 
 
+@as_annotated
 def trace_many(
     lm: LM,
     coders: TranscoderSet | SparseCoder | Sequence[SparseCoder],
