@@ -89,7 +89,7 @@ def test_the_monitor_in_jupyterlab(tmp_path: pathlib.Path) -> None:
         expect(sweep).to_have_attribute("data-state", "running", timeout=20_000)
         expect(sweep.locator("[data-measure='l0'] .saelab-chart-plot .saelab-line")).to_have_count(4)
         sweep.get_by_role("button", name="Pause").click()
-        expect(sweep).to_have_attribute("data-state", "paused")
+        expect(sweep).to_have_attribute("data-state", "paused", timeout=20_000)  # when the step is done
         sweep.get_by_role("combobox", name="Coder").select_option("TopK k=4")
         sweep.get_by_label("k", exact=True).fill("6")
         sweep.get_by_role("button", name="Apply").click()
