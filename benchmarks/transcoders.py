@@ -30,7 +30,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "transcoders.json"
 K = 32
 BUDGET = 24e6  # bytes for the whole set
 # (every how many layers one, its width, the bits of its weights): each fits the budget.
-SHAPES = {"narrow": (1, 1248, 4), "every second": (2, 2496, 4), "fine": (1, 624, 8)}
+SHAPES = {"narrow": (1, 1200, 4), "every second": (2, 2400, 4), "fine": (1, 624, 8)}
 EVALUATED, CONTEXT, PROMPTS = 8_192, 128, 50
 
 

@@ -602,8 +602,8 @@ class SparseCoder(nn.Module):
 
         Args: format: "sae_lab" (config.json and sae.safetensors), "saelens", "sparsify" or "dictionary_learning"; the
         last three keep no ``f_scale``. dtype: of the matrices, in the format "sae_lab"; float16 takes half the disk and
-        rounds to 3 digits. bits: 8 or 4, in place of dtype: whole numbers of so many bits, and a float16 scale for
-        each 64; a quarter or an eighth of the disk. Measure what it costs: ``sl.evals.reconstruction``.
+        rounds to 3 digits. bits: 8 or 4, in place of dtype: whole numbers of that size, and a scale for each 64; a
+        quarter or a seventh of the disk. Measure what it costs: ``sl.evals.reconstruction``.
 
         Raises ValueError for an unknown format, a family that the format cannot hold, other bits, and a dtype that is
         no float or cannot hold the weights.

@@ -1,4 +1,4 @@
-"""Weights in 8 or 4 bits: up to 64 neighbours of a matrix share one float16 scale, a whole number times it is a weight.
+"""Weights in 8 or 4 bits: up to 64 neighbours of a matrix share one float32 scale, a whole number times it is a weight.
 
 A matrix ``W_dec`` becomes two tensors in the file, ``W_dec.int8`` or ``W_dec.int4`` (two numbers a byte) and
 ``W_dec.scale``. Neighbours belong to one feature: a W_enc, "d_in d_sae", is turned round first.
@@ -22,19 +22,17 @@ def packed(name: str, matrix: Tensor, bits: int) -> dict[str, Tensor]:
     best = torch.full_like(largest, torch.inf)
     scale, numbers = torch.zeros_like(largest), torch.zeros_like(groups)
     for shrink in _SHRINK[bits]:
-        tried = (largest * shrink / most).half().float()
-        rounded = (groups / tried.clamp_min(1e-30)).round().clamp(-most, most)
+        tried = largest * shrink / most
+        rounded = (groups / tried.clamp_min(1e-38)).round().clamp(-most, most)
         error = (groups - rounded * tried).square().sum(1, keepdim=True)
         better = error < best
         best, scale = torch.where(better, error, best), torch.where(better, tried, scale)
         numbers = torch.where(better, rounded, numbers)
-    if not bool(largest.div(most).half().isfinite().all()):
-        raise ValueError(f"float16 cannot hold the scale of {name}, whose largest number is {largest.max():.3g}")
     whole = numbers.to(torch.int8).flatten()
     if bits == 4:
         pairs = torch.nn.functional.pad(whole, (0, len(whole) % 2)).view(-1, 2).view(torch.uint8) & 15
         whole = pairs[:, 0] | pairs[:, 1] << 4
-    return {f"{name}.int{bits}": whole, f"{name}.scale": scale.half().flatten()}
+    return {f"{name}.int{bits}": whole, f"{name}.scale": scale.flatten()}
 
 
 def unpacked(tensors: dict[str, Tensor], shapes: dict[str, Tensor]) -> dict[str, Tensor]:

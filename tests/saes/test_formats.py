@@ -295,9 +295,9 @@ def test_float16_rounds_matrices_only(tmp_path):
         assert (read.state_dict()[name] - t).abs().max() <= limit, name
 
 
-@pytest.mark.parametrize(("bits", "error"), [(8, 0.008), (4, 0.12)])
+@pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("family", ["BatchTopK", "Gated", "Transcoder"])
-def test_matrices_in_few_bits(tmp_path, family, bits, error):
+def test_matrices_in_few_bits(tmp_path, family, bits):
     """64 numbers, of one feature, share a scale: rounding loses 1/(2·127) or 1/(2·7) of the largest of them at most."""
     coder = make(family)
     coder.W_enc.data[:, 3] *= 100  # the others must not be rounded by this feature's scale
@@ -313,8 +313,9 @@ def test_matrices_in_few_bits(tmp_path, family, bits, error):
             assert torch.equal(there.nan_to_num(), t.nan_to_num()), name
             continue
         axis = 0 if name == "W_enc" else 1
-        off = (there - t).norm(dim=axis) / t.norm(dim=axis).clamp_min(1e-9)
-        assert 0 < float(off.max()) < error, name
+        step = t.abs().amax(axis) / (2 ** (bits - 1) - 1)  # each of the 16 numbers is off by half a step at most
+        off = (there - t).norm(dim=axis)
+        assert bool(off.any()) and bool((off <= 1.001 * step / 2 * 16**0.5).all()), name
     again = sl.load(read.save(tmp_path / "again", bits=8)).state_dict()["W_dec"]
     if bits == 8:
         assert torch.allclose(again, read.W_dec, atol=1e-6), "rounded numbers are rounded to themselves"
@@ -324,7 +325,8 @@ def test_matrices_in_few_bits(tmp_path, family, bits, error):
 @pytest.mark.parametrize("shape", [(5, 1), (7, 65), (2, 3, 130)])
 def test_rows_of_any_width_in_few_bits(shape, bits):
     for name in ("W_enc", "W_skip"):
-        matrix = normal(*shape)
+        # Weights of a coder of large activations are small; float16 would hold no scale for them.
+        matrix = normal(*shape) * (1e-9 if name == "W_enc" else 1e9)
         there = packing.unpacked(packing.packed(name, matrix, bits), {name: matrix.to("meta")})
         assert set(there) == {name} and (there[name] - matrix).norm() < {8: 0.01, 4: 0.12}[bits] * matrix.norm()
 
