@@ -175,7 +175,7 @@ def _number(err: Exception) -> int:
 @contextmanager
 def _beside(path: Path) -> Iterator[Path]:
     """A path of the same name in a new temporary folder beside. What killed writers of the path left is removed."""
-    if not any(folder == path.parent.resolve() for *_, folder in _held):  # else sole_writer has removed them
+    if not any(folder == path.parent.resolve() for *_, folder in _held.copy()):  # else sole_writer has removed them
         remove_leftovers(make_folder(path.parent), path.name)
     lock = scratch = None
     try:

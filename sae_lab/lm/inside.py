@@ -30,7 +30,7 @@ def edited(lm: Any, edits: Sequence[Any]) -> Iterator[nn.Module]:
     try:
         yield module
     finally:
-        for handle in handles:
+        for handle in handles + inside.handles:  # of the inside: where Ctrl-C ended a pass
             handle.remove()
 
 

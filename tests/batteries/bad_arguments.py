@@ -150,7 +150,7 @@ class Things:
             "tokenizer": self.tokenizer, "labels": [0, 1], "position": 1, "rows": slice(0, 2), "edit": self.edit,
             "activations": self.x.abs(), "other": "plain", "result": self.sweep,
             "positive": ["a fox"], "negative": ["a dog"], "direction": torch.ones(48), "vector": self.vector,
-            "found": self.vector.to_dict(),
+            "found": self.vector.to_dict(), "node": ("feature", 1, 1, 1),
         }  # fmt: skip
 
     def right(self, p: inspect.Parameter) -> Any:

@@ -92,6 +92,7 @@ def test_gradients_take_the_change_as_a_constant(tiny_lm):
 def test_bad_input(tiny_lm):
     lm, sae = tiny_lm, coder(tiny_lm, "resid_post-1")
     batch = lm.tokenize(TEXTS)
+    before = hooks(lm)
     for more, words in [({"rows": 0}, "leave out rows=0"), ({"steps": [0]}, r"leave out steps=\[0\]")]:
         with pytest.raises(ValueError, match=words), lm.edited(sl.Steer(sae, 3, **more)):
             pass
@@ -108,4 +109,25 @@ def test_bad_input(tiny_lm):
         module(input_ids=batch.ids[:1, :1], past_key_values=past)
     with pytest.raises(ValueError, match="from 0 to 47, got 99"), lm.edited(sl.Steer(sae, 99)) as module:
         module(batch.ids)
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in lm._module.model.layers), "no hook stays"
+    assert hooks(lm) == before, "no hook stays"
+
+
+def test_ctrl_c_leaves_no_hook(tiny_lm):
+    before = hooks(tiny_lm)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    handle = tiny_lm._module.model.layers[2].register_forward_hook(interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt), tiny_lm.edited(sl.Steer(coder(tiny_lm, "resid_post-1"), 3)) as module:
+            module(tiny_lm.tokenize(TEXTS).ids)
+    finally:
+        handle.remove()
+    assert hooks(tiny_lm) == before
+
+
+def hooks(lm):
+    """The numbers of all hooks in the model. nnsight keeps some of its own, so tests compare before and after."""
+    modules = list(lm._module.modules())
+    return [sorted(m._forward_hooks) for m in modules], [sorted(m._forward_pre_hooks) for m in modules]
