@@ -2,10 +2,11 @@
 
     python benchmarks/train_shipped.py                 # harvest, train, measure, write sae_lab/data/saes
     python benchmarks/train_shipped.py --only mlp_out-8
+    python benchmarks/train_shipped.py --pack          # the coders in the package, in 8 bits, measured again
 
 One pass of the bundled model over the mix serves all sites; each coder then makes several passes over that store. The
 same call goes on where it was interrupted (runs/shipped holds the store and the checkpoints). The card of each coder is
-what ``sl.evals.reconstruction`` measures, of the float16 weights shipped, on held-out documents of three kinds.
+what ``sl.evals.reconstruction`` measures, of the 8-bit weights shipped, on held-out documents of three kinds.
 """
 
 import argparse
@@ -84,13 +85,18 @@ def held_out(text: sl.Text) -> dict[str, list[str]]:
     return {domain: [d for d in sources[source] if d in unseen] for domain, source in DOMAINS.items()}
 
 
-def card(coder: sl.SparseCoder, lm: sl.LM, store: sl.Store, domains: dict[str, list[str]]) -> dict:
-    """What a user should know of a coder before trusting it: every figure measured."""
+def figures(coder: sl.SparseCoder, lm: sl.LM, domains: dict[str, list[str]]) -> dict[str, dict]:
+    """What sl.evals.reconstruction measures on each domain."""
     rows = {}
     for domain, text in domains.items():
         result = sl.evals.reconstruction(coder, lm, text, tokens=EVALUATED)
-        figures = {name: round(getattr(result, name), 4) for name in FIGURES}
-        rows[domain] = {name: None if math.isnan(value) else value for name, value in figures.items()}
+        found = {name: round(getattr(result, name), 4) for name in FIGURES}
+        rows[domain] = {name: None if math.isnan(value) else value for name, value in found.items()}
+    return rows
+
+
+def card(coder: sl.SparseCoder, lm: sl.LM, store: sl.Store, domains: dict[str, list[str]]) -> dict:
+    """What a user should know of a coder before trusting it: every figure measured."""
     return {
         "family": type(coder).__name__,
         "seeds": [coder.config["seed"]],
@@ -98,8 +104,23 @@ def card(coder: sl.SparseCoder, lm: sl.LM, store: sl.Store, domains: dict[str, l
         "distinct_tokens": store.training_rows,
         "dead": coder.meta["dead"],
         "dead_tokens": coder.meta["dead_tokens"],
-        "held_out": rows,
+        "held_out": figures(coder, lm, domains),
     }
+
+
+def pack_again(names: list[str], lm: sl.LM, domains: dict[str, list[str]]) -> None:
+    """Write the coders of the package in 8 bits, and measure them again."""
+    for name in names:
+        folder = PACKAGE / COLLECTION / name
+        sl.load(folder).save(folder, bits=8)
+        coder = sl.load(folder)
+        before = coder.meta["card"]["held_out"]
+        coder.meta["card"]["held_out"] = figures(coder, lm, domains)
+        coder.save(folder, bits=8)
+        assert torch.equal(coder.W_enc, sl.load(folder).W_enc), "packing a second time changes nothing"
+        for domain, row in coder.meta["card"]["held_out"].items():
+            changed = {f: (before[domain][f], row[f]) for f in ("l0", "fvu", "ce_delta")}
+            print(name, domain, changed, flush=True)
 
 
 def table() -> str:
@@ -132,21 +153,24 @@ def main() -> None:
     parser.add_argument("--train", type=int, default=6_000_000, help="tokens of training, in passes over the store")
     parser.add_argument("--only", choices=RECIPES, action="append")
     parser.add_argument("--docs", action="store_true", help="only put the cards into docs/coders.md")
+    parser.add_argument("--pack", action="store_true", help="only pack and measure the coders of the package again")
     args = parser.parse_args()
     if args.docs:
         put("docs/coders.md", "shipped", table())
         return
     lm, text = sl.LM(), sl.load_text("mix")
-    store = harvested(lm, text, args.tokens)
     domains = held_out(text)
+    if args.pack:
+        return pack_again([name for name in args.only or RECIPES if RECIPES[name].shipped], lm, domains)
+    store = harvested(lm, text, args.tokens)
     for name in args.only or RECIPES:
         recipe = RECIPES[name]
         coder = trained(name, lm, store, args.train)
-        folder = PACKAGE / COLLECTION / name if recipe.shipped else WORK / f"{name}-float16"
-        coder.save(folder, dtype=torch.float16)
+        folder = PACKAGE / COLLECTION / name if recipe.shipped else WORK / f"{name}-packed"
+        coder.save(folder, bits=8)
         coder = sl.load(folder)
         coder.meta["card"] = card(coder, lm, store, domains)
-        coder.save(folder, dtype=torch.float16)
+        coder.save(folder, bits=8)
         print(name, json.dumps(coder.meta["card"], indent=1), flush=True)
 
 
