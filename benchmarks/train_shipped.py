@@ -20,8 +20,9 @@ import torch
 from pages import put
 
 import sae_lab as sl
+from sae_lab.activations.contexts import spread_contexts
 from sae_lab.activations.reconstructing import AT_STAKE, SURE, too_little
-from sae_lab.lm.text import mix_sources
+from sae_lab.lm.text import mix_sources, padded
 from sae_lab.saes.io.ours import shipped
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -109,18 +110,23 @@ def card(coder: sl.SparseCoder, lm: sl.LM, store: sl.Store, domains: dict[str, l
 
 
 def pack_again(names: list[str], lm: sl.LM, domains: dict[str, list[str]]) -> None:
-    """Write the coders of the package in 8 bits, and measure them again."""
+    """Write the coders of the package in 8 bits, measure them again, and print what the packing costs."""
+    batch = padded(spread_contexts(lm, [d for texts in domains.values() for d in texts], EVALUATED, 128))
     for name in names:
         folder = PACKAGE / COLLECTION / name
-        sl.load(folder).save(folder, bits=8)
-        coder = sl.load(folder)
-        before = coder.meta["card"]["held_out"]
+        whole = sl.load(folder).eval()
+        whole.save(folder, bits=8)
+        coder = sl.load(folder).eval()
+        read = lm.read(batch, (*coder.reads, *coder.writes))
+        x, y = (read[sites[0]][:, 1:].flatten(0, 1) for sites in (coder.reads, coder.writes))
+        for what, one in (("float16", whole), ("8 bits", coder)):
+            codes = one.encode(x)
+            l0 = (codes != 0).sum(1).float().mean()
+            fvu = (y - one.decode(codes)).square().sum() / (y - y.mean(0)).square().sum()
+            print(name, what, f"L0 {float(l0):.3f}, FVU {float(fvu):.5f}", flush=True)
         coder.meta["card"]["held_out"] = figures(coder, lm, domains)
         coder.save(folder, bits=8)
         assert torch.equal(coder.W_enc, sl.load(folder).W_enc), "packing a second time changes nothing"
-        for domain, row in coder.meta["card"]["held_out"].items():
-            changed = {f: (before[domain][f], row[f]) for f in ("l0", "fvu", "ce_delta")}
-            print(name, domain, changed, flush=True)
 
 
 def table() -> str:
