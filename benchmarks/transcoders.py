@@ -1,7 +1,8 @@
 """Train a transcoder for each layer of the bundled model, pack them into few bits, and measure what they are worth.
 
     python benchmarks/transcoders.py              # harvest, train, choose the bits, measure, write sae_lab/data
-    python benchmarks/transcoders.py --only train # one step: harvest, train, pack or measure
+    python benchmarks/transcoders.py --only train # one step: harvest, train, pack, measure or ship
+    python benchmarks/transcoders.py --docs       # only the table of docs/coders.md
 
 One pass of the model serves all layers: what 30 MLPs read and write, 69 kB a token on disk (runs/transcoders; the store
 may be deleted after the training). Each step goes on where it was interrupted. The card is of the weights shipped, on
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pages import put
 from torch import Tensor
 
 import sae_lab as sl
@@ -48,7 +50,7 @@ def trained(store: sl.Store, layer: int, width: int, tokens: int) -> sl.SparseCo
     d = store.at(reads).width
     coder = sl.Transcoder(d, width, k=K, d_out=store.at(writes).width)
     coder.reads, coder.writes = (reads,), (writes,)
-    config = sl.TrainConfig(tokens=tokens, log_every=50)
+    config = sl.TrainConfig(tokens=tokens, batch_size=2048, log_every=50)
     sl.train(coder, store.view((reads,), (writes,)), config, path=WORK / f"{width}-{layer}")
     return coder
 
@@ -56,6 +58,7 @@ def trained(store: sl.Store, layer: int, width: int, tokens: int) -> sl.SparseCo
 @contextlib.contextmanager
 def neurons(lm: sl.LM, k: int) -> Iterator[None]:
     """Within, each MLP keeps k of its neurons on each token, those that write most, but at position 0."""
+
     def kept(module: torch.nn.Linear, args: tuple[Tensor]) -> tuple[Tensor]:
         (h,) = args
         size = h.abs() * module.weight.norm(dim=0)
@@ -135,13 +138,63 @@ def packed(shape: str, layers: int) -> Path:
     return folder
 
 
+def ship(shape: str) -> None:
+    """Put a set into the package. Each transcoder's card has the figures of its layer."""
+    _, _, bits = SHAPES[shape]
+    coders = sl.TranscoderSet.load(WORK / name(shape))
+    found = json.loads(RESULTS.read_text())[shape]
+    for row in found[shape]["layers"]:
+        coder = coders[row["layer"]]
+        tokens = coder.meta["train_tokens"]
+        figures = {figure: row[figure] for figure in ("l0", "fvu", "added", "added_se")}
+        coder.meta["card"] = {
+            "family": type(coder).__name__,
+            "seeds": [0],
+            "tokens": tokens,
+            "held_out": {"mix": figures},
+        }
+    coders.save(PACKAGE, bits=bits)
+
+
+def table(shape: str) -> str:
+    """What docs/coders.md says of a set: by layer, and with all MLPs replaced."""
+    known = json.loads(RESULTS.read_text())
+    found, bits = known[shape], SHAPES[shape][2]
+    whole = {row["layer"]: row for row in found["float32"]["layers"]}
+    lines = ["| layer | L0 | FVU | FVU in float32 | ΔCE |", "|---|---|---|---|---|"]
+    for row in found[shape]["layers"]:
+        cost = f"{row['added']:.3f} ± {row['added_se']:.3f}"
+        lines.append(
+            f"| {row['layer']} | {row['l0']:.1f} | {row['fvu']:.3f} | {whole[row['layer']]['fvu']:.3f} | {cost} |"
+        )
+    lines += ["", "| all MLPs replaced by | loss | ΔCE | same likeliest token |", "|---|---|---|---|"]
+    rows = {
+        f"the set, {bits} bits": found[shape]["replaced"],
+        "the set in float32": found["float32"]["replaced"],
+        f"the {K} neurons that write most": known["neurons"],
+    }
+    for what, row in rows.items():
+        added = f"{row['added']:.2f} ± {row['added_se']:.2f}"
+        lines.append(f"| {what} | {row['loss']:.2f} (clean {row['clean']:.2f}) | {added} | {row['same_top']:.1%} |")
+    lines += ["", f"| graphs of {PROMPTS} prompts | quartile | median | quartile |", "|---|---|---|---|"]
+    named = {"replacement": "replacement score", "completeness": "completeness score",
+             "completeness_inner": "completeness of features and logits", "visited": "features visited"}  # fmt: skip
+    for key, values in found[shape]["graphs"].items():
+        lines.append(f"| {named[key]} | {' | '.join(f'{v:.2f}' for v in values)} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, default=600_000, help="to harvest")
     parser.add_argument("--train", type=int, default=2_400_000, help="tokens of training of each layer")
-    parser.add_argument("--only", choices=("harvest", "train", "pack", "measure"))
+    parser.add_argument("--only", choices=("harvest", "train", "pack", "measure", "ship"))
     parser.add_argument("--shape", choices=SHAPES, action="append")
+    parser.add_argument("--docs", action="store_true", help="only the table of docs/coders.md, of the first --shape")
     args = parser.parse_args()
+    if args.docs:
+        put("docs/coders.md", "transcoders", table((args.shape or list(SHAPES))[0]))
+        return
     steps = [args.only] if args.only else ["harvest", "train", "pack", "measure"]
     lm = sl.LM()
     if "harvest" in steps or "train" in steps:
@@ -166,6 +219,8 @@ def main() -> None:
             known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
             known |= {shape: {"width": width, "every": every, **found}, "neurons": replaced(lm, None)}
             RESULTS.write_text(json.dumps(known, indent=1))
+        if args.only == "ship":
+            ship(shape)
 
 
 if __name__ == "__main__":
