@@ -1,4 +1,4 @@
-"""Graphs of circuit-tracer 0.5.0 on tiny random models, kept for a test: weights, adjacency, and what its pruning keeps.
+"""Graphs of circuit-tracer 0.5.0 on tiny random models, kept for a test: weights, effects, and what its pruning keeps.
 
 circuit-tracer needs other versions of nnsight and transformers than this library, so this script runs in an environment
 of its own, and imports nothing of ours:
@@ -6,9 +6,9 @@ of its own, and imports nothing of ours:
     python -m venv tracer && tracer/bin/pip install torch circuit-tracer==0.5.0 nnsight==0.6.1
     tracer/bin/python benchmarks/tracer_fixture.py           # writes tests/circuits/circuit_tracer.safetensors
 
-Two models: a Llama with biases whose transcoders read what the MLP reads and have a skip, and a Gemma 2 (norms behind the
-MLP too, a cap on the logits) whose transcoders have thresholds and read the norm's output before its gain. All gains and
-biases are drawn away from 1 and 0. Weights are rounded to float16, so that the file is small and exact.
+Two models: a Llama with biases, whose transcoders read what the MLP reads and have a skip; and a Gemma 2 (norms behind
+the MLP too, a cap on the logits), whose transcoders have thresholds and read the norm's output before its gain. Gains
+and biases are all drawn away from 1 and 0. Weights are rounded to float16, so that the file is small and exact.
 """
 
 import json
@@ -68,7 +68,7 @@ def model_of(name: str, generator: torch.Generator) -> Any:
 
 
 def read_by_transcoders(module: Any, name: str) -> list[Tensor]:
-    """"pos d" of each layer: the norm's output, before its gain in Gemma 2."""
+    """By layer, "pos d": the norm's output, before its gain in Gemma 2."""
     found: list[Tensor] = []
 
     def note(norm: Any, args: Any, out: Tensor) -> None:
@@ -93,7 +93,8 @@ def transcoder_of(x: Tensor, name: str, generator: torch.Generator) -> dict[str,
         t["b_enc"] = (t["b_enc"] - level).half().float()
         t["W_skip"] = drawn(generator, D, D, size=0.3 * D**-0.5)
     else:
-        t["activation_function.threshold"] = (level * (0.7 + 0.6 * torch.rand(WIDTH, generator=generator))).half().float()
+        levels = level * (0.7 + 0.6 * torch.rand(WIDTH, generator=generator))
+        t["activation_function.threshold"] = levels.half().float()
     return t
 
 

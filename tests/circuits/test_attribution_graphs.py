@@ -57,17 +57,18 @@ D, VOCAB = 16, 264
 
 
 def direction(i):
-    """One of eight orthogonal unit vectors with mean 0."""
+    """One of eight orthogonal vectors with mean 0; half of it reads it. Two entries of size 1, so that float32 rounds
+    no product with them and no sum of two."""
     found = torch.zeros(D)
-    found[2 * i], found[2 * i + 1] = 0.5**0.5, -(0.5**0.5)
+    found[2 * i], found[2 * i + 1] = 1.0, -1.0
     return found
 
 
-@pytest.fixture(scope="module")
-def by_hand():
+@pytest.fixture(scope="module", params=[0.0, -0.1])
+def by_hand(request):
     """A GPT-2 of two layers whose MLPs are what their transcoders say: "A" makes feature 0 of layer 0, which layer 1's
     attention moves to later tokens, where feature 0 of layer 1 reads it and writes "X"; "B" makes feature 1 of layer 0,
-    which nothing reads, and feature 1 of layer 1, which writes "Y"."""
+    which nothing reads, and feature 1 of layer 1, which writes "Y". With the encoders' biases, which come last."""
     config = tf.GPT2Config(
         vocab_size=VOCAB, n_embd=D, n_layer=2, n_head=1, n_inner=2, n_positions=32, activation_function="relu",
         bos_token_id=None, eos_token_id=None,
@@ -85,15 +86,15 @@ def by_hand():
         module.transformer.wte.weight[a], module.transformer.wte.weight[b] = direction(0), direction(1)
         attention = module.transformer.h[1].attn
         attention.c_attn.weight[:, 2 * D :] = torch.eye(D)  # values; queries and keys are 0: an even pattern
-        attention.c_proj.weight.copy_(torch.outer(direction(2), direction(4)))
+        attention.c_proj.weight.copy_(torch.outer(direction(2) / 2, direction(4)))
         head = torch.zeros(VOCAB, D)
-        head[x], head[y] = direction(5), direction(6)
-        head[x + 32], head[y + 32] = -direction(5), -direction(6)  # the mean over the vocabulary stays 0
+        head[x], head[y] = direction(5) / 2, direction(6) / 2
+        head[x + 32], head[y + 32] = -head[x], -head[y]  # the mean over the vocabulary stays 0
         module.lm_head.weight = torch.nn.Parameter(head)
         for layer, (reads, writes) in enumerate([((0, 1), (2, 3)), ((4, 1), (5, 6))]):
             mlp = module.transformer.h[layer].mlp
-            mlp.c_fc.weight.copy_(torch.stack([direction(i) for i in reads], 1))
-            mlp.c_fc.bias.fill_(-0.1)
+            mlp.c_fc.weight.copy_(torch.stack([direction(i) / 2 for i in reads], 1))
+            mlp.c_fc.bias.fill_(request.param)
             mlp.c_proj.weight.copy_(torch.stack([direction(i) for i in writes]))
             coder = sl.JumpReLU(D, 2, d_out=D).eval()
             coder.W_enc.copy_(mlp.c_fc.weight)
@@ -102,11 +103,13 @@ def by_hand():
             coder.threshold.fill_(0.0)
             coder.reads, coder.writes = (Site("mlp_in", layer),), (Site("mlp_out", layer),)
             coders.append(coder)
-    return sl.LM(module, tokenizer=tokenizer, prefix=None), sl.TranscoderSet(coders), (a, b, x, y)
+    return sl.LM(module, tokenizer=tokenizer, prefix=None), sl.TranscoderSet(coders), (a, b, x, y), request.param
 
 
 def test_a_circuit_made_by_hand_is_found_whole_and_nothing_else(by_hand):
-    lm, coders, (a, b, x, y) = by_hand
+    """False edges are exactly 0. With biases those of errors are not quite: an MLP and its transcoder may round the
+    sum of a product and a bias in two ways, and that difference is an error node."""
+    lm, coders, (a, b, x, y), bias = by_hand
     graph = trace(lm, coders, "-AB", targets=["X", "Y"])
     feature = lambda layer, position, number: Node(Site("mlp_out", layer), position, number)  # noqa: E731
     token = lambda position, number: Node(Site("embed"), position, number)  # noqa: E731
@@ -118,7 +121,7 @@ def test_a_circuit_made_by_hand_is_found_whole_and_nothing_else(by_hand):
         return float((vector.square().mean() + 1e-5).sqrt())
 
     one, two = f[feature(0, 1, 0)], f[feature(0, 2, 1)]
-    assert one == pytest.approx(1 / scale(direction(0)) - 0.1, rel=1e-5)
+    assert one == pytest.approx(1 / scale(direction(0)) + bias, rel=1e-5)
     at_a, at_b = direction(0) + one * direction(2), direction(1) + two * direction(3)  # the streams after layer 0
     moved = one / scale(at_a)  # what the values at A have along direction 2
     mid_a, mid_b = at_a + moved / 2 * direction(4), at_b + moved / 3 * direction(4)
@@ -132,13 +135,16 @@ def test_a_circuit_made_by_hand_is_found_whole_and_nothing_else(by_hand):
         (feature(1, 2, 0), logits[0]): f[feature(1, 2, 0)] / scale(last),
         (feature(1, 2, 1), logits[1]): f[feature(1, 2, 1)] / scale(last),
     }
-    targets, found = graph.targets, {}
-    for t, s in (graph.effects.abs() > 1e-6 * graph.effects.abs().max()).nonzero().tolist():
-        found[graph.nodes[s], targets[t]] = float(graph.effects[t, s])
+    effects, (features, errors, *_) = graph.effects.clone(), graph.counts
+    if bias:
+        of_errors = effects[:, features : features + errors]
+        assert float(of_errors.abs().max()) < 1e-6 * float(effects.abs().max())
+        of_errors.zero_()
+    found = {(graph.nodes[s], graph.targets[t]): float(effects[t, s]) for t, s in effects.nonzero().tolist()}
     assert set(found) == set(expected), "no false edge, and none is missing"
     for edge, effect in expected.items():
         assert found[edge] == pytest.approx(effect, rel=1e-4), edge
-    assert graph.bias[:5].tolist() == pytest.approx([-0.1] * 5, abs=1e-5) and off_the_sum(graph) < 1e-5
+    assert graph.bias[:5].tolist() == pytest.approx([bias] * 5, abs=1e-5) and off_the_sum(graph) < 1e-5
     assert graph.replacement > 0.999 and graph.completeness_inner > 0.999, "nothing is left to errors"
     small = graph.prune(1.0, 1.0)
     assert feature(0, 2, 1) not in small.nodes, "nothing reads it"

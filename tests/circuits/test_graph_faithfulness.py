@@ -33,7 +33,7 @@ def test_both_ends(name, skip):
 def test_the_circuit_by_hand(by_hand):  # noqa: F811
     """The one path from "A" to "X" has two features. With them the logit stands, up to what the others add to the last
     norm's divisor; with as many others it does not."""
-    lm, coders, _ = by_hand
+    lm, coders, *_ = by_hand
     found = trace(lm, coders, "-AB", targets="X").faithfulness(sizes=[2, 5], draws=2)
     assert found.circuit[0] > 0.9 and found.gradient[0] == found.circuit[0] and found.circuit[1] == pytest.approx(1.0)
     assert abs(found.random[0]) < 0.1 and math.isnan(found.random[1]), "no five others are active"
