@@ -69,14 +69,10 @@ TINY = Sizes(2, 8, 48, 6, (4, 16), 1, 16, 48, 4, 24)
 
 def prompts(lm: sl.LM, count: int, length: int) -> list[list[int]]:
     """The first tokens of documents from all over the held-out ones."""
-    documents = sl.load_text("mix").held_out
-    found = []
-    for document in documents[:: len(documents) // (2 * count)]:
-        ids = lm.tokenize(document[: 20 * length]).ids[0, :length].tolist()
-        if len(ids) == length and len(found) < count:
-            found.append(ids)
-    assert len(found) == count, "half of the held-out documents are long enough"
-    return found
+    long = [document for document in sl.load_text("mix").held_out if len(document) > 10 * length]
+    found = [lm.tokenize(document[: 20 * length]).ids[0, :length].tolist() for document in long[:: len(long) // count]]
+    assert len(found) >= count and {*map(len, found)} == {length}, "no token has more than ten letters on average"
+    return found[:count]
 
 
 # ---- the steps: each yields a row for each prompt, but for those that are done
@@ -122,7 +118,7 @@ def memory(lm: sl.LM, coders: sl.TranscoderSet, sizes: Sizes, done: int) -> Iter
 
 def memory_here(lm: sl.LM, coders: sl.TranscoderSet, sizes: Sizes) -> dict[str, Any]:
     ids = prompts(lm, 1, sizes.long)[0]
-    said = sl.estimate(sl.circuits.trace, lm, coders, ids[: sizes.length], features=sizes.features)  # warms up too
+    said = sl.estimate(sl.circuits.trace, lm, coders, ids, features=sizes.long_features)
     with peak() as most:
         graph, seconds = timed(sl.circuits.trace, lm, coders, ids, features=sizes.long_features)
         _, prune = timed(graph.prune)
@@ -130,7 +126,7 @@ def memory_here(lm: sl.LM, coders: sl.TranscoderSet, sizes: Sizes) -> dict[str, 
     return {
         "above": most.ram / 1e6, "process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit,
         "trace": seconds, "prune": prune, "active": graph.active, "visited": graph.visited,
-        "short_estimated": said.ram / 1e6,
+        "estimated": said.ram / 1e6,
     }  # fmt: skip
 
 
@@ -213,7 +209,8 @@ def memory_table(found: dict[str, Any]) -> list[str]:
     return [
         f"**Memory.** A prompt of {sizes.long} tokens has {row['active']:,} active features; {row['visited']:.1%} of "
         f"them were visited. The process took {row['process'] / 1e3:.1f} GB at its peak, {row['above'] / 1e3:.1f} GB "
-        f"of it for the graph, and {row['trace'] + row['prune']:,.0f} s."
+        f"of it for the graph (`sl.estimate` said {row['estimated'] / 1e3:.1f} GB), and "
+        f"{row['trace'] + row['prune']:,.0f} s."
     ]
 
 
@@ -254,7 +251,7 @@ def task_table(found: dict[str, Any]) -> list[str]:
     (row,), sizes = found["rows"], Sizes(*found["sizes"])
     carried, common = row["carried"], row["common"]
     lines = [
-        f"**A task.** `trace_many` on the indirect object (the name that gives against the other), {row['prompts']} "
+        f"**A task.** `trace_many` on the indirect object (the other name's logit less the giver's), {row['prompts']} "
         f"prompts and {row['held_out']} held out, {sizes.pair_features:,} features each, {row['seconds']:,.0f} s: "
         f"{row['edges']:,} edges, of which {row['sure']:,} are sure (an interval without 0). Of these {carried[0]:.0%} "
         f"have the same sign held out, and are in {common[0]:.0%} of the held-out prompts; of edges that one prompt "
