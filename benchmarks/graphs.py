@@ -220,9 +220,9 @@ def faithfulness_table(found: dict[str, Any]) -> list[str]:
     lines = [
         f"**Faithfulness.** How much of the logits n features keep, of graphs of {len(rows)} held-out prompts of "
         f"{sizes.length} tokens; errors stay, but for the column without them. Medians with quartiles, and in how "
-        "many prompts the features of most influence keep more. 1 is the model, 0 nothing of what transcoders stand for. All errors "
-        f"without a feature keep {middle([row['all_errors'] for row in rows])}, all features without an error "
-        f"{middle([row['all_features'] for row in rows])}. Replacement score "
+        "many prompts the features of most influence keep more. 1 is the model, 0 nothing of what transcoders stand "
+        f"for. All errors without a feature keep {middle([row['all_errors'] for row in rows])}, all features without "
+        f"an error {middle([row['all_features'] for row in rows])}. Replacement score "
         f"{middle([row['replacement'] for row in rows])}, completeness of features and logits {inner:.2f}.", "",
         f"| n | {' | '.join(RANKINGS.values())} |", f"|---|{'---|' * len(RANKINGS)}",
     ]  # fmt: skip
