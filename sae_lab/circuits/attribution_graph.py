@@ -1,5 +1,6 @@
 """Attribution graphs: what features, errors and tokens add to each other and to the logits, on one prompt."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import field, replace
 from functools import cached_property
@@ -12,11 +13,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae_lab.arguments import check_least
-from sae_lab.circuits import graph_checks, graph_faithfulness, graph_files
+from sae_lab.circuits import graph_checks, graph_faithfulness, graph_files, groups
 from sae_lab.circuits.faithfulness import Faithfulness
 from sae_lab.circuits.graph_scores import edge_scores, pruned
 from sae_lab.circuits.invariant import EdgeCheck
 from sae_lab.circuits.nodes import Edge, Node
+from sae_lab.feature_index.index import FeatureIndex
 from sae_lab.lm.model import LM
 from sae_lab.results import Result, by_column, counted, figure, result
 from sae_lab.saes.base import SparseCoder
@@ -33,6 +35,7 @@ class AttributionGraph(Result):
         graph.top(10)                   # the edges that carry most to the logits; into=node: those of one node
         small = graph.prune()           # the nodes and edges that carry most of the influence
         graph.check(graph.top(1)[0])    # an edge beside what the model does when its source is taken out
+        small.groups()                  # nodes that do the same
         graph.save("graph.safetensors"); small.to_json("graph.json")
 
     Nodes come in this order: features by (layer, position, number), errors by (layer, position), tokens, logits. As
@@ -51,6 +54,7 @@ class AttributionGraph(Result):
             made to sum to 1; the share of all influence that this node and all with more have.
         places: "nodes 3": (layer, position, number); layer -1 for tokens. counts: of the four kinds. tokens: of the
             prompt. outputs: names of the logits. facts: model, token ids, settings. names: of features, by layer.
+        supernodes: groups of nodes by name: see ``groups``.
         active: number of the prompt's active features. visited: share of them that have a row.
         left_out: share of incoming effects, weighted by the influence of their targets, that come from no node of the
             whole graph: from active features without a row, and with first="drop" from MLPs at position 0.
@@ -81,6 +85,7 @@ class AttributionGraph(Result):
     completeness: float = figure("completeness", "share of incoming effects from no error", best="high")
     completeness_inner: float = figure("completeness, inner", "over features and logits alone", best="high")
     names: Mapping[int, Any] = field(default_factory=dict)
+    supernodes: Mapping[str, Sequence[Node]] = field(default_factory=dict)
     local: Any = field(default=None, repr=False, compare=False)  # the LocalModel, for checks
 
     _records = "_table"
@@ -102,7 +107,7 @@ class AttributionGraph(Result):
 
     @cached_property
     def kinds(self) -> list[str]:
-        """"feature", "error", "token" or "logit", by node."""
+        """ "feature", "error", "token" or "logit", by node."""
         return [kind for kind, count in zip(KINDS, self.counts, strict=True) for _ in range(count)]
 
     @property
@@ -185,15 +190,49 @@ class AttributionGraph(Result):
             self, effects=effects[rows][:, keep[:sources]], places=self.places[keep], counts=tuple(counts),
             values=self.values[keep], pre=self.pre[rows], bias=self.bias[rows],
             rest=(self.rest + left.sum(1))[rows], rest_size=(self.rest_size + left.abs().sum(1))[rows],
-            influence=self.influence[keep], share=self.share[keep],
+            influence=self.influence[keep], share=self.share[keep], supernodes=self._kept(keep),
             facts={**self.facts, "nodes": nodes, "edges": edges},
         )  # fmt: skip
 
+    # ---- groups
+
+    def groups(
+        self,
+        index: FeatureIndex | Sequence[FeatureIndex] | None = None,
+        *,
+        alike: float = groups.ALIKE,
+        seed: int = 0,
+        of: Mapping[str, Sequence[Node]] | None = None,
+    ) -> groups.GraphGroups:
+        """``graph.prune().groups()``: features of this graph that do the same, in groups of two and more.
+
+        How alike two features are is the geometric mean of the cosines of what they read (their rows of effects) and of
+        what they write (their columns, as shares of the influence on the logits); with an index also of their
+        activations over its store. In a group any two are at least ``alike`` (agglomerative clustering, complete
+        linkage). The default, √½, is where what one does explains half of what the other does, in squares: the rule
+        sets the number of groups, and features like no other are in none.
+
+        Args: index: one of each layer with features, all of one store. seed: of the shuffled control. of: groups by
+            name, in place of those found: your own, or ``graph.supernodes`` of a graph from a file. Errors and tokens
+            may be in them. ValueError for a node in two groups, or not in the graph.
+        """
+        return groups.find(self, index, alike, seed) if of is None else groups.by_hand(self, of)
+
+    def with_groups(self, named: Mapping[str, Sequence[Node]]) -> "AttributionGraph":
+        """The graph with these groups as its ``supernodes``, which files keep. ValueError as from ``groups``."""
+        counts = Counter(node for nodes in named.values() for node in nodes)
+        if twice := [node for node, many in counts.items() if self.number(node) >= 0 and many > 1]:
+            raise ValueError(f"{twice[0]!r} is in two groups: leave it in one of them")
+        return replace(self, supernodes={name: tuple(nodes) for name, nodes in named.items()})
+
+    def _kept(self, keep: Tensor) -> dict[str, tuple[Node, ...]]:
+        """The groups' nodes that stay."""
+        stay = {name: tuple(n for n in nodes if keep[self.number(n)]) for name, nodes in self.supernodes.items()}
+        return {name: nodes for name, nodes in stay.items() if nodes}
+
     # ---- checks and files
 
-    def check(
-        self, source: Edge | Node | Sequence[Node], targets: Sequence[Node] | Node | None = None
-    ) -> EdgeCheck:
+    def check(self, source: Edge | Node | Sequence[Node], targets: Sequence[Node] | Node | None = None) -> EdgeCheck:
         """``graph.check(edge)``, ``graph.check(node, targets)``: edges beside what happens when their source is taken
         out of the model: a feature's f·W_dec, an error or a token's embedding, or those of several nodes.
 
@@ -235,7 +274,7 @@ class AttributionGraph(Result):
         lm, coders: those that the graph was made with, for ``check``. Raises ValueError for a file of another kind or
         version, and for a model or coders that give other activations.
         """
-        graph = AttributionGraph(**graph_files.load(Path(path)))
+        graph = graph_files.named(AttributionGraph, graph_files.load(Path(path)))
         return graph if lm is None or coders is None else graph_checks.connected(graph, lm, coders)
 
     def to_json(self, path: str | Path, slug: str = "graph", scan: str | None = None) -> Path:
@@ -252,7 +291,7 @@ class AttributionGraph(Result):
 
         Such a file has no biases, no rest and no scores: they are NaN here. Raises ValueError for another schema, and
         for a file that contradicts itself."""
-        return AttributionGraph(**graph_files.from_json(Path(path)))
+        return graph_files.named(AttributionGraph, graph_files.from_json(Path(path)))
 
     # ---- shown
 

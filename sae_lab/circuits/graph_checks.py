@@ -59,9 +59,9 @@ def check(graph: Any, source: Any, targets: Any) -> EdgeCheck:
     if not listed:
         raise ValueError(f"{sources} has no edge in this graph: take another source, or name targets=")
     rows = [graph.row(node) for node in listed]
-    taken, before, changes = _written(local, sources), _read(graph, local, local.base, listed), {}
+    taken, before, changes = written(local, sources), _read(graph, local, local.base, listed), {}
     for way in ("frozen", "responding", "free"):
-        now = _read(graph, local, _changed(local, taken, way), listed)
+        now = _read(graph, local, changed(local, taken, way), listed)
         changes[way] = (now - before).cpu().numpy()[None]
     called = {node: graph.name(node) for node in [*sources, *listed]}
     return EdgeCheck(
@@ -71,7 +71,7 @@ def check(graph: Any, source: Any, targets: Any) -> EdgeCheck:
     )  # fmt: skip
 
 
-def _written(local: LocalModel, sources: Sequence[Node]) -> list[Taken]:
+def written(local: LocalModel, sources: Sequence[Node]) -> list[Taken]:
     """What each node adds to the stream, at each layer that it writes to."""
     found = []
     for site, position, number in sources:
@@ -92,7 +92,7 @@ def _written(local: LocalModel, sources: Sequence[Node]) -> list[Taken]:
     return found
 
 
-def _changed(local: LocalModel, taken: Sequence[Taken], way: str) -> dict[Site, Tensor]:
+def changed(local: LocalModel, taken: Sequence[Taken], way: str) -> dict[Site, Tensor]:
     """Activations after the sources were taken out. way: what else stays: see ``AttributionGraph.check``."""
 
     now: dict[int, Codes] = {}

@@ -25,7 +25,7 @@ def faithfulness(graph: Any, sizes: Sequence[int] | None, errors: bool, draws: i
     many: list[int] = usual if sizes is None else list(sizes)
     if wrong := [n for n in many if not 0 < n <= count]:
         raise ValueError(f"sizes are numbers of features from 1 to {count}, those of this graph, got {wrong[0]}")
-    columns = _columns(graph, local)
+    columns = columns_of(graph, local)
     weights, directions = graph.weights.to(local.embed), graph.directions.to(local.embed)
 
     def value(kept: Int[Tensor, " some"], errors: bool) -> float:
@@ -44,8 +44,8 @@ def faithfulness(graph: Any, sizes: Sequence[int] | None, errors: bool, draws: i
         return tuple(share(columns[order[:n]], errors) for n in many)
 
     best = graph.influence[:count].argsort(descending=True)
-    generator, norms = torch.Generator().manual_seed(seed), _norms(local)
-    picks = [[_matched(local, columns[best[:n]], norms, generator) for n in many] for _ in range(draws)]
+    generator, norms = torch.Generator().manual_seed(seed), norms_of(local)
+    picks = [[matched(local, columns[best[:n]], norms, generator) for n in many] for _ in range(draws)]
     enough = [[len(pick) == n for pick, n in zip(some, many, strict=True)] for some in picks]
     drawn = [[share(pick, errors) for pick in some] for some in picks]
     matched = np.where(enough, drawn, np.nan)
@@ -60,14 +60,14 @@ def faithfulness(graph: Any, sizes: Sequence[int] | None, errors: bool, draws: i
     )  # fmt: skip
 
 
-def _columns(graph: Any, local: LocalModel) -> Int[Tensor, " features"]:
+def columns_of(graph: Any, local: LocalModel) -> Int[Tensor, " features"]:
     """The graph's features among all active ones."""
     listed = zip(local.layer.tolist(), local.position.tolist(), local.feature.tolist(), strict=True)
     own = {place: i for i, place in enumerate(listed)}
     return torch.tensor([own[tuple(place)] for place in graph.places[: graph.counts[0]].tolist()], dtype=torch.long)
 
 
-def _norms(local: LocalModel) -> Float[Tensor, " active"]:
+def norms_of(local: LocalModel) -> Float[Tensor, " active"]:
     """Of each active feature, the norm of what it writes to its own layer."""
     found = torch.zeros(len(local.layer))
     for layer in local.layer.unique().tolist():
@@ -76,7 +76,7 @@ def _norms(local: LocalModel) -> Float[Tensor, " active"]:
     return found
 
 
-def _matched(
+def matched(
     local: LocalModel, chosen: Int[Tensor, " some"], norms: Tensor, generator: torch.Generator
 ) -> Int[Tensor, " others"]:
     """As many other features, or fewer where a layer has no more: each at the same layer and position as one of the

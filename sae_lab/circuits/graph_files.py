@@ -1,8 +1,10 @@
 """Attribution graphs in files: our own (tensors and JSON), and the JSON that Neuronpedia and circuit-tracer read."""
 
+import itertools
 import json
+import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,8 @@ from torch import Tensor
 from sae_lab import cache, files
 from sae_lab.circuits.nodes import ERROR
 from sae_lab.results import counted
+
+log = logging.getLogger(__name__)
 
 VERSION, SCHEMA = 1, 1
 NOTE = "sae_lab graph"
@@ -28,12 +32,25 @@ TYPES = {"feature": "cross layer transcoder", "error": "mlp reconstruction error
 
 def save(graph: Any, path: Path) -> Path:
     tensors = {name: getattr(graph, name).contiguous() for name in TENSORS}
-    assert {*TENSORS, *PLAIN, "names", "local"} == {f.name for f in fields(graph)}
+    assert {*TENSORS, *PLAIN, "names", "supernodes", "local"} == {f.name for f in fields(graph)}
     plain = {name: _unnan(getattr(graph, name)) for name in PLAIN}
     labels = {repr(n): name for n, name in list(_named(graph).items())[: graph.counts[0]] if name}
+    note = {"version": VERSION, "labels": labels, "supernodes": _numbers(graph), **plain}
     with cache.atomic(path) as temporary:
-        files.write_tensors(tensors, temporary, {NOTE: json.dumps({"version": VERSION, "labels": labels, **plain})})
+        files.write_tensors(tensors, temporary, {NOTE: json.dumps(note)})
     return path
+
+
+def _numbers(graph: Any) -> list[list[Any]]:
+    """The graph's groups: name, numbers of nodes."""
+    return [[name, *map(graph.number, nodes)] for name, nodes in graph.supernodes.items()]
+
+
+def named(made: Any, found: dict[str, Any]) -> Any:
+    """The graph of these fields, in which groups are numbers of nodes."""
+    groups = found.pop("supernodes")
+    graph = made(**found)
+    return graph.with_groups({name: [graph.nodes[i] for i in numbers] for name, *numbers in groups})
 
 
 def _named(graph: Any) -> dict[Any, str]:
@@ -66,6 +83,7 @@ def load(path: Path) -> dict[str, Any]:
         named |= {name: math.nan if found[name] is None else found[name] for name in PLAIN}
         named["counts"] = tuple(map(int, named["counts"]))
         named["names"] = _by_layer(named["places"][: named["counts"][0]], found["labels"])
+        named["supernodes"] = found.get("supernodes", [])
         _require_consistent(named)
     except REFUSED as err:
         raise ValueError(f"{path} holds a graph that contradicts itself ({_short(err)}): trace anew") from err
@@ -102,6 +120,11 @@ def _require_consistent(named: dict[str, Any]) -> None:
         raise ValueError(f"a node stands outside its {counted(length, 'token')} and {counted(last + 1, 'layer')}")
     if len(named["outputs"]) != logits or len(named["directions"]) != logits:
         raise ValueError(f"it has {logits} logits and {len(named['outputs'])} names of them")
+    grouped = [i for name, *numbers in named["supernodes"] for i in numbers]
+    if any(type(i) is not int or not 0 <= i < nodes for i in grouped) or len(set(grouped)) < len(grouped):
+        raise ValueError("a group has a node that does not exist, or that is in another group too")
+    if not all(type(group[0]) is str for group in named["supernodes"]):
+        raise ValueError("the name of a group is no text")
     if not bool(named["effects"].isfinite().all()):
         raise ValueError("an effect is no finite number")
 
@@ -131,7 +154,8 @@ def to_json(graph: Any, path: Path, slug: str, scan: str | None) -> Path:
         "node_threshold": graph.facts.get("nodes"), "schema_version": SCHEMA, "generator": {"name": "sae_lab"},
         "renumbered": renumbered,
     }  # fmt: skip
-    view = {"pinnedIds": [], "supernodes": [], "linkType": "both", "clickedId": "", "sg_pos": ""}
+    grouped = [[name, *(ids[i] for i in numbers)] for name, *numbers in _numbers(graph)]
+    view = {"pinnedIds": [], "supernodes": grouped, "linkType": "both", "clickedId": "", "sg_pos": ""}
     with cache.atomic(path) as temporary:
         content = {"metadata": meta, "qParams": view, "nodes": listed, "links": links}
         temporary.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
@@ -198,9 +222,33 @@ def from_json(path: Path) -> dict[str, Any]:
         found = _read_nodes(content["nodes"], meta)
         number, counts = found.pop("number"), found["counts"]
         found["effects"] = _read_links(content["links"], number, counts)
+        found["supernodes"] = _read_groups(content.get("qParams") or {}, number)
         _require_consistent(found)
     except REFUSED as err:
         raise ValueError(f"{path} holds a graph that contradicts itself ({_short(err)})") from err
+    return found
+
+
+def unused(name: str, taken: Collection[str]) -> str:
+    """The name, or, where it is taken, the name and the first number from 2 on that makes it free."""
+    again = (f"{name} {n}" for n in itertools.count(2))
+    return name if name not in taken else next(other for other in again if other not in taken)
+
+
+def _read_groups(view: dict[str, Any], number: dict[str, int]) -> list[list[Any]]:
+    """Groups as names and numbers of nodes. Neuronpedia's page lets a group keep ids of nodes that were pruned away:
+    these are left out."""
+    found, gone, taken = [], 0, set()
+    for name, *ids in view.get("supernodes") or []:
+        known = [number[id] for id in dict.fromkeys(ids) if id in number and number[id] not in taken]
+        taken |= set(known)
+        gone += len(set(ids)) - len(known)
+        named = unused(str(name).strip() or "group", [group[0] for group in found])
+        found += [[named, *known]] if known else []
+    if gone:
+        log.warning(
+            "%s of this graph's groups are no nodes of it, or in an earlier group: left out", counted(gone, "id")
+        )
     return found
 
 
