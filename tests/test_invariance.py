@@ -504,8 +504,11 @@ def _(s, lab):
     unit = {n: float(transcoder.unit[name[n][2]]) for n in features}
     effects = {(name[a], name[b]): float(graph.effects[graph.row(b), graph.number(a)]) * unit.get(b, 1.0)
                for b in graph.targets for a in sources}  # fmt: skip
-    pruned = graph.prune()
-    return {"effects": effects, "replacement": graph.replacement, "kept": sorted(name[n] for n in pruned.nodes)}
+    pruned, groups = graph.prune(), graph.groups(alike=0.3)
+    return {
+        "effects": effects, "replacement": graph.replacement, "kept": sorted(name[n] for n in pruned.nodes),
+        "groups": sorted(sorted(name[n] for n in group.nodes) for group in groups.groups), "share": groups.share,
+    }  # fmt: skip
 
 
 @case("circuits.trace_many", without=NORMED)

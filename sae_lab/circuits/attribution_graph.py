@@ -52,7 +52,8 @@ class AttributionGraph(Result):
             for a difference or a direction. directions: "logits d_model": what each reads of the final norm's output.
         influence, share: " nodes": the part of the logits' weights that flows through a node, with rows of |effects|
             made to sum to 1; the share of all influence that this node and all with more have.
-        places: "nodes 3": (layer, position, number); layer -1 for tokens. counts: of the four kinds. tokens: of the
+        places: "nodes 3": (part, position, number); part: the layer, or, with SAEs of attention, the place in
+            ``sites``; -1 for tokens. counts: of the four kinds. tokens: of the
             prompt. outputs: names of the logits. facts: model, token ids, settings. names: of features, by layer.
         supernodes: groups of nodes by name: see ``groups``.
         active: number of the prompt's active features. visited: share of them that have a row.
@@ -97,17 +98,19 @@ class AttributionGraph(Result):
     @cached_property
     def nodes(self) -> list[Node]:
         """All nodes, in order."""
-        last = self.n_layers - 1
-        sites = {"feature": "mlp_out", "error": "mlp_out", "token": "embed", "logit": "resid_post"}
-        found = []
-        for kind, (layer, position, number) in zip(self.kinds, self.places.tolist(), strict=True):
-            at = None if kind == "token" else last if kind == "logit" else layer
-            found.append(Node(Site(sites[kind], at), position, number))
-        return found
+        sites = [*self.sites, Site("resid_post", self.n_layers - 1), Site("embed")]  # embed: number -1
+        return [Node(sites[part], position, number) for part, position, number in self.places.tolist()]
+
+    @property
+    def sites(self) -> list[Site]:
+        """What the parts of the model are, by the numbers in ``places``: mlp_out of each layer, and, before it, the
+        site of the attention that has an SAE."""
+        told = self.facts.get("sites")
+        return [Site("mlp_out", n) for n in range(self.n_layers)] if told is None else [Site.of(key) for key in told]
 
     @cached_property
     def kinds(self) -> list[str]:
-        """ "feature", "error", "token" or "logit", by node."""
+        """"feature", "error", "token" or "logit", by node."""
         return [kind for kind, count in zip(KINDS, self.counts, strict=True) for _ in range(count)]
 
     @property
@@ -158,14 +161,14 @@ class AttributionGraph(Result):
 
     def _names_of(self, numbers: Sequence[int]) -> list[str]:
         """What the nodes of these numbers are called, as ``name``."""
-        wanted = [(i, self.kinds[i], self.nodes[i]) for i in numbers]
+        wanted = [(i, self.kinds[i], self.places[i].tolist()) for i in numbers]
         known = {
-            layer: names.of(node.feature for _, kind, node in wanted if kind == "feature" and node.site.layer == layer)
-            for layer, names in self.names.items()
+            part: names.of(number for _, kind, (own, _, number) in wanted if kind == "feature" and own == part)
+            for part, names in self.names.items()
         }
         found = []
-        for i, kind, (site, position, number) in wanted:
-            named = known.get(site.layer or 0, {}).get(number, "") if kind == "feature" else ""
+        for i, kind, (part, position, number) in wanted:
+            named = known.get(part, {}).get(number, "") if kind == "feature" else ""
             named = self.tokens[position] if kind == "token" else named
             found.append(self.outputs[i - sum(self.counts[:3])] if kind == "logit" else named)
         return found
@@ -246,6 +249,13 @@ class AttributionGraph(Result):
         """
         return graph_checks.check(self, source, targets)
 
+    def heads(self, node: Node) -> Float[Tensor, " head"]:
+        """``graph.heads(node)``: what each head of its layer adds to the pre-activation of a feature of attention: the
+        head's part of the output times W_enc. Their sum is ``pre`` less the biases of attention and SAE.
+
+        Raises ValueError for another node, and for a graph from a file that was loaded without lm= and coders=."""
+        return graph_checks.heads(self, node)
+
     def faithfulness(
         self, sizes: Sequence[int] | None = None, errors: bool = True, draws: int = 3, seed: int = 0
     ) -> Faithfulness:
@@ -268,7 +278,10 @@ class AttributionGraph(Result):
         return graph_files.save(self, Path(path))
 
     @staticmethod
-    def load(path: str | Path, lm: LM | None = None, coders: TranscoderSet | SparseCoder | None = None):
+    def load(
+        path: str | Path, lm: LM | None = None,
+        coders: TranscoderSet | SparseCoder | Sequence[SparseCoder] | None = None,
+    ) -> "AttributionGraph":  # fmt: skip
         """``AttributionGraph.load("graph.safetensors", lm, coders)``: read what ``save`` wrote.
 
         lm, coders: those that the graph was made with, for ``check``. Raises ValueError for a file of another kind or

@@ -9,12 +9,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae_lab.circuits.invariant import EdgeCheck
+from sae_lab.circuits.layout import ATTENTION, as_set
 from sae_lab.circuits.nodes import ERROR, Edge, Node
-from sae_lab.circuits.replacement import CLOSE, LocalModel, as_set
+from sae_lab.circuits.replacement import CLOSE, LocalModel
 from sae_lab.lm.model import LM
 from sae_lab.saes.base import SparseCoder
 from sae_lab.saes.sets import TranscoderSet
-from sae_lab.types import Codes, Site
+from sae_lab.types import Codes, Site, Write
 
 
 class Taken(NamedTuple):
@@ -75,7 +76,7 @@ def written(local: LocalModel, sources: Sequence[Node]) -> list[Taken]:
     """What each node adds to the stream, at each layer that it writes to."""
     found = []
     for site, position, number in sources:
-        layer = -1 if site.kind == "embed" else int(site.layer or 0)
+        layer = local.coders.part.get(site, -1)
         if layer < 0:
             what = local.embed[position]
         elif number == ERROR:
@@ -83,7 +84,7 @@ def written(local: LocalModel, sources: Sequence[Node]) -> list[Taken]:
         else:
             codes = local.parts[layer].codes
             here = ((codes.rows == position) & (codes.features == number)).nonzero()[0]
-            for at in range(layer, local.n_layers):
+            for at in range(layer, local.n_parts):
                 if layer in local.coders.sources(at):
                     what = local.coders.written(layer, at, codes.features[here], codes.values[here])[0]
                     found.append(Taken(at, layer, position, number, what))
@@ -123,8 +124,8 @@ def _read(
     """What the targets read, without their biases."""
     found = []
     for node in targets:
-        if node.site.kind == "mlp_out":
-            coder = local.coders[int(node.site.layer or 0)]
+        if node.site in local.coders.part:
+            coder = local.coders[local.coders.part[node.site]]
             x = acts[coder.reads[0]][node.position]
             found.append(x @ coder.W_enc[:, node.feature].detach().to(x))
         else:
@@ -132,6 +133,33 @@ def _read(
             x = acts[local.out][-1]
             found.append(x @ graph.directions[at].to(x))
     return torch.stack(found)
+
+
+@torch.no_grad()
+def heads(graph: Any, node: Node) -> Float[Tensor, " head"]:
+    """See ``AttributionGraph.heads``."""
+    local = local_of(graph, "a list of heads")
+    if graph.kinds[graph.number(node)] != "feature" or node.site.kind not in ATTENTION:
+        raise ValueError(f"heads write what features of attention read, {node!r} is none: take one at attn_out")
+    site, z_site = node.site, Site("attn_z", node.site.layer)
+    reads = local.coders[local.coders.part[site]].W_enc[:, node.feature].detach()
+    z = local.lm.run(local.batch, [z_site], logits=False)[0][z_site]
+    many = local.lm._module.config.get_text_config().num_attention_heads
+    if site.kind == "attn_z":
+        return (z[0, node.position].float() * reads.to(z)).view(many, -1).sum(1).cpu()
+
+    def read(head: int | None) -> Tensor:
+        """What the feature reads when the other heads write nothing; None: when all write nothing."""
+        kept = torch.zeros_like(z).unflatten(-1, (many, -1))
+        if head is not None:
+            kept[..., head, :] = z.unflatten(-1, (many, -1))[..., head, :]
+        with local.lm._lock, local.held.replaying():
+            write = Write(z_site, lambda x, tokens: kept.flatten(-2).to(x))
+            out = local.lm.run(local.batch, [site], [write], logits=False)[0][site]
+        return out[0, node.position].float() @ reads.to(out.device)
+
+    silent = read(None)
+    return torch.stack([read(head) - silent for head in range(many)]).cpu()
 
 
 def _total(graph: Any, numbers: Sequence[int]) -> Float[Tensor, " targets"]:
@@ -149,7 +177,7 @@ def _total(graph: Any, numbers: Sequence[int]) -> Float[Tensor, " targets"]:
     return direct + per_unit @ change
 
 
-def connected(graph: Any, lm: LM, coders: TranscoderSet | SparseCoder) -> Any:
+def connected(graph: Any, lm: LM, coders: TranscoderSet | SparseCoder | Sequence[SparseCoder]) -> Any:
     """The graph with its local model. ValueError for a model or coders that give other activations."""
     ids = graph.facts.get("ids")
     if ids is None:
@@ -158,7 +186,7 @@ def connected(graph: Any, lm: LM, coders: TranscoderSet | SparseCoder) -> Any:
     columns = (column.tolist() for column in (local.layer, local.position, local.feature))
     own = {place: i for i, place in enumerate(zip(*columns, strict=True))}
     places = [tuple(place) for place in graph.places[: graph.counts[0]].tolist()]
-    same = len(own) == graph.active and all(place in own for place in places)
+    same = graph.sites == local.sites and len(own) == graph.active and all(place in own for place in places)
     if same and places:
         values, now = graph.values[: len(places)], local.value.cpu()[[own[place] for place in places]]
         same = float((values - now).abs().max()) <= CLOSE * float(values.abs().max())

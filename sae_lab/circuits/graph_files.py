@@ -15,6 +15,7 @@ from torch import Tensor
 from sae_lab import cache, files
 from sae_lab.circuits.nodes import ERROR
 from sae_lab.results import counted
+from sae_lab.types import Site
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +83,7 @@ def load(path: Path) -> dict[str, Any]:
         named: dict[str, Any] = {name: tensors[name] for name in TENSORS}
         named |= {name: math.nan if found[name] is None else found[name] for name in PLAIN}
         named["counts"] = tuple(map(int, named["counts"]))
-        named["names"] = _by_layer(named["places"][: named["counts"][0]], found["labels"])
+        named["names"] = _by_part(named, found["labels"])
         named["supernodes"] = found.get("supernodes", [])
         _require_consistent(named)
     except REFUSED as err:
@@ -90,14 +91,15 @@ def load(path: Path) -> dict[str, Any]:
     return named
 
 
-def _by_layer(places: Tensor, labels: dict[str, str]) -> dict[int, Labels]:
-    """Names of features by layer, from those by node."""
+def _by_part(named: dict[str, Any], labels: dict[str, str]) -> dict[int, Labels]:
+    """Names of features by part, from those by node."""
     found: dict[int, dict[int, str]] = {}
-    for layer, position, number in places.tolist():
-        name = labels.get(f"mlp_out-{layer}@{position}/{number}")
+    keys = named["facts"].get("sites") or [f"mlp_out-{n}" for n in range(int(named["facts"]["n_layers"]))]
+    for part, position, number in named["places"][: named["counts"][0]].tolist():
+        name = labels.get(f"{keys[part]}@{position}/{number}")
         if isinstance(name, str):
-            found.setdefault(layer, {})[number] = name
-    return {layer: Labels(known) for layer, known in found.items()}
+            found.setdefault(part, {})[number] = name
+    return {part: Labels(known) for part, known in found.items()}
 
 
 def _require_consistent(named: dict[str, Any]) -> None:
@@ -109,7 +111,8 @@ def _require_consistent(named: dict[str, Any]) -> None:
     for name, shape in shapes.items():
         if tuple(named[name].shape) != shape:
             raise ValueError(f"{name} has shape {tuple(named[name].shape)}, its counts say {shape}")
-    length, last = len(named["tokens"]), int(named["facts"]["n_layers"]) - 1
+    facts, length = named["facts"], len(named["tokens"])
+    last = len([Site.of(key) for key in facts["sites"]] if facts.get("sites") else range(int(facts["n_layers"]))) - 1
     least, most = torch.tensor([[0, 0, -1, last + 1], [last, last, -1, last + 1]]).repeat_interleave(
         torch.tensor(named["counts"]), dim=1
     )  # layers, by kind
@@ -141,6 +144,8 @@ def _unnan(value: Any) -> Any:
 
 
 def to_json(graph: Any, path: Path, slug: str, scan: str | None) -> Path:
+    if "sites" in graph.facts:
+        raise ValueError("Neuronpedia's schema 1 has no features of attention: trace with transcoders alone")
     ids, renumbered = _ids(graph)
     listed = [_node(graph, i, ids[i], name) for i, name in enumerate(_named(graph).values())]
     rows = [*range(graph.counts[0]), *range(sum(graph.counts[:3]), len(ids))]

@@ -11,10 +11,10 @@ from torch import Tensor
 from sae_lab.circuits.graph_checks import changed, local_of, written
 from sae_lab.circuits.graph_faithfulness import columns_of, matched, norms_of
 from sae_lab.circuits.graph_scores import influence_of, shares
+from sae_lab.circuits.layout import ATTENTION
 from sae_lab.circuits.nodes import Node
 from sae_lab.feature_index.index import FeatureIndex
 from sae_lab.stats import permutation_p
-from sae_lab.types import Site
 
 NAN = float("nan")
 TINY = 1e-30  # beside sums of squares: a node without an edge is like none
@@ -56,21 +56,21 @@ def fires_alike(graph: Any, index: FeatureIndex | Sequence[FeatureIndex]) -> Flo
     """Cosines of the graph's features' activations over the tokens of a store. ValueError for indexes of several
     stores, and where a layer of the graph has none."""
     from scipy import sparse
+    from sklearn.preprocessing import normalize
 
     listed = [index] if isinstance(index, FeatureIndex) else list(index)
-    by_layer = {one.site.layer: one for one in listed}
-    places = graph.places[: graph.counts[0]].tolist()
-    if missing := sorted({layer for layer, _, _ in places} - by_layer.keys()):
-        raise ValueError(f"index= has none for layer {missing[0]}, in which this graph has features: pass one a layer")
+    known = {(one.site.kind in ATTENTION, one.site.layer): one for one in listed}
+    wanted = [((node.site.kind in ATTENTION, node.site.layer), node) for node in graph.nodes[: graph.counts[0]]]
+    if missing := [node.site for part, node in wanted if part not in known]:
+        raise ValueError(f"index= has none for {missing[0].key}, where this graph has features: pass one of each coder")
     if len({str(one.store.path) for one in listed}) > 1:
         raise ValueError("the indexes are of several stores, so that their tokens are not the same: index one store")
-    parts = [by_layer[layer].activations(feature) for layer, _, feature in places]
+    parts = [known[part].activations(node.feature) for part, node in wanted]
     ends = np.cumsum([0, *(len(rows) for rows, _ in parts)])
-    rows, values = (np.concatenate([part[i] for part in parts]) if parts else np.zeros(0) for i in (0, 1))
+    rows, values = (np.concatenate([np.zeros(0), *(part[i] for part in parts)]) for i in (0, 1))
     shape = (len(parts), max((one.tokens_seen for one in listed), default=0))
-    codes = sparse.csr_array((values.astype(np.float32), rows.astype(np.int64), ends), shape)
-    unit = sparse.diags_array(1 / np.sqrt(np.maximum(codes.multiply(codes).sum(1), TINY))) @ codes
-    return torch.from_numpy((unit @ unit.T).toarray().astype(np.float32))
+    codes: Any = normalize(sparse.csr_matrix((values, rows.astype(np.int64), ends), shape))
+    return torch.from_numpy((codes @ codes.T).toarray().astype(np.float32))
 
 
 def clustered(alike: Float[Tensor, "n n"], least: float) -> np.ndarray:
@@ -133,4 +133,4 @@ def score(graph: Any, groups: Sequence[Sequence[Node]], draws: int, seed: int) -
 
 def _features(local: Any, columns: Tensor) -> list[Node]:
     places = zip(*(part[columns].tolist() for part in (local.layer, local.position, local.feature)), strict=True)
-    return [Node(Site("mlp_out", layer), position, feature) for layer, position, feature in places]
+    return [Node(local.sites[part], position, feature) for part, position, feature in places]

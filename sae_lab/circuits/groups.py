@@ -76,7 +76,7 @@ class GraphGroups(Result):
         for group in self.groups:
             if group.name == name:
                 return group
-        raise ValueError(f"there is no group {str(name)[:60]!r}; the groups are: {', '.join(self.names)}")
+        raise ValueError(f"there is no group of the name {name!r:.60}; the groups are: {', '.join(self.names)}")
 
     def of(self, node: Node) -> str | None:
         """The name of a node's group; None where it is in no group."""
@@ -130,7 +130,7 @@ class GraphGroups(Result):
     def _with(self, groups: list[Group]) -> "GraphGroups":
         names = [group.name for group in groups]
         if twice := [name for name in names if names.count(name) > 1]:
-            raise ValueError(f"there is a group {twice[0]!r} already: give another name")
+            raise ValueError(f"there is a group of the name {twice[0]!r:.60} already: give another")
         groups = ordered(groups)
         return replace(self, groups=groups, graph=self.graph.with_groups({g.name: g.nodes for g in groups}))
 
@@ -155,7 +155,7 @@ class GraphGroups(Result):
     def grouped(self) -> "GroupedGraph":
         """``groups.grouped()``: the graph with each group as one node; effects between two groups are added up."""
         graph, names = self.graph, {node: group.name for group in self.groups for node in group.nodes}
-        listed = list(dict.fromkeys(names.get(node, node) for node in graph.nodes))
+        listed: list[str | Node] = list(dict.fromkeys(names.get(node, node) for node in graph.nodes))
         place = {one: i for i, one in enumerate(listed)}
         at = torch.tensor([place[names.get(node, node)] for node in graph.nodes])
         rows = at[[graph.number(node) for node in graph.targets]]
@@ -277,7 +277,8 @@ def _name(graph: Any, members: Sequence[int]) -> str:
     if names := [name for name in graph._names_of(by_influence) if name]:
         return names[0]
     node = graph.nodes[by_influence[0]]
-    return f"{node.site.layer}/{node.feature} at {graph.tokens[node.position]!r}"
+    kind = "" if node.site.kind == "mlp_out" else "attention "
+    return f"{kind}{node.site.layer}/{node.feature} at {graph.tokens[node.position]!r}"
 
 
 def _share(graph: Any, labels: np.ndarray) -> float:

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import cached_property, partial
+from itertools import pairwise
 from typing import Any, NamedTuple, cast, no_type_check
 
 import torch
@@ -14,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sae_lab.activations.reading import require_fits
+from sae_lab.circuits.layout import Layout, WithAttention, by_layer
 from sae_lab.circuits.pairs import require_here
 from sae_lab.circuits.prompt import _cap, _check_way_out, _unembedding
 from sae_lab.lm import passes
@@ -21,7 +23,6 @@ from sae_lab.lm.holding import Holding
 from sae_lab.lm.model import LM
 from sae_lab.saes import kernels, portable
 from sae_lab.saes.base import SparseCoder
-from sae_lab.saes.clt import CrossLayerTranscoder
 from sae_lab.saes.sets import TranscoderSet
 from sae_lab.types import Codes, Site, TokenBatch, Write
 
@@ -32,19 +33,23 @@ Mlp = Callable[[int, Tensor, Tensor | None], Tensor]  # (layer, mlp_out, what it
 
 
 class Segment(NamedTuple):
-    """What lies between two layers' streams, as autograd has it: ``read`` and ``out`` are functions of ``stream`` and
-    ``mlp``. Each is "1 pos d"; None where a layer has no transcoder, and ``mlp`` and ``out`` behind the last layer."""
+    """What lies between two layers' streams, as autograd has it: ``read`` and ``out`` are functions of ``stream``,
+    ``attended`` and ``mlp``, and ``attends``, which an SAE of attention reads, is one of ``stream``. Each is "1 pos d";
+    None where a layer has no transcoder or SAE, and ``mlp`` and ``out`` behind the last layer. part: of its MLP."""
 
     stream: Tensor
     read: Tensor | None
     mlp: Tensor | None
     out: Tensor | None
+    part: int
+    attends: Tensor | None = None
+    attended: Tensor | None = None
 
 
 class Part(NamedTuple):
-    """A layer's MLP on the prompt. codes: of all positions in order. open: " pos", where the transcoder stands in; at
-    the others the whole MLP is an error. fires: " pos", where it has features. fixed: "pos d": what it adds without a
-    feature or a skip. error: "pos d"."""
+    """An MLP, or an attention, on the prompt. codes: of all positions in order. open: " pos", where the coder stands
+    in; at the others the whole is an error. fires: " pos", where it has features. fixed: "pos d": what it adds without
+    a feature or a skip. error: "pos d"."""
 
     codes: Codes
     open: Bool[Tensor, " pos"]
@@ -54,32 +59,35 @@ class Part(NamedTuple):
 
 
 class LocalModel:
-    """The local replacement model of a model with these transcoders on one prompt.
+    """The local replacement model of a model with these transcoders on one prompt. "layer", here and in ``parts``, is
+    the number of a part (``layout.Layout``): of an MLP, or of an attention that has an SAE.
 
     Attributes:
-        embed: "pos d", the tokens' embeddings. parts: by layer. normed: "pos d_model", what W_U reads. logits:
-            " vocab", those of the last position, before a cap. chances: their probabilities, after it. W_U, mean, b_U.
+        embed: "pos d", the tokens' embeddings. parts: in order. sites: what each replaces. normed: "pos d_model", what
+            W_U reads. logits: " vocab", those of the last position, before a cap. chances: their probabilities, after
+            it. W_U, mean, b_U.
         columns: sources of a row: features by (layer, position, feature), errors by (layer, position), tokens.
         layer, position, feature, value, pre: " features" of all active features. bias: " features", what the biases add
             to each pre-activation. silent: activations, by site, without features, errors and tokens.
     """
 
-    def __init__(self, lm: LM, coders: TranscoderSet, batch: TokenBatch, first: str):
+    def __init__(self, lm: LM, coders: TranscoderSet | WithAttention, batch: TokenBatch, first: str):
         require_here(lm, "an attribution graph")
         _check_coders(lm, coders)
-        self.lm, self.coders, self.batch, self.first = lm, coders, batch, first
-        self.length, self.n_layers = batch.ids.shape[1], lm.n_layers
+        self.lm, self.coders, self.batch, self.first = lm, Layout(coders, lm.n_layers), batch, first
+        self.sites = self.coders.sites
+        self.length, self.n_parts = batch.ids.shape[1], len(self.sites)
         self.held, self.end = Holding(), Site("resid_post", lm.n_layers - 1)
         last = lm._sites.final_norm
         self.out = self.end if last is None else Site(last)
-        self.reads = {layer: coders[layer].reads[0] for layer in coders.layers}
+        self.reads = {layer: self.coders[layer].reads[0] for layer in self.coders.layers}
         self._scales: dict[int, Tensor] = {}
         self._record()
         self.parts: list[Part] = []
-        for layer in range(self.n_layers):
+        for layer in range(self.n_parts):
             self.parts.append(self._part(layer))
         self._list_features()
-        self.columns = len(self.layer) + (self.n_layers + 1) * self.length
+        self.columns = len(self.layer) + (self.n_parts + 1) * self.length
         self.silent = self.run(self._of_biases, embed=torch.zeros_like(self.embed))
         self.bias = self.pre_of(self.silent) + self._read_bias
         self.pre = self.pre_of(self._seen) + self._read_bias
@@ -91,9 +99,9 @@ class LocalModel:
         import nnsight
 
         lm, nn = self.lm, self.lm._nn
-        sites = [Site("embed"), *(Site("resid_pre", layer) for layer in range(self.n_layers))]
-        cuts = {s: True for s in [*sites, *(Site("mlp_out", layer) for layer in range(self.n_layers)), self.end]}
-        reads = [(s, False) for s in [*self.reads.values(), self.out]]
+        sites = [Site("embed"), *(Site("resid_pre", layer) for layer in range(lm.n_layers))]
+        cuts = {s: True for s in [*sites, *self.sites, self.end]}
+        reads = [(s, False) for s in [*self.reads.values(), self.out] if s not in self.sites]
         steps = sorted([*cuts.items(), *reads], key=lambda step: (lm._sites.when(step[0]), not step[1]))
         plan = [(s.key, lm._sites.place(s), cut) for s, cut in steps]
         if split := [key for key, place, _ in plan if place.less]:
@@ -106,17 +114,22 @@ class LocalModel:
             found["logits"] = nn.output.logits[0, -1].detach().float()
         values = {key: value for key, value in found.items() if key != "logits"}
         self.embed = values["embed"].leaf.detach()[0]
-        self._mlp = [values[Site("mlp_out", layer).key].leaf.detach()[0] for layer in range(self.n_layers)]
-        streams = [values[Site("resid_pre", layer).key] for layer in range(self.n_layers)] + [values[self.end.key]]
+        self._mlp = [values[site.key].leaf.detach()[0] for site in self.sites]
+        streams = [values[Site("resid_pre", layer).key] for layer in range(lm.n_layers)] + [values[self.end.key]]
+        every = [*self.reads.values(), self.out]
+        raw = {s: values[s.key].value if s in self.sites else values["read", s.key] for s in every}
         with torch.enable_grad():
-            read = {layer: self._entered(layer, values[("read", s.key)]) for layer, s in self.reads.items()}
-        self._before = Segment(values["embed"].leaf, None, None, streams[0].value)
-        self._segments = [
-            Segment(streams[n].leaf, read.get(n), values[Site("mlp_out", n).key].leaf, streams[n + 1].value)
-            for n in range(self.n_layers)
-        ]
-        self._segments.append(Segment(streams[-1].leaf, values["read", self.out.key], None, None))
-        self._raw = {s: values["read", s.key].detach()[0] for s in [*self.reads.values(), self.out]}
+            read = {layer: self._entered(layer, raw[s]) for layer, s in self.reads.items()}
+        self._before = Segment(values["embed"].leaf, None, None, streams[0].value, -1)
+        self._segments = []
+        for n, (here, above) in enumerate(pairwise(streams)):
+            part = self.coders.part[Site("mlp_out", n)]
+            cut = values[self.sites[part].key]
+            attention = self.sites[part - 1] if part and self.sites[part - 1].layer == n else None
+            both = () if attention is None else (read[part - 1], values[attention.key].leaf)
+            self._segments.append(Segment(here.leaf, read.get(part), cut.leaf, above.value, part, *both))
+        self._segments.append(Segment(streams[-1].leaf, raw[self.out], None, None, self.n_parts))
+        self._raw = {s: value.detach()[0] for s, value in raw.items()}
         self._seen = self._raw | {s: read[layer].detach()[0] for layer, s in self.reads.items()}
         self._unembed(found["logits"])
 
@@ -242,16 +255,18 @@ class LocalModel:
     ) -> Float[Tensor, "n columns"]:
         """What each source adds to what these targets read, all targets in one sweep down the layers.
 
-        layers: of the targets, the highest first; ``n_layers`` for what reads W_U's input.
+        layers: of the targets, the highest first; ``n_parts`` for what reads W_U's input. directions: padded to the
+            widest.
         """
         found = torch.zeros(len(layers), self.columns, device=directions.device)
         flow = directions.new_zeros(0, 1, *self._segments[-1].stream.shape[1:])
-        for layer in range(self.n_layers, -1, -1):
-            old, new = len(flow), sum(1 for n in layers if n == layer)
-            if not old + new:
+        for segment in reversed(self._segments):
+            stream, read, mlp, out, layer, attends, attended = segment
+            old, new = len(flow), layers.count(layer)
+            more = 0 if attends is None else layers.count(layer - 1)
+            if not old + new + more:
                 continue
-            stream, read, mlp, out = self._segments[layer]
-            flow = torch.cat([flow, flow.new_zeros(new, *flow.shape[1:])]) if new else flow
+            flow = _longer(flow, new)
             ends: list[tuple[Any, Tensor]] = [] if out is None else [(out, flow)]
             into = None if read is None else read.new_zeros(old + new, *read.shape)
             if mlp is not None and old:
@@ -262,8 +277,15 @@ class LocalModel:
                     into[:old, 0] = grown @ skip.detach().to(grown).T * self.parts[layer].open[:, None]
             if into is not None:
                 at = slice(old, old + new)
-                into[torch.arange(old, old + new), 0, positions[at]] = directions[at]
+                into[torch.arange(old, old + new), 0, positions[at]] = directions[at, : into.shape[-1]]
                 ends.append((read, into))
+            if attends is not None:
+                if old + new:
+                    self._add_parts(found[: old + new], layer - 1, _pulled(ends, attended)[:, 0])
+                at = slice(old + new, old + new + more)
+                into = attends.new_zeros(at.stop, *attends.shape)
+                into[torch.arange(at.start, at.stop), 0, positions[at]] = directions[at, : into.shape[-1]]
+                ends = [*((end, _longer(grad, more)) for end, grad in ends), (attends, into)]
             flow = _pulled(ends, stream)
         grown = _pulled([(self._before.out, flow)], self._before.stream)[:, 0]
         found[:, -self.length :] = (grown * self.embed).sum(-1)
@@ -293,14 +315,19 @@ class LocalModel:
         """Activations "pos d" that the coders' encoders get and at W_U's input, with other embeddings and MLPs'
         outputs. held: with attention and norms, the coders' own too, at the prompt's values."""
         writes = [] if embed is None else [Write(Site("embed"), lambda x, tokens: embed[None].to(x, copy=True))]
-        for layer in range(self.n_layers):
+        seen: dict[Site, Tensor] = {}  # by SAEs of attention, which read where they write
+        for layer, site in enumerate(self.sites):
+            if self.reads.get(layer) == site:
+                writes.append(Write(site, partial(_with_attention, mlp=mlp, layer=layer, site=site, seen=seen)))
+                continue
             change = partial(_with_mlp, mlp=mlp, layer=layer, enter=partial(self._entered, layer, held=held))
-            writes.append(Write(Site("mlp_out", layer), change, (self.reads[layer],) if layer in self.reads else ()))
-        sites = list(dict.fromkeys([*self.reads.values(), self.out]))
+            writes.append(Write(site, change, (self.reads[layer],) if layer in self.reads else ()))
+        others = {layer: s for layer, s in self.reads.items() if s not in self.coders.part}
+        sites = list(dict.fromkeys([*others.values(), self.out]))
         with self.lm._lock, self.held.replaying() if held else nullcontext():
             found = self.lm.run(self.batch, sites, writes, logits=False)[0]
-        acts = {s: x[0] for s, x in found.items()}
-        return acts | {s: self._entered(layer, acts[s], held) for layer, s in self.reads.items()}
+        acts = {s: x[0] for s, x in found.items()} | seen
+        return acts | {s: self._entered(layer, acts[s], held) for layer, s in others.items()}
 
     @cached_property
     def base(self) -> dict[Site, Tensor]:
@@ -337,6 +364,11 @@ def _with_mlp(x: Tensor, tokens: Any, *read: Tensor, mlp: Mlp, layer: int, enter
     return found[None].to(x, copy=True)  # some models, Falcon among them, change it in place
 
 
+def _with_attention(x: Tensor, tokens: Any, mlp: Mlp, layer: int, site: Site, seen: dict[Site, Tensor]) -> Tensor:
+    seen[site] = x[0].float().clone()
+    return mlp(layer, seen[site], seen[site])[None].to(x, copy=True)
+
+
 @no_type_check
 def _take(root, plan, length, found):
     """Read or cut the sites of a plan, (key, place, whether it is cut), in the order of the model. At a cut the model
@@ -365,29 +397,26 @@ def _pulled(ends: Sequence[tuple[Any, Tensor]], back: Tensor) -> Tensor:
     return torch.autograd.grad(outs, back, grads, retain_graph=True, is_grads_batched=True)[0]
 
 
+def _longer(grads: Tensor, more: int) -> Tensor:
+    """The gradients of ``more`` targets besides, which are 0 so far."""
+    return torch.cat([grads, grads.new_zeros(more, *grads.shape[1:])]) if more else grads
+
+
 def _rows(table: Tensor, rows: Tensor) -> Tensor:
     """Rows of a coder's weights, on the device of their numbers."""
     return table.detach()[rows.to(table.device)].to(rows.device)
 
 
-def as_set(coders: TranscoderSet | SparseCoder | Sequence[SparseCoder]) -> TranscoderSet:
-    """Transcoders of layers, or one cross-layer transcoder, as a set."""
-    if isinstance(coders, TranscoderSet):
-        return coders
-    coders = [coders] if isinstance(coders, SparseCoder) else list(coders)
-    clt = coders[0] if len(coders) == 1 else None
-    return clt.as_set() if isinstance(clt, CrossLayerTranscoder) else TranscoderSet(coders)
-
-
-def _check_coders(lm: LM, coders: TranscoderSet) -> None:
-    """ValueError for transcoders of another model, and for weights that are not float32."""
+def _check_coders(lm: LM, coders: TranscoderSet | WithAttention) -> None:
+    """ValueError for coders of another model, and for weights that are not float32."""
     dtype = next(lm._module.parameters()).dtype
     if dtype != torch.float32:
         raise ValueError(f"a graph's sums hold in float32, this model has {dtype}: load it with dtype=torch.float32")
-    own, named = None, {coder.meta.get("model") for coder in coders if "model_fingerprint" not in coder.meta}
+    listed = by_layer(coders)
+    own, named = None, {coder.meta.get("model") for _, coder in listed if "model_fingerprint" not in coder.meta}
     if other := {name for name in named if name and name.split("/")[-1].lower() != lm.id.split("/")[-1].lower()}:
         log.warning("these transcoders are of the model %s, and this graph is of %s", ", ".join(sorted(other)), lm.id)
-    for layer, coder in zip(coders.layers, coders, strict=True):
+    for layer, coder in listed:
         if layer >= lm.n_layers:
             raise ValueError(f"this set has a transcoder of layer {layer}, {lm} has layers 0 to {lm.n_layers - 1}")
         require_fits(coder, lm)

@@ -10,6 +10,7 @@ from jaxtyping import Float
 
 from sae_lab.arguments import as_annotated, check_least
 from sae_lab.circuits.attribution_graph import AttributionGraph
+from sae_lab.circuits.layout import WithAttention, as_set
 from sae_lab.circuits.tracing import trace
 from sae_lab.lm.model import LM
 from sae_lab.lm.tokens import label
@@ -121,6 +122,8 @@ def trace_many(
     from tqdm.auto import tqdm
 
     prompts = list(prompts)
+    if isinstance(as_set(coders), WithAttention):
+        raise ValueError("trace_many takes transcoders alone, got an SAE of attention besides: leave it out")
     if len(prompts) < 4:
         raise ValueError(f"a task needs at least four prompts, two of them held out, got {len(prompts)}")
     if targets is not None and len(targets) != len(prompts):

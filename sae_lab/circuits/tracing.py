@@ -1,25 +1,28 @@
 """``trace``: the attribution graph of one prompt, features visited by their influence on the logits."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.functional import pad
 
 from sae_lab import costs
 from sae_lab.arguments import as_annotated, check_least
+from sae_lab.circuits import resuming
 from sae_lab.circuits.attribution_graph import AttributionGraph
 from sae_lab.circuits.graph_scores import scores
+from sae_lab.circuits.layout import as_set
 from sae_lab.circuits.metric import one_token
 from sae_lab.circuits.nodes import ERROR, Node
-from sae_lab.circuits.replacement import CLOSE, LocalModel, as_set
+from sae_lab.circuits.replacement import CLOSE, LocalModel
 from sae_lab.lm.model import LM
 from sae_lab.lm.tokens import Prompts, is_single, label
 from sae_lab.noting import Names
 from sae_lab.saes.base import SparseCoder
 from sae_lab.saes.sets import TranscoderSet
-from sae_lab.types import Site
 
 PROBABILITY, MOST_LOGITS = 0.95, 10  # targets by default: the fewest tokens of this probability (circuit-tracer)
 RANKED = 512  # features visited between two rankings of the others
@@ -47,6 +50,7 @@ def trace(
     *,
     first: str = "keep",
     features: int = 4096,
+    path: str | Path | None = None,
 ) -> AttributionGraph:
     """``graph = trace(lm, coders, "The capital of France is")``: what features, errors and tokens add to each other
     and to the logits after the prompt (attribution graphs, Ameisen et al. 2025, transformer-circuits.pub):
@@ -61,7 +65,9 @@ def trace(
 
     Args:
         coders: ``sl.TranscoderSet``, a list of transcoders, or ``sl.CrossLayerTranscoder``, whose features write at
-            all layers from their own on. prompt: one, of at least two tokens.
+            all layers from their own on. A list may also have SAEs at attn_out or attn_z, one a layer: features of
+            attention's output, and its error, are then nodes too, and ``graph.heads`` tells which heads write what
+            they read. prompt: one, of at least two tokens.
         targets: None: the fewest tokens that have probability .95, at most 10; or a token (" Paris", or its id), a
             difference of two (" Paris", " Rome") as a tuple, a direction "d_model" that reads the final norm's output,
             or a list of these.
@@ -70,12 +76,15 @@ def trace(
             at position 0, but for the skip, is no part of the graph; ``rest`` tells it.
         features: how many active features get a row. They are visited in the order of their influence, by the rows
             known so far. ``rest`` tells what the others add.
+        path: a folder for the rows as they come. After an interruption, a SIGKILL too, the same call goes on from the
+            last rows written, to the graph of an unbroken call; of a finished graph it reads them. It takes 4 bytes for
+            each row and active feature, error and token. None: nothing is written.
 
     Raises ValueError for several prompts or one token, a target that is no single token, coders of another model or
     layer, weights that are not float32, a model on a server, one without the sites embed, resid_pre and mlp_out, and
-    one in which something else lies between, so that the sums do not hold.
+    one in which something else lies between, so that the sums do not hold; and for a path with another graph's rows.
     """
-    graph = _tracer(lm, coders, prompt, targets, first, features).graph()
+    graph = _tracer(lm, coders, prompt, targets, first, features).graph(path)
     graph.local.close()  # the graph keeps it, for checks
     return graph
 
@@ -93,10 +102,12 @@ def _tracer(lm: LM, coders: Any, prompt: Prompts, targets: Any, first: str, feat
         raise ValueError("a graph needs a prompt of at least two tokens, got one: write a longer one")
     wanted = _checked_targets(lm, targets)
     local = LocalModel(lm, coders, batch, first)
-    return Tracer(local, _logits(local, wanted), min(features, len(local.layer)))
+    return Tracer(local, _logits(local, wanted), min(features, len(local.layer)), wanted)
 
 
-def cost(lm: LM, coders: Any, prompt: Prompts, targets: Any, first: str, features: int) -> costs.Cost:
+def cost(
+    lm: LM, coders: Any, prompt: Prompts, targets: Any, first: str, features: int, path: str | Path | None = None
+) -> costs.Cost:
     """The cost of ``trace`` with these arguments. The trial makes the local model and the rows of the logits, and one
     sweep for features drawn from all of them."""
     with costs.peak() as peak:
@@ -113,6 +124,7 @@ def cost(lm: LM, coders: Any, prompt: Prompts, targets: Any, first: str, feature
         seconds=once + logits + seconds * most / max(1, len(tried)) + ranking,
         ram=peak.ram + 4 * (rows * columns + 2 * kept),
         vram=peak.vram,
+        disk=0 if path is None else 4 * most * columns,
         parts={"active features": active, "features visited": most, "MB that the graph takes": 4 * kept / 1e6},
     )
 
@@ -123,27 +135,22 @@ costs.ROOMS[trace] = cost
 class Tracer:
     """Rows of a graph, computed in the order of influence. rows: "logits + features columns", of the logits first."""
 
-    def __init__(self, local: LocalModel, logits: Logits, most: int):
-        self.local, self.logits, self.most = local, logits, most
+    def __init__(self, local: LocalModel, logits: Logits, most: int, wanted: list[Any] | None):
+        self.local, self.logits, self.most, self.wanted = local, logits, most, wanted
         self.first = len(logits.numbers)
         self.rows = torch.zeros(self.first + most, local.columns)
         self.rest, self.rest_size = torch.zeros(self.first + most), torch.zeros(self.first + most)
-        errors = len(local.layer) + local.length * torch.arange(local.n_layers)  # columns of those at position 0
+        errors = len(local.layer) + local.length * torch.arange(local.n_parts)  # columns of those at position 0
         self.dropped = errors if local.first == "drop" else errors[:0]
         self.visited = torch.zeros(0, dtype=torch.long)  # features by column, in the order of their rows
         width = 4 * local.length * local.embed.shape[-1]
         self.at_once = max(1, min(RANKED, SWEEP_BYTES // width))
 
-    def graph(self) -> AttributionGraph:
-        from tqdm.auto import tqdm
-
-        local = self.local
+    def graph(self, path: str | Path | None) -> AttributionGraph:
         self._visit_logits()
-        with tqdm(total=self.most, unit="feature", desc="trace", dynamic_ncols=True, disable=None) as bar:
-            while (done := len(self.visited)) < self.most:
-                for part in self._next(min(RANKED, self.most - done)).split(self.at_once):
-                    self._visit(part)
-                    bar.update(len(part))
+        with resuming.journal(path, self.local, self.wanted, self.most) as journal:
+            self._visit_all(journal)
+        local = self.local
         chosen, order = self.visited.sort()
         keep = torch.cat([chosen, torch.arange(len(local.layer), local.columns)])
         rows = torch.cat([self.first + order, torch.arange(self.first)])
@@ -154,6 +161,27 @@ class Tracer:
             self.rest_size[n] += row[gone].abs().sum()
         effects, rest, rest_size = self.rows[:, keep][rows], self.rest[rows], self.rest_size[rows]
         return _graph(local, effects, chosen, self.logits, rest, rest_size)
+
+    def _visit_all(self, journal: resuming.Journal | None) -> None:
+        from tqdm.auto import tqdm
+
+        planned = self.visited  # what is left of a round
+        for found in () if journal is None else journal.rows():
+            begin, planned = self.first + len(self.visited), found["planned"]
+            at = slice(begin, begin + len(found["features"]))
+            self.rows[at], self.rest[at], self.rest_size[at] = found["rows"], found["rest"], found["rest_size"]
+            self.visited = torch.cat([self.visited, found["features"]])
+        done = len(self.visited)
+        with tqdm(total=self.most, initial=done, unit="feature", desc="trace", dynamic_ncols=True, disable=None) as bar:
+            while (done := len(self.visited)) < self.most:
+                planned = planned if len(planned) else self._next(min(RANKED, self.most - done))
+                part, planned = planned[: self.at_once], planned[self.at_once :]
+                self._visit(part)
+                if journal is not None:
+                    at = slice(self.first + done, self.first + done + len(part))
+                    kept = {"rows": self.rows[at], "rest": self.rest[at], "rest_size": self.rest_size[at]}
+                    journal.write(part, planned, **kept)
+                bar.update(len(part))
 
     def _next(self, count: int) -> Int[Tensor, " count"]:
         """The next features to visit, of the highest layers first: those with most influence by the rows so far."""
@@ -170,7 +198,7 @@ class Tracer:
         active = len(self.local.layer)
         layers = self.local.layer.cpu()[self.visited]
         found = self._passed_on(torch.arange(self.first), torch.tensor(self.logits.weights))[:active]
-        for layer in range(self.local.n_layers - 1, 0, -1):
+        for layer in range(self.local.n_parts - 1, 0, -1):
             here = (layers == layer).nonzero().flatten()
             if len(here):
                 found += self._passed_on(self.first + here, found[self.visited[here]])[:active]
@@ -185,10 +213,12 @@ class Tracer:
         here = features.to(local.layer.device)
         layers = local.layer[here].tolist()
         groups = [here[torch.tensor(layers, device=here.device) == n] for n in dict.fromkeys(layers)]
-        directions = torch.cat([local.directions(group) for group in groups])
+        parts = [local.directions(group) for group in groups]
+        width = max(part.shape[1] for part in parts)  # attn_z has another than the stream
+        directions = torch.cat([pad(part, (0, width - part.shape[1])) for part in parts])
         found = local.rows(layers, local.position[here], directions).cpu()
         nodes = [
-            Node(Site("mlp_out", int(n)), int(p), int(f))
+            Node(local.sites[n], int(p), int(f))
             for n, p, f in zip(layers, local.position[here].tolist(), local.feature[here].tolist(), strict=True)
         ]
         require_sum(found, local.bias[here].cpu(), local.pre[here].cpu(), nodes)
@@ -198,7 +228,7 @@ class Tracer:
     def _visit_logits(self) -> None:
         local, logits = self.local, self.logits
         last = torch.full((self.first,), local.length - 1, device=local.embed.device)
-        found = local.rows([local.n_layers] * self.first, last, logits.directions).cpu()
+        found = local.rows([local.n_parts] * self.first, last, logits.directions).cpu()
         nodes = [Node(local.end, local.length - 1, number) for number in logits.numbers]
         require_sum(found, logits.bias, logits.pre, nodes)
         self._keep(0, found)
@@ -286,7 +316,7 @@ def _graph(
     rest_size: Tensor,
 ) -> AttributionGraph:  # fmt: skip
     """The graph of a local model. effects: rows of the chosen features, then of the logits. rest, rest_size: theirs."""
-    length, layers, active = local.length, local.n_layers, len(local.layer)
+    length, layers, active = local.length, local.n_parts, len(local.layer)
     errors = [(layer, p, ERROR) for layer in range(layers) for p in range(length)]
     ids = local.batch.ids[0].tolist()
     places = [
@@ -298,9 +328,11 @@ def _graph(
     none = torch.full((len(errors) + length,), float("nan"))
     weights = torch.tensor(logits.weights)
     facts = {
-        "model": local.lm.id, "model_fingerprint": local.lm.fingerprint(), "n_layers": layers, "ids": ids,
-        "first": local.first, "layers": local.coders.layers,
+        "model": local.lm.id, "model_fingerprint": local.lm.fingerprint(), "n_layers": local.lm.n_layers,
+        "ids": ids, "first": local.first,
     }  # fmt: skip
+    if local.coders.attends:
+        facts["sites"] = [site.key for site in local.sites]
     return AttributionGraph(
         effects=effects, places=torch.cat(places), counts=counts,
         values=torch.cat([local.value[chosen].cpu(), none, logits.pre]),

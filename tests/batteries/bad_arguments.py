@@ -135,6 +135,8 @@ class Things:
         transcoder.reads, transcoder.writes = (sl.Site("mlp_in", 1),), (sl.Site("mlp_out", 1),)
         self.coders = sl.TranscoderSet([transcoder])
         self.graph = sl.circuits.trace(self.lm, self.coders, "a fox", features=5)
+        self.groups = self.graph.groups(of={"a": self.graph.nodes[:1], "b": self.graph.nodes[1:2]})
+        self.grouped = self.groups.grouped()
         self.node = sl.circuits.Node(self.site, 1, 1)
         self.own = {type(t).__name__: t for t in vars(self).values()}
         self.by_name = {

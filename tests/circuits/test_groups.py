@@ -185,7 +185,7 @@ def test_an_index_tells_when_features_fire(made, tmp_path):  # noqa: F811
     assert torch.allclose(found, expected, atol=1e-3) and float(expected.max()) > 0.9
     a, b = similarity(graph, graph.effects, None), similarity(graph, graph.effects, found)
     assert torch.allclose(b, (a**2 * found.clamp_min(0)) ** (1 / 3), atol=1e-3)
-    with pytest.raises(ValueError, match="index= has none for layer 1, in which this graph has features"):
+    with pytest.raises(ValueError, match="index= has none for mlp_out-1, where this graph has features"):
         graph.groups(indexes[0])
     other = sl.harvest(lm, coders.sites, text, tokens=200, path=tmp_path / "other", context=32)
     indexes[2] = sl.index_features(coders[2], lm, other.at(coders[2].reads[0]), tmp_path / "again")
@@ -232,8 +232,8 @@ def test_a_changed_group_has_no_score(grouped):
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda g, n: g.rename("x", "y"), "there is no group 'x'; the groups are: "),
-        (lambda g, n: g.rename("a", "b"), "there is a group 'b' already"),
+        (lambda g, n: g.rename("x", "y"), "there is no group of the name 'x'; the groups are: "),
+        (lambda g, n: g.rename("a", "b"), "there is a group of the name 'b' already"),
         (lambda g, n: g.rename("a", " "), "a group's name is a text that is not empty, got ' '"),
         (lambda g, n: g.merge(["a"]), "merge takes the names of at least two groups"),
         (lambda g, n: g.split("a", n[:2], "d"), "split takes some of the 2 nodes of 'a', and not all"),
