@@ -48,12 +48,12 @@ def faithfulness(graph: Any, sizes: Sequence[int] | None, errors: bool, draws: i
     picks = [[matched(local, columns[best[:n]], norms, generator) for n in many] for _ in range(draws)]
     enough = [[len(pick) == n for pick, n in zip(some, many, strict=True)] for some in picks]
     drawn = [[share(pick, errors) for pick in some] for some in picks]
-    matched = np.where(enough, drawn, np.nan)
+    others = np.where(enough, drawn, np.nan)
     gradient = _by_gradient(graph)
     return Faithfulness(
         full=full, empty=empty, complete=value(everything, True), sizes=tuple(many), circuit=curve(best),
-        no_errors=curve(best, errors=False), random=tuple(matched.mean(0).tolist()),
-        random_sd=tuple(matched.std(0).tolist()), draws=draws,
+        no_errors=curve(best, errors=False), random=tuple(others.mean(0).tolist()),
+        random_sd=tuple(others.std(0).tolist()), draws=draws,
         all_features=share(everything, False), all_errors=share(nothing, True),
         activation=curve(norms[columns].argsort(descending=True)),
         gradient=() if gradient is None else curve(gradient.argsort(descending=True)),
