@@ -64,6 +64,7 @@ if TYPE_CHECKING:
     from sae_lab.types import TokenMask as TokenMask
     from sae_lab.widgets import FeatureInspector as FeatureInspector
     from sae_lab.widgets import FeatureMap as FeatureMap
+    from sae_lab.widgets import GraphLab as GraphLab
     from sae_lab.widgets import PatchingGrid as PatchingGrid
     from sae_lab.widgets import Session as Session
     from sae_lab.widgets import SteeringSliders as SteeringSliders

@@ -4,7 +4,7 @@ import { stat } from "node:fs/promises";
 import { fileURLToPath } from "node:url";
 import { build } from "esbuild";
 
-const ALL = ["inspector", "edits", "tokens", "steering", "patching", "monitor", "feature_map", "site"];
+const ALL = ["inspector", "edits", "tokens", "steering", "patching", "monitor", "feature_map", "graph_lab", "site"];
 // `node build.mjs steering` builds one.
 const WIDGETS = process.argv.length > 2 ? process.argv.slice(2) : ALL;
 // anywidget stores the source in every instance, hence in every notebook that saves widget state.

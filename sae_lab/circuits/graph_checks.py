@@ -1,6 +1,6 @@
 """Edges of an attribution graph beside what the model does when their sources are taken out of it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -40,8 +40,8 @@ def local_of(graph: Any, what: str) -> LocalModel:
 
 
 @torch.no_grad()
-def check(graph: Any, source: Any, targets: Any) -> EdgeCheck:
-    """See ``AttributionGraph.check``."""
+def check(graph: Any, source: Any, targets: Any, pause: Callable[[], object] = lambda: None) -> EdgeCheck:
+    """See ``AttributionGraph.check``. pause: called before each run of the model; what it raises ends the check."""
     local = local_of(graph, "a check")
     if isinstance(source, Edge):
         source, targets = source.upstream, source.downstream if targets is None else targets
@@ -62,6 +62,7 @@ def check(graph: Any, source: Any, targets: Any) -> EdgeCheck:
     rows = [graph.row(node) for node in listed]
     taken, before, changes = written(local, sources), _read(graph, local, local.base, listed), {}
     for way in ("frozen", "responding", "free"):
+        pause()
         now = _read(graph, local, changed(local, taken, way), listed)
         changes[way] = (now - before).cpu().numpy()[None]
     called = {node: graph.name(node) for node in [*sources, *listed]}

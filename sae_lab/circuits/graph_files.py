@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sae_lab import cache, files
-from sae_lab.circuits.nodes import ERROR
+from sae_lab.circuits.nodes import ERROR, Node
 from sae_lab.results import counted
 from sae_lab.types import Site
 
@@ -144,9 +144,21 @@ def _unnan(value: Any) -> Any:
 
 
 def to_json(graph: Any, path: Path, slug: str, scan: str | None) -> Path:
+    content = as_json(graph, slug, scan)
+    with cache.atomic(path) as temporary:
+        temporary.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+    return path
+
+
+def as_json(
+    graph: Any, slug: str, scan: str | None = None, pinned: Iterable[Node] = (),
+    groups: Iterable[tuple[str, Iterable[Node]]] | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """A graph as Neuronpedia reads it. pinned: what its page shows as pinned. groups: by name; None: the graph's."""
     if "sites" in graph.facts:
         raise ValueError("Neuronpedia's schema 1 has no features of attention: trace with transcoders alone")
     ids, renumbered = _ids(graph)
+    at = dict(zip(graph.nodes, ids, strict=True))
     listed = [_node(graph, i, ids[i], name) for i, name in enumerate(_named(graph).values())]
     rows = [*range(graph.counts[0]), *range(sum(graph.counts[:3]), len(ids))]
     links = [
@@ -160,11 +172,13 @@ def to_json(graph: Any, path: Path, slug: str, scan: str | None) -> Path:
         "renumbered": renumbered,
     }  # fmt: skip
     grouped = [[name, *(ids[i] for i in numbers)] for name, *numbers in _numbers(graph)]
-    view = {"pinnedIds": [], "supernodes": grouped, "linkType": "both", "clickedId": "", "sg_pos": ""}
-    with cache.atomic(path) as temporary:
-        content = {"metadata": meta, "qParams": view, "nodes": listed, "links": links}
-        temporary.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
-    return path
+    if groups is not None:
+        grouped = [[name, *(at[node] for node in nodes if node in at)] for name, nodes in groups]
+    view = {
+        "pinnedIds": [at[node] for node in pinned if node in at], "supernodes": grouped,
+        "linkType": "both", "clickedId": "", "sg_pos": "",
+    }  # fmt: skip
+    return {"metadata": meta, "qParams": view, "nodes": listed, "links": links}
 
 
 def _ids(graph: Any) -> tuple[list[str], dict[str, str]]:

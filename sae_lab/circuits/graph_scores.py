@@ -3,6 +3,7 @@
 A graph's effects are "targets sources": rows are the features, then the logits; columns the features, errors, tokens.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -75,6 +76,30 @@ def edge_scores(effects: Tensor, weights: Tensor, features: int) -> Float[Tensor
     shared = shares(effects)
     found = influence_of(shared, weights, features)
     return shared * torch.cat([found[:features], weights])[:, None]
+
+
+def levels(
+    effects: Float[Tensor, "targets sources"], influence: Float[Tensor, " nodes"], weights: Float[Tensor, " logits"],
+    counts: Sequence[int], nodes: int, edges: int,
+) -> tuple[float, float]:  # fmt: skip
+    """(nodes, edges): the largest shares, in steps of 1e-4, with which ``pruned`` keeps at most this many features and
+    errors, and this many edges. 1 where nothing has to go."""
+    features, sources = counts[0], effects.shape[1]
+    keep, share = torch.ones_like(influence, dtype=torch.bool), 1.0
+    if features + counts[1] > nodes:
+        share = _share_of(influence, nodes)
+        keep = influence >= _threshold(influence, share)
+        keep[features + counts[1] :] = True
+    rows = torch.cat([keep[:features], keep[sources:]])
+    found = edge_scores(effects * rows[:, None] * keep[:sources], weights, features)
+    some = found[found > 0]
+    return share, 1.0 if len(some) <= edges else _share_of(some, edges)
+
+
+def _share_of(scores: Float[Tensor, " n"], most: int) -> float:
+    """The share of all that the largest scores have, rounded down, so that no more than ``most`` make it up."""
+    ordered = scores.sort(descending=True).values
+    return math.floor(1e4 * float(ordered[:most].sum() / ordered.sum()) - 1e-3) / 1e4
 
 
 def pruned(

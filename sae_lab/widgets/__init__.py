@@ -5,6 +5,7 @@ from sae_lab.widgets.grid import PatchingGrid
 from sae_lab.widgets.tokens import TokenFeatures
 
 from .feature_map import FeatureMap
+from .graph_lab import GraphLab
 from .inspector import FeatureInspector
 from .monitor import TrainingMonitor
 from .session import EditStack, Selection, Session
@@ -12,7 +13,7 @@ from .static_html import Snapshot
 from .steering import SteeringSliders
 
 __all__ = [
-    "EditStack", "FeatureInspector", "FeatureMap", "PatchingGrid", "Selection", "Session", "Snapshot",
+    "EditStack", "FeatureInspector", "FeatureMap", "GraphLab", "PatchingGrid", "Selection", "Session", "Snapshot",
     "SteeringSliders", "TokenFeatures", "TrainingMonitor",
 ]  # fmt: skip
 

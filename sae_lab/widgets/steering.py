@@ -274,7 +274,7 @@ class SteeringSliders(Linked):
             hear("baseline", self._baselines[key])
         else:
             streams["baseline"] = self._lm.stream(prompt, **settings)
-        said = {"baseline": self._baselines.get(key, "")} | _side_by_side(streams, check, hear)
+        said = {"baseline": self._baselines.get(key, "")} | side_by_side(streams, check, hear)
         self._baselines[key] = said["baseline"]
         for old in list(self._baselines)[:-BASELINES]:
             del self._baselines[old]
@@ -444,7 +444,7 @@ def _within(name: str, value: Any, least: float, below: float, rule: str) -> Any
     return value
 
 
-def _side_by_side(
+def side_by_side(
     streams: Mapping[str, Iterator[str]], check: Callable[[], None], hear: Callable[[str, str], None]
 ) -> dict[str, str]:
     """Texts by name, generated a piece of each in turn. ``check`` is called before each piece, and may raise."""

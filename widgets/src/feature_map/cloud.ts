@@ -1,9 +1,8 @@
 // The points of a map, and which of them lies where.
+import { best, next } from "../shared/places";
 import type { State } from "./types";
 
 const FULL = 65535;
-/** Sideways counts double on the way to the next point. */
-const SIDEWAYS = 2;
 
 export class Cloud {
   readonly xy: Uint16Array;
@@ -38,7 +37,7 @@ export class Cloud {
 
   /** The point nearest to a place, distances weighed per axis; -1 where none is within `most`. */
   nearest(x: number, y: number, width: number, height: number, most = Infinity): number {
-    return this.best((dx, dy) => Math.hypot(dx * width, dy * height), x, y, most);
+    return best(this, (dx, dy) => Math.hypot(dx * width, dy * height), x, y, most);
   }
 
   /** The point nearest to the middle. */
@@ -46,27 +45,9 @@ export class Cloud {
     return this.nearest(0.5, 0.5, 1, 1);
   }
 
-  /** The nearest point from one in a direction, more that way than sideways if there is one; itself at the rim. */
-  next(from: number, [right, down]: [number, number]): number {
-    const cost = (least: number) => (dx: number, dy: number) => {
-      const ahead = dx * right + dy * down;
-      const aside = Math.abs(dx * down) + Math.abs(dy * right);
-      return ahead > 0 && ahead >= least * aside ? ahead + SIDEWAYS * aside : Infinity;
-    };
-    const [x, y] = [this.x(from), this.y(from)];
-    const found = this.best(cost(1), x, y, Infinity);
-    if (found >= 0) return found;
-    const aslant = this.best(cost(0), x, y, Infinity);
-    return aslant < 0 ? from : aslant;
-  }
-
-  private best(cost: (dx: number, dy: number) => number, x: number, y: number, most: number): number {
-    let [found, least] = [-1, most];
-    for (let index = 0; index < this.length; index += 1) {
-      const here = cost(this.x(index) - x, this.y(index) - y);
-      if (here < least) [found, least] = [index, here];
-    }
-    return found;
+  /** The next point from one in a direction; itself at the rim. */
+  next(from: number, way: [number, number]): number {
+    return next(this, from, way);
   }
 }
 
