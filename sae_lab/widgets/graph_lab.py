@@ -154,10 +154,12 @@ class GraphLab(Linked):
 
     @checked("node")
     def _valid_node(self, node: Any) -> int | None:
-        return None if node is None else self._valid_nodes([node])[0]
+        return None if node is None else self._numbers([node])[0]
 
-    @checked("selected", "pinned")
-    def _valid_nodes(self, numbers: Any) -> list[int]:
+    _valid_nodes = checked("selected", "pinned")(lambda self, numbers: self._numbers(numbers))
+
+    def _numbers(self, numbers: Any) -> list[int]:
+        """Numbers of nodes, each once. ValueError for what is none."""
         most = len(self.graph.nodes)
         for number in numbers:
             if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < most:
@@ -169,7 +171,7 @@ class GraphLab(Linked):
 
     @checked("edge")
     def _valid_edge(self, edge: list[int]) -> list[int]:
-        if edge and (len(edge) != 2 or not self._effect(*self._valid_nodes(edge))):
+        if edge and (len(edge) != 2 or not self._effect(*self._numbers(edge))):
             raise ValueError(f"edge must be [source, target] of an edge of lab.graph, or [], got {edge!r}")
         return edge
 
@@ -180,7 +182,7 @@ class GraphLab(Linked):
             if set(group) != {"name", "nodes"} or not isinstance(group["name"], str) or not group["name"].strip():
                 raise ValueError(f"a group is a dict of name, a text, and nodes, a list of numbers, got {group!r:.80}")
             check_text(group["name"], "a group's name")
-            nodes = self._valid_nodes(group["nodes"])
+            nodes = self._numbers(group["nodes"])
             if twice := seen & set(nodes):
                 raise ValueError(f"a node is in one group at most, and node {min(twice)} is in two: take it out of one")
             seen |= set(nodes)
@@ -231,7 +233,7 @@ class GraphLab(Linked):
     @quick
     def rename(self, number: int, name: str) -> None:
         """Give a feature another label, in the notes on its coder."""
-        layer, _, feature = self.graph.places[self._valid_nodes([number])[0]].tolist()
+        layer, _, feature = self.graph.places[self._numbers([number])[0]].tolist()
         if self.graph.kinds[number] != "feature":
             raise ValueError(f"{self._title(number)} is no feature, and only a feature has a label")
         if self._coders is not None and layer in self._coders:
@@ -254,8 +256,8 @@ class GraphLab(Linked):
     def run_test(self, job: Job, sources: list[int], targets: list[int] | None = None, name: str = "") -> None:
         """``test`` for the screen. name: of the group that these sources are."""
         nodes = self.graph.nodes
-        wanted = None if targets is None else [nodes[n] for n in self._valid_nodes(targets)]
-        self._test([nodes[n] for n in self._valid_nodes(sources)], wanted, name, job.check)
+        wanted = None if targets is None else [nodes[n] for n in self._numbers(targets)]
+        self._test([nodes[n] for n in self._numbers(sources)], wanted, name, job.check)
 
     @quick
     def stop(self) -> None:
@@ -318,12 +320,12 @@ class GraphLab(Linked):
     def run_steer(self, job: Job, number: int, strength: float | None, here: bool) -> None:
         """``steer`` for the screen, which gets the pieces as {side, text}."""
         hear = lambda side, text: job.partial({"side": side, "text": text})  # noqa: E731
-        self._steer(self._valid_nodes([number])[0], strength, here, job.check, hear)
+        self._steer(self._numbers([number])[0], strength, here, job.check, hear)
 
     @quick
     def keep_edit(self, number: int, strength: float | None, here: bool) -> None:
         """Put the edit on the session's stack."""
-        self.session.edits.add(self._edit(self._valid_nodes([number])[0], strength, here))
+        self.session.edits.add(self._edit(self._numbers([number])[0], strength, here))
 
     def _edit(self, number: int, strength: float | None, here: bool) -> Steer | Ablate:
         node = self.graph.nodes[number]
