@@ -269,9 +269,9 @@ class GraphLab(Linked):
         if isinstance(source, Edge):
             source, targets = source.upstream, source.downstream if targets is None else targets
         sources = [source] if isinstance(source, Node) else list(source)
-        targets = self._strongest(sources) if targets is None else targets
         with self._at_work("test"), self._busy:
             pause()
+            targets = self._strongest(sources) if targets is None else targets
             found = graph_checks.check(self._whole, sources, targets, pause)
         pause()
         rows = [
@@ -286,14 +286,14 @@ class GraphLab(Linked):
         return found
 
     def _strongest(self, sources: Sequence[Node]) -> list[Node]:
-        part = self.part
-        columns = [part.number(n) for n in sources if n in part.nodes and part.kinds[part.number(n)] != "logit"]
-        sizes = part.effects[:, columns].sum(1).abs()
-        best = sizes.topk(min(TESTED, int((sizes > 0).sum()))).indices.tolist()
-        found = [part.targets[i] for i in best if part.targets[i] not in sources]
-        if not found:
-            raise ValueError("what is to be tested has no edge among the nodes that are shown: move the sliders up")
-        return found
+        """The targets with the largest edges from these nodes: of what is shown, else of the whole that was sent."""
+        for graph in (self.part, self.graph):
+            known = set(graph.nodes[: graph.effects.shape[1]])
+            sizes = graph.effects[:, [graph.number(node) for node in sources if node in known]].sum(1).abs()
+            best = sizes.topk(min(TESTED, int((sizes > 0).sum()))).indices.tolist()
+            if found := [graph.targets[i] for i in best if graph.targets[i] not in sources]:
+                return found
+        raise ValueError("what is to be tested has no edge in lab.graph, the part of the graph that is sent: name targets")
 
     @contextlib.contextmanager
     def _at_work(self, what: str) -> Iterator[None]:

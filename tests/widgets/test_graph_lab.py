@@ -211,7 +211,7 @@ def test_steering(traced, shown, screen):
     after = lm.logits(ids, [edit])[0, -1].softmax(-1)
     assert max(p for _, _, p in found["next"]) == pytest.approx(float(after.max()))
     assert found["baseline"] == lm.generate(ids, max_new_tokens=20)[-len(found["baseline"]) :]
-    assert f"sl.Steer(coder, {node.feature}, strength=30.0, positions={node.position})" in found["code"]
+    assert found["code"] == f"sl.Steer(coder, {node.feature}, positions={node.position}, strength=30.0)"
     scope = {"graph": graph, "coders": coders, "lm": lm}
     exec(re.sub("^# lm: .*", "", shown.code(), flags=re.MULTILINE), scope)  # the code runs
     assert scope["coder"] is coders[1]

@@ -34,6 +34,12 @@ export function called(graph: Graph, node: number, names: Names, longest = 40): 
   return [h("span", {}, graph.title(node)), ...(name ? [name] : [])];
 }
 
+/** The same for a list, where its name comes first. */
+export function brief(graph: Graph, node: number, names: Names, longest = 40): Node[] {
+  const name = nameOf(names[String(node)], longest);
+  return name ? [name, h("small", {}, graph.place(node))] : [h("span", {}, graph.title(node))];
+}
+
 /** What a test measured of an edge. */
 export const measured = (tests: Test[], sources: number[], target: number): TestRow | undefined =>
   tests.find((test) => test.sources.length === sources.length && test.sources.every((s) => sources.includes(s)) && test.rows.some((row) => row.target === target))?.rows.find((row) => row.target === target);
@@ -135,7 +141,7 @@ function steerer({ state, dose }: Opened, node: number, act: Actions, signal: Ab
     make("Steer", "Push along the feature's direction, and read what the model says", false),
     make("Ablate", "Set the feature to 0, and read what the model says", true),
     h("label", {}, here, " here only"),
-    button("Keep", go((value) => act.keep(node, value, here.checked), false), signal, { title: state.unable || "Put this steering on the session's edits", disabled: off, "data-act": "keep" }),
+    button("Add to edits", go((value) => act.keep(node, value, here.checked), false), signal, { title: state.unable || "Put this steering on the session's edits", disabled: off, "data-act": "keep" }),
   );
 }
 
@@ -156,7 +162,7 @@ function edges(opened: Opened, node: number, way: "in" | "out", act: Actions, si
     const found = measured(state.tests, [graph.source(edge)], graph.target(edge));
     const open = button("", () => act.open(other), signal, { class: "saelab-graph_lab-row", title: `${percent(graph.portion(edge))} of all that adds to the target` });
     const result = found ? h("small", { title: "Without the source the target changed by this" }, ` test ${number(found.frozen)}`) : null;
-    open.append(bar, h("span", { class: "saelab-graph_lab-what" }, ...called(graph, other, names)), h("span", { class: "saelab-graph_lab-weight" }, number(effect), ...(result ? [result] : [])));
+    open.append(bar, h("span", { class: "saelab-graph_lab-what" }, ...brief(graph, other, names)), h("span", { class: "saelab-graph_lab-weight" }, number(effect), ...(result ? [result] : [])));
     const look = button("→", () => act.openEdge(edge), signal, { "aria-label": `The edge ${way === "in" ? "from" : "to"} ${graph.title(other)}`, title: "Open this edge" });
     return h("li", {}, open, look);
   });

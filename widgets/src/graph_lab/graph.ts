@@ -73,6 +73,11 @@ export class Graph {
     return `layer ${this.layer(node)}, ${kind === "error" ? "error" : `feature ${this.feature(node)}`} at ${at}`;
   }
 
+  /** Where a feature with a name stands, in few words. */
+  place(node: number): string {
+    return `layer ${this.layer(node)}, ${this.feature(node)} at ${tokenLabel(this.view.tokens[this.position(node)] ?? "")} (${this.position(node)})`;
+  }
+
   /** The nodes with most influence, up to a share of all; then the edges; then no feature without an edge in and out,
    *  no error without one out. */
   prune(nodes: number, edges: number): Part {

@@ -8,7 +8,7 @@ import { onChange, send } from "../shared/model";
 import { nameOf } from "../shared/name";
 import { panel, widget } from "../shared/panel";
 import { latest } from "../shared/rpc";
-import { type Actions, called, detail, measured, tester } from "./detail";
+import { type Actions, brief, called, detail, measured, tester } from "./detail";
 import { Graph, type Part } from "./graph";
 import { picture } from "./picture";
 import { items, pinnedView, sums, words } from "./pinned";
@@ -230,7 +230,7 @@ const lab = widget<State>((model, el, signal) => {
     setText(listTitle, search.value.trim() ? "Found" : "Nodes by influence");
     list.replaceChildren(
       ...order.slice(0, LISTED).map((node) =>
-        h("li", { role: "option", tabindex: -1, "data-row": true, "data-cell": true, "data-position": node, "aria-selected": "false" }, h("span", { class: "saelab-graph_lab-what" }, ...called(graph, node, names())), h("small", {}, graph.kind(node) === "logit" ? percent(graph.chance(node)) : percent(graph.influence[node]))),
+        h("li", { role: "option", tabindex: -1, "data-row": true, "data-cell": true, "data-position": node, "aria-selected": "false" }, h("span", { class: "saelab-graph_lab-what" }, ...brief(graph, node, names())), h("small", {}, graph.kind(node) === "logit" ? percent(graph.chance(node)) : percent(graph.influence[node]))),
       ),
     );
     chosen.select(model.get("node"));
@@ -260,7 +260,7 @@ const lab = widget<State>((model, el, signal) => {
     const rows = all.map((item, i) => {
       const open = button("", () => act.open(item.nodes[0]!), shown.signal, { class: "saelab-graph_lab-row" });
       const [first, second] = words(graph, item, names());
-      open.append(h("span", { class: "saelab-graph_lab-what" }, ...(item.name ? [nameOf(item.name, 40) ?? item.name, h("small", {}, ` ${second}`)] : called(graph, item.nodes[0]!, names()))));
+      open.append(h("span", { class: "saelab-graph_lab-what" }, ...(item.name ? [nameOf(item.name, 40) ?? item.name, h("small", {}, ` ${second}`)] : brief(graph, item.nodes[0]!, names()))));
       const sources = item.nodes.filter((node) => graph.kind(node) !== "logit");
       const test = item.name && sources.length ? tester(opened, "Test", "Take the whole group out of the model", () => act.test(sources, null, item.name), shown.signal) : null;
       return h("li", {}, open, test, button("×", () => drop(i), shown.signal, { "aria-label": item.name ? `Dissolve the group ${item.name}` : `Unpin ${first}`, "data-needs": "model" }));

@@ -2,7 +2,7 @@
 import { type Graph, type Part } from "./graph";
 
 const SPACING = 20; // pixels between nodes side by side, where there is room
-const OUTPUTS = 24; // and between outputs, whose names stand aslant above them
+const OUTPUTS = 27; // and between outputs, whose names stand aslant above them
 const [LEAST, MOST] = [2, 6.5]; // radius
 
 export interface Column {

@@ -19,6 +19,7 @@ export const WEIGHTS: [number, number, number][] = [
   [0.12, 2.2, 0.75],
 ];
 export const DASH = [5, 3];
+const MANY = 800; // edges, above which all are drawn fainter
 
 export interface Marks {
   /** Under the pointer or the keys, the open one, the open edge by number; -1: none. */
@@ -103,6 +104,8 @@ export function plot(stage: HTMLElement, root: HTMLElement, signal: AbortSignal)
       shape(path, kind, at.x[node] ?? 0, at.y[node] ?? 0, radius(node) / scale);
     }
     edges.sort((a, b) => a.width - b.width);
+    const thin = Math.min(1, Math.sqrt(MANY / Math.max(1, part.edges.length)));
+    for (const bucket of edges) bucket.alpha *= thin;
     fits.clear();
     paths = { edges, nodes };
   };
@@ -194,7 +197,7 @@ export function plot(stage: HTMLElement, root: HTMLElement, signal: AbortSignal)
     const context = sized(above);
     if (!context || !graph || !at || !marks) return;
     const { here, open, edge, selected, pinned, found } = marks;
-    const focus = here >= 0 ? here : open;
+    const focus = part.has[here] ? here : part.has[open] ? open : -1;
     below.style.opacity = focus >= 0 || edge >= 0 ? "0.3" : "1";
     within(context);
     for (const one of part.edges) {

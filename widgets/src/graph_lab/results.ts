@@ -3,7 +3,7 @@ import { h } from "../shared/dom";
 import { number, percent } from "../shared/format";
 import { type Names, nameOf } from "../shared/name";
 import { tokenChip } from "../shared/tokens";
-import { called } from "./detail";
+import { brief, called } from "./detail";
 import type { Graph } from "./graph";
 import type { State, Steered, Test, TestRow } from "./types";
 
@@ -17,10 +17,10 @@ const COLUMNS: [keyof TestRow, string, string][] = [
 
 export function testsView(graph: Graph, tests: Test[], names: Names): HTMLElement[] {
   return tests.map((test, i) => {
-    const sources = test.name ? [h("b", {}, nameOf(test.name) ?? test.name)] : test.sources.flatMap((node, n) => [n ? "; " : "", h("b", {}, ...called(graph, node, names))]);
+    const sources = test.name ? [h("b", {}, nameOf(test.name) ?? test.name)] : test.sources.flatMap((node, n) => [n ? "; " : "", h("b", {}, ...spaced(called(graph, node, names)))]);
     const head = COLUMNS.map(([, text, title]) => h("th", { scope: "col", title }, text));
     const rows = test.rows.map((row) =>
-      h("tr", {}, h("th", { scope: "row" }, ...called(graph, row.target, names)), ...COLUMNS.map(([name]) => h("td", {}, number(row[name])))),
+      h("tr", {}, h("th", { scope: "row" }, ...spaced(brief(graph, row.target, names))), ...COLUMNS.map(([name]) => h("td", {}, number(row[name])))),
     );
     const off = test.error < 1e-3 ? "predicted and measured agree" : `predicted and measured differ by up to ${percent(test.error)} of the largest effect`;
     const table = h("table", {}, h("thead", {}, h("tr", {}, h("th", { scope: "col" }, "change of"), ...head)), h("tbody", {}, ...rows));
@@ -32,6 +32,8 @@ export function testsView(graph: Graph, tests: Test[], names: Names): HTMLElemen
     );
   });
 }
+
+const spaced = (parts: Node[]): (Node | string)[] => parts.flatMap((part, i) => (i ? [" ", part] : [part]));
 
 /** live: the pieces that have come so far, of a steering that runs. */
 export function steeredView(steered: State["steered"], live: { baseline: string; steered: string } | null): HTMLElement[] {
