@@ -1,5 +1,6 @@
 // Three canvases: edges, nodes and names of the axes, and above them what is marked. Shapes are paths in pixels of the
-// whole, made anew for another part, size or zoom; a move draws the same paths at another place.
+// whole, made anew for another part, size or zoom; a move draws the same paths at another place. The edges are many, and
+// a browser without a graphics card takes long to paint them: while the graph moves, their canvas is moved as it is.
 import { h } from "../shared/dom";
 import { best, next } from "../shared/places";
 import { visible } from "../shared/visible";
@@ -19,6 +20,8 @@ export const WEIGHTS: [number, number, number][] = [
   [0.12, 2.2, 0.75],
 ];
 export const DASH = [5, 3];
+const REST_MS = 100; // without a move, after which the edges are painted anew
+const FAR = 0.2; // of the stage, and after such a move
 const MANY = 800; // edges, above which all are drawn fainter
 
 export interface Marks {
@@ -50,7 +53,7 @@ export interface Plot {
 
 export function plot(stage: HTMLElement, root: HTMLElement, signal: AbortSignal): Plot {
   const [below, middle, above] = [0, 1, 2].map(() => h("canvas", { "aria-hidden": "true" })) as [HTMLCanvasElement, HTMLCanvasElement, HTMLCanvasElement];
-  stage.append(below, middle, above);
+  stage.append(h("div", { class: "saelab-graph_lab-under" }, below), middle, above);
   let graph: Graph | null = null;
   let part: Part = { nodes: [], edges: [], has: new Uint8Array(0) };
   let at: Layout | null = null;
@@ -110,10 +113,15 @@ export function plot(stage: HTMLElement, root: HTMLElement, signal: AbortSignal)
     paths = { edges, nodes };
   };
 
+  let painted: [number, number] = [0, 0]; // where the edges were painted last
+  let later: ReturnType<typeof setTimeout> | undefined;
   const drawEdges = () => {
+    clearTimeout(later);
+    below.style.transform = "";
+    painted = [left, top];
     const context = sized(below);
     if (!context || !paths) return;
-    within(context);
+    context.save();
     moved(context);
     for (const { path, negative, width: wide, alpha } of paths.edges) {
       context.globalAlpha = alpha;
@@ -256,16 +264,28 @@ export function plot(stage: HTMLElement, root: HTMLElement, signal: AbortSignal)
   };
 
   let due = 0;
+  let whole = false;
   const draw = () => {
     drawEdges();
     drawNodes();
     drawMarks();
   };
-  const soon = () => {
-    if (due) return;
-    due = requestAnimationFrame(() => {
-      due = 0;
-      draw();
+  const move = () => {
+    const [right, down] = [left - painted[0], top - painted[1]];
+    if (Math.abs(right) > FAR * width || Math.abs(down) > FAR * height) return drawEdges();
+    below.style.transform = `translate(${right}px, ${down}px)`;
+    clearTimeout(later);
+    later = setTimeout(drawEdges, REST_MS);
+  };
+  /** all: with the edges painted anew. */
+  const soon = (all: boolean) => {
+    whole ||= all;
+    due ||= requestAnimationFrame(() => {
+      if (whole) drawEdges();
+      else move();
+      [due, whole] = [0, false];
+      drawNodes();
+      drawMarks();
     });
   };
   const keep = () => {
@@ -274,7 +294,6 @@ export function plot(stage: HTMLElement, root: HTMLElement, signal: AbortSignal)
     const [room, rise] = [width - GUTTER.left - GUTTER.right, height - GUTTER.top - GUTTER.bottom];
     left = Math.max(Math.min(0, room - wide) - room / 2, Math.min(room / 2, left));
     top = Math.max(Math.min(0, rise - tall) - rise / 2, Math.min(rise / 2, top));
-    if (scale === 1) [left, top] = [0, 0];
   };
   const arrange = () => {
     [width, height] = [stage.clientWidth, stage.clientHeight];
@@ -297,6 +316,7 @@ export function plot(stage: HTMLElement, root: HTMLElement, signal: AbortSignal)
     resized?.disconnect();
     themed.disconnect();
     cancelAnimationFrame(due);
+    clearTimeout(later);
   });
 
   const pointed = (event: MouseEvent): [number, number] => {
@@ -325,18 +345,17 @@ export function plot(stage: HTMLElement, root: HTMLElement, signal: AbortSignal)
       left = px - GUTTER.left - by * (px - GUTTER.left - left);
       top = py - GUTTER.top - by * (py - GUTTER.top - top);
       scale = bigger;
+      if (scale === 1) [left, top] = [0, 0];
       stage.dataset.zoom = scale.toFixed(2);
       keep();
       build();
-      soon();
+      soon(true);
     },
     pan(right, down) {
       left += right;
       top += down;
-      const before = scale;
-      if (before > 1) keep();
-      else [left, top] = [Math.max(-width / 2, Math.min(width / 2, left)), Math.max(-height / 2, Math.min(height / 2, top))];
-      soon();
+      keep();
+      soon(false);
     },
     reveal(node) {
       if (!part.has[node]) return;
@@ -344,7 +363,7 @@ export function plot(stage: HTMLElement, root: HTMLElement, signal: AbortSignal)
       if (px > GUTTER.left && px < width - GUTTER.right && py > 8 && py < height - GUTTER.bottom) return;
       left += width / 2 - px;
       top += height / 2 - py;
-      soon();
+      soon(true);
     },
     nodeAt(event) {
       const [px, py] = pointed(event);
