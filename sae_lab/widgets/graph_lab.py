@@ -1,4 +1,4 @@
-"""GraphLab: an attribution graph to read, prune, pin and group, whose edges are tested and nodes steered on the spot."""
+"""GraphLab: an attribution graph to read, prune, pin and group; its edges are tested and its nodes steered from."""
 
 import contextlib
 import json
@@ -10,8 +10,7 @@ from typing import Any
 import torch
 import traitlets
 
-from sae_lab.circuits import AttributionGraph, Edge, EdgeCheck, Node
-from sae_lab.circuits import graph_checks, graph_files
+from sae_lab.circuits import AttributionGraph, Edge, EdgeCheck, Node, graph_checks, graph_files
 from sae_lab.circuits.graph_scores import levels, scores
 from sae_lab.circuits.replacement import as_set
 from sae_lab.edits.edit import Ablate, Steer
@@ -65,12 +64,12 @@ class GraphLab(Linked):
         index: feature indexes of the coders, one, several, or by layer: their top tokens name features without a label.
         session: what it shares with other widgets (``sl.Session``); None: a new one.
 
-    Traits that can be read, set and observed, nodes as numbers of ``lab.graph.nodes``: ``node``, the open one, or None;
-    ``edge``, the open one, [source, target] or []; ``selected``, those that Group would group; ``pinned``; ``groups``, a
-    dict of name and nodes each; ``nodes`` and ``edges``, shares of the influence from 0 to 1; ``show``, "graph" or
-    "pinned". Read only: ``view``, the graph as it is sent; ``tests``, what was tested; ``steered``, what the last
-    steering did; ``running``, "test", "steer" or ""; ``unable``, why Test and Steer are off, "" where they are on;
-    ``error``.
+    Traits that can be read, set and observed (nodes are numbers of ``lab.graph.nodes``): ``node``, the open one, or
+    None; ``edge``, the open one, [source, target] or []; ``selected``, the nodes that a group would be made of;
+    ``pinned``; ``groups``, a dict of name and nodes each; ``nodes`` and ``edges``, shares of the influence from 0 to 1;
+    ``show``, "graph" or "pinned". Read only: ``view``, the graph as it is sent; ``tests``, what was tested;
+    ``steered``, what the last steering did; ``running``, "test", "steer" or ""; ``unable``, why Test and Steer are off,
+    "" where they are on; ``error``.
 
     Raises ValueError for a model without coders or the reverse, and for those that give other activations.
     """
@@ -219,8 +218,8 @@ class GraphLab(Linked):
         """Open the selected feature: at the selected token if it is there, else where it has most influence."""
         chosen = self.session.selection
         features = self.graph.nodes[: self.graph.counts[0]]
-        mine = [i for i, n in enumerate(features)
-                if n.feature == chosen.feature and chosen.site and self._site_of(n.site.layer or 0) == chosen.site]  # fmt: skip
+        alike = [i for i, node in enumerate(features) if node.feature == chosen.feature]
+        mine = [i for i in alike if chosen.site and self._site_of(features[i].site.layer or 0) == chosen.site]
         if not mine:
             return
         here = chosen.token if self._prompt and chosen.prompt == self._prompt else None
@@ -241,13 +240,13 @@ class GraphLab(Linked):
         elif layer in self._indexes:
             self._indexes[layer].annotate(feature, label=name)
         else:
-            raise ValueError("a label is kept with the coder, and this graph came without: sl.GraphLab(graph, lm, coders)")
+            raise ValueError(
+                "a label is kept with the coder, and this graph came without: sl.GraphLab(graph, lm, coders)"
+            )
 
     # ---- tests
 
-    def test(
-        self, source: Edge | Node | Sequence[Node], targets: Sequence[Node] | Node | None = None
-    ) -> EdgeCheck:
+    def test(self, source: Edge | Node | Sequence[Node], targets: Sequence[Node] | Node | None = None) -> EdgeCheck:
         """``lab.test(edge)``, ``lab.test(node)``: ``graph.check``, and show it. targets: None: the edge's, else the
         strongest 12 that are shown."""
         return self._test(source, targets, "", lambda: None)
@@ -293,7 +292,9 @@ class GraphLab(Linked):
             best = sizes.topk(min(TESTED, int((sizes > 0).sum()))).indices.tolist()
             if found := [graph.targets[i] for i in best if graph.targets[i] not in sources]:
                 return found
-        raise ValueError("what is to be tested has no edge in lab.graph, the part of the graph that is sent: name targets")
+        raise ValueError(
+            "what is to be tested has no edge in lab.graph, the part of the graph that is sent: name targets="
+        )
 
     @contextlib.contextmanager
     def _at_work(self, what: str) -> Iterator[None]:
@@ -457,7 +458,9 @@ def _by_layer(index: Any) -> dict[int, FeatureIndex]:
     return {one.site.layer or 0: one for one in many}
 
 
-def _names(graph: AttributionGraph, coders: TranscoderSet | None, indexes: Mapping[int, FeatureIndex]) -> dict[int, Any]:
+def _names(
+    graph: AttributionGraph, coders: TranscoderSet | None, indexes: Mapping[int, FeatureIndex]
+) -> dict[int, Any]:
     """What features are called, by layer."""
     if coders is not None:
         return names_of({layer: coders[layer] for layer in coders.layers}, list(indexes.values()) or None)

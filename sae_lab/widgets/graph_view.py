@@ -29,10 +29,10 @@ def packed(graph: AttributionGraph, whole: AttributionGraph, offered: Sequence[i
     numbers = torch.tensor([graph.number(node) for node in graph.targets])
     incoming = torch.zeros(len(graph.nodes))
     incoming[numbers] = graph.effects.abs().sum(1) + graph.rest_size.nan_to_num(0.0)
-    edges = int(whole.effects.count_nonzero()) - len(rows)
+    left = [len(whole.nodes) - len(graph.nodes), int(whole.effects.count_nonzero()) - len(rows)]
     return {
         "counts": list(graph.counts), "layers": graph.n_layers, "tokens": graph.tokens, "outputs": graph.outputs,
-        "weights": graph.weights.tolist(), "offered": list(offered), "left": [len(whole.nodes) - len(graph.nodes), edges],
+        "weights": graph.weights.tolist(), "offered": list(offered), "left": left,
         "places": _base64(graph.places.numpy(), "<i4"), "values": _base64(graph.values.numpy(), "<f4"),
         "influence": _base64(graph.influence.numpy(), "<f4"), "incoming": _base64(incoming.numpy(), "<f4"),
         "sources": _base64(columns.numpy(), "<u4"), "targets": _base64(numbers[rows].numpy(), "<u4"),
@@ -113,9 +113,9 @@ def _known(value: Any) -> float | None:
 def _pinned_html(graph: AttributionGraph, called: Any, pinned: Sequence[int], groups: Groups) -> list[Html | None]:
     parts = items(pinned, groups)
     words = [Name(name) if name else called(nodes[0]) for name, nodes in parts]
-    listed = [[word, joined(map(called, nodes), "; ")] for word, (name, nodes) in zip(words, parts, strict=True) if name]
+    listed = [[Name(name), joined(map(called, nodes), "; ")] for name, nodes in parts if name]
     rows = [[words[s], words[t], figure(weight)] for s, t, weight in summed(graph, [nodes for _, nodes in parts])]
-    alone = joined((word for word, (name, _) in zip(words, parts, strict=True) if not name), "; ")
+    alone = joined((called(nodes[0]) for name, nodes in parts if not name), "; ")
     return [
         tag("p", "Pinned: ", alone) if alone else None,
         table(["group", "nodes"], listed),

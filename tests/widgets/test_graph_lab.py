@@ -7,17 +7,16 @@ import re
 import numpy as np
 import pytest
 import torch
+from circuits.test_attribution_graphs import PROMPT, transcoders
 
 import sae_lab as sl
 from sae_lab import circuits
 from sae_lab.circuits import AttributionGraph
-from sae_lab.types import Site
 from sae_lab.widgets import GraphLab, Session, TokenFeatures
 
 # The limits of what a screen gets, made small.
 from sae_lab.widgets import graph_lab as module
 
-from circuits.test_attribution_graphs import PROMPT, transcoders
 from .test_inspector import WIDGET_VIEW, Tags
 
 ATTACK = "<script>alert(1)</script>"
@@ -91,7 +90,7 @@ def test_sliders_prune(traced, shown):
 @pytest.mark.parametrize(
     ("trait", "value", "why"),
     [
-        ("node", -1, "a node is an int from 0 to"), ("node", 10**6, "a node is an int"), ("pinned", [True], "a node is"),
+        ("node", -1, "a node is an int from 0"), ("node", 10**6, "a node is an int"), ("pinned", [True], "a node is"),
         ("nodes", 1.5, "shares of the influence from 0 to 1, got 1.5"), ("edge", [0], "edge must be"),
         ("edge", [1, 0], "edge must be"), ("groups", [{"name": " ", "nodes": [1]}], "a group is a dict of name"),
         ("groups", [{"name": "a", "nodes": [1]}, {"name": "b", "nodes": [1]}], "node 1 is in two"),
@@ -148,7 +147,8 @@ def test_an_edge_is_tested(traced, shown, screen):
     edge = next(e for e in graph.top(50) if e.upstream.feature >= 0 and e.upstream.site.kind == "mlp_out")
     found = shown.test(edge)
     [test] = shown.tests
-    assert test["rows"][0]["predicted"] == pytest.approx(-edge.effect) == pytest.approx(test["rows"][0]["frozen"], rel=1e-2)
+    row = test["rows"][0]
+    assert row["predicted"] == pytest.approx(-edge.effect) == pytest.approx(row["frozen"], rel=1e-2)
     assert test["error"] == found.error < 1e-3
     number = graph.number(edge.upstream)
     assert screen(shown).call("run_test", sources=[number]) == ("done", None)
@@ -231,7 +231,7 @@ def test_pinned_edges_are_sums(traced, shown):
     numbers = [graph.number(node) for node in two]
     shown.groups = [{"name": "pair", "nodes": numbers}]
     shown.pinned = [graph.number(logit), numbers[0]]
-    [(source, target, weight)] = [row for row in shown.pinned_edges() if row[0] == "pair"]
+    [(target, weight)] = [row[1:] for row in shown.pinned_edges() if row[0] == "pair"]
     assert target.startswith("output ") and weight == pytest.approx(sum(graph.effect(n, logit) for n in two), rel=1e-5)
     shown.groups = [{"name": "pair", "nodes": []}]
     assert shown.groups == [] and len(shown.pinned_edges()) == 1, "an empty group is none"

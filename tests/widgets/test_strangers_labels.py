@@ -1,6 +1,7 @@
 """Labels that try to be more than a few words: too long, emoji, right to left, control characters, markup. They are
 shown in the static form of every widget, in tables, in pictures, and on the page of a whole dictionary."""
 
+import dataclasses
 import io
 import json
 import subprocess
@@ -9,12 +10,21 @@ import threading
 from html.parser import HTMLParser
 
 import pytest
+from circuits.test_attribution_graphs import transcoders
 
 import sae_lab as sl
 from sae_lab import circuits
 from sae_lab.noting import Said
 from sae_lab.results import MOST_TITLE, visible, visible_lines
-from sae_lab.widgets import FeatureInspector, FeatureMap, PatchingGrid, Session, SteeringSliders, TokenFeatures
+from sae_lab.widgets import (
+    FeatureInspector,
+    FeatureMap,
+    GraphLab,
+    PatchingGrid,
+    Session,
+    SteeringSliders,
+    TokenFeatures,
+)
 
 PROMPT, SOURCE = "the cat sat on", "the dog sat on"
 FAMILY = "👨‍👩‍👧‍👦"
@@ -120,6 +130,31 @@ def test_static_forms_of_all_widgets(lab, feature, index, tmp_path):
         assert json.loads(state)["note"]["label"] == label.strip() and "<" not in state
     for panel in panels:
         panel.close()
+
+
+def test_an_attribution_graph(lab, tmp_path):
+    """Labels of its features, names of its groups, and tokens and outputs of a stranger's file."""
+    coders = transcoders(lab.lm)
+    graph = circuits.trace(lab.lm, coders, PROMPT)
+    node, log = graph.nodes[0], sl.notes(coders[0])
+    panel = GraphLab(graph)
+    panel.node = 0
+    for label in LABELS.values():
+        log.write(node.feature, label)
+        assert panel.names["0"] == label.strip()
+        panel.groups = [{"name": label, "nodes": [1, 2]}]
+        assert "bdi" in require_safe(panel.snapshot()._repr_html_()).tags
+        assert visible(repr(panel)) == repr(panel) and json.dumps(panel.data(), allow_nan=False)
+        state = panel.to_html(tmp_path / "page.html").read_text(encoding="utf-8").split('id="state">')[1]
+        state = json.loads(state.split("</script>")[0])
+        assert state["names"]["0"] == state["groups"][0]["name"] == label.strip()
+        compile(panel.code(), "code", "exec")  # no name ends its comment
+    log.write(node.feature, "")
+    tokens, outputs = [LABELS["markup"]] * len(graph.tokens), [LABELS["turned"]] * len(graph.outputs)
+    strange = dataclasses.replace(graph, tokens=tokens, outputs=outputs)
+    other = GraphLab(strange)
+    other.node, other.pinned = len(graph.nodes) - 1, [0, len(graph.nodes) - 1]
+    require_safe(other.snapshot()._repr_html_())
 
 
 def test_tables_edits_and_pictures(lab, feature, index):
