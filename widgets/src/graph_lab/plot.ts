@@ -11,6 +11,7 @@ export const GUTTER = { left: 34, right: 14, top: 74, bottom: 34 };
 const REACH = 11; // pixels from the pointer to a node
 const NEAR = 5; // and to an edge
 const MOST_ZOOM = 40;
+const NAMED = 2.5; // zoom from which on all features have their name
 const FONT = "11px system-ui, sans-serif";
 const TOKEN = 16; // letters of a token on an axis, at most
 /** From which part of its target's sum an edge is drawn how wide and how strong. */
@@ -235,7 +236,8 @@ export function plot(stage: HTMLElement, root: HTMLElement, signal: AbortSignal)
     if (open >= 0) ring(open, 4, 3, "focus");
     if (here >= 0) ring(here, 3, 1.5, "text");
     context.setLineDash([]);
-    names(context, [...new Set([here, open, ...pinned])]);
+    const inSight = (node: number) => graph?.kind(node) === "feature" && x(node) > 0 && x(node) < width && y(node) > 0 && y(node) < height;
+    names(context, [...new Set([here, open, ...pinned, ...(scale >= NAMED ? part.nodes.filter(inSight) : [])])]);
     context.restore();
   };
 
