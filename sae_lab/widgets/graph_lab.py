@@ -436,10 +436,11 @@ def _connected(graph: AttributionGraph, lm: LM | None, coders: Coders | None) ->
     if (lm is None) != (coders is None):
         given, other = ("lm", "coders") if coders is None else ("coders", "lm")
         raise ValueError(f"Test and Steer need the model and its transcoders, got {given} alone: pass {other} too")
-    local = graph.local
-    if lm is None or coders is None or (local is not None and local.lm is lm and local.coders is as_set(coders)):
+    if lm is None or coders is None:
         return graph
-    return graph_checks.connected(graph, lm, coders)
+    local, given = graph.local, as_set(coders)
+    same = local is not None and local.lm is lm and local.coders is given
+    return graph if same else graph_checks.connected(graph, lm, given)
 
 
 def _scored(graph: AttributionGraph) -> AttributionGraph:

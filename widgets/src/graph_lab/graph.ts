@@ -1,5 +1,5 @@
 // The graph as numbers, and its pruning: the same rule as `graph.prune` in Python.
-import { counted } from "../shared/format";
+import { counted, integer } from "../shared/format";
 import { tokenLabel } from "../shared/tokens";
 import type { View } from "./types";
 
@@ -123,7 +123,7 @@ export class Graph {
   said(part: Part): string {
     const [nodes, edges] = this.view.left;
     const rest = nodes + edges > 0 ? `; ${counted(nodes, "weak node")} and ${counted(edges, "weak edge")} were not sent` : "";
-    return `${part.nodes.length} of ${counted(this.length, "node")}, ${part.edges.length} of ${counted(this.sources.length, "edge")}${rest}`;
+    return `${integer(part.nodes.length)} of ${counted(this.length, "node")}, ${integer(part.edges.length)} of ${counted(this.sources.length, "edge")}${rest}`;
   }
 }
 
