@@ -12,7 +12,7 @@ import { type Actions, brief, called, detail, measured, tester } from "./detail"
 import { Graph, type Part } from "./graph";
 import { picture } from "./picture";
 import { items, pinnedView, sums, words } from "./pinned";
-import { type Plot, plot } from "./plot";
+import { coloursOf, type Plot, plot } from "./plot";
 import { steeredView, testsView } from "./results";
 import type { State } from "./types";
 
@@ -350,9 +350,8 @@ const lab = widget<State>((model, el, signal) => {
       return new XMLSerializer().serializeToString(copy);
     }
     const layout = drawn.layout();
-    const style = getComputedStyle(frame.root);
-    const colour = (name: string) => style.getPropertyValue(`--saelab-${name}`).trim() || "#777";
-    return layout ? picture(graph, part, layout, colour, label, new Set(model.get("pinned"))) : "";
+    const colours = coloursOf(frame.root);
+    return layout ? picture(graph, part, layout, (name) => colours[name] ?? "#777", label, new Set(model.get("pinned"))) : "";
   };
   frame.exports.append(
     button("SVG", () => download("graph.svg", "image/svg+xml", drawing()), signal, { title: "The graph as lines and shapes" }),

@@ -300,10 +300,7 @@ export function plot(stage: HTMLElement, root: HTMLElement, signal: AbortSignal)
   const arrange = () => {
     [width, height] = [stage.clientWidth, stage.clientHeight];
     if (!graph || !width) return;
-    const style = getComputedStyle(root);
-    for (const name of ["bg", "text", "dim", "line", "focus", "plus", "minus", "feature", "error", "token", "logit", "found"]) {
-      colours[name] = style.getPropertyValue(`--saelab-${name}`).trim() || "#777";
-    }
+    colours = coloursOf(root);
     at = layout(graph, part, width - GUTTER.left - GUTTER.right, height - GUTTER.top - GUTTER.bottom);
     keep();
     build();
@@ -390,6 +387,14 @@ export function plot(stage: HTMLElement, root: HTMLElement, signal: AbortSignal)
     },
     layout: () => at,
   };
+}
+
+/** The colours of a widget's style sheet, by name. */
+export function coloursOf(root: HTMLElement): Record<string, string> {
+  const style = getComputedStyle(root);
+  const shared = ["bg", "text", "dim", "line", "focus"].map((name) => [name, `--saelab-${name}`]);
+  const own = ["plus", "minus", "feature", "error", "token", "logit", "found"].map((name) => [name, `--saelab-graph_lab-${name}`]);
+  return Object.fromEntries([...shared, ...own].map(([name, from]) => [name, style.getPropertyValue(from!).trim() || "#777"]));
 }
 
 export const weightOf = (portion: number): number => WEIGHTS.reduce((found, [least], i) => (portion >= least ? i : found), 0);
