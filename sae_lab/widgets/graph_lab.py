@@ -111,7 +111,7 @@ class GraphLab(Linked):
         self.graph = whole if self._levels == (1.0, 1.0) else whole.prune(*self._levels)
         self._part: tuple[Any, AttributionGraph] | None = None
         self._prompt = "" if self._lm is None else _prompt_of(self._lm, whole.facts["ids"])
-        self._busy = threading.Lock()  # the local model makes one run at a time
+        self._busy = threading.Lock()  # one test or steering at a time: the local model makes one run at once
         pruned = graph.facts.get("nodes") is not None
         super().__init__(
             session or Session(), view=packed(self.graph, whole, self._coders.layers if self._coders else []),
@@ -268,7 +268,7 @@ class GraphLab(Linked):
         if isinstance(source, Edge):
             source, targets = source.upstream, source.downstream if targets is None else targets
         sources = [source] if isinstance(source, Node) else list(source)
-        with self._at_work("test"), self._busy:
+        with self._busy, self._at_work("test"):
             pause()
             targets = self._strongest(sources) if targets is None else targets
             found = graph_checks.check(self._whole, sources, targets, pause)
@@ -343,8 +343,8 @@ class GraphLab(Linked):
         self, number: int, strength: float | None, here: bool, pause: Callable[[], None],
         hear: Callable[[str, str], None],
     ) -> dict[str, Any]:  # fmt: skip
-        edit = self._edit(number, strength, here)
-        with self._at_work("steer"):
+        with self._busy, self._at_work("steer"):
+            edit = self._edit(number, strength, here)
             lm, ids = self._lm, self._whole.facts["ids"]
             assert lm is not None, "_at_work has looked"
             chances = []

@@ -258,9 +258,12 @@ describe("the widget", () => {
     expect(model.sent.at(-1)).toMatchObject({ method: "rename", args: { number: 1, name: "rivers" } });
     named(side(), "Steer").click();
     expect(model.sent.at(-1)).toMatchObject({ method: "run_steer", args: { number: 1, strength: 2, here: false } });
+    trait("running", "steer");
     model.reply("run_steer", { side: "steered", text: ATTACK }, "partial");
     const shown = () => el.querySelector(".saelab-graph_lab-steered")!;
     expect(shown().textContent).toContain(ATTACK);
+    trait("running", "");
+    expect((shown() as HTMLElement).hidden).toBe(true); // nothing has come of it yet
     trait("steered", { node: 1, strength: 2, here: false, code: "sl.Steer(coder, 12)", baseline: "a", steered: "b", next: [[" x", 0.5, 0.25]] });
     model.reply("run_steer", null);
     await vi.runAllTimersAsync();

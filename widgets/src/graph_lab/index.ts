@@ -44,11 +44,11 @@ const lab = widget<State>((model, el, signal) => {
     pin: (node) => send(model, { pinned: without(model.get("pinned"), node) }),
     select: (node) => send(model, { selected: without(model.get("selected"), node) }),
     rename: (number, name) => void frame.call("rename", { number, name }),
-    test: (sources, targets, name = "") => void begin("run_test", { sources, targets, name }),
+    test: (sources, targets, name = "") => begin("run_test", { sources, targets, name }),
     steer: (number, strength, only) => {
       live = { baseline: "", steered: "" };
       showSteered();
-      void begin("run_steer", { number, strength, here: only }, (piece) => {
+      begin("run_steer", { number, strength, here: only }, (piece) => {
         const { side, text } = piece as { side: "baseline" | "steered"; text: string };
         if (live) live[side] += text;
         showSteered();
@@ -57,11 +57,9 @@ const lab = widget<State>((model, el, signal) => {
     keep: (number, strength, only) => void frame.call("keep_edit", { number, strength, here: only }),
   };
   let live: { baseline: string; steered: string } | null = null;
-  const begin = async (method: string, args: Record<string, unknown>, partial?: (piece: unknown) => void) => {
+  const begin = (method: string, args: Record<string, unknown>, partial?: (piece: unknown) => void) => {
     frame.complain("");
-    await frame.call(method, args, partial ? { partial } : {});
-    live = null;
-    showSteered();
+    void frame.call(method, args, partial ? { partial } : {});
   };
 
   // ---- the stage
@@ -217,7 +215,7 @@ const lab = widget<State>((model, el, signal) => {
   const listTitle = h("h4", {});
   const kept = h("div", { class: "saelab-graph_lab-kept", role: "region", "aria-label": "Pinned and groups" });
   const running = h("p", { class: "saelab-graph_lab-running", role: "status", hidden: true });
-  const stop = button("Stop", () => (void frame.call("stop"), (live = null), showSteered()), signal, { "data-needs": "kernel" });
+  const stop = button("Stop", () => void frame.call("stop"), signal, { "data-needs": "kernel" });
   const what = h("span", {});
   running.append(what, stop);
   const tests = h("section", { class: "saelab-graph_lab-tests", "aria-label": "Tests" });
@@ -331,11 +329,12 @@ const lab = widget<State>((model, el, signal) => {
     say();
     showPinned();
     showTests();
-    showSteered();
     showRunning();
     frame.ready(true);
   };
   const showRunning = () => {
+    if (model.get("running") === "") live = null; // it may have been refused, or stopped
+    showSteered();
     running.hidden = model.get("running") === "";
     setText(what, model.get("running") === "test" ? "Testing: the model runs without the node…" : "Steering…");
   };
