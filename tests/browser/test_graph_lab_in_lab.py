@@ -70,7 +70,7 @@ def test_a_graph_is_read_tested_and_kept(tmp_path: pathlib.Path) -> None:
     env = {"PYTHONPATH": str(REPOSITORY), "SAE_LAB_DATA": str(tmp_path / "data")}
     folder = screenshots(tmp_path)
     with open_notebook(path, env=env) as notebook:
-        notebook.run_all()
+        notebook.run_all(timeout=300)
         lab = notebook.ready(".saelab-graph_lab")
         stage, side = lab.get_by_role("application"), lab.get_by_role("region", name="What is open")
         said = lab.locator(".saelab-graph_lab-said")
@@ -193,7 +193,7 @@ def test_panning_a_large_graph(tmp_path: pathlib.Path) -> None:
     machine do not count) for 95 of 100 frames, at the first zoom and at a larger one."""
     path = write_notebook(tmp_path / "large.ipynb", [LARGE])
     with open_notebook(path, env={"PYTHONPATH": str(REPOSITORY)}) as notebook:
-        notebook.run_all()
+        notebook.run_all(timeout=300)
         lab = notebook.ready(".saelab-graph_lab")
         assert lab.locator(".saelab-graph_lab-count").inner_text().startswith("500 of 500 nodes, 5,000 of 5,000 edges")
         stage = lab.get_by_role("application")
