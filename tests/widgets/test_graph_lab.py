@@ -264,7 +264,7 @@ def test_the_static_form(traced, shown, monkeypatch):
     shown.node = 0
     shown.groups = [{"name": ATTACK, "nodes": [1]}]
     shown.test(graph.nodes[0])
-    monkeypatch.setattr(shown, "_called", lambda: {0: ATTACK})
+    monkeypatch.setattr(shown, "_called", lambda: {0: ATTACK})  # a name without a coder's notes
     html = shown.snapshot()._repr_html_()
     tags = Tags(html)
     assert tags.tags <= {"div", "p", "b", "table", "tr", "th", "td", "bdi", "code"}
