@@ -10,9 +10,9 @@ from typing import Any
 import torch
 import traitlets
 
-from sae_lab.circuits import AttributionGraph, Edge, EdgeCheck, Node, graph_checks, graph_files
+from sae_lab.circuits import AttributionGraph, Edge, EdgeCheck, GraphGroups, Node, graph_checks, graph_files
 from sae_lab.circuits.graph_scores import levels, scores
-from sae_lab.circuits.replacement import as_set
+from sae_lab.circuits.layout import Layout, as_set, by_layer
 from sae_lab.edits.edit import Ablate, Steer
 from sae_lab.feature_index import FeatureIndex
 from sae_lab.feature_index.annotations import notes
@@ -52,6 +52,7 @@ class GraphLab(Linked):
         lab = sl.GraphLab(graph)
         lab.test(lab.part.top(1)[0])      # an edge beside what the model does when its source is taken out
         lab.pinned, lab.groups            # what was pinned and grouped on the screen, as numbers of lab.graph.nodes
+        lab.named_groups().score()        # the groups, each taken out of the model beside random groups
 
     On the screen a graph has at most 1,000 features and errors, and 5,000 edges: ``lab.graph`` is the graph, pruned to
     that many where it has more. The sliders ``nodes`` and ``edges`` prune it further: ``lab.part`` is what is shown,
@@ -66,12 +67,13 @@ class GraphLab(Linked):
 
     Traits that can be read, set and observed (nodes are numbers of ``lab.graph.nodes``): ``node``, the open one, or
     None; ``edge``, the open one, [source, target] or []; ``selected``, the nodes that a group would be made of;
-    ``pinned``; ``groups``, a dict of name and nodes each; ``nodes`` and ``edges``, shares of the influence from 0 to 1;
-    ``show``, "graph" or "pinned". Read only: ``view``, the graph as it is sent; ``tests``, what was tested;
-    ``steered``, what the last steering did; ``running``, "test", "steer" or ""; ``unable``, why Test and Steer are off,
-    "" where they are on; ``error``.
+    ``pinned``; ``groups``, a dict of name and nodes each, at first the graph's; ``nodes`` and ``edges``, shares of the
+    influence from 0 to 1; ``show``, "graph" or "pinned". Read only: ``view``, the graph as it is sent; ``tests``, what
+    was tested; ``steered``, what the last steering did; ``running``, "test", "steer" or ""; ``unable``, why Test and
+    Steer are off, "" where they are on; ``error``.
 
-    Raises ValueError for a model without coders or the reverse, and for those that give other activations.
+    Raises ValueError for a model without coders or the reverse, for those that give other activations, and for a graph
+    with features of attention.
     """
 
     _esm = STATIC / "graph_lab.js"
@@ -100,10 +102,13 @@ class GraphLab(Linked):
         index: FeatureIndex | Sequence[FeatureIndex] | Mapping[int, FeatureIndex] | None = None,
         session: Session | None = None,
     ) -> None:
+        if "sites" in graph.facts:
+            raise ValueError("GraphLab has one row a layer, and this graph has features of attention too: trace with "
+                             "transcoders alone")  # fmt: skip
         self._given, self._whole = graph, _scored(_connected(graph, lm, coders))
         local = self._whole.local
         self._lm: LM | None = None if local is None else local.lm
-        self._coders: TranscoderSet | None = None if local is None else local.coders
+        self._coders: Layout | None = None if local is None else local.coders
         self._indexes = _by_layer(index)
         self._names = _names(graph, self._coders, self._indexes)
         whole = self._whole
@@ -113,8 +118,10 @@ class GraphLab(Linked):
         self._prompt = "" if self._lm is None else _prompt_of(self._lm, whole.facts["ids"])
         self._busy = threading.Lock()  # one test or steering at a time: the local model makes one run at once
         pruned = graph.facts.get("nodes") is not None
+        kept = {name: [self.graph.number(node) for node in nodes] for name, nodes in self.graph.supernodes.items()}
         super().__init__(
             session or Session(), view=packed(self.graph, whole, self._coders.layers if self._coders else []),
+            groups=[{"name": name, "nodes": nodes} for name, nodes in kept.items() if nodes],
             nodes=1.0 if pruned else 0.8, edges=1.0 if pruned else 0.98, unable="" if self._lm else NO_MODEL,
         )  # fmt: skip
         self._take("feature")
@@ -129,6 +136,11 @@ class GraphLab(Linked):
         if self._part is None or self._part[0] != key:
             self._part = key, self.graph.prune(*key)
         return self._part[1]
+
+    def named_groups(self) -> GraphGroups:
+        """The groups on the screen, to be scored, changed, or saved: ``lab.named_groups().graph.save(path)``."""
+        nodes = self.graph.nodes
+        return self.graph.groups(of={group["name"]: [nodes[n] for n in group["nodes"]] for group in self.groups})
 
     def pinned_edges(self) -> list[tuple[str, str, float]]:
         """The edges of the pinned subgraph: (from, to, sum of the weights); a group is one node there."""
@@ -438,9 +450,9 @@ def _connected(graph: AttributionGraph, lm: LM | None, coders: Coders | None) ->
         raise ValueError(f"Test and Steer need the model and its transcoders, got {given} alone: pass {other} too")
     if lm is None or coders is None:
         return graph
-    local, given = graph.local, as_set(coders)
-    same = local is not None and local.lm is lm and local.coders is given
-    return graph if same else graph_checks.connected(graph, lm, given)
+    local, given = graph.local, [coder for _, coder in by_layer(as_set(coders))]
+    same = local is not None and local.lm is lm and list(local.coders) == given
+    return graph if same else graph_checks.connected(graph, lm, coders)
 
 
 def _scored(graph: AttributionGraph) -> AttributionGraph:
@@ -459,9 +471,7 @@ def _by_layer(index: Any) -> dict[int, FeatureIndex]:
     return {one.site.layer or 0: one for one in many}
 
 
-def _names(
-    graph: AttributionGraph, coders: TranscoderSet | None, indexes: Mapping[int, FeatureIndex]
-) -> dict[int, Any]:
+def _names(graph: AttributionGraph, coders: Layout | None, indexes: Mapping[int, FeatureIndex]) -> dict[int, Any]:
     """What features are called, by layer."""
     if coders is not None:
         return names_of({layer: coders[layer] for layer in coders.layers}, list(indexes.values()) or None)

@@ -1,6 +1,7 @@
 """GraphLab: what is sent, what the sliders show, pins, groups, names, tests, steering, files."""
 
 import base64
+import dataclasses
 import json
 import re
 
@@ -270,3 +271,20 @@ def test_the_static_form(traced, shown, monkeypatch):
     assert tags.tags <= {"div", "p", "b", "table", "tr", "th", "td", "bdi", "code"}
     assert tags.text.count(ATTACK) >= 2 and "Taken out: " in tags.text and PROMPT in tags.text
     assert WIDGET_VIEW in (shown._repr_mimebundle_() or ({}, {}))[0]
+
+
+def test_the_graphs_groups_stand_on_the_screen_and_come_back(traced):
+    graph = traced[2]
+    nodes = graph.nodes[:3]
+    lab = GraphLab(graph.with_groups({"first": nodes[:2]}))
+    assert lab.groups == [{"name": "first", "nodes": [lab.graph.number(node) for node in nodes[:2]]}]
+    lab.groups = [*lab.groups, {"name": "second", "nodes": [lab.graph.number(nodes[2])]}]
+    found = lab.named_groups()
+    assert {name: list(found[name].nodes) for name in found.names} == {"first": nodes[:2], "second": nodes[2:]}
+    assert GraphLab(found.graph).groups == lab.groups
+
+
+def test_a_graph_with_features_of_attention_is_refused(traced):
+    graph = traced[2]
+    with pytest.raises(ValueError, match="features of attention too: trace with transcoders alone"):
+        GraphLab(dataclasses.replace(graph, facts={**graph.facts, "sites": []}))
