@@ -85,12 +85,14 @@ class Layout:
             return [part]
         return [self.part[Site("mlp_out", layer)] for layer in self._mlp.sources(int(site.layer or 0))]
 
+    def _layer(self, part: int) -> int:
+        return int(self.sites[part].layer or 0)
+
     def written(
         self, source: int, part: int, features: Int[Tensor, " some"], values: Float[Tensor, " some"]
     ) -> Float[Tensor, "some d"]:
         """What features of a part write to a part at these values."""
         if self.sites[source].kind not in ATTENTION:
-            layers = [int(self.sites[n].layer or 0) for n in (source, part)]
-            return self._mlp.written(*layers, features, values)
+            return self._mlp.written(self._layer(source), self._layer(part), features, values)
         rows = self[source].W_dec.detach()
         return values[:, None] * rows[features.to(rows.device)].to(values)
