@@ -155,10 +155,10 @@ class GraphGroups(Result):
     def grouped(self) -> "GroupedGraph":
         """``groups.grouped()``: the graph with each group as one node; effects between two groups are added up."""
         graph, names = self.graph, {node: group.name for group in self.groups for node in group.nodes}
-        becomes: list[str | Node] = [names[node] if node in names else node for node in graph.nodes]
-        listed = list(dict.fromkeys(becomes))
+        becomes: dict[Node, str | Node] = {**{node: node for node in graph.nodes}, **names}
+        listed = list(dict.fromkeys(becomes.values()))
         place = {one: i for i, one in enumerate(listed)}
-        at = torch.tensor([place[one] for one in becomes])
+        at = torch.tensor([place[becomes[node]] for node in graph.nodes])
         rows = at[[graph.number(node) for node in graph.targets]]
         effects = torch.zeros(len(listed), graph.effects.shape[1]).index_add_(0, rows, graph.effects)
         whole = torch.zeros(len(listed), len(listed)).index_add_(1, at[: effects.shape[1]], effects)
