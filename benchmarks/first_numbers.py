@@ -68,7 +68,7 @@ def harvest_ratio(lm: sl.LM, text: sl.Text, sites: list[sl.Site], read_tokens: i
                     model(ids, use_cache=False)
         hook.remove()
 
-    read_shard = Harvest._read
+    read_shard = Harvest.read
 
     def interleaved(harvest: Harvest, passes: list[list[Context]]) -> Any:
         clock["fixed"] = clock["fixed"] or time.perf_counter() - start
@@ -78,7 +78,7 @@ def harvest_ratio(lm: sl.LM, text: sl.Text, sites: list[sl.Site], read_tokens: i
         return read_shard(harvest, passes)
 
     bare(list(islice(text.passes(lm.tokenizer, lm.prefix_id, CONTEXT), 1)))  # warms up
-    with tempfile.TemporaryDirectory() as folder, patch.object(Harvest, "_read", interleaved):
+    with tempfile.TemporaryDirectory() as folder, patch.object(Harvest, "read", interleaved):
         start = time.perf_counter()
         store = sl.harvest(lm, sites, text, read_tokens, path=Path(folder) / "store")
         harvesting = time.perf_counter() - start - clock["bare"] - clock["fixed"] - clock["waited"]

@@ -15,7 +15,7 @@ PACKAGE = Path(sae_lab.__file__).parent
 
 # From the bottom up. A room imports from lower floors only; modules of a room from each other, without circles.
 CORE = [
-    {"types", "cache", "arguments", "spelling", "files", "results", "noting", "stats", "costs"},
+    {"types", "cache", "arguments", "spelling", "files", "results", "noting", "stats", "costs", "processes"},
     {"saes", "lm"},
     {"activations"},
     {"edits"},

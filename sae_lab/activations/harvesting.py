@@ -7,6 +7,7 @@ import tempfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from sae_lab import cache, costs, files
+from sae_lab import cache, costs, files, processes
+from sae_lab.activations import dealing
 from sae_lab.activations.reading import read_real, read_there
 from sae_lab.activations.store import VERSION, Store, map_shard, read_manifest
 from sae_lab.arguments import as_annotated
@@ -72,10 +74,19 @@ def harvest(
 
     With a model on a server, the server applies the mask and sends the activations in half precision.
 
+    ``torchrun --nproc-per-node N script.py`` shares the text among N processes, each with a model of its own: a rank
+    makes every N-th shard, and all return the store that one process with as many threads would have made, bit for
+    bit. Every rank must make the call. A harvest may go on over another number of ranks.
+
     Raises ValueError when the folder holds a store of another model, site or text (the difference is named), the text
-    is empty or shorter than a context, or activations are not finite.
+    is empty or shorter than a context, or activations are not finite; and of several ranks, when their arguments
+    differ, or not all of them see the folder.
     """
-    return prepared(lm, sites, text, tokens, path, context, pack, mask, roles, coder).run(tokens)
+    call = prepared(lm, sites, text, tokens, path, context, pack, mask, roles, coder)
+    if processes.started() == 1:
+        return call.run(tokens)
+    with processes.peers() as peers:
+        return call.run_with(peers, tokens)
 
 
 def prepared(
@@ -147,6 +158,25 @@ class Harvest:
                 return store
             return self._make(tokens)
 
+    def run_with(self, peers: processes.Peers, tokens: int) -> Store:
+        """The same by several processes."""
+        peers.require_same(self.identity | {"folder": str(self.folder), "tokens": tokens}, "harvest")
+
+        def begin() -> dict[str, Any]:
+            self.manifest = self._open()
+            made = self._made(tokens) is not None
+            return {"made": made, "manifest": self.manifest, "good": self.good}
+
+        if not peers.by_first(begin)["made"]:
+            with cache.sole_writer(self.folder) if peers.first else nullcontext():
+                found = peers.by_first(begin)  # another process may have made it
+                self.manifest, self.good = found["manifest"], found["good"]
+                if not found["made"]:
+                    dealing.require_seen(self.folder, peers, self.save_manifest)
+                    dealing.harvest(self, peers, tokens)
+                peers.wait()  # nobody opens the store before it is whole
+        return self._result(tokens)
+
     def open(self, on_disk: bool) -> None:
         """Get ready for ``shard``."""
         self.manifest = self._open() if on_disk else self._fresh()
@@ -159,7 +189,7 @@ class Harvest:
             entry = self.manifest["shards"][number]
             tables = map_shard(self.folder / entry["file"], entry)
             return {key: table[:] for key, table in tables.items()}, entry["excluded"]
-        tensors, excluded = self._read(passes)
+        tensors, excluded = self.read(passes)
         if on_disk:
             with cache.sole_writer(self.folder):
                 if (self.folder / "manifest.json").exists():  # another process may have written there
@@ -178,7 +208,7 @@ class Harvest:
             with cache.sole_writer(self.folder):
                 self.manifest = self._open()
                 self.manifest["complete"] = True
-                self._save_manifest()
+                self.save_manifest()
 
     def _judged(self) -> list[bool]:
         """Which shards of the manifest are whole."""
@@ -191,20 +221,12 @@ class Harvest:
         return self._result(tokens) if all(self.good) and (have >= tokens or self.manifest["complete"]) else None
 
     def _make(self, tokens: int) -> Store:
-        from tqdm.auto import tqdm
-
-        good = self.good
-        for shard, ok in zip(self.manifest["shards"], good, strict=True):
-            if not ok:
-                log.warning("shard %s of %s is damaged and is harvested again", shard["file"], self.folder)
-        last_bad = max((i for i, ok in enumerate(good) if not ok), default=-1)
-        done = 0
-        bar = tqdm(total=tokens, unit="tok", desc="harvest " + "+".join(s.key for s in self.sites), dynamic_ncols=True)
-        with bar, ThreadPoolExecutor(1, "sae_lab writes") as writer:
+        good, last_bad, done = self.good, self.last_damaged(), 0
+        with self.bar(tokens) as bar, ThreadPoolExecutor(1, "sae_lab writes") as writer:
             writing: Future[None] | None = None
-            for number, passes in enumerate(ahead(self.shards())):
+            for number, passes in enumerate(dealing.ahead(self.shards())):
                 if number >= len(good) or not good[number]:
-                    tensors, excluded = self._read(passes)
+                    tensors, excluded = self.read(passes)
                     if writing is not None:
                         writing.result()  # raises its error here
                     writing = writer.submit(self._write, number, tensors, excluded)
@@ -219,8 +241,22 @@ class Harvest:
                 self.manifest["complete"] = True
             if writing is not None:
                 writing.result()
-            self._save_manifest()
+            self.save_manifest()
         return self._result(tokens)
+
+    def last_damaged(self) -> int:
+        """The number of the last shard that must be made again, or -1. Each is logged."""
+        for shard, ok in zip(self.manifest["shards"], self.good, strict=True):
+            if not ok:
+                log.warning("shard %s of %s is damaged and is harvested again", shard["file"], self.folder)
+        return max((i for i, ok in enumerate(self.good) if not ok), default=-1)
+
+    def bar(self, tokens: int, quiet: bool = False) -> Any:
+        """What shows progress."""
+        from tqdm.auto import tqdm
+
+        name = "harvest " + "+".join(s.key for s in self.sites)
+        return tqdm(total=tokens, unit="tok", desc=name, dynamic_ncols=True, disable=quiet)
 
     def _open(self) -> dict[str, Any]:
         if not (self.folder / "manifest.json").exists():
@@ -286,22 +322,33 @@ class Harvest:
 
     def _write(self, number: int, tensors: dict[str, Tensor], excluded: int) -> None:
         """Write a shard to disk, then into the manifest; in a thread, while the model reads the next shard."""
-        name, rows = f"{number:06d}.safetensors", sum(s["rows"] for s in self.manifest["shards"][:number])
+        with cache.told(self.folder / f"{number:06d}.safetensors", self._kept(number)):
+            self.enter(number, self.write_shard(number, tensors, excluded))
+            self.save_manifest()
+
+    def write_shard(self, number: int, tensors: dict[str, Tensor], excluded: int) -> dict[str, Any]:
+        """Write a shard's file; returns its entry in the manifest."""
+        name = f"{number:06d}.safetensors"
+        with cache.atomic(self.folder / name, self._kept(number)) as temporary:
+            files.write_tensors(tensors, temporary)
+            crc, size = _crc(temporary), temporary.stat().st_size
+        return {
+            "file": name, "rows": len(tensors["token"]), "contexts": len(tensors["lengths"]), "excluded": excluded,
+            "crc32": crc, "bytes": size,
+        }  # fmt: skip
+
+    def enter(self, number: int, entry: dict[str, Any]) -> None:
+        """Put a shard's entry into the manifest."""
+        self.manifest["shards"][number : number + 1] = [entry]
+
+    def _kept(self, number: int) -> str:
+        """What a full disk leaves, for the error."""
+        rows = sum(s["rows"] for s in self.manifest["shards"][:number])
         opened = f", or open it with sl.Store({str(self.folder)!r})" if rows else ""
         whole = counted(rows, "whole token")
-        kept = f"the store there holds {whole}: make room and call harvest again to go on{opened}"
-        with cache.told(self.folder / name, kept):
-            with cache.atomic(self.folder / name) as temporary:
-                files.write_tensors(tensors, temporary)
-                crc, size = _crc(temporary), temporary.stat().st_size
-            entry = {
-                "file": name, "rows": len(tensors["token"]), "contexts": len(tensors["lengths"]), "excluded": excluded,
-                "crc32": crc, "bytes": size,
-            }  # fmt: skip
-            self.manifest["shards"][number : number + 1] = [entry]
-            self._save_manifest()
+        return f"the store there holds {whole}: make room and call harvest again to go on{opened}"
 
-    def _read(self, passes: list[list[Context]]) -> tuple[dict[str, Tensor], int]:
+    def read(self, passes: list[list[Context]]) -> tuple[dict[str, Tensor], int]:
         """The tensors of one shard, in the contexts' order, and how many of its tokens the mask leaves out."""
         contexts = [c for group in passes for c in group]
         lengths = torch.tensor([len(c.ids) for c in contexts])
@@ -432,7 +479,7 @@ class Harvest:
             return scaled.bfloat16()
         return scaled.half()
 
-    def _save_manifest(self) -> None:
+    def save_manifest(self) -> None:
         with cache.atomic(self.folder / "manifest.json") as temporary:
             files.write_json(temporary, self.manifest, indent=1)
 
@@ -484,7 +531,7 @@ def tried(call: Harvest, tokens: int, there: float) -> tuple[Cost, dict[str, Ten
         enough = max(context, costs.TRIAL_SECONDS / warm * int(shortest.mask.sum()))
         passes = [p for i, p in enumerate(shards[0]) if sum(map(_tokens, shards[0][:i])) < enough]
         trial.manifest = trial._open()
-        (tensors, excluded), reading = timed(trial._read, passes)
+        (tensors, excluded), reading = timed(trial.read, passes)
         _, writing = timed(trial._write, 0, tensors, excluded)
         manifest_bytes = (trial.folder / "manifest.json").stat().st_size
     [shard] = trial.manifest["shards"]
@@ -520,16 +567,6 @@ def _documents(text: Text) -> float:
         return len(text)
     except TypeError:
         return float("inf")
-
-
-def ahead(items: Iterable[T]) -> Iterator[T]:
-    """The same items; a thread makes the next item while the caller works on this one."""
-    iterator, end = iter(items), object()
-    with ThreadPoolExecutor(1, "sae_lab reads ahead") as thread:
-        waiting: Future[Any] = thread.submit(next, iterator, end)
-        while (item := waiting.result()) is not end:
-            waiting = thread.submit(next, iterator, end)
-            yield item
 
 
 def _crc(file: Path) -> int:

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sae_lab.activations.harvesting import Harvest, ahead
+from sae_lab.activations.dealing import ahead
+from sae_lab.activations.harvesting import Harvest
 from sae_lab.activations.store import RESERVE_EVERY, permute
 from sae_lab.lm.text import Context
 from sae_lab.types import TokenMask

@@ -11,6 +11,7 @@ from torch import nn
 
 from sae_lab import cache
 from sae_lab.lm import bundled
+from sae_lab.processes import own_gpu
 
 log = logging.getLogger(__name__)
 
@@ -113,7 +114,7 @@ def load(model: str | nn.Module | None, tokenizer: Any, device: Any, dtype: Any,
         if not (Path(source) / "config.json").is_file():
             raise ValueError(f"no model at {source!r}: pass a hub id, a folder with config.json, or a loaded model")
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        device = own_gpu() if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if dtype is None:
         dtype = torch.float32 if str(device) == "cpu" else "auto"
     here = Path(source).exists()

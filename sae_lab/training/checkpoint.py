@@ -19,6 +19,7 @@ from torch import Tensor
 
 from sae_lab import cache, files
 from sae_lab.files import write_tensors as save_file
+from sae_lab.processes import differences
 from sae_lab.saes.base import SparseCoder
 from sae_lab.saes.io import opening
 from sae_lab.training.adam import Adam
@@ -182,16 +183,3 @@ def _require_same(path: Path, identity: dict[str, Any], header: dict[str, Any], 
         identity |= {key: header[key] for key in ("coder", "initial_weights")}
     if wrong := differences(identity, header):
         raise ValueError(f"{path} holds another run; it differs in {wrong}. Pass another path=, or delete it")
-
-
-def differences(here: dict[str, Any], there: dict[str, Any]) -> str:
-    """The entries of ``here`` that ``there`` does not have alike, in words; "" if all are alike."""
-    found = []
-    for key, mine in here.items():
-        theirs = there.get(key)
-        if isinstance(mine, dict) and isinstance(theirs, dict):
-            names = [n for n in mine | theirs if mine.get(n) != theirs.get(n)]
-            found += [f"{key} {n}: {theirs.get(n)!r} there, {mine.get(n)!r} now" for n in names]
-        elif mine != theirs:
-            found.append(f"{key}: {theirs!r} there, {mine!r} now")
-    return "; ".join(found)

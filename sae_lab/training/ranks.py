@@ -12,7 +12,6 @@ import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from itertools import count
 from typing import Any
 
 import torch
@@ -20,10 +19,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sae_lab import processes
 from sae_lab.activations.store import Harvested, Rows
 from sae_lab.saes import kernels
 from sae_lab.saes.base import SparseCoder
-from sae_lab.training.checkpoint import differences
 from sae_lab.training.process import Process
 from sae_lab.types import Batch, Codes, Output
 
@@ -31,7 +30,6 @@ from sae_lab.types import Batch, Codes, Output
 SHARDED = ("TopK", "BatchTopK", "Transcoder", "SkipTranscoder", "L1", "SqrtL1", "SmoothL0", "ProLU", "JumpReLU")
 FEATURE_AXIS = {"W_enc": 1, "W_dec": 0, "b_enc": 0, "threshold": 0, "f_scale": 0, "idle": 0}
 SLACK = 1.25  # a rank first offers this multiple of its even share of the largest entries: it seldom has more
-_joins = count()
 
 
 class Ranks(Process, kernels.Selector):
@@ -130,30 +128,18 @@ class Ranks(Process, kernels.Selector):
 
     def gather(self, t: Tensor) -> Tensor:
         """Every rank's tensor of the same shape, stacked."""
-        flat = t.detach().reshape(-1)
-        everyone = [torch.empty_like(flat) for _ in range(self.size)]
-        dist.all_gather(everyone, flat)
-        return torch.stack(everyone).view(self.size, *t.shape)
+        return processes.gather(t)
 
     def texts(self, text: str) -> list[str]:
         """Every rank's text."""
-        raw = torch.tensor(list(text.encode()), dtype=torch.uint8, device=self.device)
-        lengths = self.gather(torch.tensor(len(raw), device=self.device)).tolist()
-        padded = self.gather(F.pad(raw, (0, max(lengths) - len(raw)))).cpu()
-        return [bytes(row[:n].tolist()).decode() for row, n in zip(padded, lengths, strict=True)]
+        return processes.texts(text, self.device)
 
     def from_first(self, facts: dict[str, Any]) -> dict[str, Any]:
         return json.loads(self.texts(json.dumps(facts))[0])
 
     def require_same(self, facts: dict[str, Any]) -> None:
         """A coder is as random as its seed, and ranks that differ would wait for each other for ever."""
-        first, *others = map(json.loads, self.texts(json.dumps(facts)))
-        for rank, other in enumerate(others, 1):
-            if wrong := differences(other, first):
-                raise ValueError(
-                    f"rank {rank} and rank 0 train with different settings: {wrong}. Every rank must run the same "
-                    "script, with fixed seeds and folders that all of them see"
-                )
+        processes.require_same([json.loads(text) for text in self.texts(json.dumps(facts))], "train")
 
     def copy_first(self, tensors: Iterable[Tensor]) -> None:
         for t in tensors:
@@ -274,39 +260,28 @@ def _keep(codes: Codes, which: Tensor) -> Codes:
     return Codes(codes.values[which], codes.features[which], offsets, codes.d_sae)
 
 
-def ranks_started() -> int:
-    """The number of processes that train together."""
-    if not dist.is_available():
-        return 1
-    if dist.is_initialized():
-        return dist.get_world_size()
-    return int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
-
-
 @contextmanager
 def joined(coder: SparseCoder, shard: str) -> Iterator[Ranks]:
     """The ranks that train this coder: those of the process group there is, else of torchrun's environment. With a GPU
     for each rank, the coder moves to its own."""
-    made = not dist.is_initialized()
-    if made:
-        _join(coder, shard)
-    device = coder.W_dec.device
-    if device.type == "cpu" and dist.get_backend() == "nccl":  # only its features are to go there
-        device = torch.device("cuda", torch.cuda.current_device())
-    yield Ranks(dist.get_rank(), ranks_started(), shard, device)
-    if made:  # after a failure torchrun ends all ranks; waiting for the others here could take for ever
-        dist.destroy_process_group()
+    if not dist.is_initialized():
+        _settle(coder, shard)
+    with processes.joined("nccl" if _on_gpus(coder, shard) else "gloo"):
+        device = coder.W_dec.device
+        if device.type == "cpu" and dist.get_backend() == "nccl":  # only its features are to go there
+            device = torch.device("cuda", torch.cuda.current_device())
+        yield Ranks(dist.get_rank(), dist.get_world_size(), shard, device)
 
 
-def _join(coder: SparseCoder, shard: str) -> None:
-    cuda = coder.W_dec.is_cuda or (shard == "features" and torch.cuda.is_available())
-    if cuda:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-        if coder.W_dec.is_cuda:
-            coder.to(torch.device("cuda", torch.cuda.current_device()))
-            torch.cuda.empty_cache()  # what every rank took on the first GPU
-    store, rank, size = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
-    # torchrun's store outlives a group and a restart, and would tell the next where the last one was.
-    prefix = f"sae_lab-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}-{next(_joins)}"
-    store = dist.PrefixStore(prefix, store)  # type: ignore[attr-defined]
-    dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=size)
+def _on_gpus(coder: SparseCoder, shard: str) -> bool:
+    return coder.W_dec.is_cuda or (shard == "features" and torch.cuda.is_available())
+
+
+def _settle(coder: SparseCoder, shard: str) -> None:
+    """Take this rank's own GPU."""
+    if not _on_gpus(coder, shard):
+        return
+    torch.cuda.set_device(processes.own_gpu())
+    if coder.W_dec.is_cuda:
+        coder.to(torch.device("cuda", torch.cuda.current_device()))
+        torch.cuda.empty_cache()  # what every rank took on the first GPU

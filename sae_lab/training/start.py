@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sae_lab import cache
+from sae_lab import cache, processes
 from sae_lab.activations.store import Harvested, Rows, Store
 from sae_lab.activations.streaming import Stream
 from sae_lab.arguments import as_annotated
@@ -16,7 +16,7 @@ from sae_lab.saes.families.batchtopk import BatchTopK
 from sae_lab.training.config import TrainConfig, one_pass
 from sae_lab.training.loop import Training
 from sae_lab.training.process import ALONE
-from sae_lab.training.ranks import joined, ranks_started
+from sae_lab.training.ranks import joined
 from sae_lab.training.run import Event, Run
 from sae_lab.types import Batch
 
@@ -69,7 +69,7 @@ def train(
     if folder is not None:
         cache.make_folder(folder)
     with (
-        nullcontext(ALONE) if ranks_started() == 1 else joined(coder, config.shard) as process,
+        nullcontext(ALONE) if processes.started() == 1 else joined(coder, config.shard) as process,
         nullcontext() if folder is None or not process.first else cache.sole_writer(folder),
     ):
         process.wait()  # until the first has the folder for itself

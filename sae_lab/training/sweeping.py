@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from sae_lab import processes
 from sae_lab.activations.reconstructing import reconstruction
 from sae_lab.activations.store import Harvested, Store
 from sae_lab.activations.streaming import Stream
@@ -25,7 +26,6 @@ from sae_lab.saes import FAMILIES, SparseCoder
 from sae_lab.saes.kernels import Memory
 from sae_lab.training.config import TrainConfig
 from sae_lab.training.loop import Training, calibration_data, first_batch, measured
-from sae_lab.training.ranks import ranks_started
 from sae_lab.training.run import Event, Run
 from sae_lab.training.start import rows_for
 from sae_lab.types import Batch, Site
@@ -109,7 +109,7 @@ def sweep(
 
     Raises ValueError for an unknown family, a grid without coders, several processes, and as ``sl.train``.
     """
-    if (ranks := ranks_started()) > 1:
+    if (ranks := processes.started()) > 1:
         raise ValueError(f"a sweep runs in one process, torchrun started {ranks}: start one, or call sl.train for each")
     if (lm is None) != (text is None):
         raise ValueError("to measure ΔCE give lm and text, both: sl.sweep(..., lm=lm, text=text.held_out)")

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import sae_lab as sl
-from sae_lab.activations import harvesting
+from sae_lab.activations import dealing, harvesting
 
 # One step of a harvest by itself: what a first shard fixes.
 from sae_lab.activations.harvesting import Harvest
@@ -351,7 +351,7 @@ def test_interrupted_by_the_keyboard(harvest, tiny_lm, unbroken, tmp_path):
 KILLED = """
 import sys, time, json, torch
 import sae_lab as sl
-from sae_lab.activations import harvesting
+from sae_lab.activations import dealing, harvesting
 torch.set_num_threads(1)
 harvesting.SHARD_TOKENS, harvesting.FORWARD_TOKENS = 256, 128
 model, path, documents = sys.argv[1:]
@@ -745,11 +745,11 @@ def test_what_goes_wrong_in_the_other_thread_is_raised():
         yield 1
         raise ValueError("no more")
 
-    several = harvesting.ahead(items())
+    several = dealing.ahead(items())
     assert next(several) == 1
     with pytest.raises(ValueError, match="no more"):
         next(several)
-    assert list(harvesting.ahead(range(4))) == [0, 1, 2, 3] and list(harvesting.ahead([])) == []
+    assert list(dealing.ahead(range(4))) == [0, 1, 2, 3] and list(dealing.ahead([])) == []
 
 
 def test_a_text_of_which_no_token_counts(make_tiny, tmp_path):
