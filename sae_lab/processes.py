@@ -7,6 +7,7 @@ WORLD_SIZE, MASTER_ADDR, MASTER_PORT), or makes a process group of torch.distrib
 """
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from datetime import timedelta
 from itertools import count
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -121,8 +123,7 @@ class Peers:
                 said = {"done": work()}
             except (ValueError, OSError) as err:
                 said, failure = {"error": str(err)}, err
-        text = torch.tensor(list(json.dumps(said).encode()), dtype=torch.uint8)
-        said = json.loads(bytes(self.sent(text, 0).tolist()))
+        said = json.loads(self._bytes(json.dumps(said).encode(), 0))
         raise_for([said], failure)
         return said["done"]
 
@@ -138,6 +139,28 @@ class Peers:
         if t.numel():
             dist.broadcast(t.view(-1).view(torch.uint8), rank, self._group)
         return t
+
+    def shared(self, made: tuple[dict[str, np.ndarray], dict[str, Any]] | Exception | None, rank: int) -> Any:
+        """(arrays, facts) that one rank has made, on all of them; the others pass None. Its error is raised on all."""
+        said: dict[str, Any] = {}
+        whole = b""
+        if isinstance(made, Exception):
+            said = {"error": str(made)}
+        elif made is not None:
+            arrays, facts = made
+            said = {"arrays": [(name, a.dtype.str, a.shape) for name, a in arrays.items()], "facts": facts}
+            whole = b"".join(a.tobytes() for a in arrays.values())
+        said = json.loads(self._bytes(json.dumps(said).encode(), rank))
+        if "error" in said:
+            raise made if isinstance(made, Exception) else failed(rank, said["error"])
+        whole, found, at = self._bytes(whole, rank), {}, 0
+        for name, dtype, shape in said["arrays"]:
+            found[name] = np.frombuffer(whole, dtype, math.prod(shape), at).reshape(shape)
+            at += found[name].nbytes
+        return found, said["facts"]
+
+    def _bytes(self, raw: bytes, rank: int) -> bytes:
+        return self.sent(torch.frombuffer(bytearray(raw or b" "), dtype=torch.uint8), rank).numpy().tobytes()
 
     def require_same(self, facts: Mapping[str, Any], doing: str) -> None:
         """ValueError on every rank if one of them has other facts. doing: what they do with them."""
@@ -192,7 +215,7 @@ def gather(t: Tensor, group: Any = None) -> Tensor:
 
 def texts(text: str, device: torch.device | str = "cpu", group: Any = None) -> list[str]:
     """Every rank's text. device: where the group's tensors are."""
-    raw = torch.tensor(list(text.encode()), dtype=torch.uint8, device=device)
+    raw = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).to(device)
     lengths = gather(torch.tensor(len(raw), device=device), group).tolist()
     padded = gather(F.pad(raw, (0, max(lengths) - len(raw))), group).cpu()
-    return [bytes(row[:n].tolist()).decode() for row, n in zip(padded, lengths, strict=True)]
+    return [row[:n].numpy().tobytes().decode() for row, n in zip(padded, lengths, strict=True)]

@@ -6,6 +6,7 @@ the store is the same, bit for bit.
 """
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -151,11 +152,23 @@ def require_seen(folder: Path, peers: Peers, write_manifest: Callable[[], None])
         )
 
 
-def ahead(items: Iterable[T]) -> Iterator[T]:
-    """The same items; a thread makes the next item while the caller works on this one."""
+def ahead(items: Iterable[T], many: int = 1) -> Iterator[T]:
+    """The same items; a thread makes the next one, or the next few, while the caller works on this one."""
     iterator, end = iter(items), object()
     with ThreadPoolExecutor(1, "sae_lab reads ahead") as thread:
-        waiting: Future[Any] = thread.submit(next, iterator, end)
-        while (item := waiting.result()) is not end:
-            waiting = thread.submit(next, iterator, end)
-            yield item
+        waiting: deque[Future[Any]] = deque(thread.submit(next, iterator, end) for _ in range(many))
+        try:
+            while (item := waiting.popleft().result()) is not end:
+                waiting.append(thread.submit(next, iterator, end))
+                yield item
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def attempt(work: Callable[[], T]) -> T | Exception:
+    """What ``work`` gives, or the error that all ranks are to hear of."""
+    try:
+        return work()
+    except FAILURES as err:
+        return err

@@ -504,19 +504,23 @@ def _counted(mask: TokenMask, batches: list[TokenBatch]) -> Bool[Tensor, " token
 def cost(
     lm: LM, sites: Site | str | Iterable[Site | str], text: Documents, tokens: int, path: str | Path | None,
     context: int, pack: bool, mask: TokenMask | None, roles: str | Sequence[str], coder: SparseCoder | None,
+    ranks: int = 1,
 ) -> Cost:  # fmt: skip
-    """The cost of ``harvest`` with these arguments. The trial harvests a shard of the first documents, or as much of it
+    """The cost of ``harvest`` with these arguments, by several ranks on machines like this one. The trial harvests a shard of the first documents, or as much of it
     as a slow model reads in a few seconds, into a folder that is deleted."""
     call, once = timed(prepared, lm, sites, text, tokens, path, context, pack, mask, roles, coder)
     there = call.rows_there()
     if there >= tokens:
         return Cost(f"{call.folder} holds these tokens")
-    found, _, _ = tried(call, tokens, there)
+    found, _, _ = tried(call, tokens, there, ranks)
     return found._replace(seconds=once + found.seconds)
 
 
-def tried(call: Harvest, tokens: int, there: float) -> tuple[Cost, dict[str, Tensor], Mapping[str, float]]:
-    """(the cost of reading ``tokens`` rows of which some are there, the rows of the trial, their scales)."""
+def tried(
+    call: Harvest, tokens: int, there: float, ranks: int = 1
+) -> tuple[Cost, dict[str, Tensor], Mapping[str, float]]:
+    """(the cost of reading ``tokens`` rows of which some are there, the rows of the trial, their scales). Each rank
+    cuts the whole text into tokens, and reads its share of the shards; the first shard is a round of its own."""
     context = call.identity["context"]
     first = call.text[:WINDOW_DOCUMENTS]
     assert isinstance(first, Text)
@@ -542,15 +546,18 @@ def tried(call: Harvest, tokens: int, there: float) -> tuple[Cost, dict[str, Ten
     rows = max(0.0, min(-((there - tokens) // shard_rows) * shard_rows, in_text - there))  # whole shards
     to_cut = min(-(-(there + rows) // (kept * cut)) * cut, in_text / kept)
     seconds = (reading + writing) / shard["rows"]
+    rounds = many = rows / shard_rows
+    if ranks > 1:  # whole rounds, of which the first makes one shard
+        rounds = min(many, 1.0) - (-max(0.0, many - 1) // ranks)
     found = Cost(
         f"{counted(read, 'token')} harvested in {reading + writing:.1f} s",
-        seconds=to_cut * cutting / cut + rows * seconds,
+        seconds=to_cut * cutting / cut + rounds * shard_rows * seconds,
         disk=manifest_bytes + int(rows * shard["bytes"] / shard["rows"]),
         ram=peak.ram,
         vram=peak.vram,
         parts={
             "tokens to harvest": rows,
-            "tokens per second": 1 / seconds,
+            "tokens per second": ranks / seconds,
             "bytes per token": shard["bytes"] / shard["rows"],
         },
     )

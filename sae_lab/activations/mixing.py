@@ -18,10 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sae_lab.activations.dealing import ahead
+from sae_lab.activations.dealing import ahead, attempt
 from sae_lab.activations.harvesting import Harvest
 from sae_lab.activations.store import RESERVE_EVERY, permute
 from sae_lab.lm.text import Context
+from sae_lab.processes import Peers
 from sae_lab.types import TokenMask
 
 log = logging.getLogger(__name__)
@@ -99,6 +100,14 @@ class Part(NamedTuple):
     rows: np.ndarray
 
 
+class Owed(NamedTuple):
+    """A part that one of several ranks makes; made: here, if it is this one."""
+
+    place: "Place"
+    rank: int
+    made: Any
+
+
 class Place(NamedTuple):
     """A place in the text: number of the pass over it, of the shard, and of the training row in the shard."""
 
@@ -109,7 +118,13 @@ class Place(NamedTuple):
 
 class Source:
     """Reads shards: those at the start of the text whole, until there are ``rows`` training rows; of later ones only
-    what training sees, unless they are written to disk."""
+    what training sees, unless they are written to disk.
+
+    peers: the ranks that train together. Each makes every N-th shard, ahead of what is needed, and all get it when its
+    turn comes: so every rank has the rows that one process would have.
+    """
+
+    peers: Peers | None = None
 
     def __init__(self, call: Harvest, rows: int, on_disk: bool):
         self.call, self.rows, self.on_disk = call, rows, on_disk
@@ -126,8 +141,7 @@ class Source:
         parts, flags, excluded, whole = [], [], 0, False
         training = held_out = 0
         with tqdm(total=self.rows, unit="tok", desc="fill the buffer", dynamic_ncols=True, leave=False) as bar:
-            for number, passes, first in ahead(self._shards()):
-                tensors, out = self.call.shard(number, passes, self.on_disk)
+            for passes, first, (tensors, out) in self._from_start():
                 parts.append(Held.of(tensors, self.call.manifest["scales"]))
                 flags.append(self._reserved(passes, first)[tensors["context"]])
                 excluded, held_out = excluded + out, held_out + int(flags[-1].sum())
@@ -150,20 +164,50 @@ class Source:
         reserved = np.concatenate(flags)
         return Head(Held.joined(parts), reserved, bounds, excluded / (excluded + len(reserved)), whole)
 
+    def _from_start(self) -> Iterator[tuple[list[list[Context]], int, tuple[dict[str, np.ndarray], int]]]:
+        """(passes, the number of the first context, (tensors, tokens left out)) of each shard."""
+        peers, call = self.peers, self.call
+        if peers is None:
+            for number, passes, first in ahead(self._shards()):
+                yield passes, first, call.shard(number, passes, self.on_disk)
+            return
+
+        def made(number: int, passes: list[list[Context]]) -> Any:
+            if number % peers.size == peers.rank:
+                return attempt(lambda: self._telling(call.shard(number, passes, False)))
+
+        shards = self._shards()
+        number, passes, first = next(shards)  # the first one fixes the mask and the scales
+        tensors, facts = peers.shared(made(number, passes), 0)
+        call.manifest |= {key: facts[key] for key in ("mask", "scales")}
+        yield passes, first, (tensors, facts["excluded"])
+        for number, passes, first, mine in ahead(((n, p, f, made(n, p)) for n, p, f in shards), peers.size):
+            tensors, facts = peers.shared(mine, number % peers.size)
+            yield passes, first, (tensors, facts["excluded"])
+
+    def _telling(self, shard: tuple[dict[str, np.ndarray], int]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """What the other ranks need of a shard."""
+        tensors, excluded = shard
+        manifest = self.call.manifest
+        names = ("token", "position", "context", *manifest["scales"])
+        facts = {"excluded": excluded, "mask": manifest["mask"], "scales": manifest["scales"]}
+        return {name: tensors[name] for name in names}, facts
+
     @property
     def manifest(self) -> dict[str, Any]:
         """Of the harvest, with the mask and the scales that its first shard fixes."""
         self.head  # noqa: B018 (it reads that shard)
         return self.call.manifest
 
-    def parts(self, place: Place) -> Iterator[Part]:
+    def parts(self, place: Place) -> Iterator[Part | Owed]:
         """Training rows from this shard on; the text begins again where it ends."""
         head, epoch, start = self.head, place.epoch, place.shard
+        self._turn = 0
         while True:
             for number, passes, first in self._shards():
                 if number >= start:
                     part = self._part(Place(epoch, number, 0), passes, first, head)
-                    if part is not None and len(part.rows):
+                    if isinstance(part, Owed) or (part is not None and len(part.rows)):
                         yield part
                 elif self.on_disk and not self.call.has(number):  # a store's shards are written in order
                     self.call.shard(number, passes, on_disk=True)
@@ -173,7 +217,7 @@ class Source:
                 log.warning("the text has ended: training goes on from its start again")
             epoch, start = epoch + 1, 0
 
-    def _part(self, place: Place, passes: list[list[Context]], first: int, head: Head) -> Part | None:
+    def _part(self, place: Place, passes: list[list[Context]], first: int, head: Head) -> Part | Owed | None:
         if (number := place.shard) < len(head.bounds) - 1:
             rows = np.arange(head.bounds[number], head.bounds[number + 1])
             return Part(place, head.held, rows[~head.reserved[rows]])
@@ -184,8 +228,25 @@ class Source:
             reserved = reserved[~reserved]
         if not passes:
             return None
+        if self.peers is not None:
+            return self._owed(place, passes, self.peers)
         tensors, _ = self.call.shard(number, passes, self.on_disk)
         return Part(place, Held.of(tensors, head.held.scales), np.flatnonzero(~reserved[tensors["context"]]))
+
+    def _owed(self, place: Place, passes: list[list[Context]], peers: Peers) -> Owed:
+        rank, made = self._turn % peers.size, None
+        self._turn += 1
+        if rank == peers.rank:
+            made = attempt(lambda: self._telling(self.call.shard(place.shard, passes, False)))
+        return Owed(place, rank, made)
+
+    def settled(self, part: Part | Owed) -> Part:
+        """A part whose rows are here. Every rank must ask for the same ones in the same order."""
+        if isinstance(part, Part):
+            return part
+        assert self.peers is not None
+        tensors, _ = self.peers.shared(part.made, part.rank)
+        return Part(part.place, Held.of(tensors, self.head.held.scales), np.arange(len(tensors["token"])))
 
     def _shards(self) -> Iterator[tuple[int, list[list[Context]], int]]:
         """(its number, its passes, the number of its first context) of each shard."""
@@ -210,7 +271,7 @@ class Mixer:
         self.starts = {0: Place(0, 0, 0)}
         self._lock, self._resting = threading.Lock(), False
         self._thread: ThreadPoolExecutor | None = None
-        self._reading: deque[Future[Part]] = deque()
+        self._reading: deque[Future[Part | Owed]] = deque()
         self._served: dict[tuple[int, int, int], Held] = {}  # the last two batches: views of one stream take turns
         self._at: int | None = None
         self._held: Held | None = None
@@ -337,16 +398,20 @@ class Mixer:
             self._part = left if len(left.rows) else None
 
     def _is_read(self) -> bool:
+        if self.source.peers is not None:  # ranks exchange parts when they are needed: this is the same for all
+            return False
         return bool(self._reading) and self._reading[0].done()
 
     def _read(self) -> Part:
         """The next part, while the model reads on."""
         self._thread = self._thread or ThreadPoolExecutor(1, "sae_lab streams")
+        peers = self.source.peers
         while True:
-            while len(self._reading) <= SHARDS_AHEAD:
+            while len(self._reading) <= SHARDS_AHEAD * (1 if peers is None else peers.size):
                 self._reading.append(self._thread.submit(next, self._parts))
-            if self._resting:
+            if self._resting and peers is None:  # several ranks end a batch together
                 raise CancelledError
-            part, skip, self._skip = self._reading.popleft().result(), self._skip, 0
+            part = self.source.settled(self._reading.popleft().result())
+            skip, self._skip = self._skip, 0
             if skip < len(part.rows):
                 return part._replace(place=part.place._replace(row=skip), rows=part.rows[skip:])

@@ -3,7 +3,8 @@
 import copy
 import json
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from sae_lab.arguments import Count, as_annotated, check_least
 from sae_lab.costs import Cost
 from sae_lab.lm.model import LM
 from sae_lab.lm.text import Documents
+from sae_lab.processes import Peers
 from sae_lab.results import visible
 from sae_lab.types import Batch, Site, TokenMask
 
@@ -41,6 +43,10 @@ class Stream(Harvested):
         keep: "disk" also writes the store that ``sl.harvest`` would write, and what lies there already is not read by
             the model again: ``stream.store`` opens it.
         path: of that store; None is its place in the cache.
+
+    Under torchrun every rank has a model of its own and reads every N-th shard; the ranks exchange what they have read,
+    and each holds the whole buffer. So batches are those of one process, bit for bit, and a run may go on over another
+    number of ranks. ``keep`` needs one process.
 
     A training with ``path=`` that was interrupted goes on to the bits of an unbroken one: its checkpoint says where in
     the text the buffer's rows stand, and they are read again; the text before them is only cut into tokens.
@@ -80,6 +86,11 @@ class Stream(Harvested):
         sites = [[s.key for s in self.reads], [s.key for s in self.writes]]
         content = json.dumps([self.identity, self.buffer, self._source.on_disk, sites])
         return f"{zlib.crc32(content.encode()):08x}-stream"
+
+    @property
+    def kept(self) -> bool:
+        """Whether what is read is also written to a store."""
+        return self._source.on_disk
 
     @property
     def store(self) -> Store:
@@ -129,6 +140,25 @@ class Stream(Harvested):
         held = self._mixer.take(step * batch_size, batch_size, seed)
         return self._made(partial(held.get, np.arange(batch_size)))
 
+    def share(self, step: Count, batch_size: Count, seed: int, part: Count, parts: Count) -> Batch:
+        """One of several equal parts of a batch."""
+        held, size = self._mixer.take(step * batch_size, batch_size, seed), batch_size // parts
+        return self._made(partial(held.get, np.arange(part * size, (part + 1) * size)))
+
+    @contextmanager
+    def shared_by(self, peers: Peers) -> Iterator[None]:
+        """Within, the ranks read together. ValueError for a stream that keeps a store."""
+        if self._source.on_disk:
+            raise ValueError(
+                f"keep='disk' needs one process, got {peers.size}: harvest a store first, which ranks do together, or "
+                "leave keep out"
+            )
+        self._source.peers = peers
+        try:
+            yield
+        finally:
+            self._source.peers = None
+
     def state(self, rows: Count) -> dict[str, int]:
         """Where in the text that stands which the buffer holds after so many training rows: for a checkpoint."""
         half = self._mixer.known(rows)
@@ -150,16 +180,16 @@ class Stream(Harvested):
         """End the reading ahead, and free the buffer. The next batch fills it again."""
         self._mixer.rest()
 
-    def cost(self, rows: Count) -> tuple[Cost, Batch, int]:
-        """(the cost of reading so many training rows and of the memory that holds some, a few rows, how many stay in
-        memory), for ``sl.estimate``."""
+    def cost(self, rows: Count, ranks: Count = 1) -> tuple[Cost, Batch, int]:
+        """(the cost of reading so many training rows, by several ranks, and of the memory that holds some; a few rows;
+        how many stay in memory), for ``sl.estimate``."""
         call, half, on_disk = self._source.call, self._source.rows, self._source.on_disk
         wanted = rows + 2 * half  # the buffer is filled first, and is full at the end
         with_reserved = RESERVE_EVERY / (RESERVE_EVERY - 1)
         stay = int(half * with_reserved)
         if on_disk:  # reserved rows are read too, and no row twice
             wanted = int(wanted * with_reserved)
-        found, tensors, scales = tried(call, wanted, min(call.rows_there(), wanted) if on_disk else 0)
+        found, tensors, scales = tried(call, wanted, min(call.rows_there(), wanted) if on_disk else 0, ranks)
         held = Held.of(in_numpy(tensors), scales)
         cost = found._replace(
             seconds=found.seconds if on_disk else wanted / found.parts["tokens per second"],

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import statistics
 import tempfile
 import time
@@ -32,10 +33,11 @@ DEAD = "minutes if a tenth of the features die"
 
 def cost(
     coder: SparseCoder, data: Store | Stream | Tensor | Batch, config: TrainConfig | None, path: str | Path | None,
-    callbacks: Any, changes: Iterable[Mapping[str, Any]], watch: Any,
+    callbacks: Any, changes: Iterable[Mapping[str, Any]], watch: Any, ranks: int = 1,
 ) -> Cost:  # fmt: skip
-    """What ``train`` will take with these arguments. Tried: up to 20 steps, a checkpoint and a part of the calibration;
-    of a coder without k, a short training on small batches; of a stream, a few passes of the model."""
+    """What ``train`` will take with these arguments; of several ranks, without the time of their exchange. Tried: up to
+    20 steps, a checkpoint and a part of the calibration; of a coder without k, a short training on small batches; of a
+    stream, a few passes of the model."""
     rows = rows_for(coder, data)
     config = config or one_pass(rows)
     fresh, coder = coder, copy.deepcopy(coder)
@@ -45,11 +47,13 @@ def cost(
         if there.finished():
             return Cost(f"{path} holds the finished run")
         begun = found.header["step"] if (found := there.interrupted()) else 0
-    steps = config.total_steps - begun
+    steps, batch_size = config.total_steps - begun, config.batch_size
+    if ranks > 1:
+        config = _of_one_rank(config, ranks, watch)
     streamed, shared, known, copied = None, False, 0, isinstance(rows, Harvested)
     if isinstance(rows, Stream):
         shared = rows.lm.device == coder.W_dec.device
-        streamed, sample, known = rows.cost(steps * config.batch_size)
+        streamed, sample, known = rows.cost(steps * batch_size, ranks)
         rows = Rows(sample)
     longer = replace(config, tokens=None, steps=config.total_steps + 100)  # the trial may take more than there are
     with tempfile.TemporaryDirectory() as scratch, costs.peak() as peak:
@@ -76,12 +80,14 @@ def cost(
         stepping = stepping + streamed.seconds if shared else max(stepping, streamed.seconds)
         ram, disk, trial = ram + streamed.ram, disk + streamed.disk, f"{streamed.trial}, {trial}"
     seconds = preparing + beginning + stepping + writing + calibrating.seconds
-    parts = {"tokens per second": steps * config.batch_size / max(stepping, 1e-9)}
+    parts = {"tokens per second": steps * batch_size / max(stepping, 1e-9)}
+    if ranks > 1:
+        parts |= _exchanged(coder, rows, batch_size if streamed is not None else 0, ranks)
     if streamed is not None:
         parts["minutes of the model"] = streamed.seconds / 60
     parts["L0 taken for the end"] = calibrating.parts["L0"]
     if with_dead is not None:
-        late = config.total_steps - max(begun, config.dead_after // config.batch_size)
+        late = config.total_steps - max(begun, config.dead_after // batch_size)
         parts[DEAD] = (seconds + max(0, late) * max(0.0, with_dead - dense)) / 60
     if path is not None:
         parts["MB that stay on disk"] = kept / 1e6
@@ -93,6 +99,29 @@ def cost(
         vram=max(peak.vram, calibrating.vram) + (streamed.vram if streamed else 0),
         parts=parts,
     )
+
+
+def _of_one_rank(config: TrainConfig, ranks: int, watch: Any) -> TrainConfig:
+    """The steps of one of several ranks. ValueError for what they refuse, or what is not known beforehand."""
+    if config.shard != "batch":
+        raise ValueError(f"estimate with ranks={ranks} knows shard='batch', got {config.shard!r}: time a few real steps")
+    if config.target_l0 is not None or watch is not None:
+        raise ValueError(f"target_l0 and watch need one process, got ranks={ranks}: leave them out, or ranks=1")
+    if config.batch_size % ranks:
+        more = -(-config.batch_size // ranks) * ranks
+        raise ValueError(
+            f"batch_size must be a multiple of the {ranks} ranks that share it, got {config.batch_size}: try {more}"
+        )
+    return replace(config, tokens=None, steps=config.total_steps, batch_size=config.batch_size // ranks)
+
+
+def _exchanged(coder: SparseCoder, rows: Harvested | Rows, streamed: int, ranks: int) -> dict[str, float]:
+    """Megabytes that each rank sends in a step, where sums and broadcasts go round in a ring: its part of the gradients,
+    once as they are summed and once as the sum goes to all; of a stream (``streamed`` rows a batch) the rows that it
+    has read, in half precision."""
+    gradients = 2 * (ranks - 1) / ranks * sum(p.numel() for p in coder.parameters()) * 4
+    width = sum(math.prod(shape) for shape in set(rows.shapes))
+    return {"MB that a rank sends in a step": (gradients + streamed * width * 2 * (ranks - 1) / ranks) / 1e6}
 
 
 def _files(training: Training, folder: Path, config: TrainConfig, steps: int) -> tuple[float, int, int]:

@@ -10,7 +10,7 @@ import torch
 from sae_lab import costs
 from sae_lab.activations import harvesting
 from sae_lab.activations.harvesting import harvest
-from sae_lab.arguments import as_annotated
+from sae_lab.arguments import Count, as_annotated, check_least
 from sae_lab.costs import cuda_devices
 from sae_lab.feature_index import build
 from sae_lab.feature_index.build import index_features
@@ -67,7 +67,7 @@ def _size(size: int) -> str:
 
 
 @as_annotated
-def estimate(what: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Estimate:
+def estimate(what: Callable[..., Any], /, *args: Any, ranks: Count = 1, **kwargs: Any) -> Estimate:
     """Minutes, disk and memory of a call of ``sl.harvest``, ``sl.train``, ``sl.index_features`` or
     ``sl.circuits.trace``, before it is made.
 
@@ -81,11 +81,16 @@ def estimate(what: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Estimate
 
     Not known beforehand: how many features die, which slows steps down as AuxK revives them (the table says how much).
     A family without k begins with half of its features active: a few seconds of training on small batches tell when
-    its steps become sparse, and the L0 at their end is taken for the rest. Callbacks are left out, and the estimate is
-    for one process.
+    its steps become sparse, and the L0 at their end is taken for the rest. Callbacks are left out.
 
-    Raises ValueError for another function, and otherwise what the call itself would raise before its work begins.
+    ``ranks=8``: a harvest or a training by 8 processes of torchrun, each on a device like the one here and with as many
+    cores to itself. Time is that of all together, memory that of each. How long they exchange gradients and rows depends
+    on the network and is left out; the table says how much a rank sends in a step. The trial itself runs in this
+    process alone.
+
+    Raises ValueError for another function, ``ranks`` for another than these two, and otherwise what the call itself would raise before its work begins.
     """
+    check_least(1, ranks=ranks)
     rooms = {harvest: harvesting.cost, train: costing.cost, index_features: build.cost, **costs.ROOMS}
     room = next((cost for function, cost in rooms.items() if function is what), None)
     if room is None:
@@ -98,7 +103,10 @@ def estimate(what: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Estimate
     except TypeError as err:
         raise TypeError(f"{what.__name__}() {err}") from None
     call.apply_defaults()
+    several = {"ranks": ranks} if ranks != 1 else {}
+    if several and room not in (harvesting.cost, costing.cost):
+        raise ValueError(f"ranks= is for sl.harvest and sl.train, got ranks={ranks} for {what.__name__}: leave it out")
     with torch.random.fork_rng(cuda_devices()):
-        found = room(**call.arguments)
-    minutes, parts = found.seconds / 60, dict(found.parts)
+        found = room(**call.arguments, **several)
+    minutes, parts = found.seconds / 60, several | dict(found.parts)
     return Estimate(what.__name__, minutes, found.disk, found.ram, found.vram, found.trial, parts)

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from sae_lab.activations.store import WATCHED, Harvested, ReadAhead, Rows
-from sae_lab.activations.streaming import Stream
 from sae_lab.saes import kernels, losses
 from sae_lab.saes.base import SparseCoder
 from sae_lab.training import checkpoint
@@ -56,8 +55,6 @@ class Training:
             raise ValueError(
                 "watch splices the coder in at its site, which only a store or a stream knows: train on one of them"
             )
-        if many and isinstance(rows, Stream):
-            raise ValueError(f"a stream feeds one process, got {process.size}: harvest a store first, or start one")
         self.watch = watch
         self.aim = None if config.target_l0 is None else Aim(coder, config.target_l0)
         self.control = Control(coder, config.peak(coder.d_sae), config.total_steps, changes, many, self.aim is not None)

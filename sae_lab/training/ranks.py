@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from sae_lab import processes
 from sae_lab.activations.store import Harvested, Rows
+from sae_lab.activations.streaming import Stream
 from sae_lab.saes import kernels
 from sae_lab.saes.base import SparseCoder
 from sae_lab.training.process import Process
@@ -65,6 +66,8 @@ class Ranks(Process, kernels.Selector):
 
     def batch(self, rows: Harvested | Rows, step: int, batch_size: int, seed: int) -> Batch:
         """This rank's rows of a batch: the shares of all ranks are the rows of a batch of one process."""
+        if isinstance(rows, Stream):
+            return rows.share(step, batch_size, seed, self.rank % self.row_shares, self.row_shares)
         return rows.batch(step * self.row_shares + self.rank % self.row_shares, batch_size // self.row_shares, seed)
 
     @contextmanager

@@ -1,7 +1,7 @@
 """sl.train: checks that coder and data fit, and starts the loop in one process or, under torchrun, in several."""
 
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,7 @@ def train(
     threshold, ``f_scale`` and dead features.
 
     ``torchrun --nproc-per-node N script.py`` trains one coder over N processes, up to rounding to the weights of a
-    single one. Every rank returns the same coder; callbacks run on every rank; the first writes files and shows
+    single one; on a stream each has a model of its own, and they share what the models read. Every rank returns the same coder; callbacks run on every rank; the first writes files and shows
     progress. A run may go on over another number of ranks. With ``shard="features"`` build the coder on the CPU; a
     callback's ``coder`` then has this rank's features.
 
@@ -70,10 +70,21 @@ def train(
         cache.make_folder(folder)
     with (
         nullcontext(ALONE) if processes.started() == 1 else joined(coder, config.shard) as process,
+        _read_together(rows, process.size),
         nullcontext() if folder is None or not process.first else cache.sole_writer(folder),
     ):
         process.wait()  # until the first has the folder for itself
         return Training(coder, rows, config, folder, callbacks, process, changes=changes, watch=watch).run()
+
+
+@contextmanager
+def _read_together(rows: Harvested | Rows, ranks: int) -> Iterator[None]:
+    """Within, the ranks share the reading of a stream."""
+    if ranks == 1 or not isinstance(rows, Stream):
+        yield
+        return
+    with processes.peers() as peers, rows.shared_by(peers):
+        yield
 
 
 @as_annotated

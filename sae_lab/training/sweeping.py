@@ -21,9 +21,11 @@ from sae_lab.cache import sole_writer
 from sae_lab.feature_index.matching import match
 from sae_lab.lm.model import LM
 from sae_lab.lm.text import Documents
+from sae_lab.processes import Peers
 from sae_lab.results import Result, result
 from sae_lab.saes import FAMILIES, SparseCoder
 from sae_lab.saes.kernels import Memory
+from sae_lab.training.aiming import Reached
 from sae_lab.training.config import TrainConfig
 from sae_lab.training.loop import Training, calibration_data, first_batch, measured
 from sae_lab.training.run import Event, Run
@@ -33,6 +35,7 @@ from sae_lab.types import Batch, Site
 MEASURES = ("l0", "fvu", "dead", "mmcs", "mmcs_back", "ce_delta", "ce_delta_se", "ce_recovered")
 MEASURED = 16_384  # tokens that L0 and FVU are measured on
 Grid = Mapping[str, Mapping[str, Any]]
+Done = tuple[Run, dict[str, Any]]  # a run and its figures
 
 
 @result
@@ -107,10 +110,12 @@ def sweep(
         callbacks: as for ``sl.train``, called for every coder; ``event.label`` says which. A coder that is paused holds
             all, one that is stopped ends alone.
 
-    Raises ValueError for an unknown family, a grid without coders, several processes, and as ``sl.train``.
+    Under torchrun the coders are dealt to the ranks, each of which reads the data itself; every rank returns the whole
+    sweep, and its coders are those of one process, bit for bit. Callbacks run where their coder is trained. A sweep may
+    go on over another number of ranks.
+
+    Raises ValueError for an unknown family, a grid without coders, ranks with different arguments, and as ``sl.train``.
     """
-    if (ranks := processes.started()) > 1:
-        raise ValueError(f"a sweep runs in one process, torchrun started {ranks}: start one, or call sl.train for each")
     if (lm is None) != (text is None):
         raise ValueError("to measure ΔCE give lm and text, both: sl.sweep(..., lm=lm, text=text.held_out)")
     if lm is not None and not isinstance(data, Harvested):
@@ -129,26 +134,95 @@ def sweep(
         same = (t.rows for t in trainings if t.rows.fingerprint == rows.fingerprint and t.rows.shapes == rows.shapes)
         rows = next(same, rows)  # one object for all that read the same rows
         trainings.append(Training(coder, rows, config, folder, callbacks, label=labels[number]))
+    unseen = cache(lambda rows: rows.unseen(MEASURED))
+
+    def measure(training: Training, run: Run) -> dict[str, Any]:
+        """The figures of a trained coder."""
+        found = measured(run.coder, unseen(training.rows)) | {"dead": run.coder.meta["dead"]}
+        found |= {"changed": True} if run.changes else {}
+        if world is not None:
+            pairs = match(run.coder, world)
+            found |= {"mmcs": pairs.b_to_a, "mmcs_back": pairs.a_to_b}
+        if lm is not None and text is not None:
+            result = reconstruction(run.coder, lm, text)
+            found |= {name: getattr(result, name) for name in ("ce_delta", "ce_delta_se", "ce_recovered")}
+        return found
+
+    if processes.started() == 1:
+        done = _done(trainings, measure)
+    else:
+        with processes.peers() as peers:
+            done = _dealt(trainings, measure, peers)
+    tokens, held_out = len(unseen(trainings[-1].rows).x), all(t.rows.watched is not None for t in trainings)
+    return Sweep(
+        coders, [run for run, _ in done], [row | more for row, (_, more) in zip(varied, done, strict=True)], tokens,
+        held_out,
+    )  # fmt: skip
+
+
+def _done(trainings: list[Training], measure: Callable[..., dict[str, Any]], quiet: bool = False) -> list[Done]:
+    """(run, figures) of each coder, trained in this process."""
     with ExitStack() as alone:
         for t in trainings:
             if t.path is not None:
                 alone.enter_context(sole_writer(t.path))
-        runs = _run(trainings)
-    table, tokens = [], 0
-    unseen = cache(lambda rows: rows.unseen(MEASURED))
-    for training, run, row in zip(trainings, runs, varied, strict=True):
-        batch = unseen(training.rows)
-        tokens = len(batch.x)
-        row = row | measured(run.coder, batch) | {"dead": run.coder.meta["dead"]}
-        row |= {"changed": True} if run.changes else {}
-        if world is not None:
-            found = match(run.coder, world)
-            row |= {"mmcs": found.b_to_a, "mmcs_back": found.a_to_b}
-        if lm is not None and text is not None:
-            result = reconstruction(run.coder, lm, text)
-            row |= {name: getattr(result, name) for name in ("ce_delta", "ce_delta_se", "ce_recovered")}
-        table.append(row)
-    return Sweep(coders, runs, table, tokens, all(t.rows.watched is not None for t in trainings))
+        runs = _run(trainings, quiet) if trainings else []
+    return [(run, measure(t, run)) for t, run in zip(trainings, runs, strict=True)]
+
+
+def _dealt(trainings: list[Training], measure: Callable[..., dict[str, Any]], peers: Peers) -> list[Done]:
+    """The same by several ranks, each of which trains every N-th coder; all get all of them."""
+    if any(isinstance(t.rows, Stream) and t.rows.kept for t in trainings):
+        raise ValueError(
+            f"keep='disk' needs one process, got {peers.size}: harvest a store first, which ranks do together, or "
+            "leave keep out"
+        )
+    peers.require_same({t.label: t.identity | {"path": str(t.path)} for t in trainings}, "sweep")
+    mine = trainings[peers.rank :: peers.size]
+    for t in mine:
+        if t.coder.W_dec.is_cuda:
+            t.coder.to(processes.own_gpu())
+    done, failure = [], None
+    try:
+        done = _done(mine, measure, quiet=not peers.first)
+    except (ValueError, OSError, RuntimeError) as err:
+        failure = err
+    told = peers.tell({"error": str(failure)} if failure else {"done": [_facts(run) | {"more": m} for run, m in done]})
+    processes.raise_for(told, failure)
+    found = []
+    for number, t in enumerate(trainings):
+        turn, rank = divmod(number, peers.size)
+        facts = told[rank]["done"][turn]
+        for name, own in t.coder.state_dict().items():
+            sent = peers.sent(own, rank)
+            if rank != peers.rank:
+                own.copy_(sent)
+        found.append(done[turn] if rank == peers.rank else (_opened(t, facts), facts["more"]))
+    return found
+
+
+def _facts(run: Run) -> dict[str, Any]:
+    """What another rank must know of a run, beside its coder's weights."""
+    coder, reached = run.coder, run.reached
+    facts = {"meta": coder.meta, "config": coder.config, "reads": [s.key for s in coder.reads]}
+    facts |= {"writes": [s.key for s in coder.writes], "history": run.history, "changes": run.changes}
+    return facts | {"reached": None if reached is None else reached._asdict()}
+
+
+def _opened(training: Training, facts: dict[str, Any]) -> Run:
+    """A run of another rank, whose weights are here."""
+    coder, reached = training.coder, facts["reached"]
+    if coder.config != facts["config"] and coder.sparsity_name is not None:  # target_l0 moved it
+        coder.set_sparsity(facts["config"][coder.sparsity_name])
+    coder.meta, coder.in_raw_units, coder.progress = facts["meta"], True, 1.0
+    coder.reads, coder.writes = (tuple(map(Site.of, facts[which])) for which in ("reads", "writes"))
+    if training.path is not None:
+        coder.path = training.path
+    training.control.close()
+    return Run(
+        coder.eval(), training.config, facts["history"], training.path, facts["changes"],
+        None if reached is None else Reached(**reached),
+    )  # fmt: skip
 
 
 def _coders(
@@ -210,7 +284,7 @@ def _width(data: Harvested | Tensor | Batch, site: Site | None) -> int:
     return (data if isinstance(data, Tensor) else data.x).shape[-1]
 
 
-def _run(trainings: list[Training]) -> list[Run]:
+def _run(trainings: list[Training], quiet: bool) -> list[Run]:
     """All trainings side by side: a step each, on one batch."""
     from tqdm.auto import tqdm
 
@@ -232,7 +306,7 @@ def _run(trainings: list[Training]) -> list[Run]:
             t.emit("start")
         total = config.total_steps if begun else 0
         first = min((t.step for t in begun), default=0)
-        quiet = any(getattr(c, "shows_progress", False) for t in trainings for c in t.callbacks)
+        quiet = quiet or any(getattr(c, "shows_progress", False) for t in trainings for c in t.callbacks)
         name = f"sweep of {len(begun)}"
         readers = {t.rows: t.ahead for t in begun}
         with tqdm(total=total, initial=first, desc=name, dynamic_ncols=True, disable=quiet) as bar:

@@ -545,10 +545,3 @@ def test_a_coder_that_fails_leaves_the_others_usable(data, monkeypatch):
         assert coder.in_raw_units
         x_hat = coder.train()(data).x_hat.detach()
         assert (x_hat - data).pow(2).sum() < 0.7 * (data - data.mean(0)).pow(2).sum()
-
-
-def test_a_sweep_under_torchrun_is_refused(monkeypatch):
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match=r"one process, torchrun started 2: start one, or call sl\.train for each"):
-        sl.sweep({"TopK": {"k": 2}}, torch.randn(64, 8), sl.TrainConfig(steps=1, batch_size=8), d_sae=16)
