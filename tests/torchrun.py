@@ -19,5 +19,7 @@ def launch(file, *arguments, ranks=2, restarts=0, logs, expect=0, env=()):
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path} | dict(env), timeout=SECONDS, capture_output=True,
     )  # fmt: skip
     said = [[f.read_text() for f in sorted(logs.rglob(f"attempt_*/{rank}/stderr.log"))] for rank in range(ranks)]
-    assert done.returncode == expect, "\n".join(lives[-1][-4000:] for lives in said if lives) + done.stderr.decode()[-2000:]
+    assert done.returncode == expect, (
+        "\n".join(lives[-1][-4000:] for lives in said if lives) + done.stderr.decode()[-2000:]
+    )
     return [lives[-1] for lives in said]

@@ -506,8 +506,8 @@ def cost(
     context: int, pack: bool, mask: TokenMask | None, roles: str | Sequence[str], coder: SparseCoder | None,
     ranks: int = 1,
 ) -> Cost:  # fmt: skip
-    """The cost of ``harvest`` with these arguments, by several ranks on machines like this one. The trial harvests a shard of the first documents, or as much of it
-    as a slow model reads in a few seconds, into a folder that is deleted."""
+    """The cost of ``harvest`` with these arguments, by ``ranks`` processes. The trial harvests a shard of the first
+    documents, or as much of it as a slow model reads in a few seconds, into a folder that is deleted."""
     call, once = timed(prepared, lm, sites, text, tokens, path, context, pack, mask, roles, coder)
     there = call.rows_there()
     if there >= tokens:

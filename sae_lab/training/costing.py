@@ -104,7 +104,9 @@ def cost(
 def _of_one_rank(config: TrainConfig, ranks: int, watch: Any) -> TrainConfig:
     """The steps of one of several ranks. ValueError for what they refuse, or what is not known beforehand."""
     if config.shard != "batch":
-        raise ValueError(f"estimate with ranks={ranks} knows shard='batch', got {config.shard!r}: time a few real steps")
+        raise ValueError(
+            f"estimate with ranks={ranks} knows shard='batch', got {config.shard!r}: time a few real steps"
+        )
     if config.target_l0 is not None or watch is not None:
         raise ValueError(f"target_l0 and watch need one process, got ranks={ranks}: leave them out, or ranks=1")
     if config.batch_size % ranks:
@@ -116,9 +118,8 @@ def _of_one_rank(config: TrainConfig, ranks: int, watch: Any) -> TrainConfig:
 
 
 def _exchanged(coder: SparseCoder, rows: Harvested | Rows, streamed: int, ranks: int) -> dict[str, float]:
-    """Megabytes that each rank sends in a step, where sums and broadcasts go round in a ring: its part of the gradients,
-    once as they are summed and once as the sum goes to all; of a stream (``streamed`` rows a batch) the rows that it
-    has read, in half precision."""
+    """Megabytes that each rank sends in a step, where sums and broadcasts go round in a ring: gradients, once as they
+    are summed and once as the sum goes to all; of a stream (``streamed`` rows a batch) rows, in half precision."""
     gradients = 2 * (ranks - 1) / ranks * sum(p.numel() for p in coder.parameters()) * 4
     width = sum(math.prod(shape) for shape in set(rows.shapes))
     return {"MB that a rank sends in a step": (gradients + streamed * width * 2 * (ranks - 1) / ranks) / 1e6}

@@ -84,11 +84,12 @@ def estimate(what: Callable[..., Any], /, *args: Any, ranks: Count = 1, **kwargs
     its steps become sparse, and the L0 at their end is taken for the rest. Callbacks are left out.
 
     ``ranks=8``: a harvest or a training by 8 processes of torchrun, each on a device like the one here and with as many
-    cores to itself. Time is that of all together, memory that of each. How long they exchange gradients and rows depends
-    on the network and is left out; the table says how much a rank sends in a step. The trial itself runs in this
-    process alone.
+    cores to itself. The time is the job's, the memory that of one rank, the disk that of all. The time to exchange
+    gradients and rows depends on the network and is left out; the table says how much a rank sends in a step. The trial
+    runs in this process alone.
 
-    Raises ValueError for another function, ``ranks`` for another than these two, and otherwise what the call itself would raise before its work begins.
+    Raises ValueError for another function, for ``ranks`` with another than these two or with ``shard="features"``, and
+    otherwise what the call itself would raise before its work begins.
     """
     check_least(1, ranks=ranks)
     rooms = {harvest: harvesting.cost, train: costing.cost, index_features: build.cost, **costs.ROOMS}

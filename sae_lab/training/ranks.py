@@ -7,7 +7,6 @@ balance go by each rank's rows.
 """
 
 import json
-import os
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator

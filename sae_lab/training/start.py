@@ -55,9 +55,10 @@ def train(
     threshold, ``f_scale`` and dead features.
 
     ``torchrun --nproc-per-node N script.py`` trains one coder over N processes, up to rounding to the weights of a
-    single one; on a stream each has a model of its own, and they share what the models read. Every rank returns the same coder; callbacks run on every rank; the first writes files and shows
-    progress. A run may go on over another number of ranks. With ``shard="features"`` build the coder on the CPU; a
-    callback's ``coder`` then has this rank's features.
+    single one. On a stream each has a model of its own, and they share what the models read. Every rank returns the
+    same coder; callbacks run on every rank; the first writes files and shows progress. A run may go on over another
+    number of ranks. With ``shard="features"`` build the coder on the CPU; a callback's ``coder`` then has this rank's
+    features.
 
     Raises ValueError for a width that does not fit, a ``path`` that holds another run (the difference is named),
     changes over several processes, and for NaN or Inf in data or loss (step and cause are named; the coder keeps its

@@ -193,7 +193,7 @@ def _dealt(trainings: list[Training], measure: Callable[..., dict[str, Any]], pe
     for number, t in enumerate(trainings):
         turn, rank = divmod(number, peers.size)
         facts = told[rank]["done"][turn]
-        for name, own in t.coder.state_dict().items():
+        for own in t.coder.state_dict().values():
             sent = peers.sent(own, rank)
             if rank != peers.rank:
                 own.copy_(sent)

@@ -38,7 +38,7 @@ def model():
 
 
 def text():
-    return sl.load_text([document[:250 + 20 * number] for number, document in enumerate(sl.load_text()[:18])])
+    return sl.load_text([document[: 250 + 20 * number] for number, document in enumerate(sl.load_text()[:18])])
 
 
 def coder():
@@ -193,11 +193,17 @@ def test_a_rank_is_killed_and_torchrun_starts_all_again(doomed, alone, tmp_path)
 @pytest.mark.parametrize(
     ("case", "words"),
     [
-        ("text", "rank 1 and rank 0 harvest with different settings: text_fingerprint: .* Every rank must run the same"),
+        (
+            "text",
+            "rank 1 and rank 0 harvest with different settings: text_fingerprint: .* Every rank must run the same",
+        ),
         ("tokens", "rank 1 and rank 0 harvest with different settings: tokens: 600 there, 601 now"),
         ("folder", "rank 1 and rank 0 harvest with different settings: folder: "),
         ("another", "whole holds another harvest; it differs in sites: "),
-        ("not shared", "rank 1 does not see the files that rank 0 writes to store: pass path= on a file system that all"),
+        (
+            "not shared",
+            "rank 1 does not see the files that rank 0 writes to store: pass path= on a file system that all",
+        ),
         ("not finite", "activations at resid_post-0 are not finite: load the model in float32"),
         ("short", "the text holds . tokens, less than one context of 32: pass more text"),
     ],

@@ -94,8 +94,6 @@ def work(folder: Path) -> None:
         return run(lm, batch, *args, **kwargs)
 
     sl.LM.run = counted
-    with processes.peers() as peers, stream(lm).shared_by(peers):
-        pass  # a stream that was never read
     one = stream(lm)
     with processes.peers() as peers, one.shared_by(peers):
         x = torch.cat([one.share(step, 64, 0, rank, 2).x for step in range(30)])
@@ -280,7 +278,7 @@ def test_a_sweep_is_dealt_and_is_opened_again(folder, told):
         ("kept", "keep='disk' needs one process, got 2: harvest a store first, which ranks do together, or leave keep"),
         ("kept sweep", "keep='disk' needs one process, got 2"),
         ("text", "rank 1 and rank 0 train with different settings: data: '.*-stream' there, '.*-stream' now"),
-        ("seeds", "rank 1 and rank 0 sweep with different settings: TopK k=2 coder seed: |rank 1 and rank 0 sweep"),
+        ("seeds", "rank 1 and rank 0 sweep with different settings: TopK k=2 coder: "),
         ("broken data", "rank 1 and rank 0 sweep with different settings: TopK.* data: "),
     ],
 )
@@ -310,7 +308,10 @@ def test_ranks_are_killed_and_torchrun_goes_on_from_the_checkpoint(folder, tmp_p
     ("said", "words"),
     [
         ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 speaks of 2 processes, and MASTER_ADDR and MASTER_PORT must say where"),
-        ({"WORLD_SIZE": "two"}, "WORLD_SIZE must be the number of processes, got 'two': start the script with torchrun"),
+        (
+            {"WORLD_SIZE": "two"},
+            "WORLD_SIZE must be the number of processes, got 'two': start the script with torchrun",
+        ),
         (
             {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"},
             "2 processes were to meet at 127.0.0.1:1 within 0:00:01, and did not .*: start the script with torchrun",
