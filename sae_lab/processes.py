@@ -7,11 +7,13 @@ WORLD_SIZE, MASTER_ADDR, MASTER_PORT), or makes a process group of torch.distrib
 """
 
 import json
+import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import cache
 from itertools import count
 from typing import Any
 
@@ -24,6 +26,8 @@ from torch.nn import functional as F
 MEETING = timedelta(minutes=10)  # how long ranks wait for each other at the start
 WORKING = timedelta(days=14)  # and while one of them works longer than the others; that one died ends it at once
 HOW = "start the script with torchrun --nproc-per-node N script.py"
+OTHERS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # srun and mpirun set them, and no RANK
+log = logging.getLogger(__name__)
 _joins = count()
 
 
@@ -33,6 +37,7 @@ def started() -> int:
     if dist.is_available() and dist.is_initialized():
         return dist.get_world_size()
     if "RANK" not in os.environ:
+        _warn_of_others()
         return 1
     said = os.environ.get("WORLD_SIZE", "1")
     if not said.isdigit() or int(said) < 1:
@@ -50,6 +55,13 @@ def started() -> int:
             f"{HOW}, or unset RANK to work alone"
         )
     return size
+
+
+@cache
+def _warn_of_others() -> None:
+    for name in OTHERS:
+        if (said := os.environ.get(name, "1")) != "1":
+            log.warning("%s=%s: several processes run this script, and none knows of the others: %s", name, said, HOW)
 
 
 def own_gpu() -> str:

@@ -87,28 +87,30 @@ class Rounds:
         if "fixed" in everyone[0]:
             self.call.manifest |= everyone[0]["fixed"]
         owners = {shard.number: rank for rank, shard in enumerate(missing)}
-        wanted = self._walk(queue, owners, everyone, failure)
-        self._numbers = [shard.number for shard in missing if shard.number <= wanted]
+        last, broken = self._walk(queue, owners, everyone)
+        self._numbers = [shard.number for shard in missing if shard.number <= last]
         if mine is not None and made is not None and mine.number in self._numbers:
             self._writing = self._writer.submit(self.call.write_shard, mine.number, *made)
-        return self._enough(self.done, wanted)
+        if broken is not None:
+            self.finish()
+            raise failure if failure and broken == self.peers.rank else failed(broken, everyone[broken]["error"])
+        return self._enough(self.done, last)
 
-    def _walk(
-        self, queue: list[Due], owners: dict[int, int], everyone: list[dict[str, Any]], failure: Exception | None
-    ) -> int:
-        """The number of the last shard of the queue that one process would make. The error of one raised there is
-        raised here, on every rank."""
+    def _walk(self, queue: list[Due], owners: dict[int, int], everyone: list[dict[str, Any]]) -> tuple[int, int | None]:
+        """(the number of the last shard of the queue that one process would make; the rank whose error would end it
+        there). Errors in shards behind it are nobody's."""
+        last = -1
         for shard in queue:
             rank = owners.get(shard.number)
             if rank is not None and "error" in everyone[rank]:
-                self.finish()
-                raise failure if failure and rank == self.peers.rank else failed(rank, everyone[rank]["error"])
+                return last, rank
             rows = shard.rows if rank is None else everyone[rank]["rows"]
+            last = shard.number
             self.bar.update(max(0, min(rows, self.tokens - self.done)))
             self.done += rows
-            if self._enough(self.done, shard.number):
-                return shard.number
-        return queue[-1].number
+            if self._enough(self.done, last):
+                break
+        return last, None
 
     def _told(self, said: dict[str, Any]) -> list[dict[str, Any]]:
         """What each rank says; what they wrote in the round before goes into the manifest."""

@@ -3,6 +3,7 @@ is not asserted: the clock here ticks a second each time it is read."""
 
 import itertools
 import os
+import re
 import subprocess
 import sys
 
@@ -430,3 +431,46 @@ def test_it_prints_as_a_table():
     ]
     with pytest.raises(AttributeError):
         said.minutes = 3.0
+
+
+# ---------------------------------------------------------------------------------------------- several processes
+
+
+def test_ranks_divide_a_harvest(tiny_lm, small_text, tmp_path, small_shards, ticking):
+    """Whole rounds of shards, the first of which makes one; disk and what is read are the same."""
+    call = (tiny_lm, A, small_text, 1500)
+    one, eight = (sl.estimate(sl.harvest, *call, ranks=n, path=tmp_path / "x", **HARVEST) for n in (1, 8))
+    assert eight.disk == one.disk and eight.parts["tokens to harvest"] == one.parts["tokens to harvest"]
+    assert eight.parts["tokens per second"] == pytest.approx(8 * one.parts["tokens per second"])
+    assert eight.minutes < one.minutes
+    assert eight.parts["ranks"] == 8 and "ranks" not in one.parts
+    assert re.search(r"ranks +8", repr(eight))
+
+
+def test_ranks_divide_a_streamed_training(tiny_lm, small_text, small_shards, coder):
+    """A rank takes its rows of each batch, and its model reads its share; it sends gradients and rows to the others."""
+    stream = sl.Stream(tiny_lm, A, small_text, buffer=512, context=32)
+    found = [sl.estimate(sl.train, coder, stream, CONFIG, ranks=n) for n in (1, 4)]
+    parameters = sum(p.numel() for p in coder.parameters())
+    sent = 0.75 * (2 * 4 * parameters + 2 * 48 * CONFIG.batch_size) / 1e6
+    assert found[1].parts["MB that a rank sends in a step"] == pytest.approx(sent)
+    assert "MB that a rank sends in a step" not in found[0].parts
+    assert found[1].parts["minutes of the model"] < found[0].parts["minutes of the model"]
+
+
+@pytest.mark.parametrize(
+    ("config", "ranks", "words"),
+    [
+        ({"batch_size": 63}, 2, "batch_size must be a multiple of the 2 ranks that share it, got 63: try 64"),
+        ({"shard": "features"}, 2, "estimate with ranks=2 knows shard='batch', got 'features': time a few real steps"),
+        ({}, 0, "ranks must be at least 1, got 0|ranks"),
+    ],
+)
+def test_ranks_that_cannot_be(config, ranks, words, store, coder):
+    with pytest.raises(ValueError, match=words):
+        sl.estimate(sl.train, coder, store, sl.TrainConfig(**{"steps": 4, "batch_size": 64} | config), ranks=ranks)
+
+
+def test_ranks_are_of_a_harvest_or_a_training(trained, tiny_lm, store, tmp_path):
+    with pytest.raises(ValueError, match=r"ranks= is for sl\.harvest and sl\.train, got ranks=2 for index_features"):
+        sl.estimate(sl.index_features, trained, tiny_lm, store, tmp_path / "index", ranks=2)

@@ -344,3 +344,12 @@ def test_one_process_of_an_engine_works_alone(monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert processes.started() == 1 and sl.train(coder(), rows(), config(steps=2)).history
+
+
+def test_processes_that_nobody_joined_are_warned_of(monkeypatch, caplog):
+    """``srun --ntasks 4 python script.py``, without torchrun."""
+    processes._warn_of_others.cache_clear()  # it warns once in a process
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
+    assert processes.started() == processes.started() == 1
+    assert re.findall("SLURM_STEP_NUM_TASKS=4: several processes run this script.*torchrun", caplog.text)
+    assert len(caplog.records) == 1
