@@ -1,6 +1,6 @@
-"""sl.harvest by several processes of the real torchrun: the store of one process, byte for byte.
+"""sl.harvest by several processes: the store of one process, byte for byte.
 
-torchrun runs this very file as its script (``work`` and ``killed`` below); tests compare what it leaves with what one
+torchrun's engine runs ``work`` and ``killed`` below in several ranks; tests compare what they leave with what one
 process makes here.
 """
 
@@ -9,13 +9,12 @@ import os
 import re
 import shutil
 import signal
-import sys
 from pathlib import Path
 
 import pytest
 import tiny_models
 import torch
-from torchrun import launch
+from torchrun import Job, launch, said
 
 import sae_lab as sl
 from sae_lab.activations import dealing, harvesting
@@ -56,7 +55,18 @@ def damage(folder, number=2):
     file.write_bytes(file.read_bytes()[:-3] + b"...")
 
 
-# ---------------------------------------------------------------------------------------------- under torchrun
+# ---------------------------------------------------------------------------------------------- in a rank
+
+
+def ready():
+    model().tokenize("a")
+    text()
+
+
+def enter(what, folder, *arguments):
+    torch.set_num_threads(1)
+    small(pytest.MonkeyPatch())
+    {"work": work, "killed": killed}[what](Path(folder), *arguments)
 
 
 def work(folder: Path) -> None:
@@ -97,9 +107,9 @@ def _harvest_broken(broken, lm, path):
     harvest(broken, A, 1500, path)
 
 
-def killed(folder: Path) -> None:
+def killed(folder: Path, which: str) -> None:
     """In its first life one rank is killed while it makes its second shard."""
-    first, doomed = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0", int(os.environ["RANK"]) == int(sys.argv[3])
+    first, doomed = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0", os.environ["RANK"] == which
     read, seen = harvesting.Harvest.read, []
 
     def dying(self, passes):
@@ -111,13 +121,6 @@ def killed(folder: Path) -> None:
     harvesting.Harvest.read = dying
     harvest(model(), A, WHOLE, folder / "store")
     (folder / f"made-{os.environ['RANK']}").write_text(str(len(seen)))
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    small(pytest.MonkeyPatch())
-    {"work": work, "killed": killed}[sys.argv[1]](Path(sys.argv[2]))
-    sys.exit()
 
 
 # ---------------------------------------------------------------------------------------------- tests
@@ -147,7 +150,11 @@ def folder(tmp_path_factory, alone):
     shutil.copytree(alone / "part", folder / "of one, then whole")
     shutil.copytree(alone / "part", folder / "damaged")
     damage(folder / "damaged")
-    launch(__file__, "work", folder, ranks=RANKS, logs=folder / "logs")
+    jobs = [Job(("work", folder), folder / "logs", RANKS)]
+    for rank in "01":
+        (folder / f"killed-{rank}").mkdir()
+        jobs.append(Job(("killed", folder / f"killed-{rank}", rank), folder / f"logs-{rank}", restarts=1))
+    launch(__file__, jobs)
     return folder
 
 
@@ -183,10 +190,10 @@ def test_one_process_goes_on_where_ranks_stopped(folder, alone, tmp_path, monkey
 
 
 @pytest.mark.parametrize("doomed", [0, 1])
-def test_a_rank_is_killed_and_torchrun_starts_all_again(doomed, alone, tmp_path):
-    launch(__file__, "killed", tmp_path, doomed, restarts=1, logs=tmp_path / "logs")
-    assert contents(tmp_path / "store") == contents(alone / "whole")
-    made = sum(int((tmp_path / f"made-{rank}").read_text()) for rank in (0, 1))
+def test_a_rank_is_killed_and_torchrun_starts_all_again(doomed, folder, alone):
+    left = folder / f"killed-{doomed}"
+    assert contents(left / "store") == contents(alone / "whole")
+    made = sum(int((left / f"made-{rank}").read_text()) for rank in (0, 1))
     assert made < len(list((alone / "whole").glob("*.safetensors"))), "the second life went on from the first's shards"
 
 
@@ -222,5 +229,5 @@ def test_a_failure_leaves_what_was_whole(folder, alone):
 
 
 def test_only_the_first_rank_shows_progress(folder):
-    first, second = (next((folder / "logs").rglob(f"{rank}/stderr.log")).read_text() for rank in (0, 1))
-    assert "harvest resid_post-0" in first and "harvest" not in second.replace("sl.harvest", "")
+    first, second = (said(folder / "logs", rank) for rank in (0, 1))
+    assert "harvest resid_post-0" in first and "harvest resid_post-0" not in second

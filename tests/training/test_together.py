@@ -1,7 +1,7 @@
-"""Streams, sweeps and restarts over several processes of the real torchrun: what one process gives.
+"""Streams, sweeps and restarts over several processes: what one process gives.
 
-torchrun runs this very file as its script (``work`` and ``killed`` below); tests compare what it leaves with what one
-process makes here.
+torchrun's engine runs ``work`` and ``killed`` below in two ranks; tests compare what they leave with what one process
+makes here.
 """
 
 import json
@@ -9,7 +9,6 @@ import os
 import re
 import shutil
 import signal
-import sys
 from datetime import timedelta
 from pathlib import Path
 
@@ -17,7 +16,7 @@ import pytest
 import tiny_models
 import torch
 from safetensors.torch import load_file, save_file
-from torchrun import launch
+from torchrun import Job, launch
 
 import sae_lab as sl
 from sae_lab import processes
@@ -81,7 +80,19 @@ def sweeps(lm, folder, told, **kwargs):
     leave_sweep(folder, "sites", sl.sweep({"TopK": {"k": [2]}}, stream(lm, [A, B]), config(), d_sae=96), told)
 
 
-# ---------------------------------------------------------------------------------------------- under torchrun
+# ---------------------------------------------------------------------------------------------- in a rank
+
+
+def ready():
+    model().tokenize("a")
+    text()
+    coder()
+
+
+def enter(what, folder):
+    torch.set_num_threads(1)
+    small(pytest.MonkeyPatch())
+    {"work": work, "killed": killed}[what](Path(folder))
 
 
 def work(folder: Path) -> None:
@@ -165,13 +176,6 @@ def killed(folder: Path) -> None:
     (folder / f"rank-{rank}" / "steps.json").write_text(json.dumps([life, steps]))
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    small(pytest.MonkeyPatch())
-    {"work": work, "killed": killed}[sys.argv[1]](Path(sys.argv[2]))
-    sys.exit()
-
-
 # ---------------------------------------------------------------------------------------------- tests
 
 
@@ -181,7 +185,9 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("together")
     for rank in (0, 1):
         (folder / f"rank-{rank}").mkdir()
-    launch(__file__, "work", folder, logs=folder / "logs")
+        (folder / "killed" / f"rank-{rank}").mkdir(parents=True)
+    killed = Job(("killed", folder / "killed"), folder / "logs-killed", restarts=2)
+    launch(__file__, [Job(("work", folder), folder / "logs"), killed])
     return folder
 
 
@@ -287,18 +293,16 @@ def test_what_is_refused_on_every_rank(case, words, told):
         assert re.search(words, rank["refused"][case]), rank["refused"][case]
 
 
-def test_ranks_are_killed_and_torchrun_goes_on_from_the_checkpoint(folder, tmp_path):
+def test_ranks_are_killed_and_torchrun_goes_on_from_the_checkpoint(folder):
     """To the weights of an unbroken run of two ranks, bit for bit."""
+    left = folder / "killed"
     for rank in (0, 1):
-        (tmp_path / f"rank-{rank}").mkdir()
-    launch(__file__, "killed", tmp_path, restarts=2, logs=tmp_path / "logs")
-    for rank in (0, 1):
-        life, steps = json.loads((tmp_path / f"rank-{rank}" / "steps.json").read_text())
+        life, steps = json.loads((left / f"rank-{rank}" / "steps.json").read_text())
         assert (life, steps[0]) == (2, 10), "the third life, from the checkpoint of step 10"
-        assert weights(tmp_path / f"rank-{rank}" / "stream.safetensors") == weights(folder / "rank-0/batch.safetensors")
+        assert weights(left / f"rank-{rank}" / "stream.safetensors") == weights(folder / "rank-0/batch.safetensors")
     sae = coder()
     sl.train(sae, rows(), config())
-    assert apart(load_file(tmp_path / "rank-0" / "rows.safetensors"), sae.state_dict()) < CLOSE
+    assert apart(load_file(left / "rank-0" / "rows.safetensors"), sae.state_dict()) < CLOSE
 
 
 # ---------------------------------------------------------------------------------------------- no engine
