@@ -124,7 +124,7 @@ class Peers:
 
     def tell(self, facts: Mapping[str, Any]) -> list[dict[str, Any]]:
         """What each rank says, in their order."""
-        return [json.loads(text) for text in texts(json.dumps(facts), group=self._group)]
+        return [json.loads(text) for text in texts(json.dumps(facts, default=float), group=self._group)]
 
     def by_first(self, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """What ``work`` gives on the first rank; the others wait for it. Its error is raised on all."""

@@ -11,7 +11,7 @@ import json
 import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import cached_property, partial
 from itertools import pairwise
 from pathlib import Path
@@ -460,6 +460,11 @@ class ReadAhead:
             self._thread = self._thread or ThreadPoolExecutor(1, "sae_lab reads ahead")
             self._next = step + 1, self._thread.submit(self._read, step + 1)
         return batch
+
+    def settle(self) -> None:
+        """Until nothing is being read."""
+        if self._next is not None:
+            wait([self._next[1]])
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -374,6 +374,8 @@ class Training:
         if interrupted and self.path is not None and self.process.first:
             log.warning("stopped at step %d; the same call with path=%r goes on from there", self.step, str(self.path))
         self.control.close()
+        if self.process.size > 1:
+            self.ahead.settle()  # ranks read a stream's batch together
         self.rows.rest()
         if self.path is not None:
             self.whole.meta = self.whole.meta | {checkpoint.LEFT: checkpoint.left(self.whole, self.id)}
