@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 MEETING = timedelta(minutes=10)  # how long ranks wait for each other at the start
-WORKING = timedelta(days=14)  # and while one of them works longer than the others; that one died ends it at once
+ROUND = timedelta(hours=1)  # and between two exchanges. A rank that dies ends it at once, a machine that vanishes not
 HOW = "start the script with torchrun --nproc-per-node N script.py"
 OTHERS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # srun and mpirun set them, and no RANK
 log = logging.getLogger(__name__)
@@ -81,8 +81,9 @@ def join(backend: str) -> None:
         store = dist.PrefixStore(prefix, store)  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     except (RuntimeError, ValueError) as err:
+        why = str(err).partition("\n")[0]
         raise ValueError(
-            f"{size} processes were to meet at {place} within {MEETING}, and did not ({str(err).splitlines()[0]}): "
+            f"{size} processes were to meet at {place} within {MEETING}, and did not ({why}): "
             f"{HOW}, or unset RANK to work alone"
         ) from err
 
@@ -99,10 +100,11 @@ def joined(backend: str = "gloo") -> Iterator[None]:
 
 
 @contextmanager
-def peers() -> Iterator["Peers"]:
-    """All ranks, to work together within the block. Every rank must come here."""
+def peers(patience: timedelta = ROUND) -> Iterator["Peers"]:
+    """All ranks, to work together within the block. Every rank must come here. patience: how long one waits for what
+    another has to tell."""
     with joined():
-        group = dist.new_group(backend="gloo", timeout=WORKING)
+        group = dist.new_group(backend="gloo", timeout=patience)
         yield Peers(dist.get_rank(), dist.get_world_size(), group)
         dist.destroy_process_group(group)
 

@@ -11,7 +11,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,7 +33,6 @@ from sae_lab.results import counted
 from sae_lab.saes.base import SparseCoder
 from sae_lab.types import Site, TokenBatch, TokenMask, as_sites
 
-T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 MAX_NORM = 4.0  # in medians: attention sinks and massive activations lie above (the bundled model's at 6 medians)

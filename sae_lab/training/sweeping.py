@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import field
+from datetime import timedelta
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from sae_lab.types import Batch, Site
 
 MEASURES = ("l0", "fvu", "dead", "mmcs", "mmcs_back", "ce_delta", "ce_delta_se", "ce_recovered")
 MEASURED = 16_384  # tokens that L0 and FVU are measured on
+SLOWEST = timedelta(days=14)  # that a rank may train on when another has finished
 Grid = Mapping[str, Mapping[str, Any]]
 Done = tuple[Run, dict[str, Any]]  # a run and its figures
 
@@ -151,7 +153,7 @@ def sweep(
     if processes.started() == 1:
         done = _done(trainings, measure)
     else:
-        with processes.peers() as peers:
+        with processes.peers(SLOWEST) as peers:
             done = _dealt(trainings, measure, peers)
     tokens, held_out = len(unseen(trainings[-1].rows).x), all(t.rows.watched is not None for t in trainings)
     return Sweep(

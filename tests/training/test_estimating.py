@@ -447,7 +447,7 @@ def test_ranks_divide_a_harvest(tiny_lm, small_text, tmp_path, small_shards, tic
     assert re.search(r"ranks +8", repr(eight))
 
 
-def test_ranks_divide_a_streamed_training(tiny_lm, small_text, small_shards, coder):
+def test_ranks_divide_a_streamed_training(tiny_lm, small_text, small_shards, coder, ticking):
     """A rank takes its rows of each batch, and its model reads its share; it sends gradients and rows to the others."""
     stream = sl.Stream(tiny_lm, A, small_text, buffer=512, context=32)
     found = [sl.estimate(sl.train, coder, stream, CONFIG, ranks=n) for n in (1, 4)]
@@ -463,7 +463,7 @@ def test_ranks_divide_a_streamed_training(tiny_lm, small_text, small_shards, cod
     [
         ({"batch_size": 63}, 2, "batch_size must be a multiple of the 2 ranks that share it, got 63: try 64"),
         ({"shard": "features"}, 2, "estimate with ranks=2 knows shard='batch', got 'features': time a few real steps"),
-        ({}, 0, "ranks must be at least 1, got 0|ranks"),
+        ({}, 0, "ranks must be at least 1, got 0"),
     ],
 )
 def test_ranks_that_cannot_be(config, ranks, words, store, coder):
