@@ -241,7 +241,7 @@ def test_a_step_in_one_process_calls_nothing_of_the_ranks(data, monkeypatch):
                 for name, thing in list(vars(owner).items()):
                     if inspect.isfunction(thing) or isinstance(thing, property | staticmethod):
                         monkeypatch.setattr(owner, name, refuse)
-            patched.extend([ranks.Ranks(0, 2).wait, ranks.joined, ranks.ranks_started])
+            patched.extend([ranks.Ranks(0, 2).wait, ranks.joined])
 
     patched = []
     run = sl.train(coder(), data, config(), callbacks=[callback])
