@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from functools import cached_property
+from itertools import count
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -202,11 +203,11 @@ class Source:
     def parts(self, place: Place) -> Iterator[Part | Owed]:
         """Training rows from this shard on; the text begins again where it ends."""
         head, epoch, start = self.head, place.epoch, place.shard
-        self._turn = 0
+        turns = count()
         while True:
             for number, passes, first in self._shards():
                 if number >= start:
-                    part = self._part(Place(epoch, number, 0), passes, first, head)
+                    part = self._part(Place(epoch, number, 0), passes, first, head, turns)
                     if isinstance(part, Owed) or (part is not None and len(part.rows)):
                         yield part
                 elif self.on_disk and not self.call.has(number):  # a store's shards are written in order
@@ -217,7 +218,9 @@ class Source:
                 log.warning("the text has ended: training goes on from its start again")
             epoch, start = epoch + 1, 0
 
-    def _part(self, place: Place, passes: list[list[Context]], first: int, head: Head) -> Part | Owed | None:
+    def _part(
+        self, place: Place, passes: list[list[Context]], first: int, head: Head, turns: Iterator[int]
+    ) -> Part | Owed | None:
         if (number := place.shard) < len(head.bounds) - 1:
             rows = np.arange(head.bounds[number], head.bounds[number + 1])
             return Part(place, head.held, rows[~head.reserved[rows]])
@@ -229,13 +232,12 @@ class Source:
         if not passes:
             return None
         if self.peers is not None:
-            return self._owed(place, passes, self.peers)
+            return self._owed(place, passes, self.peers, next(turns))
         tensors, _ = self.call.shard(number, passes, self.on_disk)
         return Part(place, Held.of(tensors, head.held.scales), np.flatnonzero(~reserved[tensors["context"]]))
 
-    def _owed(self, place: Place, passes: list[list[Context]], peers: Peers) -> Owed:
-        rank, made = self._turn % peers.size, None
-        self._turn += 1
+    def _owed(self, place: Place, passes: list[list[Context]], peers: Peers, turn: int) -> Owed:
+        rank, made = turn % peers.size, None
         if rank == peers.rank:
             made = attempt(lambda: self._telling(self.call.shard(place.shard, passes, False)))
         return Owed(place, rank, made)
