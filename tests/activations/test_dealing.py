@@ -108,13 +108,13 @@ def _harvest_broken(broken, lm, path):
 
 
 def killed(folder: Path, which: str) -> None:
-    """In its first life one rank is killed while it makes its second shard."""
+    """In its first life one rank is killed while it makes its third shard."""
     first, doomed = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0", os.environ["RANK"] == which
     read, seen = harvesting.Harvest.read, []
 
     def dying(self, passes):
         seen.append(passes)
-        if first and doomed and len(seen) == 2:
+        if first and doomed and len(seen) == 3:
             os.kill(os.getpid(), signal.SIGKILL)
         return read(self, passes)
 
@@ -211,7 +211,7 @@ def test_a_rank_is_killed_and_torchrun_starts_all_again(doomed, folder, alone):
             "not shared",
             "rank 1 does not see the files that rank 0 writes to store: pass path= on a file system that all",
         ),
-        ("not finite", "activations at resid_post-0 are not finite: load the model in float32"),
+        ("not finite", "activations at .* are not finite .*: load the model in float32"),
         ("short", "the text holds . tokens, less than one context of 32: pass more text"),
     ],
 )
