@@ -219,7 +219,7 @@ def _opened(training: Training, facts: dict[str, Any]) -> Run:
     coder.meta, coder.in_raw_units, coder.progress = facts["meta"], True, 1.0
     coder.reads, coder.writes = (tuple(map(Site.of, facts[which])) for which in ("reads", "writes"))
     if training.path is not None:
-        coder.path = str(training.path)
+        coder.path = str(training.path.resolve())
     training.control.close()
     return Run(
         coder.eval(), training.config, facts["history"], training.path, facts["changes"],
