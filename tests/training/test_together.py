@@ -24,6 +24,7 @@ from sae_lab.activations import harvesting
 
 A, B = sl.Site("resid_post", 0), sl.Site("resid_post", 1)
 HALF = 256  # rows of half a buffer here
+BATCHES = 80  # that are compared: far more rows than the buffer has, and fewer than the text
 SMALL = {"batch_size": 64, "lr": 3e-3, "checkpoint_every": 5, "dead_after": 500, "steps": 30}
 CLOSE = 1e-4  # as in test_ranks.py: sums over ranks are taken in another order
 GRID = {"TopK": {"k": [2, 4]}, "JumpReLU": {"sparsity": [0.1]}}
@@ -107,7 +108,7 @@ def work(folder: Path) -> None:
     sl.LM.run = counted
     one = stream(lm)
     with processes.peers() as peers, one.shared_by(peers):
-        x = torch.cat([one.share(step, 64, 0, rank, 2).x for step in range(30)])
+        x = torch.cat([one.share(step, 64, 0, rank, 2).x for step in range(BATCHES)])
         one.rest()
     save_file({"x": x.contiguous()}, mine / "batches.safetensors")
     told["read"] = sum(read)
@@ -215,7 +216,7 @@ def apart(there, here):
 def test_ranks_share_the_batches_of_one_process_bit_for_bit(folder):
     alone = stream(model())
     parts = [load_file(folder / f"rank-{rank}" / "batches.safetensors")["x"].split(32) for rank in (0, 1)]
-    for step in range(30):
+    for step in range(BATCHES):
         assert torch.equal(torch.cat([parts[0][step], parts[1][step]]), alone.batch(step, 64).x)
 
 
@@ -228,7 +229,7 @@ def test_each_model_reads_its_share(told, monkeypatch):
 
     monkeypatch.setattr(sl.LM, "run", counted)
     alone = stream(model())
-    for step in range(30):
+    for step in range(BATCHES):
         alone.batch(step, 64)
     alone.rest()
     for rank in told:  # a half, and up to four shards of 384 tokens that were read ahead
