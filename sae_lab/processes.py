@@ -104,7 +104,7 @@ def peers(patience: timedelta = ROUND) -> Iterator["Peers"]:
     """All ranks, to work together within the block. Every rank must come here. patience: how long one waits for what
     another has to tell."""
     with joined():
-        group = dist.new_group(backend="gloo", timeout=patience)
+        group: Any = dist.new_group(backend="gloo", timeout=patience)
         yield Peers(dist.get_rank(), dist.get_world_size(), group)
         dist.destroy_process_group(group)
 

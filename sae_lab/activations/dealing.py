@@ -104,7 +104,7 @@ class Rounds:
             rank = owners.get(shard.number)
             if rank is not None and "error" in everyone[rank]:
                 return last, rank
-            rows = shard.rows if rank is None else everyone[rank]["rows"]
+            rows = (shard.rows or 0) if rank is None else everyone[rank]["rows"]
             last = shard.number
             self.bar.update(max(0, min(rows, self.tokens - self.done)))
             self.done += rows

@@ -109,5 +109,5 @@ def estimate(what: Callable[..., Any], /, *args: Any, ranks: Count = 1, **kwargs
         raise ValueError(f"ranks= is for sl.harvest and sl.train, got ranks={ranks} for {what.__name__}: leave it out")
     with torch.random.fork_rng(cuda_devices()):
         found = room(**call.arguments, **several)
-    minutes, parts = found.seconds / 60, several | dict(found.parts)
+    minutes, parts = found.seconds / 60, {**several, **found.parts}
     return Estimate(what.__name__, minutes, found.disk, found.ram, found.vram, found.trial, parts)
