@@ -252,10 +252,11 @@ class Batch:
     positions: Int[Tensor, " batch"] | None = None
 
 
-def rows_of(offsets: Int[Tensor, " rows_plus_one"]) -> Int[Tensor, " active"]:
-    """The row of every place between offsets[0] and offsets[-1]."""
+def rows_of(offsets: Int[Tensor, " rows_plus_one"], places: int | None = None) -> Int[Tensor, " active"]:
+    """The row of every place between offsets[0] and offsets[-1]. places: their number, where it is known: an
+    accelerator is then not waited for."""
     counts = offsets.diff()
-    return torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
+    return torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts, output_size=places)
 
 
 class Codes(NamedTuple):
@@ -273,7 +274,7 @@ class Codes(NamedTuple):
     @property
     def rows(self) -> Int[Tensor, " active"]:
         """The row of every value."""
-        return rows_of(self.offsets)
+        return rows_of(self.offsets, len(self.values))
 
     def dense(self) -> Float[Tensor, "batch d_sae"]:
         """The same codes as a dense matrix (differentiable in ``values``)."""

@@ -95,8 +95,10 @@ class LM:
         else:
             module, self.tokenizer, self.id = loading.load(model, tokenizer, device, dtype, kwargs)
             sites.require_decoder(module)
+            # Not told where, it would move the model to the first GPU; a model over several devices is left there.
+            where = {} if getattr(module, "hf_device_map", None) else {"device": module.device}
             self._nn = TransformersModel(
-                module, task="text-generation", tokenizer=self.tokenizer, trust_remote_code=False
+                module, task="text-generation", tokenizer=self.tokenizer, trust_remote_code=False, **where
             )
         self.prefix_id = tokens.prefix_id(self.tokenizer, prefix)
         module = self._nn._module

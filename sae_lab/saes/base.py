@@ -73,6 +73,8 @@ class SparseCoder(nn.Module):
     sparsity_name: str | None = None  # the argument that sets sparsity (such as k), which may change in training
     holds_l0 = False  # True: where target_l0 is set, the penalty of terms brings L0 to it
     target_l0: float | None = None  # training sets it, by TrainConfig(target_l0=)
+    precision = "float32"  # of dense products; within a training step that of its TrainConfig
+    any_dead: bool | None = None  # whether a feature is dead, where training knows it without asking the device
     select = kernels.Selector()  # chooses the largest pre-activations; several ranks set one that spans them
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -376,7 +378,8 @@ class SparseCoder(nn.Module):
         """Pre-activations of float rows."""
         bias = self.read_bias()
         memory = None if torch.is_grad_enabled() else self.scratch
-        return torch.addmm(bias, x, self.W_enc, out=memory.pre(len(x), self.d_sae) if memory else None)
+        out = memory.pre(len(x), self.d_sae) if memory else None
+        return kernels.affine(x, self.W_enc, bias, self.precision, out)
 
     def _codes(self, x: Tensor) -> tuple[Tensor, Codes | Tensor]:
         """(pre, codes) of float rows. Sparse codes get their gradient at the chosen places only."""
@@ -409,7 +412,7 @@ class SparseCoder(nn.Module):
         if not torch.is_grad_enabled():
             return codes
         bias = self.b_dec if self.pre_bias else None
-        return kernels.encode_at(codes, x, self.W_enc, self.b_enc, bias, self.scratch)
+        return kernels.encode_at(codes, x, self.W_enc, self.b_enc, bias, self.scratch, self.precision)
 
     def _write(self, codes: Codes | Tensor, x: Tensor | None, tokens: Tensor | None) -> Tensor:
         """x_hat of rows of codes. x: the rows they are of; None leaves out what a skip adds."""
@@ -418,7 +421,7 @@ class SparseCoder(nn.Module):
 
     def _decode(self, codes: Codes | Tensor) -> Tensor:
         """codes·W_dec."""
-        return weighted_sum(codes, self.W_dec)
+        return weighted_sum(codes, self.W_dec, self.precision)
 
     def _leave(self, codes: Codes | Tensor, x: Tensor, tokens: Tensor | None) -> Tensor:
         """x_hat of float rows x and their codes, with an ``input_norm`` undone."""
@@ -427,12 +430,14 @@ class SparseCoder(nn.Module):
         return x_hat if size is None or self.transcodes else x_hat * size + mean  # a transcoder's target is left raw
 
     def _rows(self, x: Tensor) -> tuple[Tensor, torch.Size]:
-        """(x as float rows, its leading axes). ValueError for a width that is not the coder's."""
+        """(x as float rows, its leading axes). ValueError for a width or a device that is not the coder's."""
         axes = len(self.in_shape)
         if x.dim() < axes or x.shape[-axes:] != self.in_shape:
             where = f" (trained at {', '.join(map(repr, self.reads))})" if self.reads else ""
             expected = f"x's last axis must be d_in={self.d_in}" if axes == 1 else f"x must end in {self.in_shape}"
             raise ValueError(f"{expected}{where}, got shape {tuple(x.shape)}")
+        if x.device != self.b_dec.device:
+            raise ValueError(f"x lies on {x.device} and the coder on {self.b_dec.device}: pass x.to(sae.b_dec.device)")
         return x.reshape(-1, self.d_in).float(), x.shape[: x.dim() - axes]
 
     def _enter(self, x: Tensor) -> tuple[Tensor, Tensor | float, Tensor | None]:
@@ -469,7 +474,7 @@ class SparseCoder(nn.Module):
     def auxk(self, batch: Batch, out: Output, dead: Tensor, k: int) -> dict[str, Tensor]:
         """AuxK: the k strongest dead features fit the residual, so that they get a gradient (Gao et al. 2024,
         arXiv:2406.04093). Empty while no feature is dead."""
-        codes = self.select.among(out.pre, dead.nonzero().flatten(), k)
+        codes = None if self.any_dead is False else self.select.among(out.pre, dead.nonzero().flatten(), k)
         if codes is None:
             return {}
         codes = self._encode_at(codes, self._rows(batch.x)[0])
@@ -509,6 +514,21 @@ class SparseCoder(nn.Module):
         scale = torch.zeros(self.d_sae)
         scale[live] = (ordered[place[live]] & 0xFFFFFFFF).int().view(torch.float32)
         self.f_scale.copy_(scale)
+
+    @contextmanager
+    def multiplying(self, precision: str) -> Iterator[None]:
+        """While open, dense products are made in a precision of ``TrainConfig``, whatever torch is set to."""
+        cuda, before = self.b_dec.is_cuda, ""
+        self.precision = precision
+        if cuda:
+            before = torch.get_float32_matmul_precision()
+            torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+        try:
+            yield
+        finally:
+            del self.precision
+            if cuda:
+                torch.set_float32_matmul_precision(before)
 
     @contextmanager
     def reusing(self, rows: int) -> Iterator[None]:
@@ -640,9 +660,11 @@ def check_weight(name: str, value: float) -> None:
         raise ValueError(f"{name} must be a number of at least 0, got {value}")
 
 
-def weighted_sum(codes: Codes | Tensor, directions: Tensor) -> Tensor:
-    """codes·directions."""
-    return kernels.decode(codes, directions) if isinstance(codes, Codes) else codes @ directions
+def weighted_sum(codes: Codes | Tensor, directions: Tensor, precision: str = "float32") -> Tensor:
+    """codes·directions. precision: of a product of dense codes."""
+    if isinstance(codes, Codes):
+        return kernels.decode(codes, directions)
+    return kernels.product(codes, directions, precision)
 
 
 def calibration_cost(coder: SparseCoder, x: Tensor, unseen: Tensor | None, rows: int) -> Cost:

@@ -172,7 +172,8 @@ class CrossLayerTranscoder(BatchTopK):
     def _read(self, x: Tensor) -> Tensor:
         parts = enumerate(x.view(len(x), *self.in_shape).unbind(1))
         here = ((part, self._of(n)) for n, part in parts)
-        return torch.cat([torch.addmm(self.b_enc[at], part, self.W_enc[:, at]) for part, at in here], 1)
+        made = (kernels.affine(part, self.W_enc[:, at], self.b_enc[at], self.precision) for part, at in here)
+        return torch.cat([*made], 1)
 
     def act(self, pre: Float[Tensor, "..."], features: Tensor | slice = EVERY) -> Any:
         if self.activation == "jumprelu":
@@ -205,7 +206,10 @@ class CrossLayerTranscoder(BatchTopK):
             return codes
         if isinstance(codes, Tensor):
             parts = ((self._of(n), part) for n, part in enumerate(x.view(len(x), *self.in_shape).unbind(1)))
-            made = (kernels.encode_at(codes[:, at], p, self.W_enc[:, at], self.b_enc[at], None) for at, p in parts)
+            made = (
+                kernels.encode_at(codes[:, at], p, self.W_enc[:, at], self.b_enc[at], None, None, self.precision)
+                for at, p in parts
+            )
             return torch.cat([*made], 1)
         layer = codes.rows * self.layers + codes.features // self.width
         order = layer.argsort(stable=True)

@@ -134,11 +134,24 @@ def _true_places(pieces: Iterable[Tensor]) -> Int[Tensor, " chosen"]:
 
 def _from_places(pre: Tensor, places: Tensor) -> Codes:
     """Codes at ascending flat places of a matrix."""
-    d_sae = pre.shape[1]
-    rows, features = places // d_sae, places % d_sae
-    offsets = torch.zeros(len(pre) + 1, dtype=torch.long, device=pre.device)
-    offsets[1:] = torch.bincount(rows, minlength=len(pre)).cumsum(0)
-    return Codes(pre.reshape(-1)[places], features, offsets, d_sae)
+    rows, d_sae = pre.shape
+    offsets = torch.searchsorted(places, d_sae * torch.arange(rows + 1, device=pre.device))
+    return Codes(pre.reshape(-1)[places], places % d_sae, offsets, d_sae)
+
+
+def product(a: Float[Tensor, "n m"], b: Float[Tensor, "m k"], precision: str) -> Float[Tensor, "n k"]:
+    """a·b. precision: "bf16" multiplies numbers of bfloat16, and gives a sum of 3 digits in float32, as
+    ``torch.autocast`` would; so do its gradients. Any other is that of float32 tensors."""
+    return (a.bfloat16() @ b.bfloat16()).float() if precision == "bf16" else a @ b
+
+
+def affine(
+    x: Float[Tensor, "batch d_in"], W: Tensor, bias: Tensor, precision: str, out: Tensor | None = None
+) -> Float[Tensor, "batch d_sae"]:
+    """x·W + bias. precision: of the product, see ``product``."""
+    if precision == "bf16":
+        return torch.add(product(x, W, precision), bias, out=out)
+    return torch.addmm(bias, x, W, out=out)
 
 
 class Selector:
@@ -193,14 +206,15 @@ def encode_at(
     b_enc: Float[Tensor, " d_sae"],
     b_dec: Float[Tensor, " d_in"] | None,
     memory: Memory | None = None,
+    precision: str = "float32",
 ) -> T:
     """The same codes with gradients: values are ((x - b_dec)·W_enc + b_enc) at the chosen places; None subtracts
     nothing. A matrix of pre-activations gets gradients at all places: for batches in which most codes are on.
-    memory: for the gradients of the matrices, here and in ``decode``."""
+    memory: for the gradients of the matrices, here and in ``decode``. precision: of dense products, see ``product``."""
     if isinstance(codes, Tensor):
-        return _Encode.apply(codes, x, W_enc, b_enc, b_dec, None, memory)
+        return _Encode.apply(codes, x, W_enc, b_enc, b_dec, None, memory, precision)
     order = codes.by_feature or ByFeature(codes, memory)
-    values = _Encode.apply(codes.values, x, W_enc, b_enc, b_dec, order, memory)
+    values = _Encode.apply(codes.values, x, W_enc, b_enc, b_dec, order, memory, precision)
     return codes._replace(values=values, by_feature=order)
 
 
@@ -221,7 +235,7 @@ class ByFeature:
     def _order(self) -> tuple[Tensor, Tensor, Tensor]:
         ordered, order = self.features.int().sort(stable=True)  # half the bytes, twice as fast
         starts = torch.searchsorted(ordered, torch.arange(self.d_sae + 1, device=ordered.device))
-        return order, starts, rows_of(self.offsets)[order]
+        return order, starts, rows_of(self.offsets, len(self.features))[order]
 
     def sum(
         self, weights: Float[Tensor, " active"], table: Float[Tensor, "batch d"], out: Tensor | None = None
@@ -238,9 +252,9 @@ class ByFeature:
 
 class _Encode(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, values, x, W_enc, b_enc, b_dec, order, memory):
+    def forward(ctx: Any, values, x, W_enc, b_enc, b_dec, order, memory, precision):
         ctx.save_for_backward(x, W_enc, b_dec)
-        ctx.order, ctx.memory = order, memory
+        ctx.order, ctx.memory, ctx.precision = order, memory, precision
         return values.view_as(values)
 
     @staticmethod
@@ -248,18 +262,25 @@ class _Encode(torch.autograd.Function):
         (x, W_enc, b_dec), order = ctx.saved_tensors, ctx.order
         grad_x = None
         if order is None:
-            out = None if ctx.memory is None else ctx.memory.gradient(W_enc.shape[1], W_enc.shape[0])
-            by_feature, total = torch.mm(g.T, x, out=out), g.sum(0)  # (d_sae, d_in): sum of g·x; sum of g
+            by_feature, total = _product_into(ctx.memory, g.T, x, ctx.precision), g.sum(0)  # sums of g·x; of g
             if ctx.needs_input_grad[1]:
-                grad_x = g @ W_enc.T
+                grad_x = product(g, W_enc.T, ctx.precision)
         else:
             by_feature = order.sum(g, x)
             total = torch.zeros(W_enc.shape[1], device=g.device, dtype=g.dtype).index_add_(0, order.features, g)
             if ctx.needs_input_grad[1]:
                 grad_x = weighted_rows(g, order.features, order.offsets, W_enc.T)
         if b_dec is None:
-            return None, grad_x, by_feature.T, total, None, None, None
-        return None, grad_x, by_feature.addr_(total, b_dec, alpha=-1).T, total, -(W_enc @ total), None, None
+            return None, grad_x, by_feature.T, total, None, None, None, None
+        return None, grad_x, by_feature.addr_(total, b_dec, alpha=-1).T, total, -(W_enc @ total), None, None, None
+
+
+def _product_into(memory: Memory | None, a: Tensor, b: Tensor, precision: str) -> Tensor:
+    """a·b in a buffer of the memory, if there is one."""
+    if memory is None:
+        return product(a, b, precision)
+    out = memory.gradient(a.shape[0], b.shape[1])
+    return torch.mm(a, b, out=out) if precision != "bf16" else out.copy_(product(a, b, precision))
 
 
 class _Decode(torch.autograd.Function):

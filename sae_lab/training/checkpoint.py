@@ -181,5 +181,7 @@ def _require_same(path: Path, identity: dict[str, Any], header: dict[str, Any], 
     ``identity`` gets the coder that the run began with."""
     if left_by_it:
         identity |= {key: header[key] for key in ("coder", "initial_weights")}
+    if isinstance(header["config"], dict):  # runs of before there was a choice
+        header = header | {"config": {"precision": "float32"} | header["config"]}
     if wrong := differences(identity, header):
         raise ValueError(f"{path} holds another run; it differs in {wrong}. Pass another path=, or delete it")

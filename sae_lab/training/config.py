@@ -5,11 +5,14 @@ import numbers
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+import torch
+
 from sae_lab.activations.store import Harvested, Rows
 from sae_lab.arguments import Count, as_annotated, check_least
 
 MAX_LR = 1e30  # beyond it one step overflows float32 before the loss can say so
 Shard = Literal["batch", "features"]
+Precision = Literal["float32", "tf32", "bf16"]
 
 
 @as_annotated
@@ -32,6 +35,10 @@ class TrainConfig:
             ``Run.reached`` says how near it came. Families with k refuse it, as do several processes.
         shard: what several processes (``sl.train`` under torchrun) divide: "batch", each takes its rows of every batch;
             "features", each holds a part of the coder, which may then be wider than one device can hold.
+        precision: of the dense products, x·W_enc, and f·W_dec where most codes are on: "float32"; "tf32", float32 whose
+            numbers are rounded to 10 bits, on NVIDIA's GPUs from 2020 on; "bf16", numbers and result of 8 bits, on
+            devices that multiply bfloat16. Weights, sums over active features, losses and Adam's moments are float32
+            with each, as are checkpoints, figures of held-out tokens and the finished coder.
     """
 
     tokens: int | None = None
@@ -46,6 +53,7 @@ class TrainConfig:
     checkpoint_every: int = 100
     target_l0: float | None = None
     shard: Shard = "batch"
+    precision: Precision = "float32"
 
     def __post_init__(self):
         if (self.tokens is None) == (self.steps is None):
@@ -58,6 +66,9 @@ class TrainConfig:
             raise ValueError(f"target_l0 must be a positive number, got {self.target_l0}: 32 is a usual L0")
         if self.shard not in get_args(Shard):
             raise ValueError(f"shard must be one of {', '.join(get_args(Shard))}, got {self.shard!r}")
+        if self.precision not in get_args(Precision):
+            known = ", ".join(get_args(Precision))
+            raise ValueError(f"precision must be one of {known}, got {self.precision!r}")
         if not (0 <= self.warmup <= 1 and 0 <= self.decay <= 1 and self.warmup + self.decay <= 1):
             raise ValueError(f"warmup and decay are shares of training, together <= 1, got {self.warmup}, {self.decay}")
 
@@ -83,6 +94,37 @@ def one_pass(rows: Harvested | Rows) -> TrainConfig:
     if rows.training_rows is None:
         raise ValueError("how long to train on a stream must be said: pass sl.TrainConfig(tokens=1_000_000)")
     return TrainConfig(tokens=rows.training_rows, batch_size=min(TrainConfig.batch_size, rows.training_rows))
+
+
+def require_precision(precision: str, device: torch.device) -> None:
+    """ValueError for a precision that a device lacks."""
+    if precision == "tf32" and not _multiplies_tf32(device):
+        raise ValueError(
+            f"precision='tf32' needs an NVIDIA GPU from 2020 on, and the coder lies on {device}: leave precision out"
+        )
+    if precision == "bf16" and not _multiplies_bfloat16(device):
+        raise ValueError(
+            f"precision='bf16' needs a device that multiplies bfloat16, and {_named(device)} does not: leave precision "
+            "out, since products would be slower than those of float32"
+        )
+
+
+def _multiplies_tf32(device: torch.device) -> bool:
+    nvidia = device.type == "cuda" and torch.version.hip is None
+    return nvidia and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def _multiplies_bfloat16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu":
+        return True
+    asks = (getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("avx512_bf16", "amx_tile", "arm_bf16"))
+    return any(ask is not None and ask() for ask in asks)
+
+
+def _named(device: torch.device) -> str:
+    return "this CPU" if device.type == "cpu" else str(device)
 
 
 def check_lr(lr: Any) -> None:

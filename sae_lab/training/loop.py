@@ -22,7 +22,7 @@ from sae_lab.training import checkpoint
 from sae_lab.training.adam import Adam
 from sae_lab.training.aiming import Aim, Reached
 from sae_lab.training.checkpoint import Found
-from sae_lab.training.config import TrainConfig
+from sae_lab.training.config import TrainConfig, require_precision
 from sae_lab.training.control import Control
 from sae_lab.training.process import ALONE, Process
 from sae_lab.training.run import Event, Metrics, Run
@@ -61,6 +61,12 @@ class Training:
         self.label = label or type(coder).__name__
         self.rows, self.config, self.path, self.callbacks, self.process = rows, config, path, callbacks, process
         self.whole = self.coder = coder  # coder: the part of it that this process trains
+        require_precision(config.precision, coder.b_dec.device)
+        if config.precision == "tf32" and isinstance(rows, Stream):
+            raise ValueError(
+                "precision='tf32' would hold for the model of a stream too, which reads meanwhile: harvest a store, or "
+                "leave precision out"
+            )
         self.identity = {
             "config": {name: value for name, value in asdict(config).items() if name != "shard"},
             "data": rows.fingerprint,
@@ -115,27 +121,33 @@ class Training:
         if coder.scratch is not None:
             coder.scratch.rewind()
         coder.progress = self.step / config.total_steps
-        with process.choosing(coder):
-            out = coder.output(batch.x, batch.tokens)
-            terms = coder.terms(batch, out, progress=coder.progress, dead=self.idle > config.dead_after)
-        loss = torch.stack(list(terms.values()))
-        loss.sum().backward()
+        coder.any_dead = self._any_dead()
+        with coder.multiplying(config.precision):
+            with process.choosing(coder):
+                out = coder.output(batch.x, batch.tokens)
+                terms = coder.terms(batch, out, progress=coder.progress, dead=self.idle > config.dead_after)
+            loss = torch.stack(list(terms.values()))
+            loss.sum().backward()
         process.share_gradients(self.parameters)
-        metrics = self._sound(raw, list(terms), loss.detach(), lr)
+        fired = process.over_rows(_fired(out, coder.d_sae).int()) > 0
+        idle = (self.idle + config.batch_size).masked_fill_(fired, 0)
         logged = (self.step + 1) % config.log_every == 0 or self.step + 1 == self.control.last
+        more = [process.over_features((idle > config.dead_after).sum())]
+        more += [self._active(out)] if logged or self.aim else []
+        more += [self._fvu(batch, out)] if logged else []
+        metrics, (dead, *figures) = self._sound(raw, list(terms), loss.detach(), more, lr)
         with checkpoint.whole_step():  # a checkpoint holds a whole step, wherever an interruption falls
             self.adam.update(lr)
             coder.project()
             process.copy_first(b for b in coder.buffers() if not b.dim())  # PAnneal's weight goes by its own rows
-            fired = process.over_rows(_fired(out, coder.d_sae).int()) > 0
-            self.idle += config.batch_size
-            self.idle[fired] = 0
+            self.idle.copy_(idle)
+            self._known_dead = self.idle._version, dead > 0
             self.step += 1
-            active = self._active(out) if logged or self.aim else 0.0
+            active = figures[0] / config.batch_size if figures else 0.0
             if self.aim:
                 self.aim.follow(active, config.total_steps, self.step / config.total_steps)
             if logged:
-                self._record(batch, out, active, metrics, lr)
+                self._record(active, figures[1], int(dead), metrics, lr)
         if logged:
             self.control.output = out
             self.emit("step")
@@ -156,21 +168,30 @@ class Training:
         target = x if self.target_scale is None else batch.target * self.target_scale.unsqueeze(-1)
         return Batch(x, target, batch.tokens, batch.positions)
 
-    def _sound(self, raw: Batch, terms: list[str], loss: Tensor, lr: float) -> Metrics:
-        """The loss terms as numbers. ValueError if data, loss or gradients are not finite, before any weight changes.
-        Everything is read from the device at once."""
+    def _any_dead(self) -> bool | None:
+        """Whether a feature is dead, as the last step found; None where ``idle`` was changed since, and where ranks
+        hold features of their own."""
+        version, any_dead = self._known_dead
+        return any_dead if version == self.idle._version and self.process.feature_shares == 1 else None
+
+    def _sound(
+        self, raw: Batch, terms: list[str], loss: Tensor, more: list[Tensor], lr: float
+    ) -> tuple[Metrics, list[float]]:
+        """(the loss terms, the figures ``more``) as numbers. ValueError if data, loss or gradients are not finite,
+        before any weight changes. Everything is read from the device at once: of a family that chooses k features of
+        each token this is the one time in a step that the device is waited for."""
         process = self.process
         loss = process.over_rows(loss) / process.row_shares
         gradients = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
         sizes = process.over_features(torch.stack([torch.linalg.vector_norm(g) for g in gradients.values()]))
         data = [raw.x] if raw.target is raw.x else [raw.x, raw.target]
         sums = torch.stack([t.sum() for t in data])  # finite only if all of it is
-        figures = torch.cat([sums, loss, sizes]).tolist()
+        figures = torch.cat([sums, loss, sizes, torch.stack([figure.float() for figure in more])]).tolist()
         for t in data:
             if not math.isfinite(figures.pop(0)):
                 _require_finite(t, self.step)
         metrics = dict(zip(terms, figures, strict=False))
-        found = zip(gradients, figures[len(terms) :], strict=True)
+        found = zip(gradients, figures[len(terms) : -len(more)], strict=True)
         for what, bad in (
             ("the loss is", [name for name, value in metrics.items() if not math.isfinite(value)]),
             ("the gradients are", [name for name, size in found if not size < MAX_GRADIENT]),
@@ -180,32 +201,34 @@ class Training:
                     f"step {self.step}: {what} not finite ({', '.join(bad)}) though the data is, so the weights ran "
                     f"away: lower lr (now {lr:.3g}) and train a fresh coder"
                 )
-        return metrics
+        return metrics, figures[-len(more) :]
 
-    def _active(self, out: Output) -> float:
-        """L0 of the whole batch."""
+    def _active(self, out: Output) -> Tensor:
+        """The number of active features, over the whole batch."""
         process, codes = self.process, out.codes.values if isinstance(out.codes, Codes) else out.codes
-        return int(process.over_features(process.over_rows((codes > 0).sum()))) / self.config.batch_size
+        return process.over_features(process.over_rows((codes > 0).sum()))
 
-    def _record(self, batch: Batch, out: Output, l0: float, terms: Metrics, lr: float) -> None:
-        """A row of the history: figures of the whole batch, and now and then of held-out tokens."""
-        process, tokens = self.process, self.step * self.config.batch_size
+    def _fvu(self, batch: Batch, out: Output) -> Tensor:
+        """FVU over the whole batch."""
+        process = self.process
         mean = process.over_rows(batch.target.mean(0)) / process.row_shares
         parts = zip(out.x_hat.detach().split(512), batch.target.split(512), strict=True)  # small ones: see Memory
-        error, variance = process.over_rows(
-            torch.stack([torch.stack([(y - t).square().sum(), (t - mean).square().sum()]) for y, t in parts]).sum(0)
-        )
-        known = self.rows.training_rows
+        sums = torch.stack([torch.stack([(y - t).square().sum(), (t - mean).square().sum()]) for y, t in parts])
+        error, variance = process.over_rows(sums.sum(0))
+        return error / variance
+
+    def _record(self, l0: float, fvu: float, dead: int, terms: Metrics, lr: float) -> None:
+        """A row of the history: figures of the whole batch, and now and then of held-out tokens."""
+        tokens, known = self.step * self.config.batch_size, self.rows.training_rows
         passes = {"passes": tokens / known} if known else {}
-        dead = process.over_features((self.idle > self.config.dead_after).sum())
         self.history.append(
             {"step": self.step, "tokens": tokens}
             | passes
             | {
                 "loss": sum(terms.values()),
-                "fvu": float(error / variance),
+                "fvu": fvu,
                 "l0": l0,
-                "dead": int(dead) / self.whole.d_sae,
+                "dead": dead / self.whole.d_sae,
                 "lr": lr,
             }
             | terms
@@ -253,6 +276,7 @@ class Training:
                 self.aim.apply()
             self._start(first(self.rows) if first else first_batch(self.rows, self.config))
         self.idle = torch.zeros(coder.d_sae, dtype=torch.long, device=coder.W_dec.device)  # tokens since it fired
+        self._known_dead = self.idle._version, False
         self.adam = Adam(coder)
         if found is not None:
             self._restore(found)
@@ -283,6 +307,7 @@ class Training:
         with checkpoint.whole_step():
             self.coder.fold(self.scale, self.target_scale)
             self.coder.scratch, self.coder.in_raw_units, self.coder.progress = None, True, 1.0
+            self.coder.any_dead = None
             if self.aim:
                 self.aim.release()
 
@@ -523,7 +548,7 @@ def _scale(x: Tensor) -> Tensor:
 def _fired(out: Output, d_sae: int) -> Tensor:
     """Bool per feature: active on any row of the batch."""
     if isinstance(out.codes, Codes):
-        fired = torch.zeros(d_sae, dtype=torch.bool, device=out.codes.values.device)
-        fired[out.codes.features[out.codes.values > 0]] = True
-        return fired
+        fired = torch.zeros(d_sae + 1, dtype=torch.bool, device=out.codes.values.device)
+        fired[torch.where(out.codes.values > 0, out.codes.features, d_sae)] = True  # how many are 0 is not asked
+        return fired[:d_sae]
     return (out.codes > 0).any(0)

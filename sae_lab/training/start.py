@@ -60,9 +60,9 @@ def train(
     number of ranks. With ``shard="features"`` build the coder on the CPU; a callback's ``coder`` then has this rank's
     features.
 
-    Raises ValueError for a width that does not fit, a ``path`` that holds another run (the difference is named),
-    changes over several processes, and for NaN or Inf in data or loss (step and cause are named; the coder keeps its
-    last good weights).
+    Raises ValueError for a width that does not fit, a precision that the coder's device lacks, a ``path`` that holds
+    another run (the difference is named), changes over several processes, and for NaN or Inf in data or loss (step and
+    cause are named; the coder keeps its last good weights).
     """
     rows = rows_for(coder, data)
     config = config or one_pass(rows)

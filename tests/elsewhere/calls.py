@@ -7,14 +7,12 @@ Where a model and a coder stand is a placement: "both" there, the "coder" there,
 import copy
 from types import SimpleNamespace
 
-
 import pytest
 import test_invariance as figures
-import torch
-from elsewhere.pretend import DEVICE
 from test_invariance import lab, plain  # noqa: F401 (fixtures)
 
 import sae_lab as sl
+from elsewhere.pretend import DEVICE
 
 PLACEMENTS = ("both", "coder", "model")
 ROUNDING = 1e-5  # the sums are the CPU's, in the order that an accelerator's kernels would be asked for

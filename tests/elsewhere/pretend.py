@@ -21,7 +21,6 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 
-
 class Module:
     """torch.elsewhere: random numbers there are those of the CPU's generator."""
 
@@ -101,7 +100,7 @@ class There(torch.Tensor):
 
     def __deepcopy__(self, memo: dict[int, Any]):
         made = self.detach().clone().requires_grad_(self.requires_grad)
-        made.__dict__ |= {name: value for name, value in vars(self).items() if name != "inside"}  # that it is a Parameter
+        vars(made).update({name: value for name, value in vars(self).items() if name != "inside"})  # as of a Parameter
         memo[id(self)] = made
         return made
 
@@ -142,13 +141,14 @@ def run(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     if device is not None and made_there:
         given["device"] = "cpu"
     out = func(*tree_map(inside, args), **given)
+    if made_there:
+        out = tree_map(there, out)
+        sparse = any(isinstance(value, SparseThere) for value in tree_leaves((args, out)))
+        if given_there and not sparse:
+            out = return_and_correct_aliasing(func, args, kwargs, out)
     for value in tree_leaves((args, kwargs)):
         assert not isinstance(value, There) or value.shape == value.inside.shape, f"{func} gave a tensor another shape"
-    if not made_there:
-        return out
-    out = tree_map(there, out)
-    sparse = any(isinstance(value, SparseThere) for value in tree_leaves((args, out)))
-    return return_and_correct_aliasing(func, args, kwargs, out) if given_there and not sparse else out
+    return out
 
 
 def _require_one_device(func: Any, args: tuple, kwargs: dict[str, Any]) -> None:

@@ -43,7 +43,7 @@ class Gated(SparseCoder):
             gate = self._encode_at(opened, rows)
         else:
             gate = out.pre.relu()
-        frozen = weighted_sum(gate, self.W_dec.detach()) + self.b_dec.detach()
+        frozen = weighted_sum(gate, self.W_dec.detach(), self.precision) + self.b_dec.detach()
         if self.W_skip is not None:
             frozen = frozen + rows @ self.W_skip.detach()
         return super().terms(batch, out, progress=progress, dead=dead) | {

@@ -71,7 +71,7 @@ class Switch(TopK):
             for e in range(self.experts):
                 rows, part = (expert == e).nonzero().flatten(), slice(e * size, (e + 1) * size)
                 if len(rows):
-                    scores = torch.addmm(bias[part], x[rows], self.W_enc[:, part])
+                    scores = kernels.affine(x[rows], self.W_enc[:, part], bias[part], self.precision)
                     pre[rows, part] = scores
                     features[rows] = scores.topk(self.k, sorted=False).indices + e * size
             chosen = kernels.equal_rows(pre.gather(1, features), features, self.d_sae)
