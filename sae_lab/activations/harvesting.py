@@ -5,7 +5,7 @@ import logging
 import platform
 import tempfile
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -71,15 +71,17 @@ def harvest(
         coder: keep the coder's codes, under its mask, in place of activations. They take less disk, and less traffic
             from a server; such a store can be indexed (``sl.index_features``) with that coder, but not trained on.
 
-    With a model on a server, the server applies the mask and sends the activations in half precision.
+    On a CPU one pass of the model reads about 1,400 tokens, elsewhere about 4,200; where memory runs out, that and all
+    later passes are half as large. With a model on a server, the server applies the mask and sends the activations in
+    half precision.
 
     ``torchrun --nproc-per-node N script.py`` shares the text among N processes, each with a model of its own: a rank
     makes every N-th shard, and all return the store that one process with as many threads would have made, bit for
     bit. Every rank must make the call. A harvest may go on over another number of ranks.
 
     Raises ValueError when the folder holds a store of another model, site or text (the difference is named), the text
-    is empty or shorter than a context, or activations are not finite; and of several ranks, when their arguments
-    differ, or not all of them see the folder.
+    is empty or shorter than a context, a single context does not fit into memory, or activations are not finite; and
+    of several ranks, when their arguments differ, or not all of them see the folder.
     """
     call = prepared(lm, sites, text, tokens, path, context, pack, mask, roles, coder)
     if processes.started() == 1:
@@ -144,6 +146,7 @@ class Harvest:
     mask: TokenMask | None
     roles: tuple[str, ...] = ()
     coder: SparseCoder | None = None
+    most: float | None = None  # tokens in a pass, where it is not the text's passes that are read
 
     def run(self, tokens: int) -> Store:
         """The store, its missing shards made first, while no other process writes there."""
@@ -354,15 +357,9 @@ class Harvest:
         ids = torch.tensor([i for c in contexts for i in c.ids])
         positions = torch.cat([torch.arange(int(n)) for n in lengths])
         documents = torch.tensor([d for c in contexts for d in c.documents])
-        batches = [padded(group) for group in passes]
         if self.manifest["mask"] is None:
             self._require_roles(contexts)
-        if self.coder is not None:
-            kept, found = self._read_codes(batches, self.coder)
-        elif self.lm.remote and self.manifest["mask"] is not None:
-            kept, found = self._read_packed(batches)
-        else:
-            kept, found = self._read_whole(batches, ids, positions)
+        kept, found = self._fitting(passes, partial(self._read_batches, ids=ids, positions=positions))
         context = torch.repeat_interleave(torch.arange(len(contexts)), lengths)
         tensors = {
             "ids": pad([c.ids for c in contexts]).ids.int(),
@@ -373,6 +370,41 @@ class Harvest:
             "context": context[kept].int(),
         }
         return tensors | found, int((~kept).sum())
+
+    def _read_batches(
+        self, batches: list[TokenBatch], ids: Tensor, positions: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """(which tokens count, what the store keeps of them)."""
+        if self.coder is not None:
+            return self._read_codes(batches, self.coder)
+        if self.lm.remote and self.manifest["mask"] is not None:
+            return self._read_packed(batches)
+        return self._read_whole(batches, ids, positions)
+
+    def _fitting(self, passes: list[list[Context]], read: Callable[[list[TokenBatch]], T]) -> T:
+        """What ``read`` gives for the contexts of a shard, in passes that fit into memory: where it runs out, in passes
+        of half as many tokens, and so in all later shards."""
+        if self.most is None and self.lm.device.type != "cpu":
+            self.most = float(
+                "inf"
+            )  # the whole shard: an accelerator gains from rows that a CPU's cache has no room for
+        while True:
+            groups = passes if self.most is None else _cut([c for group in passes for c in group], self.most)
+            try:
+                return read([padded(group) for group in groups])
+            except RuntimeError as err:
+                if not _out_of_memory(err):
+                    raise
+                if all(len(group) == 1 for group in groups):
+                    raise ValueError(
+                        f"one context of {max(map(_longest, groups))} tokens does not fit into the memory of "
+                        f"{self.lm.device}: pass a smaller context=, or free memory there"
+                    ) from err
+                self.most = max(len(group) * _longest(group) for group in groups) // 2
+            # Here the error, and with it the tensors of the pass that failed, is gone.
+            log.warning("memory ran out: passes of the model have at most %d tokens from now on", self.most)
+            if self.lm.device.type == "cuda":
+                torch.cuda.empty_cache()
 
     def _read_whole(
         self, batches: list[TokenBatch], ids: Tensor, positions: Tensor
@@ -561,6 +593,27 @@ def tried(
         },
     )
     return found, tensors, trial.manifest["scales"]
+
+
+def _cut(contexts: list[Context], most: float) -> list[list[Context]]:
+    """The contexts, in their order, in groups that have at most so many tokens once they are padded."""
+    groups: list[list[Context]] = []
+    for context in contexts:
+        if groups and (len(groups[-1]) + 1) * max(_longest(groups[-1]), len(context.ids)) <= most:
+            groups[-1].append(context)
+        else:
+            groups.append([context])
+    return groups
+
+
+def _longest(contexts: list[Context]) -> int:
+    return max(len(c.ids) for c in contexts)
+
+
+def _out_of_memory(err: RuntimeError) -> bool:
+    """Whether memory ran out: by torch's error for it, or, where there is none, by its words."""
+    words = ("out of memory", "not enough memory", "can't allocate memory")
+    return isinstance(err, torch.cuda.OutOfMemoryError) or any(word in str(err) for word in words)
 
 
 def _tokens(contexts: list[Context]) -> int:

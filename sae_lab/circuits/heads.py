@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae_lab.arguments import as_annotated
-from sae_lab.circuits.pairs import kept, require_here, require_linear, require_sae
+from sae_lab.circuits.pairs import kept, require_here, require_linear, require_sae, require_together
 from sae_lab.lm.model import LM
 from sae_lab.lm.tokens import Prompts
 from sae_lab.results import Result, by_column, result
@@ -102,6 +102,7 @@ def head_attribution(
     length = batch.ids.shape[1]
     if length < 2 or (position is not None and not 0 <= position < length):
         raise ValueError(f"position must be from 0 to {length - 1} in a prompt of at least two tokens, got {position}")
+    require_together(lm, [coder])
     seen = attention(lm, batch, coder.site.layer or 0)
     with torch.no_grad():
         pre = coder(seen.z.flatten(2)[0]).pre[:, feature]

@@ -84,8 +84,20 @@ def aligned_tokens(lm: LM, prompt: Prompt, source: Prompt) -> list[tuple[str | N
     return pairs
 
 
+def require_together(lm: LM, coders: Sequence[SparseCoder]) -> None:
+    """ValueError unless the coders lie on the model's device, as what computes with both at once needs."""
+    for coder in coders:
+        if coder.b_dec.device != lm.device:
+            raise ValueError(
+                f"this works on one device, and the coder lies on {coder.b_dec.device}, the model's activations on "
+                f"{lm.device}: move the coder there with sae.to({str(lm.device)!r})"
+            )
+
+
 def kept(lm: LM, coders: Sequence[SparseCoder], *runs: tuple[TokenBatch, Acts]) -> Bool[Tensor, "batch pos"]:
-    """The real tokens that no coder's mask leaves out at any site in any of these runs. ValueError if none is left."""
+    """The real tokens that no coder's mask leaves out at any site in any of these runs. ValueError if none is left, and
+    for a coder on another device than the model's."""
+    require_together(lm, coders)
     masks = [coder.mask or lm.mask() for coder in coders]
     keep = runs[0][0].mask.clone()
     for batch, acts in runs:

@@ -347,6 +347,7 @@ class SparseCoder(nn.Module):
         """
         if len(self.in_shape) > 1:
             raise ValueError(f"a {type(self).__name__} reads several sites at once: edits need a coder of one site")
+        self._require_float32()
         act, own = self.eval_act()
         pick: Any = slice(None) if features is None or list(features) == list(range(self.d_sae)) else list(features)
         with torch.no_grad():
@@ -438,7 +439,13 @@ class SparseCoder(nn.Module):
             raise ValueError(f"{expected}{where}, got shape {tuple(x.shape)}")
         if x.device != self.b_dec.device:
             raise ValueError(f"x lies on {x.device} and the coder on {self.b_dec.device}: pass x.to(sae.b_dec.device)")
+        self._require_float32()
         return x.reshape(-1, self.d_in).float(), x.shape[: x.dim() - axes]
+
+    def _require_float32(self) -> None:
+        """ValueError for weights that were put there in another dtype; a cast of the coder keeps them in float32."""
+        if self.b_dec.dtype != torch.float32:
+            raise ValueError(f"a coder computes in float32, and this one's weights are {self.b_dec.dtype}: sae.float()")
 
     def _enter(self, x: Tensor) -> tuple[Tensor, Tensor | float, Tensor | None]:
         """(normalised rows, mean, size), with x = rows·size + mean; size None without an ``input_norm``."""
