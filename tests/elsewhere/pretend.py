@@ -55,6 +55,9 @@ aten = torch.ops.aten
 COPIES = {aten.copy_, aten._to_copy, aten._copy_from}  # they may go from one device to another
 INDEXED = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_}  # a CPU index of a tensor there is right
 JOINED = {aten.cat, aten.stack}  # a number on the CPU is right everywhere but here
+# What an accelerator is waited for: a number of it, or a size that depends on its numbers.
+READ = {aten._local_scalar_dense, aten.nonzero, aten.equal, aten.masked_select, aten.bincount, aten._unique2}
+WAITED: list[str] = []  # such operations, in their order
 
 
 class There(torch.Tensor):
@@ -84,6 +87,7 @@ class There(torch.Tensor):
     __array__ = numpy
 
     def tolist(self):
+        WAITED.append("tolist")
         return self.inside.tolist()
 
     def data_ptr(self) -> int:
@@ -140,6 +144,8 @@ def run(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     given = {name: value for name, value in tree_map(inside, kwargs).items() if name != "pin_memory"}
     if device is not None and made_there:
         given["device"] = "cpu"
+    if given_there and _waits(func, args, kwargs):
+        WAITED.append(str(func.overloadpacket))
     out = func(*tree_map(inside, args), **given)
     if made_there:
         out = tree_map(there, out)
@@ -149,6 +155,18 @@ def run(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     for value in tree_leaves((args, kwargs)):
         assert not isinstance(value, There) or value.shape == value.inside.shape, f"{func} gave a tensor another shape"
     return out
+
+
+def _waits(func: Any, args: tuple, kwargs: dict[str, Any]) -> bool:
+    """Whether Python goes on only when the device has come so far."""
+    name = func.overloadpacket
+    if name is aten.repeat_interleave:
+        return kwargs.get("output_size") is None
+    if name in INDEXED:  # one number for all places that a mask names needs no count of them
+        masks = any(isinstance(t, Tensor) and t.dtype == torch.bool for t in args[1])
+        return masks and (name is aten.index or args[2].numel() > 1)
+    to_cpu = name is aten._to_copy and str(kwargs.get("device")) == "cpu"
+    return to_cpu or name in READ or (name is aten.copy_ and not isinstance(args[0], There))
 
 
 def _require_one_device(func: Any, args: tuple, kwargs: dict[str, Any]) -> None:
