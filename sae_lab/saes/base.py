@@ -235,7 +235,7 @@ class SparseCoder(nn.Module):
 
     def output(self, x: Tensor, tokens: Tensor | None = None) -> Output:
         """``forward`` without its check of the data: the training loop checks once a step."""
-        rows, lead = self._rows(x)
+        rows, lead = self._rows_here(x)
         pre, codes = self._codes(self._enter(rows)[0])
         x_hat = self._leave(codes, rows, tokens)
         return Output(x_hat.reshape(*lead, *self.out_shape), codes, pre)
@@ -250,7 +250,7 @@ class SparseCoder(nn.Module):
     @as_annotated
     def codes(self, x: Float[Tensor, "..."]) -> Codes | Tensor:
         """The codes of x's rows as the family makes them: sparse ``Codes``, or dense."""
-        return self._codes(self._enter(self._rows(x)[0])[0])[1]
+        return self._codes(self._enter(self._rows_here(x)[0])[0])[1]
 
     @as_annotated
     def sparse_codes(self, x: Float[Tensor, "..."]) -> Codes:
@@ -332,7 +332,7 @@ class SparseCoder(nn.Module):
     def silent(self, x: Float[Tensor, "..."], tokens: Tensor | None = None) -> Float[Tensor, "..."]:
         """``sae.silent(x)``: x_hat of rows x if no feature fired: b_dec, plus the contributions of a skip, a lookup
         and the mean that an ``input_norm`` subtracts."""
-        rows, lead = self._rows(x)
+        rows, lead = self._rows_here(x)
         nothing = torch.zeros(0, device=rows.device)
         none = Codes(nothing, nothing.long(), nothing.new_zeros(len(rows) + 1).long(), self.d_sae)
         return self._leave(none, rows, tokens).reshape(*lead, *self.out_shape)
@@ -431,16 +431,21 @@ class SparseCoder(nn.Module):
         return x_hat if size is None or self.transcodes else x_hat * size + mean  # a transcoder's target is left raw
 
     def _rows(self, x: Tensor) -> tuple[Tensor, torch.Size]:
-        """(x as float rows, its leading axes). ValueError for a width or a device that is not the coder's."""
+        """(x as float rows, its leading axes). ValueError for a width that is not the coder's."""
         axes = len(self.in_shape)
         if x.dim() < axes or x.shape[-axes:] != self.in_shape:
             where = f" (trained at {', '.join(map(repr, self.reads))})" if self.reads else ""
             expected = f"x's last axis must be d_in={self.d_in}" if axes == 1 else f"x must end in {self.in_shape}"
             raise ValueError(f"{expected}{where}, got shape {tuple(x.shape)}")
+        return x.reshape(-1, self.d_in).float(), x.shape[: x.dim() - axes]
+
+    def _rows_here(self, x: Tensor) -> tuple[Tensor, torch.Size]:
+        """``_rows`` of what meets the weights. ValueError also for another device, and for weights of another dtype."""
+        found = self._rows(x)
         if x.device != self.b_dec.device:
             raise ValueError(f"x lies on {x.device} and the coder on {self.b_dec.device}: pass x.to(sae.b_dec.device)")
         self._require_float32()
-        return x.reshape(-1, self.d_in).float(), x.shape[: x.dim() - axes]
+        return found
 
     def _require_float32(self) -> None:
         """ValueError for weights that were put there in another dtype; a cast of the coder keeps them in float32."""

@@ -238,7 +238,7 @@ def _(s):
     texts, against = [t[:60] for t in s.text[:4]], [t[:60] for t in s.text[4:8]]
     found = sl.find_features(s.lm, s.coder, texts, against, permutations=9)
     dose = sl.dose_response(
-        s.lm, s.coder, s.f, PROMPTS, [" a"], PROMPTS, strengths=(0, 1, 2), examples=(PROMPTS, SOURCES), seeds=1
+        s.lm, s.coder, s.f, PROMPTS, ["a"], PROMPTS, strengths=(0, 1, 2), examples=(PROMPTS, SOURCES), seeds=1
     )
     return [len(found.to_pandas()), len(dose.rows), sl.match(s.coder, s.later).b_to_a]
 
@@ -255,13 +255,12 @@ def _(s):
 @call("evals of a model")
 def _(s):
     few = {"tokens": 120, "context": 32}
+    positional = sl.evals.positional(s.coder, s.lm, s.store.at(SITE), tokens=300, bins=2, min_firings=2)
     return [
         figures.numbers(sl.evals.reconstruction(s.coder, s.lm, s.text, tokens=120)),
         figures.numbers(sl.evals.by_position(s.coder, s.lm, s.text, **few)),
         figures.numbers(sl.evals.pathological_errors(s.coder, s.lm, s.text, **few)),
-        figures.numbers(
-            sl.evals.positional(s.coder, s.lm, s.store.at(SITE), tokens=300, bins=2, min_firings=2), "best"
-        ),
+         figures.numbers(positional, "best"),
     ]
 
 
