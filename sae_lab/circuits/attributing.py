@@ -121,11 +121,12 @@ def attribution(
         z, z_given = coder.encode(x), coder.encode(given)
         wrong = (given - coder(given, runs.theirs.ids).x_hat) - (x - coder(x, batch.ids).x_hat)
         changes = coder.strengths(z_given - z, x)
-        effects = changes * (gradient @ coder.directions().T) * keep.unsqueeze(-1)
-        error = (wrong * gradient).sum(-1) * keep
+        counted = keep.to(x.device)
+        effects = changes * (gradient @ coder.directions().T) * counted.unsqueeze(-1)
+        error = (wrong * gradient).sum(-1) * counted
     n = len(batch.ids)
-    active = (((z > 0) | (z_given > 0)) & keep.unsqueeze(-1)).any(0)
-    found = effects.sum(0) / n
+    active = (((z > 0) | (z_given > 0)) & counted.unsqueeze(-1)).any(0).cpu()
+    found = effects.sum(0).cpu() / n
     truth: dict[Place, float] = {}
     if check:
         order = found[active].abs().argsort(descending=True)
@@ -134,7 +135,7 @@ def attribution(
         rows = coder.directions()
         added = {(p, f): wrong[:, p] if f < 0 else changes[:, p, f, None] * rows[f] for p, f in nodes}
         truth = true_effects(lm, batch, site, keep, added, metric, runs.base)
-    return Attribution(found, error.sum(0) / n, truth, runs.base, runs.source, steps, Names(coder))
+    return Attribution(found, error.sum(0).cpu() / n, truth, runs.base, runs.source, steps, Names(coder))
 
 
 def evenly(count: int, wanted: int) -> list[int]:
@@ -152,7 +153,7 @@ def true_effects(
         part = nodes[start : start + at_once]
         copies = copied(batch, len(part))
         where = torch.tensor([p for p, _ in part]).repeat_interleave(n)
-        added = torch.cat([changes[node] * keep[:, node[0], None] for node in part])
+        added = torch.cat([changes[node] * keep[:, node[0], None].to(changes[node]) for node in part])
         write = Write(site, partial(shifted, where=where, by=added.detach()))
         means = measured(lm, copies, metric, [write]).view(len(part), n).mean(1)
         found |= {node: float(mean) - base for node, mean in zip(part, means, strict=True)}

@@ -479,10 +479,10 @@ class Patch(Edit):
         if self.error != "patch":
             return None
         reading = lm.read(self.source, list(dict.fromkeys([self.read_site, self.write_site])))
-        read, target = reading[self.read_site], reading[self.write_site]
+        read, target, device = reading[self.read_site], reading[self.write_site], self.coder.b_dec.device
         with torch.no_grad():
-            wrong = target - self.coder(read, reading.ids).x_hat
-        return {"wrong": wrong.cpu(), "there": _codes_of(self, lm, self.source)[1]}
+            x_hat = self.coder(read.to(device), reading.ids.to(device)).x_hat
+        return {"wrong": target.cpu() - x_hat.cpu(), "there": _codes_of(self, lm, self.source)[1]}
 
     def rule(self, lm: "LM", batch: TokenBatch) -> Rule:
         codes, keep, other = _codes_of(self, lm, self.source)

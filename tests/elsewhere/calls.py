@@ -136,7 +136,8 @@ def lab(tmp_path_factory):
     heads.calibrate([here.read(PROMPTS, HEADS)[HEADS].flatten(0, 1)])
     transcoder = sl.Transcoder(48, 64, k=4, d_out=48)
     transcoder.reads, transcoder.writes = (sl.Site("mlp_in", 1),), (sl.Site("mlp_out", 1),)
-    clt = sl.CrossLayerTranscoder(48, 64, layers=2, k=8)
+    transcoder.calibrate([here.read(PROMPTS, "mlp_in-1")["mlp_in-1"].flatten(0, 1)])
+    clt = sl.CrossLayerTranscoder(48, 64, layers=2, k=8, activation="topk")
     clt.reads, clt.writes = (tuple(sl.Site(kind, i) for i in (0, 1)) for kind in ("mlp_in", "mlp_out"))
     x = store.rows(np.arange(300), SITE.key).float()
     coders = {"coder": coder, "later": later, "heads": heads, "transcoder": transcoder.eval(), "clt": clt.eval()}
@@ -183,7 +184,7 @@ def _(s):
     edits = [
         sl.Steer(c, f, 2.0), sl.Clamp(c, [f], 1.0), sl.Scale(c, [f], 2.0), sl.Ablate(c, [f]), sl.Splice(c),
         sl.Ablate(c, [f], to="mean", reference=PROMPTS), sl.Ablate(c, [f], to="resample", reference=PROMPTS),
-        sl.Project(c, [f]), sl.Patch(c, SOURCES),
+        sl.Project(c, [f]), sl.Patch(c, SOURCES), sl.Patch(c, SOURCES, feature=f, error="patch"),
     ]  # fmt: skip
     return [s.lm.logits(PROMPTS, edits=[edit]).cpu() for edit in edits]
 
@@ -260,7 +261,7 @@ def _(s):
         figures.numbers(sl.evals.reconstruction(s.coder, s.lm, s.text, tokens=120)),
         figures.numbers(sl.evals.by_position(s.coder, s.lm, s.text, **few)),
         figures.numbers(sl.evals.pathological_errors(s.coder, s.lm, s.text, **few)),
-         figures.numbers(positional, "best"),
+        figures.numbers(positional, "best"),
     ]
 
 
