@@ -61,6 +61,7 @@ class Training:
         self.label = label or type(coder).__name__
         self.rows, self.config, self.path, self.callbacks, self.process = rows, config, path, callbacks, process
         self.whole = self.coder = coder  # coder: the part of it that this process trains
+        coder._require_float32()
         require_precision(config.precision, coder.b_dec.device)
         if config.precision == "tf32" and isinstance(rows, Stream):
             raise ValueError(

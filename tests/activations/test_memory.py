@@ -43,7 +43,8 @@ def test_passes_are_halved_until_they_fit(error, cramped, make_tiny, small_text,
     lm, passes = cramped(error, 150)
     found = sl.harvest(lm, SITE, small_text, tokens=1200, path=tmp_path / "cramped", context=CONTEXT)
     known = sl.harvest(make_tiny("llama"), SITE, small_text, tokens=1200, path=tmp_path / "known", context=CONTEXT)
-    assert passes[:3] == [512, 256, 128] and max(passes[3:]) == 128  # what does not fit is not tried again
+    failed = [tokens for tokens in passes if tokens > 150]
+    assert passes[: len(failed)] == failed and len(failed) == 2  # what does not fit is not tried again
     rows = np.arange(len(known))
     assert len(found) == len(known) and torch.equal(found.rows(rows, "token"), known.rows(rows, "token"))
     x, y = (store.rows(rows, SITE.key).float() for store in (found, known))
@@ -55,14 +56,14 @@ def test_a_context_that_does_not_fit(cramped, small_text, tmp_path):
     lm, passes = cramped(ERRORS[0], 10)
     with pytest.raises(ValueError, match="one context of 32 tokens does not fit into the memory of cpu: pass a"):
         sl.harvest(lm, SITE, small_text, tokens=1200, path=tmp_path, context=CONTEXT)
-    assert min(passes) == CONTEXT
+    assert passes[-1] <= CONTEXT  # not before a pass was of one context
 
 
 def test_any_other_error_is_left_as_it_is(cramped, small_text, tmp_path):
     lm, passes = cramped(RuntimeError("a kernel failed"), 150)
     with pytest.raises(RuntimeError, match="a kernel failed"):
         sl.harvest(lm, SITE, small_text, tokens=1200, path=tmp_path, context=CONTEXT)
-    assert passes == [512]
+    assert len(passes) == 1
 
 
 def test_a_cut_keeps_the_order_and_counts_padding():
