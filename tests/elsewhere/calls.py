@@ -90,8 +90,8 @@ def waits(family, **arguments):
     x = torch.randn(512, 16, generator=torch.Generator().manual_seed(0))
     training = Training(coder, Rows(x), sl.TrainConfig(steps=10_000, batch_size=64), None, ())
     training.begin()
-    batch = sl.Batch(x[:64].to(DEVICE), None)  # type: ignore[arg-type]
-    batch.target = batch.x
+    x = x[:64].to(DEVICE)
+    batch = sl.Batch(x, x)
     training.one_step(batch)
     pretend.WAITED.clear()
     training.one_step(batch)
