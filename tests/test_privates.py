@@ -8,7 +8,9 @@ HERE = Path(__file__).parent
 # Of Jupyter, Python, transformers, matplotlib and torch.
 OTHERS = {
     "_repr_html_", "_repr_mimebundle_", "_replace", "_fields", "_asdict", "_exit", "_attn_implementation",
-    "_dash_pattern", "_python_dispatch", "_utils", "_rebuild_tensor_v2",
+    "_dash_pattern", "_python_dispatch", "_utils", "_rebuild_tensor_v2", "_C", "_make_wrapper_subclass",
+    "_make_subclass", "_disabled_torch_function_impl", "_to_copy", "_copy_from", "_index_put_impl_",
+    "_local_scalar_dense", "_unique2",
 }  # fmt: skip
 REASONS = {
     "_module": "the transformers model itself: plain hooks, weights and generate are what results are compared with",
@@ -42,6 +44,9 @@ REASONS = {
     "_gradients": "arrays that training uses again: that they are the same ones shows nowhere else",
     "_orders": "the orders that circles tries: a planted circle must be the best of them",
     "_order": "of a planted circle, as above",
+    "_any_dead": "what a training knows of dead features without asking the device: no figure shows it",
+    "_multiplies_bfloat16": "a CPU without the instructions makes the same numbers, slowly",
+    "_cut": "the groups of contexts of a shard: a store does not tell them",
     "_shuffled": "the control alone: what it must keep and what it must break",
 }
 WITHOUT = 28  # private names without a reason: this number may only fall
