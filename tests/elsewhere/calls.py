@@ -284,7 +284,7 @@ def _(s):
     lens = sl.explain.lens_shape(s.coder, s.lm, [s.f], {s.f: "t"})
     lists = sl.explain.token_list(s.coder, s.lm, [s.f], tokens=range(30, 60))
     said = sl.explain.self_explain(s.coder, s.lm, [s.f], tokens=2, scales=(1.0,))
-    return [figures.numbers(lens), figures.numbers(lists), said.texts]
+    return [figures.numbers(lens), figures.numbers(lists, "codes"), said.texts]
 
 
 @call("readings of a prompt")
