@@ -342,7 +342,7 @@ def _(s):
 def _(s):
     coders = sl.TranscoderSet([s.transcoder])
     graph = sl.circuits.trace(s.lm, coders, PROMPTS[0], ["a"])
-    task = sl.circuits.trace_many(s.lm, coders, PROMPTS, ["a", "b"], edges=1.0)
+    task = sl.circuits.trace_many(s.lm, coders, PROMPTS + SOURCES, ["a", "b"] * 2, edges=1.0)
     return [graph.effects.cpu(), len(graph.prune().nodes), len(task.edges)]
 
 
