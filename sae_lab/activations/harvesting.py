@@ -38,6 +38,7 @@ log = logging.getLogger(__name__)
 MAX_NORM = 4.0  # in medians: attention sinks and massive activations lie above (the bundled model's at 6 medians)
 FORWARD_TOKENS = 1408  # per forward pass at most: eleven contexts of 128, and a shard is three such passes
 SHARD_TOKENS = 4096
+Kept = tuple[Tensor, dict[str, Tensor]]  # which tokens of a shard count, what the store keeps of them
 ORDER = 3  # version of the rule that puts contexts into shards
 
 
@@ -371,9 +372,7 @@ class Harvest:
         }
         return tensors | found, int((~kept).sum())
 
-    def _read_batches(
-        self, batches: list[TokenBatch], ids: Tensor, positions: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def _read_batches(self, batches: list[TokenBatch], ids: Tensor, positions: Tensor) -> Kept:
         """(which tokens count, what the store keeps of them)."""
         if self.coder is not None:
             return self._read_codes(batches, self.coder)
@@ -381,13 +380,11 @@ class Harvest:
             return self._read_packed(batches)
         return self._read_whole(batches, ids, positions)
 
-    def _fitting(self, passes: list[list[Context]], read: Callable[[list[TokenBatch]], T]) -> T:
+    def _fitting(self, passes: list[list[Context]], read: Callable[[list[TokenBatch]], Kept]) -> Kept:
         """What ``read`` gives for the contexts of a shard, in passes that fit into memory: where it runs out, in passes
         of half as many tokens, and so in all later shards."""
         if self.most is None and self.lm.device.type != "cpu":
-            self.most = float(
-                "inf"
-            )  # the whole shard: an accelerator gains from rows that a CPU's cache has no room for
+            self.most = float("inf")  # the whole shard: an accelerator gains from rows that no CPU's cache has room for
         while True:
             groups = passes if self.most is None else _cut([c for group in passes for c in group], self.most)
             try:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from sae_lab.activations.store import WATCHED, Harvested, ReadAhead, Rows
+from sae_lab.activations.streaming import Stream
 from sae_lab.saes import kernels, losses
 from sae_lab.saes.base import SparseCoder
 from sae_lab.training import checkpoint
