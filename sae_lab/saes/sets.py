@@ -128,9 +128,8 @@ class TranscoderSet:
 
     @staticmethod
     def load(path: str | Path, id: str | None = None, model: str | None = None) -> "TranscoderSet":
-        """``sl.TranscoderSet.load("smollm2-135m/transcoders")``: read the set of the bundled model that comes with the
-        library; a folder that ``save`` wrote; or a set of circuit-tracer: a folder with a config.yaml, or a hub
-        repository with one, such as ``load("mwhanna/qwen3-4b-transcoders")`` or
+        """``sl.TranscoderSet.load("folder")``: read what ``save`` wrote, or a set of circuit-tracer: a folder with a
+        config.yaml, or a hub repository with one, such as ``load("mwhanna/qwen3-4b-transcoders")`` or
         ``load("mwhanna/gemma-scope-2-270m-pt", "transcoder_all/width_16k_l0_small")``.
 
         Each transcoder reads the place that the config names; one that was trained on a norm's output before the gain
@@ -140,8 +139,6 @@ class TranscoderSet:
         anything else, and for a cross-layer transcoder.
         """
         folder = Path(path).expanduser() / (id or "")
-        if not folder.exists() and (ours.SHIPPED / folder / INDEX).is_file():
-            folder = ours.SHIPPED / folder
         if not (folder / INDEX).is_file():
             return TranscoderSet(tracer.read_set(path, id, model))
         if model is not None:
