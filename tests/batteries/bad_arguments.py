@@ -32,7 +32,8 @@ MADE_HERE = {"Run", "Sweep", "FeatureIndex", "SparseCoder", "Games", "World", "C
 INSIDE = re.compile(
     r"SparseCoder\.(act|auxk|begin|loss|terms|reach|reusing|training_threshold|check_sparsity|get_parameter_or_buffer|"
     r"choose_sites|output|portable|write_of|feature|fit_threshold)|"
-    r"\w+\.(set_state|together|rule|writes|check|place|measured|error_of_another_run|pick)|TokenMask\.\w+|Batch\.\w+"
+    r"\w+\.(set_state|shared_by|together|rule|writes|check|place|measured|error_of_another_run|pick)|"
+    r"TokenMask\.\w+|Batch\.\w+"
 )
 
 

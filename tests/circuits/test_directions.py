@@ -62,11 +62,11 @@ def test_all_directions_of_a_basis_are_the_activation(curves, lm, sae):
         whole[0] = x[0]
         right = kl_by_hand(lm, row, whole)
         for name in ("PCA", "neurons", "random", "features and error"):
-            assert curves.kl[name][i, -1] == pytest.approx(right, abs=1e-4), name
+            assert curves.kl[name][i, -1] == pytest.approx(right, abs=1e-4, rel=1e-5), name
             assert curves.edit[name][i, -1] == pytest.approx(1.0, abs=1e-3)
         x_hat = x + sae(given).x_hat - sae(x).x_hat
         x_hat[0] = x[0]
-        assert curves.kl["features"][i, -1] == pytest.approx(kl_by_hand(lm, row, x_hat), abs=1e-4)
+        assert curves.kl["features"][i, -1] == pytest.approx(kl_by_hand(lm, row, x_hat), abs=1e-4, rel=1e-5)
         assert abs(curves.kl["features"][i, -1] - right) > 1e-3  # the error, which stays, matters here
     assert curves.numbers == [0, 1, 4, 16, ALL] and curves.ranked == 2
 
@@ -76,10 +76,10 @@ def test_none_is_the_prompt_or_the_error_alone(curves, lm, sae):
     for i, row in enumerate(rows):
         x, given = both(lm, row)
         for name in ("features", "PCA", "neurons", "random"):
-            assert curves.kl[name][i, 0] == pytest.approx(kl_by_hand(lm, row, x), abs=1e-4)
+            assert curves.kl[name][i, 0] == pytest.approx(kl_by_hand(lm, row, x), abs=1e-4, rel=1e-5)
         error = x + (given - sae(given).x_hat) - (x - sae(x).x_hat)
         error[0] = x[0]
-        assert curves.kl["features and error"][i, 0] == pytest.approx(kl_by_hand(lm, row, error), abs=1e-4)
+        assert curves.kl["features and error"][i, 0] == pytest.approx(kl_by_hand(lm, row, error), abs=1e-4, rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["features", "neurons"])
@@ -124,7 +124,7 @@ def test_positions(lm, sae):
     for i, row in enumerate(scored()[1]):
         x, given = both(lm, row)
         x = torch.cat([x[:9], given[9:]])
-        assert some.kl["random"][i, 1] == pytest.approx(kl_by_hand(lm, row, x), abs=1e-4)
+        assert some.kl["random"][i, 1] == pytest.approx(kl_by_hand(lm, row, x), abs=1e-4, rel=1e-5)
 
 
 def test_differences_span_the_ranking_half(lm, sae):

@@ -130,4 +130,5 @@ def test_ctrl_c_leaves_no_hook(tiny_lm):
 def hooks(lm):
     """The numbers of all hooks in the model. nnsight keeps some of its own, so tests compare before and after."""
     modules = list(lm._module.modules())
-    return [sorted(m._forward_hooks) for m in modules], [sorted(m._forward_pre_hooks) for m in modules]
+    # torch has no public list of a module's hooks
+    return [(sorted(m._forward_hooks), sorted(m._forward_pre_hooks)) for m in modules]
