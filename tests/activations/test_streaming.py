@@ -16,7 +16,6 @@ import torch
 
 import sae_lab as sl
 from sae_lab.activations import harvesting
-from sae_lab.training.process import Process
 
 A, B = sl.Site("resid_post", 0), sl.Site("resid_post", 1)
 HALF = 256  # rows of half a buffer here
@@ -407,13 +406,6 @@ def test_trainings_that_are_refused(stream, small_text, tiny_lm):
         stream().at(B)
 
 
-def test_several_processes_are_refused(stream):
-    from sae_lab.training.loop import Training
-
-    with pytest.raises(ValueError, match="a stream feeds one process, got 2: harvest a store first"):
-        Training(coder(), stream(), config(steps=1), None, (), Process(size=2))
-
-
 def test_a_text_too_short_to_hold_any_out_is_told_of(stream, caplog):
     rows = stream(text=["A fox jumps over the dog, and it runs away. " * 10], buffer=512)
     with caplog.at_level(logging.WARNING):
@@ -428,10 +420,10 @@ def test_a_model_that_fails_fails_the_training(stream, monkeypatch):
     rows.watched  # noqa: B018 (the start is read)
 
     def fails(*args, **kwargs):
-        raise RuntimeError("out of memory")
+        raise RuntimeError("the model is broken")
 
     monkeypatch.setattr(sl.LM, "run", fails)
-    with pytest.raises(RuntimeError, match="out of memory"):
+    with pytest.raises(RuntimeError, match="the model is broken"):
         sl.train(coder(), rows, config(steps=20))
     monkeypatch.setattr(sl.LM, "run", run)
     sl.train(coder(), rows, config(steps=20))  # the same stream serves again

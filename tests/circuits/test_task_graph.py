@@ -10,7 +10,7 @@ from tests.circuits.test_attribution_graphs import by_hand, made  # noqa: F401 (
 
 
 def test_the_circuit_by_hand_is_one_graph_wherever_its_letters_stand(by_hand):  # noqa: F811
-    lm, coders, (a, b, x, y) = by_hand
+    lm, coders, (a, b, x, y), _ = by_hand
     prompts = ["-AB", "--AB", "-A-B", "---AB", "-A--B"]
     task = trace_many(lm, coders, prompts, [["X", "Y"]] * 5, nodes=1.0, edges=1.0, held_out=0.4)
     feature = lambda layer, number: ("feature", layer, number, -1)  # noqa: E731
