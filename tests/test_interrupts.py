@@ -100,6 +100,6 @@ def test_ctrl_c_leaves_everything_usable(made, calls, tmp_path, name):
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, handler)
-    assert cut <= 1, "gradients stay off only where Ctrl-C falls between the lines of torch's own no_grad, which is rare"
+    assert cut <= 1, "gradients stay off only where Ctrl-C falls between the lines of torch's no_grad, which is rare"
     assert interrupted, "none came in time, so nothing was tried"
     assert repr(call()) == repr(first) or name == "report"
