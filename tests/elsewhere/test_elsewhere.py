@@ -9,7 +9,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 
 
-def test_every_public_call_runs_on_a_pretend_accelerator():
+def test_the_main_calls_run_on_a_pretend_accelerator():
     command = [sys.executable, "-m", "pytest", str(HERE / "calls.py"), "-q", "-p", "no:cacheprovider", "--tb=short"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=HERE.parent.parent)
