@@ -1,4 +1,4 @@
-"""Every public call on a pretend accelerator. ``test_elsewhere.py`` runs this file in a process of its own, since torch
+"""The main calls on a pretend accelerator. ``test_elsewhere.py`` runs this file in a process of its own, since torch
 knows a device as long as a process lives.
 
 Results are compared with those of the CPU. "both": model and coder lie there; "coder", "model": one of them does, and

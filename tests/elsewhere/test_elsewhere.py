@@ -1,4 +1,4 @@
-"""Every public call on a device that is not the CPU: ``calls.py``, in a process of its own, since torch knows a device
+"""The main calls on a device that is not the CPU: ``calls.py``, in a process of its own, since torch knows a device
 as long as a process lives."""
 
 import os
