@@ -1,11 +1,12 @@
 // FeatureMap: one point a feature; a click, or the arrows and Enter, select it for the whole session.
-import { button, choice, h, setText } from "../shared/dom";
+import { choice, h, setText } from "../shared/dom";
 import { counted } from "../shared/format";
 import { freezer } from "../shared/frozen";
 import { onChange, send } from "../shared/model";
 import { nameOf } from "../shared/name";
 import { panel, widget } from "../shared/panel";
 import { latest } from "../shared/rpc";
+import { type Acts, movable, zoomButtons } from "../shared/stage";
 import { Cloud } from "./cloud";
 import { legend } from "./legend";
 import { plot } from "./plot";
@@ -13,14 +14,6 @@ import type { State } from "./types";
 
 const HOVER_MS = 60;
 const SEARCH_MS = 200;
-const STEP = 1.6; // of a zoom
-const DRAGGED = 4; // pixels that make a click a drag
-const KEYS: Record<string, [number, number]> = {
-  ArrowLeft: [-1, 0],
-  ArrowRight: [1, 0],
-  ArrowUp: [0, -1],
-  ArrowDown: [0, 1],
-};
 
 const map = widget<State>((model, el, signal) => {
   const frame = panel(model, el, "feature_map", "Map of features", signal);
@@ -30,14 +23,13 @@ const map = widget<State>((model, el, signal) => {
     class: "saelab-feature_map-stage",
     role: "application",
     tabindex: 0,
-    "aria-label": "Features as points: arrows go to the nearest, Enter opens it, plus and minus zoom, 0 shows all",
+    "aria-label": "Features as points: arrows go to the nearest, Enter opens it, plus and minus zoom, 0 shows all, Shift and arrows move",
     "data-needs": "model",
   });
   const soon = latest(HOVER_MS, signal);
   const typed = latest(SEARCH_MS, signal);
   let cloud = new Cloud(model);
   let here = -1; // the point under the pointer or the keys
-  let byKeys = false; // a page that scrolls under a pointer at rest moves nothing
   const drawn = plot(stage, frame.root, signal);
 
   const point = () => {
@@ -96,59 +88,21 @@ const map = widget<State>((model, el, signal) => {
   );
   const colours = choice("Colour features by", [["groups", "group"], ["labels", "your labels"]], (colour) => send(model, { colour: colour as State["colour"] }), signal);
   colours.dataset.needs = "kernel";
-  const zooms = (text: string, label: string, factor: number) => button(text, () => drawn.zoom(factor), signal, { "aria-label": label, title: label, "data-needs": "model" });
-  stage.addEventListener(
-    "wheel",
-    (event) => {
-      if (!event.ctrlKey && !event.metaKey) return; // the page scrolls
-      event.preventDefault();
-      const box = stage.getBoundingClientRect();
-      drawn.zoom(Math.exp(-event.deltaY / 120), (event.clientX - box.left) / (box.width || 1), (event.clientY - box.top) / (box.height || 1));
-    },
-    { signal, passive: false },
-  );
-  let held: [number, number] | null = null; // where the pointer went down, then where it was last
-  let dragged = false;
-  stage.addEventListener("pointerdown", (event) => ((held = [event.clientX, event.clientY]), (dragged = false)), { signal });
-  for (const end of ["pointerup", "pointercancel", "pointerleave"] as const) stage.addEventListener(end, () => (held = null), { signal });
-
-  stage.addEventListener(
-    "pointermove",
-    (event) => {
-      if (held && (dragged || Math.hypot(event.clientX - held[0], event.clientY - held[1]) > DRAGGED)) {
-        drawn.pan(event.clientX - held[0], event.clientY - held[1]);
-        [held, dragged] = [[event.clientX, event.clientY], true];
-        return;
-      }
-      if (byKeys && event.movementX === 0 && event.movementY === 0) return;
-      byKeys = false;
-      at(drawn.nearest(event));
-    },
-    { signal },
-  );
-  stage.addEventListener("pointerleave", () => byKeys || at(-1), { signal });
-  stage.addEventListener("click", (event) => dragged || choose(drawn.nearest(event)), { signal });
-  stage.addEventListener(
-    "keydown",
-    (event) => {
-      if (event.ctrlKey || event.metaKey || event.altKey) return;
-      const way = KEYS[event.key];
+  const acts: Acts = {
+    hover: (event) => at(event ? drawn.nearest(event) : -1),
+    click: (event) => choose(drawn.nearest(event)),
+    key(event, way) {
       const from = here >= 0 ? here : point();
-      byKeys = true;
       if (way) {
         at(from < 0 ? cloud.middle() : cloud.next(from, way));
         drawn.reveal(here);
-      }
-      else if (event.key === "Enter" || event.key === " ") choose(here);
+      } else if (event.key === "Enter" || event.key === " ") choose(here);
       else if (event.key === "Escape") at(-1);
-      else if (event.key === "+" || event.key === "=") drawn.zoom(STEP);
-      else if (event.key === "-") drawn.zoom(1 / STEP);
-      else if (event.key === "0") drawn.zoom(0);
-      else return;
-      event.preventDefault();
+      else return false;
+      return true;
     },
-    { signal },
-  );
+  };
+  movable(stage, drawn, acts, signal);
   const show = () => {
     cloud = new Cloud(model);
     here = -2; // none that there is: the words are said anew
@@ -175,7 +129,7 @@ const map = widget<State>((model, el, signal) => {
       { class: "saelab-bar-row" },
       h("span", { class: "saelab-feature_map-search", "data-needs": "model" }, search, hits),
       h("label", { "data-needs": "kernel" }, h("small", {}, "colour by "), colours),
-      h("span", { class: "saelab-feature_map-zoom", role: "group", "aria-label": "Zoom", title: "Ctrl and the wheel zoom too, dragging moves" }, zooms("−", "Smaller", 1 / STEP), zooms("+", "Larger", STEP), zooms("All", "Show all", 0)),
+      zoomButtons(drawn, "feature_map", signal),
     ),
     stage,
     groups.element,

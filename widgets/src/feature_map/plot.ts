@@ -1,5 +1,6 @@
 // Two canvases: all points below, drawn once; what is marked above, drawn at each move.
 import { h } from "../shared/dom";
+import type { Movable } from "../shared/stage";
 import type { Cloud } from "./cloud";
 
 const EDGE = 10; // around the points
@@ -9,17 +10,13 @@ export const HUES = 6;
 const MOST_ZOOM = 64;
 const ALONE = 0.12; // how much of the others is left beside a group that is shown alone
 
-export interface Plot {
+export interface Plot extends Movable {
   /** alone: the group in full colour, the others faint; null: all. */
   show(cloud: Cloud, alone: number | null): void;
   /** Ring the point under the pointer, and the selected one; -1: none. */
   mark(here: number, selected: number): void;
   /** Ring what a search found. */
   found(points: number[]): void;
-  /** Larger by a factor, around a place of the stage from 0 to 1; 0: all of it again. */
-  zoom(factor: number, x?: number, y?: number): void;
-  /** Move what is shown by pixels. */
-  pan(right: number, down: number): void;
   /** Move a point to the middle if it is out of sight. */
   reveal(point: number): void;
   /** The point under the pointer. */
@@ -113,7 +110,9 @@ export function plot(stage: HTMLElement, root: HTMLElement, signal: AbortSignal)
       hits = points;
       drawMarks();
     },
-    zoom(factor, x = 0.5, y = 0.5) {
+    zoom(factor, px = stage.clientWidth / 2, py = stage.clientHeight / 2) {
+      const { width, height } = size();
+      const [x, y] = [(px - EDGE) / (width || 1), (py - EDGE) / (height || 1)];
       const next = factor ? Math.max(1, Math.min(MOST_ZOOM, scale * factor)) : 1;
       [left, top] = [left + x / scale - x / next, top + y / scale - y / next];
       scale = next;

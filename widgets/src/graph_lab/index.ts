@@ -8,6 +8,7 @@ import { onChange, send } from "../shared/model";
 import { nameOf } from "../shared/name";
 import { panel, widget } from "../shared/panel";
 import { latest } from "../shared/rpc";
+import { type Acts, movable, zoomButtons } from "../shared/stage";
 import { type Actions, brief, called, detail, measured, tester } from "./detail";
 import { Graph, type Part } from "./graph";
 import { picture } from "./picture";
@@ -16,19 +17,14 @@ import { coloursOf, type Plot, plot } from "./plot";
 import { steeredView, testsView } from "./results";
 import type { State } from "./types";
 
-const STEP = 1.6; // of a zoom
-const MOVE = 60; // pixels of a move by keys
-const DRAGGED = 4; // pixels that make a click a drag
 const SLIDE_MS = 120; // until Python hears of a slider
 const LISTED = 100;
-const KEYS: Record<string, [number, number]> = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
 
 const lab = widget<State>((model, el, signal) => {
   const frame = panel(model, el, "graph_lab", "Attribution graph", signal);
   const graph = new Graph(model.get("view"));
   let part: Part = { nodes: [], edges: [], has: new Uint8Array(0) };
   let here = -1; // the node under the pointer or the keys
-  let byKeys = false; // a page that scrolls under a pointer at rest moves nothing
   let found: number[] = [];
   const dose = { strength: "2", here: false };
   const names = () => model.get("names");
@@ -92,39 +88,9 @@ const lab = widget<State>((model, el, signal) => {
     const facts = [Number.isFinite(value) ? `${graph.kind(node) === "logit" ? "logit" : "activation"} ${number(value)}` : "", graph.kind(node) === "logit" ? `probability ${percent(graph.chance(node))}` : `influence ${percent(graph.influence[node])}`];
     said.replaceChildren(...called(graph, node, names(), 120), h("small", {}, facts.filter(Boolean).join(", ")));
   };
-  stage.addEventListener(
-    "wheel",
-    (event) => {
-      if (!event.ctrlKey && !event.metaKey) return; // the page scrolls
-      event.preventDefault();
-      const box = stage.getBoundingClientRect();
-      drawn.zoom(Math.exp(-event.deltaY / 120), event.clientX - box.left, event.clientY - box.top);
-    },
-    { signal, passive: false },
-  );
-  let held: [number, number] | null = null; // where the pointer went down, then where it was last
-  let dragged = false;
-  stage.addEventListener("pointerdown", (event) => ((held = [event.clientX, event.clientY]), (dragged = false)), { signal });
-  for (const end of ["pointerup", "pointercancel", "pointerleave"] as const) stage.addEventListener(end, () => (held = null), { signal });
-  stage.addEventListener(
-    "pointermove",
-    (event) => {
-      if (held && (dragged || Math.hypot(event.clientX - held[0], event.clientY - held[1]) > DRAGGED)) {
-        drawn.pan(event.clientX - held[0], event.clientY - held[1]);
-        [held, dragged] = [[event.clientX, event.clientY], true];
-        return;
-      }
-      if (byKeys && event.movementX === 0 && event.movementY === 0) return;
-      byKeys = false;
-      at(drawn.nodeAt(event));
-    },
-    { signal },
-  );
-  stage.addEventListener("pointerleave", () => byKeys || at(-1), { signal });
-  stage.addEventListener(
-    "click",
-    (event) => {
-      if (dragged) return;
+  const acts: Acts = {
+    hover: (event) => at(event ? drawn.nodeAt(event) : -1),
+    click(event) {
       const node = drawn.nodeAt(event);
       if (node >= 0 && (event.shiftKey || event.ctrlKey || event.metaKey)) return act.select(node);
       if (node >= 0) return act.open(node);
@@ -132,35 +98,25 @@ const lab = widget<State>((model, el, signal) => {
       if (edge >= 0) act.openEdge(edge);
       else send(model, { node: null, edge: [], selected: [] });
     },
-    { signal },
-  );
-  stage.addEventListener(
-    "keydown",
-    (event) => {
-      if (event.ctrlKey || event.metaKey || event.altKey) return;
-      const way = KEYS[event.key];
+    key(event, way) {
       const from = here >= 0 ? here : (model.get("node") ?? -1);
-      byKeys = true;
-      if (way && event.shiftKey) drawn.pan(-way[0] * MOVE, -way[1] * MOVE);
-      else if (way) {
+      const key = event.key.toLowerCase();
+      if (way) {
         at(drawn.next(from, way));
         drawn.reveal(here);
-      } else if (event.key === "Enter" && from >= 0) act.open(from);
-      else if (event.key.toLowerCase() === "p" && from >= 0) act.pin(from);
-      else if ((event.key.toLowerCase() === "s" || event.key === " ") && from >= 0) act.select(from);
-      else if (event.key.toLowerCase() === "t" && from >= 0) {
+      } else if (key === "enter" && from >= 0) act.open(from);
+      else if (key === "p" && from >= 0) act.pin(from);
+      else if ((key === "s" || key === " ") && from >= 0) act.select(from);
+      else if (key === "t" && from >= 0) {
         if (frame.connection() === "live" && !model.get("unable") && !model.get("running") && graph.kind(from) !== "logit") act.test([from], null);
-      } else if (event.key === "Escape") {
+      } else if (key === "escape") {
         if (here >= 0) at(-1);
         else send(model, { node: null, edge: [], selected: [] });
-      } else if (event.key === "+" || event.key === "=") drawn.zoom(STEP);
-      else if (event.key === "-") drawn.zoom(1 / STEP);
-      else if (event.key === "0") drawn.zoom(0);
-      else return;
-      event.preventDefault();
+      } else return false;
+      return true;
     },
-    { signal },
-  );
+  };
+  movable(stage, drawn, acts, signal);
 
   // ---- bar: sliders, search, views, zoom
 
@@ -203,8 +159,7 @@ const lab = widget<State>((model, el, signal) => {
     button("Graph", () => send(model, { show: "graph" }), signal),
     button("Pinned", () => send(model, { show: "pinned" }), signal),
   );
-  const zooms = (text: string, label: string, factor: number) => button(text, () => drawn.zoom(factor), signal, { "aria-label": label, title: label, "data-needs": "model" });
-  const zoom = h("span", { class: "saelab-graph_lab-zoom", role: "group", "aria-label": "Zoom", title: "Ctrl and the wheel zoom too, dragging moves" }, zooms("−", "Smaller", 1 / STEP), zooms("+", "Larger", STEP), zooms("All", "Show all", 0));
+  const zoom = zoomButtons(drawn, "graph_lab", signal);
 
   // ---- parts below the stage
 

@@ -3,6 +3,7 @@
 // a browser without a graphics card takes long to paint them: while the graph moves, their canvas is moved as it is.
 import { h } from "../shared/dom";
 import { best, next } from "../shared/places";
+import type { Movable, Way } from "../shared/stage";
 import { visible } from "../shared/visible";
 import type { Graph, Kind, Part } from "./graph";
 import { type Layout, layout } from "./layout";
@@ -36,19 +37,16 @@ export interface Marks {
   label(node: number): string;
 }
 
-export interface Plot {
+export interface Plot extends Movable {
   show(graph: Graph, part: Part): void;
   mark(marks: Marks): void;
-  /** Larger by a factor, around a place of the stage in pixels; 0: all of it again. */
-  zoom(factor: number, x?: number, y?: number): void;
-  pan(right: number, down: number): void;
   /** Move a node into sight. */
   reveal(node: number): void;
   /** The node, and the edge, under the pointer; -1: none. */
   nodeAt(event: MouseEvent): number;
   edgeAt(event: MouseEvent): number;
   /** The next node from one in a direction; from none, the one with most influence. */
-  next(from: number, way: [number, number]): number;
+  next(from: number, way: Way): number;
   layout(): Layout | null;
 }
 
