@@ -12,6 +12,7 @@ largest writes in place of the features.
 
 import argparse
 import contextlib
+import hashlib
 import json
 import statistics
 from collections.abc import Iterator
@@ -66,7 +67,8 @@ def neurons(lm: sl.LM, k: int) -> Iterator[None]:
         on[:, 0] = True
         return (h * on,)
 
-    down = [m for at, m in lm.module.named_modules() if at.endswith("mlp.down_proj")]
+    with lm.edited([]) as module:
+        down = [m for at, m in module.named_modules() if at.endswith("mlp.down_proj")]
     handles = [m.register_forward_pre_hook(kept) for m in down]
     try:
         yield
@@ -113,14 +115,43 @@ def layers_of(lm: sl.LM, coders: sl.TranscoderSet, alone: bool) -> list[dict[str
     return rows
 
 
-def graphs(lm: sl.LM, coders: sl.TranscoderSet) -> dict[str, Any]:
-    """Scores of graphs: the next token of the first 20 of held-out documents."""
-    found = []
-    for document in sl.load_text("mix").held_out[:PROMPTS]:
+SCORES = ("replacement", "completeness", "completeness_inner", "visited")
+
+
+def graphs(lm: sl.LM, coders: sl.TranscoderSet, done: list[list[float]]) -> Iterator[list[list[float]]]:
+    """Scores of graphs of the next token of the first 20 of held-out documents, after each. done: those known."""
+    for document in sl.load_text("mix").held_out[len(done) : PROMPTS]:
         graph = sl.circuits.trace(lm, coders, lm.tokenizer.decode(lm.tokenize(document).ids[0, 1:20]), features=1024)
-        found.append({f: getattr(graph, f) for f in ("replacement", "completeness", "completeness_inner", "visited")})
-        print(found[-1], flush=True)
-    return {key: [round(q, 3) for q in statistics.quantiles([one[key] for one in found], n=4)] for key in found[0]}
+        done.append([round(getattr(graph, score), 4) for score in SCORES])
+        yield done
+
+
+def measure(shape: str, lm: sl.LM) -> None:
+    """All figures of a set, into the results after each of them. It goes on where it was interrupted, and begins anew
+    where the set is another one."""
+    every, width, _ = SHAPES[shape]
+    known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    sets = {shape: sl.TranscoderSet.load(WORK / name(shape)), "float32": whole(shape, lm.n_layers)}
+    weights = "".join(coder.fingerprint() for one in sets.values() for coder in one)
+    of = hashlib.sha256(weights.encode()).hexdigest()[:16]
+    if known.get(shape, {}).get("of") != of:
+        known[shape] = {"of": of, "width": width, "every": every}
+
+    def keep(into: dict[str, Any], what: str, found: Any) -> None:
+        into[what] = found
+        RESULTS.write_text(json.dumps(known, indent=1) + "\n")
+        print(what, flush=True)
+
+    if "neurons" not in known:
+        keep(known, "neurons", replaced(lm, None))
+    for precision, coders in sets.items():
+        found = known[shape].setdefault(precision, {})
+        if "replaced" not in found:
+            keep(found, "replaced", replaced(lm, coders))
+        if "layers" not in found:
+            keep(found, "layers", layers_of(lm, coders, alone=precision == shape))
+    for rows in graphs(lm, sets[shape], known[shape].get("graphs", [])):
+        keep(known[shape], "graphs", rows)
 
 
 def whole(shape: str, layers: int) -> sl.TranscoderSet:
@@ -177,10 +208,9 @@ def table(shape: str) -> str:
         added = f"{row['added']:.2f} ± {row['added_se']:.2f}"
         lines.append(f"| {what} | {row['loss']:.2f} (clean {row['clean']:.2f}) | {added} | {row['same_top']:.1%} |")
     lines += ["", f"| graphs of {PROMPTS} prompts | quartile | median | quartile |", "|---|---|---|---|"]
-    named = {"replacement": "replacement score", "completeness": "completeness score",
-             "completeness_inner": "completeness of features and logits", "visited": "features visited"}  # fmt: skip
-    for key, values in found[shape]["graphs"].items():
-        lines.append(f"| {named[key]} | {' | '.join(f'{v:.2f}' for v in values)} |")
+    named = ("replacement score", "completeness score", "completeness of features and logits", "features visited")
+    for said, values in zip(named, zip(*found["graphs"], strict=True), strict=True):
+        lines.append(f"| {said} | {' | '.join(f'{v:.2f}' for v in statistics.quantiles(values, n=4))} |")
     return "\n".join(lines)
 
 
@@ -207,18 +237,7 @@ def main() -> None:
         if "pack" in steps:
             packed(shape, lm.n_layers)
         if "measure" in steps:
-            found = {}
-            for precision, coders in [
-                (shape, sl.TranscoderSet.load(WORK / name(shape))),
-                ("float32", whole(shape, lm.n_layers)),
-            ]:
-                layers = layers_of(lm, coders, alone=precision == shape)
-                found[precision] = {"replaced": replaced(lm, coders), "layers": layers}
-                if precision == shape:
-                    found[precision]["graphs"] = graphs(lm, coders)
-            known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-            known |= {shape: {"width": width, "every": every, **found}, "neurons": replaced(lm, None)}
-            RESULTS.write_text(json.dumps(known, indent=1))
+            measure(shape, lm)
         if args.only == "ship":
             ship(shape)
 

@@ -50,10 +50,10 @@ def unpacked(tensors: dict[str, Tensor], shapes: dict[str, Tensor]) -> dict[str,
         wanted = (torch.int8, groups * size) if kind == "int8" else (torch.uint8, -(-groups * size // 2))
         if (whole.dtype, whole.numel()) != wanted or scale is None or scale.numel() != groups:
             raise ValueError(f"{key} and {name}.scale do not fit the shape {tuple(shapes[name].shape)} of {name}")
-        if kind == "int4":  # 9 to 15 stand for -7 to -1
-            whole = torch.stack([whole & 15, whole >> 4], 1).flatten()[: groups * size].to(torch.int8)
-            whole = whole - 16 * (whole > 7)
-        matrix = whole.view(groups, size).float() * scale.float().view(groups, 1)
+        if kind == "int4":  # half a byte with its sign: a shift to the right brings the sign along
+            signed = whole.view(torch.int8)
+            whole = torch.stack([(signed << 4) >> 4, signed >> 4], 1).flatten()[: groups * size]
+        matrix = whole.view(groups, size) * scale.float().view(groups, 1)
         found[name] = _turned(name, matrix.view(*rows, count * size)[..., :width])
     return found
 
