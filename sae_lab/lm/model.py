@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from sae_lab.arguments import Count, as_annotated
 from sae_lab.lm import bundled, generation, inside, loading, passes, tokens
@@ -617,9 +618,12 @@ def listed_edits(edits: Any) -> list[Any]:
 
 
 def _weights(values: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """The named tensors of a state dict; quantised modules keep theirs in tuples, as integers."""
+    """The named tensors of a state dict; quantised modules keep theirs in tuples, as integers, and tensors made of
+    others (torchao's) in themselves."""
     for name, value in values.items():
-        if isinstance(value, Tensor):
+        if is_traceable_wrapper_subclass(value):
+            yield from _weights({f"{name}.{part}": getattr(value, part) for part in value.__tensor_flatten__()[0]})
+        elif isinstance(value, Tensor):
             yield name, value.int_repr() if value.is_quantized else value
         elif isinstance(value, list | tuple):
             yield from _weights({f"{name}.{i}": v for i, v in enumerate(value)})

@@ -4,6 +4,7 @@ import threading
 
 import pytest
 import torch
+from torch.testing._internal.two_tensor import TwoTensor
 
 import sae_lab as sl
 from sae_lab.types import Site, TokenBatch, TokenMask, Write
@@ -191,6 +192,16 @@ def test_the_fingerprint_changes_with_any_one_weight(make_module, tokenizer):
             assert lm.fingerprint() != first
             flat[at] = before
     assert lm.fingerprint() == first
+
+
+def test_the_fingerprint_of_weights_that_are_made_of_others(make_module, tokenizer):
+    """As torchao's quantised weights are."""
+    module, part = make_module("llama"), torch.zeros(3, 4)
+    module.model.more = torch.nn.Parameter(TwoTensor(torch.zeros(3, 4), part), requires_grad=False)
+    lm = sl.LM(module, tokenizer=tokenizer)
+    first = lm.fingerprint()
+    part[0, 0] = 1
+    assert lm.fingerprint() != first
 
 
 def test_two_threads(tiny_lm):
