@@ -101,17 +101,24 @@ def replaced(lm: sl.LM, coders: sl.TranscoderSet | None) -> dict[str, float]:
     }
 
 
+@torch.no_grad()
 def layers_of(lm: sl.LM, coders: sl.TranscoderSet, alone: bool) -> list[dict[str, float]]:
-    """Of each layer: FVU and L0 but at position 0; with alone, the loss that this transcoder adds by itself."""
-    contexts = spread_contexts(lm, sl.load_text("mix").held_out, 2_048, CONTEXT)
-    batch = padded(contexts)
-    found = coders.check(lm.read(batch, coders.sites))
-    rows = [{"layer": layer, "fvu": round(c["fvu"], 4), "l0": round(c["l0"], 2)} for layer, c in found.items()]
-    if alone:
-        clean = lm.loss(batch, per_token=True)[:, 1:]
-        for row in rows:
-            cost = (lm.loss(batch, [sl.Splice(coders[row["layer"]])], per_token=True)[:, 1:] - clean).nanmean(1)
-            row |= {"added": round(float(cost.mean()), 4), "added_se": round(float(cost.std()) / len(cost) ** 0.5, 4)}
+    """Of each layer: FVU and L0 on tokens of the kind that it was trained on; with alone, the loss that this transcoder
+    adds by itself."""
+    batch = padded(spread_contexts(lm, sl.load_text("mix").held_out, 2_048, CONTEXT))
+    clean = lm.loss(batch, per_token=True)[:, 1:] if alone else None
+    rows = []
+    for layer, coder in zip(coders.layers, coders, strict=True):
+        acts = lm.read(batch, [*coder.reads, *coder.writes])
+        x, y = (acts[site][coder.mask.of(batch, acts)] for site in (coder.reads[0], coder.writes[0]))
+        codes = coder.encode(x)
+        fvu = (y - coder.decode(codes)).square().sum() / (y - y.mean(0)).square().sum()
+        l0 = (codes != 0).sum(1).float().mean()
+        rows.append({"layer": layer, "fvu": round(float(fvu), 4), "l0": round(float(l0), 2)})
+        if clean is not None:
+            cost = (lm.loss(batch, [sl.Splice(coder)], per_token=True)[:, 1:] - clean).nanmean(1)
+            added, error = float(cost.mean()), float(cost.std()) / len(cost) ** 0.5
+            rows[-1] |= {"added": round(added, 4), "added_se": round(error, 4)}
     return rows
 
 
