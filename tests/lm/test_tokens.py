@@ -151,7 +151,7 @@ def test_the_bytes_of_tokens_are_looked_up_in_one_table(tiny_lm, monkeypatch):
 @pytest.mark.parametrize("made", [tok.vocabulary, tok.labels_alone])
 def test_a_vocabulary_is_decoded_once(made, monkeypatch):
     """And anew for another size, and when the tokenizer has more tokens."""
-    tokenizer, decoded = tiny_models.tokenizer(), []
+    tokenizer, decoded = deepcopy(tiny_models.tokenizer()), []
     raw = tok._raw  # private: asked for each id that is decoded
     monkeypatch.setattr(tok, "_raw", lambda *args: (decoded.append(args[1]), raw(*args))[1])
     first = made(tokenizer, len(tokenizer))
