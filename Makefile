@@ -11,6 +11,10 @@ FIRST := notebooks/00_quickstart.ipynb notebooks/11_explain.ipynb
 # Notes that a notebook writes go to a folder of their own, not among the user's.
 NBVAL := SAE_LAB_DATA=$$(mktemp -d) $(BIN)/python -m pytest --nbval --nbval-current-env --nbval-cell-timeout=900 -p no:cacheprovider -o addopts=""
 
+# Python keeps what it compiles, also where the environment forbids it (containers often do): pip and uv compile nothing
+# here, and each process of tests and notebooks would compile torch and transformers anew, half the time of its start.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo lab needs test lint docs links results notebooks bench numbers zoo report methods models endurance widgets clean
 
 # uv installs in a third of pip's time; where it is missing or fails, pip does the same.

@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 
@@ -66,6 +67,16 @@ class Passages:
         return [*self.firing, *self.silent]
 
 
+class _Window(NamedTuple):
+    """A place for a passage: positions from ``start`` of a context, and a feature's values there."""
+
+    context: int
+    document: int
+    start: int
+    anchor: int
+    values: np.ndarray
+
+
 @as_annotated
 class Corpus:
     """``Corpus(index).passages(812, "judge", 20, 20)``: an index's documents in two parts, "explain" (three of four) to
@@ -106,8 +117,8 @@ class Corpus:
         random = np.random.default_rng([self.seed, len(rows), *rows[:1].tolist(), side])  # for any number
         here = self._part[rows] == side
         chosen = self._firing(rows[here], values[here], firing, strongest, random)
-        shown = [self._passage(feature, row, "fires", random, quantile) for row, quantile in chosen]
-        quiet = self._silent(feature, rows, side, silent, random)
+        shown = [self._passage(self._window(rows, values, row, random), "fires", quantile) for row, quantile in chosen]
+        quiet = self._silent(feature, rows, values, side, silent, random)
         return Passages(feature, shown, quiet, float(self.index.max[feature]))
 
     def _firing(
@@ -136,7 +147,7 @@ class Corpus:
         return [(int(rows[order[place]]), int(quantile[place])) for place in sorted(found)]
 
     def _silent(
-        self, feature: int, rows: np.ndarray, side: int, wanted: int, random: np.random.Generator
+        self, feature: int, rows: np.ndarray, values: np.ndarray, side: int, wanted: int, random: np.random.Generator
     ) -> list[Passage]:
         """Passages in which the feature never fires; random ones replace those that a kind lacks."""
         found: list[Passage] = []
@@ -153,10 +164,10 @@ class Corpus:
             for row in random.permutation(places).tolist():
                 context = int(self._context[row])
                 if len(found) < whole and context not in seen:
-                    passage = self._passage(feature, row, kind, random)
-                    if not passage.fires.any():
+                    window = self._window(rows, values, row, random)
+                    if not (window.values > 0).any():
                         seen.add(context)
-                        found.append(passage)
+                        found.append(self._passage(window, kind))
         return found
 
     def _same_token(self, rows: np.ndarray, side: int, most: int, random: np.random.Generator) -> np.ndarray:
@@ -179,11 +190,11 @@ class Corpus:
         rows = np.unique(np.concatenate([*together, np.zeros(0, np.int32)]).astype(np.int64))
         return np.setdiff1d(rows[self._part[rows] == side], self.index.activations(feature)[0], assume_unique=True)
 
-    def _passage(self, feature: int, row: int, kind: str, random: np.random.Generator, quantile: int = -1) -> Passage:
-        """LENGTH tokens around a row, with the row at a random place among the last 20 of them."""
-        store, document = self.index.store, int(self._document[row])
-        ids = store.context_ids(int(self._context[row]))
-        here, positions = store.context_rows(int(self._context[row]))
+    def _window(self, rows: np.ndarray, values: np.ndarray, row: int, random: np.random.Generator) -> _Window:
+        """LENGTH tokens around a row, with the row at a random place among the last 20 of them. rows, values: of the
+        feature's activations."""
+        context, document = int(self._context[row]), int(self._document[row])
+        here, positions = self.index.store.context_rows(context)
         seen = here < self.index.tokens_seen  # the store may end within a context
         here, positions = here[seen], positions[seen]
         own = positions[self._document[here] == document]  # a packed context holds several documents
@@ -192,15 +203,20 @@ class Corpus:
         start = max(first, at - int(random.integers(LEAST_BEFORE, LENGTH)))
         stop = min(last, start + LENGTH)
         start = max(first, stop - LENGTH)
-        values = np.full(stop - start, math.nan, np.float32)
+        found = np.full(stop - start, math.nan, np.float32)
         inside = (positions >= start) & (positions < stop)
-        values[positions[inside] - start] = self._activations(feature, here[inside])
-        return Passage(self.index.token_labels(ids[start:stop]), values, kind, at - start, document, quantile)
+        found[positions[inside] - start] = _at(rows, values, here[inside])
+        return _Window(context, document, start, at - start, found)
 
-    def _activations(self, feature: int, wanted: np.ndarray) -> np.ndarray:
-        """A feature's activations on ascending rows of the store."""
-        rows, values = self.index.activations(feature)
-        first, last = np.searchsorted(rows, np.array([wanted[0], wanted[-1] + 1], rows.dtype))
-        found = np.zeros(len(wanted), np.float32)
-        found[np.searchsorted(wanted, rows[first:last])] = values[first:last]
-        return found
+    def _passage(self, window: _Window, kind: str, quantile: int = -1) -> Passage:
+        ids = self.index.store.context_ids(window.context)[window.start : window.start + len(window.values)]
+        labels = self.index.token_labels(ids)
+        return Passage(labels, window.values, kind, window.anchor, window.document, quantile)
+
+
+def _at(rows: np.ndarray, values: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """A feature's activations on ascending rows of the store; rows, values: where it fires."""
+    first, last = np.searchsorted(rows, np.array([wanted[0], wanted[-1] + 1], rows.dtype))
+    found = np.zeros(len(wanted), np.float32)
+    found[np.searchsorted(wanted, rows[first:last])] = values[first:last]
+    return found

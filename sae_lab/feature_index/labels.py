@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sae_lab import files
 from sae_lab.lm.model import LM
-from sae_lab.lm.tokens import label
+from sae_lab.lm.tokens import labels_alone
 
 
 class Labels:
@@ -21,7 +21,8 @@ class Labels:
     @classmethod
     def decode(cls, lm: LM) -> "Labels":
         """Decode the vocabulary."""
-        return cls(lm, [label(lm.tokenizer, i) for i in range(len(lm.tokenizer))], lm.vocabulary[: len(lm.tokenizer)])
+        size = len(lm.tokenizer)
+        return cls(lm, labels_alone(lm.tokenizer, size), lm.vocabulary[:size])
 
     @classmethod
     def read(cls, lm: LM, file: Path, blocks: str, remedy: str) -> "Labels":

@@ -2,9 +2,10 @@
 
 import re
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import lru_cache, wraps
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -405,6 +406,29 @@ def label(tokenizer: Any, token_id: int, text: str | None = None) -> str:
     return (alone if text is None else text.lstrip(_REPLACEMENT)) or str(raw)
 
 
+def _once(make: Callable[[Any, int], list[str]]) -> Callable[[Any, int], list[str]]:
+    """``make``, called once for each tokenizer and size, and again after tokens were added.
+
+    49,152 tokens take half a second."""
+    made: WeakKeyDictionary[Any, dict[tuple[int, int], list[str]]] = WeakKeyDictionary()
+
+    @wraps(make)
+    def kept(tokenizer: Any, size: int) -> list[str]:
+        known, key = made.setdefault(tokenizer, {}), (size, len(tokenizer))
+        if key not in known:
+            known[key] = make(tokenizer, size)
+        return list(known[key])
+
+    return kept
+
+
+@_once
+def labels_alone(tokenizer: Any, size: int) -> list[str]:
+    """The label of each id below ``size``, by itself."""
+    return [label(tokenizer, i) for i in range(size)]
+
+
+@_once
 def vocabulary(tokenizer: Any, size: int) -> list[str]:
     """The label of each id below ``size``, as within a text: at the start of one, some tokenizers drop a space."""
     plain = next(iter(encode_texts(tokenizer, ["a"])[0]), None)

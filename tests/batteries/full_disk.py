@@ -22,15 +22,17 @@ TITLE = "full disk"
 PAGE = 4096
 
 
-def run(full: bool, seed: int = 0, sizes: int | None = None, mounts: bool = True) -> dict[str, Any]:
-    """sizes: of disks for each writer; None: 10, or 3."""
+def run(
+    full: bool, seed: int = 0, sizes: int | None = None, mounts: bool = True, writers: Writers | None = None
+) -> dict[str, Any]:
+    """sizes: of disks for each writer; None: 10, or 3. writers: None makes them."""
     sizes, draw = sizes or (10 if full else 3), random.Random(seed)
     found, bad = {"tries": 0, "dead": 0, "unclear": 0, "silent": 0, "lost": 0}, []
     with tempfile.TemporaryDirectory() as scratch:
         folder, disk = Path(scratch), Path(scratch) / "disk"
         disk.mkdir()
         mounts = mounts and _mount(disk, 10 * PAGE)
-        writers = Writers(folder / "made")
+        writers = writers or Writers(folder / "made")
         for name, call in (writers.calls | writers.files).items():
             whole, path = folder / f"{name} whole", disk / "here"
             code, words, _ = in_child(lambda call=call, whole=whole: call(whole))

@@ -17,14 +17,14 @@ import sae_lab as sl
 TITLE = "kill -9 while it writes"
 
 
-def run(full: bool, seed: int = 0, moments: int | None = None) -> dict[str, Any]:
-    """moments: of each writer; None: 100, or 20."""
+def run(full: bool, seed: int = 0, moments: int | None = None, writers: Writers | None = None) -> dict[str, Any]:
+    """moments: of each writer; None: 100, or 20. writers: None makes them."""
     moments = moments or (100 if full else 20)
     draw, found = random.Random(seed), {"tries": 0, "killed": 0, "lost": 0, "leftovers": 0, "dead": 0}
     bad: list[str] = []
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        writers = Writers(folder / "made")
+        writers = writers or Writers(folder / "made")
         for name, call in writers.calls.items():
             whole, path = folder / f"{name} whole", folder / f"{name} killed"
             code, words, seconds = in_child(lambda call=call, whole=whole: call(whole))

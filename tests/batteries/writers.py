@@ -15,10 +15,16 @@ import torch
 
 torch.set_num_threads(1)
 
+# What each child would import anew, as far as it starts no thread (datasets starts one).
+import matplotlib.pyplot  # noqa: E402, F401
 import transformers as tf  # noqa: E402
 from tiny_models import tokenizer  # noqa: E402
 
 import sae_lab as sl  # noqa: E402
+import sae_lab.feature_index  # noqa: E402
+import sae_lab.plots  # noqa: E402
+import sae_lab.training  # noqa: E402
+import sae_lab.widgets  # noqa: E402
 
 SITE = sl.Site("resid_post", 1)
 TEXT = [" ".join(f"{a}{b}" for b in ["the", "cat", "sat", "on", "a", "mat"]) for a in "abcdefghijklmnopqrstuvwxyz" * 3]
@@ -132,5 +138,3 @@ class Writers:
     def _figure(self, path: Path) -> None:
         run = sl.train(sl.TopK(32, 64, k=4), self.x, sl.TrainConfig(steps=5, batch_size=128))
         sl.plot(run).savefig(path, format="svg")
-
-

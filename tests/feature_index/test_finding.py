@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from scipy.stats import rankdata
 from sklearn.metrics import roc_auc_score
 
 import sae_lab as sl
@@ -84,6 +85,13 @@ class Planted:
         self.examples = finding._Examples(example, feature, f[example, feature], text, self.label, (f > 0).mean(0))
 
 
+def auroc_of(label, ranks):
+    """As Mann and Whitney count it: sklearn's takes a millisecond, too long for 5,000 of them."""
+    positive = int(label.sum())
+    beyond = ranks[label].sum() - positive * (positive + 1) / 2
+    return beyond / (positive * (len(label) - positive))
+
+
 def test_p_values_are_those_of_a_rank_test():
     """Of noise they are uniform (the control), of a planted difference as small as permutations can tell."""
     planted = Planted()
@@ -97,7 +105,9 @@ def test_p_values_are_those_of_a_rank_test():
     random = np.random.default_rng(5)
     for feature in range(1, 6):
         f = planted.f[:, feature]
-        null = np.array([roc_auc_score(random.permutation(planted.label), f) for _ in range(999)])
+        ranks = rankdata(f)
+        assert auroc_of(planted.label, ranks) == pytest.approx(roc_auc_score(planted.label, f))
+        null = np.array([auroc_of(random.permutation(planted.label), ranks) for _ in range(999)])
         by_hand = np.mean(np.abs(null - 0.5) >= abs(auroc[feature] - 0.5) - 1e-12)
         assert p[feature] == pytest.approx(by_hand, abs=0.06)  # standard error of the difference: .022 at most
 

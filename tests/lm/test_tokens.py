@@ -8,6 +8,7 @@ from itertools import chain
 
 import numpy as np
 import pytest
+import tiny_models
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -145,6 +146,22 @@ def test_the_bytes_of_tokens_are_looked_up_in_one_table(tiny_lm, monkeypatch):
     monkeypatch.setattr(module, "bytes_to_unicode", lambda: made.append(1) or make())
     labels = [t.label for t in tiny_lm.tokens("🦖 and 🙂")]
     assert sum(label.startswith("⟨") for label in labels) > 1 >= len(made), "it takes longer than all else"
+
+
+@pytest.mark.parametrize("made", [tok.vocabulary, tok.labels_alone])
+def test_a_vocabulary_is_decoded_once(made, monkeypatch):
+    """And anew for another size, and when the tokenizer has more tokens."""
+    tokenizer, decoded = deepcopy(tiny_models.tokenizer()), []
+    raw = tok._raw  # private: asked for each id that is decoded
+    monkeypatch.setattr(tok, "_raw", lambda *args: (decoded.append(args[1]), raw(*args))[1])
+    first = made(tokenizer, len(tokenizer))
+    assert set(decoded) >= set(range(len(tokenizer)))
+    decoded.clear()
+    made(tokenizer, len(tokenizer)).clear()  # a list of the caller's own
+    assert made(tokenizer, len(tokenizer)) == first and not decoded
+    assert made(tokenizer, 9) == first[:9] and decoded
+    tokenizer.add_tokens(["river"])
+    assert made(tokenizer, len(tokenizer)) == [*first, "river"]
 
 
 def test_the_vocabulary(spm_lm, tiny_lm, sentencepiece, make_module, tokenizer):
