@@ -146,7 +146,7 @@ def ship(shape: str) -> None:
     for row in found[shape]["layers"]:
         coder = coders[row["layer"]]
         tokens = coder.meta["train_tokens"]
-        figures = {figure: row[figure] for figure in ("l0", "fvu", "added", "added_se")}
+        figures = {"l0": row["l0"], "fvu": row["fvu"], "ce_delta": row["added"], "ce_delta_se": row["added_se"]}
         coder.meta["card"] = {
             "family": type(coder).__name__,
             "seeds": [0],

@@ -128,8 +128,9 @@ class TranscoderSet:
 
     @staticmethod
     def load(path: str | Path, id: str | None = None, model: str | None = None) -> "TranscoderSet":
-        """``sl.TranscoderSet.load("folder")``: read what ``save`` wrote, or a set of circuit-tracer: a folder with a
-        config.yaml, or a hub repository with one, such as ``load("mwhanna/qwen3-4b-transcoders")`` or
+        """``sl.TranscoderSet.load("smollm2-135m/transcoders")``: read the set of the bundled model that comes with the
+        library; a folder that ``save`` wrote; or a set of circuit-tracer: a folder with a config.yaml, or a hub
+        repository with one, such as ``load("mwhanna/qwen3-4b-transcoders")`` or
         ``load("mwhanna/gemma-scope-2-270m-pt", "transcoder_all/width_16k_l0_small")``.
 
         Each transcoder reads the place that the config names; one that was trained on a norm's output before the gain
@@ -139,6 +140,11 @@ class TranscoderSet:
         anything else, and for a cross-layer transcoder.
         """
         folder = Path(path).expanduser() / (id or "")
+        home = not folder.exists() and (ours.SHIPPED / folder / INDEX).is_file()
+        if not home and not folder.exists() and (ours.SHIPPED / folder.parts[0]).is_dir():
+            here = ", ".join(sorted(at.parent.relative_to(ours.SHIPPED).as_posix() for at in ours.SHIPPED.rglob(INDEX)))
+            raise ValueError(f"no set of transcoders named {folder} comes with the library: it has {here}")
+        folder = ours.SHIPPED / folder if home else folder
         if not (folder / INDEX).is_file():
             return TranscoderSet(tracer.read_set(path, id, model))
         if model is not None:
@@ -150,7 +156,8 @@ class TranscoderSet:
         coders = []
         for layer, name in layers.items():
             coder = ours.read(folder / name, {})
-            coder.path = str((folder / name).resolve())
+            at = folder / name
+            coder.path = at.relative_to(ours.SHIPPED).as_posix() if home else str(at.resolve())
             if _layer(coder) != layer:
                 raise ValueError(f"{folder / name} holds a transcoder of layer {_layer(coder)}, {INDEX} says {layer}")
             coders.append(coder)

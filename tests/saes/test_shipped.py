@@ -11,7 +11,8 @@ from sae_lab.lm.text import mix_sources
 from sae_lab.saes.io.ours import SHIPPED, shipped
 
 NAMES = [f"smollm2-135m/{name}" for name in ("attn_z-8", "resid_post-16", "resid_post-8", "transcoder-8")]
-MOST = 11e6  # bytes of one in the package
+SET = "smollm2-135m/transcoders"
+MOST, MOST_SET = 5.7e6, 24e6  # bytes in the package, of a coder and of the set
 
 
 def test_which_there_are():
@@ -59,7 +60,32 @@ def test_a_shipped_coder_serves_a_prompt(lm):
     assert not torch.equal(plain, steered)
 
 
+def test_the_set_has_a_transcoder_for_every_layer(lm):
+    coders = sl.TranscoderSet.load(SET)
+    assert coders.layers == list(range(lm.n_layers))
+    assert sum(file.stat().st_size for file in (SHIPPED / SET).rglob("*") if file.is_file()) <= MOST_SET
+    assert {coder.meta["model_fingerprint"] for coder in coders} == {lm.fingerprint()}
+    one = sl.load(f"{SET}/layer_8")
+    assert one.path == coders[8].path == f"{SET}/layer_8", "a session names it so on any machine"
+    assert torch.equal(one.W_dec, coders[8].W_dec) and one.is_saved
+
+
+def test_the_cards_of_the_set_are_what_is_measured(lm):
+    """On other documents and fewer tokens than the cards', so within a fifth of them in the mean over layers."""
+    coders = sl.TranscoderSet.load(SET)
+    found = coders.check(lm.read([document[:600] for document in sl.load_text("mix").held_out[-16:]], coders.sites))
+    for figure in ("fvu", "l0"):
+        said = torch.tensor([coder.meta["card"]["held_out"]["mix"][figure] for coder in coders])
+        measured = torch.tensor([found[layer][figure] for layer in coders.layers])
+        assert float(measured.mean() / said.mean()) == pytest.approx(1, abs=0.2)
+    assert all(row["fvu"] < 1 for row in found.values()), "worse than the mean"
+
+
 def test_unknown_names_tell_what_there_is():
+    with pytest.raises(ValueError, match=r"no set .* comes with the library: it has smollm2-135m/transcoders"):
+        sl.TranscoderSet.load("smollm2-135m/transcoder")
+    with pytest.raises(ValueError, match=r"no coder in .*transcoders: .* pass id=, \['layer_0', "):
+        sl.load(SET)
     with pytest.raises(ValueError, match=r"one that comes with the library: smollm2-135m/attn_z-8, smollm2-135m/"):
         sl.load("/nowhere/resid_post-9")
     begun = time.monotonic()

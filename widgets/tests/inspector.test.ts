@@ -28,6 +28,9 @@ function type(input: HTMLInputElement, value: string, event: string): void {
   input.dispatchEvent(new Event(event, { bubbles: true }));
 }
 
+/** The lines below the first group come after the first paint. */
+const painted = () => new Promise<void>((done) => requestAnimationFrame(() => setTimeout(done)));
+
 afterEach(() => {
   cleanup();
   document.body.replaceChildren();
@@ -50,8 +53,28 @@ describe("render", () => {
     expect(all(".saelab-result")[1]!.textContent).toContain(ATTACK);
   });
 
-  it("shows white space, excluded tokens and the peak's value", () => {
+  it("makes the strongest contexts at once, the others after the first paint, in room kept for them", async () => {
     mount();
+    const [first, second] = all(".saelab-group");
+    expect(first!.querySelectorAll("[data-row]").length).toBe(Number(first!.style.getPropertyValue("--saelab-lines")));
+    expect(second!.getAttribute("aria-busy")).toBe("true");
+    expect(second!.querySelectorAll("[data-row]").length).toBe(0);
+    await painted();
+    expect(second!.querySelectorAll("[data-row]").length).toBe(Number(second!.style.getPropertyValue("--saelab-lines")));
+    expect(all(".saelab-group[aria-busy]")).toEqual([]);
+  });
+
+  it("makes no contexts of a feature that is no longer on show", async () => {
+    mount();
+    const second = all(".saelab-group")[1]!;
+    model.fromPython("view", view(405));
+    await painted();
+    expect(second.querySelectorAll("[data-row]").length).toBe(0);
+  });
+
+  it("shows white space, excluded tokens and the peak's value", async () => {
+    mount();
+    await painted();
     expect(token("↵").dataset.state).toBe("active");
     expect(token("··").dataset.state).toBe("silent");
     expect(token("<|endoftext|>").dataset.state).toBe("excluded");
@@ -233,8 +256,9 @@ describe("search and sort", () => {
 describe("the histogram marker", () => {
   const over = (target: Element) => target.dispatchEvent(new Event("pointerover", { bubbles: true }));
 
-  it("follows the hovered token", () => {
+  it("follows the hovered token", async () => {
     mount();
+    await painted();
     expect(marker().getAttribute("visibility")).toBe("hidden");
     over(token(" dog"));
     expect(marker().getAttribute("visibility")).toBe("visible");
@@ -272,8 +296,9 @@ describe("keyboard", () => {
     expect(model.saved).toEqual([{ feature: 405 }]);
   });
 
-  it("moves over tokens: rows up and down, one tab stop", () => {
+  it("moves over tokens: rows up and down, one tab stop", async () => {
     mount();
+    await painted();
     expect(all('.saelab-token[tabindex="0"]')).toEqual([token(" cat")]);
     token(" cat").focus();
     press(token(" cat"), "ArrowDown");

@@ -1,5 +1,5 @@
 // Where the feature fires: one line per context, peaks under each other, as in a concordance.
-import { focusedIn, h } from "../shared/dom";
+import { afterPaint, focusedIn, h } from "../shared/dom";
 import { integer, number } from "../shared/format";
 import { makeTabStop, rovingFocus } from "../shared/keyboard";
 import { copiesAsText, tokenLabel, tokenSpans } from "../shared/tokens";
@@ -28,10 +28,17 @@ export function contexts(view: FeatureView, mode: Mode, hover: (token: Hovered |
   const grid = h(
     "div",
     { class: "saelab-contexts", role: "grid", "aria-label": "Contexts, strongest first", "data-mode": mode },
-    ...view.groups.map((group) => rowgroup(group, view.max, shown)),
   );
-  const first = grid.querySelector<HTMLElement>("[data-home]");
-  if (first) makeTabStop(grid, first);
+  const [first, ...others] = view.groups.map((group) => rowgroup(group, view.max, shown));
+  if (first) {
+    grid.append(first.element);
+    first.fill();
+  }
+  const home = grid.querySelector<HTMLElement>("[data-home]");
+  if (home) makeTabStop(grid, home);
+  // The strongest are on the screen at once: the lines below them are made when those have been painted.
+  grid.append(...others.map(({ element }) => element));
+  afterPaint(() => others.forEach(({ fill }) => fill()), signal);
 
   const tokenAt = (target: EventTarget | null): Hovered | null => {
     const cell = (target as HTMLElement).closest<HTMLElement>("[data-cell]");
@@ -62,7 +69,9 @@ export function contexts(view: FeatureView, mode: Mode, hover: (token: Hovered |
       for (const row of grid.querySelectorAll(".saelab-open")) row.classList.remove("saelab-open");
     },
     add(group) {
-      grid.append(rowgroup(group, view.max, shown));
+      const more = rowgroup(group, view.max, shown);
+      grid.append(more.element);
+      more.fill();
     },
   };
 }
@@ -77,20 +86,23 @@ function toggle(target: EventTarget | null): void {
   rowOf(target)?.classList.toggle("saelab-open");
 }
 
-function rowgroup(group: Group, scale: number, shown: Map<HTMLElement, Context>): HTMLElement {
-  const rows = group.contexts.map((context) => {
-    const row = line(context, scale);
-    shown.set(row, context);
-    return row;
-  });
-  const made = h(
+/** A group, which keeps room for its lines, and what makes them. */
+function rowgroup(group: Group, scale: number, shown: Map<HTMLElement, Context>): { element: HTMLElement; fill(): void } {
+  const element = h(
     "div",
-    { class: "saelab-group", role: "rowgroup", "aria-label": group.label },
+    { class: "saelab-group", role: "rowgroup", "aria-label": group.label, "aria-busy": "true" },
     h("div", { class: "saelab-group-label", "aria-hidden": "true" }, group.label),
-    ...rows,
   );
-  made.style.setProperty("--saelab-lines", String(rows.length));
-  return made;
+  element.style.setProperty("--saelab-lines", String(group.contexts.length));
+  const fill = () => {
+    for (const context of group.contexts) {
+      const row = line(context, scale);
+      shown.set(row, context);
+      element.append(row);
+    }
+    element.removeAttribute("aria-busy");
+  };
+  return { element, fill };
 }
 
 function line(context: Context, scale: number): HTMLElement {

@@ -1,5 +1,5 @@
 // FeatureInspector: a search, a list of features, and one feature in detail.
-import { focusedIn, h, setText } from "../shared/dom";
+import { afterPaint, focusedIn, h, setText } from "../shared/dom";
 import { type FrozenModel, freezer } from "../shared/frozen";
 import { onChange, send } from "../shared/model";
 import { panel, widget } from "../shared/panel";
@@ -54,6 +54,7 @@ const inspector = widget<State>((model, el, signal) => {
     const kept = focus && [note.element, typed.element].some((part) => part.contains(focus));
     shown.abort();
     shown = new AbortController();
+    if (asked) afterPaint(() => (root.dataset.openMs = (performance.now() - asked).toFixed(0)), shown.signal);
     bar.show(view.feature, view.d_sae);
     list.select(view.feature);
     note.show(view.feature, model.get("note"));
@@ -83,7 +84,6 @@ const inspector = widget<State>((model, el, signal) => {
     else if (focus) detail.querySelector<HTMLElement>("h3")?.focus({ preventScroll: true });
     root.dataset.feature = String(view.feature);
     settle();
-    if (asked) requestAnimationFrame(() => setTimeout(() => (root.dataset.openMs = (performance.now() - asked).toFixed(0))));
   };
   const showResults = () => {
     bar.showSearch(model.get("query"), model.get("sort"));

@@ -33,6 +33,11 @@ export function focusedIn(root: Element): HTMLElement | null {
   return root.contains(active) ? (active as HTMLElement) : null;
 }
 
+/** Run this when what stands in the page now has been painted, unless `signal` aborts before. */
+export function afterPaint(run: () => void, signal: AbortSignal): void {
+  requestAnimationFrame(() => setTimeout(() => signal.aborted || run()));
+}
+
 const SVG = "http://www.w3.org/2000/svg";
 
 /** Make an SVG element, with the same rules as `h`. */
