@@ -59,7 +59,7 @@ NOUNS = [("key", "keys"), ("author", "authors"), ("picture", "pictures"), ("teac
 JOINED = [("near", "table", "tables"), ("behind", "house", "houses"), ("beside", "tree", "trees"),
           ("with", "book", "books"), ("for", "student", "students")]  # fmt: skip
 LASTED = ["war", "siege", "reign", "famine", "trial"]
-HUNDREDS = (15, 16, 17, 18)
+HUNDREDS, TENS = (15, 16, 17, 18), (2, 4, 6, 8)
 
 
 class Sizes(NamedTuple):
@@ -108,13 +108,12 @@ def agreement(count: int) -> Task:
 def greater(count: int) -> Task:
     """The tens digit of a later year: a larger one is right, a smaller one wrong."""
     found = []
-    for what in LASTED:
-        for hundreds in HUNDREDS:
-            for tens in (3, 6):
-                text = f"The {what} lasted from the year {hundreds}{tens}2 to the year {hundreds}"
-                found.append((text, (str(tens + 1), str(tens - 1)), str(tens)))
-    found = found[:: max(1, len(found) // count)][:count]
-    return Task(*(list(column) for column in zip(*found, strict=True)))
+    for i, what in enumerate(LASTED):
+        for j, hundreds in enumerate(HUNDREDS):
+            tens = TENS[(i + j) % len(TENS)]
+            text = f"The {what} lasted from the year {hundreds}{tens}2 to the year {hundreds}"
+            found.append((text, (str(tens + 1), str(tens - 1)), str(tens)))
+    return Task(*(list(column) for column in zip(*found[:count], strict=True)))
 
 
 def indirect_object(count: int) -> Task:
@@ -268,7 +267,7 @@ def gates_step(lm: sl.LM, coders: sl.TranscoderSet, sizes: Sizes, rows: list[dic
     tasks = [(name, MADE[name](count)) for name, count in zip(MADE, counts, strict=True)]
     tasks.insert(1, ("capitals, other wording", capitals(sizes.countries, OTHER_WORDING)))
     for name, task in tasks[len(rows) :]:
-        yield {"task": name, **gate(lm, task)}
+        yield {"task": name, **gate(lm, task), **(masses(lm, task) if name == "greater" else {})}
     if len(rows) <= len(tasks):
         answers = torch.tensor([id_of(lm, answer) for _, answer in TWO_HOPS])
         top = last_logits(lm, [prompt for prompt, _ in TWO_HOPS]).argmax(1)
@@ -285,6 +284,18 @@ def gate(lm: sl.LM, task: Task) -> dict[str, Any]:
     return {
         "prompts": len(rows), "top": float((logits.argmax(1) == right).float().mean()),
         "prefers": ahead(right, wrong), "shuffled": ahead(right.roll(1), wrong.roll(1)),
+    }  # fmt: skip
+
+
+def masses(lm: sl.LM, task: Task) -> dict[str, float]:
+    """Probability of all larger digits and of all smaller ones; and so beside the next prompt's digit."""
+    own = torch.tensor([int(digit) for digit in task.deciding])[:, None]
+    digits = last_logits(lm, task.prompts).softmax(1)[:, [id_of(lm, str(n)) for n in range(10)]]
+    share = lambda which: float((digits * which).sum(1).mean())  # noqa: E731
+    place = torch.arange(10)[None]
+    return {
+        "larger": share(place > own), "smaller": share(place < own),
+        "larger_shuffled": share(place > own.roll(1, 0)), "smaller_shuffled": share(place < own.roll(1, 0)),
     }  # fmt: skip
 
 
@@ -359,7 +370,14 @@ def gates_table(found: dict[str, Any]) -> list[str]:
     for row in rows:
         shares = " | ".join(f"{row[key]:.0%}" for key in ("top", "prefers", "shuffled"))
         lines.append(f"| {CALLED[row['task']]} | {row['prompts']} | {shares} |")
-    return [*lines, "", f"Two-hop facts: {hops['top'] * hops['prompts']:.0f} of {hops['prompts']} known; no graph."]
+    digits = next(row for row in rows if row["task"] == "greater")
+    return [
+        *lines, "",
+        f"Of the year's tens, all larger digits together have probability {digits['larger']:.2f}, all smaller ones "
+        f"{digits['smaller']:.2f}; larger and smaller than the next prompt's digit {digits['larger_shuffled']:.2f} and "
+        f"{digits['smaller_shuffled']:.2f}.", "",
+        f"Two-hop facts: {hops['top'] * hops['prompts']:.0f} of {hops['prompts']} known.",
+    ]  # fmt: skip
 
 
 def capitals_table(found: dict[str, Any]) -> list[str]:
