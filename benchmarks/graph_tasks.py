@@ -79,11 +79,11 @@ TINY = Sizes(4, 16, 1, 6, 6, 4, 4, 1)
 
 
 class Task(NamedTuple):
-    """Prompts; of each the right token and a wrong one, and the words of the token that decides (its last mention)."""
+    """Prompts; of each the right token and a wrong one, and its text up to the token that decides."""
 
     prompts: list[str]
     targets: list[tuple[str, str]]
-    deciding: list[str]
+    until: list[str]
 
 
 def capitals(count: int, wording: str = WORDING) -> Task:
@@ -91,7 +91,8 @@ def capitals(count: int, wording: str = WORDING) -> Task:
     listed = list(CAPITALS.items())[:count]
     others = [capital for _, capital in [*listed[1:], listed[0]]]
     targets = [(capital, other) for (_, capital), other in zip(listed, others, strict=True)]
-    return Task([wording.format(country) for country, _ in listed], targets, [f" {country}" for country, _ in listed])
+    until = [wording.partition("{}")[0] + country for country, _ in listed]
+    return Task([wording.format(country) for country, _ in listed], targets, until)
 
 
 def agreement(count: int) -> Task:
@@ -99,8 +100,8 @@ def agreement(count: int) -> Task:
     found = []
     for i, (one, many) in enumerate(NOUNS):
         for j, (word, single, several) in enumerate(JOINED):
-            found.append((f"The {one} {word} the {several}", (" is", " are"), f" {one}", i + j))
-            found.append((f"The {many} {word} the {single}", (" are", " is"), f" {many}", i + j))
+            found.append((f"The {one} {word} the {several}", (" is", " are"), f"The {one}", i + j))
+            found.append((f"The {many} {word} the {single}", (" are", " is"), f"The {many}", i + j))
     found.sort(key=lambda task: task[3] % len(JOINED))  # a part of them has all nouns
     return Task(*(list(column) for column in list(zip(*found[:count], strict=True))[:3]))
 
@@ -111,14 +112,14 @@ def greater(count: int) -> Task:
     for i, what in enumerate(LASTED):
         for j, hundreds in enumerate(HUNDREDS):
             tens = TENS[(i + j) % len(TENS)]
-            text = f"The {what} lasted from the year {hundreds}{tens}2 to the year {hundreds}"
-            found.append((text, (str(tens + 1), str(tens - 1)), str(tens)))
+            until = f"The {what} lasted from the year {hundreds}{tens}"
+            found.append((f"{until}2 to the year {hundreds}", (str(tens + 1), str(tens - 1)), until))
     return Task(*(list(column) for column in zip(*found[:count], strict=True)))
 
 
 def indirect_object(count: int) -> Task:
     names, texts, _ = drawn(count)
-    return Task(texts, [(f" {b}", f" {a}") for a, b in names], [f" {a}" for a, _ in names])
+    return Task(texts, [(f" {b}", f" {a}") for a, b in names], [text.partition(" gave")[0] for text in texts])
 
 
 MADE: dict[str, Callable[[int], Task]] = {
@@ -128,6 +129,11 @@ MADE: dict[str, Callable[[int], Task]] = {
 
 def id_of(lm: sl.LM, text: str) -> int:
     return lm.tokenizer(text, add_special_tokens=False)["input_ids"][0]
+
+
+def place(lm: sl.LM, until: str) -> int:
+    """The position of a text's last token."""
+    return lm.tokenize(until).ids.shape[1] - 1
 
 
 def last_logits(lm: sl.LM, prompts: Sequence[str], edit: "Add | None" = None) -> torch.Tensor:
@@ -225,13 +231,13 @@ def country_groups(
     lm: sl.LM, coders: sl.TranscoderSet, task: Task, features: int, draws: int, done: int
 ) -> Iterator[dict[str, Any]]:
     """Of each prompt: the features at the deciding token in its pruned graph, and as many others for each draw."""
-    for prompt, (right, _), token in list(zip(task.prompts, task.targets, task.deciding, strict=True))[done:]:
+    for prompt, (right, _), until in list(zip(task.prompts, task.targets, task.until, strict=True))[done:]:
         graph = sl.circuits.trace(lm, coders, prompt, right, features=features)
         small = graph.prune()
-        nodes = [n for n in small.nodes[: small.counts[0]] if small.tokens[n.position] == token]
+        nodes = [n for n in small.nodes[: small.counts[0]] if n.position == place(lm, until)]
         others = [small.matched(nodes, seed) for seed in range(draws)]
         yield {
-            "country": token, "group": [(n.site.layer, n.feature) for n in nodes],
+            "country": until.rpartition(" ")[2], "group": [(n.site.layer, n.feature) for n in nodes],
             "matched": [[(n.site.layer, n.feature) for n in other] for other in others],
             "replacement": graph.replacement, "completeness": graph.completeness,
         }  # fmt: skip
@@ -245,8 +251,8 @@ def swapped(lm: sl.LM, coders: sl.TranscoderSet, task: Task, rows: list[dict[str
     pairs = [(a, b) for a in knows for b in knows if a != b]
     order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0)).tolist()
     pairs = [pairs[i] for i in order[:most]]
-    at = [lm.tokens(task.prompts[0]).index(task.deciding[0])]
-    seen = read(lm, coders, task.prompts, at[0])
+    (at,) = {place(lm, until) for until in task.until}
+    seen = read(lm, coders, task.prompts, at)
     matched = [[row["matched"][draw] for row in rows] for draw in range(len(rows[0]["matched"]))]
     edits: dict[str, Add | None] = {
         "nothing": None, "the groups": swap(coders, seen, pairs, [row["group"] for row in rows]),
@@ -289,13 +295,13 @@ def gate(lm: sl.LM, task: Task) -> dict[str, Any]:
 
 def masses(lm: sl.LM, task: Task) -> dict[str, float]:
     """Probability of all larger digits and of all smaller ones; and so beside the next prompt's digit."""
-    own = torch.tensor([int(digit) for digit in task.deciding])[:, None]
+    own = torch.tensor([int(until[-1]) for until in task.until])[:, None]
     digits = last_logits(lm, task.prompts).softmax(1)[:, [id_of(lm, str(n)) for n in range(10)]]
     share = lambda which: float((digits * which).sum(1).mean())  # noqa: E731
-    place = torch.arange(10)[None]
+    digit = torch.arange(10)[None]
     return {
-        "larger": share(place > own), "smaller": share(place < own),
-        "larger_shuffled": share(place > own.roll(1, 0)), "smaller_shuffled": share(place < own.roll(1, 0)),
+        "larger": share(digit > own), "same": share(digit == own), "smaller": share(digit < own),
+        "larger_shuffled": share(digit > own.roll(1, 0)), "smaller_shuffled": share(digit < own.roll(1, 0)),
     }  # fmt: skip
 
 
@@ -337,10 +343,9 @@ def deciding(lm: sl.LM, coders: sl.TranscoderSet, task: Task) -> dict[str, Any]:
     """Of each prompt: the difference of the two logits, and its changes when the deciding token's embedding is taken
     out, with attention and norms held, and with nothing held."""
     found: dict[str, Any] = {"before": [], "held": [], "free": []}
-    for prompt, pair, token in zip(task.prompts, task.targets, task.deciding, strict=True):
+    for prompt, pair, until in zip(task.prompts, task.targets, task.until, strict=True):
         graph = sl.circuits.trace(lm, coders, prompt, pair, features=1)
-        at = max(i for i, text in enumerate(graph.tokens) if text == token)
-        node = next(n for n in graph.nodes if n.site.kind == "embed" and n.position == at)
+        node = next(n for n in graph.nodes if n.site.kind == "embed" and n.position == place(lm, until))
         check = graph.check(node, graph.targets[-1])
         found["before"].append(float(graph.pre[-1]))
         found["held"].append(float(check.responding.item()))
@@ -373,9 +378,9 @@ def gates_table(found: dict[str, Any]) -> list[str]:
     digits = next(row for row in rows if row["task"] == "greater")
     return [
         *lines, "",
-        f"Of the year's tens, all larger digits together have probability {digits['larger']:.2f}, all smaller ones "
-        f"{digits['smaller']:.2f}; larger and smaller than the next prompt's digit {digits['larger_shuffled']:.2f} and "
-        f"{digits['smaller_shuffled']:.2f}.", "",
+        f"Of the year's tens, all larger digits together have probability {digits['larger']:.2f}, the same one "
+        f"{digits['same']:.2f}, all smaller ones {digits['smaller']:.2f}; larger and smaller than the next prompt's "
+        f"digit {digits['larger_shuffled']:.2f} and {digits['smaller_shuffled']:.2f}.", "",
         f"Two-hop facts: {hops['top'] * hops['prompts']:.0f} of {hops['prompts']} known.",
     ]  # fmt: skip
 
@@ -394,9 +399,9 @@ def capitals_table(found: dict[str, Any]) -> list[str]:
         "|---|---|---|---|---|",
     ]  # fmt: skip
     swaps = swap["swaps"]
-    drawn = [value for name, value in swaps.items() if name.startswith("matched")]
+    random = [value for name, value in swaps.items() if name.startswith("matched")]
     swaps = {"nothing": swaps["nothing"], "the groups": swaps["the groups"],
-             f"matched features ({len(drawn)} draws)": {k: float(np.mean([d[k] for d in drawn])) for k in drawn[0]},
+             f"matched features ({len(random)} draws)": {k: float(np.mean([r[k] for r in random])) for k in random[0]},
              "all features": swaps["all features"], "MLPs, whole": swaps["MLPs, whole"]}  # fmt: skip
     for name, one in swaps.items():
         lines.append(f"| {name} | {one['flipped']:.0%} | {one['top']:.0%} | {one['moved']:.2f} | {one['size']:.1f} |")

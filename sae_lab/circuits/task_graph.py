@@ -175,8 +175,8 @@ def _members(groups: Any, by_position: bool) -> tuple[list[str], dict[Key, Key]]
     given = {} if groups is None else groups.graph.supernodes if isinstance(groups, GraphGroups) else groups
     names, member = [checked_name(name) for name in given], {}
     for which, (name, nodes) in enumerate(given.items()):
-        if not nodes:
-            raise ValueError(f"a group has at least one node, {name!r} got none")
+        if not nodes or not isinstance(nodes, Sequence) or not all(isinstance(node, Node) for node in nodes):
+            raise ValueError(f"a group is a list of nodes of a graph, at least one, and {name!r} got {nodes!r:.80}")
         for node in nodes:
             key = _key_of(node, by_position)
             if member.setdefault(key, _group_key(which)) != _group_key(which):

@@ -104,7 +104,9 @@ def test_groups_that_cannot_be_right_are_refused(made):  # noqa: F811
     a = Node(Site("mlp_out", 0), 2, 1)
     for groups, words in [
         ({"g": [a], "h": [a._replace(position=3)]}, "is in the groups 'g' and 'h', wherever in a prompt it is"),
-        ({"g": []}, "a group has at least one node, 'g' got none"),
+        ({"g": []}, "a group is a list of nodes of a graph, at least one, and 'g' got \\[\\]"),
+        ({"g": [(1, 2)]}, "and 'g' got \\[\\(1, 2\\)\\]"),
+        ({"g": 3}, "and 'g' got 3"),
         ({"g": [graph.nodes[-1]]}, "features and errors at mlp_out, and tokens at embed, got resid_post"),
         ({" ": [a]}, "a group's name is a text that is not empty"),
     ]:
