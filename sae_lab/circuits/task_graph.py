@@ -1,5 +1,4 @@
-"""One attribution graph for many prompts of a task: edges between features, wherever in the prompt they are, or between
-groups."""
+"""One attribution graph for many prompts of a task: edges between features or groups of them, wherever they are."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import field
@@ -129,12 +128,12 @@ def trace_many(
             seed, that only measure what carries over.
         groups: ``graph.groups()`` of one graph, or {name: nodes}: each is one node of the task's graph. A group's
             features, errors and tokens belong to it wherever in a prompt they are (with by_position: at their own
-            positions), and its effects are the sums of theirs. What they add to each other is left out. A group found
-            on one of the prompts has seen it: find it on another, or take it that its edges are known there.
+            positions), and its effects are the sums of theirs. What they add to each other is left out. Find
+            groups on a prompt that is not among these: on its own prompt a group's edges are no news.
 
     Raises ValueError for fewer than four prompts, targets of another number, prompts of several lengths with
-    by_position, and groups with a logit, with a node that is in another group too, or without one. Bootstrap over
-    prompts, 1,000 samples.
+    by_position, and for a group without a node, with a logit, or with a node that another group has too. Bootstrap
+    over prompts, 1,000 samples.
     """
     from tqdm.auto import tqdm
 
