@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae_lab.arguments import check_least
-from sae_lab.circuits import graph_checks, graph_faithfulness, graph_files, groups
+from sae_lab.circuits import graph_checks, graph_faithfulness, graph_files, group_scores, groups
 from sae_lab.circuits.faithfulness import Faithfulness
 from sae_lab.circuits.graph_scores import edge_scores, pruned
 from sae_lab.circuits.invariant import EdgeCheck
@@ -272,6 +272,15 @@ class AttributionGraph(Result):
         """
         check_least(1, draws=draws)
         return graph_faithfulness.faithfulness(self, sizes, errors, draws, seed)
+
+    def matched(self, nodes: Sequence[Node], seed: int = 0) -> list[Node]:
+        """``graph.matched(group.nodes)``: a control for some features: as many other active features of the prompt,
+        each at the layer and position of one of them, or, where none is left, in its layer, and among the five of the
+        nearest norms of f·W_dec. Fewer where a layer has too few. They need not be in this graph.
+
+        Raises ValueError for a node that is no feature of the graph, and for a graph from a file that was loaded
+        without lm= and coders=."""
+        return group_scores.others_like(self, nodes, seed)
 
     def save(self, path: str | Path) -> Path:
         """``graph.save("graph.safetensors")``: write one file, which ``AttributionGraph.load`` reads."""

@@ -131,6 +131,18 @@ def score(graph: Any, groups: Sequence[Sequence[Node]], draws: int, seed: int) -
     return found
 
 
+@torch.no_grad()
+def others_like(graph: Any, nodes: Sequence[Node], seed: int) -> list[Node]:
+    """See ``AttributionGraph.matched``."""
+    local = local_of(graph, "a choice among all active features")
+    numbers = [graph.number(node) for node in nodes]
+    if not numbers or max(numbers) >= graph.counts[0]:
+        raise ValueError(f"matched takes features of the graph, at least one, got {list(nodes)!r:.100}")
+    generator = torch.Generator().manual_seed(seed)
+    columns = columns_of(graph, local)[list(dict.fromkeys(numbers))]
+    return _features(local, matched(local, columns, norms_of(local), generator).sort().values)
+
+
 def _features(local: Any, columns: Tensor) -> list[Node]:
     places = zip(*(part[columns].tolist() for part in (local.layer, local.position, local.feature)), strict=True)
     return [Node(local.sites[part], position, feature) for part, position, feature in places]

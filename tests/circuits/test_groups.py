@@ -126,6 +126,19 @@ def test_no_group_without_enough_others_has_a_random_one(made):  # noqa: F811
     assert found["token"].effect == pytest.approx(float(weights @ checked / weights.sum()), rel=1e-4)
 
 
+def test_matched_features_are_others_of_the_same_place_and_of_near_norms(copies):
+    """The copies and the six decoys write with one norm, the third with 1.9 times as much."""
+    graph = copies[2]
+    for seed in range(10):
+        found = graph.matched([feature(0, COPIES[0]), feature(0, COPIES[1])], seed)
+        assert len(set(found)) == 2 and {node.feature for node in found} <= set(range(3, 3 + DECOYS))
+        assert {node[:2] for node in found} == {feature(0, 0)[:2]}
+    draws = {tuple(graph.matched([feature(0, COPIES[0])], seed)) for seed in range(10)}
+    assert len(draws) > 1, "the seed decides"
+    with pytest.raises(ValueError, match="matched takes features of the graph, at least one, got"):
+        graph.matched([graph.nodes[-1]])
+
+
 # ---- how alike
 
 

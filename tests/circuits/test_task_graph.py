@@ -1,12 +1,13 @@
-"""Graphs of many prompts as one: sums by hand, alignment, intervals, what carries over."""
+"""Graphs of many prompts as one: sums by hand, alignment, groups as nodes, intervals, what carries over."""
 
 import numpy as np
 import pytest
 import torch
 
-from sae_lab.circuits import trace, trace_many
-from sae_lab.circuits.task_graph import _summed
-from tests.circuits.test_attribution_graphs import by_hand, made  # noqa: F401 (fixtures)
+from sae_lab.circuits import Node, trace, trace_many
+from sae_lab.circuits.task_graph import _members, _summed
+from sae_lab.types import Site
+from tests.circuits.test_attribution_graphs import PROMPT, by_hand, made  # noqa: F401 (fixtures)
 
 
 def test_the_circuit_by_hand_is_one_graph_wherever_its_letters_stand(by_hand):  # noqa: F811
@@ -54,6 +55,68 @@ def test_effects_are_added_up_within_a_prompt_and_averaged_over_prompts(made):  
     assert edge.held_out == pytest.approx(np.mean([sums[i] for i in order[2:]]), rel=1e-4)
     placed = trace_many(lm, coders, ["The river rose"] * 4, by_position=True)
     assert placed.edges[0].upstream[3] >= 0 and placed.edges[0].low == placed.edges[0].high == placed.edges[0].effect
+
+
+def test_a_group_is_one_node_whose_edges_are_the_sums_of_its_members(made):  # noqa: F811
+    lm, coders, _ = made
+    prompts = ["The river rose", "The moon rose", "A fox ran away", "The river ran"]
+    settings = {"nodes": 1.0, "edges": 1.0, "held_out": 0.25, "seed": 3}
+    plain = trace_many(lm, coders, prompts, [" in"] * 4, **settings)
+    feature = lambda key: key[0] == "feature"  # noqa: E731
+    inner = next(e for e in plain.edges if feature(e.upstream) and feature(e.downstream))
+    other = next(e.upstream for e in plain.edges if feature(e.upstream) and e.upstream not in inner[:2])
+    inside = {inner.upstream, inner.downstream, other}
+    nodes = [Node(Site("mlp_out", layer), 2, number) for _, layer, number, _ in inside]
+    task = trace_many(lm, coders, prompts, [" in"] * 4, groups={"ours": nodes}, **settings)
+    sums = {}
+    for e in plain.edges:
+        ends = tuple(("group", -1, 0, -1) if end in inside else end for end in e[:2])
+        sums[ends] = sums.get(ends, 0.0) + e.effect
+    assert sums.pop((("group", -1, 0, -1),) * 2), "an edge lies within the group"
+    found = {e[:2]: e.effect for e in task.edges}
+    assert found == pytest.approx(sums, rel=1e-4, abs=1e-6), "no edge within, all others as they were or added up"
+    assert task.edges_of("ours") == [e for e in task.edges if ("group", -1, 0, -1) in e[:2]] and task.edges_of("ours")
+    table = task.to_pandas()
+    assert "ours" in set(table.upstream) and "ours" in set(table.downstream)
+
+
+def test_groups_found_on_one_graph_are_nodes_of_the_task(made):  # noqa: F811
+    """Also by position: then a group's feature elsewhere in the prompt is none of it."""
+    lm, coders, graph = made
+    graph = graph.prune(1.0, 1.0)
+    group = graph.groups(of={"one": graph.nodes[:1], "a token": [graph.nodes[sum(graph.counts[:2]) + 1]]})
+    whole = {"nodes": 1.0, "edges": 1.0}
+    task = trace_many(lm, coders, [PROMPT] * 4, groups=group, by_position=True, **whole)
+    assert list(task.groups) == group.names and task.edges_of("one") and task.edges_of("a token")
+    site, position, number = graph.nodes[0]
+    key = ("feature", site.layer, number, position)
+    assert all(key not in e[:2] for e in task.edges)
+    own = ("group", -1, group.names.index("one"), -1)
+    found = sorted(e.effect for e in task.edges_of("one") if e.upstream == own)
+    assert found == pytest.approx(sorted(graph.effects[graph.effects[:, 0] != 0, 0].tolist()), rel=1e-4)
+    elsewhere = Node(site, position + 1, number)
+    moved = trace_many(lm, coders, [PROMPT] * 4, groups={"moved": [elsewhere]}, by_position=True, **whole)
+    assert any(key in e[:2] for e in moved.edges), "this position's feature is another node"
+
+
+def test_groups_that_cannot_be_right_are_refused(made):  # noqa: F811
+    lm, coders, graph = made
+    a = Node(Site("mlp_out", 0), 2, 1)
+    for groups, words in [
+        ({"g": [a], "h": [a._replace(position=3)]}, "is in the groups 'g' and 'h', wherever in a prompt it is"),
+        ({"g": []}, "a group is a list of nodes of a graph, at least one, and 'g' got \\[\\]"),
+        ({"g": [graph.nodes[-1]]}, "features and errors at mlp_out, and tokens at embed, got resid_post"),
+        ({" ": [a]}, "a group's name is a text that is not empty"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            trace_many(lm, coders, ["The river rose"] * 4, groups=groups)
+    for nodes in ([(1, 2)], 3, "ab"):  # beartype would stop these at trace_many
+        with pytest.raises(ValueError, match="a list of nodes of a graph, at least one, and 'g' got"):
+            _members({"g": nodes}, False)
+    apart = {"g": [a], "h": [a._replace(position=3)]}
+    task = trace_many(lm, coders, ["The river rose"] * 4, groups=apart, by_position=True)
+    with pytest.raises(ValueError, match="no group 'i'; its groups: g, h"):
+        task.edges_of("i")
 
 
 def test_intervals_and_what_carries_over():

@@ -15,8 +15,8 @@ def source(cell):
     return "".join(cell["source"])
 
 
-def test_there_are_thirteen():
-    assert len(NOTEBOOKS) == 13
+def test_there_are_fourteen():
+    assert len(NOTEBOOKS) == 14
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
