@@ -54,8 +54,8 @@ def test_top_per_row(k):
     assert codes.offsets.tolist() == list(range(0, ROWS * k + 1, k))
 
 
-@pytest.mark.parametrize("rows", [0, 1, 600])  # 600: more than top_among copies at a time
-@pytest.mark.parametrize("width", [40, 43])  # 43: three entries stand in no group
+@pytest.mark.parametrize("rows", [0, 1, 600])
+@pytest.mark.parametrize("width", [40, 43, 303])  # 43: three entries stand in no group; 303: groups of groups of groups
 @pytest.mark.parametrize("k", [2, 5, 30])  # 30: too many to select groups first
 def test_top_of_wide_rows(rows, width, k):
     pre = normal(rows, width, seed=5)
@@ -123,7 +123,94 @@ def test_no_rows_at_all():
         assert kernels.decode(codes, normal(D_SAE, D_IN)).shape == (0, D_IN)
 
 
+def test_many_rows_are_selected_from_a_few_at_a_time(monkeypatch):
+    """The codes are those of all rows at once."""
+    pre, some = normal(64, 200, seed=12), torch.arange(0, 200, 3)
+    select = [
+        lambda: kernels.above(pre, torch.linspace(-1, 1, 200)),
+        lambda: kernels.where(pre, pre > 1),
+        lambda: kernels.top_of_batch(pre, 300),
+        lambda: kernels.top_per_row(pre, 3),
+        lambda: kernels.top_among(pre, some, 3),
+    ]
+    at_once = [chosen().dense() for chosen in select]
+    monkeypatch.setattr(kernels, "PIECE", 3 * 200)  # three rows
+    for chosen, codes in zip(select, at_once, strict=True):
+        assert torch.equal(chosen().dense(), codes)
+
+
+def test_the_most_of_a_batch_are_k_for_each_row():
+    """16 rows: k·rows is neither k nor k/rows."""
+    pre = normal(16, 40)
+    assert torch.equal(kernels.Selector().of_batch(pre, 2.5).dense(), exact(pre, 40))
+
+
+def test_positive_codes_of_either_form():
+    pre = normal(ROWS, D_SAE)
+    for codes in (pre, kernels.where(pre, torch.ones_like(pre, dtype=torch.bool))):
+        found = kernels.positive(codes)
+        assert torch.equal(found.dense(), pre.relu()) and torch.equal(found.offsets.diff(), (pre > 0).sum(1))
+    assert kernels.positive(found) is found
+
+
+def test_joined_codes_are_those_of_all_rows_at_once():
+    pre = normal(ROWS, D_SAE)
+    whole = kernels.above(pre, 0.3)
+    found = kernels.joined([kernels.above(part, 0.3) for part in pre.split(3)], D_SAE)
+    for ours, theirs in zip(found[:3], whole[:3], strict=True):
+        assert torch.equal(ours, theirs) and ours.dtype == theirs.dtype
+    assert kernels.joined([], D_SAE).dense().shape == (0, D_SAE)
+
+
+def test_rows_of_each_feature():
+    codes = kernels.above(normal(ROWS, D_SAE), 0.3)
+    learnt = codes._replace(values=codes.values.clone().requires_grad_())
+    assert torch.equal(torch.from_numpy(kernels.feature_rows(learnt).toarray()), codes.dense().T)
+
+
 # ---- gradients
+
+
+@pytest.mark.parametrize("form", ["some places", "all places"])
+@pytest.mark.parametrize("centred", [True, False])  # whether b_dec is subtracted
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_every_form_of_encode_at_has_the_gradients_of_autograd(form, centred, in_memory):
+    """Buffers are float32: sums of 5 or 7 products are exact to 1e-5 there."""
+    dtype, tolerance = (torch.float32, 1e-5) if in_memory else (torch.double, 1e-12)
+    mine, theirs = ([w.detach().to(dtype).requires_grad_() for w in weights()[:4]] for _ in range(2))
+    x, W_enc, b_enc, b_dec = theirs
+    pre = (x - b_dec if centred else x) @ W_enc + b_enc
+    chosen = mask_of(SOME) if form == "some places" else torch.ones(ROWS, D_SAE, dtype=torch.bool)
+    dense = torch.where(chosen, pre, 0.0)
+    given = SOME._replace(values=pre.detach()[SOME.rows, SOME.features]) if form == "some places" else pre.detach()
+    memory = kernels.Memory(ROWS, D_SAE, torch.device("cpu")) if in_memory else None
+    x, W_enc, b_enc, b_dec = mine
+    codes = kernels.encode_at(given, x, W_enc, b_enc, b_dec if centred else None, memory)
+    codes = codes.dense() if isinstance(codes, Codes) else codes
+    close(codes, dense, tolerance)
+    g = normal(ROWS, D_SAE, seed=20).to(dtype)
+    (codes * g).sum().backward()
+    (dense * g).sum().backward()
+    for a, b in zip(mine, theirs, strict=True):
+        assert (a.grad is None) == (b.grad is None)
+        if a.grad is not None:
+            close(a.grad, b.grad, tolerance)
+
+
+def test_bf16_rounds_what_is_multiplied():
+    """Small whole numbers are exact in bfloat16; 2^-10 beside 1 is lost, which float32 keeps."""
+    x, W, bias = (
+        torch.randint(-3, 4, s, generator=torch.Generator().manual_seed(6)).float() for s in [(4, 5), (5, 6), (6,)]
+    )
+    little = torch.where(x == 0, 0.0, 2**-10 * x.sign())
+    for precision, lost in (("bf16", True), ("float32", False)):
+        out = kernels.affine(x + little, W, bias, precision)
+        assert torch.equal(out, x @ W + bias) == lost and out.dtype == torch.float32
+        codes = x.new_zeros(4, 6)  # gradients of encode_at are such products too
+        learnt = [t.clone().requires_grad_() for t in (x + little, W)]
+        kernels.encode_at(codes, *learnt, bias, None, None, precision).sum().backward()
+        assert torch.equal(learnt[1].grad, x.T @ torch.ones(4, 6)) == lost
+        assert torch.equal(learnt[0].grad, torch.ones(4, 6) @ W.T)
 
 
 def test_encode_at():
@@ -229,6 +316,17 @@ def test_dense_codes_are_refused_nowhere():
 
 
 # ---- memory
+
+
+def test_memory_gives_each_gradient_numbers_of_its_own():
+    memory = kernels.Memory(4, 6, torch.device("cpu"))
+    first, second = memory.gradient(2, 3).fill_(1), memory.gradient(2, 3).fill_(2)
+    assert (first == 1).all() and (second == 2).all()
+    memory.rewind()
+    assert memory.gradient(2, 2).data_ptr() == first.data_ptr(), "a smaller one fits"
+    assert memory.gradient(5, 7).shape == (5, 7), "a larger one does not"
+    assert memory.pre(3, 6).shape == (3, 6) and memory.pre(4, 6).data_ptr() == memory.pre(3, 6).data_ptr()
+    assert memory.pre(5, 6) is None and memory.pre(4, 5) is None
 
 
 class Largest(TorchDispatchMode):
