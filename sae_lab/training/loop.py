@@ -86,7 +86,8 @@ class Training:
         self.history: list[Metrics] = []
         self.scale: Tensor  # activations are multiplied by it: a number, or one per layer
         self.target_scale: Tensor | None  # None: the target is x
-        read = partial(process.batch, self.through or rows, batch_size=config.batch_size, seed=config.seed)
+        own = self.through.batch if self.through else partial(process.batch, rows)
+        read = partial(own, batch_size=config.batch_size, seed=config.seed)
         # The loss through the model keeps it busy, so that nothing is gained by reading ahead.
         self.ahead = ReadAhead(read, 0 if self.through else config.total_steps)
 
@@ -131,10 +132,9 @@ class Training:
         coder.progress = self.step / config.total_steps
         coder.any_dead = self._any_dead()
         through: dict[str, Tensor] = {}
-        with coder.multiplying(config.precision):
-            with process.choosing(coder):
-                out = coder.output(batch.x, batch.tokens)
-                terms = coder.terms(batch, out, progress=coder.progress, dead=self.idle > config.dead_after)
+        with coder.multiplying(config.precision), process.choosing(coder):
+            out = coder.output(batch.x, batch.tokens)
+            terms = coder.terms(batch, out, progress=coder.progress, dead=self.idle > config.dead_after)
         if self.through:
             terms, through = self.through.terms(out.x_hat / self._target_scale, terms)
         loss = torch.stack(list(terms.values()))

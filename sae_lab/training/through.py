@@ -64,7 +64,9 @@ class Through:
         self.later = [Site.of(site) for site in config.downstream]
         when = self.lm._sites.when
         if when(rows.reads[0]) > when(self.site):
-            raise ValueError(f"a coder that reads {rows.reads[0]} cannot be spliced in at {self.site}, which is earlier")
+            raise ValueError(
+                f"a coder that reads {rows.reads[0]} cannot be spliced in at {self.site}, which is earlier"
+            )
         if early := [site for site in self.later if when(site) <= when(self.site)]:
             raise ValueError(f"downstream sites come after {self.site}, got {early[0]}: name later ones")
         self.passes: list[Pass] = []
@@ -214,7 +216,9 @@ class Through:
             if self.objective == "kl":
                 slope[row, :n] = (spliced.exp() - clean.exp()).to(slope)
             else:
-                slope[row, : n - 1] = spliced[:-1].exp().scatter_add(-1, answers, -torch.ones_like(answers).float()).to(slope)
+                slope[row, : n - 1] = (
+                    spliced[:-1].exp().scatter_add(-1, answers, -torch.ones_like(answers).float()).to(slope)
+                )
         return slope, sums
 
     @staticmethod
