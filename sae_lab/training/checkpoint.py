@@ -139,7 +139,9 @@ def remove_checkpoints(path: Path) -> None:
         (path / name).unlink(missing_ok=True)
 
 
-def finished(path: Path, identity: dict[str, Any], coder: SparseCoder) -> tuple[SparseCoder, dict[str, Any]] | None:
+def finished(
+    path: Path, identity: dict[str, Any], coder: SparseCoder
+) -> tuple[SparseCoder, dict[str, Any]] | None:
     """(the trained coder, header) of this run, if it is finished."""
     file = path / RUN
     if not file.exists():

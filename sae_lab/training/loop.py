@@ -131,12 +131,12 @@ class Training:
             coder.scratch.rewind()
         coder.progress = self.step / config.total_steps
         coder.any_dead = self._any_dead()
-        through: dict[str, Tensor] = {}
+        beyond: dict[str, Tensor] = {}  # figures of the loss through the model
         with coder.multiplying(config.precision), process.choosing(coder):
             out = coder.output(batch.x, batch.tokens)
             terms = coder.terms(batch, out, progress=coder.progress, dead=self.idle > config.dead_after)
         if self.through:
-            terms, through = self.through.terms(out.x_hat / self._target_scale, terms)
+            terms, beyond = self.through.terms(out.x_hat / self._target_scale, terms)
         loss = torch.stack(list(terms.values()))
         with coder.multiplying(config.precision):
             loss.sum().backward()
@@ -146,7 +146,7 @@ class Training:
         logged = (self.step + 1) % config.log_every == 0 or self.step + 1 == self.control.last
         more = [process.over_features((idle > config.dead_after).sum())]
         more += [self._active(out)] if logged or self.aim else []
-        more += [self._fvu(batch, out), *through.values()] if logged else []
+        more += [self._fvu(batch, out), *beyond.values()] if logged else []
         metrics, (dead, *figures) = self._sound(raw, list(terms), loss.detach(), more, lr)
         with checkpoint.whole_step():  # a checkpoint holds a whole step, wherever an interruption falls
             self.adam.update(lr)
@@ -159,8 +159,8 @@ class Training:
             if self.aim:
                 self.aim.follow(active, config.total_steps, self.step / config.total_steps)
             if logged:
-                more_metrics = dict(zip(through, figures[2:], strict=True))
-                self._record(active, figures[1], int(dead), metrics, lr, more_metrics)
+                metrics_beyond = dict(zip(beyond, figures[2:], strict=True))
+                self._record(active, figures[1], int(dead), metrics, lr, metrics_beyond)
         if logged:
             self.control.output = out
             self.emit("step")
@@ -234,7 +234,7 @@ class Training:
         error, variance = process.over_rows(sums.sum(0))
         return error / variance
 
-    def _record(self, l0: float, fvu: float, dead: int, terms: Metrics, lr: float, through: Metrics) -> None:
+    def _record(self, l0: float, fvu: float, dead: int, terms: Metrics, lr: float, beyond: Metrics) -> None:
         """A row of the history: figures of the whole batch, and now and then of held-out tokens."""
         tokens, known = self.step * self.config.batch_size, self.rows.training_rows
         passes = {"passes": tokens / known} if known else {}
@@ -249,7 +249,7 @@ class Training:
                 "lr": lr,
             }
             | terms
-            | through
+            | beyond
             | self._held_out(l0)
             | (self.cross_entropy(self._snapshot) if self.cross_entropy else {})
         )
