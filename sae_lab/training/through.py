@@ -166,7 +166,7 @@ class Through:
         lost = figures[self.objective] + (kl if self.later else 0.0)  # later sites stand at the size of the KL
         # Of the cross-entropy, too, what the coder adds is about the KL.
         alpha = mse / (kl * (2 if self.later else 1)).clamp_min(LEAST)
-        slope = (x_hat * (gradient / counted)).sum()
+        slope = (x_hat * (gradient / counted)).sum()  # its gradient is that of the loss; its value is taken off again
         scaled = self.share * alpha * (lost + slope - slope.detach())
         return terms | {"mse": (1 - self.share) * terms["mse"], "through": scaled}, figures
 
@@ -216,9 +216,8 @@ class Through:
             if self.objective == "kl":
                 slope[row, :n] = (spliced.exp() - clean.exp()).to(slope)
             else:
-                slope[row, : n - 1] = (
-                    spliced[:-1].exp().scatter_add(-1, answers, -torch.ones_like(answers).float()).to(slope)
-                )
+                minus = torch.full(answers.shape, -1.0, device=answers.device)
+                slope[row, : n - 1] = spliced[:-1].exp().scatter_add(-1, answers, minus).to(slope)
         return slope, sums
 
     @staticmethod
