@@ -47,7 +47,6 @@ REASONS = {
     "_any_dead": "what a training knows of dead features without asking the device: no figure shows it",
     "_multiplies_bfloat16": "a CPU without the instructions makes the same numbers, slowly",
     "_visit": "where the time of a trace goes: it is ended there",
-    "_cut": "the groups of contexts of a shard: a store does not tell them",
     "_shuffled": "the control alone: what it must keep and what it must break",
 }
 WITHOUT = 28  # private names without a reason: this number may only fall

@@ -386,7 +386,7 @@ class Harvest:
         if self.most is None and self.lm.device.type != "cpu":
             self.most = float("inf")  # the whole shard: an accelerator gains from rows that no CPU's cache has room for
         while True:
-            groups = passes if self.most is None else _cut([c for group in passes for c in group], self.most)
+            groups = passes if self.most is None else in_groups([c for group in passes for c in group], self.most)
             try:
                 return read([padded(group) for group in groups])
             except RuntimeError as err:
@@ -592,7 +592,7 @@ def tried(
     return found, tensors, trial.manifest["scales"]
 
 
-def _cut(contexts: list[Context], most: float) -> list[list[Context]]:
+def in_groups(contexts: list[Context], most: float) -> list[list[Context]]:
     """The contexts, in their order, in groups that have at most so many tokens once they are padded."""
     groups: list[list[Context]] = []
     for context in contexts:

@@ -242,6 +242,28 @@ class Source:
             made = attempt(lambda: self._telling(self.call.shard(place.shard, passes, False)))
         return Owed(place, rank, made)
 
+    def contexts(self, start: Place) -> Iterator[tuple[Place, Context]]:
+        """(its place, the context) of each context that training sees, from a place on; the text begins again where it
+        ends. A place's row is here the number of the context in its shard."""
+        for epoch in count(start.epoch):
+            for number, passes, first in self._shards():
+                if (epoch, number) < start[:2]:
+                    continue
+                contexts = [c for group in passes for c in group]
+                for at in np.flatnonzero(~self._reserved(passes, first)).tolist():
+                    if (place := Place(epoch, number, at)) >= start:
+                        yield place, contexts[at]
+            if epoch == 0:
+                log.warning("the text has ended: training goes on from its start again")
+
+    def require(self, size: int) -> None:
+        """ValueError where the whole text holds fewer training rows than a batch."""
+        if self.head.whole and (rows := int((~self.head.reserved).sum())) < size:
+            raise ValueError(
+                f"the text ends before a batch is full: it has {rows:,} training rows, batch_size is {size:,}: pass "
+                f"more text, or batch_size={rows}"
+            )
+
     def settled(self, part: Part | Owed) -> Part:
         """A part whose rows are here. Every rank must ask for the same ones in the same order."""
         if isinstance(part, Part):
@@ -333,12 +355,7 @@ class Mixer:
         return out
 
     def _require(self, size: int) -> None:
-        head = self.source.head
-        if head.whole and (rows := int((~head.reserved).sum())) < size:
-            raise ValueError(
-                f"the text ends before a batch is full: it has {rows:,} training rows, batch_size is {size:,}: pass "
-                f"more text, or batch_size={rows}"
-            )
+        self.source.require(size)
         if size > self.half:
             raise ValueError(
                 f"a buffer must hold two batches, got {2 * self.half:,} rows for batch_size={size:,}: pass "

@@ -88,6 +88,11 @@ class Stream(Harvested):
         return f"{zlib.crc32(content.encode()):08x}-stream"
 
     @property
+    def source(self) -> Source:
+        """What cuts the text into contexts, and says which of them training sees."""
+        return self._source
+
+    @property
     def kept(self) -> bool:
         """Whether what is read is also written to a store."""
         return self._source.on_disk

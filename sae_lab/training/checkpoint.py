@@ -182,6 +182,7 @@ def _require_same(path: Path, identity: dict[str, Any], header: dict[str, Any], 
     if left_by_it:
         identity |= {key: header[key] for key in ("coder", "initial_weights")}
     if isinstance(header["config"], dict):  # runs of before there was a choice
-        header = header | {"config": {"precision": "float32"} | header["config"]}
+        before = {"precision": "float32", "objective": "reconstruction", "share": 0.5, "downstream": []}
+        header = header | {"config": before | header["config"]}
     if wrong := differences(identity, header):
         raise ValueError(f"{path} holds another run; it differs in {wrong}. Pass another path=, or delete it")

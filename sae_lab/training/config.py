@@ -2,17 +2,20 @@
 
 import math
 import numbers
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
 import torch
 
 from sae_lab.activations.store import Harvested, Rows
 from sae_lab.arguments import Count, as_annotated, check_least
+from sae_lab.types import Site, as_sites
 
 MAX_LR = 1e30  # beyond it one step overflows float32 before the loss can say so
 Shard = Literal["batch", "features"]
 Precision = Literal["float32", "tf32", "bf16"]
+Objective = Literal["reconstruction", "kl", "ce"]
 
 
 @as_annotated
@@ -39,6 +42,18 @@ class TrainConfig:
             numbers are rounded to 10 bits, on NVIDIA's GPUs from 2020 on; "bf16", numbers and result of 8 bits, on
             devices that multiply bfloat16. Weights, sums over active features, losses and Adam's moments are float32
             with each, as are checkpoints, figures of held-out tokens and the finished coder.
+        objective: "reconstruction": the family's own loss. "kl" and "ce" add the loss through the model with the coder
+            spliced in at the site it writes, where ``sl.Splice`` would change it (not at position 0, special and very
+            large tokens): the KL of its next-token distributions from the clean ones, or its cross-entropy on the text
+            (nats/token, over all tokens of a context). For coders of one site, on an ``sl.Stream`` of a model on this
+            machine, in one process. A batch is then whole contexts in the order of the text, whatever the seed, and its
+            clean logits are kept: batch_size × vocabulary numbers. Few tokens of it finetune a trained coder.
+        share: of the loss through the model: 0 is plain training on these batches, .5 weighs it as much as the mse, 1
+            leaves the mse out. In each batch it is scaled to the size of the mse: (1 - share)·mse + share·(mse/KL)·loss
+            (Karvonen 2025, arXiv:2503.17272, with .5; Braun et al. 2024, arXiv:2405.12241, with 1). ``Run.history`` has
+            kl, ce, and as "through" the scaled loss.
+        downstream: later sites, such as ("resid_post-16",), whose activations are also to stay as they are without the
+            coder; their squared distance counts as much as the KL.
     """
 
     tokens: int | None = None
@@ -54,6 +69,9 @@ class TrainConfig:
     target_l0: float | None = None
     shard: Shard = "batch"
     precision: Precision = "float32"
+    objective: Objective = "reconstruction"
+    share: float = 0.5
+    downstream: Sequence[Site | str] = ()
 
     def __post_init__(self):
         if (self.tokens is None) == (self.steps is None):
@@ -69,12 +87,25 @@ class TrainConfig:
         if self.precision not in get_args(Precision):
             known = ", ".join(get_args(Precision))
             raise ValueError(f"precision must be one of {known}, got {self.precision!r}")
+        if self.objective not in get_args(Objective):
+            known = ", ".join(get_args(Objective))
+            raise ValueError(f"objective must be one of {known}, got {self.objective!r}")
+        if not 0 <= self.share <= 1:
+            raise ValueError(f"share must lie between 0 (the mse alone) and 1 (without it), got {self.share}")
+        sites = as_sites(self.downstream) if self.downstream else []
+        object.__setattr__(self, "downstream", tuple(site.key for site in sites))
+        if self.downstream and self.objective == "reconstruction":
+            raise ValueError(f"downstream={self.downstream} needs the model: pass objective='kl' too")
         if not (0 <= self.warmup <= 1 and 0 <= self.decay <= 1 and self.warmup + self.decay <= 1):
             raise ValueError(f"warmup and decay are shares of training, together <= 1, got {self.warmup}, {self.decay}")
 
     @property
     def total_steps(self) -> int:
         return self.steps if self.steps is not None else -(-int(self.tokens or 0) // self.batch_size)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All settings, as JSON holds them."""
+        return asdict(self) | {"downstream": list(self.downstream)}
 
     def peak(self, d_sae: Count) -> float:
         """The largest learning rate."""

@@ -40,6 +40,11 @@ def cost(
     stream, a few passes of the model."""
     rows = rows_for(coder, data)
     config = config or one_pass(rows)
+    if config.objective != "reconstruction":
+        raise ValueError(
+            f"estimate knows objective='reconstruction', got {config.objective!r}: time a few real steps, "
+            "sl.TrainConfig(steps=3)"
+        )
     fresh, coder = coder, copy.deepcopy(coder)
     begun = 0
     if path is not None:

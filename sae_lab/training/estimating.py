@@ -88,8 +88,9 @@ def estimate(what: Callable[..., Any], /, *args: Any, ranks: Count = 1, **kwargs
     gradients and rows depends on the network and is left out; the table says how much a rank sends in a step. The trial
     runs in this process alone.
 
-    Raises ValueError for another function, for ``ranks`` with another than these two or with ``shard="features"``, and
-    otherwise what the call itself would raise before its work begins.
+    Raises ValueError for another function, for a training with an ``objective`` through the model, for ``ranks`` with
+    another than these two or with ``shard="features"``, and otherwise what the call itself would raise before its work
+    begins.
     """
     check_least(1, ranks=ranks)
     rooms = {harvest: harvesting.cost, train: costing.cost, index_features: build.cost, **costs.ROOMS}

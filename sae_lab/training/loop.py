@@ -5,7 +5,6 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
 from functools import cache, partial
 from itertools import islice
 from pathlib import Path
@@ -27,6 +26,7 @@ from sae_lab.training.config import TrainConfig, require_precision
 from sae_lab.training.control import Control
 from sae_lab.training.process import ALONE, Process
 from sae_lab.training.run import Event, Metrics, Run
+from sae_lab.training.through import Through
 from sae_lab.training.watching import CrossEntropy
 from sae_lab.types import Batch, Codes, Output
 
@@ -69,8 +69,13 @@ class Training:
                 "precision='tf32' would hold for the model of a stream too, which reads meanwhile: harvest a store, or "
                 "leave precision out"
             )
+        self.through = None if config.objective == "reconstruction" else Through(rows, coder, config)
+        if self.through and process.size > 1:
+            raise ValueError(
+                f"objective={config.objective!r} needs one process, got {process.size}: start one, or leave it out"
+            )
         self.identity = {
-            "config": {name: value for name, value in asdict(config).items() if name != "shard"},
+            "config": {name: value for name, value in config.to_dict().items() if name != "shard"},
             "data": rows.fingerprint,
             "coder": checkpoint.arguments(coder),
             "initial_weights": checkpoint.fingerprint(coder),
@@ -81,8 +86,10 @@ class Training:
         self.history: list[Metrics] = []
         self.scale: Tensor  # activations are multiplied by it: a number, or one per layer
         self.target_scale: Tensor | None  # None: the target is x
-        read = partial(process.batch, rows, batch_size=config.batch_size, seed=config.seed)
-        self.ahead = ReadAhead(read, config.total_steps)
+        own = self.through.batch if self.through else partial(process.batch, rows)
+        read = partial(own, batch_size=config.batch_size, seed=config.seed)
+        # The loss through the model keeps it busy, so that nothing is gained by reading ahead.
+        self.ahead = ReadAhead(read, 0 if self.through else config.total_steps)
 
     def run(self) -> Run:
         if finished := self.begin():
@@ -124,11 +131,14 @@ class Training:
             coder.scratch.rewind()
         coder.progress = self.step / config.total_steps
         coder.any_dead = self._any_dead()
+        beyond: dict[str, Tensor] = {}  # figures of the loss through the model
+        with coder.multiplying(config.precision), process.choosing(coder):
+            out = coder.output(batch.x, batch.tokens)
+            terms = coder.terms(batch, out, progress=coder.progress, dead=self.idle > config.dead_after)
+        if self.through:
+            terms, beyond = self.through.terms(out.x_hat / self._target_scale, terms)
+        loss = torch.stack(list(terms.values()))
         with coder.multiplying(config.precision):
-            with process.choosing(coder):
-                out = coder.output(batch.x, batch.tokens)
-                terms = coder.terms(batch, out, progress=coder.progress, dead=self.idle > config.dead_after)
-            loss = torch.stack(list(terms.values()))
             loss.sum().backward()
         process.share_gradients(self.parameters)
         fired = process.over_rows(_fired(out, coder.d_sae).int()) > 0
@@ -136,7 +146,7 @@ class Training:
         logged = (self.step + 1) % config.log_every == 0 or self.step + 1 == self.control.last
         more = [process.over_features((idle > config.dead_after).sum())]
         more += [self._active(out)] if logged or self.aim else []
-        more += [self._fvu(batch, out)] if logged else []
+        more += [self._fvu(batch, out), *beyond.values()] if logged else []
         metrics, (dead, *figures) = self._sound(raw, list(terms), loss.detach(), more, lr)
         with checkpoint.whole_step():  # a checkpoint holds a whole step, wherever an interruption falls
             self.adam.update(lr)
@@ -149,7 +159,8 @@ class Training:
             if self.aim:
                 self.aim.follow(active, config.total_steps, self.step / config.total_steps)
             if logged:
-                self._record(active, figures[1], int(dead), metrics, lr)
+                metrics_beyond = dict(zip(beyond, figures[2:], strict=True))
+                self._record(active, figures[1], int(dead), metrics, lr, metrics_beyond)
         if logged:
             self.control.output = out
             self.emit("step")
@@ -169,6 +180,10 @@ class Training:
         x = batch.x * self.scale.unsqueeze(-1)
         target = x if self.target_scale is None else batch.target * self.target_scale.unsqueeze(-1)
         return Batch(x, target, batch.tokens, batch.positions)
+
+    @property
+    def _target_scale(self) -> Tensor:
+        return self.scale if self.target_scale is None else self.target_scale
 
     def _any_dead(self) -> bool | None:
         """Whether a feature is dead, as the last step found; None where ``idle`` was changed since, and where ranks
@@ -219,7 +234,7 @@ class Training:
         error, variance = process.over_rows(sums.sum(0))
         return error / variance
 
-    def _record(self, l0: float, fvu: float, dead: int, terms: Metrics, lr: float) -> None:
+    def _record(self, l0: float, fvu: float, dead: int, terms: Metrics, lr: float, beyond: Metrics) -> None:
         """A row of the history: figures of the whole batch, and now and then of held-out tokens."""
         tokens, known = self.step * self.config.batch_size, self.rows.training_rows
         passes = {"passes": tokens / known} if known else {}
@@ -234,6 +249,7 @@ class Training:
                 "lr": lr,
             }
             | terms
+            | beyond
             | self._held_out(l0)
             | (self.cross_entropy(self._snapshot) if self.cross_entropy else {})
         )
@@ -261,7 +277,7 @@ class Training:
         run = self.finished()
         found = None if run else self.interrupted()
         begun = found.header["step"] if found else "finished" if run else 0
-        self.process.require_same(self.identity | {"config": asdict(self.config), "steps done": begun})
+        self.process.require_same(self.identity | {"config": self.config.to_dict(), "steps done": begun})
         if run is not None:
             if run.path is not None and self.process.first:
                 checkpoint.remove_checkpoints(run.path)  # of a run that was killed just before it did
@@ -356,7 +372,7 @@ class Training:
             "dead": facts["dead"],
             "dead_tokens": int(facts["tokens"]),
             "train_tokens": self.history[-1]["tokens"],
-            "train": asdict(self.config),
+            "train": self.config.to_dict(),
         }
         if self.control.changes:
             meta["changes"] = self.control.changes
@@ -439,7 +455,7 @@ class Training:
             return
         scales = [self.scale.tolist(), None if self.target_scale is None else self.target_scale.tolist()]
         header = self._header() | {"step": self.step, "scale": scales}
-        header["data_at"] = self.rows.state(self.step * self.config.batch_size)
+        header["data_at"] = (self.through or self.rows).state(self.step * self.config.batch_size)
         far = f"the run is kept up to step {self.kept}" if self.kept else "nothing of this run is kept yet"
         checkpoint.write(self.path, header, tensors, f"{far}: make room there, and make the same call with a new coder")
         self.kept = self.step
@@ -457,7 +473,7 @@ class Training:
         scale, target_scale = found.header["scale"]
         self.scale = torch.tensor(scale, device=device)
         self.target_scale = None if target_scale is None else torch.tensor(target_scale, device=device)
-        self.rows.resume(found.header.get("data_at"))
+        (self.through or self.rows).resume(found.header.get("data_at"))
         checkpoint.unpack(self.path, found.tensors, self.coder, self.adam, self.idle)
         if self.aim:
             self.aim.state = found.header["aim"]

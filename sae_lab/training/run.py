@@ -58,7 +58,8 @@ class Run:
     def to_pandas(self):
         """The history: step, tokens, passes (not of a stream), loss, fvu, l0, dead, lr and the loss terms, of the
         batch; fvu_held_out and l0_held_out, of up to 2,048 tokens that no batch holds, in eval mode, and with ``watch``
-        ce_delta, in the rows where they were measured; with ``target_l0`` coefficient, the weight of the penalty."""
+        ce_delta, in the rows where they were measured; with ``target_l0`` coefficient, the weight of the penalty; with
+        an ``objective`` through the model kl and ce, nats/token with the coder spliced in."""
         import pandas as pd
 
         return pd.DataFrame(self.history)

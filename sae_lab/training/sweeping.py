@@ -118,6 +118,10 @@ def sweep(
 
     Raises ValueError for an unknown family, a grid without coders, ranks with different arguments, and as ``sl.train``.
     """
+    if config.objective != "reconstruction":
+        raise ValueError(
+            f"a sweep trains by reconstruction, got objective={config.objective!r}: call sl.train for each"
+        )
     if (lm is None) != (text is None):
         raise ValueError("to measure ΔCE give lm and text, both: sl.sweep(..., lm=lm, text=text.held_out)")
     if lm is not None and not isinstance(data, Harvested):

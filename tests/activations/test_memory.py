@@ -69,6 +69,6 @@ def test_any_other_error_is_left_as_it_is(cramped, small_text, tmp_path):
 def test_a_cut_keeps_the_order_and_counts_padding():
     context = lambda n: harvesting.Context(list(range(n)), [0] * n)  # noqa: E731
     contexts = [context(n) for n in (3, 3, 8, 2, 2, 2, 2)]
-    groups = harvesting._cut(contexts, 8)
+    groups = harvesting.in_groups(contexts, 8)
     assert [[len(c.ids) for c in group] for group in groups] == [[3, 3], [8], [2, 2, 2, 2]]
     assert [c for group in groups for c in group] == contexts
