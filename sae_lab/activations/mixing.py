@@ -256,14 +256,6 @@ class Source:
             if epoch == 0:
                 log.warning("the text has ended: training goes on from its start again")
 
-    def require(self, size: int) -> None:
-        """ValueError where the whole text holds fewer training rows than a batch."""
-        if self.head.whole and (rows := int((~self.head.reserved).sum())) < size:
-            raise ValueError(
-                f"the text ends before a batch is full: it has {rows:,} training rows, batch_size is {size:,}: pass "
-                f"more text, or batch_size={rows}"
-            )
-
     def settled(self, part: Part | Owed) -> Part:
         """A part whose rows are here. Every rank must ask for the same ones in the same order."""
         if isinstance(part, Part):
@@ -355,7 +347,12 @@ class Mixer:
         return out
 
     def _require(self, size: int) -> None:
-        self.source.require(size)
+        head = self.source.head
+        if head.whole and (rows := int((~head.reserved).sum())) < size:
+            raise ValueError(
+                f"the text ends before a batch is full: it has {rows:,} training rows, batch_size is {size:,}: pass "
+                f"more text, or batch_size={rows}"
+            )
         if size > self.half:
             raise ValueError(
                 f"a buffer must hold two batches, got {2 * self.half:,} rows for batch_size={size:,}: pass "

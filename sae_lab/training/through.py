@@ -78,13 +78,12 @@ class Through:
 
     def batch(self, step: int, batch_size: int, seed: int = 0) -> Batch:
         """The kept tokens of the contexts that are due, in the order of the text. seed: not used."""
-        self.rows.source.require(batch_size)
         start = self._starts[step]
         if self._at is None or self._at != start:
             self._contexts = self.rows.source.contexts(start)
         self.passes, found, have = [], [], 0
         while have < batch_size:
-            for group in in_groups(self._some(batch_size - have), FORWARD_TOKENS):
+            for group in in_groups(self._some(batch_size - have, start), FORWARD_TOKENS):
                 read, acts = self._read(padded(group))
                 self.passes.append(read)
                 found.append(acts)
@@ -103,11 +102,17 @@ class Through:
         )
         return Batch(x, target, ids, positions)
 
-    def _some(self, rows: int) -> list[Context]:
-        """The next contexts: as few as have so many tokens that count, where no norm is too large."""
+    def _some(self, rows: int, start: Place) -> list[Context]:
+        """The next contexts: as few as have so many tokens that count, where no norm is too large. start: of the batch,
+        which sees no context twice."""
         found: list[Context] = []
         while rows > 0:
             place, context = next(self._contexts)
+            if place >= start._replace(epoch=start.epoch + 1):
+                raise ValueError(
+                    f"the text ends before a batch is full: batch_size={self.batch_size:,} is {rows:,} tokens more "
+                    "than it has for training: pass more text, or a smaller batch_size"
+                )
             rows -= int(self.rows.mask.of(padded([context])).sum())
             found.append(context)
             self._at = place._replace(row=place.row + 1)
