@@ -776,6 +776,7 @@ WITHOUT_FIGURES = {
     "SteeringSliders": "a widget: its sliders are Steer",
     "TokenFeatures": "a widget: it shows read_prompt and direct_effects",
     "TrainingMonitor": "a widget: it shows a training",
+    "TrainConfig": "settings: what it calls downstream are sites",
     "Run": "what a training gave", "Sweep": "what trainings gave",
     "train": "it makes a coder, and refuses one with an input_norm",
     "sweep": "it makes coders", "meta_sae": "it trains on rows at unit norm, in their order",

@@ -140,11 +140,11 @@ class TranscoderSet:
         anything else, and for a cross-layer transcoder.
         """
         folder = Path(path).expanduser() / (id or "")
-        home = not folder.exists() and (ours.SHIPPED / folder / INDEX).is_file()
-        if not home and not folder.exists() and (ours.SHIPPED / folder.parts[0]).is_dir():
+        shipped = not folder.exists() and (ours.home(folder) / INDEX).is_file()
+        if not shipped and not folder.exists() and ours.home(Path(*folder.parts[:1])).is_dir():
             here = ", ".join(sorted(at.parent.relative_to(ours.SHIPPED).as_posix() for at in ours.SHIPPED.rglob(INDEX)))
             raise ValueError(f"no set of transcoders named {folder} comes with the library: it has {here}")
-        folder = ours.SHIPPED / folder if home else folder
+        folder = ours.home(folder) if shipped else folder
         if not (folder / INDEX).is_file():
             return TranscoderSet(tracer.read_set(path, id, model))
         if model is not None:
@@ -157,7 +157,7 @@ class TranscoderSet:
         for layer, name in layers.items():
             coder = ours.read(folder / name, {})
             at = folder / name
-            coder.path = at.relative_to(ours.SHIPPED).as_posix() if home else str(at.resolve())
+            coder.path = at.relative_to(ours.SHIPPED).as_posix() if shipped else str(at.resolve())
             if _layer(coder) != layer:
                 raise ValueError(f"{folder / name} holds a transcoder of layer {_layer(coder)}, {INDEX} says {layer}")
             coders.append(coder)

@@ -34,6 +34,11 @@ def shipped() -> list[str]:
     return sorted("/".join(file.parts[-3:-1]) for file in SHIPPED.glob("*/*/config.json"))
 
 
+def home(name: Path) -> Path:
+    """Where a coder or a set of this name comes with the library, if one does."""
+    return SHIPPED.joinpath(*name.parts) if name.parts and not name.is_absolute() else SHIPPED / "none"
+
+
 def read(folder: Path, said: dict[str, Any]) -> SparseCoder:
     """The coder in a folder. said: what the caller says of it, which is refused: the files note all of it."""
     file = folder / "config.json"
