@@ -68,6 +68,7 @@ def test_the_set_has_a_transcoder_for_every_layer(lm):
     one = sl.load(f"{SET}/layer_8")
     assert one.path == coders[8].path == f"{SET}/layer_8", "a session names it so on any machine"
     assert torch.equal(one.W_dec, coders[8].W_dec) and one.is_saved
+    assert sl.load(SET, "layer_8").path == one.path
 
 
 def test_the_cards_of_the_set_are_what_is_measured(lm):

@@ -65,8 +65,9 @@ def _find(path: str | Path, id: str | None, said: dict[str, Any]) -> tuple[Spars
         here = here if home is None else Path(home or "/" if here.is_absolute() else home or ".")
     if here.exists():
         return _read(here, said), str(here.resolve())
-    if (home := ours.home(folder)).is_dir():
-        return _read(home, said), folder.as_posix()
+    name = folder / (id or "")
+    if (home := ours.home(name)).is_dir():
+        return _read(home, said), name.as_posix()
     return _published(path, id, said), None
 
 

@@ -36,7 +36,8 @@ def shipped() -> list[str]:
 
 def home(name: Path) -> Path:
     """Where a coder or a set of this name comes with the library, if one does."""
-    return SHIPPED.joinpath(*name.parts) if name.parts and not name.is_absolute() else SHIPPED / "none"
+    inside = name.parts and not name.is_absolute() and ".." not in name.parts
+    return SHIPPED / name if inside else SHIPPED / "none"
 
 
 def read(folder: Path, said: dict[str, Any]) -> SparseCoder:
