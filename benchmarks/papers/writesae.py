@@ -1,7 +1,6 @@
-"""What notebooks/papers/writesae.ipynb loads: three small language models whose layers write matrices, and their coders.
+"""What notebooks/papers/writesae.ipynb loads: small language models whose layers write matrices, and their coders.
 
-    python benchmarks/papers/writesae.py               # all seeds, about twenty minutes on one core
-    python benchmarks/papers/writesae.py --seeds 1      # one of them
+    python benchmarks/papers/writesae.py               # all seeds, some minutes on one core
     python benchmarks/papers/writesae.py --seeds 100 --folder build/trial
 
 Layers are gated delta rules (Yang et al. 2024, arXiv:2412.06464), one state S a head, d_k by d_v:
@@ -30,9 +29,9 @@ import sae_lab as sl
 FOLDER = Path(__file__).resolve().parents[2] / "notebooks" / "papers" / "data" / "writesae"
 SEEDS = (1, 2, 3)
 ALPHABET = "\n" + string.printable[:95]  # other characters become "?"
-LENGTH, WIDTH, LAYERS, HEADS, STATE, PAIRS = 64, 48, 3, 2, 16, 5  # STATE: d_k = d_v
-STEPS, BATCH, LR, RECALL = 1200, 32, 6e-3, 0.25  # RECALL: share of contexts that are pairs to recall, not text
-D_SAE, K, CODER_STEPS, CONTEXTS = 256, 8, 1000, 640  # CONTEXTS: whose states a coder is trained on
+LENGTH, WIDTH, LAYERS, HEADS, STATE = 64, 48, 3, 2, 16  # STATE: d_k = d_v
+STEPS, BATCH, LR = 900, 24, 6e-3
+D_SAE, K, CODER_STEPS, CONTEXTS = 256, 8, 800, 640  # CONTEXTS: whose states a coder is trained on
 
 
 # ---- contexts
@@ -50,19 +49,6 @@ def cut(stream: Int[Tensor, " n"], count: int, generator: torch.Generator) -> In
     """Contexts of text that begin anywhere."""
     starts = torch.randint(0, len(stream) - LENGTH, (count, 1), generator=generator)
     return stream[starts + torch.arange(LENGTH)]
-
-
-def recall(count: int, generator: torch.Generator) -> tuple[Int[Tensor, "count length"], Tensor]:
-    """Contexts such as "a7 c3 a7 d1 c3 …": a few keys, each with a value of its own in every context. Also where the
-    character that comes next is a value seen before."""
-    keys = torch.rand(count, 26, generator=generator).argsort(1)[:, :PAIRS]
-    values = torch.randint(0, 36, (count, PAIRS), generator=generator)
-    drawn = torch.randint(0, PAIRS, (count, LENGTH // 3 + 1), generator=generator)
-    table = torch.tensor([ALPHABET.index(c) for c in string.digits + string.ascii_lowercase])
-    one = [table[10 + keys.gather(1, drawn)], table[values.gather(1, drawn)], torch.full(drawn.shape, ALPHABET.index(" "))]
-    before = (drawn[:, :, None] == drawn[:, None, :]).tril(-1).any(2)
-    known = torch.stack([before, *[torch.zeros_like(before)] * 2], 2).flatten(1)
-    return torch.stack(one, 2).flatten(1)[:, :LENGTH], known[:, :LENGTH]
 
 
 # ---- the model
@@ -137,9 +123,8 @@ def train_model(stream: Tensor, seed: int, steps: int = STEPS) -> Model:
     model, generator = Model(), torch.Generator().manual_seed(1000 + seed)
     adam = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
     rate = torch.optim.lr_scheduler.OneCycleLR(adam, LR, steps, pct_start=0.1)
-    pairs = round(RECALL * BATCH)
     for step in range(steps):
-        ids = torch.cat([cut(stream, BATCH - pairs, generator), recall(pairs, generator)[0]])
+        ids = cut(stream, BATCH, generator)
         loss = F.cross_entropy(model(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
         adam.zero_grad()
         loss.backward()
@@ -203,6 +188,34 @@ class Head:
         """Logits, if the state after position ``at`` is changed."""
         return self._read(self.mixed + self.propagate(change, at) @ self.W_o.T)[0]
 
+    @torch.no_grad()
+    def without(self) -> Float[Tensor, "b t vocab"]:
+        """Logits, if the state were empty at all positions."""
+        return self._read(self.mixed - ((self.decay * (self.q @ self.k.mT)) @ self.u) @ self.W_o.T)[0]
+
+    def kl(self, change: Float[Tensor, "b k v"], at: Int[Tensor, " b"], window: int) -> Float[Tensor, " b"]:
+        """KL of the logits with the state changed from the clean ones, summed over ``window`` positions from ``at``."""
+        clean, other = self.logits.log_softmax(-1), self.install(change, at).log_softmax(-1)
+        each = (clean.exp() * (clean - other)).sum(-1)
+        return each[torch.arange(len(at))[:, None], at[:, None] + torch.arange(window)].sum(1)
+
+    def effects(
+        self, v: Float[Tensor, "b k"], w: Float[Tensor, "b v"], at: Int[Tensor, " b"], window: int
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """What v wᵀ, added to the state after ``at``, does 1 to ``window`` positions later.
+
+        To o, "b window v": "exact", by the formula ("short"), by the formula with v and w exchanged ("swapped"). To
+        the logit of the clean prediction, "b window": "measured", and each of the three through W_o and W_U alone.
+        """
+        change = v[:, :, None] * w[:, None]
+        reads = {"exact": self.propagate(change, at), "short": self.formula(v, w, at)}
+        reads["swapped"] = self.formula(w, v, at)
+        token = self.logits.argmax(-1, keepdim=True)
+        logits = {what: self.direct(o).gather(2, token)[..., 0] for what, o in reads.items()}
+        logits["measured"] = (self.install(change, at) - self.logits).gather(2, token)[..., 0]
+        rows, spots = torch.arange(len(at))[:, None], at[:, None] + torch.arange(1, window + 1)
+        return {what: o[rows, spots] for what, o in reads.items()}, {what: x[rows, spots] for what, x in logits.items()}
+
     def direct(self, o: Float[Tensor, "b t v"]) -> Float[Tensor, "b t vocab"]:
         """What a change of o does to the logits straight through W_o and W_U, the last norm held fixed."""
         return (o @ self.W_o.T / self.rms) @ self.model.unembed.weight.T
@@ -260,22 +273,16 @@ def train_coder(coder: sl.TopK, matrices: Float[Tensor, "n k v"], seed: int, ste
 
 def important_head(model: Model, layer: int, ids: Tensor) -> int:
     """The head whose output, set to zero at all positions, raises the loss on ``ids`` most."""
-    losses = []
-    for head in range(HEADS):
-        read = Head(model, layer, head, ids)
-        without = read.mixed - ((read.decay * (read.q @ read.k.mT)) @ read.u) @ read.W_o.T
-        losses.append(F.cross_entropy(read._read(without)[0][:, :-1].flatten(0, 1), ids[:, 1:].flatten()))
-    return int(torch.stack(losses).argmax())
+    logits = [Head(model, layer, head, ids).without()[:, :-1].flatten(0, 1) for head in range(HEADS)]
+    return int(torch.stack([F.cross_entropy(found, ids[:, 1:].flatten()) for found in logits]).argmax())
 
 
 # ---- files
 
 
-def make(seed: int, folder: Path, model_steps: int = STEPS, coder_steps: int = CODER_STEPS) -> None:
+def make(seed: int, stream: Tensor, folder: Path, model_steps: int = STEPS, coder_steps: int = CODER_STEPS) -> None:
     """Train the model of a seed and its coders, and write them."""
     started = time.perf_counter()
-    text = sl.load_text("mix")
-    stream = characters(text)
     model = train_model(stream, seed, model_steps)
     generator = torch.Generator().manual_seed(2000 + seed)
     ids = cut(stream, CONTEXTS, generator)
@@ -289,7 +296,8 @@ def make(seed: int, folder: Path, model_steps: int = STEPS, coder_steps: int = C
     folder.mkdir(parents=True, exist_ok=True)
     half = {name: t.detach().half().contiguous() for name, t in tensors.items()}
     save_file(half, folder / f"{seed}.safetensors", {"heads": json.dumps(heads)})
-    print(f"seed {seed}: {time.perf_counter() - started:.0f} s, {(folder / f'{seed}.safetensors').stat().st_size:,} bytes")
+    size = (folder / f"{seed}.safetensors").stat().st_size
+    print(f"seed {seed}: {time.perf_counter() - started:.0f} s, {size:,} bytes", flush=True)
 
 
 # name: (layer, what it codes, rank of its atoms; None: full matrices)
@@ -329,8 +337,9 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=FOLDER)
     args = parser.parse_args()
     torch.set_num_threads(1)
+    stream = characters(sl.load_text("mix"))
     for seed in args.seeds:
-        make(seed, args.folder)
+        make(seed, stream, args.folder)
 
 
 if __name__ == "__main__":
