@@ -164,6 +164,15 @@ class Head:
         """β k vᵀ: what the model adds at each position."""
         return torch.einsum("bt,btk,btv->btkv", self.beta, self.k, self.v)
 
+    def state(self, at: Int[Tensor, " b"]) -> Float[Tensor, "b k v"]:
+        """``states`` after one position of each context."""
+        return torch.einsum("bs,bsk,bsv->bkv", self.decay[torch.arange(len(at)), at], self.k, self.u)
+
+    def write(self, at: Int[Tensor, " b"]) -> Float[Tensor, "b k v"]:
+        """``writes`` at one position of each context."""
+        rows = torch.arange(len(at))
+        return self.beta[rows, at][:, None, None] * self.k[rows, at][:, :, None] * self.v[rows, at][:, None]
+
     def propagate(self, change: Float[Tensor, "b k v"], at: Int[Tensor, " b"]) -> Float[Tensor, "b t v"]:
         """The change of o at every position, if the state after position ``at`` is changed: exact, for the layer's own
         q, k, α and β do not depend on its state. δS_s = α_s (I − β_s k_s k_sᵀ) δS_{s−1}."""

@@ -44,6 +44,9 @@ def stepwise(head, change=None, at=None):
 def test_the_triangular_system_gives_the_states_of_the_recurrence(head):
     reads, states = stepwise(head)
     assert torch.allclose(head.states(), states, atol=1e-5)
+    at = torch.tensor([3, 7, 0, 19])
+    assert torch.allclose(head.state(at), states[torch.arange(4), at], atol=1e-5)
+    assert torch.equal(head.write(at), head.writes()[torch.arange(4), at])
     assert torch.allclose((head.decay * (head.q @ head.k.mT)) @ head.u, reads, atol=1e-5)
 
 
