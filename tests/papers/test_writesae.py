@@ -74,6 +74,18 @@ def test_the_short_formula_is_exact_without_erasing_and_only_with_v_on_the_side_
     assert not torch.allclose(head.formula(w, v, at), kept, atol=1e-2)
 
 
+def test_in_the_last_layer_the_direct_path_lacks_only_the_mlp_and_the_norm(writesae):
+    torch.manual_seed(0)
+    model = writesae.Model().requires_grad_(False)
+    for part in model.layers[-1].down.parameters():
+        part.zero_()
+    head = writesae.Head(model, writesae.LAST, 0, torch.randint(0, len(writesae.ALPHABET), (4, 20)))
+    change, at = torch.randn(4, 16, 16), torch.tensor([3, 7, 0, 15])
+    reads = head.propagate(change, at)
+    rms = (head.mixed + reads @ head.W_o.T).pow(2).mean(-1, keepdim=True).sqrt()
+    assert torch.allclose(head.install(change, at) * rms / head.rms - head.logits, head.direct(reads), atol=1e-4)
+
+
 @pytest.mark.parametrize("rank", [1, 2])
 def test_atoms_are_outer_products_and_stay_so(writesae, rank):
     coder = writesae.OuterTopK(6, 5, 12, 3, rank=rank)
