@@ -41,14 +41,17 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_model(seed: int) -> GPT2LMHeadModel:
-    """Width 64, four heads, MLPs of 128. Entries are as large as torch's defaults make those of a linear layer."""
+    """Width 64, four heads, MLPs of 128; entries about as large as torch's defaults make them, as in the paper."""
     config = GPT2Config(
         vocab_size=len(NAMES) + 1, n_positions=LENGTH, n_embd=64, n_layer=2, n_head=4, n_inner=128,
         initializer_range=0.07, tie_word_embeddings=False, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
         bos_token_id=len(NAMES), eos_token_id=None,
     )  # fmt: skip
     torch.manual_seed(seed)
-    return GPT2LMHeadModel(config)
+    model = GPT2LMHeadModel(config)
+    for table in (model.transformer.wte, model.transformer.wpe):
+        nn.init.normal_(table.weight)
+    return model
 
 
 def as_ids(world: MarkovSequences) -> tuple[torch.Tensor, torch.Tensor]:
