@@ -15,8 +15,12 @@ All of them live for the session: a test that changes a model makes its own.
 import signal
 from pathlib import Path
 
+import jaxtyping
 import pytest
+import runtime_checks
 import torch
+
+jaxtyping.jaxtyped = runtime_checks.jaxtyped  # before anything imports sae_lab
 
 ARCHITECTURES = ("llama", "gpt2", "neox", "neox_serial", "gemma3", "qwen3", "olmo2")
 LAYERS, HEADS, D, D_HEAD = 3, 4, 48, 12
