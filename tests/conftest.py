@@ -32,7 +32,8 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a job in the background
 # The longest first.
 LONG = (
     "test_pages.py", "test_zoo_on_text.py", "test_elsewhere.py", "test_endurance_disk.py", "test_zoo.py",
-    "test_running.py", "test_choosing.py", "test_together.py", "test_ranks.py", "test_recipes.py",
+    "test_running.py", "test_choosing.py", "test_together.py", "test_ranks.py", "test_recipes.py", "test_loop.py",
+    "test_grid.py", "test_quickstart_in_lab.py", "test_lab_bench_in_lab.py", "test_working_day.py",
 )  # fmt: skip
 
 
