@@ -24,7 +24,8 @@ SMALLER = {
     "tokens=2_000": "tokens=500", "buffer=8_192": "buffer=1_024", "buffer=4_096": "buffer=1_024",
     "tokens=4_096, batch_size=1024": "tokens=1_024, batch_size=256",
     "tokens=2_048": "tokens=256", "harvest(lm, sae.site, text)": "harvest(lm, sae.site, text, tokens=5_000)",
-    "text.held_out))": "text.held_out, tokens=256))",
+    "text.held_out))": "text.held_out, tokens=256))", "features=512": "features=96", "features=200": "features=64",
+    "features=256": "features=96",
 }  # fmt: skip
 
 
