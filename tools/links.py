@@ -65,10 +65,17 @@ def pip(owner: str) -> str:
     return f"```bash\ngit clone {CLONE}\npip install ./sae_lab\n```\n"
 
 
+def notebooks(root: Path) -> list[str]:
+    """Their paths below notebooks/: the tutorial, then the papers."""
+    folder = root / "notebooks"
+    paths = [*sorted(folder.glob("*.ipynb")), *sorted(folder.glob("papers/*.ipynb"))]
+    return [str(path.relative_to(folder)) for path in paths]
+
+
 def hosted(owner: str) -> str:
     if not owner:
         return "`make links OWNER=name/repository` puts links to Colab and Binder into this page and every notebook.\n"
-    names = sorted(path.name for path in (ROOT / "notebooks").glob("*.ipynb"))
+    names = notebooks(ROOT)
     rows = [f"| {name} | [Colab]({colab(owner, name)}) | [Binder]({binder(owner, name)}) |\n" for name in names]
     return "| Notebook | | |\n|---|---|---|\n" + "".join(rows)
 
@@ -100,12 +107,17 @@ def heading(owner: str, name: str) -> str:
     return where + run
 
 
-def install(owner: str) -> str:
-    """The notebook's third cell."""
-    source = f'"sae_lab @ git+https://github.com/{owner}"' if owner else ".."
+def install(owner: str, name: str) -> str:
+    """The notebook's third cell. That of a paper takes a whole clone: its artefacts lie beside the notebook."""
+    root, clone = "/".join([".."] * (1 + name.count("/"))), ""
+    source = f'"sae_lab @ git+https://github.com/{owner}"' if owner else root
+    if owner and "/" in name:
+        folder = name.rpartition("/")[0]
+        clone = f"    !git clone -q --depth 1 https://github.com/{owner} clone\n    %cd -q clone/notebooks/{folder}\n"
+        source = root
     return (
         "import importlib.util\n\n"
-        'if importlib.util.find_spec("sae_lab") is None:\n'
+        f'if importlib.util.find_spec("sae_lab") is None:\n{clone}'
         f"    %pip install -q {source}\n"
         f"    %pip install -q --no-deps {BUNDLED}"
     )
@@ -118,7 +130,7 @@ def notebook(text: str, owner: str, name: str) -> str:
         if "links" in tags:
             cell["source"] = heading(owner, name).splitlines(keepends=True)
         elif "install" in tags:
-            cell["source"] = install(owner).splitlines(keepends=True)
+            cell["source"] = install(owner, name).splitlines(keepends=True)
     return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
 
 
@@ -129,8 +141,9 @@ def write(root: Path, owner: str) -> list[Path]:
     made = {root / name: page((root / name).read_text(encoding="utf-8"), owner) for name in PAGES}
     path = root / "pyproject.toml"
     made[path] = project(path.read_text(encoding="utf-8"), owner)
-    for path in sorted((root / "notebooks").glob("*.ipynb")):
-        made[path] = notebook(path.read_text(encoding="utf-8"), owner, path.name)
+    for name in notebooks(root):
+        path = root / "notebooks" / name
+        made[path] = notebook(path.read_text(encoding="utf-8"), owner, name)
     changed = [path for path, text in made.items() if path.read_text(encoding="utf-8") != text]
     for path in changed:
         path.write_text(made[path], encoding="utf-8")

@@ -45,7 +45,8 @@ def renew(path: Path) -> None:
 
 def main() -> None:
     os.environ["SAE_LAB_DATA"] = tempfile.mkdtemp()  # the notes of whoever runs this stay out of the tables
-    paths = [Path(name) for name in sys.argv[1:]] or [p for p in sorted(NOTEBOOKS.glob("*.ipynb")) if p.name != REMOTE]
+    known = [*sorted(NOTEBOOKS.glob("*.ipynb")), *sorted(NOTEBOOKS.glob("papers/*.ipynb"))]
+    paths = [Path(name) for name in sys.argv[1:]] or [path for path in known if path.name != REMOTE]
     for path in paths:
         start = time.perf_counter()
         renew(path)

@@ -19,10 +19,22 @@ HIDDEN = {page: ["navigation", "toc"] for page in ("index.md", "results.md", "co
 NAMES = re.compile(r"<!-- names: ([\w ]+) -->")
 
 
+def papers() -> list[str]:
+    return [f"notebooks/papers/{path.name}" for path in sorted((ROOT / "notebooks" / "papers").glob("*.ipynb"))]
+
+
+def on_config(config: Any) -> Any:
+    """The notebooks of papers go into the menu behind their gallery."""
+    (section,) = [entry["Papers"] for entry in config.nav if "Papers" in entry]
+    section += papers()
+    return config
+
+
 @event_priority(100)  # before mkdocs-jupyter looks for notebooks
 def on_files(files: Any, config: Any) -> Any:
-    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
-        files.append(File(f"notebooks/{path.name}", str(ROOT), config.site_dir, config.use_directory_urls))
+    tutorial = [f"notebooks/{path.name}" for path in sorted((ROOT / "notebooks").glob("*.ipynb"))]
+    for name in tutorial + papers():
+        files.append(File(name, str(ROOT), config.site_dir, config.use_directory_urls))
     return files
 
 
@@ -80,10 +92,12 @@ def entry(name: tuple[str, str]) -> str:
 def on_page_content(html: str, page: Any, **_: Any) -> str:
     if not page.file.src_uri.endswith(".ipynb"):
         return html
-    return re.sub(r'href="([^":#]+)\.(ipynb|md)(#[^"]*)?"', lambda m: f'href="{target(m[1], m[2])}{m[3] or ""}"', html)
+    folder = posixpath.dirname(page.file.src_uri)
+    links = r'href="([^":#]+)\.(?:ipynb|md)(#[^"]*)?"'
+    return re.sub(links, lambda m: f'href="{target(m[1], folder)}{m[2] or ""}"', html)
 
 
-def target(link: str, kind: str) -> str:
-    """A link of a notebook as the site has it: every page is a folder."""
-    uri = posixpath.normpath(posixpath.join("notebooks", link)).removeprefix("docs/")
-    return f"../../{uri}/"
+def target(link: str, folder: str) -> str:
+    """A link of a notebook in this folder as the site has it: every page is a folder."""
+    uri = posixpath.normpath(posixpath.join(folder, link)).removeprefix("docs/")
+    return f"{'../' * (folder.count('/') + 2)}{uri}/"

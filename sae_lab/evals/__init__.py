@@ -4,6 +4,7 @@ from sae_lab.activations.reconstructing import Reconstruction, reconstruction
 from sae_lab.evals.absorbing import Absorption, absorption
 from sae_lab.evals.agreement import Consistency, Pair, Transfer, consistency, transfer
 from sae_lab.evals.choosing import L0Choice, choose_l0
+from sae_lab.evals.claims import Claim, Verdicts, claim, verdicts
 from sae_lab.evals.codelength import DescriptionLength, description_length
 from sae_lab.evals.composing import Composition, composition
 from sae_lab.evals.concept_cones import Cones, cones
@@ -25,14 +26,14 @@ from sae_lab.results import Figure, Result
 from sae_lab.spelling import no_attribute
 
 __all__ = [
-    "DEFAULT_SETS", "SECTIONS", "Absorption", "BoardGames", "BoardScores", "ByPosition", "Composition", "Cones",
-    "Consistency", "DescriptionLength", "Errors", "Figure", "Hill", "Injection", "L0Choice", "Monosemanticity",
+    "DEFAULT_SETS", "SECTIONS", "Absorption", "BoardGames", "BoardScores", "ByPosition", "Claim", "Composition",
+    "Cones", "Consistency", "DescriptionLength", "Errors", "Figure", "Hill", "Injection", "L0Choice", "Monosemanticity",
     "Pair", "PlantedAbsorption", "Positional", "Probe", "ProbeData", "ProbeSet", "Probing", "Question",
-    "Reconstruction", "Report", "Result", "Stitching", "Transfer", "Uncertainty", "absorption", "available_sets",
-    "board_games", "by_position", "choose_l0", "composition", "cones", "consistency", "description_length", "fit_probe",
-    "hill", "monosemanticity", "othello_gpt", "pathological_errors", "planted_absorption", "positional", "probe_set",
-    "probing", "read_probe_sets", "reconstruction", "report", "stitching", "synthetic_qa", "token_injection",
-    "transfer", "uncertainty", "untrained_twin",
+    "Reconstruction", "Report", "Result", "Stitching", "Transfer", "Uncertainty", "Verdicts", "absorption",
+    "available_sets", "board_games", "by_position", "choose_l0", "claim", "composition", "cones", "consistency",
+    "description_length", "fit_probe", "hill", "monosemanticity", "othello_gpt", "pathological_errors",
+    "planted_absorption", "positional", "probe_set", "probing", "read_probe_sets", "reconstruction", "report",
+    "stitching", "synthetic_qa", "token_injection", "transfer", "uncertainty", "untrained_twin", "verdicts",
 ]  # fmt: skip
 
 __getattr__ = no_attribute(__name__, __all__)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+NOTEBOOKS = [*(ROOT / "notebooks").glob("*.ipynb"), *(ROOT / "notebooks" / "papers").glob("*.ipynb")]
 TOOL = ROOT / "tools" / "links.py"
 HOSTS = r"(?:github\.com|githubusercontent\.com|colab\.research\.google\.com/github|mybinder\.org/v2/gh)"
 OWN = re.compile(HOSTS + r"/+([\w.-]+/sae[_-]lab)\b")
@@ -20,7 +21,7 @@ def run(root, owner):
 
 def texts(root):
     pages = [root / "README.md", root / "docs" / "install.md", root / "pyproject.toml"]
-    files = [*pages, *(root / "notebooks").glob("*.ipynb")]
+    files = [*pages, *(root / "notebooks").rglob("*.ipynb")]
     return {file.relative_to(root): file.read_text(encoding="utf-8") for file in files}
 
 
@@ -30,9 +31,9 @@ def copy(tmp_path):
     for name in ("README.md", "pyproject.toml", "docs/install.md"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
-    (tmp_path / "notebooks").mkdir()
-    for notebook in (ROOT / "notebooks").glob("*.ipynb"):
-        shutil.copy(notebook, tmp_path / "notebooks" / notebook.name)
+    (tmp_path / "notebooks" / "papers").mkdir(parents=True)
+    for notebook in NOTEBOOKS:
+        shutil.copy(notebook, tmp_path / notebook.relative_to(ROOT))
     assert run(tmp_path, "").returncode == 0
     return tmp_path
 

@@ -7,8 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from sae_lab.evals.claims import MIME
+
+LONGEST = 12  # lines of a cell of a paper's notebook
 ROOT = Path(__file__).resolve().parents[2]
-NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+TUTORIAL = sorted((ROOT / "notebooks").glob("*.ipynb"))
+PAPERS = sorted((ROOT / "notebooks" / "papers").glob("*.ipynb"))
+NOTEBOOKS = [*TUTORIAL, *PAPERS]
 
 
 def source(cell):
@@ -16,7 +21,7 @@ def source(cell):
 
 
 def test_there_are_fourteen():
-    assert len(NOTEBOOKS) == 14
+    assert len(TUTORIAL) == 14
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -44,3 +49,19 @@ def test_links_between_notebooks_and_pages_exist(path):
         if cell["cell_type"] == "markdown":
             for link in re.findall(r"\]\((?!https?:)([^)#]+)", source(cell)):
                 assert (path.parent / link).exists(), link
+
+
+@pytest.mark.parametrize("path", PAPERS, ids=lambda path: path.stem)
+def test_a_paper_says_first_what_would_count(path):
+    """Its plan stands before any other code, its claims have verdicts of their own making, and it is short."""
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    tags = [cell["metadata"].get("tags", []) for cell in code]
+    assert "arxiv.org" in source(cells[0]) or "http" in source(cells[0]), "the first cell links to the paper"
+    assert "install" in tags[0] and "plan" in tags[1] and "SEEDS" in source(code[1])
+    (claims,) = [cell for cell, tag in zip(code, tags, strict=True) if "claims" in tag]
+    (data,) = [output["data"][MIME] for output in claims["outputs"] if MIME in output.get("data", {})]
+    assert data["paper"] and all(claim["verdict"] for claim in data["claims"])
+    lines = [len(source(cell).splitlines()) for cell, tag in zip(code, tags, strict=True) if "checks" not in tag]
+    assert max(lines[1:]) <= LONGEST, f"cells of at most {LONGEST} lines"
+    assert path.name in (ROOT / "docs" / "papers.md").read_text(encoding="utf-8"), "run make results"

@@ -27,6 +27,13 @@ def test_the_table_is_made_of_the_files(results):
     assert made.strip() == results.table().strip(), "run make results"
 
 
+def test_the_papers_are_those_of_the_notebooks(results):
+    for page, made in (("results", results.papers_table), ("papers", results.gallery)):
+        text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
+        shown = text.partition("<!-- papers -->\n")[2].partition("<!-- end of papers -->")[0]
+        assert shown.strip() == made(results.papers()).strip(), "run make results"
+
+
 def test_a_changed_file_changes_the_page(tmp_path):
     """The script on a copy, where one measured number is another."""
     for folder in ("benchmarks", "docs"):
@@ -35,6 +42,7 @@ def test_a_changed_file_changes_the_page(tmp_path):
         shutil.copy(ROOT / "benchmarks" / name, tmp_path / "benchmarks" / name)
     shutil.copytree(ROOT / "benchmarks" / "results", tmp_path / "benchmarks" / "results")
     page = shutil.copy(ROOT / "docs" / "results.md", tmp_path / "docs" / "results.md")
+    shutil.copy(ROOT / "docs" / "papers.md", tmp_path / "docs" / "papers.md")
     file = tmp_path / "benchmarks" / "results" / "methods.json"
     kept = json.loads(file.read_text(encoding="utf-8"))
     kept["57 lens and token lists"]["lens"]["word promoted"][0] = 0.777
