@@ -161,6 +161,7 @@ def run(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
 @cache
 def _aliases(func: Any) -> bool:
     """Whether the operation returns one of its arguments, or a view of one."""
+    # torch's own list of them; no public name gives it.
     return any(argument.alias_info is not None for argument in func._schema.arguments)
 
 
