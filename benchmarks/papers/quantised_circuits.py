@@ -2,7 +2,7 @@
 
 A prompt repeats a name ("When Mary and John went to the store, John gave a drink to"); its corrupted twin has a third
 name in place of the repeated one, so that the answer is open. Each head's output in the prompt's run is replaced by the
-twin's. Writes the change of the logit difference for every seed, head and prompt to
+twin's. Writes the change of the logit difference for every head and prompt to
 notebooks/papers/data/quantised_circuits/patched.safetensors; the notebook takes prompts and names from here too.
 """
 
@@ -20,7 +20,7 @@ from sae_lab.circuits.pairs import copied
 from sae_lab.types import Site, TokenBatch, Write
 
 PATCHED = Path(__file__).parents[2] / "notebooks/papers/data/quantised_circuits/patched.safetensors"
-SEEDS, PAIRS, HEAD = range(500, 505), 12, 64  # measured seeds; prompts that are patched in each; width of a head
+SEED, PAIRS, HEAD = 900, 6, 64  # of the prompts that are patched; their number; width of a head
 NAMES = [
     "Mary", "John", "Alice", "Tom", "Anna", "Paul", "Sarah", "David", "James", "Emma", "Robert",
     "Laura", "Michael", "Peter", "Jack", "Lucy", "Mark", "Jane", "Daniel", "Henry", "George", "William",
@@ -94,15 +94,11 @@ def patched(lm: sl.LM, seed: int, pairs: int) -> tuple[torch.Tensor, torch.Tenso
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pairs", type=int, default=PAIRS)
-    parser.add_argument("--seeds", type=int, nargs="*", default=list(SEEDS))
     args = parser.parse_args()
-    lm, found = sl.LM(), {}
-    for seed in args.seeds:
-        change, ends = patched(lm, seed, args.pairs)
-        found[f"change.{seed}"], found[f"ends.{seed}"] = change.half(), ends.half()
-        print(f"seed {seed}: difference {ends.mean(1).tolist()}, largest {change.mean(-1).abs().max():.2f}", flush=True)
+    change, ends = patched(sl.LM(), SEED, args.pairs)
+    print(f"difference before and of the twins {ends.mean(1).tolist()}, largest {change.mean(-1).abs().max():.2f}")
     PATCHED.parent.mkdir(parents=True, exist_ok=True)
-    save_file(found, PATCHED)
+    save_file({"change": change.half(), "ends": ends.half()}, PATCHED)
 
 
 if __name__ == "__main__":
