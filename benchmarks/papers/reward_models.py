@@ -4,7 +4,7 @@
     python benchmarks/papers/reward_models.py --seeds 0    # one seed
 
 A text is one to five sentences of a document and a line break; its double has two pairs of neighbouring words swapped
-in each sentence. The bundled model reads them up to layer 8. Written to notebooks/papers/data/reward_models/, one file a
+in each sentence. The bundled model reads them up to layer 8. Written to notebooks/papers/data/reward_models/, a file a
 seed: the codes at the line break, the codes averaged over the text, and the reward of each text by each head.
 """
 
