@@ -88,7 +88,8 @@ def bradley_terry(z: Tensor, train: Tensor, choose: Tensor) -> Tensor:
     own = z[train.unique()].double()
     own = own / (scale := own.square().sum(-1).mean().sqrt())
     basis = torch.linalg.svd(own, full_matrices=False).Vh
-    d = [(z[p[:, 0]] - z[p[:, 1]]).double() @ basis.T / scale for p in (train, choose)]
+    y = z.double() @ basis.T / scale
+    d = [y[p[:, 0]] - y[p[:, 1]] for p in (train, choose)]
     found = []
     for penalty in PENALTIES:
         w = torch.zeros(len(basis), dtype=torch.float64)
