@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy, gelu, one_hot
 
 import sae_lab as sl
 
-SEEDS = (0, 1, 2, 3, 4)
+SEEDS, GATE = range(10, 16), 0.9  # three of them that pass: planted sites must carry their variables this accurately
 INPUTS, WIDTH, LAYERS, STEPS, BATCH = 8, 96, 3, 1500, 256
 FEATURES, K, ROWS = 192, 8, 20_000  # of the SAE of the rotated middle layer
 DATA = Path(__file__).parents[2] / "notebooks" / "papers" / "data" / "plot_transport"
@@ -154,14 +154,20 @@ def main() -> None:
     for seed in SEEDS:
         if (path := DATA / f"seed-{seed}.safetensors").exists():
             continue
-        net = rotated(train(seed), seed)
+        if len(list(DATA.glob("*.safetensors"))) == 3:
+            break
+        net, tried = train(seed), draw(500, torch.Generator().manual_seed(677_000 + seed))
+        carried = [agrees(net, tried, v, taken(net, tried, 1, [net.planted[v]])) for v in (0, 1)]
+        print(seed, carried, flush=True)
+        if min(carried) < GATE:
+            continue
+        net = rotated(net, seed)
         x = net.acts(torch.randn(ROWS, INPUTS, generator=torch.Generator().manual_seed(672_000 + seed)))[1]
         coder = sl.TopK(WIDTH, FEATURES, k=K, seed=673 + seed)
         sl.train(coder, x, sl.TrainConfig(steps=800, batch_size=1024))
         out = {f"net.{name}": values for name, values in net.state_dict().items()}
         out |= {f"sae.{name}": getattr(coder, name) for name in ("W_enc", "W_dec", "b_enc", "b_dec")}
         save_file({name: values.detach().half().contiguous() for name, values in out.items()}, path)
-        print(seed, flush=True)
 
 
 if __name__ == "__main__":
