@@ -58,7 +58,7 @@ test: needs .venv/.server
 	$(NBVAL) $(FIRST)
 	OMP_NUM_THREADS=1 $(NBVAL) -n 2 --dist loadfile $(filter-out $(REMOTE) $(FIRST),$(NOTEBOOKS))
 	$(BIN)/python -m pytest tests/remote --durations=5
-	$(BIN)/python -m pytest tests -m browser
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/browser -m browser -n 2 --dist loadfile --no-loadscope-reorder --durations=5
 
 lint: .venv/.ready
 	$(BIN)/ruff check .

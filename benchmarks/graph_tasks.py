@@ -1,6 +1,6 @@
 """Attribution graphs of four tasks of the bundled model with its transcoders, each beside its control.
 
-    python benchmarks/graph_tasks.py --docs                # all steps, and the tables of docs/howto/circuits.md
+    python benchmarks/graph_tasks.py --docs                # all steps, and the tables of docs/howto/graphs.md
     python benchmarks/graph_tasks.py --only capitals       # one step; again: it goes on where it was interrupted
     python benchmarks/graph_tasks.py --trial               # every step in tiny sizes, into runs/
 
@@ -14,18 +14,19 @@ changed, or with --anew.
 
 import argparse
 import hashlib
-import json
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from graphs import known, transcoders
+from graphs import transcoders
 from ioi import drawn
 from pages import put
 from steps import processor
+from stepwise import measure
 from transcoders import PACKAGE
 
 import sae_lab as sl
@@ -34,7 +35,7 @@ from sae_lab.types import Site, TokenBatch, Write
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, TRIED = ROOT / "benchmarks" / "results" / "graph_tasks.json", ROOT / "runs" / "graph-tasks-trial.json"
-PAGE, MOST, ROWS = "docs/howto/circuits.md", 8, 32  # edges in a table; prompts in a pass
+PAGE, MOST, ROWS = "docs/howto/graphs.md", 8, 32  # edges in a table; prompts in a pass
 CAPITALS = {
     "France": " Paris", "Italy": " Rome", "Japan": " Tokyo", "Egypt": " Cairo", "Germany": " Berlin",
     "Spain": " Madrid", "Russia": " Moscow", "China": " Beijing", "England": " London", "Greece": " Athens",
@@ -460,20 +461,9 @@ def main() -> None:
     sizes, lm, coders = TINY if args.trial else Sizes(), sl.LM(), transcoders(args.set)
     path = TRIED if args.trial else RESULTS
     made = hashlib.sha256("".join(coder.fingerprint() for coder in coders).encode()).hexdigest()[:16]
-    found = {**known(path), "machine": processor(), "set": repr(coders)}
-    for name in args.only or STEPS:
-        settings = {"made": made, "sizes": json.loads(json.dumps(sizes))}
-        step = found.get(name, {})
-        if args.anew or {key: step.get(key) for key in settings} != settings:
-            step = {**settings, "rows": []}
-        found[name] = step
-        for row in STEPS[name](lm, coders, sizes, list(step["rows"])):
-            step["rows"].append(row)
-            print(name, str(row)[:400], flush=True)
-            path.parent.mkdir(exist_ok=True)
-            path.write_text(json.dumps(found, indent=1), encoding="utf-8")
-        step["whole"] = True  # every row is there
-        path.write_text(json.dumps(found, indent=1), encoding="utf-8")
+    steps = {name: partial(STEPS[name], lm, coders, sizes) for name in args.only or STEPS}
+    head = {"machine": processor(), "set": repr(coders)}
+    found = measure(path, head, steps, {"made": made, "sizes": sizes}, args.anew)
     print(tables(found))
     if args.docs and not args.trial:
         put(PAGE, "graph-tasks", tables(found))

@@ -1,7 +1,7 @@
 """Attribution graphs of the bundled model with its transcoders: how exact edges are, what a graph takes, how much of
 the logits its features keep, and what the graphs of a task have in common.
 
-    python benchmarks/graphs.py --docs                 # all steps, and the tables of docs/howto/circuits.md
+    python benchmarks/graphs.py --docs                 # all steps, and the tables of docs/howto/graphs.md
     python benchmarks/graphs.py --only edges           # one step; again: it goes on where it was interrupted
     python benchmarks/graphs.py --trial                # every step in tiny sizes with one transcoder, into runs/
 
@@ -21,6 +21,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +30,7 @@ import torch
 from ioi import drawn
 from pages import put
 from steps import processor
+from stepwise import measure
 from transcoders import PACKAGE
 
 import sae_lab as sl
@@ -36,7 +38,7 @@ from sae_lab.costs import peak, timed
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, TRIED = ROOT / "benchmarks" / "results" / "graphs.json", ROOT / "runs" / "graphs-trial.json"
-PAGE, TIMES, MOST = "docs/howto/circuits.md", 3, 10
+PAGE, TIMES, MOST = "docs/howto/graphs.md", 3, 10
 MEASURES = ("predicted", "frozen", "total", "responding", "free", "largest")
 RANKINGS = {"circuit": "most influence", "no_errors": "the same, without errors", "random": "others, matched",
             "activation": "largest writes", "gradient": "largest f·gradient"}  # fmt: skip
@@ -78,9 +80,9 @@ def prompts(lm: sl.LM, count: int, length: int) -> list[list[int]]:
 # ---- the steps: each yields a row for each prompt, but for those that are done
 
 
-def edges(lm: sl.LM, coders: sl.TranscoderSet, sizes: Sizes, done: int) -> Iterator[dict[str, Any]]:
+def edges(lm: sl.LM, coders: sl.TranscoderSet, sizes: Sizes, rows: list[Any]) -> Iterator[dict[str, Any]]:
     share = sizes.edges // sizes.prompts
-    for i, ids in list(enumerate(prompts(lm, sizes.prompts, sizes.length)))[done:]:
+    for i, ids in list(enumerate(prompts(lm, sizes.prompts, sizes.length)))[len(rows) :]:
         graph = sl.circuits.trace(lm, coders, ids, features=sizes.features)
         small = graph.prune()
         places = small.effects.nonzero()
@@ -94,25 +96,23 @@ def edges(lm: sl.LM, coders: sl.TranscoderSet, sizes: Sizes, done: int) -> Itera
         yield {"edges": found, "of": len(places), "visited": graph.visited}
 
 
-def timing(lm: sl.LM, coders: sl.TranscoderSet, sizes: Sizes, done: int) -> Iterator[dict[str, Any]]:
+def timing(lm: sl.LM, coders: sl.TranscoderSet, sizes: Sizes, rows: list[Any]) -> Iterator[dict[str, Any]]:
     ids = prompts(lm, 1, sizes.length)[0]
-    for _ in range(done, TIMES):
+    for _ in range(len(rows), TIMES):
         said = sl.estimate(sl.circuits.trace, lm, coders, ids, features=sizes.features)
         graph, trace = timed(sl.circuits.trace, lm, coders, ids, features=sizes.features)
         small, prune = timed(graph.prune)
         row = {"trace": trace, "prune": prune, "estimated": 60 * said.minutes, "active": graph.active,
                "visited": graph.visited, "nodes": sum(small.counts),
                "edges": int(small.effects.count_nonzero())}  # fmt: skip
-        print(row, flush=True)
         yield row
 
 
-def memory(lm: sl.LM, coders: sl.TranscoderSet, sizes: Sizes, done: int) -> Iterator[dict[str, Any]]:
+def memory(lm: sl.LM, coders: sl.TranscoderSet, sizes: Sizes, rows: list[Any]) -> Iterator[dict[str, Any]]:
     """In a process of its own, which is asked with this one's arguments."""
-    if not done:
+    if not rows:
         command = [sys.executable, __file__, *sys.argv[1:], "--memory"]
         row = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
-        print(row, flush=True)
         yield row
 
 
@@ -130,8 +130,8 @@ def memory_here(lm: sl.LM, coders: sl.TranscoderSet, sizes: Sizes) -> dict[str, 
     }  # fmt: skip
 
 
-def faithfulness(lm: sl.LM, coders: sl.TranscoderSet, sizes: Sizes, done: int) -> Iterator[dict[str, Any]]:
-    for i, ids in list(enumerate(prompts(lm, sizes.prompts, sizes.length)))[done:]:
+def faithfulness(lm: sl.LM, coders: sl.TranscoderSet, sizes: Sizes, rows: list[Any]) -> Iterator[dict[str, Any]]:
+    for i, ids in list(enumerate(prompts(lm, sizes.prompts, sizes.length)))[len(rows) :]:
         graph = sl.circuits.trace(lm, coders, ids, features=sizes.features)
         many = [n for n in sizes.curve if n <= graph.counts[0]]
         found = graph.faithfulness(many, draws=sizes.draws, seed=i)
@@ -140,13 +140,12 @@ def faithfulness(lm: sl.LM, coders: sl.TranscoderSet, sizes: Sizes, done: int) -
                 "replacement": graph.replacement, "completeness": graph.completeness,
                 "completeness_inner": graph.completeness_inner, "visited": graph.visited,
                 "left_out": graph.left_out}  # fmt: skip
-        print(f"prompt {i}: {row}", flush=True)
         yield row
 
 
-def task(lm: sl.LM, coders: sl.TranscoderSet, sizes: Sizes, done: int) -> Iterator[dict[str, Any]]:
+def task(lm: sl.LM, coders: sl.TranscoderSet, sizes: Sizes, rows: list[Any]) -> Iterator[dict[str, Any]]:
     """The difference of the two names' logits."""
-    if not done:
+    if not rows:
         names, texts, _ = drawn(sizes.pairs)
         targets = [(f" {b}", f" {a}") for a, b in names]
         call = lambda: sl.circuits.trace_many(lm, coders, texts, targets, features=sizes.pair_features)  # noqa: E731
@@ -159,7 +158,7 @@ def task(lm: sl.LM, coders: sl.TranscoderSet, sizes: Sizes, done: int) -> Iterat
         yield row
 
 
-STEPS: dict[str, Callable[[sl.LM, sl.TranscoderSet, Sizes, int], Iterator[dict[str, Any]]]] = {
+STEPS: dict[str, Callable[[sl.LM, sl.TranscoderSet, Sizes, list[Any]], Iterator[dict[str, Any]]]] = {
     "edges": edges, "time": timing, "memory": memory, "faithfulness": faithfulness, "task": task,
 }  # fmt: skip
 
@@ -217,13 +216,16 @@ def memory_table(found: dict[str, Any]) -> list[str]:
 def faithfulness_table(found: dict[str, Any]) -> list[str]:
     rows, sizes = found["rows"], Sizes(*found["sizes"])
     inner = statistics.median(row["completeness_inner"] for row in rows)
+    beside = [(a, b) for row in rows for a, b in zip(row["circuit"], row["random"], strict=True) if not np.isnan(b)]
+    more = sum(a > b for a, b in beside)
     lines = [
         f"**Faithfulness.** How much of the logits n features keep, of graphs of {len(rows)} held-out prompts of "
         f"{sizes.length} tokens; errors stay, but for the column without them. Medians with quartiles, and in how "
         "many prompts the features of most influence keep more. 1 is the model, 0 nothing of what transcoders stand "
         f"for. All errors without a feature keep {middle([row['all_errors'] for row in rows])}, all features without "
         f"an error {middle([row['all_features'] for row in rows])}. Replacement score "
-        f"{middle([row['replacement'] for row in rows])}, completeness of features and logits {inner:.2f}.", "",
+        f"{middle([row['replacement'] for row in rows])}, completeness of features and logits {inner:.2f}. In "
+        f"{more} of {len(beside)} comparisons the features of most influence keep more than matched ones.", "",
         f"| n | {' | '.join(RANKINGS.values())} |", f"|---|{'---|' * len(RANKINGS)}",
     ]  # fmt: skip
     for n in sizes.curve:
@@ -290,10 +292,6 @@ def transcoders(folder: Path) -> sl.TranscoderSet:
     return sl.TranscoderSet.load(folder)
 
 
-def known(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=STEPS, action="append", help="these steps alone")
@@ -314,17 +312,9 @@ def main() -> None:
         return
     path = TRIED if args.trial else RESULTS
     made = hashlib.sha256("".join(coder.fingerprint() for coder in coders).encode()).hexdigest()[:16]
-    found = {**known(path), "machine": processor(), "set": repr(coders)}
-    for name in args.only or STEPS:
-        settings = {"made": made, "sizes": json.loads(json.dumps(sizes))}
-        step = found.get(name, {})
-        if args.anew or {key: step.get(key) for key in settings} != settings:
-            step = {**settings, "rows": []}
-        found[name] = step
-        for row in STEPS[name](lm, coders, sizes, len(step["rows"])):
-            step["rows"].append(row)
-            path.parent.mkdir(exist_ok=True)
-            path.write_text(json.dumps(found, indent=1), encoding="utf-8")
+    steps = {name: partial(STEPS[name], lm, coders, sizes) for name in args.only or STEPS}
+    head = {"machine": processor(), "set": repr(coders)}
+    found = measure(path, head, steps, {"made": made, "sizes": sizes}, args.anew)
     print(tables(found))
     if args.docs and not args.trial:
         put(PAGE, "graphs", tables(found))

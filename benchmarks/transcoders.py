@@ -218,6 +218,8 @@ def table(shape: str) -> str:
     named = ("replacement score", "completeness score", "completeness of features and logits", "features visited")
     for said, values in zip(named, zip(*found["graphs"], strict=True), strict=True):
         lines.append(f"| {said} | {' | '.join(f'{v:.2f}' for v in statistics.quantiles(values, n=4))} |")
+    steps = {coder.meta["train_tokens"] for coder in sl.TranscoderSet.load(PACKAGE)}
+    lines += ["", f"Each layer was trained for {max(steps):,} tokens, by `benchmarks/transcoders.py`."]
     return "\n".join(lines)
 
 

@@ -15,8 +15,12 @@ All of them live for the session: a test that changes a model makes its own.
 import signal
 from pathlib import Path
 
+import jaxtyping
 import pytest
+import runtime_checks
 import torch
+
+jaxtyping.jaxtyped = runtime_checks.jaxtyped  # before anything imports sae_lab
 
 ARCHITECTURES = ("llama", "gpt2", "neox", "neox_serial", "gemma3", "qwen3", "olmo2")
 LAYERS, HEADS, D, D_HEAD = 3, 4, 48, 12
@@ -28,7 +32,8 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a job in the background
 # The longest first.
 LONG = (
     "test_pages.py", "test_zoo_on_text.py", "test_elsewhere.py", "test_endurance_disk.py", "test_zoo.py",
-    "test_running.py", "test_choosing.py", "test_together.py", "test_ranks.py", "test_recipes.py",
+    "test_running.py", "test_choosing.py", "test_together.py", "test_ranks.py", "test_recipes.py", "test_loop.py",
+    "test_grid.py", "test_quickstart_in_lab.py", "test_lab_bench_in_lab.py", "test_working_day.py",
 )  # fmt: skip
 
 

@@ -114,15 +114,18 @@ def cost(
         tracer, once = costs.timed(_tracer, lm, coders, prompt, targets, first, features)
         local, most, active = tracer.local, tracer.most, len(tracer.local.layer)
         _, logits = costs.timed(tracer._visit_logits)
+        likely = tracer._influence().topk(most).indices  # by what is known: more of the late, wide rows than in the end
         tried = torch.linspace(active - 1, 0, min(tracer.at_once, most)).round().long().unique().flip(0)
         seconds = costs.timed(tracer._visit, tried)[1] if most else 0.0
     rows, columns = tracer.first + most, local.columns
     kept = rows * (most + columns - active)  # of the graph itself
-    ranking = columns * rows / 2e9 * (most / RANKED)  # each ranking reads the rows known so far
+    ends = torch.tensor(tracer.rows.ends)[local.layer.cpu()[likely]]
+    table = int(ends.sum()) + tracer.first * active + rows * (columns - active)
+    ranking = table / 2e9 * (most / RANKED)  # each ranking reads the rows known so far
     return costs.Cost(
         f"{len(tried):,} of {most:,} features visited in {seconds:.1f} s",
         seconds=once + logits + seconds * most / max(1, len(tried)) + ranking,
-        ram=peak.ram + 4 * (rows * columns + 2 * kept),
+        ram=peak.ram + 4 * (table + 2 * kept),
         vram=peak.vram,
         disk=0 if path is None else 4 * most * columns,
         parts={"active features": active, "features visited": most, "MB that the graph takes": 4 * kept / 1e6},
@@ -132,13 +135,40 @@ def cost(
 costs.ROOMS[trace] = cost
 
 
+class Block(NamedTuple):
+    """Rows of one part of the model (a layer; all logits are one part). ``values``: their effects, without columns of
+    features of this part and later ones, which are 0."""
+
+    begin: int  # number of its first row
+    part: int
+    values: Float[Tensor, "n some_columns"]
+
+
+class Rows:
+    """Rows in the order in which they come: about half of the memory of a table of all columns."""
+
+    def __init__(self, layer: Int[Tensor, " features"], parts: int):
+        self.active = len(layer)
+        self.ends = torch.searchsorted(layer, torch.arange(parts + 1, device=layer.device)).tolist()
+        self.blocks: list[Block] = []
+
+    def add(self, begin: int, part: int, found: Float[Tensor, "n columns"]) -> None:
+        end = self.ends[part]
+        assert not found[:, end : self.active].any(), "features of this part and later ones add nothing to it"
+        values = torch.cat([found[:, :end], found[:, self.active :]], 1)
+        self.blocks.append(Block(begin, part, values))
+
+    def of(self, part: int) -> list[Block]:
+        return [block for block in self.blocks if block.part == part]
+
+
 class Tracer:
-    """Rows of a graph, computed in the order of influence. rows: "logits + features columns", of the logits first."""
+    """Rows of a graph, computed in the order of influence, those of the logits first."""
 
     def __init__(self, local: LocalModel, logits: Logits, most: int, wanted: list[Any] | None):
         self.local, self.logits, self.most, self.wanted = local, logits, most, wanted
         self.first = len(logits.numbers)
-        self.rows = torch.zeros(self.first + most, local.columns)
+        self.rows = Rows(local.layer, local.n_parts)
         self.rest, self.rest_size = torch.zeros(self.first + most), torch.zeros(self.first + most)
         errors = len(local.layer) + local.length * torch.arange(local.n_parts)  # columns of those at position 0
         self.dropped = errors if local.first == "drop" else errors[:0]
@@ -152,34 +182,35 @@ class Tracer:
             self._visit_all(journal)
         local = self.local
         chosen, order = self.visited.sort()
-        keep = torch.cat([chosen, torch.arange(len(local.layer), local.columns)])
         rows = torch.cat([self.first + order, torch.arange(self.first)])
         gone = torch.ones(local.columns, dtype=torch.bool)
-        gone[keep] = False
-        for n, row in enumerate(self.rows):  # row by row, since all columns that go would be large
-            self.rest[n] += row[gone].sum()
-            self.rest_size[n] += row[gone].abs().sum()
-        effects, rest, rest_size = self.rows[:, keep][rows], self.rest[rows], self.rest_size[rows]
-        return _graph(local, effects, chosen, self.logits, rest, rest_size)
+        gone[chosen], gone[len(local.layer) :] = False, False
+        tail = local.columns - len(local.layer)
+        effects = torch.zeros(self.first + self.most, len(chosen) + tail)
+        for begin, part, values in self.rows.blocks:
+            end = self.rows.ends[part]
+            at, here = slice(begin, begin + len(values)), chosen[chosen < end]
+            effects[at, : len(here)], effects[at, len(chosen) :] = values[:, here], values[:, end:]
+            for n, row in enumerate(values[:, :end], begin):  # row by row, since all columns that go would be large
+                left = row[gone[:end]]
+                self.rest[n] += left.sum()
+                self.rest_size[n] += left.abs().sum()
+        return _graph(local, effects[rows], chosen, self.logits, self.rest[rows], self.rest_size[rows])
 
     def _visit_all(self, journal: resuming.Journal | None) -> None:
         from tqdm.auto import tqdm
 
         planned = self.visited  # what is left of a round
         for found in () if journal is None else journal.rows():
-            begin, planned = self.first + len(self.visited), found["planned"]
-            at = slice(begin, begin + len(found["features"]))
-            self.rows[at], self.rest[at], self.rest_size[at] = found["rows"], found["rest"], found["rest_size"]
-            self.visited = torch.cat([self.visited, found["features"]])
+            planned = found["planned"]
+            self._keep(found["features"], found["rows"], found["rest"], found["rest_size"])
         done = len(self.visited)
         with tqdm(total=self.most, initial=done, unit="feature", desc="trace", dynamic_ncols=True, disable=None) as bar:
             while (done := len(self.visited)) < self.most:
                 planned = planned if len(planned) else self._next(min(RANKED, self.most - done))
                 part, planned = planned[: self.at_once], planned[self.at_once :]
-                self._visit(part)
+                kept = self._visit(part)
                 if journal is not None:
-                    at = slice(self.first + done, self.first + done + len(part))
-                    kept = {"rows": self.rows[at], "rest": self.rest[at], "rest_size": self.rest_size[at]}
                     journal.write(part, planned, **kept)
                 bar.update(len(part))
 
@@ -195,21 +226,19 @@ class Tracer:
 
     def _influence(self) -> Float[Tensor, " features"]:
         """Of all active features on the logits, through the features that have a row: one pass down the layers."""
-        active = len(self.local.layer)
-        layers = self.local.layer.cpu()[self.visited]
-        found = self._passed_on(torch.arange(self.first), torch.tensor(self.logits.weights))[:active]
-        for layer in range(self.local.n_parts - 1, 0, -1):
-            here = (layers == layer).nonzero().flatten()
-            if len(here):
-                found += self._passed_on(self.first + here, found[self.visited[here]])[:active]
+        found = torch.zeros(self.rows.active)
+        for part in range(self.local.n_parts, -1, -1):
+            for begin, _, values in self.rows.of(part):
+                own = self.visited[begin - self.first :][: len(values)]  # of the logits: their weights
+                weights = torch.tensor(self.logits.weights) if part == self.local.n_parts else found[own]
+                sizes = values.abs()
+                passed = (weights / sizes.sum(1).clamp_min(1e-8)) @ sizes
+                found[: self.rows.ends[part]] += passed[: self.rows.ends[part]]
         return found
 
-    def _passed_on(self, rows: Tensor, weights: Tensor) -> Float[Tensor, " columns"]:
-        sizes = self.rows[rows].abs()
-        return (weights / sizes.sum(1).clamp_min(1e-8)) @ sizes
-
-    def _visit(self, features: Int[Tensor, " n"]) -> None:
-        local, begin = self.local, self.first + len(self.visited)
+    def _visit(self, features: Int[Tensor, " n"]) -> dict[str, Tensor]:
+        """Make and keep the rows of features of the same parts one behind the other; they are what a journal writes."""
+        local = self.local
         here = features.to(local.layer.device)
         layers = local.layer[here].tolist()
         groups = [here[torch.tensor(layers, device=here.device) == n] for n in dict.fromkeys(layers)]
@@ -222,8 +251,9 @@ class Tracer:
             for n, p, f in zip(layers, local.position[here].tolist(), local.feature[here].tolist(), strict=True)
         ]
         require_sum(found, local.bias[here].cpu(), local.pre[here].cpu(), nodes)
-        self._keep(begin, found)
-        self.visited = torch.cat([self.visited, features])
+        rest, rest_size = self._drop(found)
+        self._keep(features, found, rest, rest_size)
+        return {"rows": found, "rest": rest, "rest_size": rest_size}
 
     def _visit_logits(self) -> None:
         local, logits = self.local, self.logits
@@ -231,14 +261,24 @@ class Tracer:
         found = local.rows([local.n_parts] * self.first, last, logits.directions).cpu()
         nodes = [Node(local.end, local.length - 1, number) for number in logits.numbers]
         require_sum(found, logits.bias, logits.pre, nodes)
-        self._keep(0, found)
+        self.rest[: self.first], self.rest_size[: self.first] = self._drop(found)
+        self.rows.add(0, local.n_parts, found)
 
-    def _keep(self, begin: int, found: Float[Tensor, "n columns"]) -> None:
-        at = slice(begin, begin + len(found))
-        self.rest[at] = found[:, self.dropped].sum(1)
-        self.rest_size[at] = found[:, self.dropped].abs().sum(1)
+    def _drop(self, found: Float[Tensor, "n columns"]) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
+        """Take the dropped columns out of rows; (their sums, the sums of their sizes)."""
+        gone = found[:, self.dropped]
         found[:, self.dropped] = 0.0
-        self.rows[at] = found
+        return gone.sum(1), gone.abs().sum(1)
+
+    def _keep(self, features: Int[Tensor, " n"], found: Tensor, rest: Tensor, rest_size: Tensor) -> None:
+        begin = self.first + len(self.visited)
+        at = slice(begin, begin + len(features))
+        self.rest[at], self.rest_size[at] = rest, rest_size
+        parts = self.local.layer.cpu()[features].tolist()
+        for part in dict.fromkeys(parts):
+            own = [n for n, other in enumerate(parts) if other == part]
+            self.rows.add(begin + own[0], part, found[own])
+        self.visited = torch.cat([self.visited, features])
 
 
 def require_sum(

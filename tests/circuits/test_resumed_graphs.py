@@ -37,7 +37,7 @@ def broken_off(monkeypatch, after):
         if len(done) == after:
             raise KeyboardInterrupt
         done.append(part)
-        visit(self, part)
+        return visit(self, part)
 
     monkeypatch.setattr(Tracer, "_visit", once)  # private: where the time of a trace goes
 
@@ -52,7 +52,7 @@ def test_ended_by_ctrl_c_and_called_again(made, tmp_path, monkeypatch, features,
         trace(lm, coders, PROMPT, features=features, path=tmp_path / "rows")
     assert len(list((tmp_path / "rows").glob("rows-*"))) == after
     visits, visit = [], Tracer._visit
-    monkeypatch.setattr(Tracer, "_visit", lambda self, part: (visits.append(part), visit(self, part)))
+    monkeypatch.setattr(Tracer, "_visit", lambda self, part: (visits.append(part), visit(self, part))[1])
     same(trace(lm, coders, PROMPT, features=features, path=tmp_path / "rows"), whole)
     assert sum(map(len, visits)) == whole.counts[0] - 8 * after, "what was written is not computed again"
     visits.clear()

@@ -19,10 +19,13 @@ BLOCK = re.compile(r'^```python(?: title="([^"]+)")?\n(.*?)^```$', re.MULTILINE 
 PEERS = {"SAELens": "sae_lens", "TransformerLens": "transformer_lens", "dictionary_learning": "dictionary_learning"}
 NOT_HERE = {"Neuronpedia"}  # its client is not installed: docs.neuronpedia.org has the call
 SMALLER = {
-    "tokens=1_000_000": "tokens=5_000", "tokens=100_000": "tokens=10_000", "tokens=20_000": "tokens=10_000",
+    "tokens=1_000_000": "tokens=5_000", "tokens=100_000": "tokens=5_000", "tokens=20_000": "tokens=5_000",
     "8 * lm.width(site)": "lm.width(site)", "steps=1_000": "steps=5", "steps=20": "steps=4",
-    "tokens=2_048": "tokens=256", "harvest(lm, sae.site, text)": "harvest(lm, sae.site, text, tokens=10_000)",
-    "text.held_out))": "text.held_out, tokens=256))",
+    "tokens=2_000": "tokens=500", "buffer=8_192": "buffer=1_024", "buffer=4_096": "buffer=1_024",
+    "tokens=4_096, batch_size=1024": "tokens=1_024, batch_size=256",
+    "tokens=2_048": "tokens=256", "harvest(lm, sae.site, text)": "harvest(lm, sae.site, text, tokens=5_000)",
+    "text.held_out))": "text.held_out, tokens=256))", "features=512": "features=96", "features=200": "features=64",
+    "features=256": "features=96",
 }  # fmt: skip
 
 

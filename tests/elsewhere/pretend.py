@@ -12,6 +12,7 @@ A tensor there (``There``) holds a CPU tensor, and every operation on it runs on
 made by kernels of ``torch.library``, which hold in every thread.
 """
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -134,27 +135,34 @@ def there(value: Any) -> Any:
 
 def run(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     """One operation, on the CPU tensors inside. RuntimeError where a CUDA device would not take these tensors."""
-    given_there = any(isinstance(t, There) for t in tree_leaves((args, kwargs)))
+    given = tree_leaves((args, kwargs))
+    given_there = any(isinstance(t, There) for t in given)
     device = kwargs.get("device")
     if given_there:
-        _require_one_device(func, args, kwargs)
+        _require_one_device(func, args, kwargs, given)
     made_there = given_there if device is None else torch.device(device).type == DEVICE.type
     if made_there:
-        _require_no_cpu_generator(func, args, kwargs)
-    given = {name: value for name, value in tree_map(inside, kwargs).items() if name != "pin_memory"}
+        _require_no_cpu_generator(func, given)
+    named = {name: value for name, value in tree_map(inside, kwargs).items() if name != "pin_memory"} if kwargs else {}
     if device is not None and made_there:
-        given["device"] = "cpu"
+        named["device"] = "cpu"
     if given_there and _waits(func, args, kwargs):
         WAITED.append(str(func.overloadpacket))
-    out = func(*tree_map(inside, args), **given)
+    out = func(*tree_map(inside, args), **named)
     if made_there:
         out = tree_map(there, out)
-        sparse = any(isinstance(value, SparseThere) for value in tree_leaves((args, out)))
-        if given_there and not sparse:
+        if given_there and _aliases(func) and not any(isinstance(t, SparseThere) for t in (*given, *tree_leaves(out))):
             out = return_and_correct_aliasing(func, args, kwargs, out)
-    for value in tree_leaves((args, kwargs)):
+    for value in given:
         assert not isinstance(value, There) or value.shape == value.inside.shape, f"{func} gave a tensor another shape"
     return out
+
+
+@cache
+def _aliases(func: Any) -> bool:
+    """Whether the operation returns one of its arguments, or a view of one."""
+    # torch's own list of them; no public name gives it.
+    return any(argument.alias_info is not None for argument in func._schema.arguments)
 
 
 def _waits(func: Any, args: tuple, kwargs: dict[str, Any]) -> bool:
@@ -169,14 +177,14 @@ def _waits(func: Any, args: tuple, kwargs: dict[str, Any]) -> bool:
     return to_cpu or name in READ or (name is aten.copy_ and not isinstance(args[0], There))
 
 
-def _require_one_device(func: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+def _require_one_device(func: Any, args: tuple, kwargs: dict[str, Any], given: list[Any]) -> None:
     name = func.overloadpacket
     if name in COPIES:
         return
     if name in INDEXED and isinstance(args[0], There):
-        args = (args[0], *args[2:])  # without the indices
+        given = tree_leaves((args[0], *args[2:], kwargs))  # without the indices
     numbers_fit = name not in JOINED
-    for value in tree_leaves((args, kwargs)):
+    for value in given:
         if not isinstance(value, Tensor) or isinstance(value, There | SparseThere):
             continue
         if not (numbers_fit and value.dim() == 0):
@@ -186,8 +194,8 @@ def _require_one_device(func: Any, args: tuple, kwargs: dict[str, Any]) -> None:
             )
 
 
-def _require_no_cpu_generator(func: Any, args: tuple, kwargs: dict[str, Any]) -> None:
-    for value in tree_leaves((args, kwargs)):
+def _require_no_cpu_generator(func: Any, given: list[Any]) -> None:
+    for value in given:
         if isinstance(value, torch.Generator) and value.device.type == "cpu":
             raise RuntimeError(f"Expected a 'elsewhere' device type for generator but found 'cpu' ({func})")
 

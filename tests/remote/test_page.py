@@ -3,6 +3,9 @@
 import re
 from pathlib import Path
 
+import pytest
+
+pytestmark = pytest.mark.remote
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "ndif.md"
 
 

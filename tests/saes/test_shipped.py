@@ -89,6 +89,9 @@ def test_unknown_names_tell_what_there_is():
         sl.load(SET)
     with pytest.raises(ValueError, match=r"one that comes with the library: smollm2-135m/attn_z-8, smollm2-135m/"):
         sl.load("/nowhere/resid_post-9")
+    for name in ("smollm2-135m/../smollm2-135m/resid_post-8", "smollm2-135m/transcoders/../resid_post-8"):
+        with pytest.raises(ValueError, match="no coder at"):  # no name leads out of its folder
+            sl.load(name)
     begun = time.monotonic()
     for name in ("smollm2-135m/resid_post-9", "smolm2-135m/resid_post-8"):
         with pytest.raises(ValueError, match=r"names like it: smollm2-135m/resid_post-8, "):
