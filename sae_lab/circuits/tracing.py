@@ -114,13 +114,11 @@ def cost(
         tracer, once = costs.timed(_tracer, lm, coders, prompt, targets, first, features)
         local, most, active = tracer.local, tracer.most, len(tracer.local.layer)
         _, logits = costs.timed(tracer._visit_logits)
-        likely = tracer._influence().topk(most).indices  # by what is known: more of the late, wide rows than in the end
         tried = torch.linspace(active - 1, 0, min(tracer.at_once, most)).round().long().unique().flip(0)
         seconds = costs.timed(tracer._visit, tried)[1] if most else 0.0
     rows, columns = tracer.first + most, local.columns
     kept = rows * (most + columns - active)  # of the graph itself
-    ends = torch.tensor(tracer.rows.ends)[local.layer.cpu()[likely]]
-    table = int(ends.sum()) + tracer.first * active + rows * (columns - active)
+    table = rows * (2 * active // 3 + columns - active)  # features of later layers, with longer rows, are visited more
     ranking = table / 2e9 * (most / RANKED)  # each ranking reads the rows known so far
     return costs.Cost(
         f"{len(tried):,} of {most:,} features visited in {seconds:.1f} s",
