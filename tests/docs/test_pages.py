@@ -19,7 +19,7 @@ BLOCK = re.compile(r'^```python(?: title="([^"]+)")?\n(.*?)^```$', re.MULTILINE 
 PEERS = {"SAELens": "sae_lens", "TransformerLens": "transformer_lens", "dictionary_learning": "dictionary_learning"}
 NOT_HERE = {"Neuronpedia"}  # its client is not installed: docs.neuronpedia.org has the call
 SMALLER = {
-    "tokens=1_000_000": "tokens=5_000", "tokens=100_000": "tokens=5_000", "tokens=20_000": "tokens=5_000",
+    "tokens=1_000_000": "tokens=5_000", "tokens=100_000": "tokens=10_000", "tokens=20_000": "tokens=5_000",
     "8 * lm.width(site)": "lm.width(site)", "steps=1_000": "steps=5", "steps=20": "steps=4",
     "tokens=2_000": "tokens=500", "buffer=8_192": "buffer=1_024", "buffer=4_096": "buffer=1_024",
     "tokens=4_096, batch_size=1024": "tokens=1_024, batch_size=256",
