@@ -54,6 +54,7 @@ class Server:
             "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(HERE / "on_server"),
             "HF_HOME": str(self.folder / "models"), "HF_ENDPOINT": self.hub, "OMP_NUM_THREADS": "1",
             "TOKENIZERS_PARALLELISM": "false", "AWS_EC2_METADATA_DISABLED": "true", "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_AUTH_MODE": "disabled",  # else a token of the user's own Ray keeps the controller out
             "GRPC_ENABLE_FORK_SUPPORT": "0",
             "NDIF_REDIS_URL": f"redis://127.0.0.1:{port['redis']}",
             "NDIF_OBJECT_STORE_URL": f"http://127.0.0.1:{port['store']}",
