@@ -235,7 +235,7 @@ class Tracer:
         return found
 
     def _visit(self, features: Int[Tensor, " n"]) -> dict[str, Tensor]:
-        """Make and keep the rows of features of the same parts one behind the other; they are what a journal writes."""
+        """Make and keep the rows of these features, ordered by part. Returns what a journal writes of them."""
         local = self.local
         here = features.to(local.layer.device)
         layers = local.layer[here].tolist()

@@ -1,21 +1,14 @@
 """What holds by construction in notebooks/papers/modular_addition.ipynb."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
 
-SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "papers" / "modular_addition.py"
+from .scripts import script
 
 
 @pytest.fixture(scope="module")
 def toy():
-    spec = importlib.util.spec_from_file_location("modular_addition_script", SCRIPT)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script("modular_addition")
 
 
 def of_waves(toy, residues, frequencies, seed=0):

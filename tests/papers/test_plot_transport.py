@@ -1,16 +1,11 @@
 """What notebooks/papers/plot_transport.ipynb takes for granted, on an untrained network."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "papers" / "plot_transport.py"
-SPEC = importlib.util.spec_from_file_location("plot_transport", SCRIPT)
-assert SPEC and SPEC.loader
-made = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(made)
+from .scripts import script
+
+made = script("plot_transport")
 
 
 @pytest.fixture

@@ -1,18 +1,13 @@
 """What notebooks/papers/reward_models.ipynb takes for granted: a sparse reward is a sum, and how pairs are made."""
 
-import importlib.util
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 from torch.nn.functional import softplus
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "papers" / "reward_models.py"
-SPEC = importlib.util.spec_from_file_location("reward_models", SCRIPT)
-assert SPEC and SPEC.loader
-made = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(made)
+from .scripts import script
+
+made = script("reward_models")
 
 
 @pytest.fixture

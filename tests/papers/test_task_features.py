@@ -1,24 +1,18 @@
 """What the cleaning of task vectors rests on: one token's way through the blocks, and what a coefficient may be."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
 
 import sae_lab as sl
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "papers" / "task_features.py"
+from .scripts import script
+
 PROMPTS = ["abc ->", "a longer one ->", "x ->"]
 
 
 @pytest.fixture(scope="module")
 def tf():
-    spec = importlib.util.spec_from_file_location("task_features_script", SCRIPT)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script("task_features")
 
 
 def last(tf, lm, edits=()):

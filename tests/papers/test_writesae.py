@@ -1,23 +1,16 @@
 """Identities that notebooks/papers/writesae.ipynb rests on."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
 
 import sae_lab as sl
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "papers" / "writesae.py"
+from .scripts import script
 
 
 @pytest.fixture(scope="module")
 def writesae():
-    spec = importlib.util.spec_from_file_location("writesae_script", SCRIPT)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script("writesae")
 
 
 @pytest.fixture(scope="module")
