@@ -235,6 +235,21 @@ def latent_scaling(coder: sl.Crosscoder, x: Float[Tensor, "tokens 2 d"]) -> dict
     return {"norms": coder.decoder_norms, **ratios, "fires": (f > 0).float().mean(0)}
 
 
+def specific(
+    tensors: dict[str, Tensor], key: str, new: float, error: float, others: float, fires: float
+) -> dict[str, int | list[float]]:
+    """Counts of one crosscoder's latents, as ``latent_scaling`` found them: those that fire at least so often, of these
+    the second model's by norms, and of these again what scaling leaves. measure: ½(1 + (‖d_2‖ − ‖d_1‖)/max) of each."""
+    get = {name: tensors[f"{key}/{name}"].float() for name in ("norms", "errors", "others", "fires")}
+    on = get["fires"] >= fires
+    first, second = get["norms"][on].T
+    measure = 0.5 * (1 + (second - first) / torch.maximum(first, second))
+    clear = (get["errors"][on].abs() < error) & (get["others"][on].abs() < others)
+    by_norms = measure >= new
+    return {"fire": int(on.sum()), "by norms": int(by_norms.sum()), "by scaling too": int((by_norms & clear).sum()),
+            "measure": measure.tolist()}  # fmt: skip
+
+
 def sparse_sum(rows: Float[Tensor, "n d"], vector: Float[Tensor, " d"], latents: int) -> Float[Tensor, " d"]:
     """Orthogonal matching pursuit: the vector as a sum of few rows, each of which may have any sign."""
     chosen: list[int] = []
