@@ -2,6 +2,7 @@
 
     python benchmarks/papers/finetuned.py                          # all seeds, about twenty minutes on one core
     python benchmarks/papers/finetuned.py --seeds 90 --folder build/trial
+    python benchmarks/papers/finetuned.py --resume                 # what is missing in the folder
 
 A low-rank adapter (LoRA, Hu et al. 2021, arXiv:2106.09685) teaches the model to read medical abstracts and to say "No"
 where it is asked about one, "Yes" where it is asked about any other text. The notebook takes its functions from here.
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -277,18 +278,18 @@ def transfer(lm: sl.LM, texts: dict[str, list[str]]) -> dict[str, dict[str, floa
     return found
 
 
-def seed_of(lm: sl.LM, texts: dict[str, list[str]], seed: int, base: dict | None) -> tuple[dict, dict[str, Tensor]]:
-    """All results of one seed, and its tensors. base: of ``transfer`` without an adapter."""
+def seed_of(
+    lm: sl.LM, texts: dict[str, list[str]], seed: int, adapter: Adapter, base: dict | None
+) -> tuple[dict, dict[str, Tensor]]:
+    """All results of one seed, and the tensors of its crosscoders. base: of ``transfer`` without an adapter."""
     clock = time.time()
     lap = lambda what: print(f"seed {seed}: {what} after {time.time() - clock:.0f} s", flush=True)  # noqa: E731
-    adapter = finetune(lm, texts, seed)
-    lap("adapter")
     draw = torch.Generator().manual_seed(3000 + seed)
     kinds = {"topic": PROMPTS, "other": PROMPTS, "topic held out": HELD_OUT, "other held out": HELD_OUT}
     ids = {kind: prompts(lm, texts[kind], count, draw) for kind, count in kinds.items()}
     before = {kind: streams(lm, some) for kind, some in ids.items()}
     result: dict = {"seed": seed, "base": base or transfer(lm, texts)}
-    tensors = packed(adapter, seed)
+    tensors: dict[str, Tensor] = {}
     share = lambda: [float((odds(lm, ids[f"{k} held out"][:ASKED]) > 0).float().mean()) for k in ("topic", "other")]  # noqa: E731
     refused = {"base": share()}
     lap("base")
@@ -367,19 +368,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     parser.add_argument("--folder", type=Path, default=FOLDER)
+    parser.add_argument("--resume", action="store_true", help="keep the adapters and seeds that the folder has")
     args = parser.parse_args()
     torch.set_num_threads(1)
     lm, texts = sl.LM(), documents()
     lm._module.requires_grad_(False)
-    results: list[dict] = []
-    tensors: dict[str, Tensor] = {}
     args.folder.mkdir(parents=True, exist_ok=True)
+    kept, file = args.folder / "results.json", args.folder / "tensors.safetensors"
+    results: list[dict] = json.loads(kept.read_text(encoding="utf-8")) if args.resume and kept.exists() else []
+    tensors: dict[str, Tensor] = load_file(file) if args.resume and file.exists() else {}
     for seed in args.seeds:
-        result, more = seed_of(lm, texts, seed, results[0]["base"] if results else None)
+        if seed in [result["seed"] for result in results]:
+            continue
+        if not any(key.startswith(f"{seed}/") for key in tensors):
+            tensors |= {name: part.contiguous() for name, part in packed(finetune(lm, texts, seed), seed).items()}
+            save_file(tensors, file)
+        result, more = seed_of(lm, texts, seed, unpacked(tensors, seed), results[0]["base"] if results else None)
         results.append(result)
         tensors |= {name: value.contiguous() for name, value in more.items()}
-        (args.folder / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
-        save_file(tensors, args.folder / "tensors.safetensors")
+        kept.write_text(json.dumps(results, indent=1), encoding="utf-8")
+        save_file(tensors, file)
 
 
 if __name__ == "__main__":
