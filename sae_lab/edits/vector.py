@@ -13,11 +13,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae_lab import cache, files
-from sae_lab.activations.harvesting import MAX_NORM
 from sae_lab.activations.reading import alike
+from sae_lab.activations.sharding import MAX_NORM
 from sae_lab.arguments import as_annotated, check_least
 from sae_lab.edits import rules
 from sae_lab.lm.model import LM
+from sae_lab.lm.network import Network
 from sae_lab.lm.text import Documents, as_text, load_text
 from sae_lab.results import counted
 from sae_lab.saes.base import QUANTILE, SparseCoder
@@ -204,7 +205,7 @@ class Vector:
             )
         return other
 
-    def require_fits(self, lm: LM, measured: bool = False) -> None:
+    def require_fits(self, lm: Network, measured: bool = False) -> None:
         """ValueError for another model, or another width at the site, and with ``measured`` for a vector without a
         scale."""
         if (width := lm.width(self.site)) != len(self.direction):
