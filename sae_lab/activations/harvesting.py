@@ -5,7 +5,7 @@ import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -71,7 +71,7 @@ def harvest(
     is empty or shorter than a context, a single context does not fit into memory, or activations are not finite; and
     of several ranks, when their arguments differ, or not all of them see the folder.
     """
-    made = prepared if isinstance(lm, LM) else items.prepared
+    made: Any = prepared if isinstance(lm, LM) else items.prepared
     call = made(lm, sites, text, tokens, path, context, pack, mask, roles, coder)
     if processes.started() == 1:
         return call.run(tokens)
@@ -141,7 +141,7 @@ def tried(
     """(the cost of reading ``tokens`` rows of which some are there, the rows of the trial, their scales). Each rank
     cuts the whole text into tokens, and reads its share of the shards; the first shard is a round of its own."""
     context = call.identity["context"]
-    first = call.text[:WINDOW_DOCUMENTS]
+    first = cast(Text, call.text)[:WINDOW_DOCUMENTS]
     assert isinstance(first, Text)
     with tempfile.TemporaryDirectory() as scratch, costs.peak() as peak:
         trial = replace(call, text=first, folder=Path(scratch))
@@ -160,7 +160,7 @@ def tried(
     [shard] = trial.manifest["shards"]
     read = sum(map(tokens_of, passes))
     kept = shard["rows"] / read
-    in_text = kept * cut * max(1.0, _documents(call.text) / WINDOW_DOCUMENTS)
+    in_text = kept * cut * max(1.0, _documents(cast(Text, call.text)) / WINDOW_DOCUMENTS)
     shard_rows = shard["rows"] if len(passes) == len(shards[0]) else kept * max(sharding.SHARD_TOKENS, context)
     rows = max(0.0, min(-((there - tokens) // shard_rows) * shard_rows, in_text - there))  # whole shards
     to_cut = min(-(-(there + rows) // (kept * cut)) * cut, in_text / kept)

@@ -18,7 +18,9 @@ from sae_lab.types import Codes, Site, TokenBatch
 PASS_TOKENS = 4096  # tokens in one pass of the model
 
 
-def read_real(lm: Network, sites: Sequence[Site], batches: Iterable[TokenBatch]) -> dict[Site, Float[Tensor, "tokens _"]]:
+def read_real(
+    lm: Network, sites: Sequence[Site], batches: Iterable[TokenBatch]
+) -> dict[Site, Float[Tensor, "tokens _"]]:
     """Activations of all real tokens of the batches, one after another, on the CPU."""
     read: dict[Site, list[Tensor]] = {s: [] for s in sites}
     for batch in batches:

@@ -22,12 +22,9 @@ from sae_lab.activations import dealing
 from sae_lab.activations.reading import read_real, read_there
 from sae_lab.activations.store import VERSION, Store, map_shard, read_manifest
 from sae_lab.lm import forms
-from sae_lab.lm.model import LM
 from sae_lab.lm.passes import packed
-from sae_lab.lm.text import Context, Text, padded
+from sae_lab.lm.text import Context, padded
 from sae_lab.lm.tokens import pad
-from sae_lab.nets.inputs import Inputs
-from sae_lab.nets.net import Net
 from sae_lab.results import counted
 from sae_lab.saes.base import SparseCoder
 from sae_lab.types import Site, TokenBatch, TokenMask
@@ -45,9 +42,9 @@ ORDER = 3  # version of the rule that puts contexts into shards
 class Harvest:
     """One call of ``harvest``: it finds the missing shards, and makes them."""
 
-    lm: LM | Net
+    lm: Any  # LM or Net
     sites: list[Site]
-    text: Text | Inputs
+    text: Any  # Text or Inputs
     folder: Path
     identity: dict[str, Any]
     mask: TokenMask | None

@@ -87,7 +87,7 @@ class Condition(NamedTuple):
         code |= {"level": self.level * float(self.coder.f_scale[self.feature])}
         return {**code, "scope": self.scope, "mask": looks, "memory": {}, "site": site}
 
-    def firing(self, lm: Network, texts: Sequence[str]) -> Firing:
+    def firing(self, lm: Any, texts: Sequence[str]) -> Firing:
         """See ``Edit.firing``."""
         if not texts:
             raise ValueError("texts must be at least one text where the condition should not hold, got none")

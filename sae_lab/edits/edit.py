@@ -16,7 +16,7 @@ sae_lab:
 import inspect
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 Positions = int | slice | Sequence[int] | str | Callable[[str], bool] | None
 Numbers = int | slice | Sequence[int] | None
-Prompts = str | Sequence[str]
+Prompts = str | Sequence[str] | Tensor | tuple[Any, ...] | Mapping[str, Any]  # or the inputs of a Net
 When = Sequence[Any] | None  # (what, level, scope), see ``WHERE``
 Rule = Callable[..., Tensor]  # (z "tokens features", rows, positions) -> z', see ``rules``
 Change = Callable[..., Tensor]  # (x "tokens d_out", read "tokens d_in", ids, rows, positions, at) -> x'
@@ -200,7 +200,7 @@ class Edit:
         """
         from sae_lab.lm import remote
 
-        batch = lm.tokenize(prompts)
+        batch = lm._batch(prompts, self.write_site)
         writes = grouping.together([self, *more], lm, batch, alone=False)
         if len(writes) > 1:
             raise ValueError(
@@ -478,10 +478,11 @@ class Patch(Edit):
     def error_of_another_run(self, lm: "Network") -> dict[str, Tensor] | None:
         if self.error != "patch":
             return None
-        reading = lm.read(self.source, list(dict.fromkeys([self.read_site, self.write_site])))
-        read, target, device = reading[self.read_site], reading[self.write_site], self.coder.b_dec.device
+        batch = lm._batch(self.source, self.read_site)
+        acts, _ = lm.run(batch, list(dict.fromkeys([self.read_site, self.write_site])), logits=False)
+        read, target, device = acts[self.read_site], acts[self.write_site], self.coder.b_dec.device
         with torch.no_grad():
-            x_hat = self.coder(read.to(device), reading.ids.to(device)).x_hat
+            x_hat = self.coder(read.to(device), batch.ids.to(device)).x_hat
         return {"wrong": target.cpu() - x_hat.cpu(), "there": _codes_of(self, lm, self.source)[1]}
 
     def rule(self, lm: "Network", batch: TokenBatch) -> Rule:
@@ -607,7 +608,7 @@ def _loaded(kept: Any, coder: SparseCoder | None) -> Any:
 
 def _codes_of(edit: Edit, lm: "Network", prompts: Prompts) -> tuple[Tensor, Tensor, TokenBatch]:
     """(codes "rows pos features" of the edit's features, which tokens the mask keeps, the tokens) of other prompts."""
-    batch = lm.tokenize(prompts)
+    batch = lm._batch(prompts, edit.read_site)
     return *read_some(lm, edit.coder, edit.features, batch), batch
 
 

@@ -155,6 +155,9 @@ class LM(Network):
         self._require_known(batch.ids)
         return batch
 
+    def _batch(self, prompts: Prompts, at: Site | None = None) -> TokenBatch:
+        return self.tokenize(prompts)
+
     def _require_known(self, ids: Int[Tensor, "*tokens"]) -> None:
         """ValueError for ids without an embedding: on a GPU they would end the kernel."""
         vocab, low, high = self.vocab_size, int(ids.min()), int(ids.max())

@@ -2,7 +2,7 @@
 
 import hashlib
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from sae_lab.arguments import as_annotated
 from sae_lab.lm.passes import Step
-from sae_lab.types import Site, TokenBatch, Write
+from sae_lab.types import Site, TokenBatch, TokenMask, Write
 
 
 class Network:
@@ -29,7 +29,11 @@ class Network:
     _sites: Any
     _server: Any = None
     _lock: threading.RLock
+    _batch: Callable[..., Any]  # (inputs, site) -> a TokenBatch, whose tokens are the places of the site
+    _reading: Any  # the token ids of each text of the vocabulary
     id: str
+    run: Callable[..., tuple[dict[Site, Any], Any]]
+    mask: Callable[[], TokenMask]
 
     @property
     def device(self) -> torch.device:
@@ -42,6 +46,11 @@ class Network:
     def remote(self) -> bool:
         """Whether it runs on a server."""
         return self._server is not None
+
+    @property
+    def vocabulary(self) -> list[str]:
+        """The text of every token id."""
+        raise ValueError("positions are named by text in a language model alone: name a network's places by number")
 
     @as_annotated
     def width(self, site: Site | str) -> int:

@@ -89,7 +89,8 @@ class Inputs:
         sampler = getattr(data, "sampler", None)
         if isinstance(sampler, torch.utils.data.RandomSampler):
             raise ValueError("this DataLoader shuffles, and items are found again by number: pass shuffle=False")
-        self.data, self._accepts = data, accepts
+        self.data: Any = data
+        self._accepts = accepts
         self.batched = isinstance(data, torch.utils.data.DataLoader)
         self.name = name or type(getattr(data, "dataset", data)).__name__
 
@@ -135,7 +136,7 @@ def crc(call: Call, value: int = 0) -> int:
     """A hash of a call's arguments, that goes on from an earlier one."""
     value = zlib.crc32(repr(call.form).encode(), value)
     for t in call.tensors:
-        value = zlib.crc32(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy(), value)
+        value = zlib.crc32(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data, value)
     return value
 
 

@@ -66,7 +66,7 @@ class Net(Network):
     @as_annotated
     def sites(self, x: Any) -> dict[str, str]:
         """What can be read when the network runs on x: the axes of every module's output, by path."""
-        self.batch(x)
+        self._batch(x)
         ran = [path for path, end, part in self._sites.table if end == "output" and part is None]
         return {path: self._sites.told(path) for path in ran}
 
@@ -85,7 +85,7 @@ class Net(Network):
             raise ValueError(f"keep names places from 0 to places - 1, got keep={sorted(kept)} and places={places}")
         return TokenMask(tuple(i for i in range(places) if i not in kept), skip_first=False)
 
-    def batch(self, x: Any, at: Site | None = None, step: int = 0) -> InputBatch:
+    def _batch(self, x: Any, at: Site | None = None, step: int = 0) -> InputBatch:
         """The inputs of a call as a batch, whose places are those of a site. step: the number of the pass in a loop of
         the user's, as ``steps=`` of edits names it."""
         if isinstance(x, list):
@@ -137,7 +137,7 @@ class Net(Network):
         are; at several sites, a dict by site."""
         one = isinstance(at, Site | str)
         wanted = [self.site(s) for s in ([at] if one else cast(Iterable[Any], at))]
-        batch = self.batch(x, step=step)
+        batch = self._batch(x, step=step)
         acts, _ = self.run(batch, wanted, self._writes(edits, batch), logits=False)
         shaped = {s: acts[s].reshape(self._sites.shape(s)) for s in wanted}
         return shaped[wanted[0]] if one else shaped
@@ -146,13 +146,13 @@ class Net(Network):
     def output(self, x: Any, edits: Edits = (), step: int = 0) -> Any:
         """What the module returns, with edits inside. step: the number of this pass in a loop of yours (a diffusion
         step, a step of an episode), for edits that name ``steps=``."""
-        batch = self.batch(x, step=step)
+        batch = self._batch(x, step=step)
         return self.run(batch, writes=self._writes(edits, batch))[1]
 
     @as_annotated
     def run(
         self,
-        batch: InputBatch,
+        batch: TokenBatch,
         reads: Iterable[Site] = (),
         writes: Iterable[Write] = (),
         logits: bool | Callable[..., Any] = True,
@@ -164,7 +164,8 @@ class Net(Network):
         module returns, or what the function ``logits`` makes of it, or None)."""
         import nnsight
 
-        call, reads = Call(batch.args, batch.kwargs), list(reads)
+        batch, reads = cast(InputBatch, batch), list(reads)
+        call = Call(batch.args, batch.kwargs)
         self._sites.look(call)
         parts = {s: self._sites.visits(s) for s in reads}
         split = [visit for visits in parts.values() for visit in visits]

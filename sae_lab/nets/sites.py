@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Mapping
 from math import prod
-from typing import cast
+from typing import Any, cast
 
 from torch import nn
 
