@@ -1,29 +1,16 @@
 """Harvests of networks that are no language models: an item is a context, and its places are the tokens."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from sae_lab.activations import sharding
 from sae_lab.activations.sharding import ORDER, Harvest, folder_of, tokens_of
-from sae_lab.nets.inputs import Call, Inputs
+from sae_lab.nets.inputs import Inputs
 from sae_lab.nets.net import Net
 from sae_lab.saes.base import SparseCoder
 from sae_lab.types import Site, TokenBatch, TokenMask, as_sites
-
-PLACES = 4096  # of the items in one pass
-
-
-class Item(NamedTuple):
-    """An item, in the form of a ``Context``: its places, and its number for each. batched: whether a pass may read it
-    with others."""
-
-    ids: list[int]
-    documents: list[int]
-    roles: None
-    call: Call
-    batched: bool
 
 
 def prepared(
@@ -60,7 +47,7 @@ class ItemHarvest(Harvest):
     def shards(self) -> Iterator[list[list[Any]]]:
         """Passes of items of one shape, in groups of about SHARD_TOKENS places."""
         group: list[list[Any]] = []
-        for some in in_batches(self._items()):
+        for some in self.lm.in_batches(self.text, self.sites):
             group.append(some)
             if sum(map(tokens_of, group)) >= sharding.SHARD_TOKENS:
                 yield group
@@ -68,23 +55,5 @@ class ItemHarvest(Harvest):
         if group:
             yield group
 
-    def _items(self) -> Iterator[Item]:
-        for number, call in enumerate(self.text):
-            places = self.lm.places(call, self.sites)
-            yield Item(list(range(places)), [number] * places, None, call, self.lm.batched(self.sites))
-
     def padded(self, group: list[Any]) -> TokenBatch:
         return self.lm.joined([item.call for item in group], self.sites)
-
-
-def in_batches(items: Iterable[Item]) -> Iterator[list[Item]]:
-    """Items one after another in passes, each of one shape and of at most PLACES places."""
-    some: list[Item] = []
-    for item in items:
-        full = some and (len(some) + 1) * len(item.ids) > PLACES
-        if some and (full or not item.batched or item.call.form != some[0].call.form):
-            yield some
-            some = []
-        some.append(item)
-    if some:
-        yield some

@@ -23,7 +23,7 @@ from sae_lab.activations.reading import read_real, read_there
 from sae_lab.activations.store import VERSION, Store, map_shard, read_manifest
 from sae_lab.lm import forms
 from sae_lab.lm.passes import packed
-from sae_lab.lm.text import Context, padded
+from sae_lab.lm.text import padded
 from sae_lab.lm.tokens import pad
 from sae_lab.results import counted
 from sae_lab.saes.base import SparseCoder
@@ -88,7 +88,7 @@ class Harvest:
         self.manifest = self._open() if on_disk else self._fresh()
         self.good = self._judged()
 
-    def shard(self, number: int, passes: list[list[Context]], on_disk: bool) -> tuple[dict[str, np.ndarray], int]:
+    def shard(self, number: int, passes: list[list[Any]], on_disk: bool) -> tuple[dict[str, np.ndarray], int]:
         """(the tensors of a shard, as a store has them, bfloat16 as raw bits; how many tokens the mask leaves out).
         on_disk: it is read from the folder, or written there."""
         if on_disk and self.has(number):
@@ -204,7 +204,7 @@ class Harvest:
         whole = [shard["rows"] for shard in manifest["shards"] if sizes.get(shard["file"]) == shard["bytes"]]
         return float("inf") if manifest["complete"] and len(whole) == len(manifest["shards"]) else sum(whole)
 
-    def shards(self) -> Iterator[list[list[Context]]]:
+    def shards(self) -> Iterator[list[list[Any]]]:
         """Passes of contexts in groups of about SHARD_TOKENS tokens: the same groups on every run."""
         length, group, count, seen = self.identity["context"], [], 0, 0
         tokenizer, prefix, pack = self.lm.tokenizer, self.lm.prefix_id, self.identity["pack"]
@@ -254,7 +254,7 @@ class Harvest:
         whole = counted(rows, "whole token")
         return f"the store there holds {whole}: make room and call harvest again to go on{opened}"
 
-    def read(self, passes: list[list[Context]]) -> tuple[dict[str, Tensor], int]:
+    def read(self, passes: list[list[Any]]) -> tuple[dict[str, Tensor], int]:
         """The tensors of one shard, in the contexts' order, and how many of its tokens the mask leaves out."""
         contexts = [c for group in passes for c in group]
         lengths = torch.tensor([len(c.ids) for c in contexts])
@@ -275,7 +275,7 @@ class Harvest:
         }
         return tensors | found, int((~kept).sum())
 
-    def padded(self, group: list[Context]) -> TokenBatch:
+    def padded(self, group: list[Any]) -> TokenBatch:
         """Contexts as one batch of the model."""
         return padded(group)
 
@@ -287,7 +287,7 @@ class Harvest:
             return self._read_packed(batches)
         return self._read_whole(batches, ids, positions)
 
-    def _fitting(self, passes: list[list[Context]], read: Callable[[list[TokenBatch]], Kept]) -> Kept:
+    def _fitting(self, passes: list[list[Any]], read: Callable[[list[TokenBatch]], Kept]) -> Kept:
         """What ``read`` gives for the contexts of a shard, in passes that fit into memory: where it runs out, in passes
         of half as many tokens, and so in all later shards."""
         if self.most is None and self.lm.device.type != "cpu":
@@ -364,7 +364,7 @@ class Harvest:
         codes = {name: torch.cat([part[name] for part in found]).contiguous() for name in names}
         return torch.cat([part["keep"] for part in found]), codes
 
-    def _require_roles(self, contexts: list[Context]) -> None:
+    def _require_roles(self, contexts: list[Any]) -> None:
         """ValueError if the mask keeps tokens of some roles, and the first contexts have none of them."""
         wanted = self.mask.roles if self.mask is not None else self.roles
         found = {role for c in contexts for role in c.roles or ()}
@@ -437,9 +437,9 @@ def _counted(mask: TokenMask, batches: list[TokenBatch]) -> Bool[Tensor, " token
     return torch.cat([mask.of(batch)[batch.mask] for batch in batches])
 
 
-def in_groups(contexts: list[Context], most: float) -> list[list[Context]]:
+def in_groups(contexts: list[Any], most: float) -> list[list[Any]]:
     """The contexts, in their order, in groups that have at most so many tokens once they are padded."""
-    groups: list[list[Context]] = []
+    groups: list[list[Any]] = []
     for context in contexts:
         if groups and (len(groups[-1]) + 1) * max(_longest(groups[-1]), len(context.ids)) <= most:
             groups[-1].append(context)
@@ -448,7 +448,7 @@ def in_groups(contexts: list[Context], most: float) -> list[list[Context]]:
     return groups
 
 
-def _longest(contexts: list[Context]) -> int:
+def _longest(contexts: list[Any]) -> int:
     return max(len(c.ids) for c in contexts)
 
 
@@ -458,7 +458,7 @@ def _out_of_memory(err: RuntimeError) -> bool:
     return isinstance(err, torch.cuda.OutOfMemoryError) or any(word in str(err) for word in words)
 
 
-def tokens_of(contexts: list[Context]) -> int:
+def tokens_of(contexts: list[Any]) -> int:
     """The number of tokens in contexts."""
     return sum(len(c.ids) for c in contexts)
 

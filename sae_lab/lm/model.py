@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sae_lab.arguments import Count, as_annotated
-from sae_lab.lm import bundled, generation, inside, loading, passes, tokens
+from sae_lab.lm import bundled, generation, inside, loading, passes, text, tokens
 from sae_lab.lm import site as sites
 from sae_lab.lm.block import SUMMED, broken_sums
 from sae_lab.lm.comparing import Comparison, compared
@@ -21,6 +21,7 @@ from sae_lab.lm.passes import through, token_losses
 from sae_lab.lm.tokens import Prompts, Token
 from sae_lab.types import Edits, Site, TokenBatch, TokenMask, Write, as_sites
 
+CONTEXT = 128  # tokens of a context in which vectors are measured
 LOGITS_BYTES = 1 << 30  # of logits made at a time by lm.logits and lm.loss
 
 
@@ -158,6 +159,11 @@ class LM(Network):
     def _batch(self, prompts: Prompts, at: Site | None = None) -> TokenBatch:
         return self.tokenize(prompts)
 
+    def _passes(self, source: Any, site: Site) -> Iterator[TokenBatch]:
+        source = text.as_text(text.load_text() if source is None else source)
+        for contexts in source.passes(self.tokenizer, self.prefix_id, min(CONTEXT, self.max_length)):
+            yield self.tokenize([c.ids for c in contexts])
+
     def _require_known(self, ids: Int[Tensor, "*tokens"]) -> None:
         """ValueError for ids without an embedding: on a GPU they would end the kernel."""
         vocab, low, high = self.vocab_size, int(ids.min()), int(ids.max())
@@ -192,8 +198,8 @@ class LM(Network):
     def _reading(self) -> dict[str, list[int]]:
         """The token ids of each text of the vocabulary."""
         found: dict[str, list[int]] = {}
-        for id, text in enumerate(self.vocabulary):
-            found.setdefault(text, []).append(id)
+        for id, read in enumerate(self.vocabulary):
+            found.setdefault(read, []).append(id)
         return found
 
     @as_annotated

@@ -30,6 +30,7 @@ class Network:
     _server: Any = None
     _lock: threading.RLock
     _batch: Callable[..., Any]  # (inputs, site) -> a TokenBatch, whose tokens are the places of the site
+    _passes: Callable[..., Iterator[TokenBatch]]  # (text or data, site) -> its batches
     _reading: Any  # the token ids of each text of the vocabulary
     id: str
     run: Callable[..., tuple[dict[Site, Any], Any]]

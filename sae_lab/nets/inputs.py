@@ -73,6 +73,9 @@ def positional(module: nn.Module) -> int:
     return sum(k in (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD) for k in kinds) - 1
 
 
+PLACES = 4096  # of the items in one pass
+
+
 class Inputs:
     """Items for a network, in a fixed order: a tensor (items on axis 0), a list or a data set of items, or a
     ``DataLoader``, whose batches are taken apart. An item is a tensor, a tuple of arguments or a mapping of them.
@@ -151,3 +154,27 @@ def stacked(calls: Sequence[Call]) -> Call:
     leaves = [_pytree.tree_leaves(tuple(c)) for c in calls]
     joined = [torch.stack(list(vs)) if isinstance(vs[0], Tensor) else vs[0] for vs in zip(*leaves, strict=True)]
     return Call(*_pytree.tree_unflatten(joined, _pytree.tree_structure(tuple(calls[0]))))
+
+
+class Item(NamedTuple):
+    """An item, in the form of a ``Context``: its places, and its number for each. batched: whether a pass may read it
+    with others."""
+
+    ids: list[int]
+    documents: list[int]
+    roles: None
+    call: Call
+    batched: bool
+
+
+def in_batches(items: Iterable[Item]) -> Iterator[list[Item]]:
+    """Items one after another in passes, each of one shape and of at most PLACES places."""
+    some: list[Item] = []
+    for item in items:
+        full = some and (len(some) + 1) * len(item.ids) > PLACES
+        if some and (full or not item.batched or item.call.form != some[0].call.form):
+            yield some
+            some = []
+        some.append(item)
+    if some:
+        yield some

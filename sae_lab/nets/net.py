@@ -1,7 +1,7 @@
 """Net: any torch module, read and changed through nnsight traces, with a language model's coders, edits and stores."""
 
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import groupby
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sae_lab.arguments import as_annotated
 from sae_lab.lm import passes
 from sae_lab.lm.network import Network, listed_edits
-from sae_lab.nets.inputs import Call, InputBatch, positional, stacked
+from sae_lab.nets.inputs import Call, InputBatch, Inputs, Item, in_batches, positional, stacked
 from sae_lab.nets.sites import NetSites
 from sae_lab.types import MODULE, Edits, Site, TokenBatch, TokenMask, Write
 
@@ -106,6 +106,18 @@ class Net(Network):
         self._sites.look(call)
         none = torch.zeros(1, 1, dtype=torch.long)
         return self._placed(InputBatch(none, none == 0, none, args=call.args, kwargs=call.kwargs), sites[0])
+
+    def in_batches(self, data: Inputs, sites: Sequence[Site]) -> Iterator[list[Item]]:
+        """The items of a data set, those of one shape together as far as a pass has room for their places."""
+        batched = self.batched(sites)
+        many = ((number, call, self.places(call, sites)) for number, call in enumerate(data))
+        return in_batches(Item(list(range(n)), [number] * n, None, call, batched) for number, call, n in many)
+
+    def _passes(self, data: Any, site: Site) -> Iterator[InputBatch]:
+        if data is None:
+            raise ValueError("a network has no text of its own to measure on: pass text=, the data that it reads")
+        for items in self.in_batches(Inputs(data, self.accepts), [site]):
+            yield self.joined([item.call for item in items], [site])
 
     def batched(self, sites: Sequence[Site]) -> bool:
         """Whether a pass reads several items: the axes of a site may have been named without a batch."""
@@ -231,12 +243,13 @@ class Net(Network):
 
     @as_annotated
     def gradient(
-        self, batch: InputBatch, site: Site, metric: Callable[..., Tensor], x: Float[Tensor, "batch place d"]
+        self, batch: TokenBatch, site: Site, metric: Callable[..., Tensor], x: Float[Tensor, "batch place d"]
     ) -> Float[Tensor, "batch place d"]:
         """The gradient of ``metric(output, places)``, summed over the batch, with respect to a site's activations, at
         x."""
         import nnsight
 
+        batch = cast(InputBatch, batch)
         self._sites.look(Call(batch.args, batch.kwargs))
         if len(self._sites.visits(site)) > 1:
             raise ValueError(f"{site} is visited several times: take the gradient of one, as at {site.key}@0")
