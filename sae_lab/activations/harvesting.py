@@ -16,7 +16,7 @@ from sae_lab.activations.store import Store
 from sae_lab.arguments import as_annotated
 from sae_lab.costs import Cost, timed
 from sae_lab.lm.model import LM
-from sae_lab.lm.text import WINDOW_DOCUMENTS, Documents, Text, as_text
+from sae_lab.lm.text import WINDOW_DOCUMENTS, Text, as_text
 from sae_lab.lm.tokens import pad
 from sae_lab.nets.net import Net
 from sae_lab.results import counted
@@ -80,7 +80,7 @@ def harvest(
 
 
 def prepared(
-    lm: LM, sites: Site | str | Iterable[Site | str], text: Documents, tokens: int, path: str | Path | None,
+    lm: LM, sites: Site | str | Iterable[Site | str], text: Any, tokens: int, path: str | Path | None,
     context: int, pack: bool, mask: TokenMask | None, roles: str | Sequence[str], coder: SparseCoder | None,
 ) -> "Harvest":  # fmt: skip
     """A call of ``harvest`` with checked arguments."""
@@ -121,7 +121,7 @@ def prepared(
 
 
 def cost(
-    lm: LM, sites: Site | str | Iterable[Site | str], text: Documents, tokens: int, path: str | Path | None,
+    lm: LM, sites: Site | str | Iterable[Site | str], text: Any, tokens: int, path: str | Path | None,
     context: int, pack: bool, mask: TokenMask | None, roles: str | Sequence[str], coder: SparseCoder | None,
     ranks: int = 1,
 ) -> Cost:  # fmt: skip

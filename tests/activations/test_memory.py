@@ -6,6 +6,7 @@ import torch
 
 import sae_lab as sl
 from sae_lab.activations import sharding
+from sae_lab.lm.text import Context
 
 SITE, CONTEXT = sl.Site("resid_post", 1), 32
 
@@ -67,7 +68,7 @@ def test_any_other_error_is_left_as_it_is(cramped, small_text, tmp_path):
 
 
 def test_a_cut_keeps_the_order_and_counts_padding():
-    context = lambda n: sharding.Context(list(range(n)), [0] * n)  # noqa: E731
+    context = lambda n: Context(list(range(n)), [0] * n)  # noqa: E731
     contexts = [context(n) for n in (3, 3, 8, 2, 2, 2, 2)]
     groups = sharding.in_groups(contexts, 8)
     assert [[len(c.ids) for c in group] for group in groups] == [[3, 3], [8], [2, 2, 2, 2]]

@@ -17,7 +17,8 @@ class Case(NamedTuple):
 class ConvNet(nn.Module):
     def __init__(self):
         super().__init__()
-        self.features = nn.Sequential(nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 8, 3))
+        layers = nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 8, 3)
+        self.features = nn.Sequential(*layers)
         self.head = nn.Linear(8, 10)
 
     def forward(self, x):
@@ -27,7 +28,8 @@ class ConvNet(nn.Module):
 class UNet(nn.Module):
     def __init__(self):
         super().__init__()
-        self.down, self.mid, self.up = nn.Conv2d(1, 4, 3, 2, 1), nn.Conv2d(4, 8, 3, padding=1), nn.ConvTranspose2d(8, 4, 2, 2)
+        self.down, self.mid = nn.Conv2d(1, 4, 3, 2, 1), nn.Conv2d(4, 8, 3, padding=1)
+        self.up = nn.ConvTranspose2d(8, 4, 2, 2)
         self.out = nn.Conv2d(5, 1, 1)
 
     def forward(self, x):
@@ -60,7 +62,8 @@ class Looped(nn.Module):
 class ViTBlock(nn.Module):
     def __init__(self, d):
         super().__init__()
-        self.norm1, self.attn, self.norm2 = nn.LayerNorm(d), nn.MultiheadAttention(d, 2, batch_first=True), nn.LayerNorm(d)
+        self.norm1, self.norm2 = nn.LayerNorm(d), nn.LayerNorm(d)
+        self.attn = nn.MultiheadAttention(d, 2, batch_first=True)
         self.mlp = nn.Sequential(nn.Linear(d, 2 * d), nn.GELU(), nn.Linear(2 * d, d))
 
     def forward(self, x):
@@ -170,14 +173,17 @@ def cases() -> dict[str, Case]:
             nn.Sequential(nn.LSTM(5, 7)), draw(6, 4, 5), ["0"], {"0": "step batch channel"}
         ),
         "loop": Case(Looped(), draw(4, 3, 5), ["cell@0", "cell@2", "head"]),
-        "ViT": Case(ViT(), draw(5, 1, 8, 8), ["patch", "blocks.0", "blocks.1.mlp.1", "blocks.1.attn", "blocks.0@input"]),
+        "ViT": Case(
+            ViT(), draw(5, 1, 8, 8), ["patch", "blocks.0", "blocks.1.mlp.1", "blocks.1.attn", "blocks.0@input"]
+        ),
         "graph net": Case(
             GraphNet(), (draw(9, 3), edges), ["conv1", "conv2"],
             {"conv1": "position channel", "conv2": "position channel"},
         ),
         "MLP": Case(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), draw(6, 4), ["0", "1", "2@input"]),
         "diffusion step": Case(
-            Denoiser(), (draw(3, 1, 8, 8), torch.rand(3, generator=g), torch.tensor([1, 5, 9])), ["inner", "label", "out"]
+            Denoiser(), (draw(3, 1, 8, 8), torch.rand(3, generator=g), torch.tensor([1, 5, 9])),
+            ["inner", "label", "out"],
         ),
         "policy": Case(Policy(), draw(7, 4), ["body.1", "heads@logits", "heads@value"]),
         "SATFormer's gate": Case(Gated(), draw(3, 6, 8), ["gate", "mix", "out@input"]),
