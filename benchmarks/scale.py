@@ -25,7 +25,7 @@ from steps import processor
 
 import sae_lab as sl
 from sae_lab import costs
-from sae_lab.activations.harvesting import FORWARD_TOKENS
+from sae_lab.activations.sharding import FORWARD_TOKENS
 from sae_lab.lm.text import padded
 from sae_lab.training.loop import Training, measured
 
