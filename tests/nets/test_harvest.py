@@ -94,3 +94,11 @@ def test_codes_can_be_kept_in_place_of_activations(vit, tmp_path):
     kept = sl.harvest(vit, sae.site, IMAGES, tokens=10_000, path=tmp_path / "z", coder=sae)
     x = vit.read(IMAGES, "blocks.0").reshape(-1, 12)
     torch.testing.assert_close(kept.codes(0, len(kept), 24).dense(), sae.encode(x), atol=1e-5, rtol=1e-4)
+
+
+def test_a_pass_has_room_for_so_many_places(vit):
+    from sae_lab.nets.inputs import PLACES, Inputs
+
+    many = torch.zeros(600, 1, 8, 8)
+    passes = [len(some) for some in vit.in_batches(Inputs(many, vit.accepts), [vit.site("blocks.0")])]
+    assert passes == [PLACES // 17, PLACES // 17, 600 - 2 * (PLACES // 17)]

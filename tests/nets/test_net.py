@@ -239,3 +239,38 @@ def test_a_mapping_of_several_values_is_named():
 def test_a_graph_has_no_batch_unless_named():
     with pytest.raises(ValueError, match="axes="):
         sl.Net(GraphNet()).read(CASES["graph net"].x, "conv1")
+
+
+def test_shapes_are_watched_once_for_inputs_of_a_form(vit, images, monkeypatch):
+    from sae_lab.nets import shapes
+
+    seen, watch = [], shapes.watch
+    vit.read(images[:6], "blocks.0")
+    monkeypatch.setattr(shapes, "watch", lambda *args: seen.append(1) or watch(*args))
+    for _ in range(3):
+        vit.read(images[:6], "blocks.0")
+    assert not seen, "a pass with hooks costs as much as the read itself"
+    vit.read(images[:7], "blocks.0")
+    assert len(seen) == 1
+
+
+class Turned(torch.nn.Module):
+    """A tensor whose shape the module before and the module after would read in different ways."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.mid, self.linear = torch.nn.Conv2d(1, 6, 1), torch.nn.Identity(), torch.nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.linear(self.mid(self.conv(x)))
+
+
+def test_modules_that_disagree_on_the_channel_are_refused():
+    x = torch.randn(2, 1, 6, 6)
+    with pytest.raises(ValueError, match="which axis of 'mid' is the channel cannot be told"):
+        sl.Net(Turned()).read(x, "mid")
+    net = Turned()
+    last, first = (
+        sl.Net(net, axes={"mid": names}) for names in ("batch height width channel", "batch channel height width")
+    )
+    assert torch.equal(last.read(x, "mid"), first.read(x, "mid").permute(0, 3, 1, 2))
