@@ -121,12 +121,14 @@ def prepared(
 
 
 def cost(
-    lm: LM, sites: Site | str | Iterable[Site | str], text: Any, tokens: int, path: str | Path | None,
+    lm: LM | Net, sites: Site | str | Iterable[Site | str], text: Any, tokens: int, path: str | Path | None,
     context: int, pack: bool, mask: TokenMask | None, roles: str | Sequence[str], coder: SparseCoder | None,
     ranks: int = 1,
 ) -> Cost:  # fmt: skip
     """The cost of ``harvest`` with these arguments, by ``ranks`` processes. The trial harvests a shard of the first
     documents, or as much of it as a slow model reads in a few seconds, into a folder that is deleted."""
+    if not isinstance(lm, LM):
+        raise ValueError("what a harvest costs is told for language models alone: try few tokens, and time it")
     call, once = timed(prepared, lm, sites, text, tokens, path, context, pack, mask, roles, coder)
     there = call.rows_there()
     if there >= tokens:

@@ -67,6 +67,8 @@ class LM(Network):
     went wrong there.
     """
 
+    IN_WORDS = "an LM"
+
     @as_annotated
     def __init__(
         self,

@@ -43,6 +43,8 @@ class Net(Network):
     the batch of a site cannot be told, and where the inputs of a batch change each other's activations.
     """
 
+    IN_WORDS = "a Net"
+
     @as_annotated
     def __init__(self, module: nn.Module, axes: str | Mapping[str, str] | None = None, name: str | None = None):
         import nnsight

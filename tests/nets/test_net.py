@@ -274,3 +274,12 @@ def test_modules_that_disagree_on_the_channel_are_refused():
         sl.Net(net, axes={"mid": names}) for names in ("batch height width channel", "batch channel height width")
     )
     assert torch.equal(last.read(x, "mid"), first.read(x, "mid").permute(0, 3, 1, 2))
+
+
+def test_what_a_net_is_not_for_says_so(vit, images, coder, tmp_path):
+    with pytest.raises(ValueError, match="lm must be an LM, got a Net"):
+        sl.Stream(vit, "blocks.0", images)
+    with pytest.raises(ValueError, match="for language models alone"):
+        sl.estimate(sl.harvest, vit, "blocks.0", images, path=tmp_path)
+    with pytest.raises(ValueError, match=r"has none: use sl.Net\(module\)"):
+        sl.LM(ViT())
