@@ -19,8 +19,8 @@ def test_parts_divide_the_images():
 
 
 def test_images_are_scikit_learns():
-    world = sl.worlds.digits()
-    assert np.array_equal(world.images * 16, load_digits().images) and np.array_equal(world.labels, load_digits().target)
+    world, found = sl.worlds.digits(), load_digits()
+    assert np.array_equal(world.images * 16, found.images) and np.array_equal(world.labels, found.target)
     assert world.images.min() == 0 and world.images.max() == 1
 
 
