@@ -73,8 +73,8 @@ def tail(model: ViT, x: Float[Tensor, "batch places d"]) -> Float[Tensor, "batch
 
 
 def focus(codes: Float[Tensor, "images places n"], least: int) -> Float[Tensor, " n"]:
-    """Σa²/(Σa)² over the places of an image, meaned over images on which a feature fires: 1 where it fires at one place,
-    1/places where it fires alike at all. NaN for a feature that fires on fewer than ``least`` images."""
+    """Σa²/(Σa)² over an image's places, then the mean over images on which a feature fires: 1 where it fires at one
+    place, 1/places where it fires alike at all. NaN for a feature that fires on fewer than ``least`` images."""
     total, fires = codes.sum(1), (codes > 0).any(1)
     share = codes.pow(2).sum(1) / total.pow(2).clamp_min(1e-12)
     many = fires.sum(0)
