@@ -26,7 +26,7 @@ def name_of(thing: Any, otherwise: str) -> str:
 def lm_line(lm: Network, name: str = "lm") -> str:
     """The line that loads the model again; a comment for a model that was handed over."""
     if not isinstance(lm, LM):
-        return f"# {name}: your network, {name} = sl.Net(module)"
+        return f"# {name}: your {lm.id}, {name} = sl.Net(module)"
     if lm._server is not None:
         return f"{name} = sl.LM({lm.id!r}, remote={lm._server.asked!r})"
     if lm.id == bundled.HUB_ID:

@@ -143,5 +143,5 @@ def test_a_language_model_has_no_pictures(tiny_lm, tmp_path):
     text = ["the quick brown fox jumps over the lazy dog"] * 20
     store = sl.harvest(tiny_lm, "resid_post-1", text, tokens=100, path=tmp_path / "s", context=8)
     sae = sl.train(sl.TopK(48, 64, k=4), store, sl.TrainConfig(steps=3, batch_size=32)).coder.eval()
-    with pytest.raises(ValueError, match="draw is for an index of a sl.Net"):
+    with pytest.raises(ValueError, match=r"draw is for an index of a sl\.Net"):
         sl.index_features(sae, tiny_lm, store, tmp_path / "i").draw(lambda item: item)

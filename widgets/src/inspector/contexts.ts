@@ -108,7 +108,7 @@ function rowgroup(group: Group, scale: number, shown: Map<HTMLElement, Context>)
 /** An item of a network that is no language model, as a picture. */
 function tile(context: Context): HTMLElement {
   const value = number(context.values[context.peak]);
-  const label = tokenLabel(context.tokens[context.peak] ?? "");
+  const label = context.tokens[context.peak] ?? "";
   const place = `item ${integer(context.document)}, place ${label}`;
   return h(
     "div",
