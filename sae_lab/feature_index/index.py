@@ -1,22 +1,23 @@
 """FeatureIndex: everything about every feature, opened in milliseconds from memory-mapped files."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from sae_lab import files, noting
 from sae_lab.activations.store import Store
 from sae_lab.arguments import Count, as_annotated
-from sae_lab.feature_index import exporting, finding, live, query, searching
+from sae_lab.feature_index import drawing, exporting, finding, live, query, searching
 from sae_lab.feature_index.annotations import Note, Notes
 from sae_lab.feature_index.labels import Labels
 from sae_lab.feature_index.summaries import BINS, QUANTILE_CONTEXTS, QUARTERS, TOP_CONTEXTS
 from sae_lab.lm.model import LM
+from sae_lab.lm.network import Network
 from sae_lab.results import Name, counted, visible
 from sae_lab.saes.base import SparseCoder
 from sae_lab.types import Site, check_feature
@@ -38,13 +39,16 @@ READABLE_DENSITY = (5e-4, 1e-2)  # rarer features have too few contexts to judge
 @dataclass(frozen=True)
 class Context:
     """Tokens around an activation. values: the feature's activation per token, None where the mask leaves it out;
-    ``peak`` is the index of the activation in ``tokens``, ``position`` its position in the model's context."""
+    ``peak`` is the index of the activation in ``tokens``, ``position`` its position in the model's context. Of a
+    ``sl.Net`` a context is an item, ``document`` its number; picture: the item with heat, as an address that holds it,
+    where ``index.draw`` says how items look."""
 
     tokens: list[str]
     values: list[float | None]
     peak: int
     document: int
     position: int
+    picture: str = ""
 
     def __str__(self) -> str:
         marked = [f"[{t}]" if i == self.peak else t for i, t in enumerate(self.tokens)]
@@ -140,7 +144,7 @@ class FeatureIndex:
     them. With the model and the coder at hand (``lm``, ``coder``) it also scores new text.
     """
 
-    def __init__(self, path: str | Path, store: Store, lm: LM, coder: SparseCoder | None = None):
+    def __init__(self, path: str | Path, store: Store, lm: Network, coder: SparseCoder | None = None):
         self.path, self.store, self.lm, self.coder = Path(path), store, lm, coder
         facts = read_facts(self.path / "index.json")
         self.d_sae: int = facts["d_sae"]
@@ -163,6 +167,8 @@ class FeatureIndex:
         # Labels and the headers of the store's files are read now, so that the first feature opens as fast as others.
         self._labels = Labels.read(lm, self.path / "labels.json", blocks["labels.json"], REMEDY)
         self.store.contexts(np.zeros(1, np.int64))
+        self._render: drawing.Render | None = None
+        self._grid: Sequence[int] | None = None
 
     def __len__(self) -> int:
         return self.d_sae
@@ -233,7 +239,7 @@ class FeatureIndex:
     @cached_property
     def _places(self) -> searching.Places:
         tokens = self.store.rows(np.arange(self.tokens_seen), "token").numpy().astype(np.int32)
-        return searching.Places(self.lm, self._labels, tokens)
+        return searching.Places(cast(LM, self.lm), self._labels, tokens)
 
     def search(
         self, what: str | Sequence[str], against: Sequence[str] | None = None, limit: Count = 50,
@@ -266,10 +272,17 @@ class FeatureIndex:
         ValueError for a limit that is no number, a sentence beyond the model's length, and a sentence or examples on an
         index without its coder.
         """
+        lm = self.lm
+        if not isinstance(lm, LM) and (not isinstance(what, str) or query.parse(what).kind in ("words", "sentence")):
+            raise ValueError(
+                "words, sentences and examples are looked for in texts; features of another network are found by "
+                "conditions, index.search('density<1% label:eye')"
+            )
         if against is not None:
             texts = [what] if isinstance(what, str) else what
             coder = self._at_hand("a search by examples")
-            found = finding.find_features(self.lm, coder, texts, against, pooling=pooling, permutations=PERMUTATIONS)
+            asked = cast(LM, lm), coder, texts, against
+            found = finding.find_features(*asked, pooling=pooling, permutations=PERMUTATIONS)
             return self._described(found.table, found.searched, limit)
         if not isinstance(what, str):
             many = counted(len(what), "text")
@@ -284,7 +297,7 @@ class FeatureIndex:
             table, searched = self._by_words(asked)
         elif asked.kind == "sentence":
             coder = self._at_hand("a search by a sentence")
-            table = searching.on_sentence(self.lm, coder, asked.text, self.density, self.mean)
+            table = searching.on_sentence(cast(LM, lm), coder, asked.text, self.density, self.mean)
             searched = str(asked)
         else:
             order = self.order("best")
@@ -379,9 +392,24 @@ class FeatureIndex:
         """
         return exporting.write(self, self._log.all(), path, model, layer, author)
 
-    def score(self, feature: int, text: str) -> live.Scored:
-        """A feature's activation at each token of a new text: one pass to the coder's site."""
+    def score(self, feature: int, text: Any) -> live.Scored:
+        """A feature's activation at each token of a new text, or at each place of an input of a ``sl.Net``: one pass to
+        the coder's site."""
         return live.score(self.lm, self._at_hand("scoring a text"), self._check(feature), text)
+
+    def draw(self, render: Callable[[int], Any] | None, grid: Sequence[Count] | None = None) -> "FeatureIndex":
+        """``index.draw(lambda i: images[i])``: how the items of a network's store look, in panels, pages and tables.
+
+        render: the number of an item in the data -> a picture (a PNG, or an array of height and width with values from
+        0 to 1, or whole numbers to 255), on which the activations lie as heat; or a list of str, a name for each place
+        (residues, steps). None: places are shown by their numbers. grid: (height, width) of the places on the picture;
+        None: the site's own, or a square, with a place before it or not. Returns the index. ValueError for a language
+        model, whose tokens are shown.
+        """
+        if isinstance(self.lm, LM):
+            raise ValueError("a language model's contexts are shown as their tokens: draw is for an index of a sl.Net")
+        self._render, self._grid = render, self.store.identity["grid"] if grid is None else list(grid)
+        return self
 
     def compare(self, a: Count, b: Count) -> live.Pair:
         """Two features: cosine of their decoder rows, and on how many tokens of the store both fire."""
@@ -450,6 +478,8 @@ class FeatureIndex:
 
     def _lens_note(self, feature: int) -> str:
         if "lens_kurtosis" not in self._stats:
+            if not isinstance(self.lm, LM):
+                return "no logit lens: this network is no language model"
             return f"no logit lens: {self.site} is not written to the residual stream"
         sharp = float(self._stats["lens_kurtosis"][feature]) > self._noise
         return "" if sharp else "These tokens may be chance: random directions are as sharp as this one."
@@ -475,11 +505,12 @@ class FeatureIndex:
         if not len(shown):
             return []
         numbers, documents = self.store.contexts(shown), self.store.rows(shown, "document")
-        found = []
+        found, largest = [], float(values.max())
         for shown_row, number, document in zip(shown, numbers.tolist(), documents.tolist(), strict=True):
             here, positions = self.store.context_rows(number)
             ids, peak = self.store.context_ids(number), int(positions[np.searchsorted(here, shown_row)])
-            start, stop = max(0, peak - BEFORE), min(len(ids), peak + AFTER + 1)
+            whole = "grid" in self.store.identity  # an item is shown whole
+            start, stop = (0, len(ids)) if whole else (max(0, peak - BEFORE), min(len(ids), peak + AFTER + 1))
             along: list[float | None] = [None] * (stop - start)
             # In the type of rows: else all of them would be converted, a million of a dense feature.
             first, last = np.searchsorted(rows, np.array([here[0], here[-1] + 1], rows.dtype))
@@ -488,5 +519,9 @@ class FeatureIndex:
             for row, position in zip(here[known].tolist(), positions[known].tolist(), strict=True):
                 along[position - start] = round(fires.get(row, 0.0), 4)
             labels = self._labels.of(ids[start:stop].tolist(), prefixed=start == 0)
-            found.append(Context(labels, along, peak - start, document, peak))
+            picture = ""
+            if self._render is not None:
+                picture, names = drawing.drawn(self._render(document), along, self._grid, largest)
+                labels = names or labels
+            found.append(Context(labels, along, peak - start, document, peak, picture))
         return found

@@ -125,6 +125,11 @@ class Net(Network):
         """Whether a pass reads several items: the axes of a site may have been named without a batch."""
         return all(self._sites.has_batch(site) for site in sites)
 
+    def grid(self, item: Call, site: Site) -> list[int]:
+        """The sizes of the axes along which an item's places lie."""
+        self.joined([item], [site])
+        return list(self._sites.shape(site)[1:-1])
+
     def places(self, item: Call, sites: Sequence[Site]) -> int:
         """The number of places of an item. ValueError for sites with unequal numbers."""
         self.joined([item], sites)

@@ -78,6 +78,8 @@ def _contexts(groups: Sequence[Mapping[str, Any]]) -> Html:
 
 
 def _context(context: Mapping[str, Any]) -> Html:
+    if context.get("picture"):
+        return tag("img", src=context["picture"], alt=f"item {context['document']}, place {context['position']}")
     start = max(0, context["peak"] - TOKENS_EACH_SIDE)
     stop = context["peak"] + TOKENS_EACH_SIDE + 1
     pairs = zip(context["tokens"][start:stop], context["values"][start:stop], strict=True)

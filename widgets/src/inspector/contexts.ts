@@ -105,7 +105,21 @@ function rowgroup(group: Group, scale: number, shown: Map<HTMLElement, Context>)
   return { element, fill };
 }
 
+/** An item of a network that is no language model, as a picture. */
+function tile(context: Context): HTMLElement {
+  const value = number(context.values[context.peak]);
+  const label = context.tokens[context.peak] ?? "";
+  const place = `item ${integer(context.document)}, place ${label}`;
+  return h(
+    "div",
+    { class: "saelab-tile", role: "row", "data-row": true, "aria-label": `${value}, ${place}`, title: place },
+    h("img", { src: context.picture ?? "", alt: place, "data-cell": true, "data-position": context.peak }),
+    h("span", { class: "saelab-context-value", role: "rowheader" }, `${value} at ${label}`),
+  );
+}
+
 function line(context: Context, scale: number): HTMLElement {
+  if (context.picture?.startsWith("data:image/png;base64,")) return tile(context);
   const cells = tokenSpans(context, scale);
   for (const [i, cell] of cells.entries()) if (Math.abs(i - context.peak) > SNIPPET) cell.dataset.far = "";
   const value = number(context.values[context.peak]);

@@ -6,6 +6,8 @@ import type { Strip } from "../shared/tokens";
 export interface Context extends Strip {
   document: number;
   position: number;
+  /** of a network that is no language model: the item with heat, as a data address */
+  picture?: string;
 }
 
 export interface Group {

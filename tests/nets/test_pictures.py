@@ -1,0 +1,147 @@
+"""An index of a network's store, and how its items look in panels and pages."""
+
+import base64
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import sae_lab as sl
+from sae_lab.feature_index import drawing
+from tests.nets.networks import ViT, cases
+
+IMAGES = torch.rand(60, 1, 8, 8, generator=torch.Generator().manual_seed(4))
+
+
+def indexed(net, site, data, folder, width):
+    store = sl.harvest(net, site, data, tokens=100_000, path=folder / "store")
+    sae = sl.train(sl.TopK(width, 24, k=3), store, sl.TrainConfig(steps=60, batch_size=128)).coder.eval()
+    return sl.index_features(sae, net, store, folder / "index")
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory):
+    torch.manual_seed(7)
+    return indexed(sl.Net(ViT()), "blocks.0", IMAGES, tmp_path_factory.mktemp("vit"), 12)
+
+
+@pytest.fixture(autouse=True)
+def undrawn(index):
+    yield
+    index.draw(None)
+
+
+def pixels(address):
+    assert address.startswith("data:image/png;base64,")
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(address.split(",")[1]))))
+
+
+def test_a_context_is_a_whole_item(index):
+    net, sae = index.lm, index.coder
+    feature = index.best()
+    codes = sae.encode(net.read(IMAGES, "blocks.0"))[..., feature]
+    view = index[feature]
+    assert view.lens_note == "no logit lens: this network is no language model"
+    top = view.top[0]
+    assert (top.document, top.position) == divmod(int(codes.argmax()), 17)
+    assert len(top.values) == 17 and top.peak == top.position
+    torch.testing.assert_close(torch.tensor(top.values), codes[top.document], atol=5e-3, rtol=5e-3)
+    items = [c.document for group in view.groups for c in group["contexts"]]
+    assert len(items) == len(set(items)), "no item twice"
+    shown = len(view.top)
+    assert shown == min(12, int((codes.amax(1) > 0).sum())), "items with equal places are not repeated text"
+
+
+def test_the_first_to_look_at_are_selective(index):
+    codes = index.coder.encode(index.lm.read(IMAGES, "blocks.0"))
+    fires = (codes > 0).any(1).float().sum(0)
+    score = (1 - fires / 60) * (fires / 30).clamp(max=1)
+    assert score[index.best()] == score[index.counts > 0].max()
+
+
+def test_heat_lies_on_the_places_of_the_picture(index):
+    index.draw(lambda item: np.zeros((8, 8)))
+    top = index[index.best()].top[0]
+    seen = pixels(top.picture).astype(float)[..., 0]
+    blocks = seen.reshape(4, drawing.SIDE // 4, 4, drawing.SIDE // 4).mean((1, 3))
+    expected = np.array([v or 0.0 for v in top.values])[1:].reshape(4, 4) / index.max[index.best()]
+    np.testing.assert_allclose(blocks, expected.clip(0, 1) * drawing.OPAQUE * drawing.HEAT[0], atol=1.0)
+
+
+def test_pictures_of_every_kind(index):
+    image = (IMAGES[0, 0].numpy() * 255).astype(np.uint8)
+    png = io.BytesIO()
+    Image.fromarray(image).save(png, "PNG")
+    kinds = [IMAGES[0], IMAGES[0, 0], image, image[..., None], np.repeat(image[..., None], 3, 2),
+             torch.from_numpy(image).expand(3, 8, 8), png.getvalue(), Image.fromarray(image)]  # fmt: skip
+    seen = [pixels(drawing.drawn(kind, [0.0] * 16, (4, 4), 1.0)[0]) for kind in kinds]
+    for other in seen[1:]:
+        np.testing.assert_allclose(seen[0], other, atol=1)
+
+
+def test_names_of_places_are_shown_as_tokens(tmp_path):
+    net, g = sl.Net(cases()["LSTM"].module), torch.Generator().manual_seed(2)
+    letters = ["ACDE", "FGHIKL", "MNPQRS"] * 10
+    data = [torch.randn(len(word), 5, generator=g) for word in letters]
+    index = indexed(net, "lstm", data, tmp_path, 7).draw(lambda item: list(letters[item]))
+    top = index[index.best()].top[0]
+    assert "".join(top.tokens) == letters[top.document] and top.picture == ""
+    assert index.draw(None)[index.best()].top[0].tokens[:2] == ["0", "1"]
+
+
+def test_panel_page_and_site_hold_the_pictures(index, tmp_path):
+    index.draw(lambda item: IMAGES[item])
+    panel = sl.FeatureInspector(index)
+    assert panel.view["groups"][0]["contexts"][0]["picture"].startswith("data:image/png")
+    assert '<img src="data:image/png;base64,' in panel._html()  # the form that a saved notebook keeps
+    assert "data:image/png" in panel.to_html(tmp_path / "page.html").read_text()
+    site = index.to_site(tmp_path / "site").parent
+    assert any("data:image/png" in file.read_text() for file in site.rglob("*.js*"))
+    assert panel.code().startswith("import sae_lab as sl\n\n# lm: your ViT, lm = sl.Net(module)")
+
+
+def test_conditions_find_and_words_are_refused(index):
+    assert index.search("density<100%").features
+    for what in ("eye", '"an eye in the dark"'):
+        with pytest.raises(ValueError, match="features of another network are found by conditions"):
+            index.search(what)
+    with pytest.raises(ValueError, match="found by conditions"):
+        index.search(["a"], against=["b"])
+    with pytest.raises(ValueError, match="Neuronpedia shows features of language models"):
+        index.to_neuronpedia("export")
+
+
+def test_an_input_is_scored(index):
+    scored = index.score(index.best(), IMAGES[:1])
+    expected = index.coder.encode(index.lm.read(IMAGES[:1], "blocks.0"))[0, :, index.best()]
+    torch.testing.assert_close(torch.tensor(scored.values), expected, atol=1e-4, rtol=1e-4)
+    with pytest.raises(ValueError, match="one input is scored at a time, got 2"):
+        index.score(0, IMAGES[:2])
+    with pytest.raises(ValueError, match="reads no text"):
+        index.score(0, "hello")
+
+
+BAD = {
+    "a str": (lambda item: "x", None, "render gives a PNG"),
+    "bytes that are no picture": (lambda item: b"x", None, "bytes that are no picture"),
+    "names of other places": (lambda item: ["a"], None, "a name for each of the item's 17 places, got 1"),
+    "five axes": (lambda item: np.zeros((1, 1, 1, 1, 1)), None, "render gives a PNG"),
+    "another grid": (lambda item: IMAGES[item], (5, 5), "is not known: say so"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_render_may_not_give(case, index):
+    render, grid, said = BAD[case]
+    with pytest.raises(ValueError, match=said):
+        index.draw(render, grid)[index.best()]
+
+
+def test_a_language_model_has_no_pictures(tiny_lm, tmp_path):
+    text = ["the quick brown fox jumps over the lazy dog"] * 20
+    store = sl.harvest(tiny_lm, "resid_post-1", text, tokens=100, path=tmp_path / "s", context=8)
+    sae = sl.train(sl.TopK(48, 64, k=4), store, sl.TrainConfig(steps=3, batch_size=32)).coder.eval()
+    with pytest.raises(ValueError, match=r"draw is for an index of a sl\.Net"):
+        sl.index_features(sae, tiny_lm, store, tmp_path / "i").draw(lambda item: item)
