@@ -5,8 +5,8 @@
 A symbol has three bits. The first says in which half of the alphabet it is, the middle one whether it is low or high in
 its half (its height), the last its parity. Each string has three attributes: which half, height and parity are
 frequent. Two transformers learn these strings, one by filling masked places in random order, one from left to
-right. Writes into ``notebooks/papers/data/adaptive_steering`` their weights and those of their coders in half precision.
-One to two minutes of one core a seed.
+right. Writes into ``notebooks/papers/data/adaptive_steering`` their weights and those of their coders in half
+precision. One to two minutes of one core a seed.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 import sae_lab as sl
 
@@ -36,7 +36,9 @@ def strings(attributes: Tensor, seed: int) -> Tensor:
     """(string, LENGTH): a string for each row of three attributes, each 0 or 1."""
     random = torch.Generator().manual_seed(WORLDS + seed)
     follows = torch.rand(3, len(attributes), LENGTH, generator=random) < torch.tensor(PURE)[:, None, None]
-    half, height, parity = (torch.where(f, a[:, None], 1 - a[:, None]) for f, a in zip(follows, attributes.T, strict=True))
+    half, height, parity = (
+        torch.where(f, a[:, None], 1 - a[:, None]) for f, a in zip(follows, attributes.T, strict=True)
+    )
     return 4 * half + 2 * height + parity
 
 
@@ -233,7 +235,8 @@ def schedule(settled: Tensor) -> Tensor:
 
 
 def steer(model: Writer, toward: Tensor, along: Tensor, shares: Tensor, total: float, seed: int) -> Tensor:
-    """Strings steered to the attributes ``toward`` (string, 3), each by ``total`` in all, split over steps by shares."""
+    """Strings steered to the attributes ``toward`` (string, 3), each by ``total`` in all, split over steps by shares:
+    (LENGTH, 3), columns that sum to 1."""
     edits = torch.einsum("ta,na,ad->tnd", shares * total, 2.0 * toward - 1, along)
     empty = torch.full((len(toward), LENGTH), EMPTY)
     return fill(model, empty, edits, torch.Generator().manual_seed(seed))
