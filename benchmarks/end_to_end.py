@@ -34,8 +34,8 @@ from train_shipped import DOMAINS, held_out
 
 import sae_lab as sl
 from sae_lab.activations.contexts import spread_contexts
-from sae_lab.activations.harvesting import in_groups
 from sae_lab.activations.reconstructing import read_and_reconstruct
+from sae_lab.activations.sharding import in_groups
 from sae_lab.lm.text import mix_sources, padded
 from sae_lab.saes.losses import fvu
 from sae_lab.stats import clustered_error, ratio_error

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 import sae_lab as sl
-from sae_lab.activations.harvesting import SHARD_TOKENS, Harvest
+from sae_lab.activations.sharding import SHARD_TOKENS, Harvest
 from sae_lab.lm.text import Context
 from sae_lab.lm.tokens import pad
 

@@ -36,7 +36,7 @@ from safetensors.torch import load_file, save_file
 from steps import processor
 
 import sae_lab as sl
-from sae_lab.activations.harvesting import _crc
+from sae_lab.activations.sharding import _crc
 from sae_lab.feature_index.labels import Labels
 
 RESULTS = Path(__file__).parent / "results" / "index.json"

@@ -4,7 +4,7 @@ stream: on the bundled model, in one process and in turns, medians of ``--rounds
 stream that is read without a coder; steps of a coder on batches in memory; a training on a stream. Then a training on a
 store and one on a stream of as many tokens, measured on the same held-out rows; and the memory of a stream that serves
 up to ten million rows of a model whose output is simulated (rows drawn beforehand), read without a coder. Prints a
-table and writes benchmarks/results/scale.json.
+table and writes benchmarks/results/scale.json and a table of docs/speed.md.
 
     python benchmarks/scale.py stream [--tokens 100000] [--rounds 3] [--rows 10000000]
 """
@@ -21,11 +21,12 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from pages import put
 from steps import processor
 
 import sae_lab as sl
 from sae_lab import costs
-from sae_lab.activations.harvesting import FORWARD_TOKENS
+from sae_lab.activations.sharding import FORWARD_TOKENS
 from sae_lab.lm.text import padded
 from sae_lab.training.loop import Training, measured
 
@@ -167,7 +168,25 @@ def main() -> None:
         print(f"{name:48} {value:12.4g}")
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     facts = {"machine": processor(), "coder": f"TopK, d_sae {D_SAE}, k {K}", "buffer": BUFFER, "tokens": args.tokens}
-    RESULTS.write_text(json.dumps(results | {args.part: facts | found}, indent=1))
+    results |= {args.part: facts | found}
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    put("docs/speed.md", "a stream against a store", page(results["stream"]))
+
+
+def page(found: dict[str, Any]) -> str:
+    """The table of docs/speed.md."""
+    memory = {name: value for name, value in found.items() if name.startswith("MB after")}
+    served = list(memory)[-1].split()[2]
+    rows = {
+        "reading, without a coder, in parts of the bare model's speed": "{stream without a coder / bare forward:.2f}",
+        "a training's time, in parts of the model's and the steps'": "{training on a stream / (model + steps):.2f}",
+        "held-out FVU, on a store and on a stream of as many tokens": "{FVU, store:.3f}, {FVU, stream:.3f}",
+        f"memory above the start, while {served} rows are served": "{low:.0f} to {high:.0f} MB",
+    }
+    values = found | {"low": min(memory.values()), "high": max(memory.values())}
+    head = f"{found['coder']}, {found['tokens']:,} tokens, a buffer of {found['buffer']:,} rows, {found['machine']}:"
+    lines = [f"| {what} | {form.format(**values)} |" for what, form in rows.items()]
+    return "\n".join([head, "", "| | |", "|---|---|", *lines])
 
 
 if __name__ == "__main__":

@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from sae_lab.lm.model import LM as LM
     from sae_lab.lm.text import Text as Text
     from sae_lab.lm.text import load_text as load_text
+    from sae_lab.nets.net import Net as Net
     from sae_lab.plots import plot as plot
     from sae_lab.saes import *  # noqa: F403 (the families)
     from sae_lab.saes import SparseCoder as SparseCoder

@@ -45,7 +45,7 @@ class Site:
     ``Site("resid_post", layer=8)``, ``Site("attn_z", 8, head=3)``, TransformerLens's
     ``Site("blocks.8.hook_resid_post")``, a block's module path ``Site("layers.8")`` (the block's output, layers
     counted from 0; with ``.mlp`` or ``.self_attn`` what that part adds to the stream), or any other module path, which
-    means that module's output.
+    means that module's output. ``Site("module-conv1")``: a module of a ``sl.Net`` by its path.
 
     Kinds: ``embed``; ``resid_pre``, ``resid_mid``, ``resid_post`` (the residual stream before, inside and after
     block ``layer``); ``attn_z`` (heads' outputs before W_O, shape ``batch pos heads*d_head``, or one head's
@@ -87,10 +87,12 @@ class Site:
     @property
     def key(self) -> str:
         """A short name safe in files and tensors: ``resid_post-8``, ``attn_z-8-head3``."""
-        parts = [self.path if self.kind == "module" else self.kind]
+        if self.kind == "module":
+            return _spelled(str(self.path))
+        parts = [self.kind]
         parts += [str(self.layer)] if self.layer is not None else []
         parts += [f"head{self.head}"] if self.head is not None else []
-        return "-".join(str(p) for p in parts)
+        return "-".join(parts)
 
     @classmethod
     def of(cls, site: "Site | str") -> "Site":
@@ -103,10 +105,22 @@ class Site:
         return cls(site)
 
     def __repr__(self) -> str:
-        parts = [repr(self.path if self.kind == "module" else self.kind)]
+        parts = [repr(_spelled(str(self.path)) if self.kind == "module" else self.kind)]
         parts += [f"layer={self.layer}"] if self.layer is not None else []
         parts += [f"head={self.head}"] if self.head is not None else []
         return f"Site({', '.join(parts)})"
+
+
+MODULE = "module-"  # before a path that alone would be read as another site, or as none
+
+
+def _spelled(path: str) -> str:
+    """A module's path as ``Site.of`` reads it back."""
+    try:
+        plain = Site.of(path)
+    except ValueError:
+        return MODULE + path
+    return path if (plain.kind, plain.path) == ("module", path) else MODULE + path
 
 
 def _parse(name: str, layer: int | None, head: int | None):
@@ -116,6 +130,8 @@ def _parse(name: str, layer: int | None, head: int | None):
         raise ValueError(f"unknown site kind {name!r}; {listing}")
     if name == "hook_embed":
         return "embed", None, head, None
+    if name.startswith(MODULE) and re.fullmatch(r"[\w.-]+(@[\w-]+)*", name):
+        return "module", None, head, name.removeprefix(MODULE)
     if match := re.fullmatch(r"blocks\.(\d+)\.(.+)", name):
         if match[2] == "hook_mlp_in":
             raise ValueError(

@@ -153,7 +153,7 @@ def test_the_main_calls(tiny_lm, coder, tmp_path):
         (lambda: tiny_lm.generate("a", max_new_tokens=True), "max_new_tokens must be a whole number, got True"),
         (lambda: tiny_lm.generate("a", temperature=NAN), "temperature must be a number, got nan"),
         (lambda: sl.LM(5), r"LM\(model, ...\): model must be a str, a Module or None, got 5"),
-        (lambda: sl.harvest(coder, "resid_post-0", ["a"]), "lm must be an LM, got a TopK"),
+        (lambda: sl.harvest(coder, "resid_post-0", ["a"]), "lm must be an LM or a Net, got a TopK"),
         (lambda: sl.harvest(tiny_lm, "resid_post-0", ["a"], tokens=True), "tokens must be a whole number, got True"),
         (lambda: sl.train(coder, "a store", sl.TrainConfig(steps=1)), "data must be a Store, a Stream, a Tensor or"),
         (lambda: sl.index_features(coder, tiny_lm, str(tmp_path)), "store must be a Store, got '"),

@@ -17,6 +17,7 @@ PACKAGE = Path(sae_lab.__file__).parent
 CORE = [
     {"types", "cache", "arguments", "spelling", "files", "results", "noting", "stats", "costs", "processes"},
     {"saes", "lm"},
+    {"nets"},
     {"activations"},
     {"edits"},
     {"feature_index"},

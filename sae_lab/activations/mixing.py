@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from sae_lab.activations.dealing import ahead, attempt
-from sae_lab.activations.harvesting import Harvest
+from sae_lab.activations.sharding import Harvest
 from sae_lab.activations.store import RESERVE_EVERY, permute
 from sae_lab.lm.text import Context
 from sae_lab.processes import Peers

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sae_lab.lm import forms
-from sae_lab.lm.model import LM
+from sae_lab.lm.network import Network
 from sae_lab.lm.passes import counting_tokens
 from sae_lab.saes.base import SparseCoder
 from sae_lab.saes.portable import at_home, encode, some
@@ -18,7 +18,9 @@ from sae_lab.types import Codes, Site, TokenBatch
 PASS_TOKENS = 4096  # tokens in one pass of the model
 
 
-def read_real(lm: LM, sites: Sequence[Site], batches: Iterable[TokenBatch]) -> dict[Site, Float[Tensor, "tokens _"]]:
+def read_real(
+    lm: Network, sites: Sequence[Site], batches: Iterable[TokenBatch]
+) -> dict[Site, Float[Tensor, "tokens _"]]:
     """Activations of all real tokens of the batches, one after another, on the CPU."""
     read: dict[Site, list[Tensor]] = {s: [] for s in sites}
     for batch in batches:
@@ -44,7 +46,7 @@ class Coded(NamedTuple):
     keep: Bool[Tensor, "batch pos"]
 
 
-def read_codes(lm: LM, coder: SparseCoder, batch: TokenBatch) -> Coded:
+def read_codes(lm: Network, coder: SparseCoder, batch: TokenBatch) -> Coded:
     """Codes of the tokens that the coder's mask keeps, in eval mode, at the coder's site."""
     if not lm.remote:
         return coded(lm, coder, batch, lm.run(batch, [coder.site], logits=False)[0][coder.site])
@@ -55,14 +57,14 @@ def read_codes(lm: LM, coder: SparseCoder, batch: TokenBatch) -> Coded:
     return Coded(Codes(found["values"], found["features"].long(), offsets, coder.d_sae), keep)
 
 
-def coded(lm: LM, coder: SparseCoder, batch: TokenBatch, x: Float[Tensor, "batch pos d"]) -> Coded:
+def coded(lm: Network, coder: SparseCoder, batch: TokenBatch, x: Float[Tensor, "batch pos d"]) -> Coded:
     """``read_codes`` from activations x that have been read at the coder's site."""
     mask = coder.mask or lm.mask()
     keep = mask.of(batch, {coder.site: x.to(batch.ids.device)})
     return Coded(coder.codes_of(x[keep.to(x.device)]), keep.cpu())
 
 
-def read_there(lm: LM, coder: SparseCoder, batches: Iterable[TokenBatch]) -> list[dict[str, Tensor]]:
+def read_there(lm: Network, coder: SparseCoder, batches: Iterable[TokenBatch]) -> list[dict[str, Tensor]]:
     """``sparse_rows`` of each batch, computed where the model runs, and of the roles that the mask keeps."""
     site, mask = coder.site, coder.mask or lm.mask()
     after = partial(
@@ -87,7 +89,7 @@ def _of_roles(found: dict[str, Tensor], counts: Bool[Tensor, " real"]) -> dict[s
 
 @torch.no_grad()
 def read_some(
-    lm: LM, coder: SparseCoder, features: Sequence[int], batch: TokenBatch
+    lm: Network, coder: SparseCoder, features: Sequence[int], batch: TokenBatch
 ) -> tuple[Float[Tensor, "batch pos features"], Bool[Tensor, "batch pos"]]:
     """(codes of some features, 0 at padding; which tokens the coder's mask keeps), made where the model runs."""
     site, mask, many = coder.site, coder.mask or lm.mask(), int(batch.mask.sum())
@@ -102,7 +104,7 @@ def read_some(
     return codes, keep
 
 
-def require_fits(coder: SparseCoder, lm: LM, writes: bool = True) -> None:
+def require_fits(coder: SparseCoder, lm: Network, writes: bool = True) -> None:
     """ValueError unless the model has the sites that a coder reads, and with ``writes`` those it writes, each with the
     coder's width. ValueError also for a coder without a site."""
     reads = coder.reads or (coder.site,)

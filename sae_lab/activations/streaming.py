@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from sae_lab.activations.harvesting import in_numpy, prepared, tried
+from sae_lab.activations.harvesting import prepared, tried
 from sae_lab.activations.mixing import Held, Mixer, Place, Source
+from sae_lab.activations.sharding import in_numpy
 from sae_lab.activations.store import RESERVE_EVERY, Harvested, Store, permute
 from sae_lab.arguments import Count, as_annotated, check_least
 from sae_lab.costs import Cost

@@ -14,7 +14,7 @@ from sae_lab.circuits.gradients import mean_gradient, require_slope
 from sae_lab.circuits.metric import ROWS, Metric, measured, shifted
 from sae_lab.circuits.pairs import both_runs, copied, kept, require_sae
 from sae_lab.lm.model import LM
-from sae_lab.lm.tokens import Texts
+from sae_lab.nets.net import Net
 from sae_lab.noting import Names
 from sae_lab.results import Result, by_column
 from sae_lab.saes.base import SparseCoder
@@ -83,10 +83,10 @@ class Attribution(Estimates):
 
 @as_annotated
 def attribution(
-    lm: LM,
+    lm: LM | Net,
     coder: SparseCoder,
-    prompts: Texts,
-    sources: Texts,
+    prompts: Any,
+    sources: Any,
     metric: Metric,
     *,
     steps: int = 1,
@@ -100,7 +100,8 @@ def attribution(
     runs (integrated gradients, as in Marks et al. 2024, arXiv:2403.19647). The coder's error, x - x_hat, is a node.
 
     Args:
-        coder: an SAE at one site. prompts, sources, metric: as for ``patching``; the metric must be differentiable.
+        coder: an SAE at one site. prompts, sources, metric: as for ``patching``; the metric must be differentiable. Of
+            a ``sl.Net`` they are inputs, with a metric (output, places) -> a number for each.
         check: the number of features that are also patched, evenly spread over the ranking of those active in either
             run by their estimates; above 0, the error is also patched at every position.
 
@@ -131,7 +132,7 @@ def attribution(
     if check:
         order = found[active].abs().argsort(descending=True)
         places = active.nonzero()[order[evenly(len(order), check)]]
-        nodes = [(int(p), int(f)) for p, f in places] + [(p, -1) for p in range(1, x.shape[1])]
+        nodes = [(int(p), int(f)) for p, f in places] + [(p, -1) for p in range(isinstance(lm, LM), x.shape[1])]
         rows = coder.directions()
         added = {(p, f): wrong[:, p] if f < 0 else changes[:, p, f, None] * rows[f] for p, f in nodes}
         truth = true_effects(lm, batch, site, keep, added, metric, runs.base)
@@ -144,7 +145,7 @@ def evenly(count: int, wanted: int) -> list[int]:
 
 
 def true_effects(
-    lm: LM, batch: TokenBatch, site: Site, keep: Tensor, changes: dict[Place, Tensor], metric: Metric, base: float
+    lm: LM | Net, batch: TokenBatch, site: Site, keep: Tensor, changes: dict[Place, Tensor], metric: Metric, base: float
 ) -> dict[Place, float]:
     """The change of the metric's mean when each change is added at its position."""
     n, found, nodes = len(batch.ids), {}, list(changes)

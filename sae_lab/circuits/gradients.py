@@ -6,11 +6,13 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from sae_lab.circuits.metric import Metric
 from sae_lab.circuits.pairs import require_here
 from sae_lab.lm.model import LM
 from sae_lab.lm.passes import put, read, value_of
+from sae_lab.nets.net import Net
 from sae_lab.types import Site, TokenBatch
 
 Values = Callable[[dict[Site, Tensor], Tensor], Sequence[Tensor]]
@@ -49,7 +51,7 @@ def gradients(lm: LM, batch: TokenBatch, at: Sequence[Site], values: Values) -> 
 
 
 def mean_gradient(
-    lm: LM, batch: TokenBatch, site: Site, metric: Metric, x: Tensor, across: Tensor, steps: int
+    lm: LM | Net, batch: Any, site: Site, metric: Metric, x: Tensor, across: Tensor, steps: int
 ) -> Float[Tensor, "batch pos d"]:
     """Integrated gradients: the metric's gradient at a site, its mean over ``steps`` midpoints from x to x + across."""
     total = torch.zeros_like(x)
@@ -58,10 +60,11 @@ def mean_gradient(
     return total
 
 
-def require_slope(lm: LM, metric: Metric, batch: TokenBatch) -> None:
+def require_slope(lm: LM | Net, metric: Metric, batch: TokenBatch) -> None:
     """ValueError for a metric without a gradient."""
+    answer = torch.zeros(*batch.ids.shape, lm.vocab_size) if isinstance(lm, LM) else lm.run(batch)[1]
     with torch.enable_grad():
-        value = metric(torch.zeros(*batch.ids.shape, lm.vocab_size, requires_grad=True), batch)
+        value = metric(tree_map_only(Tensor, lambda t: t.detach().float().requires_grad_(), answer), batch)
     if not (isinstance(value, Tensor) and value.requires_grad):
         raise ValueError(
             "an estimate by gradient needs a metric that is differentiable in the logits, and this one is not: leave "

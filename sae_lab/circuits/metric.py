@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sae_lab.arguments import as_annotated
 from sae_lab.lm.model import LM
+from sae_lab.lm.network import Network
 from sae_lab.lm.tokens import Texts, label
 from sae_lab.types import TokenBatch, Write
 
@@ -66,7 +67,7 @@ def one_token(lm: LM, token: str | int, what: str = "a target") -> int:
     return ids[0]
 
 
-def measured(lm: LM, batch: TokenBatch, metric: Metric, writes: Sequence[Write] = ()) -> Float[Tensor, " batch"]:
+def measured(lm: Network, batch: TokenBatch, metric: Metric, writes: Sequence[Write] = ()) -> Float[Tensor, " batch"]:
     """The metric's numbers, one per row, with activations changed by ``writes``."""
     return numbers(lm.run(batch, writes=writes, logits=partial(of_metric, metric=metric))[1], batch)
 
@@ -82,7 +83,7 @@ def numbers(value: Any, batch: TokenBatch) -> Tensor:
 @no_type_check
 def of_metric(logits, tokens, metric):
     """What the metric returns: tensors on the CPU, anything else unchanged."""
-    value = metric(logits.float(), tokens)
+    value = metric(logits.float() if isinstance(logits, torch.Tensor) else logits, tokens)
     return value.cpu() if isinstance(value, torch.Tensor) else value
 
 

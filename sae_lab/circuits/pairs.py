@@ -1,18 +1,22 @@
 """Prompts paired with their sources, and the checks that the functions of ``circuits`` share."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from difflib import SequenceMatcher
 from functools import partial
 from itertools import zip_longest
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from jaxtyping import Bool
 from torch import Tensor
 
 from sae_lab.arguments import as_annotated
 from sae_lab.circuits.metric import Metric, numbers, of_metric
 from sae_lab.lm.model import LM
+from sae_lab.lm.network import Network
 from sae_lab.lm.tokens import Prompt, Texts
+from sae_lab.nets.inputs import Call, InputBatch
 from sae_lab.results import counted
 from sae_lab.saes.base import SparseCoder
 from sae_lab.types import Site, TokenBatch
@@ -34,10 +38,10 @@ class Runs(NamedTuple):
     source: float
 
 
-def both_runs(lm: LM, prompts: Texts, sources: Texts, metric: Metric, at: Sequence[Site] = ()) -> Runs:
+def both_runs(lm: Network, prompts: Any, sources: Any, metric: Metric, at: Sequence[Site] = ()) -> Runs:
     """One pass over the prompts and one over their sources. ValueError as ``paired``, and for a metric that does not
     give one number a row."""
-    batch, theirs = paired(lm, prompts, sources)
+    batch, theirs = paired(lm, prompts, sources) if isinstance(lm, LM) else _same_form(lm, prompts, sources, at[0])
     acts, means = [], []
     for one in (batch, theirs):
         read, values = lm.run(one, list(at), logits=partial(of_metric, metric=metric))
@@ -63,10 +67,25 @@ def paired(lm: LM, prompts: Texts, sources: Texts) -> tuple[TokenBatch, TokenBat
     return lm.tokenize(prompts), lm.tokenize(sources)
 
 
+def _same_form(net: Network, inputs: Any, sources: Any, site: Site) -> tuple[TokenBatch, TokenBatch]:
+    """Inputs of a network and their sources. ValueError unless they have as many rows and places."""
+    batch, theirs = net._batch(inputs, site), net._batch(sources, site)
+    if batch.ids.shape != theirs.ids.shape:
+        raise ValueError(
+            f"give one source for each input, of its shape: at {site} the inputs have (batch, places) "
+            f"{tuple(batch.ids.shape)}, the sources {tuple(theirs.ids.shape)}"
+        )
+    return batch, theirs
+
+
 def copied(batch: TokenBatch, times: int) -> TokenBatch:
     """The batch several times over; copies keep their rows' numbers."""
     ids, mask, positions = (t.repeat(times, 1) for t in (batch.ids, batch.mask, batch.positions))
-    return TokenBatch(ids, mask, positions, rows=batch.row_numbers.repeat(times))
+    rows = batch.row_numbers.repeat(times)
+    if not isinstance(batch, InputBatch):
+        return TokenBatch(ids, mask, positions, rows=rows)
+    call = Call(batch.args, batch.kwargs).mapped(lambda t: torch.cat([t] * times))
+    return replace(batch, ids=ids, mask=mask, positions=positions, rows=rows, args=call.args, kwargs=call.kwargs)
 
 
 @as_annotated
@@ -84,7 +103,7 @@ def aligned_tokens(lm: LM, prompt: Prompt, source: Prompt) -> list[tuple[str | N
     return pairs
 
 
-def require_together(lm: LM, coders: Sequence[SparseCoder]) -> None:
+def require_together(lm: Network, coders: Sequence[SparseCoder]) -> None:
     """ValueError unless the coders lie on the model's device, as what computes with both at once needs."""
     for coder in coders:
         if coder.b_dec.device != lm.device:
@@ -94,7 +113,7 @@ def require_together(lm: LM, coders: Sequence[SparseCoder]) -> None:
             )
 
 
-def kept(lm: LM, coders: Sequence[SparseCoder], *runs: tuple[TokenBatch, Acts]) -> Bool[Tensor, "batch pos"]:
+def kept(lm: Network, coders: Sequence[SparseCoder], *runs: tuple[TokenBatch, Acts]) -> Bool[Tensor, "batch pos"]:
     """The real tokens that no coder's mask leaves out at any site in any of these runs. ValueError if none is left, and
     for a coder on another device than the model's."""
     require_together(lm, coders)

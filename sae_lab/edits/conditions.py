@@ -12,7 +12,7 @@ from torch import Tensor
 from sae_lab.activations.reading import alike, require_fits
 from sae_lab.edits import rules
 from sae_lab.edits.vector import Vector
-from sae_lab.lm.model import LM
+from sae_lab.lm.network import Network
 from sae_lab.results import Result, figure, result
 from sae_lab.saes.base import SparseCoder
 from sae_lab.stats import clustered_error, share_interval
@@ -64,7 +64,7 @@ class Condition(NamedTuple):
             )
         return cls(coder, coder.feature(feature), float(level), scope, what)
 
-    def check(self, lm: LM, at: Site) -> None:
+    def check(self, lm: Network, at: Site) -> None:
         """ValueError unless the model can decide it before it computes the edit's site ``at``."""
         if isinstance(self.what, Vector):
             self.what.require_fits(lm, measured=True)
@@ -78,7 +78,7 @@ class Condition(NamedTuple):
                 f"{at}, which the model computes first: take a feature or a vector of an earlier site"
             )
 
-    def plain(self, lm: LM) -> dict[str, Any]:
+    def plain(self, lm: Network) -> dict[str, Any]:
         """As ``rules.holds`` takes it, and its "site"."""
         mask, site = self.coder.mask or lm.mask(), self.coder.site
         looks = {"special": list(mask.special_ids), "skip_first": mask.skip_first, "loud": None}
@@ -87,7 +87,7 @@ class Condition(NamedTuple):
         code |= {"level": self.level * float(self.coder.f_scale[self.feature])}
         return {**code, "scope": self.scope, "mask": looks, "memory": {}, "site": site}
 
-    def firing(self, lm: LM, texts: Sequence[str]) -> Firing:
+    def firing(self, lm: Any, texts: Sequence[str]) -> Firing:
         """See ``Edit.firing``."""
         if not texts:
             raise ValueError("texts must be at least one text where the condition should not hold, got none")

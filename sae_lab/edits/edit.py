@@ -16,7 +16,7 @@ sae_lab:
 import inspect
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -38,11 +38,11 @@ from sae_lab.saes.io import opening
 from sae_lab.types import Site, TokenBatch, Write
 
 if TYPE_CHECKING:
-    from sae_lab.lm.model import LM
+    from sae_lab.lm.network import Network
 
 Positions = int | slice | Sequence[int] | str | Callable[[str], bool] | None
 Numbers = int | slice | Sequence[int] | None
-Prompts = str | Sequence[str]
+Prompts = str | Sequence[str] | Tensor | tuple[Any, ...] | Mapping[str, Any]  # or the inputs of a Net
 When = Sequence[Any] | None  # (what, level, scope), see ``WHERE``
 Rule = Callable[..., Tensor]  # (z "tokens features", rows, positions) -> z', see ``rules``
 Change = Callable[..., Tensor]  # (x "tokens d_out", read "tokens d_in", ids, rows, positions, at) -> x'
@@ -135,7 +135,7 @@ class Edit:
         other = what[0] if isinstance(what, list | tuple) else what
         return [first] if other is first or not isinstance(other, SparseCoder | Vector) else [first, other]
 
-    def firing(self, lm: "LM", texts: Sequence[str]) -> Firing:
+    def firing(self, lm: "Network", texts: Sequence[str]) -> Firing:
         """``edit.firing(lm, held_out)``: how often ``when`` holds on texts where it should not, each read as a prompt,
         per token and per text. ValueError for an edit without ``when``."""
         if self.condition is None:
@@ -157,7 +157,7 @@ class Edit:
         """What the coder's features are called."""
         return noting.Names(self.coder)
 
-    def rule(self, lm: "LM", batch: TokenBatch) -> Rule:
+    def rule(self, lm: "Network", batch: TokenBatch) -> Rule:
         """A function of ``rules`` that makes z' from z, with its settings bound."""
         raise NotImplementedError
 
@@ -177,7 +177,7 @@ class Edit:
         """The site whose activations change."""
         return self.coder.writes[0] if self.coder.writes else self.read_site
 
-    def writes(self, lm: "LM", batch: TokenBatch, new: int = 0) -> list[Write]:
+    def writes(self, lm: "Network", batch: TokenBatch, new: int = 0) -> list[Write]:
         """The writes of this edit alone, for these prompts and at most ``new`` new tokens.
 
         ValueError if a site has another width, a feature no f_scale, or the prompts lack a row or position of the edit.
@@ -185,12 +185,12 @@ class Edit:
         return self.together([self], lm, batch, new)
 
     @staticmethod
-    def together(edits: Sequence[Any], lm: "LM", batch: TokenBatch, new: int = 0) -> list[Write]:
+    def together(edits: Sequence[Any], lm: "Network", batch: TokenBatch, new: int = 0) -> list[Write]:
         """The writes of a list of edits. ValueError as from ``writes`` of each edit, and for edits that exclude each
         other."""
         return grouping.together(edits, lm, batch, new)
 
-    def inside(self, lm: "LM", prompts: Prompts, *more: "Edit") -> Callable[..., Tensor]:
+    def inside(self, lm: "Network", prompts: Prompts, *more: "Edit") -> Callable[..., Tensor]:
         """The edit as a function for your own nnsight trace of these prompts' token ids (``lm.tokenize(prompts).ids``),
         here or on a server: (x "batch pos d" where it writes; for a transcoder also x where it reads; with ``when``
         also x where the condition reads) -> x'.
@@ -200,7 +200,7 @@ class Edit:
         """
         from sae_lab.lm import remote
 
-        batch = lm.tokenize(prompts)
+        batch = lm._batch(prompts, self.write_site)
         writes = grouping.together([self, *more], lm, batch, alone=False)
         if len(writes) > 1:
             raise ValueError(
@@ -210,7 +210,7 @@ class Edit:
         remote.register_travelling()
         return partial(rules.inside, tokens=batch.plain(), edit=writes[0].fn)
 
-    def check(self, lm: "LM", batch: TokenBatch, new: int = 0) -> None:
+    def check(self, lm: "Network", batch: TokenBatch, new: int = 0) -> None:
         """ValueError if the edit cannot act on these prompts and ``new`` new tokens."""
         _ = self.read_site  # raises unless the coder has exactly one site
         require_fits(self.coder, lm)
@@ -226,7 +226,7 @@ class Edit:
         """What the edit adds to every token's codes, if the codes do not matter (they are then not made); else None."""
         return None
 
-    def error_of_another_run(self, lm: "LM") -> dict[str, Tensor] | None:
+    def error_of_another_run(self, lm: "Network") -> dict[str, Tensor] | None:
         """The reconstruction error that replaces the coder's, see ``rules.coded``; None: the coder's error stays."""
         return None
 
@@ -238,7 +238,7 @@ class Edit:
     def _scale(self) -> Float[Tensor, " features"]:
         return self.coder.f_scale[self.features]
 
-    def _check_places(self, lm: "LM", batch: TokenBatch, new: int) -> None:
+    def _check_places(self, lm: "Network", batch: TokenBatch, new: int) -> None:
         """ValueError if the prompts lack a row or position that the edit names."""
         rows = batch.row_numbers.tolist()
         if missing := [r for r in _listed(self.rows) if r not in rows]:
@@ -261,7 +261,7 @@ class Edit:
         if (wanted := self._wanted(lm)) is not None:
             self._check_text(lm, batch, wanted, new)
 
-    def _check_text(self, lm: "LM", batch: TokenBatch, wanted: Tensor, new: int) -> None:
+    def _check_text(self, lm: "Network", batch: TokenBatch, wanted: Tensor, new: int) -> None:
         """ValueError if ``positions`` names no token of these prompts or, with new tokens, of the vocabulary."""
         ours = rules.among(batch.row_numbers, self.rows)
         ids = batch.ids[ours][batch.mask[ours]]
@@ -274,14 +274,14 @@ class Edit:
             f"of the prompts read {listing}: give such a text, space and all, or positions by number"
         )
 
-    def place(self, lm: "LM") -> dict[str, Any]:
+    def place(self, lm: "Network") -> dict[str, Any]:
         """The tokens that the edit names, see ``rules.named``, and its condition."""
         wanted = self._wanted(lm)
         positions = self.positions if wanted is None else None
         when = self.condition and self.condition.plain(lm)
         return {"rows": self.rows, "steps": self.steps, "positions": positions, "wanted": wanted, "when": when}
 
-    def _wanted(self, lm: "LM") -> Tensor | None:
+    def _wanted(self, lm: "Network") -> Tensor | None:
         """For each token id whether ``positions`` means it; None where positions are given by number."""
         where = self.positions
         if not isinstance(where, str) and not callable(where):
@@ -379,7 +379,7 @@ class Steer(FeatureEdit):
     def amount(self) -> Tensor:
         return self.strength * self._scale
 
-    def rule(self, lm: "LM", batch: TokenBatch) -> Rule:
+    def rule(self, lm: "Network", batch: TokenBatch) -> Rule:
         return partial(rules.added, amount=self.amount())
 
 
@@ -396,7 +396,7 @@ class Clamp(FeatureEdit):
     value: float = 1.0
     IN_F_SCALE = True
 
-    def rule(self, lm: "LM", batch: TokenBatch) -> Rule:
+    def rule(self, lm: "Network", batch: TokenBatch) -> Rule:
         return partial(rules.held, value=self.value * self._scale)
 
 
@@ -412,7 +412,7 @@ class Scale(FeatureEdit):
 
     factor: float = 1.0
 
-    def rule(self, lm: "LM", batch: TokenBatch) -> Rule:
+    def rule(self, lm: "Network", batch: TokenBatch) -> Rule:
         return partial(rules.multiplied, factor=self.factor)
 
 
@@ -443,7 +443,7 @@ class Ablate(FeatureEdit):
                 + ("no reference" if self.to == "zero" else "reference=, prompts whose codes replace the feature's")
             )
 
-    def rule(self, lm: "LM", batch: TokenBatch) -> Rule:
+    def rule(self, lm: "Network", batch: TokenBatch) -> Rule:
         if self.reference is None:
             return partial(rules.held, value=torch.zeros(len(self.features)))
         codes, keep, _ = _codes_of(self, lm, self.reference)
@@ -475,16 +475,17 @@ class Patch(Edit):
 
     ERRORS = ("keep", "drop", "patch")
 
-    def error_of_another_run(self, lm: "LM") -> dict[str, Tensor] | None:
+    def error_of_another_run(self, lm: "Network") -> dict[str, Tensor] | None:
         if self.error != "patch":
             return None
-        reading = lm.read(self.source, list(dict.fromkeys([self.read_site, self.write_site])))
-        read, target, device = reading[self.read_site], reading[self.write_site], self.coder.b_dec.device
+        batch = lm._batch(self.source, self.read_site)
+        acts, _ = lm.run(batch, list(dict.fromkeys([self.read_site, self.write_site])), logits=False)
+        read, target, device = acts[self.read_site], acts[self.write_site], self.coder.b_dec.device
         with torch.no_grad():
-            x_hat = self.coder(read.to(device), reading.ids.to(device)).x_hat
+            x_hat = self.coder(read.to(device), batch.ids.to(device)).x_hat
         return {"wrong": target.cpu() - x_hat.cpu(), "there": _codes_of(self, lm, self.source)[1]}
 
-    def rule(self, lm: "LM", batch: TokenBatch) -> Rule:
+    def rule(self, lm: "Network", batch: TokenBatch) -> Rule:
         codes, keep, other = _codes_of(self, lm, self.source)
         lengths = other.mask.sum(1).tolist()
         rows = batch.row_numbers.tolist()
@@ -517,7 +518,7 @@ class Splice(Edit):
 
     error: str = field(default="drop", kw_only=True)
 
-    def rule(self, lm: "LM", batch: TokenBatch) -> Rule:
+    def rule(self, lm: "Network", batch: TokenBatch) -> Rule:
         return partial(rules.multiplied, factor=1.0)
 
     def measured(self, x: Tensor) -> dict[str, Tensor]:
@@ -563,14 +564,14 @@ class Push(Edit):
         object.__setattr__(self, "coder", self.vector.coder)
         super().__post_init__()
 
-    def check(self, lm: "LM", batch: TokenBatch, new: int = 0) -> None:
+    def check(self, lm: "Network", batch: TokenBatch, new: int = 0) -> None:
         self.vector.require_fits(lm, measured=True)
         super().check(lm, batch, new)
 
     def amount(self) -> Tensor:
         return self.strength * self._scale
 
-    def rule(self, lm: "LM", batch: TokenBatch) -> Rule:
+    def rule(self, lm: "Network", batch: TokenBatch) -> Rule:
         return partial(rules.added, amount=self.amount())
 
     def measured(self, x: Tensor) -> dict[str, Tensor]:
@@ -605,9 +606,9 @@ def _loaded(kept: Any, coder: SparseCoder | None) -> Any:
     return (coder, kept["feature"]) if "feature" in kept else coder
 
 
-def _codes_of(edit: Edit, lm: "LM", prompts: Prompts) -> tuple[Tensor, Tensor, TokenBatch]:
+def _codes_of(edit: Edit, lm: "Network", prompts: Prompts) -> tuple[Tensor, Tensor, TokenBatch]:
     """(codes "rows pos features" of the edit's features, which tokens the mask keeps, the tokens) of other prompts."""
-    batch = lm.tokenize(prompts)
+    batch = lm._batch(prompts, edit.read_site)
     return *read_some(lm, edit.coder, edit.features, batch), batch
 
 

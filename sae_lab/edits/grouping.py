@@ -13,7 +13,7 @@ from sae_lab.edits import rules
 from sae_lab.types import TokenBatch, TokenMask, Write
 
 if TYPE_CHECKING:
-    from sae_lab.lm.model import LM
+    from sae_lab.lm.network import Network
 
 Edit = Any  # ``edits.edit.Edit``, which imports this module
 
@@ -33,7 +33,7 @@ class Group:
         return self.edits[0]
 
 
-def together(edits: Sequence[Any], lm: "LM", batch: TokenBatch, new: int = 0, alone: bool = True) -> list[Write]:
+def together(edits: Sequence[Any], lm: "Network", batch: TokenBatch, new: int = 0, alone: bool = True) -> list[Write]:
     """The writes of a list of edits, for these prompts and at most ``new`` new tokens. ValueError as from
     ``Edit.writes``. alone: whether nothing but these edits changes the activations that they read."""
     groups, when = _grouped(edits, lm, batch, new), lm._sites.when
@@ -45,7 +45,7 @@ def together(edits: Sequence[Any], lm: "LM", batch: TokenBatch, new: int = 0, al
     return [g.write or _write(g, groups, norms if g in unseen else None, lm, batch) for g in groups]
 
 
-def _grouped(edits: Sequence[Any], lm: "LM", batch: TokenBatch, new: int) -> list[Group]:
+def _grouped(edits: Sequence[Any], lm: "Network", batch: TokenBatch, new: int) -> list[Group]:
     """The groups, in the order in which those at one place act. (All heads and one head are one place.)"""
     groups: list[Group] = []
     for edit in edits:
@@ -84,16 +84,16 @@ def _same(a: Edit, b: Edit) -> bool:
     return facts[0] == facts[1] and a.coder.fingerprint() == b.coder.fingerprint()
 
 
-def _mask(group: Group, lm: "LM") -> TokenMask:
+def _mask(group: Group, lm: "Network") -> TokenMask:
     return group.first.coder.mask or lm.mask()
 
 
-def _limit(group: Group, lm: "LM") -> float | None:
+def _limit(group: Group, lm: "Network") -> float | None:
     """The largest norm of tokens that count, at the site that a group reads; None: no limit."""
     return _mask(group, lm).max_norm.get(group.first.read_site.key)
 
 
-def _write(group: Group, groups: Sequence[Group], norms: Any, lm: "LM", batch: TokenBatch) -> Write:
+def _write(group: Group, groups: Sequence[Group], norms: Any, lm: "Network", batch: TokenBatch) -> Write:
     """A group as one write. norms: of the prompts' tokens in a pass without edits, for the sites where only such a pass
     shows which tokens count."""
     edit, edits, mask, limit = group.first, [*group.earlier, *group.edits], _mask(group, lm), _limit(group, lm)
@@ -117,7 +117,7 @@ def _write(group: Group, groups: Sequence[Group], norms: Any, lm: "LM", batch: T
     return Write(writes, fn, (reads,) if elsewhere else (), (*first, *(when.pop("site") for when in conditions)))
 
 
-def _coded(edits: Sequence[Edit], done: int, lm: "LM", batch: TokenBatch) -> Any:
+def _coded(edits: Sequence[Edit], done: int, lm: "Network", batch: TokenBatch) -> Any:
     """The change of a group of edits on codes, as a function of ``rules``."""
     features = sorted({f for edit in edits for f in edit.features})
     column = {feature: i for i, feature in enumerate(features)}

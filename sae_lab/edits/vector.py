@@ -2,6 +2,7 @@
 
 import base64
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -13,12 +14,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae_lab import cache, files
-from sae_lab.activations.harvesting import MAX_NORM
 from sae_lab.activations.reading import alike
+from sae_lab.activations.sharding import MAX_NORM
 from sae_lab.arguments import as_annotated, check_least
 from sae_lab.edits import rules
 from sae_lab.lm.model import LM
-from sae_lab.lm.text import Documents, as_text, load_text
+from sae_lab.lm.network import Network
+from sae_lab.nets.net import Net
 from sae_lab.results import counted
 from sae_lab.saes.base import QUANTILE, SparseCoder
 from sae_lab.saes.families.l1 import L1
@@ -90,23 +92,23 @@ class Vector:
 
     @classmethod
     def difference(
-        cls, lm: LM, site: Site | str, positive: Sequence[str], negative: Sequence[str], name: str = "difference",
-        text: Documents | None = None,
+        cls, lm: LM | Net, site: Site | str, positive: Any, negative: Any, name: str = "difference", text: Any = None,
     ) -> "Vector":  # fmt: skip
         """``sl.Vector.difference(lm, site, positive, negative)``: mean of positive texts less mean of negative ones
         (Marks and Tegmark 2023, arXiv:2310.06824).
 
         A text is the mean activation of its tokens that are neither special, nor first, nor of more than 4 median
-        norms. text: where the scale is measured, see ``calibrated``. ValueError for a text without such a token.
+        norms. text: where the scale is measured, see ``calibrated``. Of a ``sl.Net`` texts are inputs, and all places
+        count. ValueError for a text without such a token.
         """
-        above, mask = text_means(lm, [Site.of(site)], positive)
-        below, _ = text_means(lm, [Site.of(site)], negative, mask)
+        site = lm.site(site) if isinstance(lm, Net) else Site.of(site)
+        above, mask = text_means(lm, [site], positive)
+        below, _ = text_means(lm, [site], negative, mask)
         return cls(above.mean(0) - below.mean(0), site, name, mask=mask, model=lm.id).calibrated(lm, text)
 
     @classmethod
     def pca(
-        cls, lm: LM, site: Site | str, texts: Sequence[str], component: int = 0, name: str = "",
-        text: Documents | None = None,
+        cls, lm: LM | Net, site: Site | str, texts: Any, component: int = 0, name: str = "", text: Any = None,
     ) -> "Vector":  # fmt: skip
         """``sl.Vector.pca(lm, site, texts)``: a principal component of texts' mean activations (see ``difference``),
         the first is 0; the first text is on its positive side.
@@ -114,7 +116,8 @@ class Vector:
         Of texts of two kinds, mixed, the first component is that of Zou et al. 2023 (arXiv:2310.01405) and of CAST.
         ValueError for a component that these texts do not have.
         """
-        means, mask = text_means(lm, [Site.of(site)], texts)
+        site = lm.site(site) if isinstance(lm, Net) else Site.of(site)
+        means, mask = text_means(lm, [site], texts)
         centred = means - means.mean(0)
         if component >= (most := min(len(texts) - 1, means.shape[1])) or component < 0:
             many = counted(len(texts), "text")
@@ -124,7 +127,7 @@ class Vector:
         return cls(axis, site, name or f"component {component}", mask=mask, model=lm.id).calibrated(lm, text)
 
     @torch.no_grad()
-    def calibrated(self, lm: LM, text: Documents | None = None, tokens: int = TOKENS) -> "Vector":
+    def calibrated(self, lm: LM | Net, text: Any = None, tokens: int = TOKENS) -> "Vector":
         """``vector.calibrated(lm)``: the same with ``f_scale`` and ``centre`` measured on a text, as one of this model.
 
         text: any documents; None: the bundled ones. tokens: at least how many are read. A mask without a largest norm
@@ -134,9 +137,7 @@ class Vector:
         mine, mask, found, seen = replace(self, model=lm.id), self.mask or lm.mask(), [], 0
         mine.require_fits(lm)
         after = partial(rules.along, direction=self.unit)
-        text = as_text(load_text() if text is None else text)
-        for contexts in text.passes(lm.tokenizer, lm.prefix_id, min(CONTEXT, lm.max_length)):
-            batch = lm.tokenize([c.ids for c in contexts])
+        for batch in lm._passes(text, self.site):
             form = Float[Tensor, f"{int(batch.mask.sum())} 2"]
             rows = lm.run(batch, [self.site], logits=False, after=after, form=form)[0][self.site]
             found.append(rows[mask.keep(batch.ids, batch.positions)[batch.mask]])
@@ -145,8 +146,9 @@ class Vector:
         if not seen:
             raise ValueError(f"this text has no token that counts ({mask}): give a longer text")
         values, norms = torch.cat(found).unbind(1)
-        mask = replace(mask, max_norm={self.site.key: MAX_NORM * float(norms.median()), **mask.max_norm})
-        values = values[norms <= mask.max_norm[self.site.key]]
+        if isinstance(lm, LM):
+            mask = replace(mask, max_norm={self.site.key: MAX_NORM * float(norms.median()), **mask.max_norm})
+        values = values[norms <= mask.max_norm.get(self.site.key, math.inf)]
         codes = (values - values.mean()).sort().values
         codes = codes[codes > 0]
         if not len(codes):
@@ -204,7 +206,7 @@ class Vector:
             )
         return other
 
-    def require_fits(self, lm: LM, measured: bool = False) -> None:
+    def require_fits(self, lm: Network, measured: bool = False) -> None:
         """ValueError for another model, or another width at the site, and with ``measured`` for a vector without a
         scale."""
         if (width := lm.width(self.site)) != len(self.direction):
@@ -278,10 +280,13 @@ def _of_facts(direction: Tensor, facts: Mapping[str, Any]) -> Vector:
 
 @torch.no_grad()
 def text_means(
-    lm: LM, sites: Sequence[Site], texts: Sequence[str], mask: TokenMask | None = None
+    lm: LM | Net, sites: Sequence[Site], texts: Any, mask: TokenMask | None = None
 ) -> tuple[Float[Tensor, "texts d"], TokenMask]:
     """(each text's mean activation at the first site, over the tokens that the mask keeps at all sites; the mask).
     mask: None: the model's, with a largest norm of 4 medians at each site."""
+    if isinstance(lm, Net):
+        batch = lm._batch(texts, sites[0])
+        return lm.run(batch, sites, logits=False)[0][sites[0]].mean(1).cpu(), mask or lm.mask()
     if not texts:
         raise ValueError("there must be at least one text of each kind, got none")
     means: list[Tensor] = [torch.empty(0)] * len(texts)

@@ -97,6 +97,11 @@ def load(model: str | nn.Module | None, tokenizer: Any, device: Any, dtype: Any,
             raise ValueError(
                 "dtype and from_pretrained's arguments do not apply to a loaded model: pass an id or a folder"
             )
+        if not hasattr(model, "config"):
+            raise ValueError(
+                f"sl.LM reads causal language models of transformers, which have a config; this {type(model).__name__} "
+                "has none: use sl.Net(module)"
+            )
         name = getattr(model.config, "_name_or_path", "") or type(model).__name__
         if tokenizer is None:
             raise ValueError(

@@ -1,27 +1,27 @@
 """LM: a causal language model, here or on an NDIF server, read and changed through nnsight traces."""
 
-import hashlib
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from functools import cached_property, partial
 from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from sae_lab.arguments import Count, as_annotated
-from sae_lab.lm import bundled, generation, inside, loading, passes, tokens
+from sae_lab.lm import bundled, generation, inside, loading, passes, text, tokens
 from sae_lab.lm import site as sites
 from sae_lab.lm.block import SUMMED, broken_sums
 from sae_lab.lm.comparing import Comparison, compared
 from sae_lab.lm.continuing import State, empty_state
-from sae_lab.lm.passes import Step, through, token_losses
+from sae_lab.lm.network import Network, listed_edits
+from sae_lab.lm.passes import through, token_losses
 from sae_lab.lm.tokens import Prompts, Token
 from sae_lab.types import Edits, Site, TokenBatch, TokenMask, Write, as_sites
 
+CONTEXT = 128  # tokens of a context in which vectors are measured
 LOGITS_BYTES = 1 << 30  # of logits made at a time by lm.logits and lm.loss
 
 
@@ -43,7 +43,7 @@ class Reading(dict[Site, Tensor]):
         return super().__getitem__(Site.of(key))
 
 
-class LM:
+class LM(Network):
     """A causal language model.
 
     ``LM()`` is the bundled SmolLM2-135M-Instruct; ``LM(x)`` a hub id, a folder, or a loaded transformers model (then
@@ -66,6 +66,8 @@ class LM:
     With ``remote``, activations at padding are 0, dtype and hardware are the server's, and ``NDIFError`` reports what
     went wrong there.
     """
+
+    IN_WORDS = "an LM"
 
     @as_annotated
     def __init__(
@@ -109,16 +111,6 @@ class LM:
         self._checked: set[str] = set()  # kinds of site whose sums were seen to hold on the server
 
     @property
-    def device(self) -> torch.device:
-        """The device of token ids and activations."""
-        return torch.device("cpu") if self._server else next(self._module.parameters()).device
-
-    @property
-    def remote(self) -> bool:
-        """Whether it runs on a server."""
-        return self._server is not None
-
-    @property
     def server(self) -> Any:
         """The server it runs on: address, deadline, and bytes ``sent`` and ``received``. None: it runs here."""
         return self._server
@@ -143,28 +135,9 @@ class LM:
         """The number of token ids that the model has embeddings of."""
         return self._module.config.get_text_config().vocab_size
 
-    @as_annotated
-    def width(self, site: Site | str) -> int:
-        """The width d of the activations at a site."""
-        return self._sites.width(Site.of(site))
-
     def mask(self) -> TokenMask:
         """The mask that needs no data: special ids anywhere and position 0."""
         return TokenMask(tuple(sorted(self.tokenizer.all_special_ids)))
-
-    def fingerprint(self) -> str:
-        """A hash of the weights (bit sums of all parameters, and samples of each); for a model on a server, of its name
-        and revision."""
-        if self._server:
-            return hashlib.sha256(self._nn.to_model_key().encode()).hexdigest()[:16]
-        digest = hashlib.sha256()
-        for name, p in _weights(self._module.state_dict()):
-            flat = p.detach().contiguous().reshape(-1).view(torch.uint8)
-            flat = flat.clone() if flat.storage_offset() % 4 else flat  # int32 needs its alignment
-            whole, rest = flat[: len(flat) // 4 * 4].view(torch.int32), flat[len(flat) // 4 * 4 :]
-            sample = torch.cat([flat[:: max(1, len(flat) // 4096)], rest]).cpu().numpy().tobytes()
-            digest.update(f"{name} {tuple(p.shape)} {p.dtype} {whole.sum(dtype=torch.int64).item()}".encode() + sample)
-        return digest.hexdigest()[:16]
 
     def __repr__(self) -> str:
         prefix = "none" if self.prefix_id is None else repr(self.tokenizer.decode([self.prefix_id]))
@@ -184,6 +157,14 @@ class LM:
             )
         self._require_known(batch.ids)
         return batch
+
+    def _batch(self, prompts: Prompts, at: Site | None = None) -> TokenBatch:
+        return self.tokenize(prompts)
+
+    def _passes(self, source: Any, site: Site) -> Iterator[TokenBatch]:
+        source = text.as_text(text.load_text() if source is None else source)
+        for contexts in source.passes(self.tokenizer, self.prefix_id, min(CONTEXT, self.max_length)):
+            yield self.tokenize([c.ids for c in contexts])
 
     def _require_known(self, ids: Int[Tensor, "*tokens"]) -> None:
         """ValueError for ids without an embedding: on a GPU they would end the kernel."""
@@ -219,8 +200,8 @@ class LM:
     def _reading(self) -> dict[str, list[int]]:
         """The token ids of each text of the vocabulary."""
         found: dict[str, list[int]] = {}
-        for id, text in enumerate(self.vocabulary):
-            found.setdefault(text, []).append(id)
+        for id, read in enumerate(self.vocabulary):
+            found.setdefault(read, []).append(id)
         return found
 
     @as_annotated
@@ -299,31 +280,10 @@ class LM:
         return self._server.request(self._nn, forms, max(4 * batch.ids.numel() * whole, expected))
 
     def _steps(self, reads: Iterable[Site], writes: Iterable[Write], after: Any) -> list[Any]:
-        """The steps of a pass, see ``passes.through``, in the order in which the model computes their sites. At one
-        place (one head's place is that of all heads) the reads that an edit needs from before all writes come first,
-        then the writes in the order given, then the other reads."""
-        reads, writes = list(dict.fromkeys(reads)), list(writes)
-        place, when = self._sites.place, self._sites.when
-        for w in writes:
-            if late := [s for s in w.reads if when(s) >= when(w.site)]:
-                raise ValueError(
-                    f"an edit that reads {late[0]} cannot change {w.site}, which the model computes before: set the "
-                    "coder's reads and writes to the sites it was trained on"
-                )
+        """The steps of a pass, plain, in order."""
         if self._server:
             _require_travelling(writes)
-        early = list(dict.fromkeys(s for w in writes for s in w.before))
-        needed = [s for w in writes for s in w.reads]
-        needed += [Site.of(less) for s in [*reads, *early, *(w.site for w in writes)] if (less := place(s).less)]
-        steps = [(when(s), 0, Step(f"before {s.key}", place(s))) for s in early]
-        for w in writes:
-            names = (*(s.key for s in w.reads), *(f"before {s.key}" for s in w.before))
-            steps.append((when(w.site), 1, Step(w.site.key, place(w.site), change=w.fn, needs=names)))
-        for s in reads:
-            keep: Any = after[s] if isinstance(after, Mapping) and s in after else after
-            steps.append((when(s), 2, Step(s.key, place(s), keep)))
-        steps += [(when(s), 2, Step(s.key, place(s))) for s in dict.fromkeys(needed) if s not in reads]
-        return [passes.plain(step) for _, _, step in sorted(steps, key=lambda s: s[:2])]
+        return [passes.plain(step) for _, step in self._in_order(reads, writes, after)]
 
     def _check_there(self, at: Iterable[Site]) -> None:
         """Before the first use of a sub-layer's output on a server, check in one request that the block's sums hold."""
@@ -492,15 +452,6 @@ class LM:
             measured |= {name: (codes[0], now[name][0]) for name, codes in was.items()}
         return compared(self.tokens(prompt, answer), batch, clean, edited, measured, self.tokenizer)
 
-    def _writes(self, edits: Iterable[Any], batch: TokenBatch, new: int = 0) -> list[Write]:
-        """The writes of a list of edits. Edits that act together share theirs (``Edit.together``)."""
-        edits = listed_edits(edits)
-        together = next((edit.together for edit in edits if hasattr(edit, "together")), None)
-        with self._server.aside() if self._server else nullcontext():  # an edit may read the model itself
-            if together is not None:
-                return together(edits, self, batch, new)
-            return [w for edit in edits for w in edit.writes(self, batch, new)]
-
     @as_annotated
     def submit(self, method: str, *args: Any, job: str | None = None, **kwargs: Any) -> Any:
         """Start a call on the server and return at once: ``job = lm.submit("logits", prompts)``, then ``job.status``
@@ -607,26 +558,6 @@ class LM:
             found = nnsight.save(fn(nn, **settings))  # noqa: F841 (the name under which it comes back)
             tracer.stop()
         return backend.saved("found")
-
-
-def listed_edits(edits: Any) -> list[Any]:
-    """One edit or several as a list. ValueError for an object that is no edit."""
-    edits = list(edits) if isinstance(edits, Iterable) else [edits]
-    if wrong := [edit for edit in edits if isinstance(edit, type) or not hasattr(edit, "writes")]:
-        raise ValueError(f"edits is a list of edits, such as edits=[sl.Steer(sae, 7)], got {wrong[0]!r} in it")
-    return edits
-
-
-def _weights(values: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """The named tensors of a state dict; quantised modules keep theirs in tuples, as integers, and tensors made of
-    others (torchao's) in themselves."""
-    for name, value in values.items():
-        if is_traceable_wrapper_subclass(value):
-            yield from _weights({f"{name}.{part}": getattr(value, part) for part in value.__tensor_flatten__()[0]})
-        elif isinstance(value, Tensor):
-            yield name, value.int_repr() if value.is_quantized else value
-        elif isinstance(value, list | tuple):
-            yield from _weights({f"{name}.{i}": v for i, v in enumerate(value)})
 
 
 def _padded(x: Tensor, batch: TokenBatch) -> Tensor:

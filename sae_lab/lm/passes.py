@@ -18,7 +18,9 @@ class Place(NamedTuple):
 
     path: of the module. end: "input" or "output". columns: (start, stop) on the last axis; None: all. less: key of an
     earlier site. in_place: whether a write changes the tensor itself. It must for the stream in mid-block: the model
-    keeps that tensor for its skip connection.
+    keeps that tensor for its skip connection. Of networks that are no language models, part: the key of the value in
+    the mapping that the module returns; axes: of the tensor, in the order (batch, *places, channel), the batch -1 where
+    the tensor has none.
     """
 
     path: str
@@ -27,6 +29,8 @@ class Place(NamedTuple):
     factor: float = 1.0
     less: str | None = None
     in_place: bool = False
+    part: str | None = None
+    axes: tuple[int, ...] | None = None
 
 
 class Step(NamedTuple):
@@ -83,11 +87,30 @@ def envoy_at(root, path):
 
 
 @no_type_check
+def as_rows(x, axes):
+    """A tensor as "batch place d". axes: see ``Place``."""
+    x, axes = (x[None], [0, *(a + 1 for a in axes[1:])]) if axes[0] < 0 else (x, axes)
+    return x.permute(*axes).reshape(x.shape[axes[0]], -1, x.shape[axes[-1]])
+
+
+@no_type_check
+def from_rows(new, like, axes):
+    """What ``as_rows`` made, in the form of the tensor ``like``."""
+    alone = axes[0] < 0
+    like, axes = (like[None], [0, *(a + 1 for a in axes[1:])]) if alone else (like, list(axes))
+    new = new.reshape([like.shape[a] for a in axes]).permute(*[axes.index(a) for a in range(len(axes))])
+    return new[0] if alone else new
+
+
+@no_type_check
 def read(root, place, length):
     """The tensor at a place, "batch pos d"; length: tokens of a row. (Some models, OPT among them, join the axes of
     rows and tokens.)"""
     envoy = envoy_at(root, place.path)
-    value = first_tensor(envoy.input if place.end == "input" else envoy.output)
+    value = envoy.input if place.end == "input" else envoy.output
+    value = first_tensor(value if place.part is None else value[place.part])
+    if place.axes is not None:
+        return as_rows(value, place.axes)
     value = value.unflatten(0, (-1, length)) if value.dim() == 2 else value
     return value if place.columns is None else value[..., slice(*place.columns)]
 
@@ -97,9 +120,12 @@ def write(root, place, new):
     """Replace the tensor at a place; the other columns, and the rest of its tuple, stay as they are."""
     envoy = envoy_at(root, place.path)
     whole = envoy.input if place.end == "input" else envoy.output
-    old = first_tensor(whole)
+    old = first_tensor(whole if place.part is None else whole[place.part])
     new = new.to(old.dtype)
-    new = new.flatten(0, 1) if old.dim() == 2 else new
+    if place.axes is not None:
+        new = from_rows(new, old, place.axes)
+    elif old.dim() == 2:
+        new = new.flatten(0, 1)
     if place.in_place:
         old[..., slice(None) if place.columns is None else slice(*place.columns)] = new
         return
@@ -108,6 +134,8 @@ def write(root, place, new):
         new = torch.cat([old[..., :start], new, old[..., stop:]], dim=-1)
     if place.end == "input":
         envoy.input = new
+    elif place.part is not None:
+        envoy.output = type(whole)(**{**whole, place.part: new})
     else:
         envoy.output = with_first(whole, new)
 
@@ -130,10 +158,10 @@ def put(root, place, there, value, new):
 
 
 @no_type_check
-def through(root, steps, tokens, found):
+def through(root, steps, tokens, found, held=None):
     """Take the steps (``Step``, plain) of a pass, in the order in which the model computes their sites. ``found`` gets
-    what each read returns, by name."""
-    held = {}
+    what each read returns, by name. held: what earlier steps of this pass have read, where they were taken apart."""
+    held = {} if held is None else held
     for step in steps:
         there = read(root, step.place, tokens.ids.shape[1])
         x = value_of(there, step.place, held)
@@ -175,7 +203,7 @@ def counting_tokens(ids, positions, special, skip_first):
 
 @no_type_check
 def packed(x, tokens, special, skip_first, limit, scale):
-    """"x": the real tokens that count, as a store keeps them: x/scale in half precision, or in float32 where a value
+    """ "x": the real tokens that count, as a store keeps them: x/scale in half precision, or in float32 where a value
     overflows; and "keep": which of the real tokens they are."""
     rows = x[tokens.mask.to(x.device)].float()
     ids, positions = tokens.ids[tokens.mask], tokens.positions[tokens.mask]

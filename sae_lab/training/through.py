@@ -18,8 +18,8 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from sae_lab.activations.harvesting import FORWARD_TOKENS, in_groups
 from sae_lab.activations.mixing import Place
+from sae_lab.activations.sharding import FORWARD_TOKENS, in_groups
 from sae_lab.activations.store import Harvested, Rows
 from sae_lab.activations.streaming import Stream
 from sae_lab.lm import passes

@@ -17,7 +17,7 @@ import torch
 from torchrun import Job, launch, said
 
 import sae_lab as sl
-from sae_lab.activations import dealing, harvesting
+from sae_lab.activations import dealing, sharding
 
 A, B = sl.Site("resid_post", 0), sl.Site("mlp_out", 1)
 RANKS = 3
@@ -28,8 +28,8 @@ CASES = {"whole": (A, WHOLE), "part": (A, 1500), "one shard": (A, 100), "two sit
 
 def small(patch):
     """Many small shards, of short passes."""
-    patch.setattr(harvesting, "SHARD_TOKENS", 256)
-    patch.setattr(harvesting, "FORWARD_TOKENS", 128)
+    patch.setattr(sharding, "SHARD_TOKENS", 256)
+    patch.setattr(sharding, "FORWARD_TOKENS", 128)
 
 
 def model():
@@ -110,7 +110,7 @@ def _harvest_broken(broken, lm, path):
 def killed(folder: Path, which: str) -> None:
     """In its first life one rank is killed while it makes its third shard."""
     first, doomed = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0", os.environ["RANK"] == which
-    read, seen = harvesting.Harvest.read, []
+    read, seen = sharding.Harvest.read, []
 
     def dying(self, passes):
         seen.append(passes)
@@ -118,7 +118,7 @@ def killed(folder: Path, which: str) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return read(self, passes)
 
-    harvesting.Harvest.read = dying
+    sharding.Harvest.read = dying
     harvest(model(), A, WHOLE, folder / "store")
     (folder / f"made-{os.environ['RANK']}").write_text(str(len(seen)))
 

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 import sae_lab as sl
-from sae_lab.activations import harvesting
+from sae_lab.activations import sharding
+from sae_lab.lm.text import Context
 
 SITE, CONTEXT = sl.Site("resid_post", 1), 32
 
@@ -13,8 +14,8 @@ SITE, CONTEXT = sl.Site("resid_post", 1), 32
 @pytest.fixture
 def cramped(make_tiny, monkeypatch):
     """make(error, most): a model whose layers raise an error for more tokens than fit, and the sizes of its passes."""
-    monkeypatch.setattr(harvesting, "SHARD_TOKENS", 512)
-    monkeypatch.setattr(harvesting, "FORWARD_TOKENS", 512)
+    monkeypatch.setattr(sharding, "SHARD_TOKENS", 512)
+    monkeypatch.setattr(sharding, "FORWARD_TOKENS", 512)
 
     def make(error, most):
         lm, passes = make_tiny("llama"), []
@@ -67,8 +68,8 @@ def test_any_other_error_is_left_as_it_is(cramped, small_text, tmp_path):
 
 
 def test_a_cut_keeps_the_order_and_counts_padding():
-    context = lambda n: harvesting.Context(list(range(n)), [0] * n)  # noqa: E731
+    context = lambda n: Context(list(range(n)), [0] * n)  # noqa: E731
     contexts = [context(n) for n in (3, 3, 8, 2, 2, 2, 2)]
-    groups = harvesting.in_groups(contexts, 8)
+    groups = sharding.in_groups(contexts, 8)
     assert [[len(c.ids) for c in group] for group in groups] == [[3, 3], [8], [2, 2, 2, 2]]
     assert [c for group in groups for c in group] == contexts

@@ -18,10 +18,10 @@ import pytest
 import torch
 
 import sae_lab as sl
-from sae_lab.activations import dealing, harvesting
+from sae_lab.activations import dealing, sharding
 
 # One step of a harvest by itself: what a first shard fixes.
-from sae_lab.activations.harvesting import Harvest
+from sae_lab.activations.sharding import Harvest
 from sae_lab.activations.store import ReadAhead, Rows, Store, permute
 from sae_lab.types import Batch, Site, TokenMask
 
@@ -33,8 +33,8 @@ HALF = 2.0**-11
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch):
     """Many small shards in place of few large ones; all else is as it is."""
-    monkeypatch.setattr(harvesting, "SHARD_TOKENS", 256)
-    monkeypatch.setattr(harvesting, "FORWARD_TOKENS", 128)
+    monkeypatch.setattr(sharding, "SHARD_TOKENS", 256)
+    monkeypatch.setattr(sharding, "FORWARD_TOKENS", 128)
 
 
 @pytest.fixture
@@ -351,9 +351,9 @@ def test_interrupted_by_the_keyboard(harvest, tiny_lm, unbroken, tmp_path):
 KILLED = """
 import sys, time, json, torch
 import sae_lab as sl
-from sae_lab.activations import dealing, harvesting
+from sae_lab.activations import dealing, sharding
 torch.set_num_threads(1)
-harvesting.SHARD_TOKENS, harvesting.FORWARD_TOKENS = 256, 128
+sharding.SHARD_TOKENS, sharding.FORWARD_TOKENS = 256, 128
 model, path, documents = sys.argv[1:]
 lm = sl.LM(model)
 lm._module.model.layers[0].register_forward_hook(lambda *_: time.sleep(0.05))  # time to be killed in

@@ -15,7 +15,7 @@ import tiny_models
 import torch
 
 import sae_lab as sl
-from sae_lab.activations import harvesting
+from sae_lab.activations import sharding
 
 A, B = sl.Site("resid_post", 0), sl.Site("resid_post", 1)
 HALF = 256  # rows of half a buffer here
@@ -25,8 +25,8 @@ SMALL = {"batch_size": 64, "lr": 3e-3, "checkpoint_every": 10, "dead_after": 500
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch):
     """Many small shards in place of few large ones, so that the text does not lie whole in the first."""
-    monkeypatch.setattr(harvesting, "SHARD_TOKENS", 256)
-    monkeypatch.setattr(harvesting, "FORWARD_TOKENS", 128)
+    monkeypatch.setattr(sharding, "SHARD_TOKENS", 256)
+    monkeypatch.setattr(sharding, "FORWARD_TOKENS", 128)
 
 
 @pytest.fixture
@@ -313,7 +313,7 @@ import os, signal, sys
 import torch
 from activations import test_streaming as here
 torch.set_num_threads(int(sys.argv[2]))
-here.harvesting.SHARD_TOKENS, here.harvesting.FORWARD_TOKENS = 256, 128
+here.sharding.SHARD_TOKENS, here.sharding.FORWARD_TOKENS = 256, 128
 def die(event):
     if event.kind == "step" and event.step == 27:
         os.kill(os.getpid(), signal.SIGKILL)

@@ -139,6 +139,8 @@ class Things:
         self.groups = self.graph.groups(of={"a": self.graph.nodes[:1], "b": self.graph.nodes[1:2]})
         self.grouped = self.groups.grouped()
         self.node = sl.circuits.Node(self.site, 1, 1)
+        self.net = sl.Net(torch.nn.Sequential(torch.nn.Linear(48, 48)))
+        self.net.read(self.x, "0")
         self.own = {type(t).__name__: t for t in vars(self).values()}
         self.by_name = {
             "model": self.module, "coder": self.coder, "sae": self.coder, "small": self.coder, "large": self.coder,

@@ -7,7 +7,7 @@ import torch
 import sae_lab as sl
 from sae_lab.explain.selfexplain import Implant
 from sae_lab.lm.generation import continued
-from sae_lab.lm.model import listed_edits
+from sae_lab.lm.network import listed_edits
 from sae_lab.types import Site, TokenMask
 from tests.edits.test_edit import LONGER, OTHER, PROMPT, ROUNDING, SITE, firing, make, near, transcoder
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import sae_lab as sl
-from sae_lab.activations.harvesting import MAX_NORM
+from sae_lab.activations.sharding import MAX_NORM
 from sae_lab.edits.conditions import Firing
 from sae_lab.edits.vector import text_means
 from sae_lab.lm.generation import continued

@@ -14,7 +14,7 @@ from datasets import Dataset
 
 import sae_lab as sl
 from sae_lab import costs
-from sae_lab.activations import harvesting
+from sae_lab.activations import sharding
 from sae_lab.feature_index import build
 from sae_lab.lm.text import Text
 from sae_lab.training import costing, estimating
@@ -28,8 +28,8 @@ HARVEST = {"context": 32}
 
 @pytest.fixture
 def small_shards(monkeypatch):
-    monkeypatch.setattr(harvesting, "SHARD_TOKENS", 256)
-    monkeypatch.setattr(harvesting, "FORWARD_TOKENS", 128)
+    monkeypatch.setattr(sharding, "SHARD_TOKENS", 256)
+    monkeypatch.setattr(sharding, "FORWARD_TOKENS", 128)
 
 
 @pytest.fixture

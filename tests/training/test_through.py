@@ -10,7 +10,7 @@ from saes.conftest import SPECS, make
 from torch.nn import functional as F
 
 import sae_lab as sl
-from sae_lab.activations import harvesting
+from sae_lab.activations import sharding
 from sae_lab.saes import FAMILIES
 from sae_lab.training import config as configs
 from sae_lab.training import through as module
@@ -26,8 +26,8 @@ LAYER = {"llama": "model.layers.1", "gpt2": "transformer.h.1", "gpt_neox": "gpt_
 @pytest.fixture(autouse=True)
 def small_passes(monkeypatch):
     """A batch needs several passes of the model."""
-    monkeypatch.setattr(harvesting, "SHARD_TOKENS", 256)
-    for place in (harvesting, module):
+    monkeypatch.setattr(sharding, "SHARD_TOKENS", 256)
+    for place in (sharding, module):
         monkeypatch.setattr(place, "FORWARD_TOKENS", 64)
 
 

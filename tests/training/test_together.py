@@ -20,7 +20,7 @@ from torchrun import Job, launch
 
 import sae_lab as sl
 from sae_lab import processes
-from sae_lab.activations import harvesting
+from sae_lab.activations import sharding
 
 A, B = sl.Site("resid_post", 0), sl.Site("resid_post", 1)
 HALF = 256  # rows of half a buffer here
@@ -57,8 +57,8 @@ def rows():
 
 def small(patch):
     """Many small shards, of short passes: the text does not lie whole in the start that stays in memory."""
-    patch.setattr(harvesting, "SHARD_TOKENS", 256)
-    patch.setattr(harvesting, "FORWARD_TOKENS", 128)
+    patch.setattr(sharding, "SHARD_TOKENS", 256)
+    patch.setattr(sharding, "FORWARD_TOKENS", 128)
 
 
 def leave(folder, name, trained, told, history):
