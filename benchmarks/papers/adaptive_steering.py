@@ -6,7 +6,7 @@ A symbol has three bits. The first says in which half of the alphabet it is, the
 its half (its height), the last its parity. Each string has three attributes: which half, height and parity are
 frequent. Two transformers learn these strings, one by filling masked places in random order, one from left to
 right. Writes into ``notebooks/papers/data/adaptive_steering`` their weights and those of their coders in half
-precision. One to two minutes of one core a seed.
+precision. Two minutes of one core a seed.
 """
 
 import argparse
