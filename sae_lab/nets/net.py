@@ -58,6 +58,7 @@ class Net(Network):
     def __repr__(self) -> str:
         return f"Net({self.id!r}, {len(self._sites.paths)} modules, device='{self.device}')"
 
+    @as_annotated
     def site(self, path: Site | str) -> Site:
         """The site of a module's path, as coders and stores name it. ValueError, with paths near it, for a path that is
         not there."""
@@ -77,6 +78,7 @@ class Net(Network):
         """The number of channels at a site. ValueError before the network has read any inputs."""
         return self._sites.width(self.site(site))
 
+    @as_annotated
     def mask(self, keep: Iterable[int] | None = None, places: int | None = None) -> TokenMask:
         """The mask of a harvest: all places; with ``keep``, the places of these numbers alone, of ``places`` in all
         (``net.mask(keep=[0], places=197)``: the class token of a vision transformer)."""
