@@ -5,9 +5,10 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from sae_lab import files
 from sae_lab.activations.store import Store
-from sae_lab.feature_index.drawing import place_names
 from sae_lab.lm.model import LM
 from sae_lab.lm.network import Network
 from sae_lab.lm.tokens import labels_alone
@@ -64,3 +65,10 @@ class Labels:
         if not isinstance(self._lm, LM):
             return [str(i) for i in ids]
         return [t.label for t in self._lm.token_strings(ids, prefixed)]
+
+
+def place_names(grid: Sequence[int], places: int) -> list[str]:
+    """What places are called: their number, or (row, column) and the like where they have several axes."""
+    if len(grid) < 2:
+        return [str(i) for i in range(places)]
+    return [f"({', '.join(map(str, np.unravel_index(i, grid)))})" for i in range(places)]

@@ -64,10 +64,16 @@ def test_the_first_to_look_at_are_selective(index):
 def test_heat_lies_on_the_places_of_the_picture(index):
     index.draw(lambda item: np.zeros((8, 8)))
     top = index[index.best()].top[0]
+    assert top.area == [1, 4, 4, drawing.STRIP + drawing.GAP]
     seen = pixels(top.picture).astype(float)[..., 0]
-    blocks = seen.reshape(4, drawing.SIDE // 4, 4, drawing.SIDE // 4).mean((1, 3))
-    expected = np.array([v or 0.0 for v in top.values])[1:].reshape(4, 4) / index.max[index.best()]
-    np.testing.assert_allclose(blocks, expected.clip(0, 1) * drawing.OPAQUE * drawing.HEAT[0], atol=1.0)
+    heat = np.array([v or 0.0 for v in top.values]).clip(0) / index.max[index.best()]
+    cells = seen[:, top.area[3] :].reshape(4, 24, 4, 24)[:, 1:-1, :, 1:-1]  # without the line around the peak
+    np.testing.assert_allclose(cells.mean((1, 3)).ravel(), heat[1:] * drawing.OPAQUE * drawing.HEAT[0], atol=1.0)
+    left = seen[1:-1, 1 : drawing.STRIP - 1]  # the class token, on grey
+    strip = drawing.GREY[0] + heat[0] * drawing.OPAQUE * (drawing.HEAT[0] - drawing.GREY[0])
+    np.testing.assert_allclose(left, strip, atol=1.0)
+    corner = seen[24 * ((top.peak - 1) // 4), top.area[3] + 24 * ((top.peak - 1) % 4)] if top.peak else seen[0, 0]
+    assert corner == drawing.HEAT[0]
 
 
 def test_pictures_of_every_kind(index):
@@ -76,9 +82,69 @@ def test_pictures_of_every_kind(index):
     Image.fromarray(image).save(png, "PNG")
     kinds = [IMAGES[0], IMAGES[0, 0], image, image[..., None], np.repeat(image[..., None], 3, 2),
              torch.from_numpy(image).expand(3, 8, 8), png.getvalue(), Image.fromarray(image)]  # fmt: skip
-    seen = [pixels(drawing.drawn(kind, [0.0] * 16, (4, 4), 1.0)[0]) for kind in kinds]
-    for other in seen[1:]:
-        np.testing.assert_allclose(seen[0], other, atol=1)
+    kinds += [image.tolist(), image > -1, IMAGES[0, 0].to(torch.bfloat16)]
+    seen = [pixels(look(kind).picture)[24:] for kind in kinds]  # without the line around the peak
+    for i, other in enumerate(seen[1:-2]):
+        np.testing.assert_allclose(seen[0], other, atol=1, err_msg=str(i))
+    assert (seen[-2] == 255).all()
+    np.testing.assert_allclose(seen[0], seen[-1], atol=2)
+
+
+def look(made, places=16, peak=0, heat=None, grid=None):
+    return drawing.drawn(lambda _: made, 0, np.zeros(places) if heat is None else heat, peak, grid, 1.0)
+
+
+def test_frames_stand_in_lines_around_the_peak():
+    frames = [np.full((5, 10), i / 99) for i in range(100)]
+    heat = np.zeros(100)
+    heat[70] = 1.0
+    made = look(frames, 100, 70, heat)
+    assert made.area == (50, 5, 8, 0)
+    sheet = pixels(made.picture)
+    height, width = sheet.shape[0] // 5, sheet.shape[1] // 8
+    at = [tuple(int(c) for c in sheet[height * (i // 8) + 9, width * (i % 8) + 9, :3]) for i in range(40)]
+    grey = [round(i * 255 / 99) for i in range(50, 90)]
+    assert [a == (g, g, g) for a, g in zip(at, grey, strict=True)] == [i != 20 for i in range(40)]
+    assert at[20][0] > grey[20] > at[20][2], "the hot one"
+    assert look(frames[:3], 3).area == (0, 1, 3, 0)
+    with pytest.raises(ValueError, match="a picture for each of the item's 4 places, got 3"):
+        look(frames[:3], 4)
+
+
+@pytest.mark.parametrize("made", [[0.0, 2.0, -1.0, 0.5], torch.tensor([1.0, 2.0, 3.0]), list(torch.arange(5)), [3] * 6])
+def test_a_curve_lies_before_its_places(made):
+    heat = np.zeros(6)
+    heat[4] = 1.0
+    drew = look(made, 6, 4, heat)
+    assert drew.area == (0, 1, 6, 0)
+    seen = pixels(drew.picture)
+    assert seen.shape == (*drawing.CURVE, 4)
+    column = [seen[:, 40 * i + 3, 3].max(initial=0) for i in range(6)]
+    hot = [bool(np.isin(seen[:, 40 * i + 3, 3], round(255 * drawing.OPAQUE)).any()) for i in range(6)]
+    assert hot == [False, False, False, False, True, False]
+    assert all(value > 100 for value in column[1:-1]), "the line"
+
+
+def test_a_small_hot_place_of_many_is_seen():
+    heat = np.zeros(300 * 300)
+    heat[300 * 123 + 45] = 1.0
+    seen = pixels(look(np.zeros((300, 300)), 90_000, 5, heat).picture)
+    assert (seen[..., 0] > 180).sum() >= 1
+
+
+def test_many_places_are_shown_around_the_peak(tmp_path):
+    g = torch.Generator().manual_seed(3)
+    data = torch.randn(4, 3000, 5, generator=g)
+    index = indexed(sl.Net(cases()["LSTM"].module), "lstm", data, tmp_path, 7)
+    feature = int(index.counts.argmax())
+    top = index[feature].top[0]
+    assert len(top.values) == len(top.tokens) <= 513 and top.tokens[top.peak] == str(top.position)
+    assert top.values[top.peak] == pytest.approx(index.max[feature], rel=1e-2)
+    index.draw(lambda item: data[item, :, 0])
+    assert index[feature].top[0].area == [0, 1, 3000, 0]
+    index.draw(lambda item: [f"s{i}" for i in range(3000)])
+    top = index[feature].top[0]
+    assert top.tokens[top.peak] == f"s{top.position}"
 
 
 def test_names_of_places_are_shown_as_tokens(tmp_path):
@@ -98,7 +164,13 @@ def test_panel_page_and_site_hold_the_pictures(index, tmp_path):
     assert '<img src="data:image/png;base64,' in panel._html()  # the form that a saved notebook keeps
     assert "data:image/png" in panel.to_html(tmp_path / "page.html").read_text()
     site = index.to_site(tmp_path / "site").parent
-    assert any("data:image/png" in file.read_text() for file in site.rglob("*.js*"))
+    written = (site / "features-0.js").read_text()
+    assert written.count("data:image/png;base64,") == sum(len(g["contexts"]) for view in index for g in view.groups)
+    assert '"unit":"place"' in written.replace(": ", ":")
+    assert "places of" in (site / "index.html").read_text()
+    assert "of 1,020 places" in panel._html() and "ogit lens" not in panel._html()
+    assert "most selective first" in panel.results_note
+    assert repr(index[index.best()]).count("item ") == min(6, len(index[index.best()].top))
     assert panel.code().startswith("import sae_lab as sl\n\n# lm: your ViT, lm = sl.Net(module)")
 
 
@@ -117,6 +189,7 @@ def test_an_input_is_scored(index):
     scored = index.score(index.best(), IMAGES[:1])
     expected = index.coder.encode(index.lm.read(IMAGES[:1], "blocks.0"))[0, :, index.best()]
     torch.testing.assert_close(torch.tensor(scored.values), expected, atol=1e-4, rtol=1e-4)
+    assert scored.tokens == [str(i) for i in range(17)]
     with pytest.raises(ValueError, match="one input is scored at a time, got 2"):
         index.score(0, IMAGES[:2])
     with pytest.raises(ValueError, match="reads no text"):
@@ -128,6 +201,15 @@ BAD = {
     "bytes that are no picture": (lambda item: b"x", None, "bytes that are no picture"),
     "names of other places": (lambda item: ["a"], None, "a name for each of the item's 17 places, got 1"),
     "five axes": (lambda item: np.zeros((1, 1, 1, 1, 1)), None, "render gives a PNG"),
+    "it raises": (lambda item: [][item], None, r"render\(\d+\) raised IndexError: list index out of range"),
+    "unequal rows": (lambda item: [[1.0], [1.0, 2.0]], None, "render gives a PNG"),
+    "a curve with gaps": (lambda item: [1.0, float("nan")], None, "finite numbers"),
+    "nothing": (lambda item: None, None, "got NoneType"),
+    "a list of nothing": (lambda item: [], None, "render gives a PNG"),
+    "names and numbers": (lambda item: ["a", 1.0], None, "render gives a PNG"),
+    "values beyond 1": (lambda item: IMAGES[item] * 4 + 1, None, "values go from 0 to 1, got 1"),
+    "gaps": (lambda item: IMAGES[item] * float("nan"), None, "values go from 0 to 1, got nan"),
+    "whole numbers beyond 255": (lambda item: np.full((8, 8), 300), None, "values go from 0 to 255, got 300 to 300"),
     "another grid": (lambda item: IMAGES[item], (5, 5), "is not known: say so"),
 }
 

@@ -3,8 +3,8 @@
 import type { Bins } from "../shared/histogram";
 import type { Context, FeatureView, Note, Row } from "../inspector/types";
 
-/** document, position, peak, tokens as numbers of the table, [place, activation, ...] where it fires, places left out */
-type PackedContext = [number, number, number, number[], number[], number[]];
+/** document, position, peak, tokens as numbers of the table, [place, activation, ...] where it fires, places left out; of a picture itself, and where places lie on it */
+type PackedContext = [number, number, number, number[], number[], number[], picture?: string, area?: Context["area"]];
 
 type PackedFeature = Omit<FeatureView, "groups" | "histogram" | "d_sae" | "tokens_seen" | "tokens" | "names"> & {
   histogram: number[];
@@ -80,9 +80,9 @@ export function opened(list: Listing, chunk: Chunk, feature: number): { view: Fe
   return { view, note };
 }
 
-function context(texts: string[], [document, position, peak, ids, fires, out]: PackedContext): Context {
+function context(texts: string[], [document, position, peak, ids, fires, out, picture, area]: PackedContext): Context {
   const values: (number | null)[] = ids.map(() => 0);
   for (let i = 0; i < fires.length; i += 2) values[fires[i] as number] = fires[i + 1] as number;
   for (const place of out) values[place] = null;
-  return { document, position, peak, tokens: ids.map((id) => texts[id] ?? ""), values };
+  return { document, position, peak, tokens: ids.map((id) => texts[id] ?? ""), values, picture, area };
 }
