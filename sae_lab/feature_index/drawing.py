@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 SIDE = 96  # pixels of a picture's longer side, on the screen and in pages
-CURVE = (56, 240)  # pixels of a curve, height and width
+CURVE = (48, 192)  # pixels of a curve, height and width
 FRAME, ACROSS, FRAMES = 56, 8, 40  # pixels of a frame's longer side, frames in a line, and frames in all
 THIN = 12  # pixels of a picture's shorter side, at least
 STRIP, GAP = 10, 4  # pixels beside a picture, for the places that do not lie on it
@@ -106,11 +106,10 @@ def _curve(y: np.ndarray, heat: np.ndarray) -> Image.Image:
     alpha = _spread(heat[None], CURVE)
     back = np.concatenate([np.broadcast_to(np.array(HEAT, float), (*CURVE, 3)), 255 * OPAQUE * alpha[..., None]], 2)
     share = (y - y.min()) / max(float(np.ptp(y)), 1e-12)
-    line = Image.new("RGBA", (4 * width, 4 * height), (*GREY, 0))
-    x = (np.arange(len(y)) + 0.5) / len(y) * 4 * width
-    ImageDraw.Draw(line).line(list(zip(x, 4 * (3 + (height - 6) * (1 - share)), strict=True)), (*GREY, 255), 7, "curve")
-    line = line.resize((width, height), Image.Resampling.LANCZOS)
-    return Image.alpha_composite(Image.fromarray(back.round().astype(np.uint8)), line)
+    line = Image.new("RGBA", (2 * width, 2 * height), (*GREY, 0))
+    x, down = (np.arange(len(y)) + 0.5) / len(y) * 2 * width, 2 * (3 + (height - 6) * (1 - share))
+    ImageDraw.Draw(line).line(list(zip(x.tolist(), down.tolist(), strict=True)), (*GREY, 255), 3)
+    return Image.alpha_composite(Image.fromarray(back.round().astype(np.uint8)), line.reduce(2))
 
 
 def _fitted(picture: Image.Image, side: int) -> Image.Image:
@@ -185,5 +184,5 @@ def _address(picture: Image.Image) -> str:
     out = io.BytesIO()
     if picture.getcolors(256) is None:  # a photograph: a third of the room with a palette
         picture = picture.quantize(256, Image.Quantize.FASTOCTREE)
-    picture.save(out, "PNG", optimize=True)
+    picture.save(out, "PNG")
     return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()

@@ -119,8 +119,8 @@ def test_a_curve_lies_before_its_places(made):
     assert drew.area == (0, 1, 6, 0)
     seen = pixels(drew.picture)
     assert seen.shape == (*drawing.CURVE, 4)
-    column = [seen[:, 40 * i + 3, 3].max(initial=0) for i in range(6)]
-    hot = [bool(np.isin(seen[:, 40 * i + 3, 3], round(255 * drawing.OPAQUE)).any()) for i in range(6)]
+    column = [seen[:, 32 * i + 3, 3].max(initial=0) for i in range(6)]
+    hot = [bool(np.isin(seen[:, 32 * i + 3, 3], round(255 * drawing.OPAQUE)).any()) for i in range(6)]
     assert hot == [False, False, False, False, True, False]
     assert all(value > 100 for value in column[1:-1]), "the line"
 

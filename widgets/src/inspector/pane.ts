@@ -120,6 +120,9 @@ function texts(options: PaneOptions, hover: (at: Hovered | null) => void, signal
   const mode = choice("How contexts are shown", MODES, setMode, signal);
   mode.value = options.mode;
   mode.hidden = options.view.groups.every((group) => group.contexts.every(isTile));
+  const beside = options.view.groups.some((group) => group.contexts.some(({ area }) => area && area[3] > 0));
+  const tiles = beside ? "the bar at the left: places outside of the picture" : "a line around the strongest place";
+  const about = mode.hidden ? tiles : "click a line for its whole text";
   const addWeakest = async () => {
     weakest.disabled = true;
     const found = await options.call<Context[]>("weakest", {}, { signal });
@@ -130,7 +133,7 @@ function texts(options: PaneOptions, hover: (at: Hovered | null) => void, signal
   return h(
     "section",
     { "aria-label": "Contexts" },
-    h("div", { class: "saelab-bar-row" }, h("h4", {}, "Contexts ", h("small", {}, mode.hidden ? "items; a bar at the left is for places outside of the picture" : "click a line for its whole text")), mode, options.live ? weakest : null),
+    h("div", { class: "saelab-bar-row" }, h("h4", {}, "Contexts ", h("small", {}, about)), mode, options.live ? weakest : null),
     shown.element,
   );
 }
