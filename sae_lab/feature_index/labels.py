@@ -23,9 +23,10 @@ class Labels:
         self.lower = [label.lower() for label in alone]  # what a search looks through
 
     @classmethod
-    def decode(cls, lm: Network, store: Store) -> "Labels":
+    def decode(cls, lm: Network, store: Store | None = None) -> "Labels":
         """Decode the vocabulary; of a network that is no language model, name the places of an item."""
         if not isinstance(lm, LM):
+            assert store is not None
             names = place_names(store.identity["grid"], store.identity["context"])
             return cls(lm, names, names)
         size = len(lm.tokenizer)
