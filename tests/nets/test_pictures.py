@@ -120,7 +120,8 @@ def test_a_curve_lies_before_its_places(made):
     seen = pixels(drew.picture)
     assert seen.shape == (*drawing.CURVE, 4)
     column = [seen[:, 32 * i + 3, 3].max(initial=0) for i in range(6)]
-    hot = [bool(np.isin(seen[:, 32 * i + 3, 3], round(255 * drawing.OPAQUE)).any()) for i in range(6)]
+    colour = [*drawing.HEAT, round(255 * drawing.OPAQUE)]  # the line is grey
+    hot = [bool((seen[:, 32 * i + 3] == colour).all(1).any()) for i in range(6)]
     assert hot == [False, False, False, False, True, False]
     assert all(value > 100 for value in column[1:-1]), "the line"
 
@@ -170,6 +171,8 @@ def test_panel_page_and_site_hold_the_pictures(index, tmp_path):
     assert "places of" in (site / "index.html").read_text()
     assert "of 1,020 places" in panel._html() and "ogit lens" not in panel._html()
     assert "most selective first" in panel.results_note
+    best = index.best()
+    assert index.names[best] == f"at {', '.join(index.top_tokens(best, 4))}"
     assert repr(index[index.best()]).count("item ") == min(6, len(index[index.best()].top))
     assert panel.code().startswith("import sae_lab as sl\n\n# lm: your ViT, lm = sl.Net(module)")
 

@@ -56,8 +56,9 @@ export const tokens = (list: Listing, feature: number): string[] =>
   (list.tokens[feature] ?? []).map((number) => list.texts[number] ?? "");
 
 /** A feature's label, else what it fires on most, else an explanation: as everywhere where a name stands alone. */
-const called = (list: Listing, feature: number): string => {
-  const tops = tokens(list, feature).slice(0, 4).map((token) => token.trim() || token).join(" ");
+const called = (list: Listing, feature: number, unit?: string): string => {
+  const most = tokens(list, feature).slice(0, 4).map((token) => token.trim() || token);
+  const tops = unit === "place" && most.length ? `at ${most.join(", ")}` : most.join(" ");
   const said = list.labels[feature] ?? "";
   return list.explained.includes(feature) ? tops || said : said || tops;
 };
@@ -74,7 +75,7 @@ export function opened(list: Listing, chunk: Chunk, feature: number): { view: Fe
     tokens_seen: list.tokens_seen,
     histogram: { counts: histogram, edges },
     tokens: tokens(list, feature),
-    names: Object.fromEntries([feature, ...packed.neighbours.map(([i]) => i), ...packed.cofiring.map(([i]) => i)].map((i) => [i, called(list, i)])),
+    names: Object.fromEntries([feature, ...packed.neighbours.map(([i]) => i), ...packed.cofiring.map(([i]) => i)].map((i) => [i, called(list, i, packed.unit)])),
     groups: groups.map(([label, contexts]) => ({ label, contexts: contexts.map((one) => context(chunk.texts, one)) })),
   };
   return { view, note };
