@@ -1,9 +1,17 @@
-"""Train the models and coders of notebooks/papers/adversaries.ipynb: a model learns to hide one feature from a coder.
+"""What notebooks/papers/adversaries.ipynb loads: a model learns to hide one feature from a coder.
+
+    python benchmarks/papers/adversaries.py                    # all seeds, two minutes on one core
+    python benchmarks/papers/adversaries.py --seeds 100 --out build/trial.json
 
 The world has 40 planted features, each active or not. The model squeezes them into 20 numbers, adds noise, and must
 tell all of them again. A coder is trained on the 20 numbers. The model is then trained on, once as before and once with
 a term that leaves the coder's codes the same whether one feature is active or not. A fresh coder is trained on either.
 """
+
+import argparse
+import copy
+import json
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +19,8 @@ from torch.nn import functional as F
 
 import sae_lab as sl
 
+OUT = Path(__file__).resolve().parents[2] / "notebooks" / "papers" / "data" / "adversaries" / "hidden.json"
+SEEDS, WEIGHT, SEEN = (0, 1, 2, 3, 4), 0.1, 0.8  # models and coders; of the hiding term; least recall of what is hidden
 FEATURES, WIDTH, HIDDEN, OFTEN, NOISE = 40, 20, 96, 0.08, 0.1
 STEPS, MORE, BATCH, RATE = 1500, 1500, 512, 3e-3
 LATENTS, K = 80, 5
@@ -97,3 +107,38 @@ def told(model: Squeeze, feature: int, seed: int) -> float:
     said = model.read(x + NOISE * torch.randn(x.shape, generator=random))[:, feature] > 0
     has = active[:, feature] > 0
     return float(said[has].float().mean() + (~said[~has]).float().mean()) / 2
+
+
+def measured(seed: int) -> list[dict]:
+    """One seed: what each coder sees of the feature after training with the term, and without it."""
+    torch.manual_seed(seed)
+    model = Squeeze()
+    learn(model, STEPS, seed)
+    given, sibling = fit(model, seed), fit(model, 500 + seed)
+    hide = next(f for f in range(FEATURES) if recall(model, given, f, 600 + seed) >= SEEN)
+    others, rows = [f for f in range(FEATURES) if f != hide], []
+    for name, weight in (("control", 0.0), ("hiding", WEIGHT)):
+        own = copy.deepcopy(model)
+        learn(own, MORE, 50 + seed, given, hide, weight)
+        coders = {"given": given, "another of before": sibling, "fresh": fit(own, 700 + seed)}
+        row = {coder: recall(own, of, hide, seed) for coder, of in coders.items()}
+        row["others, given"] = sum(recall(own, given, f, seed) for f in others) / len(others)
+        rows.append({"model": name, "seed": seed, **row, "the model itself": told(own, hide, seed)})
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
+    parser.add_argument("--out", type=Path, default=OUT)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    rows: list[dict] = []
+    for seed in args.seeds:
+        rows += measured(seed)
+        args.out.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
