@@ -344,9 +344,9 @@ def of(coder: Any) -> Log:
 class Names:
     """What a coder's features are called, for tables and screens: ``names[7]``, ``names.of([7, 9])``.
 
-    A name is the feature's label; else the tokens it fires on most, where an index of the coder is open; else what
-    somebody else says of it; else "". It is looked up when it is asked for. A result keeps this and not the coder; a
-    coder that is trained on has other names.
+    A name is the feature's label; else the tokens (of a ``sl.Net``, the places) it fires on most, where an index of the
+    coder is open; else what somebody else says of it; else "". It is looked up when it is asked for. A result keeps
+    this and not the coder; a coder that is trained on has other names.
     """
 
     def __init__(self, coder: Any = None, index: Any = None):
@@ -405,6 +405,8 @@ def _named(fields: Mapping[str, Any], index: Any, feature: int) -> str:
     if label := fields.get("label"):
         return label
     if tokens := [] if index is None else index.top_tokens(feature, TOKENS):
+        if index.unit == "place":
+            return f"at {', '.join(tokens)}"
         return " ".join(visible(token).strip() or "·" for token in tokens)
     said = [one["text"] for field in reversed(list(fields)) if field.startswith(SAID) for one in fields[field]]
     return next(iter(said), "")

@@ -771,6 +771,7 @@ def _(s, lab):
 WITHOUT_FIGURES = {
     "Edit": "the base of edits, which does nothing itself",
     "FeatureInspector": "a widget: it shows a FeatureIndex",
+    "FeatureIndex.draw": "it says how items look",
     "GraphLab": "a widget: it shows an AttributionGraph",
     "PatchingGrid": "a widget: what it shows is made by circuits and edits",
     "SteeringSliders": "a widget: its sliders are Steer",

@@ -35,6 +35,7 @@ def prepared(
         "text": inputs.name, "text_fingerprint": inputs.fingerprint, "context": places, "pack": False, "order": ORDER,
         "mask": mask.to_dict(),
     }  # fmt: skip
+    identity["grid"] = net.grid(inputs.first, wanted[0])
     if coder is not None:
         identity["coder"] = coder.fingerprint()
     return ItemHarvest(net, wanted, inputs, folder_of(path, identity), identity, mask, (), coder)

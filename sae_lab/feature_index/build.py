@@ -25,8 +25,9 @@ from sae_lab.feature_index.cofiring import DENSE_BYTES, cofiring
 from sae_lab.feature_index.directions import RANDOM, lens, neighbours
 from sae_lab.feature_index.index import CHECKED, VERSION, FeatureIndex, read_facts
 from sae_lab.feature_index.labels import Labels
-from sae_lab.feature_index.summaries import readability, strongest_first, summarise
+from sae_lab.feature_index.summaries import readability, selectivity, strongest_first, summarise
 from sae_lab.lm.model import LM
+from sae_lab.lm.network import Network
 from sae_lab.results import counted
 from sae_lab.saes.base import SparseCoder
 from sae_lab.saes.families.topk import TopK
@@ -44,13 +45,14 @@ PAIR_SECONDS = 16e-9  # measured time of the sparse product, for each pair of fe
 
 @as_annotated
 def index_features(
-    coder: SparseCoder, lm: LM, store: Store, path: str | Path | None = None, rebuild: bool = False
+    coder: SparseCoder, lm: Network, store: Store, path: str | Path | None = None, rebuild: bool = False
 ) -> FeatureIndex:
     """An index of all features of a coder over a store: density, mean and max, contexts, co-firing, lens, neighbours.
 
     Written to ``path`` (None: a folder in the cache named by coder and store); called again it opens what is there, and
     an interrupted build goes on. rebuild: make it again in any case, as when a file of it is damaged; labels and notes
-    stay.
+    stay. Of a ``sl.Net`` a context is an item, its tokens are its places, and there is no lens; ``index.draw`` says how
+    items look.
 
     Raises ValueError when the store comes from another model, site or width, ``path`` holds another index, or a file of
     the index is damaged.
@@ -77,7 +79,7 @@ def _place_of(coder: SparseCoder, store: Store, path: str | Path | None) -> tupl
     return identity, Path(path) if path is not None else named
 
 
-def _check(coder: SparseCoder, lm: LM, store: Store) -> None:
+def _check(coder: SparseCoder, lm: Network, store: Store) -> None:
     site = store.site
     if store.identity["model_fingerprint"] != lm.fingerprint():
         raise ValueError(
@@ -113,7 +115,7 @@ def _is_done(folder: Path, identity: dict[str, Any], rebuild: bool = False) -> b
     return False
 
 
-def _build(coder: SparseCoder, lm: LM, store: Store, folder: Path, identity: dict[str, Any]) -> None:
+def _build(coder: SparseCoder, lm: Network, store: Store, folder: Path, identity: dict[str, Any]) -> None:
     from tqdm.auto import tqdm
 
     with cache.atomic(folder / "building.json") as temporary:
@@ -126,8 +128,11 @@ def _build(coder: SparseCoder, lm: LM, store: Store, folder: Path, identity: dic
         tables = {"offsets": offsets, "f_scale": coder.f_scale.cpu().numpy()}
         tables |= summarise(store, offsets, rows, values)
         tables["per_row"] = _by_row(folder, len(store), tables["max"])
-        labels = Labels.decode(lm)
-        tables["readability"] = readability(lm, labels, tables["top_tokens"])
+        labels = Labels.decode(lm, store)
+        if isinstance(lm, LM):
+            tables["readability"] = readability(lm, labels, tables["top_tokens"])
+        else:
+            tables["readability"] = selectivity(store, offsets, rows)
         bar.set_description("index: co-firing")
         tables |= cofiring(offsets, rows, len(store))
         bar.set_description("index: lens and neighbours")
@@ -232,9 +237,11 @@ def _by_row(folder: Path, many: int, largest: np.ndarray) -> np.ndarray:
     return per_row
 
 
-def cost(coder: SparseCoder, lm: LM, store: Store, path: str | Path | None, rebuild: bool) -> Cost:
+def cost(coder: SparseCoder, lm: Network, store: Store, path: str | Path | None, rebuild: bool) -> Cost:
     """What ``index_features`` will take with these arguments. Tried: every stage on the first block of rows, and those
     that compare features on some of the features."""
+    if not isinstance(lm, LM):
+        raise ValueError("what an index costs is told for language models alone: index fewer rows, and time it")
     _, once = timed(_check, coder, lm, store)
     identity, folder = _place_of(coder, store, path)
     if _is_done(folder, identity, rebuild):
@@ -254,7 +261,7 @@ def cost(coder: SparseCoder, lm: LM, store: Store, path: str | Path | None, rebu
         stats, counting = timed(summarise, first, offsets, rows, values)
         _, turning = timed(_by_row, scratch, len(first), stats["max"])
         _, sorting = timed(strongest_first, counts, block["values"])
-        labels, decoding = timed(Labels.decode, lm)
+        labels, decoding = timed(Labels.decode, lm, store)
         labels.write(scratch / "labels.json")
         busiest = stats["top_tokens"][np.argsort(-counts)[: few.d_sae]]
         _, judging = timed(readability, lm, labels, busiest)

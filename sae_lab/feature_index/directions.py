@@ -7,6 +7,7 @@ import torch
 
 from sae_lab.feature_index import chunks
 from sae_lab.lm.model import LM
+from sae_lab.lm.network import Network
 from sae_lab.saes.base import SparseCoder
 from sae_lab.types import Site
 
@@ -15,10 +16,10 @@ RANDOM = 256  # random directions, the control of the lens
 
 
 @torch.no_grad()
-def lens(coder: SparseCoder, lm: LM, site: Site) -> dict[str, np.ndarray]:
+def lens(coder: SparseCoder, lm: Network, site: Site) -> dict[str, np.ndarray]:
     """Promoted and suppressed tokens of every unit direction, and its sharpness: the logits' kurtosis, with that of
     random directions beside it. Empty where the site is not written to the residual stream."""
-    if lm.lens(coder.W_dec[:1], site, of=extremes) is None:
+    if not isinstance(lm, LM) or lm.lens(coder.W_dec[:1], site, of=extremes) is None:
         return {}
     rows = chunks.rows_at_a_time(4 * lm.vocab_size)
     found = [lm.lens(chunk, site, of=extremes) for chunk in coder.directions().split(rows)]

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from sae_lab import cache
 from sae_lab.feature_index import neuronpedia
 from sae_lab.feature_index.summaries import QUARTERS
+from sae_lab.lm.model import LM
 from sae_lab.results import counted
 
 SIZE = 1_000  # features in a file
@@ -29,6 +30,8 @@ def write(
 ) -> Path:
     """See ``FeatureIndex.to_neuronpedia``. said: what the log of notes holds of each feature."""
     site = index.site
+    if not isinstance(index.lm, LM):
+        raise ValueError("Neuronpedia shows features of language models: hand on this index with index.to_site(path)")
     model = model if model is not None else re.sub(r"[^a-z0-9._-]+", "-", index.lm.id.split("/")[-1].lower())
     number = "e" if site.layer is None else site.layer
     layer = layer if layer is not None else f"{number}-{site.kind.replace('_', '-')}-{index.d_sae}"

@@ -1,11 +1,11 @@
 """FeatureIndex: everything about every feature, opened in milliseconds from memory-mapped files."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from sae_lab.feature_index.annotations import Note, Notes
 from sae_lab.feature_index.labels import Labels
 from sae_lab.feature_index.summaries import BINS, QUANTILE_CONTEXTS, QUARTERS, TOP_CONTEXTS
 from sae_lab.lm.model import LM
+from sae_lab.lm.network import Network
 from sae_lab.results import Name, counted, visible
 from sae_lab.saes.base import SparseCoder
 from sae_lab.types import Site, check_feature
@@ -31,6 +32,7 @@ TABLES = (
 SIZED = 4096  # rows of the store whose mean size ``norm`` uses for a coder with an input_norm
 REMEDY = "index again with sl.index_features(coder, lm, store, ..., rebuild=True); labels and notes stay"
 BEFORE, AFTER = 24, 12  # tokens shown around an activation
+PLACES = 256  # places shown on each side of an activation, of a network that is no language model
 PERMUTATIONS = 100  # of the labels of examples
 READABLE_DENSITY = (5e-4, 1e-2)  # rarer features have too few contexts to judge, denser ones are rarely about one thing
 
@@ -38,13 +40,18 @@ READABLE_DENSITY = (5e-4, 1e-2)  # rarer features have too few contexts to judge
 @dataclass(frozen=True)
 class Context:
     """Tokens around an activation. values: the feature's activation per token, None where the mask leaves it out;
-    ``peak`` is the index of the activation in ``tokens``, ``position`` its position in the model's context."""
+    ``peak`` is the index of the activation in ``tokens``, ``position`` its position in the model's context. Of a
+    ``sl.Net`` a context is an item, ``document`` its number, and its tokens are places, at most 256 on each side of the
+    peak. picture: the item with heat, as an address that holds it, where ``index.draw`` says how items look; area:
+    where places lie on it, [place of its first cell, rows, columns, pixels left of them]."""
 
     tokens: list[str]
     values: list[float | None]
     peak: int
     document: int
     position: int
+    picture: str = ""
+    area: list[int] = field(default_factory=list)
 
     def __str__(self) -> str:
         marked = [f"[{t}]" if i == self.peak else t for i, t in enumerate(self.tokens)]
@@ -57,7 +64,8 @@ class FeatureView:
 
     neighbours: (feature, cosine of the decoder rows). cofiring: (feature, Jaccard index n_ij / (n_i + n_j - n_ij),
     n_ij: the number of tokens on which both fire), up to 32. explanations: what others say of it, as {text, source,
-    scores}. tokens: those it fires on most. names: {number: name} of it and of the features beside it.
+    scores}. tokens: those it fires on most. names: {number: name} of it and of the features beside it. unit: what
+    stands in a context, "token", or "place" of a ``sl.Net``.
     """
 
     feature: int
@@ -78,6 +86,7 @@ class FeatureView:
     explanations: list[dict[str, Any]] = field(default_factory=list)
     tokens: list[str] = field(default_factory=list)
     names: dict[str, str] = field(default_factory=dict)
+    unit: str = "token"
 
     @property
     def top(self) -> list[Context]:
@@ -92,13 +101,16 @@ class FeatureView:
 
     def __str__(self) -> str:
         name = visible(Name(self.names.get(str(self.feature), "")))
-        head = f"feature {self.feature}{f' ({name})' if name else ''}: fires on {self.density:.3%} of tokens"
+        head = f"feature {self.feature}{f' ({name})' if name else ''}: fires on {self.density:.3%} of {self.unit}s"
         head += f", max {self.max:.2f}"
         promoted = [] if self.lens_note else self.promoted  # of a noisy lens the tokens may be chance
         words = f"promotes {' '.join(repr(t) for t, _ in promoted[:6])}" if promoted else ""
         others = f"fires with {', '.join(f'{i} ({j:.2f})' for i, j, _ in self.cofiring[:6])}" if self.cofiring else ""
         said = [visible(f"explained: {one['text']} ({one['source']})") for one in self.explanations[:2]]
-        return "\n".join([head, *said, words, others, *(str(c) for c in self.top[:6])])
+        top = map(str, self.top[:6])
+        if self.unit == "place":
+            top = (f"{c.values[c.peak]:8.2f}  item {c.document:,} at {c.tokens[c.peak]}" for c in self.top[:6])
+        return "\n".join([head, *said, words, others, *top])
 
     __repr__ = __str__
 
@@ -140,7 +152,7 @@ class FeatureIndex:
     them. With the model and the coder at hand (``lm``, ``coder``) it also scores new text.
     """
 
-    def __init__(self, path: str | Path, store: Store, lm: LM, coder: SparseCoder | None = None):
+    def __init__(self, path: str | Path, store: Store, lm: Network, coder: SparseCoder | None = None):
         self.path, self.store, self.lm, self.coder = Path(path), store, lm, coder
         facts = read_facts(self.path / "index.json")
         self.d_sae: int = facts["d_sae"]
@@ -163,6 +175,8 @@ class FeatureIndex:
         # Labels and the headers of the store's files are read now, so that the first feature opens as fast as others.
         self._labels = Labels.read(lm, self.path / "labels.json", blocks["labels.json"], REMEDY)
         self.store.contexts(np.zeros(1, np.int64))
+        self._render: Callable[[int], Any] | None = None
+        self._grid: Sequence[int] | None = None
 
     def __len__(self) -> int:
         return self.d_sae
@@ -170,7 +184,7 @@ class FeatureIndex:
     def __repr__(self) -> str:
         live = int((self.counts > 0).sum())
         return (
-            f"FeatureIndex({counted(self.d_sae, 'feature')}, {live} live on {counted(self.tokens_seen, 'token')}, "
+            f"FeatureIndex({counted(self.d_sae, 'feature')}, {live} live on {counted(self.tokens_seen, self.unit)}, "
             f"{self.site}, {self.bytes / 1e6:,.1f} MB)"
         )
 
@@ -178,6 +192,11 @@ class FeatureIndex:
     def names(self) -> noting.Names:
         """What features are called: ``index.names[7]``, your label, else its top tokens, else an explanation."""
         return noting.Names(index=self)
+
+    @property
+    def unit(self) -> str:
+        """What a row of the store is: a "token", or a "place" of a ``sl.Net``."""
+        return "token" if isinstance(self.lm, LM) else "place"
 
     @property
     def bytes(self) -> int:
@@ -233,7 +252,7 @@ class FeatureIndex:
     @cached_property
     def _places(self) -> searching.Places:
         tokens = self.store.rows(np.arange(self.tokens_seen), "token").numpy().astype(np.int32)
-        return searching.Places(self.lm, self._labels, tokens)
+        return searching.Places(cast(LM, self.lm), self._labels, tokens)
 
     def search(
         self, what: str | Sequence[str], against: Sequence[str] | None = None, limit: Count = 50,
@@ -266,10 +285,17 @@ class FeatureIndex:
         ValueError for a limit that is no number, a sentence beyond the model's length, and a sentence or examples on an
         index without its coder.
         """
+        lm = self.lm
+        if not isinstance(lm, LM) and (not isinstance(what, str) or query.parse(what).kind in ("words", "sentence")):
+            raise ValueError(
+                "words, sentences and examples are looked for in texts; features of another network are found by "
+                "conditions, index.search('density<1% label:eye')"
+            )
         if against is not None:
             texts = [what] if isinstance(what, str) else what
             coder = self._at_hand("a search by examples")
-            found = finding.find_features(self.lm, coder, texts, against, pooling=pooling, permutations=PERMUTATIONS)
+            asked = cast(LM, lm), coder, texts, against
+            found = finding.find_features(*asked, pooling=pooling, permutations=PERMUTATIONS)
             return self._described(found.table, found.searched, limit)
         if not isinstance(what, str):
             many = counted(len(what), "text")
@@ -284,7 +310,7 @@ class FeatureIndex:
             table, searched = self._by_words(asked)
         elif asked.kind == "sentence":
             coder = self._at_hand("a search by a sentence")
-            table = searching.on_sentence(self.lm, coder, asked.text, self.density, self.mean)
+            table = searching.on_sentence(cast(LM, lm), coder, asked.text, self.density, self.mean)
             searched = str(asked)
         else:
             order = self.order("best")
@@ -379,9 +405,31 @@ class FeatureIndex:
         """
         return exporting.write(self, self._log.all(), path, model, layer, author)
 
-    def score(self, feature: int, text: str) -> live.Scored:
-        """A feature's activation at each token of a new text: one pass to the coder's site."""
-        return live.score(self.lm, self._at_hand("scoring a text"), self._check(feature), text)
+    def score(self, feature: int, text: Any) -> live.Scored:
+        """A feature's activation at each token of a new text, or at each place of an input of a ``sl.Net``: one pass to
+        the coder's site."""
+        scored = live.score(self.lm, self._at_hand("scoring a text"), self._check(feature), text)
+        if self.unit == "place":
+            return replace(scored, tokens=self._labels.of(range(len(scored.values)), prefixed=True))
+        return scored
+
+    def draw(self, render: Callable[[int], Any] | None, grid: Sequence[Count] | None = None) -> "FeatureIndex":
+        """``index.draw(lambda i: images[i])``: how the items of a network's store look, in panels, pages and tables.
+
+        render: the number of an item in the data -> what it looks like, one of
+            a picture: a PNG, or an array of height and width (and 3) from 0 to 1, or of whole numbers to 255
+            frames: a list of pictures, one for each place; the 40 around the strongest are shown
+            a curve: a list of numbers, along which the places lie; drawn from its lowest to its highest
+            names: a list of str, one for each place (residues, steps), shown as tokens are
+        None: places are shown by their numbers. Activations lie on a picture as heat, that of places beside the grid
+        (a class token) on a bar at its left.
+        grid: (height, width) of the places on the picture; None: the site's own, or a square, with a place before it
+        or not. Returns the index. ValueError for a language model, whose tokens are shown.
+        """
+        if isinstance(self.lm, LM):
+            raise ValueError("a language model's contexts are shown as their tokens: draw is for an index of a sl.Net")
+        self._render, self._grid = render, self.store.identity["grid"] if grid is None else list(grid)
+        return self
 
     def compare(self, a: Count, b: Count) -> live.Pair:
         """Two features: cosine of their decoder rows, and on how many tokens of the store both fire."""
@@ -425,6 +473,7 @@ class FeatureIndex:
             explanations=[said._asdict() for said in self.explanations[feature]],
             tokens=self.top_tokens(feature, 8),
             names=self.names_around(feature),
+            unit=self.unit,
         )
 
     def names_around(self, feature: int) -> dict[str, str]:
@@ -450,6 +499,8 @@ class FeatureIndex:
 
     def _lens_note(self, feature: int) -> str:
         if "lens_kurtosis" not in self._stats:
+            if not isinstance(self.lm, LM):
+                return "no logit lens: this network is no language model"
             return f"no logit lens: {self.site} is not written to the residual stream"
         sharp = float(self._stats["lens_kurtosis"][feature]) > self._noise
         return "" if sharp else "These tokens may be chance: random directions are as sharp as this one."
@@ -472,14 +523,17 @@ class FeatureIndex:
 
     def _contexts(self, shown: np.ndarray, rows: np.ndarray, values: np.ndarray) -> list[Context]:
         """The contexts of rows of the store."""
+        from sae_lab.feature_index import drawing  # it imports Pillow
+
         if not len(shown):
             return []
         numbers, documents = self.store.contexts(shown), self.store.rows(shown, "document")
-        found = []
+        before, after = (BEFORE, AFTER) if isinstance(self.lm, LM) else (PLACES, PLACES)
+        found, largest = [], float(values.max())
         for shown_row, number, document in zip(shown, numbers.tolist(), documents.tolist(), strict=True):
             here, positions = self.store.context_rows(number)
             ids, peak = self.store.context_ids(number), int(positions[np.searchsorted(here, shown_row)])
-            start, stop = max(0, peak - BEFORE), min(len(ids), peak + AFTER + 1)
+            start, stop = max(0, peak - before), min(len(ids), peak + after + 1)
             along: list[float | None] = [None] * (stop - start)
             # In the type of rows: else all of them would be converted, a million of a dense feature.
             first, last = np.searchsorted(rows, np.array([here[0], here[-1] + 1], rows.dtype))
@@ -487,6 +541,12 @@ class FeatureIndex:
             known = (positions >= start) & (positions < stop) & (here < self.tokens_seen)  # it may end in a context
             for row, position in zip(here[known].tolist(), positions[known].tolist(), strict=True):
                 along[position - start] = round(fires.get(row, 0.0), 4)
-            labels = self._labels.of(ids[start:stop].tolist(), prefixed=start == 0)
-            found.append(Context(labels, along, peak - start, document, peak))
+            labels, look = self._labels.of(ids[start:stop].tolist(), prefixed=start == 0), {}
+            if self._render is not None:
+                heat = np.zeros(len(ids))
+                heat[positions[np.searchsorted(here, rows[first:last])]] = values[first:last]
+                made = drawing.drawn(self._render, document, heat, peak, self._grid, largest)
+                labels = list(made.names[start:stop]) or labels
+                look = {"picture": made.picture, "area": list(made.area)}
+            found.append(Context(labels, along, peak - start, document, peak, **look))
         return found

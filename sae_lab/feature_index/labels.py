@@ -5,8 +5,12 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from sae_lab import files
+from sae_lab.activations.store import Store
 from sae_lab.lm.model import LM
+from sae_lab.lm.network import Network
 from sae_lab.lm.tokens import labels_alone
 
 
@@ -14,18 +18,22 @@ class Labels:
     """Labels as ``lm.token_strings`` gives them. Kept in ``labels.json``: ``alone``, of a token by itself or at the
     start of a text, and ``within``, behind another token (some tokenizers drop a space at the start)."""
 
-    def __init__(self, lm: LM, alone: list[str], within: list[str]):
+    def __init__(self, lm: Network, alone: list[str], within: list[str]):
         self._lm, self.alone, self.within = lm, alone, within
         self.lower = [label.lower() for label in alone]  # what a search looks through
 
     @classmethod
-    def decode(cls, lm: LM) -> "Labels":
-        """Decode the vocabulary."""
+    def decode(cls, lm: Network, store: Store | None = None) -> "Labels":
+        """Decode the vocabulary; of a network that is no language model, name the places of an item."""
+        if not isinstance(lm, LM):
+            assert store is not None
+            names = place_names(store.identity["grid"], store.identity["context"])
+            return cls(lm, names, names)
         size = len(lm.tokenizer)
         return cls(lm, labels_alone(lm.tokenizer, size), lm.vocabulary[:size])
 
     @classmethod
-    def read(cls, lm: LM, file: Path, blocks: str, remedy: str) -> "Labels":
+    def read(cls, lm: Network, file: Path, blocks: str, remedy: str) -> "Labels":
         """blocks: the file's checksums. ValueError with the remedy."""
         try:
             data = files.read_bytes(file, "MOST_RUN")
@@ -43,12 +51,25 @@ class Labels:
 
     def __getitem__(self, token_id: int) -> str:
         """A token's label by itself. A model may have more ids than its tokenizer knows."""
-        known = token_id < len(self.alone)
-        return self.alone[token_id] if known else self._lm.token_strings([token_id])[0].label
+        return self.alone[token_id] if token_id < len(self.alone) else self._alien([token_id])[0]
 
     def of(self, ids: Sequence[int], prefixed: bool = False) -> list[str]:
         """The labels of tokens that stand together; ``prefixed`` says that the first one is no part of the text."""
         first = 1 + prefixed
         if max(ids) < len(self.within):
             return [self.alone[i] for i in ids[:first]] + [self.within[i] for i in ids[first:]]
-        return [t.label for t in self._lm.token_strings(ids, prefixed)]  # the model has more ids than the tokenizer
+        return self._alien(ids, prefixed)
+
+    def _alien(self, ids: Sequence[int], prefixed: bool = False) -> list[str]:
+        """Labels of ids beyond those that were decoded: of a model with more ids than its tokenizer, or of an item with
+        more places than the first."""
+        if not isinstance(self._lm, LM):
+            return [str(i) for i in ids]
+        return [t.label for t in self._lm.token_strings(ids, prefixed)]
+
+
+def place_names(grid: Sequence[int], places: int) -> list[str]:
+    """What places are called: their number, or (row, column) and the like where they have several axes."""
+    if len(grid) < 2:
+        return [str(i) for i in range(places)]
+    return [f"({', '.join(map(str, np.unravel_index(i, grid)))})" for i in range(places)]

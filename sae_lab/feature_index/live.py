@@ -8,6 +8,7 @@ import torch
 
 from sae_lab.activations.reading import read_some
 from sae_lab.lm.model import LM
+from sae_lab.lm.network import Network
 from sae_lab.saes.base import SparseCoder
 
 
@@ -33,15 +34,22 @@ class Scored:
         return f"feature {self.feature} on {''.join(marked)!r}: max {self.max:.2f}"
 
 
-def score(lm: LM, coder: SparseCoder, feature: int, text: str) -> Scored:
-    """The activation of one feature at each token of a text, in one pass that ends at the coder's site.
+def score(lm: Network, coder: SparseCoder, feature: int, text: Any) -> Scored:
+    """The activation of one feature at each token of a text, in one pass that ends at the coder's site; of a network
+    that is no language model, at each place of one input.
 
-    ValueError for a text beyond the model's length.
+    ValueError for a text beyond the model's length, and for several inputs.
     """
-    codes, keep = read_some(lm, coder, [coder.feature(feature)], lm.tokenize(text))
+    if isinstance(text, str) and not isinstance(lm, LM):
+        raise ValueError(f"{lm} reads no text: score an input from Python, index.score(feature, x)")
+    batch = lm._batch(text, coder.site)
+    if len(batch.ids) != 1:
+        raise ValueError(f"one input is scored at a time, got {len(batch.ids)}: pass x[:1]")
+    codes, keep = read_some(lm, coder, [coder.feature(feature)], batch)
     values = [round(v, 4) if k else None for v, k in zip(codes[0, :, 0].tolist(), keep[0].tolist(), strict=True)]
     peak = max(range(len(values)), key=lambda i: -1.0 if values[i] is None else values[i] or 0.0)
-    return Scored(feature, [t.label for t in lm.tokens(text)], values, peak)
+    labels = [t.label for t in lm.tokens(text)] if isinstance(lm, LM) else [str(i) for i in batch.ids[0].tolist()]
+    return Scored(feature, labels, values, peak)
 
 
 @dataclass(frozen=True)

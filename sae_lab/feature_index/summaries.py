@@ -1,5 +1,7 @@
 """What a feature's codes say: mean, max and histogram, the tokens it fires on most, and which activations to show."""
 
+from itertools import pairwise
+
 import numpy as np
 import torch
 
@@ -14,6 +16,7 @@ BINS = 40
 TOP_CONTEXTS, QUANTILE_CONTEXTS = 12, 4
 QUARTERS = 4
 SHOWN = TOP_CONTEXTS + QUARTERS * QUANTILE_CONTEXTS
+EXAMPLES = 30  # items of a network's store that a feature to look at first fires on
 LEAD = 6  # two activations are repeated text if they and the tokens before them are equal, LEAD tokens in all
 
 
@@ -73,6 +76,8 @@ def _top_tokens(d_sae: int, features: np.ndarray, tokens: np.ndarray, values: np
 def _contexts(store: Store) -> tuple[np.ndarray, np.ndarray]:
     """Of every row the number of its context, and a hash of the tokens that lead up to it (fewer at the start)."""
     contexts = store.contexts(np.arange(len(store)))
+    if "grid" in store.identity:  # places have the same numbers in every item: nothing is repeated text
+        return contexts, np.arange(len(store), dtype=np.uint64)
     leads = np.empty(len(store), np.uint64)
     factors = np.random.default_rng(0).integers(0, 2**64, LEAD, np.uint64) | np.uint64(1)
     for number in range(contexts[0], contexts[-1] + 1):
@@ -113,6 +118,15 @@ def _choose(rows: np.ndarray, contexts: np.ndarray, leads: np.ndarray) -> np.nda
         shown[at : at + len(found)] = found
         at += limit
     return shown
+
+
+def selectivity(store: Store, offsets: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """The share of items on which a feature does not fire, in place of ``readability`` where there are no words; less
+    for a feature of fewer than EXAMPLES items, which show too little of what they share."""
+    contexts = store.contexts(np.arange(len(store)))
+    items = len(np.unique(contexts))
+    fires = np.array([len(np.unique(contexts[rows[a:b]])) for a, b in pairwise(offsets.tolist())])
+    return ((1 - fires / items) * np.minimum(1, fires / EXAMPLES)).astype(np.float32)
 
 
 def readability(lm: LM, labels: Labels, top_tokens: np.ndarray) -> np.ndarray:

@@ -58,6 +58,7 @@ class Net(Network):
     def __repr__(self) -> str:
         return f"Net({self.id!r}, {len(self._sites.paths)} modules, device='{self.device}')"
 
+    @as_annotated
     def site(self, path: Site | str) -> Site:
         """The site of a module's path, as coders and stores name it. ValueError, with paths near it, for a path that is
         not there."""
@@ -77,6 +78,7 @@ class Net(Network):
         """The number of channels at a site. ValueError before the network has read any inputs."""
         return self._sites.width(self.site(site))
 
+    @as_annotated
     def mask(self, keep: Iterable[int] | None = None, places: int | None = None) -> TokenMask:
         """The mask of a harvest: all places; with ``keep``, the places of these numbers alone, of ``places`` in all
         (``net.mask(keep=[0], places=197)``: the class token of a vision transformer)."""
@@ -124,6 +126,11 @@ class Net(Network):
     def batched(self, sites: Sequence[Site]) -> bool:
         """Whether a pass reads several items: the axes of a site may have been named without a batch."""
         return all(self._sites.has_batch(site) for site in sites)
+
+    def grid(self, item: Call, site: Site) -> list[int]:
+        """The sizes of the axes along which an item's places lie."""
+        self.joined([item], [site])
+        return list(self._sites.shape(site)[1:-1])
 
     def places(self, item: Call, sites: Sequence[Site]) -> int:
         """The number of places of an item. ValueError for sites with unequal numbers."""

@@ -1,7 +1,8 @@
-"""Weights in 8 or 4 bits: up to 64 neighbours of a matrix share one float32 scale, a whole number times it is a weight.
+"""Weights in 8 or 4 bits: up to 64 neighbours of a matrix share one scale, a whole number times it is a weight.
 
 A matrix ``W_dec`` becomes two tensors in the file, ``W_dec.int8`` or ``W_dec.int4`` (two numbers a byte) and
-``W_dec.scale``. Neighbours belong to one feature: a W_enc, "d_in d_sae", is turned round first.
+``W_dec.scale``. Neighbours belong to one feature: a W_enc, "d_in d_sae", is turned round first. Scales are float16, or
+float32 in a matrix some scale of which float16 would round by more than to 3 digits.
 """
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 GROUP = 64
 BITS = (8, 4)
+_HALF = torch.finfo(torch.float16)
 _SHRINK = {8: (1.0,), 4: (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)}  # of the scale: in 4 bits it pays to clip the largest
 
 
@@ -19,10 +21,11 @@ def packed(name: str, matrix: Tensor, bits: int) -> dict[str, Tensor]:
     groups = torch.nn.functional.pad(rows, (0, count * size - rows.shape[-1])).view(-1, size)
     most = 2 ** (bits - 1) - 1
     largest = groups.abs().amax(1, keepdim=True)
+    kind = scale_kind(largest / most)
     best = torch.full_like(largest, torch.inf)
     scale, numbers = torch.zeros_like(largest), torch.zeros_like(groups)
     for shrink in _SHRINK[bits]:
-        tried = largest * shrink / most
+        tried = (largest * shrink / most).to(kind).float()
         rounded = (groups / tried.clamp_min(1e-38)).round().clamp(-most, most)
         error = (groups - rounded * tried).square().sum(1, keepdim=True)
         better = error < best
@@ -32,7 +35,14 @@ def packed(name: str, matrix: Tensor, bits: int) -> dict[str, Tensor]:
     if bits == 4:
         pairs = torch.nn.functional.pad(whole, (0, len(whole) % 2)).view(-1, 2).view(torch.uint8) & 15
         whole = pairs[:, 0] | pairs[:, 1] << 4
-    return {f"{name}.int{bits}": whole, f"{name}.scale": scale.flatten()}
+    return {f"{name}.int{bits}": whole, f"{name}.scale": scale.flatten().to(kind)}
+
+
+def scale_kind(scales: Tensor) -> torch.dtype:
+    """float16 where it holds these scales, and half of each, to 3 digits; else float32."""
+    used = scales[scales > 0]
+    fits = not len(used) or bool(used.min() >= 2 * _HALF.smallest_normal and used.max() <= _HALF.max)
+    return torch.float16 if fits else torch.float32
 
 
 def unpacked(tensors: dict[str, Tensor], shapes: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from sae_lab.edits.edit import Edit
 from sae_lab.edits.vector import Vector
 from sae_lab.lm import bundled
 from sae_lab.lm.model import LM
+from sae_lab.lm.network import Network
 from sae_lab.saes.base import SparseCoder
 
 
@@ -22,8 +23,10 @@ def name_of(thing: Any, otherwise: str) -> str:
     return next((n for n, value in names.items() if value is thing and not n.startswith("_")), otherwise)
 
 
-def lm_line(lm: LM, name: str = "lm") -> str:
+def lm_line(lm: Network, name: str = "lm") -> str:
     """The line that loads the model again; a comment for a model that was handed over."""
+    if not isinstance(lm, LM):
+        return f"# {name}: your {lm.id}, {name} = sl.Net(module)"
     if lm._server is not None:
         return f"{name} = sl.LM({lm.id!r}, remote={lm._server.asked!r})"
     if lm.id == bundled.HUB_ID:

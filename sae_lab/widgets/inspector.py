@@ -178,7 +178,7 @@ class FeatureInspector(Linked):
         found = self._found
         if found is None:
             live = self._index.order(sort)
-            note = f"{min(RESULTS, len(live)):,} of {counted(len(live), 'live feature')}, {_SORTS[sort]}"
+            note = f"{min(RESULTS, len(live)):,} of {counted(len(live), 'live feature')}, {self._order(sort)}"
             return [self._row(int(feature)) for feature in live[:RESULTS]], note
         if not found.features:
             return [], f"no feature for {found.searched}; {_HELP}"
@@ -188,8 +188,12 @@ class FeatureInspector(Linked):
             values = getattr(self._index, sort)
             features = sorted(features, key=lambda feature: -values[feature])
         many = f"first {RESULTS}" if len(features) == RESULTS else len(features)
-        order = "best first" if sort == "best" else _SORTS[sort]
+        order = "best first" if sort == "best" else self._order(sort)
         return [self._row(i) | {"why": whys[i]} for i in features], f"{many} for {found.searched}; {order}"
+
+    def _order(self, sort: str) -> str:
+        places = getattr(self._index, "unit", "token") == "place"  # there are no words to read
+        return "most selective first" if places and sort == "best" else _SORTS[sort]
 
     def _row(self, feature: int) -> dict[str, Any]:
         return {

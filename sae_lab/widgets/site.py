@@ -86,7 +86,7 @@ def _feature(view: FeatureView, texts: _Texts) -> dict[str, Any]:
     """What widgets/src/site/data.ts unpacks."""
     groups = [[group["label"], [_context(one, texts) for one in group["contexts"]]] for group in view.groups]
     same = ("feature", "density", "count", "mean", "max", "f_scale", "promoted", "suppressed", "lens_note",
-            "explanations")  # fmt: skip
+            "explanations", "unit")  # fmt: skip
     return {name: _short(getattr(view, name)) for name in same} | {
         "histogram": view.histogram["counts"], "groups": groups, "neighbours": _short(view.neighbours),
         "cofiring": _short(view.cofiring[:COFIRING]),
@@ -96,7 +96,8 @@ def _feature(view: FeatureView, texts: _Texts) -> dict[str, Any]:
 def _context(context: Context, texts: _Texts) -> list[Any]:
     fires = [part for place, value in enumerate(context.values) if value for part in (place, _short(value))]
     left_out = [place for place, value in enumerate(context.values) if value is None]
-    return [context.document, context.position, context.peak, texts.numbers(context.tokens), fires, left_out]
+    packed = [context.document, context.position, context.peak, texts.numbers(context.tokens), fires, left_out]
+    return [*packed, context.picture, context.area] if context.picture else packed
 
 
 def _short(value: Any) -> Any:
@@ -133,7 +134,7 @@ def _page(index: FeatureIndex) -> str:
     title = f"Features{coder} at {index.site.key} of {index.lm.id}"
     live = int((index.counts > 0).sum())
     text = index.store.identity.get("text", "")
-    many, tokens = counted(index.d_sae, "feature"), counted(index.tokens_seen, "token")
+    many, tokens = counted(index.d_sae, "feature"), counted(index.tokens_seen, index.unit)
     facts = f"{many}, of which {live:,} fire{'s' * (live == 1)} on the {tokens} of {text!r}."
     first = index.order("best")[:WITHOUT_SCRIPTS].tolist()
     rows = [(str(i), Name(index.notes.heading(i)), " ".join(map(repr, index.top_tokens(i)))) for i in first]

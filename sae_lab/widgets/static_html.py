@@ -44,10 +44,10 @@ def numbered(feature: int, names: Mapping[str, str]) -> Html:
 
 def feature_html(view: Mapping[str, Any], note: Mapping[str, str] | None = None) -> Html:
     """A feature, from ``FeatureView.to_dict()``, and your note on it."""
-    names = view.get("names", {})
+    names, unit = view.get("names", {}), view.get("unit", "token")
     numbers = {
         "density": f"{figure(100 * view['density'])} %",
-        "fires on": f"{view['count']:,} of {counted(view['tokens_seen'], 'token')}",
+        "fires on": f"{view['count']:,} of {counted(view['tokens_seen'], unit)}",
         **{name: figure(view[name]) for name in ("mean", "max", "f_scale")},
     }
     near = joined((joined([numbered(i, names), f" ({cosine:.2f})"]) for i, cosine in view["neighbours"]), ", ")
@@ -56,8 +56,8 @@ def feature_html(view: Mapping[str, Any], note: Mapping[str, str] | None = None)
         tag("p", note["text"]) if note and note["text"] else None,
         *(_explanation(said) for said in view.get("explanations", [])),
         table(list(numbers), [list(numbers.values())]),
-        _contexts(view["groups"]),
-        *_lens(view),
+        _contexts(view["groups"], unit),
+        *(_lens(view) if unit == "token" else []),
         tag("p", "Nearest decoder rows (cosine): ", near or "none"),
     )
 
@@ -67,14 +67,22 @@ def _explanation(said: Mapping[str, Any]) -> Html:
     return tag("p", f"{said['text']} ({said['source']}{': ' * bool(scores)}{scores})")
 
 
-def _contexts(groups: Sequence[Mapping[str, Any]]) -> Html:
+def _contexts(groups: Sequence[Mapping[str, Any]], unit: str) -> Html:
     rows: list[list[object]] = []
     for i, group in enumerate(groups):
-        for context in group["contexts"][: CONTEXTS_PER_QUANTILE if i else TOP_CONTEXTS]:
-            value = context["values"][context["peak"]]
-            rows.append([group["label"], figure(value), _context(context)])
+        shown = group["contexts"][: CONTEXTS_PER_QUANTILE if i else TOP_CONTEXTS]
+        peaks = [figure(context["values"][context["peak"]]) for context in shown]
+        if any(context.get("picture") for context in shown):  # side by side: pictures are small
+            rows.append([group["label"], ", ".join(peaks), joined(map(_picture, shown, peaks))])
+        else:
+            rows += [[group["label"], *row] for row in zip(peaks, map(_context, shown), strict=True)]
     found = table(["group", "peak", "context (marked: the feature fires)"], rows)
-    return found or tag("p", "It fires on none of these tokens.")
+    return found or tag("p", f"It fires on none of these {unit}s.")
+
+
+def _picture(context: Mapping[str, Any], peak: str) -> Html:
+    where = f"item {context['document']}, place {context['tokens'][context['peak']]}: {peak}"
+    return joined([tag("img", src=context["picture"], alt=where, title=where), " "])
 
 
 def _context(context: Mapping[str, Any]) -> Html:

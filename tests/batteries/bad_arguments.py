@@ -33,7 +33,7 @@ INSIDE = re.compile(
     r"SparseCoder\.(act|auxk|begin|loss|terms|reach|reusing|training_threshold|check_sparsity|get_parameter_or_buffer|"
     r"choose_sites|output|portable|write_of|feature|fit_threshold)|"
     r"\w+\.(set_state|shared_by|together|rule|writes|check|place|measured|error_of_another_run|pick)|"
-    r"TokenMask\.\w+|Batch\.\w+"
+    r"TokenMask\.\w+|Batch\.\w+|Net\.(in_batches|joined|places|grid|batched|run|gradient)"
 )
 
 
@@ -141,13 +141,14 @@ class Things:
         self.node = sl.circuits.Node(self.site, 1, 1)
         self.net = sl.Net(torch.nn.Sequential(torch.nn.Linear(48, 48)))
         self.net.read(self.x, "0")
-        self.own = {type(t).__name__: t for t in vars(self).values()}
+        self.own = {type(t).__name__: t for t in vars(self).values()} | {"Network": self.lm}
         self.by_name = {
             "model": self.module, "coder": self.coder, "sae": self.coder, "small": self.coder, "large": self.coder,
             "a": self.coder, "b": self.coder, "data": self.store, "d_in": 8, "d_sae": 64, "layers": 2, "k": 2,
             "vocab": 16, "kind": "resid_post", "site": self.site, "sites": self.site, "path": self.folder,
             "text": self.text, "texts": ["a fox", "a dog"], "against": ["a cat", "a cow"], "prompt": "a fox",
-            "prompts": ["a fox"], "source": "a dog", "answers": [" a", " b"], "x": self.x, "f": torch.zeros(2, 64),
+            "prompts": ["a fox"], "source": "a dog", "sources": ["a dog"],
+            "answers": [" a", " b"], "x": self.x, "f": torch.zeros(2, 64),
             "codes": torch.zeros(8, 64), "scale": 2.0, "blocks": [self.x], "grid": [self.coder], "what": len,
             "directions": torch.randn(2, 48), "ids": [5, 6], "features": [1, 2], "feature": 1, "index": self.index,
             "metric": lambda x, tokens: x.sum(), "line": "fox", "html": "<p>", "name": "a", "points": np.zeros((64, 2)),
@@ -203,6 +204,7 @@ def accepts(hint: Any) -> set[str]:
         elif part is None or part is type(None):
             found.add("none")
         elif isinstance(part, str):
+            found |= {"LM", "Net"} if part == "Network" else set()
             found.add(NAMED.get(part, part if "[" not in part else "anything"))
         elif origin is Literal:
             found.add("text")

@@ -331,6 +331,16 @@ def test_rows_of_any_width_in_few_bits(shape, bits):
         assert set(there) == {name} and (there[name] - matrix).norm() < {8: 0.01, 4: 0.12}[bits] * matrix.norm()
 
 
+@pytest.mark.parametrize(("size", "kind"), [(1.0, torch.float16), (1e-4, torch.float32), (1e9, torch.float32)])
+def test_scales_take_half_the_room_where_that_costs_nothing(size, kind):
+    matrix = size * normal(20, 130)
+    matrix[3] = 0.0  # a feature without weights has no scale that float16 must hold
+    parts = packing.packed("W_dec", matrix, 8)
+    assert parts["W_dec.scale"].dtype == kind
+    there = packing.unpacked(parts, {"W_dec": matrix.to("meta")})["W_dec"]
+    assert (there - matrix).norm() < 0.006 * matrix.norm() and not there[3].any()
+
+
 def test_a_damaged_file_of_few_bits(tmp_path):
     coder = make("TopK")
     file = coder.save(tmp_path / "a", bits=4) / "sae.safetensors"

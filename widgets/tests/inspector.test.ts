@@ -64,6 +64,18 @@ describe("render", () => {
     expect(all(".saelab-group[aria-busy]")).toEqual([]);
   });
 
+  it("shows an item of another network as a picture, and no other address", () => {
+    const picture = "data:image/png;base64,iVBORw0KGgo=";
+    const context = { tokens: ["0", "1"], values: [0.5, 2], peak: 1, document: 7, position: 1, picture };
+    const elsewhere = { ...context, picture: "https://example.org/a.png" };
+    mount({ view: { ...view(812), groups: [{ label: "top", contexts: [context, elsewhere] }] } });
+    const pictures = all(".saelab-tile img") as HTMLImageElement[];
+    expect(pictures.map((img) => img.getAttribute("src"))).toEqual([picture]);
+    expect(one(".saelab-tile").textContent).toMatch(/^2(\.0+)? at 1$/);
+    expect(one(".saelab-tile").title).toBe("item 7, place 1");
+    expect(all(".saelab-context").length).toBe(1);
+  });
+
   it("makes no contexts of a feature that is no longer on show", async () => {
     mount();
     const second = all(".saelab-group")[1]!;

@@ -7,6 +7,7 @@ import type { FeatureView, PairView } from "./types";
 
 export function comparison(here: FeatureView, pair: PairView, open: (feature: number) => void, signal: AbortSignal): HTMLElement {
   const there = pair.view;
+  const unit = here.unit ?? "token";
   const words = (tokens: [string, number][]) => tokens.slice(0, 6).map(([token]) => tokenChip(token));
   const other = button(String(there.feature), () => open(there.feature), signal, { class: "saelab-link" });
   const called = (name: string | undefined) => [" ", nameOf(name, 24)];
@@ -16,11 +17,11 @@ export function comparison(here: FeatureView, pair: PairView, open: (feature: nu
     ["mean", [number(here.mean)], [number(there.mean)]],
     ["max", [number(here.max)], [number(there.max)]],
     ["f_scale", [number(here.f_scale)], [number(there.f_scale)]],
-    ["fires without the other", [counted(pair.only[0], "token")], [counted(pair.only[1], "token")]],
+    ["fires without the other", [counted(pair.only[0], unit)], [counted(pair.only[1], unit)]],
     ["fires on most", pair.tokens_here.map(tokenChip), pair.tokens.map(tokenChip)],
-    ["promotes", lens(here, here.promoted), lens(there, there.promoted)],
-    ["suppresses", lens(here, here.suppressed), lens(there, there.suppressed)],
   ];
+  if (unit === "token") rows.push(["promotes", lens(here, here.promoted), lens(there, there.promoted)]);
+  if (unit === "token") rows.push(["suppresses", lens(here, here.suppressed), lens(there, there.suppressed)]);
   return h(
     "section",
     { class: "saelab-compare", "aria-label": "Comparison" },
@@ -28,7 +29,7 @@ export function comparison(here: FeatureView, pair: PairView, open: (feature: nu
       "h4",
       {},
       "Compared ",
-      h("small", {}, `cosine ${number(pair.cosine)} · both fire on ${counted(pair.both, "token")} · Jaccard ${number(pair.jaccard)}`),
+      h("small", {}, `cosine ${number(pair.cosine)} · both fire on ${counted(pair.both, unit)} · Jaccard ${number(pair.jaccard)}`),
     ),
     h(
       "table",

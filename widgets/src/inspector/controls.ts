@@ -5,7 +5,7 @@ import type { Sort } from "./types";
 
 export interface Controls {
   element: HTMLElement;
-  show(feature: number, d_sae: number): void;
+  show(feature: number, d_sae: number, unit: string): void;
   showSearch(query: string, sort: Sort): void;
 }
 
@@ -88,7 +88,12 @@ export function controls(actions: ControlActions, signal: AbortSignal): Controls
   );
   return {
     element,
-    show(feature, d_sae) {
+    show(feature, d_sae, unit) {
+      if (unit === "place") {
+        search.placeholder = "density<1% label:word";
+        search.title = "Conditions: density, norm, max, mean, count with > or <; label: text of your notes";
+        (sort.options[0] as HTMLOptionElement).text = "most selective";
+      }
       current = feature;
       features = d_sae;
       id.value = String(feature);

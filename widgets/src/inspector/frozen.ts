@@ -28,7 +28,7 @@ export function frozenInspector(model: FrozenModel): void {
     const by = model.get("sort") as Sort;
     const found = rows.filter((row) => [row.label, ...row.tokens].some((text) => text.toLowerCase().includes(query)));
     if (by !== "best") found.sort((a, b) => b[by] - a[by]);
-    model.set("results_note", `${found.length} of the ${counted(rows.length, "feature")} kept in this page, by a piece of their tokens or label`);
+    model.set("results_note", `${found.length} of the ${counted(rows.length, "feature")} kept in this page, by a piece of their label or of what they fire on`);
     model.set("results", found);
   };
   model.on("change:query", list);

@@ -55,7 +55,8 @@ const inspector = widget<State>((model, el, signal) => {
     shown.abort();
     shown = new AbortController();
     if (asked) afterPaint(() => (root.dataset.openMs = (performance.now() - asked).toFixed(0)), shown.signal);
-    bar.show(view.feature, view.d_sae);
+    bar.show(view.feature, view.d_sae, view.unit ?? "token");
+    byExamples.toggle.hidden = view.unit === "place"; // examples are texts
     list.select(view.feature);
     note.show(view.feature, model.get("note"));
     here = pane(

@@ -4,7 +4,8 @@ import { number } from "../shared/format";
 import { tokenChip } from "../shared/tokens";
 import type { FeatureView } from "./types";
 
-export function lens(view: FeatureView): HTMLElement {
+export function lens(view: FeatureView): HTMLElement | null {
+  if (view.unit === "place") return null; // a network that is no language model has none
   const all = [...view.promoted, ...view.suppressed].map(([, value]) => Math.abs(value));
   const scale = Math.max(...all, Number.MIN_VALUE);
   const columns = h(

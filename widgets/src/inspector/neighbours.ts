@@ -10,7 +10,7 @@ export function neighbours(view: FeatureView, open: (feature: number) => void, s
   const near = view.neighbours.map(([feature, cosine]) => [feature, number(cosine), `cosine ${number(cosine)}`] as const);
   const together = view.cofiring
     .slice(0, COFIRING)
-    .map(([feature, jaccard, both]) => [feature, number(jaccard), `Jaccard ${number(jaccard)}, ${counted(both, "token")}`] as const);
+    .map(([feature, jaccard, both]) => [feature, number(jaccard), `Jaccard ${number(jaccard)}, ${counted(both, view.unit ?? "token")}`] as const);
   const opener = (feature: number, value: string, meaning: string) => {
     const label = `Open feature ${inWords(feature, view.names)}, ${meaning}`;
     const made = button("", () => open(feature), signal, { class: "saelab-neighbour", title: meaning, "aria-label": label });
@@ -29,6 +29,6 @@ export function neighbours(view: FeatureView, open: (feature: number) => void, s
     "div",
     { class: "saelab-row" },
     group("Nearest decoder rows", "cosine", near),
-    group("Fires together with", "Jaccard index of tokens", together),
+    group("Fires together with", `Jaccard index of ${view.unit ?? "token"}s`, together),
   );
 }

@@ -4,14 +4,14 @@ import { counted, number, percent } from "../shared/format";
 import { type Bins, histogram } from "../shared/histogram";
 import type { Call } from "../shared/rpc";
 import { tokenLabel, valueText } from "../shared/tokens";
-import { type Contexts, contexts, type Hovered, type Mode } from "./contexts";
+import { type Contexts, contexts, type Hovered, isTile, type Mode } from "./contexts";
 import { comparison } from "./compare";
 import { lens } from "./lens";
 import { neighbours } from "./neighbours";
 import { heading, stats } from "./stats";
 import type { Context, FeatureView, Note, PairView } from "./types";
 
-const HINT = "hover a token, or use the arrow keys";
+const hint = (unit: string) => `hover a ${unit}, or use the arrow keys`;
 const MODES: [Mode, string][] = [
   ["stacked", "stacked"],
   ["snippet", "snippets"],
@@ -45,13 +45,14 @@ export interface Pane {
 
 export function pane(options: PaneOptions, signal: AbortSignal): Pane {
   const { view } = options;
+  const what = view.unit ?? "token";
   const unit = view.f_scale > 0 ? { name: "f_scale", value: view.f_scale } : undefined;
   const plot = histogram(view.histogram, unit);
   const alive = view.groups.some((group) => group.contexts.length > 0);
-  const readout = h("small", { class: "saelab-readout" }, alive ? HINT : "");
+  const readout = h("small", { class: "saelab-readout" }, alive ? hint(what) : "");
   const hover = (at: Hovered | null) => {
     plot.mark(at?.value ?? null);
-    setText(readout, at === null ? HINT : describe(at, view.max));
+    setText(readout, at === null ? hint(what) : describe(at, view.max));
   };
   const parts = [
     heading(view, options.note.label || (view.explanations?.[0]?.text ?? ""), ...actions(options, signal)),
@@ -66,14 +67,14 @@ export function pane(options: PaneOptions, signal: AbortSignal): Pane {
       h(
         "section",
         { class: "saelab-activations", "aria-label": "Activations" },
-        h("h4", {}, "Activations ", h("small", {}, "log counts, silent tokens left out")),
+        h("h4", {}, "Activations ", h("small", {}, `log counts, silent ${what}s left out`)),
         plot.element,
         readout,
         density(options.overview, view),
       ),
       lens(view),
     ),
-    options.live ? options.trial : null,
+    options.live && what === "token" ? options.trial : null,
     alive ? texts(options, hover, signal) : silent(view),
     neighbours(view, options.open, signal),
   ];
@@ -107,7 +108,7 @@ function density(overview: Bins, view: FeatureView): HTMLElement {
   const share = (power: number) => `${Number((100 * 10 ** power).toPrecision(2))} %`;
   const plot = histogram(overview, undefined, { what: "feature", along: "density", text: share });
   if (view.density > 0) plot.pin(Math.log10(view.density));
-  return h("div", { class: "saelab-density" }, h("small", {}, "density of all live features, share of tokens (logarithmic); marked: this one"), plot.element);
+  return h("div", { class: "saelab-density" }, h("small", {}, `density of all live features, share of ${view.unit ?? "token"}s (logarithmic); marked: this one`), plot.element);
 }
 
 function texts(options: PaneOptions, hover: (at: Hovered | null) => void, signal: AbortSignal): HTMLElement {
@@ -118,6 +119,10 @@ function texts(options: PaneOptions, hover: (at: Hovered | null) => void, signal
   };
   const mode = choice("How contexts are shown", MODES, setMode, signal);
   mode.value = options.mode;
+  mode.hidden = options.view.groups.every((group) => group.contexts.every(isTile));
+  const beside = options.view.groups.some((group) => group.contexts.some(({ area }) => area && area[3] > 0));
+  const tiles = beside ? "the bar at the left: places outside of the picture" : "a line around the strongest place";
+  const about = mode.hidden ? tiles : "click a line for its whole text";
   const addWeakest = async () => {
     weakest.disabled = true;
     const found = await options.call<Context[]>("weakest", {}, { signal });
@@ -128,7 +133,7 @@ function texts(options: PaneOptions, hover: (at: Hovered | null) => void, signal
   return h(
     "section",
     { "aria-label": "Contexts" },
-    h("div", { class: "saelab-bar-row" }, h("h4", {}, "Contexts ", h("small", {}, "click a line for its whole text")), mode, options.live ? weakest : null),
+    h("div", { class: "saelab-bar-row" }, h("h4", {}, "Contexts ", h("small", {}, about)), mode, options.live ? weakest : null),
     shown.element,
   );
 }
@@ -138,7 +143,7 @@ function silent(view: FeatureView): HTMLElement {
     "section",
     { "aria-label": "Contexts" },
     h("h4", {}, "Contexts"),
-    h("p", { class: "saelab-dim" }, `It fires on none of these ${counted(view.tokens_seen, "token")}.`),
+    h("p", { class: "saelab-dim" }, `It fires on none of these ${counted(view.tokens_seen, view.unit ?? "token")}.`),
   );
 }
 

@@ -22,9 +22,10 @@ export function heading(view: FeatureView, label: string, ...buttons: HTMLElemen
 }
 
 export function stats(view: FeatureView): HTMLElement {
+  const unit = view.unit ?? "token";
   const pairs: [string, string, string][] = [
-    ["density", percent(view.density), "share of kept tokens on which the feature fires"],
-    ["fires on", `${integer(view.count)} of ${integer(view.tokens_seen)}`, "tokens on which it fires, of all kept tokens"],
+    ["density", percent(view.density), `share of kept ${unit}s on which the feature fires`],
+    ["fires on", `${integer(view.count)} of ${integer(view.tokens_seen)}`, `${unit}s on which it fires, of all kept ${unit}s`],
     ["mean", number(view.mean), "mean activation"],
     ["max", number(view.max), "largest activation"],
     ["f_scale", number(view.f_scale), "99.9th percentile of activation: the unit of steering strength"],

@@ -6,6 +6,10 @@ import type { Strip } from "../shared/tokens";
 export interface Context extends Strip {
   document: number;
   position: number;
+  /** of a network that is no language model: the item with heat, as a data address */
+  picture?: string;
+  /** where places lie on it: place of the first cell, rows, columns, and pixels left of the cells, of earlier places */
+  area?: [number, number, number, number];
 }
 
 export interface Group {
@@ -36,6 +40,8 @@ export interface FeatureView {
   tokens: string[];
   /** of it and of the features beside it */
   names: Names;
+  /** what stands in a context: places of a network that is no language model */
+  unit?: "token" | "place";
 }
 
 export interface Note {

@@ -3,8 +3,8 @@
 import type { Bins } from "../shared/histogram";
 import type { Context, FeatureView, Note, Row } from "../inspector/types";
 
-/** document, position, peak, tokens as numbers of the table, [place, activation, ...] where it fires, places left out */
-type PackedContext = [number, number, number, number[], number[], number[]];
+/** document, position, peak, tokens as numbers of the table, [place, activation, ...] where it fires, places left out; of a picture itself, and where places lie on it */
+type PackedContext = [number, number, number, number[], number[], number[], picture?: string, area?: Context["area"]];
 
 type PackedFeature = Omit<FeatureView, "groups" | "histogram" | "d_sae" | "tokens_seen" | "tokens" | "names"> & {
   histogram: number[];
@@ -56,8 +56,9 @@ export const tokens = (list: Listing, feature: number): string[] =>
   (list.tokens[feature] ?? []).map((number) => list.texts[number] ?? "");
 
 /** A feature's label, else what it fires on most, else an explanation: as everywhere where a name stands alone. */
-const called = (list: Listing, feature: number): string => {
-  const tops = tokens(list, feature).slice(0, 4).map((token) => token.trim() || token).join(" ");
+const called = (list: Listing, feature: number, unit?: string): string => {
+  const most = tokens(list, feature).slice(0, 4).map((token) => token.trim() || token);
+  const tops = unit === "place" && most.length ? `at ${most.join(", ")}` : most.join(" ");
   const said = list.labels[feature] ?? "";
   return list.explained.includes(feature) ? tops || said : said || tops;
 };
@@ -74,15 +75,15 @@ export function opened(list: Listing, chunk: Chunk, feature: number): { view: Fe
     tokens_seen: list.tokens_seen,
     histogram: { counts: histogram, edges },
     tokens: tokens(list, feature),
-    names: Object.fromEntries([feature, ...packed.neighbours.map(([i]) => i), ...packed.cofiring.map(([i]) => i)].map((i) => [i, called(list, i)])),
+    names: Object.fromEntries([feature, ...packed.neighbours.map(([i]) => i), ...packed.cofiring.map(([i]) => i)].map((i) => [i, called(list, i, packed.unit)])),
     groups: groups.map(([label, contexts]) => ({ label, contexts: contexts.map((one) => context(chunk.texts, one)) })),
   };
   return { view, note };
 }
 
-function context(texts: string[], [document, position, peak, ids, fires, out]: PackedContext): Context {
+function context(texts: string[], [document, position, peak, ids, fires, out, picture, area]: PackedContext): Context {
   const values: (number | null)[] = ids.map(() => 0);
   for (let i = 0; i < fires.length; i += 2) values[fires[i] as number] = fires[i + 1] as number;
   for (const place of out) values[place] = null;
-  return { document, position, peak, tokens: ids.map((id) => texts[id] ?? ""), values };
+  return { document, position, peak, tokens: ids.map((id) => texts[id] ?? ""), values, picture, area };
 }
