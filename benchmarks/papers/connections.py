@@ -37,6 +37,7 @@ def codes(lm: sl.LM, tokens: int) -> tuple[Float[Tensor, "n early"], Float[Tenso
     """Codes of both coders at the tokens that both keep, and each token's document. One context of a document."""
     coders = [sl.load(f"smollm2-135m/{name}").eval() for name in (EARLY, LATE)]
     found, documents, number = ([], []), [], 0
+    assert lm.prefix_id is not None
     for text in sl.load_text("mix").held_out:
         ids = lm.tokenizer(text[:4000], add_special_tokens=False).input_ids[: CONTEXT - 1]
         if len(ids) < CONTEXT - 1:
@@ -89,7 +90,7 @@ def pursuit(found: Moments, target: int, most: int) -> list[int]:
         score = left.abs() / size
         score[edges] = -1
         edges.append(int(score.argmax()))
-        left = found.xy[:, target] - found.xx @ least_squares(found, edges, target)
+        left = found.xy[:, target] - found.xx[:, edges] @ least_squares(found, edges, target)[edges]
     return edges
 
 
@@ -154,11 +155,11 @@ def main() -> None:
     torch.set_num_threads(1)
     early, late, documents = codes(sl.LM(), args.tokens)
     print(f"{len(documents)} tokens of {int(documents.max()) + 1} documents", flush=True)
-    rows = tuple(sl.load(f"smollm2-135m/{name}").W_dec.detach() for name in (EARLY, LATE))
+    before, after = (sl.load(f"smollm2-135m/{name}").W_dec.detach() for name in (EARLY, LATE))
     args.folder.mkdir(parents=True, exist_ok=True)
     results = []
     for seed in args.seeds:
-        results.append(one_seed(early, late, documents, rows, seed))
+        results.append(one_seed(early, late, documents, (before, after), seed))
         mean = lambda values: sum(values) / len(values)  # noqa: E731
         print(seed, {key: round(mean(results[-1][key]), 3) for key in ("dense", "near", "random")}, flush=True)
         (args.folder / "results.json").write_text(json.dumps(results), encoding="utf-8")
