@@ -11,7 +11,7 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -188,7 +188,7 @@ def clusters(states: np.ndarray, episode: np.ndarray, step: np.ndarray, at: np.n
     """The cluster of each keyframe, by KMeans on when and where it is and what is held and open."""
     last = np.bincount(episode, weights=np.ones(len(episode)))[episode[at]]
     told = np.column_stack([step[at] / last, states[at]]).astype(float)
-    return KMeans(count, n_init=4, random_state=0).fit_predict((told - told.mean(0)) / told.std(0).clip(1e-9))
+    return KMeans(count, n_init=cast(Any, 4), random_state=0).fit_predict((told - told.mean(0)) / told.std(0).clip(1e-9))
 
 
 def event_ranking(z: np.ndarray, episode: np.ndarray, at: np.ndarray, kind: np.ndarray, window: int) -> np.ndarray:
