@@ -70,17 +70,22 @@ def _explanation(said: Mapping[str, Any]) -> Html:
 def _contexts(groups: Sequence[Mapping[str, Any]], unit: str) -> Html:
     rows: list[list[object]] = []
     for i, group in enumerate(groups):
-        for context in group["contexts"][: CONTEXTS_PER_QUANTILE if i else TOP_CONTEXTS]:
-            value = context["values"][context["peak"]]
-            rows.append([group["label"], figure(value), _context(context)])
+        shown = group["contexts"][: CONTEXTS_PER_QUANTILE if i else TOP_CONTEXTS]
+        peaks = [figure(context["values"][context["peak"]]) for context in shown]
+        if any(context.get("picture") for context in shown):  # side by side: pictures are small
+            rows.append([group["label"], ", ".join(peaks), joined(map(_picture, shown, peaks))])
+        else:
+            rows += [[group["label"], *row] for row in zip(peaks, map(_context, shown), strict=True)]
     found = table(["group", "peak", "context (marked: the feature fires)"], rows)
     return found or tag("p", f"It fires on none of these {unit}s.")
 
 
+def _picture(context: Mapping[str, Any], peak: str) -> Html:
+    where = f"item {context['document']}, place {context['tokens'][context['peak']]}: {peak}"
+    return joined([tag("img", src=context["picture"], alt=where, title=where), " "])
+
+
 def _context(context: Mapping[str, Any]) -> Html:
-    if context.get("picture"):
-        where = f"item {context['document']}, place {context['tokens'][context['peak']]}"
-        return joined([tag("img", src=context["picture"], alt=where), " ", where])
     start = max(0, context["peak"] - TOKENS_EACH_SIDE)
     stop = context["peak"] + TOKENS_EACH_SIDE + 1
     pairs = zip(context["tokens"][start:stop], context["values"][start:stop], strict=True)
