@@ -188,7 +188,8 @@ def clusters(states: np.ndarray, episode: np.ndarray, step: np.ndarray, at: np.n
     """The cluster of each keyframe, by KMeans on when and where it is and what is held and open."""
     last = np.bincount(episode, weights=np.ones(len(episode)))[episode[at]]
     told = np.column_stack([step[at] / last, states[at]]).astype(float)
-    return KMeans(count, n_init=cast(Any, 4), random_state=0).fit_predict((told - told.mean(0)) / told.std(0).clip(1e-9))
+    scaled = (told - told.mean(0)) / told.std(0).clip(1e-9)
+    return KMeans(count, n_init=cast(Any, 4), random_state=0).fit_predict(scaled)
 
 
 def event_ranking(z: np.ndarray, episode: np.ndarray, at: np.ndarray, kind: np.ndarray, window: int) -> np.ndarray:
