@@ -1,7 +1,7 @@
 """A gridworld of two rooms, with a planner that solves it and cues that can only be known by heart."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, Int8
@@ -22,7 +22,7 @@ class Gridworld:
 
     Attributes:
         start, key, goal: squares (row, column). door: its row in the wall between the rooms.
-        cued: episodes that do not show their goal. cue: bits that they show instead, no two alike; else 0.
+        cued: episodes that do not show their goal. cue: bits, -1 or 1, that they show instead; of others 0.
     """
 
     start: Int[np.ndarray, "episodes 2"]
@@ -31,7 +31,7 @@ class Gridworld:
     goal: Int[np.ndarray, "episodes 2"]
     cued: Bool[np.ndarray, " episodes"]
     cue: Int8[np.ndarray, "episodes bits"]
-    size: int = field(default=7)
+    size: int = 7
     seed: int = 0
 
     def __len__(self) -> int:
@@ -65,27 +65,23 @@ class Gridworld:
     def expert(self, states: States) -> Int[np.ndarray, " episodes"]:
         """The number of the action, in ``MOVES``, on a shortest way: to the key, to the door, to the goal; along the
         column first, but straight through the door."""
-        at, held, opened = states[:, :2], states[:, 2] > 0, states[:, 3] > 0
+        held, opened, at_row = states[:, 2] > 0, states[:, 3] > 0, states[:, 0] == self.door
         by_door = np.stack([self.door, np.full(len(self), self.size // 2 - 1)], 1)
-        to = np.where(held[:, None], np.where(opened[:, None], self.goal, by_door), self.key)
-        through = opened & (at[:, 1] <= self.size // 2)
-        to = np.where((through & (at[:, 0] != self.door))[:, None], by_door, to)
-        down, right = (to - at).T
-        along = np.where(down < 0, 0, 1)
-        across = np.where(right < 0, 2, 3)
-        found = np.where((down != 0) & ~(through & (at[:, 0] == self.door)), along, np.where(right != 0, across, 4))
-        return found
+        left = opened & (states[:, 1] <= self.size // 2)  # the door is still to be gone through
+        to = np.where((opened & (at_row | ~left))[:, None], self.goal, by_door)
+        down, right = (np.where(held[:, None], to, self.key) - states[:, :2]).T
+        sideways = np.where(right == 0, 4, np.where(right < 0, 2, 3))
+        return np.where((down == 0) | (left & at_row), sideways, np.where(down < 0, 0, 1))
 
     def after(self, states: States, actions: Int[np.ndarray, " episodes"]) -> States:
         """The states that actions lead to. "use" takes the key on the agent's square, or opens the door next to it with
         the key; walls, and a closed door, stop a move; an episode that is done stays as it is."""
-        to = np.clip(states[:, :2] + MOVES[actions], 0, self.size - 1)
-        wall = (to[:, 1] == self.size // 2) & ~((to[:, 0] == self.door) & (states[:, 3] > 0))
-        to = np.where(wall[:, None], states[:, :2], to)
-        by_door = (states[:, 0] == self.door) & (states[:, 1] == self.size // 2 - 1)
+        to, wall = np.clip(states[:, :2] + MOVES[actions], 0, self.size - 1), self.size // 2
+        stopped = (to[:, 1] == wall) & ~((to[:, 0] == self.door) & (states[:, 3] > 0))
+        by_door = (states[:, 0] == self.door) & (states[:, 1] == wall - 1)
         opened = states[:, 3] | ((actions == 4) & (states[:, 2] > 0) & by_door)
         held = states[:, 2] | ((actions == 4) & (states[:, :2] == self.key).all(1))
-        found = np.concatenate([to, held[:, None], opened[:, None]], 1)
+        found = np.column_stack([np.where(stopped[:, None], states[:, :2], to), held, opened])
         return np.where(self.done(states)[:, None], states, found)
 
     def play(
