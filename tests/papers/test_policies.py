@@ -76,6 +76,7 @@ def test_a_class_that_can_be_told_is_told():
 
 
 def test_files_keep_a_policy_and_its_coder(tmp_path, monkeypatch):
+    monkeypatch.setattr(made, "LIMIT", 4)
     monkeypatch.setattr(made, "DATA", tmp_path)
     policy, coder = made.Policy(83), sl.TopK(made.WIDTH, made.FEATURES, k=made.K)
     made.save(tmp_path / "cued-1.safetensors", policy, coder)

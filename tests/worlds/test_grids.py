@@ -27,11 +27,11 @@ def shortest(world, episode):
 
 
 def test_the_planner_takes_a_shortest_way():
-    world = gridworld(40, cued=0.2, seed=3)
+    world = gridworld(12, cued=0.2, seed=3)
     states, actions = world.play()
-    assert states.shape == (41, 40, 4) and actions.shape == (40, 40) and world.done(states[-1]).all()
+    assert states.shape == (41, 12, 4) and actions.shape == (40, 12) and world.done(states[-1]).all()
     steps = (~np.stack([world.done(s) for s in states])).sum(0)
-    assert steps.tolist() == [shortest(world, i) for i in range(40)]
+    assert steps.tolist() == [shortest(world, i) for i in range(12)]
 
 
 def test_the_planner_goes_on_from_anywhere():
