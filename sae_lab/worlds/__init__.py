@@ -7,8 +7,8 @@ This room imports neither coders nor language models.
 from sae_lab.spelling import no_attribute
 from sae_lab.worlds.boards import Games, board_properties, othello, square_name
 from sae_lab.worlds.dictionaries import LAWS, MAX_PROBABILITY, World, planted, product
-from sae_lab.worlds.digits import Digits, digits
 from sae_lab.worlds.grids import Gridworld, gridworld
+from sae_lab.worlds.handwriting import Digits, digits
 from sae_lab.worlds.markov import MarkovSequences, hidden_markov
 
 __all__ = [
