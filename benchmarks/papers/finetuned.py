@@ -258,7 +258,7 @@ def sparse_sum(rows: Float[Tensor, "n d"], vector: Float[Tensor, " d"], latents:
     unit = F.normalize(rows, dim=1)
     for _ in range(latents):
         score = (unit @ (vector - found)).abs()
-        score[chosen] = -1.0  # rounding leaves a little along rows that are in; a row twice has no solution
+        score[chosen] = -1.0  # rounding leaves a little along rows that are in; with a row twice, lstsq fails
         chosen.append(int(score.argmax()))
         some = unit[chosen]
         found = torch.linalg.lstsq(some.T, vector[:, None]).solution[:, 0] @ some
