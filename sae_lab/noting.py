@@ -405,7 +405,7 @@ def _named(fields: Mapping[str, Any], index: Any, feature: int) -> str:
     if label := fields.get("label"):
         return label
     if tokens := [] if index is None else index.top_tokens(feature, TOKENS):
-        if index.unit == "place":
+        if getattr(index, "unit", "token") == "place":
             return f"at {', '.join(tokens)}"
         return " ".join(visible(token).strip() or "·" for token in tokens)
     said = [one["text"] for field in reversed(list(fields)) if field.startswith(SAID) for one in fields[field]]

@@ -2,7 +2,7 @@
 
     python tools/pictures.py
 
-It runs the notebook in Chromium (minutes), and writes docs/lab_*.png and docs/inspector_*.png with a palette.
+It runs the notebook in Chromium (minutes), and writes docs/lab_*.png with a palette.
 """
 
 import sys
@@ -14,20 +14,10 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from tests.browser.lab import DARK, LIGHT, fresh_copy, open_notebook, write_notebook  # noqa: E402
+from tests.browser.lab import DARK, LIGHT, fresh_copy, open_notebook  # noqa: E402
 
 PANELS = ("tokens", "inspector", "steering", "patching", "monitor")
 BENCH = ROOT / "notebooks" / "08_lab_bench.ipynb"
-ALONE = [
-    "import sae_lab as sl\n"
-    "lm, sae = sl.LM(), sl.load('smollm2-135m/resid_post-8')\n"
-    "store = sl.harvest(lm, sae.site, sl.load_text(), tokens=100_000, path='store')\n"
-    "index = sl.index_features(sae, lm, store, path='index')\n"
-    "panel = sl.FeatureInspector(index)\n"
-    "panel.query = 'war'\n"
-    "panel.feature = panel.results[0]['feature']\n"
-    "panel"
-]
 
 
 def save(notebook, panel, name: str) -> None:
@@ -51,9 +41,6 @@ def main() -> None:
             notebook.run_all(timeout=1200)
             for name in PANELS:
                 save(notebook, notebook.ready(f".saelab-{name}"), f"lab_{name}")
-        with open_notebook(write_notebook(Path(folder) / "alone.ipynb", ALONE), env=env) as notebook:
-            notebook.run_all(timeout=1200)
-            save(notebook, notebook.ready(".saelab-inspector"), "inspector")
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ class Net(Network):
         self._nn = nnsight.NNsight(module)
         self._lock = threading.RLock()
         self.id = name or type(module).__name__
-        self._sites = NetSites(module, axes)
+        self._sites = NetSites(module, axes, self._lock)
 
     def __repr__(self) -> str:
         return f"Net({self.id!r}, {len(self._sites.paths)} modules, device='{self.device}')"

@@ -1,7 +1,8 @@
 """Where the sites of a network lie: paths of modules, with the end, the value and the visit that a site names."""
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from math import prod
 from typing import Any, cast
 
@@ -17,10 +18,11 @@ from sae_lab.types import MODULE, Site
 
 class NetSites:
     """The sites of a module. ``look`` learns the shapes of the tensors that its modules pass on for some inputs;
-    ``place`` and the like then speak of these inputs, in the same thread."""
+    ``place`` and the like then speak of these inputs, in the same thread. lock: held by whoever runs the module, which
+    a trace of another thread has changed."""
 
-    def __init__(self, module: nn.Module, axes: str | Mapping[str, str] | None):
-        self.module = module
+    def __init__(self, module: nn.Module, axes: str | Mapping[str, str] | None, lock: AbstractContextManager[Any]):
+        self.module, self._lock = module, lock
         self.paths = [path for path, _ in module.named_modules() if path]
         self._given: Mapping[str, str] = axes if isinstance(axes, Mapping) else {}
         self._for_all = axes if isinstance(axes, str) else None
@@ -32,17 +34,22 @@ class NetSites:
 
     def look(self, call: Call) -> None:
         """Speak of these inputs from now on."""
-        if call.form not in self._tables:
+        table = self._tables.get(call.form)
+        if table is None:
             if len(self._tables) > 64:
                 self._tables.clear()
-            self._tables[call.form] = shapes.watch(self.module, call).table
-        self._now.call = call
+            table = self._tables[call.form] = self._watch(call).table
+        self._now.call, self._now.table = call, table
+
+    def _watch(self, call: Call, keep: Sequence[Key] = ()) -> shapes.Kept:
+        with self._lock:
+            return shapes.watch(self.module, call, keep)
 
     @property
     def table(self) -> shapes.Table:
         if not hasattr(self._now, "call"):
             raise ValueError("a network's sites have no known width before it has read inputs: net.read(x, path) first")
-        return self._tables[self._now.call.form]
+        return self._now.table
 
     def split(self, site: Site) -> tuple[str, str, str | None, int | None]:
         """(path, "input" or "output", the key in a mapping, the visit) that a site names."""
@@ -97,12 +104,12 @@ class NetSites:
             return shapes.named(given, visits[0], path)
         bigger = shapes.one_more(call)
         try:
-            more = shapes.watch(self.module, bigger, [key]) if bigger else None
+            more = self._watch(bigger, [key]) if bigger else None
         except (RuntimeError, ValueError, IndexError, TypeError):
             more = None  # it does not run with one input more
         names = shapes.found(path, visits[0], more.table[key][0] if more and key in more.table else None)
         if more:
-            shapes.require_apart(path, names, shapes.watch(self.module, call, [key]).values[key], more.values[key])
+            shapes.require_apart(path, names, self._watch(call, [key]).values[key], more.values[key])
         return names
 
     def visits(self, site: Site) -> list[Site]:

@@ -1,4 +1,5 @@
-"""Worlds with known truth: activations made of chosen features, games, hidden Markov models and images of digits.
+"""Worlds with known truth: activations made of chosen features, games, a gridworld, hidden Markov models and images of
+digits.
 
 This room imports neither coders nor language models.
 """
@@ -6,12 +7,13 @@ This room imports neither coders nor language models.
 from sae_lab.spelling import no_attribute
 from sae_lab.worlds.boards import Games, board_properties, othello, square_name
 from sae_lab.worlds.dictionaries import LAWS, MAX_PROBABILITY, World, planted, product
-from sae_lab.worlds.digits import Digits, digits
+from sae_lab.worlds.grids import Gridworld, gridworld
+from sae_lab.worlds.handwriting import Digits, digits
 from sae_lab.worlds.markov import MarkovSequences, hidden_markov
 
 __all__ = [
-    "LAWS", "MAX_PROBABILITY", "Digits", "Games", "MarkovSequences", "World", "board_properties", "digits",
-    "hidden_markov", "othello", "planted", "product", "square_name",
+    "LAWS", "MAX_PROBABILITY", "Digits", "Games", "Gridworld", "MarkovSequences", "World", "board_properties", "digits",
+    "gridworld", "hidden_markov", "othello", "planted", "product", "square_name",
 ]  # fmt: skip
 
 __getattr__ = no_attribute(__name__, __all__)

@@ -54,6 +54,17 @@ def test_loaders_data_sets_and_lists_are_one(vit, tmp_path):
         sl.harvest(vit, "blocks.1", DataLoader(labelled, shuffle=True), path=tmp_path / "s")
 
 
+def test_items_of_many_lengths(tmp_path):
+    """The thread that reads ahead looks at a new shape while a pass of another runs."""
+    torch.manual_seed(3)
+    module = torch.nn.Sequential(torch.nn.Linear(4, 300), torch.nn.ReLU(), torch.nn.Linear(300, 5))
+    net = sl.Net(module)
+    items = [torch.randn(i, 4) for i in range(1, 141)]
+    store = sl.harvest(net, "2", items, tokens=100_000, path=tmp_path)
+    assert len(store) == sum(len(item) for item in items)
+    torch.testing.assert_close(all_rows(store), module(torch.cat(items)).detach(), atol=2e-3, rtol=2e-3)
+
+
 def test_the_same_call_opens_it_and_other_data_is_refused(vit, tmp_path):
     once = sl.harvest(vit, "blocks.0", IMAGES, tokens=500, path=tmp_path)
     again = sl.harvest(vit, "blocks.0", IMAGES, tokens=500, path=tmp_path)
