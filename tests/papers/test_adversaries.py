@@ -53,3 +53,20 @@ def test_training_with_weight_zero_is_training_without_the_term(coder):
         made.learn(model, 3, seed=1, coder=of, hidden=2, weight=weight)
         kept.append(model.read[0].weight.detach())
     assert torch.equal(*kept)
+
+
+def test_bottlenecks_leave_the_first_place_and_keep_what_they_say(coder):
+    suffixes = script("suffixes")
+    x = torch.randn(2, 4, made.FEATURES, generator=torch.Generator().manual_seed(0)).abs()
+    kept = suffixes.sparse(coder, 3)(x)
+    assert torch.equal(kept[:, 0], x[:, 0]) and ((kept[:, 1:] != 0).sum(-1) == 3).all()
+    torch.testing.assert_close(suffixes.sparse(coder, made.FEATURES)(x), x)
+    rows = torch.linalg.qr(torch.randn(made.FEATURES, 5, generator=torch.Generator().manual_seed(1)))[0].T
+    flat = suffixes.projected(torch.zeros(made.FEATURES), rows)(x)
+    assert torch.linalg.matrix_rank(flat[:, 1:].flatten(0, 1)) == 5
+    noise = suffixes.noisy(0.5, 3)
+    assert not torch.equal(noise(x), noise(x)), "nobody who searches can know it"
+
+
+def test_a_price_is_matched():
+    assert script("suffixes").matched(lambda size: size**2, 4.0, 0.0, 10.0, rounds=30) == pytest.approx(2.0)
