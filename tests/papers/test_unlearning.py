@@ -1,4 +1,4 @@
-"""What notebooks/papers/unlearning.ipynb takes for granted: sampling, the contrastive loss, and reading at all steps."""
+"""What notebooks/papers/unlearning.ipynb takes for granted: sampling, the contrastive loss, reading of all steps."""
 
 import torch
 
