@@ -22,24 +22,45 @@ from sae_lab.types import MODULE
 
 FOLDER = Path(__file__).resolve().parents[2] / "notebooks" / "papers" / "data" / "proteins"
 SEEDS = (1, 2, 3)
-LETTERS, WIDTH, SITE = 20, 64, "state"
+LETTERS, WIDTH, SITE = 20, 64, "cell"
 TRAINED, BATCH, LR = 1500, 64, 4e-3
 D_SAE, K, CODER_STEPS = 192, 6, 1500
 PARTS = {"train": slice(0, 3000), "select": slice(3000, 3500), "measure": slice(3500, 4000)}
 
 
 class Reader(nn.Module):
-    """``Reader(seed)(letters)``: scores of the next letter at each place. The state stands at ``state``."""
+    """``Reader(seed)(letters)``: scores of the next letter at each place. ``cell`` runs once a letter."""
 
     def __init__(self, seed: int):
         super().__init__()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(1000 + seed)
-            self.letters, self.cell = nn.Embedding(LETTERS, WIDTH), nn.GRU(WIDTH, WIDTH, batch_first=True)
-            self.state, self.out = nn.Identity(), nn.Linear(WIDTH, LETTERS)
+            self.letters, self.cell = nn.Embedding(LETTERS, WIDTH), nn.GRUCell(WIDTH, WIDTH)
+            self.out = nn.Linear(WIDTH, LETTERS)
 
     def forward(self, letters: Int[Tensor, "n length"]) -> Float[Tensor, "n length letters"]:
-        return self.out(self.state(self.cell(self.letters(letters))[0]))
+        state, states = torch.zeros(len(letters), WIDTH), []
+        for x in self.letters(letters).unbind(1):
+            state = self.cell(x, state)
+            states.append(state)
+        return self.out(torch.stack(states, 1))
+
+
+class Writer(nn.Module):
+    """``Writer(reader)(noise)``: letters that the reader's model draws, "n length". noise: of Gumbel's law, one
+    number for each letter at each place."""
+
+    def __init__(self, reader: Reader):
+        super().__init__()
+        self.letters, self.cell, self.out = reader.letters, reader.cell, reader.out
+
+    def forward(self, noise: Float[Tensor, "n length letters"]) -> Int[Tensor, "n length"]:
+        letter, state, said = noise[:, 0].argmax(-1), torch.zeros(len(noise), WIDTH), []
+        for draw in noise.unbind(1)[1:]:
+            said.append(letter)
+            state = self.cell(self.letters(letter), state)
+            letter = (self.out(state) + draw).argmax(-1)
+        return torch.stack([*said, letter], 1)
 
 
 def train_reader(letters: Int[Tensor, "n length"], seed: int) -> Reader:
