@@ -785,7 +785,7 @@ WITHOUT_FIGURES = {
     "circuits.Edge": "a result", "circuits.TaskEdge": "a result", "TranscoderSet": "coders side by side",
     "evals.report": "its sections are the functions here",
     "evals.BoardGames": "a result", "evals.DescriptionLength": "a result", "evals.L0Choice": "a result",
-    "FeatureIndex.bytes": "the size of files",
+    "FeatureIndex.bytes": "the size of files", "FeatureIndex.unit": "what a row is called",
     "FeatureIndex.names": "what features are called", "FeatureIndex.names_around": "what features are called",
     "FeatureIndex.to_site": "files of what the index shows", "FeatureIndex.to_neuronpedia": "files of what it shows",
     "FeatureIndex.token_labels": "of token ids", "FeatureIndex.annotate": "it keeps what it is told",

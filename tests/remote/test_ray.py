@@ -9,12 +9,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import tiny_models
 import torch
 
 import sae_lab as sl
 from sae_lab.activations import sharding
 
+pytestmark = pytest.mark.remote
 TESTS = Path(__file__).parents[1]
 SHARD = 256  # tokens: several shards for each of two ranks
 CLOSE = 1e-4  # as in test_ranks.py: sums over ranks are taken in another order
