@@ -1,5 +1,5 @@
-"""Worlds with known truth: activations made of chosen features, games, a gridworld, hidden Markov models and images of
-digits.
+"""Worlds with known truth: activations made of chosen features, games, a gridworld, hidden Markov models, sequences
+with motifs, and images of digits.
 
 This room imports neither coders nor language models.
 """
@@ -10,10 +10,12 @@ from sae_lab.worlds.dictionaries import LAWS, MAX_PROBABILITY, World, planted, p
 from sae_lab.worlds.grids import Gridworld, gridworld
 from sae_lab.worlds.handwriting import Digits, digits
 from sae_lab.worlds.markov import MarkovSequences, hidden_markov
+from sae_lab.worlds.sequences import MotifSequences, motifs
 
 __all__ = [
-    "LAWS", "MAX_PROBABILITY", "Digits", "Games", "Gridworld", "MarkovSequences", "World", "board_properties", "digits",
-    "gridworld", "hidden_markov", "othello", "planted", "product", "square_name",
+    "LAWS", "MAX_PROBABILITY", "Digits", "Games", "Gridworld", "MarkovSequences", "MotifSequences", "World",
+    "board_properties", "digits", "gridworld", "hidden_markov", "motifs", "othello", "planted", "product",
+    "square_name",
 ]  # fmt: skip
 
 __getattr__ = no_attribute(__name__, __all__)
