@@ -1,4 +1,4 @@
-"""What notebooks/papers/proteins.ipynb takes for granted: the writer draws from the reader's model, a visit a letter."""
+"""What notebooks/papers/proteins.ipynb takes for granted: the writer draws from the reader's model."""
 
 import numpy as np
 import torch
