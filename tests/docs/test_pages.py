@@ -41,7 +41,7 @@ def runs(page):
 def test_readme_is_a_landing_page():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 150
-    assert len(re.findall(r"^!\[.*\]\(docs/.*\.png\)$", text, re.MULTILINE)) == 2
+    assert len(re.findall(r"^!\[.*\]\(docs/.*\.webp\)$", text, re.MULTILINE)) == 2
     (code,) = runs("README.md")
     assert len([line for line in code.splitlines() if line]) <= 11  # the import and ten lines
     for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):
