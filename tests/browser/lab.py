@@ -175,6 +175,8 @@ def opening_times(notebook: Notebook, inspector: Locator, rows: Iterable[int]) -
     """
     times, listed = [], inspector.locator(".saelab-result")
     for row in rows:
+        listed.nth(row).scroll_into_view_if_needed()
+        notebook.page.wait_for_timeout(300)  # the list may still move while the feature before is laid out
         listed.nth(row).hover()
         notebook.page.wait_for_timeout(200)
         notebook.page.mouse.down()
