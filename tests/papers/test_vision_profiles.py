@@ -23,7 +23,8 @@ def own():
         if "plan" in cell["metadata"].get("tags", []):
             exec(source, names)
         elif "def " in source:  # cells of functions have nothing of IPython
-            kept = [n for n in ast.parse(source).body if isinstance(n, ast.FunctionDef) and n.name in PURE]
+            body = ast.parse(source).body
+            kept: list[ast.stmt] = [n for n in body if isinstance(n, ast.FunctionDef) and n.name in PURE]
             exec(compile(ast.Module(kept, []), str(NOTEBOOK), "exec"), names)
     assert set(PURE) <= set(names)
     return names
